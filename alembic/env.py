@@ -1,0 +1,24 @@
+"""Runs migrations, for the command line and for `Database.initialize` alike."""
+
+from logging.config import fileConfig
+
+from alembic import context
+from alembic.util import CommandError
+from openclaw_store import migrations
+from openclaw_store.errors import StoreError
+
+config = context.config
+connection = config.attributes.get("connection")
+
+if connection is not None:
+    migrations.run(context, connection)
+elif context.is_offline_mode():
+    migrations.run_offline(context)
+else:
+    if config.config_file_name is not None:
+        fileConfig(config.config_file_name, disable_existing_loggers=False)
+    try:
+        with migrations.connected(context.get_x_argument(as_dictionary=True).get("url")) as opened:
+            migrations.run(context, opened)
+    except StoreError as error:
+        raise CommandError(str(error)) from error

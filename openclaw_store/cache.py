@@ -1,0 +1,406 @@
+"""The picture of the cluster in memory: what was committed, and what is only here so far.
+
+It learns of commits in two ways that may cross: from the writer of this process, as they happen,
+and from the feed, in order and with those of other processes. Content is guarded by `version`, so
+an entry never goes back; every change is counted once, whichever way it came first.
+
+Nothing here awaits, reads the clock or knows SQL. Records never change, so they are handed out
+as they are, and copied by whoever talks to callers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from openclaw_store.changes import ITEM, KEY, KINDS, Change, ChangeKind, Event
+from openclaw_store.feed import News, Place, Start
+from openclaw_store.indexes import Records, SortedKeys
+from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.records import Record
+
+_HEARTBEAT = ("last_heartbeat", "cpu_usage", "memory_usage", "disk_usage", "running_tasks")
+_WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
+
+
+@dataclass(slots=True)
+class Unsaved:
+    """An entry that is only in memory."""
+
+    record: Record[Any]
+    base: Record[Any] | None
+    """What it was made from; `None` when it is new. It may be written only over that."""
+    committed: Record[Any] | None
+    """What the database holds, as far as is known."""
+
+
+class Cache:
+    """Live tasks, all nodes, and the finished tasks that were used last.
+
+    Args:
+        start: What the database held at one revision; its rows are added one by one.
+        finished_limit: How many finished tasks are kept.
+    """
+
+    def __init__(self, start: Start, finished_limit: int) -> None:
+        self._finished_limit = finished_limit
+        self.tasks: Records[Task] = Records()
+        self.nodes: Records[NodeInfo] = Records()
+        self.unsaved: dict[Place, Unsaved] = {}
+        self.version = start.revision
+        """The newest revision applied."""
+        self.complete = start.revision
+        """Up to this revision every change was applied."""
+        self.beat = start.beat
+        """The newest flush of heartbeats applied."""
+        self.updated_at = start.updated_at
+        self.task_counts = Counter(start.task_counts)
+        self._ahead: dict[int, Change] = {}  # applied, though some before them were not
+        self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
+        self._pending: SortedKeys[tuple[int, datetime, str]] = SortedKeys()
+        self._free: dict[str, tuple[float, int, str]] = {}
+        self._skilled: dict[str, set[str]] = {}
+        self._node_counts: Counter[NodeStatus] = Counter()
+        self._newest: list[str] | None = None  # identifiers of nodes in order, while it holds
+        self._aliases: dict[Place, tuple[int, int]] = {}
+
+    # What was committed.
+
+    def add(self, record: Record[Any]) -> None:
+        """Take over a row of the start."""
+        self._show(_place(record), None, record)
+
+    def keep_unsaved(self, other: Cache) -> None:
+        """Take over what is only in memory, from the cache that this one replaces."""
+        for place, entry in other.unsaved.items():
+            self.hold(entry.record, entry.base)
+
+    def apply(self, events: Iterable[Event]) -> None:
+        """Take over what this process has committed."""
+        for event in events:
+            place = (event.kind, event.id)
+            if event.change is None:
+                self._commit(place, event.record, 0)
+            elif self._count(event.change):
+                self._commit(place, event.record, event.change.revision)
+
+    def catch_up(self, news: News) -> None:
+        """Take over what the feed says, from this and other processes."""
+        later = [change for change in self._ahead.values() if change.revision > news.read_at]
+        removed_since = {
+            (KINDS[change.item], change.item_id)
+            for change in later
+            if change.kind is ChangeKind.REMOVED
+        }
+        if news.task_counts is not None and self.complete < news.read_at:
+            recounted = Counter(news.task_counts)
+        else:
+            recounted = None
+        changed: dict[Place, None] = {}
+        for change in news.changes:
+            if self._count(change):
+                changed[KINDS[change.item], change.item_id] = None
+        for place in changed:
+            if place not in removed_since:
+                self._commit(place, news.records.get(place), news.read_at)
+        for record in news.beaten:
+            place = _place(record)
+            if self._visible(place) is not None:
+                self._commit(place, record, 0)
+        self.beat = max(self.beat, news.beat)
+        if news.revision > self.complete:
+            self.complete = news.revision
+            self.version = max(self.version, self.complete)
+            self._ahead = {
+                revision: change
+                for revision, change in self._ahead.items()
+                if revision > self.complete
+            }
+            self._close_gap()
+        if recounted is not None:
+            self.task_counts = recounted
+            for change in later:
+                self._count_status(change)
+
+    def remember(self, record: Record[Task]) -> None:
+        """Keep a finished task that was read from the database."""
+        if record["status"] in FINISHED and (Task, record["task_id"]) not in self.unsaved:
+            self._finish(record["task_id"], record)
+
+    # What is only in memory.
+
+    def hold(self, record: Record[Any], base: Record[Any] | None) -> None:
+        """Show an entry before it is committed."""
+        place = _place(record)
+        entry = self.unsaved.get(place)
+        committed = self._visible(place) or base if entry is None else entry.committed
+        self._hide(place)
+        self.unsaved[place] = Unsaved(record, base, committed)
+        self._show(place, None, record)
+
+    def discard(self, place: Place) -> bool:
+        """Forget what is only in memory of an entry; `False` if there is nothing."""
+        entry = self.unsaved.get(place)
+        if entry is not None:
+            self.release(place, entry, None)
+        return entry is not None
+
+    def release(self, place: Place, entry: Unsaved, stored: Record[Any] | None) -> None:
+        """`entry` was written as `stored`, or lost (`None`): show what the database holds."""
+        present = self.unsaved.get(place)
+        if present is None:
+            return
+        if present is not entry:  # it was changed again meanwhile, and builds on what was written
+            if stored is not None and present.base is entry.base:
+                present.base = stored
+            return
+        self._hide(place)
+        del self.unsaved[place]
+        if entry.committed is not None:
+            shown = entry.committed
+            if place[0] is NodeInfo:
+                shown = _with_newer_heartbeat(shown, entry.record)
+            self._show(place, None, shown)
+            if stored is not None and entry.committed.version == stored.version:
+                self._aliases[place] = (entry.record.version, stored.version)
+
+    def settled_version(self, place: Place, version: int) -> int:
+        """The version that a copy of an entry has, which got `version` while it was unsaved."""
+        local, settled = self._aliases.get(place, (0, 0))
+        return settled if version < 0 and version == local else version
+
+    def touch(self, node_id: str, values: Mapping[str, Any]) -> None:
+        """Show what a heartbeat said."""
+        place = (NodeInfo, node_id)
+        record = self._visible(place)
+        if record is not None:
+            touched = record.evolve(**values)
+            if place in self.unsaved:
+                self.unsaved[place].record = touched
+            self._show(place, record, touched)
+
+    # Reading.
+
+    def task(self, task_id: str) -> Record[Task] | None:
+        """A live task, or a finished one that is in memory."""
+        record = self.tasks.get(task_id)
+        if record is None and task_id in self._finished:
+            self._finished.move_to_end(task_id)
+            record = self._finished[task_id]
+        if record is None and (Task, task_id) in self.unsaved:
+            record = self.unsaved[Task, task_id].record
+        return record
+
+    def find(self, place: Place) -> Record[Any] | None:
+        """An entry of either kind."""
+        return self.task(place[1]) if place[0] is Task else self.nodes.get(place[1])
+
+    def pending(self, limit: int | None) -> list[Record[Task]]:
+        """By priority, time of submission and identifier."""
+        get = self.tasks.get
+        found = [get(id) for _, _, id in self._pending.first(limit)]
+        return [record for record in found if record is not None]
+
+    def all_nodes(self) -> list[Record[NodeInfo]]:
+        """Newest registered first."""
+        if self._newest is None:
+            ordered = sorted(self.nodes.values(), key=lambda record: str(record["node_id"]))
+            ordered.sort(key=_registered_at, reverse=True)
+            self._newest = [record["node_id"] for record in ordered]
+        return self._nodes(self._newest)
+
+    def online_nodes(self) -> list[Record[NodeInfo]]:
+        """ONLINE nodes, newest registered first."""
+        return [record for record in self.all_nodes() if record["status"] is NodeStatus.ONLINE]
+
+    def available_nodes(self) -> list[Record[NodeInfo]]:
+        """ONLINE nodes with a free place, least loaded first."""
+        return self._nodes(id for _, _, id in sorted(self._free.values()))
+
+    def nodes_by_skill(self, skill: str) -> list[Record[NodeInfo]]:
+        """ONLINE nodes with exactly this skill, newest registered first."""
+        found = self._nodes(sorted(self._skilled.get(skill, ())))
+        found.sort(key=_registered_at, reverse=True)
+        return found
+
+    def node_stats(self) -> dict[str, int]:
+        """`total`, `online`, `offline`, `busy`."""
+        counts = self._node_counts
+        uncounted = sum(
+            id in self._free and not self._counted((kind, id)) for kind, id in self.unsaved
+        )
+        full = counts[NodeStatus.ONLINE] - (len(self._free) - uncounted)
+        return {
+            "total": counts.total(),
+            "online": counts[NodeStatus.ONLINE],
+            "offline": counts[NodeStatus.OFFLINE],
+            "busy": counts[NodeStatus.BUSY] + full,
+        }
+
+    def state(self) -> ClusterState:
+        """The present picture, in constant time."""
+        return ClusterState(
+            version=self.version,
+            updated_at=self.updated_at,
+            nodes=self.nodes.photograph(),
+            tasks=self.tasks.photograph(),
+            total_nodes=self._node_counts.total(),
+            online_nodes=self._node_counts[NodeStatus.ONLINE],
+            total_tasks=self.task_counts.total(),
+            running_tasks=self.task_counts[TaskStatus.RUNNING],
+        )
+
+    # How it is kept.
+
+    def _count(self, change: Change) -> bool:
+        """Count a change; `False` if it was counted before."""
+        if change.revision <= self.complete or change.revision in self._ahead:
+            return False
+        self._count_status(change)
+        self._ahead[change.revision] = change
+        if change.revision > self.version:
+            self.version = change.revision
+            self.updated_at = change.changed_at
+        self._close_gap()
+        return True
+
+    def _count_status(self, change: Change) -> None:
+        if change.item == ITEM[Task]:
+            if change.from_status is not None:
+                self.task_counts[change.from_status] -= 1
+            if change.to_status is not None:
+                self.task_counts[change.to_status] += 1
+
+    def _close_gap(self) -> None:
+        while self._ahead.pop(self.complete + 1, None) is not None:
+            self.complete += 1
+
+    def _commit(self, place: Place, record: Record[Any] | None, revision: int) -> None:
+        """Take over an entry that the database held at `revision`, unless a newer one is here."""
+        entry = self.unsaved.get(place)
+        known = self._visible(place) if entry is None else entry.committed
+        if known is not None and known.version > (revision if record is None else record.version):
+            return
+        if record is not None and known is not None and place[0] is NodeInfo:
+            record = _with_newer_heartbeat(record, known)
+        if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
+            del self._aliases[place]
+        if entry is None:
+            self._show(place, known, record)
+            return
+        self._hide(place)
+        entry.committed = record
+        self._show(place, None, entry.record)
+
+    def _visible(self, place: Place) -> Record[Any] | None:
+        kind, id = place
+        if kind is NodeInfo:
+            return self.nodes.get(id)
+        record = self.tasks.get(id)
+        return self._finished.get(id) if record is None else record
+
+    def _hide(self, place: Place) -> None:
+        visible = self._visible(place)
+        if visible is not None:
+            self._show(place, visible, None)
+
+    def _show(self, place: Place, old: Record[Any] | None, new: Record[Any] | None) -> None:
+        """Replace what is shown of an entry, in all indexes."""
+        if place[0] is Task:
+            self._show_task(place[1], old, new)
+        else:
+            self._show_node(place[1], old, new)
+
+    def _show_task(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
+        before = None if old is None else _pending_key(old)
+        after = None if new is None else _pending_key(new)
+        if before != after:
+            if before is not None:
+                self._pending.remove(before)
+            if after is not None:
+                self._pending.add(after)
+        if new is not None and new["status"] not in FINISHED:
+            self.tasks.put(id, new)
+            self._finished.pop(id, None)
+        else:
+            if old is not None and old["status"] not in FINISHED:
+                self.tasks.drop(id)
+            if new is None or (Task, id) in self.unsaved:
+                self._finished.pop(id, None)
+            else:
+                self._finish(id, new)
+
+    def _finish(self, id: str, record: Record[Task]) -> None:
+        self._finished[id] = record
+        self._finished.move_to_end(id)
+        while len(self._finished) > self._finished_limit:
+            evicted, _ = self._finished.popitem(last=False)
+            self._aliases.pop((Task, evicted), None)
+
+    def _show_node(
+        self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
+    ) -> None:
+        counted = self._counted((NodeInfo, id))
+        if old is not None:
+            self._node_counts[old["status"]] -= counted
+            self._free.pop(id, None)
+        if old is not None and (new is None or _skills(new) != _skills(old)):
+            for skill in _skills(old):
+                self._skilled[skill].discard(id)
+                if not self._skilled[skill]:
+                    del self._skilled[skill]
+        if new is None:
+            if old is not None:
+                self.nodes.drop(id)
+        else:
+            self.nodes.put(id, new)
+            self._node_counts[new["status"]] += counted
+            running, places = new["running_tasks"], new["max_concurrent_tasks"]
+            if new["status"] is NodeStatus.ONLINE and running < places:
+                self._free[id] = (running / places, running, id)
+            for skill in _skills(new):
+                self._skilled.setdefault(skill, set()).add(id)
+        if old is None or new is None or old["registered_at"] != new["registered_at"]:
+            self._newest = None
+
+    def _counted(self, place: Place) -> bool:
+        """Whether an entry is in the database, so that it counts in the totals."""
+        entry = self.unsaved.get(place)
+        return entry is None or entry.committed is not None
+
+    def _nodes(self, ids: Iterable[str]) -> list[Record[NodeInfo]]:
+        found = map(self.nodes.get, ids)
+        return [record for record in found if record is not None]
+
+
+def _place(record: Record[Any]) -> Place:
+    return record.kind, record[KEY[record.kind]]
+
+
+def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
+    if record["status"] in _WAITING:
+        return record["priority"], record["submitted_at"], record["task_id"]
+    return None
+
+
+def _skills(record: Record[NodeInfo]) -> frozenset[str]:
+    """Under which skills a node is found: only while it is ONLINE."""
+    if record["status"] is not NodeStatus.ONLINE:
+        return frozenset()
+    return frozenset(record.decoded("available_skills"))
+
+
+def _registered_at(record: Record[NodeInfo]) -> datetime:
+    moment: datetime = record["registered_at"]
+    return moment
+
+
+def _with_newer_heartbeat(record: Record[Any], known: Record[Any]) -> Record[Any]:
+    """`record`, with the heartbeat that `known` had if that is newer (it is on its way to disk)."""
+    theirs, ours = record["last_heartbeat"], known["last_heartbeat"]
+    if ours is None or (theirs is not None and theirs >= ours):
+        return record
+    return record.evolve(**{name: known[name] for name in _HEARTBEAT})

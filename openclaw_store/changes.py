@@ -1,0 +1,528 @@
+"""Changes: each write as one value, decided in order, numbered, and recorded in the feed.
+
+`apply` is handed a run of operations inside one write transaction. It reads the rows they touch
+once, lets every operation decide in turn (nobody else can write meanwhile, so the rows cannot
+move), and then writes each touched row once. Every change gets a **revision**: consecutive,
+without gaps, in the order of commits. A heartbeat is no change: it has no revision.
+
+The `version` of a row is the revision of its last change. So it grows, and no version ever comes
+back, not even when a row is removed and created again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, Generic, NamedTuple, Protocol
+
+import orjson
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.sql import ClauseElement
+
+from openclaw_store.errors import (
+    DuplicateError,
+    NodeNotFoundError,
+    NotFoundError,
+    StaleVersionError,
+    StoreError,
+    TaskNotFoundError,
+)
+from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.records import Item, Record, decode
+from openclaw_store.schema import (
+    COLUMNS,
+    FIELDS,
+    IS_FINISHED,
+    ROWS,
+    ChangeRow,
+    CounterRow,
+    RowEncoder,
+    TaskRow,
+    to_microseconds,
+)
+from openclaw_store.writer import Unit
+
+ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
+"""What the feed calls each domain class."""
+
+KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
+"""The domain class of what the feed calls an item."""
+
+KEY: Mapping[type[Any], str] = {Task: "task_id", NodeInfo: "node_id"}
+"""The field that identifies each domain class."""
+
+
+class ChangeKind(StrEnum):
+    """What happened to a task or node."""
+
+    CREATED = "created"
+    STATUS = "status"
+    """Its status changed, and perhaps more."""
+    UPDATED = "updated"
+    """It changed, but not its status."""
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of the feed."""
+
+    revision: int
+    changed_at: datetime
+    item: str
+    """`task` or `node`."""
+    item_id: str
+    kind: ChangeKind
+    from_status: str | None
+    """`None` when it was created."""
+    to_status: str | None
+    """`None` when it was removed."""
+    node: str | None
+    """The node a task was assigned to after the change; `None` for nodes."""
+    reason: str | None
+
+
+class Event(NamedTuple):
+    """What listeners are told of one operation that was committed."""
+
+    kind: type[Any]
+    id: str
+    record: Record[Any] | None
+    """What the store holds now; `None` when it was removed."""
+    change: Change | None
+    """`None` for a heartbeat."""
+
+
+class Operation(Protocol):
+    """A write of one row."""
+
+    @property
+    def kind(self) -> type[Any]: ...
+
+    @property
+    def id(self) -> str: ...
+
+    def decide(self, row: Row) -> Any:
+        """Change `row`, or return a `StoreError` and leave it alone; returns the result."""
+
+
+class Row:
+    """A row as the operations of a unit have left it so far."""
+
+    __slots__ = (
+        "_ledger",
+        "id",
+        "kind",
+        "names",
+        "node",
+        "record",
+        "removed",
+        "status",
+        "stored",
+        "version",
+    )
+
+    def __init__(self, ledger: Ledger, kind: type[Any], id: str) -> None:
+        self._ledger = ledger
+        self.kind = kind
+        self.id = id
+        self.stored = False
+        """Whether the database had the row before."""
+        self.removed = False
+        """Whether it was removed since, though perhaps created again."""
+        self.version: int | None = None
+        """`None` when the row does not exist (any more)."""
+        self.status: str | None = None
+        self.node: str | None = None
+        self.record: Record[Any] | None = None
+        """The content, where it is known: always for nodes, for tasks once they were written."""
+        self.names: set[str] = set()
+        """The columns to be written."""
+
+    @property
+    def now(self) -> datetime:
+        return self._ledger.unit.now
+
+    def missing(self) -> NotFoundError:
+        return (TaskNotFoundError if self.kind is Task else NodeNotFoundError)(self.id)
+
+    def write(
+        self, record: Record[Any], names: Iterable[str], reason: str | None = None
+    ) -> Record[Any]:
+        """Give the row new content, under a new version; returns it as it is stored."""
+        before, created = self.status, self.version is None
+        self.status = str(record["status"].value)
+        if self.kind is Task:
+            self.node = record["assigned_node"]
+            stamps: dict[str, Any] = {"updated_at": self.now}
+        else:
+            stamps = {}
+        kind = (
+            ChangeKind.CREATED
+            if created
+            else ChangeKind.UPDATED
+            if before == self.status
+            else ChangeKind.STATUS
+        )
+        change = self._ledger.add(self, kind, before, reason)
+        self.version = stamps["version"] = change.revision
+        self.record = record.evolve(**stamps)
+        self.names.update(names, stamps)
+        self._ledger.tell(Event(self.kind, self.id, self.record, change))
+        return self.record
+
+    def touch(self, values: Mapping[str, Any]) -> None:
+        """Write down what a heartbeat said: no new version, no revision."""
+        assert self.record is not None  # of a node it is always known
+        self.record = self.record.evolve(**values)
+        self.names.update(values, ("beat",))
+        self._ledger.beaten = True
+        self._ledger.tell(Event(self.kind, self.id, self.record, None))
+
+    def remove(self, *, with_history: bool) -> None:
+        """End the row's life."""
+        before, self.status = self.status, None
+        change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
+        self.version = self.record = None
+        self.removed = True
+        self.names.clear()
+        if with_history:
+            self._ledger.forgotten.append((self.id, ITEM[self.kind], change.revision))
+        self._ledger.tell(Event(self.kind, self.id, None, change))
+
+
+@dataclass(frozen=True, slots=True)
+class Create(Generic[Item]):
+    """Add a row; results in its record, or `DuplicateError`."""
+
+    kind: type[Item]
+    id: str
+    record: Record[Item]
+
+    def decide(self, row: Row) -> Record[Item] | StoreError:
+        if row.version is not None:
+            return DuplicateError(ITEM[self.kind], self.id)
+        return row.write(self.record, FIELDS[self.kind])
+
+
+@dataclass(frozen=True, slots=True)
+class Update(Generic[Item]):
+    """Write the named fields of a row that has still the version of `record`.
+
+    Results in the new record, or `StaleVersionError`, or `NotFoundError`.
+    """
+
+    kind: type[Item]
+    id: str
+    record: Record[Item]
+    names: Sequence[str]
+
+    def decide(self, row: Row) -> Record[Item] | StoreError:
+        if row.version is None:
+            return row.missing()
+        if row.version != self.record.version:
+            return StaleVersionError(ITEM[self.kind], self.id, self.record.version, row.version)
+        record: Record[Any] = self.record
+        if row.record is not None:
+            record = row.record.merge(record, self.names)
+            stored = row.record["last_heartbeat"] if self.kind is NodeInfo else None
+            given = record["last_heartbeat"] if self.kind is NodeInfo else None
+            if stored is not None and (given is None or given < stored):
+                record = record.evolve(last_heartbeat=stored)  # it never goes back
+        return row.write(record, self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Remove a row, and with `with_history` its older changes; results in whether it existed."""
+
+    kind: type[Any]
+    id: str
+    with_history: bool = False
+
+    def decide(self, row: Row) -> bool:
+        if row.version is None:
+            return False
+        row.remove(with_history=self.with_history)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SetNodeStatus:
+    """Change a node's status; ONLINE and BUSY count as a sign of life.
+
+    With `silent_since` only a live node that was silent since then is changed. Results in
+    whether it was.
+    """
+
+    id: str
+    status: NodeStatus
+    silent_since: datetime | None = None
+    reason: str | None = None
+    kind: type[Any] = NodeInfo
+
+    def decide(self, row: Row) -> bool:
+        record = row.record
+        if record is None:
+            return False
+        if self.silent_since is not None:
+            last_sign = record["last_heartbeat"] or record["registered_at"]
+            if record["status"] not in ALIVE or last_sign >= self.silent_since:
+                return False
+        values: dict[str, Any] = {"status": self.status}
+        if self.status in ALIVE:
+            values["last_heartbeat"] = max(self.now, record["last_heartbeat"] or self.now)
+        row.write(record.evolve(**values), values, self.reason)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A node's heartbeat, with the usage it reported; the newest wins.
+
+    Brings an OFFLINE node back ONLINE, which is an ordinary change. Results in whether there is
+    such a node.
+    """
+
+    id: str
+    at: datetime
+    usage: Mapping[str, float | int]
+    kind: type[Any] = NodeInfo
+
+    def decide(self, row: Row) -> bool:
+        record = row.record
+        if record is None:
+            return False
+        last = record["last_heartbeat"]
+        if last is None or self.at >= last:
+            row.touch({"last_heartbeat": self.at, **self.usage})
+            if record["status"] is NodeStatus.OFFLINE and row.record is not None:
+                back = row.record.evolve(status=NodeStatus.ONLINE)
+                row.write(back, ("status",), "heartbeat")
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class AfterBeat:
+    """An operation on a node, behind a heartbeat that has not been written yet."""
+
+    beat: Beat
+    operation: Operation
+    kind: type[Any] = NodeInfo
+
+    @property
+    def id(self) -> str:
+        return self.operation.id
+
+    def decide(self, row: Row) -> Any:
+        self.beat.decide(row)
+        return self.operation.decide(row)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFinished:
+    """Remove up to `limit` tasks that finished before `cutoff`, with their history.
+
+    Results in how many there were.
+    """
+
+    cutoff: datetime
+    keep: tuple[TaskStatus, ...]
+    limit: int
+
+
+class Ledger:
+    """The revisions of one unit, and what it adds to the feed."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self._revision, beat = unit.connection.exec_driver_sql(_READ_COUNTERS).one()
+        self.beat = beat + 1
+        self._changes: list[Change] = []
+        self.forgotten: list[tuple[str, str, int]] = []
+        """Identifier and item of those whose changes before a revision are to be removed."""
+        self.beaten = False
+        unit.last.append(self._write)
+
+    def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
+        """Number a change."""
+        self._revision += 1
+        change = Change(
+            self._revision,
+            self.unit.now,
+            ITEM[row.kind],
+            row.id,
+            kind,
+            before,
+            row.status,
+            row.node,
+            reason,
+        )
+        self._changes.append(change)
+        return change
+
+    def tell(self, event: Event) -> None:
+        """Tell the listeners, once it is committed."""
+        self.unit.committed.append(event)
+
+    def _write(self) -> None:
+        connection = self.unit.connection
+        if self._changes:
+            changed_at = to_microseconds(self.unit.now)
+            rows = [
+                (
+                    change.revision,
+                    changed_at,
+                    change.item,
+                    change.item_id,
+                    change.kind.value,
+                    change.from_status,
+                    change.to_status,
+                    change.node,
+                    change.reason,
+                )
+                for change in self._changes
+            ]
+            connection.exec_driver_sql(_INSERT_CHANGE, rows)
+        if self.forgotten:
+            connection.exec_driver_sql(_FORGET, self.forgotten)
+        if self._changes or self.beaten:
+            beat = self.beat if self.beaten else self.beat - 1
+            connection.exec_driver_sql(_COUNT, (self._revision, beat))
+
+
+def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
+    """Decide the operations in order and write what they changed."""
+    ledger = unit.part(Ledger)
+    rows: dict[type[Any], dict[str, Row]] = {}
+    for operation in operations:
+        touched = rows.setdefault(operation.kind, {})
+        if operation.id not in touched:
+            touched[operation.id] = Row(ledger, operation.kind, operation.id)
+    for kind, touched in rows.items():
+        _load(unit.connection, kind, touched)
+    outcomes = [operation.decide(rows[operation.kind][operation.id]) for operation in operations]
+    for kind, touched in rows.items():
+        _store(unit.connection, ledger.beat, kind, touched.values())
+    return outcomes
+
+
+def apply_groups(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[Sequence[Any]]:
+    """Apply groups of operations, each of which was submitted as one."""
+    return [apply(unit, group) for group in groups]
+
+
+def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[int]:
+    """Apply `RemoveFinished` operations."""
+    return [
+        len(apply(unit, [Remove(Task, id, with_history=True) for id in _finished(unit, operation)]))
+        for operation in operations
+    ]
+
+
+def _finished(unit: Unit, operation: RemoveFinished) -> Sequence[str]:
+    # Two searches of one index: a finished task without `completed_at` counts from its last change.
+    ids: list[str] = []
+    for condition in (
+        TaskRow.completed_at < operation.cutoff,
+        TaskRow.completed_at.is_(None) & (TaskRow.updated_at < operation.cutoff),
+    ):
+        query = select(TaskRow.task_id).where(
+            IS_FINISHED, TaskRow.status.not_in(operation.keep), condition
+        )
+        ids.extend(unit.connection.scalars(query.limit(operation.limit - len(ids))))
+    return ids
+
+
+class _Statements:
+    """SQL of one table, compiled once from the mapping."""
+
+    def __init__(self, kind: type[Any]) -> None:
+        self._table = ROWS[kind].__table__
+        self._key = self._table.c[KEY[kind]]
+        self._updates: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {}
+        ids = func.json_each(bindparam("ids")).table_valued("value").c.value
+        wanted = self._key.in_(select(ids))
+        self.encode = RowEncoder(kind, _DIALECT)
+        self.names = FIELDS[kind]
+        self.insert = _compile(insert(self._table), self.names)
+        self.delete = _compile(delete(self._table).where(self._key == bindparam("key")))
+        self.read = select(*COLUMNS[kind]).where(wanted)
+        if kind is Task:
+            brief = select(TaskRow.task_id, TaskRow.version, TaskRow.status, TaskRow.assigned_node)
+            self.read_brief = _compile(brief.where(wanted))
+
+    def update(self, names: frozenset[str]) -> tuple[str, tuple[str, ...]]:
+        """The statement that writes the named columns and no others, and their order in it."""
+        if names not in self._updates:
+            order = tuple(name for name in self._table.c.keys() if name in names)
+            statement = update(self._table).where(self._key == bindparam("key_"))
+            self._updates[names] = _compile(statement, order), order
+        return self._updates[names]
+
+
+def _compile(statement: ClauseElement, columns: Sequence[str] | None = None) -> str:
+    """The text of a statement whose parameters stand in the order of `columns`, then as written."""
+    names = None if columns is None else list(columns)
+    return str(statement.compile(dialect=_DIALECT, column_keys=names))
+
+
+_DIALECT = sqlite.dialect()
+_CHANGES = ChangeRow.__table__
+_STATEMENTS = {kind: _Statements(kind) for kind in ROWS}
+_INSERT_CHANGE = _compile(insert(_CHANGES), _CHANGES.c.keys())
+_FORGET = _compile(
+    delete(_CHANGES).where(
+        _CHANGES.c.item_id == bindparam("id"),
+        _CHANGES.c.item == bindparam("kind"),
+        _CHANGES.c.revision < bindparam("before"),
+    )
+)
+_COUNT = _compile(update(CounterRow), ("revision", "beat"))
+_READ_COUNTERS = _compile(select(CounterRow.revision, CounterRow.beat))
+
+
+def _load(connection: Connection, kind: type[Any], rows: Mapping[str, Row]) -> None:
+    statements = _STATEMENTS[kind]
+    ids = orjson.dumps(list(rows)).decode()
+    if kind is NodeInfo:
+        for values in connection.execute(statements.read, {"ids": ids}):
+            record = decode(NodeInfo, values)
+            row = rows[record["node_id"]]
+            row.stored, row.record = True, record
+            row.version, row.status = record.version, record["status"].value
+    else:
+        for id, version, status, node in connection.exec_driver_sql(statements.read_brief, (ids,)):
+            row = rows[id]
+            row.stored, row.version, row.status, row.node = True, version, status, node
+
+
+def _store(connection: Connection, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
+    """Write what the operations left, each row once."""
+    statements = _STATEMENTS[kind]
+    deletes: list[tuple[str]] = []
+    inserts: list[tuple[Any, ...]] = []
+    updates: dict[frozenset[str], list[tuple[Any, ...]]] = {}
+    for row in rows:
+        if row.stored and row.removed:
+            deletes.append((row.id,))
+        if row.version is None or row.record is None or not row.names:
+            continue
+        if row.stored and not row.removed:
+            names = frozenset(row.names)
+            order = statements.update(names)[1]
+            values = statements.encode(row.record, [name for name in order if name != "beat"])
+            if "beat" in names:  # the last column
+                values.append(beat)
+            updates.setdefault(names, []).append((*values, row.id))
+        else:
+            inserts.append(tuple(statements.encode(row.record, statements.names)))
+    if deletes:
+        connection.exec_driver_sql(statements.delete, deletes)
+    if inserts:
+        connection.exec_driver_sql(statements.insert, inserts)
+    for names, parameters in updates.items():
+        connection.exec_driver_sql(statements.update(names)[0], parameters)

@@ -1,0 +1,490 @@
+"""`Database`: where the state lives, how it is opened, read, written, copied and closed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Connection, event, func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from openclaw_store import migrations, sqlite
+from openclaw_store.clock import Clock, utc_now
+from openclaw_store.errors import (
+    DeadlineError,
+    InvalidDataError,
+    SchemaMismatchError,
+    StoreError,
+    UnavailableError,
+)
+from openclaw_store.schema import NodeRow, TaskRow
+from openclaw_store.writer import Apply, Gate, Listener, Unit, Writer
+
+Result = TypeVar("Result")
+
+_inside: ContextVar[Unit | None] = ContextVar("openclaw_store_transaction", default=None)
+
+
+class Database:
+    """One database of tasks and nodes: a SQLite file.
+
+    **Durability.** A write that returns is committed and on the disk.
+    **Sharing.** One instance serves any number of coroutines, and several event loops in threads
+    of their own. Writers queue, first come first served; readers never wait for writers.
+    **Processes.** Any number may open the same file. After `fork`, a child opens its own.
+
+    Args:
+        db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
+            gone when this object is closed. Folders are made; nothing is opened yet.
+        clock: Tells the time for everything the store stamps or compares.
+        timeout: Seconds a write waits for its turn, before `DeadlineError` or `UnavailableError`.
+        transaction_timeout: Seconds a `transaction()` may take.
+        pool_size: Connections kept for reading.
+
+    Raises:
+        InvalidDataError: If `db_path` is not one of these.
+        UnavailableError: If the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        db_path: str | Path = migrations.DEFAULT_LOCATION,
+        *,
+        clock: Clock = utc_now,
+        timeout: float = 30.0,
+        transaction_timeout: float = 5.0,
+        pool_size: int = 5,
+    ) -> None:
+        for name, value in (("timeout", timeout), ("transaction_timeout", transaction_timeout)):
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InvalidDataError(name, f"must be a positive number of seconds, not {value!r}")
+        if not isinstance(pool_size, int) or pool_size < 1:
+            raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
+        self.db_path = str(db_path)
+        """The location as it was given."""
+        self.clock = clock
+        self.timeout = timeout
+        self.transaction_timeout = transaction_timeout
+        self._pool_size = pool_size
+        self._folder: Path | None = None
+        if db_path == ":memory:":
+            self._folder = Path(tempfile.mkdtemp(prefix="openclaw_store-"))
+            self._path = self._folder / "memory.db"
+        else:
+            self._path = sqlite.file_of(db_path)
+            sqlite.make_folder(self._path)
+        self._pid = os.getpid()
+        self._state = "new"
+        self._gate = Gate(timeout)
+        self._writer = Writer(self._write_on_thread, self._writer_stopped)
+        self._writing_engine = sqlite.writing_engine(self._path)
+        self._writing_connection: Connection | None = None  # belongs to the writer's thread
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._engines: dict[asyncio.AbstractEventLoop, _Engines] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Database {self.db_path!r}, {self._state}>"
+
+    async def initialize(self, migrate: bool = True) -> None:
+        """Open the database; may be called twice.
+
+        Args:
+            migrate: Make or upgrade the schema; `False` refuses one that is not up to date.
+
+        Raises:
+            SchemaMismatchError: If the schema is newer than the library, or older and `migrate`
+                is off; with the command to run.
+            UnavailableError: If the file cannot be used; says which and what to do.
+        """
+        self._check_process()
+        if self._state == "closed":
+            raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
+        async with self._gate_held("a migration"):
+            if self._state == "ready":
+                return
+            await _finish(asyncio.to_thread(self._open, migrate))
+            self._home = asyncio.get_running_loop()
+            self._state = "ready"
+
+    def _open(self, migrate: bool) -> None:
+        sqlite.prepare(self._path, self.timeout)
+        if migrate:
+            migrations.upgrade(self._path, self.timeout)
+        else:
+            migrations.require(self._path)
+
+    async def close(self) -> None:
+        """Commit what has queued, then close everything; may be called twice."""
+        if self._state == "closed":
+            return
+        self._state = "closed"
+        if self._pid != os.getpid():
+            return  # what we hold belongs to the parent
+        await _finish(self._close())
+
+    async def _close(self) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *[unit for unit in self._background if unit.get_loop() is loop], return_exceptions=True
+        )
+        await self._writer.close()
+        for engines in self._engines.values():
+            await engines.reading.dispose()
+            await engines.writing.dispose()
+        self._engines.clear()
+        self._writing_engine.dispose()
+        if self._folder is not None:
+            shutil.rmtree(self._folder)
+
+    async def __aenter__(self) -> Self:
+        await self.initialize()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def session_factory(self) -> async_sessionmaker[AsyncSession]:
+        """What makes the sessions of `session()` on the running event loop; they only read."""
+        return self._engines_here().sessions
+
+    @property
+    def checked_out_connections(self) -> int:
+        """Connections in use by sessions, on all event loops."""
+        return sum(engines.checked_out for engines in self._engines.values())
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """A session that reads one consistent picture and cannot write.
+
+        Raises:
+            UnavailableError: If the database is not open, or cannot be read.
+        """
+        sessions = self._engines_here().sessions
+        with sqlite.translated(self._path):
+            async with sessions() as session:
+                yield session
+
+    @asynccontextmanager
+    async def transaction(self, *, timeout: float | None = None) -> AsyncIterator[AsyncSession]:
+        """A session that writes: committed at the end of the block, rolled back when it raises.
+
+        Waits for its turn, then holds the write lock: keep it short, and write tasks and nodes
+        with `TaskRepository(tx)` and `NodeRepository(tx)`, so that the feed and the caches learn
+        of it.
+
+        Args:
+            timeout: Seconds the block may take; `None` for `transaction_timeout`.
+
+        Raises:
+            DeadlineError: If the block took longer (it is rolled back), or its turn did not come.
+            UnavailableError: If the database is not open, or cannot be written.
+        """
+        engines = self._engines_here()
+        self._refuse_inside()
+        seconds = self.transaction_timeout if timeout is None else timeout
+        async with self._gate_held("a transaction", seconds):
+            session = engines.write_sessions()
+            try:
+                with sqlite.translated(self._path):
+                    async with self._deadline(seconds):
+                        unit = Unit(await self._begin(session), self.clock())
+                        session.info["unit"] = unit
+                        outside = _inside.get()
+                        _inside.set(unit)
+                        try:
+                            yield session
+                        finally:
+                            _inside.set(outside)
+                    if not unit.finished:  # else the block rolled back by itself
+                        await _finish(self._commit(session, unit))
+            finally:
+                await _finish(session.close())
+
+    @asynccontextmanager
+    async def _deadline(self, seconds: float) -> AsyncIterator[None]:
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineError(
+                f"the transaction took longer than {seconds:g} s and was rolled back: "
+                "do the slow part outside, or pass transaction(timeout=…)"
+            ) from error
+
+    async def _begin(self, session: AsyncSession) -> Connection:
+        for delay in sqlite.delays(self.timeout):
+            try:
+                return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
+            except SQLAlchemyError as error:
+                await session.rollback()
+                if not sqlite.is_busy(error):
+                    raise
+            await asyncio.sleep(delay)
+        raise UnavailableError(f"{self.db_path}: another process keeps it locked: try again")
+
+    async def _commit(self, session: AsyncSession, unit: Unit) -> None:
+        await session.run_sync(lambda _: unit.finish())
+        try:
+            await session.commit()
+        except SQLAlchemyError as error:
+            raise sqlite.translate(error, self._path, committing=True) from error
+        self._writer.publish(unit.committed)
+        await asyncio.sleep(0)  # the caches of this loop are told first
+
+    async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+        """Do `work` with a session, in a task of its own: cancelling the caller does not tear a
+        connection out of its hands."""
+
+        async def unit() -> Result:
+            async with self.session() as session:
+                return await work(session)
+
+        task = asyncio.ensure_future(unit())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_forget)
+            raise
+
+    async def write(self, apply: Apply, operation: Any) -> Any:
+        """Submit an operation to the writer; returns its result when it is committed.
+
+        Raises:
+            DeadlineError: Inside a `transaction()`: it would wait for itself.
+        """
+        self._check_ready()
+        self._refuse_inside()
+        return await self._writer.submit(apply, operation)
+
+    async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
+        """Apply an operation in the transaction that `session` came from; returns its result."""
+        unit = session.info.get("unit")
+        if unit is None or unit.finished:
+            raise StoreError("this session only reads: take one from `async with transaction()`")
+        with sqlite.translated(self._path):
+            outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tell `listener` on the running loop what is committed; returns what ends it."""
+        return self._writer.listen(asyncio.get_running_loop(), listener)
+
+    async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Copy the database, as it is at one moment, to a file of its own.
+
+        Reads and writes go on meanwhile. The copy is written aside and renamed at the end.
+
+        Raises:
+            InvalidDataError: If `path` exists and `overwrite` is off, or is the database itself.
+            UnavailableError: If it cannot be written there.
+        """
+        self._check_ready()
+        target = sqlite.file_of(path)
+        await _finish(
+            asyncio.to_thread(
+                sqlite.backup, self._path, target, overwrite=overwrite, timeout=self.timeout
+            )
+        )
+
+    async def vacuum(self) -> None:
+        """Give the space of removed rows back; writers wait meanwhile, readers do not.
+
+        Raises:
+            UnavailableError: If another process keeps the database locked, or the disk is full.
+        """
+        self._check_ready()
+        self._refuse_inside()
+        async with self._gate_held("a vacuum"):
+            await _finish(asyncio.to_thread(sqlite.vacuum, self._path, self.timeout))
+
+    async def get_stats(self) -> dict[str, Any]:
+        """Size and contents.
+
+        Returns:
+            `db_size` (bytes, the WAL included), `db_path`, `task_count`, `node_count`, and
+            `task_stats` and `node_stats`: how many there are of each status that occurs.
+        """
+
+        async def count(session: AsyncSession) -> list[dict[str, int]]:
+            return [
+                {
+                    status.value: number
+                    for status, number in await session.execute(
+                        select(row.status, func.count()).group_by(row.status)
+                    )
+                }
+                for row in (TaskRow, NodeRow)
+            ]
+
+        tasks, nodes = await self.read(count)
+        return {
+            "db_path": self.db_path,
+            "db_size": sqlite.size(self._path),
+            "task_count": sum(tasks.values()),
+            "node_count": sum(nodes.values()),
+            "task_stats": tasks,
+            "node_stats": nodes,
+        }
+
+    @asynccontextmanager
+    async def _gate_held(self, holder: str, seconds: float | None = None) -> AsyncIterator[None]:
+        await self._gate.enter(holder, seconds)
+        try:
+            yield
+        finally:
+            self._gate.leave()
+
+    @contextmanager
+    def _write_on_thread(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        """A transaction of the writer; `committed` is called before the next one can begin."""
+        with self._gate.held("the writer"), sqlite.translated(self._path):
+            try:
+                if self._writing_connection is None:
+                    self._writing_connection = self._writing_engine.connect()
+                connection = self._writing_connection
+                transaction = sqlite.retrying(connection.begin, self.timeout)
+                with transaction:
+                    unit = Unit(connection, self.clock())
+                    yield unit
+                    unit.finish()
+                    try:
+                        transaction.commit()
+                    except (SQLAlchemyError, sqlite3.Error) as error:
+                        raise sqlite.translate(error, self._path, committing=True) from error
+            except BaseException:
+                self._writer_stopped()  # the next one begins with a connection in a known state
+                raise
+            committed(unit)
+
+    def _writer_stopped(self) -> None:
+        connection, self._writing_connection = self._writing_connection, None
+        if connection is not None:
+            connection.close()
+
+    def _engines_here(self) -> _Engines:
+        self._check_ready()
+        loop = asyncio.get_running_loop()
+        if loop not in self._engines:
+            for other in [other for other in self._engines if other.is_closed()]:
+                if other is not self._home:  # the pool of the home loop is closed by `close`
+                    del self._engines[other]
+            self._engines[loop] = _Engines(
+                self,
+                self._path,
+                # A pool cannot serve two loops; only the first one has its connections kept.
+                {"pool_size": self._pool_size, "pool_timeout": self.timeout}
+                if loop is self._home
+                else {"pool": NullPool},
+            )
+        return self._engines[loop]
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise UnavailableError(
+                f"{self.db_path} was opened before fork: open a new Database in the child"
+            )
+
+    def _check_ready(self) -> None:
+        self._check_process()
+        if self._state == "new":
+            raise UnavailableError(f"{self.db_path} is not open yet: call initialize() first")
+        if self._state == "closed":
+            raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
+
+    def _refuse_inside(self) -> None:
+        unit = _inside.get()
+        if unit is not None and not unit.finished:
+            raise DeadlineError(
+                "this call would wait for the transaction it is in: use the session of the "
+                "transaction, as in TaskRepository(tx)"
+            )
+
+
+class _Engines:
+    """The engines of one event loop."""
+
+    def __init__(self, database: Database, path: Path, options: dict[str, Any]) -> None:
+        self.reading = sqlite.async_engine(path, write=False, **options)
+        self.writing = sqlite.async_engine(path, write=True, pool=NullPool)
+        info = {"database": database}
+        self.sessions = async_sessionmaker(self.reading, expire_on_commit=False, info=info)
+        self.write_sessions = async_sessionmaker(
+            self.writing, expire_on_commit=False, info=info, sync_session_class=_WriteSession
+        )
+        self.checked_out = 0
+        for engine in (self.reading, self.writing):
+            self._count(engine)
+
+    def _count(self, engine: AsyncEngine) -> None:
+        @event.listens_for(engine.sync_engine, "checkout")
+        def checkout(*_: Any) -> None:
+            self.checked_out += 1
+
+        @event.listens_for(engine.sync_engine, "checkin")
+        def checkin(*_: Any) -> None:
+            self.checked_out -= 1
+
+
+class _WriteSession(Session):
+    """A session whose transaction is ended by `Database.transaction` alone."""
+
+    def commit(self) -> None:
+        unit = self.info.get("unit")
+        if unit is not None and not unit.finished:
+            raise StoreError("the transaction commits at the end of its block: do not commit it")
+        super().commit()
+
+    def rollback(self) -> None:
+        unit = self.info.get("unit")
+        if unit is not None:
+            unit.finished = True
+        super().rollback()
+
+
+async def _finish(work: Coroutine[Any, Any, Result]) -> Result:
+    """Do `work` to its end, even when the caller is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        _forget(task)
+        raise cancelled
+    return task.result()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    """Take note of the outcome of a unit whose caller has gone, so that it is not reported."""
+    if not task.cancelled():
+        task.exception()

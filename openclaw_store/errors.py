@@ -1,0 +1,120 @@
+"""Every error the store raises; each class stands for one thing a caller would do differently.
+
+StoreError
+├── InvalidDataError (ValueError)     refused before anything reached the database
+├── NotFoundError (LookupError)       TaskNotFoundError, NodeNotFoundError
+├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError
+└── BackendError                      UnavailableError, DeadlineError, SchemaMismatchError,
+                                      OutcomeUnknownError
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class StoreError(Exception):
+    """Base of all errors of this library."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default calls the class with `args`, which our constructors do not take:
+        # without this, an error raised in a worker process could not be read by its parent.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[StoreError], args: tuple[object, ...], state: dict[str, Any]) -> StoreError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class InvalidDataError(StoreError, ValueError):
+    """A value was refused; nothing was written."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class NotFoundError(StoreError, LookupError):
+    """There is no such row."""
+
+
+class TaskNotFoundError(NotFoundError):
+    """No task has this identifier."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(f"no task with id {task_id!r}")
+        self.task_id = task_id
+
+
+class NodeNotFoundError(NotFoundError):
+    """No node has this identifier."""
+
+    def __init__(self, node_id: str) -> None:
+        super().__init__(f"no node with id {node_id!r}")
+        self.node_id = node_id
+
+
+class ConflictError(StoreError):
+    """What the store holds contradicts the write; the store was left as it is."""
+
+
+class DuplicateError(ConflictError):
+    """A task or node with this identifier exists already."""
+
+    def __init__(self, kind: str, id: str) -> None:
+        super().__init__(f"a {kind} with id {id!r} exists already: update it, or choose another id")
+        self.kind = kind
+        self.id = id
+
+
+class StaleVersionError(ConflictError):
+    """The copy being written is older than what the store holds."""
+
+    def __init__(self, kind: str, id: str, version: int, current: int) -> None:
+        super().__init__(
+            f"{kind} {id!r} was changed meanwhile (your copy has version {version}, the store "
+            f"{current}): read it again, or use change_{kind}"
+        )
+        self.kind = kind
+        self.id = id
+        self.version = version
+        self.current = current
+
+
+class UnsavedConflictError(ConflictError):
+    """Entries kept in memory with `persist=False` lost to newer data and were dropped."""
+
+    def __init__(self, conflicts: Sequence[StoreError]) -> None:
+        super().__init__(
+            f"{len(conflicts)} unsaved entries lost to newer data in the database and were "
+            f"dropped: {'; '.join(str(conflict) for conflict in conflicts)}"
+        )
+        self.conflicts = tuple(conflicts)
+
+
+class BackendError(StoreError):
+    """The database could not do its part."""
+
+
+class UnavailableError(BackendError):
+    """The database cannot be used now; the message says which and what to do."""
+
+
+class DeadlineError(BackendError):
+    """Something took longer than it may; it was undone."""
+
+
+class SchemaMismatchError(BackendError):
+    """The database has another schema than this version of the library needs."""
+
+
+class OutcomeUnknownError(BackendError):
+    """The commit failed half-way, so whether it took effect is not known.
+
+    Repeating the call with the same identifiers is safe.
+    """

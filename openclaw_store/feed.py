@@ -1,0 +1,121 @@
+"""What the database tells a cache: where it stands, and what has happened since.
+
+Each reading is one consistent picture, made in one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.changes import KEY, KINDS, Change, ChangeKind
+from openclaw_store.models import NodeInfo, Task
+from openclaw_store.records import Record, decode
+from openclaw_store.schema import COLUMNS, IS_LIVE, ROWS, ChangeRow, CounterRow, NodeRow, TaskRow
+
+Place = tuple[type[Any], str]
+"""The class and the identifier of a task or node."""
+
+PAGE = 500
+"""Rows decoded, or changes read, at a stretch, before other coroutines run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the database stands."""
+
+    revision: int
+    beat: int
+    """The newest flush of heartbeats."""
+    updated_at: datetime | None
+    """When the newest change was made."""
+    task_counts: Mapping[str, int]
+    """Tasks by status, finished ones included."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has happened since a revision."""
+
+    revision: int
+    """`changes` go up to here."""
+    read_at: int
+    """The revision of the picture that `records` are from; more pages follow if it is larger."""
+    beat: int
+    changes: Sequence[Change]
+    is_whole: bool
+    """Whether no change is missing; clean-up removes those of removed tasks."""
+    records: Mapping[Place, Record[Any]]
+    """Content of what changed; what is not there was removed."""
+    beaten: Sequence[Record[NodeInfo]]
+    """Nodes that had heartbeats since."""
+    task_counts: Mapping[str, int] | None
+    """Tasks by status, where they cannot be derived from the changes."""
+
+
+async def read_start(session: AsyncSession) -> Start:
+    """Where the database stands in the picture of `session`."""
+    revision, beat = await _counters(session)
+    newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
+    return Start(revision, beat, await session.scalar(newest), await _task_counts(session))
+
+
+async def read_live(session: AsyncSession) -> AsyncIterator[Sequence[Record[Any]]]:
+    """All nodes and all live tasks, page by page."""
+    for query in (select(*COLUMNS[NodeInfo]), select(*COLUMNS[Task]).where(IS_LIVE)):
+        kind: Any = NodeInfo if query.get_final_froms()[0] is NodeRow.__table__ else Task
+        result = await session.stream(query)
+        async for rows in result.partitions(PAGE):
+            yield [decode(kind, row) for row in rows]
+
+
+async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: bool) -> News:
+    """Up to a page of what has happened since the revision `since` and the flush `beat`.
+
+    Args:
+        is_whole: Whether the pages before this one were.
+    """
+    read_at, newest_beat = await _counters(session)
+    rows = (
+        await session.execute(
+            select(*ChangeRow.__table__.c)
+            .where(ChangeRow.revision > since)
+            .order_by(ChangeRow.revision)
+            .limit(PAGE)
+        )
+    ).all()
+    changes = [
+        Change(number, at, item, id, ChangeKind(kind), before, after, node, reason)
+        for number, at, item, id, kind, before, after, node, reason in rows
+    ]
+    until = changes[-1].revision if len(changes) == PAGE else read_at
+    records: dict[Place, Record[Any]] = {}
+    for item, kind in KINDS.items():
+        ids = {change.item_id for change in changes if change.item == item}
+        key = ROWS[kind].__table__.c[KEY[kind]]
+        if ids:
+            for row in await session.execute(select(*COLUMNS[kind]).where(key.in_(ids))):
+                record: Record[Any] = decode(kind, row)
+                records[kind, record[KEY[kind]]] = record
+    beaten: list[Record[NodeInfo]] = []
+    if newest_beat > beat:
+        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
+        beaten = [decode(NodeInfo, row) for row in await session.execute(query)]
+    is_whole = is_whole and len(changes) == until - since
+    counts = None if is_whole or until < read_at else await _task_counts(session)
+    return News(until, read_at, newest_beat, changes, is_whole, records, beaten, counts)
+
+
+async def _task_counts(session: AsyncSession) -> dict[str, int]:
+    counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
+    return {status.value: count for status, count in await session.execute(counts)}
+
+
+async def _counters(session: AsyncSession) -> tuple[int, int]:
+    row = (await session.execute(select(CounterRow.revision, CounterRow.beat))).one()
+    return row.revision, row.beat

@@ -1,0 +1,153 @@
+"""Two containers for the cache: a dict that can be photographed, and keys that stay sorted."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+from openclaw_store.records import Item, Record
+
+Key = TypeVar("Key", bound=tuple[Any, ...])
+
+_BUCKETS = 1024  # a power of two
+
+
+class Records(Generic[Item]):
+    """Records by identifier, of which `photograph` keeps the present state in constant time.
+
+    A photograph shares the buckets (small dicts) with the original, which copies a bucket the
+    first time it writes to it afterwards. This is copy-on-write as file systems do it; measured
+    against a persistent hash trie it reads faster and needs no extension module.
+    """
+
+    __slots__ = ("_buckets", "_mine", "_size")
+
+    def __init__(self) -> None:
+        self._buckets: list[dict[str, Record[Item]]] = [{} for _ in range(_BUCKETS)]
+        self._mine: set[int] | None = None
+        """Buckets copied since the last photograph; `None` when there was none."""
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[str]:
+        return (id for bucket in self._buckets for id in bucket)
+
+    def get(self, id: str) -> Record[Item] | None:
+        return self._buckets[hash(id) & _BUCKETS - 1].get(id)
+
+    def values(self) -> Iterator[Record[Item]]:
+        return (record for bucket in self._buckets for record in bucket.values())
+
+    def put(self, id: str, record: Record[Item]) -> None:
+        bucket = self._writable(id)
+        before = len(bucket)
+        bucket[id] = record
+        self._size += len(bucket) - before
+
+    def drop(self, id: str) -> None:
+        """Remove an entry, which must be there."""
+        del self._writable(id)[id]
+        self._size -= 1
+
+    def photograph(self) -> RecordMapping[Item]:
+        """The entries as they are now, for good."""
+        self._mine = set()
+        return RecordMapping(self._buckets.copy(), self._size)
+
+    def _writable(self, id: str) -> dict[str, Record[Item]]:
+        index = hash(id) & _BUCKETS - 1
+        if self._mine is not None and index not in self._mine:
+            self._mine.add(index)
+            self._buckets[index] = self._buckets[index].copy()
+        return self._buckets[index]
+
+
+class RecordMapping(Mapping[str, Item]):
+    """A read-only mapping of records, of which callers get copies.
+
+    It equals the dict of the copies. Pickling and deep copying (so `dataclasses.asdict` too) turn
+    it into that dict.
+    """
+
+    __slots__ = ("_buckets", "_size")
+
+    def __init__(self, buckets: list[dict[str, Record[Item]]], size: int) -> None:
+        self._buckets = buckets
+        self._size = size
+
+    def __repr__(self) -> str:
+        return f"<{self._size} entries by identifier>"
+
+    def __getitem__(self, id: str) -> Item:
+        return self._buckets[hash(id) & _BUCKETS - 1][id].copy()
+
+    def __contains__(self, id: object) -> bool:
+        return id in self._buckets[hash(id) & _BUCKETS - 1]
+
+    def __iter__(self) -> Iterator[str]:
+        return (id for bucket in self._buckets for id in bucket)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Item]:
+        return dict(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+class SortedKeys(Generic[Key]):
+    """Unique keys in ascending order.
+
+    A list of sorted lists of bounded length, so that adding and removing costs the square root of
+    the size at most, with memory moves of C speed (the idea of Grant Jenks's sortedcontainers).
+    """
+
+    __slots__ = ("_chunks", "_lasts")
+
+    _LONGEST = 1024
+
+    def __init__(self) -> None:
+        self._chunks: list[list[Key]] = []
+        self._lasts: list[Key] = []
+
+    def __iter__(self) -> Iterator[Key]:
+        return (key for chunk in self._chunks for key in chunk)
+
+    def first(self, limit: int | None) -> list[Key]:
+        """The `limit` smallest keys; `None` for all."""
+        return list(islice(self, limit))
+
+    def add(self, key: Key) -> None:
+        """Add a key that is not there."""
+        if not self._chunks:
+            self._chunks.append([key])
+            self._lasts.append(key)
+            return
+        if key > self._lasts[-1]:  # by far the most frequent case
+            place = len(self._chunks) - 1
+            self._chunks[place].append(key)
+            self._lasts[place] = key
+        else:
+            place = bisect_left(self._lasts, key)
+            insort(self._chunks[place], key)
+        chunk = self._chunks[place]
+        if len(chunk) > self._LONGEST:
+            half = len(chunk) // 2
+            self._chunks[place : place + 1] = [chunk[:half], chunk[half:]]
+            self._lasts[place : place + 1] = [chunk[half - 1], chunk[-1]]
+
+    def remove(self, key: Key) -> None:
+        """Remove a key that is there."""
+        place = bisect_left(self._lasts, key)
+        chunk = self._chunks[place]
+        del chunk[bisect_left(chunk, key)]
+        if not chunk:
+            del self._chunks[place], self._lasts[place]
+        else:
+            self._lasts[place] = chunk[-1]

@@ -1,0 +1,206 @@
+"""The domain: tasks, nodes and the picture of a cluster, as plain dataclasses.
+
+They carry no database state, so they copy, compare, pickle and `dataclasses.replace` freely.
+Times are aware and in UTC inside the store; a naive one is read as local time when it is
+written. What a field may hold is checked when it is written, not when it is assigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import IntEnum, StrEnum
+from typing import Any
+
+from openclaw_store.clock import new_id, utc_now
+
+
+class TaskType(StrEnum):
+    """What kind of work a task is."""
+
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+    COMPUTE_INTENSIVE = "compute_intensive"
+    IO_INTENSIVE = "io_intensive"
+    DAEMON = "daemon"
+
+
+class TaskStatus(StrEnum):
+    """Where a task stands."""
+
+    PENDING = "pending"
+    SCHEDULED = "scheduled"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
+
+
+FINISHED = frozenset(
+    {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT}
+)
+"""The states in which a task is done; in all others it is *live*."""
+
+
+class TaskPriority(IntEnum):
+    """How urgent a task is; the smaller number goes first."""
+
+    CRITICAL = 0
+    HIGH = 1
+    NORMAL = 2
+    LOW = 3
+
+
+class NodeStatus(StrEnum):
+    """Whether a node takes part in the cluster."""
+
+    ONLINE = "online"
+    OFFLINE = "offline"
+    BUSY = "busy"
+    MAINTENANCE = "maintenance"
+    ERROR = "error"
+
+
+ALIVE = frozenset({NodeStatus.ONLINE, NodeStatus.BUSY})
+"""The states in which a node is expected to send heartbeats."""
+
+
+@dataclass
+class Task:
+    """A unit of work submitted to the cluster."""
+
+    task_id: str
+    task_type: TaskType
+    name: str
+    description: str = ""
+    required_skills: list[str] = field(default_factory=list)
+    optional_skills: list[str] | None = None
+    status: TaskStatus = TaskStatus.PENDING
+    priority: TaskPriority = TaskPriority.NORMAL
+    assigned_node: str | None = None
+    """Identifier of a node; it need not exist."""
+    submitted_at: datetime | None = None
+    """Filled in with the present moment when the task is added without it."""
+    scheduled_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    timeout: int | None = None
+    """Seconds the task may run; `None` for no limit."""
+    retry_count: int = 0
+    max_retries: int = 3
+    result: Any = None
+    """Any JSON value."""
+    error: str | None = None
+    user_id: str | None = None
+    affinity_tags: list[str] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    updated_at: datetime | None = None
+    """When the store last wrote the task; set by the store."""
+    version: int = 0
+    """Grows with every change of this task; set by the store, 0 until then, negative while the
+    newest content is only in memory (`persist=False`)."""
+
+    @classmethod
+    def create(
+        cls,
+        task_type: TaskType,
+        name: str,
+        description: str = "",
+        required_skills: Iterable[str] = (),
+        *,
+        task_id: str | None = None,
+        optional_skills: Iterable[str] | None = None,
+        priority: TaskPriority = TaskPriority.NORMAL,
+        parameters: Mapping[str, Any] | None = None,
+        timeout: int | None = None,
+        max_retries: int = 3,
+        user_id: str | None = None,
+        affinity_tags: Iterable[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        submitted_at: datetime | None = None,
+    ) -> Task:
+        """A new pending task with an identifier of its own, submitted now.
+
+        Args:
+            task_id: An identifier of the caller's; `None` makes one that sorts by time.
+            timeout: Seconds the task may run; `None` for no limit.
+            submitted_at: `None` for the present moment.
+        """
+        return cls(
+            task_id=new_id() if task_id is None else task_id,
+            task_type=task_type,
+            name=name,
+            description=description,
+            required_skills=list(required_skills),
+            optional_skills=None if optional_skills is None else list(optional_skills),
+            priority=priority,
+            submitted_at=utc_now() if submitted_at is None else submitted_at,
+            parameters=dict(parameters or {}),
+            timeout=timeout,
+            max_retries=max_retries,
+            user_id=user_id,
+            affinity_tags=None if affinity_tags is None else list(affinity_tags),
+            metadata=dict(metadata or {}),
+        )
+
+
+@dataclass
+class NodeInfo:
+    """A machine that runs tasks."""
+
+    node_id: str
+    hostname: str
+    platform: str = ""
+    arch: str = ""
+    status: NodeStatus = NodeStatus.ONLINE
+    cpu_usage: float = 0.0
+    """Percent, 0 to 100."""
+    memory_usage: float = 0.0
+    """Percent, 0 to 100."""
+    disk_usage: float = 0.0
+    """Percent, 0 to 100."""
+    available_skills: list[str] = field(default_factory=list)
+    max_concurrent_tasks: int = 5
+    running_tasks: int = 0
+    ip_address: str = ""
+    tailscale_ip: str = ""
+    port: int = 18789
+    total_tasks_processed: int = 0
+    successful_tasks: int = 0
+    failed_tasks: int = 0
+    average_execution_time: float = 0.0
+    """Seconds."""
+    registered_at: datetime | None = None
+    """Filled in with the present moment when the node is added without it."""
+    last_heartbeat: datetime | None = None
+    """`None` for a node that never sent one."""
+    tags: list[str] = field(default_factory=list)
+    version: int = 0
+    """Grows with every change of this node, heartbeats aside; set by the store, 0 until then,
+    negative while the newest content is only in memory (`persist=False`)."""
+
+
+@dataclass(frozen=True)
+class ClusterState:
+    """The cluster at one moment: it does not change when the cluster does.
+
+    `nodes` and `tasks` are read-only mappings by identifier. They make a copy of an entry when
+    it is looked at, so a picture of 100,000 tasks costs nothing until it is read; pickling and
+    `dataclasses.asdict` turn them into real dicts.
+    """
+
+    version: int
+    """Revision of the newest change in the picture."""
+    updated_at: datetime | None
+    """When that change was made; `None` when nothing was ever changed."""
+    nodes: Mapping[str, NodeInfo]
+    tasks: Mapping[str, Task]
+    """The live tasks: pending, scheduled and running."""
+    total_nodes: int
+    online_nodes: int
+    total_tasks: int
+    """All tasks in the database, finished ones included."""
+    running_tasks: int

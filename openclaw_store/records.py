@@ -1,0 +1,473 @@
+"""Records: what the store keeps of a task or node, checked once, never changed, cheap to copy.
+
+Everything that crosses the border is checked here, so that nothing reaches a driver that one
+database would take and another refuse. `encode` makes a `Record` of a caller's object;
+`Record.copy` makes objects for callers that share nothing with it.
+
+JSON stays text until somebody looks at it. Then lists and dicts of plain values are kept
+decoded, because `copy()` of one is faster than decoding it again; nested ones stay text,
+because decoding is the fastest deep copy there is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Generic, TypeVar, cast
+
+import orjson
+
+from openclaw_store.errors import InvalidDataError
+from openclaw_store.models import NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus, TaskType
+
+Item = TypeVar("Item", Task, NodeInfo)
+
+MAX_ID_LENGTH = 255
+"""Characters of an identifier (of a task, node or user)."""
+MAX_TEXT_LENGTH = 1 << 20
+"""Characters of any other text."""
+MAX_JSON_BYTES = 16 << 20
+"""Bytes of a JSON value, encoded."""
+MAX_JSON_DEPTH = 200
+"""How deep JSON may be nested."""
+MAX_INTEGER = (1 << 63) - 1
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+_NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+Check = Callable[[str, Any], Any]
+"""Takes a field's name and value; returns the value as it is kept, or raises."""
+
+
+class Record(Generic[Item]):
+    """An unchanging image of a task or node."""
+
+    __slots__ = ("_encoded", "_fields", "_flat", "_nested", "kind")
+
+    def __init__(self, item: Item, encoded: dict[str, str | None]) -> None:
+        """Take over `item`, whose JSON fields are given as text; it belongs to the record now."""
+        self.kind: type[Item] = type(item)
+        self._fields = item.__dict__
+        self._encoded = encoded
+        self._flat: tuple[str, ...] = ()
+        self._nested: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Record({self.copy()!r})"
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field that is not JSON."""
+        return self._fields[name]
+
+    @property
+    def version(self) -> int:
+        return cast(int, self._fields["version"])
+
+    def copy(self) -> Item:
+        """An object of the caller's own, equal to what was recorded."""
+        if self._encoded:
+            self._decode()
+        fields = self._fields.copy()
+        for name in self._flat:
+            fields[name] = fields[name].copy()
+        for name, text in self._nested:
+            fields[name] = orjson.loads(text)
+        item: Item = object.__new__(self.kind)
+        item.__dict__ = fields
+        return item
+
+    def decoded(self, name: str) -> Any:
+        """The value of any field; not to be changed by the caller."""
+        if self._encoded:
+            self._decode()
+        for nested, text in self._nested:
+            if nested == name:
+                return orjson.loads(text)
+        return self._fields[name]
+
+    def encoded(self, name: str) -> str | None:
+        """The text of a JSON field; `None` for its default."""
+        if name in self._encoded:
+            return self._encoded[name]
+        for nested, text in self._nested:
+            if nested == name:
+                return text
+        value = self._fields[name]
+        return None if value == JSON_FIELDS[self.kind][name]() else _dump(value)
+
+    def evolve(self, **values: Any) -> Record[Item]:
+        """A record that differs in the given fields, none of them JSON."""
+        item: Item = object.__new__(self.kind)
+        fields = self._fields.copy()
+        fields.update(values)
+        item.__dict__ = fields
+        evolved = Record(item, self._encoded.copy())
+        evolved._flat = self._flat  # nobody edits the lists and dicts of a record: share them
+        evolved._nested = self._nested
+        return evolved
+
+    def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
+        """A record that has the named fields from `other` and the rest from this one."""
+        json_fields = JSON_FIELDS[self.kind]
+        chosen = frozenset(names)
+        sources = {name: other if name in chosen else self for name in self._fields}
+        item: Item = object.__new__(self.kind)
+        item.__dict__ = {name: source._fields[name] for name, source in sources.items()}
+        return Record(item, {name: sources[name].encoded(name) for name in json_fields})
+
+    def differences(self, other: Record[Item]) -> tuple[str, ...]:
+        """Names of the fields whose values are not the same, those set by the store aside."""
+        json_fields = JSON_FIELDS[self.kind]
+        theirs = other._fields
+        return tuple(
+            name
+            for name, value in self._fields.items()
+            if name not in STORE_FIELDS
+            and (
+                self.encoded(name) != other.encoded(name)
+                if name in json_fields
+                else value is not theirs[name] and value != theirs[name]
+            )
+        )
+
+    def _decode(self) -> None:
+        flat, nested = list(self._flat), list(self._nested)
+        for name, text in self._encoded.items():
+            value = (
+                JSON_FIELDS[self.kind][name]()
+                if text is None
+                else _load(self.kind, self._fields, name, text)
+            )
+            items: Iterable[Any]
+            if type(value) is list:
+                items = value
+            elif type(value) is dict:
+                items = value.values()
+            else:
+                self._fields[name] = value
+                continue
+            if text is None or _PLAIN.issuperset(map(type, items)):
+                self._fields[name] = value
+                flat.append(name)
+            else:
+                nested.append((name, text))
+        # The last assignment is what other threads wait for: until then they decode as well.
+        self._flat, self._nested = tuple(flat), tuple(nested)
+        self._encoded = {}
+
+
+def encode(item: Item) -> Record[Item]:
+    """Check a caller's object and keep a copy of it.
+
+    Raises:
+        InvalidDataError: Naming the first field that cannot be stored, and why.
+    """
+    kind = type(item)
+    checks = _CHECKS.get(kind)
+    if checks is None:
+        raise InvalidDataError("task or node", f"must be a Task or NodeInfo, not {kind.__name__}")
+    source = item.__dict__
+    copy: Item = object.__new__(kind)
+    # Through the dict of an instance, so that all records share one table of keys.
+    fields = copy.__dict__ = source.copy() if len(source) == len(checks) else _declared(item)
+    encoded: dict[str, str | None] = {}
+    json_fields = JSON_FIELDS[kind]
+    for name, check in checks.items():
+        value = check(name, fields[name])
+        if name in json_fields:
+            encoded[name] = value
+            fields[name] = None
+        else:
+            fields[name] = value
+    return Record(copy, encoded)
+
+
+def write_back(record: Record[Item], item: Item) -> None:
+    """Give the caller's object the version and the times it has in the store."""
+    for name in _STAMPED[type(item)]:
+        setattr(item, name, record[name])
+
+
+def _declared(item: Task | NodeInfo) -> dict[str, Any]:
+    """The fields of `item` without the attributes that somebody hung on it."""
+    missing = [field.name for field in dataclass_fields(item) if field.name not in item.__dict__]
+    if missing:
+        raise InvalidDataError(missing[0], "is missing")
+    return {field.name: item.__dict__[field.name] for field in dataclass_fields(item)}
+
+
+def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
+    """The record of a row whose columns stand in the order of the fields, JSON as text."""
+    item = kind(*row)
+    encoded = {}
+    for name in JSON_FIELDS[kind]:
+        encoded[name] = getattr(item, name)
+        setattr(item, name, None)
+    return Record(item, encoded)
+
+
+def check_id(name: str, value: Any) -> str:
+    """An identifier: text that is not empty and not too long."""
+    text = _text(name, value, MAX_ID_LENGTH)
+    if not text:
+        raise InvalidDataError(name, "must not be empty")
+    return text
+
+
+def check_key(name: str, value: Any) -> str:
+    """What may be looked up: as an identifier, but there is simply nothing under the empty one."""
+    return _text(name, value, MAX_ID_LENGTH)
+
+
+def check_count(name: str, value: Any) -> int:
+    """A whole number from 0 to 2^63 - 1."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise InvalidDataError(name, f"must be a whole number, not {_shown(value)}")
+    if not 0 <= value <= MAX_INTEGER:
+        raise InvalidDataError(name, f"must be between 0 and 2^63 - 1, not {_shown(value)}")
+    return int(value)
+
+
+def check_number(name: str, value: Any, greatest: float = math.inf) -> float:
+    """A finite number from 0 to `greatest`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidDataError(name, f"must be a number, not {_shown(value)}")
+    if not 0 <= value <= greatest or value > 1e300:
+        limits = "not negative" if math.isinf(greatest) else f"between 0 and {greatest:g}"
+        raise InvalidDataError(name, f"must be finite and {limits}, not {_shown(value)}")
+    return float(value) + 0.0  # makes -0.0, which PostgreSQL would keep, 0.0
+
+
+def check_percentage(name: str, value: Any) -> float:
+    """A number from 0 to 100."""
+    return check_number(name, value, 100)
+
+
+def check_time(name: str, value: Any) -> datetime:
+    """A moment, aware and in UTC; a naive one is read as local time."""
+    if not isinstance(value, datetime):
+        raise InvalidDataError(name, f"must be a datetime, not {_shown(value)}")
+    if value.tzinfo is UTC:
+        return value
+    try:
+        return value.astimezone(UTC)
+    except (OverflowError, ValueError, OSError) as error:
+        raise InvalidDataError(name, f"{value} is outside the range of UTC") from error
+
+
+def check_enum(kind: type[Enum]) -> Check:
+    """A check for members of `kind`, or their values."""
+
+    def check(name: str, value: Any) -> Enum:
+        if type(value) is kind:
+            return value
+        try:
+            if isinstance(value, bool):  # True is 1, and 1 is a priority
+                raise ValueError
+            return kind(value)
+        except ValueError:
+            known = ", ".join(str(member.value) for member in kind)
+            raise InvalidDataError(name, f"must be one of {known}, not {_shown(value)}") from None
+
+    return check
+
+
+def encode_json(name: str, value: Any) -> str:
+    """Compact text of a JSON value.
+
+    Raises:
+        InvalidDataError: For what JSON or one of the databases cannot hold.
+    """
+    _check_json(name, value, 0)
+    try:
+        text = _dump(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidDataError(name, f"is not JSON: {error}") from error
+    if "\\u0000" in text and _NUL_IN_JSON.search(text):
+        raise InvalidDataError(name, "must not contain the character NUL")
+    if len(text) > MAX_JSON_BYTES // 4 and len(text.encode()) > MAX_JSON_BYTES:
+        raise InvalidDataError(name, f"is larger than {MAX_JSON_BYTES} bytes of JSON")
+    return text
+
+
+def _check_json(name: str, value: Any, depth: int) -> None:
+    """Refuse what orjson would change in silence: NaN, infinity, and types that are not JSON."""
+    kind = type(value)
+    if kind is str or kind is bool or value is None:
+        return
+    if kind is int or isinstance(value, int):
+        if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
+            raise InvalidDataError(name, "has an integer outside 64 bits")
+    elif kind is float or isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidDataError(name, f"has {value}, which JSON cannot hold")
+    elif depth >= MAX_JSON_DEPTH:
+        raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise InvalidDataError(name, f"has the key {_shown(key)}, which is not text")
+            if type(item) is not str:
+                _check_json(name, item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            if type(item) is not str:
+                _check_json(name, item, depth + 1)
+    elif not isinstance(value, str):
+        raise InvalidDataError(name, f"has {_shown(value)}, which is not JSON")
+
+
+def _dump(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _load(kind: type[Any], fields: Mapping[str, Any], name: str, text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        key = fields["task_id" if kind is Task else "node_id"]
+        raise InvalidDataError(name, f"of {key!r} is not readable JSON: {error}") from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
+    if not isinstance(value, str):
+        raise InvalidDataError(name, f"must be text, not {_shown(value)}")
+    if len(value) > longest:
+        raise InvalidDataError(name, f"is longer than {longest} characters")
+    if "\0" in value:
+        raise InvalidDataError(name, "must not contain the character NUL")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidDataError(name, "must not contain a lone surrogate") from None
+    return value if type(value) is str else str.__str__(value)
+
+
+def _optional_id(name: str, value: Any) -> str | None:
+    return None if value is None else _text(name, value, MAX_ID_LENGTH)
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _text_list(name: str, value: Any) -> str | None:
+    """A list of text, of which the empty one is the default."""
+    return None if type(value) is list and not value else _text_items(name, value)
+
+
+def _text_items(name: str, value: Any) -> str | None:
+    if not isinstance(value, list | tuple):
+        raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
+    for item in value:
+        if not isinstance(item, str):
+            raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
+    return encode_json(name, value)
+
+
+def _json_object(name: str, value: Any) -> str | None:
+    if type(value) is dict and not value:
+        return None
+    if not isinstance(value, dict):
+        raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
+    return encode_json(name, value)
+
+
+def _version(name: str, value: Any) -> int:
+    if type(value) is not int or abs(value) > MAX_INTEGER:
+        raise InvalidDataError(name, f"must be the whole number it came with, not {_shown(value)}")
+    return value
+
+
+_NO_DEFAULT: Callable[[], Any] = lambda: None  # noqa: E731 - a default factory, beside list, dict
+
+JSON_FIELDS: Mapping[type[Any], Mapping[str, Callable[[], Any]]] = {
+    Task: {
+        "required_skills": list,
+        "optional_skills": _NO_DEFAULT,
+        "parameters": dict,
+        "result": _NO_DEFAULT,
+        "affinity_tags": _NO_DEFAULT,
+        "metadata": dict,
+    },
+    NodeInfo: {"available_skills": list, "tags": list},
+}
+"""The fields that are stored as JSON, with what makes their default."""
+
+_STAMPED: Mapping[type[Any], Sequence[str]] = {
+    Task: (
+        "submitted_at",
+        "scheduled_at",
+        "started_at",
+        "completed_at",
+        "updated_at",
+        "version",
+    ),
+    NodeInfo: ("registered_at", "last_heartbeat", "version"),
+}
+
+STORE_FIELDS = frozenset({"version", "updated_at"})
+"""The fields that only the store sets."""
+
+_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
+    Task: {
+        "task_id": check_id,
+        "task_type": check_enum(TaskType),
+        "name": _text,
+        "description": _text,
+        "required_skills": _text_list,
+        "optional_skills": _optional(_text_items),
+        "status": check_enum(TaskStatus),
+        "priority": check_enum(TaskPriority),
+        "assigned_node": _optional_id,
+        "submitted_at": _optional(check_time),
+        "scheduled_at": _optional(check_time),
+        "started_at": _optional(check_time),
+        "completed_at": _optional(check_time),
+        "parameters": _json_object,
+        "timeout": _optional(check_count),
+        "retry_count": check_count,
+        "max_retries": check_count,
+        "result": _optional(encode_json),
+        "error": _optional(_text),
+        "user_id": _optional_id,
+        "affinity_tags": _optional(_text_items),
+        "metadata": _json_object,
+        "updated_at": lambda name, value: value,
+        "version": _version,
+    },
+    NodeInfo: {
+        "node_id": check_id,
+        "hostname": _text,
+        "platform": _text,
+        "arch": _text,
+        "status": check_enum(NodeStatus),
+        "cpu_usage": check_percentage,
+        "memory_usage": check_percentage,
+        "disk_usage": check_percentage,
+        "available_skills": _text_list,
+        "max_concurrent_tasks": check_count,
+        "running_tasks": check_count,
+        "ip_address": _text,
+        "tailscale_ip": _text,
+        "port": check_count,
+        "total_tasks_processed": check_count,
+        "successful_tasks": check_count,
+        "failed_tasks": check_count,
+        "average_execution_time": check_number,
+        "registered_at": _optional(check_time),
+        "last_heartbeat": _optional(check_time),
+        "tags": _text_list,
+        "version": _version,
+    },
+}

@@ -1,0 +1,340 @@
+"""Typed queries and writes: one class for each table.
+
+A repository made with a `Database` runs each call in a transaction of its own. One made with the
+session of a `Database.transaction()` joins it and commits nothing itself; with the session of a
+`Database.session()` it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import timedelta
+from typing import Any, ClassVar, Generic, TypeVar
+
+from sqlalchemy import Float, Select, cast, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.changes import (
+    KEY,
+    Beat,
+    Create,
+    Remove,
+    RemoveFinished,
+    SetNodeStatus,
+    Update,
+    apply,
+    remove_finished,
+)
+from openclaw_store.database import Database
+from openclaw_store.errors import InvalidDataError, StoreError
+from openclaw_store.models import ALIVE, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.records import (
+    Item,
+    Record,
+    check_count,
+    check_enum,
+    check_key,
+    check_number,
+    decode,
+    encode,
+    write_back,
+)
+from openclaw_store.schema import COLUMNS, FIELDS, IS_PENDING, ROWS, NodeRow, TaskRow
+from openclaw_store.writer import Apply
+
+Result = TypeVar("Result")
+
+CLEANUP_BATCH = 500
+"""Tasks that one transaction of `cleanup_old_tasks` removes; others write in between."""
+
+_PARTITION = 500  # rows decoded at a stretch, before other coroutines run
+
+task_status = check_enum(TaskStatus)
+node_status = check_enum(NodeStatus)
+
+
+def check_limit(limit: int | None) -> int | None:
+    """A limit of a list: at least 1, or `None` for all."""
+    if limit is not None and check_count("limit", limit) < 1:
+        raise InvalidDataError("limit", "must be at least 1; None means all")
+    return limit
+
+
+class _Repository(Generic[Item]):
+    """What both repositories do alike."""
+
+    _kind: ClassVar[type[Any]]
+
+    def __init__(self, database: Database | AsyncSession) -> None:
+        self._session = database if isinstance(database, AsyncSession) else None
+        origin = database.info.get("database") if isinstance(database, AsyncSession) else database
+        if not isinstance(origin, Database):
+            raise InvalidDataError("database", "must be a Database, or a session of one")
+        self._database = origin
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._database!r}>"
+
+    async def get(self, id: str) -> Item | None:
+        """The task or node with this identifier; `None` if there is none."""
+        record = await self.get_record(id)
+        return None if record is None else record.copy()
+
+    async def get_record(self, id: str) -> Record[Item] | None:
+        """The record with this identifier; `None` if there is none."""
+        key = KEY[self._kind]
+        query = self._select(ROWS[self._kind].__table__.c[key] == check_key(key, id))
+
+        async def run(session: AsyncSession) -> Record[Item] | None:
+            row = (await session.execute(query)).one_or_none()
+            return None if row is None else decode(self._kind, row)
+
+        return await self._read(run)
+
+    async def _create(self, item: Item) -> bool:
+        record = self.encode(item)
+        operation = Create(self._kind, record[KEY[self._kind]], record)
+        write_back(await self._write(operation), item)
+        return True
+
+    async def _update(self, item: Item) -> bool:
+        record = self.encode(item)
+        key = KEY[self._kind]
+        names = tuple(name for name in FIELDS[self._kind] if name != key)
+        write_back(await self._write(Update(self._kind, record[key], record, names)), item)
+        return True
+
+    async def _delete(self, id: str) -> bool:
+        removed: bool = await self._write(Remove(self._kind, check_key(KEY[self._kind], id)))
+        return removed
+
+    def encode(self, item: Item) -> Record[Item]:
+        """Check an object on its way in; one without a time of its own is stamped now."""
+        if not isinstance(item, self._kind):
+            name = KEY[self._kind].removesuffix("_id")
+            raise InvalidDataError(
+                name, f"must be a {self._kind.__name__}, not {type(item).__name__}"
+            )
+        record = encode(item)
+        born = "submitted_at" if self._kind is Task else "registered_at"
+        return record if record[born] else record.evolve(**{born: self._database.clock()})
+
+    def _select(self, *conditions: Any) -> Select[Any]:
+        return select(*COLUMNS[self._kind]).where(*conditions)
+
+    async def _list(self, query: Select[Any], limit: int | None = None) -> list[Item]:
+        async def run(session: AsyncSession) -> list[Item]:
+            if limit is not None and limit <= _PARTITION:
+                rows = (await session.execute(query.limit(limit))).all()
+                return [decode(self._kind, row).copy() for row in rows]
+            items: list[Item] = []
+            result = await session.stream(query.limit(limit))
+            async for part in result.partitions(_PARTITION):
+                items.extend([decode(self._kind, row).copy() for row in part])
+            return items
+
+        return await self._read(run)
+
+    async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+        if self._session is not None:
+            return await work(self._session)
+        return await self._database.read(work)
+
+    async def _write(self, operation: Any, apply: Apply = apply) -> Any:
+        if self._session is not None:
+            return await self._database.write_in(self._session, apply, operation)
+        return await self._database.write(apply, operation)
+
+
+class TaskRepository(_Repository[Task]):
+    """The tasks in the database; every call reads or writes it."""
+
+    _kind = Task
+
+    async def create(self, task: Task) -> bool:
+        """Add a task; `task` receives its version and its times in UTC.
+
+        Raises:
+            DuplicateError: If there is a task with this identifier.
+            InvalidDataError: If a field cannot be stored.
+        """
+        return await self._create(task)
+
+    async def update(self, task: Task) -> bool:
+        """Write a changed task back; `task` receives the new version and can be changed again.
+
+        Raises:
+            TaskNotFoundError: If it was deleted meanwhile.
+            StaleVersionError: If it was changed meanwhile; read it again first.
+            InvalidDataError: If a field cannot be stored.
+        """
+        return await self._update(task)
+
+    async def delete(self, task_id: str) -> bool:
+        """Remove a task; `False` if there is none. Its history stays."""
+        return await self._delete(task_id)
+
+    async def list_by_status(self, status: TaskStatus, limit: int | None = None) -> list[Task]:
+        """Tasks with this status, newest submitted first."""
+        return await self._newest(TaskRow.status == task_status("status", status), limit)
+
+    async def list_by_node(self, node_id: str) -> list[Task]:
+        """Tasks assigned to this node, finished ones included, newest submitted first."""
+        return await self._newest(TaskRow.assigned_node == check_key("node_id", node_id), None)
+
+    async def list_by_user(self, user_id: str, limit: int | None = 100) -> list[Task]:
+        """Tasks of this user, newest submitted first."""
+        return await self._newest(TaskRow.user_id == check_key("user_id", user_id), limit)
+
+    async def list_pending_tasks(self, limit: int | None = 50) -> list[Task]:
+        """Pending and scheduled tasks by priority, then time of submission, then identifier."""
+        order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
+        return await self._list(self._select(IS_PENDING).order_by(*order), check_limit(limit))
+
+    async def count_by_status(self, status: TaskStatus | None = None) -> int:
+        """How many tasks have this status; `None` counts all."""
+        query = select(func.count()).select_from(TaskRow)
+        if status is not None:
+            query = query.where(TaskRow.status == task_status("status", status))
+
+        async def run(session: AsyncSession) -> int:
+            return await session.scalar(query) or 0
+
+        return await self._read(run)
+
+    async def cleanup_old_tasks(
+        self, days: float = 30, keep_status: TaskStatus | Iterable[TaskStatus] | None = None
+    ) -> int:
+        """Remove tasks that finished more than `days` days ago, and their history.
+
+        A finished task without `completed_at` counts from its last change. Works in batches:
+        others write in between, and after an error it can simply be called again (a note on the
+        error says how many were removed).
+
+        Args:
+            days: Age in days, from 0.
+            keep_status: Status, or several, not to be removed.
+
+        Returns:
+            How many were removed.
+        """
+        kept: Iterable[TaskStatus] = (
+            () if keep_status is None else [keep_status]  # type: ignore[list-item]  # narrowed here
+            if isinstance(keep_status, str) else keep_status
+        )  # fmt: skip
+        keep = tuple(task_status("keep_status", status) for status in kept)
+        try:
+            cutoff = self._database.clock() - timedelta(days=check_number("days", days))
+        except OverflowError as error:
+            raise InvalidDataError("days", f"is too large: {days}") from error
+        total = 0
+        while True:
+            try:
+                operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
+                removed = await self._write(operation, remove_finished)
+            except StoreError as error:
+                error.add_note(f"{total} tasks were removed before; call again for the rest")
+                raise
+            total += removed
+            if removed < CLEANUP_BATCH:
+                return total
+
+    async def _newest(self, condition: Any, limit: int | None) -> list[Task]:
+        order = (TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
+        return await self._list(self._select(condition).order_by(*order), check_limit(limit))
+
+
+class NodeRepository(_Repository[NodeInfo]):
+    """The nodes in the database; every call reads or writes it."""
+
+    _kind = NodeInfo
+
+    async def create(self, node: NodeInfo) -> bool:
+        """Add a node; `node` receives its version and its times in UTC.
+
+        Raises:
+            DuplicateError: If there is a node with this identifier.
+            InvalidDataError: If a field cannot be stored.
+        """
+        return await self._create(node)
+
+    async def update(self, node: NodeInfo) -> bool:
+        """Write a changed node back; `node` receives the new version and can be changed again.
+
+        Usage figures are written as they are given; `last_heartbeat` never goes back.
+
+        Raises:
+            NodeNotFoundError: If it was deleted meanwhile.
+            StaleVersionError: If it was changed meanwhile; read it again first.
+            InvalidDataError: If a field cannot be stored.
+        """
+        return await self._update(node)
+
+    async def delete(self, node_id: str) -> bool:
+        """Remove a node; `False` if there is none. Its history stays."""
+        return await self._delete(node_id)
+
+    async def list_by_status(self, status: NodeStatus) -> list[NodeInfo]:
+        """Nodes with this status, newest registered first."""
+        return await self._newest(NodeRow.status == node_status("status", status))
+
+    async def list_online_nodes(self) -> list[NodeInfo]:
+        """Nodes that are ONLINE, newest registered first."""
+        return await self.list_by_status(NodeStatus.ONLINE)
+
+    async def get_all_nodes(self) -> list[NodeInfo]:
+        """All nodes, newest registered first."""
+        return await self._newest()
+
+    async def update_heartbeat(self, node_id: str) -> bool:
+        """Note a sign of life now; brings an OFFLINE node back ONLINE. `False` if unknown."""
+        beat = Beat(check_key("node_id", node_id), self._database.clock(), {})
+        known: bool = await self._write(beat)
+        return known
+
+    async def update_status(self, node_id: str, status: NodeStatus) -> bool:
+        """Change a node's status; ONLINE and BUSY count as a sign of life. `False` if unknown."""
+        known: bool = await self._write(
+            SetNodeStatus(check_key("node_id", node_id), node_status("status", status))
+        )
+        return known
+
+    async def find_stale_nodes(self, timeout_seconds: float = 120) -> list[NodeInfo]:
+        """Nodes that are ONLINE or BUSY, but were silent for longer than `timeout_seconds`.
+
+        A node that never sent a heartbeat counts from its registration. Newest registered first.
+        """
+        cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        last_sign = func.coalesce(NodeRow.last_heartbeat, NodeRow.registered_at)
+        return await self._newest(NodeRow.status.in_(ALIVE), last_sign < cutoff)
+
+    async def find_by_skill(self, skill: str) -> list[NodeInfo]:
+        """ONLINE nodes that have exactly this skill, newest registered first."""
+        skills = func.json_each(NodeRow.available_skills).table_valued("value").c.value
+        has_skill = select(skills).where(skills == check_key("skill", skill)).exists()
+        return await self._newest(NodeRow.status == NodeStatus.ONLINE, has_skill)
+
+    async def get_available_nodes(self) -> list[NodeInfo]:
+        """ONLINE nodes with a free place, least loaded first.
+
+        Load is the share of `max_concurrent_tasks` in use, then `running_tasks`; equals go by
+        identifier.
+        """
+        load = cast(NodeRow.running_tasks, Float) / NodeRow.max_concurrent_tasks
+        query = self._select(
+            NodeRow.status == NodeStatus.ONLINE,
+            NodeRow.running_tasks < NodeRow.max_concurrent_tasks,
+        ).order_by(load, NodeRow.running_tasks, NodeRow.node_id)
+        return await self._list(query)
+
+    async def _newest(self, *conditions: Any) -> list[NodeInfo]:
+        order = (NodeRow.registered_at.desc(), NodeRow.node_id)
+        return await self._list(self._select(*conditions).order_by(*order))
+
+
+def check_seconds(name: str, value: float) -> timedelta:
+    """A duration in seconds, from 0."""
+    try:
+        return timedelta(seconds=check_number(name, value))
+    except OverflowError as error:
+        raise InvalidDataError(name, f"is too large: {value}") from error

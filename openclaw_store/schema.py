@@ -1,0 +1,329 @@
+"""The tables, as SQLAlchemy declarative models: what Alembic checks itself against and what
+every statement is built from.
+
+`TaskRow` and `NodeRow` have a column for each field of `Task` and `NodeInfo`, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    Dialect,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    TextClause,
+    text,
+    type_coerce,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import GenericFunction
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from openclaw_store.models import (
+    FINISHED,
+    NodeInfo,
+    NodeStatus,
+    Task,
+    TaskPriority,
+    TaskStatus,
+    TaskType,
+)
+from openclaw_store.records import JSON_FIELDS, MAX_ID_LENGTH, Record, encode_json
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+def to_microseconds(moment: datetime) -> int:
+    """Microseconds since 1970, exactly."""
+    delta = moment - _EPOCH
+    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+class UtcTime(TypeDecorator[datetime]):
+    """A moment: an integer of microseconds since 1970 on SQLite, `timestamptz` elsewhere."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(BigInteger())
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        return to_microseconds(value) if value and dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        return _EPOCH + value * _MICROSECOND if isinstance(value, int) else value
+
+
+class EnumValue(TypeDecorator[Any]):
+    """A member of an enumeration, stored as its value: text people can read, or an integer."""
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, kind: type[Enum]) -> None:
+        self.kind = kind
+        self._members = {member.value: member for member in kind}
+        super().__init__()
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if issubclass(self.kind, int):
+            return dialect.type_descriptor(Integer())
+        longest = max(len(value) for value in self._members)
+        return dialect.type_descriptor(String(longest))
+
+    def process_bind_param(self, value: Enum | None, dialect: Dialect) -> Any:
+        return value.value if isinstance(value, Enum) else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return self._members.get(value, value)
+
+
+class Json(TypeDecorator[Any]):
+    """Compact JSON text; NULL is the default of the field."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else encode_json("value", value)
+
+
+class _now_utc(GenericFunction[datetime]):
+    """The present moment as `UtcTime` stores it, for rows that people insert by hand."""
+
+    type = UtcTime()
+    inherit_cache = True
+
+
+@compiles(_now_utc, "sqlite")
+def _now_utc_sqlite(element: _now_utc, compiler: SQLCompiler, **options: Any) -> str:
+    return "(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))"
+
+
+def _one_of(column: str, kind: type[Enum]) -> CheckConstraint:
+    values = ", ".join(repr(member.value) for member in kind)
+    return CheckConstraint(f"{column} IN ({values})", name=column)
+
+
+def _in(states: Iterable[TaskStatus]) -> TextClause:
+    return text(f"status IN ({', '.join(repr(str(state)) for state in sorted(states))})")
+
+
+# SQLite uses a partial index only for queries that repeat its condition to the letter.
+IS_PENDING = _in((TaskStatus.PENDING, TaskStatus.SCHEDULED))
+"""Whether a task waits to be run."""
+IS_FINISHED = _in(FINISHED)
+"""Whether a task is done."""
+IS_LIVE = _in(set(TaskStatus) - FINISHED)
+"""Whether a task is not done."""
+
+
+class Base(DeclarativeBase):
+    """Gives every constraint a name that migrations can refer to."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class TaskRow(Base):
+    """A row of `tasks`."""
+
+    __tablename__ = "tasks"
+    __table_args__ = (
+        _one_of("task_type", TaskType),
+        _one_of("status", TaskStatus),
+        CheckConstraint("priority BETWEEN 0 AND 3", name="priority"),
+        # The pending list is read in this order, and finished tasks cost it nothing.
+        Index(
+            "ix_tasks_pending",
+            "priority",
+            "submitted_at",
+            "task_id",
+            sqlite_where=IS_PENDING,
+            postgresql_where=IS_PENDING,
+        ),
+        Index("ix_tasks_status", "status", "submitted_at"),
+        Index(
+            "ix_tasks_assigned_node",
+            "assigned_node",
+            "submitted_at",
+            sqlite_where=text("assigned_node IS NOT NULL"),
+            postgresql_where=text("assigned_node IS NOT NULL"),
+        ),
+        Index(
+            "ix_tasks_user_id",
+            "user_id",
+            "submitted_at",
+            sqlite_where=text("user_id IS NOT NULL"),
+            postgresql_where=text("user_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_tasks_finished",
+            "completed_at",
+            sqlite_where=IS_FINISHED,
+            postgresql_where=IS_FINISHED,
+        ),
+    )
+
+    task_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH), primary_key=True)
+    task_type: Mapped[TaskType] = mapped_column(EnumValue(TaskType))
+    name: Mapped[str] = mapped_column(Text)
+    description: Mapped[str] = mapped_column(Text, server_default="")
+    required_skills: Mapped[Any] = mapped_column(Json, nullable=True)
+    optional_skills: Mapped[Any] = mapped_column(Json, nullable=True)
+    status: Mapped[TaskStatus] = mapped_column(EnumValue(TaskStatus), server_default="pending")
+    priority: Mapped[TaskPriority] = mapped_column(EnumValue(TaskPriority), server_default="2")
+    assigned_node: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
+    submitted_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_now_utc())
+    scheduled_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    started_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    completed_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    parameters: Mapped[Any] = mapped_column(Json, nullable=True)
+    timeout: Mapped[int | None] = mapped_column(BigInteger)
+    retry_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    max_retries: Mapped[int] = mapped_column(BigInteger, server_default="3")
+    result: Mapped[Any] = mapped_column(Json, nullable=True)
+    error: Mapped[str | None] = mapped_column(Text)
+    user_id: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
+    affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
+    # `metadata` is taken on a declarative class; the column has its real name.
+    metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
+    updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_now_utc())
+    version: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class NodeRow(Base):
+    """A row of `nodes`: the fields of `NodeInfo`, and `beat`."""
+
+    __tablename__ = "nodes"
+    __table_args__ = (
+        _one_of("status", NodeStatus),
+        Index("ix_nodes_status", "status"),
+        Index("ix_nodes_beat", "beat"),
+    )
+
+    node_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH), primary_key=True)
+    hostname: Mapped[str] = mapped_column(Text, server_default="")
+    platform: Mapped[str] = mapped_column(Text, server_default="")
+    arch: Mapped[str] = mapped_column(Text, server_default="")
+    status: Mapped[NodeStatus] = mapped_column(EnumValue(NodeStatus), server_default="online")
+    cpu_usage: Mapped[float] = mapped_column(Float, server_default="0")
+    memory_usage: Mapped[float] = mapped_column(Float, server_default="0")
+    disk_usage: Mapped[float] = mapped_column(Float, server_default="0")
+    available_skills: Mapped[Any] = mapped_column(Json, nullable=True)
+    max_concurrent_tasks: Mapped[int] = mapped_column(BigInteger, server_default="5")
+    running_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    ip_address: Mapped[str] = mapped_column(Text, server_default="")
+    tailscale_ip: Mapped[str] = mapped_column(Text, server_default="")
+    port: Mapped[int] = mapped_column(BigInteger, server_default="18789")
+    total_tasks_processed: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    successful_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    failed_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    average_execution_time: Mapped[float] = mapped_column(Float, server_default="0")
+    registered_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_now_utc())
+    last_heartbeat: Mapped[datetime | None] = mapped_column(UtcTime)
+    tags: Mapped[Any] = mapped_column(Json, nullable=True)
+    version: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Number of the flush of heartbeats that last wrote the row."""
+
+
+class ChangeRow(Base):
+    """A row of `changes`, the feed: one for every change of a task or node, heartbeats aside."""
+
+    __tablename__ = "changes"
+    __table_args__ = (Index("ix_changes_item_id", "item_id"),)
+
+    revision: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, autoincrement=False
+    )
+    changed_at: Mapped[datetime] = mapped_column(UtcTime)
+    item: Mapped[str] = mapped_column(String(4))
+    """`task` or `node`."""
+    item_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH))
+    kind: Mapped[str] = mapped_column(String(7))
+    from_status: Mapped[str | None] = mapped_column(String(11))
+    to_status: Mapped[str | None] = mapped_column(String(11))
+    node: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
+    reason: Mapped[str | None] = mapped_column(Text)
+
+
+class CounterRow(Base):
+    """The one row of `counters`: what numbers the changes and the flushes of heartbeats."""
+
+    __tablename__ = "counters"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
+"""The declarative model of each domain class."""
+
+FIELDS: Final = {
+    kind: tuple(name for name in row.__table__.columns.keys() if name != "beat")
+    for kind, row in ROWS.items()
+}
+"""The columns that are fields of the domain class, in its order."""
+
+COLUMNS: Final = {
+    kind: tuple(
+        type_coerce(row.__table__.c[name], Text).label(name)
+        if name in JSON_FIELDS[kind]
+        else row.__table__.c[name]
+        for name in FIELDS[kind]
+    )
+    for kind, row in ROWS.items()
+}
+"""What to select to `decode` a row into a record."""
+
+
+class RowEncoder:
+    """Turns the fields of records into what the driver of one dialect takes."""
+
+    def __init__(self, kind: type[Task] | type[NodeInfo], dialect: Dialect) -> None:
+        columns = ROWS[kind].__table__.c
+        self._encoders: dict[str, Callable[[Any], Any] | None] = {
+            name: columns[name].type.dialect_impl(dialect).bind_processor(dialect)
+            for name in FIELDS[kind]
+            if name not in JSON_FIELDS[kind]
+        }
+
+    def __call__(self, record: Record[Any], names: Sequence[str]) -> list[Any]:
+        """The values of the named fields, in that order."""
+        encoders = self._encoders
+        values = []
+        for name in names:
+            if name in encoders:
+                encoder = encoders[name]
+                value = record[name]
+                values.append(encoder(value) if encoder and value is not None else value)
+            else:
+                values.append(record.encoded(name))
+        return values

@@ -1,0 +1,322 @@
+"""How SQLite is opened, locked, copied and understood when it fails.
+
+Every connection is in WAL mode with `synchronous=FULL`: a commit is on the disk when it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, Pool, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from openclaw_store.errors import (
+    InvalidDataError,
+    OutcomeUnknownError,
+    StoreError,
+    UnavailableError,
+)
+
+Result = TypeVar("Result")
+
+MINIMUM_VERSION = (3, 35, 0)
+
+_PRAGMAS = (
+    "PRAGMA synchronous=FULL",
+    "PRAGMA foreign_keys=ON",
+    # Waiting is ours (see `retrying`): SQLite's own busy handler starves under contention.
+    "PRAGMA busy_timeout=0",
+    *(("PRAGMA fullfsync=ON",) if sys.platform == "darwin" else ()),
+)
+
+_ADVICE = {
+    "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
+    "SQLITE_CORRUPT": "the file is damaged: restore a backup",
+    "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
+    "SQLITE_READONLY": "it cannot be written: check the permissions of the file and its folder",
+    "SQLITE_PERM": "it cannot be opened: check the permissions of the file and its folder",
+    "SQLITE_AUTH": "it cannot be opened: check the permissions of the file and its folder",
+    "SQLITE_FULL": "the disk is full: free some space and try again",
+    "SQLITE_IOERR": "the disk reports an error: check the disk, then try again",
+    "SQLITE_BUSY": "another process keeps it locked: end that process, or try again",
+    "SQLITE_LOCKED": "another connection keeps it locked: try again",
+    "SQLITE_PROTOCOL": "another process keeps it locked: try again",
+    "SQLITE_NOMEM": "there is not enough memory",
+    "SQLITE_NOLFS": "the file is too large for this system",
+}
+
+_WAITING = {"SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL"}
+_REFUSED = {"SQLITE_CONSTRAINT", "SQLITE_MISMATCH", "SQLITE_TOOBIG", "SQLITE_RANGE"}
+
+
+class _WriteConnection(sqlite3.Connection):
+    """A connection that is set up when it exists, on whatever thread opens it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        try:
+            for pragma in _PRAGMAS:
+                self.execute(pragma)
+        except BaseException:
+            self.close()
+            raise
+
+
+class _ReadConnection(_WriteConnection):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.execute("PRAGMA query_only=ON")
+
+
+def file_of(location: str | Path) -> Path:
+    """The file that a path or an SQLAlchemy URL means.
+
+    Raises:
+        InvalidDataError: If it means no file of SQLite's.
+    """
+    if isinstance(location, str) and "://" in location:
+        try:
+            url = make_url(location)
+        except (ArgumentError, ValueError):
+            raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
+        if url.get_backend_name() != "sqlite":
+            name = url.get_backend_name()
+            raise InvalidDataError("db_path", f"{name} is not supported yet: use a SQLite file")
+        if not url.database or url.database == ":memory:":
+            raise InvalidDataError(
+                "db_path", 'names no file: use ":memory:" for a private database'
+            )
+        location = url.database
+    if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
+        raise InvalidDataError("db_path", f"must be a path or a URL, not {location!r}")
+    return Path(location).absolute()
+
+
+def check_version() -> None:
+    """Refuse a SQLite that lacks what the store needs.
+
+    Raises:
+        UnavailableError: Naming the version found and the one needed.
+    """
+    if sqlite3.sqlite_version_info < MINIMUM_VERSION:
+        needed = ".".join(map(str, MINIMUM_VERSION))
+        raise UnavailableError(
+            f"this Python has SQLite {sqlite3.sqlite_version}, {needed} or newer is needed: "
+            "use a newer Python, or a newer SQLite library"
+        )
+
+
+def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
+    # The driver's own transactions skip BEGIN before SELECT and DDL: without `None` reads would
+    # not be repeatable and a failed migration would stay half-applied. `_begin` sends our own.
+    # Python 3.12's `autocommit` must stay untouched: with it, WAL and foreign keys silently fail.
+    return {
+        "isolation_level": None,
+        "timeout": 0,
+        "check_same_thread": False,
+        "factory": connection,
+    }
+
+
+def _begin_with(engine: Engine, statement: str) -> None:
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql(statement)
+
+
+def writing_engine(path: Path) -> Engine:
+    """An engine for threads, whose every transaction begins with the write lock."""
+    engine = create_engine(
+        f"sqlite:///{path}", poolclass=NullPool, connect_args=_options(_WriteConnection)
+    )
+    _begin_with(engine, "BEGIN IMMEDIATE")
+    return engine
+
+
+def async_engine(
+    path: Path, *, write: bool, pool: type[Pool] | None = None, **options: Any
+) -> AsyncEngine:
+    """An engine for coroutines: read-only, or one whose transactions begin with the write lock."""
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{path}",
+        poolclass=pool,
+        connect_args=_options(_WriteConnection if write else _ReadConnection),
+        **options,
+    )
+    _begin_with(engine.sync_engine, "BEGIN IMMEDIATE" if write else "BEGIN")
+    return engine
+
+
+def delays(timeout: float) -> Iterator[float]:
+    """Seconds to wait between tries for a lock, jittered, until `timeout` seconds are over."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        yield random.uniform(0.0003, 0.003)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether waiting may help: another process holds a lock."""
+    return _code(error) in _WAITING
+
+
+def retrying(work: Callable[[], Result], timeout: float) -> Result:
+    """Do `work` on this thread, again while the database is locked."""
+    for delay in delays(timeout):
+        try:
+            return work()
+        except (DBAPIError, sqlite3.Error) as error:
+            if not is_busy(error):
+                raise
+        time.sleep(delay)
+    return work()
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that the database will be in.
+
+    Raises:
+        UnavailableError: If it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(
+            f"cannot make the folder {path.parent} ({error.strerror}): choose another path"
+        ) from error
+
+
+def prepare(path: Path, timeout: float) -> None:
+    """Make the folder and the file, and turn WAL on; the setting stays in the file.
+
+    Raises:
+        StoreError: Saying which file cannot be used, and what to do.
+    """
+    check_version()
+    make_folder(path)
+    if path.is_dir():
+        raise UnavailableError(f"{path} is a folder: give the path of a file in it")
+
+    def turn_on_wal() -> None:
+        with closing(sqlite3.connect(path, **_options(_WriteConnection))) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+
+    with translated(path):
+        retrying(turn_on_wal, timeout)  # of several processes on a new file, one gets the lock
+
+
+def backup(path: Path, target: Path, *, overwrite: bool, timeout: float) -> None:
+    """Copy the database as it is at one moment, while it is read and written.
+
+    The copy is written aside and renamed when it is complete and on the disk.
+
+    Raises:
+        InvalidDataError: If `target` exists and is not to be overwritten.
+        UnavailableError: If it cannot be written.
+    """
+    if target.exists() and (not overwrite or target.samefile(path)):
+        raise InvalidDataError("path", f"{target} exists: choose another, or pass overwrite=True")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            closing(sqlite3.connect(path, **_options(_ReadConnection))) as source,
+            closing(sqlite3.connect(partial, isolation_level=None)) as copy,
+        ):
+            # All pages in one step: a copy in several starts again with every write meanwhile.
+            retrying(lambda: source.backup(copy), timeout)
+            copy.execute("PRAGMA journal_mode=DELETE")  # the copy is one file, complete in itself
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        for leftover in ("-wal", "-shm"):  # of the old file; they would be read into the new one
+            target.with_name(target.name + leftover).unlink(missing_ok=True)
+        partial.replace(target)
+        _sync_folder(target.parent)
+    except (OSError, sqlite3.Error) as error:
+        raise translate(error, target) from error
+    finally:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+
+
+def vacuum(path: Path, timeout: float) -> None:
+    """Rewrite the file without its free pages, and empty the WAL."""
+    with translated(path), closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
+        retrying(lambda: database.execute("VACUUM"), timeout)
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def size(path: Path) -> int:
+    """Bytes on the disk, those of the WAL included."""
+    files = (path, path.with_name(path.name + "-wal"))
+    return sum(file.stat().st_size for file in files if file.exists())
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raise what the driver raises as the library's own errors, chained to it."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        own = translate(error, path)
+        if own is error:
+            raise
+        raise own from error
+
+
+def translate(error: Exception, path: Path, *, committing: bool = False) -> Exception:
+    """The library's own error for one of the driver's, decided by its code.
+
+    Args:
+        path: The database file, for the message.
+        committing: Whether COMMIT raised it, so that it may have taken effect.
+    """
+    if isinstance(error, StoreError):
+        return error
+    if isinstance(error, PoolTimeoutError):
+        return UnavailableError(f"{path}: all reading connections are in use: close some sessions")
+    if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
+        return error.orig  # a value was refused on its way to the driver
+    if isinstance(error, OSError):
+        return UnavailableError(f"{path}: {error.strerror or error}: check the path and the disk")
+    code = _code(error)
+    if code == "SQLITE_IOERR" and committing:
+        return OutcomeUnknownError(
+            f"{path}: the disk failed while committing: check the disk, then repeat the call"
+        )
+    if code in _ADVICE:
+        return UnavailableError(f"{path}: {_ADVICE[code]}")
+    if code in _REFUSED:
+        return InvalidDataError("row", f"refused by the database: {_cause(error)}")
+    return error
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+
+
+def _code(error: BaseException) -> str | None:
+    """The primary result code: `SQLITE_BUSY` for `SQLITE_BUSY_SNAPSHOT` too."""
+    name = getattr(_cause(error), "sqlite_errorname", None)
+    return "_".join(name.split("_")[:2]) if name else None
+
+
+def _sync_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return  # a folder cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,423 @@
+"""Group commit: operations that callers submit at the same time share one transaction.
+
+Committing costs a disk flush, whatever it commits. So one thread takes *everything* that has
+queued, applies it in one transaction, and then takes what has queued meanwhile: the busier the
+store, the larger the batch and the smaller the cost of each operation. There is no timer and no
+limit on a batch, and a lone caller waits for nobody. (Databases write their logs this way; see
+"group commit" in Gray & Reuter, *Transaction Processing*, 1993.)
+
+What holds:
+
+- **Each operation is decided by itself.** One that is refused (stale, duplicate, not found) gets
+  its own error; the rest of its batch commits.
+- **Order.** Operations are applied in the order in which they were submitted.
+- **A write that returns is committed.** Callers wake after the commit, on their own event loop,
+  and after the listeners of that loop (the caches) were told.
+- **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
+  batch is waited for, and `CancelledError` goes on afterwards.
+
+The module knows no tables: an operation is any object, and comes with the function that applies
+a run of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from itertools import groupby
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection
+
+from openclaw_store.errors import BackendError, DeadlineError, UnavailableError
+
+logger = logging.getLogger(__name__)
+
+Shared = TypeVar("Shared")
+
+Apply = Callable[["Unit", Sequence[Any]], Sequence[Any]]
+"""Applies operations in order; returns a result, or an exception, for each of them.
+
+It must not change the operations: after a rollback they are applied again.
+"""
+
+Listener = Callable[[Sequence[Any]], None]
+"""Is told, on its event loop, what each transaction committed, in the order of the commits."""
+
+MAX_QUEUED = 8192
+"""Operations that may queue; further callers wait outside, so that memory stays bounded."""
+
+
+class Unit:
+    """One write transaction: its connection, its moment, and what it will have changed."""
+
+    def __init__(self, connection: Connection, now: datetime) -> None:
+        self.connection = connection
+        self.now = now
+        self.committed: list[Any] = []
+        """What the listeners are told once it has committed."""
+        self.last: list[Callable[[], None]] = []
+        """To be done when all operations are applied, before the commit."""
+        self.finished = False
+        """Whether it takes no more operations."""
+        self._parts: dict[Any, Any] = {}
+
+    def part(self, factory: Callable[[Unit], Shared]) -> Shared:
+        """What all operations of the unit share, made by `factory` when first asked for."""
+        if factory not in self._parts:
+            self._parts[factory] = factory(self)
+        part: Shared = self._parts[factory]
+        return part
+
+    def finish(self) -> None:
+        """Do what must be done before the commit."""
+        self.finished = True
+        for work in self.last:
+            work()
+
+
+class Gate:
+    """Lets one writer of this process in at a time, first come first served.
+
+    Threads and coroutines of any event loop queue together.
+    """
+
+    _SLICE_SECONDS = 0.1  # how often those who wait look whether it is hopeless
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._mutex = threading.Lock()
+        self._waiting: deque[tuple[Future[None], str, float | None]] = deque()
+        self._holder: str | None = None
+        self._held_since = 0.0
+        self._held_until: float | None = None
+
+    @contextmanager
+    def held(self, holder: str, seconds: float | None = None) -> Iterator[None]:
+        """Hold the gate on this thread.
+
+        Args:
+            holder: Who holds it, for the errors of those who wait.
+            seconds: How long at most; once that is over those who wait give up.
+
+        Raises:
+            DeadlineError: If whoever holds it does not let go.
+        """
+        ticket = self._queue(holder, seconds)
+        if ticket is not None:
+            asked_at = time.monotonic()
+            try:
+                while True:
+                    try:
+                        ticket.result(self._SLICE_SECONDS)
+                        break
+                    except TimeoutError:
+                        self._check_hope(asked_at)
+            except BaseException:
+                self._abandon(ticket)
+                raise
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def enter(self, holder: str, seconds: float | None = None) -> None:
+        """Hold the gate from a coroutine, until it calls `leave`; as `held` otherwise."""
+        ticket = self._queue(holder, seconds)
+        if ticket is None:
+            return
+        asked_at = time.monotonic()
+        granted = asyncio.wrap_future(ticket)
+        try:
+            while not granted.done():
+                await asyncio.wait([granted], timeout=self._SLICE_SECONDS)
+                if not granted.done():
+                    self._check_hope(asked_at)
+        except BaseException:
+            self._abandon(ticket)
+            raise
+
+    def leave(self) -> None:
+        """Let the next one in."""
+        with self._mutex:
+            self._holder = None
+            if self._waiting:
+                ticket, holder, seconds = self._waiting.popleft()
+                self._let_in(holder, seconds)
+                ticket.set_result(None)
+
+    def _queue(self, holder: str, seconds: float | None) -> Future[None] | None:
+        with self._mutex:
+            if self._holder is None:
+                self._let_in(holder, seconds)
+                return None
+            ticket: Future[None] = Future()
+            self._waiting.append((ticket, holder, seconds))
+            return ticket
+
+    def _let_in(self, holder: str, seconds: float | None) -> None:
+        self._holder = holder
+        self._held_since = time.monotonic()
+        self._held_until = None if seconds is None else self._held_since + seconds
+
+    def _abandon(self, ticket: Future[None]) -> None:
+        with self._mutex:
+            for place in self._waiting:
+                if place[0] is ticket:
+                    self._waiting.remove(place)
+                    return
+        self.leave()  # it was our turn just now
+
+    def _check_hope(self, asked_at: float) -> None:
+        with self._mutex:
+            now = time.monotonic()
+            if now < asked_at + self._timeout and not (
+                self._held_until is not None and now > self._held_until + self._SLICE_SECONDS
+            ):
+                return
+            raise DeadlineError(
+                f"waited {now - asked_at:.1f} s to write, while {self._holder} has had the "
+                f"database for {now - self._held_since:.1f} s: keep transactions short"
+            )
+
+
+class _Entry:
+    """An operation on its way, and the caller that waits for it."""
+
+    __slots__ = ("apply", "answered", "future", "loop", "operation")
+
+    def __init__(self, apply: Apply, operation: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self.apply = apply
+        self.operation = operation
+        self.loop = loop
+        self.future: asyncio.Future[Any] = loop.create_future()
+        self.answered = False
+
+
+class Writer:
+    """Applies submitted operations on one thread, all that have queued in one transaction.
+
+    Args:
+        transaction: Opens a transaction on the writer's thread; it commits at the end of the
+            block, or rolls back and raises. It passes on a `BackendError` only when the whole
+            transaction failed; anything else is taken for the fault of one operation.
+        stopped: Is called on the thread when it ends.
+    """
+
+    def __init__(
+        self,
+        transaction: Callable[[Callable[[Unit], None]], AbstractContextManager[Unit]],
+        stopped: Callable[[], None],
+    ) -> None:
+        self._transaction = transaction
+        self._stopped = stopped
+        self._lock = threading.Lock()
+        self._queue: list[_Entry] = []
+        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._kicking: set[asyncio.AbstractEventLoop] = set()
+        self._outside: list[asyncio.Future[None]] = []
+        self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
+        self._ended: Future[None] | None = None  # of the thread, while there is one
+        self._closed = False
+
+    async def submit(self, apply: Apply, operation: Any) -> Any:
+        """Apply an operation; returns its result when it is committed.
+
+        Raises:
+            StoreError: What the operation was refused with, or why the batch failed.
+            UnavailableError: If the writer is closed.
+        """
+        loop = asyncio.get_running_loop()
+        entry = _Entry(apply, operation, loop)
+        while not self._enqueue(entry):
+            await self._wait_outside(loop)
+        try:
+            return await entry.future
+        except asyncio.CancelledError:
+            await self._withdraw(entry)
+            raise
+
+    def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
+        """Tell `listener`, on `loop`, what is committed from now on; returns what ends it."""
+        place = (loop, listener)
+        with self._lock:
+            self._listeners = [*self._listeners, place]
+
+        def unlisten() -> None:
+            with self._lock:
+                self._listeners = [other for other in self._listeners if other is not place]
+
+        return unlisten
+
+    def publish(self, committed: Sequence[Any], entries: Sequence[tuple[_Entry, Any]] = ()) -> None:
+        """Tell each loop's listeners what was committed, then wake its callers: one hop a loop.
+
+        To be called before the next transaction begins, so that the order is that of commits.
+        """
+        outboxes: dict[asyncio.AbstractEventLoop, tuple[list[Listener], list[Any]]] = {}
+        if committed:
+            for loop, listener in self._listeners:
+                outboxes.setdefault(loop, ([], []))[0].append(listener)
+        for entry, outcome in entries:
+            outboxes.setdefault(entry.loop, ([], []))[1].append((entry, outcome))
+        for loop, (listeners, outcomes) in outboxes.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, loop, listeners, committed, outcomes)
+            except RuntimeError:  # the loop was closed: nobody is left there to be told
+                logger.debug("an event loop closed before its writes were acknowledged")
+
+    async def close(self) -> None:
+        """Commit what has queued, refuse what comes later, and end the thread."""
+        with self._lock:
+            self._closed = True
+            ended = self._ended
+        if ended is not None:
+            self._tokens.put(None)
+            await asyncio.wrap_future(ended)
+
+    def _enqueue(self, entry: _Entry) -> bool:
+        with self._lock:
+            if self._closed:
+                raise UnavailableError("the database is closed: open a new Database")
+            if len(self._queue) >= MAX_QUEUED:
+                return False
+            if self._ended is None:
+                self._ended = Future()
+                threading.Thread(
+                    target=self._run, args=(self._ended,), name="openclaw-store-writer", daemon=True
+                ).start()
+            self._queue.append(entry)
+            if entry.loop not in self._kicking:
+                # Not at once: callers that this turn of the loop wakes next shall be in the
+                # same batch. The callback runs behind them, without any delay for a lone one.
+                self._kicking.add(entry.loop)
+                entry.loop.call_soon(self._kick, entry.loop)
+        return True
+
+    def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._kicking.discard(loop)
+        self._tokens.put(None)
+
+    async def _wait_outside(self, loop: asyncio.AbstractEventLoop) -> None:
+        future = loop.create_future()
+        with self._lock:
+            self._outside.append(future)
+        await future
+
+    async def _withdraw(self, entry: _Entry) -> None:
+        """Take a cancelled caller's operation back, or wait until its batch is done."""
+        with self._lock:
+            if entry in self._queue:
+                self._queue.remove(entry)
+                return
+        if entry.answered:
+            return
+        entry.future = entry.loop.create_future()  # cancelling ended the first one
+        while not entry.answered:
+            try:
+                await asyncio.wait([entry.future])
+            except asyncio.CancelledError:
+                continue  # cancelled again; the outcome is on its way
+        if entry.future.exception() is not None:
+            logger.debug("a cancelled write had failed", exc_info=entry.future.exception())
+
+    def _run(self, ended: Future[None]) -> None:
+        try:
+            while True:
+                self._tokens.get()
+                with self._lock:
+                    batch, self._queue = self._queue, []
+                    outside, self._outside = self._outside, []
+                    closed = self._closed
+                for future in outside:
+                    _wake(future)
+                if batch:
+                    self._commit(batch)
+                elif closed:
+                    break
+                if closed:
+                    self._tokens.put(None)  # once more, for what queued during the commit
+        finally:
+            with self._lock:
+                orphans, self._queue = self._queue, []
+                self._ended = None
+            self._stopped()
+            lost = UnavailableError("the writer's thread ended: try again")
+            self.publish((), [(entry, lost) for entry in orphans])
+            ended.set_result(None)
+
+    def _commit(self, entries: Sequence[_Entry]) -> None:
+        """Commit the entries in one transaction; by halves if one of them makes it fail."""
+        try:
+            outcomes: list[Any] = []
+
+            def publish(unit: Unit) -> None:
+                self.publish(unit.committed, list(zip(entries, outcomes, strict=True)))
+
+            with self._transaction(publish) as unit:
+                for apply, run in groupby(entries, key=lambda entry: entry.apply):
+                    operations = [entry.operation for entry in run]
+                    outcomes.extend(apply(unit, operations))
+        except Exception as error:
+            if len(entries) == 1 or isinstance(error, BackendError):
+                self.publish((), [(entry, _own(error)) for entry in entries])
+            else:
+                middle = len(entries) // 2
+                self._commit(entries[:middle])
+                self._commit(entries[middle:])
+        except BaseException as error:
+            lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
+            self.publish((), [(entry, lost) for entry in entries])
+            raise
+
+
+def _own(error: Exception) -> Exception:
+    """An error of one caller's own: raising an error changes it."""
+    if not isinstance(error, BackendError):
+        return error
+    own = copy.copy(error)
+    own.__cause__ = error.__cause__
+    return own
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    try:
+        future.get_loop().call_soon_threadsafe(wake)
+    except RuntimeError:
+        logger.debug("an event loop closed while a caller waited to write")
+
+
+def _deliver(
+    loop: asyncio.AbstractEventLoop,
+    listeners: Sequence[Listener],
+    committed: Sequence[Any],
+    outcomes: Sequence[tuple[_Entry, Any]],
+) -> None:
+    for listener in listeners:
+        try:
+            listener(committed)
+        except Exception as error:  # a listener's fault is not the callers'
+            loop.call_exception_handler(
+                {"message": "a listener of committed changes failed", "exception": error}
+            )
+    for entry, outcome in outcomes:
+        entry.answered = True
+        if entry.future.done():  # cancelled; its caller has yet to notice
+            continue
+        if isinstance(outcome, BaseException):
+            entry.future.set_exception(outcome)
+        else:
+            entry.future.set_result(outcome)
