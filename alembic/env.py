@@ -4,6 +4,7 @@ from logging.config import fileConfig
 
 from alembic import context
 from alembic.util import CommandError
+
 from openclaw_store import migrations
 from openclaw_store.errors import StoreError
 

@@ -11,7 +11,7 @@ as they are, and copied by whoever talks to callers.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -20,6 +20,7 @@ from openclaw_store.changes import ITEM, KEY, KINDS, Change, ChangeKind, Event
 from openclaw_store.feed import News, Place, Start
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.operations import Beat
 from openclaw_store.records import Record
 
 _HEARTBEAT = ("last_heartbeat", "cpu_usage", "memory_usage", "disk_usage", "running_tasks")
@@ -71,11 +72,11 @@ class Cache:
 
     def add(self, record: Record[Any]) -> None:
         """Take over a row of the start."""
-        self._show(_place(record), None, record)
+        self._show(place_of(record), None, record)
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""
-        for place, entry in other.unsaved.items():
+        for entry in other.unsaved.values():
             self.hold(entry.record, entry.base)
 
     def apply(self, events: Iterable[Event]) -> None:
@@ -107,7 +108,7 @@ class Cache:
             if place not in removed_since:
                 self._commit(place, news.records.get(place), news.read_at)
         for record in news.beaten:
-            place = _place(record)
+            place = place_of(record)
             if self._visible(place) is not None:
                 self._commit(place, record, 0)
         self.beat = max(self.beat, news.beat)
@@ -134,7 +135,7 @@ class Cache:
 
     def hold(self, record: Record[Any], base: Record[Any] | None) -> None:
         """Show an entry before it is committed."""
-        place = _place(record)
+        place = place_of(record)
         entry = self.unsaved.get(place)
         committed = self._visible(place) or base if entry is None else entry.committed
         self._hide(place)
@@ -172,12 +173,12 @@ class Cache:
         local, settled = self._aliases.get(place, (0, 0))
         return settled if version < 0 and version == local else version
 
-    def touch(self, node_id: str, values: Mapping[str, Any]) -> None:
+    def touch(self, beat: Beat) -> None:
         """Show what a heartbeat said."""
-        place = (NodeInfo, node_id)
+        place = (NodeInfo, beat.id)
         record = self._visible(place)
         if record is not None:
-            touched = record.evolve(**values)
+            touched = record.evolve(last_heartbeat=beat.at, **beat.usage)
             if place in self.unsaved:
                 self.unsaved[place].record = touched
             self._show(place, record, touched)
@@ -376,7 +377,8 @@ class Cache:
         return [record for record in found if record is not None]
 
 
-def _place(record: Record[Any]) -> Place:
+def place_of(record: Record[Any]) -> Place:
+    """The class and the identifier of a record."""
     return record.kind, record[KEY[record.kind]]
 
 

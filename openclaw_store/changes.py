@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Generic, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
@@ -23,24 +23,21 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement
 
 from openclaw_store.errors import (
-    DuplicateError,
     NodeNotFoundError,
     NotFoundError,
-    StaleVersionError,
-    StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
-from openclaw_store.records import Item, Record, decode
+from openclaw_store.models import NodeInfo, Task
+from openclaw_store.records import Record, decode
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
-    IS_FINISHED,
     ROWS,
     ChangeRow,
     CounterRow,
     RowEncoder,
     TaskRow,
+    table_of,
     to_microseconds,
 )
 from openclaw_store.writer import Unit
@@ -96,6 +93,11 @@ class Event(NamedTuple):
     """`None` for a heartbeat."""
 
 
+def missing(kind: type[Any], id: str) -> NotFoundError:
+    """The error that says that there is no such row."""
+    return TaskNotFoundError(id) if kind is Task else NodeNotFoundError(id)
+
+
 class Operation(Protocol):
     """A write of one row."""
 
@@ -146,9 +148,6 @@ class Row:
     def now(self) -> datetime:
         return self._ledger.unit.now
 
-    def missing(self) -> NotFoundError:
-        return (TaskNotFoundError if self.kind is Task else NodeNotFoundError)(self.id)
-
     def write(
         self, record: Record[Any], names: Iterable[str], reason: str | None = None
     ) -> Record[Any]:
@@ -192,146 +191,6 @@ class Row:
         if with_history:
             self._ledger.forgotten.append((self.id, ITEM[self.kind], change.revision))
         self._ledger.tell(Event(self.kind, self.id, None, change))
-
-
-@dataclass(frozen=True, slots=True)
-class Create(Generic[Item]):
-    """Add a row; results in its record, or `DuplicateError`."""
-
-    kind: type[Item]
-    id: str
-    record: Record[Item]
-
-    def decide(self, row: Row) -> Record[Item] | StoreError:
-        if row.version is not None:
-            return DuplicateError(ITEM[self.kind], self.id)
-        return row.write(self.record, FIELDS[self.kind])
-
-
-@dataclass(frozen=True, slots=True)
-class Update(Generic[Item]):
-    """Write the named fields of a row that has still the version of `record`.
-
-    Results in the new record, or `StaleVersionError`, or `NotFoundError`.
-    """
-
-    kind: type[Item]
-    id: str
-    record: Record[Item]
-    names: Sequence[str]
-
-    def decide(self, row: Row) -> Record[Item] | StoreError:
-        if row.version is None:
-            return row.missing()
-        if row.version != self.record.version:
-            return StaleVersionError(ITEM[self.kind], self.id, self.record.version, row.version)
-        record: Record[Any] = self.record
-        if row.record is not None:
-            record = row.record.merge(record, self.names)
-            stored = row.record["last_heartbeat"] if self.kind is NodeInfo else None
-            given = record["last_heartbeat"] if self.kind is NodeInfo else None
-            if stored is not None and (given is None or given < stored):
-                record = record.evolve(last_heartbeat=stored)  # it never goes back
-        return row.write(record, self.names)
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """Remove a row, and with `with_history` its older changes; results in whether it existed."""
-
-    kind: type[Any]
-    id: str
-    with_history: bool = False
-
-    def decide(self, row: Row) -> bool:
-        if row.version is None:
-            return False
-        row.remove(with_history=self.with_history)
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class SetNodeStatus:
-    """Change a node's status; ONLINE and BUSY count as a sign of life.
-
-    With `silent_since` only a live node that was silent since then is changed. Results in
-    whether it was.
-    """
-
-    id: str
-    status: NodeStatus
-    silent_since: datetime | None = None
-    reason: str | None = None
-    kind: type[Any] = NodeInfo
-
-    def decide(self, row: Row) -> bool:
-        record = row.record
-        if record is None:
-            return False
-        if self.silent_since is not None:
-            last_sign = record["last_heartbeat"] or record["registered_at"]
-            if record["status"] not in ALIVE or last_sign >= self.silent_since:
-                return False
-        values: dict[str, Any] = {"status": self.status}
-        if self.status in ALIVE:
-            values["last_heartbeat"] = max(self.now, record["last_heartbeat"] or self.now)
-        row.write(record.evolve(**values), values, self.reason)
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A node's heartbeat, with the usage it reported; the newest wins.
-
-    Brings an OFFLINE node back ONLINE, which is an ordinary change. Results in whether there is
-    such a node.
-    """
-
-    id: str
-    at: datetime
-    usage: Mapping[str, float | int]
-    kind: type[Any] = NodeInfo
-
-    def decide(self, row: Row) -> bool:
-        record = row.record
-        if record is None:
-            return False
-        last = record["last_heartbeat"]
-        if last is None or self.at >= last:
-            row.touch({"last_heartbeat": self.at, **self.usage})
-            if record["status"] is NodeStatus.OFFLINE and row.record is not None:
-                back = row.record.evolve(status=NodeStatus.ONLINE)
-                row.write(back, ("status",), "heartbeat")
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class AfterBeat:
-    """An operation on a node, behind a heartbeat that has not been written yet."""
-
-    beat: Beat
-    operation: Operation
-    kind: type[Any] = NodeInfo
-
-    @property
-    def id(self) -> str:
-        return self.operation.id
-
-    def decide(self, row: Row) -> Any:
-        self.beat.decide(row)
-        return self.operation.decide(row)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveFinished:
-    """Remove up to `limit` tasks that finished before `cutoff`, with their history.
-
-    Results in how many there were.
-    """
-
-    cutoff: datetime
-    keep: tuple[TaskStatus, ...]
-    limit: int
 
 
 class Ledger:
@@ -415,33 +274,11 @@ def apply_groups(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[
     return [apply(unit, group) for group in groups]
 
 
-def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[int]:
-    """Apply `RemoveFinished` operations."""
-    return [
-        len(apply(unit, [Remove(Task, id, with_history=True) for id in _finished(unit, operation)]))
-        for operation in operations
-    ]
-
-
-def _finished(unit: Unit, operation: RemoveFinished) -> Sequence[str]:
-    # Two searches of one index: a finished task without `completed_at` counts from its last change.
-    ids: list[str] = []
-    for condition in (
-        TaskRow.completed_at < operation.cutoff,
-        TaskRow.completed_at.is_(None) & (TaskRow.updated_at < operation.cutoff),
-    ):
-        query = select(TaskRow.task_id).where(
-            IS_FINISHED, TaskRow.status.not_in(operation.keep), condition
-        )
-        ids.extend(unit.connection.scalars(query.limit(operation.limit - len(ids))))
-    return ids
-
-
 class _Statements:
     """SQL of one table, compiled once from the mapping."""
 
     def __init__(self, kind: type[Any]) -> None:
-        self._table = ROWS[kind].__table__
+        self._table = table_of(kind)
         self._key = self._table.c[KEY[kind]]
         self._updates: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {}
         ids = func.json_each(bindparam("ids")).table_valued("value").c.value
@@ -458,7 +295,7 @@ class _Statements:
     def update(self, names: frozenset[str]) -> tuple[str, tuple[str, ...]]:
         """The statement that writes the named columns and no others, and their order in it."""
         if names not in self._updates:
-            order = tuple(name for name in self._table.c.keys() if name in names)
+            order = tuple(column.name for column in self._table.c if column.name in names)
             statement = update(self._table).where(self._key == bindparam("key_"))
             self._updates[names] = _compile(statement, order), order
         return self._updates[names]
@@ -471,7 +308,7 @@ def _compile(statement: ClauseElement, columns: Sequence[str] | None = None) -> 
 
 
 _DIALECT = sqlite.dialect()
-_CHANGES = ChangeRow.__table__
+_CHANGES = ChangeRow.metadata.tables["changes"]
 _STATEMENTS = {kind: _Statements(kind) for kind in ROWS}
 _INSERT_CHANGE = _compile(insert(_CHANGES), _CHANGES.c.keys())
 _FORGET = _compile(

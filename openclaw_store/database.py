@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,7 +26,6 @@ from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     DeadlineError,
     InvalidDataError,
-    SchemaMismatchError,
     StoreError,
     UnavailableError,
 )
@@ -256,8 +254,10 @@ class Database:
         await asyncio.sleep(0)  # the caches of this loop are told first
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-        """Do `work` with a session, in a task of its own: cancelling the caller does not tear a
-        connection out of its hands."""
+        """Do `work` with a session, in a task of its own.
+
+        So a cancelled caller does not tear the connection out of its hands.
+        """
 
         async def unit() -> Result:
             async with self.session() as session:

@@ -76,14 +76,15 @@ class RecordMapping(Mapping[str, Item]):
     __slots__ = ("_buckets", "_size")
 
     def __init__(self, buckets: list[dict[str, Record[Item]]], size: int) -> None:
-        self._buckets = buckets
+        self._buckets: list[dict[str, Record[Item]]] = buckets
         self._size = size
 
     def __repr__(self) -> str:
         return f"<{self._size} entries by identifier>"
 
     def __getitem__(self, id: str) -> Item:
-        return self._buckets[hash(id) & _BUCKETS - 1][id].copy()
+        item: Item = self._buckets[hash(id) & _BUCKETS - 1][id].copy()
+        return item
 
     def __contains__(self, id: object) -> bool:
         return id in self._buckets[hash(id) & _BUCKETS - 1]

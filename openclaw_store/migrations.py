@@ -117,7 +117,7 @@ def connected(
     with sqlite.translated(path), engine.connect() as connection:
         # SQLite changes a table by copying it, and dropping the old one would delete the rows
         # that refer to it. The switch works outside of transactions only, hence on the driver.
-        connection.connection.execute("PRAGMA foreign_keys=OFF")  # type: ignore[attr-defined]  # sqlite3's
+        connection.connection.execute("PRAGMA foreign_keys=OFF")
         with sqlite.retrying(connection.begin, timeout):
             check(path)
             yield connection

@@ -14,20 +14,19 @@ from typing import Any, ClassVar, Generic, TypeVar
 from sqlalchemy import Float, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import (
-    KEY,
+from openclaw_store.changes import KEY, apply
+from openclaw_store.database import Database
+from openclaw_store.errors import InvalidDataError, StoreError
+from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.operations import (
     Beat,
     Create,
     Remove,
     RemoveFinished,
     SetNodeStatus,
     Update,
-    apply,
     remove_finished,
 )
-from openclaw_store.database import Database
-from openclaw_store.errors import InvalidDataError, StoreError
-from openclaw_store.models import ALIVE, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import (
     Item,
     Record,
@@ -60,10 +59,10 @@ def check_limit(limit: int | None) -> int | None:
     return limit
 
 
-class _Repository(Generic[Item]):
+class Repository(Generic[Item]):
     """What both repositories do alike."""
 
-    _kind: ClassVar[type[Any]]
+    kind: ClassVar[type[Any]]
 
     def __init__(self, database: Database | AsyncSession) -> None:
         self._session = database if isinstance(database, AsyncSession) else None
@@ -82,55 +81,55 @@ class _Repository(Generic[Item]):
 
     async def get_record(self, id: str) -> Record[Item] | None:
         """The record with this identifier; `None` if there is none."""
-        key = KEY[self._kind]
-        query = self._select(ROWS[self._kind].__table__.c[key] == check_key(key, id))
+        key = KEY[self.kind]
+        query = self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
 
         async def run(session: AsyncSession) -> Record[Item] | None:
             row = (await session.execute(query)).one_or_none()
-            return None if row is None else decode(self._kind, row)
+            return None if row is None else decode(self.kind, row)
 
         return await self._read(run)
 
     async def _create(self, item: Item) -> bool:
         record = self.encode(item)
-        operation = Create(self._kind, record[KEY[self._kind]], record)
+        operation = Create(self.kind, record[KEY[self.kind]], record)
         write_back(await self._write(operation), item)
         return True
 
     async def _update(self, item: Item) -> bool:
         record = self.encode(item)
-        key = KEY[self._kind]
-        names = tuple(name for name in FIELDS[self._kind] if name != key)
-        write_back(await self._write(Update(self._kind, record[key], record, names)), item)
+        key = KEY[self.kind]
+        names = tuple(name for name in FIELDS[self.kind] if name != key)
+        write_back(await self._write(Update(self.kind, record[key], record, names)), item)
         return True
 
     async def _delete(self, id: str) -> bool:
-        removed: bool = await self._write(Remove(self._kind, check_key(KEY[self._kind], id)))
+        removed: bool = await self._write(Remove(self.kind, check_key(KEY[self.kind], id)))
         return removed
 
     def encode(self, item: Item) -> Record[Item]:
         """Check an object on its way in; one without a time of its own is stamped now."""
-        if not isinstance(item, self._kind):
-            name = KEY[self._kind].removesuffix("_id")
+        if not isinstance(item, self.kind):
+            name = KEY[self.kind].removesuffix("_id")
             raise InvalidDataError(
-                name, f"must be a {self._kind.__name__}, not {type(item).__name__}"
+                name, f"must be a {self.kind.__name__}, not {type(item).__name__}"
             )
         record = encode(item)
-        born = "submitted_at" if self._kind is Task else "registered_at"
+        born = "submitted_at" if self.kind is Task else "registered_at"
         return record if record[born] else record.evolve(**{born: self._database.clock()})
 
     def _select(self, *conditions: Any) -> Select[Any]:
-        return select(*COLUMNS[self._kind]).where(*conditions)
+        return select(*COLUMNS[self.kind]).where(*conditions)
 
     async def _list(self, query: Select[Any], limit: int | None = None) -> list[Item]:
         async def run(session: AsyncSession) -> list[Item]:
             if limit is not None and limit <= _PARTITION:
                 rows = (await session.execute(query.limit(limit))).all()
-                return [decode(self._kind, row).copy() for row in rows]
+                return [decode(self.kind, row).copy() for row in rows]
             items: list[Item] = []
             result = await session.stream(query.limit(limit))
             async for part in result.partitions(_PARTITION):
-                items.extend([decode(self._kind, row).copy() for row in part])
+                items.extend([decode(self.kind, row).copy() for row in part])
             return items
 
         return await self._read(run)
@@ -146,10 +145,10 @@ class _Repository(Generic[Item]):
         return await self._database.write(apply, operation)
 
 
-class TaskRepository(_Repository[Task]):
+class TaskRepository(Repository[Task]):
     """The tasks in the database; every call reads or writes it."""
 
-    _kind = Task
+    kind = Task
 
     async def create(self, task: Task) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -198,7 +197,7 @@ class TaskRepository(_Repository[Task]):
             query = query.where(TaskRow.status == task_status("status", status))
 
         async def run(session: AsyncSession) -> int:
-            return await session.scalar(query) or 0
+            return int(await session.scalar(query) or 0)
 
         return await self._read(run)
 
@@ -218,20 +217,17 @@ class TaskRepository(_Repository[Task]):
         Returns:
             How many were removed.
         """
-        kept: Iterable[TaskStatus] = (
-            () if keep_status is None else [keep_status]  # type: ignore[list-item]  # narrowed here
-            if isinstance(keep_status, str) else keep_status
-        )  # fmt: skip
+        kept = [keep_status] if isinstance(keep_status, str) else keep_status or ()
         keep = tuple(task_status("keep_status", status) for status in kept)
         try:
             cutoff = self._database.clock() - timedelta(days=check_number("days", days))
         except OverflowError as error:
             raise InvalidDataError("days", f"is too large: {days}") from error
+        operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
         total = 0
         while True:
             try:
-                operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
-                removed = await self._write(operation, remove_finished)
+                removed: int = await self._write(operation, remove_finished)
             except StoreError as error:
                 error.add_note(f"{total} tasks were removed before; call again for the rest")
                 raise
@@ -244,10 +240,10 @@ class TaskRepository(_Repository[Task]):
         return await self._list(self._select(condition).order_by(*order), check_limit(limit))
 
 
-class NodeRepository(_Repository[NodeInfo]):
+class NodeRepository(Repository[NodeInfo]):
     """The nodes in the database; every call reads or writes it."""
 
-    _kind = NodeInfo
+    kind = NodeInfo
 
     async def create(self, node: NodeInfo) -> bool:
         """Add a node; `node` receives its version and its times in UTC.

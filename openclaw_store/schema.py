@@ -1,5 +1,6 @@
-"""The tables, as SQLAlchemy declarative models: what Alembic checks itself against and what
-every statement is built from.
+"""The tables, as SQLAlchemy declarative models.
+
+Alembic checks itself against them, and every statement is built from them.
 
 `TaskRow` and `NodeRow` have a column for each field of `Task` and `NodeInfo`, in the same order.
 """
@@ -21,6 +22,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     String,
+    Table,
     Text,
     TextClause,
     text,
@@ -105,15 +107,15 @@ class Json(TypeDecorator[Any]):
         return None if value is None else encode_json("value", value)
 
 
-class _now_utc(GenericFunction[datetime]):
+class _UtcNow(GenericFunction[datetime]):
     """The present moment as `UtcTime` stores it, for rows that people insert by hand."""
 
     type = UtcTime()
     inherit_cache = True
 
 
-@compiles(_now_utc, "sqlite")
-def _now_utc_sqlite(element: _now_utc, compiler: SQLCompiler, **options: Any) -> str:
+@compiles(_UtcNow, "sqlite")
+def _utc_now_sqlite(element: _UtcNow, compiler: SQLCompiler, **options: Any) -> str:
     return "(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))"
 
 
@@ -198,7 +200,7 @@ class TaskRow(Base):
     status: Mapped[TaskStatus] = mapped_column(EnumValue(TaskStatus), server_default="pending")
     priority: Mapped[TaskPriority] = mapped_column(EnumValue(TaskPriority), server_default="2")
     assigned_node: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
-    submitted_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_now_utc())
+    submitted_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     scheduled_at: Mapped[datetime | None] = mapped_column(UtcTime)
     started_at: Mapped[datetime | None] = mapped_column(UtcTime)
     completed_at: Mapped[datetime | None] = mapped_column(UtcTime)
@@ -212,7 +214,7 @@ class TaskRow(Base):
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
     # `metadata` is taken on a declarative class; the column has its real name.
     metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
-    updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_now_utc())
+    updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
@@ -244,7 +246,7 @@ class NodeRow(Base):
     successful_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
     failed_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
     average_execution_time: Mapped[float] = mapped_column(Float, server_default="0")
-    registered_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_now_utc())
+    registered_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     last_heartbeat: Mapped[datetime | None] = mapped_column(UtcTime)
     tags: Mapped[Any] = mapped_column(Json, nullable=True)
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -286,8 +288,14 @@ class CounterRow(Base):
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
 """The declarative model of each domain class."""
 
+
+def table_of(kind: type[Any]) -> Table:
+    """The table that rows of a domain class are in."""
+    return Base.metadata.tables[ROWS[kind].__tablename__]
+
+
 FIELDS: Final = {
-    kind: tuple(name for name in row.__table__.columns.keys() if name != "beat")
+    kind: tuple(column.name for column in row.__table__.columns if column.name != "beat")
     for kind, row in ROWS.items()
 }
 """The columns that are fields of the domain class, in its order."""
@@ -307,7 +315,7 @@ COLUMNS: Final = {
 class RowEncoder:
     """Turns the fields of records into what the driver of one dialect takes."""
 
-    def __init__(self, kind: type[Task] | type[NodeInfo], dialect: Dialect) -> None:
+    def __init__(self, kind: type[Task | NodeInfo], dialect: Dialect) -> None:
         columns = ROWS[kind].__table__.c
         self._encoders: dict[str, Callable[[Any], Any] | None] = {
             name: columns[name].type.dialect_impl(dialect).bind_processor(dialect)

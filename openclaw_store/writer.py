@@ -193,7 +193,7 @@ class Gate:
 class _Entry:
     """An operation on its way, and the caller that waits for it."""
 
-    __slots__ = ("apply", "answered", "future", "loop", "operation")
+    __slots__ = ("answered", "apply", "future", "loop", "operation")
 
     def __init__(self, apply: Apply, operation: Any, loop: asyncio.AbstractEventLoop) -> None:
         self.apply = apply

@@ -1,0 +1,325 @@
+"""A cache that is kept in step with its database: commit first, then cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.cache import Cache, place_of
+from openclaw_store.changes import ITEM, KEY, Event, Operation, apply, apply_groups, missing
+from openclaw_store.database import Database
+from openclaw_store.errors import (
+    ConflictError,
+    DuplicateError,
+    InvalidDataError,
+    NotFoundError,
+    StaleVersionError,
+    StoreError,
+    UnsavedConflictError,
+)
+from openclaw_store.feed import PAGE, News, Place, Start, read_live, read_news, read_start
+from openclaw_store.models import NodeInfo, Task
+from openclaw_store.operations import AfterBeat, Beat, Create, Remove, Update
+from openclaw_store.records import Item, Record
+from openclaw_store.repositories import NodeRepository, TaskRepository
+from openclaw_store.schema import FIELDS
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.5
+"""How long a heartbeat waits in memory for others to share its flush."""
+
+RELOAD_AFTER = 20_000
+"""So many changes behind, the cache is loaded again rather than brought up to date."""
+
+
+class Mirror:
+    """The cache of one `StateManager`, and the ways by which it and its database stay equal.
+
+    Args:
+        database: Where everything is kept.
+        finished_limit: How many finished tasks are kept in memory.
+    """
+
+    def __init__(self, database: Database, finished_limit: int) -> None:
+        self._database = database
+        self._finished_limit = finished_limit
+        self._repositories: Mapping[type[Any], TaskRepository | NodeRepository] = {
+            Task: TaskRepository(database),
+            NodeInfo: NodeRepository(database),
+        }
+        self.cache = Cache(Start(0, 0, None, {}), finished_limit)
+        """What is in memory; another object after each `load`."""
+        self._unlisten: Callable[[], None] = lambda: None
+        self._loading: list[Sequence[Event]] | None = None  # what was committed meanwhile
+        self._refreshing = asyncio.Lock()
+        self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
+        self._beats: dict[str, Beat] = {}
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flush: asyncio.Task[None] | None = None
+        self._unsaved_version = 0
+
+    async def start(self) -> None:
+        """Listen to what this process commits, and load what there is."""
+        self._unlisten = self._database.listen(self._committed)
+        try:
+            await self._load()
+        except BaseException:
+            self._unlisten()
+            raise
+
+    async def stop(self) -> None:
+        """Write what is only in memory, for the last time."""
+        try:
+            if self._flush_timer is not None:
+                self._flush_timer.cancel()
+            if self._flush is not None:
+                await self._flush
+            await self.sync()
+        finally:
+            self._unlisten()
+
+    async def find(self, place: Place) -> Record[Any] | None:
+        """An entry from memory, else from the database."""
+        record = self.cache.find(place)
+        if record is not None:
+            return record
+        cache, version = self.cache, self.cache.version
+        found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
+        unmoved = self.cache is cache and cache.version == version
+        if found is not None and place[0] is Task and unmoved:
+            cache.remember(found)
+        return self.cache.find(place) or found
+
+    async def submit(self, operation: Operation) -> Any:
+        """Commit an operation, behind the heartbeat that its node may have waiting."""
+        beat = self._beats.pop(operation.id, None) if operation.kind is NodeInfo else None
+        if beat is None:
+            return await self._database.write(apply, operation)
+        try:
+            return await self._database.write(apply, AfterBeat(beat, operation))
+        except BaseException:
+            self._beats.setdefault(beat.id, beat)  # writing it twice does no harm
+            raise
+
+    async def add(self, record: Record[Item], persist: bool) -> Record[Item]:
+        """Add an entry; returns it as it is kept.
+
+        Raises:
+            DuplicateError: If there is one with this identifier.
+        """
+        place = place_of(record)
+        if persist and place not in self.cache.unsaved:
+            stored: Record[Item] = await self.submit(Create(place[0], place[1], record))
+            return stored
+        if await self.find(place) is not None:
+            raise DuplicateError(ITEM[place[0]], place[1])
+        return self._hold(record, None)
+
+    async def update(self, record: Record[Item], persist: bool) -> Record[Item]:
+        """Replace the entry that has the version of `record`; returns it as it is kept.
+
+        Raises:
+            NotFoundError: If there is none.
+            StaleVersionError: If it has another version.
+        """
+        place = place_of(record)
+        if persist:
+            if place in self.cache.unsaved:
+                _require_version(place, self.cache.find(place), record.version)
+                await self.settle(place)
+            version = self.cache.settled_version(place, record.version)
+            stored: Record[Item] = await self.submit(
+                self._update(place, record.evolve(version=version))
+            )
+            return stored
+        known = await self.find(place)
+        _require_version(place, known, self.cache.settled_version(place, record.version))
+        entry = self.cache.unsaved.get(place)
+        return self._hold(record, known if entry is None else entry.base)
+
+    async def change(
+        self, place: Place, fn: Callable[[Record[Item]], Record[Item]]
+    ) -> Record[Item] | None:
+        """Replace an entry by what `fn` makes of it, again if others change it meanwhile.
+
+        Returns:
+            The entry as it is stored; `None` if there is none.
+        """
+        while True:
+            await self.settle(place)
+            known = await self.find(place)
+            if known is None:
+                return None
+            changed = fn(known)
+            if place_of(changed) != place:
+                raise InvalidDataError(KEY[place[0]], f"must not be changed, from {place[1]!r}")
+            names = known.differences(changed)
+            if not names:
+                return known
+            try:
+                changed = changed.evolve(version=known.version)
+                stored: Record[Item] = await self.submit(Update(*place, changed, names))
+                return stored
+            except NotFoundError:
+                return None
+            except StaleVersionError:
+                if self.cache.find(place) is known:  # another process was faster
+                    await self.refresh()
+
+    async def remove(self, place: Place) -> bool:
+        """Remove an entry; `False` if there is none."""
+        removed = await self.submit(Remove(*place))
+        self._beats.pop(place[1], None)
+        return self.cache.discard(place) or bool(removed)
+
+    async def settle(self, place: Place) -> None:
+        """Write an entry that is only in memory.
+
+        Raises:
+            ConflictError: If it lost to newer data; it was dropped.
+            NotFoundError: If it was to change what was removed meanwhile; it was dropped.
+        """
+        if place in self.cache.unsaved:
+            async with self._settling:
+                await self._settle(place)
+
+    async def sync(self) -> None:
+        """Write everything that is only in memory.
+
+        Raises:
+            UnsavedConflictError: If entries lost to newer data; all others are written.
+            BackendError: If the database could not be written.
+        """
+        await self.flush_beats()
+        conflicts: list[StoreError] = []
+        async with self._settling:
+            places = list(self.cache.unsaved)
+            for start in range(0, len(places), PAGE):
+                page = [self._settle(place) for place in places[start : start + PAGE]]
+                for outcome in await asyncio.gather(*page, return_exceptions=True):
+                    if isinstance(outcome, ConflictError | NotFoundError):
+                        conflicts.append(outcome)
+                    elif outcome is not None:
+                        raise outcome
+        if conflicts:
+            raise UnsavedConflictError(conflicts)
+
+    async def refresh(self) -> None:
+        """Take over what other processes have committed; costs what has changed."""
+        async with self._refreshing:
+            news: News | None = None
+            while news is None or news.revision < news.read_at:
+                cache = self.cache
+                is_whole = news is None or news.is_whole
+                news = await self._database.read(
+                    partial(read_news, since=cache.complete, beat=cache.beat, is_whole=is_whole)
+                )
+                if news.read_at - cache.complete > RELOAD_AFTER:
+                    await self._load()
+                    return
+                cache.catch_up(news)
+
+    def beat(self, beat: Beat) -> None:
+        """Show a heartbeat now, and write it within a second, together with others."""
+        waiting = self._beats.get(beat.id)
+        if waiting is not None:
+            beat = Beat(beat.id, beat.at, {**waiting.usage, **beat.usage})
+        self._beats[beat.id] = beat
+        self.cache.touch(beat)
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            self._flush_timer = loop.call_later(HEARTBEAT_SECONDS, self._flush_now)
+
+    async def flush_beats(self) -> None:
+        """Write the heartbeats that wait."""
+        beats, self._beats = self._beats, {}
+        if not beats:
+            return
+        try:
+            await self._database.write(apply_groups, list(beats.values()))
+        except BaseException:
+            self._beats = {**beats, **self._beats}
+            raise
+
+    def _flush_now(self) -> None:
+        async def flush() -> None:
+            try:
+                await self.flush_beats()
+            except Exception:  # nobody waits for it, and the heartbeats wait for the next flush
+                logger.exception("heartbeats could not be written; they are tried again")
+
+        self._flush_timer = None
+        self._flush = asyncio.get_running_loop().create_task(flush())
+
+    def _update(self, place: Place, record: Record[Item]) -> Update[Item]:
+        """Writes what differs from the copy in memory; all fields if that has another version."""
+        known = self.cache.find(place)
+        if known is not None and known.version == record.version:
+            names = known.differences(record)
+        else:
+            names = tuple(name for name in FIELDS[place[0]] if name != KEY[place[0]])
+        return Update(*place, record, names)
+
+    def _hold(self, record: Record[Item], base: Record[Item] | None) -> Record[Item]:
+        """Keep an entry in memory alone, under a version that only memory knows."""
+        self._unsaved_version -= 1
+        held = record.evolve(version=self._unsaved_version)
+        self.cache.hold(held, base)
+        return held
+
+    async def _settle(self, place: Place) -> None:
+        entry = self.cache.unsaved.get(place)
+        if entry is None:  # another caller has written it
+            return
+        operation: Operation = Create(place[0], place[1], entry.record)
+        if entry.base is not None:
+            record = entry.record.evolve(version=entry.base.version)
+            operation = Update(*place, record, entry.base.differences(record))
+        try:
+            stored = await self.submit(operation)
+        except (ConflictError, NotFoundError) as error:
+            self.cache.release(place, entry, None)
+            logger.warning("an unsaved %s was dropped: %s", ITEM[place[0]], error)
+            raise
+        self.cache.release(place, entry, stored)
+
+    async def _load(self) -> None:
+        """Fill a new cache and put it in place of the old one."""
+
+        async def read(session: AsyncSession) -> Cache:
+            cache = Cache(await read_start(session), self._finished_limit)
+            async for records in read_live(session):
+                for record in records:
+                    cache.add(record)
+            return cache
+
+        self._loading = []
+        try:
+            cache = await self._database.read(read)
+            for events in self._loading:
+                cache.apply(events)
+        finally:
+            self._loading = None
+        cache.keep_unsaved(self.cache)
+        for beat in self._beats.values():
+            cache.touch(beat)
+        self.cache = cache
+
+    def _committed(self, events: Sequence[Event]) -> None:
+        """Is told what this process has committed."""
+        if self._loading is not None:
+            self._loading.append(events)
+        self.cache.apply(events)
+
+
+def _require_version(place: Place, known: Record[Any] | None, version: int) -> None:
+    if known is None:
+        raise missing(*place)
+    if known.version != version:
+        raise StaleVersionError(ITEM[place[0]], place[1], version, known.version)

@@ -1,0 +1,179 @@
+"""The operations: what each write asks of a row, and when it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic
+
+from sqlalchemy import select
+
+from openclaw_store.changes import ITEM, Operation, Row, apply, missing
+from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
+from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.records import Item, Record
+from openclaw_store.schema import FIELDS, IS_FINISHED, TaskRow
+from openclaw_store.writer import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Create(Generic[Item]):
+    """Add a row; results in its record, or `DuplicateError`."""
+
+    kind: type[Item]
+    id: str
+    record: Record[Item]
+
+    def decide(self, row: Row) -> Record[Item] | StoreError:
+        if row.version is not None:
+            return DuplicateError(ITEM[self.kind], self.id)
+        return row.write(self.record, FIELDS[self.kind])
+
+
+@dataclass(frozen=True, slots=True)
+class Update(Generic[Item]):
+    """Write the named fields of a row that has still the version of `record`.
+
+    Results in the new record, or `StaleVersionError`, or `NotFoundError`.
+    """
+
+    kind: type[Item]
+    id: str
+    record: Record[Item]
+    names: Sequence[str]
+
+    def decide(self, row: Row) -> Record[Item] | StoreError:
+        if row.version is None:
+            return missing(self.kind, self.id)
+        if row.version != self.record.version:
+            return StaleVersionError(ITEM[self.kind], self.id, self.record.version, row.version)
+        record: Record[Any] = self.record
+        if row.record is not None:
+            record = row.record.merge(record, self.names)
+            stored = row.record["last_heartbeat"] if self.kind is NodeInfo else None
+            given = record["last_heartbeat"] if self.kind is NodeInfo else None
+            if stored is not None and (given is None or given < stored):
+                record = record.evolve(last_heartbeat=stored)  # it never goes back
+        return row.write(record, self.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Remove a row, and with `with_history` its older changes; results in whether it existed."""
+
+    kind: type[Any]
+    id: str
+    with_history: bool = False
+
+    def decide(self, row: Row) -> bool:
+        if row.version is None:
+            return False
+        row.remove(with_history=self.with_history)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SetNodeStatus:
+    """Change a node's status; ONLINE and BUSY count as a sign of life.
+
+    With `silent_since` only a live node that was silent since then is changed. Results in
+    whether it was.
+    """
+
+    id: str
+    status: NodeStatus
+    silent_since: datetime | None = None
+    reason: str | None = None
+    kind: type[Any] = NodeInfo
+
+    def decide(self, row: Row) -> bool:
+        record = row.record
+        if record is None:
+            return False
+        if self.silent_since is not None:
+            last_sign = record["last_heartbeat"] or record["registered_at"]
+            if record["status"] not in ALIVE or last_sign >= self.silent_since:
+                return False
+        values: dict[str, Any] = {"status": self.status}
+        if self.status in ALIVE:
+            values["last_heartbeat"] = max(row.now, record["last_heartbeat"] or row.now)
+        row.write(record.evolve(**values), values, self.reason)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A node's heartbeat, with the usage it reported; the newest wins.
+
+    Brings an OFFLINE node back ONLINE, which is an ordinary change. Results in whether there is
+    such a node.
+    """
+
+    id: str
+    at: datetime
+    usage: Mapping[str, float | int]
+    kind: type[Any] = NodeInfo
+
+    def decide(self, row: Row) -> bool:
+        record = row.record
+        if record is None:
+            return False
+        last = record["last_heartbeat"]
+        if last is None or self.at >= last:
+            row.touch({"last_heartbeat": self.at, **self.usage})
+            if record["status"] is NodeStatus.OFFLINE and row.record is not None:
+                back = row.record.evolve(status=NodeStatus.ONLINE)
+                row.write(back, ("status",), "heartbeat")
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class AfterBeat:
+    """An operation on a node, behind a heartbeat that has not been written yet."""
+
+    beat: Beat
+    operation: Operation
+    kind: type[Any] = NodeInfo
+
+    @property
+    def id(self) -> str:
+        return self.operation.id
+
+    def decide(self, row: Row) -> Any:
+        self.beat.decide(row)
+        return self.operation.decide(row)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFinished:
+    """Remove up to `limit` tasks that finished before `cutoff`, with their history.
+
+    Results in how many there were.
+    """
+
+    cutoff: datetime
+    keep: tuple[TaskStatus, ...]
+    limit: int
+
+
+def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[int]:
+    """Apply `RemoveFinished` operations."""
+    return [
+        len(apply(unit, [Remove(Task, id, with_history=True) for id in _finished(unit, operation)]))
+        for operation in operations
+    ]
+
+
+def _finished(unit: Unit, operation: RemoveFinished) -> Sequence[str]:
+    # Two searches of one index: a finished task without `completed_at` counts from its last change.
+    ids: list[str] = []
+    for condition in (
+        TaskRow.completed_at < operation.cutoff,
+        TaskRow.completed_at.is_(None) & (TaskRow.updated_at < operation.cutoff),
+    ):
+        query = select(TaskRow.task_id).where(
+            IS_FINISHED, TaskRow.status.not_in(operation.keep), condition
+        )
+        ids.extend(unit.connection.scalars(query.limit(operation.limit - len(ids))))
+    return ids
