@@ -48,13 +48,32 @@ class Record(Generic[Item]):
 
     __slots__ = ("_encoded", "_fields", "_flat", "_nested", "kind")
 
-    def __init__(self, item: Item, encoded: dict[str, str | None]) -> None:
-        """Take over `item`, whose JSON fields are given as text; it belongs to the record now."""
+    def __init__(self, item: Item, texts: Mapping[str, str | None]) -> None:
+        """Take over `item`, which belongs to the record now.
+
+        Args:
+            item: What is recorded; its JSON fields are ignored.
+            texts: Text of each JSON field; `None` for its default.
+        """
         self.kind: type[Item] = type(item)
-        self._fields = item.__dict__
-        self._encoded = encoded
-        self._flat: tuple[str, ...] = ()
+        self._fields = fields = item.__dict__
+        self._encoded: dict[str, str] = {}
+        """Text of the JSON fields that nobody has looked at."""
         self._nested: tuple[tuple[str, str], ...] = ()
+        """JSON fields that are decoded for each copy."""
+        flat: list[str] = []
+        for name, default in JSON_FIELDS[self.kind].items():
+            text = texts[name]
+            if text is not None:
+                self._encoded[name] = text
+                fields[name] = None
+            elif default is None:
+                fields[name] = None
+            else:
+                fields[name] = default()
+                flat.append(name)
+        self._flat = tuple(flat)
+        """JSON fields with a list or dict of plain values, which is copied for each copy."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
@@ -81,7 +100,7 @@ class Record(Generic[Item]):
         return item
 
     def decoded(self, name: str) -> Any:
-        """The value of any field; not to be changed by the caller."""
+        """The value of a JSON field; not to be changed by the caller."""
         if self._encoded:
             self._decode()
         for nested, text in self._nested:
@@ -97,64 +116,62 @@ class Record(Generic[Item]):
             if nested == name:
                 return text
         value = self._fields[name]
-        return None if value == JSON_FIELDS[self.kind][name]() else _dump(value)
+        if value is None or (not value and type(value) is JSON_FIELDS[self.kind][name]):
+            return None
+        return _dump(value)
 
     def evolve(self, **values: Any) -> Record[Item]:
         """A record that differs in the given fields, none of them JSON."""
         item: Item = object.__new__(self.kind)
-        fields = self._fields.copy()
+        fields = item.__dict__ = self._fields.copy()
         fields.update(values)
-        item.__dict__ = fields
-        evolved = Record(item, self._encoded.copy())
-        evolved._flat = self._flat  # nobody edits the lists and dicts of a record: share them
+        evolved: Record[Item] = object.__new__(Record)
+        evolved.kind = self.kind
+        evolved._fields = fields
+        # Nobody edits the lists and dicts of a record, so they are shared.
+        evolved._encoded = self._encoded
+        evolved._flat = self._flat
         evolved._nested = self._nested
         return evolved
 
     def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
         """A record that has the named fields from `other` and the rest from this one."""
-        json_fields = JSON_FIELDS[self.kind]
         chosen = frozenset(names)
         sources = {name: other if name in chosen else self for name in self._fields}
         item: Item = object.__new__(self.kind)
         item.__dict__ = {name: source._fields[name] for name, source in sources.items()}
-        return Record(item, {name: sources[name].encoded(name) for name in json_fields})
+        return Record(item, {name: sources[name].encoded(name) for name in JSON_FIELDS[self.kind]})
 
     def differences(self, other: Record[Item]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
         json_fields = JSON_FIELDS[self.kind]
         theirs = other._fields
         return tuple(
-            name
-            for name, value in self._fields.items()
-            if name not in STORE_FIELDS
-            and (
-                self.encoded(name) != other.encoded(name)
-                if name in json_fields
-                else value is not theirs[name] and value != theirs[name]
-            )
+            [
+                name
+                for name, value in self._fields.items()
+                # Equal is not the same for JSON: 1 and True, 1 and 1.0.
+                if (
+                    self.encoded(name) != other.encoded(name)
+                    if name in json_fields
+                    else value is not theirs[name]
+                    and value != theirs[name]
+                    and name not in STORE_FIELDS
+                )
+            ]
         )
 
     def _decode(self) -> None:
         flat, nested = list(self._flat), list(self._nested)
         for name, text in self._encoded.items():
-            value = (
-                JSON_FIELDS[self.kind][name]()
-                if text is None
-                else _load(self.kind, self._fields, name, text)
-            )
-            items: Iterable[Any]
-            if type(value) is list:
-                items = value
-            elif type(value) is dict:
-                items = value.values()
-            else:
-                self._fields[name] = value
-                continue
-            if text is None or _PLAIN.issuperset(map(type, items)):
-                self._fields[name] = value
+            value = _load(self, name, text)
+            if isinstance(value, list | dict):
+                items: Iterable[Any] = value if isinstance(value, list) else value.values()
+                if not _PLAIN.issuperset(map(type, items)):
+                    nested.append((name, text))
+                    continue
                 flat.append(name)
-            else:
-                nested.append((name, text))
+            self._fields[name] = value
         # The last assignment is what other threads wait for: until then they decode as well.
         self._flat, self._nested = tuple(flat), tuple(nested)
         self._encoded = {}
@@ -167,23 +184,37 @@ def encode(item: Item) -> Record[Item]:
         InvalidDataError: Naming the first field that cannot be stored, and why.
     """
     kind = type(item)
-    checks = _CHECKS.get(kind)
-    if checks is None:
+    if kind not in _CHECKS:
         raise InvalidDataError("task or node", f"must be a Task or NodeInfo, not {kind.__name__}")
+    checks, json_checks = _CHECKS[kind]
     source = item.__dict__
     copy: Item = object.__new__(kind)
     # Through the dict of an instance, so that all records share one table of keys.
-    fields = copy.__dict__ = source.copy() if len(source) == len(checks) else _declared(item)
-    encoded: dict[str, str | None] = {}
-    json_fields = JSON_FIELDS[kind]
-    for name, check in checks.items():
-        value = check(name, fields[name])
-        if name in json_fields:
-            encoded[name] = value
-            fields[name] = None
-        else:
-            fields[name] = value
-    return Record(copy, encoded)
+    fields = copy.__dict__ = source.copy()
+    if len(fields) != len(checks) + len(json_checks) or "version" not in fields:
+        fields = copy.__dict__ = _declared(item)
+    try:
+        for name, default, check in checks:
+            value = fields[name]
+            if value is not default:
+                fields[name] = check(name, value)
+        texts = {name: check(name, fields[name]) for name, check in json_checks}
+    except KeyError as error:
+        raise InvalidDataError(str(error.args[0]), "is missing") from None
+    return Record(copy, texts)
+
+
+def _declared(item: Task | NodeInfo) -> dict[str, Any]:
+    """The fields of `item` without the attributes that somebody hung on it."""
+    return {field.name: item.__dict__[field.name] for field in dataclass_fields(item)
+            if field.name in item.__dict__}  # fmt: skip
+
+
+def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
+    """The record of a row whose columns stand in the order of the fields, JSON as text."""
+    item = kind(*row)
+    fields = item.__dict__
+    return Record(item, {name: fields[name] for name in JSON_FIELDS[kind]})
 
 
 def write_back(record: Record[Item], item: Item) -> None:
@@ -296,40 +327,43 @@ def encode_json(name: str, value: Any) -> str:
 
 def _check_json(name: str, value: Any, depth: int) -> None:
     """Refuse what orjson would change in silence: NaN, infinity, and types that are not JSON."""
-    kind = type(value)
-    if kind is str or kind is bool or value is None:
-        return
-    if kind is int or isinstance(value, int):
-        if not -MAX_INTEGER - 1 <= value <= MAX_INTEGER:
-            raise InvalidDataError(name, "has an integer outside 64 bits")
-    elif kind is float or isinstance(value, float):
-        if not math.isfinite(value):
-            raise InvalidDataError(name, f"has {value}, which JSON cannot hold")
-    elif depth >= MAX_JSON_DEPTH:
+    if depth > MAX_JSON_DEPTH:
         raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
-    elif isinstance(value, dict):
-        for key, item in value.items():
+    items: Iterable[Any]
+    if isinstance(value, dict):
+        for key in value:
             if not isinstance(key, str):
                 raise InvalidDataError(name, f"has the key {_shown(key)}, which is not text")
-            if type(item) is not str:
-                _check_json(name, item, depth + 1)
+        items = value.values()
     elif isinstance(value, list | tuple):
-        for item in value:
-            if type(item) is not str:
-                _check_json(name, item, depth + 1)
-    elif not isinstance(value, str):
-        raise InvalidDataError(name, f"has {_shown(value)}, which is not JSON")
+        items = value
+    else:
+        items = (value,)
+    for item in items:
+        kind = type(item)
+        if kind is str or kind is bool or item is None:
+            continue
+        if isinstance(item, int):
+            if not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
+                raise InvalidDataError(name, "has an integer outside 64 bits")
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                raise InvalidDataError(name, f"has {item}, which JSON cannot hold")
+        elif isinstance(item, dict | list | tuple):
+            _check_json(name, item, depth + 1)
+        elif not isinstance(item, str):
+            raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
 
 
 def _dump(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-def _load(kind: type[Any], fields: Mapping[str, Any], name: str, text: str) -> Any:
+def _load(record: Record[Any], name: str, text: str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        key = fields["task_id" if kind is Task else "node_id"]
+        key = record["task_id" if record.kind is Task else "node_id"]
         raise InvalidDataError(name, f"of {key!r} is not readable JSON: {error}") from error
 
 
@@ -353,20 +387,20 @@ def _text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
     return value if type(value) is str else str.__str__(value)
 
 
-def _optional_id(name: str, value: Any) -> str | None:
-    return None if value is None else _text(name, value, MAX_ID_LENGTH)
-
-
-def _optional(check: Check) -> Check:
-    return lambda name, value: None if value is None else check(name, value)
-
-
 def _text_list(name: str, value: Any) -> str | None:
     """A list of text, of which the empty one is the default."""
-    return None if type(value) is list and not value else _text_items(name, value)
+    return None if type(value) is list and not value else _encode_texts(name, value)
 
 
-def _text_items(name: str, value: Any) -> str | None:
+def _optional_text_list(name: str, value: Any) -> str | None:
+    return None if value is None else _encode_texts(name, value)
+
+
+def _optional_json(name: str, value: Any) -> str | None:
+    return None if value is None else encode_json(name, value)
+
+
+def _encode_texts(name: str, value: Any) -> str:
     if not isinstance(value, list | tuple):
         raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
     for item in value:
@@ -389,20 +423,32 @@ def _version(name: str, value: Any) -> int:
     return value
 
 
-_NO_DEFAULT: Callable[[], Any] = lambda: None  # noqa: E731 - a default factory, beside list, dict
-
-JSON_FIELDS: Mapping[type[Any], Mapping[str, Callable[[], Any]]] = {
+JSON_FIELDS: Mapping[type[Any], Mapping[str, type[list[Any] | dict[str, Any]] | None]] = {
     Task: {
         "required_skills": list,
-        "optional_skills": _NO_DEFAULT,
+        "optional_skills": None,
         "parameters": dict,
-        "result": _NO_DEFAULT,
-        "affinity_tags": _NO_DEFAULT,
+        "result": None,
+        "affinity_tags": None,
         "metadata": dict,
     },
     NodeInfo: {"available_skills": list, "tags": list},
 }
-"""The fields that are stored as JSON, with what makes their default."""
+"""The fields that are stored as JSON, with what makes their default (`None` is its own)."""
+
+_JSON_CHECKS: Mapping[str, Check] = {
+    "required_skills": _text_list,
+    "optional_skills": _optional_text_list,
+    "parameters": _json_object,
+    "result": _optional_json,
+    "affinity_tags": _optional_text_list,
+    "metadata": _json_object,
+    "available_skills": _text_list,
+    "tags": _text_list,
+}
+
+STORE_FIELDS = frozenset({"version", "updated_at"})
+"""The fields that only the store sets."""
 
 _STAMPED: Mapping[type[Any], Sequence[str]] = {
     Task: (
@@ -416,34 +462,25 @@ _STAMPED: Mapping[type[Any], Sequence[str]] = {
     NodeInfo: ("registered_at", "last_heartbeat", "version"),
 }
 
-STORE_FIELDS = frozenset({"version", "updated_at"})
-"""The fields that only the store sets."""
-
-_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
+_FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
     Task: {
         "task_id": check_id,
         "task_type": check_enum(TaskType),
         "name": _text,
         "description": _text,
-        "required_skills": _text_list,
-        "optional_skills": _optional(_text_items),
         "status": check_enum(TaskStatus),
         "priority": check_enum(TaskPriority),
-        "assigned_node": _optional_id,
-        "submitted_at": _optional(check_time),
-        "scheduled_at": _optional(check_time),
-        "started_at": _optional(check_time),
-        "completed_at": _optional(check_time),
-        "parameters": _json_object,
-        "timeout": _optional(check_count),
+        "assigned_node": check_key,
+        "submitted_at": check_time,
+        "scheduled_at": check_time,
+        "started_at": check_time,
+        "completed_at": check_time,
+        "timeout": check_count,
         "retry_count": check_count,
         "max_retries": check_count,
-        "result": _optional(encode_json),
-        "error": _optional(_text),
-        "user_id": _optional_id,
-        "affinity_tags": _optional(_text_items),
-        "metadata": _json_object,
-        "updated_at": lambda name, value: value,
+        "error": _text,
+        "user_id": check_key,
+        "updated_at": check_time,
         "version": _version,
     },
     NodeInfo: {
@@ -455,7 +492,6 @@ _CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "cpu_usage": check_percentage,
         "memory_usage": check_percentage,
         "disk_usage": check_percentage,
-        "available_skills": _text_list,
         "max_concurrent_tasks": check_count,
         "running_tasks": check_count,
         "ip_address": _text,
@@ -465,9 +501,23 @@ _CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "successful_tasks": check_count,
         "failed_tasks": check_count,
         "average_execution_time": check_number,
-        "registered_at": _optional(check_time),
-        "last_heartbeat": _optional(check_time),
-        "tags": _text_list,
+        "registered_at": check_time,
+        "last_heartbeat": check_time,
         "version": _version,
     },
+}
+
+# A field that still is its default needs no check; so most of a task costs next to nothing.
+_CHECKS: Mapping[
+    type[Any], tuple[Sequence[tuple[str, Any, Check]], Sequence[tuple[str, Check]]]
+] = {
+    kind: (
+        tuple(
+            (field.name, field.default, checks[field.name])
+            for field in dataclass_fields(kind)
+            if field.name in checks
+        ),
+        tuple((name, _JSON_CHECKS[name]) for name in JSON_FIELDS[kind]),
+    )
+    for kind, checks in _FIELD_CHECKS.items()
 }

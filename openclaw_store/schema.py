@@ -7,7 +7,7 @@ Alembic checks itself against them, and every statement is built from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Final
@@ -34,6 +34,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from openclaw_store.errors import InvalidDataError
 from openclaw_store.models import (
     FINISHED,
     NodeInfo,
@@ -46,13 +47,21 @@ from openclaw_store.models import (
 from openclaw_store.records import JSON_FIELDS, MAX_ID_LENGTH, Record, encode_json
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 def to_microseconds(moment: datetime) -> int:
     """Microseconds since 1970, exactly."""
     delta = moment - _EPOCH
     return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
+
+
+def from_microseconds(value: int) -> datetime:
+    """The moment that is `value` microseconds after 1970, exactly."""
+    return _EPOCH + timedelta(microseconds=value)
+
+
+def _optional(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else process(value)
 
 
 class UtcTime(TypeDecorator[datetime]):
@@ -62,15 +71,16 @@ class UtcTime(TypeDecorator[datetime]):
     cache_ok = True
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name == "sqlite":
-            return dialect.type_descriptor(BigInteger())
-        return dialect.type_descriptor(DateTime(timezone=True))
+        kind = BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True)
+        return dialect.type_descriptor(kind)
 
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
-        return to_microseconds(value) if value and dialect.name == "sqlite" else value
+    # The processors themselves are given, not `process_bind_param` and `process_result_value`:
+    # this halves the time to read a row.
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        return _optional(to_microseconds) if dialect.name == "sqlite" else None
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
-        return _EPOCH + value * _MICROSECOND if isinstance(value, int) else value
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _optional(from_microseconds) if dialect.name == "sqlite" else None
 
 
 class EnumValue(TypeDecorator[Any]):
@@ -81,20 +91,30 @@ class EnumValue(TypeDecorator[Any]):
 
     def __init__(self, kind: type[Enum]) -> None:
         self.kind = kind
-        self._members = {member.value: member for member in kind}
         super().__init__()
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if issubclass(self.kind, int):
             return dialect.type_descriptor(Integer())
-        longest = max(len(value) for value in self._members)
-        return dialect.type_descriptor(String(longest))
+        return dialect.type_descriptor(String(max(len(member.value) for member in self.kind)))
 
-    def process_bind_param(self, value: Enum | None, dialect: Dialect) -> Any:
-        return value.value if isinstance(value, Enum) else value
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        return _Translation({member: member.value for member in self.kind}, self.kind).__getitem__
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
-        return self._members.get(value, value)
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _Translation({member.value: member for member in self.kind}, self.kind).__getitem__
+
+
+class _Translation(dict[Any, Any]):
+    """Translates values; `None` stays itself, and an unknown one is an error."""
+
+    def __init__(self, pairs: Mapping[Any, Any], kind: type[Enum]) -> None:
+        super().__init__(pairs)
+        self[None] = None
+        self._kind = kind
+
+    def __missing__(self, value: Any) -> Any:
+        raise InvalidDataError(self._kind.__name__, f"{value!r} is not one of its values")
 
 
 class Json(TypeDecorator[Any]):
@@ -313,10 +333,10 @@ COLUMNS: Final = {
 
 
 class RowEncoder:
-    """Turns the fields of records into what the driver of one dialect takes."""
+    """Turns records into what the driver of one dialect takes."""
 
-    def __init__(self, kind: type[Task | NodeInfo], dialect: Dialect) -> None:
-        columns = ROWS[kind].__table__.c
+    def __init__(self, kind: type[Any], dialect: Dialect) -> None:
+        columns = table_of(kind).c
         self._encoders: dict[str, Callable[[Any], Any] | None] = {
             name: columns[name].type.dialect_impl(dialect).bind_processor(dialect)
             for name in FIELDS[kind]
@@ -326,12 +346,14 @@ class RowEncoder:
     def __call__(self, record: Record[Any], names: Sequence[str]) -> list[Any]:
         """The values of the named fields, in that order."""
         encoders = self._encoders
-        values = []
+        values: list[Any] = []
         for name in names:
             if name in encoders:
-                encoder = encoders[name]
                 value = record[name]
-                values.append(encoder(value) if encoder and value is not None else value)
+                encoder = encoders[name]
+                if encoder is not None and value is not None:
+                    value = encoder(value)
+                values.append(value)
             else:
                 values.append(record.encoded(name))
         return values
