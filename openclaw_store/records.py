@@ -223,24 +223,6 @@ def write_back(record: Record[Item], item: Item) -> None:
         setattr(item, name, record[name])
 
 
-def _declared(item: Task | NodeInfo) -> dict[str, Any]:
-    """The fields of `item` without the attributes that somebody hung on it."""
-    missing = [field.name for field in dataclass_fields(item) if field.name not in item.__dict__]
-    if missing:
-        raise InvalidDataError(missing[0], "is missing")
-    return {field.name: item.__dict__[field.name] for field in dataclass_fields(item)}
-
-
-def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
-    """The record of a row whose columns stand in the order of the fields, JSON as text."""
-    item = kind(*row)
-    encoded = {}
-    for name in JSON_FIELDS[kind]:
-        encoded[name] = getattr(item, name)
-        setattr(item, name, None)
-    return Record(item, encoded)
-
-
 def check_id(name: str, value: Any) -> str:
     """An identifier: text that is not empty and not too long."""
     text = _text(name, value, MAX_ID_LENGTH)
