@@ -76,8 +76,9 @@ class Cache:
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""
-        for entry in other.unsaved.values():
-            self.hold(entry.record, entry.base)
+        for place, entry in other.unsaved.items():
+            entry.committed = self._visible(place)
+            self._show_unsaved(place, entry)
 
     def apply(self, events: Iterable[Event]) -> None:
         """Take over what this process has committed."""
@@ -137,10 +138,8 @@ class Cache:
         """Show an entry before it is committed."""
         place = place_of(record)
         entry = self.unsaved.get(place)
-        committed = self._visible(place) or base if entry is None else entry.committed
-        self._hide(place)
-        self.unsaved[place] = Unsaved(record, base, committed)
-        self._show(place, None, record)
+        committed = (self._visible(place) or base) if entry is None else entry.committed
+        self._show_unsaved(place, Unsaved(record, base, committed))
 
     def discard(self, place: Place) -> bool:
         """Forget what is only in memory of an entry; `False` if there is nothing."""
@@ -294,6 +293,11 @@ class Cache:
             return
         self._hide(place)
         entry.committed = record
+        self._show(place, None, entry.record)
+
+    def _show_unsaved(self, place: Place, entry: Unsaved) -> None:
+        self._hide(place)
+        self.unsaved[place] = entry
         self._show(place, None, entry.record)
 
     def _visible(self, place: Place) -> Record[Any] | None:

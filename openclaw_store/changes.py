@@ -12,7 +12,6 @@ back, not even when a row is removed and created again.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
@@ -35,8 +34,9 @@ from openclaw_store.schema import (
     ROWS,
     ChangeRow,
     CounterRow,
-    RowEncoder,
+    Plan,
     TaskRow,
+    plan_of,
     table_of,
     to_microseconds,
 )
@@ -63,8 +63,7 @@ class ChangeKind(StrEnum):
     REMOVED = "removed"
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One entry of the feed."""
 
     revision: int
@@ -153,7 +152,7 @@ class Row:
     ) -> Record[Any]:
         """Give the row new content, under a new version; returns it as it is stored."""
         before, created = self.status, self.version is None
-        self.status = str(record["status"].value)
+        self.status = record["status"]._value_  # `value` costs a call
         if self.kind is Task:
             self.node = record["assigned_node"]
             stamps: dict[str, Any] = {"updated_at": self.now}
@@ -232,18 +231,8 @@ class Ledger:
         if self._changes:
             changed_at = to_microseconds(self.unit.now)
             rows = [
-                (
-                    change.revision,
-                    changed_at,
-                    change.item,
-                    change.item_id,
-                    change.kind.value,
-                    change.from_status,
-                    change.to_status,
-                    change.node,
-                    change.reason,
-                )
-                for change in self._changes
+                (revision, changed_at, item, id, kind._value_, before, after, node, reason)
+                for revision, _, item, id, kind, before, after, node, reason in self._changes
             ]
             connection.exec_driver_sql(_INSERT_CHANGE, rows)
         if self.forgotten:
@@ -280,24 +269,30 @@ class _Statements:
     def __init__(self, kind: type[Any]) -> None:
         self._table = table_of(kind)
         self._key = self._table.c[KEY[kind]]
-        self._updates: dict[frozenset[str], tuple[str, tuple[str, ...]]] = {}
+        self._kind = kind
+        self._updates: dict[frozenset[str], tuple[str, Plan]] = {}
         ids = func.json_each(bindparam("ids")).table_valued("value").c.value
         wanted = self._key.in_(select(ids))
-        self.encode = RowEncoder(kind, _DIALECT)
-        self.names = FIELDS[kind]
-        self.insert = _compile(insert(self._table), self.names)
+        self.insert = (
+            _compile(insert(self._table), FIELDS[kind]),
+            plan_of(kind, FIELDS[kind], _DIALECT),
+        )
         self.delete = _compile(delete(self._table).where(self._key == bindparam("key")))
         self.read = select(*COLUMNS[kind]).where(wanted)
         if kind is Task:
             brief = select(TaskRow.task_id, TaskRow.version, TaskRow.status, TaskRow.assigned_node)
             self.read_brief = _compile(brief.where(wanted))
 
-    def update(self, names: frozenset[str]) -> tuple[str, tuple[str, ...]]:
+    def update(self, names: frozenset[str]) -> tuple[str, Plan]:
         """The statement that writes the named columns and no others, and their order in it."""
         if names not in self._updates:
-            order = tuple(column.name for column in self._table.c if column.name in names)
+            order = [column.name for column in self._table.c if column.name in names]
             statement = update(self._table).where(self._key == bindparam("key_"))
-            self._updates[names] = _compile(statement, order), order
+            fields = [name for name in order if name != "beat"]  # which is the last column
+            self._updates[names] = (
+                _compile(statement, order),
+                plan_of(self._kind, fields, _DIALECT),
+            )
         return self._updates[names]
 
 
@@ -350,16 +345,15 @@ def _store(connection: Connection, beat: int, kind: type[Any], rows: Iterable[Ro
             continue
         if row.stored and not row.removed:
             names = frozenset(row.names)
-            order = statements.update(names)[1]
-            values = statements.encode(row.record, [name for name in order if name != "beat"])
-            if "beat" in names:  # the last column
+            values = row.record.values(statements.update(names)[1])
+            if "beat" in names:
                 values.append(beat)
             updates.setdefault(names, []).append((*values, row.id))
         else:
-            inserts.append(tuple(statements.encode(row.record, statements.names)))
+            inserts.append(tuple(row.record.values(statements.insert[1])))
     if deletes:
         connection.exec_driver_sql(statements.delete, deletes)
     if inserts:
-        connection.exec_driver_sql(statements.insert, inserts)
+        connection.exec_driver_sql(statements.insert[0], inserts)
     for names, parameters in updates.items():
         connection.exec_driver_sql(statements.update(names)[0], parameters)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
@@ -78,10 +79,11 @@ class Database:
         self.timeout = timeout
         self.transaction_timeout = transaction_timeout
         self._pool_size = pool_size
-        self._folder: Path | None = None
+        self._remove_folder: Callable[[], object] = lambda: None
         if db_path == ":memory:":
-            self._folder = Path(tempfile.mkdtemp(prefix="openclaw_store-"))
-            self._path = self._folder / "memory.db"
+            folder = tempfile.mkdtemp(prefix="openclaw_store-")
+            self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._path = Path(folder, "memory.db")
         else:
             self._path = sqlite.file_of(db_path)
             sqlite.make_folder(self._path)
@@ -146,8 +148,7 @@ class Database:
             await engines.writing.dispose()
         self._engines.clear()
         self._writing_engine.dispose()
-        if self._folder is not None:
-            shutil.rmtree(self._folder)
+        self._remove_folder()
 
     async def __aenter__(self) -> Self:
         await self.initialize()
@@ -201,19 +202,20 @@ class Database:
         engines = self._engines_here()
         self._refuse_inside()
         seconds = self.transaction_timeout if timeout is None else timeout
-        async with self._gate_held("a transaction", seconds):
+        async with self._gate_held("a transaction"):
             session = engines.write_sessions()
             try:
                 with sqlite.translated(self._path):
-                    async with self._deadline(seconds):
-                        unit = Unit(await self._begin(session), self.clock())
-                        session.info["unit"] = unit
-                        outside = _inside.get()
-                        _inside.set(unit)
-                        try:
+                    unit = Unit(await self._begin(session), self.clock())
+                    session.info["unit"] = unit
+                    self._gate.limit(seconds)
+                    outside = _inside.get()
+                    _inside.set(unit)
+                    try:
+                        async with self._deadline(seconds):
                             yield session
-                        finally:
-                            _inside.set(outside)
+                    finally:
+                        _inside.set(outside)
                     if not unit.finished:  # else the block rolled back by itself
                         await _finish(self._commit(session, unit))
             finally:
@@ -355,8 +357,8 @@ class Database:
         }
 
     @asynccontextmanager
-    async def _gate_held(self, holder: str, seconds: float | None = None) -> AsyncIterator[None]:
-        await self._gate.enter(holder, seconds)
+    async def _gate_held(self, holder: str) -> AsyncIterator[None]:
+        await self._gate.enter(holder)
         try:
             yield
         finally:

@@ -120,6 +120,24 @@ class Record(Generic[Item]):
             return None
         return _dump(value)
 
+    def values(self, plan: Sequence[tuple[str, Callable[[Any], Any] | None]]) -> list[Any]:
+        """The values of fields, in the order of `plan`, as a driver takes them.
+
+        Args:
+            plan: Names of fields, each with what encodes a value that is not `None`. JSON fields
+                come as text, and `None` for their default.
+        """
+        fields, encoded = self._fields, self._encoded
+        json_fields = JSON_FIELDS[self.kind]
+        return [
+            (encoded[name] if name in encoded else self.encoded(name))
+            if name in json_fields
+            else value
+            if (value := fields[name]) is None or encoder is None
+            else encoder(value)
+            for name, encoder in plan
+        ]
+
     def evolve(self, **values: Any) -> Record[Item]:
         """A record that differs in the given fields, none of them JSON."""
         item: Item = object.__new__(self.kind)
@@ -191,7 +209,7 @@ def encode(item: Item) -> Record[Item]:
     copy: Item = object.__new__(kind)
     # Through the dict of an instance, so that all records share one table of keys.
     fields = copy.__dict__ = source.copy()
-    if len(fields) != len(checks) + len(json_checks) or "version" not in fields:
+    if len(fields) != len(checks) + len(json_checks):
         fields = copy.__dict__ = _declared(item)
     try:
         for name, default, check in checks:

@@ -44,7 +44,7 @@ from openclaw_store.models import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.records import JSON_FIELDS, MAX_ID_LENGTH, Record, encode_json
+from openclaw_store.records import JSON_FIELDS, MAX_ID_LENGTH, encode_json
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -332,28 +332,19 @@ COLUMNS: Final = {
 """What to select to `decode` a row into a record."""
 
 
-class RowEncoder:
-    """Turns records into what the driver of one dialect takes."""
+Plan = Sequence[tuple[str, Callable[[Any], Any] | None]]
+"""Names of columns, each with what turns a value into one of the driver's."""
 
-    def __init__(self, kind: type[Any], dialect: Dialect) -> None:
-        columns = table_of(kind).c
-        self._encoders: dict[str, Callable[[Any], Any] | None] = {
-            name: columns[name].type.dialect_impl(dialect).bind_processor(dialect)
-            for name in FIELDS[kind]
-            if name not in JSON_FIELDS[kind]
-        }
 
-    def __call__(self, record: Record[Any], names: Sequence[str]) -> list[Any]:
-        """The values of the named fields, in that order."""
-        encoders = self._encoders
-        values: list[Any] = []
-        for name in names:
-            if name in encoders:
-                value = record[name]
-                encoder = encoders[name]
-                if encoder is not None and value is not None:
-                    value = encoder(value)
-                values.append(value)
-            else:
-                values.append(record.encoded(name))
-        return values
+def plan_of(kind: type[Any], names: Iterable[str], dialect: Dialect) -> Plan:
+    """How `Record.values` makes the parameters for the named columns."""
+    columns = table_of(kind).c
+    return tuple(
+        (
+            name,
+            None
+            if name in JSON_FIELDS[kind]
+            else columns[name].type.dialect_impl(dialect).bind_processor(dialect),
+        )
+        for name in names
+    )

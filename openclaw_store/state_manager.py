@@ -134,7 +134,11 @@ class StateManager:
             await self.db.close()
 
     async def __aenter__(self) -> Self:
-        await self.initialize()
+        try:
+            await self.initialize()
+        except BaseException:
+            await self.shutdown()
+            raise
         return self
 
     async def __aexit__(

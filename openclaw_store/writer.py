@@ -96,23 +96,22 @@ class Gate:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._mutex = threading.Lock()
-        self._waiting: deque[tuple[Future[None], str, float | None]] = deque()
+        self._waiting: deque[tuple[Future[None], str]] = deque()
         self._holder: str | None = None
         self._held_since = 0.0
         self._held_until: float | None = None
 
     @contextmanager
-    def held(self, holder: str, seconds: float | None = None) -> Iterator[None]:
+    def held(self, holder: str) -> Iterator[None]:
         """Hold the gate on this thread.
 
         Args:
             holder: Who holds it, for the errors of those who wait.
-            seconds: How long at most; once that is over those who wait give up.
 
         Raises:
             DeadlineError: If whoever holds it does not let go.
         """
-        ticket = self._queue(holder, seconds)
+        ticket = self._queue(holder)
         if ticket is not None:
             asked_at = time.monotonic()
             try:
@@ -130,9 +129,9 @@ class Gate:
         finally:
             self.leave()
 
-    async def enter(self, holder: str, seconds: float | None = None) -> None:
+    async def enter(self, holder: str) -> None:
         """Hold the gate from a coroutine, until it calls `leave`; as `held` otherwise."""
-        ticket = self._queue(holder, seconds)
+        ticket = self._queue(holder)
         if ticket is None:
             return
         asked_at = time.monotonic()
@@ -146,28 +145,33 @@ class Gate:
             self._abandon(ticket)
             raise
 
+    def limit(self, seconds: float) -> None:
+        """Whoever holds the gate has it for so long from now; then those who wait give up."""
+        with self._mutex:
+            self._held_until = time.monotonic() + seconds
+
     def leave(self) -> None:
         """Let the next one in."""
         with self._mutex:
             self._holder = None
             if self._waiting:
-                ticket, holder, seconds = self._waiting.popleft()
-                self._let_in(holder, seconds)
+                ticket, holder = self._waiting.popleft()
+                self._let_in(holder)
                 ticket.set_result(None)
 
-    def _queue(self, holder: str, seconds: float | None) -> Future[None] | None:
+    def _queue(self, holder: str) -> Future[None] | None:
         with self._mutex:
             if self._holder is None:
-                self._let_in(holder, seconds)
+                self._let_in(holder)
                 return None
             ticket: Future[None] = Future()
-            self._waiting.append((ticket, holder, seconds))
+            self._waiting.append((ticket, holder))
             return ticket
 
-    def _let_in(self, holder: str, seconds: float | None) -> None:
+    def _let_in(self, holder: str) -> None:
         self._holder = holder
         self._held_since = time.monotonic()
-        self._held_until = None if seconds is None else self._held_since + seconds
+        self._held_until = None
 
     def _abandon(self, ticket: Future[None]) -> None:
         with self._mutex:
@@ -238,8 +242,8 @@ class Writer:
         """
         loop = asyncio.get_running_loop()
         entry = _Entry(apply, operation, loop)
-        while not self._enqueue(entry):
-            await self._wait_outside(loop)
+        while (turn := self._enqueue(entry)) is not None:
+            await turn
         try:
             return await entry.future
         except asyncio.CancelledError:
@@ -282,14 +286,19 @@ class Writer:
             ended = self._ended
         if ended is not None:
             self._tokens.put(None)
-            await asyncio.wrap_future(ended)
+            done = asyncio.get_running_loop().create_future()
+            ended.add_done_callback(lambda _: _wake(done))
+            await done
 
-    def _enqueue(self, entry: _Entry) -> bool:
+    def _enqueue(self, entry: _Entry) -> asyncio.Future[None] | None:
+        """Queue an operation; where the queue is full, returns what to wait for outside."""
         with self._lock:
             if self._closed:
                 raise UnavailableError("the database is closed: open a new Database")
             if len(self._queue) >= MAX_QUEUED:
-                return False
+                turn = entry.loop.create_future()
+                self._outside.append(turn)
+                return turn
             if self._ended is None:
                 self._ended = Future()
                 threading.Thread(
@@ -301,17 +310,11 @@ class Writer:
                 # same batch. The callback runs behind them, without any delay for a lone one.
                 self._kicking.add(entry.loop)
                 entry.loop.call_soon(self._kick, entry.loop)
-        return True
+        return None
 
     def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._kicking.discard(loop)
         self._tokens.put(None)
-
-    async def _wait_outside(self, loop: asyncio.AbstractEventLoop) -> None:
-        future = loop.create_future()
-        with self._lock:
-            self._outside.append(future)
-        await future
 
     async def _withdraw(self, entry: _Entry) -> None:
         """Take a cancelled caller's operation back, or wait until its batch is done."""
@@ -347,10 +350,13 @@ class Writer:
                 if closed:
                     self._tokens.put(None)  # once more, for what queued during the commit
         finally:
+            self._stopped()  # first: from the next line on there may be another thread
             with self._lock:
                 orphans, self._queue = self._queue, []
+                outside, self._outside = self._outside, []
                 self._ended = None
-            self._stopped()
+            for future in outside:
+                _wake(future)
             lost = UnavailableError("the writer's thread ended: try again")
             self.publish((), [(entry, lost) for entry in orphans])
             ended.set_result(None)
