@@ -180,7 +180,10 @@ class Cache:
             touched = record.evolve(last_heartbeat=beat.at, **beat.usage)
             if place in self.unsaved:
                 self.unsaved[place].record = touched
-            self._show(place, record, touched)
+            if touched["running_tasks"] == record["running_tasks"]:
+                self.nodes.put(beat.id, touched)  # no index knows the rest
+            else:
+                self._show(place, record, touched)
 
     # Reading.
 

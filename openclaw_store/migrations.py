@@ -97,6 +97,7 @@ def upgrade(path: Path, timeout: float = _TIMEOUT_SECONDS) -> None:
         config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+    sqlite.empty_wal(path)
 
 
 @contextmanager

@@ -368,7 +368,10 @@ def _load(record: Record[Any], name: str, text: str) -> Any:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # too deep, too many digits, or a fault of its own
+        return f"{type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -217,7 +217,9 @@ class TaskRepository(Repository[Task]):
         Returns:
             How many were removed.
         """
-        kept = [keep_status] if isinstance(keep_status, str) else keep_status or ()
+        kept: Iterable[Any] = () if keep_status is None else [keep_status]
+        if isinstance(keep_status, Iterable) and not isinstance(keep_status, str):
+            kept = keep_status
         keep = tuple(task_status("keep_status", status) for status in kept)
         try:
             cutoff = self._database.clock() - timedelta(days=check_number("days", days))
@@ -329,8 +331,5 @@ class NodeRepository(Repository[NodeInfo]):
 
 
 def check_seconds(name: str, value: float) -> timedelta:
-    """A duration in seconds, from 0."""
-    try:
-        return timedelta(seconds=check_number(name, value))
-    except OverflowError as error:
-        raise InvalidDataError(name, f"is too large: {value}") from error
+    """A duration in seconds, from 0 to 10^9 (32 years)."""
+    return timedelta(seconds=check_number(name, value, 1e9))

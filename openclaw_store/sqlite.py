@@ -254,6 +254,12 @@ def vacuum(path: Path, timeout: float) -> None:
     """Rewrite the file without its free pages, and empty the WAL."""
     with translated(path), closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
         retrying(lambda: database.execute("VACUUM"), timeout)
+    empty_wal(path)
+
+
+def empty_wal(path: Path) -> None:
+    """Move what the WAL holds to the database file, as far as nobody is in the way."""
+    with translated(path), closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
