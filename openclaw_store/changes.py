@@ -11,13 +11,13 @@ back, not even when a row is removed and created again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
 import orjson
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement
 
@@ -36,6 +36,7 @@ from openclaw_store.schema import (
     CounterRow,
     Plan,
     TaskRow,
+    decoders_of,
     plan_of,
     table_of,
     to_microseconds,
@@ -197,7 +198,7 @@ class Ledger:
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
-        self._revision, beat = unit.connection.exec_driver_sql(_READ_COUNTERS).one()
+        self._revision, beat = unit.execute(_READ_COUNTERS)[0]
         self.beat = beat + 1
         self._changes: list[Change] = []
         self.forgotten: list[tuple[str, str, int]] = []
@@ -227,19 +228,18 @@ class Ledger:
         self.unit.committed.append(event)
 
     def _write(self) -> None:
-        connection = self.unit.connection
         if self._changes:
             changed_at = to_microseconds(self.unit.now)
             rows = [
                 (revision, changed_at, item, id, kind._value_, before, after, node, reason)
                 for revision, _, item, id, kind, before, after, node, reason in self._changes
             ]
-            connection.exec_driver_sql(_INSERT_CHANGE, rows)
+            self.unit.execute_many(_INSERT_CHANGE, rows)
         if self.forgotten:
-            connection.exec_driver_sql(_FORGET, self.forgotten)
+            self.unit.execute_many(_FORGET, self.forgotten)
         if self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
-            connection.exec_driver_sql(_COUNT, (self._revision, beat))
+            self.unit.execute(_COUNT, (self._revision, beat))
 
 
 def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
@@ -251,10 +251,10 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
         if operation.id not in touched:
             touched[operation.id] = Row(ledger, operation.kind, operation.id)
     for kind, touched in rows.items():
-        _load(unit.connection, kind, touched)
+        _load(unit, kind, touched)
     outcomes = [operation.decide(rows[operation.kind][operation.id]) for operation in operations]
     for kind, touched in rows.items():
-        _store(unit.connection, ledger.beat, kind, touched.values())
+        _store(unit, ledger.beat, kind, touched.values())
     return outcomes
 
 
@@ -278,7 +278,10 @@ class _Statements:
             plan_of(kind, FIELDS[kind], _DIALECT),
         )
         self.delete = _compile(delete(self._table).where(self._key == bindparam("key")))
-        self.read = select(*COLUMNS[kind]).where(wanted)
+        self.read = (
+            _compile(select(*COLUMNS[kind]).where(wanted)),
+            decoders_of(kind, _DIALECT),
+        )
         if kind is Task:
             brief = select(TaskRow.task_id, TaskRow.version, TaskRow.status, TaskRow.assigned_node)
             self.read_brief = _compile(brief.where(wanted))
@@ -317,22 +320,26 @@ _COUNT = _compile(update(CounterRow), ("revision", "beat"))
 _READ_COUNTERS = _compile(select(CounterRow.revision, CounterRow.beat))
 
 
-def _load(connection: Connection, kind: type[Any], rows: Mapping[str, Row]) -> None:
+def _call(function: Callable[[Any], Any] | None, value: Any) -> Any:
+    return value if function is None else function(value)
+
+
+def _load(unit: Unit, kind: type[Any], rows: Mapping[str, Row]) -> None:
     statements = _STATEMENTS[kind]
     ids = orjson.dumps(list(rows)).decode()
     if kind is NodeInfo:
-        for values in connection.execute(statements.read, {"ids": ids}):
-            record = decode(NodeInfo, values)
+        for values in unit.execute(statements.read[0], (ids,)):
+            record = decode(NodeInfo, list(map(_call, statements.read[1], values)))
             row = rows[record["node_id"]]
             row.stored, row.record = True, record
             row.version, row.status = record.version, record["status"].value
     else:
-        for id, version, status, node in connection.exec_driver_sql(statements.read_brief, (ids,)):
+        for id, version, status, node in unit.execute(statements.read_brief, (ids,)):
             row = rows[id]
             row.stored, row.version, row.status, row.node = True, version, status, node
 
 
-def _store(connection: Connection, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
+def _store(unit: Unit, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
     """Write what the operations left, each row once."""
     statements = _STATEMENTS[kind]
     deletes: list[tuple[str]] = []
@@ -352,8 +359,8 @@ def _store(connection: Connection, beat: int, kind: type[Any], rows: Iterable[Ro
         else:
             inserts.append(tuple(row.record.values(statements.insert[1])))
     if deletes:
-        connection.exec_driver_sql(statements.delete, deletes)
+        unit.execute_many(statements.delete, deletes)
     if inserts:
-        connection.exec_driver_sql(statements.insert[0], inserts)
+        unit.execute_many(statements.insert[0], inserts)
     for names, parameters in updates.items():
-        connection.exec_driver_sql(statements.update(names)[0], parameters)
+        unit.execute_many(statements.update(names)[0], parameters)

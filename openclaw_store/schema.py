@@ -336,6 +336,17 @@ Plan = Sequence[tuple[str, Callable[[Any], Any] | None]]
 """Names of columns, each with what turns a value into one of the driver's."""
 
 
+def decoders_of(kind: type[Any], dialect: Dialect) -> Sequence[Callable[[Any], Any] | None]:
+    """What turns the driver's values into those of the fields; JSON stays text."""
+    columns = table_of(kind).c
+    return tuple(
+        None
+        if name in JSON_FIELDS[kind]
+        else columns[name].type.dialect_impl(dialect).result_processor(dialect, None)
+        for name in FIELDS[kind]
+    )
+
+
 def plan_of(kind: type[Any], names: Iterable[str], dialect: Dialect) -> Plan:
     """How `Record.values` makes the parameters for the named columns."""
     columns = table_of(kind).c

@@ -133,7 +133,7 @@ def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
 def _begin_with(engine: Engine, statement: str) -> None:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        connection.exec_driver_sql(statement)
+        connection.connection.cursor().execute(statement)
 
 
 def writing_engine(path: Path) -> Engine:
