@@ -27,14 +27,13 @@ from openclaw_store.errors import (
     TaskNotFoundError,
 )
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.records import Record, decode
+from openclaw_store.records import Plan, Record, decode
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
     ROWS,
     ChangeRow,
     CounterRow,
-    Plan,
     TaskRow,
     decoders_of,
     plan_of,

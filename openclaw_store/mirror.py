@@ -277,7 +277,8 @@ class Mirror:
         entry = self.cache.unsaved.get(place)
         if entry is None:  # another caller has written it
             return
-        operation: Operation = Create(place[0], place[1], entry.record)
+        # A record of its own: the one in the cache may be decoded while the writer encodes it.
+        operation: Operation = Create(place[0], place[1], entry.record.evolve())
         if entry.base is not None:
             record = entry.record.evolve(version=entry.base.version)
             operation = Update(*place, record, entry.base.differences(record))

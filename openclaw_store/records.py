@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import orjson
 
@@ -37,10 +37,22 @@ MAX_JSON_DEPTH = 200
 MAX_INTEGER = (1 << 63) - 1
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+_HARMLESS = frozenset({str, bool, type(None)})
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 Check = Callable[[str, Any], Any]
 """Takes a field's name and value; returns the value as it is kept, or raises."""
+
+
+class Plan(NamedTuple):
+    """How `Record.values` makes the parameters of a statement."""
+
+    names: Sequence[str]
+    """The fields, in order."""
+    encoders: Sequence[tuple[int, Callable[[Any], Any]]]
+    """Places of values that the driver takes in another form, and what makes it."""
+    json: Sequence[tuple[int, str]]
+    """Places of JSON fields, which come as text, or `None` for their default."""
 
 
 class Record(Generic[Item]):
@@ -48,32 +60,20 @@ class Record(Generic[Item]):
 
     __slots__ = ("_encoded", "_fields", "_flat", "_nested", "kind")
 
-    def __init__(self, item: Item, texts: Mapping[str, str | None]) -> None:
+    def __init__(self, item: Item, encoded: dict[str, str], flat: tuple[str, ...]) -> None:
         """Take over `item`, which belongs to the record now.
 
         Args:
-            item: What is recorded; its JSON fields are ignored.
-            texts: Text of each JSON field; `None` for its default.
+            item: What is recorded; JSON fields given as text are `None` in it.
+            encoded: Text of JSON fields that nobody has looked at.
+            flat: JSON fields with a list or dict of plain values, to be copied for each copy.
         """
         self.kind: type[Item] = type(item)
-        self._fields = fields = item.__dict__
-        self._encoded: dict[str, str] = {}
-        """Text of the JSON fields that nobody has looked at."""
+        self._fields = item.__dict__
+        self._encoded = encoded
+        self._flat = flat
         self._nested: tuple[tuple[str, str], ...] = ()
         """JSON fields that are decoded for each copy."""
-        flat: list[str] = []
-        for name, default in JSON_FIELDS[self.kind].items():
-            text = texts[name]
-            if text is not None:
-                self._encoded[name] = text
-                fields[name] = None
-            elif default is None:
-                fields[name] = None
-            else:
-                fields[name] = default()
-                flat.append(name)
-        self._flat = tuple(flat)
-        """JSON fields with a list or dict of plain values, which is copied for each copy."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
@@ -120,23 +120,20 @@ class Record(Generic[Item]):
             return None
         return _dump(value)
 
-    def values(self, plan: Sequence[tuple[str, Callable[[Any], Any] | None]]) -> list[Any]:
-        """The values of fields, in the order of `plan`, as a driver takes them.
-
-        Args:
-            plan: Names of fields, each with what encodes a value that is not `None`. JSON fields
-                come as text, and `None` for their default.
-        """
+    def values(self, plan: Plan) -> list[Any]:
+        """The values of the fields of `plan`, as the driver takes them."""
         fields, encoded = self._fields, self._encoded
-        json_fields = JSON_FIELDS[self.kind]
-        return [
-            (encoded[name] if name in encoded else self.encoded(name))
-            if name in json_fields
-            else value
-            if (value := fields[name]) is None or encoder is None
-            else encoder(value)
-            for name, encoder in plan
-        ]
+        row = [fields[name] for name in plan.names]
+        for place, encoder in plan.encoders:
+            value = row[place]
+            if value is not None:
+                row[place] = encoder(value)
+        for place, name in plan.json:
+            if row[place] is None and not self._nested:
+                row[place] = encoded.get(name)
+            else:
+                row[place] = self.encoded(name)
+        return row
 
     def evolve(self, **values: Any) -> Record[Item]:
         """A record that differs in the given fields, none of them JSON."""
@@ -155,10 +152,12 @@ class Record(Generic[Item]):
     def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
         """A record that has the named fields from `other` and the rest from this one."""
         chosen = frozenset(names)
-        sources = {name: other if name in chosen else self for name in self._fields}
-        item: Item = object.__new__(self.kind)
-        item.__dict__ = {name: source._fields[name] for name, source in sources.items()}
-        return Record(item, {name: sources[name].encoded(name) for name in JSON_FIELDS[self.kind]})
+        json_fields = JSON_FIELDS[self.kind]
+        row = []
+        for name in self._fields:
+            source = other if name in chosen else self
+            row.append(source.encoded(name) if name in json_fields else source._fields[name])
+        return decode(self.kind, row)
 
     def differences(self, other: Record[Item]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
@@ -211,15 +210,26 @@ def encode(item: Item) -> Record[Item]:
     fields = copy.__dict__ = source.copy()
     if len(fields) != len(checks) + len(json_checks):
         fields = copy.__dict__ = _declared(item)
+    encoded: dict[str, str] = {}
+    flat: list[str] = []
     try:
         for name, default, check in checks:
             value = fields[name]
             if value is not default:
                 fields[name] = check(name, value)
-        texts = {name: check(name, fields[name]) for name, check in json_checks}
+        for name, empty, check in json_checks:
+            value = fields[name]
+            if value is None and empty is None:
+                continue
+            if type(value) is empty and not value:
+                fields[name] = empty()
+                flat.append(name)
+            else:
+                encoded[name] = check(name, value)
+                fields[name] = None
     except KeyError as error:
         raise InvalidDataError(str(error.args[0]), "is missing") from None
-    return Record(copy, texts)
+    return Record(copy, encoded, tuple(flat))
 
 
 def _declared(item: Task | NodeInfo) -> dict[str, Any]:
@@ -232,7 +242,17 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     """The record of a row whose columns stand in the order of the fields, JSON as text."""
     item = kind(*row)
     fields = item.__dict__
-    return Record(item, {name: fields[name] for name in JSON_FIELDS[kind]})
+    encoded: dict[str, str] = {}
+    flat: list[str] = []
+    for name, empty in JSON_FIELDS[kind].items():
+        text = fields[name]
+        if text is not None:
+            encoded[name] = text
+            fields[name] = None
+        elif empty is not None:
+            fields[name] = empty()
+            flat.append(name)
+    return Record(item, encoded, tuple(flat))
 
 
 def write_back(record: Record[Item], item: Item) -> None:
@@ -247,6 +267,11 @@ def check_id(name: str, value: Any) -> str:
     if not text:
         raise InvalidDataError(name, "must not be empty")
     return text
+
+
+def check_text(name: str, value: Any) -> str:
+    """Text as a row may hold it."""
+    return _text(name, value)
 
 
 def check_key(name: str, value: Any) -> str:
@@ -327,7 +352,7 @@ def encode_json(name: str, value: Any) -> str:
 
 def _check_json(name: str, value: Any, depth: int) -> None:
     """Refuse what orjson would change in silence: NaN, infinity, and types that are not JSON."""
-    if depth >= MAX_JSON_DEPTH:
+    if depth > MAX_JSON_DEPTH:
         raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
     items: Iterable[Any]
     if isinstance(value, dict):
@@ -339,10 +364,9 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         items = value
     else:
         items = (value,)
+    if _HARMLESS.issuperset(map(type, items)):
+        return
     for item in items:
-        kind = type(item)
-        if kind is str or kind is bool or item is None:
-            continue
         if isinstance(item, int):
             if not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
                 raise InvalidDataError(name, "has an integer outside 64 bits")
@@ -351,7 +375,7 @@ def _check_json(name: str, value: Any, depth: int) -> None:
                 raise InvalidDataError(name, f"has {item}, which JSON cannot hold")
         elif isinstance(item, dict | list | tuple):
             _check_json(name, item, depth + 1)
-        elif not isinstance(item, str):
+        elif item is not None and not isinstance(item, str):
             raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
 
 
@@ -390,20 +414,7 @@ def _text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
     return value if type(value) is str else str.__str__(value)
 
 
-def _text_list(name: str, value: Any) -> str | None:
-    """A list of text, of which the empty one is the default."""
-    return None if type(value) is list and not value else _encode_texts(name, value)
-
-
-def _optional_text_list(name: str, value: Any) -> str | None:
-    return None if value is None else _encode_texts(name, value)
-
-
-def _optional_json(name: str, value: Any) -> str | None:
-    return None if value is None else encode_json(name, value)
-
-
-def _encode_texts(name: str, value: Any) -> str:
+def _texts(name: str, value: Any) -> str:
     if not isinstance(value, list | tuple):
         raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
     for item in value:
@@ -412,9 +423,7 @@ def _encode_texts(name: str, value: Any) -> str:
     return encode_json(name, value)
 
 
-def _json_object(name: str, value: Any) -> str | None:
-    if type(value) is dict and not value:
-        return None
+def _json_object(name: str, value: Any) -> str:
     if not isinstance(value, dict):
         raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
     return encode_json(name, value)
@@ -439,15 +448,15 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[list[Any] | dict[str, Any]] | 
 }
 """The fields that are stored as JSON, with what makes their default (`None` is its own)."""
 
-_JSON_CHECKS: Mapping[str, Check] = {
-    "required_skills": _text_list,
-    "optional_skills": _optional_text_list,
+_JSON_CHECKS: Mapping[str, Callable[[str, Any], str]] = {
+    "required_skills": _texts,
+    "optional_skills": _texts,
     "parameters": _json_object,
-    "result": _optional_json,
-    "affinity_tags": _optional_text_list,
+    "result": encode_json,
+    "affinity_tags": _texts,
     "metadata": _json_object,
-    "available_skills": _text_list,
-    "tags": _text_list,
+    "available_skills": _texts,
+    "tags": _texts,
 }
 
 STORE_FIELDS = frozenset({"version", "updated_at"})
@@ -511,16 +520,14 @@ _FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
 }
 
 # A field that still is its default needs no check; so most of a task costs next to nothing.
-_CHECKS: Mapping[
-    type[Any], tuple[Sequence[tuple[str, Any, Check]], Sequence[tuple[str, Check]]]
-] = {
+_CHECKS = {
     kind: (
         tuple(
             (field.name, field.default, checks[field.name])
             for field in dataclass_fields(kind)
             if field.name in checks
         ),
-        tuple((name, _JSON_CHECKS[name]) for name in JSON_FIELDS[kind]),
+        tuple((name, empty, _JSON_CHECKS[name]) for name, empty in JSON_FIELDS[kind].items()),
     )
     for kind, checks in _FIELD_CHECKS.items()
 }

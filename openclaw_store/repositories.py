@@ -34,6 +34,7 @@ from openclaw_store.records import (
     check_enum,
     check_key,
     check_number,
+    check_text,
     decode,
     encode,
     write_back,
@@ -309,7 +310,7 @@ class NodeRepository(Repository[NodeInfo]):
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""
         skills = func.json_each(NodeRow.available_skills).table_valued("value").c.value
-        has_skill = select(skills).where(skills == check_key("skill", skill)).exists()
+        has_skill = select(skills).where(skills == check_text("skill", skill)).exists()
         return await self._newest(NodeRow.status == NodeStatus.ONLINE, has_skill)
 
     async def get_available_nodes(self) -> list[NodeInfo]:

@@ -44,7 +44,7 @@ from openclaw_store.models import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.records import JSON_FIELDS, MAX_ID_LENGTH, encode_json
+from openclaw_store.records import JSON_FIELDS, MAX_ID_LENGTH, Plan, encode_json
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -332,8 +332,16 @@ COLUMNS: Final = {
 """What to select to `decode` a row into a record."""
 
 
-Plan = Sequence[tuple[str, Callable[[Any], Any] | None]]
-"""Names of columns, each with what turns a value into one of the driver's."""
+def plan_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> Plan:
+    """How a record's values become the parameters for the named columns."""
+    columns = table_of(kind).c
+    encoders = []
+    for place, name in enumerate(names):
+        encoder = columns[name].type.dialect_impl(dialect).bind_processor(dialect)
+        if encoder is not None and name not in JSON_FIELDS[kind]:
+            encoders.append((place, encoder))
+    json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
+    return Plan(names, encoders, json)
 
 
 def decoders_of(kind: type[Any], dialect: Dialect) -> Sequence[Callable[[Any], Any] | None]:
@@ -344,18 +352,4 @@ def decoders_of(kind: type[Any], dialect: Dialect) -> Sequence[Callable[[Any], A
         if name in JSON_FIELDS[kind]
         else columns[name].type.dialect_impl(dialect).result_processor(dialect, None)
         for name in FIELDS[kind]
-    )
-
-
-def plan_of(kind: type[Any], names: Iterable[str], dialect: Dialect) -> Plan:
-    """How `Record.values` makes the parameters for the named columns."""
-    columns = table_of(kind).c
-    return tuple(
-        (
-            name,
-            None
-            if name in JSON_FIELDS[kind]
-            else columns[name].type.dialect_impl(dialect).bind_processor(dialect),
-        )
-        for name in names
     )

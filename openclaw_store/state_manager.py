@@ -22,6 +22,7 @@ from openclaw_store.records import (
     check_count,
     check_key,
     check_percentage,
+    check_text,
     write_back,
 )
 from openclaw_store.repositories import (
@@ -270,7 +271,7 @@ class StateManager:
     async def find_nodes_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.nodes_by_skill(check_key("skill", skill)))
+        return await _copies(self._mirror.cache.nodes_by_skill(check_text("skill", skill)))
 
     async def add_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Add a node; `node` receives its version and its times in UTC.
