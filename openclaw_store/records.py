@@ -352,7 +352,7 @@ def encode_json(name: str, value: Any) -> str:
 
 def _check_json(name: str, value: Any, depth: int) -> None:
     """Refuse what orjson would change in silence: NaN, infinity, and types that are not JSON."""
-    if depth > MAX_JSON_DEPTH:
+    if depth >= MAX_JSON_DEPTH:
         raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
     items: Iterable[Any]
     if isinstance(value, dict):
