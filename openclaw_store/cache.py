@@ -330,16 +330,17 @@ class Cache:
                 self._pending.remove(before)
             if after is not None:
                 self._pending.add(after)
-        if new is not None and new["status"] not in FINISHED:
+        if new is not None and new.fields["status"] not in FINISHED:
             self.tasks.put(id, new)
+            if old is not None:
+                self._finished.pop(id, None)
+            return
+        if old is not None and old.fields["status"] not in FINISHED:
+            self.tasks.drop(id)
+        if new is None or (Task, id) in self.unsaved:
             self._finished.pop(id, None)
         else:
-            if old is not None and old["status"] not in FINISHED:
-                self.tasks.drop(id)
-            if new is None or (Task, id) in self.unsaved:
-                self._finished.pop(id, None)
-            else:
-                self._finish(id, new)
+            self._finish(id, new)
 
     def _finish(self, id: str, record: Record[Task]) -> None:
         self._finished[id] = record
@@ -390,8 +391,9 @@ def place_of(record: Record[Any]) -> Place:
 
 
 def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
-    if record["status"] in _WAITING:
-        return record["priority"], record["submitted_at"], record["task_id"]
+    fields = record.fields
+    if fields["status"] in _WAITING:
+        return fields["priority"], fields["submitted_at"], fields["task_id"]
     return None
 
 

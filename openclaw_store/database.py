@@ -96,6 +96,7 @@ class Database:
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, _Engines] = {}
         self._background: set[asyncio.Task[Any]] = set()
+        self._closing: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Database {self.db_path!r}, {self._state}>"
@@ -118,8 +119,9 @@ class Database:
             if self._state == "ready":
                 return
             await _finish(asyncio.to_thread(self._open, migrate))
-            self._home = asyncio.get_running_loop()
-            self._state = "ready"
+            if self._state == "new":  # else it was closed meanwhile
+                self._home = asyncio.get_running_loop()
+                self._state = "ready"
 
     def _open(self, migrate: bool) -> None:
         sqlite.prepare(self._path, self.timeout)
@@ -130,12 +132,11 @@ class Database:
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
-        if self._state == "closed":
-            return
+        if self._state != "closed" and self._pid == os.getpid():  # else it is the parent's
+            self._closing = asyncio.ensure_future(self._close())
         self._state = "closed"
-        if self._pid != os.getpid():
-            return  # what we hold belongs to the parent
-        await _finish(self._close())
+        if self._closing is not None and self._closing.get_loop() is asyncio.get_running_loop():
+            await _finish(self._closing)
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -180,7 +181,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be read.
         """
         sessions = self._engines_here().sessions
-        with sqlite.translated(self._path):
+        with sqlite.translated(self._path, reading=True):
             async with sessions() as session:
                 yield session
 
@@ -274,15 +275,15 @@ class Database:
             task.add_done_callback(_forget)
             raise
 
-    async def write(self, apply: Apply, operation: Any) -> Any:
-        """Submit an operation to the writer; returns its result when it is committed.
+    def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
+        """Submit an operation to the writer; awaited, gives its result when it is committed.
 
         Raises:
             DeadlineError: Inside a `transaction()`: it would wait for itself.
         """
         self._check_ready()
         self._refuse_inside()
-        return await self._writer.submit(apply, operation)
+        return self._writer.submit(apply, operation)
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
         """Apply an operation in the transaction that `session` came from; returns its result."""
@@ -471,7 +472,7 @@ class _WriteSession(Session):
         super().rollback()
 
 
-async def _finish(work: Coroutine[Any, Any, Result]) -> Result:
+async def _finish(work: Awaitable[Result]) -> Result:
     """Do `work` to its end, even when the caller is cancelled meanwhile."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None

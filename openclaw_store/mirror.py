@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -96,11 +96,14 @@ class Mirror:
             cache.remember(found)
         return self.cache.find(place) or found
 
-    async def submit(self, operation: Operation) -> Any:
+    def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         beat = self._beats.pop(operation.id, None) if operation.kind is NodeInfo else None
         if beat is None:
-            return await self._database.write(apply, operation)
+            return self._database.write(apply, operation)
+        return self._submit_behind(beat, operation)
+
+    async def _submit_behind(self, beat: Beat, operation: Operation) -> Any:
         try:
             return await self._database.write(apply, AfterBeat(beat, operation))
         except BaseException:

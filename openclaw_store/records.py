@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 class Record(Generic[Item]):
     """An unchanging image of a task or node."""
 
-    __slots__ = ("_encoded", "_fields", "_flat", "_nested", "kind")
+    __slots__ = ("_encoded", "_flat", "_nested", "fields", "kind")
 
     def __init__(self, item: Item, encoded: dict[str, str], flat: tuple[str, ...]) -> None:
         """Take over `item`, which belongs to the record now.
@@ -69,7 +69,8 @@ class Record(Generic[Item]):
             flat: JSON fields with a list or dict of plain values, to be copied for each copy.
         """
         self.kind: type[Item] = type(item)
-        self._fields = item.__dict__
+        self.fields = item.__dict__
+        """Values by name, to be read only; those of JSON fields come from `decoded`."""
         self._encoded = encoded
         self._flat = flat
         self._nested: tuple[tuple[str, str], ...] = ()
@@ -80,17 +81,17 @@ class Record(Generic[Item]):
 
     def __getitem__(self, name: str) -> Any:
         """The value of a field that is not JSON."""
-        return self._fields[name]
+        return self.fields[name]
 
     @property
     def version(self) -> int:
-        return cast(int, self._fields["version"])
+        return cast(int, self.fields["version"])
 
     def copy(self) -> Item:
         """An object of the caller's own, equal to what was recorded."""
         if self._encoded:
             self._decode()
-        fields = self._fields.copy()
+        fields = self.fields.copy()
         for name in self._flat:
             fields[name] = fields[name].copy()
         for name, text in self._nested:
@@ -106,7 +107,7 @@ class Record(Generic[Item]):
         for nested, text in self._nested:
             if nested == name:
                 return orjson.loads(text)
-        return self._fields[name]
+        return self.fields[name]
 
     def encoded(self, name: str) -> str | None:
         """The text of a JSON field; `None` for its default."""
@@ -115,14 +116,14 @@ class Record(Generic[Item]):
         for nested, text in self._nested:
             if nested == name:
                 return text
-        value = self._fields[name]
+        value = self.fields[name]
         if value is None or (not value and type(value) is JSON_FIELDS[self.kind][name]):
             return None
         return _dump(value)
 
     def values(self, plan: Plan) -> list[Any]:
         """The values of the fields of `plan`, as the driver takes them."""
-        fields, encoded = self._fields, self._encoded
+        fields, encoded = self.fields, self._encoded
         row = [fields[name] for name in plan.names]
         for place, encoder in plan.encoders:
             value = row[place]
@@ -138,11 +139,11 @@ class Record(Generic[Item]):
     def evolve(self, **values: Any) -> Record[Item]:
         """A record that differs in the given fields, none of them JSON."""
         item: Item = object.__new__(self.kind)
-        fields = item.__dict__ = self._fields.copy()
+        fields = item.__dict__ = self.fields.copy()
         fields.update(values)
         evolved: Record[Item] = object.__new__(Record)
         evolved.kind = self.kind
-        evolved._fields = fields
+        evolved.fields = fields
         # Nobody edits the lists and dicts of a record, so they are shared.
         evolved._encoded = self._encoded
         evolved._flat = self._flat
@@ -154,19 +155,19 @@ class Record(Generic[Item]):
         chosen = frozenset(names)
         json_fields = JSON_FIELDS[self.kind]
         row = []
-        for name in self._fields:
+        for name in self.fields:
             source = other if name in chosen else self
-            row.append(source.encoded(name) if name in json_fields else source._fields[name])
+            row.append(source.encoded(name) if name in json_fields else source.fields[name])
         return decode(self.kind, row)
 
     def differences(self, other: Record[Item]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
         json_fields = JSON_FIELDS[self.kind]
-        theirs = other._fields
+        theirs = other.fields
         return tuple(
             [
                 name
-                for name, value in self._fields.items()
+                for name, value in self.fields.items()
                 # Equal is not the same for JSON: 1 and True, 1 and 1.0.
                 if (
                     self.encoded(name) != other.encoded(name)
@@ -188,7 +189,7 @@ class Record(Generic[Item]):
                     nested.append((name, text))
                     continue
                 flat.append(name)
-            self._fields[name] = value
+            self.fields[name] = value
         # The last assignment is what other threads wait for: until then they decode as well.
         self._flat, self._nested = tuple(flat), tuple(nested)
         self._encoded = {}
@@ -258,7 +259,7 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
 def write_back(record: Record[Item], item: Item) -> None:
     """Give the caller's object the version and the times it has in the store."""
     for name in _STAMPED[type(item)]:
-        setattr(item, name, record[name])
+        item.__dict__[name] = record.fields[name]
 
 
 def check_id(name: str, value: Any) -> str:
@@ -364,9 +365,9 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         items = value
     else:
         items = (value,)
-    if _HARMLESS.issuperset(map(type, items)):
-        return
     for item in items:
+        if type(item) in _HARMLESS:
+            continue
         if isinstance(item, int):
             if not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
                 raise InvalidDataError(name, "has an integer outside 64 bits")
@@ -375,7 +376,7 @@ def _check_json(name: str, value: Any, depth: int) -> None:
                 raise InvalidDataError(name, f"has {item}, which JSON cannot hold")
         elif isinstance(item, dict | list | tuple):
             _check_json(name, item, depth + 1)
-        elif item is not None and not isinstance(item, str):
+        elif not isinstance(item, str):
             raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
 
 

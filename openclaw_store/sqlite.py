@@ -12,11 +12,11 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Pool, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -72,6 +72,13 @@ class _WriteConnection(sqlite3.Connection):
         except BaseException:
             self.close()
             raise
+
+    def close(self) -> None:
+        # SQLite keeps a closed connection, with its locks, while a cursor of it is referred to,
+        # and the traceback of a cancelled caller does that.
+        with suppress(sqlite3.Error):
+            self.rollback()
+        super().close()
 
 
 class _ReadConnection(_WriteConnection):
@@ -138,9 +145,8 @@ def _begin_with(engine: Engine, statement: str) -> None:
 
 def writing_engine(path: Path) -> Engine:
     """An engine for threads, whose every transaction begins with the write lock."""
-    engine = create_engine(
-        f"sqlite:///{path}", poolclass=NullPool, connect_args=_options(_WriteConnection)
-    )
+    url = URL.create("sqlite", database=str(path))  # as text, % and ? would mean something
+    engine = create_engine(url, poolclass=NullPool, connect_args=_options(_WriteConnection))
     _begin_with(engine, "BEGIN IMMEDIATE")
     return engine
 
@@ -150,7 +156,7 @@ def async_engine(
 ) -> AsyncEngine:
     """An engine for coroutines: read-only, or one whose transactions begin with the write lock."""
     engine = create_async_engine(
-        f"sqlite+aiosqlite:///{path}",
+        URL.create("sqlite+aiosqlite", database=str(path)),
         poolclass=pool,
         connect_args=_options(_WriteConnection if write else _ReadConnection),
         **options,
@@ -205,8 +211,11 @@ def prepare(path: Path, timeout: float) -> None:
     """
     check_version()
     make_folder(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # `Path.is_dir` raises where the folder may not be entered
         raise UnavailableError(f"{path} is a folder: give the path of a file in it")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        # Else it could be read, and a WAL that nobody can write to would be left beside it.
+        raise UnavailableError(f"{path}: {_ADVICE['SQLITE_READONLY']}")
 
     def turn_on_wal() -> None:
         with closing(sqlite3.connect(path, **_options(_WriteConnection))) as connection:
@@ -225,7 +234,10 @@ def backup(path: Path, target: Path, *, overwrite: bool, timeout: float) -> None
         InvalidDataError: If `target` exists and is not to be overwritten.
         UnavailableError: If it cannot be written.
     """
-    if target.exists() and (not overwrite or target.samefile(path)):
+    own = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
+    if any(file.exists() and os.path.exists(target) and target.samefile(file) for file in own):
+        raise InvalidDataError("path", f"{target} is the database itself: choose another")
+    if os.path.exists(target) and not overwrite:
         raise InvalidDataError("path", f"{target} exists: choose another, or pass overwrite=True")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -247,7 +259,8 @@ def backup(path: Path, target: Path, *, overwrite: bool, timeout: float) -> None
         raise translate(error, target) from error
     finally:
         for suffix in ("", "-journal", "-wal", "-shm"):
-            partial.with_name(partial.name + suffix).unlink(missing_ok=True)
+            with suppress(OSError):  # it was never made
+                partial.with_name(partial.name + suffix).unlink()
 
 
 def vacuum(path: Path, timeout: float) -> None:
@@ -270,11 +283,13 @@ def size(path: Path) -> int:
 
 
 @contextmanager
-def translated(path: Path) -> Iterator[None]:
+def translated(path: Path, *, reading: bool = False) -> Iterator[None]:
     """Raise what the driver raises as the library's own errors, chained to it."""
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
+        if reading and _code(error) == "SQLITE_READONLY":
+            raise StoreError("this session only reads: write in `transaction()`") from error
         own = translate(error, path)
         if own is error:
             raise

@@ -316,10 +316,7 @@ class Writer:
                 self._outside.append(turn)
                 return turn
             if self._ended is None:
-                self._ended = Future()
-                threading.Thread(
-                    target=self._run, args=(self._ended,), name="openclaw-store-writer", daemon=True
-                ).start()
+                self._start(Future())
             self._queue.append(entry)
             if entry.loop not in self._kicking:
                 # Not at once: callers that this turn of the loop wakes next shall be in the
@@ -327,6 +324,12 @@ class Writer:
                 self._kicking.add(entry.loop)
                 entry.loop.call_soon(self._kick, entry.loop)
         return None
+
+    def _start(self, ended: Future[None]) -> None:
+        self._ended = ended
+        threading.Thread(
+            target=self._run, args=(ended,), name="openclaw-store-writer", daemon=True
+        ).start()
 
     def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._kicking.discard(loop)
@@ -368,14 +371,13 @@ class Writer:
         finally:
             self._stopped()  # first: from the next line on there may be another thread
             with self._lock:
-                orphans, self._queue = self._queue, []
-                outside, self._outside = self._outside, []
+                orphaned = bool(self._queue or self._outside)
                 self._ended = None
-            for future in outside:
-                _wake(future)
-            lost = UnavailableError("the writer's thread ended: try again")
-            self.publish((), [(entry, lost) for entry in orphans])
-            ended.set_result(None)
+                if orphaned:  # they were not in its batch
+                    self._start(ended)
+                    self._tokens.put(None)
+            if not orphaned:
+                ended.set_result(None)
 
     def _commit(self, entries: Sequence[_Entry]) -> None:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
