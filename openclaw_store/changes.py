@@ -233,7 +233,7 @@ class Ledger:
                 (revision, changed_at, item, id, kind._value_, before, after, node, reason)
                 for revision, _, item, id, kind, before, after, node, reason in self._changes
             ]
-            self.unit.execute_many(_INSERT_CHANGE, rows)
+            self.unit.insert(_INSERT_CHANGE, rows)
         if self.forgotten:
             self.unit.execute_many(_FORGET, self.forgotten)
         if self._changes or self.beaten:
@@ -360,6 +360,6 @@ def _store(unit: Unit, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
     if deletes:
         unit.execute_many(statements.delete, deletes)
     if inserts:
-        unit.execute_many(statements.insert[0], inserts)
+        unit.insert(statements.insert[0], inserts)
     for names, parameters in updates.items():
         unit.execute_many(statements.update(names)[0], parameters)

