@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from openclaw_store.changes import ITEM, KEY, KINDS, Change, ChangeKind, Event
-from openclaw_store.feed import News, Place, Start
+from openclaw_store.changes import ITEM, KINDS, Change, ChangeKind, Event, Place, place_of
+from openclaw_store.feed import News, Start
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.operations import Beat
 from openclaw_store.records import Record
 
-_HEARTBEAT = ("last_heartbeat", "cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 _WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
 
 
@@ -59,6 +58,8 @@ class Cache:
         """The newest flush of heartbeats applied."""
         self.updated_at = start.updated_at
         self.task_counts = Counter(start.task_counts)
+        self.is_counted = True
+        """Whether `task_counts` are right; clean-up can remove changes before they are seen."""
         self._ahead: dict[int, Change] = {}  # applied, though some before them were not
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
         self._pending: SortedKeys[tuple[int, datetime, str]] = SortedKeys()
@@ -67,6 +68,8 @@ class Cache:
         self._node_counts: Counter[NodeStatus] = Counter()
         self._newest: list[str] | None = None  # identifiers of nodes in order, while it holds
         self._aliases: dict[Place, tuple[int, int]] = {}
+        self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
+        self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
 
     # What was committed.
 
@@ -79,14 +82,22 @@ class Cache:
         for place, entry in other.unsaved.items():
             entry.committed = self._visible(place)
             self._show_unsaved(place, entry)
+        self._aliases.update(other._aliases)  # one that is outdated leads to a stale version
+        self._waiting, self._flying = other._waiting, other._flying
+        for id in {*self._waiting, *self._flying}:
+            record = self.nodes.get(id)
+            if record is not None:
+                self._show((NodeInfo, id), record, self._with_beats(record))
 
     def apply(self, events: Iterable[Event]) -> None:
         """Take over what this process has committed."""
         for event in events:
             place = (event.kind, event.id)
-            if event.change is None:
-                self._commit(place, event.record, 0)
-            elif self._count(event.change):
+            if event.change is None and event.record is not None:
+                self._land(event.id, event.record["last_heartbeat"])
+                if self._visible(place) is not None:  # else it was removed meanwhile
+                    self._commit(place, event.record, 0)
+            elif event.change is not None and self._count(event.change):
                 self._commit(place, event.record, event.change.revision)
 
     def catch_up(self, news: News) -> None:
@@ -97,10 +108,8 @@ class Cache:
             for change in later
             if change.kind is ChangeKind.REMOVED
         }
-        if news.task_counts is not None and self.complete < news.read_at:
-            recounted = Counter(news.task_counts)
-        else:
-            recounted = None
+        self.is_counted = self.is_counted and news.is_whole
+        must_wait = self.complete > news.read_at  # what was committed since cannot be told apart
         changed: dict[Place, None] = {}
         for change in news.changes:
             if self._count(change):
@@ -122,10 +131,11 @@ class Cache:
                 if revision > self.complete
             }
             self._close_gap()
-        if recounted is not None:
-            self.task_counts = recounted
+        if news.task_counts is not None and not must_wait:
+            self.task_counts = Counter(news.task_counts)
             for change in later:
                 self._count_status(change)
+            self.is_counted = True
 
     def remember(self, record: Record[Task]) -> None:
         """Keep a finished task that was read from the database."""
@@ -160,10 +170,7 @@ class Cache:
         self._hide(place)
         del self.unsaved[place]
         if entry.committed is not None:
-            shown = entry.committed
-            if place[0] is NodeInfo:
-                shown = _with_newer_heartbeat(shown, entry.record)
-            self._show(place, None, shown)
+            self._show(place, None, self._with_beats(entry.committed))
             if stored is not None and entry.committed.version == stored.version:
                 self._aliases[place] = (entry.record.version, stored.version)
 
@@ -172,8 +179,12 @@ class Cache:
         local, settled = self._aliases.get(place, (0, 0))
         return settled if version < 0 and version == local else version
 
-    def touch(self, beat: Beat) -> None:
-        """Show what a heartbeat said."""
+    def expect_beat(self, beat: Beat) -> None:
+        """Show a heartbeat, and keep it until it is written."""
+        waiting = self._waiting.get(beat.id)
+        if waiting is not None:
+            beat = Beat(beat.id, beat.at, {**waiting.usage, **beat.usage})
+        self._waiting[beat.id] = beat
         place = (NodeInfo, beat.id)
         record = self._visible(place)
         if record is not None:
@@ -184,6 +195,24 @@ class Cache:
                 self.nodes.put(beat.id, touched)  # no index knows the rest
             else:
                 self._show(place, record, touched)
+
+    def take_beats(self, node_id: str | None = None) -> list[Beat]:
+        """The heartbeats that wait, or that of one node; they are on their way to the writer."""
+        ids = list(self._waiting) if node_id is None else [node_id]
+        taken = [self._waiting.pop(id) for id in ids if id in self._waiting]
+        for beat in taken:
+            self._flying.setdefault(beat.id, []).append(beat)
+        return taken
+
+    def settle_beat(self, beat: Beat, *, again: bool) -> None:
+        """A heartbeat was written; or, with `again`, was not, and waits again."""
+        flying = [other for other in self._flying.pop(beat.id, ()) if other is not beat]
+        if flying:
+            self._flying[beat.id] = flying
+        if again:
+            newer = self._waiting.get(beat.id, beat)
+            usage = {**beat.usage, **newer.usage}
+            self._waiting[beat.id] = Beat(beat.id, newer.at, usage)
 
     # Reading.
 
@@ -287,8 +316,8 @@ class Cache:
         known = self._visible(place) if entry is None else entry.committed
         if known is not None and known.version > (revision if record is None else record.version):
             return
-        if record is not None and known is not None and place[0] is NodeInfo:
-            record = _with_newer_heartbeat(record, known)
+        if record is not None:
+            record = self._with_beats(record)
         if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
             del self._aliases[place]
         if entry is None:
@@ -297,6 +326,24 @@ class Cache:
         self._hide(place)
         entry.committed = record
         self._show(place, None, entry.record)
+
+    def _with_beats(self, record: Record[Any]) -> Record[Any]:
+        """What was committed, with the heartbeats that are not."""
+        if record.kind is NodeInfo:
+            id, last = record["node_id"], record["last_heartbeat"]
+            beats = self._flying.get(id, [])
+            if id in self._waiting:
+                beats = [*beats, self._waiting[id]]
+            for beat in beats:
+                if last is None or beat.at >= last:
+                    record = record.evolve(last_heartbeat=beat.at, **beat.usage)
+        return record
+
+    def _land(self, node_id: str, last: datetime) -> None:
+        """Heartbeats up to `last` were written, and what follows may be newer than they."""
+        flying = [beat for beat in self._flying.pop(node_id, ()) if beat.at > last]
+        if flying:
+            self._flying[node_id] = flying
 
     def _show_unsaved(self, place: Place, entry: Unsaved) -> None:
         self._hide(place)
@@ -385,11 +432,6 @@ class Cache:
         return [record for record in found if record is not None]
 
 
-def place_of(record: Record[Any]) -> Place:
-    """The class and the identifier of a record."""
-    return record.kind, record[KEY[record.kind]]
-
-
 def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
     fields = record.fields
     if fields["status"] in _WAITING:
@@ -407,11 +449,3 @@ def _skills(record: Record[NodeInfo]) -> frozenset[str]:
 def _registered_at(record: Record[NodeInfo]) -> datetime:
     moment: datetime = record["registered_at"]
     return moment
-
-
-def _with_newer_heartbeat(record: Record[Any], known: Record[Any]) -> Record[Any]:
-    """`record`, with the heartbeat that `known` had if that is newer (it is on its way to disk)."""
-    theirs, ours = record["last_heartbeat"], known["last_heartbeat"]
-    if ours is None or (theirs is not None and theirs >= ours):
-        return record
-    return record.evolve(**{name: known[name] for name in _HEARTBEAT})

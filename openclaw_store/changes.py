@@ -52,6 +52,15 @@ KEY: Mapping[type[Any], str] = {Task: "task_id", NodeInfo: "node_id"}
 """The field that identifies each domain class."""
 
 
+Place = tuple[type[Any], str]
+"""The domain class and the identifier of a row."""
+
+
+def place_of(record: Record[Any]) -> Place:
+    """Where a record belongs."""
+    return record.kind, record[KEY[record.kind]]
+
+
 class ChangeKind(StrEnum):
     """What happened to a task or node."""
 

@@ -215,10 +215,12 @@ class Database:
                     try:
                         async with self._deadline(seconds):
                             yield session
+                        if not unit.finished:  # else the block rolled back by itself
+                            await _finish(self._commit(session, unit))
                     finally:
                         _inside.set(outside)
-                    if not unit.finished:  # else the block rolled back by itself
-                        await _finish(self._commit(session, unit))
+                        for restore in reversed(unit.undo):
+                            restore()
             finally:
                 await _finish(session.close())
 
@@ -253,6 +255,7 @@ class Database:
             await session.commit()
         except SQLAlchemyError as error:
             raise sqlite.translate(error, self._path, committing=True) from error
+        unit.undo.clear()
         self._writer.publish(unit.committed)
         await asyncio.sleep(0)  # the caches of this loop are told first
 

@@ -13,13 +13,10 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import KEY, KINDS, Change, ChangeKind
+from openclaw_store.changes import KEY, KINDS, Change, ChangeKind, Place
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.records import Record, decode
 from openclaw_store.schema import COLUMNS, IS_LIVE, ROWS, ChangeRow, CounterRow, NodeRow, TaskRow
-
-Place = tuple[type[Any], str]
-"""The class and the identifier of a task or node."""
 
 PAGE = 500
 """Rows decoded, or changes read, at a stretch, before other coroutines run."""

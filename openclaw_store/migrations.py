@@ -91,12 +91,18 @@ def upgrade(path: Path, timeout: float = _TIMEOUT_SECONDS) -> None:
     # Imported here: opening a database that needs no migration shall not pay for Alembic.
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     with _LOCK, connected(path, timeout) as connection:
         config = Config()
         config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:
+            raise SchemaMismatchError(
+                f"{path} cannot be upgraded ({error}): restore a backup, or give another path"
+            ) from error
     sqlite.empty_wal(path)
 
 

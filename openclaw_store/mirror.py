@@ -6,12 +6,23 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.cache import Cache, place_of
-from openclaw_store.changes import ITEM, KEY, Event, Operation, apply, apply_groups, missing
+from openclaw_store.cache import Cache
+from openclaw_store.changes import (
+    ITEM,
+    KEY,
+    Event,
+    Operation,
+    Place,
+    apply,
+    apply_groups,
+    missing,
+    place_of,
+)
 from openclaw_store.database import Database
 from openclaw_store.errors import (
     ConflictError,
@@ -22,9 +33,9 @@ from openclaw_store.errors import (
     StoreError,
     UnsavedConflictError,
 )
-from openclaw_store.feed import PAGE, News, Place, Start, read_live, read_news, read_start
+from openclaw_store.feed import PAGE, News, Start, read_live, read_news, read_start
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.operations import AfterBeat, Beat, Create, Remove, Update
+from openclaw_store.operations import AfterBeat, Beat, Create, Remove, Update, newer_heartbeat
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.schema import FIELDS
@@ -59,7 +70,6 @@ class Mirror:
         self._loading: list[Sequence[Event]] | None = None  # what was committed meanwhile
         self._refreshing = asyncio.Lock()
         self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
-        self._beats: dict[str, Beat] = {}
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
         self._unsaved_version = 0
@@ -68,7 +78,8 @@ class Mirror:
         """Listen to what this process commits, and load what there is."""
         self._unlisten = self._database.listen(self._committed)
         try:
-            await self._load()
+            async with self._refreshing:
+                await self._load()
         except BaseException:
             self._unlisten()
             raise
@@ -76,12 +87,12 @@ class Mirror:
     async def stop(self) -> None:
         """Write what is only in memory, for the last time."""
         try:
-            if self._flush_timer is not None:
-                self._flush_timer.cancel()
             if self._flush is not None:
                 await self._flush
             await self.sync()
         finally:
+            if self._flush_timer is not None:
+                self._flush_timer.cancel()
             self._unlisten()
 
     async def find(self, place: Place) -> Record[Any] | None:
@@ -98,17 +109,22 @@ class Mirror:
 
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
-        beat = self._beats.pop(operation.id, None) if operation.kind is NodeInfo else None
-        if beat is None:
-            return self._database.write(apply, operation)
-        return self._submit_behind(beat, operation)
+        if operation.kind is NodeInfo and not isinstance(operation, Create):
+            for beat in self.cache.take_beats(operation.id):
+                return self._submit_behind(beat, operation)
+        return self._database.write(apply, operation)
 
     async def _submit_behind(self, beat: Beat, operation: Operation) -> Any:
+        written = False
         try:
-            return await self._database.write(apply, AfterBeat(beat, operation))
-        except BaseException:
-            self._beats.setdefault(beat.id, beat)  # writing it twice does no harm
+            outcome = await self._database.write(apply, AfterBeat(beat, operation))
+            written = True
+            return outcome
+        except ConflictError:
+            written = True  # the operation was refused, not the heartbeat
             raise
+        finally:
+            self.cache.settle_beat(beat, again=not written)
 
     async def add(self, record: Record[Item], persist: bool) -> Record[Item]:
         """Add an entry; returns it as it is kept.
@@ -144,6 +160,8 @@ class Mirror:
         known = await self.find(place)
         _require_version(place, known, self.cache.settled_version(place, record.version))
         entry = self.cache.unsaved.get(place)
+        if known is not None and record.kind is NodeInfo:
+            record = record.evolve(last_heartbeat=newer_heartbeat(known, record))
         return self._hold(record, known if entry is None else entry.base)
 
     async def change(
@@ -178,7 +196,6 @@ class Mirror:
     async def remove(self, place: Place) -> bool:
         """Remove an entry; `False` if there is none."""
         removed = await self.submit(Remove(*place))
-        self._beats.pop(place[1], None)
         return self.cache.discard(place) or bool(removed)
 
     async def settle(self, place: Place) -> None:
@@ -199,7 +216,6 @@ class Mirror:
             UnsavedConflictError: If entries lost to newer data; all others are written.
             BackendError: If the database could not be written.
         """
-        await self.flush_beats()
         conflicts: list[StoreError] = []
         async with self._settling:
             places = list(self.cache.unsaved)
@@ -210,6 +226,7 @@ class Mirror:
                         conflicts.append(outcome)
                     elif outcome is not None:
                         raise outcome
+        await self.flush_beats()
         if conflicts:
             raise UnsavedConflictError(conflicts)
 
@@ -219,9 +236,9 @@ class Mirror:
             news: News | None = None
             while news is None or news.revision < news.read_at:
                 cache = self.cache
-                is_whole = news is None or news.is_whole
+                since, beat, is_whole = cache.complete, cache.beat, cache.is_counted
                 news = await self._database.read(
-                    partial(read_news, since=cache.complete, beat=cache.beat, is_whole=is_whole)
+                    partial(read_news, since=since, beat=beat, is_whole=is_whole)
                 )
                 if news.read_at - cache.complete > RELOAD_AFTER:
                     await self._load()
@@ -230,25 +247,27 @@ class Mirror:
 
     def beat(self, beat: Beat) -> None:
         """Show a heartbeat now, and write it within a second, together with others."""
-        waiting = self._beats.get(beat.id)
-        if waiting is not None:
-            beat = Beat(beat.id, beat.at, {**waiting.usage, **beat.usage})
-        self._beats[beat.id] = beat
-        self.cache.touch(beat)
-        if self._flush_timer is None:
-            loop = asyncio.get_running_loop()
-            self._flush_timer = loop.call_later(HEARTBEAT_SECONDS, self._flush_now)
+        self.cache.expect_beat(beat)
+        self._flush_later()
 
     async def flush_beats(self) -> None:
         """Write the heartbeats that wait."""
-        beats, self._beats = self._beats, {}
+        beats = self.cache.take_beats()
         if not beats:
             return
+        outcomes: Sequence[bool] = ()
         try:
-            await self._database.write(apply_groups, list(beats.values()))
-        except BaseException:
-            self._beats = {**beats, **self._beats}
-            raise
+            outcomes = await self._database.write(apply_groups, beats)
+        finally:
+            for beat, known in zip_longest(beats, outcomes):
+                # A node that is not written yet keeps its heartbeat until it is.
+                again = known is None or (not known and (NodeInfo, beat.id) in self.cache.unsaved)
+                self.cache.settle_beat(beat, again=again)
+
+    def _flush_later(self) -> None:
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            self._flush_timer = loop.call_later(HEARTBEAT_SECONDS, self._flush_now)
 
     def _flush_now(self) -> None:
         async def flush() -> None:
@@ -256,6 +275,7 @@ class Mirror:
                 await self.flush_beats()
             except Exception:  # nobody waits for it, and the heartbeats wait for the next flush
                 logger.exception("heartbeats could not be written; they are tried again")
+                self._flush_later()
 
         self._flush_timer = None
         self._flush = asyncio.get_running_loop().create_task(flush())
@@ -311,8 +331,6 @@ class Mirror:
         finally:
             self._loading = None
         cache.keep_unsaved(self.cache)
-        for beat in self._beats.values():
-            cache.touch(beat)
         self.cache = cache
 
     def _committed(self, events: Sequence[Event]) -> None:

@@ -51,11 +51,16 @@ class Update(Generic[Item]):
         record: Record[Any] = self.record
         if row.record is not None:
             record = row.record.merge(record, self.names)
-            stored = row.record["last_heartbeat"] if self.kind is NodeInfo else None
-            given = record["last_heartbeat"] if self.kind is NodeInfo else None
-            if stored is not None and (given is None or given < stored):
-                record = record.evolve(last_heartbeat=stored)  # it never goes back
+            if self.kind is NodeInfo:
+                newest = newer_heartbeat(row.record, self.record)
+                record = record.evolve(last_heartbeat=newest)
         return row.write(record, self.names)
+
+
+def newer_heartbeat(known: Record[Any], given: Record[Any]) -> datetime | None:
+    """The last heartbeat of a node that is updated: it never goes back."""
+    moments = [record["last_heartbeat"] for record in (known, given)]
+    return max((moment for moment in moments if moment is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)

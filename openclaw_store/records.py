@@ -256,10 +256,17 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     return Record(item, encoded, tuple(flat))
 
 
-def write_back(record: Record[Item], item: Item) -> None:
-    """Give the caller's object the version and the times it has in the store."""
-    for name in _STAMPED[type(item)]:
+def write_back(record: Record[Item], item: Item) -> dict[str, Any]:
+    """Give the caller's object the version and the times it has in the store.
+
+    Returns:
+        What it had before.
+    """
+    names = _STAMPED[type(item)]
+    before = {name: item.__dict__[name] for name in names}
+    for name in names:
         item.__dict__[name] = record.fields[name]
+    return before
 
 
 def check_id(name: str, value: Any) -> str:

@@ -7,14 +7,15 @@ session of a `Database.transaction()` joins it and commits nothing itself; with 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 from sqlalchemy import Float, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import KEY, apply
+from openclaw_store.changes import KEY, apply, place_of
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
@@ -28,6 +29,7 @@ from openclaw_store.operations import (
     remove_finished,
 )
 from openclaw_store.records import (
+    MAX_INTEGER,
     Item,
     Record,
     check_count,
@@ -40,12 +42,15 @@ from openclaw_store.records import (
     write_back,
 )
 from openclaw_store.schema import COLUMNS, FIELDS, IS_PENDING, ROWS, NodeRow, TaskRow
-from openclaw_store.writer import Apply
+from openclaw_store.writer import Apply, Unit
 
 Result = TypeVar("Result")
 
 CLEANUP_BATCH = 500
 """Tasks that one transaction of `cleanup_old_tasks` removes; others write in between."""
+
+UNDONE = -MAX_INTEGER
+"""The version of a copy of what was rolled back; nothing ever has it."""
 
 _PARTITION = 500  # rows decoded at a stretch, before other coroutines run
 
@@ -78,7 +83,7 @@ class Repository(Generic[Item]):
     async def get(self, id: str) -> Item | None:
         """The task or node with this identifier; `None` if there is none."""
         record = await self.get_record(id)
-        return None if record is None else record.copy()
+        return None if record is None else self._hand_out([record])[0]
 
     async def get_record(self, id: str) -> Record[Item] | None:
         """The record with this identifier; `None` if there is none."""
@@ -94,14 +99,14 @@ class Repository(Generic[Item]):
     async def _create(self, item: Item) -> bool:
         record = self.encode(item)
         operation = Create(self.kind, record[KEY[self.kind]], record)
-        write_back(await self._write(operation), item)
+        self._write_back(await self._write(operation), item)
         return True
 
     async def _update(self, item: Item) -> bool:
         record = self.encode(item)
         key = KEY[self.kind]
         names = tuple(name for name in FIELDS[self.kind] if name != key)
-        write_back(await self._write(Update(self.kind, record[key], record, names)), item)
+        self._write_back(await self._write(Update(self.kind, record[key], record, names)), item)
         return True
 
     async def _delete(self, id: str) -> bool:
@@ -126,14 +131,41 @@ class Repository(Generic[Item]):
         async def run(session: AsyncSession) -> list[Item]:
             if limit is not None and limit <= _PARTITION:
                 rows = (await session.execute(query.limit(limit))).all()
-                return [decode(self.kind, row).copy() for row in rows]
+                return self._hand_out([decode(self.kind, row) for row in rows])
             items: list[Item] = []
             result = await session.stream(query.limit(limit))
             async for part in result.partitions(_PARTITION):
-                items.extend([decode(self.kind, row).copy() for row in part])
+                items.extend(self._hand_out([decode(self.kind, row) for row in part]))
             return items
 
         return await self._read(run)
+
+    @property
+    def _unit(self) -> Unit | None:
+        """The write transaction that is joined."""
+        return None if self._session is None else self._session.info.get("unit")
+
+    def _write_back(self, record: Record[Item], item: Item) -> None:
+        if self._unit is not None:
+            before = write_back(record, item)
+            self._unit.undo.append(partial(item.__dict__.update, before))
+        else:
+            write_back(record, item)
+
+    def _hand_out(self, records: Sequence[Record[Item]]) -> list[Item]:
+        """Copies for the caller.
+
+        After a rollback, another change may get the version of one that was undone: a copy that
+        was read in between must not pass for that one, so it is made outdated for good.
+        """
+        items = [record.copy() for record in records]
+        unit = self._unit
+        if unit is not None and unit.committed:
+            changed = {(event.kind, event.id) for event in unit.committed}
+            for record, item in zip(records, items, strict=True):
+                if place_of(record) in changed:
+                    unit.undo.append(partial(setattr, item, "version", UNDONE))
+        return items
 
     async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         if self._session is not None:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from openclaw_store.changes import apply_groups
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
 from openclaw_store.mirror import Mirror
@@ -86,6 +85,7 @@ class StateManager:
         self._interval = auto_sync_interval
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
         self._loop: asyncio.AbstractEventLoop | None = None  # set while it may be used
+        self._life = asyncio.Lock()  # one begins or ends it at a time
         self._sync_loop: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
 
@@ -102,15 +102,15 @@ class StateManager:
             SchemaMismatchError: If the database is newer than the library.
             UnavailableError: If it cannot be opened.
         """
-        if self._loop is not None:
-            return True
-        if self._ending is not None:
-            raise UnavailableError("the StateManager was shut down: make a new one")
-        await self.db.initialize()
-        await self._mirror.start()
-        self._loop = asyncio.get_running_loop()
-        if self._interval is not None:
-            self._sync_loop = self._loop.create_task(self._sync_every(self._interval))
+        async with self._life:
+            if self._loop is None:
+                if self._ending is not None:
+                    raise UnavailableError("the StateManager was shut down: make a new one")
+                await self.db.initialize()
+                await self._mirror.start()
+                self._loop = asyncio.get_running_loop()
+                if self._interval is not None:
+                    self._sync_loop = self._loop.create_task(self._sync_every(self._interval))
         return True
 
     async def shutdown(self) -> None:
@@ -124,15 +124,16 @@ class StateManager:
         await asyncio.shield(self._ending)
 
     async def _shutdown(self) -> None:
-        try:
-            if self._sync_loop is not None:
-                self._sync_loop.cancel()
-                await asyncio.wait([self._sync_loop])
-            if self._loop is not None:
-                await self._mirror.stop()
-        finally:
-            self._loop = None
-            await self.db.close()
+        async with self._life:
+            try:
+                if self._sync_loop is not None:
+                    self._sync_loop.cancel()
+                    await asyncio.wait([self._sync_loop])
+                if self._loop is not None:
+                    await self._mirror.stop()
+            finally:
+                self._loop = None
+                await self.db.close()
 
     async def __aenter__(self) -> Self:
         try:
@@ -367,12 +368,11 @@ class StateManager:
         if record is None:
             return False
         beat = Beat(node_id, self.db.clock(), usage)
-        if place in self._mirror.cache.unsaved:
-            self._mirror.cache.touch(beat)
-        elif record["status"] is NodeStatus.OFFLINE:
-            return bool(await self._mirror.submit(beat))
-        elif record["last_heartbeat"] is None or beat.at >= record["last_heartbeat"]:
+        last = record["last_heartbeat"]
+        if last is None or beat.at >= last:
             self._mirror.beat(beat)
+            if record["status"] is NodeStatus.OFFLINE and place not in self._mirror.cache.unsaved:
+                await self._mirror.flush_beats()
         return True
 
     async def check_stale_nodes(self, timeout_seconds: float = 120) -> list[str]:
@@ -393,9 +393,8 @@ class StateManager:
             SetNodeStatus(node.node_id, NodeStatus.OFFLINE, cutoff, reason)
             for node in await self.node_repo.find_stale_nodes(timeout_seconds)
         ]
-        if not operations:
-            return []
-        outcomes = await self.db.write(apply_groups, operations)
+        # Each behind the heartbeat that may have come meanwhile.
+        outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
         return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
 
     # Synchronisation.

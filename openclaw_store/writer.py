@@ -71,6 +71,8 @@ class Unit:
         """What the listeners are told once it has committed."""
         self.last: list[Callable[[], None]] = []
         """To be done when all operations are applied, before the commit."""
+        self.undo: list[Callable[[], None]] = []
+        """What restores the objects of callers if it does not commit."""
         self.finished = False
         """Whether it takes no more operations."""
         self._parts: dict[Any, Any] = {}

@@ -1,0 +1,571 @@
+"""The picture in memory and its containers, without any database."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openclaw_store import Change, ChangeKind, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
+from openclaw_store.cache import Cache
+from openclaw_store.changes import Event
+from openclaw_store.feed import News, Start
+from openclaw_store.indexes import Records, SortedKeys
+from openclaw_store.models import FINISHED
+from openclaw_store.records import Record, encode
+
+START = datetime(2026, 3, 1, 12, tzinfo=UTC)
+NOTHING = Start(0, 0, None, {})
+
+
+def task_record(id: str, version: int, status: TaskStatus = TaskStatus.PENDING) -> Record[Task]:
+    task = Task(id, "batch", f"version {version}", status=status, submitted_at=START)  # type: ignore[arg-type]  # a value will do
+    return encode(task).evolve(version=version)
+
+
+def node_record(id: str, version: int, **fields: Any) -> Record[NodeInfo]:
+    defaults: dict[str, Any] = {"hostname": "host", "registered_at": START}
+    return encode(NodeInfo(id, **{**defaults, **fields})).evolve(version=version)
+
+
+def change(
+    revision: int, id: str, before: str | None, after: str | None, *, item: str = "task"
+) -> Change:
+    kind = (
+        ChangeKind.CREATED if before is None
+        else ChangeKind.REMOVED if after is None
+        else ChangeKind.UPDATED if before == after
+        else ChangeKind.STATUS
+    )  # fmt: skip
+    changed_at = START + timedelta(seconds=revision)
+    return Change(revision, changed_at, item, id, kind, before, after, None, None)
+
+
+class FakeDatabase:
+    """What a database with a feed would tell a cache."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Record[Task]] = {}
+        self.revision = 0
+        self.changes: list[Change] = []
+
+    def write(self, id: str, status: TaskStatus | None, *, with_history: bool = False) -> Event:
+        """Create, change or (`None`) remove a task; returns what the writer would tell."""
+        self.revision += 1
+        old = self.rows.pop(id, None)
+        before = None if old is None else str(old["status"].value)
+        new = None if status is None else task_record(id, self.revision, status)
+        if new is not None:
+            self.rows[id] = new
+        if with_history:
+            self.changes = [entry for entry in self.changes if entry.item_id != id]
+        after = None if status is None else str(status.value)
+        self.changes.append(change(self.revision, id, before, after))
+        return Event(Task, id, new, self.changes[-1])
+
+    def news(self, since: int, page: int, *, is_whole: bool = True) -> News:
+        """A page of the feed, as `read_news` reads it."""
+        changes = [entry for entry in self.changes if entry.revision > since][:page]
+        until = changes[-1].revision if len(changes) == page else self.revision
+        is_whole = is_whole and len(changes) == until - since
+        counts = None if is_whole or until < self.revision else self.counts()
+        touched = {entry.item_id for entry in changes}
+        return News(
+            revision=until,
+            read_at=self.revision,
+            beat=0,
+            changes=changes,
+            is_whole=is_whole,
+            records={(Task, id): row for id, row in self.rows.items() if id in touched},
+            beaten=[],
+            task_counts=counts,
+        )
+
+    def tell(self, cache: Cache, page: int = 100) -> None:
+        """Bring a cache up to date."""
+        news: News | None = None
+        while news is None or news.revision < news.read_at:
+            is_whole = news is None or news.is_whole
+            news = self.news(cache.complete, page, is_whole=is_whole)
+            cache.catch_up(news)
+
+    def counts(self) -> Counter[str]:
+        return Counter(str(row["status"].value) for row in self.rows.values())
+
+    def live(self) -> dict[str, Task]:
+        return {id: row.copy() for id, row in self.rows.items() if row["status"] not in FINISHED}
+
+
+def counted(cache: Cache) -> dict[str, int]:
+    return {status: number for status, number in cache.task_counts.items() if number}
+
+
+class TestSortedKeys:
+    class Short(SortedKeys[tuple[int]]):
+        """One that splits its lists early."""
+
+        __slots__ = ()
+        _LONGEST = 4
+
+    @given(st.lists(st.tuples(st.integers(-20, 20), st.booleans()), max_size=200))
+    def test_equal_a_sorted_list(self, commands: list[tuple[int, bool]]) -> None:
+        keys, expected = self.Short(), set[tuple[int]]()
+
+        for number, is_added in commands:
+            key = (number,)
+            if is_added and key not in expected:
+                keys.add(key)
+                expected.add(key)
+            elif not is_added and key in expected:
+                keys.remove(key)
+                expected.remove(key)
+
+            assert list(keys) == sorted(expected)
+            assert keys.first(3) == sorted(expected)[:3]
+        assert keys.first(None) == sorted(expected)
+
+    @pytest.mark.parametrize("step", [1, -1])
+    def test_many_keys_stay_sorted(self, step: int) -> None:
+        keys: SortedKeys[tuple[int]] = SortedKeys()
+        numbers = range(5_000)[::step]
+
+        for number in numbers:
+            keys.add((number,))
+        for number in numbers[::2]:
+            keys.remove((number,))
+
+        assert [number for (number,) in keys] == sorted(numbers[1::2])
+
+
+class TestRecords:
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["put", "put", "drop", "photograph"]), st.integers(0, 3_000)),
+            max_size=80,
+        )
+    )
+    def test_photographs_keep_what_was_there(self, commands: list[tuple[str, int]]) -> None:
+        records: Records[Task] = Records()
+        expected: dict[str, Task] = {}
+        photographs = []
+
+        for version, (command, number) in enumerate(commands):
+            id = f"task-{number % 7}"
+            if command == "photograph":
+                photographs.append((records.photograph(), expected.copy()))
+            elif command == "put":
+                record = task_record(id, version)
+                records.put(id, record)
+                expected[id] = record.copy()
+            elif id in expected:
+                records.drop(id)
+                del expected[id]
+
+            assert len(records) == len(expected)
+        assert {record["task_id"]: record.copy() for record in records.values()} == expected
+        assert set(records) == set(expected)
+        for photograph, then in photographs:
+            assert photograph == then
+            assert len(photograph) == len(then)
+            assert set(photograph) == set(then)
+
+    def test_entries_of_a_photograph_are_copies(self) -> None:
+        records: Records[Task] = Records()
+        records.put("a", encode(Task("a", "batch", "n", result=[1])))  # type: ignore[arg-type]  # a value will do
+        photograph = records.photograph()
+
+        photograph["a"].result.append(2)
+
+        assert photograph["a"].result == [1]
+
+
+COMMANDS = st.one_of(
+    st.tuples(
+        st.just("write"),
+        st.booleans(),
+        st.sampled_from("abc"),
+        st.sampled_from([*TaskStatus, TaskStatus.PENDING, None]),
+    ),
+    st.tuples(st.just("purge"), st.booleans(), st.sampled_from("abc")),
+    st.tuples(st.just("deliver"), st.integers(1, 4)),
+    st.tuples(st.just("refresh"), st.integers(1, 4)),
+    st.tuples(st.just("photograph")),
+)
+
+
+class TestLearning:
+    @settings(max_examples=300)
+    @given(st.lists(COMMANDS, max_size=40), st.integers(0, 2))
+    def test_whatever_crosses_it_ends_equal_and_never_goes_back(
+        self, commands: list[tuple[Any, ...]], finished_limit: int
+    ) -> None:
+        """Own commits arrive late, in order; the feed is read in pages, some entries purged."""
+        database, cache = FakeDatabase(), Cache(NOTHING, finished_limit)
+        on_its_way: deque[Event] = deque()
+        newest: Counter[str] = Counter()
+        pictures = []
+
+        for command, *arguments in [*commands, ("deliver", 100), ("refresh", 2)]:
+            version = cache.version
+            if command == "write" or command == "purge":
+                own, id, *status = arguments
+                if id not in database.rows and status in ([], [None]):
+                    continue
+                event = database.write(
+                    id, status[0] if status else None, with_history=command == "purge"
+                )
+                if own:
+                    on_its_way.append(event)
+            elif command == "deliver":
+                batch = [on_its_way.popleft() for _ in range(arguments[0]) if on_its_way]
+                cache.apply(batch)
+            elif command == "refresh":
+                database.tell(cache, page=arguments[0])
+            else:
+                pictures.append((picture := cache.state(), dict(picture.tasks)))
+
+            assert cache.version >= version
+            for id in "abc":
+                record = cache.task(id)
+                if record is not None:
+                    assert record.version >= newest[id]
+                    newest[id] = record.version
+
+        assert cache.state().tasks == database.live()
+        assert counted(cache) == database.counts()
+        assert cache.version == cache.complete == database.revision
+        assert [record["task_id"] for record in cache.pending(None)] == sorted(
+            id for id, row in database.rows.items() if row["status"] in ("pending", "scheduled")
+        )
+        for id in "abc":
+            assert cache.task(id) in (database.rows.get(id), None) or (
+                cache.task(id).version == database.rows[id].version  # type: ignore[union-attr]
+            )
+        for picture, tasks in pictures:
+            assert picture.tasks == tasks
+
+    def test_commit_that_the_feed_told_already_is_counted_once(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        event = database.write("a", TaskStatus.PENDING)
+
+        database.tell(cache)
+        cache.apply([event])
+        database.tell(cache)
+
+        assert counted(cache) == {"pending": 1}
+        assert cache.version == 1
+
+    def test_commit_ahead_of_a_gap_is_shown_but_the_gap_is_read_later(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        database.write("theirs", TaskStatus.PENDING)
+        own = database.write("ours", TaskStatus.RUNNING)
+
+        cache.apply([own])
+
+        assert set(cache.state().tasks) == {"ours"}
+        assert (cache.version, cache.complete) == (2, 0)
+        database.tell(cache)
+        assert set(cache.state().tasks) == {"ours", "theirs"}
+        assert (cache.version, cache.complete) == (2, 2)
+        assert counted(cache) == {"pending": 1, "running": 1}
+
+    def test_news_older_than_a_removal_do_not_bring_a_task_back(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        created = database.write("a", TaskStatus.PENDING)
+        before = database.news(0, 100)
+        removed = database.write("a", None)
+
+        cache.apply([created, removed])
+        cache.catch_up(before)
+
+        assert cache.task("a") is None
+        assert counted(cache) == {}
+        assert cache.version == 2
+
+    def test_late_heartbeat_does_not_bring_a_removed_node_back(self) -> None:
+        cache = Cache(NOTHING, 10)
+        node = node_record("n", 1)
+        cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
+        cache.catch_up(
+            News(2, 2, 0, [change(2, "n", "online", None, item="node")], True, {}, [], None)
+        )
+
+        cache.apply([Event(NodeInfo, "n", node.evolve(last_heartbeat=START), None)])
+
+        assert cache.all_nodes() == []
+        assert cache.node_stats()["total"] == 0
+
+    def test_purged_history_is_recounted(self) -> None:
+        database = FakeDatabase()
+        cache = Cache(Start(0, 0, None, {}), 10)
+        database.write("a", TaskStatus.PENDING)
+        database.write("a", TaskStatus.FAILED)
+        database.write("a", None, with_history=True)
+        database.write("b", TaskStatus.RUNNING)
+
+        database.tell(cache)
+
+        assert counted(cache) == {"running": 1}
+        assert (cache.version, cache.complete) == (4, 4)
+
+    def test_purged_history_is_recounted_with_what_came_after_the_reading(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        database.write("a", TaskStatus.FAILED)
+        database.write("a", None, with_history=True)
+        news = database.news(0, 100)
+        own = database.write("b", TaskStatus.PENDING)
+
+        cache.apply([own])
+        cache.catch_up(news)
+        database.tell(cache)
+
+        assert counted(cache) == {"pending": 1}
+        assert cache.complete == 3
+
+    def test_purged_history_is_recounted_though_an_own_commit_closes_the_gap(self) -> None:
+        """The first page ends right before a commit that is here already."""
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        database.write("a", TaskStatus.PENDING)
+        database.write("b", TaskStatus.PENDING)
+        database.write("a", None, with_history=True)
+        own = database.write("a", TaskStatus.PENDING)
+
+        cache.apply([own])
+        database.tell(cache, page=2)
+        database.tell(cache, page=2)
+
+        assert counted(cache) == {"pending": 2}
+
+    def test_time_is_that_of_the_newest_change(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        first = database.write("a", TaskStatus.PENDING)
+        second = database.write("b", TaskStatus.PENDING)
+
+        cache.apply([second])
+        cache.apply([first])
+
+        assert second.change is not None
+        assert cache.state().updated_at == second.change.changed_at
+
+    def test_finished_tasks_used_last_are_kept(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, finished_limit=2)
+        for id in "ab":
+            cache.apply([database.write(id, TaskStatus.COMPLETED)])
+
+        assert cache.task("a") is not None
+        cache.apply([database.write("c", TaskStatus.COMPLETED)])
+
+        assert cache.task("a") is not None
+        assert cache.task("b") is None
+        assert cache.task("c") is not None
+
+    def test_only_finished_tasks_are_remembered(self) -> None:
+        cache = Cache(NOTHING, 10)
+
+        cache.remember(task_record("live", 1, TaskStatus.RUNNING))
+        cache.remember(task_record("done", 2, TaskStatus.FAILED))
+
+        assert cache.task("live") is None
+        assert cache.task("done") is not None
+        assert cache.state().tasks == {}
+
+
+NODES = st.fixed_dictionaries(
+    {
+        "node_id": st.sampled_from("abcd"),
+        "status": st.sampled_from([NodeStatus.ONLINE, *NodeStatus]),
+        "running_tasks": st.integers(0, 2),
+        "max_concurrent_tasks": st.integers(0, 2),
+        "available_skills": st.lists(st.sampled_from(["java", "python"]), max_size=2),
+        "registered_at": st.integers(0, 2).map(lambda second: START + timedelta(seconds=second)),
+    }
+)
+
+
+class TestNodes:
+    @settings(max_examples=200)
+    @given(
+        st.lists(
+            st.tuples(st.sampled_from(["commit", "hold", "beat", "remove", "discard"]), NODES),
+            max_size=30,
+        )
+    )
+    def test_every_index_equals_a_look_at_all(
+        self, commands: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        cache = Cache(NOTHING, 10)
+        stored: dict[str, Record[NodeInfo]] = {}
+        held: dict[str, Record[NodeInfo]] = {}
+
+        def tell(id: str, revision: int, after: str | None) -> None:
+            entry = change(revision, id, "online", after, item="node")
+            cache.apply([Event(NodeInfo, id, stored.get(id), entry)])
+
+        for revision, (command, fields) in enumerate(commands, start=1):
+            id = fields["node_id"]
+            record = encode(NodeInfo(hostname="host", **fields)).evolve(version=revision)
+            if command == "commit":
+                if id in stored:
+                    record = record.evolve(last_heartbeat=stored[id]["last_heartbeat"])
+                stored[id] = record
+                tell(id, revision, "online")
+            elif command == "beat" and id in stored:
+                beat = {"last_heartbeat": START, "running_tasks": fields["running_tasks"]}
+                stored[id] = stored[id].evolve(**beat)
+                cache.apply([Event(NodeInfo, id, stored[id], None)])
+            elif command == "remove" and stored.pop(id, None) is not None:
+                tell(id, revision, None)
+            elif command == "hold":
+                held[id] = record.evolve(version=-revision)
+                cache.hold(held[id], stored.get(id))
+            elif command == "discard":
+                assert cache.discard((NodeInfo, id)) == (held.pop(id, None) is not None)
+
+            assert_indexes_hold(cache, {**stored, **held}, set(stored))
+
+
+def assert_indexes_hold(cache: Cache, shown: dict[str, Record[NodeInfo]], stored: set[str]) -> None:
+    nodes = [record.copy() for record in shown.values()]
+    nodes.sort(key=lambda node: node.node_id)
+    nodes.sort(key=lambda node: node.registered_at or START, reverse=True)
+    online = [node for node in nodes if node.status is NodeStatus.ONLINE]
+    free = [node for node in online if node.running_tasks < node.max_concurrent_tasks]
+    free.sort(key=lambda n: (n.running_tasks / n.max_concurrent_tasks, n.running_tasks, n.node_id))
+    counts = Counter(node.status for node in nodes if node.node_id in stored)
+    full = [node for node in online if node not in free and node.node_id in stored]
+    state = cache.state()
+
+    assert copies(cache.all_nodes()) == nodes
+    assert copies(cache.online_nodes()) == online
+    assert copies(cache.available_nodes()) == free
+    for skill in ("java", "python", "unknown"):
+        able = [node for node in online if skill in node.available_skills]
+        assert copies(cache.nodes_by_skill(skill)) == able
+    assert cache.node_stats() == {
+        "total": counts.total(),
+        "online": counts[NodeStatus.ONLINE],
+        "offline": counts[NodeStatus.OFFLINE],
+        "busy": counts[NodeStatus.BUSY] + len(full),
+    }
+    assert state.nodes == {node.node_id: node for node in nodes}
+    assert (state.total_nodes, state.online_nodes) == (
+        counts.total(),
+        counts[NodeStatus.ONLINE],
+    )
+
+
+def copies(records: Iterable[Record[NodeInfo]]) -> Sequence[NodeInfo]:
+    return [record.copy() for record in records]
+
+
+class TestPending:
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from("abcdef"),
+                st.sampled_from([*TaskStatus, TaskStatus.PENDING, None]),
+                st.sampled_from(list(TaskPriority)),
+                st.integers(0, 2),
+            ),
+            max_size=40,
+        )
+    )
+    def test_are_sorted_whatever_changed(self, writes: list[tuple[Any, ...]]) -> None:
+        cache, expected = Cache(NOTHING, 2), dict[str, Record[Task]]()
+
+        for revision, (id, status, priority, second) in enumerate(writes, start=1):
+            before = expected.get(id)
+            record = None
+            if status is not None:
+                submitted_at = START + timedelta(seconds=second)
+                record = task_record(id, revision, status)
+                record = record.evolve(priority=priority, submitted_at=submitted_at)
+                expected[id] = record
+            elif before is not None:
+                del expected[id]
+            old = None if before is None else str(before["status"].value)
+            new = None if record is None else str(record["status"].value)
+            cache.apply([Event(Task, id, record, change(revision, id, old, new))])
+
+        waiting = [r for r in expected.values() if r["status"] in ("pending", "scheduled")]
+        waiting.sort(key=lambda r: (r["priority"], r["submitted_at"], r["task_id"]))
+        assert [r.copy() for r in cache.pending(None)] == [r.copy() for r in waiting]
+        assert [r.copy() for r in cache.pending(2)] == [r.copy() for r in waiting[:2]]
+
+
+class TestUnsaved:
+    def test_shows_what_is_held_and_what_is_stored_when_that_is_dropped(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        cache.apply([database.write("a", TaskStatus.PENDING)])
+        held = task_record("a", -1, TaskStatus.COMPLETED)
+        cache.hold(held, database.rows["a"])
+        entry = cache.unsaved[Task, "a"]
+
+        assert cache.task("a") is held
+        assert cache.pending(None) == []
+        cache.release((Task, "a"), entry, None)
+
+        assert cache.task("a") is database.rows["a"]
+        assert cache.pending(None) == [database.rows["a"]]
+
+    def test_hides_a_commit_until_it_is_dropped(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        cache.apply([database.write("a", TaskStatus.PENDING)])
+        cache.hold(task_record("a", -1), database.rows["a"])
+
+        cache.apply([database.write("a", TaskStatus.RUNNING)])
+
+        assert counted(cache) == {"running": 1}
+        [shown] = cache.pending(None)
+        assert shown.version == -1
+        assert cache.discard((Task, "a")) is True
+        assert cache.task("a") is database.rows["a"]
+        assert cache.discard((Task, "a")) is False
+
+    def test_version_of_a_written_entry_is_translated_until_the_next_change(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        place = (Task, "a")
+        cache.hold(task_record("a", -1), None)
+        entry = cache.unsaved[place]
+        cache.apply([database.write("a", TaskStatus.PENDING)])
+        cache.release(place, entry, database.rows["a"])
+
+        assert cache.settled_version(place, -1) == 1
+        assert cache.settled_version(place, -2) == -2
+        cache.apply([database.write("a", TaskStatus.RUNNING)])
+        assert cache.settled_version(place, -1) == -1
+
+    @pytest.mark.parametrize("kind", ["task", "node"])
+    def test_is_taken_over_by_the_next_cache(self, kind: str) -> None:
+        old, new = Cache(NOTHING, 10), Cache(NOTHING, 10)
+        held: Record[Any] = task_record("a", -1) if kind == "task" else node_record("a", -1)
+        old.hold(held, None)
+
+        new.keep_unsaved(old)
+
+        shown = new.task("a") if kind == "task" else new.nodes.get("a")
+        assert shown is held
+        assert new.node_stats()["total"] == 0
+
+    @pytest.mark.parametrize("kind", ["task", "node"])
+    def test_update_of_what_is_gone_leaves_nothing_in_the_next_cache(self, kind: str) -> None:
+        """It was removed by another process; the reload is how this one learns of it."""
+        old, new = Cache(NOTHING, 10), Cache(Start(2, 0, None, {}), 10)
+        stored: Record[Any] = task_record("a", 1) if kind == "task" else node_record("a", 1)
+        held = stored.evolve(version=-1)
+        place = (stored.kind, "a")
+        old.add(stored)
+        old.hold(held, stored)
+
+        new.keep_unsaved(old)
+
+        assert new.node_stats()["total"] == 0
+        new.discard(place)
+        assert new.find(place) is None
+        assert new.pending(None) == []
+        assert new.all_nodes() == []

@@ -1,0 +1,1707 @@
+"""`Database`: sessions, transactions, event loops, files that are no good, copies, and the end."""
+
+# ruff: noqa: ASYNC110, ASYNC240, PT012 - a test may block its loop, and needs a block to fail in
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pytest
+from conftest import MakeNode, MakeTask
+from sqlalchemy import event, func, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store import (
+    BackendError,
+    Database,
+    DeadlineError,
+    DuplicateError,
+    InvalidDataError,
+    NodeRepository,
+    NodeStatus,
+    OutcomeUnknownError,
+    StateManager,
+    StoreError,
+    TaskRepository,
+    TaskStatus,
+    UnavailableError,
+    sqlite,
+)
+from openclaw_store.schema import ChangeRow, TaskRow
+
+Result = TypeVar("Result")
+
+PATIENCE = 20.0
+"""Seconds after which something that should have happened counts as hanging."""
+
+
+def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+    return asyncio.get_running_loop().create_task(work)
+
+
+class Ended(NamedTuple):
+    """How an interpreter ended."""
+
+    code: int
+    out: list[str]
+    err: str
+
+
+RUNNER = """
+import asyncio, json, os, signal, sys, tempfile
+import openclaw_store
+
+async def warm_up():  # Alembic reads more modules when it is first used
+    async with openclaw_store.Database(":memory:"):
+        pass
+
+asyncio.run(warm_up())
+results = []
+for script, arguments in json.load(sys.stdin):
+    files = [tempfile.mkstemp() for _ in range(2)]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        for number, (file, _) in enumerate(files, 1):
+            os.dup2(file, number)
+        sys.argv[1:] = arguments
+        exec(script, {"__name__": "__main__"})
+        break
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    results.append([code, *(os.pread(file, 1 << 20, 0).decode() for file, _ in files)])
+    for _, name in files:
+        os.unlink(name)
+else:
+    json.dump(results, sys.stdout)
+"""
+
+
+def run_scripts(*scripts: tuple[str, Sequence[object]]) -> list[Ended]:
+    """Run scripts, with their arguments, each in an interpreter of its own.
+
+    They are forks of one that has imported the library, which takes longer than all the rest.
+    One that hangs is ended after a minute, which is told by its code.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUNNER],
+        input=json.dumps([[script, [*map(str, arguments)]] for script, arguments in scripts]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [Ended(code, out.splitlines(), err) for code, out, err in json.loads(done.stdout)]
+
+
+class InThread:
+    """Runs a coroutine on an event loop of its own, in a thread of its own."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self._result = asyncio.run(work())
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="second-loop")
+        self._thread.start()
+
+    def block(self) -> Any:
+        """Block this loop until the other one is done; returns its result."""
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+async def count_tasks(session: AsyncSession) -> int:
+    return await session.scalar(select(func.count()).select_from(TaskRow)) or 0
+
+
+def query(path: Path, statement: str) -> list[tuple[Any, ...]]:
+    """Ask the file, past the library."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(statement).fetchall()
+
+
+class TestSession:
+    async def test_session_reads_one_picture_while_others_write(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        async with database.session() as session:
+            before = await count_tasks(session)
+            await TaskRepository(database).create(make_task())
+            during = await count_tasks(session)
+        async with database.session() as session:
+            after = await count_tasks(session)
+
+        assert (before, during, after) == (0, 0, 1)
+
+    async def test_session_cannot_write(self, database: Database, make_task: MakeTask) -> None:
+        await TaskRepository(database).create(make_task())
+
+        with pytest.raises(StoreError, match="only reads"):
+            async with database.session() as session:
+                await session.execute(update(TaskRow).values(name="changed"))
+        with pytest.raises(StoreError, match="only reads"):
+            async with database.session() as session:
+                await TaskRepository(session).create(make_task())
+        with pytest.raises(StoreError, match="only reads"):
+            async with database.session() as session:
+                await TaskRepository(session).cleanup_old_tasks()
+
+        stored = await TaskRepository(database).list_pending_tasks()
+        assert [task.name for task in stored] == ["task number 1"]
+
+    async def test_session_factory_makes_sessions_of_the_same_kind(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        await TaskRepository(database).create(make_task())
+
+        async with database.session_factory() as session:
+            assert await count_tasks(session) == 1
+            assert len(await TaskRepository(session).list_pending_tasks()) == 1
+
+    async def test_error_in_a_session_gives_its_connection_back(self, database: Database) -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with database.session() as session:
+                await count_tasks(session)
+                raise ZeroDivisionError
+
+        assert database.checked_out_connections == 0
+
+    async def test_error_of_the_callers_own_sql_stays_what_it_is(self, database: Database) -> None:
+        with pytest.raises(Exception, match="no such table: nowhere"):
+            async with database.session() as session:
+                await session.execute(text("SELECT * FROM nowhere"))
+
+    async def test_too_many_sessions_are_refused_and_say_so(self, tmp_path: Path) -> None:
+        async with Database(tmp_path / "small.db", timeout=0.05, pool_size=1) as database:
+            sessions = [database.session_factory() for _ in range(11)]
+            try:
+                for session in sessions:
+                    await count_tasks(session)
+                with pytest.raises(UnavailableError, match="all reading connections are in use"):
+                    await TaskRepository(database).count_by_status()
+            finally:
+                for session in sessions:
+                    await session.close()
+
+            assert await TaskRepository(database).count_by_status() == 0
+
+
+class TestTransaction:
+    async def test_transaction_is_committed_at_the_end(
+        self, database: Database, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        async with database.transaction() as session:
+            await TaskRepository(session).create(make_task(task_id="t"))
+            await NodeRepository(session).create(make_node(node_id="n"))
+            seen_inside = await TaskRepository(session).get("t")
+            seen_outside = await TaskRepository(database).get("t")
+
+        assert seen_inside is not None
+        assert seen_outside is None
+        assert await TaskRepository(database).get("t") == seen_inside
+        assert await NodeRepository(database).get("n") is not None
+
+    async def test_transaction_that_raises_is_rolled_back(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        told: list[Any] = []
+        unlisten = database.listen(told.extend)
+
+        with pytest.raises(ZeroDivisionError):
+            async with database.transaction() as session:
+                await TaskRepository(session).create(make_task())
+                raise ZeroDivisionError
+        unlisten()
+
+        assert await TaskRepository(database).count_by_status() == 0
+        assert told == []
+        await TaskRepository(database).create(task := make_task())
+        assert task.version == 1  # the revisions of the other one were not used up
+
+    async def test_refused_operation_does_not_end_the_transaction(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        async with database.transaction() as session:
+            repository = TaskRepository(session)
+            await repository.create(make_task(task_id="a"))
+            with pytest.raises(DuplicateError):
+                await repository.create(make_task(task_id="a"))
+            await repository.create(make_task(task_id="b"))
+
+        assert await TaskRepository(database).count_by_status() == 2
+
+    async def test_transaction_that_takes_too_long_is_rolled_back(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        with pytest.raises(DeadlineError, match=r"took longer than 0\.05 s and was rolled back"):
+            async with database.transaction(timeout=0.05) as session:
+                await TaskRepository(session).create(make_task())
+                await asyncio.Event().wait()
+
+        assert await TaskRepository(database).count_by_status() == 0
+        async with database.transaction() as session:
+            await TaskRepository(session).create(make_task())
+        assert await TaskRepository(database).count_by_status() == 1
+
+    async def test_deadline_of_all_transactions_is_an_option(self, tmp_path: Path) -> None:
+        async with Database(tmp_path / "hasty.db", transaction_timeout=0.05) as database:
+            with pytest.raises(DeadlineError, match=r"longer than 0\.05 s"):
+                async with database.transaction():
+                    await asyncio.Event().wait()
+
+    async def test_timeout_of_the_callers_own_is_no_deadline(self, database: Database) -> None:
+        with pytest.raises(TimeoutError) as caught:
+            async with database.transaction():
+                async with asyncio.timeout(0):
+                    await asyncio.Event().wait()
+
+        assert not isinstance(caught.value, StoreError)
+
+    async def test_commit_by_the_caller_is_refused(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        async with database.transaction() as session:
+            await TaskRepository(session).create(make_task())
+            with pytest.raises(StoreError, match="do not commit it"):
+                await session.commit()
+
+        assert await TaskRepository(database).count_by_status() == 1
+
+    async def test_rollback_by_the_caller_undoes_everything(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        told: list[Any] = []
+        unlisten = database.listen(told.extend)
+
+        async with database.transaction() as session:
+            repository = TaskRepository(session)
+            await repository.create(make_task())
+            await session.rollback()
+            with pytest.raises(StoreError, match="only reads"):
+                await repository.create(make_task())
+        unlisten()
+
+        assert await TaskRepository(database).count_by_status() == 0
+        assert told == []
+
+    async def test_repository_of_a_transaction_that_ended_is_refused(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        async with database.transaction() as session:
+            repository = TaskRepository(session)
+
+        with pytest.raises(StoreError):
+            await repository.create(make_task())
+        assert await TaskRepository(database).count_by_status() == 0
+
+    async def test_call_that_would_wait_for_its_own_transaction_is_refused_at_once(
+        self, tmp_path: Path, make_task: MakeTask
+    ) -> None:
+        async with Database(tmp_path / "patient.db", timeout=3600) as database:
+            manager = StateManager(database, auto_sync_interval=None)
+            await manager.initialize()
+
+            async def nest() -> None:
+                async with database.transaction():
+                    pass
+
+            calls: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+                nest,
+                lambda: TaskRepository(database).create(make_task()),
+                lambda: TaskRepository(database).cleanup_old_tasks(),
+                lambda: NodeRepository(database).update_heartbeat("n"),
+                lambda: manager.add_task(make_task()),
+                database.vacuum,
+            ]
+            async with asyncio.timeout(PATIENCE), database.transaction(timeout=3600) as session:
+                for call in calls:
+                    with pytest.raises(DeadlineError, match="wait for the transaction it is in"):
+                        await call()
+                    with pytest.raises(DeadlineError, match="wait for the transaction it is in"):
+                        await start(call())  # a task that it waits for is inside, too
+                await TaskRepository(session).create(make_task())
+                assert await TaskRepository(database).count_by_status() == 0  # reading is fine
+
+            assert await TaskRepository(database).count_by_status() == 1
+            await nest()
+            await manager.shutdown()
+
+    async def test_revisions_of_a_transaction_are_consecutive(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        async def by_transaction(number: int) -> None:
+            async with database.transaction() as session:
+                for part in range(5):
+                    await TaskRepository(session).create(make_task(task_id=f"tx{number} {part}"))
+
+        async def by_writer(number: int) -> None:
+            for part in range(5):
+                await TaskRepository(database).create(make_task(task_id=f"w{number} {part}"))
+
+        await asyncio.gather(
+            *[by(number) for number in range(5) for by in (by_transaction, by_writer)]
+        )
+
+        async with database.session() as session:
+            rows = (await session.execute(select(ChangeRow.revision, ChangeRow.item_id))).all()
+        revision_of = {id: revision for revision, id in rows}
+        assert sorted(revision_of.values()) == list(range(1, 51))
+        for number in range(5):
+            own = [revision_of[f"tx{number} {part}"] for part in range(5)]
+            assert own == list(range(own[0], own[0] + 5))
+
+    async def test_two_transactions_do_not_lose_an_increment(
+        self, database: Database, make_node: MakeNode
+    ) -> None:
+        await NodeRepository(database).create(make_node(node_id="n"))
+
+        async def increment() -> None:
+            async with database.transaction() as session:
+                node = await NodeRepository(session).get("n")
+                assert node is not None
+                node.running_tasks += 1
+                await NodeRepository(session).update(node)
+
+        await asyncio.gather(*[increment() for _ in range(50)])
+
+        node = await NodeRepository(database).get("n")
+        assert node is not None
+        assert node.running_tasks == 50
+
+    async def test_plain_sql_of_the_caller_is_committed_too(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        await TaskRepository(database).create(make_task(task_id="t"))
+
+        async with database.transaction() as session:
+            await session.execute(update(TaskRow).values(description="by hand"))
+
+        task = await TaskRepository(database).get("t")
+        assert task is not None
+        assert task.description == "by hand"
+
+    async def test_transaction_reaches_the_cache_of_a_manager(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        async with manager.db.transaction() as session:
+            await TaskRepository(session).create(make_task(task_id="t"))
+
+        assert [task.task_id for task in await manager.get_pending_tasks()] == ["t"]
+        assert manager.version == 1
+
+
+class TestLife:
+    async def test_use_before_initialize_is_refused(self, location: Path) -> None:
+        database = Database(location)
+
+        for call in uses(database):
+            with pytest.raises(UnavailableError, match=r"call initialize\(\) first"):
+                await call()
+        await database.close()
+
+    async def test_use_after_close_is_refused(self, location: Path) -> None:
+        async with Database(location) as database:
+            pass
+
+        for call in [*uses(database), database.initialize]:
+            with pytest.raises(UnavailableError, match="closed: open a new Database"):
+                await call()
+
+    async def test_initialize_and_close_may_be_called_twice(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        database = Database(location)
+        await database.initialize()
+        await TaskRepository(database).create(make_task())
+        await database.initialize()
+
+        assert await TaskRepository(database).count_by_status() == 1
+        await database.close()
+        await database.close()
+
+    async def test_initialize_and_close_may_be_called_at_the_same_time(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        database = Database(location)
+
+        await asyncio.gather(*[database.initialize() for _ in range(5)])
+        await TaskRepository(database).create(make_task())
+        await asyncio.gather(*[database.close() for _ in range(5)])
+
+        assert query(location, "SELECT count(*) FROM tasks") == [(1,)]
+
+    async def test_every_close_returns_when_everything_is_closed(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        """Not only the first one: whoever called it may remove the file next."""
+        database = Database(location)
+        await database.initialize()
+        await TaskRepository(database).create(make_task())
+
+        first, second = start(database.close()), start(database.close())
+        await second
+
+        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+        await first
+
+    async def test_close_during_initialize_is_not_undone_by_it(self, location: Path) -> None:
+        database = Database(location)
+        opening = start(database.initialize())
+        await asyncio.sleep(0)
+
+        await database.close()
+        await asyncio.wait([opening], timeout=PATIENCE)
+
+        assert opening.exception() is None or isinstance(opening.exception(), UnavailableError)
+        with pytest.raises(UnavailableError, match="closed"):
+            await TaskRepository(database).count_by_status()
+        await database.close()
+
+    async def test_close_commits_what_has_queued(self, location: Path, make_task: MakeTask) -> None:
+        database = Database(location)
+        await database.initialize()
+        writes = [start(TaskRepository(database).create(make_task())) for _ in range(100)]
+        await asyncio.sleep(0)
+
+        await database.close()
+
+        assert await asyncio.gather(*writes) == [True] * 100
+        assert query(location, "SELECT count(*) FROM tasks") == [(100,)]
+
+    async def test_close_leaves_one_file_complete_in_itself(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        async with Database(location) as database:
+            await TaskRepository(database).create(make_task())
+            await TaskRepository(database).count_by_status()
+
+        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+
+    async def test_nothing_is_made_but_the_folder_before_initialize(self, tmp_path: Path) -> None:
+        Database(tmp_path / "deep" / "down" / "cluster.db")
+
+        assert (tmp_path / "deep" / "down").is_dir()
+        assert list((tmp_path / "deep" / "down").iterdir()) == []
+
+    async def test_path_may_be_text_and_is_kept_as_it_was_given(self, tmp_path: Path) -> None:
+        path = f"{tmp_path}/a b%20c#d?.db"
+
+        async with Database(path) as database:
+            assert database.db_path == path
+
+        assert [entry.name for entry in tmp_path.iterdir()] == ["a b%20c#d?.db"]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"timeout": 0},
+            {"timeout": float("inf")},
+            {"timeout": "30"},
+            {"transaction_timeout": -1},
+            {"transaction_timeout": float("nan")},
+            {"pool_size": 0},
+            {"pool_size": 2.5},
+        ],
+    )
+    def test_senseless_option_is_refused_by_name(
+        self, location: Path, options: dict[str, Any]
+    ) -> None:
+        with pytest.raises(InvalidDataError) as caught:
+            Database(location, **options)
+
+        assert caught.value.field == next(iter(options))
+
+    async def test_repr_tells_the_location_and_the_state(self, location: Path) -> None:
+        database = Database(location)
+        texts = [repr(database)]
+        await database.initialize()
+        texts.append(repr(database))
+        await database.close()
+        texts.append(repr(database))
+
+        assert texts == [
+            f"<Database {str(location)!r}, {state}>" for state in ("new", "ready", "closed")
+        ]
+
+
+def uses(database: Database) -> list[Callable[[], Coroutine[Any, Any, Any]]]:
+    """Everything that needs an open database."""
+
+    async def session() -> None:
+        async with database.session():
+            pass
+
+    async def transaction() -> None:
+        async with database.transaction():
+            pass
+
+    async def session_factory() -> None:
+        database.session_factory()
+
+    return [
+        session,
+        transaction,
+        session_factory,
+        database.get_stats,
+        database.vacuum,
+        lambda: database.backup("copy.db"),
+        lambda: TaskRepository(database).get("t"),
+        lambda: TaskRepository(database).delete("t"),
+    ]
+
+
+class TestLoops:
+    async def test_another_loop_reads_and_writes_while_this_one_is_blocked(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(database)
+        await asyncio.gather(*[repository.create(make_task()) for _ in range(20)])
+
+        async def elsewhere() -> tuple[int, int]:
+            await asyncio.gather(*[repository.create(make_task()) for _ in range(20)])
+            async with database.transaction() as session:
+                await TaskRepository(session).create(make_task())
+            counts = await asyncio.gather(*[repository.count_by_status() for _ in range(20)])
+            return min(counts), max(counts)
+
+        assert InThread(elsewhere).block() == (41, 41)
+        assert InThread(elsewhere).block() == (62, 62)
+        assert await repository.count_by_status() == 62
+
+    async def test_both_loops_work_at_the_same_time(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(database)
+
+        async def work() -> None:
+            async def one(number: int) -> None:
+                await repository.create(task := make_task())
+                assert await repository.get(task.task_id) == task
+                if number % 5 == 0:
+                    async with database.transaction() as session:
+                        await TaskRepository(session).create(make_task())
+
+            await asyncio.gather(*[one(number) for number in range(50)])
+
+        other = InThread(work)
+        await work()
+        await asyncio.to_thread(other.block)
+
+        assert await repository.count_by_status() == 120
+
+    async def test_blocked_loop_with_an_open_transaction_costs_others_a_deadline_error(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(database)
+
+        async def transaction() -> None:
+            async with database.transaction():
+                pass
+
+        async with database.transaction(timeout=0.05):
+            for write in (lambda: repository.create(make_task()), transaction):
+                with pytest.raises(DeadlineError, match="while a transaction has had the database"):
+                    InThread(write).block()
+            assert InThread(repository.count_by_status).block() == 0
+
+        assert InThread(lambda: repository.create(make_task())).block() is True
+
+    async def test_one_database_serves_one_loop_after_the_other(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        def runs() -> int:
+            database = Database(location)
+            repository = TaskRepository(database)
+
+            async def write() -> None:
+                await database.initialize()
+                await repository.create(make_task())
+                assert await repository.count_by_status() > 0
+
+            for _ in range(3):
+                asyncio.run(write())
+
+            async def end() -> int:
+                async with database.transaction() as session:
+                    await TaskRepository(session).create(make_task())
+                count = await repository.count_by_status()
+                await database.close()
+                return count
+
+            return asyncio.run(end())
+
+        assert await asyncio.to_thread(runs) == 4
+        gc.collect()
+
+    async def test_close_on_another_loop_than_initialize(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        database = Database(location)
+        await database.initialize()
+        await TaskRepository(database).create(make_task())
+        await TaskRepository(database).count_by_status()
+
+        await asyncio.to_thread(InThread(database.close).block)
+
+        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+
+
+class TestMemory:
+    async def test_memory_is_private_and_kept_by_a_second_initialize(
+        self, make_task: MakeTask
+    ) -> None:
+        async with Database(":memory:") as one, Database(":memory:") as other:
+            await TaskRepository(one).create(make_task())
+            await one.initialize()
+
+            assert one.db_path == ":memory:"
+            assert await TaskRepository(one).count_by_status() == 1
+            assert await TaskRepository(other).count_by_status() == 0
+
+    async def test_memory_is_gone_when_it_is_closed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_task: MakeTask
+    ) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        used, unused = Database(":memory:"), Database(":memory:")
+        await used.initialize()
+        await TaskRepository(used).create(make_task())
+
+        await used.close()
+        await unused.close()
+
+        assert list(tmp_path.iterdir()) == []
+
+    async def test_memory_serves_two_loops_and_readers_beside_writers(
+        self, make_task: MakeTask
+    ) -> None:
+        async with Database(":memory:") as database:
+            repository = TaskRepository(database)
+            async with database.transaction() as session:
+                await TaskRepository(session).create(make_task())
+                assert InThread(repository.count_by_status).block() == 0
+
+            assert InThread(repository.count_by_status).block() == 1
+
+    async def test_memory_can_be_backed_up(self, tmp_path: Path, make_task: MakeTask) -> None:
+        async with Database(":memory:") as database:
+            await TaskRepository(database).create(make_task())
+            await database.backup(tmp_path / "copy.db")
+
+        assert query(tmp_path / "copy.db", "SELECT count(*) FROM tasks") == [(1,)]
+
+
+class TestLocation:
+    @pytest.mark.parametrize("prefix", ["sqlite:///", "sqlite+aiosqlite:///"])
+    async def test_url_of_sqlite_is_a_location(
+        self, tmp_path: Path, prefix: str, make_task: MakeTask
+    ) -> None:
+        async with Database(f"{prefix}{tmp_path}/of-url.db") as database:
+            await TaskRepository(database).create(make_task())
+            assert database.db_path == f"{prefix}{tmp_path}/of-url.db"
+
+        assert query(tmp_path / "of-url.db", "SELECT count(*) FROM tasks") == [(1,)]
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "postgresql://scott:tiger@localhost/cluster",
+            "postgresql+asyncpg://scott:tiger@localhost/cluster",
+            "mysql://scott:tiger@localhost/cluster",
+            "nonsense://scott:tiger@localhost/cluster",
+            "sqlite://",
+            "sqlite:///:memory:",
+            "://scott:tiger@",
+            "",
+            "cluster\0.db",
+            None,
+            42,
+        ],
+    )
+    def test_other_locations_are_refused_without_their_password(self, url: Any) -> None:
+        with pytest.raises(InvalidDataError) as caught:
+            Database(url)
+
+        assert caught.value.field == "db_path"
+        assert "tiger" not in str(caught.value)
+
+    def test_default_location_is_in_the_folder_data(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+
+        database = Database()
+
+        assert database.db_path == "./data/cluster.db"
+        assert (tmp_path / "data").is_dir()
+
+    async def test_location_does_not_move_with_the_working_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_task: MakeTask
+    ) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        async with Database("cluster.db") as database:
+            await TaskRepository(database).create(make_task())
+            monkeypatch.chdir(tmp_path / "elsewhere")
+            await TaskRepository(database).create(make_task())
+            assert await TaskRepository(database).count_by_status() == 2
+
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+UNPRIVILEGED = """
+import asyncio, os, pathlib, shutil, sys, tempfile
+from openclaw_store import Database, StoreError, Task, TaskRepository, TaskType
+
+
+async def write(path):
+    async with Database(path, timeout=0.1) as database:
+        await TaskRepository(database).create(Task.create(TaskType.BATCH, "t"))
+
+
+async def back_up(path, target):
+    async with Database(path) as database:
+        await database.backup(target)
+
+
+def attempt(work, *arguments):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    if os.geteuid() == 0:  # to whom permissions mean nothing
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    try:
+        asyncio.run(work(*arguments))
+    except StoreError as error:
+        print(type(error).__name__, str(error).replace(str(folder), "FOLDER"), sep=": ")
+    else:
+        print("it works")
+    sys.stdout.flush()
+    os._exit(0)
+
+
+locked, mode, target = sys.argv[1:]
+folder = pathlib.Path(tempfile.mkdtemp())
+paths = {"FOLDER": folder, "FILE": folder / "file.db", "BACKUPS": folder / "backups"}
+try:
+    paths["BACKUPS"].mkdir()
+    if target == "file.db" or locked == "BACKUPS":
+        asyncio.run(write(paths["FILE"]))
+        paths["FILE"].chmod(0o777)
+    folder.chmod(0o777)
+    for mode in (int(mode, 8), 0o777):
+        paths[locked].chmod(mode)
+        if locked == "BACKUPS":
+            attempt(back_up, paths["FILE"], folder / target)
+        else:
+            attempt(write, folder / target)
+finally:
+    shutil.rmtree(folder)
+"""
+
+NO_ENTRY = {
+    ("FOLDER", "555", "new.db"): "FOLDER/new.db: it cannot be opened: check that the path",
+    ("FOLDER", "000", "new.db"): "FOLDER/new.db: it cannot be opened: check that the path",
+    ("FOLDER", "555", "deeper/new.db"): "cannot make the folder FOLDER/deeper (Permission denied)",
+    ("FOLDER", "555", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
+    ("FILE", "444", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
+    ("FILE", "000", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
+    ("BACKUPS", "555", "backups/new.db"): "FOLDER/backups/new.db: it cannot be opened: check",
+    ("BACKUPS", "000", "backups/new.db"): "FOLDER/backups/new.db: it cannot be opened: check",
+}
+"""What is locked, its mode and what is written to; the beginning of the error."""
+
+
+@pytest.fixture(scope="module")
+def unprivileged() -> dict[tuple[str, str, str], Ended]:
+    """How scripts end that write to what they may not."""
+    return dict(
+        zip(NO_ENTRY, run_scripts(*[(UNPRIVILEGED, case) for case in NO_ENTRY]), strict=True)
+    )
+
+
+class TestBadFiles:
+    async def test_file_that_is_no_database_is_named_and_left_alone(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        location.write_text("precious notes, not a database\n" * 100)
+        database = Database(location)
+
+        with pytest.raises(UnavailableError, match=r"cluster\.db: it is not a SQLite database"):
+            await database.initialize()
+
+        assert location.read_text().startswith("precious notes")
+        location.unlink()
+        await database.initialize()  # the same object, once the file is out of the way
+        await TaskRepository(database).create(make_task())
+        await database.close()
+
+    async def test_folder_in_place_of_the_file_is_named(self, location: Path) -> None:
+        location.mkdir()
+        database = Database(location)
+
+        with pytest.raises(UnavailableError, match=r"cluster\.db is a folder: give the path of a"):
+            await database.initialize()
+
+        location.rmdir()
+        await database.initialize()
+        await database.close()
+
+    def test_file_in_place_of_the_folder_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "data").write_text("a file")
+
+        with pytest.raises(UnavailableError, match=r"cannot make the folder .*data .*choose ano"):
+            Database(tmp_path / "data" / "cluster.db")
+
+    async def test_sqlite_that_is_too_old_is_named(
+        self, location: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        database = Database(location)
+        with monkeypatch.context() as old:
+            old.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+            old.setattr(sqlite3, "sqlite_version", "3.34.1")
+            with pytest.raises(UnavailableError, match=r"SQLite 3\.34\.1, 3\.35\.0 or newer is n"):
+                await database.initialize()
+
+        assert not location.exists()
+        await database.initialize()
+        await database.close()
+
+    @pytest.mark.parametrize("damage", ["overwritten", "truncated"])
+    async def test_damaged_file_is_named(
+        self, location: Path, make_task: MakeTask, damage: str
+    ) -> None:
+        async with Database(location) as database:
+            tasks = [make_task(parameters={"text": "x" * 500}) for _ in range(500)]
+            await asyncio.gather(*[TaskRepository(database).create(task) for task in tasks])
+        size = location.stat().st_size
+        with location.open("rb+") as file:
+            if damage == "truncated":
+                file.truncate(size // 2)
+            else:
+                file.seek(size // 4)
+                file.write(b"\xff" * (size // 2))
+
+        async def use() -> None:
+            async with Database(location) as database:
+                await TaskRepository(database).list_by_status(TaskStatus.PENDING)
+
+        with pytest.raises(
+            UnavailableError, match=r"cluster\.db: the file is damaged: restore a b"
+        ):
+            await use()
+
+    async def test_damage_does_not_stop_the_writer_for_good(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        async with Database(location) as database:
+            await TaskRepository(database).create(make_task())
+            copy = location.with_name("copy.db")
+            await database.backup(copy)
+
+            def fail(*_: Any) -> Any:
+                raise sqlite.translate(damaged(), location)
+
+            with pytest.raises(UnavailableError, match="damaged"):
+                await database.write(fail, None)
+
+            assert await TaskRepository(database).create(make_task()) is True
+
+    @pytest.mark.parametrize("case", NO_ENTRY, ids=" ".join)
+    def test_missing_permission_is_named_and_forgotten_once_it_is_given(
+        self, unprivileged: dict[tuple[str, str, str], Ended], case: tuple[str, str, str]
+    ) -> None:
+        ended = unprivileged[case]
+
+        assert (ended.code, ended.err) == (0, "")
+        first, second = ended.out
+        assert first.startswith(f"UnavailableError: {NO_ENTRY[case]}")
+        assert second == "it works"
+
+    def test_full_disk_is_named_and_forgotten_once_there_is_space(self, location: Path) -> None:
+        script = """
+import asyncio, resource, signal, sys
+from openclaw_store import *
+
+def allow(size):
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+async def main(path):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    async with Database(path) as database:
+        manager = StateManager(database, auto_sync_interval=None)
+        await manager.initialize()
+        await manager.add_task(Task.create(TaskType.BATCH, "before", task_id="before"))
+        allow(300_000)  # bytes a file may have, as if the disk ended there
+        big = {"text": "x" * 400_000}
+        try:
+            await manager.add_task(
+                Task.create(TaskType.BATCH, "too big", task_id="big", parameters=big)
+            )
+        except BackendError as error:
+            print(type(error).__name__, error)
+        print(await manager.get_task("big"), (await manager.get_task_stats())["total"])
+        try:
+            async with database.transaction() as session:
+                await TaskRepository(session).create(
+                    Task.create(TaskType.BATCH, "too big", task_id="big", parameters=big)
+                )
+        except BackendError as error:
+            print(type(error).__name__, error)
+        allow(resource.RLIM_INFINITY)
+        await manager.add_task(
+            Task.create(TaskType.BATCH, "after", task_id="after", parameters=big)
+        )
+        print(sorted((await manager.get_state()).tasks), manager.version)
+        await manager.shutdown()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+        (ended,) = run_scripts((script, [location]))
+
+        assert (ended.code, ended.err) == (0, "")
+        lines = ended.out
+        for line in (lines[0], lines[2]):
+            assert line.startswith(("OutcomeUnknownError", "UnavailableError"))
+            assert str(location) in line
+            assert "the disk" in line
+        assert lines[1] == "None 1"
+        assert lines[3] == "['after', 'before'] 2"
+
+    async def test_full_database_is_named_and_forgotten_once_there_is_space(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        big = {"text": "x" * 400_000}
+        async with Database(location) as database:
+            limit = {"pages": 60}
+
+            @event.listens_for(database._writing_engine, "begin")
+            def begin(connection: Any) -> None:
+                connection.exec_driver_sql(f"PRAGMA max_page_count={limit['pages']}")
+
+            with pytest.raises(UnavailableError, match=r"cluster\.db: the disk is full: free some"):
+                await TaskRepository(database).create(make_task(parameters=big))
+            limit["pages"] = 1_000_000
+
+            assert await TaskRepository(database).create(make_task(parameters=big)) is True
+
+    async def test_error_of_the_disk_during_commit_leaves_the_outcome_unknown(
+        self, location: Path
+    ) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+
+        while_committing = sqlite.translate(error, location, committing=True)
+        before = sqlite.translate(error, location)
+
+        assert isinstance(while_committing, OutcomeUnknownError)
+        assert isinstance(before, UnavailableError)
+        assert str(location) in str(while_committing)
+        assert "repeat the call" in str(while_committing)
+
+    @pytest.mark.parametrize(
+        ("code", "kind", "advice"),
+        [
+            ("SQLITE_NOTADB", UnavailableError, "give another path"),
+            ("SQLITE_CORRUPT_INDEX", UnavailableError, "restore a backup"),
+            ("SQLITE_CANTOPEN_ISDIR", UnavailableError, "writable folder"),
+            ("SQLITE_READONLY_DIRECTORY", UnavailableError, "check the permissions"),
+            ("SQLITE_PERM", UnavailableError, "check the permissions"),
+            ("SQLITE_FULL", UnavailableError, "free some space"),
+            ("SQLITE_IOERR_WRITE", UnavailableError, "check the disk"),
+            ("SQLITE_BUSY_SNAPSHOT", UnavailableError, "end that process"),
+            ("SQLITE_LOCKED_SHAREDCACHE", UnavailableError, "try again"),
+            ("SQLITE_CONSTRAINT_CHECK", InvalidDataError, "refused by the database: what it says"),
+            ("SQLITE_TOOBIG", InvalidDataError, "refused by the database: what it says"),
+            ("SQLITE_ERROR", sqlite3.OperationalError, "what it says"),
+        ],
+    )
+    def test_error_of_the_driver_is_told_by_its_code(
+        self, location: Path, code: str, kind: type[Exception], advice: str
+    ) -> None:
+        error = sqlite3.OperationalError("what it says")
+        error.sqlite_errorname = code
+
+        translated = sqlite.translate(error, location)
+
+        assert type(translated) is kind
+        assert advice in str(translated)
+        assert kind is not UnavailableError or str(location) in str(translated)
+
+
+def damaged() -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError("database disk image is malformed")
+    error.sqlite_errorname = "SQLITE_CORRUPT"
+    return error
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute(sys.argv[2])
+print("locked", flush=True)
+sys.stdin.readline()
+connection.execute("ROLLBACK")
+connection.close()
+"""
+
+
+@asynccontextmanager
+async def locked(path: Path, statement: str = "BEGIN IMMEDIATE") -> AsyncIterator[None]:
+    """Another process keeps the write lock meanwhile."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOLDER, str(path), statement),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"locked\n"
+    try:
+        yield
+    finally:
+        await process.communicate(b"let go\n")
+
+
+class TestLockedFile:
+    async def test_lock_of_another_process_is_named_and_forgotten_once_it_is_gone(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        async with Database(location, timeout=0.1) as database:
+            repository = TaskRepository(database)
+
+            async def transaction() -> bool:
+                async with database.transaction() as session:
+                    return await TaskRepository(session).create(make_task())
+
+            writes: list[Callable[[], Coroutine[Any, Any, Any]]] = [
+                lambda: repository.create(make_task()),
+                transaction,
+                database.vacuum,
+            ]
+            async with locked(location):
+                for write in writes:
+                    with pytest.raises(
+                        UnavailableError, match=r"cluster\.db: another process keeps"
+                    ):
+                        await write()
+                assert await repository.count_by_status() == 0  # reading waits for nobody
+
+            for write in writes:
+                await write()
+            assert await repository.count_by_status() == 2
+
+    async def test_transaction_that_could_not_begin_is_not_told_that_it_was_slow(
+        self, location: Path
+    ) -> None:
+        """By default waiting for the lock may take longer than a transaction may."""
+        async with (
+            Database(location, timeout=PATIENCE, transaction_timeout=0.2) as database,
+            locked(location),
+        ):
+            with pytest.raises(BackendError, match="another process"):
+                async with database.transaction():
+                    pass
+
+    async def test_write_waits_for_a_lock_that_is_let_go_in_time(
+        self, database: Database, location: Path, make_task: MakeTask
+    ) -> None:
+        async with locked(location):
+            writing = start(TaskRepository(database).create(make_task()))
+            reading = start(TaskRepository(database).count_by_status())
+            await asyncio.wait([reading], timeout=PATIENCE)
+            assert not writing.done()
+
+        assert await writing is True
+
+    async def test_new_file_that_another_process_keeps_locked_is_named(
+        self, location: Path
+    ) -> None:
+        with closing(sqlite3.connect(location)) as connection:
+            connection.execute("CREATE TABLE t (x)")
+        database = Database(location, timeout=0.1)
+
+        async with locked(location, "BEGIN EXCLUSIVE"):
+            with pytest.raises(
+                UnavailableError, match=r"cluster\.db: another process keeps it lock"
+            ):
+                await database.initialize()
+
+        await database.initialize()
+        await database.close()
+
+
+class TestBackup:
+    async def test_backup_under_load_is_consistent_and_complete(
+        self, manager: StateManager, tmp_path: Path, make_task: MakeTask
+    ) -> None:
+        acknowledged: list[str] = []
+        enough = asyncio.Event()
+
+        async def write() -> None:
+            while not enough.is_set():
+                task = make_task(parameters={"text": "x" * 300})
+                await manager.add_task(task)
+                acknowledged.append(task.task_id)
+                await manager.change_task(task.task_id, finish)
+
+        def finish(task: Any) -> None:
+            task.status = TaskStatus.COMPLETED
+
+        writers = [start(write()) for _ in range(8)]
+        before: list[set[str]] = []
+        for number in range(5):
+            before.append(set(acknowledged))
+            await manager.db.backup(tmp_path / f"{number}.db")
+        enough.set()
+        await asyncio.gather(*writers)
+
+        assert len(before[-1]) > 0
+        for number, ids in enumerate(before):
+            copy = tmp_path / f"{number}.db"
+            assert query(copy, "PRAGMA integrity_check") == [("ok",)]
+            assert ids <= {id for (id,) in query(copy, "SELECT task_id FROM tasks")}
+            ((revision,),) = query(copy, "SELECT revision FROM counters")
+            assert query(copy, "SELECT count(*), coalesce(max(revision), 0) FROM changes") == [
+                (revision, revision)
+            ]
+            assert query(copy, "SELECT coalesce(max(version), 0) FROM tasks") == [(revision,)]
+        assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+    async def test_backup_can_be_used_in_place_of_the_original(
+        self, database: Database, tmp_path: Path, make_task: MakeTask
+    ) -> None:
+        await TaskRepository(database).create(task := make_task(result={"a": [1, 2]}))
+
+        await database.backup(tmp_path / "new folder" / "copy.db")
+
+        async with Database(tmp_path / "new folder" / "copy.db") as copy:
+            assert await TaskRepository(copy).get(task.task_id) == task
+
+    async def test_backup_overwrites_only_when_it_is_told_to(
+        self, database: Database, tmp_path: Path, make_task: MakeTask
+    ) -> None:
+        target = tmp_path / "copy.db"
+        target.write_text("precious")
+        target.with_name("copy.db-wal").write_text("of what was there")
+        await TaskRepository(database).create(make_task())
+
+        with pytest.raises(
+            InvalidDataError, match=r"copy\.db exists: choose another, or pass over"
+        ):
+            await database.backup(target)
+        assert target.read_text() == "precious"
+        await database.backup(str(target), overwrite=True)
+
+        assert query(target, "SELECT count(*) FROM tasks") == [(1,)]
+        assert not target.with_name("copy.db-wal").exists()
+
+    @pytest.mark.parametrize("name", ["cluster.db", "other.db", "cluster.db-wal"])
+    async def test_backup_onto_itself_is_refused(
+        self, database: Database, location: Path, make_task: MakeTask, name: str
+    ) -> None:
+        await TaskRepository(database).create(make_task())
+        (location.parent / "other.db").symlink_to(location)
+
+        with pytest.raises(InvalidDataError, match="is the database itself"):
+            await database.backup(location.parent / name, overwrite=True)
+
+        assert await TaskRepository(database).count_by_status() == 1
+        await database.close()
+        assert query(location, "SELECT count(*) FROM tasks") == [(1,)]
+
+    async def test_backup_that_fails_leaves_nothing_and_takes_nothing(
+        self,
+        database: Database,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        make_task: MakeTask,
+    ) -> None:
+        folder = tmp_path / "backups"
+        folder.mkdir()
+        (folder / "old.db").write_text("precious")
+        await TaskRepository(database).create(make_task())
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", full)
+            for name in ("new.db", "old.db"):
+                with pytest.raises(UnavailableError, match=rf"{name}: No space left on device"):
+                    await database.backup(folder / name, overwrite=True)
+
+        assert [(path.name, path.read_text()) for path in folder.iterdir()] == [
+            ("old.db", "precious")
+        ]
+        await database.backup(folder / "new.db")
+
+    async def test_backup_to_where_nothing_can_be_is_named(
+        self, database: Database, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("a file")
+        (tmp_path / "folder").mkdir()
+
+        with pytest.raises(UnavailableError, match="copy"):
+            await database.backup(tmp_path / "file" / "copy.db")
+        with pytest.raises(UnavailableError, match="folder"):
+            await database.backup(tmp_path / "folder", overwrite=True)
+
+        assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(
+            ["file", *(path.name for path in tmp_path.glob("cluster.db*"))]
+        )
+
+    async def test_cancelled_backup_leaves_nothing_half_done(
+        self, database: Database, tmp_path: Path, make_task: MakeTask
+    ) -> None:
+        await TaskRepository(database).create(make_task())
+        copying = start(database.backup(tmp_path / "copy.db"))
+        await asyncio.sleep(0)
+
+        copying.cancel()
+        await asyncio.wait([copying], timeout=PATIENCE)
+
+        assert query(tmp_path / "copy.db", "SELECT count(*) FROM tasks") == [(1,)]
+
+
+class TestVacuumAndStats:
+    async def test_vacuum_gives_the_space_of_removed_rows_back(
+        self, database: Database, location: Path, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(database)
+        tasks = [make_task(parameters={"text": "x" * 2000}) for _ in range(1000)]
+        await asyncio.gather(*[repository.create(task) for task in tasks])
+        await asyncio.gather(*[repository.delete(task.task_id) for task in tasks[1:]])
+        before = (await database.get_stats())["db_size"]
+
+        await database.vacuum()
+
+        after = (await database.get_stats())["db_size"]
+        assert before > 2_000_000
+        assert after < before / 4
+        assert await repository.get(tasks[0].task_id) == tasks[0]
+
+    async def test_vacuum_goes_well_with_writers_and_readers(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(database)
+
+        async def work() -> None:
+            for _ in range(10):
+                await repository.create(make_task())
+                await repository.count_by_status()
+
+        await asyncio.gather(*[work() for _ in range(10)], *[database.vacuum() for _ in range(3)])
+
+        assert await repository.count_by_status() == 100
+
+    async def test_stats_count_what_there_is(
+        self, database: Database, location: Path, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        tasks, nodes = TaskRepository(database), NodeRepository(database)
+        for status in (TaskStatus.PENDING, TaskStatus.PENDING, TaskStatus.FAILED):
+            await tasks.create(make_task(status=status))
+        await nodes.create(make_node(status=NodeStatus.ERROR))
+
+        stats = await database.get_stats()
+
+        wal = location.with_name("cluster.db-wal")
+        assert wal.stat().st_size > 0
+        assert stats["db_size"] == location.stat().st_size + wal.stat().st_size
+        assert {name: stats[name] for name in stats if name != "db_size"} == {
+            **{name: stats[name] for name in stats if name not in STATS},
+            "db_path": str(location),
+            "task_count": 3,
+            "node_count": 1,
+            "task_stats": {"pending": 2, "failed": 1},
+            "node_stats": {"error": 1},
+        }
+
+    async def test_stats_of_an_empty_database_are_zeros(
+        self, database: Database, location: Path
+    ) -> None:
+        stats = await database.get_stats()
+
+        assert stats["db_size"] > 0
+        assert [stats[name] for name in STATS[1:]] == [str(location), 0, 0, {}, {}]
+
+
+STATS = ("db_size", "db_path", "task_count", "node_count", "task_stats", "node_stats")
+
+
+ENDING = """
+import asyncio, os, sys, warnings
+from openclaw_store import *
+
+warnings.simplefilter("ignore", ResourceWarning)  # what was not closed
+
+
+async def main(path):
+    os.chdir(os.path.dirname(path))
+    database = Database(path)
+    manager = StateManager(database, auto_sync_interval=0.01)
+    await manager.initialize()
+    await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="acknowledged"))
+    await TaskRepository(database).count_by_status()
+    print("acknowledged", flush=True)
+    background = set()
+    ENDING
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+ENDINGS = {
+    "returns": "pass",
+    "raises": "raise RuntimeError('crash')",
+    "exits": "sys.exit(3)",
+    "is interrupted": "raise KeyboardInterrupt",
+    "returns while closing": """
+    background.add(asyncio.ensure_future(manager.shutdown()))
+    await asyncio.sleep(0)""",
+    "returns in a backup": """
+    background.add(asyncio.ensure_future(database.backup('copy.db')))
+    await asyncio.sleep(0)""",
+    "returns inside a transaction": """
+    transaction = database.transaction()
+    session = await transaction.__aenter__()
+    await TaskRepository(session).create(Task.create(TaskType.BATCH, 'inside'))""",
+    "raises inside a transaction": """
+    async with database.transaction() as session:
+        await TaskRepository(session).create(Task.create(TaskType.BATCH, 'inside'))
+        raise RuntimeError('crash')""",
+    "returns with writes on their way": """
+    for _ in range(100):
+        task = Task.create(TaskType.BATCH, 'on its way')
+        background.add(asyncio.ensure_future(manager.add_task(task)))
+    await asyncio.sleep(0)""",
+    "returns with reads on their way": """
+    for _ in range(100):
+        background.add(asyncio.ensure_future(database.get_stats()))
+    await asyncio.sleep(0)""",
+}
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ended]]:
+    """How interpreters end that closed nothing, and the files that they used."""
+    folder = tmp_path_factory.mktemp("endings")
+    paths = [folder / f"{ending}.db" for ending in ENDINGS]
+    scripts = [ENDING.replace("ENDING", code) for code in ENDINGS.values()]
+    ended = run_scripts(*[(script, [path]) for script, path in zip(scripts, paths, strict=True)])
+    return dict(zip(ENDINGS, zip(paths, ended, strict=True), strict=True))
+
+
+class TestEnds:
+    """The end of an interpreter, of a process, of a caller."""
+
+    FORK = """
+import asyncio, os, signal, sys, warnings
+from openclaw_store import *
+
+async def attempts(database, manager):
+    tasks = TaskRepository(database)
+    async def session():
+        async with database.session(): pass
+    async def transaction():
+        async with database.transaction(): pass
+    for attempt in (
+        session, transaction, database.initialize, database.get_stats, database.vacuum,
+        lambda: database.backup("copy.db"), lambda: tasks.get("t"), lambda: tasks.delete("t"),
+        lambda: manager.add_task(Task.create(TaskType.BATCH, "t")),
+        lambda: StateManager(database).initialize(),
+    ):
+        try:
+            await asyncio.wait_for(attempt(), 1)
+        except UnavailableError as error:
+            print(error)
+        else:
+            print("no error")
+    await database.close()
+
+async def main(path):
+    async with Database(path) as database:
+        manager = StateManager(database)
+        await manager.initialize()
+        await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="t"))
+        await asyncio.gather(*[TaskRepository(database).get("t") for _ in range(3)])
+        sys.stdout.flush()
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 of the fork itself
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            try:
+                asyncio.run(attempts(database, manager))
+            finally:
+                sys.stdout.flush()
+                os._exit(0)
+        print("child", os.waitpid(child, 0)[1])
+        await manager.add_task(Task.create(TaskType.BATCH, "u", task_id="u"))
+        print(await TaskRepository(database).count_by_status())
+        await manager.shutdown()
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+    def test_forked_child_gets_an_error_and_the_parent_goes_on(self, location: Path) -> None:
+        (ended,) = run_scripts((self.FORK, [location]))
+
+        lines = ended.out
+        assert (ended.code, ended.err) == (0, "")
+        assert len(lines) == 12
+        for line in lines[:8] + lines[9:10]:
+            assert "was opened before fork: open a new Database in the child" in line
+        assert "one event loop" in lines[8] or "before fork" in lines[8]
+        assert lines[10:] == ["child 0", "2"]
+
+    @pytest.mark.parametrize("ending", ENDINGS)
+    def test_interpreter_ends_though_nothing_was_closed(
+        self, endings: dict[str, tuple[Path, Ended]], ending: str
+    ) -> None:
+        path, ended = endings[ending]
+
+        assert ended.out == ["acknowledged"]
+        assert ended.code == (0 if ending.startswith("returns") else ended.code)
+        assert ended.code != -signal.SIGALRM
+        assert "openclaw-store-writer" not in ended.err  # no traceback of its thread
+        stored = "SELECT count(*) FROM tasks WHERE task_id = 'acknowledged'"
+        assert query(path, stored) == [(1,)]
+        assert query(path, "PRAGMA integrity_check") == [("ok",)]
+
+    def test_killed_process_loses_nothing_that_was_acknowledged(self, location: Path) -> None:
+        script = """
+import asyncio, sys
+from openclaw_store import *
+
+async def main(path):
+    manager = StateManager(Database(path))
+    await manager.initialize()
+
+    async def write(name):
+        for number in range(1_000_000):
+            task = Task.create(TaskType.BATCH, "t", task_id=f"{name}-{number}")
+            await manager.add_task(task)
+            await manager.change_task(task.task_id, lambda task: setattr(task, "name", "changed"))
+            print(task.task_id, task.version, flush=True)
+
+    await asyncio.gather(*[write(name) for name in "abcdefgh"])
+
+asyncio.run(main(sys.argv[1]))
+"""
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(location)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            lines = [process.stdout.readline() for _ in range(200)]
+            process.send_signal(signal.SIGKILL)
+            rest = process.stdout.read().splitlines(keepends=True)
+        acknowledged = {line.split()[0] for line in lines + rest if line.endswith("\n")}
+
+        stored = query(location, "SELECT task_id FROM tasks WHERE name = 'changed'")
+
+        assert len(acknowledged) >= 200
+        assert acknowledged <= {id for (id,) in stored}
+        assert query(location, "PRAGMA integrity_check") == [("ok",)]
+        ((revision,),) = query(location, "SELECT revision FROM counters")
+        assert query(location, "SELECT count(*), max(revision) FROM changes") == [
+            (revision, revision)
+        ]
+
+    async def test_database_that_was_killed_opens_again(self, location: Path) -> None:
+        script = """
+import asyncio, os, signal, sys
+from openclaw_store import *
+
+async def main(path):
+    manager = StateManager(Database(path))
+    await manager.initialize()
+    await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="t"))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main(sys.argv[1]))
+"""
+        (ended,) = await asyncio.to_thread(run_scripts, (script, [location]))
+        assert ended.code == -signal.SIGKILL
+
+        async with StateManager(Database(location)) as manager:
+            assert await manager.get_task("t") is not None
+            assert manager.version == 1
+
+
+@types.coroutine
+def cancelled_at(
+    work: Coroutine[Any, Any, Any], suspension: int, turns: int
+) -> Generator[Any, Any, Any]:
+    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(turns: int) -> None:
+        if turns == 0:
+            task.cancel()
+        elif not task.done():
+            loop.call_soon(cancel, turns - 1)
+
+    value: Any = None
+    error: BaseException | None = None
+    while True:
+        try:
+            waiting_for = work.send(value) if error is None else work.throw(error)
+        except StopIteration as end:
+            return end.value
+        suspension -= 1
+        if suspension == 0:
+            cancel(turns)
+        value = error = None
+        try:
+            value = yield waiting_for
+        except BaseException as thrown:
+            error = thrown
+
+
+class TestCancelledCallers:
+    """A caller is cancelled at each of its steps: it costs neither a connection nor the gate."""
+
+    async def cancel_everywhere(
+        self, database: Database, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int
+    ) -> int:
+        """Run `make(n)` again and again, cancelled a step later each time, till it gets through."""
+        for suspension in range(1, 500):
+            task = start(cancelled_at(make(suspension), suspension, turns))
+            await asyncio.wait([task], timeout=PATIENCE)
+            assert task.done()
+            if not task.cancelled():
+                task.result()
+                if suspension > 1 or turns == 0:
+                    return suspension - 1
+        raise AssertionError("it never got through")
+
+    async def settle(self, database: Database, make_task: MakeTask) -> None:
+        """Everything that goes on in the background has ended, and all doors are open."""
+        async with asyncio.timeout(PATIENCE):
+            while database.checked_out_connections:
+                await asyncio.sleep(0.001)
+            assert await TaskRepository(database).create(make_task()) is True
+            async with database.transaction() as session:
+                await TaskRepository(session).create(make_task())
+            assert await TaskRepository(database).count_by_status() > 0
+
+    @pytest.mark.parametrize("turns", [0, 1, 3])
+    async def test_add_task(self, manager: StateManager, make_task: MakeTask, turns: int) -> None:
+        cancelled = await self.cancel_everywhere(
+            manager.db, lambda n: manager.add_task(make_task(task_id=f"cancelled-{n}")), turns
+        )
+
+        await self.settle(manager.db, make_task)
+        assert cancelled >= 1
+        stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
+        assert set((await manager.get_state()).tasks) == stored
+        assert (await manager.get_task_stats())["total"] == len(stored)
+
+    @pytest.mark.parametrize("turns", [0, 1, 3])
+    async def test_get_task(self, manager: StateManager, make_task: MakeTask, turns: int) -> None:
+        cancelled = await self.cancel_everywhere(
+            manager.db, lambda n: manager.get_task("unknown"), turns
+        )
+
+        await self.settle(manager.db, make_task)
+        assert cancelled >= 1
+
+    @pytest.mark.parametrize("turns", [0, 1, 3])
+    async def test_transaction(
+        self, manager: StateManager, make_task: MakeTask, turns: int
+    ) -> None:
+        async def work(number: int) -> None:
+            async with manager.db.transaction() as session:
+                await TaskRepository(session).create(make_task(task_id=f"cancelled-{number}"))
+                await TaskRepository(session).count_by_status()
+
+        cancelled = await self.cancel_everywhere(manager.db, work, turns)
+
+        await self.settle(manager.db, make_task)
+        assert cancelled >= 5
+        stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
+        assert set((await manager.get_state()).tasks) == stored
+
+    @pytest.mark.parametrize("turns", [0, 1, 3])
+    async def test_session(self, database: Database, make_task: MakeTask, turns: int) -> None:
+        async def work(number: int) -> None:
+            async with database.session() as session:
+                await TaskRepository(session).list_pending_tasks(limit=None)
+
+        cancelled = await self.cancel_everywhere(database, work, turns)
+
+        await self.settle(database, make_task)
+        assert cancelled >= 2
+
+    @pytest.mark.parametrize("turns", [0, 1])
+    async def test_transaction_that_waits_at_the_gate(
+        self, database: Database, make_task: MakeTask, turns: int
+    ) -> None:
+        async def work(number: int) -> None:
+            async with database.transaction():
+                pass
+
+        async with database.transaction():
+            waiting = [start(work(number)) for number in range(3)]
+            for task in waiting:
+                # The context of an open transaction is inherited; theirs is their own.
+                assert not task.done()
+            await asyncio.sleep(0)
+            for task in waiting:
+                task.cancel()
+            await asyncio.wait(waiting, timeout=PATIENCE)
+
+        await self.settle(database, make_task)
+
+    async def test_initialize(self, location: Path, make_task: MakeTask) -> None:
+        database = Database(location)
+        opening = start(database.initialize())
+        await asyncio.sleep(0)
+
+        opening.cancel()
+        await asyncio.wait([opening], timeout=PATIENCE)
+        await database.initialize()
+
+        await self.settle(database, make_task)
+        await database.close()
+
+    @pytest.mark.parametrize("turns", [0, 1, 3])
+    async def test_close(self, tmp_path: Path, make_task: MakeTask, turns: int) -> None:
+        for suspension in range(1, 6):
+            database = Database(tmp_path / f"{suspension}.db")
+            await database.initialize()
+            await TaskRepository(database).create(make_task())
+            await TaskRepository(database).count_by_status()
+
+            closing = start(cancelled_at(database.close(), suspension, turns))
+            await asyncio.wait([closing], timeout=PATIENCE)
+            assert closing.done()
+            await database.close()
+
+            files = [path.name for path in tmp_path.glob(f"{suspension}.*")]
+            assert files == [f"{suspension}.db"]

@@ -1,0 +1,285 @@
+"""The cut of the library, read from its source: layers, what they may not do, what is public."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import builtins
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import openclaw_store
+from openclaw_store import errors
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "openclaw_store"
+README = ROOT / "README.md"
+
+LAYERS = [
+    "errors",
+    "clock",
+    "models",
+    "records",
+    "schema",
+    "writer",
+    "sqlite",
+    "migrations",
+    "database",
+    "changes",
+    "operations",
+    "repositories",
+    "feed",
+    "indexes",
+    "cache",
+    "mirror",
+    "state_manager",
+]
+"""The modules; each one imports only from those before it."""
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+
+
+def imports(module: str) -> set[str]:
+    """The names that a module imports, in full, wherever it does."""
+    names: set[str] = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of the library that a module imports."""
+    own = [name.split(".") for name in imports(module) if name.split(".")[0] == "openclaw_store"]
+    return {parts[1] for parts in own if len(parts) > 1}
+
+
+def calls(module: str) -> Iterator[tuple[str, int]]:
+    """What a module calls, as it is written there: `datetime.now`; and the number of arguments."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), len(node.args) + len(node.keywords)
+
+
+class TestLayers:
+    def test_every_module_has_its_place(self) -> None:
+        modules = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+
+        assert modules == set(LAYERS)
+
+    @pytest.mark.parametrize("module", LAYERS)
+    def test_module_imports_only_from_its_left(self, module: str) -> None:
+        assert own_imports(module) <= set(LAYERS[: LAYERS.index(module)])
+
+    @pytest.mark.parametrize("module", ["errors", "clock"])
+    def test_lowest_modules_use_nothing_but_python(self, module: str) -> None:
+        top = {name.split(".")[0] for name in imports(module)}
+
+        assert top <= sys.stdlib_module_names
+
+    @pytest.mark.parametrize(
+        "module", ["errors", "clock", "models", "records", "indexes", "cache", "state_manager"]
+    )
+    def test_module_knows_no_sql(self, module: str) -> None:
+        assert {
+            name for name in imports(module) if re.match("sqlalchemy|sqlite3|alembic", name)
+        } == set()
+
+    @pytest.mark.parametrize(
+        "module",
+        [
+            "errors",
+            "clock",
+            "models",
+            "records",
+            "schema",
+            "changes",
+            "operations",
+            "indexes",
+            "cache",
+        ],
+    )
+    def test_module_does_not_await(self, module: str) -> None:
+        waiting = (ast.AsyncFunctionDef, ast.Await, ast.AsyncFor, ast.AsyncWith)
+
+        assert not [node for node in ast.walk(tree(module)) if isinstance(node, waiting)]
+        assert "asyncio" not in imports(module)
+
+    @pytest.mark.parametrize("module", ["models", "records", "schema", "indexes", "cache"])
+    def test_module_does_no_input_or_output(self, module: str) -> None:
+        outside = {"asyncio", "io", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
+
+        assert {name.split(".")[0] for name in imports(module)}.isdisjoint(outside)
+        assert "open" not in {name for name, _ in calls(module)}
+
+    def test_schema_makes_no_queries(self) -> None:
+        verbs = {f"sqlalchemy.{verb}" for verb in ("select", "insert", "update", "delete")}
+
+        assert imports("schema").isdisjoint(verbs)
+
+    def test_writer_does_not_know_what_an_operation_means(self) -> None:
+        assert own_imports("writer") <= {"errors"}
+
+    @pytest.mark.parametrize("module", ["changes", "operations", "feed", "repositories", "mirror"])
+    def test_module_makes_no_sessions_or_engines(self, module: str) -> None:
+        makers = {"create_engine", "create_async_engine", "async_sessionmaker", "sessionmaker"}
+
+        assert {name.rsplit(".")[-1] for name in imports(module)}.isdisjoint(makers)
+
+    @pytest.mark.parametrize("module", ["changes", "operations", "repositories", "mirror"])
+    def test_module_commits_nothing_itself(self, module: str) -> None:
+        ends = re.compile(r".*\.(commit|rollback)")
+
+        assert [name for name, _ in calls(module) if ends.fullmatch(name)] == []
+
+    def test_repositories_do_not_cache(self) -> None:
+        assert own_imports("repositories").isdisjoint({"cache", "indexes", "mirror", "feed"})
+
+    @pytest.mark.parametrize(
+        "module", [module for module in LAYERS if module not in ("sqlite", "database")]
+    )
+    def test_only_the_database_sees_the_errors_of_its_driver(self, module: str) -> None:
+        seen = {name for name in imports(module) if name.startswith("sqlalchemy.exc")}
+        caught = [
+            ast.unparse(node.type)
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.ExceptHandler) and node.type is not None
+        ]
+
+        assert seen == set()
+        assert [name for name in caught if "sqlite3" in name or "SQLAlchemy" in name] == []
+
+    @pytest.mark.parametrize("module", [module for module in LAYERS if module != "clock"])
+    def test_only_the_clock_asks_the_system_for_the_time(self, module: str) -> None:
+        """`time.monotonic` measures how long something took, and is nobody's time of day."""
+        asking = re.compile(
+            r"(.*\.)?(now|utcnow|today|time_ns|localtime|gmtime|ctime|strftime)|time\.time"
+        )
+
+        assert [name for name, _ in calls(module) if asking.fullmatch(name)] == []
+        assert "time.time" not in imports(module)  # as in `from time import time`
+
+    @pytest.mark.parametrize("module", LAYERS)
+    def test_nothing_is_imported_by_star_or_warned_of(self, module: str) -> None:
+        assert not [name for name in imports(module) if name.endswith("*")]
+        assert "warnings" not in imports(module)
+
+
+class TestPublic:
+    def test_all_is_sorted_and_there(self) -> None:
+        names = openclaw_store.__all__
+
+        assert names == sorted(set(names))
+        assert [name for name in names if not hasattr(openclaw_store, name)] == []
+
+    def test_all_is_complete(self) -> None:
+        modules = {file.stem for file in PACKAGE.glob("*.py")}
+        there = {name for name in vars(openclaw_store) if not name.startswith("_")} - modules
+
+        assert there | {"__version__"} == set(openclaw_store.__all__)
+
+    def test_all_errors_are_public_and_have_one_root(self) -> None:
+        own = {
+            name: kind
+            for name, kind in vars(errors).items()
+            if inspect.isclass(kind) and kind.__module__ == errors.__name__
+        }
+
+        assert own.keys() <= set(openclaw_store.__all__)
+        assert all(issubclass(kind, openclaw_store.StoreError) for kind in own.values())
+        assert errors.__doc__ is not None
+        assert [name for name in own if name not in errors.__doc__] == []
+
+    def test_types_are_shipped(self) -> None:
+        assert (PACKAGE / "py.typed").exists()
+
+    @pytest.mark.parametrize("module", ["__init__", *LAYERS])
+    def test_module_and_what_is_public_in_it_has_a_docstring(self, module: str) -> None:
+        source = tree(module)
+        public = [
+            node
+            for node in source.body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            and not node.name.startswith("_")
+        ]
+
+        assert ast.get_docstring(source)
+        assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            openclaw_store.Database,
+            openclaw_store.NodeRepository,
+            openclaw_store.StateManager,
+            openclaw_store.TaskRepository,
+        ],
+    )
+    def test_everything_that_can_be_called_has_a_docstring(self, kind: type) -> None:
+        bare = [
+            name
+            for name, member in inspect.getmembers(kind)
+            if not name.startswith("_") and not inspect.getdoc(member)
+        ]
+
+        assert bare == []
+
+    def test_errors_of_the_docstrings_exist(self) -> None:
+        for module in LAYERS:
+            text = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+            raised = re.findall(r"^ +(\w+(?:, \w+)*): ", text, re.MULTILINE)
+            named = {name for names in raised for name in names.split(", ") if "Error" in name}
+
+            assert {name for name in named if not hasattr(errors, name)} == set()
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in one language."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+class TestReadme:
+    def test_first_example_runs(self, tmp_path: Path) -> None:
+        example = blocks("python")[0]
+
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", example],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout
+        assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+    def test_other_examples_are_python_and_use_what_there_is(self) -> None:
+        first, *others = blocks("python")
+        known = set(openclaw_store.__all__)
+
+        assert len(first.splitlines()) <= 25
+        for example in others:
+            compile(example, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            for node in ast.walk(ast.parse(example)):
+                if isinstance(node, ast.ImportFrom) and node.module == "openclaw_store":
+                    assert {alias.name for alias in node.names} <= known
+
+    def test_names_in_backticks_that_look_like_errors_exist(self) -> None:
+        named = re.findall(r"`(\w+Error)`", README.read_text(encoding="utf-8"))
+
+        known = {*vars(errors), *vars(asyncio), *vars(builtins)}
+        assert [name for name in named if name not in known] == []

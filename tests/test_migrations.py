@@ -1,0 +1,605 @@
+"""The schema's history: its files, the command line, many at once, and what goes wrong."""
+
+# ruff: noqa: ASYNC240 - a test may block its loop
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shlex
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.script import ScriptDirectory
+from conftest import MakeTask
+from sqlalchemy import Connection, create_engine
+from test_database import Ended, query, run_scripts
+
+from openclaw_store import (
+    Database,
+    SchemaMismatchError,
+    StateManager,
+    TaskRepository,
+    UnavailableError,
+    migrations,
+)
+from openclaw_store.schema import Base
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "alembic" / "versions").glob("*.py"))
+
+COMMAND = """
+import os, runpy, sys
+os.chdir(sys.argv[1])
+os.environ.pop("OPENCLAW_STORE_URL", None)
+if sys.argv[2]:
+    os.environ["OPENCLAW_STORE_URL"] = sys.argv[2]
+sys.argv[:] = ["alembic", *sys.argv[3:]]
+runpy.run_module("alembic", run_name="__main__")
+"""
+
+
+def alembic(*arguments: object, folder: Path = ROOT, url: object = "") -> Ended:
+    """Run `python -m alembic` in a folder, with a value for the environment variable."""
+    (ended,) = run_scripts(alembic_script(*arguments, folder=folder, url=url))
+    return ended
+
+
+def alembic_script(
+    *arguments: object, folder: Path = ROOT, url: object = ""
+) -> tuple[str, list[object]]:
+    return COMMAND, [folder, url, *arguments]
+
+
+def schema_of(path: Path) -> dict[str, str]:
+    """The statements that made the tables and indexes, without white space and order of values."""
+
+    def in_order(values: re.Match[str]) -> str:
+        return f"IN({','.join(sorted(values[1].split(',')))})"
+
+    found = query(path, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {
+        name: re.sub(r"IN\(([^)]*)\)", in_order, re.sub(r"[\s\"]+", "", sql))
+        for name, sql in found
+        if name != "alembic_version"
+    }
+
+
+def set_version(path: Path, version: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (version,))
+
+
+class TestHistory:
+    def test_files_are_named_by_number_and_change(self) -> None:
+        names = [file.name for file in FILES]
+
+        assert [name[:4] for name in names] == [f"{n:04}" for n in range(1, len(names) + 1)]
+        assert all(re.fullmatch(r"\d{4}(_[a-z0-9]+)+\.py", name) for name in names)
+
+    def test_history_is_one_line_that_ends_where_the_library_is(self) -> None:
+        script = ScriptDirectory.from_config(Config(ROOT / "alembic.ini"))
+
+        line = list(script.walk_revisions())[::-1]
+
+        assert script.get_heads() == [migrations.HEAD]
+        assert [revision.revision for revision in line] == [file.name[:4] for file in FILES]
+        assert [revision.down_revision for revision in line] == [
+            None,
+            *(revision.revision for revision in line[:-1]),
+        ]
+        assert all(revision.doc for revision in line)
+
+    def test_folder_of_the_scripts_does_not_hide_the_library_of_that_name(self) -> None:
+        assert not (ROOT / "alembic" / "__init__.py").exists()
+
+    async def test_migrated_schema_is_that_of_the_models(
+        self, location: Path, tmp_path: Path
+    ) -> None:
+        async with Database(location):
+            pass
+        engine = create_engine(f"sqlite:///{tmp_path}/of-models.db")
+        Base.metadata.create_all(engine)
+        engine.dispose()
+
+        assert schema_of(location) == schema_of(tmp_path / "of-models.db")
+
+
+NOTHING_NEW = "No new upgrade operations detected."
+STORY = [
+    ("upgrade head", []),
+    ("current", ["0001 (head)"]),
+    ("check", [NOTHING_NEW]),
+    ("upgrade head", []),
+    ("downgrade base", []),
+    ("current", []),
+    ("upgrade head", []),
+    ("check", [NOTHING_NEW]),
+]
+"""The commands of an operator's day, and what they say."""
+
+
+class Commands(NamedTuple):
+    """What many commands said, run by one interpreter because that takes long to start."""
+
+    folder: Path
+    story: list[Ended]
+    """Those of `STORY`, of `a b%20c.db`."""
+    others: dict[str, Ended]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
+    folder = tmp_path_factory.mktemp("commands")
+    shutil.copy(ROOT / "alembic.ini", folder)
+    shutil.copytree(ROOT / "alembic", folder / "alembic")
+    of_story = f"url={folder}/a b%20c.db"
+    story = [alembic_script("-x", of_story, *command.split()) for command, _ in STORY]
+    up = ["upgrade", "head"]
+    others = {
+        "older": alembic_script("-x", f"url={folder}/older.db", "check"),
+        "environment": alembic_script(*up, url=f"sqlite:///{folder}/environment.db"),
+        "argument": alembic_script("-x", f"url={folder}/x.db", *up, url=f"{folder}/environ.db"),
+        "default": alembic_script(*up, folder=folder),
+        "sql": alembic_script("-x", f"url={folder}/untouched.db", *up, "--sql"),
+        "postgresql": alembic_script("-x", "url=postgresql://scott:tiger@localhost/cluster", *up),
+        "memory": alembic_script("-x", "url=sqlite:///:memory:", *up),
+    }
+    ended = run_scripts(*story, *others.values())
+    return Commands(
+        folder,
+        ended[: len(story)],
+        dict(zip(others, ended[len(story) :], strict=True)),
+    )
+
+
+class TestCommandLine:
+    def test_commands_work_in_a_checkout(self, tmp_path: Path) -> None:
+        """In an interpreter of their own: `alembic/` lies on its path, beside the library."""
+        done = subprocess.run(
+            [
+                *(sys.executable, "-W", "error", "-m", "alembic"),
+                *("-x", f"url={tmp_path}/new.db", "upgrade", "head"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert done.returncode == 0
+        assert "Running upgrade  -> 0001" in done.stderr
+        assert query(tmp_path / "new.db", "SELECT version_num FROM alembic_version") == [
+            (migrations.HEAD,)
+        ]
+
+    @pytest.mark.parametrize("step", range(len(STORY)), ids=lambda step: STORY[step][0])
+    def test_command_says_what_it_should_and_warns_of_nothing(
+        self, commands: Commands, step: int
+    ) -> None:
+        ended = commands.story[step]
+
+        assert (ended.code, ended.out) == (0, STORY[step][1])
+        assert [line for line in ended.err.splitlines() if not line.startswith("INFO")] == []
+
+    def test_check_of_an_older_database_fails(self, commands: Commands) -> None:
+        ended = commands.others["older"]
+
+        assert ended.code != 0
+        assert "Target database is not up to date" in ended.err
+
+    async def test_library_takes_what_the_command_line_made(self, commands: Commands) -> None:
+        database = Database(commands.folder / "a b%20c.db")
+
+        await database.initialize(migrate=False)
+
+        assert await TaskRepository(database).count_by_status() == 0
+        await database.close()
+
+    @pytest.mark.parametrize(
+        ("command", "made"),
+        [
+            ("environment", "environment.db"),
+            ("argument", "x.db"),
+            ("default", "data/cluster.db"),
+        ],
+    )
+    def test_database_is_that_of_the_argument_or_the_environment_or_the_default(
+        self, commands: Commands, command: str, made: str
+    ) -> None:
+        assert commands.others[command].code == 0
+        assert migrations.check(commands.folder / made)
+        assert not (commands.folder / "environ.db").exists()
+
+    async def test_printed_sql_makes_the_same_schema(
+        self, commands: Commands, tmp_path: Path, location: Path
+    ) -> None:
+        ended = commands.others["sql"]
+
+        assert ended.code == 0
+        assert not (commands.folder / "untouched.db").exists()
+        with closing(sqlite3.connect(tmp_path / "by-hand.db")) as connection:
+            connection.executescript("\n".join(ended.out))
+        database = Database(tmp_path / "by-hand.db")
+        await database.initialize(migrate=False)
+        await database.close()
+        async with Database(location):
+            pass
+        assert schema_of(tmp_path / "by-hand.db") == schema_of(location)
+
+    @pytest.mark.parametrize(
+        ("command", "message"),
+        [("postgresql", "postgresql is not supported yet"), ("memory", "names no file")],
+    )
+    def test_database_that_cannot_be_is_named_without_its_password(
+        self, commands: Commands, command: str, message: str
+    ) -> None:
+        ended = commands.others[command]
+
+        assert ended.code != 0
+        assert message in ended.err
+        assert "Traceback" not in ended.err
+        assert "tiger" not in ended.err
+
+
+class TestUpgrade:
+    async def test_up_down_up_makes_the_same_schema_again(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        async with Database(location) as database:
+            await TaskRepository(database).create(make_task())
+        first = schema_of(location)
+
+        ended = await asyncio.to_thread(alembic, "-x", f"url={location}", "downgrade", "base")
+        between = schema_of(location)
+        async with StateManager(Database(location)) as manager:
+            await manager.add_task(task := make_task())
+
+        assert ended.code == 0
+        assert between == {}
+        assert schema_of(location) == first
+        assert task.version == 1
+
+    async def test_second_initialize_keeps_the_rows(
+        self, location: Path, make_task: MakeTask
+    ) -> None:
+        for expected in (1, 2, 3):
+            async with Database(location) as database:
+                await TaskRepository(database).create(make_task())
+                assert await TaskRepository(database).count_by_status() == expected
+
+    def test_six_processes_initialise_one_new_file_at_once(self, location: Path) -> None:
+        script = """
+import asyncio, os, sys
+from openclaw_store import *
+
+async def main(number):
+    async with StateManager(Database(sys.argv[1])) as manager:
+        await manager.add_task(Task.create(TaskType.BATCH, f"of process {number}"))
+
+start, go = os.pipe()
+children = []
+for number in range(6):
+    child = os.fork()
+    if child == 0:
+        os.close(go)
+        os.read(start, 1)  # returns for all of them when the last writer is gone
+        asyncio.run(main(number))
+        os._exit(0)
+    children.append(child)
+os.close(go)
+for child in children:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+        (ended,) = run_scripts((script, [location]))
+
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out == ["0"] * 6
+        assert query(location, "SELECT count(*) FROM tasks") == [(6,)]
+        assert query(location, "SELECT revision FROM counters") == [(6,)]
+        assert query(location, "SELECT count(*) FROM alembic_version") == [(1,)]
+
+    async def test_six_databases_of_one_process_initialise_one_new_file_at_once(
+        self, location: Path
+    ) -> None:
+        databases = [Database(location) for _ in range(6)]
+
+        await asyncio.gather(*[database.initialize() for database in databases])
+
+        await asyncio.gather(*[database.close() for database in databases])
+        assert migrations.check(location)
+
+    async def test_migration_does_not_touch_the_logging_of_the_program(
+        self, location: Path
+    ) -> None:
+        root = logging.getLogger()
+        before = root.level, list(root.handlers), logging.getLogger("openclaw_store").disabled
+
+        async with Database(location):
+            pass
+
+        after = root.level, list(root.handlers), logging.getLogger("openclaw_store").disabled
+        assert after == before
+
+    async def test_database_that_is_up_to_date_does_not_pay_for_alembic(
+        self, location: Path
+    ) -> None:
+        async with Database(location):
+            pass
+        script = (
+            "import asyncio, sys; from openclaw_store import Database\n"
+            "async def main():\n"
+            "    async with Database(sys.argv[1]): print('alembic' in sys.modules)\n"
+            "asyncio.run(main())"
+        )
+
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-W", "error", "-c", script, str(location)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+class TestMismatch:
+    @pytest.fixture
+    async def newer(self, location: Path) -> Path:
+        async with Database(location):
+            pass
+        set_version(location, "9999")
+        return location
+
+    @pytest.mark.parametrize("migrate", [True, False])
+    async def test_newer_database_is_refused_with_the_command_to_run(
+        self, newer: Path, migrate: bool
+    ) -> None:
+        before = schema_of(newer)
+        database = Database(newer)
+
+        with pytest.raises(
+            SchemaMismatchError,
+            match=r'cluster\.db has schema 9999.* knows 0001: run "pip install --upgrade openclaw',
+        ):
+            await database.initialize(migrate=migrate)
+
+        assert schema_of(newer) == before
+        set_version(newer, migrations.HEAD)
+        await database.initialize(migrate=migrate)
+        await database.close()
+
+    async def test_newer_database_is_refused_by_the_manager(self, newer: Path) -> None:
+        manager = StateManager(Database(newer))
+
+        with pytest.raises(SchemaMismatchError, match="9999"):
+            await manager.initialize()
+
+        assert not manager.is_initialized
+        await manager.shutdown()
+
+    def test_newer_database_is_refused_by_the_command_line(self, newer: Path) -> None:
+        commands = ["upgrade head", "current", "check", "downgrade base"]
+
+        several = run_scripts(
+            *[alembic_script("-x", f"url={newer}", *command.split()) for command in commands]
+        )
+
+        for ended in several:
+            assert ended.code != 0
+            assert 'run "pip install --upgrade openclaw-store"' in ended.err
+            assert "Traceback" not in ended.err
+        assert query(newer, "SELECT version_num FROM alembic_version") == [("9999",)]
+
+    async def test_empty_database_is_refused_with_the_command_to_run_if_not_to_be_migrated(
+        self, tmp_path: Path
+    ) -> None:
+        database = Database(tmp_path / "new.db")
+
+        with pytest.raises(SchemaMismatchError) as caught:
+            await database.initialize(migrate=False)
+        found = re.search('run "alembic (.*?)"', str(caught.value))
+        assert found is not None
+        ended = await asyncio.to_thread(alembic, *shlex.split(found[1]))
+
+        assert ended.code == 0
+        await database.initialize(migrate=False)
+        assert await TaskRepository(database).count_by_status() == 0
+        await database.close()
+
+    async def test_database_of_an_unknown_past_is_refused(self, location: Path) -> None:
+        async with Database(location):
+            pass
+        set_version(location, "0000")
+
+        with pytest.raises(SchemaMismatchError, match="0000"):
+            await Database(location).initialize()
+
+    @pytest.mark.parametrize("migrate", [True, False])
+    async def test_original_hand_made_database_is_refused_and_left_alone(
+        self, location: Path, migrate: bool
+    ) -> None:
+        with closing(sqlite3.connect(location)) as connection, connection:
+            connection.execute("CREATE TABLE tasks (task_id TEXT PRIMARY KEY, status TEXT)")
+            connection.execute("CREATE TABLE nodes (node_id TEXT PRIMARY KEY, status TEXT)")
+            connection.execute("INSERT INTO tasks VALUES ('old', 'pending')")
+
+        with pytest.raises(SchemaMismatchError, match=r"tables that this library did not make"):
+            await Database(location).initialize(migrate=migrate)
+
+        assert set(schema_of(location)) == {"tasks", "nodes"}
+        assert query(location, "SELECT * FROM tasks") == [("old", "pending")]
+
+    async def test_tables_of_others_are_left_alone(self, location: Path) -> None:
+        with closing(sqlite3.connect(location)) as connection, connection:
+            connection.execute("CREATE TABLE notes (text TEXT)")
+            connection.execute("INSERT INTO notes VALUES ('precious')")
+
+        async with Database(location) as database:
+            assert await TaskRepository(database).count_by_status() == 0
+
+        assert query(location, "SELECT * FROM notes") == [("precious",)]
+
+
+@pytest.fixture
+def next_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A history with one more migration, whose text a test writes to the file it is given."""
+    scripts = tmp_path / "scripts"
+    shutil.copytree(ROOT / "alembic", scripts)
+    monkeypatch.setattr(migrations, "SCRIPTS", scripts)
+    monkeypatch.setattr(migrations, "HEAD", "0002")
+    return scripts / "versions" / "0002_try_something.py"
+
+
+MIGRATION = '''"""Try something."""
+
+import os
+import signal
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+
+
+def upgrade() -> None:
+    op.create_table("half", sa.Column("id", sa.Integer(), primary_key=True))
+    op.execute("UPDATE tasks SET name = 'changed'")
+    THEN
+'''
+
+
+class TestFailure:
+    async def test_migration_that_fails_leaves_what_it_found(
+        self,
+        location: Path,
+        next_migration: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        make_task: MakeTask,
+    ) -> None:
+        with monkeypatch.context() as today:
+            today.setattr(migrations, "HEAD", "0001")
+            today.setattr(migrations, "SCRIPTS", ROOT / "alembic")
+            async with Database(location) as database:
+                await TaskRepository(database).create(make_task(name="old"))
+        before = schema_of(location)
+        next_migration.write_text(MIGRATION.replace("THEN", "raise ZeroDivisionError"))
+        database = Database(location)
+
+        with pytest.raises(ZeroDivisionError):
+            await database.initialize()
+
+        assert schema_of(location) == before
+        assert query(location, "SELECT name FROM tasks") == [("old",)]
+        assert query(location, "SELECT version_num FROM alembic_version") == [("0001",)]
+        next_migration.write_text(MIGRATION.replace("THEN", "pass"))
+        await database.initialize()  # the same object, once the migration is mended
+        await database.close()
+        assert query(location, "SELECT name FROM tasks") == [("changed",)]
+        assert query(location, "SELECT version_num FROM alembic_version") == [("0002",)]
+
+    async def test_first_migration_that_fails_leaves_an_empty_database(
+        self, location: Path, next_migration: Path
+    ) -> None:
+        next_migration.write_text(MIGRATION.replace("THEN", "raise ZeroDivisionError"))
+
+        with pytest.raises(ZeroDivisionError):
+            await Database(location).initialize()
+
+        assert query(location, "SELECT name FROM sqlite_master") == []
+
+    async def test_killed_migration_leaves_what_it_found(
+        self, location: Path, next_migration: Path
+    ) -> None:
+        next_migration.write_text(MIGRATION.replace("THEN", "os.kill(os.getpid(), signal.SIGKILL)"))
+        script = """
+import asyncio, pathlib, sys
+from openclaw_store import Database, migrations
+migrations.SCRIPTS, migrations.HEAD = pathlib.Path(sys.argv[2]), "0002"
+asyncio.run(Database(sys.argv[1]).initialize())
+"""
+
+        (ended,) = await asyncio.to_thread(
+            run_scripts, (script, [location, next_migration.parent.parent])
+        )
+
+        assert ended.code == -signal.SIGKILL
+        assert query(location, "SELECT name FROM sqlite_master") == []
+        next_migration.write_text(MIGRATION.replace("THEN", "pass"))
+        async with Database(location):
+            pass
+        assert query(location, "SELECT version_num FROM alembic_version") == [("0002",)]
+
+    async def test_migration_on_a_locked_database_gives_up_in_time(self, location: Path) -> None:
+        async with Database(location):
+            pass
+        set_version(location, "0000")
+        with closing(sqlite3.connect(location, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+
+            with pytest.raises(UnavailableError, match="another process keeps it locked"):
+                await Database(location, timeout=0.1).initialize()
+
+            other.execute("ROLLBACK")
+
+
+class TestForeignKeys:
+    """Changing a table copies it, and must not delete the rows that refer to the old one."""
+
+    def family(self, connection: Connection, child: str = "1") -> None:
+        connection.exec_driver_sql("CREATE TABLE parents (id INTEGER PRIMARY KEY)")
+        connection.exec_driver_sql(
+            "CREATE TABLE children (id INTEGER PRIMARY KEY,"
+            " parent INTEGER REFERENCES parents (id) ON DELETE CASCADE)"
+        )
+        connection.exec_driver_sql("INSERT INTO parents VALUES (1)")
+        connection.exec_driver_sql(f"INSERT INTO children VALUES (1, {child})")
+
+    def test_rebuilt_table_keeps_the_rows_that_refer_to_it(self, location: Path) -> None:
+        with migrations.connected(location) as connection:
+            self.family(connection)
+
+        with migrations.connected(location) as connection:
+            operations = Operations(MigrationContext.configure(connection))
+            with operations.batch_alter_table("parents", recreate="always"):
+                pass
+
+        assert query(location, "SELECT * FROM children") == [(1, 1)]
+
+    def test_migration_that_would_orphan_rows_is_undone(self, location: Path) -> None:
+        with (
+            pytest.raises(SchemaMismatchError, match="would orphan rows"),
+            migrations.connected(location) as connection,
+        ):
+            self.family(connection, child="2")
+
+        assert query(location, "SELECT name FROM sqlite_master") == []
+
+    async def test_foreign_keys_are_enforced_otherwise(self, location: Path) -> None:
+        async with Database(location) as database:
+            async with database.session() as session:
+                connection = await session.connection()
+                reading = (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar()
+            async with database.transaction() as session:
+                connection = await session.connection()
+                writing = (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar()
+            by_the_writer = await database.write(
+                lambda unit, _: [unit.connection.exec_driver_sql("PRAGMA foreign_keys").scalar()],
+                None,
+            )
+
+        assert (reading, writing, by_the_writer) == (1, 1, 1)

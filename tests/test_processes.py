@@ -1,0 +1,229 @@
+"""Several processes with a StateManager each on one file: nothing is lost, and all agree."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_database import Ended, query, run_scripts
+
+PROCESSES = 3
+ROUNDS = 150
+COUNTERS = 8
+
+WORK = """
+import asyncio, json, os, random, sys
+from openclaw_store import *
+
+PROCESSES, ROUNDS, COUNTERS = map(int, sys.argv[2:])
+
+
+async def work(name, manager):
+    random.seed(name)
+    log = {"increments": [0] * COUNTERS, "beats": [0] * COUNTERS, "stale": 0,
+           "added": [], "removed": [], "unsaved": [], "refused": []}
+
+    async def increment_task(n):
+        def more(task):
+            task.retry_count += 1
+            task.metadata = {**task.metadata, name: task.metadata.get(name, 0) + 1}
+        await manager.change_task(f"counter-{n}", more)
+        log["increments"][n] += 1
+
+    async def increment_node(n):
+        def more(node):
+            node.total_tasks_processed += 1
+        await manager.change_node(f"node-{n}", more)
+        log["beats"][n] += 1
+
+    async def add(number):
+        task = Task.create(TaskType.BATCH, "added", task_id=f"{name}-{number}")
+        await manager.add_task(task)
+        log["added"].append(task.task_id)
+        if number % 3 == 0:
+            assert await manager.remove_task(task.task_id)
+            log["removed"].append(task.task_id)
+        elif number % 3 == 1:
+            task.status = TaskStatus.COMPLETED
+            await manager.update_task(task)
+
+    async def stale(n):
+        # A copy that was read before others wrote; its write must be refused or build on the last.
+        task = await manager.get_task(f"counter-{n}")
+        await asyncio.sleep(random.random() / 500)
+        task.retry_count += 1
+        try:
+            await manager.update_task(task)
+            log["increments"][n] += 1
+        except StaleVersionError:
+            log["stale"] += 1
+            await manager.refresh_from_database()
+
+    async def contend(number):
+        # All processes want this identifier; one gets it.
+        try:
+            await manager.add_task(Task.create(TaskType.BATCH, name, task_id=f"wanted-{number}"))
+            log["added"].append(f"wanted-{number}")
+        except DuplicateError:
+            log["refused"].append(f"wanted-{number}")
+
+    async def unsaved(number):
+        task = Task.create(TaskType.BATCH, "unsaved", task_id=f"{name}-unsaved-{number}")
+        await manager.add_task(task, persist=False)
+        log["unsaved"].append(task.task_id)
+
+    async def one(number):
+        n = random.randrange(COUNTERS)
+        await increment_task(n)
+        await increment_node(n)
+        await add(number)
+        await stale(n)
+        await contend(number)
+        if number % 10 == 0:
+            await unsaved(number)
+            await manager.sync_to_database()
+        if number % 7 == 0:
+            await manager.refresh_from_database()
+        await manager.update_heartbeat(f"node-{n}", cpu_usage=number % 100)
+
+    versions = []
+    for start in range(0, ROUNDS, 10):
+        await asyncio.gather(*[one(number) for number in range(start, start + 10)])
+        versions.append(manager.version)
+    assert versions == sorted(versions)
+    await manager.sync_to_database()
+    return log
+
+
+async def agree(name, manager):
+    # What is in memory is what is in the database, whichever way it is asked for.
+    await manager.refresh_from_database()
+    tasks = {task.task_id: task for status in TaskStatus
+             for task in await manager.task_repo.list_by_status(status)}
+    nodes = {node.node_id: node for node in await manager.node_repo.get_all_nodes()}
+    state = await manager.get_state()
+    live = {id: task for id, task in tasks.items()
+            if task.status in (TaskStatus.PENDING, TaskStatus.SCHEDULED, TaskStatus.RUNNING)}
+    assert dict(state.tasks) == live, "live tasks"
+    assert dict(state.nodes) == nodes, "nodes"
+    for id, task in tasks.items():
+        assert await manager.get_task(id) == task, "a task"
+    stats = await manager.get_task_stats()
+    assert stats == {"total": len(tasks), **{
+        status.value: sum(task.status is status for task in tasks.values())
+        for status in TaskStatus}}, "counts"
+    assert (await manager.get_pending_tasks(None)
+            == await manager.task_repo.list_pending_tasks(None)), "pending"
+    assert state.version == manager.version
+    return {"version": manager.version}
+
+
+def wait(pipe):
+    os.read(pipe, 1)  # returns for all of them when the last writer is gone
+
+
+async def main(name, path, started, finished, done):
+    async with StateManager(Database(path), auto_sync_interval=0.05) as manager:
+        await asyncio.to_thread(wait, started)
+        log = await work(name, manager)
+        os.close(done)
+        await asyncio.to_thread(wait, finished)  # until the others have finished, too
+        log.update(await agree(name, manager))
+    print(json.dumps(log), flush=True)
+
+
+async def prepare(path):
+    async with StateManager(Database(path)) as manager:
+        for n in range(COUNTERS):
+            await manager.add_task(Task.create(TaskType.BATCH, "c", task_id=f"counter-{n}"))
+            await manager.add_node(NodeInfo(f"node-{n}", "host"))
+
+
+asyncio.run(prepare(sys.argv[1]))
+started, start = os.pipe()
+finished, done = os.pipe()
+children = []
+for number in range(PROCESSES):
+    child = os.fork()
+    if child == 0:
+        os.close(start)
+        asyncio.run(main(f"process{number}", sys.argv[1], started, finished, done))
+        os._exit(0)
+    children.append(child)
+os.close(start)
+os.close(done)
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * PROCESSES
+"""
+
+
+class Outcome:
+    """What the processes say they did, and the file they leave."""
+
+    def __init__(self, path: Path, ended: Ended) -> None:
+        self.path = path
+        self.ended = ended
+        self.logs: list[dict[str, Any]] = [json.loads(line) for line in ended.out]
+
+    def all(self, name: str) -> list[Any]:
+        return [entry for log in self.logs for entry in log[name]]
+
+    def totals(self, name: str) -> list[int]:
+        return [sum(log[name][n] for log in self.logs) for n in range(COUNTERS)]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    path = tmp_path_factory.mktemp("processes") / "cluster.db"
+    (ended,) = run_scripts((WORK, [path, PROCESSES, ROUNDS, COUNTERS]))
+    assert (ended.code, ended.err) == (0, "")
+    return Outcome(path, ended)
+
+
+class TestProcesses:
+    def test_no_process_fails_and_every_cache_equals_the_database(self, outcome: Outcome) -> None:
+        versions = {log["version"] for log in outcome.logs}
+
+        assert len(outcome.logs) == PROCESSES
+        assert versions == set(query(outcome.path, "SELECT revision FROM counters")[0])
+
+    def test_no_increment_is_lost(self, outcome: Outcome) -> None:
+        tasks = query(
+            outcome.path, "SELECT retry_count FROM tasks WHERE name = 'c' ORDER BY task_id"
+        )
+        nodes = query(outcome.path, "SELECT total_tasks_processed FROM nodes ORDER BY node_id")
+
+        assert [count for (count,) in tasks] == outcome.totals("increments")
+        assert [count for (count,) in nodes] == outcome.totals("beats")
+        assert sum(outcome.totals("beats")) == PROCESSES * ROUNDS
+
+    def test_outdated_copies_were_really_written(self, outcome: Outcome) -> None:
+        assert all(log["stale"] > 0 for log in outcome.logs)
+
+    def test_what_was_added_and_not_removed_is_there(self, outcome: Outcome) -> None:
+        stored = {
+            id for (id,) in query(outcome.path, "SELECT task_id FROM tasks WHERE name != 'c'")
+        }
+        added, unsaved = set(outcome.all("added")), set(outcome.all("unsaved"))
+
+        assert stored == (added | unsaved) - set(outcome.all("removed"))
+
+    def test_of_those_who_want_one_identifier_one_gets_it(self, outcome: Outcome) -> None:
+        got = Counter(id for id in outcome.all("added") if id.startswith("wanted-"))
+        refused = Counter(outcome.all("refused"))
+
+        assert got == {f"wanted-{number}": 1 for number in range(ROUNDS)}
+        assert set(refused.values()) == {PROCESSES - 1}
+
+    def test_revisions_are_without_a_gap(self, outcome: Outcome) -> None:
+        revisions = [
+            revision
+            for (revision,) in query(outcome.path, "SELECT revision FROM changes ORDER BY revision")
+        ]
+
+        assert revisions == list(range(1, len(revisions) + 1))
+        assert len(revisions) > 2000
+        ((newest,),) = query(outcome.path, "SELECT max(version) FROM tasks")
+        assert newest <= len(revisions)

@@ -1,0 +1,1128 @@
+"""Group commit: its rules one by one, on a fake database, then on a real one."""
+
+# ruff: noqa: ASYNC110 - there is no event for what another thread does
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import pytest
+from conftest import MakeTask
+from sqlalchemy import Connection
+
+from openclaw_store import (
+    Database,
+    DeadlineError,
+    DuplicateError,
+    InvalidDataError,
+    StaleVersionError,
+    StoreError,
+    TaskRepository,
+    UnavailableError,
+    writer,
+)
+from openclaw_store.writer import Gate, Unit, Writer
+
+Result = TypeVar("Result")
+
+NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
+PATIENCE = 10.0
+"""Seconds after which something that should have happened counts as hanging."""
+
+ends_the_thread = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"  # it is what the test is about
+)
+
+
+class Shelf:
+    """A fake database: it keeps the operations that were committed, transaction by transaction.
+
+    An operation is a word, and its result the word in capitals. `hold` keeps the writer in its
+    batch until `release` is set; `refuse…` is refused by itself; `explode…` raises; `exit` ends
+    the thread.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.opened = 0
+        self.entered = threading.Event()
+        """A `hold` is in its batch."""
+        self.release = threading.Event()
+        self.published = threading.Semaphore(0)
+        """Counts the transactions whose callers were told."""
+        self.commit_error: Exception | None = None
+        self.stopping: Callable[[], object] = lambda: None
+        self.stopped = 0
+
+    def writer(self) -> Writer:
+        return Writer(self.transaction, self._stop)
+
+    @contextmanager
+    def transaction(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        self.opened += 1
+        unit = Unit(cast(Connection, None), NOON)
+        yield unit
+        unit.finish()
+        if self.commit_error is not None:
+            raise self.commit_error
+        self.batches.append(list(unit.committed))
+        committed(unit)
+        self.published.release()
+
+    def apply(self, unit: Unit, operations: Sequence[str]) -> list[Any]:
+        return [self._decide(unit, operation) for operation in operations]
+
+    def apply_too(self, unit: Unit, operations: Sequence[str]) -> list[Any]:
+        """Another function, so that its operations are another run of the batch."""
+        return self.apply(unit, operations)
+
+    def _decide(self, unit: Unit, operation: str) -> Any:
+        if operation == "hold":
+            self.entered.set()
+            assert self.release.wait(PATIENCE)
+        if operation == "exit":
+            raise SystemExit
+        if operation.startswith("explode"):
+            raise ValueError(operation)
+        if operation.startswith("refuse"):
+            return DuplicateError("word", operation)
+        unit.committed.append(operation)
+        return operation.upper()
+
+    def _stop(self) -> None:
+        self.stopped += 1
+        self.stopping()
+
+
+@pytest.fixture
+def shelf() -> Iterator[Shelf]:
+    shelf = Shelf()
+    yield shelf
+    shelf.release.set()  # a failed test must not keep the thread
+
+
+class SlowLock:
+    """A lock that, once told to, lets go so slowly that the writer is done with its queue."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
+        self._lock = threading.Lock()
+        self._owner = threading.get_ident()
+        self.is_slow = False
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        if self.is_slow and threading.get_ident() == self._owner:
+            self.is_slow = False
+            self._shelf.release.set()
+            for _ in range(2):  # the batch of `hold`, and the one behind it
+                assert self._shelf.published.acquire(timeout=PATIENCE)
+
+
+def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+    return asyncio.get_running_loop().create_task(work)
+
+
+async def entered(shelf: Shelf) -> None:
+    """Wait until the writer is in the batch of a `hold`."""
+    assert await asyncio.to_thread(shelf.entered.wait, PATIENCE)
+
+
+async def finished(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
+    """Results and errors of all tasks; fails if one of them hangs."""
+    _, hanging = await asyncio.wait(tasks, timeout=PATIENCE)
+    assert not hanging
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def turns(number: int = 5) -> None:
+    """Let everything that is ready run."""
+    for _ in range(number):
+        await asyncio.sleep(0)
+
+
+class InThread:
+    """Runs a coroutine on an event loop of its own, in a thread of its own."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self.result = asyncio.run(work())
+            except BaseException as error:
+                self.error = error
+
+        self.thread = threading.Thread(target=run, name="second-loop")
+        self.thread.start()
+
+    async def join(self) -> Any:
+        await asyncio.to_thread(self.thread.join, PATIENCE)
+        assert not self.thread.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class TestBatches:
+    async def test_lone_caller_gets_its_result_after_one_commit(self, shelf: Shelf) -> None:
+        writer = shelf.writer()
+
+        result = await writer.submit(shelf.apply, "alone")
+
+        assert result == "ALONE"
+        assert shelf.batches == [["alone"]]
+        await writer.close()
+
+    async def test_callers_of_one_turn_of_the_loop_share_one_batch(self, shelf: Shelf) -> None:
+        """Planted: `_enqueue` wakes the thread at once instead of behind this turn's callers."""
+        writer = shelf.writer()
+        loop = asyncio.get_running_loop()
+        tasks: list[asyncio.Task[Any]] = []
+        first, second = (writer.submit(shelf.apply, word) for word in ("first", "second"))
+        await writer.submit(shelf.apply, "the thread is there")
+        assert await asyncio.to_thread(shelf.published.acquire, timeout=PATIENCE)
+
+        tasks.append(start(first))
+        # The turn takes so long that a thread that was told already would come first.
+        loop.call_soon(lambda: shelf.published.acquire(timeout=0.05))
+        tasks.append(start(second))
+        await finished(tasks)
+
+        assert shelf.batches == [["the thread is there"], ["first", "second"]]
+        await writer.close()
+
+    async def test_callers_woken_together_share_the_next_batch_too(self, shelf: Shelf) -> None:
+        """Planted: each caller's outcome takes a hop of its own to the loop."""
+        writer = shelf.writer()
+
+        async def write_thrice(name: str) -> None:
+            for number in range(3):
+                await writer.submit(shelf.apply, f"{name}{number}")
+
+        await asyncio.gather(*[write_thrice(name) for name in "abcdefgh"])
+
+        assert shelf.batches == [[f"{name}{number}" for name in "abcdefgh"] for number in range(3)]
+        await writer.close()
+
+    async def test_all_that_queue_during_a_commit_are_the_next_batch(self, shelf: Shelf) -> None:
+        """Planted: a batch takes one operation, or at most a few."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        words = [f"word{number}" for number in range(500)]
+        tasks = [start(writer.submit(shelf.apply, word)) for word in words]
+        await turns()
+        shelf.release.set()
+        await finished([held, *tasks])
+
+        assert shelf.batches == [["hold"], words]
+        await writer.close()
+
+    async def test_operations_keep_their_order_whatever_applies_them(self, shelf: Shelf) -> None:
+        """Planted: runs are grouped by function over the whole batch, or applied in reverse."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        tasks = [
+            start(writer.submit(apply, word))
+            for apply, word in [
+                (shelf.apply, "row=1"),
+                (shelf.apply_too, "row=2"),
+                (shelf.apply, "row=3"),
+                (shelf.apply_too, "row=4"),
+            ]
+        ]
+        await turns()
+        shelf.release.set()
+        results = await finished([held, *tasks])
+
+        assert results == ["HOLD", "ROW=1", "ROW=2", "ROW=3", "ROW=4"]
+        assert shelf.batches[1] == ["row=1", "row=2", "row=3", "row=4"]
+        await writer.close()
+
+
+class TestFailures:
+    async def test_refused_operation_leaves_the_rest_of_its_batch_committed(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: an outcome that is an error is raised on the thread, or returned."""
+        writer = shelf.writer()
+
+        words = ["a", "refuse", "b", "refuse too", "c"]
+        outcomes = await finished([start(writer.submit(shelf.apply, word)) for word in words])
+
+        assert [outcomes[0], outcomes[2], outcomes[4]] == ["A", "B", "C"]
+        assert [type(outcomes[1]), outcomes[1].id] == [DuplicateError, "refuse"]
+        assert [type(outcomes[3]), outcomes[3].id] == [DuplicateError, "refuse too"]
+        assert shelf.batches == [["a", "b", "c"]]
+        await writer.close()
+
+    @pytest.mark.parametrize("bad", [{0}, {6}, {3, 4}, {0, 2, 4, 6}, set(range(7))])
+    async def test_exception_inside_a_batch_fails_none_but_its_own_operation(
+        self, shelf: Shelf, bad: set[int]
+    ) -> None:
+        """Planted: the whole batch fails; or its halves swap places; or one is applied twice."""
+        writer = shelf.writer()
+        words = [f"explode{n}" if n in bad else f"word{n}" for n in range(7)]
+
+        outcomes = await finished([start(writer.submit(shelf.apply, word)) for word in words])
+
+        for word, outcome in zip(words, outcomes, strict=True):
+            if word.startswith("explode"):
+                assert isinstance(outcome, ValueError)
+                assert outcome.args == (word,)
+            else:
+                assert outcome == word.upper()
+        committed = [word for batch in shelf.batches for word in batch]
+        assert committed == [word for word in words if not word.startswith("explode")]
+        await writer.close()
+
+    async def test_failed_transaction_fails_all_its_callers_each_with_its_own_error(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: all callers get one error, whose traceback grows; or the batch is retried."""
+        writer = shelf.writer()
+        shelf.commit_error = UnavailableError("the disk is full: free some space")
+        shelf.commit_error.__cause__ = cause = OSError("no space")
+
+        tasks = [start(writer.submit(shelf.apply, word)) for word in "abc"]
+        errors = await finished(tasks)
+
+        assert [type(error) for error in errors] == [UnavailableError] * 3
+        assert {str(error) for error in errors} == {"the disk is full: free some space"}
+        assert all(error.__cause__ is cause for error in errors)
+        assert len({id(error) for error in errors}) == 3
+        assert shelf.opened == 1
+        shelf.commit_error = None
+        assert await writer.submit(shelf.apply, "again") == "AGAIN"
+        await writer.close()
+
+    @ends_the_thread
+    async def test_end_of_the_thread_is_told_to_all_and_survived(self, shelf: Shelf) -> None:
+        """Planted: `BaseException` passes the callers by; or no new thread is ever started."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        batch = [start(writer.submit(shelf.apply, word)) for word in ("a", "exit", "b")]
+        await turns()
+
+        shelf.release.set()
+        outcomes = await finished([held, *batch])
+        again = await finished([start(writer.submit(shelf.apply, "again"))])
+
+        assert outcomes[0] == "HOLD"
+        assert [type(error) for error in outcomes[1:]] == [UnavailableError] * 3
+        assert "try again" in str(outcomes[1])
+        assert again == ["AGAIN"]
+        assert shelf.batches == [["hold"], ["again"]]
+        assert shelf.stopped == 1
+        await writer.close()
+
+    @ends_the_thread
+    async def test_end_of_the_thread_costs_those_still_queued_nothing(self, shelf: Shelf) -> None:
+        """Planted: the thread ends without looking at the queue, and they wait for ever."""
+        writer = shelf.writer()
+
+        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+            shelf.apply(unit, operations)
+            raise SystemExit
+
+        fatal = start(writer.submit(hold_and_exit, "hold"))
+        await entered(shelf)
+        queued = [start(writer.submit(shelf.apply, word)) for word in "ab"]
+        await turns()
+        shelf.release.set()
+        outcomes = await finished([fatal, *queued])
+
+        assert isinstance(outcomes[0], UnavailableError)
+        assert outcomes[1:] == ["A", "B"]
+        assert shelf.batches == [["a", "b"]]
+        await writer.close()
+
+    @ends_the_thread
+    async def test_close_waits_for_the_thread_that_takes_over(self, shelf: Shelf) -> None:
+        """Planted: `close` returns when the thread it knew has ended."""
+        writer = shelf.writer()
+
+        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+            shelf.apply(unit, operations)
+            raise SystemExit
+
+        fatal = start(writer.submit(hold_and_exit, "hold"))
+        await entered(shelf)
+        queued = start(writer.submit(shelf.apply, "queued"))
+        await turns()
+        closing = start(writer.close())
+        await turns()
+        shelf.release.set()
+        await finished([closing])
+
+        assert shelf.batches == [["queued"]]
+        assert shelf.stopped == 2
+        outcomes = await finished([fatal, queued])
+        assert isinstance(outcomes[0], UnavailableError)
+        assert outcomes[1] == "QUEUED"
+
+    @ends_the_thread
+    async def test_new_thread_starts_only_when_the_old_one_has_cleaned_up(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: `stopped` is called after the place was free, and ends what is the new one's."""
+        writer = shelf.writer()
+        stopping, go_on = threading.Event(), threading.Event()
+
+        def stop() -> None:
+            stopping.set()
+            assert go_on.wait(PATIENCE)
+
+        shelf.stopping = stop
+        fatal = start(writer.submit(shelf.apply, "exit"))
+        assert await asyncio.to_thread(stopping.wait, PATIENCE)
+        opened = shelf.opened
+        early = start(writer.submit(shelf.apply, "early"))
+        await turns()
+        # A thread that was started now would have opened its transaction meanwhile.
+        await asyncio.to_thread(shelf.published.acquire, timeout=0.05)
+        opened_meanwhile = shelf.opened - opened
+        go_on.set()
+        outcomes = await finished([fatal, early])
+
+        assert opened_meanwhile == 0
+        assert isinstance(outcomes[0], UnavailableError)
+        assert outcomes[1] == "EARLY"
+        await writer.close()
+
+
+class TestCancellation:
+    async def test_operation_of_a_caller_cancelled_in_the_queue_is_withdrawn(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: a cancelled caller's operation stays in the queue and is committed."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        gone = start(writer.submit(shelf.apply, "gone"))
+        stays = start(writer.submit(shelf.apply, "stays"))
+        await turns()
+
+        gone.cancel()
+        await asyncio.wait([gone], timeout=PATIENCE)
+
+        assert gone.cancelled()  # without waiting for the batch before it
+        shelf.release.set()
+        assert await finished([held, stays]) == ["HOLD", "STAYS"]
+        assert shelf.batches == [["hold"], ["stays"]]
+        await writer.close()
+
+    async def test_caller_cancelled_in_a_batch_waits_for_it_and_is_cancelled_then(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: `CancelledError` goes on at once, before the commit reached the caches."""
+        writer = shelf.writer()
+        told: list[str] = []
+        writer.listen(asyncio.get_running_loop(), told.extend)
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        held.cancel()
+        await turns()
+
+        assert not held.done()
+        shelf.release.set()
+        await asyncio.wait([held], timeout=PATIENCE)
+        assert held.cancelled()
+        assert told == ["hold"]
+        await writer.close()
+
+    async def test_outcome_that_arrives_before_the_cancelled_caller_wakes_is_not_awaited_again(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: `_withdraw` does not look whether the outcome was there, and waits for ever."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        shelf.release.set()
+        assert shelf.published.acquire(timeout=PATIENCE)  # blocks this loop: it lies in the inbox
+        held.cancel()
+        await asyncio.wait([held], timeout=PATIENCE)
+
+        assert held.cancelled()
+        assert shelf.batches == [["hold"]]
+        await writer.close()
+
+    async def test_caller_cancelled_again_still_waits_for_its_batch(self, shelf: Shelf) -> None:
+        """Planted: the second cancellation leaves `_withdraw`."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        for _ in range(3):
+            held.cancel()
+            await turns()
+            assert not held.done()
+        shelf.release.set()
+        await asyncio.wait([held], timeout=PATIENCE)
+
+        assert held.cancelled()
+        assert shelf.batches == [["hold"]]
+        await writer.close()
+
+    async def test_failure_of_a_cancelled_caller_is_nobodys_unhandled_error(
+        self, shelf: Shelf, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Planted: the error of the second future is never looked at, and asyncio reports it."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        shelf.commit_error = UnavailableError("the disk is full")
+
+        held.cancel()
+        await turns()
+        shelf.release.set()
+        await asyncio.wait([held], timeout=PATIENCE)
+        gc.collect()
+
+        assert held.cancelled()
+        assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
+        await writer.close()
+
+    async def test_cancelled_caller_does_not_take_others_of_its_batch_along(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: the batch's outcomes are delivered only up to the first cancelled caller."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        others = [start(writer.submit(shelf.apply, word)) for word in "abc"]
+        await entered(shelf)
+
+        held.cancel()
+        shelf.release.set()
+
+        assert await finished(others) == ["A", "B", "C"]
+        assert shelf.batches == [["hold", "a", "b", "c"]]
+        await writer.close()
+
+
+class TestBackPressure:
+    async def test_queue_is_bounded_and_everybody_gets_in_at_last(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the queue grows with the callers; or those outside are never woken."""
+        monkeypatch.setattr(writer, "MAX_QUEUED", 4)
+        writer_ = shelf.writer()
+        held = start(writer_.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        words = [f"word{number}" for number in range(30)]
+        tasks = [start(writer_.submit(shelf.apply, word)) for word in words]
+        await turns()
+        shelf.release.set()
+        outcomes = await finished([held, *tasks])
+
+        assert outcomes == ["HOLD", *[word.upper() for word in words]]
+        assert max(len(batch) for batch in shelf.batches) <= 4
+        assert [word for batch in shelf.batches[1:] for word in batch] == words
+        await writer_.close()
+
+    async def test_caller_that_finds_the_queue_full_while_it_empties_is_woken(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the queue is looked at and the waiting line joined in two steps.
+
+        The thread takes the queue between the two, wakes those in the line, and the caller then
+        joins a line that nobody looks at any more.
+        """
+        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        writer_ = shelf.writer()
+        lock = SlowLock(shelf)
+        monkeypatch.setattr(writer_, "_lock", lock)
+        held = start(writer_.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        queued = start(writer_.submit(shelf.apply, "queued"))
+        await turns()
+
+        lock.is_slow = True  # the writer commits everything while the next caller lets go of it
+        outside = start(writer_.submit(shelf.apply, "outside"))
+
+        assert await finished([held, queued, outside]) == ["HOLD", "QUEUED", "OUTSIDE"]
+        await writer_.close()
+
+    async def test_caller_cancelled_outside_leaves_no_trace(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: waking a caller that was cancelled outside ends the thread."""
+        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        writer_ = shelf.writer()
+        held = start(writer_.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        tasks = [start(writer_.submit(shelf.apply, word)) for word in "abc"]
+        await turns()
+
+        tasks[1].cancel()
+        await asyncio.wait([tasks[1]], timeout=PATIENCE)
+        shelf.release.set()
+        outcomes = await finished([held, tasks[0], tasks[2]])
+
+        assert outcomes == ["HOLD", "A", "C"]
+        assert [word for batch in shelf.batches for word in batch] == ["hold", "a", "c"]
+        await writer_.close()
+
+    @ends_the_thread
+    async def test_end_of_the_thread_does_not_strand_those_outside(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: a thread that ends leaves those outside without anybody to wake them."""
+        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        writer_ = shelf.writer()
+
+        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+            shelf.apply(unit, operations)
+            raise SystemExit
+
+        fatal = start(writer_.submit(hold_and_exit, "hold"))
+        await entered(shelf)
+        tasks = [start(writer_.submit(shelf.apply, word)) for word in "abc"]
+        await turns()
+        shelf.release.set()
+        outcomes = await finished([fatal, *tasks])
+
+        assert isinstance(outcomes[0], UnavailableError)
+        assert outcomes[1:] == ["A", "B", "C"]
+        await writer_.close()
+
+
+class TestLoops:
+    async def test_caller_on_another_loop_is_answered_on_that_loop(self, shelf: Shelf) -> None:
+        """Planted: outcomes are set from the writer's thread, which wakes no loop."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        async def elsewhere() -> tuple[Any, bool]:
+            thread = threading.get_ident()
+            result = await writer.submit(shelf.apply, "elsewhere")
+            return result, threading.get_ident() == thread
+
+        other = InThread(elsewhere)
+        shelf.release.set()
+        result = await asyncio.wait_for(other.join(), PATIENCE)
+
+        assert result == ("ELSEWHERE", True)
+        assert await held == "HOLD"
+        await writer.close()
+
+    async def test_caller_on_another_loop_is_answered_while_this_one_is_blocked(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: all callers are answered by way of the loop that came first."""
+        writer = shelf.writer()
+        await writer.submit(shelf.apply, "here first")
+
+        other = InThread(lambda: writer.submit(shelf.apply, "elsewhere"))
+        other.thread.join(PATIENCE)  # blocks this loop
+
+        assert other.result == "ELSEWHERE"
+        await writer.close()
+
+    async def test_callers_of_a_loop_that_was_closed_harm_nobody(self, shelf: Shelf) -> None:
+        """Planted: answering a closed loop raises on the thread, before the others are told."""
+        writer = shelf.writer()
+        told: list[str] = []
+
+        def ask_and_close() -> None:
+            loop = asyncio.new_event_loop()
+            writer.listen(loop, told.extend)
+            task = loop.create_task(writer.submit(shelf.apply, "hold"))
+            loop.call_soon(loop.call_soon, loop.stop)
+            loop.run_forever()
+            assert shelf.entered.wait(PATIENCE)
+            loop.close()
+            # A task dropped half-way, of which nothing shall be said.
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own
+            task.get_coro().close()
+
+        await asyncio.to_thread(ask_and_close)
+        here = start(writer.submit(shelf.apply, "here"))
+        await turns()
+        shelf.release.set()
+
+        assert await finished([here]) == ["HERE"]
+        assert shelf.batches == [["hold"], ["here"]]
+        assert told == []
+        await writer.close()
+
+    async def test_listener_is_told_on_its_own_loop(self, shelf: Shelf) -> None:
+        """Planted: all listeners are told on the loop of the caller."""
+        writer = shelf.writer()
+        threads: list[int] = []
+        listening, enough = threading.Event(), threading.Event()
+
+        def listener(committed: Sequence[Any]) -> None:
+            threads.append(threading.get_ident())
+            enough.set()
+
+        async def listen() -> int:
+            unlisten = writer.listen(asyncio.get_running_loop(), listener)
+            listening.set()
+            await asyncio.to_thread(enough.wait, PATIENCE)
+            unlisten()
+            return threading.get_ident()
+
+        other = InThread(listen)
+        await asyncio.to_thread(listening.wait, PATIENCE)
+        await writer.submit(shelf.apply, "here")
+
+        assert [await other.join()] == threads
+        await writer.close()
+
+
+class TestListeners:
+    async def test_listeners_are_told_in_order_and_before_callers_wake(self, shelf: Shelf) -> None:
+        """Planted: callers are answered first, and read a cache that lacks their own write."""
+        writer = shelf.writer()
+        told: list[str] = []
+        writer.listen(asyncio.get_running_loop(), told.extend)
+        seen: list[list[str]] = []
+
+        async def write(word: str) -> None:
+            await writer.submit(shelf.apply, word)
+            seen.append([word, *(other for other in told if other == word)])
+
+        for letters in ("abc", "def", "ghi"):
+            await asyncio.gather(*[write(letter) for letter in letters])
+
+        assert told == list("abcdefghi")
+        assert seen == [[letter, letter] for letter in "abcdefghi"]
+        await writer.close()
+
+    async def test_refused_operations_are_not_told(self, shelf: Shelf) -> None:
+        """Planted: listeners are told what was submitted."""
+        writer = shelf.writer()
+        told: list[Sequence[str]] = []
+        writer.listen(asyncio.get_running_loop(), told.append)
+
+        await finished([start(writer.submit(shelf.apply, word)) for word in ("a", "refuse", "b")])
+        await finished([start(writer.submit(shelf.apply, "refuse"))])
+        await finished([start(writer.submit(shelf.apply, "explode"))])
+
+        assert told == [["a", "b"]]
+        await writer.close()
+
+    async def test_listener_that_fails_harms_neither_callers_nor_listeners(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: what a listener raises ends the delivery."""
+        writer = shelf.writer()
+        loop = asyncio.get_running_loop()
+        reported: list[Any] = []
+        loop.set_exception_handler(lambda _, context: reported.append(context["exception"]))
+        told: list[str] = []
+        error = RuntimeError("a bug in the listener")
+
+        def broken(committed: Sequence[Any]) -> None:
+            raise error
+
+        writer.listen(loop, broken)
+        writer.listen(loop, told.extend)
+        outcomes = await finished([start(writer.submit(shelf.apply, word)) for word in "ab"])
+
+        assert outcomes == ["A", "B"]
+        assert told == ["a", "b"]
+        assert reported == [error]
+        await writer.close()
+
+    async def test_listener_that_ended_is_told_no_more(self, shelf: Shelf) -> None:
+        """Planted: `unlisten` does nothing."""
+        writer = shelf.writer()
+        told: list[str] = []
+        unlisten = writer.listen(asyncio.get_running_loop(), told.extend)
+        writer.listen(asyncio.get_running_loop(), told.extend)
+
+        await writer.submit(shelf.apply, "a")
+        unlisten()
+        await writer.submit(shelf.apply, "b")
+
+        assert told == ["a", "a", "b"]
+        await writer.close()
+
+
+class TestClose:
+    async def test_close_commits_what_has_queued_and_refuses_what_comes_later(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: the thread ends at once and strands the queue; or it takes new operations."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        queued = start(writer.submit(shelf.apply, "queued"))
+        await turns()
+
+        closing = start(writer.close())
+        await turns()
+        with pytest.raises(UnavailableError, match="closed"):
+            await writer.submit(shelf.apply, "too late")
+        shelf.release.set()
+
+        assert await finished([held, queued, closing]) == ["HOLD", "QUEUED", None]
+        assert shelf.batches == [["hold"], ["queued"]]
+        assert shelf.stopped == 1
+
+    async def test_close_answers_those_who_wait_outside(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: a closing thread does not look outside."""
+        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        writer_ = shelf.writer()
+        held = start(writer_.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        tasks = [start(writer_.submit(shelf.apply, word)) for word in "abc"]
+        await turns()
+
+        closing = start(writer_.close())
+        await turns()
+        shelf.release.set()
+        outcomes = await finished([held, *tasks, closing])
+
+        assert outcomes[:2] == ["HOLD", "A"]
+        assert [type(error) for error in outcomes[2:4]] == [UnavailableError] * 2
+
+    async def test_close_twice_and_close_unused_are_harmless(self, shelf: Shelf) -> None:
+        """Planted: the second `close` waits for a thread that has ended."""
+        unused, used = shelf.writer(), shelf.writer()
+        await used.submit(shelf.apply, "a")
+
+        assert await finished([start(unused.close()), start(unused.close())]) == [None, None]
+        assert await finished([start(used.close()), start(used.close())]) == [None, None]
+        assert await finished([start(used.close())]) == [None]
+        assert shelf.stopped == 1
+
+    async def test_cancelled_close_harms_the_thread_no_more_than_any_caller(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: cancelling `close` cancels what the thread is to report its end to."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        closing = start(writer.close())
+        await turns()
+
+        closing.cancel()
+        await turns()
+        shelf.release.set()
+
+        assert await finished([held]) == ["HOLD"]
+        await finished([start(writer.close())])
+        await until(lambda: shelf.stopped == 1)
+
+
+class TestGate:
+    async def test_threads_and_coroutines_are_let_in_in_the_order_in_which_they_came(self) -> None:
+        """Planted: the last one that came is let in first; or threads go before coroutines."""
+        gate = Gate(PATIENCE)
+        order: list[int] = []
+        inside = 0
+
+        def pass_through(number: int) -> None:
+            nonlocal inside
+            inside += 1
+            assert inside == 1
+            order.append(number)
+            inside -= 1
+
+        def from_thread(number: int) -> None:
+            with gate.held(f"thread {number}"):
+                pass_through(number)
+
+        async def from_coroutine(number: int) -> None:
+            await gate.enter(f"coroutine {number}")
+            pass_through(number)
+            gate.leave()
+
+        await gate.enter("the first")
+        comers: list[Awaitable[None]] = []
+        for number in range(8):
+            if number % 2:
+                comers.append(asyncio.ensure_future(asyncio.to_thread(from_thread, number)))
+            else:
+                comers.append(start(from_coroutine(number)))
+            await until(lambda: len(gate._waiting) == len(comers))
+        gate.leave()
+        await asyncio.gather(*comers)
+
+        assert order == list(range(8))
+
+    async def test_one_that_gave_up_is_passed_over(self) -> None:
+        """Planted: a cancelled waiter keeps its place, and is let in though it has gone."""
+        gate = Gate(PATIENCE)
+        await gate.enter("the first")
+        gone, next_one = start(gate.enter("gone")), start(gate.enter("next"))
+        await turns()
+
+        gone.cancel()
+        await turns()
+        gate.leave()
+        await finished([gone, next_one])
+
+        assert gone.cancelled()
+        assert not next_one.cancelled()
+        gate.leave()
+        await asyncio.wait_for(gate.enter("the last"), PATIENCE)
+        gate.leave()
+
+    async def test_one_that_is_cancelled_as_its_turn_comes_passes_it_on(self) -> None:
+        """Planted: `_abandon` only looks among those who wait, and the gate stays shut."""
+        gate = Gate(PATIENCE)
+        await gate.enter("the first")
+        gone, next_one = start(gate.enter("gone")), start(gate.enter("next"))
+        await turns()
+
+        gate.leave()  # lets `gone` in, who does not know yet
+        gone.cancel()
+        await finished([gone, next_one])
+
+        assert gone.cancelled()
+        assert not next_one.cancelled()
+        gate.leave()
+
+    async def test_error_of_one_that_waits_in_vain_names_the_holder_and_how_long(self) -> None:
+        """Planted: the error says only that time is up."""
+        gate = Gate(0.01)
+        await gate.enter("a vacuum")
+
+        with pytest.raises(DeadlineError, match=r"while a vacuum has had the database for \d+\.\d"):
+            await gate.enter("a transaction")
+        with (
+            pytest.raises(DeadlineError, match=r"while a vacuum has had the database for \d+\.\d"),
+            gate.held("the writer"),
+        ):
+            pass
+        gate.leave()
+        await gate.enter("who comes next")
+        gate.leave()
+
+    async def test_one_that_waits_gives_up_once_the_holder_is_overdue(self) -> None:
+        """Planted: everybody waits for the whole timeout, though the holder hangs."""
+        gate = Gate(3600)
+        await gate.enter("a transaction")
+        gate.limit(0.01)
+
+        with pytest.raises(DeadlineError, match="while a transaction has had"):
+            await asyncio.wait_for(gate.enter("another"), PATIENCE)
+        gate.leave()
+
+    async def test_limit_of_a_holder_is_not_that_of_the_next_one(self) -> None:
+        """Planted: the limit stays when the gate is passed on, and those behind give up."""
+        gate = Gate(PATIENCE)
+        await gate.enter("the first")
+        gate.limit(-1)
+        gate.leave()
+        await gate.enter("the second")
+        third = start(gate.enter("the third"))
+
+        await asyncio.wait([third], timeout=2 * Gate._SLICE_SECONDS)
+
+        assert not third.done()
+        gate.leave()
+        assert await finished([third]) == [None]
+        gate.leave()
+
+
+@pytest.fixture
+async def ticking(tmp_path: Path) -> Any:
+    """A database whose clock moves with each look, so that each transaction has its moment."""
+    ticks = count()
+    clock = lambda: NOON + timedelta(seconds=next(ticks))  # noqa: E731
+    async with Database(tmp_path / "ticking.db", clock=clock) as database:
+        yield database
+
+
+class TestOnADatabase:
+    async def test_tasks_created_together_are_one_transaction(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(ticking)
+        tasks = [make_task() for _ in range(64)]
+
+        await asyncio.gather(*[repository.create(task) for task in tasks])
+
+        assert len({task.updated_at for task in tasks}) == 1
+        assert sorted(task.version for task in tasks) == list(range(1, 65))
+
+    async def test_duplicate_leaves_the_rest_of_its_batch_committed(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(ticking)
+        tasks = [make_task(task_id=id) for id in ("a", "b", "a", "c")]
+
+        outcomes = await finished([start(repository.create(task)) for task in tasks])
+
+        assert [outcomes[0], outcomes[1], outcomes[3]] == [True, True, True]
+        assert isinstance(outcomes[2], DuplicateError)
+        assert await repository.count_by_status() == 3
+        assert [tasks[0].version, tasks[1].version, tasks[3].version] == [1, 2, 3]
+
+    async def test_two_operations_on_one_row_keep_their_order_in_one_batch(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: of several writes of one row in a batch the first one is what is stored."""
+        repository = TaskRepository(ticking)
+        task = make_task(task_id="one", name="zero")
+        await repository.create(task)
+        first, second = await repository.get("one"), await repository.get("one")
+        assert first is not None
+        assert second is not None
+        first.name, second.name = "first", "second"
+
+        outcomes = await finished(
+            [
+                start(repository.update(first)),
+                start(repository.update(second)),
+                start(repository.delete("one")),
+                start(repository.create(make_task(task_id="one", name="third"))),
+                start(repository.create(make_task(task_id="one", name="fourth"))),
+            ]
+        )
+
+        assert outcomes[0] is outcomes[2] is outcomes[3] is True
+        assert isinstance(outcomes[1], StaleVersionError)
+        assert isinstance(outcomes[4], DuplicateError)
+        stored = await repository.get("one")
+        assert stored is not None
+        assert (stored.name, stored.version) == ("third", 4)
+
+    async def test_row_that_the_driver_refuses_fails_none_but_its_caller(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        async with ticking.transaction() as session:
+            connection = await session.connection()
+            await connection.exec_driver_sql(
+                "CREATE TRIGGER refuse_bad BEFORE INSERT ON tasks WHEN NEW.name = 'bad'"
+                " BEGIN SELECT RAISE(ABORT, 'refused for the test'); END"
+            )
+        repository = TaskRepository(ticking)
+        names = ["a", "b", "bad", "c", "d"]
+
+        tasks = [make_task(task_id=name, name=name) for name in names]
+        outcomes = await finished([start(repository.create(task)) for task in tasks])
+
+        assert isinstance(outcomes[2], InvalidDataError)
+        assert [outcome for outcome in outcomes if outcome is True] == [True] * 4
+        assert sorted(task.version for task in tasks if task.name != "bad") == [1, 2, 3, 4]
+        assert await repository.count_by_status() == 4
+
+    @ends_the_thread
+    async def test_writer_goes_on_after_its_thread_has_ended(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: the connection of the old thread is used on, with its open transaction."""
+        repository = TaskRepository(ticking)
+        await repository.create(make_task(task_id="before"))
+
+        def end(unit: Unit, operations: Sequence[Any]) -> Sequence[Any]:
+            unit.connection.exec_driver_sql("DELETE FROM tasks")
+            raise SystemExit
+
+        with pytest.raises(UnavailableError):
+            await asyncio.wait_for(ticking.write(end, None), PATIENCE)
+        await asyncio.wait_for(repository.create(make_task(task_id="after")), PATIENCE)
+
+        stored = {task.task_id for task in await repository.list_pending_tasks()}
+        assert stored == {"before", "after"}
+
+    async def test_writes_from_two_loops_share_the_writer(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        repository = TaskRepository(ticking)
+        mine, theirs = ([make_task() for _ in range(200)] for _ in range(2))
+
+        async def write(tasks: Sequence[Any]) -> None:
+            for at in range(0, len(tasks), 20):
+                await asyncio.gather(*[repository.create(task) for task in tasks[at : at + 20]])
+
+        other = InThread(lambda: write(theirs))
+        await write(mine)
+        await other.join()
+
+        assert sorted(task.version for task in [*mine, *theirs]) == list(range(1, 401))
+        assert await repository.count_by_status() == 400
+
+    async def test_transactions_and_the_writer_alternate_first_come_first_served(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: `transaction()` commits without the gate, and its changes reach a cache late."""
+        repository = TaskRepository(ticking)
+        told: list[int] = []
+        unlisten = ticking.listen(
+            lambda committed: told.extend(event.change.revision for event in committed)
+        )
+
+        async def in_a_transaction(number: int) -> None:
+            async with ticking.transaction() as session:
+                await TaskRepository(session).create(make_task(task_id=f"t{number}"))
+
+        async def by_the_writer(number: int) -> None:
+            await repository.create(make_task(task_id=f"w{number}"))
+
+        await asyncio.gather(
+            *[work(number) for number in range(25) for work in (in_a_transaction, by_the_writer)]
+        )
+        unlisten()
+
+        assert told == list(range(1, 51))
+
+    async def test_error_of_a_writer_that_waits_in_vain_names_the_transaction(
+        self, tmp_path: Path, make_task: MakeTask
+    ) -> None:
+        async with (
+            Database(tmp_path / "busy.db", timeout=0.05) as database,
+            database.transaction(timeout=3600),
+        ):
+            waiting = InThread(lambda: TaskRepository(database).create(make_task()))
+            with pytest.raises(DeadlineError, match="while a transaction has had the database"):
+                await waiting.join()
+
+    async def test_thousand_callers_of_which_many_are_cancelled_lose_nothing(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Whoever was not cancelled is stored; whoever was, is stored wholly or not at all."""
+        repository = TaskRepository(ticking)
+        tasks = [make_task(task_id=f"{number:04}") for number in range(1000)]
+        calls = [start(repository.create(task)) for task in tasks]
+
+        for number in range(0, 1000, 3):
+            calls[number].cancel()
+            if number % 100 == 0:
+                await asyncio.sleep(0)
+        outcomes = await finished(calls)
+
+        stored = {task.task_id for task in await repository.list_pending_tasks(limit=None)}
+        for number, (task, outcome) in enumerate(zip(tasks, outcomes, strict=True)):
+            if number % 3 == 0:
+                assert outcome is True or isinstance(outcome, asyncio.CancelledError)
+            if outcome is True:
+                assert task.task_id in stored
+        assert not [outcome for outcome in outcomes if isinstance(outcome, StoreError)]
