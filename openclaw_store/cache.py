@@ -60,7 +60,8 @@ class Cache:
         self.task_counts = Counter(start.task_counts)
         self.is_counted = True
         """Whether `task_counts` are right; clean-up can remove changes before they are seen."""
-        self._ahead: dict[int, Change] = {}  # applied, though some before them were not
+        # Applied, though some before them were not; with the status they were counted from.
+        self._ahead: dict[int, tuple[Change, str | None]] = {}
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
         self._pending: SortedKeys[tuple[int, datetime, str]] = SortedKeys()
         self._free: dict[str, tuple[float, int, str]] = {}
@@ -102,7 +103,7 @@ class Cache:
 
     def catch_up(self, news: News) -> None:
         """Take over what the feed says, from this and other processes."""
-        later = [change for change in self._ahead.values() if change.revision > news.read_at]
+        later = [change for change, _ in self._ahead.values() if change.revision > news.read_at]
         removed_since = {
             (KINDS[change.item], change.item_id)
             for change in later
@@ -125,16 +126,15 @@ class Cache:
         if news.revision > self.complete:
             self.complete = news.revision
             self.version = max(self.version, self.complete)
-            self._ahead = {
-                revision: change
-                for revision, change in self._ahead.items()
-                if revision > self.complete
-            }
+            for revision in [revision for revision in self._ahead if revision <= self.complete]:
+                self._catch_up_with(revision)
             self._close_gap()
         if news.task_counts is not None and not must_wait:
             self.task_counts = Counter(news.task_counts)
             for change in later:
-                self._count_status(change)
+                self._count_status(change.from_status, change)
+                if change.revision in self._ahead:
+                    self._ahead[change.revision] = (change, change.from_status)
             self.is_counted = True
 
     def remember(self, record: Record[Task]) -> None:
@@ -291,24 +291,50 @@ class Cache:
         """Count a change; `False` if it was counted before."""
         if change.revision <= self.complete or change.revision in self._ahead:
             return False
-        self._count_status(change)
-        self._ahead[change.revision] = change
+        if change.revision == self.complete + 1:
+            before = change.from_status
+        else:  # what came before is not known yet: count from what is
+            before = self._status_here(change)
+        self._count_status(before, change)
+        self._ahead[change.revision] = (change, before)
         if change.revision > self.version:
             self.version = change.revision
             self.updated_at = change.changed_at
         self._close_gap()
         return True
 
-    def _count_status(self, change: Change) -> None:
+    def _status_here(self, change: Change) -> str | None:
+        """The status that the counts have an item in."""
+        place = (KINDS[change.item], change.item_id)
+        entry = self.unsaved.get(place)
+        known = self._visible(place) if entry is None else entry.committed
+        if known is not None:
+            return str(known["status"].value)
+        # Finished tasks are counted, though few of them are in memory.
+        return change.from_status if change.from_status in FINISHED else None
+
+    def _count_status(self, before: str | None, change: Change) -> None:
         if change.item == ITEM[Task]:
-            if change.from_status is not None:
-                self.task_counts[change.from_status] -= 1
+            if before is not None:
+                self.task_counts[before] -= 1
+                if self.task_counts[before] < 0:  # a row that somebody inserted by hand
+                    self.is_counted = False
             if change.to_status is not None:
                 self.task_counts[change.to_status] += 1
 
+    def _catch_up_with(self, revision: int) -> None:
+        """All before `revision` is counted now: count it from where that has left it."""
+        change, before = self._ahead.pop(revision)
+        if change.item == ITEM[Task] and before != change.from_status:
+            if before is not None:
+                self.task_counts[before] += 1
+            if change.from_status is not None:
+                self.task_counts[change.from_status] -= 1
+
     def _close_gap(self) -> None:
-        while self._ahead.pop(self.complete + 1, None) is not None:
+        while self.complete + 1 in self._ahead:
             self.complete += 1
+            self._catch_up_with(self.complete)
 
     def _commit(self, place: Place, record: Record[Any] | None, revision: int) -> None:
         """Take over an entry that the database held at `revision`, unless a newer one is here."""

@@ -201,7 +201,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be written.
         """
         engines = self._engines_here()
-        self._refuse_inside()
+        self.refuse_inside()
         seconds = self.transaction_timeout if timeout is None else timeout
         async with self._gate_held("a transaction"):
             session = engines.write_sessions()
@@ -285,7 +285,7 @@ class Database:
             DeadlineError: Inside a `transaction()`: it would wait for itself.
         """
         self._check_ready()
-        self._refuse_inside()
+        self.refuse_inside()
         return self._writer.submit(apply, operation)
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
@@ -327,7 +327,7 @@ class Database:
             UnavailableError: If another process keeps the database locked, or the disk is full.
         """
         self._check_ready()
-        self._refuse_inside()
+        self.refuse_inside()
         async with self._gate_held("a vacuum"):
             await _finish(asyncio.to_thread(sqlite.vacuum, self._path, self.timeout))
 
@@ -425,7 +425,8 @@ class Database:
         if self._state == "closed":
             raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
 
-    def _refuse_inside(self) -> None:
+    def refuse_inside(self) -> None:
+        """Raise `DeadlineError` inside a `transaction()`, where a write would wait for itself."""
         unit = _inside.get()
         if unit is not None and not unit.finished:
             raise DeadlineError(

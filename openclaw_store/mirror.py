@@ -195,8 +195,12 @@ class Mirror:
 
     async def remove(self, place: Place) -> bool:
         """Remove an entry; `False` if there is none."""
-        removed = await self.submit(Remove(*place))
-        return self.cache.discard(place) or bool(removed)
+        if place not in self.cache.unsaved:
+            return bool(await self.submit(Remove(*place)))
+        self._database.refuse_inside()
+        async with self._settling:  # else it might be written behind the removal
+            removed = await self.submit(Remove(*place))
+            return self.cache.discard(place) or bool(removed)
 
     async def settle(self, place: Place) -> None:
         """Write an entry that is only in memory.
@@ -206,6 +210,7 @@ class Mirror:
             NotFoundError: If it was to change what was removed meanwhile; it was dropped.
         """
         if place in self.cache.unsaved:
+            self._database.refuse_inside()  # who holds the lock may wait for that transaction
             async with self._settling:
                 await self._settle(place)
 
@@ -217,6 +222,7 @@ class Mirror:
             BackendError: If the database could not be written.
         """
         conflicts: list[StoreError] = []
+        self._database.refuse_inside()
         async with self._settling:
             places = list(self.cache.unsaved)
             for start in range(0, len(places), PAGE):

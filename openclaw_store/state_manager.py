@@ -362,8 +362,11 @@ class StateManager:
             if value is not None:
                 usage[name] = check(name, value)
         place = (NodeInfo, check_key("node_id", node_id))
-        if self._mirror.cache.find(place) is None:
+        record = self._mirror.cache.find(place)
+        if record is None:
             await self.refresh_from_database()
+        elif record["status"] is NodeStatus.OFFLINE:
+            await self._mirror.settle(place)  # else what is unsaved would set it OFFLINE again
         record = self._mirror.cache.find(place)
         if record is None:
             return False
@@ -371,7 +374,7 @@ class StateManager:
         last = record["last_heartbeat"]
         if last is None or beat.at >= last:
             self._mirror.beat(beat)
-            if record["status"] is NodeStatus.OFFLINE and place not in self._mirror.cache.unsaved:
+            if record["status"] is NodeStatus.OFFLINE:
                 await self._mirror.flush_beats()
         return True
 

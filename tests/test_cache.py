@@ -408,10 +408,11 @@ class TestNodes:
 
         for revision, (command, fields) in enumerate(commands, start=1):
             id = fields["node_id"]
-            record = encode(NodeInfo(hostname="host", **fields)).evolve(version=revision)
+            seen = held.get(id, stored.get(id))  # whose heartbeat is never taken back
+            last_heartbeat = None if seen is None else seen["last_heartbeat"]
+            record = encode(NodeInfo(hostname="host", last_heartbeat=last_heartbeat, **fields))
+            record = record.evolve(version=revision)
             if command == "commit":
-                if id in stored:
-                    record = record.evolve(last_heartbeat=stored[id]["last_heartbeat"])
                 stored[id] = record
                 tell(id, revision, "online")
             elif command == "beat" and id in stored:

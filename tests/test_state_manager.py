@@ -10,6 +10,7 @@ import random
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import FrozenInstanceError, asdict, replace
 from itertools import count
 from pathlib import Path
@@ -784,6 +785,25 @@ class TestUnsaved:
         await manager.sync_to_database()
         await assert_mirrors_database(manager)
 
+    @pytest.mark.parametrize("turns", range(6))
+    async def test_removed_while_it_is_being_written_it_is_gone(
+        self, manager: StateManager, make_task: MakeTask, make_node: MakeNode, turns: int
+    ) -> None:
+        task, node = make_task(), make_node()
+        await manager.add_task(task, persist=False)
+        await manager.add_node(node, persist=False)
+
+        writing = asyncio.ensure_future(manager.sync_to_database())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await manager.remove_task(task.task_id) is True
+        assert await manager.remove_node(node.node_id) is True
+        await writing
+
+        assert await manager.get_task(task.task_id) is None
+        assert await manager.get_node(node.node_id) is None
+        await assert_mirrors_database(manager)
+
     async def test_is_written_by_shutdown(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -1109,6 +1129,21 @@ class TestHeartbeats:
         if back:  # an ordinary change, which is committed when it returns
             assert await manager.node_repo.get(node.node_id) == stored
 
+    @pytest.mark.parametrize("was_saved", [True, False])
+    async def test_brings_a_node_back_that_is_offline_in_memory_alone(
+        self, manager: StateManager, make_node: MakeNode, was_saved: bool
+    ) -> None:
+        node = make_node(status=NodeStatus.OFFLINE)
+        await manager.add_node(node, persist=was_saved)
+        await manager.update_node(node, persist=False)
+
+        assert await manager.update_heartbeat(node.node_id) is True
+
+        [online] = await manager.get_online_nodes()
+        assert online.node_id == node.node_id
+        await manager.sync_to_database()
+        await assert_mirrors_database(manager)
+
     async def test_of_an_unknown_node(self, manager: StateManager) -> None:
         assert await manager.update_heartbeat("unknown") is False
 
@@ -1179,6 +1214,37 @@ class TestHeartbeats:
             clock(),
         )
         await assert_mirrors_database(manager)
+
+    async def test_outlives_an_update_that_was_refused(
+        self, manager: StateManager, node: NodeInfo, clock: FakeClock
+    ) -> None:
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+
+        with pytest.raises(StaleVersionError):
+            await manager.update_node(replace(node, version=99))
+
+        await manager.sync_to_database()
+        stored = await manager.node_repo.get(node.node_id)
+        assert stored == replace(node, cpu_usage=50.0, last_heartbeat=clock())
+        await assert_mirrors_database(manager)
+
+    async def test_that_comes_while_another_is_being_written_is_written_next(
+        self, manager: StateManager, node: NodeInfo, clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        async def beat_again() -> None:
+            clock.advance(seconds=1)
+            await manager.update_heartbeat(node.node_id, disk_usage=99)
+
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+        meanwhile(monkeypatch, manager.db, beat_again)
+        await manager.sync_to_database()
+        seen = await manager.get_node(node.node_id)
+        await manager.sync_to_database()
+
+        expected = replace(node, cpu_usage=50.0, disk_usage=99.0, last_heartbeat=clock())
+        assert seen == expected
+        assert await manager.node_repo.get(node.node_id) == expected
 
     async def test_that_waits_does_not_hide_what_another_manager_wrote(
         self, manager: StateManager, node: NodeInfo, open_manager: OpenManager
@@ -1675,6 +1741,28 @@ class TestTwoManagers:
 
         assert await other.update_task(task) is True
 
+    async def test_own_writes_during_a_reload_are_not_lost(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(mirror, "RELOAD_AFTER", 3)
+        other = await open_manager()
+        read_live = feed.read_live
+        for _ in range(5):
+            await manager.add_task(make_task())
+
+        async def read_slowly(session: Any) -> AsyncIterator[Any]:
+            await other.add_task(make_task())
+            async for page in read_live(session):
+                yield page
+                await other.add_task(make_task())
+
+        monkeypatch.setattr(mirror, "read_live", read_slowly)
+        await other.refresh_from_database()
+
+        await assert_mirrors_database(other)
+        assert len(await other.get_pending_tasks()) == 7
+
     async def test_refreshes_at_the_same_time_agree(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -1771,6 +1859,54 @@ class TestTransactions:
             assert await manager.get_all_nodes() == [node]  # memory can be read
 
         assert await manager.add_task(make_task()) is True
+
+    async def test_call_that_would_wait_for_one_that_waits_raises(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        """A synchronisation in the background waits for the transaction to end."""
+        task = make_task()
+        await manager.add_task(task, persist=False)
+
+        async with manager.db.transaction():
+            writing = asyncio.create_task(manager.sync_to_database(), context=Context())
+            await asyncio.sleep(0)
+            for call in (
+                manager.update_task(task),
+                manager.remove_task(task.task_id),
+                manager.change_task(task.task_id, lambda task: setattr(task, "name", "x")),
+                manager.sync_to_database(),
+            ):
+                with pytest.raises(DeadlineError, match="would wait for the transaction it is in"):
+                    await call
+
+        assert await writing is True
+        await assert_mirrors_database(manager)
+
+    async def test_copy_read_in_one_that_was_rolled_back_stays_outdated(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        """Its version would be that of the next change."""
+        task = make_task()
+        await manager.add_task(task)
+        copies: list[Task] = []
+
+        async def fail() -> None:
+            async with manager.db.transaction() as tx:
+                own = replace(task, name="undone")
+                await TaskRepository(tx).update(own)
+                copies.extend(await TaskRepository(tx).list_pending_tasks())
+                raise RuntimeError("changed my mind")
+
+        with pytest.raises(RuntimeError):
+            await fail()
+        task.name = "kept"
+        await manager.update_task(task)
+        for copy in copies:
+            with pytest.raises(StaleVersionError):
+                await manager.update_task(copy)
+
+        assert len(copies) == 1
+        assert await manager.get_task(task.task_id) == task
 
 
 class TestLife:
@@ -1887,6 +2023,31 @@ class TestLife:
             await manager.initialize()
 
         assert not manager.is_initialized
+        await manager.shutdown()
+
+    async def test_context_of_a_database_that_cannot_be_opened_raises(self, tmp_path: Path) -> None:
+        manager = StateManager(Database(tmp_path))
+
+        with pytest.raises(UnavailableError, match="is a folder"):
+            await manager.__aenter__()
+
+        with pytest.raises(UnavailableError, match="was shut down"):
+            await manager.initialize()
+
+    async def test_failure_to_load_raises(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def fail(work: Any) -> Any:
+            raise UnavailableError("the disk is gone")
+
+        manager = StateManager(database, auto_sync_interval=30)
+        with monkeypatch.context() as broken:
+            broken.setattr(database, "read", fail)
+            with pytest.raises(UnavailableError, match="the disk is gone"):
+                await manager.initialize()
+
+        assert not manager.is_initialized
+        assert await manager.initialize() is True
         await manager.shutdown()
 
     async def test_database_that_is_newer_raises(self, database: Database, location: Path) -> None:

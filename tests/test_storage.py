@@ -499,6 +499,25 @@ class TestIntegration:
             assert await store.update_task(task) is True
             assert await store.task_repo.get("by-hand") == task
 
+    async def test_row_inserted_by_hand_meanwhile_is_counted_after_the_next_refresh(
+        self, manager: StateManager, location: Path
+    ) -> None:
+        by_hand = sqlite3.connect(location)
+        by_hand.execute(
+            "INSERT INTO tasks"
+            " (task_id, task_type, name, description, required_skills, status, priority)"
+            " VALUES ('by-hand', 'batch', 'a name', 'some text', '[]', 'pending', 1)"
+        )
+        by_hand.commit()
+        by_hand.close()
+
+        await manager.change_task("by-hand", lambda task: setattr(task, "status", "running"))
+        await manager.refresh_from_database()
+
+        stats = await manager.get_task_stats()
+        assert (stats["total"], stats["pending"], stats["running"]) == (1, 0, 1)
+        assert list((await manager.get_state()).tasks) == ["by-hand"]
+
     @pytest.mark.parametrize("value", [0, False, "", [], {}, 0.0])
     async def test_falsy_results_come_back_as_themselves_after_a_restart(
         self, location: Path, value: Any, task: Task
