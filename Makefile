@@ -2,9 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check test demo bench clean
+.PHONY: check lint test demo bench clean
 
-check: test
+check: test lint
+
+lint: $(BIN)/pytest
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -24,4 +26,4 @@ $(BIN)/pytest: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist data
+	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

@@ -19,11 +19,17 @@ from typing import Any
 from openclaw_store.changes import ITEM, KINDS, Change, ChangeKind, Event, Place, place_of
 from openclaw_store.feed import News, Start
 from openclaw_store.indexes import Records, SortedKeys
-from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.models import (
+    FINISHED,
+    WAITING,
+    ClusterState,
+    NodeInfo,
+    NodeStatus,
+    Task,
+    TaskStatus,
+)
 from openclaw_store.operations import Beat
 from openclaw_store.records import Record
-
-_WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
 
 
 @dataclass(slots=True)
@@ -71,8 +77,6 @@ class Cache:
         self._aliases: dict[Place, tuple[int, int]] = {}
         self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
-
-    # What was committed.
 
     def add(self, record: Record[Any]) -> None:
         """Take over a row of the start."""
@@ -141,8 +145,6 @@ class Cache:
         """Keep a finished task that was read from the database."""
         if record["status"] in FINISHED and (Task, record["task_id"]) not in self.unsaved:
             self._finish(record["task_id"], record)
-
-    # What is only in memory.
 
     def hold(self, record: Record[Any], base: Record[Any] | None) -> None:
         """Show an entry before it is committed."""
@@ -214,8 +216,6 @@ class Cache:
             usage = {**beat.usage, **newer.usage}
             self._waiting[beat.id] = Beat(beat.id, newer.at, usage)
 
-    # Reading.
-
     def task(self, task_id: str) -> Record[Task] | None:
         """A live task, or a finished one that is in memory."""
         record = self.tasks.get(task_id)
@@ -284,8 +284,6 @@ class Cache:
             total_tasks=self.task_counts.total(),
             running_tasks=self.task_counts[TaskStatus.RUNNING],
         )
-
-    # How it is kept.
 
     def _count(self, change: Change) -> bool:
         """Count a change; `False` if it was counted before."""
@@ -460,7 +458,7 @@ class Cache:
 
 def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
     fields = record.fields
-    if fields["status"] in _WAITING:
+    if fields["status"] in WAITING:
         return fields["priority"], fields["submitted_at"], fields["task_id"]
     return None
 

@@ -34,7 +34,6 @@ from openclaw_store.schema import (
     ROWS,
     ChangeRow,
     CounterRow,
-    TaskRow,
     decoders_of,
     plan_of,
     table_of,
@@ -167,13 +166,10 @@ class Row:
             stamps: dict[str, Any] = {"updated_at": self.now}
         else:
             stamps = {}
-        kind = (
-            ChangeKind.CREATED
-            if created
-            else ChangeKind.UPDATED
-            if before == self.status
-            else ChangeKind.STATUS
-        )
+        if created:
+            kind = ChangeKind.CREATED
+        else:
+            kind = ChangeKind.UPDATED if before == self.status else ChangeKind.STATUS
         change = self._ledger.add(self, kind, before, reason)
         self.version = stamps["version"] = change.revision
         self.record = record.evolve(**stamps)
@@ -212,7 +208,7 @@ class Ledger:
         self.forgotten: list[tuple[str, str, int]] = []
         """Identifier and item of those whose changes before a revision are to be removed."""
         self.beaten = False
-        unit.last.append(self._write)
+        unit.before_commit.append(self._write)
 
     def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
         """Number a change."""
@@ -286,13 +282,10 @@ class _Statements:
             plan_of(kind, FIELDS[kind], _DIALECT),
         )
         self.delete = _compile(delete(self._table).where(self._key == bindparam("key")))
-        self.read = (
-            _compile(select(*COLUMNS[kind]).where(wanted)),
-            decoders_of(kind, _DIALECT),
-        )
-        if kind is Task:
-            brief = select(TaskRow.task_id, TaskRow.version, TaskRow.status, TaskRow.assigned_node)
-            self.read_brief = _compile(brief.where(wanted))
+        # Of a task the decisions need little; nodes are few, and some writes need all of them.
+        names = ("task_id", "version", "status", "assigned_node")
+        columns = COLUMNS[kind] if kind is NodeInfo else [self._table.c[name] for name in names]
+        self.read = _compile(select(*columns).where(wanted))
 
     def update(self, names: frozenset[str]) -> tuple[str, Plan]:
         """The statement that writes the named columns and no others, and their order in it."""
@@ -316,6 +309,7 @@ def _compile(statement: ClauseElement, columns: Sequence[str] | None = None) -> 
 _DIALECT = sqlite.dialect()
 _CHANGES = ChangeRow.metadata.tables["changes"]
 _STATEMENTS = {kind: _Statements(kind) for kind in ROWS}
+_NODE_DECODERS = decoders_of(NodeInfo, _DIALECT)
 _INSERT_CHANGE = _compile(insert(_CHANGES), _CHANGES.c.keys())
 _FORGET = _compile(
     delete(_CHANGES).where(
@@ -336,13 +330,13 @@ def _load(unit: Unit, kind: type[Any], rows: Mapping[str, Row]) -> None:
     statements = _STATEMENTS[kind]
     ids = orjson.dumps(list(rows)).decode()
     if kind is NodeInfo:
-        for values in unit.execute(statements.read[0], (ids,)):
-            record = decode(NodeInfo, list(map(_call, statements.read[1], values)))
+        for values in unit.execute(statements.read, (ids,)):
+            record = decode(NodeInfo, list(map(_call, _NODE_DECODERS, values)))
             row = rows[record["node_id"]]
             row.stored, row.record = True, record
             row.version, row.status = record.version, record["status"].value
     else:
-        for id, version, status, node in unit.execute(statements.read_brief, (ids,)):
+        for id, version, status, node in unit.execute(statements.read, (ids,)):
             row = rows[id]
             row.stored, row.version, row.status, row.node = True, version, status, node
 

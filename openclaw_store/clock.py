@@ -30,7 +30,7 @@ def new_id() -> str:
     48 bits of milliseconds since 1970 and 52 random bits, counted up within one millisecond
     (the monotonic variant of UUIDv7, RFC 9562 section 6.2, shortened), in Crockford's base 32.
     Two processes that each make 1,000 identifiers in the same millisecond collide with a
-    probability of 2 in 10^10, and the store then refuses the second one.
+    probability of 4 in 10^13, and the store then refuses the second one.
     """
     global _last
     milliseconds = int(utc_now().timestamp() * 1000)

@@ -49,7 +49,8 @@ class Database:
     Args:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
             gone when this object is closed. Folders are made; nothing is opened yet.
-        clock: Tells the time for everything the store stamps or compares.
+        clock: Tells the time for everything the store stamps or compares. (`Task.create` has the
+            system's time, unless it is given one.)
         timeout: Seconds a write waits for its turn, before `DeadlineError` or `UnavailableError`.
         transaction_timeout: Seconds a `transaction()` may take.
         pool_size: Connections kept for reading.
@@ -199,6 +200,7 @@ class Database:
         Raises:
             DeadlineError: If the block took longer (it is rolled back), or its turn did not come.
             UnavailableError: If the database is not open, or cannot be written.
+            OutcomeUnknownError: If the disk failed while committing.
         """
         engines = self._engines_here()
         self.refuse_inside()

@@ -31,7 +31,7 @@ def _restore(kind: type[StoreError], args: tuple[object, ...], state: dict[str, 
 
 
 class InvalidDataError(StoreError, ValueError):
-    """A value was refused; nothing was written."""
+    """A value cannot be stored, or read back; nothing was written."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -106,7 +106,7 @@ class UnavailableError(BackendError):
 
 
 class DeadlineError(BackendError):
-    """Something took longer than it may; it was undone."""
+    """Something took, or would take, longer than it may; nothing of it was written."""
 
 
 class SchemaMismatchError(BackendError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.changes import KEY, KINDS, Change, ChangeKind, Place
@@ -64,8 +64,11 @@ async def read_start(session: AsyncSession) -> Start:
 
 async def read_live(session: AsyncSession) -> AsyncIterator[Sequence[Record[Any]]]:
     """All nodes and all live tasks, page by page."""
-    for query in (select(*COLUMNS[NodeInfo]), select(*COLUMNS[Task]).where(IS_LIVE)):
-        kind: Any = NodeInfo if query.get_final_froms()[0] is NodeRow.__table__ else Task
+    live: Sequence[tuple[Any, Select[Any]]] = (
+        (NodeInfo, select(*COLUMNS[NodeInfo])),
+        (Task, select(*COLUMNS[Task]).where(IS_LIVE)),
+    )
+    for kind, query in live:
         result = await session.stream(query)
         async for rows in result.partitions(PAGE):
             yield [decode(kind, row) for row in rows]

@@ -7,10 +7,9 @@ any number of processes may try at once, and a killed one leaves the schema it f
 from __future__ import annotations
 
 import os
-import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ def check(path: Path) -> bool:
     Raises:
         SchemaMismatchError: If it is newer, or was not made by this library.
     """
-    with sqlite.translated(path), closing(sqlite3.connect(path)) as connection:
+    with sqlite.translated(path), sqlite.opened(path) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         revision: str | None = None
         if "alembic_version" in tables:
@@ -74,8 +73,8 @@ def require(path: Path) -> None:
     """
     if not check(path):
         raise SchemaMismatchError(
-            f"the schema of {path} is older than {HEAD}: "
-            f'run "alembic -x url={path} upgrade head", or initialize(migrate=True)'
+            f"the schema of {path} is older than {HEAD}: call initialize(migrate=True), "
+            f'or run "alembic -x url={path} upgrade head" in a checkout'
         )
 
 

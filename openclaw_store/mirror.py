@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
@@ -72,7 +73,8 @@ class Mirror:
         self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
-        self._unsaved_version = 0
+        # Counted down from a place of its own: a copy from another manager must not match.
+        self._unsaved_version = -secrets.randbits(56)
 
     async def start(self) -> None:
         """Listen to what this process commits, and load what there is."""
@@ -110,8 +112,9 @@ class Mirror:
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         if operation.kind is NodeInfo and not isinstance(operation, Create):
-            for beat in self.cache.take_beats(operation.id):
-                return self._submit_behind(beat, operation)
+            beats = self.cache.take_beats(operation.id)
+            if beats:
+                return self._submit_behind(beats[0], operation)
         return self._database.write(apply, operation)
 
     async def _submit_behind(self, beat: Beat, operation: Operation) -> Any:

@@ -38,6 +38,9 @@ class TaskStatus(StrEnum):
     TIMEOUT = "timeout"
 
 
+WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
+"""The states of tasks that wait to be run."""
+
 FINISHED = frozenset(
     {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT}
 )
@@ -127,7 +130,8 @@ class Task:
         Args:
             task_id: An identifier of the caller's; `None` makes one that sorts by time.
             timeout: Seconds the task may run; `None` for no limit.
-            submitted_at: `None` for the present moment.
+            submitted_at: `None` for the present moment, by the system's clock; with a clock of
+                your own, pass its time.
         """
         return cls(
             task_id=new_id() if task_id is None else task_id,
@@ -200,6 +204,7 @@ class ClusterState:
     tasks: Mapping[str, Task]
     """The live tasks: pending, scheduled and running."""
     total_nodes: int
+    """All nodes in the database; entries that are only in memory do not count."""
     online_nodes: int
     total_tasks: int
     """All tasks in the database, finished ones included."""

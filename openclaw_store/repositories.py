@@ -240,8 +240,8 @@ class TaskRepository(Repository[Task]):
         """Remove tasks that finished more than `days` days ago, and their history.
 
         A finished task without `completed_at` counts from its last change. Works in batches:
-        others write in between, and after an error it can simply be called again (a note on the
-        error says how many were removed).
+        others write in between (but not in a caller's transaction), and after an error it can
+        simply be called again (a note on the error says how many were removed).
 
         Args:
             days: Age in days, from 0.

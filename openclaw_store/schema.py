@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Final
 
+import orjson
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
@@ -37,6 +38,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.models import (
     FINISHED,
+    WAITING,
     NodeInfo,
     NodeStatus,
     Task,
@@ -126,6 +128,9 @@ class Json(TypeDecorator[Any]):
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         return None if value is None else encode_json("value", value)
 
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else orjson.loads(value)
+
 
 class _UtcNow(GenericFunction[datetime]):
     """The present moment as `UtcTime` stores it, for rows that people insert by hand."""
@@ -149,7 +154,7 @@ def _in(states: Iterable[TaskStatus]) -> TextClause:
 
 
 # SQLite uses a partial index only for queries that repeat its condition to the letter.
-IS_PENDING = _in((TaskStatus.PENDING, TaskStatus.SCHEDULED))
+IS_PENDING = _in(WAITING)
 """Whether a task waits to be run."""
 IS_FINISHED = _in(FINISHED)
 """Whether a task is done."""

@@ -1,6 +1,7 @@
 """How SQLite is opened, locked, copied and understood when it fails.
 
-Every connection is in WAL mode with `synchronous=FULL`: a commit is on the disk when it returns.
+Every connection that writes is in WAL mode with `synchronous=FULL`: a commit is on the disk when
+it returns.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def backup(path: Path, target: Path, *, overwrite: bool, timeout: float) -> None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
-            closing(sqlite3.connect(path, **_options(_ReadConnection))) as source,
+            opened(path) as source,
             closing(sqlite3.connect(partial, isolation_level=None)) as copy,
         ):
             # All pages in one step: a copy in several starts again with every write meanwhile.
@@ -268,6 +269,11 @@ def vacuum(path: Path, timeout: float) -> None:
     with translated(path), closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
         retrying(lambda: database.execute("VACUUM"), timeout)
     empty_wal(path)
+
+
+def opened(path: Path) -> closing[sqlite3.Connection]:
+    """A connection of its own, which reads only."""
+    return closing(sqlite3.connect(path, **_options(_ReadConnection)))
 
 
 def empty_wal(path: Path) -> None:

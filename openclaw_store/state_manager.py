@@ -42,7 +42,8 @@ class StateManager:
     """Cluster state: answered from memory, kept in a database.
 
     **Durability.** When a write returns, it is committed. Two exceptions: heartbeats are flushed
-    within a second, and entries added with `persist=False` by the next `sync_to_database`.
+    within a second, and what was added or updated with `persist=False` by the next
+    `sync_to_database`.
     **Freshness.** A read sees this process's writes at once, those of others after the next
     `refresh_from_database`: within `auto_sync_interval` seconds. What was seen once never goes
     back.
@@ -92,8 +93,6 @@ class StateManager:
     def __repr__(self) -> str:
         state = f"version {self.version}" if self.is_initialized else "not initialized"
         return f"<StateManager of {self.db!r}, {state}>"
-
-    # Life.
 
     async def initialize(self) -> bool:
         """Open the database, load the state and start the synchronisation; `True`.
@@ -161,8 +160,6 @@ class StateManager:
         """Revision of the newest change in memory; survives a restart."""
         return self._mirror.cache.version
 
-    # The whole state.
-
     async def get_state(self) -> ClusterState:
         """The cluster at this moment, in constant time."""
         self._check_usable()
@@ -178,14 +175,12 @@ class StateManager:
         }
 
     async def get_node_stats(self) -> dict[str, int]:
-        """How many nodes there are: `total`, `online`, `offline`, and `busy`.
+        """How many nodes there are in the database: `total`, `online`, `offline`, and `busy`.
 
         Busy are those with the status BUSY, and those that are ONLINE and full.
         """
         self._check_usable()
         return self._mirror.cache.node_stats()
-
-    # Tasks.
 
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
@@ -236,6 +231,7 @@ class StateManager:
 
         Raises:
             InvalidDataError: If a field cannot be stored.
+            ConflictError: If it was only in memory, and lost to newer data.
         """
         return await self._change(self.task_repo, check_key("task_id", task_id), fn)
 
@@ -245,8 +241,6 @@ class StateManager:
         return await self._mirror.remove((Task, check_key("task_id", task_id)))
 
     delete_task = remove_task
-
-    # Nodes.
 
     async def get_node(self, node_id: str) -> NodeInfo | None:
         """A node; `None` if there is none."""
@@ -312,6 +306,7 @@ class StateManager:
 
         Raises:
             InvalidDataError: If a field cannot be stored.
+            ConflictError: If it was only in memory, and lost to newer data.
         """
         return await self._change(self.node_repo, check_key("node_id", node_id), fn)
 
@@ -399,8 +394,6 @@ class StateManager:
         # Each behind the heartbeat that may have come meanwhile.
         outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
         return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
-
-    # Synchronisation.
 
     async def sync_to_database(self) -> bool:
         """Write what is only in memory; `True`.

@@ -3,14 +3,14 @@
 Committing costs a disk flush, whatever it commits. So one thread takes *everything* that has
 queued, applies it in one transaction, and then takes what has queued meanwhile: the busier the
 store, the larger the batch and the smaller the cost of each operation. There is no timer and no
-limit on a batch, and a lone caller waits for nobody. (Databases write their logs this way; see
-"group commit" in Gray & Reuter, *Transaction Processing*, 1993.)
+limit but that of the queue, and a lone caller waits for nobody. (Databases write their logs this
+way; see "group commit" in Gray & Reuter, *Transaction Processing*, 1993.)
 
 What holds:
 
 - **Each operation is decided by itself.** One that is refused (stale, duplicate, not found) gets
   its own error; the rest of its batch commits.
-- **Order.** Operations are applied in the order in which they were submitted.
+- **Order.** Operations are applied in the order in which they were queued.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
   and after the listeners of that loop (the caches) were told.
 - **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
@@ -69,8 +69,8 @@ class Unit:
         self.now = now
         self.committed: list[Any] = []
         """What the listeners are told once it has committed."""
-        self.last: list[Callable[[], None]] = []
-        """To be done when all operations are applied, before the commit."""
+        self.before_commit: list[Callable[[], None]] = []
+        """To be done when all operations are applied."""
         self.undo: list[Callable[[], None]] = []
         """What restores the objects of callers if it does not commit."""
         self.finished = False
@@ -119,7 +119,7 @@ class Unit:
     def finish(self) -> None:
         """Do what must be done before the commit."""
         self.finished = True
-        for work in self.last:
+        for work in self.before_commit:
             work()
 
 

@@ -632,6 +632,23 @@ async def test_two_managers_on_one_file_behave_as_dictionaries(
     await asyncio.to_thread(run_state_machine_as_test, Machine, settings=limits)
 
 
+async def test_copy_of_what_another_manager_keeps_in_memory_is_stale(
+    manager: StateManager, open_manager: OpenManager, make_task: MakeTask
+) -> None:
+    """Found by the machine: both gave their first unsaved entry the version -1."""
+    other = await open_manager()
+    mine, theirs = make_task(task_id="t", name="mine"), make_task(task_id="t", name="theirs")
+    await manager.add_task(mine, persist=False)
+    await other.add_task(theirs, persist=False)
+
+    for persist in (True, False):
+        with pytest.raises(StaleVersionError):
+            await manager.update_task(theirs, persist=persist)
+
+    assert await manager.get_task("t") == mine
+    await other.remove_task("t")
+
+
 async def test_counts_of_a_manager_that_lags_behind_are_never_negative(
     manager: StateManager, open_manager: OpenManager, make_task: MakeTask
 ) -> None:

@@ -144,7 +144,17 @@ async def finished(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
     """Results and errors of all tasks; fails if one of them hangs."""
     _, hanging = await asyncio.wait(tasks, timeout=PATIENCE)
     assert not hanging
-    return await asyncio.gather(*tasks, return_exceptions=True)
+    return [outcome(task) for task in tasks]
+
+
+def outcome(task: asyncio.Task[Any]) -> Any:
+    """What a task returned or raised."""
+    if task.cancelled():
+        return asyncio.CancelledError()
+    if task.exception() is not None:
+        return task.exception()
+    assert not isinstance(task.result(), BaseException)  # an error is to be raised
+    return task.result()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -504,11 +514,11 @@ class TestCancellation:
         await turns()
         shelf.release.set()
         await asyncio.wait([held], timeout=PATIENCE)
+        assert held.cancelled()
+        await writer.close()
         gc.collect()
 
-        assert held.cancelled()
         assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
-        await writer.close()
 
     async def test_cancelled_caller_does_not_take_others_of_its_batch_along(
         self, shelf: Shelf
@@ -519,10 +529,12 @@ class TestCancellation:
         others = [start(writer.submit(shelf.apply, word)) for word in "abc"]
         await entered(shelf)
 
-        held.cancel()
         shelf.release.set()
+        assert shelf.published.acquire(timeout=PATIENCE)  # the outcomes lie in the inbox
+        held.cancel()
 
         assert await finished(others) == ["A", "B", "C"]
+        assert held.cancelled()
         assert shelf.batches == [["hold", "a", "b", "c"]]
         await writer.close()
 
@@ -572,9 +584,9 @@ class TestBackPressure:
         await writer_.close()
 
     async def test_caller_cancelled_outside_leaves_no_trace(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Planted: waking a caller that was cancelled outside ends the thread."""
+        """Planted: waking a caller that was cancelled outside is an error of the loop."""
         monkeypatch.setattr(writer, "MAX_QUEUED", 1)
         writer_ = shelf.writer()
         held = start(writer_.submit(shelf.apply, "hold"))
@@ -589,6 +601,7 @@ class TestBackPressure:
 
         assert outcomes == ["HOLD", "A", "C"]
         assert [word for batch in shelf.batches for word in batch] == ["hold", "a", "c"]
+        assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
         await writer_.close()
 
     @ends_the_thread
