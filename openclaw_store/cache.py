@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from openclaw_store.changes import ITEM, KINDS, Change, ChangeKind, Event, Place, place_of
+from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
 from openclaw_store.feed import News, Start
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import (
@@ -108,11 +108,7 @@ class Cache:
     def catch_up(self, news: News) -> None:
         """Take over what the feed says, from this and other processes."""
         later = [change for change, _ in self._ahead.values() if change.revision > news.read_at]
-        removed_since = {
-            (KINDS[change.item], change.item_id)
-            for change in later
-            if change.kind is ChangeKind.REMOVED
-        }
+        changed_since = {(KINDS[change.item], change.item_id) for change in later}
         self.is_counted = self.is_counted and news.is_whole
         must_wait = self.complete > news.read_at  # what was committed since cannot be told apart
         changed: dict[Place, None] = {}
@@ -120,7 +116,7 @@ class Cache:
             if self._count(change):
                 changed[KINDS[change.item], change.item_id] = None
         for place in changed:
-            if place not in removed_since:
+            if place not in changed_since:
                 self._commit(place, news.records.get(place), news.read_at)
         for record in news.beaten:
             place = place_of(record)
@@ -171,6 +167,10 @@ class Cache:
             return
         self._hide(place)
         del self.unsaved[place]
+        if stored is not None and (
+            entry.committed is None or entry.committed.version < stored.version
+        ):
+            entry.committed = stored
         if entry.committed is not None:
             self._show(place, None, self._with_beats(entry.committed))
             if stored is not None and entry.committed.version == stored.version:
@@ -341,6 +341,8 @@ class Cache:
         if known is not None and known.version > (revision if record is None else record.version):
             return
         if record is not None:
+            if known is not None and _is_behind(record, known):
+                return
             record = self._with_beats(record)
         if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
             del self._aliases[place]
@@ -461,6 +463,14 @@ def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
     if fields["status"] in WAITING:
         return fields["priority"], fields["submitted_at"], fields["task_id"]
     return None
+
+
+def _is_behind(record: Record[Any], known: Record[Any]) -> bool:
+    """Whether a node's row is older than what is known, by its heartbeat: that has no version."""
+    if record.kind is not NodeInfo or record.version != known.version:
+        return False
+    last, newest = record["last_heartbeat"], known["last_heartbeat"]
+    return newest is not None and (last is None or last < newest)
 
 
 def _skills(record: Record[NodeInfo]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, Self, TypeVar
 from sqlalchemy import Connection, event, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import NullPool
 
 from openclaw_store import migrations, sqlite
@@ -33,9 +34,12 @@ from openclaw_store.errors import (
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.writer import Apply, Gate, Listener, Unit, Writer
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
-_inside: ContextVar[Unit | None] = ContextVar("openclaw_store_transaction", default=None)
+_inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
+"""The transaction that the running task is in, or was made in."""
 
 
 class Database:
@@ -83,7 +87,7 @@ class Database:
         self._remove_folder: Callable[[], object] = lambda: None
         if db_path == ":memory:":
             folder = tempfile.mkdtemp(prefix="openclaw_store-")
-            self._remove_folder = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
             self._path = Path(folder, "memory.db")
         else:
             self._path = sqlite.file_of(db_path)
@@ -119,7 +123,7 @@ class Database:
         async with self._gate_held("a migration"):
             if self._state == "ready":
                 return
-            await _finish(asyncio.to_thread(self._open, migrate))
+            await finish(asyncio.to_thread(self._open, migrate))
             if self._state == "new":  # else it was closed meanwhile
                 self._home = asyncio.get_running_loop()
                 self._state = "ready"
@@ -134,10 +138,11 @@ class Database:
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
         if self._state != "closed" and self._pid == os.getpid():  # else it is the parent's
+            self.refuse_inside()
             self._closing = asyncio.ensure_future(self._close())
         self._state = "closed"
         if self._closing is not None and self._closing.get_loop() is asyncio.get_running_loop():
-            await _finish(self._closing)
+            await finish(self._closing)
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -145,7 +150,11 @@ class Database:
             *[unit for unit in self._background if unit.get_loop() is loop], return_exceptions=True
         )
         await self._writer.close()
-        for engines in self._engines.values():
+        try:
+            await self._gate.enter("closing")  # behind the transactions that are under way
+        except DeadlineError as error:
+            logger.warning("closing in spite of a transaction: %s", error)
+        for engines in list(self._engines.values()):
             await engines.reading.dispose()
             await engines.writing.dispose()
         self._engines.clear()
@@ -172,7 +181,7 @@ class Database:
     @property
     def checked_out_connections(self) -> int:
         """Connections in use by sessions, on all event loops."""
-        return sum(engines.checked_out for engines in self._engines.values())
+        return sum(len(engines.checked_out) for engines in list(self._engines.values()))
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
@@ -182,7 +191,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be read.
         """
         sessions = self._engines_here().sessions
-        with sqlite.translated(self._path, reading=True):
+        with sqlite.translated(self._path, own=False, reading=True):
             async with sessions() as session:
                 yield session
 
@@ -206,25 +215,32 @@ class Database:
         self.refuse_inside()
         seconds = self.transaction_timeout if timeout is None else timeout
         async with self._gate_held("a transaction"):
+            self._check_ready()
             session = engines.write_sessions()
             try:
-                with sqlite.translated(self._path):
+                with sqlite.translated(self._path, own=False):
                     unit = Unit(await self._begin(session), self.clock())
-                    session.info["unit"] = unit
+                    session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
                     outside = _inside.get()
-                    _inside.set(unit)
+                    _inside.set((self, unit))
                     try:
                         async with self._deadline(seconds):
                             yield session
+                        self._gate.limit(self.timeout)
+                        if unit.failure is not None:
+                            raise StoreError(
+                                "a write in the transaction failed, so all of it was rolled back"
+                            ) from unit.failure
                         if not unit.finished:  # else the block rolled back by itself
-                            await _finish(self._commit(session, unit))
+                            await finish(self._commit(session, unit))
                     finally:
+                        unit.finished = True
                         _inside.set(outside)
                         for restore in reversed(unit.undo):
                             restore()
             finally:
-                await _finish(session.close())
+                await finish(session.close())
 
     @asynccontextmanager
     async def _deadline(self, seconds: float) -> AsyncIterator[None]:
@@ -295,8 +311,13 @@ class Database:
         unit = session.info.get("unit")
         if unit is None or unit.finished:
             raise StoreError("this session only reads: take one from `async with transaction()`")
-        with sqlite.translated(self._path):
-            outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
+        async with session.info["turn"]:  # the unit has one cursor
+            try:
+                with sqlite.translated(self._path):
+                    outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
+            except BaseException as error:
+                unit.failure = error  # part of it may be done: it must not be committed
+                raise
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -316,7 +337,7 @@ class Database:
         """
         self._check_ready()
         target = sqlite.file_of(path)
-        await _finish(
+        await finish(
             asyncio.to_thread(
                 sqlite.backup, self._path, target, overwrite=overwrite, timeout=self.timeout
             )
@@ -331,7 +352,8 @@ class Database:
         self._check_ready()
         self.refuse_inside()
         async with self._gate_held("a vacuum"):
-            await _finish(asyncio.to_thread(sqlite.vacuum, self._path, self.timeout))
+            self._check_ready()
+            await finish(asyncio.to_thread(sqlite.vacuum, self._path, self.timeout))
 
     async def get_stats(self) -> dict[str, Any]:
         """Size and contents.
@@ -376,7 +398,9 @@ class Database:
         with self._gate.held("the writer"), sqlite.translated(self._path):
             try:
                 if self._writing_connection is None:
-                    self._writing_connection = self._writing_engine.connect()
+                    self._writing_connection = sqlite.retrying(
+                        self._writing_engine.connect, self.timeout
+                    )
                 connection = self._writing_connection
                 transaction = sqlite.retrying(connection.begin, self.timeout)
                 with transaction:
@@ -401,9 +425,9 @@ class Database:
         self._check_ready()
         loop = asyncio.get_running_loop()
         if loop not in self._engines:
-            for other in [other for other in self._engines if other.is_closed()]:
-                if other is not self._home:  # the pool of the home loop is closed by `close`
-                    del self._engines[other]
+            for other in list(self._engines):
+                if other.is_closed() and other is not self._home:  # whose pool `close` closes
+                    self._engines.pop(other, None)
             self._engines[loop] = _Engines(
                 self,
                 self._path,
@@ -429,8 +453,8 @@ class Database:
 
     def refuse_inside(self) -> None:
         """Raise `DeadlineError` inside a `transaction()`, where a write would wait for itself."""
-        unit = _inside.get()
-        if unit is not None and not unit.finished:
+        database, unit = _inside.get() or (None, None)
+        if database is self and unit is not None and not unit.finished:
             raise DeadlineError(
                 "this call would wait for the transaction it is in: use the session of the "
                 "transaction, as in TaskRepository(tx)"
@@ -448,18 +472,18 @@ class _Engines:
         self.write_sessions = async_sessionmaker(
             self.writing, expire_on_commit=False, info=info, sync_session_class=_WriteSession
         )
-        self.checked_out = 0
+        self.checked_out: set[int] = set()
         for engine in (self.reading, self.writing):
-            self._count(engine)
+            self._note_use(engine)
 
-    def _count(self, engine: AsyncEngine) -> None:
+    def _note_use(self, engine: AsyncEngine) -> None:
         @event.listens_for(engine.sync_engine, "checkout")
-        def checkout(*_: Any) -> None:
-            self.checked_out += 1
+        def checkout(connection: object, record: object, proxy: object) -> None:
+            self.checked_out.add(id(record))
 
         @event.listens_for(engine.sync_engine, "checkin")
-        def checkin(*_: Any) -> None:
-            self.checked_out -= 1
+        def checkin(connection: object, record: object) -> None:
+            self.checked_out.discard(id(record))
 
 
 class _WriteSession(Session):
@@ -471,6 +495,9 @@ class _WriteSession(Session):
             raise StoreError("the transaction commits at the end of its block: do not commit it")
         super().commit()
 
+    def begin_nested(self) -> SessionTransaction:
+        raise StoreError("a transaction has no savepoints: what fails in it undoes all of it")
+
     def rollback(self) -> None:
         unit = self.info.get("unit")
         if unit is not None:
@@ -478,7 +505,7 @@ class _WriteSession(Session):
         super().rollback()
 
 
-async def _finish(work: Awaitable[Result]) -> Result:
+async def finish(work: Awaitable[Result]) -> Result:
     """Do `work` to its end, even when the caller is cancelled meanwhile."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -491,6 +518,11 @@ async def _finish(work: Awaitable[Result]) -> Result:
         _forget(task)
         raise cancelled
     return task.result()
+
+
+def _remove_folder(folder: str, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child's end is not the parent's
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _forget(task: asyncio.Task[Any]) -> None:

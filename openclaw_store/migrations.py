@@ -120,7 +120,10 @@ def connected(
     path = sqlite.file_of(location)
     sqlite.prepare(path, timeout)
     engine = sqlite.writing_engine(path)
-    with sqlite.translated(path), engine.connect() as connection:
+    with (
+        sqlite.translated(path),
+        sqlite.retrying(engine.connect, timeout) as connection,
+    ):
         # SQLite changes a table by copying it, and dropping the old one would delete the rows
         # that refer to it. The switch works outside of transactions only, hence on the driver.
         connection.connection.execute("PRAGMA foreign_keys=OFF")

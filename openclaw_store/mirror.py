@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -24,7 +25,7 @@ from openclaw_store.changes import (
     missing,
     place_of,
 )
-from openclaw_store.database import Database
+from openclaw_store.database import Database, finish
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
@@ -123,11 +124,11 @@ class Mirror:
             outcome = await self._database.write(apply, AfterBeat(beat, operation))
             written = True
             return outcome
-        except ConflictError:
+        except (ConflictError, NotFoundError):
             written = True  # the operation was refused, not the heartbeat
             raise
         finally:
-            self.cache.settle_beat(beat, again=not written)
+            self._settle_beat(beat, again=not written)
 
     async def add(self, record: Record[Item], persist: bool) -> Record[Item]:
         """Add an entry; returns it as it is kept.
@@ -215,7 +216,7 @@ class Mirror:
         if place in self.cache.unsaved:
             self._database.refuse_inside()  # who holds the lock may wait for that transaction
             async with self._settling:
-                await self._settle(place)
+                await finish(self._settle(place))
 
     async def sync(self) -> None:
         """Write everything that is only in memory.
@@ -229,7 +230,7 @@ class Mirror:
         async with self._settling:
             places = list(self.cache.unsaved)
             for start in range(0, len(places), PAGE):
-                page = [self._settle(place) for place in places[start : start + PAGE]]
+                page = [finish(self._settle(place)) for place in places[start : start + PAGE]]
                 for outcome in await asyncio.gather(*page, return_exceptions=True):
                     if isinstance(outcome, ConflictError | NotFoundError):
                         conflicts.append(outcome)
@@ -271,12 +272,20 @@ class Mirror:
             for beat, known in zip_longest(beats, outcomes):
                 # A node that is not written yet keeps its heartbeat until it is.
                 again = known is None or (not known and (NodeInfo, beat.id) in self.cache.unsaved)
-                self.cache.settle_beat(beat, again=again)
+                self._settle_beat(beat, again=again)
+
+    def _settle_beat(self, beat: Beat, *, again: bool) -> None:
+        self.cache.settle_beat(beat, again=again)
+        if again:
+            self._flush_later()
 
     def _flush_later(self) -> None:
         if self._flush_timer is None:
             loop = asyncio.get_running_loop()
-            self._flush_timer = loop.call_later(HEARTBEAT_SECONDS, self._flush_now)
+            # Not in the caller's context: it may be in a transaction, which forbids writing.
+            self._flush_timer = loop.call_later(
+                HEARTBEAT_SECONDS, self._flush_now, context=Context()
+            )
 
     def _flush_now(self) -> None:
         async def flush() -> None:
@@ -284,7 +293,6 @@ class Mirror:
                 await self.flush_beats()
             except Exception:  # nobody waits for it, and the heartbeats wait for the next flush
                 logger.exception("heartbeats could not be written; they are tried again")
-                self._flush_later()
 
         self._flush_timer = None
         self._flush = asyncio.get_running_loop().create_task(flush())
@@ -317,6 +325,10 @@ class Mirror:
         try:
             stored = await self.submit(operation)
         except (ConflictError, NotFoundError) as error:
+            found = await self._repositories[place[0]].get_record(place[1])
+            if found is not None and not found.differences(entry.record):
+                self.cache.release(place, entry, found)  # it was written, and nobody could tell
+                return
             self.cache.release(place, entry, None)
             logger.warning("an unsaved %s was dropped: %s", ITEM[place[0]], error)
             raise

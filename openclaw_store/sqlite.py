@@ -26,6 +26,7 @@ from sqlalchemy.pool import NullPool
 from openclaw_store.errors import (
     InvalidDataError,
     OutcomeUnknownError,
+    SchemaMismatchError,
     StoreError,
     UnavailableError,
 )
@@ -37,10 +38,10 @@ MINIMUM_VERSION = (3, 35, 0)
 _PRAGMAS = (
     "PRAGMA synchronous=FULL",
     "PRAGMA foreign_keys=ON",
-    # Waiting is ours (see `retrying`): SQLite's own busy handler starves under contention.
-    "PRAGMA busy_timeout=0",
     *(("PRAGMA fullfsync=ON",) if sys.platform == "darwin" else ()),
 )
+
+_READ_TIMEOUT_SECONDS = 30.0
 
 _ADVICE = {
     "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
@@ -132,7 +133,9 @@ def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
     # Python 3.12's `autocommit` must stay untouched: with it, WAL and foreign keys silently fail.
     return {
         "isolation_level": None,
-        "timeout": 0,
+        # Waiting to write is ours (see `retrying`): SQLite's own busy handler starves writers. A
+        # reader waits but for a moment, while another process opens or closes the file.
+        "timeout": _READ_TIMEOUT_SECONDS if connection is _ReadConnection else 0,
         "check_same_thread": False,
         "factory": connection,
     }
@@ -289,24 +292,35 @@ def size(path: Path) -> int:
 
 
 @contextmanager
-def translated(path: Path, *, reading: bool = False) -> Iterator[None]:
-    """Raise what the driver raises as the library's own errors, chained to it."""
+def translated(path: Path, *, own: bool = True, reading: bool = False) -> Iterator[None]:
+    """Raise what the driver raises as the library's own errors, chained to it.
+
+    Args:
+        path: The database file, for the messages.
+        own: Whether the statements are the library's; faults in others stay as they are.
+        reading: Whether it is the statements that must not write.
+    """
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error) as error:
+        if not own and isinstance(error, sqlite3.Error):
+            raise  # of another database: ours raises SQLAlchemy's in a session
         if reading and _code(error) == "SQLITE_READONLY":
             raise StoreError("this session only reads: write in `transaction()`") from error
-        own = translate(error, path)
-        if own is error:
+        translation = translate(error, path, own=own)
+        if translation is error:
             raise
-        raise own from error
+        raise translation from error
 
 
-def translate(error: Exception, path: Path, *, committing: bool = False) -> Exception:
+def translate(
+    error: Exception, path: Path, *, own: bool = True, committing: bool = False
+) -> Exception:
     """The library's own error for one of the driver's, decided by its code.
 
     Args:
         path: The database file, for the message.
+        own: Whether the statement was the library's own.
         committing: Whether COMMIT raised it, so that it may have taken effect.
     """
     if isinstance(error, StoreError):
@@ -324,6 +338,10 @@ def translate(error: Exception, path: Path, *, committing: bool = False) -> Exce
         )
     if code in _ADVICE:
         return UnavailableError(f"{path}: {_ADVICE[code]}")
+    if own and code in ("SQLITE_ERROR", "SQLITE_SCHEMA"):
+        return SchemaMismatchError(
+            f"{path}: {_cause(error)}: restore a backup, or give another path"
+        )
     if code in _REFUSED:
         return InvalidDataError("row", f"refused by the database: {_cause(error)}")
     return error

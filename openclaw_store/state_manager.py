@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,7 +47,7 @@ class StateManager:
     `sync_to_database`.
     **Freshness.** A read sees this process's writes at once, those of others after the next
     `refresh_from_database`: within `auto_sync_interval` seconds. What was seen once never goes
-    back.
+    back. (A write by another event loop of this process is seen after a turn of this one.)
     **Isolation.** What is handed out is the caller's own copy. A write from an outdated copy
     raises `StaleVersionError`; `change_task` and `change_node` read, change and write safely.
     **Sharing.** One instance serves any number of coroutines of one event loop. Any number of
@@ -109,7 +110,9 @@ class StateManager:
                 await self._mirror.start()
                 self._loop = asyncio.get_running_loop()
                 if self._interval is not None:
-                    self._sync_loop = self._loop.create_task(self._sync_every(self._interval))
+                    self._sync_loop = self._loop.create_task(
+                        self._sync_every(self._interval), context=Context()
+                    )
         return True
 
     async def shutdown(self) -> None:

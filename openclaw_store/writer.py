@@ -75,6 +75,8 @@ class Unit:
         """What restores the objects of callers if it does not commit."""
         self.finished = False
         """Whether it takes no more operations."""
+        self.failure: BaseException | None = None
+        """What went wrong half-way through an operation, so that it must not commit."""
         self._parts: dict[Any, Any] = {}
 
     @cached_property
@@ -130,6 +132,7 @@ class Gate:
     """
 
     _SLICE_SECONDS = 0.1  # how often those who wait look whether it is hopeless
+    _CLAIM_SECONDS = 2.0  # how long a waiter may take to notice that it is its turn
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -162,6 +165,8 @@ class Gate:
             except BaseException:
                 self._abandon(ticket)
                 raise
+            with self._mutex:
+                self._held_until = None
         try:
             yield
         finally:
@@ -182,6 +187,8 @@ class Gate:
         except BaseException:
             self._abandon(ticket)
             raise
+        with self._mutex:
+            self._held_until = None
 
     def limit(self, seconds: float) -> None:
         """Whoever holds the gate has it for so long from now; then those who wait give up."""
@@ -195,6 +202,8 @@ class Gate:
             if self._waiting:
                 ticket, holder = self._waiting.popleft()
                 self._let_in(holder)
+                # Its event loop may be blocked, and never come to take its turn.
+                self._held_until = self._held_since + self._CLAIM_SECONDS
                 ticket.set_result(None)
 
     def _queue(self, holder: str) -> Future[None] | None:
