@@ -284,8 +284,9 @@ class Database:
         """
 
         async def unit() -> Result:
-            async with self.session() as session:
-                return await work(session)
+            with sqlite.translated(self._path):  # the statements are ours
+                async with self.session() as session:
+                    return await work(session)
 
         task = asyncio.ensure_future(unit())
         self._background.add(task)
