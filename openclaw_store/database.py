@@ -21,7 +21,7 @@ from sqlalchemy import Connection, event, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import migrations, sqlite
 from openclaw_store.clock import Clock, utc_now
@@ -219,7 +219,9 @@ class Database:
             session = engines.write_sessions()
             try:
                 with sqlite.translated(self._path, own=False):
-                    unit = Unit(await self._begin(session), self.clock())
+                    with sqlite.translated(self._path):
+                        connection = await self._begin(session)
+                    unit = Unit(connection, self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
                     outside = _inside.get()
@@ -260,7 +262,7 @@ class Database:
         for delay in sqlite.delays(self.timeout):
             try:
                 return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, sqlite3.Error) as error:
                 await session.rollback()
                 if not sqlite.is_busy(error):
                     raise
@@ -433,7 +435,11 @@ class Database:
                 self,
                 self._path,
                 # A pool cannot serve two loops; only the first one has its connections kept.
-                {"pool_size": self._pool_size, "pool_timeout": self.timeout}
+                {
+                    "pool": AsyncAdaptedQueuePool,
+                    "pool_size": self._pool_size,
+                    "pool_timeout": self.timeout,
+                }
                 if loop is self._home
                 else {"pool": NullPool},
             )

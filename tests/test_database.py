@@ -34,6 +34,7 @@ from openclaw_store import (
     NodeRepository,
     NodeStatus,
     OutcomeUnknownError,
+    SchemaMismatchError,
     StateManager,
     StoreError,
     TaskRepository,
@@ -1039,7 +1040,7 @@ asyncio.run(main(sys.argv[1]))
             ("SQLITE_LOCKED_SHAREDCACHE", UnavailableError, "try again"),
             ("SQLITE_CONSTRAINT_CHECK", InvalidDataError, "refused by the database: what it says"),
             ("SQLITE_TOOBIG", InvalidDataError, "refused by the database: what it says"),
-            ("SQLITE_ERROR", sqlite3.OperationalError, "what it says"),
+            ("SQLITE_ERROR", SchemaMismatchError, "what it says: restore a backup"),
         ],
     )
     def test_error_of_the_driver_is_told_by_its_code(

@@ -1051,7 +1051,7 @@ class TestOnADatabase:
     async def test_writer_goes_on_after_its_thread_has_ended(
         self, ticking: Database, make_task: MakeTask
     ) -> None:
-        """Planted: the connection of the old thread is used on, with its open transaction."""
+        """Planted: nobody rolls back, and the next batch commits what that thread had begun."""
         repository = TaskRepository(ticking)
         await repository.create(make_task(task_id="before"))
 
@@ -1083,10 +1083,9 @@ class TestOnADatabase:
         assert sorted(task.version for task in [*mine, *theirs]) == list(range(1, 401))
         assert await repository.count_by_status() == 400
 
-    async def test_transactions_and_the_writer_alternate_first_come_first_served(
+    async def test_transactions_and_the_writer_take_turns(
         self, ticking: Database, make_task: MakeTask
     ) -> None:
-        """Planted: `transaction()` commits without the gate, and its changes reach a cache late."""
         repository = TaskRepository(ticking)
         told: list[int] = []
         unlisten = ticking.listen(
@@ -1106,6 +1105,32 @@ class TestOnADatabase:
         unlisten()
 
         assert told == list(range(1, 51))
+
+    async def test_listeners_are_told_of_the_writer_and_of_transactions_in_order_of_commits(
+        self, ticking: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the writer lets the next one in before it has told of its own commit."""
+        told: list[str] = []
+        unlisten = ticking.listen(lambda committed: told.extend(event.id for event in committed))
+        writing, committed = threading.Event(), threading.Event()
+        publish = ticking._writer.publish
+
+        def publish_slowly(*arguments: Any) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                writing.set()
+                committed.wait(0.1)  # as long as a transaction takes that was let in too early
+            publish(*arguments)
+
+        monkeypatch.setattr(ticking._writer, "publish", publish_slowly)
+        first = start(TaskRepository(ticking).create(make_task(task_id="first")))
+        assert await asyncio.to_thread(writing.wait, PATIENCE)
+        async with ticking.transaction() as session:
+            await TaskRepository(session).create(make_task(task_id="second"))
+        committed.set()
+        await first
+        unlisten()
+
+        assert told == ["first", "second"]
 
     async def test_error_of_a_writer_that_waits_in_vain_names_the_transaction(
         self, tmp_path: Path, make_task: MakeTask
