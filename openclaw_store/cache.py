@@ -77,10 +77,13 @@ class Cache:
         self._aliases: dict[Place, tuple[int, int]] = {}
         self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
+        self._landed: dict[str, datetime | None] = {}  # and the newest that are written, by node
 
     def add(self, record: Record[Any]) -> None:
         """Take over a row of the start."""
         self._show(place_of(record), None, record)
+        if record.kind is NodeInfo:
+            self._landed[record["node_id"]] = record["last_heartbeat"]
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""
@@ -258,6 +261,12 @@ class Cache:
         found.sort(key=_registered_at, reverse=True)
         return found
 
+    def task_stats(self) -> dict[str, int]:
+        """Tasks in the database, by status."""
+        # An own change of a task that another process has changed, too, is counted from what is
+        # known here; until that process's change is seen, this can be one too few.
+        return {status.value: max(0, self.task_counts[status.value]) for status in TaskStatus}
+
     def node_stats(self) -> dict[str, int]:
         """`total`, `online`, `offline`, `busy`."""
         counts = self._node_counts
@@ -274,6 +283,7 @@ class Cache:
 
     def state(self) -> ClusterState:
         """The present picture, in constant time."""
+        counts = self.task_stats()
         return ClusterState(
             version=self.version,
             updated_at=self.updated_at,
@@ -281,8 +291,8 @@ class Cache:
             tasks=self.tasks.photograph(),
             total_nodes=self._node_counts.total(),
             online_nodes=self._node_counts[NodeStatus.ONLINE],
-            total_tasks=self.task_counts.total(),
-            running_tasks=self.task_counts[TaskStatus.RUNNING],
+            total_tasks=sum(counts.values()),
+            running_tasks=counts[TaskStatus.RUNNING],
         )
 
     def _count(self, change: Change) -> bool:
@@ -341,17 +351,28 @@ class Cache:
         if known is not None and known.version > (revision if record is None else record.version):
             return
         if record is not None:
-            if known is not None and _is_behind(record, known):
-                return
+            if record.kind is NodeInfo:
+                if known is not None and self._is_behind(record, known):
+                    return
+                self._landed[place[1]] = record["last_heartbeat"]
             record = self._with_beats(record)
         if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
             del self._aliases[place]
+        if record is None:
+            self._landed.pop(place[1], None)
         if entry is None:
             self._show(place, known, record)
             return
         self._hide(place)
         entry.committed = record
         self._show(place, None, entry.record)
+
+    def _is_behind(self, record: Record[NodeInfo], known: Record[NodeInfo]) -> bool:
+        """Whether a row is older than what was here, by its heartbeat, which has no version."""
+        last, landed = record["last_heartbeat"], self._landed.get(record["node_id"])
+        if record.version != known.version or landed is None:
+            return False
+        return last is None or last < landed
 
     def _with_beats(self, record: Record[Any]) -> Record[Any]:
         """What was committed, with the heartbeats that are not."""
@@ -463,14 +484,6 @@ def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
     if fields["status"] in WAITING:
         return fields["priority"], fields["submitted_at"], fields["task_id"]
     return None
-
-
-def _is_behind(record: Record[Any], known: Record[Any]) -> bool:
-    """Whether a node's row is older than what is known, by its heartbeat: that has no version."""
-    if record.kind is not NodeInfo or record.version != known.version:
-        return False
-    last, newest = record["last_heartbeat"], known["last_heartbeat"]
-    return newest is not None and (last is None or last < newest)
 
 
 def _skills(record: Record[NodeInfo]) -> frozenset[str]:

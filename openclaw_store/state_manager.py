@@ -14,7 +14,7 @@ from typing import Any, Self
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import ClusterState, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.models import ClusterState, NodeInfo, NodeStatus, Task
 from openclaw_store.operations import Beat, SetNodeStatus
 from openclaw_store.records import (
     Item,
@@ -171,11 +171,8 @@ class StateManager:
     async def get_task_stats(self) -> dict[str, int]:
         """How many tasks there are in the database: `total`, and one key for each status."""
         self._check_usable()
-        counts = self._mirror.cache.task_counts
-        return {
-            "total": counts.total(),
-            **{status.value: counts[status.value] for status in TaskStatus},
-        }
+        counts = self._mirror.cache.task_stats()
+        return {"total": sum(counts.values()), **counts}
 
     async def get_node_stats(self) -> dict[str, int]:
         """How many nodes there are in the database: `total`, `online`, `offline`, and `busy`.
