@@ -281,8 +281,12 @@ def opened(path: Path) -> closing[sqlite3.Connection]:
 
 def empty_wal(path: Path) -> None:
     """Move what the WAL holds to the database file, as far as nobody is in the way."""
-    with translated(path), closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
-        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    try:
+        with closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.Error as error:
+        if not is_busy(error):
+            raise translate(error, path) from error
 
 
 def size(path: Path) -> int:

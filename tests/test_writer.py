@@ -516,7 +516,8 @@ class TestCancellation:
         await asyncio.wait([held], timeout=PATIENCE)
         assert held.cancelled()
         await writer.close()
-        shelf.commit_error = None  # its traceback refers to the future
+        shelf.commit_error = None  # its traceback refers to the future, as does that of the task
+        del held
         gc.collect()
 
         assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
