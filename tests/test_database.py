@@ -773,7 +773,7 @@ class TestLocation:
 
 UNPRIVILEGED = """
 import asyncio, os, pathlib, shutil, sys, tempfile
-from openclaw_store import Database, StoreError, Task, TaskRepository, TaskType
+from openclaw_store import Database, StoreError, Task, TaskRepository, TaskType, migrations
 
 
 async def write(path):
@@ -806,7 +806,12 @@ def attempt(work, *arguments):
 
 
 locked, mode, target = sys.argv[1:]
+asyncio.run(write(":memory:"))  # imports what the child may not be able to read
 folder = pathlib.Path(tempfile.mkdtemp())
+scripts = pathlib.Path(tempfile.mkdtemp())
+shutil.copytree(migrations.SCRIPTS, scripts / "alembic")
+scripts.chmod(0o755)
+migrations.SCRIPTS = scripts / "alembic"
 paths = {"FOLDER": folder, "FILE": folder / "file.db", "BACKUPS": folder / "backups"}
 try:
     paths["BACKUPS"].mkdir()
@@ -822,6 +827,7 @@ try:
             attempt(write, folder / target)
 finally:
     shutil.rmtree(folder)
+    shutil.rmtree(scripts)
 """
 
 NO_ENTRY = {
