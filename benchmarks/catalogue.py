@@ -1,0 +1,105 @@
+"""All benchmarks by name, and what each of their figures must and should reach."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from benchmarks import loop, reads, writes
+from benchmarks.measure import Benchmark, Line, at_least, at_most
+
+BENCHMARKS = (
+    Benchmark(
+        "insert-64",
+        writes.insert_64,
+        (
+            Line("insert, 64 clients / sqlite3, a commit for each row", "×", at_least(4.5, 8)),
+            Line("… / executemany, a commit for 64 rows (the limit)", "%", at_least(35, 60)),
+            Line("… p99 / p50", "×", at_most(4, 3)),
+            Line("… p99 / p50, with the garbage collector off"),
+            Line("… / aiosqlite, a lock around each transaction"),
+            Line("… / SQLAlchemy's async ORM, a commit for each task"),
+            Line("… / huey's SQLite storage"),
+        ),
+    ),
+    Benchmark(
+        "update-64",
+        writes.update_64,
+        (
+            Line(
+                "update of whole tasks, two fields changed, 64 clients / sqlite3 writing those two",
+                "×",
+                at_least(4, 7),
+            ),
+        ),
+    ),
+    Benchmark(
+        "insert-8",
+        partial(writes.insert_few_or_many, clients=8, count=6400),
+        (Line("insert, 8 clients / sqlite3, a commit for each row", "×", at_least(1.7, 3)),),
+    ),
+    Benchmark(
+        "insert-512",
+        partial(writes.insert_few_or_many, clients=512, count=25_600),
+        (Line("insert, 512 clients / sqlite3, a commit for each row", "×", at_least(4.5, 8)),),
+    ),
+    Benchmark(
+        "insert-1",
+        writes.insert_alone,
+        (Line("lone insert, p50 / aiosqlite: BEGIN, INSERT, COMMIT", "×", at_most(1.2, 0.9)),),
+    ),
+    Benchmark(
+        "get-task",
+        reads.get_task,
+        (
+            Line("get_task, cached / dict in a coroutine", "×", at_most(10, 6)),
+            Line("… with nested parameters", "×", at_most(16, 10)),
+        ),
+    ),
+    Benchmark(
+        "get-state",
+        reads.get_state,
+        (
+            Line("get_state, 100,000 tasks", "ms", at_most(0.05)),
+            Line("… / 1,000 tasks", "×", at_most(2)),
+            Line("… what it adds to a write", "µs", at_most(0.5)),
+        ),
+    ),
+    Benchmark(
+        "list-pending",
+        reads.list_pending,
+        (
+            Line("50 pending from 1,000,000 rows / 10,000, 1 % pending", "×", at_most(1.5, 1)),
+            Line("… 50 % pending", "×", at_most(1.5, 1)),
+        ),
+    ),
+    Benchmark(
+        "start-up",
+        reads.start_up,
+        (Line("start-up, 100,000 live tasks / fetching the tuples", "×", at_most(3.6, 2.5)),),
+    ),
+    Benchmark(
+        "memory",
+        reads.memory,
+        (
+            Line("memory of a live task, as loaded", "KB", at_most(2.2, 1.2)),
+            Line("… after it was read once", "KB", at_most(2.2, 1.2)),
+        ),
+    ),
+    Benchmark(
+        "heartbeats",
+        loop.heartbeats,
+        (
+            Line("1,000 heartbeats a second: share of a core", "%", at_most(5)),
+            Line("… p99 of inserts by 64 clients, beside them / alone", "×", at_most(1.3)),
+        ),
+    ),
+    Benchmark(
+        "pauses",
+        loop.pauses,
+        (
+            Line("longest pause of the event loop, 100,000 live tasks", "ms", at_most(20, 5)),
+            Line("… longest pass of the garbage collector meanwhile", "ms"),
+        ),
+    ),
+)
+"""In the order in which they run."""

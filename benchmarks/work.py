@@ -1,0 +1,156 @@
+"""The work: realistic tasks, the same as rows, and databases full of them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import fields
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import orjson
+from sqlalchemy import insert
+from sqlalchemy.dialects import sqlite
+
+from openclaw_store import Database, Task, TaskPriority, TaskStatus, TaskType
+from openclaw_store.schema import TaskRow, to_microseconds
+
+Row = tuple[Any, ...]
+"""A task as the driver takes it."""
+
+FIELDS = tuple(field.name for field in fields(Task))
+INSERT = str(insert(TaskRow).compile(dialect=sqlite.dialect(), column_keys=list(FIELDS)))
+
+_START = datetime(2024, 1, 1, tzinfo=UTC)
+_SKILLS = ("python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java")
+_FLAT = {
+    "source": "s3://datasets/clickstream/part-{number:05}.parquet",
+    "chunk_size": 4096,
+    "threshold": 0.85,
+    "dry_run": False,
+}
+_NESTED = {
+    "sources": [{"path": "part-{number:05}.parquet", "rows": 4096}, {"path": "x", "rows": 17}],
+    "options": {"threshold": 0.85, "columns": ["user", "page", "seconds"]},
+}
+
+
+def make_task(number: int, *, nested: bool = False) -> Task:
+    """A task with two skills, about 100 bytes of parameters, a user, a priority and a timeout."""
+    parameters = orjson.dumps(_NESTED if nested else _FLAT).decode()
+    return Task.create(
+        TaskType.BATCH,
+        f"clean clickstream part {number}",
+        "Drop bots, join sessions, write one table for each day",
+        [_SKILLS[number % 7], _SKILLS[(number + 3) % 7]],
+        priority=TaskPriority(number % 4),
+        parameters=orjson.loads(parameters.replace("{number:05}", f"{number:05}")),
+        timeout=3600,
+        user_id=f"user-{number % 50}",
+        submitted_at=_START + timedelta(milliseconds=number),
+    )
+
+
+def make_tasks(count: int) -> list[Task]:
+    """New tasks, each with an identifier of its own."""
+    return [make_task(number) for number in range(count)]
+
+
+def row_of(task: Task) -> Row:
+    """The row that the store would make of a task."""
+    values = {name: _plain(getattr(task, name)) for name in FIELDS}
+    return tuple({**values, "updated_at": values["submitted_at"], "version": 1}.values())
+
+
+def rows(count: int, *, pending: int = 1, of: int = 1, nested: bool = False) -> Iterator[Row]:
+    """Rows of many tasks, made fast: `pending` in every `of` of them wait, the others are done."""
+    pattern = [list(row_of(make_task(number, nested=nested))) for number in range(100)]
+    id, status, submitted, completed, node, version = map(
+        FIELDS.index,
+        ("task_id", "status", "submitted_at", "completed_at", "assigned_node", "version"),
+    )
+    for number in range(count):
+        row = pattern[number * 7 % 100]
+        row[id] = f"task-{number:09}"
+        row[submitted] = to_microseconds(_START) + number * 1000
+        row[version] = number + 1
+        if number % of < pending:
+            row[status], row[completed], row[node] = TaskStatus.PENDING.value, None, None
+        else:
+            row[status], row[completed] = TaskStatus.COMPLETED.value, row[submitted]
+            row[node] = f"node-{number % 100:04}"
+        yield tuple(row)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection in autocommit mode that is as durable as the store's own."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA synchronous=FULL")
+    require_durable(connection)
+    return connection
+
+
+def require_durable(connection: sqlite3.Connection) -> None:
+    """Fail where a commit would not wait for the disk, which would be no fair comparison."""
+    settings = [
+        connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("journal_mode", "synchronous")
+    ]
+    if settings != ["wal", 2]:
+        raise RuntimeError(f"not WAL with synchronous=FULL, but {settings}")
+
+
+def require_tasks(path: Path, count: int) -> None:
+    """Fail where not all tasks were really written."""
+    with closing(sqlite3.connect(path)) as connection:
+        [found] = connection.execute("SELECT count(*) FROM tasks").fetchone()
+    if found != count:
+        raise RuntimeError(f"{found} tasks instead of {count}")
+
+
+async def make_empty(path: Path) -> None:
+    """Make a migrated database without rows."""
+    async with Database(path):
+        pass
+
+
+def fill(path: Path, tasks: Iterable[Row], nodes: int = 0) -> None:
+    """Insert rows without flushing, and make the indexes afterwards: a million takes seconds."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for pragma in ("journal_mode=OFF", "synchronous=OFF"):
+            connection.execute(f"PRAGMA {pragma}")
+        indexes = connection.execute(
+            "SELECT name, sql FROM sqlite_master WHERE tbl_name = 'tasks' AND type = 'index'"
+            " AND sql IS NOT NULL"
+        ).fetchall()
+        connection.execute("BEGIN")
+        for name, _ in indexes:
+            connection.execute(f"DROP INDEX {name}")
+        connection.executemany(INSERT, tasks)
+        for _, statement in indexes:
+            connection.execute(statement)
+        connection.executemany(
+            "INSERT INTO nodes (node_id, hostname, available_skills, version) VALUES (?, ?, ?, 1)",
+            [(f"node-{number:04}", f"host-{number}", '["python"]') for number in range(nodes)],
+        )
+        connection.execute("UPDATE counters SET revision = (SELECT max(version) FROM tasks)")
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode=WAL")
+
+
+def ids(count: int) -> Sequence[str]:
+    """Identifiers of the first rows."""
+    return [f"task-{number:09}" for number in range(count)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return to_microseconds(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list | dict):
+        return orjson.dumps(value).decode() if value else None
+    return value

@@ -1,0 +1,111 @@
+"""The benchmarks, run as quickly as they can: they say something, whatever it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.catalogue import BENCHMARKS
+from benchmarks.measure import at_least, at_most, percentile
+from benchmarks.report import Machine, Report, Result
+
+NAMES = [benchmark.name for benchmark in BENCHMARKS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_benchmark_gives_a_figure_for_each_of_its_lines(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    folder = tmp_path / "databases"
+    folder.mkdir()
+
+    main(
+        [
+            "--quick",
+            "--quick",
+            "--rounds",
+            "1",
+            "--only",
+            name,
+            "--json",
+            str(file),
+            "--folder",
+            str(folder),
+        ]
+    )
+
+    report = json.loads(file.read_text(encoding="utf-8"))
+    [(found, measured)] = report["benchmarks"].items()
+    [benchmark] = [benchmark for benchmark in BENCHMARKS if benchmark.name == name]
+    assert found == name
+    assert [figure["what"] for figure in measured["figures"]] == [
+        line.text for line in benchmark.lines
+    ]
+    assert all(
+        "skipped" in figure or math.isfinite(figure["value"]) for figure in measured["figures"]
+    )
+    assert all(
+        len(values) == 1 and math.isfinite(values[0])
+        for contender in measured["samples"].values()
+        for values in contender.values()
+    )
+    assert list(folder.iterdir()) == []
+    assert report["machine"]["python"] in capsys.readouterr().out
+
+
+def test_unknown_benchmark_is_refused_with_the_known_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "sorting"])
+
+    refusal = capsys.readouterr().err
+    assert all(name in refusal for name in NAMES)
+
+
+def test_picture_without_its_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "memory", "--plot", "figures.png"])
+
+    assert "insert-64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "large", "small"),
+    [
+        (3.9, "missed", "reached"),
+        (4, "must", "reached"),
+        (5, "must", "must"),
+        (8, "reached", "missed"),
+    ],
+)
+def test_verdict_names_the_better_goal_that_holds(value: float, large: str, small: str) -> None:
+    assert at_least(4, 8).verdict(value) == large
+    assert at_most(5, 4).verdict(value) == small
+
+
+def test_goal_without_an_aim_is_reached_or_missed() -> None:
+    assert at_most(5).verdict(5) == "reached"
+    assert at_most(5).verdict(5.1) == "missed"
+
+
+def test_percentile_is_a_value_that_was_measured() -> None:
+    assert percentile([3, 1, 2], 0.5) == 2
+    assert percentile(range(1, 101), 0.99) == 99
+    assert percentile([7], 0.01) == 7
+
+
+def test_picture_is_drawn(tmp_path: Path) -> None:
+    [benchmark] = [benchmark for benchmark in BENCHMARKS if benchmark.name == "insert-64"]
+    rates = {"sqlite3": 2000.0, "openclaw_store": 12_000.0, "aiosqlite": 1200.0}
+    samples = {name: {"per_s": [rate, rate, 0.0]} for name, rate in rates.items()}
+    report = Report(Machine.here(tmp_path), 3, 1, [Result(benchmark, [], samples)])
+
+    report.plot(tmp_path / "figures.png")
+
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
