@@ -13,7 +13,7 @@ from time import perf_counter, process_time
 from types import TracebackType
 from typing import Any, Self
 
-from benchmarks.measure import Bench, Contender, Figure, Sample, drive
+from benchmarks.measure import Bench, Contender, Figure, Sample, drive, no_collections
 from benchmarks.work import fill, make_tasks, rows
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskStatus
 
@@ -37,8 +37,10 @@ async def heartbeats(bench: Bench) -> Sequence[Figure]:
         return {"core_percent": share * 100}
 
     async def write(store: StateManager, beat: Beat) -> Sample:
+        tasks = make_tasks(writes)
         async with _background(_send(nodes, beat)):
-            return await drive(64, make_tasks(writes), store.add_task)
+            with no_collections():
+                return await drive(64, tasks, store.add_task)
 
     async def with_store(
         measure: Callable[[StateManager, Beat], Awaitable[Sample]], *, beating: bool

@@ -196,3 +196,13 @@ def drive_alone(items: Sequence[T], call: Callable[[T], object]) -> Sample:
     for item in items[1:]:
         call(item)
     return {"per_s": (len(items) - 1) / (perf_counter() - began)}
+
+
+@contextmanager
+def no_collections() -> Iterator[None]:
+    """Keep the garbage collector out, where it is chance what its passes fall into."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.measure import Bench, Contender, Figure, Sample, Skipped, drive
+from benchmarks.measure import Bench, Contender, Figure, Sample, Skipped, drive, no_collections
 from benchmarks.references import (
     insert_aiosqlite,
     insert_huey,
@@ -27,7 +26,7 @@ _UNCOLLECTED = "openclaw_store, no gc"
 async def insert_ours(bench: Bench, count: int, clients: int, *, collect: bool = True) -> Sample:
     """`StateManager.add_task`: checked, numbered, with history, and in the cache afterwards."""
     tasks = make_tasks(count)
-    with bench.database() as path, nullcontext() if collect else _no_collections():
+    with bench.database() as path, nullcontext() if collect else no_collections():
         async with StateManager(Database(path)) as store:
             sample = await drive(clients, tasks, store.add_task)
         require_tasks(path, count)
@@ -135,12 +134,3 @@ def _spread(sample: Sample) -> Figure:
     """How many times as long as the median the slowest of a hundred calls takes."""
     p50, p99 = sample["p50_ms"], sample["p99_ms"]
     return Figure(p99 / p50, f"p99 {p99:.1f} ms", f"p50 {p50:.1f} ms")
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

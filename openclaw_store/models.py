@@ -14,6 +14,7 @@ from enum import IntEnum, StrEnum
 from typing import Any
 
 from openclaw_store.clock import new_id, utc_now
+from openclaw_store.errors import InvalidDataError
 
 
 class TaskType(StrEnum):
@@ -132,7 +133,17 @@ class Task:
             timeout: Seconds the task may run; `None` for no limit.
             submitted_at: `None` for the present moment, by the system's clock; with a clock of
                 your own, pass its time.
+
+        Raises:
+            InvalidDataError: If a list of text is given as one text, which is a list of letters.
         """
+        for name, value in (
+            ("required_skills", required_skills),
+            ("optional_skills", optional_skills),
+            ("affinity_tags", affinity_tags),
+        ):
+            if isinstance(value, str):
+                raise InvalidDataError(name, f"must be a list of text, not the text {value!r}")
         return cls(
             task_id=new_id() if task_id is None else task_id,
             task_type=task_type,

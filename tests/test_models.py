@@ -150,6 +150,12 @@ class TestTaskCreate:
         assert task.required_skills == ["python"]
         assert task.parameters == {"input": "a.csv"}
 
+    @pytest.mark.parametrize("name", ["required_skills", "optional_skills", "affinity_tags"])
+    def test_refuses_one_text_for_a_list_of_them(self, name: str) -> None:
+        """It would become a list of letters."""
+        with pytest.raises(InvalidDataError, match=f"{name}: must be a list of text"):
+            Task.create(TaskType.BATCH, "t", **{name: "python"})  # type: ignore[arg-type]  # on purpose
+
 
 class TestIdentifiers:
     def test_sort_by_creation(self) -> None:
