@@ -137,13 +137,15 @@ class Task:
         Raises:
             InvalidDataError: If a list of text is given as one text, which is a list of letters.
         """
-        for name, value in (
+        for field_name, value in (
             ("required_skills", required_skills),
             ("optional_skills", optional_skills),
             ("affinity_tags", affinity_tags),
         ):
             if isinstance(value, str):
-                raise InvalidDataError(name, f"must be a list of text, not the text {value!r}")
+                raise InvalidDataError(
+                    field_name, f"must be a list of text, not the text {value!r}"
+                )
         return cls(
             task_id=new_id() if task_id is None else task_id,
             task_type=task_type,

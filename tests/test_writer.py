@@ -562,26 +562,6 @@ class TestBackPressure:
         assert sorted(word for batch in shelf.batches[1:] for word in batch) == sorted(words)
         await writer_.close()
 
-    async def test_late_comer_does_not_overtake_those_who_wait_for_room(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Planted: those who wait outside are woken and ask again, and others ask before them."""
-        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
-        writer_ = shelf.writer()
-        tasks = [start(writer_.submit(shelf.apply, "hold"))]
-        await entered(shelf)
-        tasks.extend(start(writer_.submit(shelf.apply, word)) for word in "abc")
-        await turns()
-
-        shelf.release.set()
-        for _ in range(2):  # blocks this loop till there is room, of which nobody knows yet
-            assert shelf.published.acquire(timeout=PATIENCE)
-        tasks.append(start(writer_.submit(shelf.apply, "late")))
-        await finished(tasks)
-
-        assert [word for batch in shelf.batches for word in batch] == ["hold", *"abc", "late"]
-        await writer_.close()
-
     async def test_caller_that_finds_the_queue_full_while_it_empties_is_woken(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
