@@ -82,6 +82,10 @@ class _WriteConnection(sqlite3.Connection):
             self.rollback()
         super().close()
 
+    def __del__(self) -> None:
+        with suppress(sqlite3.Error):
+            self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
+
 
 class _ReadConnection(_WriteConnection):
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -1585,11 +1585,15 @@ asyncio.run(main(sys.argv[1]))
             assert manager.version == 1
 
 
+async def cancelled_at(work: Coroutine[Any, Any, Any], suspension: int, turns: int) -> Any:
+    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later."""
+    return await step_by_step(work, suspension, turns)
+
+
 @types.coroutine
-def cancelled_at(
+def step_by_step(
     work: Coroutine[Any, Any, Any], suspension: int, turns: int
 ) -> Generator[Any, Any, Any]:
-    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
@@ -1623,8 +1627,10 @@ class TestCancelledCallers:
         self, database: Database, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int
     ) -> int:
         """Run `make(n)` again and again, cancelled a step later each time, till it gets through."""
+        kept = []  # with their tracebacks, as callers may
         for suspension in range(1, 500):
             task = start(cancelled_at(make(suspension), suspension, turns))
+            kept.append(task)
             await asyncio.wait([task], timeout=PATIENCE)
             assert task.done()
             if not task.cancelled():
@@ -1672,6 +1678,7 @@ class TestCancelledCallers:
             async with manager.db.transaction() as session:
                 await TaskRepository(session).create(make_task(task_id=f"cancelled-{number}"))
                 await TaskRepository(session).count_by_status()
+                await count_tasks(session)  # SQL of the caller's own
 
         cancelled = await self.cancel_everywhere(manager.db, work, turns)
 
@@ -1679,6 +1686,33 @@ class TestCancelledCallers:
         assert cancelled >= 5
         stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
         assert set((await manager.get_state()).tasks) == stored
+
+    async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
+        self, database: Database
+    ) -> None:
+        """Planted: the caller's cancellation reaches the driver, and the connection is lost."""
+        closed: list[object] = []
+        engine = database.session_factory.kw["bind"].sync_engine
+        event.listen(engine, "close", lambda connection, _: closed.append(connection))
+        reading, go_on, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def read(session: AsyncSession) -> None:
+            await count_tasks(session)
+            reading.set()
+            await go_on.wait()
+            await count_tasks(session)
+            done.set()
+
+        caller = start(database.read(read))
+        await reading.wait()
+        caller.cancel()
+        await asyncio.wait([caller], timeout=PATIENCE)
+        assert caller.cancelled()
+        go_on.set()
+        await asyncio.wait_for(done.wait(), PATIENCE)
+        await TaskRepository(database).count_by_status()
+
+        assert closed == []
 
     @pytest.mark.parametrize("turns", [0, 1, 3])
     async def test_session(self, database: Database, make_task: MakeTask, turns: int) -> None:

@@ -128,7 +128,7 @@ class Machine(RuleBasedStateMachine):
             "status": st.sampled_from(NodeStatus),
             "running_tasks": st.integers(0, 3),
             "max_concurrent_tasks": st.integers(0, 3),
-            "available_skills": st.sampled_from([[], ["java"], ["javascript", "java"]]),
+            "available_skills": st.sampled_from([[], ["java"], ["javascript"]]),
         }
     )
 

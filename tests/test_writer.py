@@ -1053,7 +1053,6 @@ class TestOnADatabase:
     async def test_writer_goes_on_after_its_thread_has_ended(
         self, ticking: Database, make_task: MakeTask
     ) -> None:
-        """Planted: nobody rolls back, and the next batch commits what that thread had begun."""
         repository = TaskRepository(ticking)
         await repository.create(make_task(task_id="before"))
 
