@@ -90,8 +90,8 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
         )
     ).all()
     changes = [
-        Change(number, at, item, id, ChangeKind(kind), before, after, node, reason)
-        for number, at, item, id, kind, before, after, node, reason in rows
+        Change(number, at, item, id, ChangeKind(kind), *rest)
+        for number, at, item, id, kind, *rest in rows
     ]
     until = changes[-1].revision if len(changes) == PAGE else read_at
     records: dict[Place, Record[Any]] = {}

@@ -36,10 +36,15 @@ MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 200
 """How deep JSON may be nested."""
 MAX_INTEGER = (1 << 63) - 1
+MIN_INTEGER = -(1 << 63)
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+_TEXT = frozenset({str})
 _HARMLESS = frozenset({str, bool, type(None)})
+_EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}}  # what all records have, and copies copy
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+_flat_fields: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 Check = Callable[[str, Any], Any]
 """Takes a field's name and value; returns the value as it is kept, or raises."""
@@ -48,8 +53,8 @@ Check = Callable[[str, Any], Any]
 class Plan(NamedTuple):
     """How `Record.values` makes the parameters of a statement."""
 
-    names: Sequence[str]
-    """The fields, in order."""
+    pick: Callable[[Mapping[str, Any]], Sequence[Any]]
+    """Takes the values of the fields out of a record's, in the order of the parameters."""
     encoders: Sequence[tuple[int, Callable[[Any], Any]]]
     """Places of values that the driver takes in another form, and what makes it."""
     json: Sequence[tuple[int, str]]
@@ -61,19 +66,22 @@ class Record(Generic[Item]):
 
     __slots__ = ("_encoded", "_flat", "_nested", "fields", "kind")
 
-    def __init__(self, item: Item, encoded: dict[str, str], flat: tuple[str, ...]) -> None:
-        """Take over `item`, which belongs to the record now.
+    def __init__(
+        self, kind: type[Item], fields: dict[str, Any], encoded: dict[str, str], flat: list[str]
+    ) -> None:
+        """Take over `fields` and `encoded`, which belong to the record now.
 
         Args:
-            item: What is recorded; JSON fields given as text are `None` in it.
+            kind: What is recorded.
+            fields: Its values by name; JSON fields given as text are `None`.
             encoded: Text of JSON fields that nobody has looked at.
             flat: JSON fields with a list or dict of plain values, to be copied for each copy.
         """
-        self.kind: type[Item] = type(item)
-        self.fields = item.__dict__
+        self.kind: type[Item] = kind
+        self.fields = fields
         """Values by name, to be read only; those of JSON fields come from `decoded`."""
         self._encoded = encoded
-        self._flat = flat
+        self._flat = _shared(flat)
         self._nested: tuple[tuple[str, str], ...] = ()
         """JSON fields that are decoded for each copy."""
 
@@ -125,7 +133,7 @@ class Record(Generic[Item]):
     def values(self, plan: Plan) -> list[Any]:
         """The values of the fields of `plan`, as the driver takes them."""
         fields, encoded = self.fields, self._encoded
-        row = [fields[name] for name in plan.names]
+        row = list(plan.pick(fields))
         for place, encoder in plan.encoders:
             value = row[place]
             if value is not None:
@@ -139,12 +147,10 @@ class Record(Generic[Item]):
 
     def evolve(self, **values: Any) -> Record[Item]:
         """A record that differs in the given fields, none of them JSON."""
-        item: Item = object.__new__(self.kind)
-        fields = item.__dict__ = self.fields.copy()
-        fields.update(values)
         evolved: Record[Item] = object.__new__(Record)
         evolved.kind = self.kind
-        evolved.fields = fields
+        evolved.fields = fields = self.fields.copy()
+        fields.update(values)
         # Nobody edits the lists and dicts of a record, so they are shared.
         evolved._encoded = self._encoded
         evolved._flat = self._flat
@@ -184,7 +190,7 @@ class Record(Generic[Item]):
         flat, nested = list(self._flat), list(self._nested)
         for name, text in self._encoded.items():
             value = _load(self, name, text)
-            if isinstance(value, list | dict):
+            if isinstance(value, (list, dict)):
                 items: Iterable[Any] = value if isinstance(value, list) else value.values()
                 if not _PLAIN.issuperset(map(type, items)):
                     nested.append((name, text))
@@ -192,7 +198,7 @@ class Record(Generic[Item]):
                 flat.append(name)
             self.fields[name] = value
         # The last assignment is what other threads wait for: until then they decode as well.
-        self._flat, self._nested = tuple(flat), tuple(nested)
+        self._flat, self._nested = _shared(flat), tuple(nested)
         self._encoded = {}
 
 
@@ -206,12 +212,9 @@ def encode(item: Item) -> Record[Item]:
     if kind not in _CHECKS:
         raise InvalidDataError("task or node", f"must be a Task or NodeInfo, not {kind.__name__}")
     checks, json_checks = _CHECKS[kind]
-    source = item.__dict__
-    copy: Item = object.__new__(kind)
-    # Through the dict of an instance, so that all records share one table of keys.
-    fields = copy.__dict__ = source.copy()
+    fields = item.__dict__.copy()  # shares its table of keys with those of all others
     if len(fields) != len(checks) + len(json_checks):
-        fields = copy.__dict__ = _declared(item)
+        fields = _declared(item)
     encoded: dict[str, str] = {}
     flat: list[str] = []
     try:
@@ -223,15 +226,21 @@ def encode(item: Item) -> Record[Item]:
             value = fields[name]
             if value is None and empty is None:
                 continue
-            if type(value) is empty and not value:
-                fields[name] = empty()
+            if not value and type(value) is empty:
+                fields[name] = _EMPTY[empty]
                 flat.append(name)
             else:
                 encoded[name] = check(name, value)
                 fields[name] = None
     except KeyError as error:
         raise InvalidDataError(str(error.args[0]), "is missing") from None
-    return Record(copy, encoded, tuple(flat))
+    return Record(kind, fields, encoded, flat)
+
+
+def _shared(flat: Iterable[str]) -> tuple[str, ...]:
+    """The one tuple of these names that all records share."""
+    names = tuple(flat)
+    return _flat_fields.setdefault(names, names)
 
 
 def _declared(item: Task | NodeInfo) -> dict[str, Any]:
@@ -252,22 +261,16 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
             encoded[name] = text
             fields[name] = None
         elif empty is not None:
-            fields[name] = empty()
+            fields[name] = _EMPTY[empty]
             flat.append(name)
-    return Record(item, encoded, tuple(flat))
+    return Record(kind, fields, encoded, flat)
 
 
-def write_back(record: Record[Item], item: Item) -> dict[str, Any]:
-    """Give the caller's object the version and the times it has in the store.
-
-    Returns:
-        What it had before.
-    """
-    names = _STAMPED[type(item)]
-    before = {name: item.__dict__[name] for name in names}
-    for name in names:
-        item.__dict__[name] = record.fields[name]
-    return before
+def write_back(record: Record[Item], item: Item) -> None:
+    """Give the caller's object the version and the times it has in the store."""
+    fields, target = record.fields, item.__dict__
+    for name in STAMPED[record.kind]:
+        target[name] = fields[name]
 
 
 def check_id(name: str, value: Any) -> str:
@@ -299,7 +302,7 @@ def check_count(name: str, value: Any) -> int:
 
 def check_number(name: str, value: Any, greatest: float = sys.float_info.max) -> float:
     """A finite number from 0 to `greatest`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidDataError(name, f"must be a number, not {_shown(value)}")
     if not 0 <= value <= greatest:
         raise InvalidDataError(name, f"must be between 0 and {greatest:g}, not {_shown(value)}")
@@ -347,6 +350,10 @@ def encode_json(name: str, value: Any) -> str:
         InvalidDataError: For what JSON or one of the databases cannot hold.
     """
     _check_json(name, value, 0)
+    return _encode_checked(name, value)
+
+
+def _encode_checked(name: str, value: Any) -> str:
     try:
         text = _dump(value)
     except (TypeError, ValueError, RecursionError) as error:
@@ -364,11 +371,12 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
     items: Iterable[Any]
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise InvalidDataError(name, f"has the key {_shown(key)}, which is not text")
+        if not _TEXT.issuperset(map(type, value)):
+            for key in value:
+                if not isinstance(key, str):
+                    raise InvalidDataError(name, f"has the key {_shown(key)}, which is not text")
         items = value.values()
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, (list, tuple)):
         items = value
     else:
         items = (value,)
@@ -376,12 +384,12 @@ def _check_json(name: str, value: Any, depth: int) -> None:
         if type(item) in _HARMLESS:
             continue
         if isinstance(item, int):
-            if not -MAX_INTEGER - 1 <= item <= MAX_INTEGER:
+            if not MIN_INTEGER <= item <= MAX_INTEGER:
                 raise InvalidDataError(name, "has an integer outside 64 bits")
         elif isinstance(item, float):
             if not math.isfinite(item):
                 raise InvalidDataError(name, f"has {item}, which JSON cannot hold")
-        elif isinstance(item, dict | list | tuple):
+        elif isinstance(item, (dict, list, tuple)):
             _check_json(name, item, depth + 1)
         elif not isinstance(item, str):
             raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
@@ -423,12 +431,13 @@ def _text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
 
 
 def _texts(name: str, value: Any) -> str:
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, (list, tuple)):
         raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
-    for item in value:
-        if not isinstance(item, str):
-            raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
-    return encode_json(name, value)
+    if not _TEXT.issuperset(map(type, value)):
+        for item in value:
+            if not isinstance(item, str):
+                raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
+    return _encode_checked(name, value)
 
 
 def _json_object(name: str, value: Any) -> str:
@@ -470,7 +479,7 @@ _JSON_CHECKS: Mapping[str, Callable[[str, Any], str]] = {
 STORE_FIELDS = frozenset({"version", "updated_at"})
 """The fields that only the store sets."""
 
-_STAMPED: Mapping[type[Any], Sequence[str]] = {
+STAMPED: Mapping[type[Any], Sequence[str]] = {
     Task: (
         "submitted_at",
         "scheduled_at",
@@ -481,6 +490,7 @@ _STAMPED: Mapping[type[Any], Sequence[str]] = {
     ),
     NodeInfo: ("registered_at", "last_heartbeat", "version"),
 }
+"""The fields that a caller's object gets back when it was written."""
 
 _FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
     Task: {

@@ -30,6 +30,7 @@ from openclaw_store.operations import (
 )
 from openclaw_store.records import (
     MAX_INTEGER,
+    STAMPED,
     Item,
     Record,
     check_count,
@@ -147,10 +148,9 @@ class Repository(Generic[Item]):
 
     def _write_back(self, record: Record[Item], item: Item) -> None:
         if self._unit is not None:
-            before = write_back(record, item)
+            before = {name: item.__dict__[name] for name in STAMPED[self.kind]}
             self._unit.undo.append(partial(item.__dict__.update, before))
-        else:
-            write_back(record, item)
+        write_back(record, item)
 
     def _hand_out(self, records: Sequence[Record[Item]]) -> list[Item]:
         """Copies for the caller.

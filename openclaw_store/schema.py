@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -280,10 +281,13 @@ class NodeRow(Base):
 
 
 class ChangeRow(Base):
-    """A row of `changes`, the feed: one for every change of a task or node, heartbeats aside."""
+    """A row of `changes`, the feed: one for every change of a task or node, heartbeats aside.
+
+    The history of a task or node is a chain: its `version` is the revision of its last change, and
+    each change knows the one `previous` to it. An index would cost more than the whole row.
+    """
 
     __tablename__ = "changes"
-    __table_args__ = (Index("ix_changes_item_id", "item_id"),)
 
     revision: Mapped[int] = mapped_column(
         BigInteger().with_variant(Integer(), "sqlite"), primary_key=True, autoincrement=False
@@ -297,6 +301,8 @@ class ChangeRow(Base):
     to_status: Mapped[str | None] = mapped_column(String(11))
     node: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
     reason: Mapped[str | None] = mapped_column(Text)
+    previous: Mapped[int | None] = mapped_column(BigInteger)
+    """Revision of the change before this one of the same task or node; NULL for its first."""
 
 
 class CounterRow(Base):
@@ -346,7 +352,13 @@ def plan_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> Plan:
         if encoder is not None and name not in JSON_FIELDS[kind]:
             encoders.append((place, encoder))
     json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
-    return Plan(names, encoders, json)
+    return Plan(_picker(names), encoders, json)
+
+
+def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
+    if len(names) == 1:
+        return lambda fields: (fields[names[0]],)  # `itemgetter` would give the bare value
+    return itemgetter(*names)
 
 
 def decoders_of(kind: type[Any], dialect: Dialect) -> Sequence[Callable[[Any], Any] | None]:

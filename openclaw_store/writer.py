@@ -93,19 +93,20 @@ class Unit:
         """Execute a statement for each of `rows`."""
         self._cursor.executemany(sql, rows)
 
-    def insert(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Insert rows with a statement that ends in the `VALUES (?, …)` of one.
+    def execute_values(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute a statement with the `VALUES (?, …)` of one row for all rows.
 
-        Many rows a statement take a third less time than `executemany`, which gives the
-        interpreter's lock away for each row, and under load waits long to have it back. A few
+        Many rows a statement take two thirds of the time of `executemany`, which besides gives
+        the interpreter's lock away for each row, and under load waits long to have it back. A few
         sizes of statement serve all batches, so the driver keeps them prepared.
         """
-        head, row = sql.rsplit("VALUES ", 1)
+        head, rest = sql.split("VALUES (", 1)
+        row, tail = rest.split(")", 1)
         start = 0
         for size in _ROWS_A_STATEMENT:
             if len(rows) - start < size:
                 continue
-            statement = f"{head}VALUES {', '.join([row] * size)}"
+            statement = f"{head}VALUES {', '.join([f'({row})'] * size)}{tail}"
             while len(rows) - start >= size:
                 part = rows[start : start + size]
                 self._cursor.execute(statement, list(chain.from_iterable(part)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import FakeClock, MakeNode, MakeTask
-from sqlalchemy import select
+from sqlalchemy import select, update
 
 from openclaw_store import (
     Change,
@@ -34,7 +34,7 @@ from openclaw_store import (
     UnavailableError,
 )
 from openclaw_store import repositories as module
-from openclaw_store.schema import ChangeRow
+from openclaw_store.schema import ChangeRow, TaskRow
 
 
 @pytest.fixture
@@ -397,6 +397,22 @@ class TestCleanup:
             (4, old.task_id, ChangeKind.REMOVED),
         ]
 
+    async def test_leaves_the_history_of_others_though_a_version_was_written_by_hand(
+        self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        old, live = make_task(status=TaskStatus.FAILED), make_task()
+        await tasks.create(live)
+        await tasks.create(old)
+        async with database.transaction() as tx:
+            await tx.execute(
+                update(TaskRow).where(TaskRow.task_id == old.task_id).values(version=live.version)
+            )
+        clock.advance(days=31)
+
+        await tasks.cleanup_old_tasks()
+
+        assert live.version in [change.revision for change in await feed(database)]
+
     async def test_joins_a_transaction(
         self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
     ) -> None:
@@ -709,9 +725,9 @@ class TestFeed:
         later, id = clock(), task.task_id
         assert await feed(database) == [
             Change(1, start, "task", id, ChangeKind.CREATED, None, "pending", None, None),
-            Change(2, later, "task", id, ChangeKind.UPDATED, "pending", "pending", "node", None),
-            Change(3, later, "task", id, ChangeKind.STATUS, "pending", "running", "node", None),
-            Change(4, later, "task", id, ChangeKind.REMOVED, "running", None, "node", None),
+            Change(2, later, "task", id, ChangeKind.UPDATED, "pending", "pending", "node", None, 1),
+            Change(3, later, "task", id, ChangeKind.STATUS, "pending", "running", "node", None, 2),
+            Change(4, later, "task", id, ChangeKind.REMOVED, "running", None, "node", None, 3),
         ]
 
     async def test_tells_what_happened_to_a_node(

@@ -113,9 +113,9 @@ def upgrade() -> None:
         sa.Column("to_status", sa.String(11)),
         sa.Column("node", Key),
         sa.Column("reason", sa.Text()),
+        sa.Column("previous", sa.BigInteger()),
         sa.PrimaryKeyConstraint("revision", name=op.f("pk_changes")),
     )
-    op.create_index("ix_changes_item_id", "changes", ["item_id"])
 
     counters = op.create_table(
         "counters",
