@@ -41,6 +41,7 @@ MIN_INTEGER = -(1 << 63)
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _TEXT = frozenset({str})
 _HARMLESS = frozenset({str, bool, type(None)})
+_NOTHING: dict[str, str] = {}
 _EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}}  # what all records have, and copies copy
 _NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
@@ -64,26 +65,26 @@ class Plan(NamedTuple):
 class Record(Generic[Item]):
     """An unchanging image of a task or node."""
 
-    __slots__ = ("_encoded", "_flat", "_nested", "fields", "kind")
+    __slots__ = ("_flat", "_is_decoded", "_texts", "fields", "kind")
 
     def __init__(
-        self, kind: type[Item], fields: dict[str, Any], encoded: dict[str, str], flat: list[str]
+        self, kind: type[Item], fields: dict[str, Any], texts: dict[str, str], flat: list[str]
     ) -> None:
-        """Take over `fields` and `encoded`, which belong to the record now.
+        """Take over `fields` and `texts`, which belong to the record now.
 
         Args:
             kind: What is recorded.
             fields: Its values by name; JSON fields given as text are `None`.
-            encoded: Text of JSON fields that nobody has looked at.
+            texts: Text of JSON fields that nobody has looked at.
             flat: JSON fields with a list or dict of plain values, to be copied for each copy.
         """
         self.kind: type[Item] = kind
         self.fields = fields
         """Values by name, to be read only; those of JSON fields come from `decoded`."""
-        self._encoded = encoded
+        self._texts = texts
+        """JSON fields that were not decoded yet, or are decoded for each copy."""
+        self._is_decoded = not texts
         self._flat = _shared(flat)
-        self._nested: tuple[tuple[str, str], ...] = ()
-        """JSON fields that are decoded for each copy."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
@@ -98,33 +99,30 @@ class Record(Generic[Item]):
 
     def copy(self) -> Item:
         """An object of the caller's own, equal to what was recorded."""
-        if self._encoded:
+        if not self._is_decoded:
             self._decode()
         fields = self.fields.copy()
         for name in self._flat:
             fields[name] = fields[name].copy()
-        for name, text in self._nested:
-            fields[name] = orjson.loads(text)
+        if self._texts:
+            for name, text in self._texts.items():
+                fields[name] = orjson.loads(text)
         item: Item = object.__new__(self.kind)
         item.__dict__ = fields
         return item
 
     def decoded(self, name: str) -> Any:
         """The value of a JSON field; not to be changed by the caller."""
-        if self._encoded:
+        if not self._is_decoded:
             self._decode()
-        for nested, text in self._nested:
-            if nested == name:
-                return orjson.loads(text)
-        return self.fields[name]
+        text = self._texts.get(name)
+        return self.fields[name] if text is None else orjson.loads(text)
 
     def encoded(self, name: str) -> str | None:
         """The text of a JSON field; `None` for its default."""
-        if name in self._encoded:
-            return self._encoded[name]
-        for nested, text in self._nested:
-            if nested == name:
-                return text
+        text = self._texts.get(name)
+        if text is not None:
+            return text
         value = self.fields[name]
         if value is None or (not value and type(value) is JSON_FIELDS[self.kind][name]):
             return None
@@ -132,17 +130,14 @@ class Record(Generic[Item]):
 
     def values(self, plan: Plan) -> list[Any]:
         """The values of the fields of `plan`, as the driver takes them."""
-        fields, encoded = self.fields, self._encoded
-        row = list(plan.pick(fields))
+        row = list(plan.pick(self.fields))
         for place, encoder in plan.encoders:
             value = row[place]
             if value is not None:
                 row[place] = encoder(value)
+        text_of = self._texts.get
         for place, name in plan.json:
-            if row[place] is None and not self._nested:
-                row[place] = encoded.get(name)
-            else:
-                row[place] = self.encoded(name)
+            row[place] = text_of(name) if row[place] is None else self.encoded(name)
         return row
 
     def evolve(self, **values: Any) -> Record[Item]:
@@ -152,9 +147,9 @@ class Record(Generic[Item]):
         evolved.fields = fields = self.fields.copy()
         fields.update(values)
         # Nobody edits the lists and dicts of a record, so they are shared.
-        evolved._encoded = self._encoded
+        evolved._texts = self._texts
+        evolved._is_decoded = self._is_decoded
         evolved._flat = self._flat
-        evolved._nested = self._nested
         return evolved
 
     def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
@@ -169,37 +164,33 @@ class Record(Generic[Item]):
 
     def differences(self, other: Record[Item]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
-        json_fields = JSON_FIELDS[self.kind]
-        theirs = other.fields
-        return tuple(
-            [
-                name
-                for name, value in self.fields.items()
-                # Equal is not the same for JSON: 1 and True, 1 and 1.0.
-                if (
-                    self.encoded(name) != other.encoded(name)
-                    if name in json_fields
-                    else value is not theirs[name]
-                    and value != theirs[name]
-                    and name not in STORE_FIELDS
-                )
-            ]
-        )
+        mine, theirs = self.fields, other.fields
+        names = [
+            name
+            for name in _PLAIN_FIELDS[self.kind]
+            if mine[name] is not theirs[name] and mine[name] != theirs[name]
+        ]
+        # Equal is not the same for JSON: 1 and True, 1 and 1.0.
+        names += [
+            name for name in JSON_FIELDS[self.kind] if self.encoded(name) != other.encoded(name)
+        ]
+        return tuple(names)
 
     def _decode(self) -> None:
-        flat, nested = list(self._flat), list(self._nested)
-        for name, text in self._encoded.items():
+        flat, nested = list(self._flat), {}
+        for name, text in self._texts.items():
             value = _load(self, name, text)
             if isinstance(value, (list, dict)):
                 items: Iterable[Any] = value if isinstance(value, list) else value.values()
                 if not _PLAIN.issuperset(map(type, items)):
-                    nested.append((name, text))
+                    nested[name] = text
                     continue
                 flat.append(name)
             self.fields[name] = value
-        # The last assignment is what other threads wait for: until then they decode as well.
-        self._flat, self._nested = _shared(flat), tuple(nested)
-        self._encoded = {}
+        # Another thread may do the same; until the last assignment it finds what was there before.
+        self._flat = _shared(dict.fromkeys(flat))
+        self._texts = nested or _NOTHING
+        self._is_decoded = True
 
 
 def encode(item: Item) -> Record[Item]:
@@ -215,7 +206,7 @@ def encode(item: Item) -> Record[Item]:
     fields = item.__dict__.copy()  # shares its table of keys with those of all others
     if len(fields) != len(checks) + len(json_checks):
         fields = _declared(item)
-    encoded: dict[str, str] = {}
+    texts: dict[str, str] = {}
     flat: list[str] = []
     try:
         for name, default, check in checks:
@@ -230,11 +221,11 @@ def encode(item: Item) -> Record[Item]:
                 fields[name] = _EMPTY[empty]
                 flat.append(name)
             else:
-                encoded[name] = check(name, value)
+                texts[name] = check(name, value)
                 fields[name] = None
     except KeyError as error:
         raise InvalidDataError(str(error.args[0]), "is missing") from None
-    return Record(kind, fields, encoded, flat)
+    return Record(kind, fields, texts, flat)
 
 
 def _shared(flat: Iterable[str]) -> tuple[str, ...]:
@@ -253,17 +244,17 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     """The record of a row whose columns stand in the order of the fields, JSON as text."""
     item = kind(*row)
     fields = item.__dict__
-    encoded: dict[str, str] = {}
+    texts: dict[str, str] = {}
     flat: list[str] = []
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
         if text is not None:
-            encoded[name] = text
+            texts[name] = text
             fields[name] = None
         elif empty is not None:
             fields[name] = _EMPTY[empty]
             flat.append(name)
-    return Record(kind, fields, encoded, flat)
+    return Record(kind, fields, texts, flat)
 
 
 def write_back(record: Record[Item], item: Item) -> None:
@@ -547,5 +538,10 @@ _CHECKS = {
         ),
         tuple((name, empty, _JSON_CHECKS[name]) for name, empty in JSON_FIELDS[kind].items()),
     )
+    for kind, checks in _FIELD_CHECKS.items()
+}
+
+_PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
+    kind: tuple(name for name in checks if name not in STORE_FIELDS)
     for kind, checks in _FIELD_CHECKS.items()
 }
