@@ -41,11 +41,11 @@ MIN_INTEGER = -(1 << 63)
 _PLAIN = frozenset({str, int, float, bool, type(None)})
 _TEXT = frozenset({str})
 _HARMLESS = frozenset({str, bool, type(None)})
-_NOTHING: dict[str, str] = {}
-_EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}}  # what all records have, and copies copy
-_NUL_IN_JSON = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_NONE = type(None)
+_EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, _NONE: None}  # shared; copies copy them
+_NUL_IN_JSON = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
-_flat_fields: dict[tuple[str, ...], tuple[str, ...]] = {}
+_known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 Check = Callable[[str, Any], Any]
 """Takes a field's name and value; returns the value as it is kept, or raises."""
@@ -65,26 +65,22 @@ class Plan(NamedTuple):
 class Record(Generic[Item]):
     """An unchanging image of a task or node."""
 
-    __slots__ = ("_flat", "_is_decoded", "_texts", "fields", "kind")
+    __slots__ = ("_flat", "_nested", "fields", "kind")
 
-    def __init__(
-        self, kind: type[Item], fields: dict[str, Any], texts: dict[str, str], flat: list[str]
-    ) -> None:
-        """Take over `fields` and `texts`, which belong to the record now.
+    def __init__(self, kind: type[Item], fields: dict[str, Any]) -> None:
+        """Take over `fields`, which belongs to the record now.
 
         Args:
             kind: What is recorded.
-            fields: Its values by name; JSON fields given as text are `None`.
-            texts: Text of JSON fields that nobody has looked at.
-            flat: JSON fields with a list or dict of plain values, to be copied for each copy.
+            fields: Its values by name; JSON is `bytes`, which no JSON value is, or the default.
         """
         self.kind: type[Item] = kind
         self.fields = fields
         """Values by name, to be read only; those of JSON fields come from `decoded`."""
-        self._texts = texts
-        """JSON fields that were not decoded yet, or are decoded for each copy."""
-        self._is_decoded = not texts
-        self._flat = _shared(flat)
+        self._flat: Sequence[str] | None = None
+        """JSON fields to be copied for each copy; `None` while nobody has looked at any."""
+        self._nested: Sequence[str] = ()
+        """JSON fields to be decoded for each copy."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
@@ -99,34 +95,31 @@ class Record(Generic[Item]):
 
     def copy(self) -> Item:
         """An object of the caller's own, equal to what was recorded."""
-        if not self._is_decoded:
-            self._decode()
+        flat = self._decode() if self._flat is None else self._flat
         fields = self.fields.copy()
-        for name in self._flat:
+        for name in flat:
             fields[name] = fields[name].copy()
-        if self._texts:
-            for name, text in self._texts.items():
-                fields[name] = orjson.loads(text)
+        for name in self._nested:
+            fields[name] = orjson.loads(fields[name])
         item: Item = object.__new__(self.kind)
         item.__dict__ = fields
         return item
 
     def decoded(self, name: str) -> Any:
         """The value of a JSON field; not to be changed by the caller."""
-        if not self._is_decoded:
+        if self._flat is None:
             self._decode()
-        text = self._texts.get(name)
-        return self.fields[name] if text is None else orjson.loads(text)
-
-    def encoded(self, name: str) -> str | None:
-        """The text of a JSON field; `None` for its default."""
-        text = self._texts.get(name)
-        if text is not None:
-            return text
         value = self.fields[name]
-        if value is None or (not value and type(value) is JSON_FIELDS[self.kind][name]):
+        return orjson.loads(value) if type(value) is bytes else value
+
+    def encoded(self, name: str) -> bytes | None:
+        """The text of a JSON field; `None` for its default."""
+        value = self.fields[name]
+        if value is None or type(value) is bytes:
+            return value
+        if not value and type(value) is JSON_FIELDS[self.kind][name]:
             return None
-        return _dump(value)
+        return orjson.dumps(value)
 
     def values(self, plan: Plan) -> list[Any]:
         """The values of the fields of `plan`, as the driver takes them."""
@@ -135,9 +128,11 @@ class Record(Generic[Item]):
             value = row[place]
             if value is not None:
                 row[place] = encoder(value)
-        text_of = self._texts.get
         for place, name in plan.json:
-            row[place] = text_of(name) if row[place] is None else self.encoded(name)
+            text = row[place]
+            if text is not None and type(text) is not bytes:
+                text = self.encoded(name)
+            row[place] = None if text is None else text.decode()
         return row
 
     def evolve(self, **values: Any) -> Record[Item]:
@@ -147,20 +142,15 @@ class Record(Generic[Item]):
         evolved.fields = fields = self.fields.copy()
         fields.update(values)
         # Nobody edits the lists and dicts of a record, so they are shared.
-        evolved._texts = self._texts
-        evolved._is_decoded = self._is_decoded
         evolved._flat = self._flat
+        evolved._nested = self._nested
         return evolved
 
     def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
         """A record that has the named fields from `other` and the rest from this one."""
-        chosen = frozenset(names)
-        json_fields = JSON_FIELDS[self.kind]
-        row = []
-        for name in self.fields:
-            source = other if name in chosen else self
-            row.append(source.encoded(name) if name in json_fields else source.fields[name])
-        return decode(self.kind, row)
+        fields = self.fields.copy()
+        fields.update([(name, other.fields[name]) for name in names])
+        return Record(self.kind, fields)
 
     def differences(self, other: Record[Item]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
@@ -172,25 +162,33 @@ class Record(Generic[Item]):
         ]
         # Equal is not the same for JSON: 1 and True, 1 and 1.0.
         names += [
-            name for name in JSON_FIELDS[self.kind] if self.encoded(name) != other.encoded(name)
+            name
+            for name in JSON_FIELDS[self.kind]
+            if mine[name] is not theirs[name] and self.encoded(name) != other.encoded(name)
         ]
         return tuple(names)
 
-    def _decode(self) -> None:
-        flat, nested = list(self._flat), {}
-        for name, text in self._texts.items():
-            value = _load(self, name, text)
+    def _decode(self) -> Sequence[str]:
+        """Keep lists and dicts of plain values decoded; returns their names.
+
+        Other threads may do the same at any time: each field is decided by what is found in it.
+        """
+        flat, nested = [], []
+        for name in JSON_FIELDS[self.kind]:
+            value = self.fields[name]
+            if type(value) is bytes:
+                value = _load(self, name, value)
+                if isinstance(value, (list, dict)):
+                    items: Iterable[Any] = value if isinstance(value, list) else value.values()
+                    if not _PLAIN.issuperset(map(type, items)):
+                        nested.append(name)
+                        continue
+                self.fields[name] = value
             if isinstance(value, (list, dict)):
-                items: Iterable[Any] = value if isinstance(value, list) else value.values()
-                if not _PLAIN.issuperset(map(type, items)):
-                    nested[name] = text
-                    continue
                 flat.append(name)
-            self.fields[name] = value
-        # Another thread may do the same; until the last assignment it finds what was there before.
-        self._flat = _shared(dict.fromkeys(flat))
-        self._texts = nested or _NOTHING
-        self._is_decoded = True
+        self._nested = _shared(nested)
+        self._flat = _shared(flat)
+        return self._flat
 
 
 def encode(item: Item) -> Record[Item]:
@@ -206,32 +204,26 @@ def encode(item: Item) -> Record[Item]:
     fields = item.__dict__.copy()  # shares its table of keys with those of all others
     if len(fields) != len(checks) + len(json_checks):
         fields = _declared(item)
-    texts: dict[str, str] = {}
-    flat: list[str] = []
     try:
         for name, default, check in checks:
             value = fields[name]
             if value is not default:
                 fields[name] = check(name, value)
-        for name, empty, check in json_checks:
+        for name, empty, check_json in json_checks:
             value = fields[name]
-            if value is None and empty is None:
-                continue
             if not value and type(value) is empty:
                 fields[name] = _EMPTY[empty]
-                flat.append(name)
             else:
-                texts[name] = check(name, value)
-                fields[name] = None
+                fields[name] = check_json(name, value)
     except KeyError as error:
         raise InvalidDataError(str(error.args[0]), "is missing") from None
-    return Record(kind, fields, texts, flat)
+    return Record(kind, fields)
 
 
-def _shared(flat: Iterable[str]) -> tuple[str, ...]:
+def _shared(names: Iterable[str]) -> Sequence[str]:
     """The one tuple of these names that all records share."""
-    names = tuple(flat)
-    return _flat_fields.setdefault(names, names)
+    found = tuple(names)
+    return _known_names.setdefault(found, found)
 
 
 def _declared(item: Task | NodeInfo) -> dict[str, Any]:
@@ -242,19 +234,11 @@ def _declared(item: Task | NodeInfo) -> dict[str, Any]:
 
 def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     """The record of a row whose columns stand in the order of the fields, JSON as text."""
-    item = kind(*row)
-    fields = item.__dict__
-    texts: dict[str, str] = {}
-    flat: list[str] = []
+    fields = kind(*row).__dict__
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
-        if text is not None:
-            texts[name] = text
-            fields[name] = None
-        elif empty is not None:
-            fields[name] = _EMPTY[empty]
-            flat.append(name)
-    return Record(kind, fields, texts, flat)
+        fields[name] = _EMPTY[empty] if text is None else text.encode()
+    return Record(kind, fields)
 
 
 def write_back(record: Record[Item], item: Item) -> None:
@@ -334,7 +318,7 @@ def check_enum(kind: type[Enum]) -> Check:
     return check
 
 
-def encode_json(name: str, value: Any) -> str:
+def encode_json(name: str, value: Any) -> bytes:
     """Compact text of a JSON value.
 
     Raises:
@@ -344,14 +328,14 @@ def encode_json(name: str, value: Any) -> str:
     return _encode_checked(name, value)
 
 
-def _encode_checked(name: str, value: Any) -> str:
+def _encode_checked(name: str, value: Any) -> bytes:
     try:
-        text = _dump(value)
+        text = orjson.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDataError(name, f"is not JSON: {error}") from error
-    if "\\u0000" in text and _NUL_IN_JSON.search(text):
+    if b"\\u0000" in text and _NUL_IN_JSON.search(text):
         raise InvalidDataError(name, "must not contain the character NUL")
-    if len(text) > MAX_JSON_BYTES // 4 and len(text.encode()) > MAX_JSON_BYTES:
+    if len(text) > MAX_JSON_BYTES:
         raise InvalidDataError(name, f"is larger than {MAX_JSON_BYTES} bytes of JSON")
     return text
 
@@ -386,11 +370,7 @@ def _check_json(name: str, value: Any, depth: int) -> None:
             raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
 
 
-def _dump(value: Any) -> str:
-    return orjson.dumps(value).decode()
-
-
-def _load(record: Record[Any], name: str, text: str) -> Any:
+def _load(record: Record[Any], name: str, text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
@@ -421,7 +401,7 @@ def _text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
     return value if type(value) is str else str.__str__(value)
 
 
-def _texts(name: str, value: Any) -> str:
+def _texts(name: str, value: Any) -> bytes:
     if not isinstance(value, (list, tuple)):
         raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
     if not _TEXT.issuperset(map(type, value)):
@@ -431,7 +411,7 @@ def _texts(name: str, value: Any) -> str:
     return _encode_checked(name, value)
 
 
-def _json_object(name: str, value: Any) -> str:
+def _json_object(name: str, value: Any) -> bytes:
     if not isinstance(value, dict):
         raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
     return encode_json(name, value)
@@ -443,20 +423,20 @@ def _version(name: str, value: Any) -> int:
     return value
 
 
-JSON_FIELDS: Mapping[type[Any], Mapping[str, type[list[Any] | dict[str, Any]] | None]] = {
+JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
     Task: {
         "required_skills": list,
-        "optional_skills": None,
+        "optional_skills": _NONE,
         "parameters": dict,
-        "result": None,
-        "affinity_tags": None,
+        "result": _NONE,
+        "affinity_tags": _NONE,
         "metadata": dict,
     },
     NodeInfo: {"available_skills": list, "tags": list},
 }
-"""The fields that are stored as JSON, with what makes their default (`None` is its own)."""
+"""The fields that are stored as JSON, with the type of their default."""
 
-_JSON_CHECKS: Mapping[str, Callable[[str, Any], str]] = {
+_JSON_CHECKS: Mapping[str, Callable[[str, Any], bytes]] = {
     "required_skills": _texts,
     "optional_skills": _texts,
     "parameters": _json_object,

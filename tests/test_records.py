@@ -638,7 +638,11 @@ class TestRecord:
     def test_any_json_is_copied_and_decoded_as_it_was(self, value: Any) -> None:
         task = Task("t", TaskType.BATCH, "n", result=value, metadata={"value": value})
         record = encode(task)
-        row = [record.encoded(n) if n in JSON_FIELDS[Task] else record[n] for n in FIELDS[Task]]
+        texts = {name: record.encoded(name) for name in JSON_FIELDS[Task]}
+        row = [
+            record[name] if name not in texts else (text := texts[name]) and text.decode()
+            for name in FIELDS[Task]
+        ]
 
         copies = [record.copy(), decode(Task, row).copy(), record.evolve(version=0).copy()]
 
