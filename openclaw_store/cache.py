@@ -18,6 +18,7 @@ from typing import Any
 
 from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
 from openclaw_store.feed import News, Start
+from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import (
     FINISHED,
@@ -28,7 +29,6 @@ from openclaw_store.models import (
     Task,
     TaskStatus,
 )
-from openclaw_store.operations import Beat
 from openclaw_store.records import Record
 
 
@@ -77,13 +77,11 @@ class Cache:
         self._aliases: dict[Place, tuple[int, int]] = {}
         self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
-        self._landed: dict[str, datetime | None] = {}  # and the newest that are written, by node
+        self._landed: dict[str, Beaten] = {}  # and those written since the last `catch_up`
 
     def add(self, record: Record[Any]) -> None:
         """Take over a row of the start."""
         self._show(place_of(record), None, record)
-        if record.kind is NodeInfo:
-            self._landed[record["node_id"]] = record["last_heartbeat"]
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""
@@ -95,18 +93,15 @@ class Cache:
         for id in {*self._waiting, *self._flying}:
             record = self.nodes.get(id)
             if record is not None:
-                self._show((NodeInfo, id), record, self._with_beats(record))
+                self._touch(id, record, self._with_beats(record))
 
-    def apply(self, events: Iterable[Event]) -> None:
+    def apply(self, events: Iterable[Event | Beaten]) -> None:
         """Take over what this process has committed."""
         for event in events:
-            place = (event.kind, event.id)
-            if event.change is None and event.record is not None:
-                self._land(event.id, event.record["last_heartbeat"])
-                if self._visible(place) is not None:  # else it was removed meanwhile
-                    self._commit(place, event.record, 0)
-            elif event.change is not None and self._count(event.change):
-                self._commit(place, event.record, event.change.revision)
+            if isinstance(event, Beaten):
+                self._land(event)
+            elif self._count(event.change):
+                self._commit((event.kind, event.id), event.record, event.change.revision)
 
     def catch_up(self, news: News) -> None:
         """Take over what the feed says, from this and other processes."""
@@ -120,12 +115,14 @@ class Cache:
                 changed[KINDS[change.item], change.item_id] = None
         for place in changed:
             if place not in changed_since:
-                self._commit(place, news.records.get(place), news.read_at)
+                record = news.records.get(place)
+                self._commit(place, self._with_landed(record, news.beat), news.read_at)
         for record in news.beaten:
             place = place_of(record)
             if self._visible(place) is not None:
-                self._commit(place, record, 0)
+                self._commit(place, self._with_landed(record, news.beat), 0)
         self.beat = max(self.beat, news.beat)
+        self._landed = {id: it for id, it in self._landed.items() if it.flush > self.beat}
         if news.revision > self.complete:
             self.complete = news.revision
             self.version = max(self.version, self.complete)
@@ -187,37 +184,30 @@ class Cache:
     def expect_beat(self, beat: Beat) -> None:
         """Show a heartbeat, and keep it until it is written."""
         waiting = self._waiting.get(beat.id)
-        if waiting is not None:
-            beat = Beat(beat.id, beat.at, {**waiting.usage, **beat.usage})
-        self._waiting[beat.id] = beat
-        place = (NodeInfo, beat.id)
-        record = self._visible(place)
+        self._waiting[beat.id] = beat if waiting is None else beat.after(waiting)
+        record = self.nodes.get(beat.id)
         if record is not None:
-            touched = record.evolve(last_heartbeat=beat.at, **beat.usage)
-            if place in self.unsaved:
-                self.unsaved[place].record = touched
-            if touched["running_tasks"] == record["running_tasks"]:
-                self.nodes.put(beat.id, touched)  # no index knows the rest
-            else:
-                self._show(place, record, touched)
+            touched = beat.over(record)
+            self._touch(beat.id, record, touched)
+            if (NodeInfo, beat.id) in self.unsaved:
+                self.unsaved[NodeInfo, beat.id].record = touched
 
-    def take_beats(self, node_id: str | None = None) -> list[Beat]:
-        """The heartbeats that wait, or that of one node; they are on their way to the writer."""
-        ids = list(self._waiting) if node_id is None else [node_id]
-        taken = [self._waiting.pop(id) for id in ids if id in self._waiting]
+    def waiting_beats(self) -> list[str]:
+        """Identifiers of the nodes with heartbeats that are not on their way to the writer."""
+        return list(self._waiting)
+
+    def take_beats(self, node_ids: Iterable[str]) -> list[Beat]:
+        """Those of these nodes that wait; they are on their way to the writer now."""
+        taken = [self._waiting.pop(id) for id in node_ids if id in self._waiting]
         for beat in taken:
             self._flying.setdefault(beat.id, []).append(beat)
         return taken
 
     def settle_beat(self, beat: Beat, *, again: bool) -> None:
-        """A heartbeat was written; or, with `again`, was not, and waits again."""
-        flying = [other for other in self._flying.pop(beat.id, ()) if other is not beat]
-        if flying:
-            self._flying[beat.id] = flying
-        if again:
-            newer = self._waiting.get(beat.id, beat)
-            usage = {**beat.usage, **newer.usage}
-            self._waiting[beat.id] = Beat(beat.id, newer.at, usage)
+        """The writer is done with a heartbeat; with `again` it waits again, if it was not told."""
+        if self._is_own(beat) and again:
+            newer = self._waiting.get(beat.id)
+            self._waiting[beat.id] = beat if newer is None else newer.after(beat)
 
     def task(self, task_id: str) -> Record[Task] | None:
         """A live task, or a finished one that is in memory."""
@@ -351,15 +341,9 @@ class Cache:
         if known is not None and known.version > (revision if record is None else record.version):
             return
         if record is not None:
-            if record.kind is NodeInfo:
-                if known is not None and self._is_behind(record, known):
-                    return
-                self._landed[place[1]] = record["last_heartbeat"]
             record = self._with_beats(record)
         if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
             del self._aliases[place]
-        if record is None:
-            self._landed.pop(place[1], None)
         if entry is None:
             self._show(place, known, record)
             return
@@ -367,30 +351,55 @@ class Cache:
         entry.committed = record
         self._show(place, None, entry.record)
 
-    def _is_behind(self, record: Record[NodeInfo], known: Record[NodeInfo]) -> bool:
-        """Whether a row is older than what was here, by its heartbeat, which has no version."""
-        last, landed = record["last_heartbeat"], self._landed.get(record["node_id"])
-        if record.version != known.version or landed is None:
-            return False
-        return last is None or last < landed
-
     def _with_beats(self, record: Record[Any]) -> Record[Any]:
         """What was committed, with the heartbeats that are not."""
         if record.kind is NodeInfo:
-            id, last = record["node_id"], record["last_heartbeat"]
+            id = record["node_id"]
             beats = self._flying.get(id, [])
             if id in self._waiting:
                 beats = [*beats, self._waiting[id]]
             for beat in beats:
+                last = record["last_heartbeat"]
                 if last is None or beat.at >= last:
-                    record = record.evolve(last_heartbeat=beat.at, **beat.usage)
+                    record = beat.over(record)
         return record
 
-    def _land(self, node_id: str, last: datetime) -> None:
-        """Heartbeats up to `last` were written, and what follows may be newer than they."""
-        flying = [beat for beat in self._flying.pop(node_id, ()) if beat.at > last]
-        if flying:
-            self._flying[node_id] = flying
+    def _with_landed(self, record: Record[Any] | None, flush: int) -> Record[Any] | None:
+        """What was read, with the heartbeats that this process has written behind `flush`."""
+        if record is not None and record.kind is NodeInfo:
+            landed = self._landed.get(record["node_id"])
+            if landed is not None and landed.flush > flush:
+                return landed.beat.over(record)
+        return record
+
+    def _land(self, beaten: Beaten) -> None:
+        """Take over a heartbeat that was written."""
+        beat, flush = beaten
+        is_shown = self._is_own(beat)
+        entry = self.unsaved.get((NodeInfo, beat.id))
+        known = self.nodes.get(beat.id) if entry is None else entry.committed
+        if known is None or flush <= self.beat:  # it was removed meanwhile, or read with the rest
+            return
+        earlier = self._landed.get(beat.id)
+        self._landed[beat.id] = Beaten(beat.after(earlier.beat), flush) if earlier else beaten
+        if entry is not None:
+            entry.committed = beat.over(known)
+        elif not is_shown:
+            self._touch(beat.id, known, self._with_beats(beat.over(known)))
+
+    def _is_own(self, beat: Beat) -> bool:
+        """Whether a heartbeat was on its way to the writer, on which it is no more."""
+        flying = self._flying.pop(beat.id, ())
+        others = [other for other in flying if other is not beat]
+        if others:
+            self._flying[beat.id] = others
+        return len(others) < len(flying)
+
+    def _touch(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:
+        """Replace what is shown of a node by what it is after a heartbeat."""
+        self.nodes.put(id, new)
+        if new["running_tasks"] != old["running_tasks"]:  # no index knows the rest
+            self._index_free(id, new)
 
     def _show_unsaved(self, place: Place, entry: Unsaved) -> None:
         self._hide(place)
@@ -447,27 +456,32 @@ class Cache:
         self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
     ) -> None:
         counted = self._counted((NodeInfo, id))
+        before = frozenset() if old is None else _skills(old)
+        after = frozenset() if new is None else _skills(new)
         if old is not None:
             self._node_counts[old["status"]] -= counted
-            self._free.pop(id, None)
-        if old is not None and (new is None or _skills(new) != _skills(old)):
-            for skill in _skills(old):
-                self._skilled[skill].discard(id)
-                if not self._skilled[skill]:
-                    del self._skilled[skill]
-        if new is None:
-            if old is not None:
-                self.nodes.drop(id)
-        else:
-            self.nodes.put(id, new)
+        for skill in before - after:
+            self._skilled[skill].discard(id)
+            if not self._skilled[skill]:
+                del self._skilled[skill]
+        for skill in after - before:
+            self._skilled.setdefault(skill, set()).add(id)
+        if new is not None:
             self._node_counts[new["status"]] += counted
-            running, places = new["running_tasks"], new["max_concurrent_tasks"]
-            if new["status"] is NodeStatus.ONLINE and running < places:
-                self._free[id] = (running / places, running, id)
-            for skill in _skills(new):
-                self._skilled.setdefault(skill, set()).add(id)
+            self.nodes.put(id, new)
+            self._index_free(id, new)
+        elif old is not None:
+            self.nodes.drop(id)
+            self._free.pop(id, None)
         if old is None or new is None or old["registered_at"] != new["registered_at"]:
             self._newest = None
+
+    def _index_free(self, id: str, record: Record[NodeInfo]) -> None:
+        running, places = record["running_tasks"], record["max_concurrent_tasks"]
+        if record["status"] is NodeStatus.ONLINE and running < places:
+            self._free[id] = (running / places, running, id)
+        else:
+            self._free.pop(id, None)
 
     def _counted(self, place: Place) -> bool:
         """Whether an entry is in the database, so that it counts in the totals."""

@@ -103,14 +103,13 @@ class Change(NamedTuple):
 
 
 class Event(NamedTuple):
-    """What listeners are told of one operation that was committed."""
+    """What listeners are told of one change that was committed."""
 
     kind: type[Any]
     id: str
     record: Record[Any] | None
     """What the store holds now; `None` when it was removed."""
-    change: Change | None
-    """`None` for a heartbeat."""
+    change: Change
 
 
 def missing(kind: type[Any], id: str) -> NotFoundError:
@@ -168,6 +167,12 @@ class Row:
     def now(self) -> datetime:
         return self._ledger.unit.now
 
+    @property
+    def flush(self) -> int:
+        """What `beat` is of a row that has a heartbeat written now."""
+        flush: int = self._ledger.beat
+        return flush
+
     def write(
         self, record: Record[Any], names: Iterable[str], reason: str | None = None
     ) -> Record[Any]:
@@ -193,13 +198,12 @@ class Row:
         self._ledger.tell(Event(self.kind, self.id, record, change))
         return record
 
-    def touch(self, values: Mapping[str, Any]) -> None:
-        """Write down what a heartbeat said: no new version, no revision."""
-        assert self.record is not None  # of a node it is always known
-        self.record = self.record.evolve(**values)
-        self.names.update(values, ("beat",))
+    def touch(self, record: Record[Any], names: Iterable[str], event: object) -> None:
+        """Write down what a heartbeat said, and tell `event`: no new version, no revision."""
+        self.record = record
+        self.names.update(names, ("beat",))
         self._ledger.beaten = True
-        self._ledger.tell(Event(self.kind, self.id, self.record, None))
+        self._ledger.tell(event)
 
     def remove(self, *, with_history: bool) -> None:
         """End the row's life."""
@@ -224,7 +228,7 @@ class Ledger:
         self.forgotten: list[tuple[int | None, str, str]] = []
         """The newest change, item and identifier of those whose history is to be removed."""
         self.beaten = False
-        self.tell: Callable[[Event], None] = unit.committed.append
+        self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
 
@@ -282,11 +286,6 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
     for kind, touched in rows.items():
         _store(unit, ledger.beat, kind, touched.values())
     return outcomes
-
-
-def apply_groups(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[Sequence[Any]]:
-    """Apply groups of operations, each of which was submitted as one."""
-    return [apply(unit, group) for group in groups]
 
 
 class _Statements:

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,7 +20,6 @@ from openclaw_store.changes import (
     Operation,
     Place,
     apply,
-    apply_groups,
     missing,
     place_of,
 )
@@ -36,8 +34,9 @@ from openclaw_store.errors import (
     UnsavedConflictError,
 )
 from openclaw_store.feed import PAGE, News, Start, read_live, read_news, read_start
+from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.operations import AfterBeat, Beat, Create, Remove, Update, newer_heartbeat
+from openclaw_store.operations import Create, Remove, Update, newer_heartbeat
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.schema import FIELDS
@@ -46,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 """How long a heartbeat waits in memory for others to share its flush."""
+
+HEARTBEATS_A_WRITE = 64
+"""How many are written at a stretch, before others write."""
 
 RELOAD_AFTER = 20_000
 """So many changes behind, the cache is loaded again rather than brought up to date."""
@@ -69,11 +71,12 @@ class Mirror:
         self.cache = Cache(Start(0, 0, None, {}), finished_limit)
         """What is in memory; another object after each `load`."""
         self._unlisten: Callable[[], None] = lambda: None
-        self._loading: list[Sequence[Event]] | None = None  # what was committed meanwhile
+        self._loading: list[Sequence[Event | Beaten]] | None = None  # what was committed meanwhile
         self._refreshing = asyncio.Lock()
         self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
+        self._flushing = asyncio.Lock()  # by the timer
         # Counted down from a place of its own: a copy from another manager must not match.
         self._unsaved_version = -secrets.randbits(56)
 
@@ -113,7 +116,7 @@ class Mirror:
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         if operation.kind is NodeInfo and not isinstance(operation, Create):
-            beats = self.cache.take_beats(operation.id)
+            beats = self.cache.take_beats([operation.id])
             if beats:
                 return self._submit_behind(beats[0], operation)
         return self._database.write(apply, operation)
@@ -262,16 +265,27 @@ class Mirror:
 
     async def flush_beats(self) -> None:
         """Write the heartbeats that wait."""
-        beats = self.cache.take_beats()
+        ids = self.cache.waiting_beats()
+        for start in range(0, len(ids), HEARTBEATS_A_WRITE):
+            await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
+
+    async def flush_beat(self, node_id: str) -> None:
+        """Write the heartbeat of a node, if one waits."""
+        await self._write_beats([node_id])
+
+    async def _write_beats(self, node_ids: Sequence[str]) -> None:
+        beats = self.cache.take_beats(node_ids)
         if not beats:
             return
-        outcomes: Sequence[bool] = ()
+        known: Sequence[bool] | None = None
         try:
-            outcomes = await self._database.write(apply_groups, beats)
+            known = await self._database.write(apply_beats, beats)
         finally:
-            for beat, known in zip_longest(beats, outcomes):
+            for place, beat in enumerate(beats):
                 # A node that is not written yet keeps its heartbeat until it is.
-                again = known is None or (not known and (NodeInfo, beat.id) in self.cache.unsaved)
+                again = known is None or (
+                    not known[place] and (NodeInfo, beat.id) in self.cache.unsaved
+                )
                 self._settle_beat(beat, again=again)
 
     def _settle_beat(self, beat: Beat, *, again: bool) -> None:
@@ -289,10 +303,11 @@ class Mirror:
 
     def _flush_now(self) -> None:
         async def flush() -> None:
-            try:
-                await self.flush_beats()
-            except Exception:  # nobody waits for it, and the heartbeats wait for the next flush
-                logger.exception("heartbeats could not be written; they are tried again")
+            async with self._flushing:
+                try:
+                    await self.flush_beats()
+                except Exception:  # nobody waits for it, and the heartbeats for the next flush
+                    logger.exception("heartbeats could not be written; they are tried again")
 
         self._flush_timer = None
         self._flush = asyncio.get_running_loop().create_task(flush())
@@ -354,7 +369,7 @@ class Mirror:
         cache.keep_unsaved(self.cache)
         self.cache = cache
 
-    def _committed(self, events: Sequence[Event]) -> None:
+    def _committed(self, events: Sequence[Event | Beaten]) -> None:
         """Is told what this process has committed."""
         if self._loading is not None:
             self._loading.append(events)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic
 
 from sqlalchemy import select
 
-from openclaw_store.changes import ITEM, Operation, Row, apply, missing
+from openclaw_store.changes import ITEM, Row, apply, missing
 from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
@@ -105,49 +105,6 @@ class SetNodeStatus:
             values["last_heartbeat"] = max(row.now, record["last_heartbeat"] or row.now)
         row.write(record.evolve(**values), values, self.reason)
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class Beat:
-    """A node's heartbeat, with the usage it reported; the newest wins.
-
-    Brings an OFFLINE node back ONLINE, which is an ordinary change. Results in whether there is
-    such a node.
-    """
-
-    id: str
-    at: datetime
-    usage: Mapping[str, float | int]
-    kind: type[Any] = NodeInfo
-
-    def decide(self, row: Row) -> bool:
-        record = row.record
-        if record is None:
-            return False
-        last = record["last_heartbeat"]
-        if last is None or self.at >= last:
-            row.touch({"last_heartbeat": self.at, **self.usage})
-            if record["status"] is NodeStatus.OFFLINE and row.record is not None:
-                back = row.record.evolve(status=NodeStatus.ONLINE)
-                row.write(back, ("status",), "heartbeat")
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class AfterBeat:
-    """An operation on a node, behind a heartbeat that has not been written yet."""
-
-    beat: Beat
-    operation: Operation
-    kind: type[Any] = NodeInfo
-
-    @property
-    def id(self) -> str:
-        return self.operation.id
-
-    def decide(self, row: Row) -> Any:
-        self.beat.decide(row)
-        return self.operation.decide(row)
 
 
 @dataclass(frozen=True, slots=True)

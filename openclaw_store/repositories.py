@@ -18,9 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.changes import KEY, apply, place_of
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, StoreError
+from openclaw_store.heartbeats import Beat
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.operations import (
-    Beat,
     Create,
     Remove,
     RemoveFinished,

@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
+from openclaw_store.heartbeats import Beat
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import ClusterState, NodeInfo, NodeStatus, Task
-from openclaw_store.operations import Beat, SetNodeStatus
+from openclaw_store.operations import SetNodeStatus
 from openclaw_store.records import (
     Item,
     Record,
@@ -348,29 +349,29 @@ class StateManager:
         """
         self._check_usable()
         usage: dict[str, float | int] = {}
-        for name, value, check in (
-            ("cpu_usage", cpu_usage, check_percentage),
-            ("memory_usage", memory_usage, check_percentage),
-            ("disk_usage", disk_usage, check_percentage),
-            ("running_tasks", running_tasks, check_count),
-        ):
-            if value is not None:
-                usage[name] = check(name, value)
-        place = (NodeInfo, check_key("node_id", node_id))
-        record = self._mirror.cache.find(place)
-        if record is None:
-            await self.refresh_from_database()
-        elif record["status"] is NodeStatus.OFFLINE:
+        if cpu_usage is not None:
+            usage["cpu_usage"] = check_percentage("cpu_usage", cpu_usage)
+        if memory_usage is not None:
+            usage["memory_usage"] = check_percentage("memory_usage", memory_usage)
+        if disk_usage is not None:
+            usage["disk_usage"] = check_percentage("disk_usage", disk_usage)
+        if running_tasks is not None:
+            usage["running_tasks"] = check_count("running_tasks", running_tasks)
+        record = self._mirror.cache.nodes.get(node_id) if type(node_id) is str else None
+        if record is None or record["status"] is NodeStatus.OFFLINE:
+            place = (NodeInfo, check_key("node_id", node_id))
+            if record is None:
+                await self.refresh_from_database()
             await self._mirror.settle(place)  # else what is unsaved would set it OFFLINE again
-        record = self._mirror.cache.find(place)
-        if record is None:
-            return False
-        beat = Beat(node_id, self.db.clock(), usage)
+            record = self._mirror.cache.find(place)
+            if record is None:
+                return False
+        beat = Beat(record["node_id"], self.db.clock(), usage)
         last = record["last_heartbeat"]
         if last is None or beat.at >= last:
             self._mirror.beat(beat)
             if record["status"] is NodeStatus.OFFLINE:
-                await self._mirror.flush_beats()
+                await self._mirror.flush_beat(beat.id)
         return True
 
     async def check_stale_nodes(self, timeout_seconds: float = 120) -> list[str]:

@@ -15,6 +15,7 @@ from openclaw_store import Change, ChangeKind, NodeInfo, NodeStatus, Task, TaskP
 from openclaw_store.cache import Cache
 from openclaw_store.changes import Event
 from openclaw_store.feed import News, Start
+from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import FINISHED
 from openclaw_store.records import Record, encode
@@ -295,7 +296,7 @@ class TestLearning:
             News(2, 2, 0, [change(2, "n", "online", None, item="node")], True, {}, [], None)
         )
 
-        cache.apply([Event(NodeInfo, "n", node.evolve(last_heartbeat=START), None)])
+        cache.apply([Beaten(Beat("n", START, {}), 1)])
 
         assert cache.all_nodes() == []
         assert cache.node_stats()["total"] == 0
@@ -416,9 +417,9 @@ class TestNodes:
                 stored[id] = record
                 tell(id, revision, "online")
             elif command == "beat" and id in stored:
-                beat = {"last_heartbeat": START, "running_tasks": fields["running_tasks"]}
-                stored[id] = stored[id].evolve(**beat)
-                cache.apply([Event(NodeInfo, id, stored[id], None)])
+                beat = Beat(id, START, {"running_tasks": fields["running_tasks"]})
+                stored[id] = beat.over(stored[id])
+                cache.apply([Beaten(beat, revision)])
             elif command == "remove" and stored.pop(id, None) is not None:
                 tell(id, revision, None)
             elif command == "hold":

@@ -33,6 +33,7 @@ LAYERS = [
     "database",
     "changes",
     "operations",
+    "heartbeats",
     "repositories",
     "feed",
     "indexes",
@@ -106,6 +107,7 @@ class TestLayers:
             "schema",
             "changes",
             "operations",
+            "heartbeats",
             "indexes",
             "cache",
         ],
@@ -131,13 +133,17 @@ class TestLayers:
     def test_writer_does_not_know_what_an_operation_means(self) -> None:
         assert own_imports("writer") <= {"errors"}
 
-    @pytest.mark.parametrize("module", ["changes", "operations", "feed", "repositories", "mirror"])
+    @pytest.mark.parametrize(
+        "module", ["changes", "operations", "heartbeats", "feed", "repositories", "mirror"]
+    )
     def test_module_makes_no_sessions_or_engines(self, module: str) -> None:
         makers = {"create_engine", "create_async_engine", "async_sessionmaker", "sessionmaker"}
 
         assert {name.rsplit(".")[-1] for name in imports(module)}.isdisjoint(makers)
 
-    @pytest.mark.parametrize("module", ["changes", "operations", "repositories", "mirror"])
+    @pytest.mark.parametrize(
+        "module", ["changes", "operations", "heartbeats", "repositories", "mirror"]
+    )
     def test_module_commits_nothing_itself(self, module: str) -> None:
         ends = re.compile(r".*\.(commit|rollback)")
 

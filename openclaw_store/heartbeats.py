@@ -1,0 +1,129 @@
+"""Heartbeats: signs of life, which come often, and are no changes.
+
+They have no revision and no version. The newest wins; the only thing that one decides is whether
+an OFFLINE node is back, and that is an ordinary change. So they have a way of their own into the
+database, on which nothing is read and nothing decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import bindparam, func, or_, update
+from sqlalchemy.dialects import sqlite
+
+from openclaw_store.changes import Ledger, Operation, Row, apply
+from openclaw_store.models import NodeInfo, NodeStatus
+from openclaw_store.records import Record
+from openclaw_store.schema import NodeRow, to_microseconds
+from openclaw_store.writer import Unit
+
+USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
+"""What a heartbeat may report."""
+
+
+class Beat(NamedTuple):
+    """A node's heartbeat, with the usage it reported; the newest wins.
+
+    As an operation it brings an OFFLINE node back ONLINE, which is an ordinary change, and results
+    in whether there is such a node.
+    """
+
+    id: str
+    at: datetime
+    usage: Mapping[str, float | int]
+
+    @property
+    def kind(self) -> type[Any]:
+        return NodeInfo
+
+    def after(self, earlier: Beat) -> Beat:
+        """This one, with what `earlier` reported and it does not."""
+        if self.usage.keys() >= earlier.usage.keys():
+            return self
+        return Beat(self.id, self.at, {**earlier.usage, **self.usage})
+
+    def over(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
+        """The node with what was reported."""
+        return record.evolve(last_heartbeat=self.at, **self.usage)
+
+    def decide(self, row: Row) -> bool:
+        record = row.record
+        if record is None:
+            return False
+        last = record["last_heartbeat"]
+        if last is None or self.at >= last:
+            touched = self.over(record)
+            row.touch(touched, ("last_heartbeat", *self.usage), Beaten(self, row.flush))
+            if record["status"] is NodeStatus.OFFLINE:
+                row.write(touched.evolve(status=NodeStatus.ONLINE), ("status",), "heartbeat")
+        return True
+
+
+class Beaten(NamedTuple):
+    """What listeners are told of a heartbeat that was written."""
+
+    beat: Beat
+    flush: int
+    """What `nodes.beat` is since then."""
+
+
+@dataclass(frozen=True, slots=True)
+class AfterBeat:
+    """An operation on a node, behind a heartbeat that has not been written yet."""
+
+    beat: Beat
+    operation: Operation
+    kind: type[Any] = NodeInfo
+
+    @property
+    def id(self) -> str:
+        return self.operation.id
+
+    def decide(self, row: Row) -> Any:
+        self.beat.decide(row)
+        return self.operation.decide(row)
+
+
+def apply_beats(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Sequence[bool]]:
+    """Apply groups of heartbeats, each of which was submitted as one."""
+    return [_apply(unit, group) for group in groups]
+
+
+def _apply(unit: Unit, beats: Sequence[Beat]) -> list[bool]:
+    ledger = unit.part(Ledger)
+    known = []
+    for beat in beats:
+        values = map(beat.usage.get, USAGE)
+        at = to_microseconds(beat.at)
+        written = unit.execute(_WRITE, (*values, at, ledger.beat, beat.id, _OFFLINE, at))
+        if written:
+            ledger.beaten = True
+            ledger.tell(Beaten(beat, ledger.beat))
+            known.append(True)
+        else:  # unknown, OFFLINE, or older than the last
+            known.extend(apply(unit, [beat]))
+    return known
+
+
+_WRITE = str(
+    update(NodeRow)
+    .where(
+        NodeRow.node_id == bindparam("id"),
+        NodeRow.status != NodeStatus.OFFLINE,
+        or_(NodeRow.last_heartbeat.is_(None), NodeRow.last_heartbeat <= bindparam("at")),
+    )
+    .values(
+        {
+            **{name: func.coalesce(bindparam(name), getattr(NodeRow, name)) for name in USAGE},
+            "last_heartbeat": bindparam("last"),
+            "beat": bindparam("beat_"),
+        }
+    )
+    .returning(NodeRow.node_id)
+    .compile(dialect=sqlite.dialect())
+)
+_OFFLINE = NodeStatus.OFFLINE.value
