@@ -93,20 +93,21 @@ def apply_beats(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Sequen
     return [_apply(unit, group) for group in groups]
 
 
-def _apply(unit: Unit, beats: Sequence[Beat]) -> list[bool]:
+def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     ledger = unit.part(Ledger)
-    known = []
+    rows = []
     for beat in beats:
-        values = map(beat.usage.get, USAGE)
         at = to_microseconds(beat.at)
-        written = unit.execute(_WRITE, (*values, at, ledger.beat, beat.id, _OFFLINE, at))
-        if written:
-            ledger.beaten = True
-            ledger.tell(Beaten(beat, ledger.beat))
-            known.append(True)
-        else:  # unknown, OFFLINE, or older than the last
-            known.extend(apply(unit, [beat]))
-    return known
+        rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, _OFFLINE, at))
+    if unit.execute_many(_WRITE, rows) < len(rows):
+        # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
+        # those that were written that makes no difference.
+        known: Sequence[bool] = apply(unit, beats)
+        return known
+    ledger.beaten = True
+    for beat in beats:
+        ledger.tell(Beaten(beat, ledger.beat))
+    return [True] * len(beats)
 
 
 _WRITE = str(
@@ -123,7 +124,6 @@ _WRITE = str(
             "beat": bindparam("beat_"),
         }
     )
-    .returning(NodeRow.node_id)
     .compile(dialect=sqlite.dialect())
 )
 _OFFLINE = NodeStatus.OFFLINE.value

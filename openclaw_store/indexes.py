@@ -21,12 +21,12 @@ class Records(Generic[Item]):
     first time it writes to it afterwards: copy-on-write, as file systems do it.
     """
 
-    __slots__ = ("_buckets", "_mine", "_size")
+    __slots__ = ("_buckets", "_is_shared", "_size")
 
     def __init__(self) -> None:
         self._buckets: list[dict[str, Record[Item]]] = [{} for _ in range(_BUCKETS)]
-        self._mine: set[int] | None = None
-        """Buckets copied since the last photograph; `None` when there was none."""
+        self._is_shared = bytearray(_BUCKETS)
+        """For each bucket, whether the last photograph has it too."""
         self._size = 0
 
     def __len__(self) -> int:
@@ -42,27 +42,30 @@ class Records(Generic[Item]):
         return (record for bucket in self._buckets for record in bucket.values())
 
     def put(self, id: str, record: Record[Item]) -> None:
-        bucket = self._writable(id)
-        before = len(bucket)
+        index = hash(id) & _BUCKETS - 1
+        if self._is_shared[index]:
+            self._copy(index)
+        bucket = self._buckets[index]
+        if id not in bucket:
+            self._size += 1
         bucket[id] = record
-        self._size += len(bucket) - before
 
     def drop(self, id: str) -> None:
         """Remove an entry, which must be there."""
-        del self._writable(id)[id]
+        index = hash(id) & _BUCKETS - 1
+        if self._is_shared[index]:
+            self._copy(index)
+        del self._buckets[index][id]
         self._size -= 1
 
     def photograph(self) -> RecordMapping[Item]:
         """The entries as they are now, for good."""
-        self._mine = set()
+        self._is_shared = bytearray(b"\1") * _BUCKETS
         return RecordMapping(self._buckets.copy(), self._size)
 
-    def _writable(self, id: str) -> dict[str, Record[Item]]:
-        index = hash(id) & _BUCKETS - 1
-        if self._mine is not None and index not in self._mine:
-            self._mine.add(index)
-            self._buckets[index] = self._buckets[index].copy()
-        return self._buckets[index]
+    def _copy(self, index: int) -> None:
+        self._buckets[index] = self._buckets[index].copy()
+        self._is_shared[index] = False
 
 
 class RecordMapping(Mapping[str, Item]):

@@ -89,9 +89,10 @@ class Unit:
         self._cursor.execute(sql, parameters)
         return self._cursor.fetchall()
 
-    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Execute a statement for each of `rows`."""
+    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Execute a statement for each of `rows`; returns how many rows of a table it wrote."""
         self._cursor.executemany(sql, rows)
+        return self._cursor.rowcount
 
     def execute_values(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
         """Execute a statement with the `VALUES (?, …)` of one row for all rows.
