@@ -41,6 +41,18 @@ Result = TypeVar("Result")
 _inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
 """The transaction that the running task is in, or was made in."""
 
+_forks = 0
+"""How often this process is a child of one that had imported this module."""
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):  # asking for the process id would cost as much as a look-up
+    os.register_at_fork(after_in_child=_note_fork)
+
 
 class Database:
     """One database of tasks and nodes: a SQLite file.
@@ -92,7 +104,7 @@ class Database:
         else:
             self._path = sqlite.file_of(db_path)
             sqlite.make_folder(self._path)
-        self._pid = os.getpid()
+        self._forks = _forks
         self._state = "new"
         self._gate = Gate(timeout)
         self._writer = Writer(self._write_on_thread, self._writer_stopped)
@@ -137,7 +149,7 @@ class Database:
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
-        if self._state != "closed" and self._pid == os.getpid():  # else it is the parent's
+        if self._state != "closed" and self._forks == _forks:  # else it is the parent's
             self.refuse_inside()
             self._closing = asyncio.ensure_future(self._close())
         self._state = "closed"
@@ -446,22 +458,23 @@ class Database:
         return self._engines[loop]
 
     def _check_process(self) -> None:
-        if self._pid != os.getpid():
+        if self._forks != _forks:
             raise UnavailableError(
                 f"{self.db_path} was opened before fork: open a new Database in the child"
             )
 
     def _check_ready(self) -> None:
+        if self._state == "ready" and self._forks == _forks:
+            return
         self._check_process()
         if self._state == "new":
             raise UnavailableError(f"{self.db_path} is not open yet: call initialize() first")
-        if self._state == "closed":
-            raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
+        raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
 
     def refuse_inside(self) -> None:
         """Raise `DeadlineError` inside a `transaction()`, where a write would wait for itself."""
-        database, unit = _inside.get() or (None, None)
-        if database is self and unit is not None and not unit.finished:
+        inside = _inside.get()
+        if inside is not None and inside[0] is self and not inside[1].finished:
             raise DeadlineError(
                 "this call would wait for the transaction it is in: use the session of the "
                 "transaction, as in TaskRepository(tx)"

@@ -2,8 +2,8 @@
 
 Committing costs a disk flush, whatever it commits. So one thread takes *everything* that has
 queued, applies it in one transaction, and then takes what has queued meanwhile: the busier the
-store, the larger the batch and the smaller the cost of each operation. There is no timer and no
-limit but that of the queue, and a lone caller waits for nobody. (Databases write their logs this
+store, the larger the batch and the smaller the cost of each operation. There is no timer, and
+a lone caller waits for nobody. (Databases write their logs this
 way; see "group commit" in Gray & Reuter, *Transaction Processing*, 1993.)
 
 What holds:
@@ -27,13 +27,14 @@ import copy
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from functools import cached_property
 from itertools import chain, groupby
+from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -57,8 +58,11 @@ Listener = Callable[[Sequence[Any]], None]
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
-MAX_QUEUED = 8192
-"""Operations that may queue; further callers wait outside, so that memory stays bounded."""
+MAX_BATCH = 8192
+"""Operations of one transaction at most; the callers of the others wait for the next one."""
+
+
+_CLOSED = "the database is closed: open a new Database"
 
 
 class Unit:
@@ -243,17 +247,11 @@ class Gate:
             )
 
 
-class _Entry:
-    """An operation on its way, and the caller that waits for it."""
+_Entry = tuple[asyncio.Future[Any], Apply, Any]
+"""What a caller waits for, and its operation with the function that applies it."""
 
-    __slots__ = ("answered", "apply", "future", "loop", "operation")
-
-    def __init__(self, apply: Apply, operation: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self.apply = apply
-        self.operation = operation
-        self.loop = loop
-        self.future: asyncio.Future[Any] = loop.create_future()
-        self.answered = False
+_Answer = tuple[asyncio.Future[Any], Any]
+"""What a caller waits for, and what it is to be answered: a result, or an exception."""
 
 
 class Writer:
@@ -274,10 +272,11 @@ class Writer:
         self._transaction = transaction
         self._stopped = stopped
         self._lock = threading.Lock()
-        self._queue: list[_Entry] = []
+        self._queue: deque[_Entry] = deque()
+        self._batch: Mapping[asyncio.Future[Any], _Entry] = {}  # what the thread is committing
+        self._gone: list[asyncio.Future[None]] = []  # of those who were cancelled in it
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._kicking: set[asyncio.AbstractEventLoop] = set()
-        self._outside: list[asyncio.Future[None]] = []
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
         self._ended: Future[None] | None = None  # of the thread, while there is one
         self._closed = False
@@ -289,14 +288,20 @@ class Writer:
             StoreError: What the operation was refused with, or why the batch failed.
             UnavailableError: If the writer is closed.
         """
+        if self._closed:
+            raise UnavailableError(_CLOSED)
         loop = asyncio.get_running_loop()
-        entry = _Entry(apply, operation, loop)
-        while (turn := self._enqueue(entry)) is not None:
-            await turn
+        future = loop.create_future()
+        self._queue.append((future, apply, operation))  # without the lock, which costs more
+        if loop not in self._kicking:
+            # Not at once: callers that this turn of the loop wakes next shall be in the same
+            # batch. The callback runs behind them, without any delay for a lone one.
+            self._kicking.add(loop)
+            loop.call_soon(self._kick, loop)
         try:
-            return await entry.future
+            return await future
         except asyncio.CancelledError:
-            await self._withdraw(entry)
+            await self._withdraw(future)
             raise
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
@@ -311,20 +316,26 @@ class Writer:
 
         return unlisten
 
-    def publish(self, committed: Sequence[Any], entries: Sequence[tuple[_Entry, Any]] = ()) -> None:
+    def publish(
+        self,
+        committed: Sequence[Any],
+        entries: Sequence[_Entry] = (),
+        outcomes: Sequence[Any] = (),
+    ) -> None:
         """Tell each loop's listeners what was committed, then wake its callers: one hop a loop.
 
         To be called before the next transaction begins, so that the order is that of commits.
         """
-        outboxes: dict[asyncio.AbstractEventLoop, tuple[list[Listener], list[Any]]] = {}
+        listeners: defaultdict[asyncio.AbstractEventLoop, list[Listener]] = defaultdict(list)
+        answers: defaultdict[asyncio.AbstractEventLoop, list[_Answer]] = defaultdict(list)
         if committed:
             for loop, listener in self._listeners:
-                outboxes.setdefault(loop, ([], []))[0].append(listener)
-        for entry, outcome in entries:
-            outboxes.setdefault(entry.loop, ([], []))[1].append((entry, outcome))
-        for loop, (listeners, outcomes) in outboxes.items():
+                listeners[loop].append(listener)
+        for (future, _, _), outcome in zip(entries, outcomes, strict=True):
+            answers[future.get_loop()].append((future, outcome))
+        for loop in {**listeners, **answers}:
             try:
-                loop.call_soon_threadsafe(_deliver, loop, listeners, committed, outcomes)
+                loop.call_soon_threadsafe(_deliver, listeners[loop], committed, answers[loop])
             except RuntimeError:  # the loop was closed: nobody is left there to be told
                 logger.debug("an event loop closed before its writes were acknowledged")
 
@@ -332,6 +343,8 @@ class Writer:
         """Commit what has queued, refuse what comes later, and end the thread."""
         with self._lock:
             self._closed = True
+            if self._ended is None and self._queue:
+                self._start(Future())
             ended = self._ended
         if ended is not None:
             self._tokens.put(None)
@@ -339,72 +352,74 @@ class Writer:
             ended.add_done_callback(lambda _: _wake(done))
             await done
 
-    def _enqueue(self, entry: _Entry) -> asyncio.Future[None] | None:
-        """Queue an operation; where the queue is full, returns what to wait for outside."""
-        with self._lock:
-            if self._closed:
-                raise UnavailableError("the database is closed: open a new Database")
-            if len(self._queue) >= MAX_QUEUED:
-                turn = entry.loop.create_future()
-                self._outside.append(turn)
-                return turn
-            if self._ended is None:
-                self._start(Future())
-            self._queue.append(entry)
-            if entry.loop not in self._kicking:
-                # Not at once: callers that this turn of the loop wakes next shall be in the
-                # same batch. The callback runs behind them, without any delay for a lone one.
-                self._kicking.add(entry.loop)
-                entry.loop.call_soon(self._kick, entry.loop)
-        return None
-
-    def _start(self, ended: Future[None]) -> None:
-        self._ended = ended
-        threading.Thread(
-            target=self._run, args=(ended,), name="openclaw-store-writer", daemon=True
-        ).start()
-
     def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have the thread look at the queue; refuse what is in it if there can be no thread."""
         self._kicking.discard(loop)
+        with self._lock:
+            try:
+                if self._ended is None:
+                    if self._closed:  # since they were let into the queue, on another loop
+                        raise UnavailableError(_CLOSED)
+                    self._start(Future())
+            except UnavailableError as error:
+                refused = [self._queue.popleft() for _ in range(len(self._queue))]
+                self.publish((), refused, [_own(error) for _ in refused])
         self._tokens.put(None)
 
-    async def _withdraw(self, entry: _Entry) -> None:
+    def _start(self, ended: Future[None]) -> None:
+        thread = threading.Thread(
+            target=self._run, args=(ended,), name="openclaw-store-writer", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more of them
+            raise UnavailableError(f"the writer's thread cannot be started: {error}") from error
+        self._ended = ended
+
+    async def _withdraw(self, future: asyncio.Future[Any]) -> None:
         """Take a cancelled caller's operation back, or wait until its batch is done."""
+        future.cancel()  # it is already, unless the answer came first
+        done = asyncio.get_running_loop().create_future()
         with self._lock:
-            if entry in self._queue:
-                self._queue.remove(entry)
-                return
-        if entry.answered:
-            return
-        entry.future = entry.loop.create_future()  # cancelling ended the first one
-        while not entry.answered:
+            if future in self._batch:
+                self._gone.append(done)
+            else:  # withdrawn; or committed, and what tells the listeners is yet to run
+                done.get_loop().call_soon(done.set_result, None)
+        while not done.done():
             try:
-                await asyncio.wait([entry.future])
+                await asyncio.wait([done])
             except asyncio.CancelledError:
                 continue  # cancelled again; the outcome is on its way
-        if entry.future.exception() is not None:
-            logger.debug("a cancelled write had failed", exc_info=entry.future.exception())
+
+    def _take(self) -> bool:
+        """Make a batch of what has queued, without those whose callers have gone.
+
+        Returns:
+            Whether it was too much for one batch.
+        """
+        taken = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+        self._batch = {entry[0]: entry for entry in taken if not entry[0].cancelled()}
+        return len(taken) == MAX_BATCH
 
     def _run(self, ended: Future[None]) -> None:
         try:
             while True:
                 self._tokens.get()
                 with self._lock:
-                    batch, self._queue = self._queue, []
-                    outside, self._outside = self._outside, []
+                    is_full = self._take()
                     closed = self._closed
-                for future in outside:
-                    _wake(future)
-                if batch:
-                    self._commit(batch)
-                elif closed:
+                if self._batch:
+                    self._commit(list(self._batch.values()))
+                    self._let_go()
+                elif closed and not is_full:
                     break
-                if closed:
-                    self._tokens.put(None)  # once more, for what queued during the commit
+                if closed or is_full:
+                    self._tokens.put(None)  # for what did not fit, or queued during the commit
         finally:
+            self._let_go()
             self._stopped()  # first: from the next line on there may be another thread
             with self._lock:
-                orphaned = bool(self._queue or self._outside)
+                orphaned = bool(self._queue)
                 self._ended = None
                 if orphaned:  # they were not in its batch
                     self._start(ended)
@@ -412,28 +427,35 @@ class Writer:
             if not orphaned:
                 ended.set_result(None)
 
+    def _let_go(self) -> None:
+        """Forget the batch, which is done, and let go those who were cancelled in it."""
+        with self._lock:
+            self._batch = {}
+            gone, self._gone = self._gone, []
+        for done in gone:
+            _wake(done)
+
     def _commit(self, entries: Sequence[_Entry]) -> None:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         try:
             outcomes: list[Any] = []
 
             def publish(unit: Unit) -> None:
-                self.publish(unit.committed, list(zip(entries, outcomes, strict=True)))
+                self.publish(unit.committed, entries, outcomes)
 
             with self._transaction(publish) as unit:
-                for apply, run in groupby(entries, key=lambda entry: entry.apply):
-                    operations = [entry.operation for entry in run]
-                    outcomes.extend(apply(unit, operations))
+                for apply, run in groupby(entries, key=itemgetter(1)):
+                    outcomes.extend(apply(unit, [operation for _, _, operation in run]))
         except Exception as error:
             if len(entries) == 1 or isinstance(error, BackendError):
-                self.publish((), [(entry, _own(error)) for entry in entries])
+                self.publish((), entries, [_own(error) for _ in entries])
             else:
                 middle = len(entries) // 2
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
         except BaseException as error:
             lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
-            self.publish((), [(entry, lost) for entry in entries])
+            self.publish((), entries, [lost] * len(entries))
             raise
 
 
@@ -458,23 +480,20 @@ def _wake(future: asyncio.Future[None]) -> None:
 
 
 def _deliver(
-    loop: asyncio.AbstractEventLoop,
-    listeners: Sequence[Listener],
-    committed: Sequence[Any],
-    outcomes: Sequence[tuple[_Entry, Any]],
+    listeners: Sequence[Listener], committed: Sequence[Any], answers: Sequence[_Answer]
 ) -> None:
     for listener in listeners:
         try:
             listener(committed)
         except Exception as error:  # a listener's fault is not the callers'
-            loop.call_exception_handler(
+            asyncio.get_running_loop().call_exception_handler(
                 {"message": "a listener of committed changes failed", "exception": error}
             )
-    for entry, outcome in outcomes:
-        entry.answered = True
-        if entry.future.done():  # cancelled; its caller has yet to notice
-            continue
-        if isinstance(outcome, BaseException):
-            entry.future.set_exception(outcome)
+    for future, outcome in answers:
+        if future.done():
+            if isinstance(outcome, BaseException):
+                logger.debug("a cancelled write had failed", exc_info=outcome)
+        elif isinstance(outcome, BaseException):
+            future.set_exception(outcome)
         else:
-            entry.future.set_result(outcome)
+            future.set_result(outcome)

@@ -8,6 +8,8 @@ import asyncio
 import gc
 import logging
 import threading
+import weakref
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -110,25 +112,15 @@ def shelf() -> Iterator[Shelf]:
     shelf.release.set()  # a failed test must not keep the thread
 
 
-class SlowLock:
-    """A lock that, once told to, lets go so slowly that the writer is done with its queue."""
+class LateQueue(deque[Any]):
+    """A queue that, while something is put into it, lets something else happen first."""
 
-    def __init__(self, shelf: Shelf) -> None:
-        self._shelf = shelf
-        self._lock = threading.Lock()
-        self._owner = threading.get_ident()
-        self.is_slow = False
+    def __init__(self, happens: Callable[[], object]) -> None:
+        self._happens = happens
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
-        if self.is_slow and threading.get_ident() == self._owner:
-            self.is_slow = False
-            self._shelf.release.set()
-            for _ in range(2):  # the batch of `hold`, and the one behind it
-                assert self._shelf.published.acquire(timeout=PATIENCE)
+    def append(self, entry: Any) -> None:
+        self._happens()
+        super().append(entry)
 
 
 def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
@@ -205,7 +197,7 @@ class TestBatches:
         await writer.close()
 
     async def test_callers_of_one_turn_of_the_loop_share_one_batch(self, shelf: Shelf) -> None:
-        """Planted: `_enqueue` wakes the thread at once instead of behind this turn's callers."""
+        """Planted: `submit` wakes the thread at once instead of behind this turn's callers."""
         writer = shelf.writer()
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[Any]] = []
@@ -535,18 +527,18 @@ class TestCancellation:
         assert shelf.published.acquire(timeout=PATIENCE)  # the outcomes lie in the inbox
         held.cancel()
 
-        assert await finished(others) == ["A", "B", "C"]
+        assert (await finished([held, *others]))[1:] == ["A", "B", "C"]
         assert held.cancelled()
         assert shelf.batches == [["hold", "a", "b", "c"]]
         await writer.close()
 
 
-class TestBackPressure:
-    async def test_queue_is_bounded_and_everybody_gets_in_at_last(
+class TestLongQueue:
+    async def test_batch_is_bounded_and_everybody_gets_in_at_last(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: the queue grows with the callers; or those outside are never woken."""
-        monkeypatch.setattr(writer, "MAX_QUEUED", 4)
+        """Planted: a batch grows with the callers; or nobody looks at what did not fit."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 4)
         writer_ = shelf.writer()
         held = start(writer_.submit(shelf.apply, "hold"))
         await entered(shelf)
@@ -558,38 +550,38 @@ class TestBackPressure:
         outcomes = await finished([held, *tasks])
 
         assert outcomes == ["HOLD", *[word.upper() for word in words]]
-        assert max(len(batch) for batch in shelf.batches) <= 4
-        assert sorted(word for batch in shelf.batches[1:] for word in batch) == sorted(words)
+        assert [len(batch) for batch in shelf.batches] == [1, *[4] * 7, 2]
         await writer_.close()
 
-    async def test_caller_that_finds_the_queue_full_while_it_empties_is_woken(
+    async def test_first_come_is_first_served(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: the queue is looked at and the waiting line joined in two steps.
-
-        The thread takes the queue between the two, wakes those in the line, and the caller then
-        joins a line that nobody looks at any more.
-        """
-        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        """Planted: who does not fit into a batch asks again, and others ask before it."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 1)
         writer_ = shelf.writer()
-        lock = SlowLock(shelf)
-        monkeypatch.setattr(writer_, "_lock", lock)
-        held = start(writer_.submit(shelf.apply, "hold"))
+        tasks = [start(writer_.submit(shelf.apply, "hold"))]
         await entered(shelf)
-        queued = start(writer_.submit(shelf.apply, "queued"))
+        words = [f"early{number}" for number in range(5)]
+        tasks += [start(writer_.submit(shelf.apply, word)) for word in words]
         await turns()
+        late = [f"late{number}" for number in range(5)]
 
-        lock.is_slow = True  # the writer commits everything while the next caller lets go of it
-        outside = start(writer_.submit(shelf.apply, "outside"))
+        async def come_later() -> None:
+            await tasks[1]
+            await finished([start(writer_.submit(shelf.apply, word)) for word in late])
 
-        assert await finished([held, queued, outside]) == ["HOLD", "QUEUED", "OUTSIDE"]
+        tasks.append(start(come_later()))
+        shelf.release.set()
+        await finished(tasks)
+
+        assert [word for batch in shelf.batches for word in batch] == ["hold", *words, *late]
         await writer_.close()
 
-    async def test_caller_cancelled_outside_leaves_no_trace(
+    async def test_caller_cancelled_behind_a_full_batch_leaves_no_trace(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Planted: waking a caller that was cancelled outside is an error of the loop."""
-        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        """Planted: those who do not fit are committed though they were cancelled."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 1)
         writer_ = shelf.writer()
         held = start(writer_.submit(shelf.apply, "hold"))
         await entered(shelf)
@@ -607,11 +599,11 @@ class TestBackPressure:
         await writer_.close()
 
     @ends_the_thread
-    async def test_end_of_the_thread_does_not_strand_those_outside(
+    async def test_end_of_the_thread_does_not_strand_those_behind_a_full_batch(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: a thread that ends leaves those outside without anybody to wake them."""
-        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        """Planted: a thread that ends leaves those who did not fit without anybody."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 1)
         writer_ = shelf.writer()
 
         def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
@@ -628,6 +620,22 @@ class TestBackPressure:
         assert isinstance(outcomes[0], UnavailableError)
         assert outcomes[1:] == ["A", "B", "C"]
         await writer_.close()
+
+    async def test_batch_that_is_done_is_forgotten(self, shelf: Shelf) -> None:
+        """Planted: the thread keeps its last batch until the next one comes."""
+
+        class Operation:
+            pass
+
+        writer = shelf.writer()
+        operation = Operation()
+        is_kept = weakref.ref(operation)
+
+        await writer.submit(lambda unit, operations: operations, operation)
+        del operation
+
+        await until(lambda: is_kept() is None)
+        await writer.close()
 
 
 class TestLoops:
@@ -806,11 +814,11 @@ class TestClose:
         assert shelf.batches == [["hold"], ["queued"]]
         assert shelf.stopped == 1
 
-    async def test_close_answers_those_who_wait_outside(
+    async def test_close_commits_what_fills_several_batches(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: a closing thread does not look outside."""
-        monkeypatch.setattr(writer, "MAX_QUEUED", 1)
+        """Planted: a closing thread commits one more batch and no more."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 1)
         writer_ = shelf.writer()
         held = start(writer_.submit(shelf.apply, "hold"))
         await entered(shelf)
@@ -822,8 +830,47 @@ class TestClose:
         shelf.release.set()
         outcomes = await finished([held, *tasks, closing])
 
-        assert outcomes[:2] == ["HOLD", "A"]
-        assert [type(error) for error in outcomes[2:4]] == [UnavailableError] * 2
+        assert outcomes == ["HOLD", "A", "B", "C", None]
+
+    async def test_close_in_the_turn_of_the_first_operation_commits_it(self, shelf: Shelf) -> None:
+        """Planted: `close` returns when there is no thread, whatever has queued."""
+        writer = shelf.writer()
+        first = start(writer.submit(shelf.apply, "first"))
+        closing = start(writer.close())
+
+        assert await finished([closing, first]) == [None, "FIRST"]
+        assert shelf.batches == [["first"]]
+        assert shelf.stopped == 1
+
+    async def test_operation_that_queues_behind_the_end_is_refused(self, shelf: Shelf) -> None:
+        """Planted: what another loop puts into the queue, while it closes, is never answered."""
+        writer = shelf.writer()
+        writer._queue = LateQueue(lambda: InThread(writer.close).thread.join(PATIENCE))
+
+        [error] = await finished([start(writer.submit(shelf.apply, "late"))])
+
+        assert isinstance(error, UnavailableError)
+        assert "closed" in str(error)
+        assert shelf.batches == []
+
+    async def test_thread_that_cannot_be_started_is_told_to_all_and_tried_again(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the error ends in the event loop, and the callers wait for ever."""
+
+        def fail(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        writer = shelf.writer()
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(threading.Thread, "start", fail)
+            errors = await finished([start(writer.submit(shelf.apply, word)) for word in "ab"])
+
+        assert [type(error) for error in errors] == [UnavailableError] * 2
+        assert "can't start new thread" in str(errors[0])
+        assert await writer.submit(shelf.apply, "c") == "C"
+        assert shelf.batches == [["c"]]
+        await writer.close()
 
     async def test_close_twice_and_close_unused_are_harmless(self, shelf: Shelf) -> None:
         """Planted: the second `close` waits for a thread that has ended."""
