@@ -15,12 +15,12 @@ TASKS = 4000
 
 
 @pytest.mark.parametrize(
-    ("with_history", "most"), [(False, 530 + 110), (True, 1050)], ids=["created", "lived"]
+    ("with_history", "most"), [(False, 530 + 80), (True, 900)], ids=["created", "lived"]
 )
 async def test_task_is_small(
     tmp_path: Path, clock: FakeClock, with_history: bool, most: int
 ) -> None:
-    """Nine of ten tasks are finished; one that was only created has one change (110 bytes)."""
+    """Nine of ten tasks are finished; one that was only created has one change (80 bytes)."""
     chance = random.Random(1)
     path = tmp_path / "cluster.db"
     async with StateManager(Database(path, clock=clock)) as manager:
