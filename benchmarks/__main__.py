@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         text = json.dumps(report.as_json(), indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n", encoding="utf-8")
+    if options.markdown:
+        options.markdown.write_text(report.as_markdown(), encoding="utf-8")
     if options.plot:
         report.plot(options.plot)
     return 0
@@ -86,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help="default: 5, quick 2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and samples")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw writes per second")
     parser.add_argument(
         "--folder", type=Path, help="where databases are made; default: the system's for such"

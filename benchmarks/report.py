@@ -103,14 +103,24 @@ class Report:
         for name in ("figure", "must", "aim"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
-        for result in self.results:
-            for line, figure in _lines(result):
-                table.add_row(*_cells(line, figure))
+        for cells in self._rows():
+            *texts, verdict = map(escape, cells)
+            style = _STYLES.get(verdict)
+            table.add_row(*texts, f"[{style}]{verdict}[/]" if style else verdict)
         load = "" if self.machine.load is None else f"; load before: {self.machine.load}"
         part = "" if self.divisor == 1 else f"; with 1/{self.divisor} of the work the lines name"
         console.print(f"{self.machine}{load}", f"All: {_DURABILITY}.", sep="\n")
         console.print(f"Medians of {self.rounds} interleaved rounds{part}.\n")
         console.print(table)
+
+    def as_markdown(self) -> str:
+        """The same table for a page of text."""
+        rows = [("what", "ours", "against", "figure", "must", "aim", ""), ("---", *["--:"] * 6)]
+        lines = [f"| {' | '.join(cells)} |" for cells in [*rows, *self._rows()]]
+        return "\n".join([f"{self.machine}; medians of {self.rounds} rounds.", "", *lines, ""])
+
+    def _rows(self) -> list[Sequence[str]]:
+        return [_cells(*found) for result in self.results for found in _lines(result)]
 
     def as_json(self) -> dict[str, Any]:
         """All figures, and every sample behind them."""
@@ -173,10 +183,9 @@ def _cells(line: Line, figure: Figure | Skipped) -> list[str]:
         if line.goal.aim is not None:
             aim = f"{line.goal.sign} {_number(line.goal.aim, line.unit)}"
     if isinstance(figure, Skipped):
-        return [line.text, "", escape(figure.reason), "", must, aim, "skipped"]
+        return [line.text, "", figure.reason, "", must, aim, "skipped"]
     if line.goal is not None:
-        verdict = line.goal.verdict(figure.value)
-        mark = f"[{_STYLES[verdict]}]{verdict}[/]"
+        mark = line.goal.verdict(figure.value)
     return [
         line.text,
         figure.ours,

@@ -20,7 +20,7 @@ NAMES = [benchmark.name for benchmark in BENCHMARKS]
 def test_benchmark_gives_a_figure_for_each_of_its_lines(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = tmp_path / "figures.json"
+    file, table = tmp_path / "figures.json", tmp_path / "figures.md"
     folder = tmp_path / "databases"
     folder.mkdir()
 
@@ -34,6 +34,8 @@ def test_benchmark_gives_a_figure_for_each_of_its_lines(
             name,
             "--json",
             str(file),
+            "--markdown",
+            str(table),
             "--folder",
             str(folder),
         ]
@@ -54,6 +56,8 @@ def test_benchmark_gives_a_figure_for_each_of_its_lines(
         for contender in measured["samples"].values()
         for values in contender.values()
     )
+    rows = [row.strip("| ").split(" | ") for row in table.read_text(encoding="utf-8").splitlines()]
+    assert [row[0] for row in rows[4:]] == [line.text for line in benchmark.lines]
     assert list(folder.iterdir()) == []
     assert report["machine"]["python"] in capsys.readouterr().out
 
