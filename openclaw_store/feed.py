@@ -14,9 +14,10 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.changes import KEY, KINDS, Change, ChangeKind, Place
-from openclaw_store.models import NodeInfo, Task
+from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Record, decode
-from openclaw_store.schema import COLUMNS, IS_LIVE, ROWS, ChangeRow, CounterRow, NodeRow, TaskRow
+from openclaw_store.repositories import select_pending
+from openclaw_store.schema import COLUMNS, ROWS, ChangeRow, CounterRow, NodeRow, TaskRow
 
 PAGE = 500
 """Rows decoded, or changes read, at a stretch, before other coroutines run."""
@@ -63,10 +64,12 @@ async def read_start(session: AsyncSession) -> Start:
 
 
 async def read_live(session: AsyncSession) -> AsyncIterator[Sequence[Record[Any]]]:
-    """All nodes and all live tasks, page by page."""
+    """All nodes and all live tasks, page by page; those that wait in the order of their list."""
+    running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
     live: Sequence[tuple[Any, Select[Any]]] = (
         (NodeInfo, select(*COLUMNS[NodeInfo])),
-        (Task, select(*COLUMNS[Task]).where(IS_LIVE)),
+        (Task, select_pending()),
+        (Task, running.order_by(TaskRow.submitted_at)),  # else SQLite may search all tasks
     )
     for kind, query in live:
         result = await session.stream(query)

@@ -19,7 +19,7 @@ from openclaw_store.changes import KEY, apply, place_of
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.heartbeats import Beat
-from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.operations import (
     Create,
     Remove,
@@ -220,8 +220,7 @@ class TaskRepository(Repository[Task]):
 
     async def list_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Pending and scheduled tasks by priority, then time of submission, then identifier."""
-        order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
-        return await self._list(self._select(IS_PENDING).order_by(*order), check_limit(limit))
+        return await self._list(select_pending(), check_limit(limit))
 
     async def count_by_status(self, status: TaskStatus | None = None) -> int:
         """How many tasks have this status; `None` counts all."""
@@ -271,8 +270,11 @@ class TaskRepository(Repository[Task]):
                 return total
 
     async def _newest(self, condition: Any, limit: int | None) -> list[Task]:
-        order = (TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
-        return await self._list(self._select(condition).order_by(*order), check_limit(limit))
+        # Nothing orders tasks of one moment: to sort 100,000 of them by identifier for a short list
+        # took 175 ms instead of 0.3, and an index with the identifiers is half as large again. So
+        # they come as the index has them: last added first.
+        query = self._select(condition).order_by(TaskRow.submitted_at.desc())
+        return await self._list(query, check_limit(limit))
 
 
 class NodeRepository(Repository[NodeInfo]):
@@ -361,6 +363,15 @@ class NodeRepository(Repository[NodeInfo]):
     async def _newest(self, *conditions: Any) -> list[NodeInfo]:
         order = (NodeRow.registered_at.desc(), NodeRow.node_id)
         return await self._list(self._select(*conditions).order_by(*order))
+
+
+def select_pending() -> Select[Any]:
+    """Pending and scheduled tasks by priority, then time of submission, then identifier."""
+    # The term on the priority is true of every row, but it makes SQLite read this index, in order.
+    # Without it, it may read all waiting tasks through the index on the status, and sort them.
+    any_priority = TaskRow.priority.in_(TaskPriority)
+    order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
+    return select(*COLUMNS[Task]).where(IS_PENDING, any_priority).order_by(*order)
 
 
 def check_seconds(name: str, value: float) -> timedelta:

@@ -159,8 +159,6 @@ IS_PENDING = _in(WAITING)
 """Whether a task waits to be run."""
 IS_FINISHED = _in(FINISHED)
 """Whether a task is done."""
-IS_LIVE = _in(set(TaskStatus) - FINISHED)
-"""Whether a task is not done."""
 
 
 class Base(DeclarativeBase):

@@ -1,0 +1,146 @@
+"""How SQLite finds rows: what the store sends with a filter is searched by an index.
+
+Every statement is explained as it was sent, and whatever the planner believes of the tables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from conftest import FakeClock, MakeNode, MakeTask
+
+from openclaw_store import (
+    Database,
+    NodeRepository,
+    TaskRepository,
+    TaskStatus,
+    sqlite,
+)
+from openclaw_store.feed import read_live, read_news
+
+Call = Callable[[Database], Awaitable[object]]
+
+Statement = tuple[str, Any]
+"""The text that was sent, and one set of its parameters."""
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[Statement]:
+    """What any connection of the store sends, whichever way."""
+    statements: list[Statement] = []
+
+    class Cursor(sqlite3.Cursor):
+        def execute(self, sql: str, parameters: Any = (), /) -> Self:
+            statements.append((sql, parameters))
+            return super().execute(sql, parameters)
+
+        def executemany(self, sql: str, parameters: Any, /) -> Self:
+            statements.extend((sql, row) for row in parameters)
+            return super().executemany(sql, parameters)
+
+    def cursor(connection: sqlite3.Connection, factory: object = None) -> sqlite3.Cursor:
+        return Cursor(connection)
+
+    monkeypatch.setattr(sqlite._WriteConnection, "cursor", cursor)
+    return statements
+
+
+@pytest.fixture(params=["uncounted", "finished", "mostly finished", "live"])
+async def filled(
+    request: pytest.FixtureRequest,
+    database: Database,
+    location: Path,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    clock: FakeClock,
+) -> Database:
+    """A database of which SQLite has no statistics, or which it counted in a certain state.
+
+    The rows may be quite different by now, so no statistics must lead to a slow plan.
+    """
+    finished = {"uncounted": 9, "finished": 10, "mostly finished": 9, "live": 0}[request.param]
+    tasks, nodes = TaskRepository(database), NodeRepository(database)
+    writes = [nodes.create(make_node()) for _ in range(100)]
+    for number in range(500):
+        moment = clock.advance(seconds=1)
+        is_done = number % 10 < finished
+        task = make_task(
+            status=TaskStatus.COMPLETED if is_done else TaskStatus.PENDING,
+            assigned_node=f"node-{number % 100 + 1:04}",
+            submitted_at=moment,
+            completed_at=moment if is_done else None,
+            user_id=f"user-{number % 20}",
+        )
+        writes.append(tasks.create(task))
+    await asyncio.gather(*writes)
+    await nodes.update_heartbeat("node-0001")
+    if request.param != "uncounted":
+        with closing(sqlite3.connect(location)) as connection:
+            connection.execute("ANALYZE")
+            connection.commit()
+    return database
+
+
+def tasks(database: Database) -> TaskRepository:
+    return TaskRepository(database)
+
+
+def nodes(database: Database) -> NodeRepository:
+    return NodeRepository(database)
+
+
+async def live(database: Database) -> None:
+    async with database.session() as session:
+        async for _ in read_live(session):
+            pass
+
+
+async def news(database: Database) -> None:
+    async with database.session() as session:
+        await read_news(session, since=500, beat=0, is_whole=True)
+
+
+CALLS: dict[str, Call] = {
+    "get": lambda database: tasks(database).get("task-0001"),
+    "get node": lambda database: nodes(database).get("node-0001"),
+    "by status": lambda database: tasks(database).list_by_status(TaskStatus.PENDING, 50),
+    "finished": lambda database: tasks(database).list_by_status(TaskStatus.COMPLETED, 50),
+    "all by status": lambda database: tasks(database).list_by_status(TaskStatus.RUNNING),
+    "by node": lambda database: tasks(database).list_by_node("node-0001"),
+    "by user": lambda database: tasks(database).list_by_user("user-1"),
+    "pending": lambda database: tasks(database).list_pending_tasks(),
+    "all pending": lambda database: tasks(database).list_pending_tasks(None),
+    "count": lambda database: tasks(database).count_by_status(TaskStatus.RUNNING),
+    "clean-up": lambda database: tasks(database).cleanup_old_tasks(days=1),
+    "delete": lambda database: tasks(database).delete("task-0001"),
+    "heartbeat": lambda database: nodes(database).update_heartbeat("node-0001"),
+    "live": live,
+    "news": news,
+}
+"""Everything with a limit or a selective filter.
+
+Not the lists of nodes: there are a thousand at most, and most of them are in each list.
+"""
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+async def test_filters_are_searched_by_an_index_and_limits_need_no_sorting(
+    filled: Database, location: Path, sent: list[Statement], call: Call
+) -> None:
+    await call(filled)
+
+    searched = [(sql, values) for sql, values in sent if re.search(r"\bWHERE\b", sql)]
+    assert searched
+    with closing(sqlite3.connect(location)) as connection:
+        for sql, values in searched:
+            plan = connection.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
+            steps = [detail for *_, detail in plan]
+            assert not [step for step in steps if re.match(r"SCAN (TABLE )?[a-z]+s\b", step)], sql
+            assert not ("LIMIT" in sql and "TEMP B-TREE" in str(steps)), sql
