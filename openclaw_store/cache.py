@@ -271,6 +271,14 @@ class Cache:
             "busy": counts[NodeStatus.BUSY] + full,
         }
 
+    def sizes(self) -> dict[str, int]:
+        """How much is in memory, and how much of it alone."""
+        return {
+            "cached_tasks": len(self.tasks) + len(self._finished),
+            "unsaved_entries": len(self.unsaved),
+            "unsaved_heartbeats": len({*self._waiting, *self._flying}),
+        }
+
     def state(self) -> ClusterState:
         """The present picture, in constant time."""
         counts = self.task_stats()

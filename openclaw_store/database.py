@@ -107,7 +107,7 @@ class Database:
         self._forks = _forks
         self._state = "new"
         self._gate = Gate(timeout)
-        self._writer = Writer(self._write_on_thread, self._writer_stopped)
+        self._writer = Writer(self._write_on_thread, self._writer_stopped, clock)
         self._writing_engine = sqlite.writing_engine(self._path)
         self._writing_connection: Connection | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
@@ -371,11 +371,22 @@ class Database:
             await finish(asyncio.to_thread(sqlite.vacuum, self._path, self.timeout))
 
     async def get_stats(self) -> dict[str, Any]:
-        """Size and contents.
+        """Size and contents, and how the writing goes.
 
         Returns:
-            `db_size` (bytes, the WAL included), `db_path`, `task_count`, `node_count`, and
-            `task_stats` and `node_stats`: how many there are of each status that occurs.
+            `db_size` (bytes, the WAL included), `db_path`, `task_count`, `node_count`;
+            `task_stats` and `node_stats`: how many there are of each status that occurs;
+            and `writer`, which tells of this object since it was made:
+
+            - `queued_operations`: that wait for the next batch at this moment;
+            - `batches` and `operations`: committed, refused operations included;
+            - `mean_batch`, `largest_batch`: operations in one of the last 1,000 batches;
+            - `commit_seconds_p50`, `_p99` and `_max`: from the moment a batch is taken until it is
+              committed, its turn to write awaited, of the last 1,000 batches;
+            - `failed_batches`: of which nothing was committed; `last_failure`: why the last of
+              them failed; `last_failure_at`: when.
+
+            What there is nothing to tell of yet is `None`.
         """
 
         async def count(session: AsyncSession) -> list[dict[str, int]]:
@@ -397,6 +408,7 @@ class Database:
             "node_count": sum(nodes.values()),
             "task_stats": tasks,
             "node_stats": nodes,
+            "writer": self._writer.figures(),
         }
 
     @asynccontextmanager

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -70,6 +71,10 @@ class Mirror:
         }
         self.cache = Cache(Start(0, 0, None, {}), finished_limit)
         """What is in memory; another object after each `load`."""
+        self.last_sync_at: datetime | None = None
+        """When everything that was only in memory had been written."""
+        self.last_refresh_at: datetime | None = None
+        """When everything that others had committed had been read."""
         self._unlisten: Callable[[], None] = lambda: None
         self._loading: list[Sequence[Event | Beaten]] | None = None  # what was committed meanwhile
         self._refreshing = asyncio.Lock()
@@ -240,6 +245,7 @@ class Mirror:
                     elif outcome is not None:
                         raise outcome
         await self.flush_beats()
+        self.last_sync_at = self._database.clock()
         if conflicts:
             raise UnsavedConflictError(conflicts)
 
@@ -257,6 +263,7 @@ class Mirror:
                     await self._load()
                     return
                 cache.catch_up(news)
+            self.last_refresh_at = self._database.clock()
 
     def beat(self, beat: Beat) -> None:
         """Show a heartbeat now, and write it within a second, together with others."""
@@ -368,6 +375,7 @@ class Mirror:
             self._loading = None
         cache.keep_unsaved(self.cache)
         self.cache = cache
+        self.last_refresh_at = self._database.clock()
 
     def _committed(self, events: Sequence[Event | Beaten]) -> None:
         """Is told what this process has committed."""

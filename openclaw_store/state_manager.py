@@ -183,6 +183,22 @@ class StateManager:
         self._check_usable()
         return self._mirror.cache.node_stats()
 
+    async def get_stats(self) -> dict[str, Any]:
+        """Figures for who operates it: those of `Database.get_stats`, and of what is in memory.
+
+        Returns:
+            Besides: `last_sync_at` and `last_refresh_at`, when the last one of each was complete
+            (loading the state is a refresh; `None` before the first); `cached_tasks`;
+            `unsaved_entries` and `unsaved_heartbeats`, which are still to be written.
+        """
+        self._check_usable()
+        return {
+            **await self.db.get_stats(),
+            "last_sync_at": self._mirror.last_sync_at,
+            "last_refresh_at": self._mirror.last_refresh_at,
+            **self._mirror.cache.sizes(),
+        }
+
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
         self._check_usable()

@@ -41,6 +41,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import DBAPICursor
 
+from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import BackendError, DeadlineError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
 MAX_BATCH = 8192
 """Operations of one transaction at most; the callers of the others wait for the next one."""
+
+RECENT_BATCHES = 1000
+"""The figures of so many are kept."""
 
 
 _CLOSED = "the database is closed: open a new Database"
@@ -254,6 +258,55 @@ _Answer = tuple[asyncio.Future[Any], Any]
 """What a caller waits for, and what it is to be answered: a result, or an exception."""
 
 
+class _Logbook:
+    """What the writer has done, a line for each batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
+        self._batches = 0
+        self._operations = 0
+        self._failed_batches = 0
+        self._last_failure: str | None = None
+        self._last_failure_at: datetime | None = None
+
+    def note_commit(self, operations: int, seconds: float) -> None:
+        with self._lock:
+            self._recent.append((operations, seconds))
+            self._batches += 1
+            self._operations += operations
+
+    def note_failure(self, error: BaseException) -> None:
+        failed_at = self._clock()
+        with self._lock:
+            self._failed_batches += 1
+            self._last_failure = f"{type(error).__name__}: {error}"
+            self._last_failure_at = failed_at
+
+    def figures(self) -> dict[str, Any]:
+        with self._lock:
+            sizes, seconds = ([line[part] for line in self._recent] for part in (0, 1))
+            seconds.sort()
+            return {
+                "batches": self._batches,
+                "operations": self._operations,
+                "mean_batch": sum(sizes) / len(sizes) if sizes else None,
+                "largest_batch": max(sizes, default=None),
+                "commit_seconds_p50": _percentile(seconds, 50),
+                "commit_seconds_p99": _percentile(seconds, 99),
+                "commit_seconds_max": _percentile(seconds, 100),
+                "failed_batches": self._failed_batches,
+                "last_failure": self._last_failure,
+                "last_failure_at": self._last_failure_at,
+            }
+
+
+def _percentile(in_order: Sequence[float], percent: int) -> float | None:
+    """The value that so many percent do not exceed; `None` if there are no values."""
+    return in_order[(len(in_order) * percent - 1) // 100] if in_order else None
+
+
 class Writer:
     """Applies submitted operations on one thread, all that have queued in one transaction.
 
@@ -262,15 +315,18 @@ class Writer:
             block, or rolls back and raises. It passes on a `BackendError` only when the whole
             transaction failed; anything else is taken for the fault of one operation.
         stopped: Is called on the thread when it ends.
+        clock: Tells when a batch failed.
     """
 
     def __init__(
         self,
         transaction: Callable[[Callable[[Unit], None]], AbstractContextManager[Unit]],
         stopped: Callable[[], None],
+        clock: Clock = utc_now,
     ) -> None:
         self._transaction = transaction
         self._stopped = stopped
+        self._record = _Logbook(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._batch: Mapping[asyncio.Future[Any], _Entry] = {}  # what the thread is committing
@@ -303,6 +359,10 @@ class Writer:
         except asyncio.CancelledError:
             await self._withdraw(future)
             raise
+
+    def figures(self) -> dict[str, Any]:
+        """What `Database.get_stats` tells of it."""
+        return {"queued_operations": len(self._queue), **self._record.figures()}
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
         """Tell `listener`, on `loop`, what is committed from now on; returns what ends it."""
@@ -437,16 +497,20 @@ class Writer:
 
     def _commit(self, entries: Sequence[_Entry]) -> None:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
+        began = time.perf_counter()
         try:
             outcomes: list[Any] = []
 
             def publish(unit: Unit) -> None:
+                self._record.note_commit(len(entries), time.perf_counter() - began)
                 self.publish(unit.committed, entries, outcomes)
 
             with self._transaction(publish) as unit:
                 for apply, run in groupby(entries, key=itemgetter(1)):
                     outcomes.extend(apply(unit, [operation for _, _, operation in run]))
         except Exception as error:
+            if isinstance(error, BackendError):
+                self._record.note_failure(error)
             if len(entries) == 1 or isinstance(error, BackendError):
                 self.publish((), entries, [_own(error) for _ in entries])
             else:
@@ -454,6 +518,7 @@ class Writer:
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
         except BaseException as error:
+            self._record.note_failure(error)
             lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
             self.publish((), entries, [lost] * len(entries))
             raise

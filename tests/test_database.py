@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from conftest import MakeNode, MakeTask
+from conftest import FakeClock, MakeNode, MakeTask
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -1381,6 +1381,27 @@ class TestVacuumAndStats:
 
         assert stats["db_size"] > 0
         assert [stats[name] for name in STATS[1:]] == [str(location), 0, 0, {}, {}]
+
+    async def test_stats_tell_how_the_writing_goes(
+        self, location: Path, clock: FakeClock, make_task: MakeTask
+    ) -> None:
+        async with Database(location, clock=clock, timeout=0.05) as database:
+            before = (await database.get_stats())["writer"]
+            await asyncio.gather(*[TaskRepository(database).create(make_task()) for _ in range(3)])
+            with closing(sqlite3.connect(location, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                clock.advance(seconds=5)
+                with pytest.raises(UnavailableError) as caught:
+                    await TaskRepository(database).create(make_task())
+            after = (await database.get_stats())["writer"]
+
+        nothing_yet = {"queued_operations": 0, "batches": 0, "operations": 0, "failed_batches": 0}
+        assert before == {**dict.fromkeys(after), **nothing_yet}
+        assert (after["batches"], after["operations"], after["failed_batches"]) == (1, 3, 1)
+        assert (after["mean_batch"], after["largest_batch"]) == (3, 3)
+        assert after["commit_seconds_p50"] == after["commit_seconds_max"] > 0
+        assert after["last_failure"] == f"UnavailableError: {caught.value}"
+        assert after["last_failure_at"] == clock()
 
 
 STATS = ("db_size", "db_path", "task_count", "node_count", "task_stats", "node_stats")

@@ -1544,6 +1544,72 @@ class TestState:
         assert (await (await open_manager()).get_state()).updated_at == changed_at
 
 
+class TestStats:
+    async def test_stats_of_the_database_are_among_them(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task())
+
+        of_database, stats = await manager.db.get_stats(), await manager.get_stats()
+
+        assert stats["task_count"] == stats["writer"]["operations"] == 1
+        assert {name: stats[name] for name in of_database} == of_database
+
+    async def test_stats_tell_when_it_was_synchronised_last(
+        self, database: Database, clock: FakeClock, make_task: MakeTask
+    ) -> None:
+        """Planted: a synchronisation that failed counts; or the two times are one."""
+        async with StateManager(database, auto_sync_interval=None) as manager:
+            opened_at = clock()
+            at_first = await manager.get_stats()
+            synced_at = clock.advance(seconds=10)
+            await manager.sync_to_database()
+            refreshed_at = clock.advance(seconds=10)
+            await manager.refresh_from_database()
+            after = await manager.get_stats()
+            clock.advance(seconds=10)
+            await manager.add_task(make_task(), persist=False)
+            async with database.transaction():
+                with pytest.raises(DeadlineError):
+                    await manager.sync_to_database()
+            after_failure = await manager.get_stats()
+
+        assert (at_first["last_sync_at"], at_first["last_refresh_at"]) == (None, opened_at)
+        assert (after["last_sync_at"], after["last_refresh_at"]) == (synced_at, refreshed_at)
+        assert after_failure["last_sync_at"] == synced_at
+
+    async def test_stats_tell_when_it_was_loaded_anew(
+        self, manager: StateManager, open_manager: OpenManager, clock: FakeClock,
+        make_task: MakeTask, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(mirror, "RELOAD_AFTER", 0)
+        await (await open_manager()).add_task(make_task())
+        loaded_at = clock.advance(seconds=10)
+
+        await manager.refresh_from_database()
+
+        assert (await manager.get_stats())["last_refresh_at"] == loaded_at
+
+    async def test_stats_count_what_is_in_memory(
+        self, open_manager: OpenManager, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        """Planted: finished tasks are left out; or heartbeats count though they are written."""
+        manager = await open_manager(finished_cache_size=2)
+        for status in (TaskStatus.RUNNING, *[TaskStatus.COMPLETED] * 3):
+            await manager.add_task(make_task(status=status))
+        await manager.add_node(make_node(node_id="n"))
+        await manager.add_task(make_task(), persist=False)
+        await manager.update_heartbeat("n")
+
+        before = await manager.get_stats()
+        await manager.sync_to_database()
+        after = await manager.get_stats()
+
+        names = ("cached_tasks", "unsaved_entries", "unsaved_heartbeats")
+        assert [before[name] for name in names] == [4, 1, 1]
+        assert [after[name] for name in names] == [4, 0, 0]
+
+
 class TestTwoManagers:
     async def test_refresh_takes_over_everything(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode,

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import logging
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -66,7 +67,7 @@ class Shelf:
         self.stopped = 0
 
     def writer(self) -> Writer:
-        return Writer(self.transaction, self._stop)
+        return Writer(self.transaction, self._stop, lambda: NOON)
 
     @contextmanager
     def transaction(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
@@ -790,6 +791,93 @@ class TestListeners:
         await writer.submit(shelf.apply, "b")
 
         assert told == ["a", "a", "b"]
+        await writer.close()
+
+
+class TestFigures:
+    async def test_they_count_batches_and_what_was_in_them(self, shelf: Shelf) -> None:
+        """Planted: a batch counts as one operation; or those still queued count as committed."""
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        tasks = [start(writer.submit(shelf.apply, word)) for word in ("a", "refuse", "c")]
+        await turns()
+        before = writer.figures()
+        shelf.release.set()
+        await finished([held, *tasks])
+        after = writer.figures()
+
+        assert (before["queued_operations"], before["batches"], before["operations"]) == (3, 0, 0)
+        assert (after["queued_operations"], after["batches"], after["operations"]) == (0, 2, 4)
+        assert (after["mean_batch"], after["largest_batch"]) == (2.0, 3)
+        await writer.close()
+
+    async def test_seconds_are_those_until_a_batch_is_committed(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: they are measured before the commit; or p50 is the mean, or p99 the maximum."""
+        now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: now)
+        writer_ = shelf.writer()
+
+        def take_seconds(unit: Unit, operations: Sequence[float]) -> Sequence[float]:
+            def commit() -> None:
+                nonlocal now
+                now += sum(operations)
+
+            unit.before_commit.append(commit)
+            return operations
+
+        for seconds in (5, *[2] * 149, *[3] * 48, 4, 1):
+            await writer_.submit(take_seconds, seconds)
+        figures = writer_.figures()
+
+        assert figures["commit_seconds_p50"] == 2
+        assert figures["commit_seconds_p99"] == 3
+        assert figures["commit_seconds_max"] == 5
+        await writer_.close()
+
+    async def test_they_forget_all_but_the_last_batches(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the writer keeps a line for every batch there ever was."""
+        monkeypatch.setattr(writer, "RECENT_BATCHES", 2)
+        writer_ = shelf.writer()
+        await asyncio.gather(*[writer_.submit(shelf.apply, word) for word in "abc"])
+        largest = writer_.figures()["largest_batch"]
+        for word in "de":
+            await writer_.submit(shelf.apply, word)
+
+        figures = writer_.figures()
+
+        assert largest == 3
+        assert (figures["mean_batch"], figures["largest_batch"]) == (1.0, 1)
+        assert (figures["batches"], figures["operations"]) == (3, 5)
+        await writer_.close()
+
+    async def test_failure_is_that_of_a_batch_not_of_an_operation(self, shelf: Shelf) -> None:
+        """Planted: what one caller did wrong counts as a failure of the database."""
+        writer = shelf.writer()
+        await finished([start(writer.submit(shelf.apply, word)) for word in ("explode", "refuse")])
+        before = writer.figures()
+        shelf.commit_error = UnavailableError("the disk is full")
+        await finished([start(writer.submit(shelf.apply, word)) for word in "ab"])
+        after = writer.figures()
+
+        assert (before["failed_batches"], before["last_failure"]) == (0, None)
+        assert after["failed_batches"] == 1
+        assert after["last_failure"] == "UnavailableError: the disk is full"
+        assert after["last_failure_at"] == NOON
+        assert after["operations"] == before["operations"]
+        await writer.close()
+
+    @ends_the_thread
+    async def test_end_of_the_thread_is_a_failure(self, shelf: Shelf) -> None:
+        writer = shelf.writer()
+
+        await finished([start(writer.submit(shelf.apply, "exit"))])
+
+        assert writer.figures()["last_failure"] == "SystemExit: "
         await writer.close()
 
 
