@@ -429,15 +429,14 @@ class Database:
                         self._writing_engine.connect, self.timeout
                     )
                 connection = self._writing_connection
-                transaction = sqlite.retrying(connection.begin, self.timeout)
-                with transaction:
-                    unit = Unit(connection, self.clock())
-                    yield unit
-                    unit.finish()
-                    try:
-                        transaction.commit()
-                    except (SQLAlchemyError, sqlite3.Error) as error:
-                        raise sqlite.translate(error, self._path, committing=True) from error
+                sqlite.retrying(lambda: sqlite.begin_writing(connection), self.timeout)
+                unit = Unit(connection, self.clock())
+                yield unit
+                unit.finish()
+                try:
+                    sqlite.end_writing(connection)
+                except (SQLAlchemyError, sqlite3.Error) as error:
+                    raise sqlite.translate(error, self._path, committing=True) from error
             except BaseException:
                 self._writer_stopped()  # the next one begins with a connection in a known state
                 raise

@@ -155,8 +155,26 @@ def writing_engine(path: Path) -> Engine:
     """An engine for threads, whose every transaction begins with the write lock."""
     url = URL.create("sqlite", database=str(path))  # as text, % and ? would mean something
     engine = create_engine(url, poolclass=NullPool, connect_args=_options(_WriteConnection))
-    _begin_with(engine, "BEGIN IMMEDIATE")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        if not connection.connection.in_transaction:  # else `begin_writing` was there before
+            begin_writing(connection)
+
     return engine
+
+
+def begin_writing(connection: Connection) -> None:
+    """Begin a transaction with the write lock, past SQLAlchemy, whose own way takes longer."""
+    connection.connection.cursor().execute("BEGIN IMMEDIATE")
+
+
+def end_writing(connection: Connection) -> None:
+    """Commit what `begin_writing` began, whether SQLAlchemy has noticed or not."""
+    if connection.in_transaction():
+        connection.commit()
+    else:
+        connection.connection.commit()
 
 
 def async_engine(

@@ -202,7 +202,7 @@ class StateManager:
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
         self._check_usable()
-        record = self._mirror.cache.task(task_id) if type(task_id) is str else None
+        record = self._mirror.cache.tasks.get(task_id) if type(task_id) is str else None
         if record is None:
             record = await self._mirror.find((Task, check_key("task_id", task_id)))
         return None if record is None else record.copy()
@@ -222,7 +222,10 @@ class StateManager:
             DuplicateError: If there is a task with this identifier.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._add(task, self.task_repo.encode(task), persist)
+        self._check_usable()
+        record = self.task_repo.encode(task)
+        write_back(await self._mirror.add(record, persist), task)
+        return True
 
     async def update_task(self, task: Task, persist: bool = True) -> bool:
         """Write a changed task back; `task` receives the new version and can be changed again.
@@ -235,7 +238,10 @@ class StateManager:
             StaleVersionError: If it was changed meanwhile; read it again, or use `change_task`.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._update(task, self.task_repo.encode(task), persist)
+        self._check_usable()
+        record = self.task_repo.encode(task)
+        write_back(await self._mirror.update(record, persist), task)
+        return True
 
     async def change_task(self, task_id: str, fn: Callable[[Task], object]) -> Task | None:
         """Read a task, change it and write it, without losing what others write meanwhile.
@@ -295,7 +301,10 @@ class StateManager:
             DuplicateError: If there is a node with this identifier.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._add(node, self.node_repo.encode(node), persist)
+        self._check_usable()
+        record = self.node_repo.encode(node)
+        write_back(await self._mirror.add(record, persist), node)
+        return True
 
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
@@ -310,7 +319,10 @@ class StateManager:
             StaleVersionError: If it was changed meanwhile; read it again, or use `change_node`.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._update(node, self.node_repo.encode(node), persist)
+        self._check_usable()
+        record = self.node_repo.encode(node)
+        write_back(await self._mirror.update(record, persist), node)
+        return True
 
     async def change_node(self, node_id: str, fn: Callable[[NodeInfo], object]) -> NodeInfo | None:
         """Read a node, change it and write it, without losing what others write meanwhile.
@@ -443,16 +455,6 @@ class StateManager:
                     continue  # each of them is in the log
                 except Exception:  # the loop must outlive whatever a round meets
                     logger.exception("a synchronisation failed; the next is in %g s", seconds)
-
-    async def _add(self, item: Task | NodeInfo, record: Record[Any], persist: bool) -> bool:
-        self._check_usable()
-        write_back(await self._mirror.add(record, persist), item)
-        return True
-
-    async def _update(self, item: Task | NodeInfo, record: Record[Any], persist: bool) -> bool:
-        self._check_usable()
-        write_back(await self._mirror.update(record, persist), item)
-        return True
 
     async def _change(
         self, repository: Repository[Item], id: str, fn: Callable[[Item], object]

@@ -1033,9 +1033,9 @@ asyncio.run(main(sys.argv[1]))
         async with Database(location) as database:
             limit = {"pages": 60}
 
-            @event.listens_for(database._writing_engine, "begin")
-            def begin(connection: Any) -> None:
-                connection.exec_driver_sql(f"PRAGMA max_page_count={limit['pages']}")
+            @event.listens_for(database._writing_engine, "connect")
+            def connect(connection: Any, record: object) -> None:
+                connection.execute(f"PRAGMA max_page_count={limit['pages']}")
 
             with pytest.raises(UnavailableError, match=r"cluster\.db: the disk is full: free some"):
                 await TaskRepository(database).create(make_task(parameters=big))
