@@ -477,6 +477,34 @@ class TestCancellation:
         assert shelf.batches == [["hold"]]
         await writer.close()
 
+    async def test_caller_cancelled_just_before_its_batch_is_done_sees_it_too(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: a caller that finds its batch done goes on before the listeners were told."""
+        writer = shelf.writer()
+        told: list[str] = []
+        writer.listen(asyncio.get_running_loop(), told.extend)
+        seen: list[str] = []
+
+        async def write() -> None:
+            try:
+                await writer.submit(shelf.apply, "hold")
+            finally:
+                seen.extend(told)
+
+        held = start(write())
+        await entered(shelf)
+
+        held.cancel()  # who wakes by this is the first to run
+        shelf.release.set()
+        assert shelf.published.acquire(timeout=PATIENCE)  # blocks this loop
+        while writer._batch:
+            pass  # the thread has but to forget it
+        await finished([held])
+
+        assert seen == ["hold"]
+        await writer.close()
+
     async def test_caller_cancelled_again_still_waits_for_its_batch(self, shelf: Shelf) -> None:
         """Planted: the second cancellation leaves `_withdraw`."""
         writer = shelf.writer()
@@ -929,6 +957,27 @@ class TestClose:
         assert await finished([closing, first]) == [None, "FIRST"]
         assert shelf.batches == [["first"]]
         assert shelf.stopped == 1
+
+    async def test_close_ends_the_thread_though_a_loop_ended_before_it_could_wake_it(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: the thread that has committed all, while closing, waits to be woken again."""
+        writer = shelf.writer()
+
+        def ask_and_stop() -> None:
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(writer.submit(shelf.apply, "dropped"))
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+            loop.close()
+            # A task dropped half-way, of which nothing shall be said.
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own
+            task.get_coro().close()
+
+        await asyncio.to_thread(ask_and_stop)
+
+        assert await finished([start(writer.close())]) == [None]
+        assert shelf.batches == [["dropped"]]
 
     async def test_operation_that_queues_behind_the_end_is_refused(self, shelf: Shelf) -> None:
         """Planted: what another loop puts into the queue, while it closes, is never answered."""
