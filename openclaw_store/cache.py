@@ -11,7 +11,7 @@ as they are, and copied by whoever talks to callers.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -204,14 +204,25 @@ class Cache:
         """Those of these nodes that wait; they are on their way to the writer now."""
         taken = [self._waiting.pop(id) for id in node_ids if id in self._waiting]
         for beat in taken:
-            self._flying.setdefault(beat.id, []).append(beat)
+            self._flying[beat.id] = [*self._flying.get(beat.id, ()), beat]
         return taken
 
-    def settle_beat(self, beat: Beat, *, again: bool) -> None:
-        """The writer is done with a heartbeat; with `again` it waits again, if it was not told."""
-        if self._is_own(beat) and again:
+    def settle_beats(self, beats: Sequence[Beat], known: Sequence[bool] | None) -> bool:
+        """The writer is done with heartbeats of `known` nodes, or has failed (`None`).
+
+        Returns:
+            Whether some of them wait again. (Of what was written it was told in between.)
+        """
+        again = False
+        for place, beat in enumerate(beats):
+            is_written = beat.id not in self._flying or not self._is_own(beat)
+            # A node that is not written yet keeps its heartbeat until it is.
+            if is_written or (known and (known[place] or (NodeInfo, beat.id) not in self.unsaved)):
+                continue
             newer = self._waiting.get(beat.id)
             self._waiting[beat.id] = beat if newer is None else newer.after(beat)
+            again = True
+        return again
 
     def task(self, task_id: str) -> Record[Task] | None:
         """A live task, or a finished one that is in memory."""
@@ -407,10 +418,12 @@ class Cache:
 
     def _is_own(self, beat: Beat) -> bool:
         """Whether a heartbeat was on its way to the writer, on which it is no more."""
-        flying = self._flying.pop(beat.id, ())
+        flying = self._flying.get(beat.id, ())
         others = [other for other in flying if other is not beat]
         if others:
             self._flying[beat.id] = others
+        elif flying:
+            del self._flying[beat.id]
         return len(others) < len(flying)
 
     def _touch(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:

@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 0.5
 """How long a heartbeat waits in memory for others to share its flush."""
 
-HEARTBEATS_A_WRITE = 64
+HEARTBEATS_A_WRITE = 128
 """How many are written at a stretch, before others write."""
 
 RELOAD_AFTER = 20_000
@@ -127,16 +127,16 @@ class Mirror:
         return self._database.write(apply, operation)
 
     async def _submit_behind(self, beat: Beat, operation: Operation) -> Any:
-        written = False
+        known: Sequence[bool] | None = None
         try:
             outcome = await self._database.write(apply, AfterBeat(beat, operation))
-            written = True
+            known = [True]
             return outcome
         except (ConflictError, NotFoundError):
-            written = True  # the operation was refused, not the heartbeat
+            known = [True]  # the operation was refused, not the heartbeat
             raise
         finally:
-            self._settle_beat(beat, again=not written)
+            self._settle_beats([beat], known)
 
     async def add(self, record: Record[Item], persist: bool) -> Record[Item]:
         """Add an entry; returns it as it is kept.
@@ -288,16 +288,10 @@ class Mirror:
         try:
             known = await self._database.write(apply_beats, beats)
         finally:
-            for place, beat in enumerate(beats):
-                # A node that is not written yet keeps its heartbeat until it is.
-                again = known is None or (
-                    not known[place] and (NodeInfo, beat.id) in self.cache.unsaved
-                )
-                self._settle_beat(beat, again=again)
+            self._settle_beats(beats, known)
 
-    def _settle_beat(self, beat: Beat, *, again: bool) -> None:
-        self.cache.settle_beat(beat, again=again)
-        if again:
+    def _settle_beats(self, beats: Sequence[Beat], known: Sequence[bool] | None) -> None:
+        if self.cache.settle_beats(beats, known):
             self._flush_later()
 
     def _flush_later(self) -> None:
