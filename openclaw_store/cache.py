@@ -193,7 +193,7 @@ class Cache:
         if record is not None:
             touched = beat.over(record)
             self._touch(beat.id, record, touched)
-            if (NodeInfo, beat.id) in self.unsaved:
+            if self.unsaved and (NodeInfo, beat.id) in self.unsaved:
                 self.unsaved[NodeInfo, beat.id].record = touched
 
     def waiting_beats(self) -> list[str]:
@@ -204,7 +204,7 @@ class Cache:
         """Those of these nodes that wait; they are on their way to the writer now."""
         taken = [self._waiting.pop(id) for id in node_ids if id in self._waiting]
         for beat in taken:
-            self._flying[beat.id] = [*self._flying.get(beat.id, ()), beat]
+            self._flying.setdefault(beat.id, []).append(beat)
         return taken
 
     def settle_beats(self, beats: Sequence[Beat], known: Sequence[bool] | None) -> bool:
@@ -405,12 +405,14 @@ class Cache:
         """Take over a heartbeat that was written."""
         beat, flush = beaten
         is_shown = self._is_own(beat)
-        entry = self.unsaved.get((NodeInfo, beat.id))
+        entry = self.unsaved.get((NodeInfo, beat.id)) if self.unsaved else None
         known = self.nodes.get(beat.id) if entry is None else entry.committed
         if known is None or flush <= self.beat:  # it was removed meanwhile, or read with the rest
             return
         earlier = self._landed.get(beat.id)
-        self._landed[beat.id] = Beaten(beat.after(earlier.beat), flush) if earlier else beaten
+        if earlier is not None and (merged := beat.after(earlier.beat)) is not beat:
+            beaten = Beaten(merged, flush)
+        self._landed[beat.id] = beaten
         if entry is not None:
             entry.committed = beat.over(known)
         elif not is_shown:
@@ -418,12 +420,12 @@ class Cache:
 
     def _is_own(self, beat: Beat) -> bool:
         """Whether a heartbeat was on its way to the writer, on which it is no more."""
-        flying = self._flying.get(beat.id, ())
+        flying = self._flying.pop(beat.id, ())
+        if len(flying) == 1 and flying[0] is beat:  # as nearly always
+            return True
         others = [other for other in flying if other is not beat]
         if others:
             self._flying[beat.id] = others
-        elif flying:
-            del self._flying[beat.id]
         return len(others) < len(flying)
 
     def _touch(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:

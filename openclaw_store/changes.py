@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import orjson
 from sqlalchemy import (
-    Select,
+    CTE,
     and_,
     bindparam,
     column,
@@ -46,6 +46,7 @@ from openclaw_store.schema import (
     ChangeRow,
     CounterRow,
     decoders_of,
+    from_microseconds,
     plan_of,
     table_of,
     to_microseconds,
@@ -172,6 +173,11 @@ class Row:
         """What `beat` is of a row that has a heartbeat written now."""
         flush: int = self._ledger.beat
         return flush
+
+    def status_since(self) -> datetime | None:
+        """When its status was changed before this unit, as far as the feed knows."""
+        found = self._ledger.unit.execute(_STATUS_SINCE, (self.version, ITEM[self.kind], self.id))
+        return from_microseconds(found[0][0]) if found else None
 
     def write(
         self, record: Record[Any], names: Iterable[str], reason: str | None = None
@@ -334,8 +340,8 @@ def _compile(statement: ClauseElement, columns: Sequence[str] | None = None) -> 
     return str(statement.compile(dialect=_DIALECT, column_keys=names))
 
 
-def _chain() -> Select[tuple[int]]:
-    """The revisions of a chain of changes, from the newest, which is given, to the first."""
+def _chain() -> CTE:
+    """A chain of changes, from the newest, which is given, to the first."""
     newest = _CHANGES.alias()
     chain = (
         select(newest)
@@ -353,8 +359,7 @@ def _chain() -> Select[tuple[int]]:
         older.c.item == chain.c.item,
         older.c.item_id == chain.c.item_id,
     )
-    chain = chain.union_all(select(older).join(chain, is_next))
-    return select(chain.c.revision)
+    return chain.union_all(select(older).join(chain, is_next))
 
 
 _DIALECT = sqlite.dialect()
@@ -362,7 +367,11 @@ _CHANGES = ChangeRow.metadata.tables["changes"]
 _STATEMENTS = {kind: _Statements(kind) for kind in ROWS}
 _NODE_DECODERS = decoders_of(NodeInfo, _DIALECT)
 _INSERT_CHANGE = _compile(insert(_CHANGES), _CHANGES.c.keys())
-_FORGET = _compile(delete(_CHANGES).where(_CHANGES.c.revision.in_(_chain())))
+_CHAIN = _chain()
+_FORGET = _compile(delete(_CHANGES).where(_CHANGES.c.revision.in_(select(_CHAIN.c.revision))))
+_STATUS_SINCE = _compile(
+    select(_CHAIN.c.changed_at).where(_CHAIN.c.from_status.is_distinct_from(_CHAIN.c.to_status))
+)
 _COUNT = _compile(update(CounterRow), ("revision", "beat"))
 _READ_COUNTERS = _compile(select(CounterRow.revision, CounterRow.beat))
 

@@ -28,8 +28,8 @@ USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 class Beat(NamedTuple):
     """A node's heartbeat, with the usage it reported; the newest wins.
 
-    As an operation it brings an OFFLINE node back ONLINE, which is an ordinary change, and results
-    in whether there is such a node.
+    As an operation it brings a node back ONLINE that was OFFLINE before, which is an ordinary
+    change, and results in whether there is such a node.
     """
 
     id: str
@@ -59,7 +59,10 @@ class Beat(NamedTuple):
             touched = self.over(record)
             row.touch(touched, ("last_heartbeat", *self.usage), Beaten(self, row.flush))
             if record["status"] is NodeStatus.OFFLINE:
-                row.write(touched.evolve(status=NodeStatus.ONLINE), ("status",), "heartbeat")
+                since = row.status_since()  # another process may have set it so meanwhile
+                if since is None or self.at >= since:
+                    back = touched.evolve(status=NodeStatus.ONLINE)
+                    row.write(back, ("status",), "heartbeat")
         return True
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -142,6 +142,7 @@ class Machine(RuleBasedStateMachine):
         self.revision = 0
         self.tasks: dict[str, Task] = {}
         self.nodes: dict[str, NodeInfo] = {}
+        self.status_since: dict[str, datetime] = {}
         self.generations = 0
         self.side: list[Side] = []
 
@@ -200,6 +201,9 @@ class Machine(RuleBasedStateMachine):
 
     def store_node(self, side: Side, node: NodeInfo) -> NodeInfo:
         stored = replace(deepcopy(node), version=self.number(side))
+        before = self.nodes.get(node.node_id)
+        if before is None or before.status is not node.status:
+            self.status_since[node.node_id] = self.clock()
         self.nodes[node.node_id] = side.nodes[node.node_id] = stored
         return stored
 
@@ -253,7 +257,7 @@ class Machine(RuleBasedStateMachine):
             self.nodes[id] = node
             if id in side.nodes:
                 side.nodes[id] = node
-            if node.status is NodeStatus.OFFLINE:
+            if node.status is NodeStatus.OFFLINE and beat.at >= self.status_since[id]:
                 self.store_node(side, replace(node, status=NodeStatus.ONLINE))
 
     def flush(self, side: Side) -> None:
@@ -459,7 +463,8 @@ class Machine(RuleBasedStateMachine):
         side.beats[id] = beat
         side.nodes[id] = with_beat(node, beat)
         if node.status is NodeStatus.OFFLINE:
-            self.flush(side)
+            self.beat_first(side, id)
+            del side.beats[id]
 
     @rule(at=sides, id=node_ids)
     def remove_node(self, at: int, id: str) -> None:
