@@ -25,6 +25,7 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal_column,
     select,
     table,
     update,
@@ -370,7 +371,9 @@ _INSERT_CHANGE = _compile(insert(_CHANGES), _CHANGES.c.keys())
 _CHAIN = _chain()
 _FORGET = _compile(delete(_CHANGES).where(_CHANGES.c.revision.in_(select(_CHAIN.c.revision))))
 _STATUS_SINCE = _compile(
-    select(_CHAIN.c.changed_at).where(_CHAIN.c.from_status.is_distinct_from(_CHAIN.c.to_status))
+    select(_CHAIN.c.changed_at)
+    .where(_CHAIN.c.from_status.is_distinct_from(_CHAIN.c.to_status))
+    .limit(literal_column("1"))
 )
 _COUNT = _compile(update(CounterRow), ("revision", "beat"))
 _READ_COUNTERS = _compile(select(CounterRow.revision, CounterRow.beat))
