@@ -17,7 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
-from openclaw_store.feed import News, Start
+from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import (
@@ -49,7 +49,7 @@ class Cache:
     """Live tasks, all nodes, and the finished tasks that were used last.
 
     Args:
-        start: What the database held at one revision; its rows are added one by one.
+        start: What the database held at one revision; its rows are loaded page by page.
         finished_limit: How many finished tasks are kept.
     """
 
@@ -81,9 +81,14 @@ class Cache:
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
         self._landed: dict[str, Beaten] = {}  # and those written since the last `catch_up`
 
-    def add(self, record: Record[Any]) -> None:
-        """Take over a row of the start."""
-        self._show(place_of(record), None, record)
+    def load(self, page: Page) -> None:
+        """Take over rows of the start."""
+        if page.kind is Task:
+            self.tasks.load(page.rows, page.decode)
+            self._pending.extend(page.keys)
+        else:
+            for id, row in page.rows:
+                self._show((page.kind, id), None, page.decode(row))
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""

@@ -25,7 +25,6 @@ from sqlalchemy import (
     delete,
     func,
     insert,
-    literal_column,
     select,
     table,
     update,
@@ -39,14 +38,14 @@ from openclaw_store.errors import (
     TaskNotFoundError,
 )
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.records import STORE_FIELDS, Plan, Record, decode
+from openclaw_store.records import STORE_FIELDS, Plan, Record
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
     ROWS,
     ChangeRow,
     CounterRow,
-    decoders_of,
+    decoder_of,
     from_microseconds,
     plan_of,
     table_of,
@@ -366,21 +365,16 @@ def _chain() -> CTE:
 _DIALECT = sqlite.dialect()
 _CHANGES = ChangeRow.metadata.tables["changes"]
 _STATEMENTS = {kind: _Statements(kind) for kind in ROWS}
-_NODE_DECODERS = decoders_of(NodeInfo, _DIALECT)
+_DECODE_NODE = decoder_of(NodeInfo, _DIALECT)
 _INSERT_CHANGE = _compile(insert(_CHANGES), _CHANGES.c.keys())
 _CHAIN = _chain()
 _FORGET = _compile(delete(_CHANGES).where(_CHANGES.c.revision.in_(select(_CHAIN.c.revision))))
 _STATUS_SINCE = _compile(
-    select(_CHAIN.c.changed_at)
-    .where(_CHAIN.c.from_status.is_distinct_from(_CHAIN.c.to_status))
-    .limit(literal_column("1"))
+    select(_CHAIN.c.changed_at).where(_CHAIN.c.from_status.is_distinct_from(_CHAIN.c.to_status))
 )
+_STATUS_SINCE += " LIMIT 1"  # `limit` would add a parameter for the offset
 _COUNT = _compile(update(CounterRow), ("revision", "beat"))
 _READ_COUNTERS = _compile(select(CounterRow.revision, CounterRow.beat))
-
-
-def _call(function: Callable[[Any], Any] | None, value: Any) -> Any:
-    return value if function is None else function(value)
 
 
 def _load(unit: Unit, kind: type[Any], rows: Mapping[str, Row]) -> None:
@@ -388,7 +382,7 @@ def _load(unit: Unit, kind: type[Any], rows: Mapping[str, Row]) -> None:
     ids = orjson.dumps(list(rows)).decode()
     if kind is NodeInfo:
         for values in unit.execute(statements.read, (ids,)):
-            record = decode(NodeInfo, list(map(_call, _NODE_DECODERS, values)))
+            record = _DECODE_NODE(values)
             row = rows[record["node_id"]]
             row.stored, row.record = True, record
             row.version, row.status = record.version, record["status"].value

@@ -10,14 +10,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import CursorResult, Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
-from openclaw_store.changes import KEY, KINDS, Change, ChangeKind, Place
+from openclaw_store.changes import KEY, KINDS, Change, ChangeKind, Place, place_of
 from openclaw_store.models import NodeInfo, Task, TaskStatus
-from openclaw_store.records import Record, decode
+from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.repositories import select_pending
-from openclaw_store.schema import COLUMNS, ROWS, ChangeRow, CounterRow, NodeRow, TaskRow
+from openclaw_store.schema import (
+    COLUMNS,
+    FIELDS,
+    ROWS,
+    ChangeRow,
+    CounterRow,
+    NodeRow,
+    TaskRow,
+    UtcTime,
+    decoder_of,
+)
 
 PAGE = 500
 """Rows decoded, or changes read, at a stretch, before other coroutines run."""
@@ -34,6 +45,18 @@ class Start:
     """When the newest change was made."""
     task_counts: Mapping[str, int]
     """Tasks by status, finished ones included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of the rows that a cache starts with."""
+
+    kind: type[Any]
+    rows: Sequence[tuple[str, Raw]]
+    """Each with its identifier; to be decoded when somebody looks at it."""
+    decode: Decode
+    keys: Sequence[tuple[int, datetime, str]]
+    """Priority, time of submission and identifier of those that wait, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +86,22 @@ async def read_start(session: AsyncSession) -> Start:
     return Start(revision, beat, await session.scalar(newest), await _task_counts(session))
 
 
-async def read_live(session: AsyncSession) -> AsyncIterator[Sequence[Record[Any]]]:
+async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
     """All nodes and all live tasks, page by page; those that wait in the order of their list."""
     running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
-    live: Sequence[tuple[Any, Select[Any]]] = (
+    live: Sequence[tuple[type[Any], Select[Any]]] = (
         (NodeInfo, select(*COLUMNS[NodeInfo])),
-        (Task, select_pending()),
         (Task, running.order_by(TaskRow.submitted_at)),  # else SQLite may search all tasks
     )
     for kind, query in live:
-        result = await session.stream(query)
-        async for rows in result.partitions(PAGE):
-            yield [decode(kind, row) for row in rows]
+        decode = _decoder(session, kind)
+        async for rows in _pages(session, query):
+            yield Page(kind, [(row[0], row) for row in rows], decode, [])
+    priority, submitted_at = map(FIELDS[Task].index, ("priority", "submitted_at"))
+    moment = UtcTime().result_processor(session.get_bind().dialect, None) or _as_it_is
+    async for rows in _pages(session, select_pending()):
+        keys = [(row[priority], moment(row[submitted_at]), row[0]) for row in rows]
+        yield Page(Task, [(row[0], row) for row in rows], decode, keys)
 
 
 async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: bool) -> News:
@@ -102,16 +129,44 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
         ids = {change.item_id for change in changes if change.item == item}
         key = ROWS[kind].__table__.c[KEY[kind]]
         if ids:
-            for row in await session.execute(select(*COLUMNS[kind]).where(key.in_(ids))):
-                record: Record[Any] = decode(kind, row)
-                records[kind, record[KEY[kind]]] = record
-    beaten: list[Record[NodeInfo]] = []
+            found = await _records(session, kind, key.in_(ids))
+            records.update((place_of(record), record) for record in found)
+    beaten: Sequence[Record[NodeInfo]] = []
     if newest_beat > beat:
-        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
-        beaten = [decode(NodeInfo, row) for row in await session.execute(query)]
+        beaten = await _records(session, NodeInfo, NodeRow.beat > beat)
     is_whole = is_whole and len(changes) == until - since
     counts = None if is_whole or until < read_at else await _task_counts(session)
     return News(until, read_at, newest_beat, changes, is_whole, records, beaten, counts)
+
+
+async def _records(session: AsyncSession, kind: type[Any], condition: Any) -> list[Record[Any]]:
+    query = select(*COLUMNS[kind]).where(condition)
+    decode = _decoder(session, kind)
+    return [decode(row) async for rows in _pages(session, query) for row in rows]
+
+
+async def _pages(session: AsyncSession, query: Select[Any]) -> AsyncIterator[Sequence[Raw]]:
+    """Rows as the driver gives them: SQLAlchemy's own take longer to make than these to read."""
+
+    def execute(session: Session) -> CursorResult[Any]:
+        return session.connection().execute(query, execution_options={"stream_results": True})
+
+    def fetch(_: Session) -> Sequence[Raw]:
+        rows: Sequence[Raw]
+        rows = result.cursor_strategy.fetchmany(result, result.cursor, PAGE)
+        return rows
+
+    result = await session.run_sync(execute)
+    while rows := await session.run_sync(fetch):
+        yield rows
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _decoder(session: AsyncSession, kind: type[Any]) -> Decode:
+    return decoder_of(kind, session.get_bind().dialect)
 
 
 async def _task_counts(session: AsyncSession) -> dict[str, int]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
-from openclaw_store.records import Item, Record
+from openclaw_store.records import Decode, Item, Raw, Record
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 
+
 _BUCKETS = 1024  # a power of two
+
+
+def _no_rows(raw: Raw) -> Record[Any]:
+    raise AssertionError("a row, though none was loaded")
 
 
 class Records(Generic[Item]):
@@ -19,12 +24,16 @@ class Records(Generic[Item]):
 
     A photograph shares the buckets (small dicts) with the original, which copies a bucket the
     first time it writes to it afterwards: copy-on-write, as file systems do it.
+
+    Rows that were loaded stay tuples until somebody asks for them. Most are never asked for, and
+    the garbage collector leaves tuples of text and numbers alone.
     """
 
-    __slots__ = ("_buckets", "_is_shared", "_size")
+    __slots__ = ("_buckets", "_decode", "_is_shared", "_size")
 
     def __init__(self) -> None:
-        self._buckets: list[dict[str, Record[Item]]] = [{} for _ in range(_BUCKETS)]
+        self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
+        self._decode: Decode = _no_rows
         self._is_shared = bytearray(_BUCKETS)
         """For each bucket, whether the last photograph has it too."""
         self._size = 0
@@ -36,12 +45,22 @@ class Records(Generic[Item]):
         return (id for bucket in self._buckets for id in bucket)
 
     def get(self, id: str) -> Record[Item] | None:
-        return self._buckets[hash(id) & _BUCKETS - 1].get(id)
+        bucket = self._buckets[hash(id) & _BUCKETS - 1]
+        found = bucket.get(id)
+        if isinstance(found, tuple):
+            found = bucket[id] = self._decode(found)
+        return found
 
     def values(self) -> Iterator[Record[Item]]:
-        return (record for bucket in self._buckets for record in bucket.values())
+        return (record for id in self if (record := self.get(id)) is not None)
 
-    def put(self, id: str, record: Record[Item]) -> None:
+    def load(self, rows: Iterable[tuple[str, Raw]], decode: Decode) -> None:
+        """Put rows in, which `decode` makes records of when somebody asks for them."""
+        self._decode = decode
+        for id, row in rows:
+            self.put(id, row)
+
+    def put(self, id: str, record: Record[Item] | Raw) -> None:
         index = hash(id) & _BUCKETS - 1
         if self._is_shared[index]:
             self._copy(index)
@@ -61,7 +80,7 @@ class Records(Generic[Item]):
     def photograph(self) -> RecordMapping[Item]:
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
-        return RecordMapping(self._buckets.copy(), self._size)
+        return RecordMapping(self._buckets.copy(), self._size, self._decode)
 
     def _copy(self, index: int) -> None:
         self._buckets[index] = self._buckets[index].copy()
@@ -75,17 +94,24 @@ class RecordMapping(Mapping[str, Item]):
     it into that dict.
     """
 
-    __slots__ = ("_buckets", "_size")
+    __slots__ = ("_buckets", "_decode", "_size")
 
-    def __init__(self, buckets: list[dict[str, Record[Item]]], size: int) -> None:
-        self._buckets: list[dict[str, Record[Item]]] = buckets
+    def __init__(
+        self, buckets: list[dict[str, Record[Item] | Raw]], size: int, decode: Decode
+    ) -> None:
+        self._buckets: list[dict[str, Record[Item] | Raw]] = buckets
         self._size = size
+        self._decode = decode
 
     def __repr__(self) -> str:
         return f"<{self._size} entries by identifier>"
 
     def __getitem__(self, id: str) -> Item:
-        item: Item = self._buckets[hash(id) & _BUCKETS - 1][id].copy()
+        bucket = self._buckets[hash(id) & _BUCKETS - 1]
+        found = bucket[id]
+        if isinstance(found, tuple):
+            found = bucket[id] = self._decode(found)
+        item: Item = found.copy()
         return item
 
     def __contains__(self, id: object) -> bool:
@@ -145,6 +171,16 @@ class SortedKeys(Generic[Key]):
             half = len(chunk) // 2
             self._chunks[place : place + 1] = [chunk[:half], chunk[half:]]
             self._lasts[place : place + 1] = [chunk[half - 1], chunk[-1]]
+
+    def extend(self, keys: Sequence[Key]) -> None:
+        """Add keys that are not there, in ascending order; at once if they follow all others."""
+        if self._lasts and keys and keys[0] < self._lasts[-1]:
+            for key in keys:
+                self.add(key)
+            return
+        for start in range(0, len(keys), self._LONGEST):
+            self._chunks.append(list(keys[start : start + self._LONGEST]))
+            self._lasts.append(self._chunks[-1][-1])
 
     def remove(self, key: Key) -> None:
         """Remove a key that is there."""

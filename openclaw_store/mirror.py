@@ -355,9 +355,8 @@ class Mirror:
 
         async def read(session: AsyncSession) -> Cache:
             cache = Cache(await read_start(session), self._finished_limit)
-            async for records in read_live(session):
-                for record in records:
-                    cache.add(record)
+            async for page in read_live(session):
+                cache.load(page)
             return cache
 
         self._loading = []

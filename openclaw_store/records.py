@@ -191,6 +191,13 @@ class Record(Generic[Item]):
         return self._flat
 
 
+Raw = tuple[Any, ...]
+"""A row as the driver gave it, its values in the order of the fields."""
+
+Decode = Callable[[Raw], Record[Any]]
+"""Makes a record of a row."""
+
+
 def encode(item: Item) -> Record[Item]:
     """Check a caller's object and keep a copy of it.
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from openclaw_store import Change, ChangeKind, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.cache import Cache
 from openclaw_store.changes import Event
-from openclaw_store.feed import News, Start
+from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import Records, SortedKeys
 from openclaw_store.models import FINISHED
@@ -130,6 +130,21 @@ class TestSortedKeys:
             assert keys.first(3) == sorted(expected)[:3]
         assert keys.first(None) == sorted(expected)
 
+    @given(st.sets(st.integers(0, 40)), st.lists(st.sets(st.integers(0, 40)), max_size=4))
+    def test_many_are_added_at_once(self, first: set[int], more: list[set[int]]) -> None:
+        keys, expected = self.Short(), set(first)
+        for number in first:
+            keys.add((number,))
+
+        for numbers in more:
+            keys.extend([(number,) for number in sorted(numbers - expected)])
+            expected |= numbers
+            assert [number for (number,) in keys] == sorted(expected)
+
+        for number in expected:
+            keys.remove((number,))
+        assert list(keys) == []
+
     @pytest.mark.parametrize("step", [1, -1])
     def test_many_keys_stay_sorted(self, step: int) -> None:
         keys: SortedKeys[tuple[int]] = SortedKeys()
@@ -183,6 +198,33 @@ class TestRecords:
         photograph["a"].result.append(2)
 
         assert photograph["a"].result == [1]
+
+
+class TestStart:
+    def test_task_is_decoded_when_somebody_asks_for_it_and_no_sooner(self) -> None:
+        decoded: list[str] = []
+
+        def decode_row(row: tuple[Any, ...]) -> Record[Task]:
+            decoded.append(row[0])
+            return task_record(row[0], 1)
+
+        cache = Cache(NOTHING, 0)
+
+        cache.load(
+            Page(
+                Task,
+                [("b", ("b",)), ("a", ("a",))],
+                decode_row,
+                [(0, START, "b"), (2, START, "a")],
+            )
+        )
+
+        photograph = cache.state().tasks
+        assert (len(photograph), "a" in photograph, decoded) == (2, True, [])
+        assert [record["task_id"] for record in cache.pending(None)] == ["b", "a"]
+        assert photograph["a"].version == 1
+        assert cache.task("a") is cache.task("a")
+        assert decoded == ["b", "a"]
 
 
 COMMANDS = st.one_of(
@@ -561,7 +603,8 @@ class TestUnsaved:
         stored: Record[Any] = task_record("a", 1) if kind == "task" else node_record("a", 1)
         held = stored.evolve(version=-1)
         place = (stored.kind, "a")
-        old.add(stored)
+        keys = [(2, START, "a")] if kind == "task" else []
+        old.load(Page(stored.kind, [("a", ("a",))], lambda row: stored, keys))
         old.hold(held, stored)
 
         new.keep_unsaved(old)

@@ -18,6 +18,7 @@ import pytest
 from conftest import FakeClock, MakeNode, MakeTask
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy.dialects import sqlite
 
 from openclaw_store import (
     Database,
@@ -40,9 +41,10 @@ from openclaw_store.records import (
     encode,
     encode_json,
 )
-from openclaw_store.schema import FIELDS, to_microseconds
+from openclaw_store.schema import FIELDS, decoder_of, plan_of, to_microseconds
 
 MAX = 2**63 - 1
+SQLITE = sqlite.dialect()
 EAST, WEST = timezone(timedelta(hours=14)), timezone(timedelta(hours=-12))
 
 
@@ -723,6 +725,23 @@ class TestRecord:
 
         with pytest.raises(InvalidDataError, match=f"parameters: of '{task.task_id}' is not read"):
             await manager.task_repo.get(task.task_id)
+
+
+class TestRow:
+    @pytest.mark.parametrize("status", TaskStatus)
+    def test_record_of_a_row_equals_what_was_written(
+        self, status: TaskStatus, make_task: MakeTask
+    ) -> None:
+        moment = datetime(2026, 3, 1, 12, 0, 0, 1, tzinfo=UTC)
+        task = make_task(status=status, started_at=moment, parameters={"a": 1}, result=[[1]])
+        record, plan = encode(task), plan_of(Task, FIELDS[Task], SQLITE)
+        row = tuple(record.values(plan))
+
+        found = decoder_of(Task, SQLITE)(row)
+
+        assert found.copy() == task
+        assert found.differences(record) == ()
+        assert tuple(found.values(plan)) == row
 
 
 class TestTimes:
