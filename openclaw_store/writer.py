@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, groupby
 from operator import itemgetter
 from queue import SimpleQueue
@@ -109,16 +109,11 @@ class Unit:
         the interpreter's lock away for each row, and under load waits long to have it back. A few
         sizes of statement serve all batches, so the driver keeps them prepared.
         """
-        head, rest = sql.split("VALUES (", 1)
-        row, tail = rest.split(")", 1)
         start = 0
         for size in _ROWS_A_STATEMENT:
-            if len(rows) - start < size:
-                continue
-            statement = f"{head}VALUES {', '.join([f'({row})'] * size)}{tail}"
             while len(rows) - start >= size:
                 part = rows[start : start + size]
-                self._cursor.execute(statement, list(chain.from_iterable(part)))
+                self._cursor.execute(_for_rows(sql, size), list(chain.from_iterable(part)))
                 start += size
 
     def part(self, factory: Callable[[Unit], Shared]) -> Shared:
@@ -133,6 +128,14 @@ class Unit:
         self.finished = True
         for work in self.before_commit:
             work()
+
+
+@lru_cache(maxsize=256)
+def _for_rows(sql: str, count: int) -> str:
+    """The statement for so many rows, of that for one."""
+    head, rest = sql.split("VALUES (", 1)
+    row, tail = rest.split(")", 1)
+    return f"{head}VALUES {', '.join([f'({row})'] * count)}{tail}"
 
 
 class Gate:
