@@ -343,6 +343,52 @@ class TestLearning:
         assert cache.all_nodes() == []
         assert cache.node_stats()["total"] == 0
 
+    def test_row_from_before_a_heartbeat_does_not_take_it_back(self) -> None:
+        """Though another process has changed it: the heartbeat was written behind that."""
+        cache = Cache(NOTHING, 10)
+        node = node_record("n", 1, last_heartbeat=START)
+        cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
+        beats = [
+            Beat("n", START + timedelta(seconds=1), {"cpu_usage": 1.0, "disk_usage": 1.0}),
+            Beat("n", START + timedelta(seconds=2), {"cpu_usage": 2.0}),
+        ]
+        renamed = change(2, "n", "online", "online", item="node")
+        row = node_record("n", 2, last_heartbeat=START, hostname="renamed")
+
+        cache.apply([Beaten(beats[0], 1), Beaten(beats[1], 2)])
+        cache.catch_up(News(2, 2, 0, [renamed], True, {(NodeInfo, "n"): row}, [], None))
+
+        assert copies(cache.all_nodes()) == copies([beats[1].after(beats[0]).over(row)])
+
+    def test_row_from_after_a_heartbeat_is_taken_as_it_is(self) -> None:
+        """It is of another node with the same name, which had none yet."""
+        cache = Cache(NOTHING, 10)
+        node = node_record("n", 1)
+        cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
+        changes = [
+            change(2, "n", "online", None, item="node"),
+            change(3, "n", None, "online", item="node"),
+        ]
+        successor = node_record("n", 3)
+
+        cache.apply([Beaten(Beat("n", START, {"cpu_usage": 1.0}), 1)])
+        cache.catch_up(News(3, 3, 1, changes, True, {(NodeInfo, "n"): successor}, [], None))
+
+        assert cache.all_nodes() == [successor]
+
+    def test_heartbeat_that_was_read_already_is_passed_over(self) -> None:
+        """Another process has changed the usage since, and that was read with it."""
+        cache = Cache(NOTHING, 10)
+        node = node_record("n", 1)
+        cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
+        updated = change(2, "n", "online", "online", item="node")
+        row = node_record("n", 2, last_heartbeat=START, cpu_usage=7)
+
+        cache.catch_up(News(2, 2, 1, [updated], True, {(NodeInfo, "n"): row}, [row], None))
+        cache.apply([Beaten(Beat("n", START, {"cpu_usage": 1.0}), 1)])
+
+        assert cache.all_nodes() == [row]
+
     def test_purged_history_is_recounted(self) -> None:
         database = FakeDatabase()
         cache = Cache(Start(0, 0, None, {}), 10)
@@ -540,6 +586,15 @@ class TestPending:
         waiting.sort(key=lambda r: (r["priority"], r["submitted_at"], r["task_id"]))
         assert [r.copy() for r in cache.pending(None)] == [r.copy() for r in waiting]
         assert [r.copy() for r in cache.pending(2)] == [r.copy() for r in waiting[:2]]
+
+    def test_keys_hold_nothing_that_the_garbage_collector_goes_through(self) -> None:
+        """One member of an enumeration in it, and each pass has a tuple for every task."""
+        cache = Cache(NOTHING, 10)
+
+        cache.add(task_record("a", 1))
+
+        [key] = cache._pending
+        assert [type(part) for part in key] == [int, datetime, str]
 
 
 class TestUnsaved:

@@ -1089,6 +1089,149 @@ class TestHeartbeats:
         assert len(written) == 1
         await assert_mirrors_database(manager)
 
+    async def test_many_are_written_in_slices_between_which_others_write(
+        self, manager: StateManager, make_node: MakeNode, make_task: MakeTask,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.setattr(mirror, "HEARTBEATS_A_WRITE", 2)
+        for node in [make_node() for _ in range(5)]:
+            await manager.add_node(node)
+            await manager.update_heartbeat(node.node_id, cpu_usage=50)
+        write, written = manager.db.write, []
+
+        async def note(apply: Any, operation: Any) -> Any:
+            written.append(len(operation) if isinstance(operation, list) else "task")
+            return await write(apply, operation)
+
+        monkeypatch.setattr(manager.db, "write", note)
+        await asyncio.gather(manager._mirror.flush_beats(), manager.add_task(make_task()))
+
+        assert sorted(map(str, written)) == ["1", "2", "2", "task"]
+        assert written[-1] != "task"
+        await assert_mirrors_database(manager)
+
+    async def test_that_follow_a_slice_that_could_not_be_written_are_tried_again(
+        self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(mirror, "HEARTBEATS_A_WRITE", 2)
+        for node in [make_node() for _ in range(5)]:
+            await manager.add_node(node)
+            await manager.update_heartbeat(node.node_id, cpu_usage=50)
+
+        async def fail(apply: Any, operation: Any) -> Any:
+            raise UnavailableError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.db, "write", fail)
+            with pytest.raises(UnavailableError):
+                await manager.sync_to_database()
+        await manager.sync_to_database()
+
+        await assert_mirrors_database(manager)
+
+    async def test_that_brings_a_node_back_does_not_wait_for_those_of_others(
+        self, manager: StateManager, node: NodeInfo, make_node: MakeNode
+    ) -> None:
+        offline = make_node(status=NodeStatus.OFFLINE)
+        await manager.add_node(offline)
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+
+        await manager.update_heartbeat(offline.node_id)
+
+        assert len(await manager.node_repo.list_online_nodes()) == 2
+        assert await manager.node_repo.get(node.node_id) == node
+
+    async def test_is_shown_once_by_the_manager_that_was_told(
+        self, manager: StateManager, node: NodeInfo
+    ) -> None:
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+        shown = manager._mirror.cache.nodes.get(node.node_id)
+
+        await manager.sync_to_database()
+
+        assert manager._mirror.cache.nodes.get(node.node_id) is shown
+
+    async def test_is_seen_by_other_managers_of_the_database_when_it_is_written(
+        self, manager: StateManager, node: NodeInfo, clock: FakeClock
+    ) -> None:
+        """With what waits there on top of it."""
+        other = StateManager(manager.db, auto_sync_interval=None)
+        await other.initialize()
+        await manager.update_heartbeat(node.node_id, cpu_usage=50, disk_usage=50, running_tasks=99)
+        clock.advance(seconds=1)
+        await other.update_heartbeat(node.node_id, cpu_usage=60)
+
+        await manager.sync_to_database()
+
+        expected = replace(
+            node, cpu_usage=60.0, disk_usage=50.0, running_tasks=99, last_heartbeat=clock()
+        )
+        assert await other.get_node(node.node_id) == expected
+        assert await other.get_available_nodes() == []
+        await other.sync_to_database()
+        assert await manager.get_node(node.node_id) == expected
+        await other.shutdown()
+
+    async def test_that_was_written_though_its_caller_was_cancelled_is_not_written_again(
+        self, manager: StateManager, node: NodeInfo, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It would undo what was written behind it."""
+        write = manager.db.write
+
+        async def write_and_be_cancelled(apply: Any, operation: Any) -> Any:
+            await write(apply, operation)
+            raise asyncio.CancelledError
+
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+        with monkeypatch.context() as patch:
+            patch.setattr(manager.db, "write", write_and_be_cancelled)
+            with pytest.raises(asyncio.CancelledError):
+                await manager.sync_to_database()
+
+        async with manager.db.transaction() as tx:  # which no heartbeat goes before
+            stored = await NodeRepository(tx).get(node.node_id)
+            assert stored is not None
+            stored.cpu_usage = 8.0
+            await NodeRepository(tx).update(stored)
+        await manager.sync_to_database()
+
+        stored = await manager.node_repo.get(node.node_id)
+        assert stored is not None
+        assert stored.cpu_usage == 8
+        await assert_mirrors_database(manager)
+
+    async def test_is_part_of_what_an_unsaved_update_that_lost_leaves_behind(
+        self, manager: StateManager, node: NodeInfo, clock: FakeClock
+    ) -> None:
+        node.hostname = "renamed"
+        await manager.update_node(node, persist=False)
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+        await manager._mirror.flush_beats()
+
+        manager._mirror.cache.discard((NodeInfo, node.node_id))
+
+        seen = await manager.get_node(node.node_id)
+        assert seen is not None
+        assert (seen.hostname, seen.cpu_usage) == ("host-1", 50)
+        await assert_mirrors_database(manager)
+
+    async def test_that_waited_does_not_undo_what_another_manager_set_offline(
+        self, manager: StateManager, node: NodeInfo, open_manager: OpenManager, clock: FakeClock
+    ) -> None:
+        other = await open_manager()
+        await manager.update_heartbeat(node.node_id)
+        clock.advance(seconds=0.1)
+        await other.update_node_status(node.node_id, NodeStatus.OFFLINE)
+
+        await manager.sync_to_database()
+        await manager.refresh_from_database()
+
+        assert await manager.get_online_nodes() == []
+        clock.advance(seconds=1)
+        await manager.update_heartbeat(node.node_id)
+        assert len(await manager.get_online_nodes()) == 1
+        await assert_mirrors_database(manager)
+
     async def test_usage_of_several_is_put_together(
         self, manager: StateManager, node: NodeInfo, clock: FakeClock
     ) -> None:

@@ -1,0 +1,139 @@
+"""The way of heartbeats into the database: many at once, decided by the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from conftest import FakeClock, MakeNode
+
+from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
+from openclaw_store.changes import Event
+from openclaw_store.heartbeats import USAGE, Beat, Beaten, apply_beats
+from openclaw_store.writer import Unit
+
+
+@pytest.fixture
+async def nodes(database: Database, make_node: MakeNode, clock: FakeClock) -> list[NodeInfo]:
+    """Three nodes with a heartbeat at the clock's present time."""
+    nodes = [make_node(last_heartbeat=clock(), cpu_usage=1, disk_usage=2) for _ in range(3)]
+    for node in nodes:
+        await NodeRepository(database).create(node)
+    return nodes
+
+
+async def stored(database: Database, node: NodeInfo) -> NodeInfo:
+    found = await NodeRepository(database).get(node.node_id)
+    assert found is not None
+    return found
+
+
+async def counters(database: Database) -> tuple[int, int]:
+    """The revision, and the number of the newest flush."""
+    async with database.session() as session:
+        connection = await session.connection()
+        row = (await connection.exec_driver_sql("SELECT revision, beat FROM counters")).one()
+        return row.revision, row.beat
+
+
+async def test_each_field_that_was_reported_is_written_and_no_other(
+    database: Database, nodes: list[NodeInfo], clock: FakeClock
+) -> None:
+    at = clock.advance(seconds=1)
+    reports: list[dict[str, Any]] = [{}, {"disk_usage": 0.0}, dict.fromkeys(USAGE, 3)]
+    beats = [Beat(node.node_id, at, usage) for node, usage in zip(nodes, reports, strict=True)]
+
+    assert await database.write(apply_beats, beats) == [True, True, True]
+
+    for node, usage in zip(nodes, reports, strict=True):
+        assert await stored(database, node) == replace(node, last_heartbeat=at, **usage)
+
+
+async def test_those_that_need_a_decision_do_not_hinder_the_others(
+    database: Database, nodes: list[NodeInfo], clock: FakeClock
+) -> None:
+    lively, older, offline = nodes
+    await NodeRepository(database).update_status(offline.node_id, NodeStatus.OFFLINE)
+    revision, flush = await counters(database)
+    before, at = clock() - timedelta(seconds=1), clock.advance(seconds=1)
+    told: list[Event | Beaten] = []
+    unlisten = database.listen(told.extend)
+    beats = [
+        Beat(lively.node_id, at, {"cpu_usage": 50.0}),
+        Beat(older.node_id, before, {"cpu_usage": 50.0}),
+        Beat("unknown", at, {"cpu_usage": 50.0}),
+        Beat(offline.node_id, at, {"cpu_usage": 50.0}),
+    ]
+
+    assert await database.write(apply_beats, beats) == [True, True, False, True]
+
+    unlisten()
+    changes = [event.change for event in told if isinstance(event, Event)]
+    assert [event for event in told if isinstance(event, Beaten)] == [
+        Beaten(beats[0], flush + 1),
+        Beaten(beats[3], flush + 1),
+    ]
+    assert [(change.item_id, change.reason) for change in changes] == [
+        (offline.node_id, "heartbeat")
+    ]
+    assert await stored(database, lively) == replace(lively, cpu_usage=50.0, last_heartbeat=at)
+    assert await stored(database, older) == older
+    back = await stored(database, offline)
+    assert (back.status, back.cpu_usage, back.last_heartbeat) == (NodeStatus.ONLINE, 50, at)
+    assert await counters(database) == (revision + 1, flush + 1)
+
+
+async def test_newest_wins_in_whatever_order_they_come(
+    database: Database, nodes: list[NodeInfo], clock: FakeClock
+) -> None:
+    node = nodes[0]
+    first, second = clock.advance(seconds=1), clock.advance(seconds=1)
+
+    def both_at_once(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Any]:
+        [beats] = groups
+        return [apply_beats(unit, [[beat] for beat in beats])]
+
+    beats = [
+        Beat(node.node_id, second, {"cpu_usage": 20.0}),
+        Beat(node.node_id, first, {"cpu_usage": 10.0, "disk_usage": 10.0}),
+    ]
+    assert await database.write(both_at_once, beats) == [[True], [True]]
+
+    assert await stored(database, node) == replace(node, last_heartbeat=second, cpu_usage=20.0)
+
+
+async def test_those_of_unknown_nodes_are_no_flush(database: Database, clock: FakeClock) -> None:
+    assert await database.write(apply_beats, [Beat("unknown", clock(), {})]) == [False]
+
+    assert await counters(database) == (0, 0)
+
+
+@pytest.mark.parametrize(("seconds", "comes_back"), [(-1, False), (0, True), (1, True)])
+async def test_only_one_from_after_that_brings_a_node_back(
+    database: Database, nodes: list[NodeInfo], clock: FakeClock, seconds: int, comes_back: bool
+) -> None:
+    """Another process may have set it OFFLINE while the heartbeat waited."""
+    node, repository = nodes[0], NodeRepository(database)
+    clock.advance(seconds=10)
+    await repository.update_status(node.node_id, NodeStatus.OFFLINE)
+    at = clock() + timedelta(seconds=seconds)
+    clock.advance(seconds=10)
+    renamed = await stored(database, node)
+    renamed.hostname = "renamed"  # which is no change of its status
+    await repository.update(renamed)
+
+    assert await database.write(apply_beats, [Beat(node.node_id, at, {})]) == [True]
+
+    found = await stored(database, node)
+    assert found.last_heartbeat == at
+    assert found.status is (NodeStatus.ONLINE if comes_back else NodeStatus.OFFLINE)
+
+
+def test_later_one_keeps_what_only_the_earlier_reported(clock: FakeClock) -> None:
+    earlier = Beat("n", clock(), {"cpu_usage": 1.0, "disk_usage": 2.0})
+    later = Beat("n", clock.advance(seconds=1), {"cpu_usage": 3.0})
+
+    assert later.after(earlier) == Beat("n", clock(), {"cpu_usage": 3.0, "disk_usage": 2.0})
