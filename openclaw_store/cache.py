@@ -245,9 +245,12 @@ class Cache:
 
     def pending(self, limit: int | None) -> list[Record[Task]]:
         """By priority, time of submission and identifier."""
-        get = self.tasks.get
-        found = [get(id) for _, _, id in self._pending.first(limit)]
+        found = [self.tasks.get(id) for _, _, id in self.pending_keys(limit)]
         return [record for record in found if record is not None]
+
+    def pending_keys(self, limit: int | None) -> list[tuple[int, datetime, str]]:
+        """Priority, time of submission and identifier of each, much faster."""
+        return self._pending.first(limit)
 
     def all_nodes(self) -> list[Record[NodeInfo]]:
         """Newest registered first."""

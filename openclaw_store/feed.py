@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, Select, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 from openclaw_store.changes import KEY, KINDS, Change, ChangeKind, Place, place_of
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Decode, Raw, Record
-from openclaw_store.repositories import select_pending
+from openclaw_store.repositories import decoder_here, read_rows, select_pending
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
@@ -27,11 +26,10 @@ from openclaw_store.schema import (
     NodeRow,
     TaskRow,
     UtcTime,
-    decoder_of,
 )
 
-PAGE = 500
-"""Rows decoded, or changes read, at a stretch, before other coroutines run."""
+PAGE = 200
+"""Changes read at a stretch, before other coroutines run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +92,13 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
         (Task, running.order_by(TaskRow.submitted_at)),  # else SQLite may search all tasks
     )
     for kind, query in live:
-        decode = _decoder(session, kind)
-        async for rows in _pages(session, query):
+        decode = decoder_here(session, kind)
+        async for rows in read_rows(session, query):
             yield Page(kind, [(row[0], row) for row in rows], decode, [])
     priority, submitted_at = map(FIELDS[Task].index, ("priority", "submitted_at"))
-    moment = UtcTime().result_processor(session.get_bind().dialect, None) or _as_it_is
-    async for rows in _pages(session, select_pending()):
+    moment = UtcTime().result_processor(session.get_bind().dialect, None)
+    assert moment is not None
+    async for rows in read_rows(session, select_pending()):
         keys = [(row[priority], moment(row[submitted_at]), row[0]) for row in rows]
         yield Page(Task, [(row[0], row) for row in rows], decode, keys)
 
@@ -141,32 +140,8 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
 
 async def _records(session: AsyncSession, kind: type[Any], condition: Any) -> list[Record[Any]]:
     query = select(*COLUMNS[kind]).where(condition)
-    decode = _decoder(session, kind)
-    return [decode(row) async for rows in _pages(session, query) for row in rows]
-
-
-async def _pages(session: AsyncSession, query: Select[Any]) -> AsyncIterator[Sequence[Raw]]:
-    """Rows as the driver gives them: SQLAlchemy's own take longer to make than these to read."""
-
-    def execute(session: Session) -> CursorResult[Any]:
-        return session.connection().execute(query, execution_options={"stream_results": True})
-
-    def fetch(_: Session) -> Sequence[Raw]:
-        rows: Sequence[Raw]
-        rows = result.cursor_strategy.fetchmany(result, result.cursor, PAGE)
-        return rows
-
-    result = await session.run_sync(execute)
-    while rows := await session.run_sync(fetch):
-        yield rows
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _decoder(session: AsyncSession, kind: type[Any]) -> Decode:
-    return decoder_of(kind, session.get_bind().dialect)
+    decode = decoder_here(session, kind)
+    return [decode(row) async for rows in read_rows(session, query, None) for row in rows]
 
 
 async def _task_counts(session: AsyncSession) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from openclaw_store.records import Decode, Item, Raw, Record
@@ -151,7 +150,12 @@ class SortedKeys(Generic[Key]):
 
     def first(self, limit: int | None) -> list[Key]:
         """The `limit` smallest keys; `None` for all."""
-        return list(islice(self, limit))
+        found: list[Key] = []
+        for chunk in self._chunks:
+            found += chunk
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+        return found
 
     def add(self, key: Key) -> None:
         """Add a key that is not there."""

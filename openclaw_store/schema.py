@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
@@ -368,6 +369,7 @@ def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]
     return itemgetter(*names)
 
 
+@lru_cache(maxsize=32)  # making one takes longer than reading a row
 def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
     """What makes a record of a row of `COLUMNS`, as the driver gives it."""
     columns = table_of(kind).c

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
@@ -37,7 +37,9 @@ from openclaw_store.repositories import (
 
 logger = logging.getLogger(__name__)
 
-_COPIES = 200  # copied at a stretch, before other coroutines run
+T = TypeVar("T")
+
+_COPIES = 100  # copied at a stretch, before other coroutines run
 
 
 class StateManager:
@@ -210,7 +212,12 @@ class StateManager:
     async def get_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Pending and scheduled tasks by priority, then time of submission, then identifier."""
         self._check_usable()
-        return await _copies(self._mirror.cache.pending(check_limit(limit)))
+        limit, cache = check_limit(limit), self._mirror.cache
+        if limit is not None and limit <= _COPIES:
+            return await _copies(cache.pending(limit), Record.copy)
+        # All of this moment, though they are looked up and copied bit by bit.
+        tasks = cache.tasks.photograph()
+        return await _copies(cache.pending_keys(limit), lambda key: tasks[key[2]])
 
     async def add_task(self, task: Task, persist: bool = True) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -274,22 +281,24 @@ class StateManager:
     async def get_all_nodes(self) -> list[NodeInfo]:
         """All nodes, newest registered first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.all_nodes())
+        return await _copies(self._mirror.cache.all_nodes(), Record.copy)
 
     async def get_online_nodes(self) -> list[NodeInfo]:
         """Nodes that are ONLINE, newest registered first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.online_nodes())
+        return await _copies(self._mirror.cache.online_nodes(), Record.copy)
 
     async def get_available_nodes(self) -> list[NodeInfo]:
         """ONLINE nodes with a free place, least loaded first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.available_nodes())
+        return await _copies(self._mirror.cache.available_nodes(), Record.copy)
 
     async def find_nodes_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.nodes_by_skill(check_text("skill", skill)))
+        return await _copies(
+            self._mirror.cache.nodes_by_skill(check_text("skill", skill)), Record.copy
+        )
 
     async def add_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Add a node; `node` receives its version and its times in UTC.
@@ -482,11 +491,11 @@ class StateManager:
             raise UnavailableError("the StateManager is not initialized: call initialize() first")
 
 
-async def _copies(records: Sequence[Record[Item]]) -> list[Item]:
+async def _copies(items: Sequence[T], copy: Callable[[T], Item]) -> list[Item]:
     """Copies for the caller; of a long list in slices, between which others run."""
-    items: list[Item] = []
-    for start in range(0, len(records), _COPIES):
+    copies: list[Item] = []
+    for start in range(0, len(items), _COPIES):
         if start:
             await asyncio.sleep(0)
-        items.extend([record.copy() for record in records[start : start + _COPIES]])
-    return items
+        copies.extend(map(copy, items[start : start + _COPIES]))
+    return copies

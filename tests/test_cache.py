@@ -591,7 +591,7 @@ class TestPending:
         """One member of an enumeration in it, and each pass has a tuple for every task."""
         cache = Cache(NOTHING, 10)
 
-        cache.add(task_record("a", 1))
+        cache.apply([Event(Task, "a", task_record("a", 1), change(1, "a", None, "pending"))])
 
         [key] = cache._pending
         assert [type(part) for part in key] == [int, datetime, str]

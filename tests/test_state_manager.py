@@ -220,6 +220,25 @@ class TestReading:
         assert len(found) == 500
         assert turns == ["other", "read"]
 
+    async def test_long_list_is_of_one_moment(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        tasks = [make_task() for _ in range(500)]
+        await asyncio.gather(*map(manager.add_task, tasks))
+        expected = [replace(task) for task in tasks]
+
+        async def change() -> None:
+            tasks[-1].status = TaskStatus.RUNNING
+            await manager.update_task(tasks[-1], persist=False)
+            tasks[-2].name = "changed"
+            await manager.update_task(tasks[-2], persist=False)
+            await manager.add_task(make_task(), persist=False)
+
+        found, _ = await asyncio.gather(manager.get_pending_tasks(None), change())
+
+        assert found == expected
+        assert (await manager.get_pending_tasks(None))[-2].name == "changed"
+
     async def test_what_is_handed_out_is_the_callers_own(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode
     ) -> None:
