@@ -407,7 +407,7 @@ async def read_rows(
 
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
     """What makes records of the rows of `read_rows`."""
-    return decoder_of(kind, session.get_bind().dialect)
+    return decoder_of(kind, session.get_bind().dialect)  # type: ignore[arg-type]  # it is hashable
 
 
 def check_seconds(name: str, value: float) -> timedelta:

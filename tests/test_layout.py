@@ -131,7 +131,7 @@ class TestLayers:
         assert imports("schema").isdisjoint(verbs)
 
     def test_writer_does_not_know_what_an_operation_means(self) -> None:
-        assert own_imports("writer") <= {"errors", "clock"}
+        assert own_imports("writer") <= {"errors"}
 
     @pytest.mark.parametrize(
         "module", ["changes", "operations", "heartbeats", "feed", "repositories", "mirror"]
