@@ -41,7 +41,6 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.engine.interfaces import DBAPICursor
 
-from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import BackendError, DeadlineError, UnavailableError
 
 logger = logging.getLogger(__name__)
@@ -264,7 +263,7 @@ _Answer = tuple[asyncio.Future[Any], Any]
 class _Logbook:
     """What the writer has done, a line for each batch."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
@@ -325,7 +324,7 @@ class Writer:
         self,
         transaction: Callable[[Callable[[Unit], None]], AbstractContextManager[Unit]],
         stopped: Callable[[], None],
-        clock: Clock = utc_now,
+        clock: Callable[[], datetime],
     ) -> None:
         self._transaction = transaction
         self._stopped = stopped
