@@ -56,7 +56,7 @@ CLEANUP_BATCH = 200
 UNDONE = -MAX_INTEGER
 """The version of a copy of what was rolled back; nothing ever has it."""
 
-ROWS_A_PAGE = 500
+ROWS_A_PAGE = 250
 """Rows read at a stretch, before other coroutines run."""
 
 _DECODED = 100  # and so many that are decoded, too
