@@ -1,8 +1,7 @@
 """Records: what the store keeps of a task or node, checked once, never changed, cheap to copy.
 
-Everything that crosses the border is checked here, so that nothing reaches a driver that one
-database would take and another refuse. `encode` makes a `Record` of a caller's object;
-`Record.copy` makes objects for callers that share nothing with it.
+`encode` checks a caller's object and makes a `Record` of it; `Record.copy` makes objects for
+callers that share nothing with it.
 
 JSON stays text until somebody looks at it. Then lists and dicts of plain values are kept
 decoded, because `copy()` of one is faster than decoding it again; nested ones stay text,
@@ -11,44 +10,37 @@ because decoding is the fastest deep copy there is.
 
 from __future__ import annotations
 
-import math
-import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
-from datetime import UTC, datetime
-from enum import Enum
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import orjson
 
+from openclaw_store.checks import (
+    Check,
+    check_count,
+    check_enum,
+    check_id,
+    check_key,
+    check_number,
+    check_percentage,
+    check_text,
+    check_time,
+    check_version,
+    encode_json,
+    encode_object,
+    encode_texts,
+)
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.models import NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus, TaskType
 
 Item = TypeVar("Item", Task, NodeInfo)
 
-MAX_ID_LENGTH = 255
-"""Characters of an identifier (of a task, node or user)."""
-MAX_TEXT_LENGTH = 1 << 20
-"""Characters of any other text."""
-MAX_JSON_BYTES = 16 << 20
-"""Bytes of a JSON value, encoded."""
-MAX_JSON_DEPTH = 200
-"""How deep JSON may be nested."""
-MAX_INTEGER = (1 << 63) - 1
-MIN_INTEGER = -(1 << 63)
-
 _PLAIN = frozenset({str, int, float, bool, type(None)})
-_TEXT = frozenset({str})
-_HARMLESS = frozenset({str, bool, type(None)})
 _NONE = type(None)
 _EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, _NONE: None}  # shared; copies copy them
-_NUL_IN_JSON = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 _known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
-
-Check = Callable[[str, Any], Any]
-"""Takes a field's name and value; returns the value as it is kept, or raises."""
 
 
 class Plan(NamedTuple):
@@ -255,179 +247,12 @@ def write_back(record: Record[Item], item: Item) -> None:
         target[name] = fields[name]
 
 
-def check_id(name: str, value: Any) -> str:
-    """An identifier: text that is not empty and not too long."""
-    text = _text(name, value, MAX_ID_LENGTH)
-    if not text:
-        raise InvalidDataError(name, "must not be empty")
-    return text
-
-
-def check_text(name: str, value: Any) -> str:
-    """Text as a row may hold it."""
-    return _text(name, value)
-
-
-def check_key(name: str, value: Any) -> str:
-    """What may be looked up: as an identifier, but there is simply nothing under the empty one."""
-    return _text(name, value, MAX_ID_LENGTH)
-
-
-def check_count(name: str, value: Any) -> int:
-    """A whole number from 0 to 2^63 - 1."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise InvalidDataError(name, f"must be a whole number, not {_shown(value)}")
-    if not 0 <= value <= MAX_INTEGER:
-        raise InvalidDataError(name, f"must be between 0 and 2^63 - 1, not {_shown(value)}")
-    return int(value)
-
-
-def check_number(name: str, value: Any, greatest: float = sys.float_info.max) -> float:
-    """A finite number from 0 to `greatest`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidDataError(name, f"must be a number, not {_shown(value)}")
-    if not 0 <= value <= greatest:
-        raise InvalidDataError(name, f"must be between 0 and {greatest:g}, not {_shown(value)}")
-    return float(value) + 0.0  # makes -0.0, which PostgreSQL would keep, 0.0
-
-
-def check_percentage(name: str, value: Any) -> float:
-    """A number from 0 to 100."""
-    return check_number(name, value, 100)
-
-
-def check_time(name: str, value: Any) -> datetime:
-    """A moment, aware and in UTC; a naive one is read as local time."""
-    if not isinstance(value, datetime):
-        raise InvalidDataError(name, f"must be a datetime, not {_shown(value)}")
-    if value.tzinfo is UTC:
-        return value
-    try:
-        return value.astimezone(UTC)
-    except (OverflowError, ValueError, OSError) as error:
-        raise InvalidDataError(name, f"{value} is outside the range of UTC") from error
-
-
-def check_enum(kind: type[Enum]) -> Check:
-    """A check for members of `kind`, or their values."""
-
-    def check(name: str, value: Any) -> Enum:
-        if type(value) is kind:
-            return value
-        try:
-            if isinstance(value, bool):  # True is 1, and 1 is a priority
-                raise ValueError
-            return kind(value)
-        except ValueError:
-            known = ", ".join(str(member.value) for member in kind)
-            raise InvalidDataError(name, f"must be one of {known}, not {_shown(value)}") from None
-
-    return check
-
-
-def encode_json(name: str, value: Any) -> bytes:
-    """Compact text of a JSON value.
-
-    Raises:
-        InvalidDataError: For what JSON or one of the databases cannot hold.
-    """
-    _check_json(name, value, 0)
-    return _encode_checked(name, value)
-
-
-def _encode_checked(name: str, value: Any) -> bytes:
-    try:
-        text = orjson.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidDataError(name, f"is not JSON: {error}") from error
-    if b"\\u0000" in text and _NUL_IN_JSON.search(text):
-        raise InvalidDataError(name, "must not contain the character NUL")
-    if len(text) > MAX_JSON_BYTES:
-        raise InvalidDataError(name, f"is larger than {MAX_JSON_BYTES} bytes of JSON")
-    return text
-
-
-def _check_json(name: str, value: Any, depth: int) -> None:
-    """Refuse what orjson would change in silence: NaN, infinity, and types that are not JSON."""
-    if depth >= MAX_JSON_DEPTH:
-        raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
-    items: Iterable[Any]
-    if isinstance(value, dict):
-        if not _TEXT.issuperset(map(type, value)):
-            for key in value:
-                if not isinstance(key, str):
-                    raise InvalidDataError(name, f"has the key {_shown(key)}, which is not text")
-        items = value.values()
-    elif isinstance(value, (list, tuple)):
-        items = value
-    else:
-        items = (value,)
-    for item in items:
-        if type(item) in _HARMLESS:
-            continue
-        if isinstance(item, int):
-            if not MIN_INTEGER <= item <= MAX_INTEGER:
-                raise InvalidDataError(name, "has an integer outside 64 bits")
-        elif isinstance(item, float):
-            if not math.isfinite(item):
-                raise InvalidDataError(name, f"has {item}, which JSON cannot hold")
-        elif isinstance(item, (dict, list, tuple)):
-            _check_json(name, item, depth + 1)
-        elif not isinstance(item, str):
-            raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
-
-
 def _load(record: Record[Any], name: str, text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         key = record["task_id" if record.kind is Task else "node_id"]
         raise InvalidDataError(name, f"of {key!r} is not readable JSON: {error}") from error
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # too deep, too many digits, or a fault of its own
-        return f"{type(value).__name__} that cannot be shown"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
-    if not isinstance(value, str):
-        raise InvalidDataError(name, f"must be text, not {_shown(value)}")
-    if len(value) > longest:
-        raise InvalidDataError(name, f"is longer than {longest} characters")
-    if "\0" in value:
-        raise InvalidDataError(name, "must not contain the character NUL")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise InvalidDataError(name, "must not contain a lone surrogate") from None
-    return value if type(value) is str else str.__str__(value)
-
-
-def _texts(name: str, value: Any) -> bytes:
-    if not isinstance(value, (list, tuple)):
-        raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
-    if not _TEXT.issuperset(map(type, value)):
-        for item in value:
-            if not isinstance(item, str):
-                raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
-    return _encode_checked(name, value)
-
-
-def _json_object(name: str, value: Any) -> bytes:
-    if not isinstance(value, dict):
-        raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
-    return encode_json(name, value)
-
-
-def _version(name: str, value: Any) -> int:
-    if type(value) is not int or abs(value) > MAX_INTEGER:
-        raise InvalidDataError(name, f"must be the whole number it came with, not {_shown(value)}")
-    return value
 
 
 JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
@@ -444,14 +269,14 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
 """The fields that are stored as JSON, with the type of their default."""
 
 _JSON_CHECKS: Mapping[str, Callable[[str, Any], bytes]] = {
-    "required_skills": _texts,
-    "optional_skills": _texts,
-    "parameters": _json_object,
+    "required_skills": encode_texts,
+    "optional_skills": encode_texts,
+    "parameters": encode_object,
     "result": encode_json,
-    "affinity_tags": _texts,
-    "metadata": _json_object,
-    "available_skills": _texts,
-    "tags": _texts,
+    "affinity_tags": encode_texts,
+    "metadata": encode_object,
+    "available_skills": encode_texts,
+    "tags": encode_texts,
 }
 
 STORE_FIELDS = frozenset({"version", "updated_at"})
@@ -474,8 +299,8 @@ _FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
     Task: {
         "task_id": check_id,
         "task_type": check_enum(TaskType),
-        "name": _text,
-        "description": _text,
+        "name": check_text,
+        "description": check_text,
         "status": check_enum(TaskStatus),
         "priority": check_enum(TaskPriority),
         "assigned_node": check_key,
@@ -486,24 +311,24 @@ _FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "timeout": check_count,
         "retry_count": check_count,
         "max_retries": check_count,
-        "error": _text,
+        "error": check_text,
         "user_id": check_key,
         "updated_at": check_time,
-        "version": _version,
+        "version": check_version,
     },
     NodeInfo: {
         "node_id": check_id,
-        "hostname": _text,
-        "platform": _text,
-        "arch": _text,
+        "hostname": check_text,
+        "platform": check_text,
+        "arch": check_text,
         "status": check_enum(NodeStatus),
         "cpu_usage": check_percentage,
         "memory_usage": check_percentage,
         "disk_usage": check_percentage,
         "max_concurrent_tasks": check_count,
         "running_tasks": check_count,
-        "ip_address": _text,
-        "tailscale_ip": _text,
+        "ip_address": check_text,
+        "tailscale_ip": check_text,
         "port": check_count,
         "total_tasks_processed": check_count,
         "successful_tasks": check_count,
@@ -511,7 +336,7 @@ _FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "average_execution_time": check_number,
         "registered_at": check_time,
         "last_heartbeat": check_time,
-        "version": _version,
+        "version": check_version,
     },
 }
 

@@ -17,6 +17,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from openclaw_store.changes import KEY, apply, place_of
+from openclaw_store.checks import (
+    MAX_INTEGER,
+    check_count,
+    check_enum,
+    check_key,
+    check_number,
+    check_text,
+)
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.heartbeats import Beat
@@ -29,22 +37,7 @@ from openclaw_store.operations import (
     Update,
     remove_finished,
 )
-from openclaw_store.records import (
-    MAX_INTEGER,
-    STAMPED,
-    Decode,
-    Item,
-    Raw,
-    Record,
-    check_count,
-    check_enum,
-    check_key,
-    check_number,
-    check_text,
-    decode,
-    encode,
-    write_back,
-)
+from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, decode, encode, write_back
 from openclaw_store.schema import COLUMNS, FIELDS, IS_PENDING, ROWS, NodeRow, TaskRow, decoder_of
 from openclaw_store.writer import Apply, Unit
 

@@ -37,6 +37,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
+from openclaw_store.checks import MAX_ID_LENGTH, encode_json
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.models import (
     FINISHED,
@@ -48,16 +49,7 @@ from openclaw_store.models import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.records import (
-    JSON_FIELDS,
-    MAX_ID_LENGTH,
-    Decode,
-    Plan,
-    Raw,
-    Record,
-    decode,
-    encode_json,
-)
+from openclaw_store.records import JSON_FIELDS, Decode, Plan, Raw, Record, decode
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -11,21 +11,14 @@ from contextvars import Context
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from openclaw_store.checks import check_count, check_key, check_percentage, check_text
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
 from openclaw_store.heartbeats import Beat
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import ClusterState, NodeInfo, NodeStatus, Task
 from openclaw_store.operations import SetNodeStatus
-from openclaw_store.records import (
-    Item,
-    Record,
-    check_count,
-    check_key,
-    check_percentage,
-    check_text,
-    write_back,
-)
+from openclaw_store.records import Item, Record, write_back
 from openclaw_store.repositories import (
     NodeRepository,
     Repository,

@@ -25,6 +25,7 @@ LAYERS = [
     "errors",
     "clock",
     "models",
+    "checks",
     "records",
     "schema",
     "writer",
@@ -90,7 +91,8 @@ class TestLayers:
         assert top <= sys.stdlib_module_names
 
     @pytest.mark.parametrize(
-        "module", ["errors", "clock", "models", "records", "indexes", "cache", "state_manager"]
+        "module",
+        ["errors", "clock", "models", "checks", "records", "indexes", "cache", "state_manager"],
     )
     def test_module_knows_no_sql(self, module: str) -> None:
         assert {
@@ -118,7 +120,9 @@ class TestLayers:
         assert not [node for node in ast.walk(tree(module)) if isinstance(node, waiting)]
         assert "asyncio" not in imports(module)
 
-    @pytest.mark.parametrize("module", ["models", "records", "schema", "indexes", "cache"])
+    @pytest.mark.parametrize(
+        "module", ["models", "checks", "records", "schema", "indexes", "cache"]
+    )
     def test_module_does_no_input_or_output(self, module: str) -> None:
         outside = {"asyncio", "io", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
 

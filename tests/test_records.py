@@ -31,16 +31,14 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.records import (
-    JSON_FIELDS,
+from openclaw_store.checks import (
     MAX_ID_LENGTH,
     MAX_JSON_BYTES,
     MAX_JSON_DEPTH,
     MAX_TEXT_LENGTH,
-    decode,
-    encode,
     encode_json,
 )
+from openclaw_store.records import JSON_FIELDS, decode, encode
 from openclaw_store.schema import FIELDS, decoder_of, plan_of, to_microseconds
 
 MAX = 2**63 - 1
