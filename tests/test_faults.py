@@ -243,6 +243,34 @@ class TestHeartbeats:
         assert shown == stored
         assert shown.cpu_usage == 2
 
+    async def test_flush_that_takes_long_is_not_overtaken_by_the_next(
+        self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else the last one is no longer the one to wait for before the database is closed."""
+        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)
+        node = make_node()
+        await manager.add_node(node)
+        write, go, written = manager.db.write, asyncio.Event(), []
+
+        async def write_when_told(apply: Any, operation: Any) -> Any:
+            written.append(operation)
+            await go.wait()
+            return await write(apply, operation)
+
+        monkeypatch.setattr(manager.db, "write", write_when_told)
+        flushes = []
+        for cpu_usage in (1, 2):
+            await manager.update_heartbeat(node.node_id, cpu_usage=cpu_usage)
+            manager._mirror._flush_now()  # as the timer does
+            flushes.append(manager._mirror._flush)
+            await asyncio.sleep(0)
+        at_first = len(written)
+        go.set()
+        await manager.shutdown()
+
+        assert (at_first, len(written)) == (1, 2)
+        assert [flush is not None and flush.done() for flush in flushes] == [True, True]
+
 
 class TestSynchronisation:
     async def test_that_is_cancelled_in_a_batch_ends_its_entries(

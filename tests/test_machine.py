@@ -254,9 +254,7 @@ class Machine(RuleBasedStateMachine):
             return
         if node.last_heartbeat is None or beat.at >= node.last_heartbeat:
             node = replace(node, last_heartbeat=beat.at, **beat.usage)
-            self.nodes[id] = node
-            if id in side.nodes:
-                side.nodes[id] = node
+            self.nodes[id] = node  # what the other one changed in it, the manager reads later
             if node.status is NodeStatus.OFFLINE and beat.at >= self.status_since[id]:
                 self.store_node(side, replace(node, status=NodeStatus.ONLINE))
 
