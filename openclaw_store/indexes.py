@@ -28,13 +28,15 @@ class Records(Generic[Item]):
     the garbage collector leaves tuples of text and numbers alone.
     """
 
-    __slots__ = ("_buckets", "_decode", "_is_shared", "_size")
+    __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "_size")
 
     def __init__(self) -> None:
         self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
         self._decode: Decode = _no_rows
         self._is_shared = bytearray(_BUCKETS)
         """For each bucket, whether the last photograph has it too."""
+        self._shared = 0
+        """Of how many that is so; mostly of none."""
         self._size = 0
 
     def __len__(self) -> int:
@@ -60,30 +62,31 @@ class Records(Generic[Item]):
             self.put(id, row)
 
     def put(self, id: str, record: Record[Item] | Raw) -> None:
-        index = hash(id) & _BUCKETS - 1
-        if self._is_shared[index]:
-            self._copy(index)
-        bucket = self._buckets[index]
+        if self._shared:
+            self._own_bucket_of(id)
+        bucket = self._buckets[hash(id) & _BUCKETS - 1]
         if id not in bucket:
             self._size += 1
         bucket[id] = record
 
     def drop(self, id: str) -> None:
         """Remove an entry, which must be there."""
-        index = hash(id) & _BUCKETS - 1
-        if self._is_shared[index]:
-            self._copy(index)
-        del self._buckets[index][id]
+        self._own_bucket_of(id)
+        del self._buckets[hash(id) & _BUCKETS - 1][id]
         self._size -= 1
 
     def photograph(self) -> RecordMapping[Item]:
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
+        self._shared = _BUCKETS
         return RecordMapping(self._buckets.copy(), self._size, self._decode)
 
-    def _copy(self, index: int) -> None:
-        self._buckets[index] = self._buckets[index].copy()
-        self._is_shared[index] = False
+    def _own_bucket_of(self, id: str) -> None:
+        index = hash(id) & _BUCKETS - 1
+        if self._is_shared[index]:
+            self._buckets[index] = self._buckets[index].copy()
+            self._is_shared[index] = False
+            self._shared -= 1
 
 
 class RecordMapping(Mapping[str, Item]):
