@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import orjson
 from sqlalchemy import (
     CTE,
+    Select,
     and_,
     bindparam,
     column,
@@ -294,6 +295,17 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
     return outcomes
 
 
+def by_ids(kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
+    """What finds rows by their identifiers, a list as JSON; for one that is not there, NULLs.
+
+    SQLite never turns an outer join round: it searches each row by its key, even if its
+    statistics are of a time when the table was small.
+    """
+    given = func.json_each(ids).table_valued("value").alias("given")
+    table = table_of(kind)
+    return select(*columns).select_from(given.outerjoin(table, table.c[KEY[kind]] == given.c.value))
+
+
 class _Statements:
     """SQL of one table, compiled once from the mapping."""
 
@@ -302,8 +314,6 @@ class _Statements:
         self._key = self._table.c[KEY[kind]]
         self._kind = kind
         self._updates: dict[frozenset[str], tuple[str, Plan]] = {}
-        ids = func.json_each(bindparam("ids")).table_valued("value").c.value
-        wanted = self._key.in_(select(ids))
         self.insert = (
             _compile(insert(self._table), FIELDS[kind]),
             plan_of(kind, FIELDS[kind], _DIALECT),
@@ -312,7 +322,7 @@ class _Statements:
         # Of a task the decisions need little; nodes are few, and some writes need all of them.
         names = ("task_id", "version", "status", "assigned_node")
         columns = COLUMNS[kind] if kind is NodeInfo else [self._table.c[name] for name in names]
-        self.read = _compile(select(*columns).where(wanted))
+        self.read = _compile(by_ids(kind, columns, bindparam("ids")))
 
     def update(self, names: frozenset[str]) -> tuple[str, Plan]:
         """The statement that writes the named columns and no others, and their order in it.
@@ -382,14 +392,17 @@ def _load(unit: Unit, kind: type[Any], rows: Mapping[str, Row]) -> None:
     ids = orjson.dumps(list(rows)).decode()
     if kind is NodeInfo:
         for values in unit.execute(statements.read, (ids,)):
+            if values[0] is None:
+                continue
             record = _DECODE_NODE(values)
-            row = rows[record["node_id"]]
+            row = rows[values[0]]
             row.stored, row.record = True, record
             row.version, row.status = record.version, record["status"].value
     else:
         for id, version, status, node in unit.execute(statements.read, (ids,)):
-            row = rows[id]
-            row.stored, row.version, row.status, row.node = True, version, status, node
+            if id is not None:
+                row = rows[id]
+                row.stored, row.version, row.status, row.node = True, version, status, node
 
 
 def _store(unit: Unit, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
