@@ -12,6 +12,7 @@ Key = TypeVar("Key", bound=tuple[Any, ...])
 
 
 _BUCKETS = 1024  # a power of two
+_MASK = _BUCKETS - 1
 
 
 def _no_rows(raw: Raw) -> Record[Any]:
@@ -46,7 +47,7 @@ class Records(Generic[Item]):
         return (id for bucket in self._buckets for id in bucket)
 
     def get(self, id: str) -> Record[Item] | None:
-        bucket = self._buckets[hash(id) & _BUCKETS - 1]
+        bucket = self._buckets[hash(id) & _MASK]
         found = bucket.get(id)
         if isinstance(found, tuple):
             found = bucket[id] = self._decode(found)
@@ -64,7 +65,7 @@ class Records(Generic[Item]):
     def put(self, id: str, record: Record[Item] | Raw) -> None:
         if self._shared:
             self._own_bucket_of(id)
-        bucket = self._buckets[hash(id) & _BUCKETS - 1]
+        bucket = self._buckets[hash(id) & _MASK]
         if id not in bucket:
             self._size += 1
         bucket[id] = record
@@ -72,7 +73,7 @@ class Records(Generic[Item]):
     def drop(self, id: str) -> None:
         """Remove an entry, which must be there."""
         self._own_bucket_of(id)
-        del self._buckets[hash(id) & _BUCKETS - 1][id]
+        del self._buckets[hash(id) & _MASK][id]
         self._size -= 1
 
     def photograph(self) -> RecordMapping[Item]:
@@ -82,7 +83,7 @@ class Records(Generic[Item]):
         return RecordMapping(self._buckets.copy(), self._size, self._decode)
 
     def _own_bucket_of(self, id: str) -> None:
-        index = hash(id) & _BUCKETS - 1
+        index = hash(id) & _MASK
         if self._is_shared[index]:
             self._buckets[index] = self._buckets[index].copy()
             self._is_shared[index] = False
@@ -109,7 +110,7 @@ class RecordMapping(Mapping[str, Item]):
         return f"<{self._size} entries by identifier>"
 
     def __getitem__(self, id: str) -> Item:
-        bucket = self._buckets[hash(id) & _BUCKETS - 1]
+        bucket = self._buckets[hash(id) & _MASK]
         found = bucket[id]
         if isinstance(found, tuple):
             found = bucket[id] = self._decode(found)
@@ -117,7 +118,7 @@ class RecordMapping(Mapping[str, Item]):
         return item
 
     def __contains__(self, id: object) -> bool:
-        return id in self._buckets[hash(id) & _BUCKETS - 1]
+        return id in self._buckets[hash(id) & _MASK]
 
     def __iter__(self) -> Iterator[str]:
         return (id for bucket in self._buckets for id in bucket)

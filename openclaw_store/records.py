@@ -40,6 +40,7 @@ _PLAIN = frozenset({str, int, float, bool, type(None)})
 _NONE = type(None)
 _EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, _NONE: None}  # shared; copies copy them
 
+_new = object.__new__
 _known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
@@ -93,7 +94,7 @@ class Record(Generic[Item]):
             fields[name] = fields[name].copy()
         for name in self._nested:
             fields[name] = orjson.loads(fields[name])
-        item: Item = object.__new__(self.kind)
+        item: Item = _new(self.kind)
         item.__dict__ = fields
         return item
 
@@ -129,7 +130,7 @@ class Record(Generic[Item]):
 
     def evolve(self, **values: Any) -> Record[Item]:
         """A record that differs in the given fields, none of them JSON."""
-        evolved: Record[Item] = object.__new__(Record)
+        evolved: Record[Item] = _new(Record)
         evolved.kind = self.kind
         evolved.fields = fields = self.fields.copy()
         fields.update(values)

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import logging
 import math
+from asyncio import get_running_loop
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from types import TracebackType
@@ -196,7 +197,8 @@ class StateManager:
 
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
-        self._check_usable()
+        if self._loop is not get_running_loop():  # without another call: this is asked most often
+            self._check_usable()
         record = self._mirror.cache.tasks.get(task_id) if type(task_id) is str else None
         if record is None:
             record = await self._mirror.find((Task, check_key("task_id", task_id)))
@@ -476,7 +478,7 @@ class StateManager:
         return None if changed is None else changed.copy()
 
     def _check_usable(self) -> None:
-        if self._loop is not asyncio.get_running_loop():
+        if self._loop is not get_running_loop():
             if self._loop is not None:
                 raise UnavailableError("a StateManager belongs to one event loop: make another")
             if self._ending is not None:
