@@ -165,9 +165,9 @@ class Mirror:
                 _require_version(place, self.cache.find(place), record.version)
                 await self.settle(place)
             version = self.cache.settled_version(place, record.version)
-            stored: Record[Item] = await self.submit(
-                self._update(place, record.evolve(version=version))
-            )
+            if version != record.version:
+                record = record.evolve(version=version)
+            stored: Record[Item] = await self.submit(self._update(place, record))
             return stored
         known = await self.find(place)
         _require_version(place, known, self.cache.settled_version(place, record.version))
