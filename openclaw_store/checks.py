@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
 
@@ -28,7 +28,6 @@ MAX_JSON_DEPTH = 200
 """How deep JSON may be nested."""
 MAX_INTEGER = (1 << 63) - 1
 MIN_INTEGER = -(1 << 63)
-
 
 _TEXT = frozenset({str})
 _HARMLESS = frozenset({str, bool, type(None)})
@@ -51,6 +50,22 @@ def check_key(name: str, value: Any) -> str:
     return check_text(name, value, MAX_ID_LENGTH)
 
 
+def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
+    """Text as a row may hold it."""
+    if not isinstance(value, str):
+        raise InvalidDataError(name, f"must be text, not {_shown(value)}")
+    if len(value) > longest:
+        raise InvalidDataError(name, f"is longer than {longest} characters")
+    if "\0" in value:
+        raise InvalidDataError(name, "must not contain the character NUL")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise InvalidDataError(name, "must not contain a lone surrogate") from None
+    return value if type(value) is str else str.__str__(value)
+
+
 def check_count(name: str, value: Any) -> int:
     """A whole number from 0 to 2^63 - 1."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
@@ -58,6 +73,20 @@ def check_count(name: str, value: Any) -> int:
     if not 0 <= value <= MAX_INTEGER:
         raise InvalidDataError(name, f"must be between 0 and 2^63 - 1, not {_shown(value)}")
     return int(value)
+
+
+def check_limit(limit: int | None) -> int | None:
+    """A limit of a list: at least 1, or `None` for all."""
+    if limit is not None and check_count("limit", limit) < 1:
+        raise InvalidDataError("limit", "must be at least 1; None means all")
+    return limit
+
+
+def check_version(name: str, value: Any) -> int:
+    """A version as the store gave it."""
+    if type(value) is not int or abs(value) > MAX_INTEGER:
+        raise InvalidDataError(name, f"must be the whole number it came with, not {_shown(value)}")
+    return value
 
 
 def check_number(name: str, value: Any, greatest: float = sys.float_info.max) -> float:
@@ -72,6 +101,11 @@ def check_number(name: str, value: Any, greatest: float = sys.float_info.max) ->
 def check_percentage(name: str, value: Any) -> float:
     """A number from 0 to 100."""
     return check_number(name, value, 100)
+
+
+def check_seconds(name: str, value: float) -> timedelta:
+    """A duration in seconds, from 0 to 10^9 (32 years)."""
+    return timedelta(seconds=check_number(name, value, 1e9))
 
 
 def check_time(name: str, value: Any) -> datetime:
@@ -101,6 +135,24 @@ def check_enum(kind: type[Enum]) -> Check:
             raise InvalidDataError(name, f"must be one of {known}, not {_shown(value)}") from None
 
     return check
+
+
+def encode_texts(name: str, value: Any) -> bytes:
+    """The JSON of a list of text."""
+    if not isinstance(value, (list, tuple)):
+        raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
+    if not _TEXT.issuperset(map(type, value)):
+        for item in value:
+            if not isinstance(item, str):
+                raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
+    return _encode_checked(name, value)
+
+
+def encode_object(name: str, value: Any) -> bytes:
+    """The JSON of a dict."""
+    if not isinstance(value, dict):
+        raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
+    return encode_json(name, value)
 
 
 def encode_json(name: str, value: Any) -> bytes:
@@ -162,44 +214,3 @@ def _shown(value: object) -> str:
     except Exception:  # too deep, too many digits, or a fault of its own
         return f"{type(value).__name__} that cannot be shown"
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
-    """Text as a row may hold it."""
-    if not isinstance(value, str):
-        raise InvalidDataError(name, f"must be text, not {_shown(value)}")
-    if len(value) > longest:
-        raise InvalidDataError(name, f"is longer than {longest} characters")
-    if "\0" in value:
-        raise InvalidDataError(name, "must not contain the character NUL")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise InvalidDataError(name, "must not contain a lone surrogate") from None
-    return value if type(value) is str else str.__str__(value)
-
-
-def encode_texts(name: str, value: Any) -> bytes:
-    """The JSON of a list of text."""
-    if not isinstance(value, (list, tuple)):
-        raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
-    if not _TEXT.issuperset(map(type, value)):
-        for item in value:
-            if not isinstance(item, str):
-                raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
-    return _encode_checked(name, value)
-
-
-def encode_object(name: str, value: Any) -> bytes:
-    """The JSON of a dict."""
-    if not isinstance(value, dict):
-        raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
-    return encode_json(name, value)
-
-
-def check_version(name: str, value: Any) -> int:
-    """A version as the store gave it."""
-    if type(value) is not int or abs(value) > MAX_INTEGER:
-        raise InvalidDataError(name, f"must be the whole number it came with, not {_shown(value)}")
-    return value

@@ -19,10 +19,11 @@ from sqlalchemy.orm import Session
 from openclaw_store.changes import KEY, apply, place_of
 from openclaw_store.checks import (
     MAX_INTEGER,
-    check_count,
     check_enum,
     check_key,
+    check_limit,
     check_number,
+    check_seconds,
     check_text,
 )
 from openclaw_store.database import Database
@@ -56,13 +57,6 @@ _DECODED = 100  # and so many that are decoded, too
 
 task_status = check_enum(TaskStatus)
 node_status = check_enum(NodeStatus)
-
-
-def check_limit(limit: int | None) -> int | None:
-    """A limit of a list: at least 1, or `None` for all."""
-    if limit is not None and check_count("limit", limit) < 1:
-        raise InvalidDataError("limit", "must be at least 1; None means all")
-    return limit
 
 
 class Repository(Generic[Item]):
@@ -401,8 +395,3 @@ async def read_rows(
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
     """What makes records of the rows of `read_rows`."""
     return decoder_of(kind, session.get_bind().dialect)  # type: ignore[arg-type]  # it is hashable
-
-
-def check_seconds(name: str, value: float) -> timedelta:
-    """A duration in seconds, from 0 to 10^9 (32 years)."""
-    return timedelta(seconds=check_number(name, value, 1e9))

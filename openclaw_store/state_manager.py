@@ -12,7 +12,14 @@ from contextvars import Context
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from openclaw_store.checks import check_count, check_key, check_percentage, check_text
+from openclaw_store.checks import (
+    check_count,
+    check_key,
+    check_limit,
+    check_percentage,
+    check_seconds,
+    check_text,
+)
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
 from openclaw_store.heartbeats import Beat
@@ -20,14 +27,7 @@ from openclaw_store.mirror import Mirror
 from openclaw_store.models import ClusterState, NodeInfo, NodeStatus, Task
 from openclaw_store.operations import SetNodeStatus
 from openclaw_store.records import Item, Record, write_back
-from openclaw_store.repositories import (
-    NodeRepository,
-    Repository,
-    TaskRepository,
-    check_limit,
-    check_seconds,
-    node_status,
-)
+from openclaw_store.repositories import NodeRepository, Repository, TaskRepository, node_status
 
 logger = logging.getLogger(__name__)
 

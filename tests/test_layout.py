@@ -105,6 +105,7 @@ class TestLayers:
             "errors",
             "clock",
             "models",
+            "checks",
             "records",
             "schema",
             "changes",
