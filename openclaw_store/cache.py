@@ -87,8 +87,8 @@ class Cache:
             self.tasks.load(page.rows, page.decode)
             self._pending.extend(page.keys)
         else:
-            for id, row in page.rows:
-                self._show((page.kind, id), None, page.decode(row))
+            for row in page.rows:
+                self._show((page.kind, row[0]), None, page.decode(row))
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""

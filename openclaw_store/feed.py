@@ -50,8 +50,8 @@ class Page:
     """Some of the rows that a cache starts with."""
 
     kind: type[Any]
-    rows: Sequence[tuple[str, Raw]]
-    """Each with its identifier; to be decoded when somebody looks at it."""
+    rows: Sequence[Raw]
+    """Each begins with its identifier; to be decoded when somebody looks at it."""
     decode: Decode
     keys: Sequence[tuple[int, datetime, str]]
     """Priority, time of submission and identifier of those that wait, in this order."""
@@ -94,13 +94,13 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
     for kind, query in live:
         decode = decoder_here(session, kind)
         async for rows in read_rows(session, query):
-            yield Page(kind, [(row[0], row) for row in rows], decode, [])
+            yield Page(kind, rows, decode, [])
     priority, submitted_at = map(FIELDS[Task].index, ("priority", "submitted_at"))
     moment = UtcTime().result_processor(session.get_bind().dialect, None)
     assert moment is not None
     async for rows in read_rows(session, select_pending()):
         keys = [(row[priority], moment(row[submitted_at]), row[0]) for row in rows]
-        yield Page(Task, [(row[0], row) for row in rows], decode, keys)
+        yield Page(Task, rows, decode, keys)
 
 
 async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: bool) -> News:

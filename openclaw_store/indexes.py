@@ -56,11 +56,11 @@ class Records(Generic[Item]):
     def values(self) -> Iterator[Record[Item]]:
         return (record for id in self if (record := self.get(id)) is not None)
 
-    def load(self, rows: Iterable[tuple[str, Raw]], decode: Decode) -> None:
-        """Put rows in, which `decode` makes records of when somebody asks for them."""
+    def load(self, rows: Iterable[Raw], decode: Decode) -> None:
+        """Put rows in by their first value; `decode` makes a record of one that is asked for."""
         self._decode = decode
-        for id, row in rows:
-            self.put(id, row)
+        for row in rows:
+            self.put(row[0], row)
 
     def put(self, id: str, record: Record[Item] | Raw) -> None:
         if self._shared:

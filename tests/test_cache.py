@@ -210,14 +210,7 @@ class TestStart:
 
         cache = Cache(NOTHING, 0)
 
-        cache.load(
-            Page(
-                Task,
-                [("b", ("b",)), ("a", ("a",))],
-                decode_row,
-                [(0, START, "b"), (2, START, "a")],
-            )
-        )
+        cache.load(Page(Task, [("b",), ("a",)], decode_row, [(0, START, "b"), (2, START, "a")]))
 
         photograph = cache.state().tasks
         assert (len(photograph), "a" in photograph, decoded) == (2, True, [])
@@ -659,7 +652,7 @@ class TestUnsaved:
         held = stored.evolve(version=-1)
         place = (stored.kind, "a")
         keys = [(2, START, "a")] if kind == "task" else []
-        old.load(Page(stored.kind, [("a", ("a",))], lambda row: stored, keys))
+        old.load(Page(stored.kind, [("a",)], lambda row: stored, keys))
         old.hold(held, stored)
 
         new.keep_unsaved(old)
