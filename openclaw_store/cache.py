@@ -396,8 +396,7 @@ class Cache:
             if id in self._waiting:
                 beats = [*beats, self._waiting[id]]
             for beat in beats:
-                last = record["last_heartbeat"]
-                if last is None or beat.at >= last:
+                if beat.is_news_to(record):
                     record = beat.over(record)
         return record
 

@@ -40,6 +40,11 @@ class Beat(NamedTuple):
     def kind(self) -> type[Any]:
         return NodeInfo
 
+    def is_news_to(self, record: Record[NodeInfo]) -> bool:
+        """Whether the node, as it is recorded, has sent none that is newer."""
+        last: datetime | None = record["last_heartbeat"]
+        return last is None or self.at >= last
+
     def after(self, earlier: Beat) -> Beat:
         """This one, with what `earlier` reported and it does not."""
         if self.usage.keys() >= earlier.usage.keys():
@@ -54,8 +59,7 @@ class Beat(NamedTuple):
         record = row.record
         if record is None:
             return False
-        last = record["last_heartbeat"]
-        if last is None or self.at >= last:
+        if self.is_news_to(record):
             touched = self.over(record)
             row.touch(touched, ("last_heartbeat", *self.usage), Beaten(self, row.flush))
             if record["status"] is NodeStatus.OFFLINE:

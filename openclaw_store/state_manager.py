@@ -399,8 +399,7 @@ class StateManager:
             if record is None:
                 return False
         beat = Beat(record["node_id"], self.db.clock(), usage)
-        last = record["last_heartbeat"]
-        if last is None or beat.at >= last:
+        if beat.is_news_to(record):
             self._mirror.beat(beat)
             if record["status"] is NodeStatus.OFFLINE:
                 await self._mirror.flush_beat(beat.id)
