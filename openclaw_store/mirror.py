@@ -37,10 +37,9 @@ from openclaw_store.errors import (
 from openclaw_store.feed import PAGE, News, Start, read_live, read_news, read_start
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.operations import Create, Remove, Update, newer_heartbeat
+from openclaw_store.operations import CONTENT, Create, Remove, Update, newer_heartbeat
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
-from openclaw_store.schema import FIELDS
 
 logger = logging.getLogger(__name__)
 
@@ -316,10 +315,9 @@ class Mirror:
     def _update(self, place: Place, record: Record[Item]) -> Update[Item]:
         """Writes what differs from the copy in memory; all fields if that has another version."""
         known = self.cache.find(place)
+        names = CONTENT[place[0]]
         if known is not None and known.version == record.version:
             names = known.differences(record)
-        else:
-            names = tuple(name for name in FIELDS[place[0]] if name != KEY[place[0]])
         return Update(*place, record, names)
 
     def _hold(self, record: Record[Item], base: Record[Item] | None) -> Record[Item]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic
 
 from sqlalchemy import select
 
-from openclaw_store.changes import ITEM, Row, apply, missing
+from openclaw_store.changes import ITEM, KEY, Row, apply, missing
 from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
 from openclaw_store.schema import FIELDS, IS_FINISHED, TaskRow
 from openclaw_store.writer import Unit
+
+CONTENT: Mapping[type[Any], Sequence[str]] = {
+    kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
+}
+"""The fields that an `Update` of a whole row writes: all but the identifier."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.heartbeats import Beat
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.operations import (
+    CONTENT,
     Create,
     Remove,
     RemoveFinished,
@@ -39,7 +40,7 @@ from openclaw_store.operations import (
     remove_finished,
 )
 from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, decode, encode, write_back
-from openclaw_store.schema import COLUMNS, FIELDS, IS_PENDING, ROWS, NodeRow, TaskRow, decoder_of
+from openclaw_store.schema import COLUMNS, IS_PENDING, ROWS, NodeRow, TaskRow, decoder_of
 from openclaw_store.writer import Apply, Unit
 
 Result = TypeVar("Result")
@@ -98,9 +99,8 @@ class Repository(Generic[Item]):
 
     async def _update(self, item: Item) -> bool:
         record = self.encode(item)
-        key = KEY[self.kind]
-        names = tuple(name for name in FIELDS[self.kind] if name != key)
-        self._write_back(await self._write(Update(self.kind, record[key], record, names)), item)
+        operation = Update(self.kind, record[KEY[self.kind]], record, CONTENT[self.kind])
+        self._write_back(await self._write(operation), item)
         return True
 
     async def _delete(self, id: str) -> bool:
