@@ -133,7 +133,7 @@ def check_version() -> None:
 
 def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
     # The driver's own transactions skip BEGIN before SELECT and DDL: without `None` reads would
-    # not be repeatable and a failed migration would stay half-applied. `_begin` sends our own.
+    # not be repeatable and a failed migration would stay half-applied. Each engine sends our own.
     # Python 3.12's `autocommit` must stay untouched: with it, WAL and foreign keys silently fail.
     return {
         "isolation_level": None,
@@ -143,12 +143,6 @@ def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
         "check_same_thread": False,
         "factory": connection,
     }
-
-
-def _begin_with(engine: Engine, statement: str) -> None:
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.connection.cursor().execute(statement)
 
 
 def writing_engine(path: Path) -> Engine:
@@ -170,8 +164,8 @@ def begin_writing(connection: Connection) -> None:
 
 
 def end_writing(connection: Connection) -> None:
-    """Commit what `begin_writing` began, whether SQLAlchemy has noticed or not."""
-    if connection.in_transaction():
+    """Commit what `begin_writing` began."""
+    if connection.in_transaction():  # SQLAlchemy counts it as its own once it has sent a statement
         connection.commit()
     else:
         connection.connection.commit()
@@ -187,7 +181,12 @@ def async_engine(
         connect_args=_options(_WriteConnection if write else _ReadConnection),
         **options,
     )
-    _begin_with(engine.sync_engine, "BEGIN IMMEDIATE" if write else "BEGIN")
+    statement = "BEGIN IMMEDIATE" if write else "BEGIN"
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.connection.cursor().execute(statement)
+
     return engine
 
 
