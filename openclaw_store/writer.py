@@ -3,8 +3,8 @@
 Committing costs a disk flush, whatever it commits. So one thread takes *everything* that has
 queued, applies it in one transaction, and then takes what has queued meanwhile: the busier the
 store, the larger the batch and the smaller the cost of each operation. There is no timer, and
-a lone caller waits for nobody. (Databases write their logs this
-way; see "group commit" in Gray & Reuter, *Transaction Processing*, 1993.)
+a lone caller waits for nobody. (Databases write their logs this way; see "group commit" in Gray &
+Reuter, *Transaction Processing*, 1993.)
 
 What holds:
 
@@ -56,14 +56,13 @@ It must not change the operations: after a rollback they are applied again.
 Listener = Callable[[Sequence[Any]], None]
 """Is told, on its event loop, what each transaction committed, in the order of the commits."""
 
-_ROWS_A_STATEMENT = (64, 16, 4, 1)
-
 MAX_BATCH = 8192
 """Operations of one transaction at most; the callers of the others wait for the next one."""
 
 RECENT_BATCHES = 1000
 """The figures of so many are kept."""
 
+_ROWS_A_STATEMENT = (64, 16, 4, 1)
 
 _CLOSED = "the database is closed: open a new Database"
 
@@ -328,7 +327,7 @@ class Writer:
     ) -> None:
         self._transaction = transaction
         self._stopped = stopped
-        self._record = _Logbook(clock)
+        self._logbook = _Logbook(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._batch: Mapping[asyncio.Future[Any], _Entry] = {}  # what the thread is committing
@@ -364,7 +363,7 @@ class Writer:
 
     def figures(self) -> dict[str, Any]:
         """What `Database.get_stats` tells of it."""
-        return {"queued_operations": len(self._queue), **self._record.figures()}
+        return {"queued_operations": len(self._queue), **self._logbook.figures()}
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
         """Tell `listener`, on `loop`, what is committed from now on; returns what ends it."""
@@ -504,7 +503,7 @@ class Writer:
             outcomes: list[Any] = []
 
             def publish(unit: Unit) -> None:
-                self._record.note_commit(len(entries), time.perf_counter() - began)
+                self._logbook.note_commit(len(entries), time.perf_counter() - began)
                 self.publish(unit.committed, entries, outcomes)
 
             with self._transaction(publish) as unit:
@@ -512,7 +511,7 @@ class Writer:
                     outcomes.extend(apply(unit, [operation for _, _, operation in run]))
         except Exception as error:
             if isinstance(error, BackendError):
-                self._record.note_failure(error)
+                self._logbook.note_failure(error)
             if len(entries) == 1 or isinstance(error, BackendError):
                 self.publish((), entries, [_own(error) for _ in entries])
             else:
@@ -520,7 +519,7 @@ class Writer:
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
         except BaseException as error:
-            self._record.note_failure(error)
+            self._logbook.note_failure(error)
             lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
             self.publish((), entries, [lost] * len(entries))
             raise
