@@ -72,10 +72,11 @@ class Cache:
         self._ahead: dict[int, tuple[Change, str | None]] = {}
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
         self._pending: SortedKeys[tuple[int, datetime, str]] = SortedKeys()
-        self._free: dict[str, tuple[float, int, str]] = {}
-        self._skilled: dict[str, set[str]] = {}
+        self._free: dict[str, tuple[float, int, str]] = {}  # nodes with a place, and their load
+        self._skilled: dict[str, set[str]] = {}  # identifiers of nodes by skill
         self._node_counts: Counter[NodeStatus] = Counter()
         self._newest: list[str] | None = None  # identifiers of nodes in order, while it holds
+        # The last version an entry had while it was unsaved, and the one that it was written under.
         self._aliases: dict[Place, tuple[int, int]] = {}
         self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from sqlalchemy import bindparam, func, or_, update
 from sqlalchemy.dialects import sqlite
@@ -84,7 +84,7 @@ class AfterBeat:
 
     beat: Beat
     operation: Operation
-    kind: type[Any] = NodeInfo
+    kind: ClassVar[type[Any]] = NodeInfo
 
     @property
     def id(self) -> str:

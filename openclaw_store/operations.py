@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic
+from typing import Any, ClassVar, Generic
 
 from sqlalchemy import select
 
@@ -95,7 +95,7 @@ class SetNodeStatus:
     status: NodeStatus
     silent_since: datetime | None = None
     reason: str | None = None
-    kind: type[Any] = NodeInfo
+    kind: ClassVar[type[Any]] = NodeInfo
 
     def decide(self, row: Row) -> bool:
         record = row.record
