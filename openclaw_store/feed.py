@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.changes import KINDS, Change, ChangeKind, Place, by_ids, place_of
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Decode, Raw, Record
-from openclaw_store.repositories import decoder_here, read_rows, select_pending
+from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
@@ -128,25 +128,15 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
         ids = {change.item_id for change in changes if change.item == item}
         if ids:
             query = by_ids(kind, COLUMNS[kind], orjson.dumps([*ids]).decode())
-            found = await _records(session, kind, query)
+            found = await read_records(session, kind, query)
             records.update((place_of(record), record) for record in found)
     beaten: Sequence[Record[NodeInfo]] = []
     if newest_beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
-        beaten = await _records(session, NodeInfo, query)
+        beaten = await read_records(session, NodeInfo, query)
     is_whole = is_whole and len(changes) == until - since
     counts = None if is_whole or until < read_at else await _task_counts(session)
     return News(until, read_at, newest_beat, changes, is_whole, records, beaten, counts)
-
-
-async def _records(session: AsyncSession, kind: type[Any], query: Select[Any]) -> list[Record[Any]]:
-    decode = decoder_here(session, kind)
-    return [
-        decode(row)
-        async for rows in read_rows(session, query, None)
-        for row in rows
-        if row[0] is not None
-    ]
 
 
 async def _task_counts(session: AsyncSession) -> dict[str, int]:

@@ -39,7 +39,7 @@ from openclaw_store.operations import (
     Update,
     remove_finished,
 )
-from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, decode, encode, write_back
+from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, encode, write_back
 from openclaw_store.schema import COLUMNS, IS_PENDING, ROWS, NodeRow, TaskRow, decoder_of
 from openclaw_store.writer import Apply, Unit
 
@@ -86,8 +86,8 @@ class Repository(Generic[Item]):
         query = self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
 
         async def run(session: AsyncSession) -> Record[Item] | None:
-            row = (await session.execute(query)).one_or_none()
-            return None if row is None else decode(self.kind, row)
+            found = await read_records(session, self.kind, query)
+            return found[0] if found else None
 
         return await self._read(run)
 
@@ -390,6 +390,19 @@ async def read_rows(
     result = await session.run_sync(execute)
     while rows := await session.run_sync(fetch):
         yield rows
+
+
+async def read_records(
+    session: AsyncSession, kind: type[Any], query: Select[Any]
+) -> list[Record[Any]]:
+    """The records that a query of `COLUMNS` finds, which are few; a row of NULLs is none."""
+    decode = decoder_here(session, kind)
+    return [
+        decode(row)
+        async for rows in read_rows(session, query, None)
+        for row in rows
+        if row[0] is not None
+    ]
 
 
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
