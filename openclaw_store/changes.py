@@ -33,11 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.sql import ClauseElement
 
-from openclaw_store.errors import (
-    NodeNotFoundError,
-    NotFoundError,
-    TaskNotFoundError,
-)
+from openclaw_store.errors import NodeNotFoundError, NotFoundError, TaskNotFoundError
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.records import STORE_FIELDS, Plan, Record
 from openclaw_store.schema import (
@@ -62,7 +58,6 @@ KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
 
 KEY: Mapping[type[Any], str] = {Task: "task_id", NodeInfo: "node_id"}
 """The field that identifies each domain class."""
-
 
 Place = tuple[type[Any], str]
 """The domain class and the identifier of a row."""
@@ -172,8 +167,7 @@ class Row:
     @property
     def flush(self) -> int:
         """What `beat` is of a row that has a heartbeat written now."""
-        flush: int = self._ledger.beat
-        return flush
+        return self._ledger.beat
 
     def status_since(self) -> datetime | None:
         """When its status was changed before this unit, as far as the feed knows."""
@@ -230,11 +224,13 @@ class Ledger:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self._revision, beat = unit.execute(_READ_COUNTERS)[0]
-        self.beat = beat + 1
+        self.beat: int = beat + 1
+        """The number of this unit's flush of heartbeats, if it has one."""
         self._changes: list[Change] = []
         self.forgotten: list[tuple[int | None, str, str]] = []
         """The newest change, item and identifier of those whose history is to be removed."""
         self.beaten = False
+        """Whether it has."""
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -263,8 +259,8 @@ class Ledger:
             self.unit.execute_values(
                 _INSERT_CHANGE,
                 [
-                    (change[0], at, *change[2:4], change.kind._value_, *change[5:])
-                    for change in self._changes
+                    (one.revision, at, one.item, one.item_id, one.kind._value_, *one[5:])
+                    for one in self._changes
                 ],
             )
         if self.forgotten:
