@@ -228,8 +228,10 @@ def _shared(names: Iterable[str]) -> Sequence[str]:
 
 def _declared(item: Task | NodeInfo) -> dict[str, Any]:
     """The fields of `item` without the attributes that somebody hung on it."""
-    return {field.name: item.__dict__[field.name] for field in dataclass_fields(item)
-            if field.name in item.__dict__}  # fmt: skip
+    given = item.__dict__
+    return {
+        field.name: given[field.name] for field in dataclass_fields(item) if field.name in given
+    }
 
 
 def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
