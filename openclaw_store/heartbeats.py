@@ -105,6 +105,7 @@ def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     rows = []
     for beat in beats:
         at = to_microseconds(beat.at)
+        # In the order of the parameters in `_WRITE`.
         rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, _OFFLINE, at))
     if unit.execute_many(_WRITE, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
