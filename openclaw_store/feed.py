@@ -28,7 +28,7 @@ from openclaw_store.schema import (
     UtcTime,
 )
 
-PAGE = 200
+CHANGES_A_PAGE = 200
 """Changes read at a stretch, before other coroutines run."""
 
 
@@ -115,14 +115,14 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
             select(*ChangeRow.__table__.c)
             .where(ChangeRow.revision > since)
             .order_by(ChangeRow.revision)
-            .limit(PAGE)
+            .limit(CHANGES_A_PAGE)
         )
     ).all()
     changes = [
         Change(number, at, item, id, ChangeKind(kind), *rest)
         for number, at, item, id, kind, *rest in rows
     ]
-    until = changes[-1].revision if len(changes) == PAGE else read_at
+    until = changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
     records: dict[Place, Record[Any]] = {}
     for item, kind in KINDS.items():
         ids = {change.item_id for change in changes if change.item == item}

@@ -34,7 +34,7 @@ from openclaw_store.errors import (
     StoreError,
     UnsavedConflictError,
 )
-from openclaw_store.feed import PAGE, News, Start, read_live, read_news, read_start
+from openclaw_store.feed import News, Start, read_live, read_news, read_start
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import CONTENT, Create, Remove, Update, newer_heartbeat
@@ -48,6 +48,9 @@ HEARTBEAT_SECONDS = 0.5
 
 HEARTBEATS_A_WRITE = 128
 """How many are written at a stretch, before others write."""
+
+ENTRIES_A_WRITE = 200
+"""How many of those that are only in memory are handed to the writer at a stretch."""
 
 RELOAD_AFTER = 20_000
 """So many changes behind, the cache is loaded again rather than brought up to date."""
@@ -236,9 +239,10 @@ class Mirror:
         self._database.refuse_inside()
         async with self._settling:
             places = list(self.cache.unsaved)
-            for start in range(0, len(places), PAGE):
-                page = [finish(self._settle(place)) for place in places[start : start + PAGE]]
-                for outcome in await asyncio.gather(*page, return_exceptions=True):
+            for start in range(0, len(places), ENTRIES_A_WRITE):
+                part = places[start : start + ENTRIES_A_WRITE]
+                settling = [finish(self._settle(place)) for place in part]
+                for outcome in await asyncio.gather(*settling, return_exceptions=True):
                     if isinstance(outcome, ConflictError | NotFoundError):
                         conflicts.append(outcome)
                     elif outcome is not None:

@@ -54,7 +54,7 @@ UNDONE = -MAX_INTEGER
 ROWS_A_PAGE = 250
 """Rows read at a stretch, before other coroutines run."""
 
-_DECODED = 100  # and so many that are decoded, too
+_DECODED = 100  # so many, if they are decoded and copied at the same stretch
 
 task_status = check_enum(TaskStatus)
 node_status = check_enum(NodeStatus)

@@ -996,7 +996,7 @@ class TestUnsaved:
     async def test_of_many_pages_is_written(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(mirror, "PAGE", 2)
+        monkeypatch.setattr(mirror, "ENTRIES_A_WRITE", 2)
         for _ in range(5):
             await manager.add_task(make_task(), persist=False)
 
@@ -1879,7 +1879,7 @@ class TestTwoManagers:
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(feed, "PAGE", 2)
+        monkeypatch.setattr(feed, "CHANGES_A_PAGE", 2)
         other = await open_manager()
         tasks = [make_task() for _ in range(5)]
         for task in tasks:
@@ -1898,7 +1898,7 @@ class TestTwoManagers:
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
         clock: FakeClock, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(feed, "PAGE", 2)
+        monkeypatch.setattr(feed, "CHANGES_A_PAGE", 2)
         other = await open_manager()
         task = make_task()
         await manager.add_task(task)
