@@ -17,6 +17,7 @@ import threading
 import types
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
 from contextlib import asynccontextmanager, closing
+from contextvars import Context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -1746,24 +1747,28 @@ class TestCancelledCallers:
         await self.settle(database, make_task)
         assert cancelled >= 2
 
-    @pytest.mark.parametrize("turns", [0, 1])
+    @pytest.mark.parametrize("is_let_in", [False, True], ids=["waiting", "just let in"])
     async def test_transaction_that_waits_at_the_gate(
-        self, database: Database, make_task: MakeTask, turns: int
+        self, database: Database, make_task: MakeTask, is_let_in: bool
     ) -> None:
-        async def work(number: int) -> None:
+        async def work() -> None:
             async with database.transaction():
                 pass
 
         async with database.transaction():
-            waiting = [start(work(number)) for number in range(3)]
-            for task in waiting:
-                # The context of an open transaction is inherited; theirs is their own.
-                assert not task.done()
+            # In the context of this transaction they would be refused, and not wait.
+            waiting = [asyncio.create_task(work(), context=Context()) for _ in range(3)]
             await asyncio.sleep(0)
-            for task in waiting:
-                task.cancel()
-            await asyncio.wait(waiting, timeout=PATIENCE)
+            assert not any(task.done() for task in waiting)
+            if not is_let_in:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.wait(waiting, timeout=PATIENCE)
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=PATIENCE)
 
+        assert all(task.cancelled() for task in waiting)
         await self.settle(database, make_task)
 
     async def test_initialize(self, location: Path, make_task: MakeTask) -> None:
