@@ -1324,7 +1324,7 @@ class TestBackup:
 
 class TestVacuumAndStats:
     async def test_vacuum_gives_the_space_of_removed_rows_back(
-        self, database: Database, location: Path, make_task: MakeTask
+        self, database: Database, make_task: MakeTask
     ) -> None:
         repository = TaskRepository(database)
         tasks = [make_task(parameters={"text": "x" * 2000}) for _ in range(1000)]
@@ -1646,7 +1646,7 @@ class TestCancelledCallers:
     """A caller is cancelled at each of its steps: it costs neither a connection nor the gate."""
 
     async def cancel_everywhere(
-        self, database: Database, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int
+        self, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int
     ) -> int:
         """Run `make(n)` again and again, cancelled a step later each time, till it gets through."""
         kept = []  # with their tracebacks, as callers may
@@ -1674,7 +1674,7 @@ class TestCancelledCallers:
     @pytest.mark.parametrize("turns", [0, 1, 3])
     async def test_add_task(self, manager: StateManager, make_task: MakeTask, turns: int) -> None:
         cancelled = await self.cancel_everywhere(
-            manager.db, lambda n: manager.add_task(make_task(task_id=f"cancelled-{n}")), turns
+            lambda n: manager.add_task(make_task(task_id=f"cancelled-{n}")), turns
         )
 
         await self.settle(manager.db, make_task)
@@ -1685,9 +1685,7 @@ class TestCancelledCallers:
 
     @pytest.mark.parametrize("turns", [0, 1, 3])
     async def test_get_task(self, manager: StateManager, make_task: MakeTask, turns: int) -> None:
-        cancelled = await self.cancel_everywhere(
-            manager.db, lambda n: manager.get_task("unknown"), turns
-        )
+        cancelled = await self.cancel_everywhere(lambda n: manager.get_task("unknown"), turns)
 
         await self.settle(manager.db, make_task)
         assert cancelled >= 1
@@ -1702,7 +1700,7 @@ class TestCancelledCallers:
                 await TaskRepository(session).count_by_status()
                 await count_tasks(session)  # SQL of the caller's own
 
-        cancelled = await self.cancel_everywhere(manager.db, work, turns)
+        cancelled = await self.cancel_everywhere(work, turns)
 
         await self.settle(manager.db, make_task)
         assert cancelled >= 5
@@ -1742,7 +1740,7 @@ class TestCancelledCallers:
             async with database.session() as session:
                 await TaskRepository(session).list_pending_tasks(limit=None)
 
-        cancelled = await self.cancel_everywhere(database, work, turns)
+        cancelled = await self.cancel_everywhere(work, turns)
 
         await self.settle(database, make_task)
         assert cancelled >= 2

@@ -892,7 +892,7 @@ class TestUnsaved:
         assert await manager.sync_to_database() is True
 
     async def test_that_lost_is_named_by_shutdown_and_everything_is_closed(
-        self, open_manager: OpenManager, database: Database, make_task: MakeTask
+        self, database: Database, make_task: MakeTask
     ) -> None:
         manager = StateManager(Database(database.db_path, clock=database.clock), None)
         await manager.initialize()
@@ -1220,7 +1220,7 @@ class TestHeartbeats:
         await assert_mirrors_database(manager)
 
     async def test_is_part_of_what_an_unsaved_update_that_lost_leaves_behind(
-        self, manager: StateManager, node: NodeInfo, clock: FakeClock
+        self, manager: StateManager, node: NodeInfo
     ) -> None:
         node.hostname = "renamed"
         await manager.update_node(node, persist=False)
@@ -1263,9 +1263,7 @@ class TestHeartbeats:
         assert stored is not None
         assert (stored.cpu_usage, stored.memory_usage, stored.last_heartbeat) == (50, 60, clock())
 
-    async def test_is_no_change(
-        self, manager: StateManager, node: NodeInfo, clock: FakeClock
-    ) -> None:
+    async def test_is_no_change(self, manager: StateManager, node: NodeInfo) -> None:
         before = manager.version
 
         await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -1277,7 +1275,7 @@ class TestHeartbeats:
 
     @pytest.mark.parametrize("status", NodeStatus)
     async def test_brings_an_offline_node_back_and_no_other(
-        self, manager: StateManager, node: NodeInfo, open_manager: OpenManager, status: NodeStatus
+        self, manager: StateManager, node: NodeInfo, status: NodeStatus
     ) -> None:
         await manager.update_node_status(node.node_id, status)
 
@@ -2363,9 +2361,8 @@ class TestAutomaticSynchronisation:
         assert errors[0].exc_info is not None
 
     async def test_goes_on_after_a_conflict(
-        self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:  # fmt: skip
+        self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask
+    ) -> None:
         automatic = await open_manager(auto_sync_interval=0.01)
         await automatic.add_task(make_task(task_id="twice", name="mine"), persist=False)
         await manager.add_task(make_task(task_id="twice", name="theirs"))
