@@ -1,4 +1,4 @@
-"""The tables, as SQLAlchemy declarative models.
+"""The tables, as SQLAlchemy declarative models, and how records become their rows and back.
 
 Alembic checks itself against them, and every statement is built from them.
 
