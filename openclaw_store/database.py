@@ -31,8 +31,9 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
-from openclaw_store.writer import Apply, Gate, Listener, Unit, Writer
+from openclaw_store.writer import Apply, Listener, Unit, Writer
 
 logger = logging.getLogger(__name__)
 

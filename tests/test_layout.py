@@ -28,6 +28,7 @@ LAYERS = [
     "checks",
     "records",
     "schema",
+    "gate",
     "writer",
     "sqlite",
     "migrations",

@@ -33,7 +33,8 @@ from openclaw_store import (
     UnavailableError,
     writer,
 )
-from openclaw_store.writer import Gate, Unit, Writer
+from openclaw_store.gate import Gate
+from openclaw_store.writer import Unit, Writer
 
 Result = TypeVar("Result")
 
