@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import Any
 
 from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
+from openclaw_store.errors import InvalidDataError
 from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import Records, SortedKeys
@@ -80,7 +81,8 @@ class Cache:
         self._aliases: dict[Place, tuple[int, int]] = {}
         self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
-        self._landed: dict[str, Beaten] = {}  # and those written since the last `catch_up`
+        # And what they said that is written since the last `catch_up`, by field, with the flush.
+        self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
 
     def load(self, page: Page) -> None:
         """Take over rows of the start."""
@@ -104,14 +106,24 @@ class Cache:
                 self._touch(id, record, self._with_beats(record))
 
     def apply(self, events: Iterable[Event | Beaten]) -> None:
-        """Take over what this process has committed."""
+        """Take over what this process has committed.
+
+        Raises:
+            InvalidDataError: If it met a row that cannot be read; it took over the rest.
+        """
+        unreadable: InvalidDataError | None = None
         for event in events:
             if isinstance(event, Beaten):
                 self._land(event)
                 continue
             kind, id, record, change = event
             if self._count(change):
-                self._commit((kind, id), record, change.revision)
+                try:
+                    self._commit((kind, id), record, change.revision)
+                except InvalidDataError as error:
+                    unreadable = error
+        if unreadable is not None:
+            raise unreadable
 
     def catch_up(self, news: News) -> None:
         """Take over what the feed says, from this and other processes."""
@@ -132,7 +144,11 @@ class Cache:
             if self._visible(place) is not None:
                 self._commit(place, self._with_landed(record, news.beat), 0)
         self.beat = max(self.beat, news.beat)
-        self._landed = {id: it for id, it in self._landed.items() if it.flush > self.beat}
+        self._landed = {
+            id: newer
+            for id, landed in self._landed.items()
+            if (newer := {name: it for name, it in landed.items() if it[0] > self.beat})
+        }
         if news.revision > self.complete:
             self.complete = news.revision
             self.version = max(self.version, self.complete)
@@ -404,9 +420,9 @@ class Cache:
     def _with_landed(self, record: Record[Any] | None, flush: int) -> Record[Any] | None:
         """What was read, with the heartbeats that this process has written behind `flush`."""
         if record is not None and record.kind is NodeInfo:
-            landed = self._landed.get(record["node_id"])
-            if landed is not None and landed.flush > flush:
-                return landed.beat.over(record)
+            landed = self._landed.get(record["node_id"], {})
+            newer = {name: value for name, (at, value) in landed.items() if at > flush}
+            return record.evolve(**newer) if newer else record
         return record
 
     def _land(self, beaten: Beaten) -> None:
@@ -417,10 +433,10 @@ class Cache:
         known = self.nodes.get(beat.id) if entry is None else entry.committed
         if known is None or flush <= self.beat:  # it was removed meanwhile, or read with the rest
             return
-        earlier = self._landed.get(beat.id)
-        if earlier is not None and (merged := beat.after(earlier.beat)) is not beat:
-            beaten = Beaten(merged, flush)
-        self._landed[beat.id] = beaten
+        landed = self._landed.setdefault(beat.id, {})
+        landed["last_heartbeat"] = (flush, beat.at)
+        for name, value in beat.usage.items():
+            landed[name] = (flush, value)
         if entry is not None:
             entry.committed = beat.over(known)
         elif not is_shown:

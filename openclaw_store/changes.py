@@ -170,7 +170,9 @@ class Row:
         return self._ledger.beat
 
     def status_since(self) -> datetime | None:
-        """When its status was changed before this unit, as far as the feed knows."""
+        """When its status was changed last, as far as the feed knows."""
+        if self._ledger.has_changed_status(self):
+            return self.now
         found = self._ledger.unit.execute(_STATUS_SINCE, (self.version, ITEM[self.kind], self.id))
         return from_microseconds(found[0][0]) if found else None
 
@@ -253,6 +255,14 @@ class Ledger:
         self._changes.append(change)
         return change
 
+    def has_changed_status(self, row: Row) -> bool:
+        """Whether this unit has changed the status of a row, which the feed is yet to be told."""
+        return any(
+            change.item_id == row.id and change.from_status != change.to_status
+            for change in self._changes
+            if change.item == ITEM[row.kind]
+        )
+
     def _write(self) -> None:
         if self._changes:
             at = to_microseconds(self.unit.now)
@@ -294,8 +304,8 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
 def by_ids(kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
     """What finds rows by their identifiers, a list as JSON; for one that is not there, NULLs.
 
-    SQLite never turns an outer join round: it searches each row by its key, even if its
-    statistics are of a time when the table was small.
+    SQLite never turns an outer join round: it goes through the identifiers, not through the
+    table, even if its statistics are of a time when that was small.
     """
     given = func.json_each(ids).table_valued("value").alias("given")
     table = table_of(kind)
@@ -330,7 +340,9 @@ class _Statements:
             order = [one.name for one in self._table.c if one.name in names]
             columns = [self._key.name, *order]
             given = table("given", *map(column, columns))
-            statement = update(self._table).where(self._key == given.c[self._key.name])
+            keys = given.c[self._key.name]
+            # `IN` besides: with old statistics SQLite would go through the whole table.
+            statement = update(self._table).where(self._key == keys, self._key.in_(select(keys)))
             statement = statement.values({name: given.c[name] for name in order})
             values = f"({', '.join(columns)}) AS (VALUES ({', '.join('?' * len(columns))}))"
             self._updates[names] = (
@@ -359,9 +371,10 @@ def _chain() -> CTE:
         .cte("chain", recursive=True)
     )
     older = _CHANGES.alias()
-    # The item is compared, too: a version that somebody wrote by hand may point anywhere.
+    # A version that somebody wrote by hand may point anywhere, even forward: it must not go round.
     is_next = and_(
         older.c.revision == chain.c.previous,
+        older.c.revision < chain.c.revision,
         older.c.item == chain.c.item,
         older.c.item_id == chain.c.item_id,
     )

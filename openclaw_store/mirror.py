@@ -123,12 +123,15 @@ class Mirror:
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         if operation.kind is NodeInfo and not isinstance(operation, Create):
-            beats = self.cache.take_beats([operation.id])
-            if beats:
-                return self._submit_behind(beats[0], operation)
+            return self._submit_behind(operation)
         return self._database.write(apply, operation)
 
-    async def _submit_behind(self, beat: Beat, operation: Operation) -> Any:
+    async def _submit_behind(self, operation: Operation) -> Any:
+        # Not taken before it runs: a task that is cancelled before would never give it back.
+        beats = self.cache.take_beats([operation.id])
+        if not beats:
+            return await self._database.write(apply, operation)
+        [beat] = beats
         known: Sequence[bool] | None = None
         try:
             outcome = await self._database.write(apply, AfterBeat(beat, operation))

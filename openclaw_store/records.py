@@ -132,11 +132,12 @@ class Record(Generic[Item]):
         """A record that differs in the given fields, none of them JSON."""
         evolved: Record[Item] = _new(Record)
         evolved.kind = self.kind
-        evolved.fields = fields = self.fields.copy()
-        fields.update(values)
-        # Nobody edits the lists and dicts of a record, so they are shared.
+        # Nobody edits the lists and dicts of a record, so they are shared. Before the fields: what
+        # another thread decodes in between must not be taken for decoded here.
         evolved._flat = self._flat
         evolved._nested = self._nested
+        evolved.fields = fields = self.fields.copy()
+        fields.update(values)
         return evolved
 
     def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:

@@ -16,7 +16,7 @@ from sqlalchemy import CursorResult, Float, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.changes import KEY, apply, place_of
+from openclaw_store.changes import KEY, Event, apply, place_of
 from openclaw_store.checks import (
     MAX_INTEGER,
     check_enum,
@@ -152,7 +152,7 @@ class Repository(Generic[Item]):
         items = [record.copy() for record in records]
         unit = self._unit
         if unit is not None and unit.committed:
-            changed = {(event.kind, event.id) for event in unit.committed}
+            changed = {(one.kind, one.id) for one in unit.committed if isinstance(one, Event)}
             for record, item in zip(records, items, strict=True):
                 if place_of(record) in changed:
                     unit.undo.append(partial(setattr, item, "version", UNDONE))

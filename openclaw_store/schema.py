@@ -373,9 +373,12 @@ def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
 
     def decode_row(raw: Raw) -> Record[Any]:
         values = list(raw)
-        for place, decoder in decoders:
-            if values[place] is not None:
-                values[place] = decoder(values[place])
+        try:
+            for place, decoder in decoders:
+                if values[place] is not None:
+                    values[place] = decoder(values[place])
+        except (TypeError, OverflowError) as error:  # written by hand: SQLite takes text anywhere
+            raise InvalidDataError(FIELDS[kind][place], f"of {raw[0]!r} cannot be read") from error
         return decode(kind, values)
 
     return decode_row

@@ -360,6 +360,13 @@ class Writer:
                     break
                 if closed or is_full:
                     self._tokens.put(None)  # for what did not fit, or queued during the commit
+        except BaseException as error:
+            lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
+            try:
+                self._logbook.note_failure(error)
+            finally:  # those of the batch who have their answer keep it
+                self.publish((), list(self._batch.values()), [_own(lost) for _ in self._batch])
+            raise
         finally:
             self._let_go()
             self._stopped()  # first: from the next line on there may be another thread
@@ -396,17 +403,12 @@ class Writer:
         except Exception as error:
             if isinstance(error, BackendError):
                 self._logbook.note_failure(error)
-            if len(entries) == 1 or isinstance(error, BackendError):
+            if isinstance(error, BackendError) or len(entries) == 1:
                 self.publish((), entries, [_own(error) for _ in entries])
             else:
                 middle = len(entries) // 2
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
-        except BaseException as error:
-            self._logbook.note_failure(error)
-            lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
-            self.publish((), entries, [lost] * len(entries))
-            raise
 
 
 def _own(error: Exception) -> Exception:

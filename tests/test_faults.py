@@ -18,11 +18,14 @@ from openclaw_store import (
     Database,
     DeadlineError,
     InvalidDataError,
+    NodeInfo,
     NodeNotFoundError,
+    NodeRepository,
     NodeStatus,
     StateManager,
     StoreError,
     TaskRepository,
+    TaskStatus,
     UnavailableError,
     mirror,
 )
@@ -270,6 +273,129 @@ class TestHeartbeats:
 
         assert (at_first, len(written)) == (1, 2)
         assert [flush is not None and flush.done() for flush in flushes] == [True, True]
+
+    async def test_that_a_cancelled_check_took_along_is_written(
+        self,
+        manager: StateManager,
+        make_node: MakeNode,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Cancelled before its operations had begun, it never gave the heartbeat back."""
+        node = make_node()
+        await manager.add_node(node)
+        clock.advance(seconds=300)
+        find = manager.node_repo.find_stale_nodes
+
+        async def find_then_be_cancelled(timeout_seconds: float) -> list[NodeInfo]:
+            found = await find(timeout_seconds)
+            await manager.update_heartbeat(node.node_id, cpu_usage=42)
+            asyncio.get_running_loop().call_soon(check.cancel)
+            return found
+
+        monkeypatch.setattr(manager.node_repo, "find_stale_nodes", find_then_be_cancelled)
+        check = asyncio.create_task(manager.check_stale_nodes())
+        await asyncio.wait([check])
+        monkeypatch.undo()
+        await manager.sync_to_database()
+
+        shown, stored = await both(manager, node.node_id)
+        assert check.cancelled()
+        assert (shown.cpu_usage, stored.cpu_usage) == (42, 42)
+        assert await manager.check_stale_nodes(120) == []
+
+    async def test_of_two_flushes_the_second_does_not_bring_the_usage_of_the_first_back(
+        self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = make_node()
+        await manager.add_node(node)
+        await manager.update_heartbeat(node.node_id, cpu_usage=10)
+        await manager._mirror.flush_beats()
+        await manager.change_node(node.node_id, lambda node: setattr(node, "cpu_usage", 50))
+        read = manager.db.read
+
+        async def read_then_beat(work: Any) -> Any:
+            news = await read(work)
+            monkeypatch.undo()
+            await manager.update_heartbeat(node.node_id, memory_usage=20)
+            await manager._mirror.flush_beats()  # while the news are on their way
+            return news
+
+        monkeypatch.setattr(manager.db, "read", read_then_beat)
+        await manager.refresh_from_database()
+
+        shown, stored = await both(manager, node.node_id)
+        assert (shown.cpu_usage, stored.cpu_usage) == (50, 50)
+
+    async def test_from_before_brings_no_node_back_that_is_set_offline_in_the_same_batch(
+        self, manager: StateManager, make_node: MakeNode, clock: FakeClock
+    ) -> None:
+        node = make_node()
+        await manager.add_node(node)
+        await manager.update_heartbeat(node.node_id)
+        clock.advance(seconds=1)
+
+        await asyncio.gather(
+            manager.node_repo.update_status(node.node_id, NodeStatus.OFFLINE),
+            manager._mirror.flush_beats(),
+        )
+
+        stored = await manager.node_repo.get(node.node_id)
+        assert stored is not None
+        assert stored.status is NodeStatus.OFFLINE
+
+    async def test_in_a_transaction_does_not_hinder_reading_there(
+        self, database: Database, make_node: MakeNode
+    ) -> None:
+        node = make_node()
+        await NodeRepository(database).create(node)
+
+        async with database.transaction() as tx:
+            await NodeRepository(tx).update_heartbeat(node.node_id)
+            found = await NodeRepository(tx).get(node.node_id)
+
+        assert found is not None
+        assert found.last_heartbeat is not None
+
+
+class TestRowsWrittenByHand:
+    async def test_history_that_leads_in_a_circle_is_cleaned_up(
+        self, database: Database, clock: FakeClock, location: Path
+    ) -> None:
+        """Its version was that of the change which the store made next."""
+        with closing(sqlite3.connect(location)) as connection:
+            connection.execute(
+                "INSERT INTO tasks (task_id, task_type, name, version) VALUES ('t', 'batch', '', 1)"
+            )
+            connection.commit()
+        tasks = TaskRepository(database)
+        task = await tasks.get("t")
+        assert task is not None
+        task.status = TaskStatus.COMPLETED
+        await tasks.update(task)
+        clock.advance(days=31)
+
+        assert await tasks.cleanup_old_tasks() == 1
+
+    async def test_one_that_cannot_be_read_is_named_and_hides_no_other(
+        self, database: Database, location: Path, make_task: MakeTask
+    ) -> None:
+        bad, good = make_task(status=TaskStatus.RUNNING), make_task()
+        await TaskRepository(database).create(bad)
+        with closing(sqlite3.connect(location)) as connection:
+            connection.execute("UPDATE tasks SET started_at = 'at ten'")
+            connection.commit()
+        said: list[Any] = []
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: said.append(context["exception"]))
+        async with StateManager(database, None) as manager:
+            with pytest.raises(InvalidDataError, match=f"started_at: of '{bad.task_id}'"):
+                await manager.get_task(bad.task_id)
+
+            await asyncio.gather(manager.remove_task(bad.task_id), manager.add_task(good))
+
+            assert await manager.get_pending_tasks() == [good]
+        assert [type(error) for error in said] == [InvalidDataError]
 
 
 class TestSynchronisation:

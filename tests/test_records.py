@@ -724,6 +724,21 @@ class TestRecord:
         with pytest.raises(InvalidDataError, match=f"parameters: of '{task.task_id}' is not read"):
             await manager.task_repo.get(task.task_id)
 
+    def test_another_thread_may_decode_while_a_record_evolves(self, make_task: MakeTask) -> None:
+        """What was copied as text was taken for decoded."""
+
+        class Slow(dict[str, Any]):
+            def copy(self) -> dict[str, Any]:
+                before = dict(self)
+                record.decoded("parameters")  # by the other thread
+                return before
+
+        task = make_task(parameters={"a": 1}, result=[[1]])
+        record = encode(task)
+        record.fields = Slow(record.fields)
+
+        assert record.evolve().copy() == task
+
 
 class TestRow:
     @pytest.mark.parametrize("status", TaskStatus)

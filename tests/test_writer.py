@@ -346,6 +346,37 @@ class TestFailures:
         await writer.close()
 
     @ends_the_thread
+    @pytest.mark.parametrize("ending", ["exit", "clock"])
+    async def test_end_of_the_thread_is_told_to_those_whose_turn_had_not_come(
+        self, shelf: Shelf, ending: str
+    ) -> None:
+        """Planted: only the part of the batch that is being tried is told."""
+        broken = False
+
+        def clock() -> datetime:
+            if broken:
+                raise RuntimeError("no time")
+            return NOON
+
+        writer = Writer(shelf.transaction, shelf._stop, clock)
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        words = ("explode", "exit", "a", "b") if ending == "exit" else ("a", "b")
+        batch = [start(writer.submit(shelf.apply, word)) for word in words]
+        await turns()
+        if ending == "clock":
+            shelf.commit_error, broken = UnavailableError("the disk is full"), True
+
+        shelf.release.set()
+        outcomes = await finished([held, *batch])
+
+        assert isinstance(outcomes[-1], UnavailableError)
+        assert isinstance(outcomes[-2], UnavailableError)
+        shelf.commit_error, broken = None, False
+        assert await finished([start(writer.submit(shelf.apply, "again"))]) == ["AGAIN"]
+        await writer.close()
+
+    @ends_the_thread
     async def test_end_of_the_thread_costs_those_still_queued_nothing(self, shelf: Shelf) -> None:
         """Planted: the thread ends without looking at the queue, and they wait for ever."""
         writer = shelf.writer()
