@@ -88,14 +88,16 @@ class Record(Generic[Item]):
 
     def copy(self) -> Item:
         """An object of the caller's own, equal to what was recorded."""
-        flat = self._decode() if self._flat is None else self._flat
-        fields = self.fields.copy()
+        flat = self._flat
+        if flat is None:
+            flat = self._decode()
+        item: Item = _new(self.kind)
+        fields = item.__dict__ = self.fields.copy()
         for name in flat:
             fields[name] = fields[name].copy()
-        for name in self._nested:
-            fields[name] = orjson.loads(fields[name])
-        item: Item = _new(self.kind)
-        item.__dict__ = fields
+        if self._nested:
+            for name in self._nested:
+                fields[name] = orjson.loads(fields[name])
         return item
 
     def decoded(self, name: str) -> Any:

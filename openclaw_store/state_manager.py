@@ -200,9 +200,10 @@ class StateManager:
         if self._loop is not get_running_loop():  # without another call: this is asked most often
             self._check_usable()
         record = self._mirror.cache.tasks.get(task_id) if type(task_id) is str else None
-        if record is None:
-            record = await self._mirror.find((Task, check_key("task_id", task_id)))
-        return None if record is None else record.copy()
+        if record is not None:  # as mostly
+            return record.copy()
+        found = await self._mirror.find((Task, check_key("task_id", task_id)))
+        return None if found is None else found.copy()
 
     async def get_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Pending and scheduled tasks by priority, then time of submission, then identifier."""
