@@ -22,35 +22,37 @@ def _no_rows(raw: Raw) -> Record[Any]:
 class Records(Generic[Item]):
     """Records by identifier, of which `photograph` keeps the present state in constant time.
 
-    A photograph shares the buckets (small dicts) with the original, which copies a bucket the
-    first time it writes to it afterwards: copy-on-write, as file systems do it.
+    Beside one dict with all of them there are buckets (small dicts) that have them again. A
+    photograph shares the buckets with the original, which copies a bucket the first time it writes
+    to it afterwards: copy-on-write, as file systems do it.
 
     Rows that were loaded stay tuples until somebody asks for them. Most are never asked for, and
     the garbage collector leaves tuples of text and numbers alone.
     """
 
-    __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "_size")
+    __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "entries")
 
     def __init__(self) -> None:
+        self.entries: dict[str, Record[Item] | Raw] = {}
+        """To be read only; a row that nobody has asked for is still a tuple."""
         self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
         self._decode: Decode = _no_rows
         self._is_shared = bytearray(_BUCKETS)
         """For each bucket, whether the last photograph has it too."""
         self._shared = 0
         """Of how many that is so; mostly of none."""
-        self._size = 0
 
     def __len__(self) -> int:
-        return self._size
+        return len(self.entries)
 
     def __iter__(self) -> Iterator[str]:
-        return (id for bucket in self._buckets for id in bucket)
+        return iter(self.entries)
 
     def get(self, id: str) -> Record[Item] | None:
-        bucket = self._buckets[hash(id) & _MASK]
-        found = bucket.get(id)
+        found = self.entries.get(id)
         if isinstance(found, tuple):
-            found = bucket[id] = self._decode(found)
+            found = self._decode(found)
+            self.entries[id] = self._buckets[hash(id) & _MASK][id] = found
         return found
 
     def values(self) -> Iterator[Record[Item]]:
@@ -65,22 +67,18 @@ class Records(Generic[Item]):
     def put(self, id: str, record: Record[Item] | Raw) -> None:
         if self._shared:
             self._own_bucket_of(id)
-        bucket = self._buckets[hash(id) & _MASK]
-        if id not in bucket:
-            self._size += 1
-        bucket[id] = record
+        self.entries[id] = self._buckets[hash(id) & _MASK][id] = record
 
     def drop(self, id: str) -> None:
         """Remove an entry, which must be there."""
         self._own_bucket_of(id)
-        del self._buckets[hash(id) & _MASK][id]
-        self._size -= 1
+        del self.entries[id], self._buckets[hash(id) & _MASK][id]
 
     def photograph(self) -> RecordMapping[Item]:
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
-        return RecordMapping(self._buckets.copy(), self._size, self._decode)
+        return RecordMapping(self._buckets.copy(), len(self.entries), self._decode)
 
     def _own_bucket_of(self, id: str) -> None:
         index = hash(id) & _MASK

@@ -169,9 +169,6 @@ class Mirror:
             if place in self.cache.unsaved:
                 _require_version(place, self.cache.find(place), record.version)
                 await self.settle(place)
-            version = self.cache.settled_version(place, record.version)
-            if version != record.version:
-                record = record.evolve(version=version)
             stored: Record[Item] = await self.submit(self._update(place, record))
             return stored
         known = await self.find(place)
@@ -201,8 +198,8 @@ class Mirror:
             if not names:
                 return known
             try:
-                changed = changed.evolve(version=known.version)
-                stored: Record[Item] = await self.submit(Update(*place, changed, names))
+                update = Update(*place, changed, names, known.version)
+                stored: Record[Item] = await self.submit(update)
                 return stored
             except NotFoundError:
                 return None
@@ -321,11 +318,12 @@ class Mirror:
 
     def _update(self, place: Place, record: Record[Item]) -> Update[Item]:
         """Writes what differs from the copy in memory; all fields if that has another version."""
+        version = self.cache.settled_version(place, record.version)
         known = self.cache.find(place)
         names = CONTENT[place[0]]
-        if known is not None and known.version == record.version:
+        if known is not None and known.version == version:
             names = known.differences(record)
-        return Update(*place, record, names)
+        return Update(*place, record, names, version)
 
     def _hold(self, record: Record[Item], base: Record[Item] | None) -> Record[Item]:
         """Keep an entry in memory alone, under a version that only memory knows."""
@@ -338,11 +336,11 @@ class Mirror:
         entry = self.cache.unsaved.get(place)
         if entry is None:  # another caller has written it
             return
-        # A record of its own: the one in the cache may be decoded while the writer encodes it.
-        operation: Operation = Create(place[0], place[1], entry.record.evolve())
+        record = entry.record.evolve()  # the one in the cache stays as it is
+        operation: Operation = Create(place[0], place[1], record)
         if entry.base is not None:
-            record = entry.record.evolve(version=entry.base.version)
-            operation = Update(*place, record, entry.base.differences(record))
+            names = entry.base.differences(record)
+            operation = Update(*place, record, names, entry.base.version)
         try:
             stored = await self.submit(operation)
         except (ConflictError, NotFoundError) as error:

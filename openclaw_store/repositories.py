@@ -99,7 +99,8 @@ class Repository(Generic[Item]):
 
     async def _update(self, item: Item) -> bool:
         record = self.encode(item)
-        operation = Update(self.kind, record[KEY[self.kind]], record, CONTENT[self.kind])
+        names = CONTENT[self.kind]
+        operation = Update(self.kind, record[KEY[self.kind]], record, names, record.version)
         self._write_back(await self._write(operation), item)
         return True
 

@@ -6,9 +6,9 @@ import asyncio
 import inspect
 import logging
 import math
-from asyncio import get_running_loop
 from collections.abc import Callable, Sequence
 from contextvars import Context
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -83,7 +83,8 @@ class StateManager:
         self.node_repo = NodeRepository(database)
         self._interval = auto_sync_interval
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
-        self._loop: asyncio.AbstractEventLoop | None = None  # set while it may be used
+        self._loop: asyncio.AbstractEventLoop
+        self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time
         self._sync_loop: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
@@ -100,12 +101,12 @@ class StateManager:
             UnavailableError: If it cannot be opened.
         """
         async with self._life:
-            if self._loop is None:
+            if self._thread is None:
                 if self._ending is not None:
                     raise UnavailableError("the StateManager was shut down: make a new one")
                 await self.db.initialize()
                 await self._mirror.start()
-                self._loop = asyncio.get_running_loop()
+                self._loop, self._thread = asyncio.get_running_loop(), get_ident()
                 if self._interval is not None:
                     self._sync_loop = self._loop.create_task(
                         self._sync_every(self._interval), context=Context()
@@ -128,10 +129,10 @@ class StateManager:
                 if self._sync_loop is not None:
                     self._sync_loop.cancel()
                     await asyncio.wait([self._sync_loop])
-                if self._loop is not None:
+                if self._thread is not None:
                     await self._mirror.stop()
             finally:
-                self._loop = None
+                self._thread = None
                 await self.db.close()
 
     async def __aenter__(self) -> Self:
@@ -153,7 +154,7 @@ class StateManager:
     @property
     def is_initialized(self) -> bool:
         """Whether it can be used: initialised, and not shut down."""
-        return self._loop is not None
+        return self._thread is not None
 
     @property
     def version(self) -> int:
@@ -197,10 +198,13 @@ class StateManager:
 
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
-        if self._loop is not get_running_loop():  # without another call: this is asked most often
-            self._check_usable()
-        record = self._mirror.cache.tasks.get(task_id) if type(task_id) is str else None
-        if record is not None:  # as mostly
+        if self._thread != get_ident() or not self._loop.is_running():  # without another call:
+            self._check_usable()  # this is asked most often
+        try:
+            record = self._mirror.cache.tasks.entries.get(task_id)
+        except TypeError:  # it has no hash, so it is no text
+            record = None
+        if type(record) is Record:  # as mostly
             return record.copy()
         found = await self._mirror.find((Task, check_key("task_id", task_id)))
         return None if found is None else found.copy()
@@ -478,8 +482,10 @@ class StateManager:
         return None if changed is None else changed.copy()
 
     def _check_usable(self) -> None:
-        if self._loop is not get_running_loop():
-            if self._loop is not None:
+        # Asking for the running loop asks the system for the process, which costs as much as all
+        # the rest of a look-up; this asks the same: of one thread, one loop runs at a time.
+        if self._thread != get_ident() or not self._loop.is_running():
+            if self._thread is not None:
                 raise UnavailableError("a StateManager belongs to one event loop: make another")
             if self._ending is not None:
                 raise UnavailableError("the StateManager was shut down: make a new one")

@@ -50,7 +50,7 @@ Shared = TypeVar("Shared")
 Apply = Callable[["Unit", Sequence[Any]], Sequence[Any]]
 """Applies operations in order; returns a result, or an exception, for each of them.
 
-It must not change the operations: after a rollback they are applied again.
+After a rollback they are applied again, and must lead to the same.
 """
 
 Listener = Callable[[Sequence[Any]], None]
@@ -214,6 +214,7 @@ class Writer:
         self._logbook = _Logbook(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
+        self._withdrawn = 0  # of those in the queue, about
         self._batch: Mapping[asyncio.Future[Any], _Entry] = {}  # what the thread is committing
         self._gone: list[asyncio.Future[None]] = []  # of those who were cancelled in it
         self._tokens: SimpleQueue[None] = SimpleQueue()
@@ -309,7 +310,8 @@ class Writer:
             except UnavailableError as error:
                 refused = [self._queue.popleft() for _ in range(len(self._queue))]
                 self.publish((), refused, [_own(error) for _ in refused])
-        self._tokens.put(None)
+        if self._tokens.empty():  # else the thread is yet to look, and will find these, too
+            self._tokens.put(None)
 
     def _start(self, ended: Future[None]) -> None:
         thread = threading.Thread(
@@ -329,12 +331,22 @@ class Writer:
             if future in self._batch:
                 self._gone.append(done)
             else:  # withdrawn; or committed, and what tells the listeners is yet to run
+                self._withdrawn += 1
+                if 2 * self._withdrawn >= len(self._queue):
+                    self._sweep()
                 done.get_loop().call_soon(done.set_result, None)
         while not done.done():
             try:
                 await asyncio.wait([done])
             except asyncio.CancelledError:
                 continue  # cancelled again; the outcome is on its way
+
+    def _sweep(self) -> None:
+        """Forget the operations of those who have gone: a slow disk may keep the queue for long."""
+        # From the left: those who queue meanwhile, without the lock, come behind.
+        entries = [self._queue.popleft() for _ in range(len(self._queue))]
+        self._queue.extendleft(entry for entry in reversed(entries) if not entry[0].cancelled())
+        self._withdrawn = 0
 
     def _take(self) -> bool:
         """Make a batch of what has queued, without those whose callers have gone.
@@ -343,6 +355,7 @@ class Writer:
             Whether it was too much for one batch.
         """
         taken = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+        self._withdrawn = 0
         self._batch = {entry[0]: entry for entry in taken if not entry[0].cancelled()}
         return len(taken) == MAX_BATCH
 
