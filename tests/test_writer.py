@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
-from conftest import MakeTask
+from conftest import MakeNode, MakeTask
 from sqlalchemy import Connection
 
 from openclaw_store import (
@@ -27,6 +27,8 @@ from openclaw_store import (
     DeadlineError,
     DuplicateError,
     InvalidDataError,
+    NodeRepository,
+    NodeStatus,
     StaleVersionError,
     StoreError,
     TaskRepository,
@@ -198,6 +200,21 @@ class TestBatches:
         assert shelf.batches == [["alone"]]
         await writer.close()
 
+    async def test_lone_caller_waits_for_no_timer(self, shelf: Shelf) -> None:
+        """Planted: the loop or the thread waits a moment to collect a batch; or it polls."""
+        writer = shelf.writer()
+        seconds: list[float] = []
+
+        for number in range(100):
+            began = time.perf_counter()
+            await writer.submit(shelf.apply, f"word{number}")
+            seconds.append(time.perf_counter() - began)
+            await asyncio.sleep(0.001)  # until the thread is idle again
+
+        # The machine may be busy, but a timer would delay almost all of them.
+        assert sorted(seconds)[10] < 0.001
+        await writer.close()
+
     async def test_callers_of_one_turn_of_the_loop_share_one_batch(self, shelf: Shelf) -> None:
         """Planted: `submit` wakes the thread at once instead of behind this turn's callers."""
         writer = shelf.writer()
@@ -302,6 +319,26 @@ class TestFailures:
                 assert outcome == word.upper()
         committed = [word for batch in shelf.batches for word in batch]
         assert committed == [word for word in words if not word.startswith("explode")]
+        await writer.close()
+
+    async def test_batch_that_is_tried_by_halves_is_told_once_and_before_what_came_later(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: what was rolled back is told, too; or the second half queues again, behind."""
+        writer = shelf.writer()
+        told: list[str] = []
+        writer.listen(asyncio.get_running_loop(), told.extend)
+        words = ["a", "hold", "explode", "b"]
+        tasks = [start(writer.submit(shelf.apply, word)) for word in words]
+        await entered(shelf)
+        tasks.append(start(writer.submit(shelf.apply, "later")))
+        await turns()
+
+        shelf.release.set()
+        await finished(tasks)
+
+        assert told == ["a", "hold", "b", "later"]
+        assert [word for batch in shelf.batches for word in batch] == told
         await writer.close()
 
     async def test_failed_transaction_fails_all_its_callers_each_with_its_own_error(
@@ -554,6 +591,64 @@ class TestCancellation:
         assert shelf.batches == [["hold"]]
         await writer.close()
 
+    async def test_caller_cancelled_as_its_outcome_arrives_is_cancelled(self, shelf: Shelf) -> None:
+        """Planted: a caller that has its result returns it, and the cancellation is lost."""
+        writer = shelf.writer()
+        loop = asyncio.get_running_loop()
+        held = start(writer.submit(shelf.apply, "hold"))
+        # Runs when the outcome is set, and before it wakes the caller.
+        writer.listen(loop, lambda _: cast(None, loop.call_soon(held.cancel)))
+        await entered(shelf)
+
+        shelf.release.set()
+        await finished([held])
+
+        assert held.cancelled()
+        assert shelf.batches == [["hold"]]
+        await writer.close()
+
+    async def test_operation_of_a_caller_cancelled_in_a_batch_that_is_tried_again_is_applied(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: who was cancelled meanwhile is left out when a batch is tried by halves."""
+        writer = shelf.writer()
+        told: list[str] = []
+        writer.listen(asyncio.get_running_loop(), told.extend)
+        tasks = [start(writer.submit(shelf.apply, word)) for word in ("a", "hold", "explode")]
+        await entered(shelf)
+
+        tasks[0].cancel()
+        await turns()
+        shelf.release.set()
+        await finished(tasks)
+
+        assert tasks[0].cancelled()
+        assert told == ["a", "hold"]
+        assert writer._gone == []  # nor are those kept who were cancelled
+        await writer.close()
+
+    @ends_the_thread
+    async def test_caller_cancelled_in_a_batch_is_let_go_when_the_thread_ends(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: only a batch that is done lets go those who were cancelled in it."""
+        writer = shelf.writer()
+
+        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+            shelf.apply(unit, operations)
+            raise SystemExit
+
+        held = start(writer.submit(hold_and_exit, "hold"))
+        await entered(shelf)
+        held.cancel()
+        await turns()
+        shelf.release.set()
+        await finished([held])
+
+        assert held.cancelled()
+        assert await finished([start(writer.submit(shelf.apply, "again"))]) == ["AGAIN"]
+        await writer.close()
+
     async def test_failure_of_a_cancelled_caller_is_nobodys_unhandled_error(
         self, shelf: Shelf, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -614,6 +709,81 @@ class TestLongQueue:
         assert [len(batch) for batch in shelf.batches] == [1, *[4] * 7, 2]
         await writer_.close()
 
+    async def test_callers_faster_than_the_disk_wait_and_none_is_refused(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: a full queue is an error, or drops the oldest, or lets its callers go on."""
+        writer_ = shelf.writer()
+        held = start(writer_.submit(shelf.apply, "hold"))
+        await entered(shelf)
+
+        words = [f"word{number}" for number in range(2 * writer.MAX_BATCH + 1)]
+        tasks = [start(writer_.submit(shelf.apply, word)) for word in words]
+        await turns()
+        answered_meanwhile = [task for task in tasks if task.done()]
+        shelf.release.set()
+        outcomes = await finished([held, *tasks])
+
+        assert answered_meanwhile == []
+        assert outcomes == ["HOLD", *[word.upper() for word in words]]
+        assert [word for batch in shelf.batches for word in batch] == ["hold", *words]
+        await writer_.close()
+
+    async def test_operations_of_those_who_gave_up_are_forgotten_before_the_disk_is_done(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: what was withdrawn stays in the queue until the batch before it is done."""
+
+        class Operation:
+            pass
+
+        writer = shelf.writer()
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        stays = [start(writer.submit(shelf.apply, f"early{number}")) for number in range(10)]
+        kept: weakref.WeakSet[Operation] = weakref.WeakSet()
+
+        for number in range(1000):  # a caller that tries again and again
+            operation = Operation()
+            kept.add(operation)
+            attempt = start(writer.submit(lambda unit, operations: operations, operation))
+            await turns(1)
+            attempt.cancel()
+            await finished([attempt])
+            if number % 100 == 0:
+                stays.append(start(writer.submit(shelf.apply, f"late{number}")))
+        del attempt, operation
+        gc.collect()
+        kept_meanwhile = len(kept)
+        shelf.release.set()
+        await finished([held, *stays])
+
+        assert kept_meanwhile <= 20  # as many as wait
+        late = [f"late{number}" for number in range(0, 1000, 100)]
+        assert shelf.batches[1] == [*[f"early{number}" for number in range(10)], *late]
+        await writer.close()
+
+    async def test_thread_is_not_behind_with_what_wakes_it(self, shelf: Shelf) -> None:
+        """Planted: each commit takes one token, however many came meanwhile, and they pile up."""
+        writer = shelf.writer()
+        left: list[int] = []
+
+        def look(unit: Unit, operations: Sequence[str]) -> Sequence[str]:
+            left.append(writer._tokens.qsize())
+            return operations
+
+        held = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        tasks = []
+        for number in range(10):
+            tasks.append(start(writer.submit(look, f"word{number}")))
+            await turns()
+        shelf.release.set()
+        await finished([held, *tasks])
+
+        assert left == [0]
+        await writer.close()
+
     async def test_first_come_is_first_served(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -659,6 +829,28 @@ class TestLongQueue:
         assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
         await writer_.close()
 
+    async def test_full_batch_of_which_all_were_cancelled_does_not_strand_those_behind(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the thread that finds nothing to commit waits to be woken again."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 4)
+        writer_ = shelf.writer()
+        held = start(writer_.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        gone = [start(writer_.submit(shelf.apply, word)) for word in "abcd"]
+        stays = start(writer_.submit(shelf.apply, "stays"))
+        await turns()
+
+        for task in gone:
+            task.cancel()
+        await finished(gone)
+        shelf.release.set()
+        outcomes = await finished([held, stays])
+
+        assert outcomes == ["HOLD", "STAYS"]
+        assert shelf.batches == [["hold"], ["stays"]]
+        await writer_.close()
+
     @ends_the_thread
     async def test_end_of_the_thread_does_not_strand_those_behind_a_full_batch(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
@@ -680,6 +872,21 @@ class TestLongQueue:
 
         assert isinstance(outcomes[0], UnavailableError)
         assert outcomes[1:] == ["A", "B", "C"]
+        await writer_.close()
+
+    @ends_the_thread
+    async def test_end_of_the_thread_does_not_strand_those_nobody_will_wake_it_for(
+        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: the thread that takes over waits to be woken."""
+        monkeypatch.setattr(writer, "MAX_BATCH", 1)
+        writer_ = shelf.writer()
+
+        words = ("exit", "a", "b")  # the thread is woken once for all of them
+        outcomes = await finished([start(writer_.submit(shelf.apply, word)) for word in words])
+
+        assert isinstance(outcomes[0], UnavailableError)
+        assert outcomes[1:] == ["A", "B"]
         await writer_.close()
 
     async def test_batch_that_is_done_is_forgotten(self, shelf: Shelf) -> None:
@@ -732,6 +939,25 @@ class TestLoops:
         assert other.result == "ELSEWHERE"
         await writer.close()
 
+    async def test_caller_is_answered_while_another_loop_has_yet_to_wake_the_thread(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: one mark for all loops tells that the thread is about to be woken."""
+        writer = shelf.writer()
+        others: list[InThread] = []
+
+        def block() -> None:
+            others.append(InThread(lambda: writer.submit(shelf.apply, "elsewhere")))
+            others[0].thread.join(PATIENCE)
+
+        here = start(writer.submit(shelf.apply, "here"))
+        asyncio.get_running_loop().call_soon(block)  # before what wakes the thread
+        await turns(2)
+
+        assert others[0].result == "ELSEWHERE"
+        assert await finished([here]) == ["HERE"]
+        await writer.close()
+
     async def test_callers_of_a_loop_that_was_closed_harm_nobody(self, shelf: Shelf) -> None:
         """Planted: answering a closed loop raises on the thread, before the others are told."""
         writer = shelf.writer()
@@ -757,6 +983,32 @@ class TestLoops:
         assert await finished([here]) == ["HERE"]
         assert shelf.batches == [["hold"], ["here"]]
         assert told == []
+        await writer.close()
+
+    async def test_caller_cancelled_on_a_loop_that_was_closed_harms_nobody(
+        self, shelf: Shelf
+    ) -> None:
+        """Planted: letting go a caller of a closed loop raises, and the others wait for ever."""
+        writer = shelf.writer()
+
+        def ask_cancel_and_close() -> None:
+            loop = asyncio.new_event_loop()
+            task = loop.create_task(writer.submit(shelf.apply, "hold"))
+            loop.run_until_complete(asyncio.to_thread(shelf.entered.wait, PATIENCE))
+            task.cancel()
+            loop.run_until_complete(turns())
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+            # A task dropped half-way, of which nothing shall be said.
+            task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own
+
+        await asyncio.to_thread(ask_cancel_and_close)
+        here = start(writer.submit(shelf.apply, "here"))
+        await turns()
+        shelf.release.set()
+
+        assert await finished([here]) == ["HERE"]
+        assert shelf.stopped == 0  # the thread has not ended of it
         await writer.close()
 
     async def test_listener_is_told_on_its_own_loop(self, shelf: Shelf) -> None:
@@ -1244,6 +1496,72 @@ class TestOnADatabase:
         stored = await repository.get("one")
         assert stored is not None
         assert (stored.name, stored.version) == ("third", 4)
+
+    async def test_last_of_two_writes_of_one_row_in_a_batch_is_what_is_stored(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: a row is stored as its first write in the batch left it."""
+        repository = TaskRepository(ticking)
+        await repository.create(make_task(task_id="one", name="zero"))
+        first, second = await repository.get("one"), await repository.get("one")
+        assert first is not None
+        assert second is not None
+        first.name, second.name = "first", "second"
+        second.version += 1  # what the first one is about to give it
+
+        await asyncio.gather(repository.update(first), repository.update(second))
+
+        stored = await repository.get("one")
+        assert stored is not None
+        assert (stored.name, stored.version) == ("second", 3)
+        assert ticking._writer.figures()["batches"] == 2
+
+    async def test_writes_of_different_fields_of_one_row_in_a_batch_are_all_stored(
+        self, ticking: Database, make_node: MakeNode
+    ) -> None:
+        """Planted: of a row only the fields of the last write in the batch are stored."""
+        repository = NodeRepository(ticking)
+        await repository.create(make_node(node_id="one"))
+
+        await asyncio.gather(
+            repository.update_status("one", NodeStatus.BUSY),  # which is a sign of life
+            repository.update_status("one", NodeStatus.OFFLINE),
+        )
+
+        stored = await repository.get("one")
+        assert stored is not None
+        assert stored.status is NodeStatus.OFFLINE
+        assert stored.last_heartbeat is not None
+
+    async def test_row_that_is_removed_and_created_again_in_a_batch_is_one_transaction(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: rows are added before others are removed, which fails, and halves hide it."""
+        repository = TaskRepository(ticking)
+        await repository.create(make_task(task_id="one", name="old"))
+
+        await asyncio.gather(
+            repository.delete("one"), repository.create(make_task(task_id="one", name="new"))
+        )
+
+        stored = await repository.get("one")
+        assert stored is not None
+        assert (stored.name, stored.version) == ("new", 3)
+        assert ticking._writer.figures()["batches"] == 2
+
+    async def test_different_kinds_of_operations_in_a_batch_share_its_revisions(
+        self, ticking: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: each run of a batch counts the revisions from what is stored."""
+        repository = TaskRepository(ticking)
+        tasks = [make_task() for _ in range(2)]
+
+        await asyncio.gather(
+            repository.create(tasks[0]), repository.cleanup_old_tasks(), repository.create(tasks[1])
+        )
+
+        assert [task.version for task in tasks] == [1, 2]
+        assert ticking._writer.figures()["batches"] == 1
 
     async def test_row_that_the_driver_refuses_fails_none_but_its_caller(
         self, ticking: Database, make_task: MakeTask
