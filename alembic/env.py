@@ -1,5 +1,6 @@
 """Runs migrations, for the command line and for `Database.initialize` alike."""
 
+from functools import partial
 from logging.config import fileConfig
 
 from alembic import context
@@ -10,16 +11,16 @@ from openclaw_store.errors import StoreError
 
 config = context.config
 connection = config.attributes.get("connection")
+location = context.get_x_argument(as_dictionary=True).get("url")
 
 if connection is not None:
     migrations.run(context, connection)
 elif context.is_offline_mode():
-    migrations.run_offline(context)
+    migrations.run_offline(context, location)
 else:
     if config.config_file_name is not None:
         fileConfig(config.config_file_name, disable_existing_loggers=False)
     try:
-        with migrations.connected(context.get_x_argument(as_dictionary=True).get("url")) as opened:
-            migrations.run(context, opened)
+        migrations.migrate(location, partial(migrations.run, context))
     except StoreError as error:
         raise CommandError(str(error)) from error

@@ -16,38 +16,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
-import orjson
-from sqlalchemy import (
-    CTE,
-    Select,
-    and_,
-    bindparam,
-    column,
-    delete,
-    func,
-    insert,
-    select,
-    table,
-    update,
-)
-from sqlalchemy.dialects import sqlite
-from sqlalchemy.sql import ClauseElement
-
 from openclaw_store.errors import NodeNotFoundError, NotFoundError, TaskNotFoundError
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.records import STORE_FIELDS, Plan, Record
-from openclaw_store.schema import (
-    COLUMNS,
-    FIELDS,
-    ROWS,
-    ChangeRow,
-    CounterRow,
-    decoder_of,
-    from_microseconds,
-    plan_of,
-    table_of,
-    to_microseconds,
-)
+from openclaw_store.records import STORE_FIELDS, Record
+from openclaw_store.schema import KEY, ROWS
+from openclaw_store.statements import statements_for
 from openclaw_store.writer import Unit
 
 ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
@@ -55,9 +28,6 @@ ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
 
 KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
 """The domain class of what the feed calls an item."""
-
-KEY: Mapping[type[Any], str] = {Task: "task_id", NodeInfo: "node_id"}
-"""The field that identifies each domain class."""
 
 Place = tuple[type[Any], str]
 """The domain class and the identifier of a row."""
@@ -161,8 +131,10 @@ class Row:
         """When its status was changed last, as far as the feed knows."""
         if self._ledger.has_changed_status(self):
             return self.now
-        found = self._ledger.unit.execute(_STATUS_SINCE, (self.version, ITEM[self.kind], self.id))
-        return from_microseconds(found[0][0]) if found else None
+        ledger = self._ledger
+        newest = (self.version, ITEM[self.kind], self.id)
+        found = ledger.cursor.execute(ledger.sql.status_since, newest)
+        return ledger.sql.from_moment(found[0][0]) if found else None
 
     def write(
         self, record: Record[Any], names: Iterable[str], reason: str | None = None
@@ -217,7 +189,9 @@ class Ledger:
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
-        self._revision, beat = unit.execute(_READ_COUNTERS)[0]
+        self.cursor = unit.cursor
+        self.sql = statements_for(unit.cursor.dialect)
+        self._revision, beat = self.cursor.execute(self.sql.read_counters)[0]
         self.beat: int = beat + 1
         """The number of this unit's flush of heartbeats, if it has one."""
         self._changes: list[Change] = []
@@ -257,19 +231,19 @@ class Ledger:
 
     def _write(self) -> None:
         if self._changes:
-            at = to_microseconds(self.unit.now)
-            self.unit.execute_values(
-                _INSERT_CHANGE,
+            at = self.sql.to_moment(self.unit.now)
+            self.cursor.write(
+                self.sql.insert_change,
                 [
                     (one.revision, at, one.item, one.item_id, one.kind._value_, *one[5:])
                     for one in self._changes
                 ],
             )
         if self.forgotten:
-            self.unit.execute_many(_FORGET, self.forgotten)
+            self.cursor.write(self.sql.forget, self.forgotten)
         if self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
-            self.unit.execute(_COUNT, (self._revision, beat))
+            self.cursor.execute(self.sql.write_counters, (self._revision, beat))
 
 
 def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
@@ -286,137 +260,38 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
         targets.append(row)
     for kind, touched in rows.items():
         if touched:
-            _load(unit, kind, touched)
+            _load(ledger, kind, touched)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
     for kind, touched in rows.items():
-        _store(unit, ledger.beat, kind, touched.values())
+        _store(ledger, kind, touched.values())
     return outcomes
 
 
-def by_ids(kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
-    """What finds rows by their identifiers, a list as JSON; for one that is not there, NULLs.
-
-    SQLite never turns an outer join round: it goes through the identifiers, not through the
-    table, even if its statistics are of a time when that was small.
-    """
-    given = func.json_each(ids).table_valued("value").alias("given")
-    table = table_of(kind)
-    return select(*columns).select_from(given.outerjoin(table, table.c[KEY[kind]] == given.c.value))
-
-
-class _Statements:
-    """SQL of one table, compiled once from the mapping."""
-
-    def __init__(self, kind: type[Any]) -> None:
-        self._table = table_of(kind)
-        self._key = self._table.c[KEY[kind]]
-        self._kind = kind
-        self._updates: dict[frozenset[str], tuple[str, Plan]] = {}
-        self.insert = (
-            _compile(insert(self._table).prefix_with(_OR_FAIL), FIELDS[kind]),
-            plan_of(kind, FIELDS[kind], _DIALECT),
-        )
-        self.delete = _compile(delete(self._table).where(self._key == bindparam("key")))
-        # Of a task the decisions need little; nodes are few, and some writes need all of them.
-        names = ("task_id", "version", "status", "assigned_node")
-        columns = COLUMNS[kind] if kind is NodeInfo else [self._table.c[name] for name in names]
-        self.read = _compile(by_ids(kind, columns, bindparam("ids")))
-
-    def update(self, names: frozenset[str]) -> tuple[str, Plan]:
-        """The statement that writes the named columns and no others, and their order in it.
-
-        Each row of its `VALUES` is the key, then the columns. One statement for many rows takes
-        two thirds of the time of one for each.
-        """
-        if names not in self._updates:
-            order = [one.name for one in self._table.c if one.name in names]
-            columns = [self._key.name, *order]
-            given = table("given", *map(column, columns))
-            keys = given.c[self._key.name]
-            # `IN` besides: with old statistics SQLite would go through the whole table.
-            statement = update(self._table).where(self._key == keys, self._key.in_(select(keys)))
-            statement = statement.values({name: given.c[name] for name in order})
-            statement = statement.prefix_with(_OR_FAIL)
-            values = f"({', '.join(columns)}) AS (VALUES ({', '.join('?' * len(columns))}))"
-            self._updates[names] = (
-                f"WITH given {values} {_compile(statement)}",
-                plan_of(self._kind, [name for name in order if name != "beat"], _DIALECT),
-            )
-        return self._updates[names]
-
-
-def _compile(statement: ClauseElement, columns: Sequence[str] | None = None) -> str:
-    """The text of a statement whose parameters stand in the order of `columns`, then as written."""
-    names = None if columns is None else list(columns)
-    return str(statement.compile(dialect=_DIALECT, column_keys=names))
-
-
-def _chain() -> CTE:
-    """A chain of changes, from the newest, which is given, to the first."""
-    newest = _CHANGES.alias()
-    chain = (
-        select(newest)
-        .where(
-            newest.c.revision == bindparam("newest"),
-            newest.c.item == bindparam("item_"),
-            newest.c.item_id == bindparam("id"),
-        )
-        .cte("chain", recursive=True)
-    )
-    older = _CHANGES.alias()
-    # A version that somebody wrote by hand may point anywhere, even forward: it must not go round.
-    is_next = and_(
-        older.c.revision == chain.c.previous,
-        older.c.revision < chain.c.revision,
-        older.c.item == chain.c.item,
-        older.c.item_id == chain.c.item_id,
-    )
-    return chain.union_all(select(older).join(chain, is_next))
-
-
-_DIALECT = sqlite.dialect()
-# What a failed statement has written is rolled back with all of its transaction. Without this,
-# SQLite would besides keep a copy of each page that a statement for many rows changes, to be able
-# to undo that alone: a fifth of the time of an insert.
-_OR_FAIL = "OR FAIL"
-_CHANGES = ChangeRow.metadata.tables["changes"]
-_STATEMENTS = {kind: _Statements(kind) for kind in ROWS}
-_DECODE_NODE = decoder_of(NodeInfo, _DIALECT)
-_INSERT_CHANGE = _compile(insert(_CHANGES).prefix_with(_OR_FAIL), _CHANGES.c.keys())
-_CHAIN = _chain()
-_FORGET = _compile(delete(_CHANGES).where(_CHANGES.c.revision.in_(select(_CHAIN.c.revision))))
-_STATUS_SINCE = _compile(
-    select(_CHAIN.c.changed_at).where(_CHAIN.c.from_status.is_distinct_from(_CHAIN.c.to_status))
-)
-_STATUS_SINCE += " LIMIT 1"  # `limit` would add a parameter for the offset
-_COUNT = _compile(update(CounterRow), ("revision", "beat"))
-_READ_COUNTERS = _compile(select(CounterRow.revision, CounterRow.beat))
-
-
-def _load(unit: Unit, kind: type[Any], rows: Mapping[str, Row]) -> None:
-    statements = _STATEMENTS[kind]
-    ids = orjson.dumps(list(rows)).decode()
+def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
+    sql = ledger.sql
+    found = ledger.cursor.execute(sql.read[kind], (sql.given(list(rows)),))
     if kind is NodeInfo:
-        for values in unit.execute(statements.read, (ids,)):
+        for values in found:
             if values[0] is None:
                 continue
-            record = _DECODE_NODE(values)
+            record = sql.decode_node(values)
             row = rows[values[0]]
             row.stored, row.record = True, record
             row.version, row.status = record.version, record["status"].value
     else:
-        for id, version, status, node in unit.execute(statements.read, (ids,)):
+        for id, version, status, node in found:
             if id is not None:
                 row = rows[id]
                 row.stored, row.version, row.status, row.node = True, version, status, node
 
 
-def _store(unit: Unit, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
+def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
     """Write what the operations left, each row once."""
-    statements = _STATEMENTS[kind]
+    sql, cursor = ledger.sql, ledger.cursor
     deletes: list[tuple[str]] = []
     inserts: list[list[Any]] = []
     updates: dict[frozenset[str], list[list[Any]]] = {}
+    insert, plan = sql.insert[kind]
     for row in rows:
         if row.stored and row.removed:
             deletes.append((row.id,))
@@ -425,15 +300,15 @@ def _store(unit: Unit, beat: int, kind: type[Any], rows: Iterable[Row]) -> None:
         if row.stored and not row.removed:
             if not row.names:
                 continue
-            values = [row.id, *row.record.values(statements.update(row.names)[1])]
+            values = [row.id, *row.record.values(sql.update(kind, row.names)[1])]
             if "beat" in row.names:  # the last column
-                values.append(beat)
+                values.append(ledger.beat)
             updates.setdefault(row.names, []).append(values)
         else:
-            inserts.append(row.record.values(statements.insert[1]))
+            inserts.append(row.record.values(plan))
     if deletes:
-        unit.execute_many(statements.delete, deletes)
+        cursor.write(sql.delete[kind], deletes)
     if inserts:
-        unit.execute_values(statements.insert[0], inserts)
+        cursor.write(insert, inserts)
     for names, parameters in updates.items():
-        unit.execute_values(statements.update(names)[0], parameters)
+        cursor.write(sql.update(kind, names)[0], parameters)

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-import sqlite3
 import tempfile
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -17,13 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, event, func, select
+from sqlalchemy import event, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import migrations, sqlite
+from openclaw_store.backends import DEFAULT_LOCATION, Backend, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     DeadlineError,
@@ -56,19 +56,21 @@ if hasattr(os, "register_at_fork"):  # asking for the process id would cost as m
 
 
 class Database:
-    """One database of tasks and nodes: a SQLite file.
+    """One database of tasks and nodes: a SQLite file, or a database on a PostgreSQL server.
 
     **Durability.** A write that returns is committed and on the disk.
     **Sharing.** One instance serves any number of coroutines, and several event loops in threads
     of their own. Writers queue, first come first served; readers never wait for writers.
-    **Processes.** Any number may open the same file. After `fork`, a child opens its own.
+    **Processes.** Any number may open the same database. After `fork`, a child opens its own.
 
     Args:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
-            gone when this object is closed. Folders are made; nothing is opened yet.
+            gone when this object is closed; or a URL of PostgreSQL, as in
+            `postgresql://user:password@host/database`. Folders are made; nothing is opened yet.
         clock: Tells the time for everything the store stamps or compares. (`Task.create` has the
             system's time, unless it is given one.)
-        timeout: Seconds a write waits for its turn, before `DeadlineError` or `UnavailableError`.
+        timeout: Seconds a write waits for its turn, and a server may take to answer, before
+            `DeadlineError` or `UnavailableError`.
         transaction_timeout: Seconds a `transaction()` may take.
         pool_size: Connections kept for reading.
 
@@ -79,7 +81,7 @@ class Database:
 
     def __init__(
         self,
-        db_path: str | Path = migrations.DEFAULT_LOCATION,
+        db_path: str | Path = DEFAULT_LOCATION,
         *,
         clock: Clock = utc_now,
         timeout: float = 30.0,
@@ -91,8 +93,6 @@ class Database:
                 raise InvalidDataError(name, f"must be a positive number of seconds, not {value!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
-        self.db_path = str(db_path)
-        """The location as it was given."""
         self.clock = clock
         self.timeout = timeout
         self.transaction_timeout = transaction_timeout
@@ -101,16 +101,21 @@ class Database:
         if db_path == ":memory:":
             folder = tempfile.mkdtemp(prefix="openclaw_store-")
             self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
-            self._path = Path(folder, "memory.db")
+            self._location: str | Path = Path(folder, "memory.db")
         else:
-            self._path = sqlite.file_of(db_path)
-            sqlite.make_folder(self._path)
+            self._location = db_path
+        self._backend = backend_of(self._location, timeout)
+        self._backend.make_folder()
+        self.dialect = self._backend.dialect
+        """`sqlite` or `postgresql`."""
+        is_file = self.dialect == "sqlite"
+        self.db_path = str(db_path) if is_file else self._backend.location
+        """The location as it was given, but for a password."""
         self._forks = _forks
         self._state = "new"
         self._gate = Gate(timeout)
         self._writer = Writer(self._write_on_thread, self._writer_stopped, clock)
-        self._writing_engine = sqlite.writing_engine(self._path)
-        self._writing_connection: Connection | None = None  # belongs to the writer's thread
+        self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, _Engines] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -142,11 +147,11 @@ class Database:
                 self._state = "ready"
 
     def _open(self, migrate: bool) -> None:
-        sqlite.prepare(self._path, self.timeout)
+        self._backend.prepare()
         if migrate:
-            migrations.upgrade(self._path, self.timeout)
+            migrations.upgrade(self._location, self.timeout)
         else:
-            migrations.require(self._path)
+            migrations.require(self._location)
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
@@ -171,7 +176,7 @@ class Database:
             await engines.reading.dispose()
             await engines.writing.dispose()
         self._engines.clear()
-        self._writing_engine.dispose()
+        self._backend.dispose()
         self._remove_folder()
 
     async def __aenter__(self) -> Self:
@@ -204,7 +209,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be read.
         """
         sessions = self._engines_here().sessions
-        with sqlite.translated(self._path, own=False, reading=True):
+        with self._backend.translated(own=False, reading=True):
             async with sessions() as session:
                 yield session
 
@@ -231,10 +236,10 @@ class Database:
             self._check_ready()
             session = engines.write_sessions()
             try:
-                with sqlite.translated(self._path, own=False):
-                    with sqlite.translated(self._path):
-                        connection = await self._begin(session)
-                    unit = Unit(connection, self.clock())
+                with self._backend.translated(own=False):
+                    with self._backend.translated():
+                        connection = await self._backend.begin(session)
+                    unit = Unit(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
                     outside = _inside.get()
@@ -271,23 +276,12 @@ class Database:
                 "do the slow part outside, or pass transaction(timeout=…)"
             ) from error
 
-    async def _begin(self, session: AsyncSession) -> Connection:
-        for delay in sqlite.delays(self.timeout):
-            try:
-                return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
-            except (SQLAlchemyError, sqlite3.Error) as error:
-                await session.rollback()
-                if not sqlite.is_busy(error):
-                    raise
-            await asyncio.sleep(delay)
-        raise UnavailableError(f"{self.db_path}: another process keeps it locked: try again")
-
     async def _commit(self, session: AsyncSession, unit: Unit) -> None:
         await session.run_sync(lambda _: unit.finish())
         try:
             await session.commit()
-        except SQLAlchemyError as error:
-            raise sqlite.translate(error, self._path, committing=True) from error
+        except (SQLAlchemyError, OSError) as error:
+            raise self._backend.translate(error, committing=True) from error
         unit.undo.clear()
         self._writer.publish(unit.committed)
         await asyncio.sleep(0)  # the caches of this loop are told first
@@ -299,7 +293,7 @@ class Database:
         """
 
         async def unit() -> Result:
-            with sqlite.translated(self._path):  # the statements are ours
+            with self._backend.translated():  # the statements are ours
                 async with self.session() as session:
                     return await work(session)
 
@@ -329,7 +323,7 @@ class Database:
             raise StoreError("this session only reads: take one from `async with transaction()`")
         async with session.info["turn"]:  # the unit has one cursor
             try:
-                with sqlite.translated(self._path):
+                with self._backend.translated():
                     outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
             except BaseException as error:
                 unit.failure = error  # part of it may be done: it must not be committed
@@ -345,7 +339,8 @@ class Database:
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Copy the database, as it is at one moment, to a file of its own.
 
-        Reads and writes go on meanwhile. The copy is written aside and renamed at the end.
+        Reads and writes go on meanwhile. The copy is written aside and renamed at the end. Of
+        PostgreSQL it is an archive for `pg_restore`, written by `pg_dump`.
 
         Raises:
             InvalidDataError: If `path` exists and `overwrite` is off, or is the database itself.
@@ -353,11 +348,7 @@ class Database:
         """
         self._check_ready()
         target = sqlite.file_of(path)
-        await finish(
-            asyncio.to_thread(
-                sqlite.backup, self._path, target, overwrite=overwrite, timeout=self.timeout
-            )
-        )
+        await finish(asyncio.to_thread(self._backend.backup, target, overwrite=overwrite))
 
     async def vacuum(self) -> None:
         """Give the space of removed rows back; writers wait meanwhile, readers do not.
@@ -369,7 +360,7 @@ class Database:
         self.refuse_inside()
         async with self._gate_held("a vacuum"):
             self._check_ready()
-            await finish(asyncio.to_thread(sqlite.vacuum, self._path, self.timeout))
+            await finish(asyncio.to_thread(self._backend.vacuum))
 
     async def get_stats(self) -> dict[str, Any]:
         """Size and contents, and how the writing goes.
@@ -390,8 +381,8 @@ class Database:
             What there is nothing to tell of yet is `None`.
         """
 
-        async def count(session: AsyncSession) -> list[dict[str, int]]:
-            return [
+        async def count(session: AsyncSession) -> tuple[int, list[dict[str, int]]]:
+            return await self._backend.size(session), [
                 {
                     status.value: number
                     for status, number in await session.execute(
@@ -401,10 +392,10 @@ class Database:
                 for row in (TaskRow, NodeRow)
             ]
 
-        tasks, nodes = await self.read(count)
+        size, (tasks, nodes) = await self.read(count)
         return {
             "db_path": self.db_path,
-            "db_size": sqlite.size(self._path),
+            "db_size": size,
             "task_count": sum(tasks.values()),
             "node_count": sum(nodes.values()),
             "task_stats": tasks,
@@ -423,30 +414,28 @@ class Database:
     @contextmanager
     def _write_on_thread(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
         """A transaction of the writer; `committed` is called before the next one can begin."""
-        with self._gate.held("the writer"), sqlite.translated(self._path):
+        with self._gate.held("the writer"), self._backend.translated():
             try:
-                if self._writing_connection is None:
-                    self._writing_connection = sqlite.retrying(
-                        self._writing_engine.connect, self.timeout
-                    )
-                connection = self._writing_connection
-                sqlite.retrying(lambda: sqlite.begin_writing(connection), self.timeout)
-                unit = Unit(connection, self.clock())
+                if self._writing is None:
+                    self._writing = self._backend.writing()
+                writing = self._writing
+                writing.begin()
+                unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
                 try:
-                    sqlite.end_writing(connection)
-                except (SQLAlchemyError, sqlite3.Error) as error:
-                    raise sqlite.translate(error, self._path, committing=True) from error
+                    writing.commit()
+                except Exception as error:
+                    raise self._backend.translate(error, committing=True) from error
             except BaseException:
                 self._writer_stopped()  # the next one begins with a connection in a known state
                 raise
             committed(unit)
 
     def _writer_stopped(self) -> None:
-        connection, self._writing_connection = self._writing_connection, None
-        if connection is not None:
-            connection.close()
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.close()
 
     def _engines_here(self) -> _Engines:
         self._check_ready()
@@ -457,7 +446,7 @@ class Database:
                     self._engines.pop(other, None)
             self._engines[loop] = _Engines(
                 self,
-                self._path,
+                self._backend,
                 # A pool cannot serve two loops; only the first one has its connections kept.
                 {
                     "pool": AsyncAdaptedQueuePool,
@@ -496,9 +485,9 @@ class Database:
 class _Engines:
     """The engines of one event loop."""
 
-    def __init__(self, database: Database, path: Path, options: dict[str, Any]) -> None:
-        self.reading = sqlite.async_engine(path, write=False, **options)
-        self.writing = sqlite.async_engine(path, write=True, pool=NullPool)
+    def __init__(self, database: Database, backend: Backend, options: dict[str, Any]) -> None:
+        self.reading = backend.engine(write=False, **options)
+        self.writing = backend.engine(write=True, pool=NullPool)
         info = {"database": database}
         self.sessions = async_sessionmaker(self.reading, expire_on_commit=False, info=info)
         self.write_sessions = async_sessionmaker(

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-import orjson
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import KINDS, Change, ChangeKind, Place, by_ids, place_of
+from openclaw_store.changes import KINDS, Change, ChangeKind, Place, place_of
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
@@ -25,8 +24,8 @@ from openclaw_store.schema import (
     CounterRow,
     NodeRow,
     TaskRow,
-    UtcTime,
 )
+from openclaw_store.statements import statements_for
 
 CHANGES_A_PAGE = 200
 """Changes read at a stretch, before other coroutines run."""
@@ -96,8 +95,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
         async for rows in read_rows(session, query):
             yield Page(kind, rows, decode, [])
     priority, submitted_at = map(FIELDS[Task].index, ("priority", "submitted_at"))
-    moment = UtcTime().result_processor(session.get_bind().dialect, None)
-    assert moment is not None
+    moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[priority], moment(row[submitted_at]), row[0]) for row in rows]
         yield Page(Task, rows, decode, keys)
@@ -124,10 +122,11 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
     ]
     until = changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
     records: dict[Place, Record[Any]] = {}
+    sql = statements_for(session.get_bind().dialect.name)
     for item, kind in KINDS.items():
         ids = {change.item_id for change in changes if change.item == item}
         if ids:
-            query = by_ids(kind, COLUMNS[kind], orjson.dumps([*ids]).decode())
+            query = sql.by_ids(kind, COLUMNS[kind], sql.given([*ids]))
             found = await read_records(session, kind, query)
             records.update((place_of(record), record) for record in found)
     beaten: Sequence[Record[NodeInfo]] = []

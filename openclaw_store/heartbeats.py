@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
-from sqlalchemy import bindparam, func, or_, update
-from sqlalchemy.dialects import sqlite
-
 from openclaw_store.changes import Ledger, Operation, Row, apply
 from openclaw_store.models import NodeInfo, NodeStatus
 from openclaw_store.records import Record
-from openclaw_store.schema import NodeRow, to_microseconds
+from openclaw_store.statements import USAGE
 from openclaw_store.writer import Unit
-
-USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
-"""What a heartbeat may report."""
 
 
 class Beat(NamedTuple):
@@ -104,10 +98,9 @@ def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     ledger = unit.part(Ledger)
     rows = []
     for beat in beats:
-        at = to_microseconds(beat.at)
-        # In the order of the parameters in `_WRITE`.
-        rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, _OFFLINE, at))
-    if unit.execute_many(_WRITE, rows) < len(rows):
+        at = ledger.sql.to_moment(beat.at)
+        rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, at))
+    if unit.cursor.write(ledger.sql.beat, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
         # those that were written that makes no difference.
         known: Sequence[bool] = apply(unit, beats)
@@ -116,22 +109,3 @@ def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     for beat in beats:
         ledger.tell(Beaten(beat, ledger.beat))
     return [True] * len(beats)
-
-
-_WRITE = str(
-    update(NodeRow)
-    .where(
-        NodeRow.node_id == bindparam("id"),
-        NodeRow.status != NodeStatus.OFFLINE,
-        or_(NodeRow.last_heartbeat.is_(None), NodeRow.last_heartbeat <= bindparam("at")),
-    )
-    .values(
-        {
-            **{name: func.coalesce(bindparam(name), getattr(NodeRow, name)) for name in USAGE},
-            "last_heartbeat": bindparam("last"),
-            "beat": bindparam("beat_"),
-        }
-    )
-    .compile(dialect=sqlite.dialect())
-)
-_OFFLINE = NodeStatus.OFFLINE.value

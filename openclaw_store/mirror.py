@@ -16,7 +16,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.cache import Cache
 from openclaw_store.changes import (
     ITEM,
-    KEY,
     Event,
     Operation,
     Place,
@@ -40,6 +39,7 @@ from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import CONTENT, Create, Remove, Update, newer_heartbeat
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
+from openclaw_store.schema import KEY
 
 logger = logging.getLogger(__name__)
 

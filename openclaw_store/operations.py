@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Generic
 
-from sqlalchemy import select
-
-from openclaw_store.changes import ITEM, KEY, Row, apply, missing
+from openclaw_store.changes import ITEM, Row, apply, missing
 from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
-from openclaw_store.schema import FIELDS, IS_FINISHED, TaskRow
+from openclaw_store.schema import FIELDS, KEY
+from openclaw_store.statements import statements_for
 from openclaw_store.writer import Unit
 
 CONTENT: Mapping[type[Any], Sequence[str]] = {
@@ -139,14 +138,9 @@ def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequenc
 
 
 def _finished(unit: Unit, operation: RemoveFinished) -> Sequence[str]:
-    # Two searches of one index: a finished task without `completed_at` counts from its last change.
+    sql = statements_for(unit.cursor.dialect)
     ids: list[str] = []
-    for condition in (
-        TaskRow.completed_at < operation.cutoff,
-        TaskRow.completed_at.is_(None) & (TaskRow.updated_at < operation.cutoff),
-    ):
-        query = select(TaskRow.task_id).where(
-            IS_FINISHED, TaskRow.status.not_in(operation.keep), condition
-        )
-        ids.extend(unit.connection.scalars(query.limit(operation.limit - len(ids))))
+    for search in sql.finished(operation.keep):
+        limits = (sql.to_moment(operation.cutoff), operation.limit - len(ids))
+        ids.extend(id for (id,) in unit.cursor.execute(search, limits))
     return ids

@@ -16,7 +16,7 @@ from sqlalchemy import CursorResult, Float, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.changes import KEY, Event, apply, place_of
+from openclaw_store.changes import Event, apply, place_of
 from openclaw_store.checks import (
     MAX_INTEGER,
     check_enum,
@@ -40,7 +40,8 @@ from openclaw_store.operations import (
     remove_finished,
 )
 from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, encode, write_back
-from openclaw_store.schema import COLUMNS, IS_PENDING, ROWS, NodeRow, TaskRow, decoder_of
+from openclaw_store.schema import COLUMNS, IS_PENDING, KEY, ROWS, NodeRow, TaskRow, decoder_of
+from openclaw_store.statements import statements_for
 from openclaw_store.writer import Apply, Unit
 
 Result = TypeVar("Result")
@@ -335,7 +336,7 @@ class NodeRepository(Repository[NodeInfo]):
 
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""
-        skills = func.json_each(NodeRow.available_skills).table_valued("value").c.value
+        skills = statements_for(self._database.dialect).elements(NodeRow.available_skills)
         has_skill = select(skills).where(skills == check_text("skill", skill)).exists()
         return await self._newest(NodeRow.status == NodeStatus.ONLINE, has_skill)
 
@@ -386,7 +387,8 @@ async def read_rows(
             if size is None
             else strategy.fetchmany(result, cursor, size)
         )
-        return rows
+        # PostgreSQL's driver has a kind of row of its own.
+        return rows if not rows or type(rows[0]) is tuple else [tuple(row) for row in rows]
 
     result = await session.run_sync(execute)
     while rows := await session.run_sync(fetch):

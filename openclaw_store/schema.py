@@ -35,7 +35,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from openclaw_store.checks import MAX_ID_LENGTH, encode_json
 from openclaw_store.errors import InvalidDataError
@@ -122,11 +122,23 @@ class _Translation(dict[Any, Any]):
         raise InvalidDataError(self._kind.__name__, f"{value!r} is not one of its values")
 
 
+class _JsonText(UserDefinedType[str]):
+    """PostgreSQL's `json`, which keeps the text as it is; `jsonb` would change numbers."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **options: Any) -> str:
+        return "JSON"
+
+
 class Json(TypeDecorator[Any]):
     """Compact JSON text; NULL is the default of the field."""
 
     impl = Text
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else _JsonText())
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         return None if value is None else encode_json("value", value).decode()
@@ -145,6 +157,15 @@ class _UtcNow(GenericFunction[datetime]):
 @compiles(_UtcNow, "sqlite")
 def _utc_now_sqlite(element: _UtcNow, compiler: SQLCompiler, **options: Any) -> str:
     return "(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))"
+
+
+@compiles(_UtcNow, "postgresql")
+def _utc_now_postgresql(element: _UtcNow, compiler: SQLCompiler, **options: Any) -> str:
+    return "now()"
+
+
+_Key = String(MAX_ID_LENGTH).with_variant(String(MAX_ID_LENGTH, collation="C"), "postgresql")
+"""An identifier; sorted by its characters' numbers on both databases."""
 
 
 def _one_of(column: str, kind: type[Enum]) -> CheckConstraint:
@@ -217,7 +238,7 @@ class TaskRow(Base):
         ),
     )
 
-    task_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH), primary_key=True)
+    task_id: Mapped[str] = mapped_column(_Key, primary_key=True)
     task_type: Mapped[TaskType] = mapped_column(EnumValue(TaskType))
     name: Mapped[str] = mapped_column(Text)
     description: Mapped[str] = mapped_column(Text, server_default="")
@@ -225,7 +246,7 @@ class TaskRow(Base):
     optional_skills: Mapped[Any] = mapped_column(Json, nullable=True)
     status: Mapped[TaskStatus] = mapped_column(EnumValue(TaskStatus), server_default="pending")
     priority: Mapped[TaskPriority] = mapped_column(EnumValue(TaskPriority), server_default="2")
-    assigned_node: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
+    assigned_node: Mapped[str | None] = mapped_column(_Key)
     submitted_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     scheduled_at: Mapped[datetime | None] = mapped_column(UtcTime)
     started_at: Mapped[datetime | None] = mapped_column(UtcTime)
@@ -236,7 +257,7 @@ class TaskRow(Base):
     max_retries: Mapped[int] = mapped_column(BigInteger, server_default="3")
     result: Mapped[Any] = mapped_column(Json, nullable=True)
     error: Mapped[str | None] = mapped_column(Text)
-    user_id: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
+    user_id: Mapped[str | None] = mapped_column(_Key)
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
     # `metadata` is taken on a declarative class; the column has its real name.
     metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
@@ -254,7 +275,7 @@ class NodeRow(Base):
         Index("ix_nodes_beat", "beat"),
     )
 
-    node_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH), primary_key=True)
+    node_id: Mapped[str] = mapped_column(_Key, primary_key=True)
     hostname: Mapped[str] = mapped_column(Text, server_default="")
     platform: Mapped[str] = mapped_column(Text, server_default="")
     arch: Mapped[str] = mapped_column(Text, server_default="")
@@ -295,11 +316,11 @@ class ChangeRow(Base):
     changed_at: Mapped[datetime] = mapped_column(UtcTime)
     item: Mapped[str] = mapped_column(String(4))
     """`task` or `node`."""
-    item_id: Mapped[str] = mapped_column(String(MAX_ID_LENGTH))
+    item_id: Mapped[str] = mapped_column(_Key)
     kind: Mapped[str] = mapped_column(String(7))
     from_status: Mapped[str | None] = mapped_column(String(11))
     to_status: Mapped[str | None] = mapped_column(String(11))
-    node: Mapped[str | None] = mapped_column(String(MAX_ID_LENGTH))
+    node: Mapped[str | None] = mapped_column(_Key)
     reason: Mapped[str | None] = mapped_column(Text)
     previous: Mapped[int | None] = mapped_column(BigInteger)
     """Revision of the change before this one of the same task or node; NULL for its first."""
@@ -318,6 +339,10 @@ class CounterRow(Base):
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
 """The declarative model of each domain class."""
+
+
+KEY: Final[dict[type[Any], str]] = {Task: "task_id", NodeInfo: "node_id"}
+"""The field that identifies each domain class."""
 
 
 def table_of(kind: type[Any]) -> Table:
@@ -348,9 +373,10 @@ def plan_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> Plan:
     columns = table_of(kind).c
     encoders = []
     for place, name in enumerate(names):
-        encoder = columns[name].type.dialect_impl(dialect).bind_processor(dialect)
-        if encoder is not None and name not in JSON_FIELDS[kind]:
-            encoders.append((place, encoder))
+        if isinstance(columns[name].type, UtcTime | EnumValue):
+            encoder = columns[name].type.bind_processor(dialect)
+            if encoder is not None:
+                encoders.append((place, encoder))
     json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
     return Plan(_picker(names), encoders, json)
 
@@ -367,9 +393,10 @@ def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
     columns = table_of(kind).c
     decoders = []
     for place, name in enumerate(FIELDS[kind]):
-        decoder = columns[name].type.dialect_impl(dialect).result_processor(dialect, None)
-        if decoder is not None and name not in JSON_FIELDS[kind]:
-            decoders.append((place, decoder))
+        if isinstance(columns[name].type, UtcTime | EnumValue):
+            decoder = columns[name].type.result_processor(dialect, None)
+            if decoder is not None:
+                decoders.append((place, decoder))
 
     def decode_row(raw: Raw) -> Record[Any]:
         values = list(raw)

@@ -6,21 +6,25 @@ it returns.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import secrets
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.errors import (
@@ -42,6 +46,8 @@ _PRAGMAS = (
 )
 
 _READ_TIMEOUT_SECONDS = 30.0
+
+_ROWS_A_STATEMENT = (64, 16, 4, 1)
 
 _ADVICE = {
     "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
@@ -106,7 +112,7 @@ def file_of(location: str | Path) -> Path:
             raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
         if url.get_backend_name() != "sqlite":
             name = url.get_backend_name()
-            raise InvalidDataError("db_path", f"{name} is not supported yet: use a SQLite file")
+            raise InvalidDataError("db_path", f"{name} is not supported: use SQLite or PostgreSQL")
         if not url.database or url.database == ":memory:":
             raise InvalidDataError(
                 "db_path", 'names no file: use ":memory:" for a private database'
@@ -158,17 +164,60 @@ def writing_engine(path: Path) -> Engine:
     return engine
 
 
+def _reading_engine(path: Path) -> Engine:
+    url = URL.create("sqlite", database=str(path))
+    return create_engine(url, poolclass=NullPool, connect_args=_options(_ReadConnection))
+
+
 def begin_writing(connection: Connection) -> None:
     """Begin a transaction with the write lock, past SQLAlchemy, whose own way takes longer."""
     connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
 
-def end_writing(connection: Connection) -> None:
-    """Commit what `begin_writing` began."""
-    if connection.in_transaction():  # SQLAlchemy counts it as its own once it has sent a statement
-        connection.commit()
-    else:
-        connection.connection.commit()
+class Cursor:
+    """Speaks to the driver on behalf of a unit."""
+
+    dialect = "sqlite"
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @cached_property
+    def _cursor(self) -> DBAPICursor:
+        # The driver's own: SQLAlchemy's way to it takes longer than most statements do.
+        return self._connection.connection.cursor()
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement."""
+        self._cursor.execute(sql, parameters)
+        return self._cursor.fetchall()
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows; returns how many rows of a table it wrote.
+
+        One with the `VALUES (?, …)` of one row is sent with those of many. That takes two thirds
+        of the time of `executemany`, which besides gives the interpreter's lock away for each row,
+        and under load waits long to have it back. A few sizes of statement serve all batches, so
+        the driver keeps them prepared.
+        """
+        if "VALUES (" not in sql:
+            self._cursor.executemany(sql, rows)
+            return self._cursor.rowcount
+        start = 0
+        for size in _ROWS_A_STATEMENT:
+            while len(rows) - start >= size:
+                part = rows[start : start + size]
+                self._cursor.execute(_for_rows(sql, size), list(chain.from_iterable(part)))
+                start += size
+        return len(rows)
+
+
+@lru_cache(maxsize=256)
+def _for_rows(sql: str, count: int) -> str:
+    """The statement for so many rows, of that for one."""
+    head, rest = sql.split("VALUES (", 1)
+    row, tail = rest.split(")", 1)
+    return f"{head}VALUES {', '.join([f'({row})'] * count)}{tail}"
 
 
 def async_engine(
@@ -390,3 +439,131 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Writing:
+    """The writer's connection, which belongs to its thread."""
+
+    def __init__(self, engine: Engine, timeout: float) -> None:
+        self._timeout = timeout
+        self._connection = retrying(engine.connect, timeout)
+        self.cursor: Cursor
+
+    def begin(self) -> None:
+        """Begin a transaction with the write lock."""
+        retrying(lambda: begin_writing(self._connection), self._timeout)
+        self.cursor = Cursor(self._connection)
+
+    def commit(self) -> None:
+        """Commit what `begin` began."""
+        self._connection.connection.commit()
+
+    def close(self) -> None:
+        """Close the connection, whatever state it is in; what was not committed is undone."""
+        self._connection.close()
+
+
+class SQLite:
+    """A database in a file.
+
+    Args:
+        path: The file.
+        timeout: Seconds to wait for a lock.
+    """
+
+    dialect = "sqlite"
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self.path = path
+        self.location = str(path)
+        """Where it is, as people may see it."""
+        self.writing_engine = writing_engine(path)
+        self._timeout = timeout
+
+    def make_folder(self) -> None:
+        """Make the folder that the file will be in."""
+        make_folder(self.path)
+
+    def prepare(self) -> None:
+        """Make the folder and the file, and turn WAL on; as `prepare` of this module."""
+        prepare(self.path, self._timeout)
+
+    def inspect(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work`, which reads, with a connection; blocks the thread."""
+        with self.translated(), _reading_engine(self.path).connect() as connection:
+            return work(connection)
+
+    def migrate(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work` with the write lock and without foreign keys; blocks the thread.
+
+        Raises:
+            UnavailableError: If another process keeps the lock for longer than the timeout.
+            SchemaMismatchError: If a row refers to one that is not there afterwards.
+        """
+        prepare(self.path, self._timeout)
+        engine = writing_engine(self.path)
+        with self.translated(), retrying(engine.connect, self._timeout) as connection:
+            # SQLite changes a table by copying it, and dropping the old one would delete the rows
+            # that refer to it. The switch works outside of transactions only, hence on the driver.
+            connection.connection.execute("PRAGMA foreign_keys=OFF")
+            with retrying(connection.begin, self._timeout):
+                result = work(connection)
+                orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+                if orphans:
+                    raise SchemaMismatchError(
+                        f"{self.path}: the migration would orphan rows: {orphans[:3]}"
+                    )
+        empty_wal(self.path)
+        return result
+
+    def engine(self, *, write: bool, **options: Any) -> AsyncEngine:
+        """An engine for coroutines: read-only, or one that begins with the write lock."""
+        return async_engine(self.path, write=write, **options)
+
+    async def begin(self, session: AsyncSession) -> Connection:
+        """Begin the transaction of `session`, with the write lock."""
+        for delay in delays(self._timeout):
+            try:
+                return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
+            except (SQLAlchemyError, sqlite3.Error) as error:
+                await session.rollback()
+                if not is_busy(error):
+                    raise
+            await asyncio.sleep(delay)
+        raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
+
+    def cursor(self, connection: Connection) -> Cursor:
+        """What a unit writes with in the transaction of a session."""
+        return Cursor(connection)
+
+    def writing(self) -> Writing:
+        """A connection for the writer, on whose thread this is called."""
+        return Writing(self.writing_engine, self._timeout)
+
+    def dispose(self) -> None:
+        """Forget what all connections shared."""
+        self.writing_engine.dispose()
+
+    def backup(self, target: Path, *, overwrite: bool) -> None:
+        """Copy the database as it is at one moment; as `backup` of this module."""
+        backup(self.path, target, overwrite=overwrite, timeout=self._timeout)
+
+    def vacuum(self) -> None:
+        """Rewrite the file without its free pages, and empty the WAL."""
+        vacuum(self.path, self._timeout)
+
+    async def size(self, session: AsyncSession) -> int:
+        """Bytes on the disk, those of the WAL included."""
+        return size(self.path)
+
+    def translated(
+        self, *, own: bool = True, reading: bool = False
+    ) -> AbstractContextManager[None]:
+        """Raise what the driver raises as the library's own errors; as that of this module."""
+        return translated(self.path, own=own, reading=reading)
+
+    def translate(
+        self, error: Exception, *, own: bool = True, committing: bool = False
+    ) -> Exception:
+        """The library's own error for one of the driver's; as that of this module."""
+        return translate(error, self.path, own=own, committing=committing)

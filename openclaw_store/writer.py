@@ -32,14 +32,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from datetime import datetime
-from functools import cached_property, lru_cache
-from itertools import chain, groupby
+from itertools import groupby
 from operator import itemgetter
 from queue import SimpleQueue
-from typing import Any, TypeVar
-
-from sqlalchemy import Connection
-from sqlalchemy.engine.interfaces import DBAPICursor
+from typing import Any, Protocol, TypeVar
 
 from openclaw_store.errors import BackendError, UnavailableError
 
@@ -62,16 +58,28 @@ MAX_BATCH = 8192
 RECENT_BATCHES = 1000
 """The figures of so many are kept."""
 
-_ROWS_A_STATEMENT = (64, 16, 4, 1)
-
 _CLOSED = "the database is closed: open a new Database"
 
 
-class Unit:
-    """One write transaction: its connection, its moment, and what it will have changed."""
+class Cursor(Protocol):
+    """The driver, as operations speak to it, in a transaction that has the write lock."""
 
-    def __init__(self, connection: Connection, now: datetime) -> None:
-        self.connection = connection
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement."""
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows; returns how many rows of a table it wrote."""
+
+
+class Unit:
+    """One write transaction: its cursor, its moment, and what it will have changed."""
+
+    def __init__(self, cursor: Cursor, now: datetime) -> None:
+        self.cursor = cursor
         self.now = now
         self.committed: list[Any] = []
         """What the listeners are told once it has committed."""
@@ -85,35 +93,6 @@ class Unit:
         """What went wrong half-way through an operation, so that it must not commit."""
         self._parts: dict[Any, Any] = {}
 
-    @cached_property
-    def _cursor(self) -> DBAPICursor:
-        # The driver's own: SQLAlchemy's way to it takes longer than most statements do.
-        return self.connection.connection.cursor()
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement in the driver's own terms."""
-        self._cursor.execute(sql, parameters)
-        return self._cursor.fetchall()
-
-    def execute_many(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Execute a statement for each of `rows`; returns how many rows of a table it wrote."""
-        self._cursor.executemany(sql, rows)
-        return self._cursor.rowcount
-
-    def execute_values(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Execute a statement with the `VALUES (?, …)` of one row for all rows.
-
-        Many rows a statement take two thirds of the time of `executemany`, which besides gives
-        the interpreter's lock away for each row, and under load waits long to have it back. A few
-        sizes of statement serve all batches, so the driver keeps them prepared.
-        """
-        start = 0
-        for size in _ROWS_A_STATEMENT:
-            while len(rows) - start >= size:
-                part = rows[start : start + size]
-                self._cursor.execute(_for_rows(sql, size), list(chain.from_iterable(part)))
-                start += size
-
     def part(self, factory: Callable[[Unit], Shared]) -> Shared:
         """What all operations of the unit share, made by `factory` when first asked for."""
         if factory not in self._parts:
@@ -126,14 +105,6 @@ class Unit:
         self.finished = True
         for work in self.before_commit:
             work()
-
-
-@lru_cache(maxsize=256)
-def _for_rows(sql: str, count: int) -> str:
-    """The statement for so many rows, of that for one."""
-    head, rest = sql.split("VALUES (", 1)
-    row, tail = rest.split(")", 1)
-    return f"{head}VALUES {', '.join([f'({row})'] * count)}{tail}"
 
 
 _Entry = tuple[asyncio.Future[Any], Apply, Any]

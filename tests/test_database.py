@@ -422,9 +422,7 @@ class TestTransaction:
                 (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar() for name in pragmas
             ]
         of_the_writer = await database.write(
-            lambda unit, _: [
-                [unit.connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
-            ],
+            lambda unit, _: [[unit.cursor.execute(f"PRAGMA {name}")[0][0] for name in pragmas]],
             None,
         )
 
@@ -754,8 +752,8 @@ class TestLocation:
     @pytest.mark.parametrize(
         "url",
         [
-            "postgresql://scott:tiger@localhost/cluster",
-            "postgresql+asyncpg://scott:tiger@localhost/cluster",
+            "postgresql+psycopg2://scott:tiger@localhost/cluster",
+            "postgresql+asyncpg://scott:tiger@localhost:port/cluster",
             "mysql://scott:tiger@localhost/cluster",
             "nonsense://scott:tiger@localhost/cluster",
             "sqlite://",
@@ -1034,7 +1032,10 @@ asyncio.run(main(sys.argv[1]))
         async with Database(location) as database:
             limit = {"pages": 60}
 
-            @event.listens_for(database._writing_engine, "connect")
+            backend = database._backend
+            assert isinstance(backend, sqlite.SQLite)
+
+            @event.listens_for(backend.writing_engine, "connect")
             def connect(connection: Any, record: object) -> None:
                 connection.execute(f"PRAGMA max_page_count={limit['pages']}")
 

@@ -453,7 +453,7 @@ class TestProcesses:
             "if child == 0:\n"
             "    sys.exit()\n"
             "os.waitpid(child, 0)\n"
-            "print(database._path.parent.exists())\n"
+            "print(database._location.parent.exists())\n"
         )
 
         process = await asyncio.create_subprocess_exec(

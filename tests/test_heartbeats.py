@@ -12,7 +12,8 @@ from conftest import FakeClock, MakeNode
 
 from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
 from openclaw_store.changes import Event
-from openclaw_store.heartbeats import USAGE, Beat, Beaten, apply_beats
+from openclaw_store.heartbeats import Beat, Beaten, apply_beats
+from openclaw_store.statements import USAGE
 from openclaw_store.writer import Unit
 
 

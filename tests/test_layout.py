@@ -28,9 +28,12 @@ LAYERS = [
     "checks",
     "records",
     "schema",
+    "statements",
     "gate",
     "writer",
     "sqlite",
+    "postgresql",
+    "backends",
     "migrations",
     "database",
     "changes",
@@ -159,7 +162,8 @@ class TestLayers:
         assert own_imports("repositories").isdisjoint({"cache", "indexes", "mirror", "feed"})
 
     @pytest.mark.parametrize(
-        "module", [module for module in LAYERS if module not in ("sqlite", "database")]
+        "module",
+        [module for module in LAYERS if module not in ("sqlite", "postgresql", "database")],
     )
     def test_only_the_database_sees_the_errors_of_its_driver(self, module: str) -> None:
         seen = {name for name in imports(module) if name.startswith("sqlalchemy.exc")}

@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,7 +154,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Commands:
         "argument": alembic_script("-x", f"url={folder}/x.db", *up, url=f"{folder}/environ.db"),
         "default": alembic_script(*up, folder=folder),
         "sql": alembic_script("-x", f"url={folder}/untouched.db", *up, "--sql"),
-        "postgresql": alembic_script("-x", "url=postgresql://scott:tiger@localhost/cluster", *up),
+        "postgresql": alembic_script("-x", "url=postgresql://scott:tiger@localhost:1/cluster", *up),
         "memory": alembic_script("-x", "url=sqlite:///:memory:", *up),
     }
     ended = run_scripts(*story, *others.values())
@@ -240,7 +241,7 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(
         ("command", "message"),
-        [("postgresql", "postgresql is not supported yet"), ("memory", "names no file")],
+        [("postgresql", "check the server, then try again"), ("memory", "names no file")],
     )
     def test_database_that_cannot_be_is_named_without_its_password(
         self, commands: Commands, command: str, message: str
@@ -570,22 +571,19 @@ class TestForeignKeys:
         connection.exec_driver_sql(f"INSERT INTO children VALUES (1, {child})")
 
     def test_rebuilt_table_keeps_the_rows_that_refer_to_it(self, location: Path) -> None:
-        with migrations.connected(location) as connection:
-            self.family(connection)
-
-        with migrations.connected(location) as connection:
+        def rebuild(connection: Connection) -> None:
             operations = Operations(MigrationContext.configure(connection))
             with operations.batch_alter_table("parents", recreate="always"):
                 pass
 
+        migrations.migrate(location, self.family)
+        migrations.migrate(location, rebuild)
+
         assert query(location, "SELECT * FROM children") == [(1, 1)]
 
     def test_migration_that_would_orphan_rows_is_undone(self, location: Path) -> None:
-        with (
-            pytest.raises(SchemaMismatchError, match="would orphan rows"),
-            migrations.connected(location) as connection,
-        ):
-            self.family(connection, child="2")
+        with pytest.raises(SchemaMismatchError, match="would orphan rows"):
+            migrations.migrate(location, partial(self.family, child="2"))
 
         assert query(location, "SELECT name FROM sqlite_master") == []
 
@@ -598,7 +596,7 @@ class TestForeignKeys:
                 connection = await session.connection()
                 writing = (await connection.exec_driver_sql("PRAGMA foreign_keys")).scalar()
             by_the_writer = await database.write(
-                lambda unit, _: [unit.connection.exec_driver_sql("PRAGMA foreign_keys").scalar()],
+                lambda unit, _: [unit.cursor.execute("PRAGMA foreign_keys")[0][0]],
                 None,
             )
 

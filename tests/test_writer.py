@@ -20,7 +20,6 @@ from typing import Any, TypeVar, cast
 
 import pytest
 from conftest import MakeNode, MakeTask
-from sqlalchemy import Connection
 
 from openclaw_store import (
     Database,
@@ -36,7 +35,7 @@ from openclaw_store import (
     writer,
 )
 from openclaw_store.gate import Gate
-from openclaw_store.writer import Unit, Writer
+from openclaw_store.writer import Cursor, Unit, Writer
 
 Result = TypeVar("Result")
 
@@ -75,7 +74,7 @@ class Shelf:
     @contextmanager
     def transaction(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
         self.opened += 1
-        unit = Unit(cast(Connection, None), NOON)
+        unit = Unit(cast(Cursor, None), NOON)
         yield unit
         unit.finish()
         if self.commit_error is not None:
@@ -1591,7 +1590,7 @@ class TestOnADatabase:
         await repository.create(make_task(task_id="before"))
 
         def end(unit: Unit, operations: Sequence[Any]) -> Sequence[Any]:
-            unit.connection.exec_driver_sql("DELETE FROM tasks")
+            unit.cursor.execute("DELETE FROM tasks")
             raise SystemExit
 
         with pytest.raises(UnavailableError):

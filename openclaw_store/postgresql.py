@@ -1,0 +1,410 @@
+"""How PostgreSQL is reached, locked, copied and understood when it fails.
+
+Whoever writes locks the row of counters first, and so writes alone, as on SQLite: what it reads
+then cannot move until it has committed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Pool, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.pool import NullPool
+from sqlalchemy.util import await_only
+
+from openclaw_store.errors import (
+    InvalidDataError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+    StoreError,
+    UnavailableError,
+)
+
+Result = TypeVar("Result")
+
+MINIMUM_VERSION = 13
+"""The oldest server that is supported; older ones get no more fixes from their makers."""
+
+_LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
+_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
+_MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
+_CLOSE_SECONDS = 2.0
+
+# The writer's statements are few, and each is planned once. A plan that was made while a table was
+# empty serves for ever, so none may go through a whole table. Without this, the planner besides
+# takes longer over each of them than the server to do it.
+_WRITER_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_material": "off",
+}
+
+_GONE = "the connection to the server was lost: try again"
+_ADVICE = {
+    "08": _GONE,
+    "57P": "the server is shutting down or starting: try again",
+    "57014": "the statement took too long: try again",
+    "53": "the server has not enough connections, memory or space: see its log",
+    "55P03": "another process keeps it locked: try again",
+    "40": "the server gave this transaction up in favour of another: try again",
+    "28": "the server does not let this user in: check the user name and the password",
+    "3D": 'there is no such database: create it first, as with "createdb"',
+    "42501": "this role may not do that: grant it what it needs, or use another role",
+    "58": "the server's disk reports an error: see its log",
+    "XX": "the server's data may be damaged: see its log",
+}
+"""By the beginning of the code that says what is wrong."""
+
+
+class Cursor:
+    """Speaks to the driver on behalf of a unit.
+
+    Args:
+        connection: The driver's own.
+        wait: Waits for what is begun on the connection's event loop.
+    """
+
+    dialect = "postgresql"
+
+    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._connection = connection
+        self._wait = wait
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement."""
+        rows: Sequence[Any] = self._wait(self._connection.fetch(sql, *parameters))
+        return rows
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows once, with an array for each column.
+
+        Returns:
+            How many rows of a table it wrote.
+        """
+        arrays = map(list, zip(*rows, strict=True))
+        status: str = self._wait(self._connection.execute(sql, *arrays))
+        return int(status.split()[-1])
+
+
+class Writing:
+    """The writer's connection, which belongs to its thread, with an event loop of its own."""
+
+    def __init__(self, server: PostgreSQL) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._engine = server.engine(
+            write=True, isolation_level="AUTOCOMMIT", settings=_WRITER_SETTINGS
+        )
+        try:
+            self._connection = self._wait(self._engine.connect())
+        except BaseException:
+            self._loop.close()
+            raise
+        raw = self._wait(self._connection.get_raw_connection())
+        self._driver: Any = raw.driver_connection
+        self.cursor = Cursor(self._driver, self._wait)
+
+    def begin(self) -> None:
+        """Begin a transaction with the write lock."""
+        self._wait(self._driver.execute(_BEGIN))
+
+    def commit(self) -> None:
+        """Commit what `begin` began."""
+        self._wait(self._driver.execute("COMMIT"))
+
+    def close(self) -> None:
+        """Close the connection, whatever state it is in; what was not committed is undone."""
+        try:
+            with suppress(OSError, *_driver_errors()):
+                self._wait(self._driver.close(timeout=_CLOSE_SECONDS))
+            with suppress(SQLAlchemyError):
+                self._wait(self._connection.invalidate())
+                self._wait(self._connection.close())
+        finally:
+            self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:
+        return self._loop.run_until_complete(work)
+
+
+class PostgreSQL:
+    """A database on a PostgreSQL server.
+
+    Args:
+        location: Its URL; `postgresql://` and `postgresql+asyncpg://` mean the same.
+        timeout: Seconds to wait for a lock, for a connection, or for the answer to a statement.
+
+    Raises:
+        InvalidDataError: If the URL asks for another driver.
+        UnavailableError: If the driver is not installed.
+    """
+
+    dialect = "postgresql"
+
+    def __init__(self, location: str, timeout: float) -> None:
+        try:
+            url = make_url(location)
+        except (ArgumentError, ValueError):
+            raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
+        if url.drivername not in ("postgresql", "postgresql+asyncpg"):
+            raise InvalidDataError(
+                "db_path", f"{url.drivername} is not supported: use postgresql+asyncpg"
+            )
+        if find_spec("asyncpg") is None:
+            raise UnavailableError(
+                "PostgreSQL needs asyncpg: pip install 'openclaw-store[postgres]'"
+            )
+        self._url = url.set(drivername="postgresql+asyncpg")
+        self._timeout = timeout
+        self.location = url.render_as_string(hide_password=True)
+        """Where it is, as people may see it."""
+
+    def make_folder(self) -> None:
+        """There is none to be made."""
+
+    def prepare(self) -> None:
+        """Refuse a server that is too old.
+
+        Raises:
+            UnavailableError: Naming the version found and the one needed, or what is in the way.
+        """
+        number = self.inspect(lambda connection: connection.scalar(text("SHOW server_version_num")))
+        version = int(number) // 10_000
+        if version < MINIMUM_VERSION:
+            raise UnavailableError(
+                f"{self.location} is PostgreSQL {version}, {MINIMUM_VERSION} or newer is needed: "
+                "upgrade the server"
+            )
+
+    def inspect(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work`, which reads, with a connection; blocks the thread, which has no loop."""
+
+        async def run() -> Result:
+            async with self.engine(write=False).connect() as connection:
+                return await connection.run_sync(work)
+
+        with self.translated():
+            return asyncio.run(run())
+
+    def migrate(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work` in a transaction while nobody else migrates; blocks the thread.
+
+        Raises:
+            UnavailableError: If another process migrates for longer than the timeout.
+        """
+
+        async def run() -> Result:
+            async with self.engine(write=True).begin() as connection:
+                await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+                return await connection.run_sync(work)
+
+        with self.translated():
+            return asyncio.run(run())
+
+    def engine(
+        self,
+        *,
+        write: bool,
+        pool: type[Pool] = NullPool,
+        settings: dict[str, str] | None = None,
+        **options: Any,
+    ) -> AsyncEngine:
+        """An engine for coroutines: read-only, or one whose statements wait for locks in time."""
+        milliseconds = str(max(1, int(self._timeout * 1000)))
+        arguments = {
+            "timeout": self._timeout,
+            # The server's own limits end first, and leave the connection usable.
+            "command_timeout": self._timeout + 1,
+            "server_settings": {
+                "application_name": "openclaw_store",
+                "lock_timeout": milliseconds,
+                **(settings or {}),
+            },
+        }
+        if not write:
+            options["isolation_level"] = "REPEATABLE READ"  # one picture, as on SQLite
+            options["execution_options"] = {"postgresql_readonly": True}
+        return create_async_engine(
+            self._url,
+            poolclass=pool,
+            connect_args=arguments,
+            json_deserializer=str,  # JSON stays text until somebody looks at it
+            **options,
+        )
+
+    async def begin(self, session: AsyncSession) -> Connection:
+        """Begin the transaction of `session`, with the write lock."""
+        connection = await session.connection()
+        await connection.exec_driver_sql(_LOCK)
+        return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
+
+    def cursor(self, connection: Connection) -> Cursor:
+        """What a unit writes with in the transaction of a session."""
+        return Cursor(connection.connection.driver_connection, await_only)
+
+    def writing(self) -> Writing:
+        """A connection for the writer, on whose thread this is called."""
+        return Writing(self)
+
+    def dispose(self) -> None:
+        """Forget what all connections shared."""
+
+    def backup(self, target: Path, *, overwrite: bool) -> None:
+        """Have pg_dump write an archive, for pg_restore, of the database as it is at one moment.
+
+        The copy is written aside and renamed when it is complete.
+
+        Raises:
+            InvalidDataError: If `target` exists and is not to be overwritten.
+            UnavailableError: If there is no pg_dump, or it fails.
+        """
+        if target.exists() and not overwrite:
+            raise InvalidDataError(
+                "path", f"{target} exists: choose another, or pass overwrite=True"
+            )
+        program = shutil.which("pg_dump")
+        if program is None:
+            raise UnavailableError(
+                "a backup of PostgreSQL needs pg_dump: install the package of PostgreSQL's "
+                "client programs (on Debian, postgresql-client), and see that it is in PATH"
+            )
+        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        url = self._url.set(drivername="postgresql", password=None)
+        environment = dict(os.environ)
+        if self._url.password is not None:  # not on the command line, which everybody can read
+            environment["PGPASSWORD"] = str(self._url.password)
+        command = [
+            program, "--format=custom", f"--file={partial}",
+            f"--dbname={url.render_as_string(hide_password=False)}",
+        ]  # fmt: skip
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise UnavailableError(f"{self.location}: pg_dump: {done.stderr.strip()}")
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except OSError as error:
+            raise UnavailableError(f"{target}: {error.strerror}: choose another path") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def vacuum(self) -> None:
+        """Have the space of removed rows used again, and the statistics brought up to date."""
+
+        async def run() -> None:
+            engine = self.engine(write=True, isolation_level="AUTOCOMMIT")
+            async with engine.connect() as connection:
+                for table in ("tasks", "nodes", "changes", "counters"):
+                    await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
+
+        with self.translated():
+            asyncio.run(run())
+
+    async def size(self, session: AsyncSession) -> int:
+        """Bytes on the disk."""
+        connection = await session.connection()
+        found = await connection.exec_driver_sql("SELECT pg_database_size(current_database())")
+        return int(found.scalar_one())
+
+    @contextmanager
+    def translated(self, *, own: bool = True, reading: bool = False) -> Iterator[None]:
+        """Raise what the driver raises as the library's own errors, chained to it.
+
+        Args:
+            own: Whether the statements are the library's; faults in others stay as they are.
+            reading: Whether it is the statements that must not write.
+        """
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError,)
+        if own:
+            caught = (SQLAlchemyError, OSError, *_driver_errors())
+        try:
+            yield
+        except caught as error:
+            if reading and _code(error) == "25006":
+                raise StoreError("this session only reads: write in `transaction()`") from error
+            translation = self.translate(error, own=own)
+            if translation is error:
+                raise
+            raise translation from error
+
+    def translate(
+        self, error: Exception, *, own: bool = True, committing: bool = False
+    ) -> Exception:
+        """The library's own error for one of the driver's, decided by its code.
+
+        Args:
+            own: Whether the statement was the library's own.
+            committing: Whether COMMIT raised it, so that it may have taken effect.
+        """
+        if isinstance(error, StoreError):
+            return error
+        if isinstance(error, PoolTimeoutError):
+            return UnavailableError(
+                f"{self.location}: all reading connections are in use: close some sessions"
+            )
+        if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
+            return error.orig  # a value was refused on its way to the driver
+        code = _code(error)
+        if code is None and not _is_lost(error):
+            return error
+        if committing and (code is None or code.startswith(("08", "57"))):
+            return OutcomeUnknownError(
+                f"{self.location}: the connection was lost while committing: repeat the call"
+            )
+        if code is None:
+            cause = _cause(error)
+            reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
+            return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
+        for beginning, advice in _ADVICE.items():
+            if code.startswith(beginning):
+                return UnavailableError(f"{self.location}: {advice}")
+        if own and code.startswith("42"):
+            return SchemaMismatchError(
+                f"{self.location}: {_cause(error)}: its schema is another one, or was changed"
+            )
+        if code.startswith(("22", "23")):
+            return InvalidDataError("row", f"refused by the database: {_cause(error)}")
+        return error
+
+
+def _driver_errors() -> tuple[type[Exception], ...]:
+    driver = importlib.import_module("asyncpg")  # it has no types
+    return driver.PostgresError, driver.InterfaceError, driver.InternalClientError
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The driver's own error."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.orig.__cause__ or error.orig
+    return error
+
+
+def _code(error: BaseException) -> str | None:
+    """The SQLSTATE: five characters, of which two are the class."""
+    code: str | None = getattr(_cause(error), "sqlstate", None)
+    return code
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether it says that there is no connection (any more), or no answer."""
+    driver = importlib.import_module("asyncpg")
+    return isinstance(_cause(error), OSError | driver.InterfaceError)

@@ -1,0 +1,367 @@
+"""The SQL that units send, made once from the mapping, for each database.
+
+Units speak to the drivers themselves: SQLAlchemy's way to a driver takes longer than most of these
+statements. One for many rows is sent once for all of them, where the driver can do that: SQLite
+takes `VALUES` with a place for each value, PostgreSQL an array for each column.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any
+
+import orjson
+from sqlalchemy import (
+    CTE,
+    Column,
+    Dialect,
+    Select,
+    and_,
+    any_,
+    bindparam,
+    cast,
+    column,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    table,
+    text,
+    update,
+)
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.dialects.postgresql import ARRAY, asyncpg
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.types import Text
+
+from openclaw_store.models import NodeInfo, NodeStatus, TaskStatus
+from openclaw_store.records import Decode, Plan
+from openclaw_store.schema import (
+    COLUMNS,
+    FIELDS,
+    IS_FINISHED,
+    KEY,
+    ROWS,
+    Base,
+    CounterRow,
+    Json,
+    TaskRow,
+    UtcTime,
+    decoder_of,
+    plan_of,
+    table_of,
+)
+
+USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
+"""What a heartbeat may report."""
+
+_POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
+_CHANGES = Base.metadata.tables["changes"]
+_NODES = table_of(NodeInfo)
+
+
+class Statements(ABC):
+    """The statements for one database. Rows are tuples of what the driver takes."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self.read_counters = self._compile(select(CounterRow.revision, CounterRow.beat))
+        self.write_counters = self._compile(update(CounterRow), ("revision", "beat"))
+        self.insert = {
+            kind: (
+                self._insert([table_of(kind).c[name] for name in names]),
+                plan_of(kind, names, dialect),
+            )
+            for kind, names in FIELDS.items()
+        }
+        """For many rows, and what makes each of them of a record."""
+        self.insert_change = self._insert(list(_CHANGES.c))
+        """For many rows."""
+        moment = UtcTime()
+        self.to_moment: Callable[[datetime], Any] = moment.bind_processor(dialect) or _as_it_is
+        """A moment as the driver takes it."""
+        self.from_moment: Callable[[Any], datetime] = (
+            moment.result_processor(dialect, None) or _as_it_is
+        )
+        """A moment as the driver gives it."""
+        self.decode_node: Decode = decoder_of(NodeInfo, dialect)
+        self.status_since = self._compile(_status_since()) + " LIMIT 1"  # else it is a parameter
+        """When the status changed last; for the newest change, its item and its identifier."""
+        self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, Plan]] = {}
+
+    def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, Plan]:
+        """For many rows of the key and the named columns, and what makes the latter of a record.
+
+        It writes these columns and no others. `beat` is the last of them, and not in the plan.
+        """
+        if (kind, names) not in self._updates:
+            table = table_of(kind)
+            columns = [one for one in table.c if one.name in names]
+            fields = [one.name for one in columns if one.name != "beat"]
+            statement = self._update(table.c[KEY[kind]], columns)
+            self._updates[kind, names] = statement, plan_of(kind, fields, self.dialect)
+        return self._updates[kind, names]
+
+    def finished(self, keep: Iterable[TaskStatus]) -> Sequence[str]:
+        """Two searches of one index, each for a cutoff and a limit.
+
+        They find tasks that finished before it, and those without `completed_at` that were
+        changed before it, but for those whose status is to be kept.
+        """
+        query = select(TaskRow.task_id).where(IS_FINISHED)
+        for status in keep:
+            query = query.where(text(f"status <> '{status.value}'"))
+        cutoff = bindparam("cutoff", type_=UtcTime())
+        return [
+            f"{self._compile(query.where(condition))} LIMIT {self._second}"
+            for condition in (
+                TaskRow.completed_at < cutoff,
+                TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
+            )
+        ]
+
+    read: dict[type[Any], str]
+    """What decisions need of the rows with the `given` identifiers; a row of NULLs is none."""
+    delete: dict[type[Any], str]
+    """For many rows of an identifier."""
+    forget: str
+    """Removes a change and all before it; for many rows as `status_since` takes."""
+    beat: str
+    """For many rows of usage, moment, flush, identifier and the moment again."""
+    _second: str
+    """The second parameter of a statement."""
+
+    @abstractmethod
+    def given(self, ids: Sequence[str]) -> Any:
+        """Identifiers as a parameter of `read` and of `by_ids`."""
+
+    @abstractmethod
+    def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
+        """What finds rows by their `given` identifiers; a row of NULLs is none."""
+
+    @abstractmethod
+    def elements(self, texts: Any) -> Any:
+        """The elements of a JSON list of text, as a column to select."""
+
+    @abstractmethod
+    def _insert(self, columns: Sequence[Column[Any]]) -> str: ...
+
+    @abstractmethod
+    def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str: ...
+
+    def _compile(self, statement: ClauseElement, columns: Sequence[str] | None = None) -> str:
+        """The text of a statement whose parameters stand in the order of `columns`, else in its."""
+        names = None if columns is None else list(columns)
+        return str(statement.compile(dialect=self.dialect, column_keys=names))
+
+    def _decision_columns(self, kind: type[Any]) -> Sequence[Any]:
+        # Of a task the decisions need little; nodes are few, and some writes need all of them.
+        names = ("task_id", "version", "status", "assigned_node")
+        return COLUMNS[kind] if kind is NodeInfo else [table_of(kind).c[name] for name in names]
+
+
+class SQLiteStatements(Statements):
+    """Those for SQLite."""
+
+    # What a failed statement has written is rolled back with all of its transaction. Without
+    # this, SQLite would besides keep a copy of each page that a statement for many rows changes,
+    # to be able to undo that alone: a fifth of the time of an insert.
+    _OR_FAIL = "OR FAIL"
+    _second = "?"
+
+    def __init__(self) -> None:
+        super().__init__(sqlite.dialect())
+        ids: Any = bindparam("ids")
+        self.read = {
+            kind: self._compile(self.by_ids(kind, self._decision_columns(kind), ids))
+            for kind in ROWS
+        }
+        self.delete = {
+            kind: self._compile(delete(table_of(kind)).where(_key(kind) == bindparam("key")))
+            for kind in ROWS
+        }
+        chain = _chain()
+        self.forget = self._compile(
+            delete(_CHANGES).where(_CHANGES.c.revision.in_(select(chain.c.revision)))
+        )
+        self.beat = self._compile(
+            update(_NODES)
+            .where(
+                _NODES.c.node_id == bindparam("id"),
+                text(f"status <> '{NodeStatus.OFFLINE.value}'"),
+                or_(
+                    _NODES.c.last_heartbeat.is_(None),
+                    _NODES.c.last_heartbeat <= bindparam("at"),
+                ),
+            )
+            .values(
+                {
+                    **{name: func.coalesce(bindparam(name), _NODES.c[name]) for name in USAGE},
+                    "last_heartbeat": bindparam("last"),
+                    "beat": bindparam("beat_"),
+                }
+            )
+        )
+
+    def given(self, ids: Sequence[str]) -> str:
+        return orjson.dumps(list(ids)).decode()
+
+    def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
+        # SQLite never turns an outer join round: it goes through the identifiers, not through the
+        # table, even if its statistics are of a time when that was small.
+        given = func.json_each(ids).table_valued("value").alias("given")
+        found = given.outerjoin(table_of(kind), _key(kind) == given.c.value)
+        return select(*columns).select_from(found)
+
+    def elements(self, texts: Any) -> Any:
+        return func.json_each(texts).table_valued("value").c.value
+
+    def _insert(self, columns: Sequence[Column[Any]]) -> str:
+        statement = insert(columns[0].table).prefix_with(self._OR_FAIL)
+        return self._compile(statement, [one.name for one in columns])
+
+    def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str:
+        names = [key.name, *(one.name for one in columns)]
+        given = table("given", *map(column, names))
+        # `IN` besides: with old statistics SQLite would go through the whole table.
+        statement = update(key.table).where(
+            key == given.c[key.name], key.in_(select(given.c[key.name]))
+        )
+        statement = statement.values({one.name: given.c[one.name] for one in columns})
+        values = f"({', '.join(names)}) AS (VALUES ({', '.join('?' * len(names))}))"
+        return f"WITH given {values} {self._compile(statement.prefix_with(self._OR_FAIL))}"
+
+
+class PostgreSQLStatements(Statements):
+    """Those for PostgreSQL.
+
+    Their plans are made once, perhaps while a table is empty, and must serve ever after. So a
+    row is looked up in a LATERAL that nothing is pulled out of (`OFFSET 0`): as a join, it would
+    be planned as a search of the whole table.
+    """
+
+    _second = "$2"
+
+    def __init__(self) -> None:
+        super().__init__(_POSTGRESQL)
+        self.read = {
+            kind: self._compile(self.by_ids(kind, self._decision_columns(kind), bindparam("ids")))
+            for kind in ROWS
+        }
+        self.delete = {
+            kind: f"DELETE FROM {table_of(kind)} WHERE {KEY[kind]} = ANY($1::text[])"
+            for kind in ROWS
+        }
+        newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
+        matches = "revision = given.revision AND one.item = given.item"
+        self.forget = f"""
+            WITH RECURSIVE chain AS (
+                SELECT one.* FROM {newest} JOIN changes AS one
+                ON one.{matches} AND one.item_id = given.item_id
+                UNION ALL
+                SELECT older.* FROM chain JOIN changes AS older
+                ON older.revision = chain.previous AND older.revision < chain.revision
+                AND older.item = chain.item AND older.item_id = chain.item_id
+            )
+            DELETE FROM changes WHERE revision IN (SELECT revision FROM chain)"""
+        columns = [_NODES.c[name] for name in (*USAGE, "last_heartbeat", "beat", "node_id")]
+        usage = ", ".join(f"{name} = coalesce(found.{name}, nodes.{name})" for name in USAGE)
+        self.beat = f"""
+            UPDATE nodes SET {usage}, last_heartbeat = found.last_heartbeat, beat = found.beat
+            FROM {self._found(_NODES.c.node_id, [*columns, _NODES.c.last_heartbeat.label("at")])}
+            WHERE nodes.ctid = found.place AND nodes.status <> '{NodeStatus.OFFLINE.value}'
+            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= found.at)"""
+
+    def given(self, ids: Sequence[str]) -> Sequence[str]:
+        return list(ids)
+
+    def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
+        return select(*columns).where(_key(kind) == any_(cast(ids, ARRAY(Text))))
+
+    def elements(self, texts: Any) -> Any:
+        return func.json_array_elements_text(texts).table_valued("value").c.value
+
+    def _insert(self, columns: Sequence[Column[Any]]) -> str:
+        names = ", ".join(one.name for one in columns)
+        values = ", ".join(map(_value, columns))
+        return f"INSERT INTO {columns[0].table} ({names}) SELECT {values} FROM {_given(columns)}"
+
+    def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str:
+        changes = ", ".join(f"{one.name} = {_value(one, 'found')}" for one in columns)
+        found = self._found(key, [key, *columns])
+        return f"UPDATE {key.table} SET {changes} FROM {found} WHERE {key.table}.ctid = found.place"
+
+    def _found(self, key: Column[Any], columns: Sequence[Any]) -> str:
+        return f"""(
+                SELECT given.*, one.ctid AS place FROM {_given(columns)}
+                CROSS JOIN LATERAL (
+                    SELECT ctid FROM {key.table} WHERE {key.name} = given.{key.name} OFFSET 0
+                ) AS one
+            ) AS found"""
+
+
+def _given(columns: Sequence[Any]) -> str:
+    """A table of what is given, an array for each column."""
+    arrays = ", ".join(
+        f"${place}::{_element(one.type)}[]" for place, one in enumerate(columns, start=1)
+    )
+    return f"unnest({arrays}) AS given ({', '.join(one.name for one in columns)})"
+
+
+def _element(kind: Any) -> str:
+    """What an array for a column of this type holds: text of any length, the JSON not yet read."""
+    name: str = kind.compile(_POSTGRESQL)
+    return "text" if name.startswith("VARCHAR") or name == "JSON" else name
+
+
+def _value(column: Column[Any], source: str = "given") -> str:
+    cast = "::json" if isinstance(column.type, Json) else ""
+    return f"{source}.{column.name}{cast}"
+
+
+def _key(kind: type[Any]) -> Column[Any]:
+    key: Column[Any] = table_of(kind).c[KEY[kind]]
+    return key
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _status_since() -> Select[Any]:
+    chain = _chain()
+    changed = chain.c.from_status.is_distinct_from(chain.c.to_status)
+    return select(chain.c.changed_at).where(changed)
+
+
+def _chain() -> CTE:
+    """A chain of changes, from the newest, which is given, to the first."""
+    newest = _CHANGES.alias()
+    chain = (
+        select(newest)
+        .where(
+            newest.c.revision == bindparam("newest"),
+            newest.c.item == bindparam("item_"),
+            newest.c.item_id == bindparam("id"),
+        )
+        .cte("chain", recursive=True)
+    )
+    older = _CHANGES.alias()
+    # A version that somebody wrote by hand may point anywhere, even forward: it must not go round.
+    is_next = and_(
+        older.c.revision == chain.c.previous,
+        older.c.revision < chain.c.revision,
+        older.c.item == chain.c.item,
+        older.c.item_id == chain.c.item_id,
+    )
+    return chain.union_all(select(older).join(chain, is_next))
+
+
+@cache
+def statements_for(dialect: str) -> Statements:
+    """The statements for `sqlite` or `postgresql`."""
+    return SQLiteStatements() if dialect == "sqlite" else PostgreSQLStatements()
