@@ -38,6 +38,9 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
+CHANNEL = "openclaw_store"
+"""On which whoever commits notifies those who listen."""
+
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
@@ -125,7 +128,7 @@ class Writing:
 
     def commit(self) -> None:
         """Commit what `begin` began."""
-        self._wait(self._driver.execute("COMMIT"))
+        self._wait(self._driver.execute(f"NOTIFY {CHANNEL}; COMMIT"))
 
     def close(self) -> None:
         """Close the connection, whatever state it is in; what was not committed is undone."""

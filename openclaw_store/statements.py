@@ -79,6 +79,12 @@ class Statements(ABC):
             for kind, names in FIELDS.items()
         }
         """For many rows, and what makes each of them of a record."""
+        self.forget_until = self._compile(
+            delete(_CHANGES)
+            .where(_CHANGES.c.revision <= bindparam("until"))
+            .returning(_CHANGES.c.revision)
+        )
+        """Removes all changes up to a revision, and tells which."""
         self.insert_change = self._insert(list(_CHANGES.c))
         """For many rows."""
         moment = UtcTime()
@@ -330,6 +336,13 @@ def _key(kind: type[Any]) -> Column[Any]:
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+def history_of(newest: int, item: str, id: str) -> Select[Any]:
+    """The changes of one task or node up to the newest, which is given; newest first."""
+    chain = _chain()
+    query = select(chain).order_by(chain.c.revision.desc())
+    return query.params(newest=newest, item_=item, id=id)
 
 
 def _status_since() -> Select[Any]:
