@@ -27,6 +27,7 @@ settings.register_profile("openclaw_store", deadline=None)  # the machine may be
 settings.load_profile("openclaw_store")
 
 KINDS = ("sqlite", "postgresql")
+EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in KINDS]
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
@@ -91,9 +92,8 @@ def clock() -> FakeClock:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what takes a location on a database of each kind, or of the kinds it is marked with."""
     if "location" in metafunc.fixturenames:
-        kinds = [kind for kind in KINDS if metafunc.definition.get_closest_marker(kind)] or KINDS
-        each = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in kinds]
-        metafunc.parametrize("location", each, indirect=True)
+        marked = [kind for kind in KINDS if metafunc.definition.get_closest_marker(kind)]
+        metafunc.parametrize("location", marked or EACH_KIND, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -171,6 +171,15 @@ def execute(location: Location, statement: str) -> list[tuple[Any, ...]]:
 
     with ThreadPoolExecutor(1) as another_thread:  # the test may be a coroutine
         return another_thread.submit(asyncio.run, run()).result()
+
+
+def refuse_tasks(location: Location, name: str) -> None:
+    """Have the database itself refuse new tasks of that name."""
+    if isinstance(location, Path):
+        when = f"CREATE TRIGGER refused BEFORE INSERT ON tasks WHEN new.name = '{name}'"
+        execute(location, f"{when} BEGIN SELECT RAISE(ABORT, 'no'); END")
+    else:
+        execute(location, f"ALTER TABLE tasks ADD CONSTRAINT refused CHECK (name <> '{name}')")
 
 
 @asynccontextmanager
