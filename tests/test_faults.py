@@ -398,15 +398,17 @@ class TestSynchronisation:
         task = make_task()
         await manager.add_task(task, persist=False)
         async with locked(location) as lock:
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(manager.sync_to_database(), 0.05)
-
-            task.name = "changed"
-            await manager.update_task(task, persist=False)
             writing = asyncio.create_task(manager.sync_to_database())
-            await asyncio.sleep(0)
+            await asyncio.wait([writing], timeout=0.05)
+            writing.cancel()
+            await asyncio.wait([writing], timeout=0.05)
             await lock.rollback()
-            await writing
+            with pytest.raises(asyncio.CancelledError):
+                await writing
+
+        task.name = "changed"
+        await manager.update_task(task, persist=False)
+        await manager.sync_to_database()
 
         stored = await manager.task_repo.get(task.task_id)
         assert stored is not None

@@ -197,7 +197,9 @@ class TestProcesses:
         tasks = execute(
             outcome.location, "SELECT retry_count FROM tasks WHERE name = 'c' ORDER BY task_id"
         )
-        nodes = execute(outcome.location, "SELECT total_tasks_processed FROM nodes ORDER BY node_id")
+        nodes = execute(
+            outcome.location, "SELECT total_tasks_processed FROM nodes ORDER BY node_id"
+        )
 
         assert [count for (count,) in tasks] == outcome.totals("increments")
         assert [count for (count,) in nodes] == outcome.totals("beats")
@@ -224,7 +226,9 @@ class TestProcesses:
     def test_revisions_are_without_a_gap(self, outcome: Outcome) -> None:
         revisions = [
             revision
-            for (revision,) in execute(outcome.location, "SELECT revision FROM changes ORDER BY revision")
+            for (revision,) in execute(
+                outcome.location, "SELECT revision FROM changes ORDER BY revision"
+            )
         ]
 
         assert revisions == list(range(1, len(revisions) + 1))

@@ -2262,7 +2262,9 @@ class TestLife:
         assert await manager.initialize() is True
         await manager.shutdown()
 
-    async def test_database_that_is_newer_raises(self, database: Database, location: Location) -> None:
+    async def test_database_that_is_newer_raises(
+        self, database: Database, location: Location
+    ) -> None:
         execute(location, "UPDATE alembic_version SET version_num = '9999'")
         manager = StateManager(Database(location))
 
