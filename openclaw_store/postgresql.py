@@ -254,6 +254,7 @@ class PostgreSQL:
         """Begin the transaction of `session`, with the write lock."""
         connection = await session.connection()
         await connection.exec_driver_sql(_LOCK)
+        await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 
     def cursor(self, connection: Connection) -> Cursor:
