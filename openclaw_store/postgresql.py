@@ -230,6 +230,7 @@ class PostgreSQL:
         """An engine for coroutines: read-only, or one whose statements wait for locks in time."""
         milliseconds = str(max(1, int(self._timeout * 1000)))
         arguments = {
+            "async_creator_fn": _connect,
             "timeout": self._timeout,
             # The server's own limits end first, and leave the connection usable.
             "command_timeout": self._timeout + 1,
@@ -388,6 +389,26 @@ class PostgreSQL:
         if code.startswith(("22", "23")):
             return InvalidDataError("row", f"refused by the database: {_cause(error)}")
         return error
+
+
+async def _connect(*arguments: Any, **options: Any) -> Any:
+    """Connect to the end, even when the caller is cancelled meanwhile.
+
+    The driver leaves an exception that nobody retrieves where it is stopped half-way.
+    """
+    connecting = asyncio.ensure_future(
+        importlib.import_module("asyncpg").connect(*arguments, **options)
+    )
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(_drop)
+        raise
+
+
+def _drop(connecting: asyncio.Future[Any]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().terminate()
 
 
 def _driver_errors() -> tuple[type[Exception], ...]:
