@@ -175,8 +175,10 @@ def shown(location: Location) -> str:
 
 def engine_of(location: Location) -> AsyncEngine:
     """An engine to go past the library with."""
-    is_file = isinstance(location, Path)
-    url = URL.create("sqlite+aiosqlite", database=str(location)) if is_file else make_url(location)
+    if isinstance(location, Path):
+        url = URL.create("sqlite+aiosqlite", database=str(location))
+    else:
+        url = make_url(location)
     return create_async_engine(url, poolclass=NullPool)
 
 
