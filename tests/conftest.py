@@ -154,10 +154,31 @@ def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Locatio
         yield location
 
 
+@pytest.fixture
+def another_location(
+    location: Location, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Location]:
+    """A second place, of the same kind as `location`."""
+    folder = tmp_path / "another"
+    folder.mkdir()
+    kind = "sqlite" if isinstance(location, Path) else "postgresql"
+    with new_location(request, kind, folder) as another_location:
+        yield another_location
+
+
+def shown(location: Location) -> str:
+    """A location as people may see it."""
+    if isinstance(location, Path):
+        return str(location)
+    return make_url(location).render_as_string(hide_password=True)
+
+
 def engine_of(location: Location) -> AsyncEngine:
     """An engine to go past the library with."""
-    is_file = isinstance(location, Path)
-    url = URL.create("sqlite+aiosqlite", database=str(location)) if is_file else make_url(location)
+    if isinstance(location, Path):
+        url = URL.create("sqlite+aiosqlite", database=str(location))
+    else:
+        url = make_url(location)
     return create_async_engine(url, poolclass=NullPool)
 
 
@@ -183,9 +204,11 @@ def refuse_tasks(location: Location, name: str) -> None:
 
 
 @asynccontextmanager
-async def locked(location: Location) -> AsyncIterator[AsyncConnection]:
+async def locked(location: Location, lock: str | None = None) -> AsyncIterator[AsyncConnection]:
     """Somebody else has what every writer needs first: the write lock, or the counters."""
-    lock = "BEGIN IMMEDIATE" if isinstance(location, Path) else "SELECT FROM counters FOR UPDATE"
+    if lock is None:
+        is_file = isinstance(location, Path)
+        lock = "BEGIN IMMEDIATE" if is_file else "SELECT FROM counters FOR UPDATE"
     async with engine_of(location).connect() as connection:
         await connection.exec_driver_sql(lock)
         yield connection

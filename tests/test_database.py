@@ -32,8 +32,9 @@ from conftest import (
     execute,
     locked,
     new_location,
+    shown,
 )
-from sqlalchemy import event, func, make_url, select, text, update
+from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store import (
@@ -153,13 +154,6 @@ class InThread:
 
 async def count_tasks(session: AsyncSession) -> int:
     return await session.scalar(select(func.count()).select_from(TaskRow)) or 0
-
-
-def shown(location: Location) -> str:
-    """A location as people may see it."""
-    if isinstance(location, Path):
-        return str(location)
-    return make_url(location).render_as_string(hide_password=True)
 
 
 def assert_sound(location: Location) -> None:

@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
     once, those of the other one after a refresh.
     """
 
-    new_location: ClassVar[Callable[[], AbstractContextManager[Location]]]
+    new_location: ClassVar[partial[AbstractContextManager[Location]]]
 
     copies = Bundle("copies")
     sides = st.sampled_from([0, 1])
