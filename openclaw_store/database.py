@@ -33,7 +33,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
-from openclaw_store.writer import Apply, Listener, Unit, Writer
+from openclaw_store.writer import Apply, Listener, LockNeededError, Unit, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -423,10 +423,10 @@ class Database:
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
-                try:
+                with self._backend.translated(committing=True):
                     writing.commit()
-                except Exception as error:
-                    raise self._backend.translate(error, committing=True) from error
+            except LockNeededError:
+                raise
             except BaseException:
                 self._writer_stopped()  # the next one begins with a connection in a known state
                 raise
