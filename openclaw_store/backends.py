@@ -84,7 +84,7 @@ class Backend(Protocol):
         """Bytes on the disk."""
 
     def translated(
-        self, *, own: bool = True, reading: bool = False
+        self, *, own: bool = True, reading: bool = False, committing: bool = False
     ) -> AbstractContextManager[None]:
         """Raise what the driver raises as the library's own errors."""
 

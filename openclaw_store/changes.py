@@ -1,9 +1,9 @@
 """Changes: each write as one value, decided in order, numbered, and recorded in the feed.
 
 `apply` is handed a run of operations inside one write transaction. It reads the rows they touch
-once, lets every operation decide in turn (nobody else can write meanwhile, so the rows cannot
-move), and then writes each touched row once. Every change gets a **revision**: consecutive,
-without gaps, in the order of commits. A heartbeat is no change: it has no revision.
+once, lets every operation decide in turn (the rows cannot move: nobody else can write meanwhile, or
+this will not be written), and then writes each touched row once. Every change gets a **revision**:
+consecutive, without gaps, in the order of commits. A heartbeat is no change: it has no revision.
 
 The `version` of a row is the revision of its last change. So it grows, and no version ever comes
 back, not even when a row is removed and created again.
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from openclaw_store.errors import NodeNotFoundError, NotFoundError, TaskNotFoundError
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.records import STORE_FIELDS, Record
-from openclaw_store.schema import KEY, ROWS
+from openclaw_store.schema import FIELDS, KEY, ROWS
 from openclaw_store.statements import statements_for
 from openclaw_store.writer import Unit
 
@@ -28,6 +28,9 @@ ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
 
 KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
 """The domain class of what the feed calls an item."""
+
+Forgotten = tuple[int | None, str, str]
+"""The revision, item and identifier of a change that goes with all before it."""
 
 Place = tuple[type[Any], str]
 """The domain class and the identifier of a row."""
@@ -133,7 +136,7 @@ class Row:
             return self.now
         ledger = self._ledger
         newest = (self.version, ITEM[self.kind], self.id)
-        found = ledger.cursor.execute(ledger.sql.status_since, newest)
+        found = ledger.cursor.read(ledger.sql.status_since, newest)
         return ledger.sql.from_moment(found[0][0]) if found else None
 
     def write(
@@ -185,23 +188,34 @@ class Row:
 
 
 class Ledger:
-    """The revisions of one unit, and what it adds to the feed."""
+    """The revisions of one unit, and what it adds to the feed.
+
+    The counters are read before anything else, or with it, and tell at the end whether anybody
+    has written since: each transaction that writes moves them.
+    """
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
         self.cursor = unit.cursor
         self.sql = statements_for(unit.cursor.dialect)
-        self._revision, beat = self.cursor.execute(self.sql.read_counters)[0]
-        self.beat: int = beat + 1
+        self._counters: tuple[int, int] | None = None  # as they were read
+        self._revision = 0
+        self.beat = 0
         """The number of this unit's flush of heartbeats, if it has one."""
         self._changes: list[Change] = []
-        self.forgotten: list[tuple[int | None, str, str]] = []
+        self.forgotten: list[Forgotten] = []
         """The newest change, item and identifier of those whose history is to be removed."""
         self.beaten = False
         """Whether it has."""
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
+
+    def count_from(self, revision: int, beat: int) -> None:
+        """Take note of the counters, when they are first read."""
+        if self._counters is None:
+            self._counters = revision, beat
+            self._revision, self.beat = revision, beat + 1
 
     def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
         """Number a change."""
@@ -230,20 +244,38 @@ class Ledger:
         )
 
     def _write(self) -> None:
-        if self._changes:
+        if self._counters is None:
+            return
+        changes, forgotten = self._changes, self.forgotten
+        if forgotten:
+            changes, forgotten = self._without_forgotten()
+        if changes:
             at = self.sql.to_moment(self.unit.now)
             self.cursor.write(
                 self.sql.insert_change,
                 [
                     (one.revision, at, one.item, one.item_id, one.kind._value_, *one[5:])
-                    for one in self._changes
+                    for one in changes
                 ],
             )
-        if self.forgotten:
-            self.cursor.write(self.sql.forget, self.forgotten)
+        if forgotten:
+            self.cursor.write(self.sql.forget, forgotten)
         if self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
-            self.cursor.execute(self.sql.write_counters, (self._revision, beat))
+            self.cursor.guard(self.sql.write_counters, (self._revision, beat, *self._counters))
+
+    def _without_forgotten(self) -> tuple[list[Change], list[Forgotten]]:
+        """What the feed is to be told, and where what it is to forget begins.
+
+        What this unit itself would have to remove again it does not write.
+        """
+        changes = {one.revision: one for one in self._changes}
+        forgotten = []
+        for newest, item, id in self.forgotten:
+            while newest is not None and newest in changes:
+                newest = changes.pop(newest).previous
+            forgotten.append((newest, item, id))
+        return list(changes.values()), forgotten
 
 
 def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
@@ -269,17 +301,18 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
 
 def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
     sql = ledger.sql
-    found = ledger.cursor.execute(sql.read[kind], (sql.given(list(rows)),))
+    found = ledger.cursor.read(*sql.read(kind, list(rows)))
+    ledger.count_from(*found[0][:2])
     if kind is NodeInfo:
         for values in found:
-            if values[0] is None:
+            if values[2] is None:
                 continue
-            record = sql.decode_node(values)
-            row = rows[values[0]]
+            record = sql.decode_node(values[2:])
+            row = rows[values[2]]
             row.stored, row.record = True, record
             row.version, row.status = record.version, record["status"].value
     else:
-        for id, version, status, node in found:
+        for _, _, id, version, status, node in found:
             if id is not None:
                 row = rows[id]
                 row.stored, row.version, row.status, row.node = True, version, status, node
@@ -293,19 +326,21 @@ def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
     updates: dict[frozenset[str], list[list[Any]]] = {}
     insert, plan = sql.insert[kind]
     for row in rows:
-        if row.stored and row.removed:
-            deletes.append((row.id,))
         if row.version is None or row.record is None:
-            continue
-        if row.stored and not row.removed:
-            if not row.names:
-                continue
-            values = [row.id, *row.record.values(sql.update(kind, row.names)[1])]
-            if "beat" in row.names:  # the last column
-                values.append(ledger.beat)
-            updates.setdefault(row.names, []).append(values)
-        else:
+            if row.stored and row.removed:
+                deletes.append((row.id,))
+        elif not row.stored:
             inserts.append(row.record.values(plan))
+        else:
+            # One that was created again is written over: a statement cannot insert what another,
+            # done together with it, deletes.
+            names = row.names.union(FIELDS[kind]) - {KEY[kind]} if row.removed else row.names
+            if not names:
+                continue
+            values = [row.id, *row.record.values(sql.update(kind, names)[1])]
+            if "beat" in names:  # the last column
+                values.append(ledger.beat)
+            updates.setdefault(names, []).append(values)
     if deletes:
         cursor.write(sql.delete[kind], deletes)
     if inserts:

@@ -34,7 +34,7 @@ from openclaw_store.errors import (
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
-from openclaw_store.writer import Apply, Listener, Unit, Writer
+from openclaw_store.writer import Apply, Listener, LockNeededError, Unit, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -429,10 +429,10 @@ class Database:
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
-                try:
+                with self._backend.translated(committing=True):
                     writing.commit()
-                except Exception as error:
-                    raise self._backend.translate(error, committing=True) from error
+            except LockNeededError:
+                raise
             except BaseException:
                 self._writer_stopped()  # the next one begins with a connection in a known state
                 raise

@@ -96,11 +96,12 @@ def apply_beats(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Sequen
 
 def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     ledger = unit.part(Ledger)
+    ledger.count_from(*unit.cursor.execute(ledger.sql.read_counters)[0])
     rows = []
     for beat in beats:
         at = ledger.sql.to_moment(beat.at)
         rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, at))
-    if unit.cursor.write(ledger.sql.beat, rows) < len(rows):
+    if unit.cursor.count(ledger.sql.beat, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
         # those that were written that makes no difference.
         known: Sequence[bool] = apply(unit, beats)

@@ -1,7 +1,10 @@
 """How PostgreSQL is reached, locked, copied and understood when it fails.
 
-Whoever writes locks the row of counters first, and so writes alone, as on SQLite: what it reads
-then cannot move until it has committed.
+Whoever writes either locks the row of counters first, and so writes alone, as on SQLite: what it
+reads then cannot move until it has committed. Or it moves the counters only if they are as they
+were when it read, in the very statement that writes all the rest: who was quicker has moved them,
+and nothing is written. That takes two round trips to the server instead of four, so the writer
+does it until it meets another one.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import subprocess
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Connection, Pool, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
@@ -32,19 +36,24 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.statements import CHANNEL, combined
+from openclaw_store.writer import LockNeededError
 
 Result = TypeVar("Result")
 
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
-CHANNEL = "openclaw_store"
-"""On which whoever commits notifies those who listen."""
-
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CLOSE_SECONDS = 2.0
+
+_LOCKED_AFTER_CONFLICT = 64
+"""Transactions. So where several processes keep writing, no work is done in vain."""
+
+_MAX_COMBINATIONS = 100
+"""Statements that several were combined into; the server takes a millisecond to plan one."""
 
 # The writer's statements are few, and each is planned once. A plan that was made while a table was
 # empty serves for ever, so none may go through a whole table. Without this, the planner besides
@@ -56,6 +65,8 @@ _WRITER_SETTINGS = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "enable_material": "off",
+    # Without the lock: to wait for another writer, and then see that it was quicker.
+    "default_transaction_isolation": "read committed",
 }
 
 _GONE = "the connection to the server was lost: try again"
@@ -76,7 +87,7 @@ _ADVICE = {
 
 
 class Cursor:
-    """Speaks to the driver on behalf of a unit.
+    """Speaks to the driver on behalf of a unit that has the write lock.
 
     Args:
         connection: The driver's own.
@@ -89,26 +100,130 @@ class Cursor:
         self._connection = connection
         self._wait = wait
 
+    def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement."""
+        return self._fetch(sql, parameters)
+
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement."""
+        return self._fetch(sql, parameters)
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows."""
+        self._write(sql, rows)
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows; returns how many rows of a table it wrote."""
+        return self._write(sql, rows)
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Write a row that nobody else can have changed."""
+        self._fetch(sql, parameters)
+
+    def _fetch(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
         rows: Sequence[Any] = self._wait(self._connection.fetch(sql, *parameters))
         return rows
 
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows once, with an array for each column.
-
-        Returns:
-            How many rows of a table it wrote.
-        """
+    def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement once, with an array for each column."""
         arrays = map(list, zip(*rows, strict=True))
         status: str = self._wait(self._connection.execute(sql, *arrays))
         return int(status.split()[-1])
+
+
+class WriterCursor(Cursor):
+    """Keeps the writes of a transaction back, to send all of them in one statement.
+
+    Without the lock, that statement is the transaction: it commits by itself, or finds that others
+    have written meanwhile and does nothing.
+    """
+
+    has_lock = False
+    lock_next = 0
+    """How many transactions shall begin with the lock."""
+
+    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        super().__init__(connection, wait)
+        self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
+        self._guard: tuple[str, Sequence[Any]] | None = None
+        self._combinations: dict[tuple[str, ...], str] = {}
+
+    def begin(self) -> None:
+        """Forget the last transaction."""
+        self._kept, self._guard = [], None
+
+    def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement, which may change before they are written."""
+        if self._kept:
+            self._send_kept()
+        return self._fetch(sql, parameters)
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement, which needs the lock."""
+        self._send_kept()
+        return self._fetch(sql, parameters)
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows, later."""
+        self._kept.append((sql, rows))
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows, which needs the lock."""
+        self._send_kept()
+        return self._write(sql, rows)
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Make all that is kept back depend on a statement that writes one row."""
+        self._guard = sql, parameters
+
+    def send(self) -> None:
+        """Send what is kept back, in one statement, unless somebody else has written meanwhile."""
+        if self._guard is None:
+            if self._kept:
+                self._send_kept()
+            return
+        guard, parameters = self._guard
+        self._kept.sort(key=itemgetter(0))  # for fewer combinations
+        is_single = all(len(rows) == 1 for _, rows in self._kept)
+        statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
+        if statement is None:
+            self._send_kept()
+            self._fetch(guard, parameters)
+            return
+        for _, rows in self._kept:
+            values = rows[0] if is_single else map(list, zip(*rows, strict=True))
+            parameters = [*parameters, *values]
+        if not self._fetch(statement, parameters):
+            if self.has_lock:
+                raise StoreError("the row of counters was changed by hand: try again")
+            self._need_lock(_LOCKED_AFTER_CONFLICT)
+
+    def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
+        """One statement for several; `None` if it is not worth the server's time to plan it."""
+        combination = (guard, *writes, "a row" if is_single else "rows")
+        if combination not in self._combinations:
+            if len(self._combinations) == _MAX_COMBINATIONS:
+                return None
+            self._combinations[combination] = combined(guard, writes, is_single=is_single)
+        return self._combinations[combination]
+
+    def _send_kept(self) -> None:
+        if not self.has_lock:
+            self._need_lock(1)
+        for sql, rows in self._kept:
+            self._write(sql, rows)
+        self._kept = []
+
+    def _need_lock(self, transactions: int) -> NoReturn:
+        self.lock_next = transactions
+        raise LockNeededError
 
 
 class Writing:
     """The writer's connection, which belongs to its thread, with an event loop of its own."""
 
     def __init__(self, server: PostgreSQL) -> None:
+        self._server = server
         self._loop = asyncio.new_event_loop()
         self._engine = server.engine(
             write=True, isolation_level="AUTOCOMMIT", settings=_WRITER_SETTINGS
@@ -120,15 +235,24 @@ class Writing:
             raise
         raw = self._wait(self._connection.get_raw_connection())
         self._driver: Any = raw.driver_connection
-        self.cursor = Cursor(self._driver, self._wait)
+        self.cursor = WriterCursor(self._driver, self._wait)
 
     def begin(self) -> None:
-        """Begin a transaction with the write lock."""
-        self._wait(self._driver.execute(_BEGIN))
+        """Begin a transaction, with the write lock if the cursor has asked for it."""
+        self.cursor.begin()
+        self.cursor.has_lock = self.cursor.lock_next > 0
+        if self.cursor.has_lock:
+            self.cursor.lock_next -= 1
+            self._wait(self._driver.execute(_BEGIN))
 
     def commit(self) -> None:
         """Commit what `begin` began."""
-        self._wait(self._driver.execute(f"NOTIFY {CHANNEL}; COMMIT"))
+        if self.cursor.has_lock:
+            with self._server.translated():  # until COMMIT, the outcome is known
+                self.cursor.send()
+            self._wait(self._driver.execute(f"NOTIFY {CHANNEL}; COMMIT"))
+        else:
+            self.cursor.send()
 
     def close(self) -> None:
         """Close the connection, whatever state it is in; what was not committed is undone."""
@@ -232,6 +356,7 @@ class PostgreSQL:
         arguments = {
             "async_creator_fn": _connect,
             "timeout": self._timeout,
+            "statement_cache_size": 2 * _MAX_COMBINATIONS,
             # The server's own limits end first, and leave the connection usable.
             "command_timeout": self._timeout + 1,
             "server_settings": {
@@ -331,12 +456,15 @@ class PostgreSQL:
         return int(found.scalar_one())
 
     @contextmanager
-    def translated(self, *, own: bool = True, reading: bool = False) -> Iterator[None]:
+    def translated(
+        self, *, own: bool = True, reading: bool = False, committing: bool = False
+    ) -> Iterator[None]:
         """Raise what the driver raises as the library's own errors, chained to it.
 
         Args:
             own: Whether the statements are the library's; faults in others stay as they are.
             reading: Whether it is the statements that must not write.
+            committing: Whether it is what commits that may fail.
         """
         caught: tuple[type[Exception], ...] = (SQLAlchemyError,)
         if own:
@@ -346,7 +474,7 @@ class PostgreSQL:
         except caught as error:
             if reading and _code(error) == "25006":
                 raise StoreError("this session only reads: write in `transaction()`") from error
-            translation = self.translate(error, own=own)
+            translation = self.translate(error, own=own, committing=committing)
             if translation is error:
                 raise
             raise translation from error

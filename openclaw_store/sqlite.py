@@ -175,7 +175,7 @@ def begin_writing(connection: Connection) -> None:
 
 
 class Cursor:
-    """Speaks to the driver on behalf of a unit."""
+    """Speaks to the driver on behalf of a unit, which has the write lock."""
 
     dialect = "sqlite"
 
@@ -192,8 +192,19 @@ class Cursor:
         self._cursor.execute(sql, parameters)
         return self._cursor.fetchall()
 
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows; returns how many rows of a table it wrote.
+    read = execute
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Write a row that nobody else can have changed."""
+        self._cursor.execute(sql, parameters)
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows; returns how many rows of a table it wrote."""
+        self._cursor.executemany(sql, rows)
+        return self._cursor.rowcount
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows.
 
         One with the `VALUES (?, …)` of one row is sent with those of many. That takes two thirds
         of the time of `executemany`, which besides gives the interpreter's lock away for each row,
@@ -202,14 +213,13 @@ class Cursor:
         """
         if "VALUES (" not in sql:
             self._cursor.executemany(sql, rows)
-            return self._cursor.rowcount
+            return
         start = 0
         for size in _ROWS_A_STATEMENT:
             while len(rows) - start >= size:
                 part = rows[start : start + size]
                 self._cursor.execute(_for_rows(sql, size), list(chain.from_iterable(part)))
                 start += size
-        return len(rows)
 
 
 @lru_cache(maxsize=256)
@@ -366,13 +376,16 @@ def size(path: Path) -> int:
 
 
 @contextmanager
-def translated(path: Path, *, own: bool = True, reading: bool = False) -> Iterator[None]:
+def translated(
+    path: Path, *, own: bool = True, reading: bool = False, committing: bool = False
+) -> Iterator[None]:
     """Raise what the driver raises as the library's own errors, chained to it.
 
     Args:
         path: The database file, for the messages.
         own: Whether the statements are the library's; faults in others stay as they are.
         reading: Whether it is the statements that must not write.
+        committing: Whether it is what commits that may fail.
     """
     try:
         yield
@@ -381,7 +394,7 @@ def translated(path: Path, *, own: bool = True, reading: bool = False) -> Iterat
             raise  # of another database: ours raises SQLAlchemy's in a session
         if reading and _code(error) == "SQLITE_READONLY":
             raise StoreError("this session only reads: write in `transaction()`") from error
-        translation = translate(error, path, own=own)
+        translation = translate(error, path, own=own, committing=committing)
         if translation is error:
             raise
         raise translation from error
@@ -557,10 +570,10 @@ class SQLite:
         return size(self.path)
 
     def translated(
-        self, *, own: bool = True, reading: bool = False
+        self, *, own: bool = True, reading: bool = False, committing: bool = False
     ) -> AbstractContextManager[None]:
         """Raise what the driver raises as the library's own errors; as that of this module."""
-        return translated(self.path, own=own, reading=reading)
+        return translated(self.path, own=own, reading=reading, committing=committing)
 
     def translate(
         self, error: Exception, *, own: bool = True, committing: bool = False

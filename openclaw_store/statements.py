@@ -7,18 +7,21 @@ takes `VALUES` with a place for each value, PostgreSQL an array for each column.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import orjson
 from sqlalchemy import (
     CTE,
     Column,
+    ColumnElement,
     Dialect,
     Select,
+    TableValuedAlias,
     and_,
     any_,
     bindparam,
@@ -31,6 +34,7 @@ from sqlalchemy import (
     select,
     table,
     text,
+    true,
     update,
 )
 from sqlalchemy.dialects import sqlite
@@ -60,6 +64,9 @@ USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """What a heartbeat may report."""
 
 _POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
+CHANNEL = "openclaw_store"
+"""On which whoever commits to PostgreSQL notifies those who listen."""
+
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
 
@@ -70,7 +77,24 @@ class Statements(ABC):
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
         self.read_counters = self._compile(select(CounterRow.revision, CounterRow.beat))
-        self.write_counters = self._compile(update(CounterRow), ("revision", "beat"))
+        self.write_counters = self._compile(
+            update(CounterRow)
+            .where(
+                text("id = 1"),
+                CounterRow.revision == bindparam("read_revision"),
+                CounterRow.beat == bindparam("read_beat"),
+            )
+            .values(revision=bindparam("new_revision"), beat=bindparam("new_beat"))
+        )
+        """New counters and those that were read, which must be there still."""
+        self._read_one = {
+            kind: self._compile(
+                self._with_counters(kind).outerjoin_from(
+                    CounterRow, row, _key(kind) == bindparam("id")
+                )
+            )
+            for kind, row in ROWS.items()
+        }
         self.insert = {
             kind: (
                 self._insert([table_of(kind).c[name] for name in names]),
@@ -130,8 +154,13 @@ class Statements(ABC):
             )
         ]
 
-    read: dict[type[Any], str]
-    """What decisions need of the rows with the `given` identifiers; a row of NULLs is none."""
+    def read(self, kind: type[Any], ids: Sequence[str]) -> tuple[str, Sequence[Any]]:
+        """The counters and what decisions need of rows, in each row; one of NULLs is none."""
+        if len(ids) == 1:
+            return self._read_one[kind], ids
+        return self._read_many[kind], (self.given(ids),)
+
+    _read_many: dict[type[Any], str]
     delete: dict[type[Any], str]
     """For many rows of an identifier."""
     forget: str
@@ -143,7 +172,7 @@ class Statements(ABC):
 
     @abstractmethod
     def given(self, ids: Sequence[str]) -> Any:
-        """Identifiers as a parameter of `read` and of `by_ids`."""
+        """Identifiers as a parameter of `by_ids`."""
 
     @abstractmethod
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
@@ -164,10 +193,11 @@ class Statements(ABC):
         names = None if columns is None else list(columns)
         return str(statement.compile(dialect=self.dialect, column_keys=names))
 
-    def _decision_columns(self, kind: type[Any]) -> Sequence[Any]:
+    def _with_counters(self, kind: type[Any]) -> Select[Any]:
         # Of a task the decisions need little; nodes are few, and some writes need all of them.
         names = ("task_id", "version", "status", "assigned_node")
-        return COLUMNS[kind] if kind is NodeInfo else [table_of(kind).c[name] for name in names]
+        columns = COLUMNS[kind] if kind is NodeInfo else map(table_of(kind).c.get, names)
+        return select(CounterRow.revision, CounterRow.beat, *columns)
 
 
 class SQLiteStatements(Statements):
@@ -181,10 +211,15 @@ class SQLiteStatements(Statements):
 
     def __init__(self) -> None:
         super().__init__(sqlite.dialect())
-        ids: Any = bindparam("ids")
-        self.read = {
-            kind: self._compile(self.by_ids(kind, self._decision_columns(kind), ids))
-            for kind in ROWS
+        given = _each(bindparam("ids"))
+        self._read_many = {
+            kind: self._compile(
+                self._with_counters(kind)
+                .select_from(CounterRow)
+                .join(given, true())
+                .outerjoin(row, _key(kind) == given.c.value)
+            )
+            for kind, row in ROWS.items()
         }
         self.delete = {
             kind: self._compile(delete(table_of(kind)).where(_key(kind) == bindparam("key")))
@@ -219,12 +254,12 @@ class SQLiteStatements(Statements):
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
         # SQLite never turns an outer join round: it goes through the identifiers, not through the
         # table, even if its statistics are of a time when that was small.
-        given = func.json_each(ids).table_valued("value").alias("given")
+        given = _each(ids)
         found = given.outerjoin(table_of(kind), _key(kind) == given.c.value)
         return select(*columns).select_from(found)
 
     def elements(self, texts: Any) -> Any:
-        return func.json_each(texts).table_valued("value").c.value
+        return _each(texts).c.value
 
     def _insert(self, columns: Sequence[Column[Any]]) -> str:
         statement = insert(columns[0].table).prefix_with(self._OR_FAIL)
@@ -254,12 +289,17 @@ class PostgreSQLStatements(Statements):
 
     def __init__(self) -> None:
         super().__init__(_POSTGRESQL)
-        self.read = {
-            kind: self._compile(self.by_ids(kind, self._decision_columns(kind), bindparam("ids")))
-            for kind in ROWS
+        self._read_many = {
+            kind: self._compile(
+                self._with_counters(kind).outerjoin_from(
+                    CounterRow, row, _is_among(kind, bindparam("ids"))
+                )
+            )
+            for kind, row in ROWS.items()
         }
         self.delete = {
-            kind: f"DELETE FROM {table_of(kind)} WHERE {KEY[kind]} = ANY($1::text[])"
+            kind: f"DELETE FROM {table_of(kind)} USING {self._found(_key(kind), [_key(kind)])} "
+            f"WHERE {table_of(kind)}.ctid = found.place"
             for kind in ROWS
         }
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
@@ -286,7 +326,7 @@ class PostgreSQLStatements(Statements):
         return list(ids)
 
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
-        return select(*columns).where(_key(kind) == any_(cast(ids, ARRAY(Text))))
+        return select(*columns).where(_is_among(kind, ids))
 
     def elements(self, texts: Any) -> Any:
         return func.json_array_elements_text(texts).table_valued("value").c.value
@@ -308,6 +348,11 @@ class PostgreSQLStatements(Statements):
                     SELECT ctid FROM {key.table} WHERE {key.name} = given.{key.name} OFFSET 0
                 ) AS one
             ) AS found"""
+
+
+def _each(texts: Any) -> TableValuedAlias:
+    """The elements of a JSON list, for SQLite."""
+    return func.json_each(texts).table_valued("value").alias("given")
 
 
 def _given(columns: Sequence[Any]) -> str:
@@ -332,6 +377,11 @@ def _value(column: Column[Any], source: str = "given") -> str:
 def _key(kind: type[Any]) -> Column[Any]:
     key: Column[Any] = table_of(kind).c[KEY[kind]]
     return key
+
+
+def _is_among(kind: type[Any], ids: Any) -> ColumnElement[bool]:
+    """Whether a row has one of these identifiers, for PostgreSQL."""
+    return _key(kind) == any_(cast(ids, ARRAY(Text)))
 
 
 def _as_it_is(value: Any) -> Any:
@@ -372,6 +422,34 @@ def _chain() -> CTE:
         older.c.item_id == chain.c.item_id,
     )
     return chain.union_all(select(older).join(chain, is_next))
+
+
+_PLACE = re.compile(r"\$(\d+)")
+_ARRAYS = re.compile(r"unnest\(([^)]*)\)")
+
+
+def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
+    """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
+
+    Those who listen are notified when it is committed.
+
+    Each sees the tables as they were before. For single rows it takes values in place of arrays,
+    with which both sides are done sooner.
+    """
+    parts = [f"guard AS ({guard} RETURNING id)"]
+    places = len(_PLACE.findall(guard))
+    for number, write in enumerate(writes):
+        shift = partial(_shifted, by=places)
+        places += len(_PLACE.findall(write))
+        given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
+        parts.append(f"write_{number} AS ({_ARRAYS.sub(given, _PLACE.sub(shift, write))})")
+    notify = f"pg_notify('{CHANNEL}', '')"
+    statement = f"WITH {', '.join(parts)} SELECT {notify} FROM guard"
+    return statement.replace("[]", "") if is_single else statement
+
+
+def _shifted(place: re.Match[str], by: int) -> str:
+    return f"${int(place[1]) + by}"
 
 
 @cache

@@ -61,18 +61,39 @@ RECENT_BATCHES = 1000
 _CLOSED = "the database is closed: open a new Database"
 
 
+class LockNeededError(Exception):
+    """Nothing was written: the same again, in a transaction that has the write lock."""
+
+
 class Cursor(Protocol):
-    """The driver, as operations speak to it, in a transaction that has the write lock."""
+    """The driver, as operations speak to it in one transaction.
+
+    It may not have the write lock: then what was read may have changed before it is written, so
+    all that is written depends on the `guard`. Operations that `read`, decide and `write` cannot
+    tell the difference; the other calls raise `LockNeededError` there.
+    """
 
     @property
     def dialect(self) -> str:
         """`sqlite` or `postgresql`."""
 
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement."""
+    def read(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
+        """The rows of a statement that gives what the guard asks for, or comes behind it."""
 
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows; returns how many rows of a table it wrote."""
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows, before anything else is read or the unit commits.
+
+        Statements that stand together may be done in any order, none seeing what others wrote.
+        """
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Write the row that was read first, if it is still as it was; else nothing is written."""
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement, of whatever kind."""
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows at once; returns how many rows of a table it wrote."""
 
 
 class Unit:
@@ -169,7 +190,8 @@ class Writer:
     Args:
         transaction: Opens a transaction on the writer's thread; it commits at the end of the
             block, or rolls back and raises. It passes on a `BackendError` only when the whole
-            transaction failed; anything else is taken for the fault of one operation.
+            transaction failed; after a `LockNeededError` the next one has the lock; anything else
+            is taken for the fault of one operation.
         stopped: Is called on the thread when it ends.
         clock: Tells when a batch failed.
     """
@@ -375,15 +397,10 @@ class Writer:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
         try:
-            outcomes: list[Any] = []
-
-            def publish(unit: Unit) -> None:
-                self._logbook.note_commit(len(entries), time.perf_counter() - began)
-                self.publish(unit.committed, entries, outcomes)
-
-            with self._transaction(publish) as unit:
-                for apply, run in groupby(entries, key=itemgetter(1)):
-                    outcomes.extend(apply(unit, [operation for _, _, operation in run]))
+            try:
+                self._apply(entries, began)
+            except LockNeededError:
+                self._apply(entries, began)
         except Exception as error:
             if isinstance(error, BackendError):
                 self._logbook.note_failure(error)
@@ -393,6 +410,17 @@ class Writer:
                 middle = len(entries) // 2
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
+
+    def _apply(self, entries: Sequence[_Entry], began: float) -> None:
+        outcomes: list[Any] = []
+
+        def publish(unit: Unit) -> None:
+            self._logbook.note_commit(len(entries), time.perf_counter() - began)
+            self.publish(unit.committed, entries, outcomes)
+
+        with self._transaction(publish) as unit:
+            for apply, run in groupby(entries, key=itemgetter(1)):
+                outcomes.extend(apply(unit, [operation for _, _, operation in run]))
 
 
 def _own(error: Exception) -> Exception:
