@@ -336,7 +336,8 @@ class PostgreSQL:
         """
 
         async def run() -> Result:
-            async with self.engine(write=True).begin() as connection:
+            engine = self.engine(write=True, json_deserializer=None)
+            async with engine.begin() as connection:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
                 return await connection.run_sync(work)
 
@@ -372,8 +373,8 @@ class PostgreSQL:
             self._url,
             poolclass=pool,
             connect_args=arguments,
-            json_deserializer=str,  # JSON stays text until somebody looks at it
-            **options,
+            # JSON stays text until somebody looks at it; but SQLAlchemy looks at the schema's.
+            **{"json_deserializer": str, **options},
         )
 
     async def begin(self, session: AsyncSession) -> Connection:
