@@ -47,6 +47,7 @@ MINIMUM_VERSION = 13
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
+_CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
 _CLOSE_SECONDS = 2.0
 
 _LOCKED_AFTER_CONFLICT = 64
@@ -263,6 +264,7 @@ class Writing:
                 self._wait(self._connection.invalidate())
                 self._wait(self._connection.close())
         finally:
+            self._wait(asyncio.sleep(0))  # the socket is closed in the loop's next turn
             self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:
@@ -356,7 +358,7 @@ class PostgreSQL:
         milliseconds = str(max(1, int(self._timeout * 1000)))
         arguments = {
             "async_creator_fn": _connect,
-            "timeout": self._timeout,
+            "timeout": max(self._timeout, _CONNECT_SECONDS),
             "statement_cache_size": 2 * _MAX_COMBINATIONS,
             # The server's own limits end first, and leave the connection usable.
             "command_timeout": self._timeout + 1,
@@ -523,21 +525,23 @@ class PostgreSQL:
 async def _connect(*arguments: Any, **options: Any) -> Any:
     """Connect to the end, even when the caller is cancelled meanwhile.
 
-    The driver leaves an exception that nobody retrieves where it is stopped half-way.
+    Where the driver is stopped half-way, it leaves a connection that nobody closes.
     """
     connecting = asyncio.ensure_future(
         importlib.import_module("asyncpg").connect(*arguments, **options)
     )
-    try:
-        return await asyncio.shield(connecting)
-    except asyncio.CancelledError:
-        connecting.add_done_callback(_drop)
-        raise
-
-
-def _drop(connecting: asyncio.Future[Any]) -> None:
-    if not connecting.cancelled() and connecting.exception() is None:
+    cancelled: asyncio.CancelledError | None = None
+    while not connecting.done():
+        try:
+            await asyncio.wait([connecting])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return connecting.result()
+    if connecting.exception() is None:
         connecting.result().terminate()
+        await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+    raise cancelled
 
 
 def _driver_errors() -> tuple[type[Exception], ...]:
