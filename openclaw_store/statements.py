@@ -73,7 +73,8 @@ class Statements(ABC):
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
-        self.read_counters = self._compile(select(CounterRow.revision, CounterRow.beat))
+        counters = select(CounterRow.revision, CounterRow.beat).where(text("id = 1"))
+        self.read_counters = self._compile(counters)
         self.write_counters = self._compile(
             update(CounterRow)
             .where(
@@ -188,7 +189,8 @@ class Statements(ABC):
         # Of a task the decisions need little; nodes are few, and some writes need all of them.
         names = ("task_id", "version", "status", "assigned_node")
         columns = COLUMNS[kind] if kind is NodeInfo else map(table_of(kind).c.get, names)
-        return select(CounterRow.revision, CounterRow.beat, *columns)
+        counters = select(CounterRow.revision, CounterRow.beat, *columns)
+        return counters.where(text("counters.id = 1"))
 
 
 class SQLiteStatements(Statements):
