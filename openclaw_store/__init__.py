@@ -5,6 +5,7 @@ from openclaw_store.clock import Clock, new_id, utc_now
 from openclaw_store.database import Database
 from openclaw_store.errors import (
     BackendError,
+    CompactedError,
     ConflictError,
     DeadlineError,
     DuplicateError,
@@ -39,6 +40,7 @@ __all__ = [
     "ChangeKind",
     "Clock",
     "ClusterState",
+    "CompactedError",
     "ConflictError",
     "Database",
     "DeadlineError",

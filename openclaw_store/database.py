@@ -33,6 +33,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
+from openclaw_store.wakeups import Told, Wakeups, wakeups_of
 from openclaw_store.writer import Apply, Listener, LockNeededError, Unit, Writer
 
 logger = logging.getLogger(__name__)
@@ -335,6 +336,11 @@ class Database:
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Tell `listener` on the running loop what is committed; returns what ends it."""
         return self._writer.listen(asyncio.get_running_loop(), listener)
+
+    def follow(self, tell: Told) -> Wakeups:
+        """Have `tell` called on the running loop when somebody may have committed; only a hint."""
+        self._check_ready()
+        return wakeups_of(self._backend, tell)
 
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Copy the database, as it is at one moment, to a file of its own.

@@ -4,6 +4,7 @@ StoreError
 ├── InvalidDataError (ValueError)     refused before anything reached the database
 ├── NotFoundError (LookupError)       TaskNotFoundError, NodeNotFoundError
 ├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError
+├── CompactedError                    the feed no longer reaches back that far
 └── BackendError                      UnavailableError, DeadlineError, SchemaMismatchError,
                                       OutcomeUnknownError
 """
@@ -95,6 +96,23 @@ class UnsavedConflictError(ConflictError):
             f"dropped: {'; '.join(str(conflict) for conflict in conflicts)}"
         )
         self.conflicts = tuple(conflicts)
+
+
+class CompactedError(StoreError):
+    """The feed of changes no longer reaches back that far: read the state, and go on from there.
+
+    Attributes:
+        since: The revision that was asked for.
+        oldest: The oldest revision that the feed still has.
+    """
+
+    def __init__(self, since: int, oldest: int) -> None:
+        super().__init__(
+            f"the changes after revision {since} are gone up to {oldest - 1}: read the state "
+            "anew, and go on from its version"
+        )
+        self.since = since
+        self.oldest = oldest
 
 
 class BackendError(StoreError):

@@ -5,7 +5,7 @@ Each reading is one consistent picture, made in one session.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import KINDS, Change, ChangeKind, Place, place_of
+from openclaw_store.changes import ITEM, KINDS, Change, ChangeKind, Place, place_of
+from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
@@ -25,7 +26,9 @@ from openclaw_store.schema import (
     NodeRow,
     TaskRow,
 )
-from openclaw_store.statements import statements_for
+from openclaw_store.statements import history_of, statements_for
+
+_ALL = select(*ChangeRow.__table__.c)
 
 CHANGES_A_PAGE = 200
 """Changes read at a stretch, before other coroutines run."""
@@ -74,6 +77,8 @@ class News:
     """Nodes that had heartbeats since."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, where they cannot be derived from the changes."""
+    is_compacted: bool = False
+    """Whether the feed does not reach back that far any more, so that nothing else counts."""
 
 
 async def read_start(session: AsyncSession) -> Start:
@@ -108,18 +113,8 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
         is_whole: Whether the pages before this one were.
     """
     read_at, newest_beat = await _counters(session)
-    rows = (
-        await session.execute(
-            select(*ChangeRow.__table__.c)
-            .where(ChangeRow.revision > since)
-            .order_by(ChangeRow.revision)
-            .limit(CHANGES_A_PAGE)
-        )
-    ).all()
-    changes = [
-        Change(number, at, item, id, ChangeKind(kind), *rest)
-        for number, at, item, id, kind, *rest in rows
-    ]
+    changes = await _changes(session, since)
+    is_compacted = await _oldest_missing(session, since, read_at, changes) is not None
     until = changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
     records: dict[Place, Record[Any]] = {}
     sql = statements_for(session.get_bind().dialect.name)
@@ -135,7 +130,72 @@ async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: b
         beaten = await read_records(session, NodeInfo, query)
     is_whole = is_whole and len(changes) == until - since
     counts = None if is_whole or until < read_at else await _task_counts(session)
-    return News(until, read_at, newest_beat, changes, is_whole, records, beaten, counts)
+    return News(
+        until, read_at, newest_beat, changes, is_whole, records, beaten, counts, is_compacted
+    )
+
+
+async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
+    """Up to a page of the changes after a revision, and the revision they reach up to.
+
+    Changes of tasks that clean-up has removed are gone with them.
+
+    Raises:
+        CompactedError: If the feed does not reach back that far any more.
+        InvalidDataError: If there was no such revision yet.
+    """
+    read_at, _ = await _counters(session)
+    if since > read_at:
+        raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
+    changes = await _changes(session, since)
+    oldest = await _oldest_missing(session, since, read_at, changes)
+    if oldest is not None:
+        raise CompactedError(since, oldest)
+    return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
+
+
+async def read_history(session: AsyncSession, task_id: str) -> list[Change]:
+    """The changes of a task that the feed still has, oldest first.
+
+    A task's version leads to its last change, and each change to the one before; only for a task
+    that was removed all changes are searched.
+    """
+    newest = select(TaskRow.version).where(TaskRow.task_id == task_id)
+    version = await session.scalar(newest)
+    if version is None:
+        query = _ALL.where(ChangeRow.item == ITEM[Task], ChangeRow.item_id == task_id)
+        return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
+    query = history_of(version, ITEM[Task], task_id)
+    return _as_changes(await session.execute(query))[::-1]
+
+
+async def read_oldest(session: AsyncSession, limit: int) -> Sequence[tuple[int, datetime]]:
+    """Revision and moment of the oldest changes of the feed."""
+    query = select(ChangeRow.revision, ChangeRow.changed_at).order_by(ChangeRow.revision)
+    return [(row.revision, row.changed_at) for row in await session.execute(query.limit(limit))]
+
+
+async def _changes(session: AsyncSession, since: int) -> list[Change]:
+    query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
+    return _as_changes(await session.execute(query.limit(CHANGES_A_PAGE)))
+
+
+def _as_changes(rows: Iterable[Any]) -> list[Change]:
+    return [
+        Change(number, at, item, id, ChangeKind(kind), *rest)
+        for number, at, item, id, kind, *rest in rows
+    ]
+
+
+async def _oldest_missing(
+    session: AsyncSession, since: int, read_at: int, changes: Sequence[Change]
+) -> int | None:
+    """The oldest revision of the feed, if it begins behind the one after `since`."""
+    if since == read_at or (changes and changes[0].revision == since + 1):
+        return None
+    oldest = await session.scalar(select(func.min(ChangeRow.revision)))
+    beginning = read_at + 1 if oldest is None else int(oldest)
+    return beginning if beginning > since + 1 else None
 
 
 async def _task_counts(session: AsyncSession) -> dict[str, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
 from datetime import datetime
 from functools import partial
@@ -16,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.cache import Cache
 from openclaw_store.changes import (
     ITEM,
+    Change,
     Event,
     Operation,
     Place,
@@ -33,13 +35,30 @@ from openclaw_store.errors import (
     StoreError,
     UnsavedConflictError,
 )
-from openclaw_store.feed import News, Start, read_live, read_news, read_start
+from openclaw_store.feed import (
+    News,
+    Start,
+    read_changes,
+    read_live,
+    read_news,
+    read_oldest,
+    read_start,
+)
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.models import NodeInfo, Task
-from openclaw_store.operations import CONTENT, Create, Remove, Update, newer_heartbeat
+from openclaw_store.operations import (
+    CONTENT,
+    Compact,
+    Create,
+    Remove,
+    Update,
+    compact,
+    newer_heartbeat,
+)
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.schema import KEY
+from openclaw_store.wakeups import Wakeups
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +70,12 @@ HEARTBEATS_A_WRITE = 128
 
 ENTRIES_A_WRITE = 200
 """How many of those that are only in memory are handed to the writer at a stretch."""
+
+CHANGES_A_COMPACTION = 1000
+"""How many changes one transaction of a compaction removes; others write in between."""
+
+BREATH_SECONDS = 0.002
+"""Between two refreshments that others' commits have led to."""
 
 RELOAD_AFTER = 20_000
 """So many changes behind, the cache is loaded again rather than brought up to date."""
@@ -84,6 +109,12 @@ class Mirror:
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()  # by the timer
+        self._wakeups: Wakeups | None = None
+        self._outdated = asyncio.Event()  # others have committed what is not in memory yet
+        self._follower: asyncio.Task[None] | None = None
+        # Those who wait for a change of any item, and of one task.
+        self._watching: set[asyncio.Future[None]] = set()
+        self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
         # Counted down from a place of its own: a copy from another manager must not match.
         self._unsaved_version = -secrets.randbits(56)
 
@@ -97,8 +128,18 @@ class Mirror:
             self._unlisten()
             raise
 
+    def follow(self) -> None:
+        """Take over what other processes commit as soon as it is known that they have."""
+        self._wakeups = self._database.follow(self._told)
+        self._follower = asyncio.get_running_loop().create_task(self._follow())
+
     async def stop(self) -> None:
         """Write what is only in memory, for the last time."""
+        if self._wakeups is not None:
+            await self._wakeups.stop()
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.wait([self._follower])
         try:
             if self._flush is not None:
                 await self._flush
@@ -107,6 +148,7 @@ class Mirror:
             if self._flush_timer is not None:
                 self._flush_timer.cancel()
             self._unlisten()
+            self._wake_all()
 
     async def find(self, place: Place) -> Record[Any] | None:
         """An entry from memory, else from the database."""
@@ -262,11 +304,60 @@ class Mirror:
                 news = await self._database.read(
                     partial(read_news, since=since, beat=beat, is_whole=is_whole)
                 )
-                if news.read_at - cache.complete > RELOAD_AFTER:
+                if news.is_compacted or news.read_at - cache.complete > RELOAD_AFTER:
                     await self._load()
                     return
                 cache.catch_up(news)
+                self._wake(change.item_id for change in news.changes)
             self.last_refresh_at = self._database.clock()
+
+    async def changes(self, since: int) -> tuple[Sequence[Change], int]:
+        """Some of the changes after a revision, and the revision they reach up to.
+
+        The cache has taken them over by then.
+
+        Raises:
+            CompactedError: If the feed does not reach back that far any more.
+            InvalidDataError: If there was no such revision yet.
+        """
+        changes, until = await self._database.read(partial(read_changes, since=since))
+        if until > self.cache.complete:
+            await self.refresh()
+        return changes, until
+
+    async def compact(self, cutoff: datetime) -> int:
+        """Remove the changes that are older from the feed; returns how many there were."""
+        total = 0
+        while True:
+            oldest = await self._database.read(partial(read_oldest, limit=CHANGES_A_COMPACTION))
+            old = [revision for revision, changed_at in oldest if changed_at < cutoff]
+            removed: int = 0
+            if old:
+                removed = await self._database.write(compact, Compact(old[-1]))
+            if not removed:
+                return total
+            total += removed
+
+    def next_change(self) -> asyncio.Future[None]:
+        """Done at the next change of anything, or when the mirror is stopped."""
+        future = asyncio.get_running_loop().create_future()
+        self._watching.add(future)
+        future.add_done_callback(self._watching.discard)
+        return future
+
+    def next_change_of(self, task_id: str) -> asyncio.Future[None]:
+        """Done at the next change of a task, or when the mirror is stopped."""
+        future = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[task_id]
+        waiting.add(future)
+
+        def forget(_: object) -> None:
+            waiting.discard(future)
+            if not waiting and self._waiting.get(task_id) is waiting:
+                del self._waiting[task_id]
+
+        future.add_done_callback(forget)
+        return future
 
     def beat(self, beat: Beat) -> None:
         """Show a heartbeat now, and write it within a second, together with others."""
@@ -330,6 +421,7 @@ class Mirror:
         self._unsaved_version -= 1
         held = record.evolve(version=self._unsaved_version)
         self.cache.hold(held, base)
+        self._wake([place_of(held)[1]])
         return held
 
     async def _settle(self, place: Place) -> None:
@@ -371,13 +463,49 @@ class Mirror:
             self._loading = None
         cache.keep_unsaved(self.cache)
         self.cache = cache
+        self._wake_all()
         self.last_refresh_at = self._database.clock()
 
     def _committed(self, events: Sequence[Event | Beaten]) -> None:
         """Is told what this process has committed."""
         if self._loading is not None:
             self._loading.append(events)
-        self.cache.apply(events)
+        try:
+            self.cache.apply(events)
+        finally:
+            self._wake(event.id for event in events if isinstance(event, Event))
+
+    def _told(self, revision: int, beat: int) -> None:
+        """Is told where the counters of the database stand."""
+        if revision > self.cache.complete or beat > self.cache.beat:
+            self._outdated.set()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._outdated.wait()
+            self._outdated.clear()
+            try:
+                await self.refresh()
+            except Exception:  # the next wake-up or synchronisation tries again
+                logger.exception("what others have committed could not be read")
+            await asyncio.sleep(BREATH_SECONDS)
+
+    def _wake(self, ids: Iterable[str]) -> None:
+        """Wake those who wait for a change of these items, or of any."""
+        if self._waiting:
+            for id in ids:
+                for future in self._waiting.pop(id, ()):
+                    _finish(future)
+        for future in self._watching:
+            _finish(future)
+
+    def _wake_all(self) -> None:
+        self._wake(list(self._waiting))
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _require_version(place: Place, known: Record[Any] | None, version: int) -> None:

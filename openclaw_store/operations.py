@@ -144,3 +144,23 @@ def _finished(unit: Unit, operation: RemoveFinished) -> Sequence[str]:
         limits = (sql.to_moment(operation.cutoff), operation.limit - len(ids))
         ids.extend(id for (id,) in unit.cursor.execute(search, limits))
     return ids
+
+
+@dataclass(frozen=True, slots=True)
+class Compact:
+    """Remove the changes up to a revision from the feed, but never the newest one of all.
+
+    Results in how many there were.
+    """
+
+    until: int
+
+
+def compact(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
+    """Apply `Compact` operations."""
+    sql = statements_for(unit.cursor.dialect)
+    [(newest, _)] = unit.cursor.execute(sql.read_counters)
+    return [
+        len(unit.cursor.execute(sql.forget_until, (min(operation.until, newest - 1),)))
+        for operation in operations
+    ]

@@ -44,6 +44,10 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
+CHANNEL = "openclaw_store"
+"""On which whoever commits notifies those who listen."""
+
+_NOTIFY = f"pg_notify('{CHANNEL}', '')"
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
@@ -182,14 +186,13 @@ class WriterCursor(Cursor):
             if self._kept:
                 self._send_kept()
             return
-        guard, parameters = self._guard
         self._kept.sort(key=itemgetter(0))  # for fewer combinations
+        guard, parameters = self._guard
         is_single = all(len(rows) == 1 for _, rows in self._kept)
         statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
         if statement is None:
             self._send_kept()
-            self._fetch(guard, parameters)
-            return
+            statement = combined(guard, [], _NOTIFY, is_single=True)
         for _, rows in self._kept:
             values = rows[0] if is_single else map(list, zip(*rows, strict=True))
             parameters = [*parameters, *values]
@@ -204,7 +207,7 @@ class WriterCursor(Cursor):
         if combination not in self._combinations:
             if len(self._combinations) == _MAX_COMBINATIONS:
                 return None
-            self._combinations[combination] = combined(guard, writes, is_single=is_single)
+            self._combinations[combination] = combined(guard, writes, _NOTIFY, is_single=is_single)
         return self._combinations[combination]
 
     def _send_kept(self) -> None:
@@ -354,6 +357,7 @@ class PostgreSQL:
         """An engine for coroutines: read-only, or one whose statements wait for locks in time."""
         milliseconds = str(max(1, int(self._timeout * 1000)))
         arguments = {
+            "async_creator_fn": _connect,
             "timeout": self._timeout,
             "statement_cache_size": 2 * _MAX_COMBINATIONS,
             # The server's own limits end first, and leave the connection usable.
@@ -379,6 +383,7 @@ class PostgreSQL:
         """Begin the transaction of `session`, with the write lock."""
         connection = await session.connection()
         await connection.exec_driver_sql(_LOCK)
+        await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 
     def cursor(self, connection: Connection) -> Cursor:
@@ -515,6 +520,26 @@ class PostgreSQL:
         if code.startswith(("22", "23")):
             return InvalidDataError("row", f"refused by the database: {_cause(error)}")
         return error
+
+
+async def _connect(*arguments: Any, **options: Any) -> Any:
+    """Connect to the end, even when the caller is cancelled meanwhile.
+
+    The driver leaves an exception that nobody retrieves where it is stopped half-way.
+    """
+    connecting = asyncio.ensure_future(
+        importlib.import_module("asyncpg").connect(*arguments, **options)
+    )
+    try:
+        return await asyncio.shield(connecting)
+    except asyncio.CancelledError:
+        connecting.add_done_callback(_drop)
+        raise
+
+
+def _drop(connecting: asyncio.Future[Any]) -> None:
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().terminate()
 
 
 def _driver_errors() -> tuple[type[Exception], ...]:

@@ -65,6 +65,11 @@ def from_microseconds(value: int) -> datetime:
     return _EPOCH + timedelta(0, 0, value)  # by name it takes half as long again
 
 
+def _in_utc(moment: datetime) -> datetime:
+    """A moment as PostgreSQL's driver gives it: the first and the last of all without a zone."""
+    return moment if moment.tzinfo is UTC else moment.replace(tzinfo=UTC)
+
+
 def _optional(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else process(value)
 
@@ -85,7 +90,7 @@ class UtcTime(TypeDecorator[datetime]):
         return _optional(to_microseconds) if dialect.name == "sqlite" else None
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
-        return _optional(from_microseconds) if dialect.name == "sqlite" else None
+        return _optional(from_microseconds if dialect.name == "sqlite" else _in_utc)
 
 
 class EnumValue(TypeDecorator[Any]):

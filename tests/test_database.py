@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -15,14 +16,24 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing
 from contextvars import Context
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask
+from conftest import (
+    EACH_KIND,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    execute,
+    locked,
+    new_location,
+    shown,
+)
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -145,10 +156,22 @@ async def count_tasks(session: AsyncSession) -> int:
     return await session.scalar(select(func.count()).select_from(TaskRow)) or 0
 
 
-def query(path: Path, statement: str) -> list[tuple[Any, ...]]:
-    """Ask the file, past the library."""
-    with closing(sqlite3.connect(path)) as connection:
-        return connection.execute(statement).fetchall()
+def assert_sound(location: Location) -> None:
+    """No damage is found, and the revisions have no gap."""
+    if isinstance(location, Path):
+        assert execute(location, "PRAGMA integrity_check") == [("ok",)]
+    ((revision,),) = execute(location, "SELECT revision FROM counters")
+    changes = execute(location, "SELECT count(*), coalesce(max(revision), 0) FROM changes")
+    assert changes == [(revision, revision)]
+
+
+def assert_closed(location: Location) -> None:
+    """Nobody is connected, and a file is complete in itself."""
+    if isinstance(location, Path):
+        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+    else:
+        others = "datname = current_database() AND pid <> pg_backend_pid()"
+        assert execute(location, f"SELECT pid FROM pg_stat_activity WHERE {others}") == []
 
 
 class TestSession:
@@ -198,12 +221,12 @@ class TestSession:
         assert database.checked_out_connections == 0
 
     async def test_error_of_the_callers_own_sql_stays_what_it_is(self, database: Database) -> None:
-        with pytest.raises(Exception, match="no such table: nowhere"):
+        with pytest.raises(Exception, match=r'no such table: nowhere|"nowhere" does not exist'):
             async with database.session() as session:
                 await session.execute(text("SELECT * FROM nowhere"))
 
-    async def test_too_many_sessions_are_refused_and_say_so(self, tmp_path: Path) -> None:
-        async with Database(tmp_path / "small.db", timeout=0.05, pool_size=1) as database:
+    async def test_too_many_sessions_are_refused_and_say_so(self, location: Location) -> None:
+        async with Database(location, timeout=0.05, pool_size=1) as database:
             sessions = [database.session_factory() for _ in range(11)]
             try:
                 for session in sessions:
@@ -274,8 +297,8 @@ class TestTransaction:
             await TaskRepository(session).create(make_task())
         assert await TaskRepository(database).count_by_status() == 1
 
-    async def test_deadline_of_all_transactions_is_an_option(self, tmp_path: Path) -> None:
-        async with Database(tmp_path / "hasty.db", transaction_timeout=0.05) as database:
+    async def test_deadline_of_all_transactions_is_an_option(self, location: Location) -> None:
+        async with Database(location, transaction_timeout=0.05) as database:
             with pytest.raises(DeadlineError, match=r"longer than 0\.05 s"):
                 async with database.transaction():
                     await asyncio.Event().wait()
@@ -326,9 +349,9 @@ class TestTransaction:
         assert await TaskRepository(database).count_by_status() == 0
 
     async def test_call_that_would_wait_for_its_own_transaction_is_refused_at_once(
-        self, tmp_path: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
-        async with Database(tmp_path / "patient.db", timeout=3600) as database:
+        async with Database(location, timeout=3600) as database:
             manager = StateManager(database, auto_sync_interval=None)
             await manager.initialize()
 
@@ -411,6 +434,7 @@ class TestTransaction:
         assert task is not None
         assert task.description == "by hand"
 
+    @pytest.mark.sqlite
     async def test_every_connection_that_writes_flushes_each_commit_to_the_disk(
         self, database: Database
     ) -> None:
@@ -439,7 +463,7 @@ class TestTransaction:
 
 
 class TestLife:
-    async def test_use_before_initialize_is_refused(self, location: Path) -> None:
+    async def test_use_before_initialize_is_refused(self, location: Location) -> None:
         database = Database(location)
 
         for call in uses(database):
@@ -447,7 +471,7 @@ class TestLife:
                 await call()
         await database.close()
 
-    async def test_use_after_close_is_refused(self, location: Path) -> None:
+    async def test_use_after_close_is_refused(self, location: Location) -> None:
         async with Database(location) as database:
             pass
 
@@ -456,7 +480,7 @@ class TestLife:
                 await call()
 
     async def test_initialize_and_close_may_be_called_twice(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         database = Database(location)
         await database.initialize()
@@ -468,7 +492,7 @@ class TestLife:
         await database.close()
 
     async def test_initialize_and_close_may_be_called_at_the_same_time(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         database = Database(location)
 
@@ -476,10 +500,10 @@ class TestLife:
         await TaskRepository(database).create(make_task())
         await asyncio.gather(*[database.close() for _ in range(5)])
 
-        assert query(location, "SELECT count(*) FROM tasks") == [(1,)]
+        assert execute(location, "SELECT count(*) FROM tasks") == [(1,)]
 
     async def test_every_close_returns_when_everything_is_closed(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         """Not only the first one: whoever called it may remove the file next."""
         database = Database(location)
@@ -489,10 +513,10 @@ class TestLife:
         first, second = start(database.close()), start(database.close())
         await second
 
-        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+        assert_closed(location)
         await first
 
-    async def test_close_during_initialize_is_not_undone_by_it(self, location: Path) -> None:
+    async def test_close_during_initialize_is_not_undone_by_it(self, location: Location) -> None:
         database = Database(location)
         opening = start(database.initialize())
         await asyncio.sleep(0)
@@ -505,7 +529,9 @@ class TestLife:
             await TaskRepository(database).count_by_status()
         await database.close()
 
-    async def test_close_commits_what_has_queued(self, location: Path, make_task: MakeTask) -> None:
+    async def test_close_commits_what_has_queued(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
         database = Database(location)
         await database.initialize()
         writes = [start(TaskRepository(database).create(make_task())) for _ in range(100)]
@@ -514,16 +540,16 @@ class TestLife:
         await database.close()
 
         assert await asyncio.gather(*writes) == [True] * 100
-        assert query(location, "SELECT count(*) FROM tasks") == [(100,)]
+        assert execute(location, "SELECT count(*) FROM tasks") == [(100,)]
 
-    async def test_close_leaves_one_file_complete_in_itself(
-        self, location: Path, make_task: MakeTask
+    async def test_close_leaves_no_connection_and_a_file_complete_in_itself(
+        self, location: Location, make_task: MakeTask
     ) -> None:
         async with Database(location) as database:
             await TaskRepository(database).create(make_task())
             await TaskRepository(database).count_by_status()
 
-        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+        assert_closed(location)
 
     async def test_nothing_is_made_but_the_folder_before_initialize(self, tmp_path: Path) -> None:
         Database(tmp_path / "deep" / "down" / "cluster.db")
@@ -552,14 +578,14 @@ class TestLife:
         ],
     )
     def test_senseless_option_is_refused_by_name(
-        self, location: Path, options: dict[str, Any]
+        self, location: Location, options: dict[str, Any]
     ) -> None:
         with pytest.raises(InvalidDataError) as caught:
             Database(location, **options)
 
         assert caught.value.field == next(iter(options))
 
-    async def test_repr_tells_the_location_and_the_state(self, location: Path) -> None:
+    async def test_repr_tells_the_location_and_the_state(self, location: Location) -> None:
         database = Database(location)
         texts = [repr(database)]
         await database.initialize()
@@ -568,7 +594,7 @@ class TestLife:
         texts.append(repr(database))
 
         assert texts == [
-            f"<Database {str(location)!r}, {state}>" for state in ("new", "ready", "closed")
+            f"<Database {shown(location)!r}, {state}>" for state in ("new", "ready", "closed")
         ]
 
 
@@ -655,7 +681,7 @@ class TestLoops:
         assert InThread(lambda: repository.create(make_task())).block() is True
 
     async def test_one_database_serves_one_loop_after_the_other(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         def runs() -> int:
             database = Database(location)
@@ -682,7 +708,7 @@ class TestLoops:
         gc.collect()
 
     async def test_close_on_another_loop_than_initialize(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         database = Database(location)
         await database.initialize()
@@ -691,7 +717,7 @@ class TestLoops:
 
         await asyncio.to_thread(InThread(database.close).block)
 
-        assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
+        assert_closed(location)
 
 
 class TestMemory:
@@ -735,7 +761,7 @@ class TestMemory:
             await TaskRepository(database).create(make_task())
             await database.backup(tmp_path / "copy.db")
 
-        assert query(tmp_path / "copy.db", "SELECT count(*) FROM tasks") == [(1,)]
+        assert execute(tmp_path / "copy.db", "SELECT count(*) FROM tasks") == [(1,)]
 
 
 class TestLocation:
@@ -747,7 +773,7 @@ class TestLocation:
             await TaskRepository(database).create(make_task())
             assert database.db_path == f"{prefix}{tmp_path}/of-url.db"
 
-        assert query(tmp_path / "of-url.db", "SELECT count(*) FROM tasks") == [(1,)]
+        assert execute(tmp_path / "of-url.db", "SELECT count(*) FROM tasks") == [(1,)]
 
     @pytest.mark.parametrize(
         "url",
@@ -875,6 +901,7 @@ def unprivileged() -> dict[tuple[str, str, str], Ended]:
     return dict(zip(NO_ENTRY, several, strict=True))
 
 
+@pytest.mark.sqlite
 class TestBadFiles:
     async def test_file_that_is_no_database_is_named_and_left_alone(
         self, location: Path, make_task: MakeTask
@@ -1107,7 +1134,7 @@ connection.close()
 
 
 @asynccontextmanager
-async def locked(path: Path, statement: str = "BEGIN IMMEDIATE") -> AsyncIterator[None]:
+async def locked_file(path: Path, statement: str = "BEGIN IMMEDIATE") -> AsyncIterator[None]:
     """Another process keeps the write lock meanwhile."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", HOLDER, str(path), statement),
@@ -1122,9 +1149,9 @@ async def locked(path: Path, statement: str = "BEGIN IMMEDIATE") -> AsyncIterato
         await process.communicate(b"let go\n")
 
 
-class TestLockedFile:
+class TestLocks:
     async def test_lock_of_another_process_is_named_and_forgotten_once_it_is_gone(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         async with Database(location, timeout=0.1) as database:
             repository = TaskRepository(database)
@@ -1136,12 +1163,14 @@ class TestLockedFile:
             writes: list[Callable[[], Coroutine[Any, Any, Any]]] = [
                 lambda: repository.create(make_task()),
                 transaction,
-                database.vacuum,
             ]
-            async with locked(location):
+            if isinstance(location, Path):  # nobody's lock stops that of PostgreSQL
+                writes.append(database.vacuum)
+            async with locked_file(location) if isinstance(location, Path) else locked(location):
                 for write in writes:
                     with pytest.raises(
-                        UnavailableError, match=r"cluster\.db: another process keeps"
+                        UnavailableError,
+                        match=f"{re.escape(shown(location))}: another process keeps",
                     ):
                         await write()
                 assert await repository.count_by_status() == 0  # reading waits for nobody
@@ -1151,7 +1180,7 @@ class TestLockedFile:
             assert await repository.count_by_status() == 2
 
     async def test_transaction_that_could_not_begin_is_not_told_that_it_was_slow(
-        self, location: Path
+        self, location: Location
     ) -> None:
         """Waiting for the lock may take longer than a transaction may, as it does by default."""
         async with (
@@ -1163,7 +1192,7 @@ class TestLockedFile:
                     pass
 
     async def test_write_waits_for_a_lock_that_is_let_go_in_time(
-        self, database: Database, location: Path, make_task: MakeTask
+        self, database: Database, location: Location, make_task: MakeTask
     ) -> None:
         async with locked(location):
             writing = start(TaskRepository(database).create(make_task()))
@@ -1173,6 +1202,7 @@ class TestLockedFile:
 
         assert await writing is True
 
+    @pytest.mark.sqlite
     async def test_new_file_that_another_process_keeps_locked_is_named(
         self, location: Path
     ) -> None:
@@ -1180,7 +1210,7 @@ class TestLockedFile:
             connection.execute("CREATE TABLE t (x)")
         database = Database(location, timeout=0.1)
 
-        async with locked(location, "BEGIN EXCLUSIVE"):
+        async with locked_file(location, "BEGIN EXCLUSIVE"):
             with pytest.raises(
                 UnavailableError, match=r"cluster\.db: another process keeps it lock"
             ):
@@ -1190,6 +1220,7 @@ class TestLockedFile:
         await database.close()
 
 
+@pytest.mark.sqlite
 class TestBackup:
     async def test_backup_under_load_is_consistent_and_complete(
         self, manager: StateManager, tmp_path: Path, make_task: MakeTask
@@ -1218,13 +1249,10 @@ class TestBackup:
         assert len(before[-1]) > 0
         for number, ids in enumerate(before):
             copy = tmp_path / f"{number}.db"
-            assert query(copy, "PRAGMA integrity_check") == [("ok",)]
-            assert ids <= {id for (id,) in query(copy, "SELECT task_id FROM tasks")}
-            ((revision,),) = query(copy, "SELECT revision FROM counters")
-            assert query(copy, "SELECT count(*), coalesce(max(revision), 0) FROM changes") == [
-                (revision, revision)
-            ]
-            assert query(copy, "SELECT coalesce(max(version), 0) FROM tasks") == [(revision,)]
+            assert_sound(copy)
+            assert ids <= {id for (id,) in execute(copy, "SELECT task_id FROM tasks")}
+            ((revision,),) = execute(copy, "SELECT revision FROM counters")
+            assert execute(copy, "SELECT coalesce(max(version), 0) FROM tasks") == [(revision,)]
         assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
 
     async def test_backup_can_be_used_in_place_of_the_original(
@@ -1252,7 +1280,7 @@ class TestBackup:
         assert target.read_text() == "precious"
         await database.backup(str(target), overwrite=True)
 
-        assert query(target, "SELECT count(*) FROM tasks") == [(1,)]
+        assert execute(target, "SELECT count(*) FROM tasks") == [(1,)]
         assert not target.with_name("copy.db-wal").exists()
 
     @pytest.mark.parametrize("name", ["cluster.db", "other.db", "cluster.db-wal"])
@@ -1267,7 +1295,7 @@ class TestBackup:
 
         assert await TaskRepository(database).count_by_status() == 1
         await database.close()
-        assert query(location, "SELECT count(*) FROM tasks") == [(1,)]
+        assert execute(location, "SELECT count(*) FROM tasks") == [(1,)]
 
     async def test_backup_that_fails_leaves_nothing_and_takes_nothing(
         self,
@@ -1320,10 +1348,11 @@ class TestBackup:
         copying.cancel()
         await asyncio.wait([copying], timeout=PATIENCE)
 
-        assert query(tmp_path / "copy.db", "SELECT count(*) FROM tasks") == [(1,)]
+        assert execute(tmp_path / "copy.db", "SELECT count(*) FROM tasks") == [(1,)]
 
 
 class TestVacuumAndStats:
+    @pytest.mark.sqlite  # PostgreSQL keeps it for rows to come
     async def test_vacuum_gives_the_space_of_removed_rows_back(
         self, database: Database, make_task: MakeTask
     ) -> None:
@@ -1355,7 +1384,7 @@ class TestVacuumAndStats:
         assert await repository.count_by_status() == 100
 
     async def test_stats_count_what_there_is(
-        self, database: Database, location: Path, make_task: MakeTask, make_node: MakeNode
+        self, database: Database, location: Location, make_task: MakeTask, make_node: MakeNode
     ) -> None:
         tasks, nodes = TaskRepository(database), NodeRepository(database)
         for status in (TaskStatus.PENDING, TaskStatus.PENDING, TaskStatus.FAILED):
@@ -1364,12 +1393,13 @@ class TestVacuumAndStats:
 
         stats = await database.get_stats()
 
-        wal = location.with_name("cluster.db-wal")
-        assert wal.stat().st_size > 0
-        assert stats["db_size"] == location.stat().st_size + wal.stat().st_size
+        if isinstance(location, Path):
+            wal = location.with_name("cluster.db-wal")
+            assert wal.stat().st_size > 0
+            assert stats["db_size"] == location.stat().st_size + wal.stat().st_size
         assert {name: stats[name] for name in stats if name != "db_size"} == {
             **{name: stats[name] for name in stats if name not in STATS},
-            "db_path": str(location),
+            "db_path": shown(location),
             "task_count": 3,
             "node_count": 1,
             "task_stats": {"pending": 2, "failed": 1},
@@ -1377,21 +1407,20 @@ class TestVacuumAndStats:
         }
 
     async def test_stats_of_an_empty_database_are_zeros(
-        self, database: Database, location: Path
+        self, database: Database, location: Location
     ) -> None:
         stats = await database.get_stats()
 
         assert stats["db_size"] > 0
-        assert [stats[name] for name in STATS[1:]] == [str(location), 0, 0, {}, {}]
+        assert [stats[name] for name in STATS[1:]] == [shown(location), 0, 0, {}, {}]
 
     async def test_stats_tell_how_the_writing_goes(
-        self, location: Path, clock: FakeClock, make_task: MakeTask
+        self, location: Location, clock: FakeClock, make_task: MakeTask
     ) -> None:
         async with Database(location, clock=clock, timeout=0.05) as database:
             before = (await database.get_stats())["writer"]
             await asyncio.gather(*[TaskRepository(database).create(make_task()) for _ in range(3)])
-            with closing(sqlite3.connect(location, isolation_level=None)) as other:
-                other.execute("BEGIN IMMEDIATE")
+            async with locked(location):
                 clock.advance(seconds=5)
                 with pytest.raises(UnavailableError) as caught:
                     await TaskRepository(database).create(make_task())
@@ -1416,9 +1445,9 @@ from openclaw_store import *
 warnings.simplefilter("ignore", ResourceWarning)  # what was not closed
 
 
-async def main(path):
-    os.chdir(os.path.dirname(path))
-    database = Database(path)
+async def main(location, folder):
+    os.chdir(folder)
+    database = Database(location)
     manager = StateManager(database, auto_sync_interval=0.01)
     await manager.initialize()
     await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="acknowledged"))
@@ -1427,7 +1456,7 @@ async def main(path):
     background = set()
     ENDING
 
-asyncio.run(main(sys.argv[1]))
+asyncio.run(main(*sys.argv[1:]))
 """
 
 ENDINGS = {
@@ -1461,15 +1490,20 @@ ENDINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def endings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ended]]:
-    """How interpreters end that closed nothing, and the files that they used."""
-    folder = tmp_path_factory.mktemp("endings")
-    paths = [folder / f"{ending}.db" for ending in ENDINGS]
-    scripts = [ENDING.replace("ENDING", code) for code in ENDINGS.values()]
-    pairs = zip(scripts, paths, strict=True)
-    ended = run_scripts(*[(script, [path]) for script, path in pairs], at_once=3)
-    return dict(zip(ENDINGS, zip(paths, ended, strict=True), strict=True))
+@pytest.fixture(scope="module", params=EACH_KIND)
+def endings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, tuple[Location, Ended]]]:
+    """How interpreters end that closed nothing, and the databases that they used."""
+    with ExitStack() as places:
+        scripts, locations = [], []
+        for code in ENDINGS.values():
+            folder = tmp_path_factory.mktemp("ending")
+            location = places.enter_context(new_location(request, request.param, folder))
+            scripts.append((ENDING.replace("ENDING", code), [location, folder]))
+            locations.append(location)
+        ended = run_scripts(*scripts, at_once=3)
+        yield dict(zip(ENDINGS, zip(locations, ended, strict=True), strict=True))
 
 
 class TestEnds:
@@ -1523,7 +1557,7 @@ async def main(path):
 asyncio.run(main(sys.argv[1]))
 """
 
-    def test_forked_child_gets_an_error_and_the_parent_goes_on(self, location: Path) -> None:
+    def test_forked_child_gets_an_error_and_the_parent_goes_on(self, location: Location) -> None:
         (ended,) = run_scripts((self.FORK, [location]))
 
         lines = ended.out
@@ -1536,19 +1570,19 @@ asyncio.run(main(sys.argv[1]))
 
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(
-        self, endings: dict[str, tuple[Path, Ended]], ending: str
+        self, endings: dict[str, tuple[Location, Ended]], ending: str
     ) -> None:
-        path, ended = endings[ending]
+        location, ended = endings[ending]
 
         assert ended.out == ["acknowledged"]
         assert ended.code == (0 if ending.startswith("returns") else ended.code)
         assert ended.code != -signal.SIGALRM
         assert "openclaw-store-writer" not in ended.err  # no traceback of its thread
         stored = "SELECT count(*) FROM tasks WHERE task_id = 'acknowledged'"
-        assert query(path, stored) == [(1,)]
-        assert query(path, "PRAGMA integrity_check") == [("ok",)]
+        assert execute(location, stored) == [(1,)]
+        assert_sound(location)
 
-    def test_killed_process_loses_nothing_that_was_acknowledged(self, location: Path) -> None:
+    def test_killed_process_loses_nothing_that_was_acknowledged(self, location: Location) -> None:
         script = """
 import asyncio, sys
 from openclaw_store import *
@@ -1577,17 +1611,13 @@ asyncio.run(main(sys.argv[1]))
             rest = process.stdout.read().splitlines(keepends=True)
         acknowledged = {line.split()[0] for line in lines + rest if line.endswith("\n")}
 
-        stored = query(location, "SELECT task_id FROM tasks WHERE name = 'changed'")
+        stored = execute(location, "SELECT task_id FROM tasks WHERE name = 'changed'")
 
         assert len(acknowledged) >= 200
         assert acknowledged <= {id for (id,) in stored}
-        assert query(location, "PRAGMA integrity_check") == [("ok",)]
-        ((revision,),) = query(location, "SELECT revision FROM counters")
-        assert query(location, "SELECT count(*), max(revision) FROM changes") == [
-            (revision, revision)
-        ]
+        assert_sound(location)
 
-    async def test_database_that_was_killed_opens_again(self, location: Path) -> None:
+    async def test_database_that_was_killed_opens_again(self, location: Location) -> None:
         script = """
 import asyncio, os, signal, sys
 from openclaw_store import *
@@ -1770,7 +1800,7 @@ class TestCancelledCallers:
         assert all(task.cancelled() for task in waiting)
         await self.settle(database, make_task)
 
-    async def test_initialize(self, location: Path, make_task: MakeTask) -> None:
+    async def test_initialize(self, location: Location, make_task: MakeTask) -> None:
         database = Database(location)
         opening = start(database.initialize())
         await asyncio.sleep(0)
@@ -1783,9 +1813,9 @@ class TestCancelledCallers:
         await database.close()
 
     @pytest.mark.parametrize("turns", [0, 1, 3])
-    async def test_close(self, tmp_path: Path, make_task: MakeTask, turns: int) -> None:
+    async def test_close(self, location: Location, make_task: MakeTask, turns: int) -> None:
         for suspension in range(1, 6):
-            database = Database(tmp_path / f"{suspension}.db")
+            database = Database(location)
             await database.initialize()
             await TaskRepository(database).create(make_task())
             await TaskRepository(database).count_by_status()
@@ -1795,5 +1825,4 @@ class TestCancelledCallers:
             assert closing.done()
             await database.close()
 
-            files = [path.name for path in tmp_path.glob(f"{suspension}.*")]
-            assert files == [f"{suspension}.db"]
+            assert_closed(location)

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask, OpenManager
+from conftest import (
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    execute,
+    locked,
+    refuse_tasks,
+)
 from sqlalchemy import text
 
 from openclaw_store import (
@@ -29,17 +37,6 @@ from openclaw_store import (
     UnavailableError,
     mirror,
 )
-
-
-@contextmanager
-def locked_for(path: Path, seconds: float) -> Iterator[None]:
-    """Another process's write lock, gone after `seconds`."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        asyncio.get_running_loop().call_later(seconds, other.rollback)
-        yield
-        if other.in_transaction:
-            other.rollback()
 
 
 class RefusedError(Exception):
@@ -65,14 +62,10 @@ class TestTransactions:
         assert (await manager.get_task_stats())["total"] == 0
 
     async def test_write_that_the_driver_refused_cannot_be_committed(
-        self, manager: StateManager, location: Path, make_task: MakeTask
+        self, manager: StateManager, location: Location, make_task: MakeTask
     ) -> None:
         """The feed knew of the row already, though the block caught the error."""
-        with closing(sqlite3.connect(location)) as other:
-            other.execute(
-                "CREATE TRIGGER no BEFORE INSERT ON tasks WHEN new.name = 'bad' "
-                "BEGIN SELECT RAISE(ABORT, 'no'); END"
-            )
+        refuse_tasks(location, "bad")
 
         async def catch() -> None:
             async with manager.db.transaction() as tx:
@@ -132,7 +125,7 @@ class TestTransactions:
                 await TaskRepository(database).create(make_task())
 
     async def test_that_waits_when_the_database_closes_is_refused(
-        self, location: Path, make_task: MakeTask
+        self, location: Location, make_task: MakeTask
     ) -> None:
         database = Database(location)
         await database.initialize()
@@ -186,7 +179,7 @@ class TestHeartbeats:
         await eventually_cpu(manager, node.node_id, 5)
 
     async def test_that_a_failed_write_took_along_is_written(
-        self, location: Path, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+        self, location: Location, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         node = make_node()
         async with StateManager(Database(location, timeout=0.2), None) as manager:
@@ -198,8 +191,9 @@ class TestHeartbeats:
             manager._mirror._flush_timer = None
             monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
 
-            with locked_for(location, 5), pytest.raises(UnavailableError):
-                await manager.update_node_status(node.node_id, NodeStatus.BUSY)
+            async with locked(location):
+                with pytest.raises(UnavailableError):
+                    await manager.update_node_status(node.node_id, NodeStatus.BUSY)
 
             await eventually_cpu(manager, node.node_id, 9)
 
@@ -360,14 +354,13 @@ class TestHeartbeats:
 
 class TestRowsWrittenByHand:
     async def test_history_that_leads_in_a_circle_is_cleaned_up(
-        self, database: Database, clock: FakeClock, location: Path
+        self, database: Database, clock: FakeClock, location: Location
     ) -> None:
         """Its version was that of the change which the store made next."""
-        with closing(sqlite3.connect(location)) as connection:
-            connection.execute(
-                "INSERT INTO tasks (task_id, task_type, name, version) VALUES ('t', 'batch', '', 1)"
-            )
-            connection.commit()
+        execute(
+            location,
+            "INSERT INTO tasks (task_id, task_type, name, version) VALUES ('t', 'batch', '', 1)",
+        )
         tasks = TaskRepository(database)
         task = await tasks.get("t")
         assert task is not None
@@ -377,14 +370,13 @@ class TestRowsWrittenByHand:
 
         assert await tasks.cleanup_old_tasks() == 1
 
+    @pytest.mark.sqlite  # PostgreSQL lets nothing else into the column
     async def test_one_that_cannot_be_read_is_named_and_hides_no_other(
-        self, database: Database, location: Path, make_task: MakeTask
+        self, database: Database, location: Location, make_task: MakeTask
     ) -> None:
         bad, good = make_task(status=TaskStatus.RUNNING), make_task()
         await TaskRepository(database).create(bad)
-        with closing(sqlite3.connect(location)) as connection:
-            connection.execute("UPDATE tasks SET started_at = 'at ten'")
-            connection.commit()
+        execute(location, "UPDATE tasks SET started_at = 'at ten'")
         said: list[Any] = []
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: said.append(context["exception"]))
@@ -400,18 +392,23 @@ class TestRowsWrittenByHand:
 
 class TestSynchronisation:
     async def test_that_is_cancelled_in_a_batch_ends_its_entries(
-        self, manager: StateManager, location: Path, make_task: MakeTask
+        self, manager: StateManager, location: Location, make_task: MakeTask
     ) -> None:
         """The entry was committed, yet stayed unsaved, and then lost to itself."""
         task = make_task()
         await manager.add_task(task, persist=False)
-        with locked_for(location, 0.2):
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(manager.sync_to_database(), 0.05)
+        async with locked(location) as lock:
+            writing = asyncio.create_task(manager.sync_to_database())
+            await asyncio.wait([writing], timeout=0.05)
+            writing.cancel()
+            await asyncio.wait([writing], timeout=0.05)
+            await lock.rollback()
+            with pytest.raises(asyncio.CancelledError):
+                await writing
 
-            task.name = "changed"
-            await manager.update_task(task, persist=False)
-            await manager.sync_to_database()
+        task.name = "changed"
+        await manager.update_task(task, persist=False)
+        await manager.sync_to_database()
 
         stored = await manager.task_repo.get(task.task_id)
         assert stored is not None
@@ -464,17 +461,17 @@ class TestProcesses:
         assert output.split() == [b"True"]
 
     async def test_missing_table_is_a_typed_error(
-        self, database: Database, location: Path, make_task: MakeTask
+        self, database: Database, location: Location, make_task: MakeTask
     ) -> None:
-        with closing(sqlite3.connect(location)) as other:
-            other.execute("DROP TABLE tasks")
+        execute(location, "DROP TABLE tasks")
+        missing = "no such table: tasks|tasks.* does not exist"
 
-        with pytest.raises(StoreError, match="no such table"):
+        with pytest.raises(StoreError, match=missing):
             await TaskRepository(database).create(make_task())
-        with pytest.raises(StoreError, match="no such table"):
+        with pytest.raises(StoreError, match=missing):
             await TaskRepository(database).get("a")
         async with database.session() as session:
-            with pytest.raises(Exception, match="no such table"):
+            with pytest.raises(Exception, match=missing):
                 await session.execute(text("SELECT * FROM tasks"))
 
 

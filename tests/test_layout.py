@@ -34,6 +34,7 @@ LAYERS = [
     "sqlite",
     "postgresql",
     "backends",
+    "wakeups",
     "migrations",
     "database",
     "changes",

@@ -1,20 +1,20 @@
-"""Two StateManagers on one file, driven at random against plain dictionaries."""
+"""Two StateManagers on one database, driven at random against plain dictionaries."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from conftest import FakeClock, MakeTask, OpenManager
+from conftest import EACH_KIND, FakeClock, Location, MakeTask, OpenManager, new_location
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
     once, those of the other one after a refresh.
     """
 
-    template: ClassVar[Path]
+    new_location: ClassVar[partial[AbstractContextManager[Location]]]
 
     copies = Bundle("copies")
     sides = st.sampled_from([0, 1])
@@ -135,9 +135,8 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name) / "cluster.db"
-        shutil.copy(self.template, self.path)
+        self.place = self.new_location()
+        self.location = self.place.__enter__()
         self.clock = FakeClock()
         self.revision = 0
         self.tasks: dict[str, Task] = {}
@@ -156,7 +155,7 @@ class Machine(RuleBasedStateMachine):
         return caught.value
 
     def open(self) -> Side:
-        manager = StateManager(Database(self.path, clock=self.clock), auto_sync_interval=None)
+        manager = StateManager(Database(self.location, clock=self.clock), auto_sync_interval=None)
         self.run(manager.initialize())
         self.generations += 1
         side = Side(manager, self.generations)
@@ -171,7 +170,7 @@ class Machine(RuleBasedStateMachine):
         for side in self.side:
             self.end(side)
         self.runner.close()
-        self.folder.cleanup()
+        self.place.__exit__(None, None, None)
 
     # The dictionaries.
 
@@ -621,13 +620,12 @@ def newest(nodes: dict[str, NodeInfo]) -> list[str]:
     return sorted(ordered, key=lambda node_id: nodes[node_id].registered_at, reverse=True)  # type: ignore[arg-type, return-value]  # every node was registered
 
 
-async def test_two_managers_on_one_file_behave_as_dictionaries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", EACH_KIND)
+def test_two_managers_on_one_database_behave_as_dictionaries(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # flushed only where the rules say so
-    async with Database(tmp_path / "template.db"):
-        pass
-    Machine.template = tmp_path / "template.db"
+    Machine.new_location = partial(new_location, request, kind, tmp_path, migrated=True)
     limits = settings(
         max_examples=60,
         stateful_step_count=40,
@@ -636,8 +634,7 @@ async def test_two_managers_on_one_file_behave_as_dictionaries(
         suppress_health_check=list(HealthCheck),
     )
 
-    # On a thread of its own: a machine has an event loop of its own.
-    await asyncio.to_thread(run_state_machine_as_test, Machine, settings=limits)
+    run_state_machine_as_test(Machine, settings=limits)
 
 
 async def test_copy_of_what_another_manager_keeps_in_memory_is_stale(

@@ -27,6 +27,8 @@ from openclaw_store import (
 )
 from openclaw_store.feed import read_live, read_news
 
+pytestmark = pytest.mark.sqlite
+
 Call = Callable[[Database], Awaitable[object]]
 
 _SCAN = r"SCAN (TABLE )?(tasks|nodes|changes)\b"

@@ -1,14 +1,15 @@
-"""Several processes with a StateManager each on one file: nothing is lost, and all agree."""
+"""Several processes with a StateManager each on one database: nothing is lost, and all agree."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_database import Ended, query, run_scripts
+from conftest import EACH_KIND, Location, execute, new_location
+from test_database import Ended, run_scripts
 
 PROCESSES = 3
 ROUNDS = 150
@@ -160,10 +161,10 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * PROCESSES
 
 
 class Outcome:
-    """What the processes say they did, and the file they leave."""
+    """What the processes say they did, and the database they leave."""
 
-    def __init__(self, path: Path, ended: Ended) -> None:
-        self.path = path
+    def __init__(self, location: Location, ended: Ended) -> None:
+        self.location = location
         self.ended = ended
         self.logs: list[dict[str, Any]] = [json.loads(line) for line in ended.out]
 
@@ -174,12 +175,15 @@ class Outcome:
         return [sum(log[name][n] for log in self.logs) for n in range(COUNTERS)]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    path = tmp_path_factory.mktemp("processes") / "cluster.db"
-    (ended,) = run_scripts((WORK, [path, PROCESSES, ROUNDS, COUNTERS]))
-    assert (ended.code, ended.err) == (0, "")
-    return Outcome(path, ended)
+@pytest.fixture(scope="module", params=EACH_KIND)
+def outcome(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Outcome]:
+    folder = tmp_path_factory.mktemp("processes")
+    with new_location(request, request.param, folder) as location:
+        (ended,) = run_scripts((WORK, [location, PROCESSES, ROUNDS, COUNTERS]))
+        assert (ended.code, ended.err) == (0, "")
+        yield Outcome(location, ended)
 
 
 class TestProcesses:
@@ -187,13 +191,15 @@ class TestProcesses:
         versions = {log["version"] for log in outcome.logs}
 
         assert len(outcome.logs) == PROCESSES
-        assert versions == set(query(outcome.path, "SELECT revision FROM counters")[0])
+        assert versions == set(execute(outcome.location, "SELECT revision FROM counters")[0])
 
     def test_no_increment_is_lost(self, outcome: Outcome) -> None:
-        tasks = query(
-            outcome.path, "SELECT retry_count FROM tasks WHERE name = 'c' ORDER BY task_id"
+        tasks = execute(
+            outcome.location, "SELECT retry_count FROM tasks WHERE name = 'c' ORDER BY task_id"
         )
-        nodes = query(outcome.path, "SELECT total_tasks_processed FROM nodes ORDER BY node_id")
+        nodes = execute(
+            outcome.location, "SELECT total_tasks_processed FROM nodes ORDER BY node_id"
+        )
 
         assert [count for (count,) in tasks] == outcome.totals("increments")
         assert [count for (count,) in nodes] == outcome.totals("beats")
@@ -204,7 +210,7 @@ class TestProcesses:
 
     def test_what_was_added_and_not_removed_is_there(self, outcome: Outcome) -> None:
         stored = {
-            id for (id,) in query(outcome.path, "SELECT task_id FROM tasks WHERE name != 'c'")
+            id for (id,) in execute(outcome.location, "SELECT task_id FROM tasks WHERE name != 'c'")
         }
         added, unsaved = set(outcome.all("added")), set(outcome.all("unsaved"))
 
@@ -220,10 +226,12 @@ class TestProcesses:
     def test_revisions_are_without_a_gap(self, outcome: Outcome) -> None:
         revisions = [
             revision
-            for (revision,) in query(outcome.path, "SELECT revision FROM changes ORDER BY revision")
+            for (revision,) in execute(
+                outcome.location, "SELECT revision FROM changes ORDER BY revision"
+            )
         ]
 
         assert revisions == list(range(1, len(revisions) + 1))
         assert len(revisions) > 2000
-        ((newest,),) = query(outcome.path, "SELECT max(version) FROM tasks")
+        ((newest,),) = execute(outcome.location, "SELECT max(version) FROM tasks")
         assert newest <= len(revisions)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import sqlite3
 import time
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask
+from conftest import FakeClock, Location, MakeNode, MakeTask, execute
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
@@ -711,15 +709,13 @@ class TestRecord:
         with pytest.raises(InvalidDataError, match="result: is not JSON"):
             encode_json("result", {"length": Metres(1.5)})
 
+    @pytest.mark.sqlite  # PostgreSQL lets nothing else into the column
     async def test_damaged_json_in_the_database_is_named(
-        self, manager: StateManager, make_task: MakeTask, location: Path
+        self, manager: StateManager, make_task: MakeTask, location: Location
     ) -> None:
         task = make_task(status=TaskStatus.COMPLETED)
         await manager.task_repo.create(task)
-        by_hand = sqlite3.connect(location)
-        by_hand.execute("UPDATE tasks SET parameters = '{broken'")
-        by_hand.commit()
-        by_hand.close()
+        execute(location, "UPDATE tasks SET parameters = '{broken'")
 
         with pytest.raises(InvalidDataError, match=f"parameters: of '{task.task_id}' is not read"):
             await manager.task_repo.get(task.task_id)

@@ -7,9 +7,7 @@ import logging
 import math
 import pickle
 import random
-import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import Context
 from dataclasses import FrozenInstanceError, asdict, replace
 from itertools import count
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask, OpenManager
+from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, execute, locked
 
 from openclaw_store import (
     Database,
@@ -53,17 +51,6 @@ async def eventually(is_so: Callable[[], Awaitable[bool]]) -> None:
             return
         await asyncio.sleep(0.005)
     pytest.fail("it did not happen")
-
-
-@contextmanager
-def locked(location: Path) -> Iterator[None]:
-    """Another process holds the write lock."""
-    other = sqlite3.connect(location, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    finally:
-        other.close()
 
 
 def meanwhile(
@@ -110,7 +97,7 @@ async def assert_mirrors_database(manager: StateManager) -> None:
 
 @pytest.fixture
 async def impatient(
-    database: Database, location: Path, clock: FakeClock
+    database: Database, location: Location, clock: FakeClock
 ) -> AsyncIterator[StateManager]:
     """A manager whose database does not wait for a lock."""
     async with StateManager(Database(location, clock=clock, timeout=0.01), None) as manager:
@@ -349,13 +336,11 @@ class TestWriting:
         await assert_mirrors_database(manager)
 
     async def test_write_is_committed_when_it_returns(
-        self, manager: StateManager, make_task: MakeTask, location: Path
+        self, manager: StateManager, make_task: MakeTask, location: Location
     ) -> None:
         await manager.add_task(make_task())
 
-        other = sqlite3.connect(location)
-        assert other.execute("SELECT count(*) FROM tasks").fetchone() == (1,)
-        other.close()
+        assert execute(location, "SELECT count(*) FROM tasks") == [(1,)]
 
     async def test_used_id_is_refused(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode
@@ -404,14 +389,14 @@ class TestWriting:
         assert await manager.task_repo.get(task.task_id) == newer
 
     async def test_failed_write_leaves_memory_as_it_was(
-        self, impatient: StateManager, make_task: MakeTask, make_node: MakeNode, location: Path
+        self, impatient: StateManager, make_task: MakeTask, make_node: MakeNode, location: Location
     ) -> None:
         task, node = make_task(), make_node()
         await impatient.add_task(task)
         await impatient.add_node(node)
         before = await impatient.get_state()
 
-        with locked(location):
+        async with locked(location):
             for write in (
                 impatient.add_task(make_task()),
                 impatient.add_node(make_node()),
@@ -907,14 +892,15 @@ class TestUnsaved:
             await manager.db.get_stats()
 
     async def test_is_kept_when_the_database_cannot_be_written(
-        self, impatient: StateManager, make_task: MakeTask, location: Path
+        self, impatient: StateManager, make_task: MakeTask, location: Location
     ) -> None:
         tasks = [make_task() for _ in range(3)]
         for task in tasks:
             await impatient.add_task(task, persist=False)
 
-        with locked(location), pytest.raises(UnavailableError):
-            await impatient.sync_to_database()
+        async with locked(location):
+            with pytest.raises(UnavailableError):
+                await impatient.sync_to_database()
 
         assert await impatient.get_pending_tasks() == tasks
         assert await impatient.sync_to_database() is True
@@ -1065,14 +1051,14 @@ class TestHeartbeats:
         await assert_mirrors_database(manager)
 
     async def test_that_could_not_be_written_is_tried_again(
-        self, impatient: StateManager, make_node: MakeNode, clock: FakeClock, location: Path,
+        self, impatient: StateManager, make_node: MakeNode, clock: FakeClock, location: Location,
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     ) -> None:  # fmt: skip
         monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
         node = make_node()
         await impatient.add_node(node)
 
-        with locked(location):
+        async with locked(location):
             await impatient.update_heartbeat(node.node_id)
 
             async def has_failed() -> bool:
@@ -2165,7 +2151,7 @@ class TestLife:
 
     @pytest.mark.parametrize("call", CALLS)
     async def test_use_before_and_after_raises(
-        self, location: Path, call: Callable[[StateManager], Awaitable[Any]]
+        self, location: Location, call: Callable[[StateManager], Awaitable[Any]]
     ) -> None:
         manager = StateManager(Database(location), auto_sync_interval=None)
 
@@ -2175,7 +2161,7 @@ class TestLife:
         with pytest.raises(UnavailableError, match="was shut down"):
             await call(manager)
 
-    async def test_initialize_and_shutdown_may_be_called_twice(self, location: Path) -> None:
+    async def test_initialize_and_shutdown_may_be_called_twice(self, location: Location) -> None:
         manager = StateManager(Database(location))
 
         assert await manager.initialize() is True
@@ -2199,7 +2185,7 @@ class TestLife:
         assert not manager.is_initialized
 
     async def test_shutdown_right_after_a_write_keeps_it(
-        self, location: Path, make_task: MakeTask, make_node: MakeNode
+        self, location: Location, make_task: MakeTask, make_node: MakeNode
     ) -> None:
         manager = StateManager(Database(location))
         await manager.initialize()
@@ -2226,14 +2212,14 @@ class TestLife:
 
         assert not manager.is_initialized
 
-    async def test_shutdown_without_initialize(self, location: Path) -> None:
+    async def test_shutdown_without_initialize(self, location: Location) -> None:
         manager = StateManager(Database(location))
 
         await manager.shutdown()
 
         assert not manager.is_initialized
 
-    async def test_works_as_a_context(self, location: Path, make_task: MakeTask) -> None:
+    async def test_works_as_a_context(self, location: Location, make_task: MakeTask) -> None:
         async with StateManager(Database(location)) as manager:
             assert manager.is_initialized
             await manager.add_task(make_task(), persist=False)
@@ -2276,11 +2262,10 @@ class TestLife:
         assert await manager.initialize() is True
         await manager.shutdown()
 
-    async def test_database_that_is_newer_raises(self, database: Database, location: Path) -> None:
-        by_hand = sqlite3.connect(location)
-        by_hand.execute("UPDATE alembic_version SET version_num = '9999'")
-        by_hand.commit()
-        by_hand.close()
+    async def test_database_that_is_newer_raises(
+        self, database: Database, location: Location
+    ) -> None:
+        execute(location, "UPDATE alembic_version SET version_num = '9999'")
         manager = StateManager(Database(location))
 
         with pytest.raises(SchemaMismatchError, match="pip install --upgrade"):
@@ -2297,12 +2282,12 @@ class TestLife:
             await asyncio.to_thread(elsewhere)
 
     @pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf, "30", True])
-    def test_interval_that_is_none(self, location: Path, interval: Any) -> None:
+    def test_interval_that_is_none(self, location: Location, interval: Any) -> None:
         with pytest.raises(InvalidDataError, match="auto_sync_interval"):
             StateManager(Database(location), auto_sync_interval=interval)
 
     @pytest.mark.parametrize("size", [-1, 1.5, None, True])
-    def test_size_of_the_cache_that_is_none(self, location: Path, size: Any) -> None:
+    def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
         with pytest.raises(InvalidDataError, match="finished_cache_size"):
             StateManager(Database(location), finished_cache_size=size)
 

@@ -15,11 +15,10 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import count
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import pytest
-from conftest import MakeNode, MakeTask
+from conftest import Location, MakeNode, MakeTask, refuse_tasks
 
 from openclaw_store import (
     Database,
@@ -1434,11 +1433,11 @@ class TestGate:
 
 
 @pytest.fixture
-async def ticking(tmp_path: Path) -> Any:
+async def ticking(location: Location) -> Any:
     """A database whose clock moves with each look, so that each transaction has its moment."""
     ticks = count()
     clock = lambda: NOON + timedelta(seconds=next(ticks))  # noqa: E731
-    async with Database(tmp_path / "ticking.db", clock=clock) as database:
+    async with Database(location, clock=clock) as database:
         yield database
 
 
@@ -1563,14 +1562,9 @@ class TestOnADatabase:
         assert ticking._writer.figures()["batches"] == 1
 
     async def test_row_that_the_driver_refuses_fails_none_but_its_caller(
-        self, ticking: Database, make_task: MakeTask
+        self, ticking: Database, location: Location, make_task: MakeTask
     ) -> None:
-        async with ticking.transaction() as session:
-            connection = await session.connection()
-            await connection.exec_driver_sql(
-                "CREATE TRIGGER refuse_bad BEFORE INSERT ON tasks WHEN NEW.name = 'bad'"
-                " BEGIN SELECT RAISE(ABORT, 'refused for the test'); END"
-            )
+        refuse_tasks(location, "bad")
         repository = TaskRepository(ticking)
         names = ["a", "b", "bad", "c", "d"]
 
@@ -1667,10 +1661,10 @@ class TestOnADatabase:
         assert told == ["first", "second"]
 
     async def test_error_of_a_writer_that_waits_in_vain_names_the_transaction(
-        self, tmp_path: Path, make_task: MakeTask
+        self, location: Location, database: Database, make_task: MakeTask
     ) -> None:
         async with (
-            Database(tmp_path / "busy.db", timeout=0.05) as database,
+            Database(location, timeout=0.05) as database,
             database.transaction(timeout=3600),
         ):
             waiting = InThread(lambda: TaskRepository(database).create(make_task()))

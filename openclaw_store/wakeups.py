@@ -1,0 +1,148 @@
+"""How a process learns at once that another one has committed.
+
+What is told here is only a hint, and may be missed: everything it leads to is read from the
+database, and found by the next synchronisation in any case. Who listens is told where the
+counters stand, on its own event loop; its own commits are told, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from openclaw_store.backends import Backend
+from openclaw_store.errors import StoreError
+from openclaw_store.postgresql import CHANNEL, PostgreSQL
+from openclaw_store.sqlite import SQLite
+
+logger = logging.getLogger(__name__)
+
+Told = Callable[[int, int], object]
+"""Is told the revision and the flush of heartbeats that were committed last."""
+
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.01
+"""Between two looks at a file: the shorter, the more happens to it."""
+
+ALIVE_SECONDS = 10.0
+"""How long a server may say nothing before it is asked whether it is still there."""
+
+RETRY_SECONDS = 0.1, 5.0
+"""Before a connection that was lost is made anew, at first and at most."""
+
+_COUNTERS = "SELECT revision, beat FROM counters"
+
+
+class Wakeups(Protocol):
+    """Tells who listens, until it is stopped."""
+
+    async def stop(self) -> None:
+        """Tell nothing any more."""
+
+
+class Polling:
+    """Looks at a SQLite file again and again, on a thread of its own.
+
+    A look takes a few microseconds: SQLite keeps a number in shared memory that changes with each
+    commit of others (`PRAGMA data_version`).
+    """
+
+    def __init__(self, database: SQLite, tell: Told) -> None:
+        self._database = database
+        self._tell = tell
+        self._loop = asyncio.get_running_loop()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="openclaw-store-wakeups", daemon=True
+        )
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Tell nothing any more."""
+        self._ended.set()
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._database.inspect(self._look)
+            except StoreError as error:
+                logger.debug("cannot see what others commit, for now: %s", error)
+                self._ended.wait(LONGEST_SECONDS)
+            except RuntimeError:  # the event loop was closed: nobody is left there to be told
+                break
+
+    def _look(self, connection: Connection) -> None:
+        cursor = connection.connection.cursor()
+        seen: object = None
+        pause = LONGEST_SECONDS
+        while not self._ended.wait(pause):
+            cursor.execute("PRAGMA data_version")
+            [[version]] = cursor.fetchall()
+            if version == seen:
+                pause = min(pause * 1.2, LONGEST_SECONDS)
+                continue
+            seen, pause = version, SHORTEST_SECONDS
+            cursor.execute(_COUNTERS)
+            [counters] = cursor.fetchall()
+            self._loop.call_soon_threadsafe(self._tell, *counters)
+
+
+class Listening:
+    """Listens to a PostgreSQL server; a connection that is lost is made anew."""
+
+    def __init__(self, database: PostgreSQL, tell: Told) -> None:
+        self._database = database
+        self._tell = tell
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """Tell nothing any more."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        engine = self._database.engine(write=False)
+        pause, longest = RETRY_SECONDS
+        try:
+            while True:
+                try:
+                    with self._database.translated():
+                        await self._listen(engine)
+                    pause, _ = RETRY_SECONDS
+                except StoreError as error:
+                    logger.warning("cannot hear what others commit, for now: %s", error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, longest)
+        finally:
+            await engine.dispose()
+
+    async def _listen(self, engine: AsyncEngine) -> None:
+        """Tell what is heard on a connection until it is lost."""
+        heard = asyncio.Event()
+        async with engine.connect() as connection:
+            driver = (await connection.get_raw_connection()).driver_connection
+            assert driver is not None
+            driver.add_termination_listener(lambda _: heard.set())
+            await driver.add_listener(CHANNEL, lambda *_: heard.set())
+            while not driver.is_closed():
+                heard.clear()
+                self._tell(*await driver.fetchrow(_COUNTERS))
+                try:
+                    async with asyncio.timeout(ALIVE_SECONDS):
+                        await heard.wait()
+                except TimeoutError:
+                    continue
+
+
+def wakeups_of(database: Backend, tell: Told) -> Wakeups:
+    """Have `tell` called, on the running event loop, when somebody has committed."""
+    if isinstance(database, PostgreSQL):
+        return Listening(database, tell)
+    assert isinstance(database, SQLite)
+    return Polling(database, tell)

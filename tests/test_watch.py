@@ -1,0 +1,416 @@
+"""What programs wait for: changes that others make, in order, and the end of tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, engine_of, execute
+
+from openclaw_store import (
+    Change,
+    ChangeKind,
+    CompactedError,
+    Database,
+    DeadlineError,
+    InvalidDataError,
+    StateManager,
+    Task,
+    TaskNotFoundError,
+    TaskRepository,
+    TaskStatus,
+    UnavailableError,
+    wakeups,
+)
+
+PATIENCE = 10.0
+"""Seconds after which a test that waits in vain fails."""
+
+
+async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
+    """So many changes of a watcher."""
+    found: list[Change] = []
+    async with asyncio.timeout(PATIENCE):
+        async for change in changes:
+            found.append(change)
+            if len(found) == count:
+                return found
+    return found
+
+
+def complete(task: Task) -> None:
+    task.status = TaskStatus.COMPLETED
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let others run until it holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
+            await asyncio.sleep(0.001)
+
+
+class TestWatch:
+    async def test_gives_what_was_committed_after_a_revision_in_order(
+        self, manager: StateManager, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        await manager.add_task(make_task(task_id="before"))
+        await manager.add_task(make_task(task_id="t"))
+        await manager.add_node(make_node(node_id="n"))
+        await manager.change_task("t", complete)
+        await manager.remove_task("t")
+
+        seen = await first(4, manager.watch(since=1))
+
+        assert [(one.revision, one.item_id, one.kind) for one in seen] == [
+            (2, "t", ChangeKind.CREATED),
+            (3, "n", ChangeKind.CREATED),
+            (4, "t", ChangeKind.STATUS),
+            (5, "t", ChangeKind.REMOVED),
+        ]
+
+    async def test_since_none_begins_with_the_next_change(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task(task_id="before"))
+        watcher = asyncio.create_task(first(1, manager.watch()))
+        await asyncio.sleep(0)
+
+        await manager.add_task(make_task(task_id="after"))
+
+        assert [one.item_id for one in await watcher] == ["after"]
+
+    async def test_waiting_watcher_is_woken_by_own_commits(
+        self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("openclaw_store.state_manager._WATCH_SECONDS", 3600)
+        watcher = asyncio.create_task(first(20, manager.watch()))
+
+        for _ in range(20):
+            await manager.add_task(make_task())
+
+        assert [one.revision for one in await watcher] == list(range(1, 21))
+
+    async def test_changes_of_other_processes_are_seen_without_wake_ups_too(
+        self,
+        manager: StateManager,
+        open_manager: OpenManager,
+        make_task: MakeTask,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("openclaw_store.state_manager._WATCH_SECONDS", 0.01)
+        other = await open_manager()
+        watcher = asyncio.create_task(first(1, manager.watch()))
+
+        await other.add_task(make_task(task_id="theirs"))
+
+        assert [one.item_id for one in await watcher] == ["theirs"]
+        assert (await manager.get_state()).tasks.keys() == {"theirs"}  # the cache has it by then
+
+    async def test_more_than_a_page_is_seen_whole(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await asyncio.gather(*[manager.add_task(make_task()) for _ in range(450)])
+
+        seen = await first(450, manager.watch(since=0))
+
+        assert [one.revision for one in seen] == list(range(1, 451))
+
+    async def test_slow_watcher_misses_nothing(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        changes = manager.watch(since=0)
+        for number in range(1, 6):
+            for _ in range(100):
+                await manager.add_task(make_task())
+            assert (await anext(changes)).revision == number
+
+    async def test_ends_when_the_manager_is_shut_down(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        manager = StateManager(database, None)
+        await manager.initialize()
+        watcher = asyncio.create_task(first(2, manager.watch()))
+        await manager.add_task(make_task())
+        await asyncio.sleep(0)
+
+        await manager.shutdown()
+
+        assert len(await asyncio.wait_for(watcher, PATIENCE)) < 2
+
+    @pytest.mark.parametrize("since", [-1, 1.5, True, "1"])
+    async def test_what_is_no_revision_is_refused_at_once(
+        self, manager: StateManager, since: Any
+    ) -> None:
+        with pytest.raises(InvalidDataError, match="since"):
+            manager.watch(since=since)
+
+    async def test_revision_of_the_future_is_refused(self, manager: StateManager) -> None:
+        with pytest.raises(InvalidDataError, match="since: must be at most 0"):
+            await first(1, manager.watch(since=1))
+
+
+class TestHistory:
+    async def test_tells_the_life_of_a_task(
+        self, manager: StateManager, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        await manager.add_task(make_task(task_id="t"))
+        await manager.add_task(make_task(task_id="other"))
+        moment = clock.advance(seconds=60)
+        await manager.change_task("t", complete)
+
+        created, completed = await manager.history("t")
+
+        assert (created.kind, created.to_status) == (ChangeKind.CREATED, "pending")
+        assert (completed.revision, completed.changed_at) == (3, moment)
+        assert (completed.from_status, completed.to_status) == ("pending", "completed")
+
+    async def test_of_a_task_that_was_removed_is_there(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task(task_id="t"))
+        await manager.add_task(make_task(task_id="other"))
+        await manager.remove_task("t")
+
+        kinds = [change.kind for change in await manager.history("t")]
+
+        assert kinds == [ChangeKind.CREATED, ChangeKind.REMOVED]
+
+    async def test_of_an_unknown_task_is_empty(self, manager: StateManager) -> None:
+        assert await manager.history("nobody") == []
+
+
+class TestWaitForTask:
+    async def test_gives_the_task_when_it_is_finished(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task(task_id="t"))
+        waiter = asyncio.create_task(manager.wait_for_task("t", timeout=PATIENCE))
+        await manager.change_task("t", lambda task: setattr(task, "name", "changed"))
+        await asyncio.sleep(0)
+        assert not waiter.done()
+
+        await manager.change_task("t", complete)
+
+        assert await waiter == await manager.get_task("t")
+
+    async def test_finished_task_is_given_at_once(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task(task_id="t", status=TaskStatus.FAILED))
+
+        assert (await manager.wait_for_task("t", timeout=0)).status is TaskStatus.FAILED
+
+    async def test_end_that_another_process_commits_is_seen_after_a_refresh(
+        self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask
+    ) -> None:
+        other = await open_manager()
+        await manager.add_task(make_task(task_id="t"))
+        waiter = asyncio.create_task(manager.wait_for_task("t", timeout=PATIENCE))
+        await other.refresh_from_database()
+        await other.change_task("t", complete)
+
+        await manager.refresh_from_database()
+
+        assert (await waiter).status is TaskStatus.COMPLETED
+
+    async def test_task_that_takes_too_long_is_a_deadline_error(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task(task_id="t"))
+
+        with pytest.raises(DeadlineError, match=r"task 't' is not finished after 0\.01 s"):
+            await manager.wait_for_task("t", timeout=0.01)
+
+        assert manager._mirror._waiting == {}
+
+    async def test_task_that_is_removed_is_not_found(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        await manager.add_task(make_task(task_id="t"))
+        waiter = asyncio.create_task(manager.wait_for_task("t", timeout=PATIENCE))
+        await asyncio.sleep(0)
+
+        await manager.remove_task("t")
+
+        with pytest.raises(TaskNotFoundError):
+            await waiter
+
+    async def test_waiter_is_told_of_the_shutdown(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        manager = StateManager(database, None)
+        await manager.initialize()
+        await manager.add_task(make_task(task_id="t"))
+        waiter = asyncio.create_task(manager.wait_for_task("t"))
+        await asyncio.sleep(0)
+
+        await manager.shutdown()
+
+        with pytest.raises(UnavailableError, match="shut down"):
+            await asyncio.wait_for(waiter, PATIENCE)
+
+
+class TestCompaction:
+    async def test_removes_what_is_older_and_never_the_newest(
+        self, manager: StateManager, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        for _ in range(3):
+            await manager.add_task(make_task())
+        clock.advance(days=31)
+        await manager.add_task(make_task())
+
+        assert await manager.compact_changes(days=30) == 3
+        assert await manager.compact_changes(days=0) == 0
+
+        assert [one.revision for one in await first(1, manager.watch(since=3))] == [4]
+        assert await manager.task_repo.count_by_status() == 4
+
+    async def test_works_in_batches(
+        self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("openclaw_store.mirror.CHANGES_A_COMPACTION", 4)
+        await asyncio.gather(*[manager.add_task(make_task()) for _ in range(11)])
+        manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
+
+        assert await manager.compact_changes(days=1) == 10
+
+    async def test_watcher_that_is_behind_it_is_told_how_far_the_feed_reaches(
+        self, manager: StateManager, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        for _ in range(5):
+            await manager.add_task(make_task())
+        clock.advance(days=1)
+        await manager.compact_changes(days=0)
+
+        with pytest.raises(CompactedError, match="after revision 2 are gone up to 4") as caught:
+            await first(1, manager.watch(since=2))
+
+        assert (caught.value.since, caught.value.oldest) == (2, 5)
+
+    async def test_cache_that_is_behind_it_loads_anew(
+        self,
+        manager: StateManager,
+        open_manager: OpenManager,
+        make_task: MakeTask,
+        clock: FakeClock,
+    ) -> None:
+        await manager.add_task(make_task(task_id="removed"))
+        other = await open_manager()
+        await other.remove_task("removed")
+        await other.add_task(make_task(task_id="added"))
+        await other.add_task(make_task(task_id="newest"))
+        clock.advance(days=1)
+        await other.compact_changes(days=0)
+
+        await manager.refresh_from_database()
+
+        assert (await manager.get_state()).tasks.keys() == {"added", "newest"}
+        assert (await manager.get_task_stats())["total"] == 2
+        assert manager.version == 4
+
+
+class TestWakeUps:
+    """The bound: what others have committed is in memory within 100 ms."""
+
+    @asynccontextmanager
+    async def following(self, location: Location) -> AsyncIterator[StateManager]:
+        """A manager that synchronises once an hour."""
+        async with StateManager(Database(location), auto_sync_interval=3600) as manager:
+            yield manager
+
+    async def test_what_others_commit_is_in_memory_at_once(
+        self, manager: StateManager, location: Location, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        async with self.following(location) as follower:
+            await manager.add_task(make_task(task_id="t"))
+            await until(lambda: follower.version == 1)
+            assert await follower.get_task("t") == await manager.get_task("t")
+
+            await manager.change_task("t", complete)
+            assert (await follower.wait_for_task("t", PATIENCE)).version == 2
+
+            await manager.add_node(make_node(node_id="n"))
+            await until(lambda: follower.version == 3)
+            await manager.update_heartbeat("n", cpu_usage=50)
+            await manager.sync_to_database()
+            cache = follower._mirror.cache
+            await until(lambda: (node := cache.nodes.get("n")) and node["cpu_usage"] == 50)
+
+            async with manager.db.transaction() as tx:
+                await TaskRepository(tx).delete("t")
+            await until(lambda: follower.version == 4)
+
+    async def test_those_who_want_none_have_none(
+        self, manager: StateManager, location: Location, make_task: MakeTask
+    ) -> None:
+        async with StateManager(Database(location), 3600, wake_ups=False) as deaf:
+            await manager.add_task(make_task())
+            await asyncio.sleep(0.1)
+
+            assert deaf.version == 0
+            await deaf.refresh_from_database()
+            assert deaf.version == 1
+
+    async def test_failed_refresh_is_logged_and_the_next_one_works(
+        self,
+        manager: StateManager,
+        location: Location,
+        make_task: MakeTask,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        async with self.following(location) as follower:
+            await until(lambda: follower._mirror._wakeups is not None)
+
+            async def fail() -> None:
+                raise RuntimeError("not now")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(follower._mirror, "refresh", fail)
+                with caplog.at_level(logging.ERROR):
+                    await manager.add_task(make_task())
+                    await until(lambda: "could not be read" in caplog.text)
+            await manager.add_task(make_task())
+
+            await until(lambda: follower.version == 2)
+
+    @pytest.mark.postgresql
+    async def test_connection_that_is_lost_is_made_anew(
+        self,
+        manager: StateManager,
+        location: Location,
+        make_task: MakeTask,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
+        listening = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT revision, beat%'"
+        async with self.following(location) as follower:
+            await manager.add_task(make_task())
+            await until(lambda: follower.version == 1)
+            async with engine_of(location).begin() as connection:
+                pids = list(await connection.exec_driver_sql(listening))
+                for (pid,) in pids:
+                    await connection.exec_driver_sql(f"SELECT pg_terminate_backend({pid})")
+            assert pids
+
+            await manager.add_task(make_task())
+
+            await until(lambda: follower.version == 2)
+
+    @pytest.mark.sqlite
+    async def test_file_that_cannot_be_read_for_a_while_is_looked_at_again(
+        self, manager: StateManager, location: Location, make_task: MakeTask
+    ) -> None:
+        async with self.following(location) as follower:
+            execute(location, "ALTER TABLE counters RENAME TO mislaid")
+            await asyncio.sleep(0.05)
+            execute(location, "ALTER TABLE mislaid RENAME TO counters")
+
+            await manager.add_task(make_task())
+
+            await until(lambda: follower.version == 1)
