@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -234,6 +234,52 @@ async def test_heartbeats_and_changes_share_a_batch(
     assert (await database.get_stats())["writer"]["batches"] == 2
 
 
+NEEDING: dict[str, Callable[[Unit], Any]] = {
+    "execute": lambda unit: unit.cursor.execute("SELECT task_id FROM tasks"),
+    "count": lambda unit: unit.cursor.count(
+        "UPDATE tasks SET error = 'x' FROM unnest($1::text[]) AS given (id) WHERE task_id = id",
+        [("first",), ("second",)],
+    ),
+    "read": lambda unit: unit.cursor.read("SELECT task_id FROM tasks WHERE task_id <> $1", ["x"]),
+}
+
+
+@pytest.mark.parametrize("call", NEEDING.values(), ids=NEEDING)
+async def test_what_needs_the_lock_sees_what_stands_before_it_in_the_batch(
+    database: Database, make_task: MakeTask, call: Callable[[Unit], Any]
+) -> None:
+    """Planted: it is done without the lock, or what is kept back is not sent first."""
+    tasks = TaskRepository(database)
+
+    def look(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+        found = call(unit)
+        assert isinstance(unit.cursor, postgresql.WriterCursor)
+        return [(unit.cursor.has_lock, found if isinstance(found, int) else len(found))]
+
+    _, (had_lock, found), _ = await asyncio.gather(
+        tasks.create(make_task(task_id="first")),
+        database.write(look, None),
+        tasks.create(make_task(task_id="second")),
+    )
+
+    assert (had_lock, found) == (True, 1)
+    assert (await database.get_stats())["writer"]["batches"] == 1
+
+
+async def test_what_needs_the_lock_has_it_from_the_beginning(database: Database) -> None:
+    def look(unit: Unit, operations: Sequence[str]) -> Sequence[Any]:
+        found = []
+        for name in operations:
+            NEEDING[name](unit)
+            assert isinstance(unit.cursor, postgresql.WriterCursor)
+            found.append(unit.cursor.has_lock)
+        return found
+
+    assert await database.write(look, "execute")
+    assert await database.write(look, "count")
+    assert not await database.write(look, "read")
+
+
 @pytest.mark.parametrize("has_lock", [False, True])
 @pytest.mark.parametrize("kind", [Task, NodeInfo])
 async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
@@ -241,9 +287,11 @@ async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
     location: Location,
     make_task: MakeTask,
     make_node: MakeNode,
+    sent: list[str],
     kind: type[Any],
     has_lock: bool,
 ) -> None:
+    """Planted: a statement inserts what another, done together with it, deletes."""
     repository: Any = (TaskRepository if kind is Task else NodeRepository)(database)
     old: Any = make_task(task_id="same") if kind is Task else make_node(node_id="same")
     new: Any = (
@@ -259,6 +307,7 @@ async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
     await asyncio.gather(*writes)
 
     assert await repository.get("same") == new
+    assert not any("DELETE" in statement for statement in sent)
     assert feed(location) == [
         (1, "same", "created", None),
         (2, "same", "removed", 1),
@@ -361,15 +410,21 @@ def own_server() -> Iterator[Server]:
         yield server
 
 
-WHAT_IS_LOST = {
-    "read": ("LOCK TABLE counters IN ACCESS EXCLUSIVE MODE", UnavailableError),
-    "write": (None, OutcomeUnknownError),
+LOST: dict[str, tuple[str | None, bool, type[Exception]]] = {
+    "read": ("LOCK TABLE counters IN ACCESS EXCLUSIVE MODE", False, UnavailableError),
+    "write": (None, False, OutcomeUnknownError),
+    "locked read": (None, True, UnavailableError),
+    "locked write": ("LOCK TABLE tasks IN EXCLUSIVE MODE", True, UnavailableError),
 }
 
 
-@pytest.mark.parametrize(("lock", "error"), WHAT_IS_LOST.values(), ids=WHAT_IS_LOST)
-async def test_outcome_is_unknown_only_where_the_write_was_under_way(
-    own_server: Server, make_task: MakeTask, lock: str | None, error: type[Exception]
+@pytest.mark.parametrize(("lock", "has_lock", "error"), LOST.values(), ids=LOST)
+async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
+    own_server: Server,
+    make_task: MakeTask,
+    lock: str | None,
+    has_lock: bool,
+    error: type[Exception],
 ) -> None:
     """Planted: a connection that is lost while writing is an ordinary failure."""
     url = await own_server.create_database()
@@ -380,6 +435,8 @@ async def test_outcome_is_unknown_only_where_the_write_was_under_way(
     async with Database(url) as database:
         tasks = TaskRepository(database)
         await tasks.create(make_task())
+        assert isinstance(database._writing, postgresql.Writing)
+        database._writing.cursor.lock_next = int(has_lock)
         with suppress(DBAPIError):  # the lock, too, is lost
             async with locked(url, lock):
                 writing = asyncio.ensure_future(tasks.create(make_task()))
