@@ -36,7 +36,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.statements import CHANNEL, combined
+from openclaw_store.statements import combined
 from openclaw_store.writer import LockNeededError
 
 Result = TypeVar("Result")
@@ -44,6 +44,10 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
+CHANNEL = "openclaw_store"
+"""On which whoever commits notifies those who listen."""
+
+_NOTIFY = f"pg_notify('{CHANNEL}', '')"
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
@@ -183,14 +187,13 @@ class WriterCursor(Cursor):
             if self._kept:
                 self._send_kept()
             return
-        guard, parameters = self._guard
         self._kept.sort(key=itemgetter(0))  # for fewer combinations
+        guard, parameters = self._guard
         is_single = all(len(rows) == 1 for _, rows in self._kept)
         statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
         if statement is None:
             self._send_kept()
-            self._fetch(guard, parameters)
-            return
+            statement = combined(guard, [], _NOTIFY, is_single=True)
         for _, rows in self._kept:
             values = rows[0] if is_single else map(list, zip(*rows, strict=True))
             parameters = [*parameters, *values]
@@ -205,7 +208,7 @@ class WriterCursor(Cursor):
         if combination not in self._combinations:
             if len(self._combinations) == _MAX_COMBINATIONS:
                 return None
-            self._combinations[combination] = combined(guard, writes, is_single=is_single)
+            self._combinations[combination] = combined(guard, writes, _NOTIFY, is_single=is_single)
         return self._combinations[combination]
 
     def _send_kept(self) -> None:

@@ -64,9 +64,6 @@ USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """What a heartbeat may report."""
 
 _POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
-CHANNEL = "openclaw_store"
-"""On which whoever commits to PostgreSQL notifies those who listen."""
-
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
 
@@ -76,7 +73,8 @@ class Statements(ABC):
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
-        self.read_counters = self._compile(select(CounterRow.revision, CounterRow.beat))
+        counters = select(CounterRow.revision, CounterRow.beat).where(text("id = 1"))
+        self.read_counters = self._compile(counters)
         self.write_counters = self._compile(
             update(CounterRow)
             .where(
@@ -197,7 +195,8 @@ class Statements(ABC):
         # Of a task the decisions need little; nodes are few, and some writes need all of them.
         names = ("task_id", "version", "status", "assigned_node")
         columns = COLUMNS[kind] if kind is NodeInfo else map(table_of(kind).c.get, names)
-        return select(CounterRow.revision, CounterRow.beat, *columns)
+        counters = select(CounterRow.revision, CounterRow.beat, *columns)
+        return counters.where(text("counters.id = 1"))
 
 
 class SQLiteStatements(Statements):
@@ -428,10 +427,8 @@ _PLACE = re.compile(r"\$(\d+)")
 _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
 
 
-def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
-    """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
-
-    Those who listen are notified when it is committed.
+def combined(guard: str, writes: Sequence[str], result: str, *, is_single: bool) -> str:
+    """What does several of PostgreSQL's statements, and gives a result, if `guard` writes its row.
 
     Each sees the tables as they were before. For single rows it takes values in place of arrays,
     with which both sides are done sooner.
@@ -443,8 +440,7 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         places += len(_PLACE.findall(write))
         given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
         parts.append(f"write_{number} AS ({_ARRAYS.sub(given, _PLACE.sub(shift, write))})")
-    notify = f"pg_notify('{CHANNEL}', '')"
-    statement = f"WITH {', '.join(parts)} SELECT {notify} FROM guard"
+    statement = f"WITH {', '.join(parts)} SELECT {result} FROM guard"
     return statement.replace("[]", "") if is_single else statement
 
 

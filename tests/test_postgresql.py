@@ -1,0 +1,452 @@
+"""How the writer speaks to PostgreSQL: alone without the lock, beside others with it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute, locked
+from postgres import Server, is_available, running_server, wait_until
+from sqlalchemy.exc import DBAPIError
+
+from openclaw_store import (
+    Database,
+    NodeInfo,
+    NodeRepository,
+    Task,
+    TaskRepository,
+    TaskStatus,
+    postgresql,
+)
+from openclaw_store.changes import apply
+from openclaw_store.errors import OutcomeUnknownError, StaleVersionError, UnavailableError
+from openclaw_store.heartbeats import Beat, apply_beats
+from openclaw_store.operations import Remove
+from openclaw_store.writer import Unit
+
+pytestmark = pytest.mark.postgresql
+
+PATIENCE = 20.0
+"""Seconds after which something that should have happened counts as hanging."""
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What writers send, in this order."""
+    statements: list[str] = []
+
+    def record(owner: type[Any], name: str) -> None:
+        original = getattr(owner, name)
+
+        def recorded(self: Any, sql: str, parameters: Sequence[Any]) -> Any:
+            statements.append(sql)
+            return original(self, sql, parameters)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(postgresql.WriterCursor, "_fetch")
+    record(postgresql.WriterCursor, "_write")
+    return statements
+
+
+@pytest.fixture
+async def other(database: Database, location: Location) -> AsyncIterator[Database]:
+    """Another process, as far as the server knows."""
+    async with Database(location) as other:
+        yield other
+
+
+class Hesitating:
+    """The removal of a task, which waits between reading and writing."""
+
+    kind = Task
+
+    def __init__(self, task: Task) -> None:
+        self.id = task.task_id
+        self.decided = threading.Event()
+        self.release = threading.Event()
+        self.times = 0
+
+    def decide(self, row: Any) -> None:
+        self.times += 1
+        if self.times == 1:
+            self.decided.set()
+            assert self.release.wait(PATIENCE)
+        row.remove(with_history=False)
+
+
+def needs_the_lock(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+    return [unit.cursor.execute("SELECT 1") for _ in operations]
+
+
+def feed(location: Location) -> list[tuple[Any, ...]]:
+    return execute(location, "SELECT revision, item_id, kind, previous FROM changes ORDER BY 1")
+
+
+def counters(location: Location) -> tuple[Any, ...]:
+    return execute(location, "SELECT revision, beat FROM counters")[0]
+
+
+async def test_lone_write_takes_two_statements(
+    database: Database, make_task: MakeTask, sent: list[str]
+) -> None:
+    task = make_task()
+
+    await TaskRepository(database).create(task)
+    task.error = "changed"
+    await TaskRepository(database).update(task)
+    await TaskRepository(database).delete(task.task_id)
+
+    reads, writes = sent[::2], sent[1::2]
+    assert all(read.startswith("SELECT") for read in reads)
+    for write, verb in zip(writes, ("INSERT INTO", "UPDATE", "DELETE FROM"), strict=True):
+        assert f"AS ({verb} tasks" in write
+        assert "AS (INSERT INTO changes" in write
+        assert "pg_notify" in write
+
+
+async def test_writers_at_the_same_time_lose_nothing(
+    database: Database, other: Database, location: Location, make_node: MakeNode
+) -> None:
+    """Planted: the guard asks for nothing."""
+    await NodeRepository(database).create(make_node(node_id="shared"))
+
+    async def count(database: Database) -> None:
+        nodes = NodeRepository(database)
+        for _ in range(40):
+            while True:
+                node = await nodes.get("shared")
+                assert node is not None
+                node.total_tasks_processed += 1
+                try:
+                    await nodes.update(node)
+                except StaleVersionError:
+                    continue
+                break
+
+    await asyncio.gather(count(database), count(other), count(other))
+
+    node = await NodeRepository(database).get("shared")
+    assert node is not None
+    assert node.total_tasks_processed == 120
+    assert [revision for revision, *_ in feed(location)] == list(range(1, 122))
+    assert counters(location) == (121, 0)
+
+
+@pytest.mark.parametrize("rival", ["change", "heartbeat", "transaction"])
+async def test_what_others_write_between_reading_and_writing_is_seen(
+    database: Database,
+    other: Database,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    clock: FakeClock,
+    sent: list[str],
+    rival: str,
+) -> None:
+    """Planted: the guard leaves the flush of heartbeats out; or a conflict counts as a failure."""
+    task, node = make_task(), make_node()
+    await TaskRepository(database).create(task)
+    await NodeRepository(database).create(node)
+    before = (await database.get_stats())["writer"]
+    removal = Hesitating(task)
+
+    removing = asyncio.ensure_future(database.write(apply, removal))
+    await asyncio.to_thread(removal.decided.wait, PATIENCE)
+    task.status = TaskStatus.RUNNING
+    if rival == "change":
+        await TaskRepository(other).update(task)
+    elif rival == "transaction":
+        async with other.transaction() as transaction:
+            await TaskRepository(transaction).update(task)
+    else:
+        assert await other.write(apply_beats, [Beat(node.node_id, clock(), {})]) == [True]
+    removal.release.set()
+    await removing
+    assert removal.times == 2
+
+    revisions = [revision for revision, *_ in feed(location)]
+    assert revisions == list(range(1, len(revisions) + 1))
+    assert counters(location) == (len(revisions), rival == "heartbeat")
+    assert execute(location, "SELECT from_status FROM changes WHERE kind = 'removed'") == [
+        ("pending" if rival == "heartbeat" else "running",)
+    ]
+    after = (await database.get_stats())["writer"]
+    assert after["batches"] == before["batches"] + 1
+    assert after["operations"] == before["operations"] + 1
+    assert after["failed_batches"] == 0
+
+
+async def test_after_a_conflict_the_lock_comes_first_for_a_while(
+    database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgresql, "_LOCKED_AFTER_CONFLICT", 3)
+    tasks, task = TaskRepository(database), make_task()
+    await tasks.create(task)
+    removal = Hesitating(task)
+    removing = asyncio.ensure_future(database.write(apply, removal))
+    await asyncio.to_thread(removal.decided.wait, PATIENCE)
+    await TaskRepository(other).create(make_task())
+    removal.release.set()
+    await removing
+
+    had_lock = []
+    for _ in range(4):
+        await tasks.create(make_task())
+        writing = database._writing
+        assert isinstance(writing, postgresql.Writing)
+        had_lock.append(writing.cursor.has_lock)
+
+    assert had_lock == [True, True, False, False]
+
+
+async def test_heartbeats_and_changes_share_a_batch(
+    database: Database,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    clock: FakeClock,
+) -> None:
+    nodes, tasks = NodeRepository(database), TaskRepository(database)
+    node, task = make_node(), make_task()
+    await asyncio.gather(nodes.create(node), tasks.create(task))
+    at = clock.advance(seconds=1)
+    task.error = "changed"
+
+    _, known, _, known_too = await asyncio.gather(
+        tasks.update(task),
+        database.write(apply_beats, [Beat(node.node_id, at, {"cpu_usage": 5.0})]),
+        tasks.create(make_task()),
+        database.write(apply_beats, [Beat(node.node_id, at, {"disk_usage": 6.0})]),
+    )
+
+    found = await nodes.get(node.node_id)
+    assert found is not None
+    assert (known, known_too) == ([True], [True])
+    assert (found.last_heartbeat, found.cpu_usage, found.disk_usage) == (at, 5.0, 6.0)
+    assert counters(location) == (4, 1)
+    assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
+    assert (await database.get_stats())["writer"]["batches"] == 2
+
+
+NEEDING: dict[str, Callable[[Unit], Any]] = {
+    "execute": lambda unit: unit.cursor.execute("SELECT task_id FROM tasks"),
+    "count": lambda unit: unit.cursor.count(
+        "UPDATE tasks SET error = 'x' FROM unnest($1::text[]) AS given (id) WHERE task_id = id",
+        [("first",), ("second",)],
+    ),
+    "read": lambda unit: unit.cursor.read("SELECT task_id FROM tasks WHERE task_id <> $1", ["x"]),
+}
+
+
+@pytest.mark.parametrize("call", NEEDING.values(), ids=NEEDING)
+async def test_what_needs_the_lock_sees_what_stands_before_it_in_the_batch(
+    database: Database, make_task: MakeTask, call: Callable[[Unit], Any]
+) -> None:
+    """Planted: it is done without the lock, or what is kept back is not sent first."""
+    tasks = TaskRepository(database)
+
+    def look(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+        found = call(unit)
+        assert isinstance(unit.cursor, postgresql.WriterCursor)
+        return [(unit.cursor.has_lock, found if isinstance(found, int) else len(found))]
+
+    _, (had_lock, found), _ = await asyncio.gather(
+        tasks.create(make_task(task_id="first")),
+        database.write(look, None),
+        tasks.create(make_task(task_id="second")),
+    )
+
+    assert (had_lock, found) == (True, 1)
+    assert (await database.get_stats())["writer"]["batches"] == 1
+
+
+async def test_what_needs_the_lock_has_it_from_the_beginning(database: Database) -> None:
+    def look(unit: Unit, operations: Sequence[str]) -> Sequence[Any]:
+        found = []
+        for name in operations:
+            NEEDING[name](unit)
+            assert isinstance(unit.cursor, postgresql.WriterCursor)
+            found.append(unit.cursor.has_lock)
+        return found
+
+    assert await database.write(look, "execute")
+    assert await database.write(look, "count")
+    assert not await database.write(look, "read")
+
+
+@pytest.mark.parametrize("has_lock", [False, True])
+@pytest.mark.parametrize("kind", [Task, NodeInfo])
+async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
+    database: Database,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    sent: list[str],
+    kind: type[Any],
+    has_lock: bool,
+) -> None:
+    """Planted: a statement inserts what another, done together with it, deletes."""
+    repository: Any = (TaskRepository if kind is Task else NodeRepository)(database)
+    old: Any = make_task(task_id="same") if kind is Task else make_node(node_id="same")
+    new: Any = (
+        make_task(task_id="same", user_id="new", parameters={"new": 1})
+        if kind is Task
+        else make_node(node_id="same", hostname="new", tags=["new"])
+    )
+    await repository.create(old)
+    writes = [repository.delete("same"), repository.create(new)]
+    if has_lock:
+        writes.insert(0, database.write(needs_the_lock, None))
+
+    await asyncio.gather(*writes)
+
+    assert await repository.get("same") == new
+    assert not any("DELETE" in statement for statement in sent)
+    assert feed(location) == [
+        (1, "same", "created", None),
+        (2, "same", "removed", 1),
+        (3, "same", "created", None),
+    ]
+
+
+async def test_history_that_began_in_the_same_batch_is_removed_with_it(
+    database: Database, location: Location, make_task: MakeTask
+) -> None:
+    """Planted: the changes of the batch itself stay, since no statement sees another's rows."""
+    tasks, old, new = TaskRepository(database), make_task(), make_task()
+    await tasks.create(old)
+    old.error = "changed"
+
+    await asyncio.gather(
+        tasks.update(old),
+        tasks.create(new),
+        database.write(apply, Remove(Task, old.task_id, with_history=True)),
+        database.write(apply, Remove(Task, new.task_id, with_history=True)),
+    )
+
+    assert feed(location) == [(4, old.task_id, "removed", 2), (5, new.task_id, "removed", 3)]
+    assert counters(location) == (5, 0)
+
+
+async def test_batch_that_is_of_a_rare_kind_is_written_all_the_same(
+    database: Database,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: the counters are not written then."""
+    monkeypatch.setattr(postgresql, "_MAX_COMBINATIONS", 0)
+    tasks = TaskRepository(database)
+    first, second = make_task(), make_task()
+
+    await asyncio.gather(tasks.create(first), tasks.create(second))
+    first.error = "changed"
+    await asyncio.gather(
+        tasks.update(first),
+        tasks.delete(second.task_id),
+        NodeRepository(database).create(make_node()),
+    )
+
+    assert [kind for _, _, kind, _ in feed(location)] == [
+        "created", "created", "updated", "removed", "created",
+    ]  # fmt: skip
+    assert counters(location) == (5, 0)
+    assert (await database.get_stats())["writer"]["failed_batches"] == 0
+
+
+async def test_plans_that_are_made_on_empty_tables_search_by_keys(
+    database: Database,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    clock: FakeClock,
+    sent: list[str],
+) -> None:
+    tasks, nodes = TaskRepository(database), NodeRepository(database)
+    for count in (1, 2):
+        some, few = [make_task() for _ in range(count)], [make_node() for _ in range(count)]
+        for task, node in zip(some, few, strict=True):
+            await tasks.create(task)
+            await nodes.create(node)
+        await asyncio.gather(*map(tasks.update, some), *map(nodes.update, few))
+        beats = [Beat(node.node_id, clock(), {}) for node in few]
+        await database.write(apply_beats, beats)
+        await asyncio.gather(
+            *(database.write(apply, Remove(Task, one.task_id, with_history=True)) for one in some),
+            *(nodes.delete(one.node_id) for one in few),
+        )
+    statements = set(sent)
+    assert len(statements) > 10
+
+    execute(location, "TRUNCATE tasks, nodes, changes")
+    async with engine_of(location).connect() as connection:
+        for name, value in postgresql._WRITER_SETTINGS.items():
+            await connection.exec_driver_sql(f"SET {name} = '{value}'")
+        raw = (await connection.get_raw_connection()).driver_connection
+        assert raw is not None
+        for statement in statements:
+            places = len(set(re.findall(r"\$\d+", statement)))
+            await raw.execute(f"PREPARE explained AS {statement}")
+            nulls = f"({', '.join(['NULL'] * places)})" if places else ""
+            plan = await raw.fetch(f"EXPLAIN (COSTS OFF) EXECUTE explained {nulls}")
+            await raw.execute("DEALLOCATE explained")
+            steps = "\n".join(step for (step,) in plan)
+            assert "Seq Scan" not in steps, f"{statement}\n{steps}"
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[Server]:
+    """A server that a test may kill."""
+    if not is_available():
+        pytest.skip("no PostgreSQL of one's own")
+    with running_server() as server:
+        yield server
+
+
+LOST: dict[str, tuple[str | None, bool, type[Exception]]] = {
+    "read": ("LOCK TABLE counters IN ACCESS EXCLUSIVE MODE", False, UnavailableError),
+    "write": (None, False, OutcomeUnknownError),
+    "locked read": (None, True, UnavailableError),
+    "locked write": ("LOCK TABLE tasks IN EXCLUSIVE MODE", True, UnavailableError),
+}
+
+
+@pytest.mark.parametrize(("lock", "has_lock", "error"), LOST.values(), ids=LOST)
+async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
+    own_server: Server,
+    make_task: MakeTask,
+    lock: str | None,
+    has_lock: bool,
+    error: type[Exception],
+) -> None:
+    """Planted: a connection that is lost while writing is an ordinary failure."""
+    url = await own_server.create_database()
+
+    def is_waiting() -> bool:
+        return execute(url, "SELECT 1 FROM pg_locks WHERE NOT granted") != []
+
+    async with Database(url) as database:
+        tasks = TaskRepository(database)
+        await tasks.create(make_task())
+        assert isinstance(database._writing, postgresql.Writing)
+        database._writing.cursor.lock_next = int(has_lock)
+        with suppress(DBAPIError):  # the lock, too, is lost
+            async with locked(url, lock):
+                writing = asyncio.ensure_future(tasks.create(make_task()))
+                await asyncio.to_thread(wait_until, is_waiting, "the writer waits for the lock")
+                own_server.kill()
+        own_server.start()
+
+        with pytest.raises(error):
+            await writing
+        await tasks.create(make_task())
+
+        assert await tasks.count_by_status() == 2
+        assert (await database.get_stats())["writer"]["failed_batches"] == 1
