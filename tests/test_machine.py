@@ -134,7 +134,7 @@ class Machine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
-        self.place = self.new_location()
+        self.place = type(self).new_location()
         self.location = self.place.__enter__()
         self.clock = FakeClock()
         self.revision = 0
