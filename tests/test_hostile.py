@@ -59,10 +59,10 @@ def wrapped(field: str, text: str) -> Any:
 
 TEXTS = [
     " ", "\t\r\n", " both ends ", "\x01\x1b[31m\x7f\x85", "'", '"', "''", "\\", "\\\\", "\\0",
-    "\\u0000", "%", "%s", "%(name)s", "_", "*", "?", "?1", "$1", "$$", ":name", "::text", "@name", "{}",
-    "{0}", "${HOME}", "--", "/*", ";", "'); DROP TABLE tasks; --", "' OR '1'='1", "NULL", "null", "true",
-    "[]", '{"a":1}', "0", "1e5", "é", "e\u0301", "ß", "\u0130", "\ufb01", "\u212b", "数据处理",
-    "\u202eright to left\u202c", "\u200b", "\u200d", "\ufeff", "\ufffd", "\ufffe\uffff",
+    "\\u0000", "%", "%s", "%(name)s", "_", "*", "?", "?1", "$1", "$$", ":name", "::text", "@name",
+    "{}", "{0}", "${HOME}", "--", "/*", ";", "'); DROP TABLE tasks; --", "' OR '1'='1", "NULL",
+    "null", "true", "[]", '{"a":1}', "0", "1e5", "é", "e\u0301", "ß", "\u0130", "\ufb01", "\u212b",
+    "数据处理", "\u202eright to left\u202c", "\u200b", "\u200d", "\ufeff", "\ufffd", "\ufffe\uffff",
     "\u2028\u2029", "👩\u200d👩\u200d👧", "🚀" * 63, "\U0010ffff", "z\u0338\u0321\u0322\u031b" * 9,
 ]  # fmt: skip
 """Text that every field takes."""

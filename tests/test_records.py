@@ -337,6 +337,8 @@ async def contents(database: Database) -> list[dict[str, Any]]:
 
 
 class TestRefused:
+    # Nothing of this reaches a database. `test_hostile` tries many values on both.
+    @pytest.mark.sqlite
     @pytest.mark.parametrize(("field", "value"), BAD_TASKS, ids=ids_of(BAD_TASKS))
     async def test_task_is_refused_and_nothing_is_written(
         self, manager: StateManager, make_task: MakeTask, field: str, value: Any
@@ -350,6 +352,7 @@ class TestRefused:
         assert await manager.get_pending_tasks() == []
         assert manager.version == 0
 
+    @pytest.mark.sqlite
     @pytest.mark.parametrize(("field", "value"), BAD_NODES, ids=ids_of(BAD_NODES))
     async def test_node_is_refused_and_nothing_is_written(
         self, manager: StateManager, make_node: MakeNode, field: str, value: Any

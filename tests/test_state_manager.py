@@ -2337,7 +2337,7 @@ class TestAutomaticSynchronisation:
         async def is_written() -> bool:
             return (
                 await manager.task_repo.get(unsaved.task_id) is not None
-                and "a synchronisation failed" in caplog.text
+                and "the disk is gone" in caplog.text
             )
 
         await eventually(is_written)
