@@ -36,7 +36,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.statements import combined
+from openclaw_store.statements import CHANNEL, combined
 from openclaw_store.writer import LockNeededError
 
 Result = TypeVar("Result")
@@ -44,10 +44,6 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
-CHANNEL = "openclaw_store"
-"""On which whoever commits notifies those who listen."""
-
-_NOTIFY = f"pg_notify('{CHANNEL}', '')"
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
@@ -192,7 +188,7 @@ class WriterCursor(Cursor):
         statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
         if statement is None:
             self._send_kept()
-            statement = combined(guard, [], _NOTIFY, is_single=True)
+            statement = combined(guard, [], is_single=True)
         for _, rows in self._kept:
             values = rows[0] if is_single else map(list, zip(*rows, strict=True))
             parameters = [*parameters, *values]
@@ -207,7 +203,7 @@ class WriterCursor(Cursor):
         if combination not in self._combinations:
             if len(self._combinations) == _MAX_COMBINATIONS:
                 return None
-            self._combinations[combination] = combined(guard, writes, _NOTIFY, is_single=is_single)
+            self._combinations[combination] = combined(guard, writes, is_single=is_single)
         return self._combinations[combination]
 
     def _send_kept(self) -> None:
@@ -339,7 +335,8 @@ class PostgreSQL:
         """
 
         async def run() -> Result:
-            async with self.engine(write=True).begin() as connection:
+            engine = self.engine(write=True, json_deserializer=None)
+            async with engine.begin() as connection:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
                 return await connection.run_sync(work)
 
@@ -375,8 +372,8 @@ class PostgreSQL:
             self._url,
             poolclass=pool,
             connect_args=arguments,
-            json_deserializer=str,  # JSON stays text until somebody looks at it
-            **options,
+            # JSON stays text until somebody looks at it; but SQLAlchemy looks at the schema's.
+            **{"json_deserializer": str, **options},
         )
 
     async def begin(self, session: AsyncSession) -> Connection:

@@ -15,11 +15,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import Location
 
 from openclaw_store import NodeInfo, Task, TaskStatus, TaskType
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "storage_demo.py"
+COORDINATORS = ROOT / "examples" / "two_coordinators.py"
 REPLAY = ROOT / "examples" / "replay_trace.py"
 
 HEADER = "; Version: 2.2\n; Computer: Abacus\n; UnixStartTime: 749458803\n;\n"
@@ -73,6 +75,22 @@ def rows(database: Path, query: str) -> list[tuple[object, ...]]:
         return connection.execute(query).fetchall()
     finally:
         connection.close()
+
+
+class TestTwoCoordinators:
+    def test_both_end_with_one_history(self, location: Location, tmp_path: Path) -> None:
+        done = run(COORDINATORS, location, folder=tmp_path)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(r"^100 tasks, finished by {'(left|right)'", done.stdout)
+        assert "200 changes were seen, with the revisions 1 to 200" in done.stdout
+
+    def test_unusable_location_ends_with_one_line(self, tmp_path: Path) -> None:
+        done = run(COORDINATORS, "mysql://localhost/cluster", folder=tmp_path)
+
+        assert done.returncode == 1
+        assert "use SQLite or PostgreSQL" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 class TestStorageDemo:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import pytest
-from conftest import EACH_KIND, FakeClock, Location, MakeTask, OpenManager, new_location
+from conftest import EACH_KIND, FakeClock, MakeTask, OpenManager, new_location
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -108,7 +107,7 @@ class Machine(RuleBasedStateMachine):
     once, those of the other one after a refresh.
     """
 
-    new_location: ClassVar[partial[AbstractContextManager[Location]]]
+    new_location: ClassVar[partial[Any]]
 
     copies = Bundle("copies")
     sides = st.sampled_from([0, 1])
