@@ -200,7 +200,7 @@ async def test_what_others_write_between_reading_and_writing_is_seen(
     sent: list[str],
     rival: str,
 ) -> None:
-    """Planted: the guard asks for nothing, or leaves the flush of heartbeats out; or a conflict counts as a failure."""
+    """Planted: the guard asks for nothing, or not for the flush; or a conflict is a failure."""
     task, node = make_task(), make_node()
     await TaskRepository(database).create(task)
     await NodeRepository(database).create(node)
