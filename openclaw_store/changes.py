@@ -290,13 +290,25 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
         if row is None:
             row = touched[id] = Row(ledger, kind, id)
         targets.append(row)
-    for kind, touched in rows.items():
-        if touched:
-            _load(ledger, kind, touched)
+    if not _can_do_without_reading(ledger, operations):
+        for kind, touched in rows.items():
+            if touched:
+                _load(ledger, kind, touched)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
     return outcomes
+
+
+def _can_do_without_reading(ledger: Ledger, operations: Sequence[Operation]) -> bool:
+    """Whether they add rows only, and the counters are known."""
+    if not all(getattr(operation, "is_new", False) for operation in operations):
+        return False
+    counters = ledger.cursor.assume()
+    if counters is None:
+        return False
+    ledger.count_from(*counters)
+    return True
 
 
 def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:

@@ -34,7 +34,7 @@ from openclaw_store.errors import (
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
-from openclaw_store.writer import Apply, Listener, LockNeededError, Unit, Writer
+from openclaw_store.writer import Apply, Listener, RedoError, Unit, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -431,7 +431,7 @@ class Database:
                 unit.finish()
                 with self._backend.translated(committing=True):
                     writing.commit()
-            except LockNeededError:
+            except RedoError:
                 raise
             except BaseException:
                 self._writer_stopped()  # the next one begins with a connection in a known state

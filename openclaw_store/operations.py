@@ -32,6 +32,7 @@ class Create(Generic[Item]):
     kind: type[Item]
     id: str
     record: Record[Item]
+    is_new: ClassVar = True
 
     def decide(self, row: Row) -> Record[Item] | StoreError:
         if row.version is not None:

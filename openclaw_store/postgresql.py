@@ -3,8 +3,8 @@
 Whoever writes either locks the row of counters first, and so writes alone, as on SQLite: what it
 reads then cannot move until it has committed. Or it moves the counters only if they are as they
 were when it read, in the very statement that writes all the rest: who was quicker has moved them,
-and nothing is written. That takes two round trips to the server instead of four, so the writer
-does it until it meets another one.
+and nothing is written. That takes two round trips to the server instead of four, or one where rows
+are only added: the writer knows how it left the counters. So it does, until it meets another one.
 """
 
 from __future__ import annotations
@@ -36,26 +36,22 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.statements import combined
-from openclaw_store.writer import LockNeededError
+from openclaw_store.statements import CHANNEL, combined
+from openclaw_store.writer import RedoError
 
 Result = TypeVar("Result")
 
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
-CHANNEL = "openclaw_store"
-"""On which whoever commits notifies those who listen."""
-
-_NOTIFY = f"pg_notify('{CHANNEL}', '')"
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
 _CLOSE_SECONDS = 2.0
 
-_LOCKED_AFTER_CONFLICT = 64
-"""Transactions. So where several processes keep writing, no work is done in vain."""
+_CAREFUL_AFTER_CONFLICT = 64
+"""Transactions. So where several processes keep writing, little work is done in vain."""
 
 _MAX_COMBINATIONS = 100
 """Statements that several were combined into; the server takes a millisecond to plan one."""
@@ -121,6 +117,10 @@ class Cursor:
         """Do a statement for many rows; returns how many rows of a table it wrote."""
         return self._write(sql, rows)
 
+    def assume(self) -> Sequence[Any] | None:
+        """Nothing: what is assumed here and proves wrong could not be done again."""
+        return None
+
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""
         self._fetch(sql, parameters)
@@ -152,10 +152,15 @@ class WriterCursor(Cursor):
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
         self._combinations: dict[tuple[str, ...], str] = {}
+        self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
+        self._has_assumed = False
+        self._doubtful = 0  # transactions that are to assume nothing
 
     def begin(self) -> None:
         """Forget the last transaction."""
         self._kept, self._guard = [], None
+        self._has_assumed = False
+        self._doubtful = max(0, self._doubtful - 1)
 
     def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement, which may change before they are written."""
@@ -177,6 +182,13 @@ class WriterCursor(Cursor):
         self._send_kept()
         return self._write(sql, rows)
 
+    def assume(self) -> Sequence[Any] | None:
+        """The guard's row as the last transaction left it, while that proves right."""
+        if self.has_lock or self._doubtful:
+            return None
+        self._has_assumed = self._left is not None
+        return self._left
+
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Make all that is kept back depend on a statement that writes one row."""
         self._guard = sql, parameters
@@ -193,14 +205,27 @@ class WriterCursor(Cursor):
         statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
         if statement is None:
             self._send_kept()
-            statement = combined(guard, [], _NOTIFY, is_single=True)
+            statement = combined(guard, [], is_single=True)
         for _, rows in self._kept:
             values = rows[0] if is_single else map(list, zip(*rows, strict=True))
             parameters = [*parameters, *values]
-        if not self._fetch(statement, parameters):
-            if self.has_lock:
-                raise StoreError("the row of counters was changed by hand: try again")
-            self._need_lock(_LOCKED_AFTER_CONFLICT)
+        if self._is_written(statement, parameters):
+            self._left = self._guard[1][:2]
+        elif self.has_lock:
+            raise StoreError("the row of counters was changed by hand: try again")
+        elif self._has_assumed:
+            self._doubtful = _CAREFUL_AFTER_CONFLICT
+            raise RedoError
+        else:
+            self._need_lock(_CAREFUL_AFTER_CONFLICT)
+
+    def _is_written(self, statement: str, parameters: Sequence[Any]) -> bool:
+        try:
+            return bool(self._fetch(statement, parameters))
+        except _driver_errors() as error:
+            if self._has_assumed and _code(error) == "23505":
+                return False  # a row was not new
+            raise
 
     def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
         """One statement for several; `None` if it is not worth the server's time to plan it."""
@@ -208,7 +233,7 @@ class WriterCursor(Cursor):
         if combination not in self._combinations:
             if len(self._combinations) == _MAX_COMBINATIONS:
                 return None
-            self._combinations[combination] = combined(guard, writes, _NOTIFY, is_single=is_single)
+            self._combinations[combination] = combined(guard, writes, is_single=is_single)
         return self._combinations[combination]
 
     def _send_kept(self) -> None:
@@ -220,7 +245,7 @@ class WriterCursor(Cursor):
 
     def _need_lock(self, transactions: int) -> NoReturn:
         self.lock_next = transactions
-        raise LockNeededError
+        raise RedoError
 
 
 class Writing:
@@ -254,7 +279,7 @@ class Writing:
         if self.cursor.has_lock:
             with self._server.translated():  # until COMMIT, the outcome is known
                 self.cursor.send()
-            self._wait(self._driver.execute(f"NOTIFY {CHANNEL}; COMMIT"))
+            self._wait(self._driver.execute("COMMIT"))
         else:
             self.cursor.send()
 
@@ -385,7 +410,9 @@ class PostgreSQL:
     async def begin(self, session: AsyncSession) -> Connection:
         """Begin the transaction of `session`, with the write lock."""
         connection = await session.connection()
-        await connection.exec_driver_sql(_LOCK)
+        # Not only the lock: a writer that has read before must see that something was written,
+        # even if the caller goes past the repositories.
+        await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1 WHERE id = 1")
         await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 

@@ -64,6 +64,9 @@ USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """What a heartbeat may report."""
 
 _POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
+CHANNEL = "openclaw_store"
+"""On which whoever commits to PostgreSQL notifies those who listen."""
+
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
 
@@ -427,11 +430,12 @@ _PLACE = re.compile(r"\$(\d+)")
 _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
 
 
-def combined(guard: str, writes: Sequence[str], result: str, *, is_single: bool) -> str:
-    """What does several of PostgreSQL's statements, and gives a result, if `guard` writes its row.
+def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
+    """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Each sees the tables as they were before. For single rows it takes values in place of arrays,
-    with which both sides are done sooner.
+    Those who listen are notified when it is committed. Each statement sees the tables as they were
+    before. For single rows it takes values in place of arrays, with which both sides are done
+    sooner.
     """
     parts = [f"guard AS ({guard} RETURNING id)"]
     places = len(_PLACE.findall(guard))
@@ -440,7 +444,8 @@ def combined(guard: str, writes: Sequence[str], result: str, *, is_single: bool)
         places += len(_PLACE.findall(write))
         given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
         parts.append(f"write_{number} AS ({_ARRAYS.sub(given, _PLACE.sub(shift, write))})")
-    statement = f"WITH {', '.join(parts)} SELECT {result} FROM guard"
+    notify = f"pg_notify('{CHANNEL}', '')"
+    statement = f"WITH {', '.join(parts)} SELECT {notify} FROM guard"
     return statement.replace("[]", "") if is_single else statement
 
 

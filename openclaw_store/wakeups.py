@@ -18,8 +18,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from openclaw_store.backends import Backend
 from openclaw_store.errors import StoreError
-from openclaw_store.postgresql import CHANNEL, PostgreSQL
+from openclaw_store.postgresql import PostgreSQL
 from openclaw_store.sqlite import SQLite
+from openclaw_store.statements import CHANNEL
 
 logger = logging.getLogger(__name__)
 

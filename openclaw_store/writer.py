@@ -61,8 +61,8 @@ RECENT_BATCHES = 1000
 _CLOSED = "the database is closed: open a new Database"
 
 
-class LockNeededError(Exception):
-    """Nothing was written: the same again, in a transaction that has the write lock."""
+class RedoError(Exception):
+    """Nothing was written: the same again, in a transaction that takes less for granted."""
 
 
 class Cursor(Protocol):
@@ -70,7 +70,7 @@ class Cursor(Protocol):
 
     It may not have the write lock: then what was read may have changed before it is written, so
     all that is written depends on the `guard`. Operations that `read`, decide and `write` cannot
-    tell the difference; the other calls raise `LockNeededError` there.
+    tell the difference; `execute` and `count` raise `RedoError` there.
     """
 
     @property
@@ -84,6 +84,12 @@ class Cursor(Protocol):
         """Do a statement for many rows, before anything else is read or the unit commits.
 
         Statements that stand together may be done in any order, none seeing what others wrote.
+        """
+
+    def assume(self) -> Sequence[Any] | None:
+        """The guard's row, where a unit that only adds rows needs to read nothing.
+
+        Whether it is as it was, and whether those rows are new, is then seen when they are written.
         """
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
@@ -190,8 +196,8 @@ class Writer:
     Args:
         transaction: Opens a transaction on the writer's thread; it commits at the end of the
             block, or rolls back and raises. It passes on a `BackendError` only when the whole
-            transaction failed; after a `LockNeededError` the next one has the lock; anything else
-            is taken for the fault of one operation.
+            transaction failed; after some of `RedoError` the next one has the lock; anything
+            else is taken for the fault of one operation.
         stopped: Is called on the thread when it ends.
         clock: Tells when a batch failed.
     """
@@ -397,10 +403,8 @@ class Writer:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
         try:
-            try:
-                self._apply(entries, began)
-            except LockNeededError:
-                self._apply(entries, began)
+            while not self._apply(entries, began):
+                pass
         except Exception as error:
             if isinstance(error, BackendError):
                 self._logbook.note_failure(error)
@@ -411,16 +415,21 @@ class Writer:
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
 
-    def _apply(self, entries: Sequence[_Entry], began: float) -> None:
+    def _apply(self, entries: Sequence[_Entry], began: float) -> bool:
+        """Commit the entries in one transaction; returns whether that is done."""
         outcomes: list[Any] = []
 
         def publish(unit: Unit) -> None:
             self._logbook.note_commit(len(entries), time.perf_counter() - began)
             self.publish(unit.committed, entries, outcomes)
 
-        with self._transaction(publish) as unit:
-            for apply, run in groupby(entries, key=itemgetter(1)):
-                outcomes.extend(apply(unit, [operation for _, _, operation in run]))
+        try:
+            with self._transaction(publish) as unit:
+                for apply, run in groupby(entries, key=itemgetter(1)):
+                    outcomes.extend(apply(unit, [operation for _, _, operation in run]))
+        except RedoError:
+            return False
+        return True
 
 
 def _own(error: Exception) -> Exception:

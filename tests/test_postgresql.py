@@ -24,7 +24,12 @@ from openclaw_store import (
     postgresql,
 )
 from openclaw_store.changes import apply
-from openclaw_store.errors import OutcomeUnknownError, StaleVersionError, UnavailableError
+from openclaw_store.errors import (
+    DuplicateError,
+    OutcomeUnknownError,
+    StaleVersionError,
+    UnavailableError,
+)
 from openclaw_store.heartbeats import Beat, apply_beats
 from openclaw_store.operations import Remove
 from openclaw_store.writer import Unit
@@ -110,10 +115,56 @@ async def test_lone_write_takes_two_statements(
         assert "pg_notify" in write
 
 
+async def test_lone_creation_behind_another_takes_one_statement(
+    database: Database, location: Location, make_task: MakeTask, sent: list[str]
+) -> None:
+    tasks = TaskRepository(database)
+    await tasks.create(make_task())
+    sent.clear()
+
+    await tasks.create(make_task())
+    await asyncio.gather(tasks.create(make_task()), tasks.create(make_task()))
+
+    assert len(sent) == 2
+    assert counters(location) == (4, 0)
+
+
+@pytest.mark.parametrize("rival", [False, True])
+async def test_what_was_assumed_of_a_creation_and_is_wrong_is_found_out(
+    database: Database,
+    other: Database,
+    location: Location,
+    make_task: MakeTask,
+    sent: list[str],
+    rival: bool,
+) -> None:
+    """Planted: a row that is not new is a fault; or what proved wrong is assumed again."""
+    tasks, task = TaskRepository(database), make_task()
+    await tasks.create(make_task())
+    if rival:
+        await TaskRepository(other).create(task)
+    else:
+        await tasks.create(task)
+    sent.clear()
+
+    outcomes = await asyncio.gather(
+        tasks.create(make_task()), tasks.create(task), return_exceptions=True
+    )
+    await tasks.create(make_task())
+
+    assert outcomes[0] is True
+    assert isinstance(outcomes[1], DuplicateError)
+    assert [statement.partition(" ")[0] for statement in sent] == [
+        "WITH", "SELECT", "WITH", "SELECT", "WITH",
+    ]  # fmt: skip
+    assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
+    writer = (await database.get_stats())["writer"]
+    assert (writer["batches"], writer["failed_batches"]) == (3 if rival else 4, 0)
+
+
 async def test_writers_at_the_same_time_lose_nothing(
     database: Database, other: Database, location: Location, make_node: MakeNode
 ) -> None:
-    """Planted: the guard asks for nothing."""
     await NodeRepository(database).create(make_node(node_id="shared"))
 
     async def count(database: Database) -> None:
@@ -149,7 +200,7 @@ async def test_what_others_write_between_reading_and_writing_is_seen(
     sent: list[str],
     rival: str,
 ) -> None:
-    """Planted: the guard leaves the flush of heartbeats out; or a conflict counts as a failure."""
+    """Planted: the guard asks for nothing, or not for the flush; or a conflict is a failure."""
     task, node = make_task(), make_node()
     await TaskRepository(database).create(task)
     await NodeRepository(database).create(node)
@@ -185,7 +236,8 @@ async def test_what_others_write_between_reading_and_writing_is_seen(
 async def test_after_a_conflict_the_lock_comes_first_for_a_while(
     database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql, "_LOCKED_AFTER_CONFLICT", 3)
+    """Planted: with the lock, too, the counters are taken for what they were."""
+    monkeypatch.setattr(postgresql, "_CAREFUL_AFTER_CONFLICT", 3)
     tasks, task = TaskRepository(database), make_task()
     await tasks.create(task)
     removal = Hesitating(task)
@@ -196,7 +248,9 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
     await removing
 
     had_lock = []
-    for _ in range(4):
+    for number in range(4):
+        if number == 0:
+            await TaskRepository(other).create(make_task())
         await tasks.create(make_task())
         writing = database._writing
         assert isinstance(writing, postgresql.Writing)
@@ -433,13 +487,13 @@ async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
         return execute(url, "SELECT 1 FROM pg_locks WHERE NOT granted") != []
 
     async with Database(url) as database:
-        tasks = TaskRepository(database)
-        await tasks.create(make_task())
+        tasks, task = TaskRepository(database), make_task()
+        await tasks.create(task)
         assert isinstance(database._writing, postgresql.Writing)
         database._writing.cursor.lock_next = int(has_lock)
         with suppress(DBAPIError):  # the lock, too, is lost
             async with locked(url, lock):
-                writing = asyncio.ensure_future(tasks.create(make_task()))
+                writing = asyncio.ensure_future(tasks.update(task))
                 await asyncio.to_thread(wait_until, is_waiting, "the writer waits for the lock")
                 own_server.kill()
         own_server.start()
