@@ -65,6 +65,9 @@ class Backend(Protocol):
     async def begin(self, session: AsyncSession) -> Connection:
         """Begin the transaction of `session`, with the write lock."""
 
+    async def end(self, session: AsyncSession) -> None:
+        """Close `session`, whatever state its connection is in."""
+
     def cursor(self, connection: Connection) -> Cursor:
         """What a unit writes with in the transaction of a session."""
 

@@ -16,7 +16,12 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
-from openclaw_store.errors import NodeNotFoundError, NotFoundError, TaskNotFoundError
+from openclaw_store.errors import (
+    NodeNotFoundError,
+    NotFoundError,
+    SchemaMismatchError,
+    TaskNotFoundError,
+)
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.records import STORE_FIELDS, Record
 from openclaw_store.schema import FIELDS, KEY, ROWS
@@ -311,10 +316,22 @@ def _can_do_without_reading(ledger: Ledger, operations: Sequence[Operation]) -> 
     return True
 
 
+def counters_of(rows: Sequence[Any]) -> tuple[int, int]:
+    """Revision and flush, with which each of these rows begins.
+
+    Raises:
+        SchemaMismatchError: If there are none, as nothing can be numbered then.
+    """
+    if not rows:
+        raise SchemaMismatchError("the row of `counters` is gone: restore a backup")
+    revision, beat, *_ = rows[0]
+    return revision, beat
+
+
 def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
     sql = ledger.sql
     found = ledger.cursor.read(*sql.read(kind, list(rows)))
-    ledger.count_from(*found[0][:2])
+    ledger.count_from(*counters_of(found))
     if kind is NodeInfo:
         for values in found:
             if values[2] is None:

@@ -43,6 +43,9 @@ Result = TypeVar("Result")
 _inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
 """The transaction that the running task is in, or was made in."""
 
+_DISPOSE_SECONDS = 5.0
+"""How long closing the connections for reading may take."""
+
 _forks = 0
 """How often this process is a child of one that had imported this module."""
 
@@ -174,8 +177,12 @@ class Database:
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
         for engines in list(self._engines.values()):
-            await engines.reading.dispose()
-            await engines.writing.dispose()
+            for engine in (engines.reading, engines.writing):
+                try:
+                    async with asyncio.timeout(_DISPOSE_SECONDS):
+                        await engine.dispose()
+                except TimeoutError:
+                    logger.warning("a server did not say good-bye: its connections are dropped")
         self._engines.clear()
         self._backend.dispose()
         self._remove_folder()
@@ -261,7 +268,7 @@ class Database:
                         for restore in reversed(unit.undo):
                             restore()
             finally:
-                await finish(session.close())
+                await finish(self._backend.end(session))
 
     @asynccontextmanager
     async def _deadline(self, seconds: float) -> AsyncIterator[None]:
@@ -278,7 +285,8 @@ class Database:
             ) from error
 
     async def _commit(self, session: AsyncSession, unit: Unit) -> None:
-        await session.run_sync(lambda _: unit.finish())
+        with self._backend.translated():
+            await session.run_sync(lambda _: unit.finish())
         try:
             await session.commit()
         except (SQLAlchemyError, OSError) as error:

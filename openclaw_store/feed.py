@@ -13,7 +13,15 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import ITEM, KINDS, Change, ChangeKind, Place, place_of
+from openclaw_store.changes import (
+    ITEM,
+    KINDS,
+    Change,
+    ChangeKind,
+    Place,
+    counters_of,
+    place_of,
+)
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Decode, Raw, Record
@@ -204,5 +212,5 @@ async def _task_counts(session: AsyncSession) -> dict[str, int]:
 
 
 async def _counters(session: AsyncSession) -> tuple[int, int]:
-    row = (await session.execute(select(CounterRow.revision, CounterRow.beat))).one()
-    return row.revision, row.beat
+    counters = select(CounterRow.revision, CounterRow.beat)
+    return counters_of((await session.execute(counters)).all())

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
-from openclaw_store.changes import Ledger, Operation, Row, apply
+from openclaw_store.changes import Ledger, Operation, Row, apply, counters_of
 from openclaw_store.models import NodeInfo, NodeStatus
 from openclaw_store.records import Record
 from openclaw_store.statements import USAGE
@@ -96,7 +96,7 @@ def apply_beats(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Sequen
 
 def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     ledger = unit.part(Ledger)
-    ledger.count_from(*unit.cursor.execute(ledger.sql.read_counters)[0])
+    ledger.count_from(*counters_of(unit.cursor.execute(ledger.sql.read_counters)))
     rows = []
     for beat in beats:
         at = ledger.sql.to_moment(beat.at)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
 from datetime import datetime
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.cache import Cache
+from openclaw_store.cache import Cache, Unsaved
 from openclaw_store.changes import (
     ITEM,
     Change,
@@ -248,6 +249,8 @@ class Mirror:
             except StaleVersionError:
                 if self.cache.find(place) is known:  # another process was faster
                     await self.refresh()
+                if self.cache.find(place) is known:  # no: the row was changed by hand
+                    raise
 
     async def remove(self, place: Place) -> bool:
         """Remove an entry; `False` if there is none."""
@@ -256,7 +259,9 @@ class Mirror:
         self._database.refuse_inside()
         async with self._settling:  # else it might be written behind the removal
             removed = await self.submit(Remove(*place))
-            return self.cache.discard(place) or bool(removed)
+            removed = self.cache.discard(place) or bool(removed)
+            self._wake([place[1]])
+            return removed
 
     async def settle(self, place: Place) -> None:
         """Write an entry that is only in memory.
@@ -330,7 +335,7 @@ class Mirror:
         total = 0
         while True:
             oldest = await self._database.read(partial(read_oldest, limit=CHANGES_A_COMPACTION))
-            old = [revision for revision, changed_at in oldest if changed_at < cutoff]
+            old = [revision for revision, _ in takewhile(lambda one: one[1] < cutoff, oldest)]
             removed: int = 0
             if old:
                 removed = await self._database.write(compact, Compact(old[-1]))
@@ -428,6 +433,12 @@ class Mirror:
         entry = self.cache.unsaved.get(place)
         if entry is None:  # another caller has written it
             return
+        try:
+            await self._write_unsaved(place, entry)
+        finally:
+            self._wake([place[1]])
+
+    async def _write_unsaved(self, place: Place, entry: Unsaved) -> None:
         record = entry.record.evolve()  # the one in the cache stays as it is
         operation: Operation = Create(place[0], place[1], record)
         if entry.base is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, Generic
 
-from openclaw_store.changes import ITEM, Row, apply, missing
+from openclaw_store.changes import ITEM, Row, apply, counters_of, missing
 from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
@@ -160,7 +160,7 @@ class Compact:
 def compact(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` operations."""
     sql = statements_for(unit.cursor.dialect)
-    [(newest, _)] = unit.cursor.execute(sql.read_counters)
+    newest, _ = counters_of(unit.cursor.execute(sql.read_counters))
     return [
         len(unit.cursor.execute(sql.forget_until, (min(operation.until, newest - 1),)))
         for operation in operations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 import secrets
 import shutil
@@ -38,6 +39,8 @@ from openclaw_store.errors import (
 )
 from openclaw_store.statements import CHANNEL, combined
 from openclaw_store.writer import RedoError
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -77,6 +80,7 @@ _ADVICE = {
     "57014": "the statement took too long: try again",
     "53": "the server has not enough connections, memory or space: see its log",
     "55P03": "another process keeps it locked: try again",
+    "25006": "this server only reads, as a standby does: name the one that writes",
     "40": "the server gave this transaction up in favour of another: try again",
     "28": "the server does not let this user in: check the user name and the password",
     "3D": 'there is no such database: create it first, as with "createdb"',
@@ -326,6 +330,8 @@ class PostgreSQL:
             raise UnavailableError(
                 "PostgreSQL needs asyncpg: pip install 'openclaw-store[postgres]'"
             )
+        if "password" in url.query:  # it would be shown with the rest of the query
+            raise InvalidDataError("db_path", "has its password behind the ?: put it before the @")
         self._url = url.set(drivername="postgresql+asyncpg")
         self._timeout = timeout
         self.location = url.render_as_string(hide_password=True)
@@ -366,7 +372,7 @@ class PostgreSQL:
         """
 
         async def run() -> Result:
-            engine = self.engine(write=True, json_deserializer=None)
+            engine = self.engine(write=True, is_long=True, json_deserializer=None)
             async with engine.begin() as connection:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
                 return await connection.run_sync(work)
@@ -380,23 +386,31 @@ class PostgreSQL:
         write: bool,
         pool: type[Pool] = NullPool,
         settings: dict[str, str] | None = None,
+        is_long: bool = False,
         **options: Any,
     ) -> AsyncEngine:
-        """An engine for coroutines: read-only, or one whose statements wait for locks in time."""
+        """An engine for coroutines: read-only, or one whose statements wait for locks in time.
+
+        Args:
+            settings: Settings of the server for its connections.
+            is_long: Whether a statement may take as long as it needs, once it has its locks.
+        """
         milliseconds = str(max(1, int(self._timeout * 1000)))
         arguments = {
             "async_creator_fn": _connect,
             "timeout": max(self._timeout, _CONNECT_SECONDS),
             "statement_cache_size": 2 * _MAX_COMBINATIONS,
             # The server's own limits end first, and leave the connection usable.
-            "command_timeout": self._timeout + 1,
+            "command_timeout": None if is_long else self._timeout + 1,
             "server_settings": {
                 "application_name": "openclaw_store",
                 "lock_timeout": milliseconds,
                 **(settings or {}),
             },
         }
-        if not write:
+        if write:  # a writer waits for others, and then sees what they wrote
+            options.setdefault("isolation_level", "READ COMMITTED")
+        else:
             options["isolation_level"] = "REPEATABLE READ"  # one picture, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
         return create_async_engine(
@@ -415,6 +429,15 @@ class PostgreSQL:
         await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1 WHERE id = 1")
         await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
+
+    async def end(self, session: AsyncSession) -> None:
+        """Close `session`, whatever state its connection is in."""
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *_driver_errors())
+        try:
+            await session.close()
+        except caught as error:
+            logger.debug("a connection was lost before it was closed: %s", error)
+            await session.invalidate()
 
     def cursor(self, connection: Connection) -> Cursor:
         """What a unit writes with in the transaction of a session."""
@@ -474,7 +497,7 @@ class PostgreSQL:
         """Have the space of removed rows used again, and the statistics brought up to date."""
 
         async def run() -> None:
-            engine = self.engine(write=True, isolation_level="AUTOCOMMIT")
+            engine = self.engine(write=True, is_long=True, isolation_level="AUTOCOMMIT")
             async with engine.connect() as connection:
                 for table in ("tasks", "nodes", "changes", "counters"):
                     await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
@@ -532,7 +555,7 @@ class PostgreSQL:
         code = _code(error)
         if code is None and not _is_lost(error):
             return error
-        if committing and (code is None or code.startswith(("08", "57"))):
+        if committing and (code is None or code.startswith(("08", "57P"))):
             return OutcomeUnknownError(
                 f"{self.location}: the connection was lost while committing: repeat the call"
             )

@@ -548,6 +548,10 @@ class SQLite:
             await asyncio.sleep(delay)
         raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
 
+    async def end(self, session: AsyncSession) -> None:
+        """Close `session`, whatever state its connection is in."""
+        await session.close()
+
     def cursor(self, connection: Connection) -> Cursor:
         """What a unit writes with in the transaction of a session."""
         return Cursor(connection)

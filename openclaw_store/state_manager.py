@@ -6,12 +6,14 @@ import asyncio
 import inspect
 import logging
 import math
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import Context
 from functools import partial
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from weakref import WeakSet
 
 from openclaw_store.changes import Change
 from openclaw_store.checks import (
@@ -47,6 +49,19 @@ _WATCH_SECONDS = 1.0
 """How often a watcher looks at the feed though nothing has woken it."""
 
 _COPIES = 100  # copied at a stretch, before other coroutines run
+
+
+_managers: WeakSet[StateManager] = WeakSet()
+
+
+def _disown_managers() -> None:
+    """In a forked child, the managers are the parent's."""
+    for manager in _managers:
+        manager._thread, manager._is_inherited = None, True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_managers)
 
 
 class StateManager:
@@ -105,6 +120,8 @@ class StateManager:
         self._life = asyncio.Lock()  # one begins or ends it at a time
         self._sync_loop: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
+        self._is_inherited = False
+        _managers.add(self)
 
     def __repr__(self) -> str:
         state = f"version {self.version}" if self.is_initialized else "not initialized"
@@ -458,7 +475,8 @@ class StateManager:
         feed as it goes, so a slow watcher costs nobody anything; and it goes on where it was left
         if it is given the `revision` of the last change that was seen, also after a restart. It
         ends when the manager is shut down. Changes of tasks that `cleanup_old_tasks` has removed
-        are gone with them, but for the last one.
+        are gone with them, but for the last one; where they were the oldest of all, the feed does
+        not reach back to them any more.
 
         Args:
             since: A revision; `None` for the newest one in memory, so that `get_state` and what is
@@ -476,7 +494,12 @@ class StateManager:
             self._check_usable()
             woken = self._mirror.next_change()
             try:
-                changes, until = await self._mirror.changes(since)
+                try:
+                    changes, until = await self._mirror.changes(since)
+                except UnavailableError:
+                    if self.is_initialized:
+                        raise
+                    return  # it was shut down meanwhile
                 for change in changes:
                     yield change
                 if until == since:  # there is no more for now
@@ -594,6 +617,10 @@ class StateManager:
         # Asking for the running loop asks the system for the process, which costs as much as all
         # the rest of a look-up; this asks the same: of one thread, one loop runs at a time.
         if self._thread != get_ident() or not self._loop.is_running():
+            if self._is_inherited:
+                raise UnavailableError(
+                    "the StateManager was made before fork: make a new one in the child"
+                )
             if self._thread is not None:
                 raise UnavailableError("a StateManager belongs to one event loop: make another")
             if self._ending is not None:

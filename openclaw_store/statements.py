@@ -282,9 +282,7 @@ class SQLiteStatements(Statements):
 class PostgreSQLStatements(Statements):
     """Those for PostgreSQL.
 
-    Their plans are made once, perhaps while a table is empty, and must serve ever after. So a
-    row is looked up in a LATERAL that nothing is pulled out of (`OFFSET 0`): as a join, it would
-    be planned as a search of the whole table.
+    A row that is changed by hand at the same time is waited for, and found by its key again.
     """
 
     _second = "$2"
@@ -300,8 +298,8 @@ class PostgreSQLStatements(Statements):
             for kind, row in ROWS.items()
         }
         self.delete = {
-            kind: f"DELETE FROM {table_of(kind)} USING {self._found(_key(kind), [_key(kind)])} "
-            f"WHERE {table_of(kind)}.ctid = found.place"
+            kind: f"DELETE FROM {table_of(kind)} USING {_given([_key(kind)])} "
+            f"WHERE {_key(kind)} = given.{KEY[kind]}"
             for kind in ROWS
         }
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
@@ -317,12 +315,12 @@ class PostgreSQLStatements(Statements):
             )
             DELETE FROM changes WHERE revision IN (SELECT revision FROM chain)"""
         columns = [_NODES.c[name] for name in (*USAGE, "last_heartbeat", "beat", "node_id")]
-        usage = ", ".join(f"{name} = coalesce(found.{name}, nodes.{name})" for name in USAGE)
+        usage = ", ".join(f"{name} = coalesce(given.{name}, nodes.{name})" for name in USAGE)
         self.beat = f"""
-            UPDATE nodes SET {usage}, last_heartbeat = found.last_heartbeat, beat = found.beat
-            FROM {self._found(_NODES.c.node_id, [*columns, _NODES.c.last_heartbeat.label("at")])}
-            WHERE nodes.ctid = found.place AND nodes.status <> '{NodeStatus.OFFLINE.value}'
-            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= found.at)"""
+            UPDATE nodes SET {usage}, last_heartbeat = given.last_heartbeat, beat = given.beat
+            FROM {_given([*columns, _NODES.c.last_heartbeat.label("at")])}
+            WHERE nodes.node_id = given.node_id AND nodes.status <> '{NodeStatus.OFFLINE.value}'
+            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at)"""
 
     def given(self, ids: Sequence[str]) -> Sequence[str]:
         return list(ids)
@@ -339,17 +337,9 @@ class PostgreSQLStatements(Statements):
         return f"INSERT INTO {columns[0].table} ({names}) SELECT {values} FROM {_given(columns)}"
 
     def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str:
-        changes = ", ".join(f"{one.name} = {_value(one, 'found')}" for one in columns)
-        found = self._found(key, [key, *columns])
-        return f"UPDATE {key.table} SET {changes} FROM {found} WHERE {key.table}.ctid = found.place"
-
-    def _found(self, key: Column[Any], columns: Sequence[Any]) -> str:
-        return f"""(
-                SELECT given.*, one.ctid AS place FROM {_given(columns)}
-                CROSS JOIN LATERAL (
-                    SELECT ctid FROM {key.table} WHERE {key.name} = given.{key.name} OFFSET 0
-                ) AS one
-            ) AS found"""
+        changes = ", ".join(f"{one.name} = {_value(one)}" for one in columns)
+        given = _given([key, *columns])
+        return f"UPDATE {key.table} SET {changes} FROM {given} WHERE {key} = given.{key.name}"
 
 
 def _each(texts: Any) -> TableValuedAlias:
@@ -371,9 +361,9 @@ def _element(kind: Any) -> str:
     return "text" if name.startswith("VARCHAR") or name == "JSON" else name
 
 
-def _value(column: Column[Any], source: str = "given") -> str:
+def _value(column: Column[Any]) -> str:
     cast = "::json" if isinstance(column.type, Json) else ""
-    return f"{source}.{column.name}{cast}"
+    return f"given.{column.name}{cast}"
 
 
 def _key(kind: type[Any]) -> Column[Any]:

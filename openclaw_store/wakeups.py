@@ -17,7 +17,6 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from openclaw_store.backends import Backend
-from openclaw_store.errors import StoreError
 from openclaw_store.postgresql import PostgreSQL
 from openclaw_store.sqlite import SQLite
 from openclaw_store.statements import CHANNEL
@@ -72,11 +71,11 @@ class Polling:
         while not self._ended.is_set():
             try:
                 self._database.inspect(self._look)
-            except StoreError as error:
-                logger.debug("cannot see what others commit, for now: %s", error)
-                self._ended.wait(LONGEST_SECONDS)
             except RuntimeError:  # the event loop was closed: nobody is left there to be told
                 break
+            except Exception as error:  # synchronisation goes on, and reports what is wrong
+                logger.debug("cannot see what others commit, for now: %r", error)
+                self._ended.wait(LONGEST_SECONDS)
 
     def _look(self, connection: Connection) -> None:
         cursor = connection.connection.cursor()
@@ -116,7 +115,7 @@ class Listening:
                     with self._database.translated():
                         await self._listen(engine)
                     pause, _ = RETRY_SECONDS
-                except StoreError as error:
+                except Exception as error:  # synchronisation goes on, and reports what is wrong
                     logger.warning("cannot hear what others commit, for now: %s", error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, longest)

@@ -1523,6 +1523,7 @@ async def attempts(database, manager):
         session, transaction, database.initialize, database.get_stats, database.vacuum,
         lambda: database.backup("copy.db"), lambda: tasks.get("t"), lambda: tasks.delete("t"),
         lambda: manager.add_task(Task.create(TaskType.BATCH, "t")),
+        lambda: manager.get_task("t"), manager.get_state,
         lambda: StateManager(database).initialize(),
     ):
         try:
@@ -1562,11 +1563,12 @@ asyncio.run(main(sys.argv[1]))
 
         lines = ended.out
         assert (ended.code, ended.err) == (0, "")
-        assert len(lines) == 12
-        for line in lines[:8] + lines[9:10]:
+        assert len(lines) == 14
+        for line in lines[:8] + lines[11:12]:
             assert "was opened before fork: open a new Database in the child" in line
-        assert "one event loop" in lines[8] or "before fork" in lines[8]
-        assert lines[10:] == ["child 0", "2"]
+        for line in lines[8:11]:
+            assert "was made before fork: make a new one in the child" in line
+        assert lines[12:] == ["child 0", "2"]
 
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(

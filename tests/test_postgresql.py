@@ -26,7 +26,9 @@ from openclaw_store import (
 from openclaw_store.changes import apply
 from openclaw_store.errors import (
     DuplicateError,
+    InvalidDataError,
     OutcomeUnknownError,
+    SchemaMismatchError,
     StaleVersionError,
     UnavailableError,
 )
@@ -223,7 +225,7 @@ async def test_what_others_write_between_reading_and_writing_is_seen(
 
     revisions = [revision for revision, *_ in feed(location)]
     assert revisions == list(range(1, len(revisions) + 1))
-    assert counters(location) == (len(revisions), rival == "heartbeat")
+    assert counters(location) == (len(revisions), rival in ("heartbeat", "transaction"))
     assert execute(location, "SELECT from_status FROM changes WHERE kind = 'removed'") == [
         ("pending" if rival == "heartbeat" else "running",)
     ]
@@ -504,3 +506,59 @@ async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
 
         assert await tasks.count_by_status() == 2
         assert (await database.get_stats())["writer"]["failed_batches"] == 1
+
+
+@pytest.mark.parametrize("verb", ["update", "delete"])
+async def test_row_that_somebody_changes_by_hand_meanwhile_is_written_behind_it(
+    database: Database, location: Location, make_task: MakeTask, verb: str
+) -> None:
+    """Planted: the row is found by its place in the table, which another one then has."""
+    tasks, task = TaskRepository(database), make_task()
+    await tasks.create(task)
+    task.status = TaskStatus.RUNNING
+    async with engine_of(location).connect() as by_hand:
+        await by_hand.exec_driver_sql("UPDATE tasks SET user_id = 'by hand'")
+        write = tasks.update(task) if verb == "update" else tasks.delete(task.task_id)
+        writing = asyncio.create_task(write)
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        while execute(location, waiting) == [(0,)]:  # noqa: ASYNC110  # the server is asked
+            await asyncio.sleep(0.01)
+
+        await by_hand.commit()
+        await asyncio.wait_for(writing, PATIENCE)
+
+    stored = execute(location, "SELECT status, version FROM tasks")
+    assert stored == ([("running", 2)] if verb == "update" else [])
+
+
+async def test_statement_that_the_server_was_told_to_end_has_not_happened(
+    database: Database, location: Location, make_task: MakeTask
+) -> None:
+    tasks = TaskRepository(database)
+    await tasks.create(make_task())
+    async with locked(location):
+        writing = asyncio.create_task(tasks.create(make_task()))
+        waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        cancel = f"SELECT count(pg_cancel_backend(pid)) {waiting}"
+        while execute(location, cancel) == [(0,)]:  # noqa: ASYNC110  # the server is asked
+            await asyncio.sleep(0.01)
+        with pytest.raises(UnavailableError, match="took too long"):
+            await asyncio.wait_for(writing, PATIENCE)
+
+    assert await tasks.count_by_status() == 1
+
+
+def test_password_that_would_be_shown_is_refused() -> None:
+    with pytest.raises(InvalidDataError, match="put it before the @") as caught:
+        Database("postgresql://me@localhost/cluster?password=tiger")
+
+    assert "tiger" not in str(caught.value)
+
+
+async def test_counters_that_are_gone_are_named(
+    database: Database, location: Location, make_task: MakeTask
+) -> None:
+    execute(location, "DELETE FROM counters")
+
+    with pytest.raises(SchemaMismatchError, match="the row of `counters` is gone"):
+        await TaskRepository(database).create(make_task())

@@ -24,6 +24,7 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
+    UnsavedConflictError,
     wakeups,
 )
 
@@ -141,6 +142,20 @@ class TestWatch:
 
         assert len(await asyncio.wait_for(watcher, PATIENCE)) < 2
 
+    async def test_ends_whatever_it_is_doing_when_the_manager_is_shut_down(
+        self, location: Location, database: Database, make_task: MakeTask
+    ) -> None:
+        for _ in range(10):
+            manager = StateManager(Database(location), None)
+            await manager.initialize()
+            await manager.add_task(make_task(task_id=f"t{manager.version}"))
+            watchers = [asyncio.create_task(first(1000, manager.watch(0))) for _ in range(5)]
+            await asyncio.sleep(0.001)
+
+            await manager.shutdown()
+
+            await asyncio.wait_for(asyncio.gather(*watchers), PATIENCE)
+
     @pytest.mark.parametrize("since", [-1, 1.5, True, "1"])
     async def test_what_is_no_revision_is_refused_at_once(
         self, manager: StateManager, since: Any
@@ -238,6 +253,29 @@ class TestWaitForTask:
 
         with pytest.raises(TaskNotFoundError):
             await waiter
+
+    async def test_waiter_learns_that_an_unsaved_entry_is_gone(
+        self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask
+    ) -> None:
+        other = await open_manager()
+        task = make_task(task_id="t")
+        await manager.add_task(task)
+        await manager.update_task(task, persist=False)
+        waiter = asyncio.create_task(manager.wait_for_task("t", timeout=PATIENCE))
+        await manager.add_task(make_task(task_id="u"), persist=False)
+        another = asyncio.create_task(manager.wait_for_task("u", timeout=PATIENCE))
+        await asyncio.sleep(0)
+        await other.refresh_from_database()
+        await other.change_task("t", complete)
+        await manager.refresh_from_database()
+
+        await manager.remove_task("u")
+        with pytest.raises(UnsavedConflictError):
+            await manager.sync_to_database()
+
+        assert (await waiter).status is TaskStatus.COMPLETED
+        with pytest.raises(TaskNotFoundError):
+            await another
 
     async def test_waiter_is_told_of_the_shutdown(
         self, database: Database, make_task: MakeTask
