@@ -151,8 +151,13 @@ BENCHMARKS = (
         "coordinators",
         partial(processes.coordinators, kind="sqlite"),
         (
-            Line("SQLite: insert, 64 clients of four processes / of one", "×", at_least(1, 1.5)),
+            Line(
+                "SQLite: four processes inserting at once, 64 clients each / one",
+                "×",
+                at_least(1, 1.5),
+            ),
             Line("… p99 of a write", "ms", at_most(100, 40)),
+            Line("… that do not follow each other's changes / one"),
         ),
     ),
     Benchmark(
@@ -173,9 +178,12 @@ BENCHMARKS = (
         partial(processes.coordinators, kind="postgresql"),
         (
             Line(
-                "PostgreSQL: insert, 64 clients of four processes / of one", "×", at_least(1, 1.5)
+                "PostgreSQL: four processes inserting at once, 64 clients each / one",
+                "×",
+                at_least(1, 1.5),
             ),
             Line("… p99 of a write", "ms", at_most(100, 40)),
+            Line("… that do not follow each other's changes / one"),
         ),
         needs_server=True,
     ),

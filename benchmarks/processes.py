@@ -28,7 +28,7 @@ Span = tuple[float, float]
 """When a write was asked for, and when it was committed."""
 
 CLIENTS = 64
-"""Of all coordinators together."""
+"""Of each coordinator."""
 
 PAUSE_SECONDS = 0.01, 0.11
 """Between two tasks that are added now and then, at least and at most."""
@@ -81,13 +81,16 @@ async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 
 
 async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
-    """The same inserts by the same number of clients: of four processes, and of one."""
-    count = bench.scaled(25_600, 512)
+    """As many inserts by four processes, each with clients of its own, and by one.
 
-    async def insert(processes: int) -> Sample:
+    Each of them learns what the others commit, and takes it over into memory; or does not.
+    """
+    count = bench.scaled(25_600, 8 * CLIENTS)
+
+    async def insert(processes: int, *, wake_ups: bool = True) -> Sample:
         async with _location(bench, kind) as location, _processes(processes) as run:
-            work = count // processes, CLIENTS // processes
-            shares = [run(_insert_at_once, location, *work) for _ in range(processes)]
+            work = location, count // processes, wake_ups
+            shares = [run(_insert_at_once, *work) for _ in range(processes)]
             spans = [span for share in await asyncio.gather(*shares) for span in share]
             if kind == "sqlite":
                 require_tasks(Path(location), count)
@@ -100,11 +103,18 @@ async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
             "p99_ms": percentile(latencies, 0.99) * 1e3,
         }
 
-    medians = await bench.interleave({"four": partial(insert, 4), "one": partial(insert, 1)})
-    four, one = medians["four"], medians["one"]
+    medians = await bench.interleave(
+        {
+            "four": partial(insert, 4),
+            "four, without wake-ups": partial(insert, 4, wake_ups=False),
+            "one": partial(insert, 1),
+        }
+    )
+    four, unaware, one = medians.values()
     return [
         faster(four, one),
         Figure(four["p99_ms"], f"{four['p99_ms']:.1f} ms", f"one {one['p99_ms']:.1f} ms"),
+        faster(unaware, one),
     ]
 
 
@@ -121,7 +131,8 @@ async def _location(bench: Bench, kind: Kind) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, Any, list[Span]]]]:
     """What runs a coroutine function in one of so many processes, with an event loop of its own."""
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])  # importing takes longer than the rest
     barrier = context.Barrier(count, timeout=_START_SECONDS)
     with ProcessPoolExecutor(count, context, _set_start, (barrier,)) as pool:
 
@@ -160,7 +171,7 @@ async def _add_now_and_then(location: str, count: int) -> list[Span]:
     return spans
 
 
-async def _insert_at_once(location: str, count: int, clients: int) -> list[Span]:
+async def _insert_at_once(location: str, count: int, wake_ups: bool) -> list[Span]:
     spans: list[Span] = []
 
     async def add(task: Task) -> None:
@@ -169,7 +180,7 @@ async def _insert_at_once(location: str, count: int, clients: int) -> list[Span]
         spans.append((began, perf_counter()))
 
     tasks = make_tasks(count)
-    async with StateManager(Database(location)) as store:
+    async with StateManager(Database(location), wake_ups=wake_ups) as store:
         await asyncio.to_thread(_start.wait)
-        await drive(clients, tasks, add)
-    return spans[clients:]  # as in `drive`, the first call of each does not count
+        await drive(CLIENTS, tasks, add)
+    return spans[CLIENTS:]  # as in `drive`, the first call of each does not count
