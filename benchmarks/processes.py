@@ -1,0 +1,186 @@
+"""Several processes on one database: how soon one sees another's change, and their pace together.
+
+Moments are compared between processes: on Linux, `perf_counter` is one clock for all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from benchmarks.measure import Bench, Figure, Sample, drive, percentile
+from benchmarks.work import make_tasks, require_server_tasks, require_tasks
+from benchmarks.writes import faster
+from openclaw_store import Database, StateManager, Task
+
+Kind = Literal["sqlite", "postgresql"]
+
+Span = tuple[float, float]
+"""When a write was asked for, and when it was committed."""
+
+CLIENTS = 64
+"""Of each coordinator."""
+
+PAUSE_SECONDS = 0.01, 0.11
+"""Between two tasks that are added now and then, at least and at most."""
+
+_POLL_SECONDS = 0.001  # an event loop does not sleep for less
+_START_SECONDS = 60.0
+
+_start: Barrier
+"""Where coordinators wait until all of them are ready."""
+
+
+async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
+    """From `add_task` being called in one process until another one has the task in memory.
+
+    It includes the commit, and up to a millisecond in which this is not noticed.
+    """
+    count = bench.scaled(100, 5)
+
+    async def see() -> Sample:
+        async with (
+            _location(bench, kind) as location,
+            _processes(1) as run,
+            StateManager(Database(location)) as store,
+            asyncio.TaskGroup() as group,
+        ):
+            adding = group.create_task(run(_add_now_and_then, location, count))
+            seeing = group.create_task(_see(store, count))
+        spans = list(zip(adding.result(), seeing.result(), strict=True))[1:]
+        seconds = [seen - began for (began, _), seen in spans]
+        commits = [committed - began for (began, committed), _ in spans]
+        return {
+            f"{name}_ms": percentile(values, share) * 1e3
+            for name, values, share in (
+                ("p50", seconds, 0.5),
+                ("p99", seconds, 0.99),
+                ("commit_p50", commits, 0.5),
+                ("commit_p99", commits, 0.99),
+            )
+        }
+
+    sample = (await bench.interleave({"openclaw_store": see}))["openclaw_store"]
+    return [
+        Figure(
+            sample[f"{name}_ms"],
+            f"{sample[f'{name}_ms']:.1f} ms",
+            f"its commit {sample[f'commit_{name}_ms']:.1f} ms",
+        )
+        for name in ("p50", "p99")
+    ]
+
+
+async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
+    """As many inserts by four processes, each with clients of its own, and by one.
+
+    Each of them learns what the others commit, and takes it over into memory; or does not.
+    """
+    count = bench.scaled(25_600, 8 * CLIENTS)
+
+    async def insert(processes: int, *, wake_ups: bool = True) -> Sample:
+        async with _location(bench, kind) as location, _processes(processes) as run:
+            work = location, count // processes, wake_ups
+            shares = [run(_insert_at_once, *work) for _ in range(processes)]
+            spans = [span for share in await asyncio.gather(*shares) for span in share]
+            if kind == "sqlite":
+                require_tasks(Path(location), count)
+            else:
+                await require_server_tasks(location, count, changes=count)
+        began, committed = zip(*spans, strict=True)
+        latencies = [end - begin for begin, end in spans]
+        return {
+            "per_s": len(spans) / (max(committed) - min(began)),
+            "p99_ms": percentile(latencies, 0.99) * 1e3,
+        }
+
+    medians = await bench.interleave(
+        {
+            "four": partial(insert, 4),
+            "four, without wake-ups": partial(insert, 4, wake_ups=False),
+            "one": partial(insert, 1),
+        }
+    )
+    four, unaware, one = medians.values()
+    return [
+        faster(four, one),
+        Figure(four["p99_ms"], f"{four['p99_ms']:.1f} ms", f"one {one['p99_ms']:.1f} ms"),
+        faster(unaware, one),
+    ]
+
+
+@asynccontextmanager
+async def _location(bench: Bench, kind: Kind) -> AsyncIterator[str]:
+    if kind == "sqlite":
+        with bench.database() as path:
+            yield str(path)
+    else:
+        async with bench.server_database() as url:
+            yield url
+
+
+@asynccontextmanager
+async def _processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, Any, list[Span]]]]:
+    """What runs a coroutine function in one of so many processes, with an event loop of its own."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])  # importing takes longer than the rest
+    barrier = context.Barrier(count, timeout=_START_SECONDS)
+    with ProcessPoolExecutor(count, context, _set_start, (barrier,)) as pool:
+
+        async def run(work: Callable[..., Coroutine[Any, Any, list[Span]]], *given: Any) -> Any:
+            return await asyncio.get_running_loop().run_in_executor(pool, _run, work, *given)
+
+        yield run
+
+
+def _set_start(barrier: Barrier) -> None:
+    global _start
+    _start = barrier
+
+
+def _run(work: Callable[..., Coroutine[Any, Any, list[Span]]], *given: Any) -> list[Span]:
+    return asyncio.run(work(*given))
+
+
+async def _see(store: StateManager, count: int) -> list[float]:
+    """When each of the first revisions was in memory."""
+    seen: list[float] = []
+    while len(seen) < count:
+        seen += [perf_counter()] * (store.version - len(seen))
+        await asyncio.sleep(_POLL_SECONDS)
+    return seen
+
+
+async def _add_now_and_then(location: str, count: int) -> list[Span]:
+    spans: list[Span] = []
+    async with StateManager(Database(location)) as store:
+        for task in make_tasks(count):
+            await asyncio.sleep(random.uniform(*PAUSE_SECONDS))
+            began = perf_counter()
+            await store.add_task(task)
+            spans.append((began, perf_counter()))
+    return spans
+
+
+async def _insert_at_once(location: str, count: int, wake_ups: bool) -> list[Span]:
+    spans: list[Span] = []
+
+    async def add(task: Task) -> None:
+        began = perf_counter()
+        await store.add_task(task)
+        spans.append((began, perf_counter()))
+
+    tasks = make_tasks(count)
+    async with StateManager(Database(location), wake_ups=wake_ups) as store:
+        await asyncio.to_thread(_start.wait)
+        await drive(CLIENTS, tasks, add)
+    return spans[CLIENTS:]  # as in `drive`, the first call of each does not count
