@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute, locked
-from postgres import Server, is_available, running_server, wait_until
 from sqlalchemy.exc import DBAPIError
 
+from benchmarks.postgres import Server, is_available, running_server, wait_until
 from openclaw_store import (
     Database,
     NodeInfo,
