@@ -264,7 +264,7 @@ class Writing:
         try:
             self._connection = self._wait(self._engine.connect())
         except BaseException:
-            self._loop.close()
+            self._close_loop()
             raise
         raw = self._wait(self._connection.get_raw_connection())
         self._driver: Any = raw.driver_connection
@@ -296,8 +296,12 @@ class Writing:
                 self._wait(self._connection.invalidate())
                 self._wait(self._connection.close())
         finally:
-            self._wait(asyncio.sleep(0))  # the socket is closed in the loop's next turn
-            self._loop.close()
+            self._close_loop()
+
+    def _close_loop(self) -> None:
+        for _ in range(3):  # sockets are closed in the loop's next turns
+            self._wait(asyncio.sleep(0))
+        self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:
         return self._loop.run_until_complete(work)

@@ -2348,7 +2348,7 @@ class TestAutomaticSynchronisation:
     async def test_goes_on_after_a_conflict(
         self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask
     ) -> None:
-        automatic = await open_manager(auto_sync_interval=0.01)
+        automatic = await open_manager(auto_sync_interval=0.3)
         await automatic.add_task(make_task(task_id="twice", name="mine"), persist=False)
         await manager.add_task(make_task(task_id="twice", name="theirs"))
 
