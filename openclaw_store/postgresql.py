@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
@@ -51,7 +52,8 @@ _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
-_CLOSE_SECONDS = 2.0
+_ANSWER_SECONDS = 1.0  # that the server's own limits, which leave a connection usable, come first
+_CLOSE_SECONDS = 0.5  # for the farewell; a connection that is cut off does without
 
 _CAREFUL_AFTER_CONFLICT = 64
 """Transactions. So where several processes keep writing, little work is done in vain."""
@@ -291,7 +293,7 @@ class Writing:
         """Close the connection, whatever state it is in; what was not committed is undone."""
         try:
             with suppress(OSError, *_driver_errors()):
-                self._wait(self._driver.close(timeout=_CLOSE_SECONDS))
+                self._wait(self._driver.close())
             with suppress(SQLAlchemyError):
                 self._wait(self._connection.invalidate())
                 self._wait(self._connection.close())
@@ -398,10 +400,10 @@ class PostgreSQL:
         milliseconds = str(max(1, int(self._timeout * 1000)))
         arguments = {
             "async_creator_fn": _connect,
+            "connection_class": _connection_class(),
             "timeout": max(self._timeout, _CONNECT_SECONDS),
             "statement_cache_size": 2 * _MAX_COMBINATIONS,
-            # The server's own limits end first, and leave the connection usable.
-            "command_timeout": None if is_long else self._timeout + 1,
+            "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
                 "application_name": "openclaw_store",
                 "lock_timeout": milliseconds,
@@ -595,6 +597,20 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
         connecting.result().terminate()
         await asyncio.sleep(0)  # the socket is closed in the loop's next turn
     raise cancelled
+
+
+@cache
+def _connection_class() -> type[Any]:
+    """The driver's connection, but for one that is closed in time: others wait for it meanwhile."""
+    base: type[Any] = importlib.import_module("asyncpg").Connection
+
+    async def close(self: Any, *, timeout: float | None = None) -> None:
+        try:
+            await base.close(self, timeout=_CLOSE_SECONDS)
+        finally:
+            await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+
+    return type("Connection", (base,), {"__slots__": (), "close": close})
 
 
 def _driver_errors() -> tuple[type[Exception], ...]:
