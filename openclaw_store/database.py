@@ -244,6 +244,7 @@ class Database:
         async with self._gate_held("a transaction"):
             self._check_ready()
             session = engines.write_sessions()
+            session.info["seconds"] = seconds
             try:
                 with self._backend.translated(own=False):
                     with self._backend.translated():

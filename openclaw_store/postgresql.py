@@ -50,6 +50,7 @@ MINIMUM_VERSION = 13
 
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
+_IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
 _ANSWER_SECONDS = 1.0  # that the server's own limits, which leave a connection usable, come first
@@ -84,6 +85,7 @@ _ADVICE = {
     "55P03": "another process keeps it locked: try again",
     "25006": "this server only reads, as a standby does: name the one that writes",
     "40": "the server gave this transaction up in favour of another: try again",
+    "25P03": "the transaction did nothing for too long: try again",
     "28": "the server does not let this user in: check the user name and the password",
     "3D": 'there is no such database: create it first, as with "createdb"',
     "42501": "this role may not do that: grant it what it needs, or use another role",
@@ -397,21 +399,23 @@ class PostgreSQL:
             settings: Settings of the server for its connections.
             is_long: Whether a statement may take as long as it needs, once it has its locks.
         """
-        milliseconds = str(max(1, int(self._timeout * 1000)))
-        arguments = {
+        patience = max(self._timeout, _CONNECT_SECONDS)
+        arguments: dict[str, Any] = {
             "async_creator_fn": _connect,
             "connection_class": _connection_class(),
-            "timeout": max(self._timeout, _CONNECT_SECONDS),
+            "timeout": patience,
             "statement_cache_size": 2 * _MAX_COMBINATIONS,
             "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
                 "application_name": "openclaw_store",
-                "lock_timeout": milliseconds,
+                "lock_timeout": _milliseconds(self._timeout),
                 **(settings or {}),
             },
         }
         if write:  # a writer waits for others, and then sees what they wrote
             options.setdefault("isolation_level", "READ COMMITTED")
+            if not is_long:  # where a machine goes with the lock, its connection stays, for hours
+                arguments["server_settings"][_IDLE_LIMIT] = _milliseconds(patience)
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one picture, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
@@ -430,6 +434,8 @@ class PostgreSQL:
         # even if the caller goes past the repositories.
         await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1 WHERE id = 1")
         await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
+        limit = max(session.info["seconds"], _CONNECT_SECONDS) + 1
+        await connection.exec_driver_sql(f"SET LOCAL {_IDLE_LIMIT} = {_milliseconds(limit)}")
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 
     async def end(self, session: AsyncSession) -> None:
@@ -597,6 +603,10 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
         connecting.result().terminate()
         await asyncio.sleep(0)  # the socket is closed in the loop's next turn
     raise cancelled
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
 
 @cache
