@@ -24,7 +24,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import Connection, Pool, make_url, text
+from sqlalchemy import URL, Connection, Pool, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -478,14 +478,9 @@ class PostgreSQL:
                 "client programs (on Debian, postgresql-client), and see that it is in PATH"
             )
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        url = self._url.set(drivername="postgresql", password=None)
-        environment = dict(os.environ)
-        if self._url.password is not None:  # not on the command line, which everybody can read
-            environment["PGPASSWORD"] = str(self._url.password)
-        command = [
-            program, "--format=custom", f"--file={partial}",
-            f"--dbname={url.render_as_string(hide_password=False)}",
-        ]  # fmt: skip
+        # Nothing of it on the command line, which everybody can read.
+        environment = {**os.environ, **_environment(self._url)}
+        command = [program, "--format=custom", f"--file={partial}"]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             done = subprocess.run(
@@ -603,6 +598,33 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
         connecting.result().terminate()
         await asyncio.sleep(0)  # the socket is closed in the loop's next turn
     raise cancelled
+
+
+_LIBPQ = {
+    "host": "PGHOST",
+    "port": "PGPORT",
+    "user": "PGUSER",
+    "password": "PGPASSWORD",
+    "database": "PGDATABASE",
+    "ssl": "PGSSLMODE",
+    "passfile": "PGPASSFILE",
+    "service": "PGSERVICE",
+    "servicefile": "PGSERVICEFILE",
+    "krbsrvname": "PGKRBSRVNAME",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+}
+"""How the programs of PostgreSQL are told what the driver is told."""
+
+
+def _environment(url: URL) -> dict[str, str]:
+    """What leads the programs of PostgreSQL to where the driver is led."""
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    environment = {"PGSSLNEGOTIATION": "direct"} if arguments.get("direct_tls") else {}
+    for name, value in arguments.items():
+        if name in _LIBPQ:
+            values = value if isinstance(value, list) else [value]
+            environment[_LIBPQ[name]] = ",".join(map(str, values))
+    return environment
 
 
 def _milliseconds(seconds: float) -> str:
