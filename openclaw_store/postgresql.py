@@ -583,9 +583,7 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
 
     Where the driver is stopped half-way, it leaves a connection that nobody closes.
     """
-    connecting = asyncio.ensure_future(
-        importlib.import_module("asyncpg").connect(*arguments, **options)
-    )
+    connecting = asyncio.ensure_future(_connect_to_any(*arguments, **options))
     cancelled: asyncio.CancelledError | None = None
     while not connecting.done():
         try:
@@ -598,6 +596,28 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
         connecting.result().terminate()
         await asyncio.sleep(0)  # the socket is closed in the loop's next turn
     raise cancelled
+
+
+async def _connect_to_any(*arguments: Any, **options: Any) -> Any:
+    """Connect to the first of the hosts that is the right one, each having its share of the time.
+
+    The driver would wait for one that does not answer until there is no time for the others.
+    """
+    driver = importlib.import_module("asyncpg")
+    hosts = options.get("host")
+    if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
+        return await driver.connect(*arguments, **options)
+    options["timeout"] /= len(hosts)
+    reason: Exception | None = None
+    for host, port in zip(hosts, options["port"], strict=True):
+        try:
+            return await driver.connect(*arguments, **{**options, "host": host, "port": port})
+        except (
+            OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
+        ) as error:  # fmt: skip
+            reason = error
+    assert reason is not None
+    raise reason
 
 
 _LIBPQ = {
@@ -666,4 +686,5 @@ def _code(error: BaseException) -> str | None:
 def _is_lost(error: BaseException) -> bool:
     """Whether it says that there is no connection (any more), or no answer."""
     driver = importlib.import_module("asyncpg")
-    return isinstance(_cause(error), OSError | driver.InterfaceError)
+    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
+    return isinstance(_cause(error), lost)
