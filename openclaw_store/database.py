@@ -26,6 +26,7 @@ from openclaw_store import migrations, sqlite
 from openclaw_store.backends import DEFAULT_LOCATION, Backend, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
+    BackendError,
     DeadlineError,
     InvalidDataError,
     StoreError,
@@ -243,6 +244,7 @@ class Database:
         async with self._gate_held("a transaction"):
             self._check_ready()
             session = engines.write_sessions()
+            session.info["seconds"] = seconds
             try:
                 with self._backend.translated(own=False):
                     with self._backend.translated():
@@ -267,6 +269,9 @@ class Database:
                         _inside.set(outside)
                         for restore in reversed(unit.undo):
                             restore()
+            except BackendError:
+                await finish(session.invalidate())  # who would roll back may wait for an answer
+                raise
             finally:
                 await finish(self._backend.end(session))
 

@@ -18,12 +18,13 @@ import shutil
 import subprocess
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import Connection, Pool, make_url, text
+from sqlalchemy import URL, Connection, Pool, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -49,9 +50,11 @@ MINIMUM_VERSION = 13
 
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
+_IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
-_CLOSE_SECONDS = 2.0
+_ANSWER_SECONDS = 1.0  # that the server's own limits, which leave a connection usable, come first
+_CLOSE_SECONDS = 0.5  # for the farewell; a connection that is cut off does without
 
 _CAREFUL_AFTER_CONFLICT = 64
 """Transactions. So where several processes keep writing, little work is done in vain."""
@@ -82,6 +85,7 @@ _ADVICE = {
     "55P03": "another process keeps it locked: try again",
     "25006": "this server only reads, as a standby does: name the one that writes",
     "40": "the server gave this transaction up in favour of another: try again",
+    "25P03": "the transaction did nothing for too long: try again",
     "28": "the server does not let this user in: check the user name and the password",
     "3D": 'there is no such database: create it first, as with "createdb"',
     "42501": "this role may not do that: grant it what it needs, or use another role",
@@ -291,7 +295,7 @@ class Writing:
         """Close the connection, whatever state it is in; what was not committed is undone."""
         try:
             with suppress(OSError, *_driver_errors()):
-                self._wait(self._driver.close(timeout=_CLOSE_SECONDS))
+                self._wait(self._driver.close())
             with suppress(SQLAlchemyError):
                 self._wait(self._connection.invalidate())
                 self._wait(self._connection.close())
@@ -399,21 +403,23 @@ class PostgreSQL:
             settings: Settings of the server for its connections.
             is_long: Whether a statement may take as long as it needs, once it has its locks.
         """
-        milliseconds = str(max(1, int(self._timeout * 1000)))
-        arguments = {
+        patience = max(self._timeout, _CONNECT_SECONDS)
+        arguments: dict[str, Any] = {
             "async_creator_fn": _connect,
-            "timeout": max(self._timeout, _CONNECT_SECONDS),
+            "connection_class": _connection_class(),
+            "timeout": patience,
             "statement_cache_size": 2 * _MAX_COMBINATIONS,
-            # The server's own limits end first, and leave the connection usable.
-            "command_timeout": None if is_long else self._timeout + 1,
+            "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
                 "application_name": "openclaw_store",
-                "lock_timeout": milliseconds,
+                "lock_timeout": _milliseconds(self._timeout),
                 **(settings or {}),
             },
         }
         if write:  # a writer waits for others, and then sees what they wrote
             options.setdefault("isolation_level", "READ COMMITTED")
+            if not is_long:  # where a machine goes with the lock, its connection stays, for hours
+                arguments["server_settings"][_IDLE_LIMIT] = _milliseconds(patience)
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one picture, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
@@ -432,6 +438,8 @@ class PostgreSQL:
         # even if the caller goes past the repositories.
         await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1 WHERE id = 1")
         await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
+        limit = max(session.info["seconds"], _CONNECT_SECONDS) + 1
+        await connection.exec_driver_sql(f"SET LOCAL {_IDLE_LIMIT} = {_milliseconds(limit)}")
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 
     async def end(self, session: AsyncSession) -> None:
@@ -474,14 +482,9 @@ class PostgreSQL:
                 "client programs (on Debian, postgresql-client), and see that it is in PATH"
             )
         partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        url = self._url.set(drivername="postgresql", password=None)
-        environment = dict(os.environ)
-        if self._url.password is not None:  # not on the command line, which everybody can read
-            environment["PGPASSWORD"] = str(self._url.password)
-        command = [
-            program, "--format=custom", f"--file={partial}",
-            f"--dbname={url.render_as_string(hide_password=False)}",
-        ]  # fmt: skip
+        # Nothing of it on the command line, which everybody can read.
+        environment = {**os.environ, **_environment(self._url)}
+        command = [program, "--format=custom", f"--file={partial}"]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             done = subprocess.run(
@@ -584,9 +587,7 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
 
     Where the driver is stopped half-way, it leaves a connection that nobody closes.
     """
-    connecting = asyncio.ensure_future(
-        importlib.import_module("asyncpg").connect(*arguments, **options)
-    )
+    connecting = asyncio.ensure_future(_connect_to_any(*arguments, **options))
     cancelled: asyncio.CancelledError | None = None
     while not connecting.done():
         try:
@@ -599,6 +600,73 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
         connecting.result().terminate()
         await asyncio.sleep(0)  # the socket is closed in the loop's next turn
     raise cancelled
+
+
+async def _connect_to_any(*arguments: Any, **options: Any) -> Any:
+    """Connect to the first of the hosts that is the right one, each having its share of the time.
+
+    The driver would wait for one that does not answer until there is no time for the others.
+    """
+    driver = importlib.import_module("asyncpg")
+    hosts = options.get("host")
+    if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
+        return await driver.connect(*arguments, **options)
+    options["timeout"] /= len(hosts)
+    reason: Exception | None = None
+    for host, port in zip(hosts, options["port"], strict=True):
+        try:
+            return await driver.connect(*arguments, **{**options, "host": host, "port": port})
+        except (
+            OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
+        ) as error:  # fmt: skip
+            reason = error
+    assert reason is not None
+    raise reason
+
+
+_LIBPQ = {
+    "host": "PGHOST",
+    "port": "PGPORT",
+    "user": "PGUSER",
+    "password": "PGPASSWORD",
+    "database": "PGDATABASE",
+    "ssl": "PGSSLMODE",
+    "passfile": "PGPASSFILE",
+    "service": "PGSERVICE",
+    "servicefile": "PGSERVICEFILE",
+    "krbsrvname": "PGKRBSRVNAME",
+    "target_session_attrs": "PGTARGETSESSIONATTRS",
+}
+"""How the programs of PostgreSQL are told what the driver is told."""
+
+
+def _environment(url: URL) -> dict[str, str]:
+    """What leads the programs of PostgreSQL to where the driver is led."""
+    _, arguments = url.get_dialect()().create_connect_args(url)
+    environment = {"PGSSLNEGOTIATION": "direct"} if arguments.get("direct_tls") else {}
+    for name, value in arguments.items():
+        if name in _LIBPQ:
+            values = value if isinstance(value, list) else [value]
+            environment[_LIBPQ[name]] = ",".join(map(str, values))
+    return environment
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
+
+
+@cache
+def _connection_class() -> type[Any]:
+    """The driver's connection, but for one that is closed in time: others wait for it meanwhile."""
+    base: type[Any] = importlib.import_module("asyncpg").Connection
+
+    async def close(self: Any, *, timeout: float | None = None) -> None:
+        try:
+            await base.close(self, timeout=_CLOSE_SECONDS)
+        finally:
+            await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+
+    return type("Connection", (base,), {"__slots__": (), "close": close})
 
 
 def _driver_errors() -> tuple[type[Exception], ...]:
@@ -622,4 +690,5 @@ def _code(error: BaseException) -> str | None:
 def _is_lost(error: BaseException) -> bool:
     """Whether it says that there is no connection (any more), or no answer."""
     driver = importlib.import_module("asyncpg")
-    return isinstance(_cause(error), OSError | driver.InterfaceError)
+    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
+    return isinstance(_cause(error), lost)
