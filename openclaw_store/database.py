@@ -177,13 +177,14 @@ class Database:
             await self._gate.enter("closing")  # behind the transactions that are under way
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
-        for engines in list(self._engines.values()):
-            for engine in (engines.reading, engines.writing):
-                try:
-                    async with asyncio.timeout(_DISPOSE_SECONDS):
-                        await engine.dispose()
-                except TimeoutError:
-                    logger.warning("a server did not say good-bye: its connections are dropped")
+        for home, engines in list(self._engines.items()):
+            if home.is_closed() and self.dialect == "postgresql":
+                continue  # nothing can be sent any more; the sockets go with their objects
+            try:
+                async with asyncio.timeout(_DISPOSE_SECONDS):
+                    await _on(home, engines.dispose())
+            except (TimeoutError, RuntimeError) as error:
+                logger.warning("connections were dropped, not closed: %s", error or "no answer")
         self._engines.clear()
         self._backend.dispose()
         self._remove_folder()
@@ -516,6 +517,11 @@ class _Engines:
         for engine in (self.reading, self.writing):
             self._note_use(engine)
 
+    async def dispose(self) -> None:
+        """Close what the pools keep."""
+        await self.reading.dispose()
+        await self.writing.dispose()
+
     def _note_use(self, engine: AsyncEngine) -> None:
         @event.listens_for(engine.sync_engine, "checkout")
         def checkout(connection: object, record: object, proxy: object) -> None:
@@ -543,6 +549,14 @@ class _WriteSession(Session):
         if unit is not None:
             unit.finished = True
         super().rollback()
+
+
+async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work` on its own event loop, if that runs, else here."""
+    if loop is asyncio.get_running_loop() or not loop.is_running():
+        await work
+    else:
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
 
 
 async def finish(work: Awaitable[Result]) -> Result:

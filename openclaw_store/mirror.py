@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextvars import Context
@@ -75,8 +76,9 @@ ENTRIES_A_WRITE = 200
 CHANGES_A_COMPACTION = 1000
 """How many changes one transaction of a compaction removes; others write in between."""
 
-BREATH_SECONDS = 0.002
-"""Between two refreshments that others' commits have led to."""
+FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
+"""How many times as long as a refreshment that others' commits led to the next one waits, and how
+long at most."""
 
 RELOAD_AFTER = 20_000
 """So many changes behind, the cache is loaded again rather than brought up to date."""
@@ -110,6 +112,7 @@ class Mirror:
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()  # by the timer
+        self._loop: asyncio.AbstractEventLoop | None = None  # set while it follows
         self._wakeups: Wakeups | None = None
         self._outdated = asyncio.Event()  # others have committed what is not in memory yet
         self._follower: asyncio.Task[None] | None = None
@@ -131,8 +134,9 @@ class Mirror:
 
     def follow(self) -> None:
         """Take over what other processes commit as soon as it is known that they have."""
+        self._loop = asyncio.get_running_loop()
+        self._follower = self._loop.create_task(self._follow())
         self._wakeups = self._database.follow(self._told)
-        self._follower = asyncio.get_running_loop().create_task(self._follow())
 
     async def stop(self) -> None:
         """Write what is only in memory, for the last time."""
@@ -487,19 +491,22 @@ class Mirror:
             self._wake(event.id for event in events if isinstance(event, Event))
 
     def _told(self, revision: int, beat: int) -> None:
-        """Is told where the counters of the database stand."""
-        if revision > self.cache.complete or beat > self.cache.beat:
-            self._outdated.set()
+        """Is told, on any thread, where the counters of the database stand."""
+        if self._loop is not None and (revision > self.cache.complete or beat > self.cache.beat):
+            self._loop.call_soon_threadsafe(self._outdated.set)
 
     async def _follow(self) -> None:
         while True:
             await self._outdated.wait()
             self._outdated.clear()
+            began = time.monotonic()
             try:
                 await self.refresh()
             except Exception:  # the next wake-up or synchronisation tries again
                 logger.exception("what others have committed could not be read")
-            await asyncio.sleep(BREATH_SECONDS)
+            # The more there is to follow, the more of it at once: most of the time others run.
+            took = time.monotonic() - began
+            await asyncio.sleep(min(FOLLOWING_PAUSE * took, LONGEST_PAUSE_SECONDS))
 
     def _wake(self, ids: Iterable[str]) -> None:
         """Wake those who wait for a change of these items, or of any."""

@@ -270,9 +270,11 @@ class Writing:
         except BaseException:
             self._close_loop()
             raise
-        raw = self._wait(self._connection.get_raw_connection())
-        self._driver: Any = raw.driver_connection
+        raw: Any = self._wait(self._connection.get_raw_connection())
+        self._driver = raw.driver_connection
         self.cursor = WriterCursor(self._driver, self._wait)
+        self._process: int = self._driver.get_server_pid()
+        server.writers.add(self._process)
 
     def begin(self) -> None:
         """Begin a transaction, with the write lock if the cursor has asked for it."""
@@ -293,6 +295,7 @@ class Writing:
 
     def close(self) -> None:
         """Close the connection, whatever state it is in; what was not committed is undone."""
+        self._server.writers.discard(self._process)
         try:
             with suppress(OSError, *_driver_errors()):
                 self._wait(self._driver.close())
@@ -344,6 +347,8 @@ class PostgreSQL:
         self._timeout = timeout
         self.location = url.render_as_string(hide_password=True)
         """Where it is, as people may see it."""
+        self.writers: set[int] = set()
+        """The server's processes that writers of this object are connected to."""
 
     def make_folder(self) -> None:
         """There is none to be made."""

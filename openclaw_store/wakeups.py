@@ -2,7 +2,7 @@
 
 What is told here is only a hint, and may be missed: everything it leads to is read from the
 database, and found by the next synchronisation in any case. Who listens is told where the
-counters stand, on its own event loop; its own commits are told, too.
+counters stand, on whatever thread; its own commits may be told, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Told = Callable[[int, int], object]
 """Is told the revision and the flush of heartbeats that were committed last."""
 
-SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.01
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.005
 """Between two looks at a file: the shorter, the more happens to it."""
 
 ALIVE_SECONDS = 10.0
@@ -55,7 +55,6 @@ class Polling:
     def __init__(self, database: SQLite, tell: Told) -> None:
         self._database = database
         self._tell = tell
-        self._loop = asyncio.get_running_loop()
         self._ended = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="openclaw-store-wakeups", daemon=True
@@ -90,7 +89,7 @@ class Polling:
             seen, pause = version, SHORTEST_SECONDS
             cursor.execute(_COUNTERS)
             [counters] = cursor.fetchall()
-            self._loop.call_soon_threadsafe(self._tell, *counters)
+            self._tell(*counters)
 
 
 class Listening:
@@ -129,7 +128,12 @@ class Listening:
             driver = (await connection.get_raw_connection()).driver_connection
             assert driver is not None
             driver.add_termination_listener(lambda _: heard.set())
-            await driver.add_listener(CHANNEL, lambda *_: heard.set())
+
+            def hear(_: object, process: int, *__: object) -> None:
+                if process not in self._database.writers:  # else it is known already
+                    heard.set()
+
+            await driver.add_listener(CHANNEL, hear)
             while not driver.is_closed():
                 heard.clear()
                 self._tell(*await driver.fetchrow(_COUNTERS))
