@@ -1,0 +1,850 @@
+"""What a server may do to the library: be killed, say nothing, be old, be strict, be several."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+import pytest
+from conftest import FakeClock, MakeNode, MakeTask, execute
+from sqlalchemy import make_url
+
+from benchmarks.postgres import (
+    Server,
+    free_port,
+    installed_package,
+    is_available,
+    running_server,
+)
+from openclaw_store import (
+    Change,
+    Database,
+    StateManager,
+    Task,
+    TaskRepository,
+    TaskStatus,
+    TaskType,
+    backends,
+    migrations,
+    postgresql,
+    wakeups,
+)
+from openclaw_store.errors import (
+    BackendError,
+    DeadlineError,
+    DuplicateError,
+    InvalidDataError,
+    OutcomeUnknownError,
+    StoreError,
+    UnavailableError,
+)
+
+pytestmark = pytest.mark.postgresql
+
+PATIENCE = 20.0
+"""Seconds after which something that should have happened counts as hanging."""
+
+LEEWAY = 1.5
+"""Seconds of slack on a busy machine, besides the limits; to wait for twice one of them is more."""
+
+REVISIONS = "SELECT revision FROM changes ORDER BY revision"
+
+PROGRAMS = installed_package() / "pginstall" / "bin" if is_available() else Path()
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[Server]:
+    """A server that a test may kill."""
+    if not is_available():
+        pytest.skip("no PostgreSQL of one's own")
+    with running_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def template(own_server: Server) -> str:
+    """A migrated, empty database to copy."""
+
+    async def migrate() -> str:
+        url = await own_server.create_database()
+        async with Database(url):
+            return url
+
+    return asyncio.run(migrate())
+
+
+@contextmanager
+def new_database(server: Server, template: str | None = None) -> Iterator[str]:
+    """A database's URL; a connection that is left to it is an error."""
+    url = asyncio.run(server.create_database(template))
+    try:
+        yield url
+    finally:
+        asyncio.run(server.drop_database(url))
+
+
+@pytest.fixture
+def url(own_server: Server, template: str) -> Iterator[str]:
+    """A migrated, empty database."""
+    with new_database(own_server, template) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_url(own_server: Server) -> Iterator[str]:
+    """A database without any table."""
+    with new_database(own_server) as url:
+        yield url
+
+
+def port_of(url: str) -> int:
+    port = make_url(url).port
+    assert port is not None
+    return port
+
+
+def with_parts(url: str, **parts: Any) -> str:
+    """The URL with another port, user or password."""
+    return make_url(url).set(**parts).render_as_string(hide_password=False)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let others run until it holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
+            await asyncio.sleep(0.001)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fails what takes longer."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    yield
+    took = loop.time() - began
+    assert took < seconds, f"it took {took:.2f} s"
+
+
+class Proxy:
+    """Stands between clients and a server, and can turn into a black hole.
+
+    What was cut off once stays so: neither side is even told that the other one has gone.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._server_port = port_of(url)
+        self._listening: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._url = url
+        self.taken = 0
+        """Connections so far."""
+        self.swallows_requests = False
+        self.swallows_replies = False
+        self._words, self._passing_words = b"", True
+
+    @property
+    def url(self) -> str:
+        """Where the database is, by this way."""
+        assert self._listening is not None
+        return with_parts(self._url, port=self._listening.sockets[0].getsockname()[1])
+
+    @property
+    def cut(self) -> bool:
+        """Whether it swallows anything."""
+        return self.swallows_requests or self.swallows_replies
+
+    def swallow(self, requests: bool = True, replies: bool = True) -> None:
+        self.swallows_requests, self.swallows_replies = requests, replies
+
+    def swallow_after(self, words: bytes) -> None:
+        """Pass on the request with these words, and from then on nothing."""
+        self._words, self._passing_words = words, True
+
+    def swallow_from(self, words: bytes) -> None:
+        """Pass on everything before the request with these words."""
+        self._words, self._passing_words = words, False
+
+    def forward(self) -> None:
+        """Pass everything on, on connections that are made from now on."""
+        self._words = b""
+        self.swallow(False, False)
+
+    async def __aenter__(self) -> Self:
+        self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._listening is not None
+        self._listening.close()
+        await self.end_connections()
+
+    async def end_connections(self) -> None:
+        """Have both sides learn at last that there is nobody."""
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.taken += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        writers = [writer]
+        with suppress(OSError, asyncio.CancelledError):
+            server = await asyncio.open_connection("127.0.0.1", self._server_port)
+            writers.append(server[1])
+            await asyncio.gather(
+                self._pass_on(reader, server[1], lambda: self.swallows_requests, self._hear),
+                self._pass_on(server[0], writer, lambda: self.swallows_replies, lambda _: None),
+            )
+        for one in writers:
+            one.close()
+        for one in writers:
+            with suppress(OSError):
+                await one.wait_closed()
+
+    async def _pass_on(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        swallows: Callable[[], bool],
+        hear: Callable[[bytes], None],
+    ) -> None:
+        cut = False
+        while data := await reader.read(1 << 16):
+            cut = cut or swallows()
+            if not cut:
+                hear(data)
+            if not cut and (self._passing_words or not swallows()):
+                writer.write(data)
+        if cut or swallows():
+            await asyncio.Event().wait()
+        writer.close()
+
+    def _hear(self, data: bytes) -> None:
+        if self._words and self._words in data:
+            self.swallow()
+
+
+@asynccontextmanager
+async def silent_server() -> AsyncIterator[Silence]:
+    """A server that takes connections and never answers."""
+    silence = Silence()
+    listening = await asyncio.start_server(silence.take, "127.0.0.1", 0)
+    silence.port = listening.sockets[0].getsockname()[1]
+    try:
+        yield silence
+        await until(lambda: silence.open == 0)  # a connection that is left to it is an error
+    finally:
+        listening.close()
+
+
+@dataclass
+class Silence:
+    port: int = 0
+    taken: int = 0
+    open: int = 0
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.taken += 1
+        self.open += 1
+        with suppress(OSError):
+            while await reader.read(1 << 16):
+                pass
+        self.open -= 1
+        writer.close()
+
+
+class TestSilence:
+    """A server that is there and does not answer, from the beginning or from some moment on."""
+
+    LIMIT = 0.5
+
+    @pytest.fixture(autouse=True)
+    def _hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", self.LIMIT)
+        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(postgresql, "_CLOSE_SECONDS", 0.2)
+
+    @pytest.fixture
+    async def proxy(self, url: str) -> AsyncIterator[Proxy]:
+        async with Proxy(url) as proxy:
+            yield proxy
+
+    @pytest.fixture
+    async def database(self, proxy: Proxy) -> AsyncIterator[Database]:
+        async with Database(proxy.url, timeout=self.LIMIT) as database:
+            yield database
+            proxy.forward()
+            await until(lambda: database.checked_out_connections == 0)
+
+    async def test_server_that_never_answers_is_unavailable_in_time(self, url: str) -> None:
+        async with silent_server() as silence:
+            database = Database(with_parts(url, port=silence.port), timeout=self.LIMIT)
+
+            with within(self.LIMIT + 2), pytest.raises(UnavailableError, match="does not answer"):
+                await database.initialize()
+
+            assert silence.taken > 0
+
+    @pytest.mark.parametrize("requests", [True, False], ids=["both ways", "replies"])
+    @pytest.mark.parametrize("call", ["write", "read", "transaction"])
+    async def test_call_while_nothing_gets_through_fails_in_time_and_the_next_one_works(
+        self, proxy: Proxy, database: Database, make_task: MakeTask, call: str, requests: bool
+    ) -> None:
+        tasks, task = TaskRepository(database), make_task()
+        await tasks.create(make_task(task_id="first"))
+        assert await tasks.get("first") is not None
+
+        async def do() -> None:
+            if call == "write":
+                await tasks.create(task)
+            elif call == "read":
+                assert await tasks.get("first") is not None
+            else:
+                async with database.transaction() as tx:
+                    await TaskRepository(tx).create(task)
+
+        # A lone write is one request, which commits.
+        error = OutcomeUnknownError if call == "write" else UnavailableError
+        proxy.swallow(requests=requests)
+        with within(self.LIMIT + LEEWAY), pytest.raises(error):
+            await do()
+        proxy.forward()
+
+        if call == "write" and not requests:
+            with pytest.raises(DuplicateError):
+                await do()
+        else:
+            await do()
+        assert await tasks.count_by_status() == (1 if call == "read" else 2)
+
+    @pytest.mark.parametrize("has_lock", [False, True])
+    async def test_reply_to_a_commit_that_is_lost_is_an_unknown_outcome(
+        self, proxy: Proxy, url: str, make_task: MakeTask, has_lock: bool
+    ) -> None:
+        async with StateManager(Database(proxy.url, timeout=self.LIMIT), None) as manager:
+            await manager.add_task(make_task())
+            writing = manager.db._writing
+            assert isinstance(writing, postgresql.Writing)
+            writing.cursor.lock_next = int(has_lock)
+            task = make_task(task_id="t", name="of no return")
+            # The statement that writes the row is the one that commits, or the last one before.
+            proxy.swallow_after(b"COMMIT\0" if has_lock else b"of no return")
+
+            with within(self.LIMIT + LEEWAY), pytest.raises(OutcomeUnknownError):
+                await manager.add_task(task)
+            proxy.forward()
+
+            with pytest.raises(DuplicateError):
+                await manager.add_task(task)
+            assert execute(url, "SELECT count(*) FROM tasks WHERE task_id = 't'") == [(1,)]
+            assert [row for (row,) in execute(url, REVISIONS)] == [1, 2]
+            await manager.refresh_from_database()
+            assert await manager.get_task("t") == await manager.task_repo.get("t")
+
+    @pytest.mark.parametrize("arrives", [True, False])
+    async def test_commit_of_a_transaction_that_nobody_answers_is_an_unknown_outcome(
+        self, proxy: Proxy, database: Database, url: str, make_task: MakeTask, arrives: bool
+    ) -> None:
+        """Planted: the error of closing the session takes the place of the one of the commit."""
+
+        async def add() -> None:
+            async with database.transaction() as tx:
+                await TaskRepository(tx).create(make_task(task_id="t"))
+
+        (proxy.swallow_after if arrives else proxy.swallow_from)(b"COMMIT;")
+        with within(self.LIMIT + LEEWAY), pytest.raises(OutcomeUnknownError):
+            await add()
+        proxy.forward()
+        await proxy.end_connections()
+
+        if arrives:
+            with pytest.raises(DuplicateError):
+                await add()
+        else:
+            await add()
+        assert execute(url, "SELECT task_id FROM tasks") == [("t",)]
+
+    @pytest.mark.parametrize("moment", ["in the block", "behind it"])
+    async def test_transaction_that_is_cut_off_before_its_commit_has_changed_nothing(
+        self, proxy: Proxy, database: Database, url: str, make_task: MakeTask, moment: str
+    ) -> None:
+        """Planted: what the end of the block writes fails with the driver's own error."""
+
+        async def add() -> None:
+            async with database.transaction() as tx:
+                await TaskRepository(tx).create(make_task())
+                proxy.swallow()
+                if moment == "in the block":
+                    await TaskRepository(tx).create(make_task())
+
+        with within(self.LIMIT + LEEWAY), pytest.raises(UnavailableError, match="not answer"):
+            await add()
+        proxy.forward()
+        await proxy.end_connections()
+
+        assert execute(url, "SELECT * FROM tasks") == []
+        await TaskRepository(database).create(make_task())
+
+    async def test_transaction_that_is_cut_off_and_takes_too_long_is_ended_in_time(
+        self, proxy: Proxy, url: str, make_task: MakeTask
+    ) -> None:
+        """Planted: it is rolled back, and so waits for an answer once more."""
+        async with Database(proxy.url, timeout=PATIENCE) as database:
+
+            async def add() -> None:
+                async with database.transaction(timeout=self.LIMIT) as tx:
+                    proxy.swallow()
+                    await TaskRepository(tx).create(make_task())
+
+            with within(self.LIMIT + LEEWAY), pytest.raises(DeadlineError):
+                await add()
+
+    async def test_database_with_connections_that_are_cut_off_is_closed_in_time(
+        self, proxy: Proxy, make_task: MakeTask
+    ) -> None:
+        """Planted: the farewell waits as long as a statement, on one connection after another."""
+        database = Database(proxy.url, timeout=PATIENCE)
+        await database.initialize()
+        await TaskRepository(database).create(make_task())
+        await asyncio.gather(*[TaskRepository(database).list_pending_tasks() for _ in range(3)])
+        proxy.swallow()
+
+        with within(PATIENCE / 2):
+            await database.close()
+
+    async def test_cut_connection_of_the_wake_ups_is_made_anew(
+        self, proxy: Proxy, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.1))
+        monkeypatch.setattr(wakeups, "ALIVE_SECONDS", 0.1)
+        async with (
+            StateManager(Database(proxy.url, timeout=self.LIMIT), 3600) as follower,
+            StateManager(Database(url), None) as other,
+        ):
+            await other.add_task(make_task())
+            await until(lambda: follower.version == 1)
+            before = proxy.taken
+            proxy.swallow()
+            await until(lambda: proxy.taken > before)  # it has noticed
+            proxy.forward()
+
+            await other.add_task(make_task())
+
+            await until(lambda: follower.version == 2)
+
+    @pytest.mark.parametrize("way", ["writer", "transaction"])
+    async def test_lock_of_a_process_that_nobody_hears_of_any_more_is_given_up(
+        self, proxy: Proxy, database: Database, url: str, make_task: MakeTask, way: str
+    ) -> None:
+        """Its machine has lost its power, say; the server is not told, and waits for hours."""
+        tasks = TaskRepository(database)
+        await tasks.create(make_task())
+
+        async def vanish() -> None:
+            if way == "writer":
+                assert isinstance(database._writing, postgresql.Writing)
+                database._writing.cursor.lock_next = 1
+                proxy.swallow_after(b"FOR UPDATE")
+                await tasks.create(make_task())
+            else:
+                async with database.transaction(timeout=self.LIMIT) as tx:
+                    await TaskRepository(tx).create(make_task())
+                    proxy.swallow()
+
+        with pytest.raises(UnavailableError):
+            await vanish()
+        async with Database(url, timeout=PATIENCE) as other:
+            with within(PATIENCE / 2):
+                await TaskRepository(other).create(make_task())
+
+            assert await TaskRepository(other).count_by_status() == 2
+
+
+ADDERS = 64
+BEFORE_AFTER = (400, 3)
+"""Tasks that are added in all before the server is killed, and by each coroutine afterwards."""
+
+
+@dataclass
+class Crash:
+    """What those who added tasks say, and what there was afterwards."""
+
+    acknowledged: set[str] = field(default_factory=set)
+    in_doubt: set[str] = field(default_factory=set)
+    errors: list[Exception] = field(default_factory=list)
+    failed_after_restart: int = 0
+    seen: list[int] = field(default_factory=list)
+    """Revisions, by a watcher that goes on from the last one when it is interrupted."""
+    revisions: list[int] = field(default_factory=list)
+    stored: dict[str, Task] = field(default_factory=dict)
+    cached: dict[str, Task] = field(default_factory=dict)
+    version: int = 0
+    heard: bool = False
+    """Whether what another process committed after the crash woke the manager."""
+
+
+async def kill_under_load(server: Server, url: str) -> Crash:
+    """Kill the server while tasks are added to it, and start it again."""
+    crash = Crash()
+    is_back = asyncio.Event()
+
+    async def add(name: int, manager: StateManager) -> None:
+        left = BEFORE_AFTER[1]
+        for number in count():
+            if is_back.is_set():
+                left -= 1
+            if left < 0:
+                break
+            began_after = is_back.is_set()
+            task = Task.create(TaskType.BATCH, "t", task_id=f"{name}-{number}")
+            try:
+                await manager.add_task(task)
+                crash.acknowledged.add(task.task_id)
+            except Exception as error:
+                crash.errors.append(error)
+                crash.failed_after_restart += began_after
+                if isinstance(error, OutcomeUnknownError):
+                    crash.in_doubt.add(task.task_id)
+                await is_back.wait()
+
+    async def watch(manager: StateManager) -> None:
+        while manager.is_initialized:
+            try:
+                async for change in manager.watch(since=crash.seen[-1] if crash.seen else 0):
+                    crash.seen.append(change.revision)
+            except BackendError:
+                await is_back.wait()
+
+    async with StateManager(Database(url), auto_sync_interval=3600) as manager:
+        watching = asyncio.create_task(watch(manager))
+        adding = [asyncio.create_task(add(name, manager)) for name in range(ADDERS)]
+        await until(lambda: len(crash.acknowledged) >= BEFORE_AFTER[0])
+        await asyncio.to_thread(server.kill)
+        await until(lambda: len(crash.errors) == ADDERS)
+        await asyncio.to_thread(server.start)
+        is_back.set()
+        await asyncio.gather(*adding)
+
+        async with StateManager(Database(url), None) as other:
+            await other.add_task(Task.create(TaskType.BATCH, "t", task_id="of another process"))
+            crash.acknowledged.add("of another process")
+            with suppress(TimeoutError):
+                await until(lambda: manager.version == other.version)
+                crash.heard = True
+        await manager.refresh_from_database()
+        crash.version = manager.version
+        await until(lambda: crash.seen and crash.seen[-1] == crash.version)
+        crash.cached = dict((await manager.get_state()).tasks)
+        crash.stored = {
+            one.task_id: one for one in await manager.task_repo.list_pending_tasks(None)
+        }
+        crash.revisions = [revision for (revision,) in execute(url, REVISIONS)]
+    await watching
+    return crash
+
+
+@pytest.fixture(scope="module")
+def crash(own_server: Server, template: str) -> Iterator[Crash]:
+    with pytest.MonkeyPatch.context() as patch, new_database(own_server, template) as url:
+        patch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.1))
+        yield asyncio.run(kill_under_load(own_server, url))
+
+
+class TestCrash:
+    """`kill -9` of the server under load, and its restart."""
+
+    def test_every_acknowledged_task_is_there_and_no_other_but_those_in_doubt(
+        self, crash: Crash
+    ) -> None:
+        assert len(crash.acknowledged) > ADDERS * BEFORE_AFTER[1]
+        assert crash.acknowledged <= crash.stored.keys()
+        assert crash.stored.keys() <= crash.acknowledged | crash.in_doubt
+
+    def test_callers_get_typed_errors(self, crash: Crash) -> None:
+        assert len(crash.errors) == ADDERS
+        assert {type(error) for error in crash.errors} <= {UnavailableError, OutcomeUnknownError}
+
+    def test_next_call_works_without_a_new_database(self, crash: Crash) -> None:
+        assert crash.failed_after_restart == 0
+
+    def test_revisions_are_without_a_gap(self, crash: Crash) -> None:
+        assert crash.revisions == list(range(1, len(crash.stored) + 1))
+
+    def test_cache_equals_the_database(self, crash: Crash) -> None:
+        assert crash.cached == crash.stored
+        assert crash.version == crash.revisions[-1]
+
+    def test_watcher_sees_every_revision_once_and_in_order(self, crash: Crash) -> None:
+        assert crash.seen == crash.revisions
+
+    def test_wake_ups_are_heard_again(self, crash: Crash) -> None:
+        assert crash.heard
+
+
+@pytest.fixture
+def role(template: str) -> Iterator[str]:
+    """One that may log in; to be asked for before the databases, which are dropped first then."""
+    name, anywhere = f"role_{uuid4().hex}", with_parts(template, database="postgres")
+    execute(anywhere, f"CREATE ROLE {name} LOGIN")
+    yield name
+    execute(anywhere, f"DROP ROLE {name}")
+
+
+def grant(url: str, role: str) -> None:
+    tables = "ALL TABLES IN SCHEMA public"
+    execute(url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON {tables} TO {role}")
+
+
+class TestRole:
+    async def test_that_may_only_read_and_write_rows_is_enough_on_a_migrated_database(
+        self, role: str, url: str, make_task: MakeTask, make_node: MakeNode, clock: FakeClock
+    ) -> None:
+        grant(url, role)
+        database = Database(with_parts(url, username=role), clock=clock)
+        async with StateManager(database, 3600) as manager:
+            await manager.add_node(make_node(node_id="n"))
+            await manager.update_heartbeat("n", cpu_usage=5)
+            await manager.add_task(make_task(task_id="t"))
+            await manager.change_task("t", complete)
+            await manager.add_task(make_task(task_id="unsaved"), persist=False)
+            await manager.sync_to_database()
+            async with database.transaction() as tx:
+                await TaskRepository(tx).delete("unsaved")
+            await manager.refresh_from_database()
+            clock.advance(days=40)
+            assert await manager.check_stale_nodes() == ["n"]
+            assert await manager.remove_node("n")
+
+            seen = await first(7, manager.watch(since=0))
+            assert [change.revision for change in seen] == list(range(1, 8))
+            assert await manager.task_repo.cleanup_old_tasks(days=30) == 1
+            assert await manager.compact_changes(days=0) > 0
+            assert (await database.get_stats())["task_count"] == 0
+
+    async def test_that_may_not_make_tables_is_told_what_to_do(
+        self, role: str, empty_url: str
+    ) -> None:
+        database = Database(with_parts(empty_url, username=role))
+
+        with pytest.raises(UnavailableError, match="grant it what it needs, or use another role"):
+            await database.initialize()
+
+    async def test_that_may_not_read_the_tables_is_told_what_to_do(
+        self, role: str, url: str
+    ) -> None:
+        database = Database(with_parts(url, username=role))
+
+        with pytest.raises(UnavailableError, match="grant it what it needs, or use another role"):
+            await database.initialize()
+
+
+def complete(task: Task) -> None:
+    task.status = TaskStatus.COMPLETED
+
+
+async def first(number: int, changes: AsyncIterator[Change]) -> list[Change]:
+    """So many changes of a watcher."""
+    found: list[Change] = []
+    async with asyncio.timeout(PATIENCE):
+        async for change in changes:
+            found.append(change)
+            if len(found) == number:
+                break
+    return found
+
+
+async def test_older_server_is_refused_by_name(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgresql, "MINIMUM_VERSION", 99)
+
+    with pytest.raises(UnavailableError, match=r"is PostgreSQL \d\d, 99 or newer is needed: upgr"):
+        await Database(url).initialize()
+
+
+class TestBackup:
+    @pytest.fixture
+    def path(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Where programs are searched first."""
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+        return folder
+
+    @pytest.fixture
+    def pg_dump(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
+
+    @pytest.mark.usefixtures("pg_dump")
+    @pytest.mark.parametrize("several", [False, True], ids=["one host", "several hosts"])
+    async def test_archive_can_be_restored_into_a_new_database(
+        self,
+        url: str,
+        empty_url: str,
+        tmp_path: Path,
+        make_task: MakeTask,
+        make_node: MakeNode,
+        several: bool,
+    ) -> None:
+        archive = tmp_path / "folder" / "copy.dump"
+        given = several_hosts(url) if several else url
+        async with StateManager(Database(given), None) as manager:
+            tasks = [make_task(metadata={"number": 1e300}) for _ in range(20)]
+            await asyncio.gather(*map(manager.add_task, tasks))
+            await manager.add_node(make_node(node_id="n", tags=["a"]))
+            await manager.db.backup(archive)
+            tasks = await manager.get_pending_tasks(None)
+            node = await manager.get_node("n")
+
+        restored = empty_url.replace("+asyncpg", "")
+        restore = await asyncio.create_subprocess_exec(
+            PROGRAMS / "pg_restore", "--no-owner", f"--dbname={restored}", archive
+        )
+        assert await restore.wait() == 0
+
+        async with StateManager(Database(empty_url), None) as manager:
+            assert await manager.get_pending_tasks(None) == tasks
+            assert await manager.get_node("n") == node
+            assert manager.version == 21
+            await manager.add_task(make_task())
+        assert os.listdir(archive.parent) == ["copy.dump"]
+
+    @pytest.mark.usefixtures("pg_dump")
+    async def test_file_that_exists_is_overwritten_only_on_demand(
+        self, url: str, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "copy.dump"
+        target.write_text("precious")
+        async with Database(url) as database:
+            with pytest.raises(InvalidDataError, match="overwrite=True"):
+                await database.backup(target)
+            assert target.read_text() == "precious"
+
+            await database.backup(target, overwrite=True)
+
+        assert target.read_bytes()[:5] == b"PGDMP"
+
+    async def test_without_pg_dump_it_is_told_what_to_install(
+        self, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        async with Database(url) as database:
+            with pytest.raises(UnavailableError, match="postgresql-client"):
+                await database.backup(tmp_path / "copy.dump")
+
+        assert os.listdir(tmp_path) == []
+
+    async def test_password_is_neither_on_the_command_line_nor_in_the_error(
+        self, url: str, tmp_path: Path, path: Path
+    ) -> None:
+        program = path / "pg_dump"
+        program.write_text(
+            '#!/bin/sh\necho "$@" "and" "$PGPASSWORD" > "$(dirname "$0")/given"\n'
+            'echo "no, $*" >&2\nexit 1\n'
+        )
+        program.chmod(0o755)
+        async with Database(with_parts(url, password=SECRET)) as database:
+            with pytest.raises(UnavailableError, match="pg_dump: no, --format=custom") as caught:
+                await database.backup(tmp_path / "copy.dump")
+
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+        command, environment = (path / "given").read_text().split(" and ")
+        assert SECRET not in command
+        assert environment.strip() == SECRET
+        assert os.listdir(tmp_path) == ["bin"]
+
+
+async def test_vacuum_and_figures_work(url: str, make_task: MakeTask) -> None:
+    async with Database(url) as database:
+        await TaskRepository(database).create(make_task())
+
+        await database.vacuum()
+        stats = await database.get_stats()
+
+        assert (stats["task_count"], stats["task_stats"]) == (1, {"pending": 1})
+        assert stats["db_size"] > 1_000_000
+
+
+SECRET = "open-sesame"
+
+
+def several_hosts(url: str, *ports: int, **query: str) -> str:
+    """The URL with the addresses of more servers before its own; of one that is down, if none."""
+    parts = make_url(url)
+    hosts = [f"127.0.0.1:{port}" for port in (*(ports or (free_port(),)), port_of(url))]
+    parts = parts._replace(host=None, port=None)
+    parts = parts.update_query_dict({"host": hosts, **query})
+    return parts.render_as_string(hide_password=False)
+
+
+class TestLocation:
+    async def test_of_several_servers_the_one_that_is_there_is_used(
+        self, url: str, make_task: MakeTask
+    ) -> None:
+        location = several_hosts(url, target_session_attrs="read-write")
+        async with StateManager(Database(location), 3600) as manager:
+            await manager.add_task(make_task(task_id="t"))
+            async with manager.db.transaction() as tx:
+                await TaskRepository(tx).delete("t")
+
+            assert await manager.task_repo.count_by_status() == 0
+
+    async def test_of_several_servers_one_that_does_not_answer_is_passed_by(
+        self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
+        # The look at the schema has 30 s, whatever the Database has.
+        monkeypatch.setattr(migrations, "backend_of", partial(backends.backend_of, timeout=1.0))
+        async with silent_server() as silence:
+            location = several_hosts(url, silence.port, target_session_attrs="read-write")
+            async with Database(location, timeout=1.0) as database:
+                await TaskRepository(database).create(make_task())
+
+            assert silence.taken > 0
+
+    @pytest.mark.parametrize("hosts", [1, 2])
+    async def test_server_of_which_only_the_wrong_kind_is_there_is_unavailable(
+        self, url: str, hosts: int
+    ) -> None:
+        """A failover is under way: the only server that is left does not take writes yet."""
+        location = f"{url}?target_session_attrs=standby"
+        if hosts == 2:
+            location = several_hosts(url, target_session_attrs="standby")
+
+        with pytest.raises(UnavailableError, match=r"target attribute .*: check the server"):
+            await Database(location).initialize()
+
+    async def test_password_is_never_shown(self, url: str, make_task: MakeTask) -> None:
+        def with_secret(url: str) -> str:
+            return url.replace("postgres@", f"postgres:{SECRET}@")
+
+        shown: list[object] = []
+        async with Database(with_secret(url)) as database:
+            await TaskRepository(database).create(make_task())
+            shown += [repr(database), database.db_path, await database.get_stats()]
+        bad = [
+            with_secret(with_parts(url, port=free_port())),
+            with_secret(with_parts(url, database="nobody")),
+            with_secret(with_parts(url, drivername="postgresql+psycopg")),
+            with_secret(url.replace(f":{port_of(url)}", ":port")),
+            f"{url}?password={SECRET}",
+        ]
+        for location in bad:
+            with pytest.raises(StoreError) as caught:
+                await Database(location).initialize()
+            shown += traceback.format_exception(caught.value)
+        with pytest.raises(UnavailableError) as closed:
+            await database.initialize()
+        shown.append(closed.value)
+
+        assert SECRET not in str(shown)
