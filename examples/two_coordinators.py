@@ -1,9 +1,9 @@
 """Two coordinators on one database, each in a process of its own, behind each other's back.
 
-Run it as `python examples/two_coordinators.py`, or with the URL of a PostgreSQL database as in
-`python examples/two_coordinators.py postgresql://me@localhost/cluster`. Both add tasks and take
-turns at finishing whatever waits, while the first process watches. In the end all three have the
-same picture, and each change was seen once, in one order.
+Run it as `python examples/two_coordinators.py`, or with the URL of an empty PostgreSQL database
+as in `python examples/two_coordinators.py postgresql://me@localhost/cluster`. Both add tasks and
+take turns at finishing whatever waits, while the first process watches. In the end all three have
+the same picture, and each change was seen once, in one order.
 """
 
 import argparse

@@ -70,9 +70,10 @@ class StateManager:
     **Durability.** When a write returns, it is committed. Two exceptions: heartbeats are flushed
     within a second, and what was added or updated with `persist=False` by the next
     `sync_to_database`.
-    **Freshness.** A read sees this process's writes at once, those of others after the next
-    `refresh_from_database`: within `auto_sync_interval` seconds. What was seen once never goes
-    back. (A write by another event loop of this process is seen after a turn of this one.)
+    **Freshness.** A read sees this process's writes at once, those of others as soon as it is told
+    of them, within 100 ms; at the latest after the next `refresh_from_database`, within
+    `auto_sync_interval` seconds. What was seen once never goes back. (A write by another event
+    loop of this process is seen after a turn of this one.)
     **Isolation.** What is handed out is the caller's own copy. A write from an outdated copy
     raises `StaleVersionError`; `change_task` and `change_node` read, change and write safely.
     **Sharing.** One instance serves any number of coroutines of one event loop. Any number of
