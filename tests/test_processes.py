@@ -18,7 +18,7 @@ ROUNDS = 150
 COUNTERS = 8
 
 KILLED_WRITES = int(os.environ.get("OPENCLAW_STORE_TEST_WRITES", "2000"))
-"""Of four processes together, one of which is killed; 10,000 take half a minute."""
+"""Of four processes together, one of which is killed; 10,000 take a minute."""
 
 AGREE = """
 import asyncio, json, os, random, signal, sys, time
