@@ -156,7 +156,7 @@ class Database:
         if migrate:
             migrations.upgrade(self._location, self.timeout)
         else:
-            migrations.require(self._location)
+            migrations.require(self._location, self.timeout)
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""

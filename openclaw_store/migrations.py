@@ -37,13 +37,13 @@ SCRIPTS = next(
 _LOCK = threading.Lock()  # Alembic's state is global
 
 
-def check(location: str | Path) -> bool:
+def check(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> bool:
     """Whether the database has the schema of this version; `False` for an older one.
 
     Raises:
         SchemaMismatchError: If it is newer, or was not made by this library.
     """
-    backend = backend_of(location)
+    backend = backend_of(location, timeout)
     return backend.inspect(lambda connection: _is_current(backend, connection))
 
 
@@ -65,13 +65,13 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
     return revision == HEAD
 
 
-def require(location: str | Path) -> None:
+def require(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
     """Refuse a database whose schema is not the one of this version.
 
     Raises:
         SchemaMismatchError: With the command to run.
     """
-    if not check(location):
+    if not check(location, timeout):
         shown = backend_of(location).location
         raise SchemaMismatchError(
             f"the schema of {shown} is older than {HEAD}: call initialize(migrate=True), "
@@ -86,7 +86,7 @@ def upgrade(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> N
         SchemaMismatchError: If it is newer, or was not made by this library.
         UnavailableError: If another process keeps it locked for `timeout` seconds.
     """
-    if check(location):
+    if check(location, timeout):
         return
     # Imported here: opening a database that needs no migration shall not pay for Alembic.
     from alembic import command
