@@ -116,6 +116,7 @@ class Mirror:
         self._wakeups: Wakeups | None = None
         self._outdated = asyncio.Event()  # others have committed what is not in memory yet
         self._follower: asyncio.Task[None] | None = None
+        self._own_beat = 0  # this process's newest flush of heartbeats, which it need not read
         # Those who wait for a change of any item, and of one task.
         self._watching: set[asyncio.Future[None]] = set()
         self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
@@ -489,10 +490,14 @@ class Mirror:
             self.cache.apply(events)
         finally:
             self._wake(event.id for event in events if isinstance(event, Event))
+            flushes = [event.flush for event in events if isinstance(event, Beaten)]
+            self._own_beat = max(flushes, default=self._own_beat)
 
     def _told(self, revision: int, beat: int) -> None:
         """Is told, on any thread, where the counters of the database stand."""
-        if self._loop is not None and (revision > self.cache.complete or beat > self.cache.beat):
+        if self._loop is not None and (
+            revision > self.cache.complete or beat > max(self.cache.beat, self._own_beat)
+        ):
             self._loop.call_soon_threadsafe(self._outdated.set)
 
     async def _follow(self) -> None:

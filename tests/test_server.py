@@ -8,7 +8,6 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -33,8 +32,6 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     TaskType,
-    backends,
-    migrations,
     postgresql,
     wakeups,
 )
@@ -803,8 +800,6 @@ class TestLocation:
         self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
-        # The look at the schema has 30 s, whatever the Database has.
-        monkeypatch.setattr(migrations, "backend_of", partial(backends.backend_of, timeout=1.0))
         async with silent_server() as silence:
             location = several_hosts(url, silence.port, target_session_attrs="read-write")
             async with Database(location, timeout=1.0) as database:
