@@ -78,7 +78,7 @@ class Records(Generic[Item]):
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
-        return RecordMapping(self._buckets.copy(), len(self.entries), self._decode)
+        return RecordMapping(self._buckets.copy(), self.entries, self._decode)
 
     def _own_bucket_of(self, id: str) -> None:
         index = hash(id) & _MASK
@@ -95,13 +95,19 @@ class RecordMapping(Mapping[str, Item]):
     it into that dict.
     """
 
-    __slots__ = ("_buckets", "_decode", "_size")
+    __slots__ = ("_buckets", "_decode", "_entries", "_size")
 
     def __init__(
-        self, buckets: list[dict[str, Record[Item] | Raw]], size: int, decode: Decode
+        self,
+        buckets: list[dict[str, Record[Item] | Raw]],
+        entries: dict[str, Record[Item] | Raw],
+        decode: Decode,
     ) -> None:
         self._buckets: list[dict[str, Record[Item] | Raw]] = buckets
-        self._size = size
+        self._entries: dict[str, Record[Item] | Raw] = (
+            entries  # of the original, as they go on; for what is decoded here
+        )
+        self._size = len(entries)
         self._decode = decode
 
     def __repr__(self) -> str:
@@ -111,7 +117,10 @@ class RecordMapping(Mapping[str, Item]):
         bucket = self._buckets[hash(id) & _MASK]
         found = bucket[id]
         if isinstance(found, tuple):
-            found = bucket[id] = self._decode(found)
+            record = bucket[id] = self._decode(found)
+            if self._entries.get(id) is found:  # else it would be held twice
+                self._entries[id] = record
+            found = record
         item: Item = found.copy()
         return item
 
