@@ -20,7 +20,8 @@ from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
-from openclaw_store.indexes import Records, SortedKeys
+from openclaw_store.indexes import PendingKey, ReadyTasks, Records, SortedKeys
+from openclaw_store.lifecycle import is_held
 from openclaw_store.models import (
     FINISHED,
     WAITING,
@@ -72,7 +73,10 @@ class Cache:
         # Applied, though some before them were not; with the status they were counted from.
         self._ahead: dict[int, tuple[Change, str | None]] = {}
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
-        self._pending: SortedKeys[tuple[int, datetime, str]] = SortedKeys()
+        self._pending: SortedKeys[PendingKey] = SortedKeys()
+        self.ready = ReadyTasks()
+        """What may be claimed."""
+        self._held: dict[str, set[str]] = {}  # identifiers of tasks by the node they are on
         self._free: dict[str, tuple[float, int, str]] = {}  # nodes with a place, and their load
         self._skilled: dict[str, set[str]] = {}  # identifiers of nodes by skill
         self._node_counts: Counter[NodeStatus] = Counter()
@@ -89,6 +93,9 @@ class Cache:
         if page.kind is Task:
             self.tasks.load(page.rows, page.decode)
             self._pending.extend(page.keys)
+            self.ready.extend(page.ready)
+            for node_id, task_id in page.held:
+                self._held.setdefault(node_id, set()).add(task_id)
         else:
             for row in page.rows:
                 self._show((page.kind, row[0]), None, page.decode(row))
@@ -265,9 +272,13 @@ class Cache:
         found = [self.tasks.get(id) for _, _, id in self.pending_keys(limit)]
         return [record for record in found if record is not None]
 
-    def pending_keys(self, limit: int | None) -> list[tuple[int, datetime, str]]:
+    def pending_keys(self, limit: int | None) -> list[PendingKey]:
         """Priority, time of submission and identifier of each, much faster."""
         return self._pending.first(limit)
+
+    def held(self) -> Mapping[str, Iterable[str]]:
+        """Identifiers of the tasks that take up places on each node; not to be changed."""
+        return self._held
 
     def all_nodes(self) -> list[Record[NodeInfo]]:
         """Newest registered first."""
@@ -489,6 +500,7 @@ class Cache:
                 self._pending.remove(before)
             if after is not None:
                 self._pending.add(after)
+        self._show_claimable(id, old, new)
         if new is not None and new.fields["status"] not in FINISHED:
             self.tasks.put(id, new)
             if old is not None:
@@ -500,6 +512,24 @@ class Cache:
             self._finished.pop(id, None)
         else:
             self._finish(id, new)
+
+    def _show_claimable(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
+        before = None if old is None else _claimable(old)
+        after = None if new is None else _claimable(new)
+        if before != after:
+            if before is not None:
+                self.ready.remove(*before[:2])
+            if after is not None:
+                self.ready.add(*after)
+        node_before = None if old is None or not is_held(old) else old["assigned_node"]
+        node_after = None if new is None or not is_held(new) else new["assigned_node"]
+        if node_before != node_after:
+            if node_before is not None:
+                self._held[node_before].discard(id)
+                if not self._held[node_before]:
+                    del self._held[node_before]
+            if node_after is not None:
+                self._held.setdefault(node_after, set()).add(id)
 
     def _finish(self, id: str, record: Record[Task]) -> None:
         self._finished[id] = record
@@ -554,12 +584,21 @@ def _of_each_status(counts: Mapping[str, int]) -> dict[str, int]:
     return {status.value: counts.get(status.value, 0) for status in TaskStatus}
 
 
-def _pending_key(record: Record[Task]) -> tuple[int, datetime, str] | None:
+def _pending_key(record: Record[Task]) -> PendingKey | None:
     fields = record.fields
     if fields["status"] in WAITING:
         # Not the member itself: the garbage collector would go through the tuple for ever.
         return fields["priority"]._value_, fields["submitted_at"], fields["task_id"]
     return None
+
+
+def _claimable(record: Record[Task]) -> tuple[PendingKey, bytes | None, datetime | None] | None:
+    """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
+    if record.fields["status"] is not TaskStatus.PENDING:
+        return None
+    key = _pending_key(record)
+    assert key is not None
+    return key, record.encoded("required_skills"), record.fields["not_before"]
 
 
 def _skills(record: Record[NodeInfo]) -> frozenset[str]:

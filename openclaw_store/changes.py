@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from openclaw_store.errors import (
+    DuplicateError,
     NodeNotFoundError,
     NotFoundError,
     SchemaMismatchError,
     TaskNotFoundError,
 )
-from openclaw_store.models import NodeInfo, Task
+from openclaw_store.models import FINISHED, HELD, NodeInfo, Task
 from openclaw_store.records import STORE_FIELDS, Record
 from openclaw_store.schema import FIELDS, KEY, ROWS
 from openclaw_store.statements import statements_for
@@ -93,7 +94,7 @@ def missing(kind: type[Any], id: str) -> NotFoundError:
 
 
 class Operation(Protocol):
-    """A write of one row."""
+    """A write of one row, and perhaps of others that go with it."""
 
     @property
     def kind(self) -> type[Any]: ...
@@ -101,8 +102,16 @@ class Operation(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def others(self) -> Iterable[Place]:
+        """Other rows that it will probably need; they are read together with those of others."""
+
+    @property
+    def key(self) -> str | None:
+        """The idempotency key that its task is to have."""
+
     def decide(self, row: Row) -> Any:
-        """Change `row`, or return a `StoreError` and leave it alone; returns the result."""
+        """Change `row`, or return a `StoreError` and change nothing; returns the result."""
 
 
 class Row:
@@ -125,6 +134,61 @@ class Row:
         self._ledger = ledger
         self.kind = kind
         self.id = id
+
+    def found(self, record: Record[Any]) -> Self:
+        """Take over what the database holds."""
+        self.stored, self.record = True, record
+        self.version, self.status = record.version, record["status"].value
+        if self.kind is Task:
+            self.node = record["assigned_node"]
+        return self
+
+    def other(self, kind: type[Any], id: str) -> Row:
+        """Another row, whether its operation has named it before or not."""
+        row = self._ledger.rows[kind].get(id)
+        if row is None:
+            row = self._ledger.row(kind, id)
+            _load(self._ledger, kind, {id: row})
+        return row
+
+    def held(self) -> list[Row]:
+        """Of a node: the tasks that take up places on it."""
+        ledger = self._ledger
+        tasks = ledger.rows[Task]
+        for raw in ledger.cursor.read(ledger.sql.read_held, (self.id,)):
+            if raw[0] not in tasks:
+                ledger.row(Task, raw[0]).found(ledger.sql.decode[Task](raw))
+        return [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+
+    def content(self, known: Record[Any] | None = None) -> Record[Any] | None:
+        """What the row holds; `None` if it does not exist.
+
+        Args:
+            known: What it held at some time, which may spare looking.
+        """
+        if self.version is None or self.record is not None:
+            return self.record
+        if known is not None and known.version == self.version:
+            return known
+        ledger = self._ledger
+        for raw in ledger.cursor.read(ledger.sql.read_task, (self.id,)):
+            self.record = ledger.sql.decode[Task](raw)
+        return self.record
+
+    def has_live_key(self, key: str) -> bool:
+        """Whether it still has an idempotency key that it had before this run."""
+        if self.status is None or self.status in FINISHED:
+            return False
+        return self.record is None or bool(self.record["idempotency_key"] == key)
+
+    def key_taken(self, record: Record[Any]) -> DuplicateError | None:
+        """Why a live task may not have the idempotency key that `record` has."""
+        key = record.fields["idempotency_key"]
+        if key is None or record.fields["status"] in FINISHED:
+            return None
+        self._ledger.look_up([key])
+        holder = self._ledger.holders[key]
+        return None if holder in (None, self.id) else DuplicateError(ITEM[Task], holder, key)
 
     @property
     def now(self) -> datetime:
@@ -165,6 +229,8 @@ class Row:
         if self.kind is Task:
             self.node = record.fields["assigned_node"]
             record.fields["updated_at"] = self.now
+            if self._ledger.holders:
+                self._ledger.hold(self.id, record)
         change = self._ledger.add(self, kind, before, reason)
         record.fields["version"] = change.revision
         if previous is not None:
@@ -183,6 +249,7 @@ class Row:
     def remove(self, *, with_history: bool) -> None:
         """End the row's life."""
         before, self.status = self.status, None
+        self._ledger.let_go(self.id)
         change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
         if with_history:
             self._ledger.forgotten.append((change.previous, change.item, self.id))
@@ -203,6 +270,11 @@ class Ledger:
         self.unit = unit
         self.cursor = unit.cursor
         self.sql = statements_for(unit.cursor.dialect)
+        self.rows: dict[type[Any], dict[str, Row]] = {}
+        """Those of the run of operations that is being decided."""
+        self.holders: dict[str, str | None] = {}
+        """The live task that has each idempotency key that was looked up; `None` for none."""
+        self._keys: dict[str, str] = {}  # and the key of each of these tasks
         self._counters: tuple[int, int] | None = None  # as they were read
         self._revision = 0
         self.beat = 0
@@ -221,6 +293,38 @@ class Ledger:
         if self._counters is None:
             self._counters = revision, beat
             self._revision, self.beat = revision, beat + 1
+
+    def row(self, kind: type[Any], id: str) -> Row:
+        """The row of this run with this identifier; a new one is yet to be read."""
+        rows = self.rows[kind]
+        row = rows.get(id)
+        if row is None:
+            row = rows[id] = Row(self, kind, id)
+        return row
+
+    def look_up(self, keys: Iterable[str]) -> None:
+        """Find the live tasks that have these idempotency keys."""
+        missing = {key: None for key in keys if key not in self.holders}
+        if missing:
+            self.holders.update(missing)
+            given = self.sql.given(list(missing))
+            for key, id in self.cursor.read(self.sql.read_live_keys, (given,)):
+                row = self.rows[Task].get(id)
+                if row is None or row.has_live_key(key):
+                    self.holders[key], self._keys[id] = id, key
+
+    def hold(self, id: str, record: Record[Task]) -> None:
+        """Take note of the idempotency key that a task has now."""
+        self.let_go(id)
+        key = record["idempotency_key"]
+        if key in self.holders and record["status"] not in FINISHED:
+            self.holders[key], self._keys[id] = id, key
+
+    def let_go(self, id: str) -> None:
+        """Take note that a task has no idempotency key any more, or is not live."""
+        key = self._keys.pop(id, None)
+        if key is not None:
+            self.holders[key] = None
 
     def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
         """Number a change."""
@@ -286,19 +390,20 @@ class Ledger:
 def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
     """Decide the operations in order and write what they changed."""
     ledger = unit.part(Ledger)
-    rows: dict[type[Any], dict[str, Row]] = {kind: {} for kind in ROWS}
+    rows = ledger.rows = {kind: {} for kind in ROWS}
     targets: list[Row] = []
+    keys: list[str] = []
     for operation in operations:
-        kind, id = operation.kind, operation.id
-        touched = rows[kind]
-        row = touched.get(id)
-        if row is None:
-            row = touched[id] = Row(ledger, kind, id)
-        targets.append(row)
-    if not _can_do_without_reading(ledger, operations):
+        targets.append(ledger.row(operation.kind, operation.id))
+        for kind, id in operation.others:
+            ledger.row(kind, id)
+        if operation.key is not None:
+            keys.append(operation.key)
+    if keys or not _can_do_without_reading(ledger, operations):
         for kind, touched in rows.items():
             if touched:
                 _load(ledger, kind, touched)
+        ledger.look_up(keys)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
@@ -336,10 +441,7 @@ def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
         for values in found:
             if values[2] is None:
                 continue
-            record = sql.decode_node(values[2:])
-            row = rows[values[2]]
-            row.stored, row.record = True, record
-            row.version, row.status = record.version, record["status"].value
+            rows[values[2]].found(sql.decode[kind](values[2:]))
     else:
         for _, _, id, version, status, node in found:
             if id is not None:

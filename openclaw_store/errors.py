@@ -3,7 +3,8 @@
 StoreError
 ├── InvalidDataError (ValueError)     refused before anything reached the database
 ├── NotFoundError (LookupError)       TaskNotFoundError, NodeNotFoundError
-├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError
+├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError,
+│                                     InvalidTransitionError, NotOwnerError
 ├── CompactedError                    the feed no longer reaches back that far
 └── BackendError                      UnavailableError, DeadlineError, SchemaMismatchError,
                                       OutcomeUnknownError
@@ -65,12 +66,24 @@ class ConflictError(StoreError):
 
 
 class DuplicateError(ConflictError):
-    """A task or node with this identifier exists already."""
+    """A task or node with this identifier exists already, or a live task with this key.
 
-    def __init__(self, kind: str, id: str) -> None:
-        super().__init__(f"a {kind} with id {id!r} exists already: update it, or choose another id")
+    Attributes:
+        kind: `task` or `node`.
+        id: The identifier of the one that exists.
+        idempotency_key: The key that both have; `None` if it is the identifier.
+    """
+
+    def __init__(self, kind: str, id: str, idempotency_key: str | None = None) -> None:
+        super().__init__(
+            f"a {kind} with id {id!r} exists already: update it, or choose another id"
+            if idempotency_key is None
+            else f"the live task {id!r} has the idempotency key {idempotency_key!r} already: wait "
+            "for it, or use submit_task, which returns it"
+        )
         self.kind = kind
         self.id = id
+        self.idempotency_key = idempotency_key
 
 
 class StaleVersionError(ConflictError):
@@ -85,6 +98,53 @@ class StaleVersionError(ConflictError):
         self.id = id
         self.version = version
         self.current = current
+
+
+class InvalidTransitionError(ConflictError):
+    """A task is done, and may not change to the state that was asked for."""
+
+    def __init__(self, task_id: str, before: str, after: str) -> None:
+        super().__init__(
+            f"task {task_id!r} is {before}, and cannot become {after}: only requeue_task gives a "
+            "finished task another life"
+        )
+        self.task_id = task_id
+        self.before = before
+        self.after = after
+
+
+class NotOwnerError(ConflictError):
+    """The caller's node does not hold this attempt of the task any more: give up on it.
+
+    Attributes:
+        task_id: The task.
+        node_id: The node that the caller speaks for.
+        attempt: The attempt that the caller speaks of.
+        status: The state the task is in.
+        current_node: The node it is assigned to; `None` for none.
+        current_attempt: The attempt that is the newest.
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        node_id: str | None,
+        attempt: int,
+        status: str,
+        current_node: str | None,
+        current_attempt: int,
+    ) -> None:
+        whose = "on no node" if current_node is None else f"on node {current_node!r}"
+        super().__init__(
+            f"node {node_id!r} does not hold attempt {attempt} of task {task_id!r} any more: it is "
+            f"{status}, at attempt {current_attempt}, {whose}"
+        )
+        self.task_id = task_id
+        self.node_id = node_id
+        self.attempt = attempt
+        self.status = status
+        self.current_node = current_node
+        self.current_attempt = current_attempt
 
 
 class UnsavedConflictError(ConflictError):

@@ -23,6 +23,7 @@ from openclaw_store.changes import (
     place_of,
 )
 from openclaw_store.errors import CompactedError, InvalidDataError
+from openclaw_store.indexes import PendingKey
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
@@ -37,6 +38,11 @@ from openclaw_store.schema import (
 from openclaw_store.statements import history_of, statements_for
 
 _ALL = select(*ChangeRow.__table__.c)
+
+_PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
+    FIELDS[Task].index,
+    ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
+)
 
 CHANGES_A_PAGE = 200
 """Changes read at a stretch, before other coroutines run."""
@@ -63,8 +69,12 @@ class Page:
     rows: Sequence[Raw]
     """Each begins with its identifier; to be decoded when somebody looks at it."""
     decode: Decode
-    keys: Sequence[tuple[int, datetime, str]]
-    """Priority, time of submission and identifier of those that wait, in this order."""
+    keys: Sequence[PendingKey] = ()
+    """Of the tasks that wait, in this order."""
+    ready: Sequence[tuple[PendingKey, bytes | None, datetime | None]] = ()
+    """Key, required skills as JSON, and `not_before` of those that may be claimed."""
+    held: Sequence[tuple[str, str]] = ()
+    """Node and identifier of those that take up a place on one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +116,24 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
     for kind, query in live:
         decode = decoder_here(session, kind)
         async for rows in read_rows(session, query):
-            yield Page(kind, rows, decode, [])
-    priority, submitted_at = map(FIELDS[Task].index, ("priority", "submitted_at"))
+            yield Page(kind, rows, decode, held=_held(rows) if kind is Task else ())
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
-        keys = [(row[priority], moment(row[submitted_at]), row[0]) for row in rows]
-        yield Page(Task, rows, decode, keys)
+        keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
+        ready = [
+            (key, row[_SKILLS] and row[_SKILLS].encode(), moment(row[_NOT_BEFORE]))
+            for key, row in zip(keys, rows, strict=True)
+            if row[_STATUS] == TaskStatus.PENDING
+        ]
+        yield Page(Task, rows, decode, keys, ready, _held(rows))
+
+
+def _held(rows: Sequence[Raw]) -> list[tuple[str, str]]:
+    return [
+        (row[_NODE], row[0])
+        for row in rows
+        if row[_NODE] is not None and row[_STATUS] != TaskStatus.PENDING
+    ]
 
 
 async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: bool) -> News:

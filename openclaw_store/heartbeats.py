@@ -7,12 +7,12 @@ database, on which nothing is read and nothing decoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
-from openclaw_store.changes import Ledger, Operation, Row, apply, counters_of
+from openclaw_store.changes import Ledger, Operation, Place, Row, apply, counters_of
 from openclaw_store.models import NodeInfo, NodeStatus
 from openclaw_store.records import Record
 from openclaw_store.statements import USAGE
@@ -29,6 +29,14 @@ class Beat(NamedTuple):
     id: str
     at: datetime
     usage: Mapping[str, float | int]
+
+    @property
+    def others(self) -> Iterable[Place]:
+        return ()
+
+    @property
+    def key(self) -> str | None:
+        return None
 
     @property
     def kind(self) -> type[Any]:
@@ -74,18 +82,29 @@ class Beaten(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class AfterBeat:
-    """An operation on a node, behind a heartbeat that has not been written yet."""
+    """An operation that writes a node, behind a heartbeat that has not been written yet."""
 
     beat: Beat
     operation: Operation
-    kind: ClassVar[type[Any]] = NodeInfo
+
+    @property
+    def kind(self) -> type[Any]:
+        return self.operation.kind
 
     @property
     def id(self) -> str:
         return self.operation.id
 
+    @property
+    def others(self) -> Iterable[Place]:
+        return (*self.operation.others, (NodeInfo, self.beat.id))
+
+    @property
+    def key(self) -> str | None:
+        return self.operation.key
+
     def decide(self, row: Row) -> Any:
-        self.beat.decide(row)
+        self.beat.decide(row.other(NodeInfo, self.beat.id))
         return self.operation.decide(row)
 
 

@@ -1,15 +1,25 @@
-"""Two containers for the cache: a dict that can be photographed, and keys that stay sorted."""
+"""Containers for the cache: a dict that can be photographed, keys that stay sorted, a queue."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from heapq import merge
 from typing import Any, Generic, TypeVar
+
+import orjson
 
 from openclaw_store.records import Decode, Item, Raw, Record
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 
+PendingKey = tuple[int, datetime, str]
+"""Priority, time of submission and identifier of a task: the order in which tasks are run."""
+
+_MOST_SETS = 1000
+"""Of skills, kept though no node has them any more, or no task requires them."""
 
 _BUCKETS = 1024  # a power of two
 _MASK = _BUCKETS - 1
@@ -156,6 +166,9 @@ class SortedKeys(Generic[Key]):
         self._chunks: list[list[Key]] = []
         self._lasts: list[Key] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
     def __iter__(self) -> Iterator[Key]:
         return (key for chunk in self._chunks for key in chunk)
 
@@ -167,6 +180,12 @@ class SortedKeys(Generic[Key]):
             if limit is not None and len(found) >= limit:
                 return found[:limit]
         return found
+
+    def count_before(self, key: Key) -> int:
+        """How many keys are smaller."""
+        place = bisect_left(self._lasts, key)
+        before = sum(map(len, self._chunks[:place]))
+        return before + bisect_left(self._chunks[place], key) if self._chunks[place:] else before
 
     def add(self, key: Key) -> None:
         """Add a key that is not there."""
@@ -206,3 +225,96 @@ class SortedKeys(Generic[Key]):
             del self._chunks[place], self._lasts[place]
         else:
             self._lasts[place] = chunk[-1]
+
+
+class ReadyTasks:
+    """Pending tasks by what it takes to run them, best first: what a node may claim is found fast.
+
+    Tasks that require the same skills are one group; a node has the groups whose skills it has. So
+    neither how many tasks there are nor how many of them a node cannot run costs anything. Tasks
+    that are not due yet stand aside, and join their group when they are.
+    """
+
+    __slots__ = ("_delayed", "_delays", "_groups", "_matches", "_most_groups")
+
+    def __init__(self) -> None:
+        # By the JSON of the skills: that is what a row has, and two spellings of a set do no harm.
+        self._groups: dict[bytes | None, SortedKeys[PendingKey]] = {}
+        self._most_groups = _MOST_SETS
+        self._matches: dict[frozenset[str], list[bytes | None]] = {}  # groups, by a node's skills
+        self._delayed: SortedKeys[tuple[datetime, PendingKey, bytes | None]] = SortedKeys()
+        self._delays: dict[str, tuple[datetime, PendingKey, bytes | None]] = {}
+
+    def add(self, key: PendingKey, skills: bytes | None, not_before: datetime | None) -> None:
+        """Add a task that is not there, with the JSON of the skills that it requires."""
+        if not_before is not None:
+            delay = self._delays[key[2]] = (not_before, key, skills)
+            self._delayed.add(delay)
+            return
+        self._group(skills).add(key)
+
+    def extend(self, tasks: Iterable[tuple[PendingKey, bytes | None, datetime | None]]) -> None:
+        """Add tasks that are not there, in ascending order of their keys."""
+        groups: dict[bytes | None, list[PendingKey]] = {}
+        for key, skills, not_before in tasks:
+            if not_before is None:
+                groups.setdefault(skills, []).append(key)
+            else:
+                self.add(key, skills, not_before)
+        for skills, keys in groups.items():
+            self._group(skills).extend(keys)
+
+    def remove(self, key: PendingKey, skills: bytes | None) -> None:
+        """Remove a task that is there."""
+        delay = self._delays.pop(key[2], None)
+        if delay is not None:
+            self._delayed.remove(delay)
+            return
+        self._groups[skills].remove(key)
+
+    def best(self, skills: frozenset[str], now: datetime) -> Iterator[PendingKey]:
+        """What a node with these skills may claim, best first; not to be changed meanwhile."""
+        self._release(now)
+        groups = [self._groups[one] for one in self._matching(skills)]
+        return iter(groups[0]) if len(groups) == 1 else merge(*groups)
+
+    def ahead_of(self, key: PendingKey, nodes: Iterable[frozenset[str]], now: datetime) -> int:
+        """How many tasks are better than one, and can be run by one of these nodes, by skills."""
+        self._release(now)
+        groups = {one for skills in nodes for one in self._matching(skills)}
+        return sum(self._groups[one].count_before(key) for one in groups)
+
+    def _group(self, skills: bytes | None) -> SortedKeys[PendingKey]:
+        group = self._groups.get(skills)
+        if group is None:
+            if len(self._groups) >= self._most_groups:
+                self._groups = {one: group for one, group in self._groups.items() if group}
+                self._most_groups = max(_MOST_SETS, 2 * len(self._groups))
+                self._matches.clear()
+            group = self._groups[skills] = SortedKeys()
+            required = _texts(skills)
+            for has, matches in self._matches.items():
+                if required <= has:
+                    matches.append(skills)
+        return group
+
+    def _matching(self, skills: frozenset[str]) -> list[bytes | None]:
+        matches = self._matches.get(skills)
+        if matches is None:
+            if len(self._matches) >= _MOST_SETS:
+                self._matches.clear()
+            matches = [one for one in self._groups if _texts(one) <= skills]
+            self._matches[skills] = matches
+        return matches
+
+    def _release(self, now: datetime) -> None:
+        """Put those into their groups that are due by now."""
+        while (first := self._delayed.first(1)) and first[0][0] <= now:
+            [(_, key, skills)] = first
+            self.remove(key, skills)
+            self.add(key, skills, None)
+
+
+@lru_cache(maxsize=4096)
+def _texts(encoded: bytes | None) -> frozenset[str]:
+    return frozenset() if encoded is None else frozenset(orjson.loads(encoded))

@@ -22,7 +22,7 @@ from openclaw_store.schema import Base
 if TYPE_CHECKING:
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0001"
+HEAD = "0002"
 """The revision this version of the library works with."""
 
 URL_VARIABLE = "OPENCLAW_STORE_URL"

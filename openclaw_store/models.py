@@ -42,6 +42,9 @@ class TaskStatus(StrEnum):
 WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
 """The states of tasks that wait to be run."""
 
+HELD = frozenset({TaskStatus.SCHEDULED, TaskStatus.RUNNING})
+"""The states in which a task takes up a place on its node."""
+
 FINISHED = frozenset(
     {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT}
 )
@@ -85,11 +88,15 @@ class Task:
     priority: TaskPriority = TaskPriority.NORMAL
     assigned_node: str | None = None
     """Identifier of a node; it need not exist."""
+    attempt: int = 0
+    """How often it was claimed. With `assigned_node` it tells who may finish the task."""
     submitted_at: datetime | None = None
     """Filled in with the present moment when the task is added without it."""
     scheduled_at: datetime | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
+    not_before: datetime | None = None
+    """When it may be claimed; `None` for at once."""
     parameters: dict[str, Any] = field(default_factory=dict)
     timeout: int | None = None
     """Seconds the task may run; `None` for no limit."""
@@ -99,6 +106,8 @@ class Task:
     """Any JSON value."""
     error: str | None = None
     user_id: str | None = None
+    idempotency_key: str | None = None
+    """Of the live tasks, one at most has this key."""
     affinity_tags: list[str] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     updated_at: datetime | None = None
@@ -122,6 +131,8 @@ class Task:
         timeout: int | None = None,
         max_retries: int = 3,
         user_id: str | None = None,
+        idempotency_key: str | None = None,
+        not_before: datetime | None = None,
         affinity_tags: Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         submitted_at: datetime | None = None,
@@ -131,6 +142,8 @@ class Task:
         Args:
             task_id: An identifier of the caller's; `None` makes one that sorts by time.
             timeout: Seconds the task may run; `None` for no limit.
+            idempotency_key: Of the live tasks, one at most may have this key.
+            not_before: When it may be claimed; `None` for at once.
             submitted_at: `None` for the present moment, by the system's clock; with a clock of
                 your own, pass its time.
 
@@ -159,6 +172,8 @@ class Task:
             timeout=timeout,
             max_retries=max_retries,
             user_id=user_id,
+            idempotency_key=idempotency_key,
+            not_before=not_before,
             affinity_tags=None if affinity_tags is None else list(affinity_tags),
             metadata=dict(metadata or {}),
         )

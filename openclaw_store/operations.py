@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar, Generic
+from functools import partial
+from typing import Any, ClassVar, Generic, NamedTuple
 
-from openclaw_store.changes import ITEM, Row, apply, counters_of, missing
+from openclaw_store.changes import ITEM, Operation, Place, Row, apply, counters_of, missing
 from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
-from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.lifecycle import (
+    Decision,
+    Step,
+    Values,
+    Wait,
+    arrived,
+    claim,
+    give_back,
+    joined,
+    refused,
+)
+from openclaw_store.models import ALIVE, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
 from openclaw_store.schema import FIELDS, KEY
 from openclaw_store.statements import statements_for
@@ -19,6 +31,14 @@ CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
 }
 """The fields that an `Update` of a whole row writes: all but the identifier."""
+
+
+class OfOneRow:
+    """An operation that needs no other rows, and gives no task an idempotency key."""
+
+    __slots__ = ()
+    others: ClassVar[Sequence[Place]] = ()
+    key: ClassVar[str | None] = None
 
 
 # Not frozen, though nobody changes them: that takes twice as long to make.
@@ -33,10 +53,19 @@ class Create(Generic[Item]):
     id: str
     record: Record[Item]
     is_new: ClassVar = True
+    others: ClassVar[Sequence[Place]] = ()
+
+    @property
+    def key(self) -> str | None:
+        return self.record.fields["idempotency_key"] if self.kind is Task else None
 
     def decide(self, row: Row) -> Record[Item] | StoreError:
         if row.version is not None:
             return DuplicateError(ITEM[self.kind], self.id)
+        if self.key is not None:
+            taken = row.key_taken(self.record)
+            if taken is not None:
+                return taken
         return row.write(self.record, FIELDS[self.kind])
 
 
@@ -53,6 +82,11 @@ class Update(Generic[Item]):
     record: Record[Item]
     names: Sequence[str]
     version: int
+    others: ClassVar[Sequence[Place]] = ()
+
+    @property
+    def key(self) -> str | None:
+        return self.record.fields["idempotency_key"] if "idempotency_key" in self.names else None
 
     def decide(self, row: Row) -> Record[Item] | StoreError:
         if row.version is None:
@@ -60,12 +94,24 @@ class Update(Generic[Item]):
         if row.version != self.version:
             return StaleVersionError(ITEM[self.kind], self.id, self.version, row.version)
         record: Record[Any] = self.record
+        names: Sequence[str] = self.names
         if row.record is not None:
-            record = row.record.merge(record, self.names)
-            if self.kind is NodeInfo:
-                newest = newer_heartbeat(row.record, self.record)
-                record = record.evolve(last_heartbeat=newest)
-        return row.write(record, self.names)
+            record = row.record.merge(record, names)
+        if self.kind is NodeInfo:
+            assert row.record is not None  # always read
+            record = record.evolve(last_heartbeat=newer_heartbeat(row.record, self.record))
+        elif row.status is not None and row.status != record.fields["status"]._value_:
+            refusal = refused(self.id, TaskStatus(row.status), record["status"])
+            if refusal is not None:
+                return refusal
+            moments: Values = arrived(record, row.now)
+            record = record.evolve(**moments)
+            names = (*names, *moments)
+        if self.key is not None:
+            taken = row.key_taken(record)
+            if taken is not None:
+                return taken
+        return row.write(record, names)
 
 
 def newer_heartbeat(known: Record[Any], given: Record[Any]) -> datetime | None:
@@ -75,7 +121,7 @@ def newer_heartbeat(known: Record[Any], given: Record[Any]) -> datetime | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Remove:
+class Remove(OfOneRow):
     """Remove a row, and with `with_history` its older changes; results in whether it existed."""
 
     kind: type[Any]
@@ -90,7 +136,7 @@ class Remove:
 
 
 @dataclass(frozen=True, slots=True)
-class SetNodeStatus:
+class SetNodeStatus(OfOneRow):
     """Change a node's status; ONLINE and BUSY count as a sign of life.
 
     With `silent_since` only a live node that was silent since then is changed. Results in
@@ -116,6 +162,126 @@ class SetNodeStatus:
             values["last_heartbeat"] = max(row.now, record["last_heartbeat"] or row.now)
         row.write(record.evolve(**values), values, self.reason)
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Hand tasks to a node; results in the records of those that it may have, best first.
+
+    Of the candidates, those are left out that the node may not claim by now.
+    """
+
+    id: str
+    candidates: Sequence[Record[Task]]
+    """Best first, as they were known; there may be more than `limit`."""
+    limit: int
+    kind: ClassVar[type[Any]] = NodeInfo
+    key: ClassVar[str | None] = None
+
+    @property
+    def others(self) -> Iterable[Place]:
+        return [(Task, one.fields["task_id"]) for one in self.candidates]
+
+    def decide(self, row: Row) -> list[Record[Task]] | StoreError:
+        node = row.record
+        if node is None:
+            return missing(NodeInfo, self.id)
+        claimed: list[Record[Task]] = []
+        for candidate in self.candidates:
+            if len(claimed) == self.limit:
+                break
+            place = row.other(Task, candidate["task_id"])
+            if place.status != TaskStatus.PENDING:
+                continue
+            task = place.content(candidate)
+            step = None if task is None else claim(task, node, row.now)
+            if task is not None and step is not None:
+                claimed.append(place.write(task.evolve(**step.task), step.task))
+                node = node.evolve(**step.node)
+        if claimed:
+            row.write(node, ("running_tasks",))
+        return claimed
+
+
+class Advanced(NamedTuple):
+    """What has become of a task."""
+
+    record: Record[Task]
+    is_changed: bool
+    """Whether anything has; else it was so before."""
+
+
+@dataclass(slots=True)
+class Advance:
+    """Take a task a step on in its life, and the counters of its node with it.
+
+    Results in `Advanced`, or why not.
+    """
+
+    id: str
+    decision: Decision
+    known: Record[Task] | None = None
+    """The task as it was known, which may spare reading it."""
+    node_id: str | None = None
+    """The node that it is probably assigned to, which is read together with other rows."""
+    kind: ClassVar[type[Any]] = Task
+    key: ClassVar[str | None] = None
+
+    @property
+    def others(self) -> Iterable[Place]:
+        return () if self.node_id is None else ((NodeInfo, self.node_id),)
+
+    def decide(self, row: Row) -> Advanced | StoreError:
+        task = row.content(self.known)
+        if task is None:
+            return missing(Task, self.id)
+        return advance(row, task, self.decision)
+
+
+def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:
+    """Take the task that `row` holds a step on, and the counters of its node with it."""
+    node = row.other(NodeInfo, task["assigned_node"]) if task["assigned_node"] else None
+    step = decision(task, None if node is None else node.record, row.now)
+    if step is None:
+        return Advanced(task, is_changed=False)
+    if not isinstance(step, Step):
+        return step
+    changed = task.replace(**step.task)
+    if task["status"] in FINISHED:
+        taken = row.key_taken(changed)
+        if taken is not None:
+            return taken
+    if step.node and node is not None and node.record is not None:
+        node.write(node.record.evolve(**step.node), step.node)
+    return Advanced(row.write(changed, step.task, step.reason), is_changed=True)
+
+
+@dataclass(slots=True)
+class Register:
+    """Add a node, or have it come back as a new process that holds nothing.
+
+    What the former one held is given back. Results in the node's record.
+    """
+
+    id: str
+    record: Record[NodeInfo]
+    wait: Wait
+    kind: ClassVar[type[Any]] = NodeInfo
+    others: ClassVar[Sequence[Place]] = ()
+    key: ClassVar[str | None] = None
+
+    def decide(self, row: Row) -> Record[NodeInfo] | StoreError:
+        for held in row.held():
+            task = held.content()
+            assert task is not None  # it has a status
+            advance(held, task, partial(give_back, wait=self.wait))
+        record = self.record.evolve(**joined(self.record, row.record, row.now))
+        return row.write(record, FIELDS[NodeInfo], "registered")
+
+
+def apply_together(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[Sequence[Any]]:
+    """Apply groups of operations, each of which was submitted as one."""
+    return [apply(unit, group) for group in groups]
 
 
 @dataclass(frozen=True, slots=True)

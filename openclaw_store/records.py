@@ -141,6 +141,10 @@ class Record(Generic[Item]):
         fields.update(values)
         return evolved
 
+    def replace(self, **values: Any) -> Record[Item]:
+        """A record that differs in the given fields; JSON is `bytes`, or the default."""
+        return Record(self.kind, {**self.fields, **values})
+
     def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
         """A record that has the named fields from `other` and the rest from this one."""
         fields = self.fields.copy()
@@ -293,6 +297,7 @@ STAMPED: Mapping[type[Any], Sequence[str]] = {
         "scheduled_at",
         "started_at",
         "completed_at",
+        "not_before",
         "updated_at",
         "version",
     ),
@@ -309,15 +314,18 @@ _FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "status": check_enum(TaskStatus),
         "priority": check_enum(TaskPriority),
         "assigned_node": check_key,
+        "attempt": check_count,
         "submitted_at": check_time,
         "scheduled_at": check_time,
         "started_at": check_time,
         "completed_at": check_time,
+        "not_before": check_time,
         "timeout": check_count,
         "retry_count": check_count,
         "max_retries": check_count,
         "error": check_text,
         "user_id": check_key,
+        "idempotency_key": check_id,
         "updated_at": check_time,
         "version": check_version,
     },

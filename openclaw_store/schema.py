@@ -41,6 +41,7 @@ from openclaw_store.checks import MAX_ID_LENGTH, encode_json
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.models import (
     FINISHED,
+    HELD,
     WAITING,
     NodeInfo,
     NodeStatus,
@@ -187,6 +188,11 @@ IS_PENDING = _in(WAITING)
 """Whether a task waits to be run."""
 IS_FINISHED = _in(FINISHED)
 """Whether a task is done."""
+IS_LIVE = _in(WAITING | HELD)
+"""Whether a task is not done yet."""
+IS_HELD = _in(HELD)
+"""Whether a task takes up a place on its node."""
+_HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
 
 
 class Base(DeclarativeBase):
@@ -241,6 +247,13 @@ class TaskRow(Base):
             sqlite_where=IS_FINISHED,
             postgresql_where=IS_FINISHED,
         ),
+        # Not unique: the writer decides, and one batch may end a task and begin the next one.
+        Index(
+            "ix_tasks_idempotency_key",
+            "idempotency_key",
+            sqlite_where=_HAS_LIVE_KEY,
+            postgresql_where=_HAS_LIVE_KEY,
+        ),
     )
 
     task_id: Mapped[str] = mapped_column(_Key, primary_key=True)
@@ -252,10 +265,12 @@ class TaskRow(Base):
     status: Mapped[TaskStatus] = mapped_column(EnumValue(TaskStatus), server_default="pending")
     priority: Mapped[TaskPriority] = mapped_column(EnumValue(TaskPriority), server_default="2")
     assigned_node: Mapped[str | None] = mapped_column(_Key)
+    attempt: Mapped[int] = mapped_column(BigInteger, server_default="0")
     submitted_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     scheduled_at: Mapped[datetime | None] = mapped_column(UtcTime)
     started_at: Mapped[datetime | None] = mapped_column(UtcTime)
     completed_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    not_before: Mapped[datetime | None] = mapped_column(UtcTime)
     parameters: Mapped[Any] = mapped_column(Json, nullable=True)
     timeout: Mapped[int | None] = mapped_column(BigInteger)
     retry_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -263,6 +278,7 @@ class TaskRow(Base):
     result: Mapped[Any] = mapped_column(Json, nullable=True)
     error: Mapped[str | None] = mapped_column(Text)
     user_id: Mapped[str | None] = mapped_column(_Key)
+    idempotency_key: Mapped[str | None] = mapped_column(_Key)
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
     # `metadata` is taken on a declarative class; the column has its real name.
     metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
@@ -340,6 +356,8 @@ class CounterRow(Base):
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     revision: Mapped[int] = mapped_column(BigInteger, server_default="0")
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    compacted: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Up to this revision, changes were removed from the feed."""
 
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}

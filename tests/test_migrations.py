@@ -83,19 +83,26 @@ FROM information_schema.columns WHERE table_schema = 'public'
 
 
 def schema_of(location: Location) -> dict[str, str]:
-    """What makes the tables, by name, without white space and order of values."""
+    """What makes the tables, by name, without white space, and the order of values and columns."""
 
     def in_order(values: re.Match[str]) -> str:
         return f"IN({','.join(sorted(values[1].split(',')))})"
+
+    def columns_in_order(table: re.Match[str]) -> str:
+        return f"{table[1]}({','.join(sorted(table[2].split(',')))})"
 
     if isinstance(location, Path):
         found = execute(location, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
     else:
         found = execute(location, SCHEMA_OF_POSTGRESQL)
-    return {
+    schema = {
         name: re.sub(r"(?:IN\(|ARRAY\[)([^])]*)[])]", in_order, re.sub(r"[\s\"]+", "", sql))
         for name, sql in found
         if not name.startswith("alembic_version")
+    }
+    return {
+        name: re.sub(r"^(CREATETABLE\w+)\((.*)\)$", columns_in_order, sql)
+        for name, sql in schema.items()
     }
 
 
@@ -148,7 +155,7 @@ class TestHistory:
 NOTHING_NEW = "No new upgrade operations detected."
 STORY = [
     ("upgrade head", []),
-    ("current", ["0001 (head)"]),
+    ("current", [f"{migrations.HEAD} (head)"]),
     ("check", [NOTHING_NEW]),
     ("upgrade head", []),
     ("downgrade base", []),
@@ -419,7 +426,7 @@ class TestMismatch:
 
         with pytest.raises(
             SchemaMismatchError,
-            match=f"{re.escape(shown(newer))} has schema 9999.* knows 0001: "
+            match=f"{re.escape(shown(newer))} has schema 9999.* knows {migrations.HEAD}: "
             'run "pip install --upgrade openclaw',
         ):
             await database.initialize(migrate=migrate)
@@ -505,11 +512,13 @@ def next_migration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scripts = tmp_path / "scripts"
     shutil.copytree(ROOT / "alembic", scripts)
     monkeypatch.setattr(migrations, "SCRIPTS", scripts)
-    monkeypatch.setattr(migrations, "HEAD", "0002")
-    return scripts / "versions" / "0002_try_something.py"
+    monkeypatch.setattr(migrations, "HEAD", "9000")
+    return scripts / "versions" / "9000_try_something.py"
 
 
-MIGRATION = '''"""Try something."""
+TODAY = migrations.HEAD
+
+MIGRATION = f'''"""Try something."""
 
 import os
 import signal
@@ -517,8 +526,8 @@ import signal
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0002"
-down_revision = "0001"
+revision = "9000"
+down_revision = "{TODAY}"
 
 
 def upgrade() -> None:
@@ -537,7 +546,7 @@ class TestFailure:
         make_task: MakeTask,
     ) -> None:
         with monkeypatch.context() as today:
-            today.setattr(migrations, "HEAD", "0001")
+            today.setattr(migrations, "HEAD", TODAY)
             today.setattr(migrations, "SCRIPTS", ROOT / "alembic")
             async with Database(location) as database:
                 await TaskRepository(database).create(make_task(name="old"))
@@ -550,12 +559,12 @@ class TestFailure:
 
         assert schema_of(location) == before
         assert execute(location, "SELECT name FROM tasks") == [("old",)]
-        assert execute(location, "SELECT version_num FROM alembic_version") == [("0001",)]
+        assert execute(location, "SELECT version_num FROM alembic_version") == [(TODAY,)]
         next_migration.write_text(MIGRATION.replace("THEN", "pass"))
         await database.initialize()  # the same object, once the migration is mended
         await database.close()
         assert execute(location, "SELECT name FROM tasks") == [("changed",)]
-        assert execute(location, "SELECT version_num FROM alembic_version") == [("0002",)]
+        assert execute(location, "SELECT version_num FROM alembic_version") == [("9000",)]
 
     async def test_first_migration_that_fails_leaves_an_empty_database(
         self, location: Location, next_migration: Path
@@ -574,7 +583,7 @@ class TestFailure:
         script = """
 import asyncio, pathlib, sys
 from openclaw_store import Database, migrations
-migrations.SCRIPTS, migrations.HEAD = pathlib.Path(sys.argv[2]), "0002"
+migrations.SCRIPTS, migrations.HEAD = pathlib.Path(sys.argv[2]), "9000"
 asyncio.run(Database(sys.argv[1]).initialize())
 """
 
@@ -587,7 +596,7 @@ asyncio.run(Database(sys.argv[1]).initialize())
         next_migration.write_text(MIGRATION.replace("THEN", "pass"))
         async with Database(location):
             pass
-        assert execute(location, "SELECT version_num FROM alembic_version") == [("0002",)]
+        assert execute(location, "SELECT version_num FROM alembic_version") == [("9000",)]
 
     async def test_migration_on_a_locked_database_gives_up_in_time(
         self, location: Location
