@@ -3,6 +3,7 @@
 from openclaw_store.changes import Change, ChangeKind
 from openclaw_store.clock import Clock, new_id, utc_now
 from openclaw_store.database import Database
+from openclaw_store.dispatcher import Recovery
 from openclaw_store.errors import (
     BackendError,
     CompactedError,
@@ -10,8 +11,10 @@ from openclaw_store.errors import (
     DeadlineError,
     DuplicateError,
     InvalidDataError,
+    InvalidTransitionError,
     NodeNotFoundError,
     NotFoundError,
+    NotOwnerError,
     OutcomeUnknownError,
     SchemaMismatchError,
     StaleVersionError,
@@ -20,6 +23,9 @@ from openclaw_store.errors import (
     UnavailableError,
     UnsavedConflictError,
 )
+from openclaw_store.explanations import Explanation
+from openclaw_store.filters import TaskFilter, TaskPage
+from openclaw_store.lifecycle import Backoff
 from openclaw_store.models import (
     ClusterState,
     NodeInfo,
@@ -36,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "Backoff",
     "Change",
     "ChangeKind",
     "Clock",
@@ -45,19 +52,25 @@ __all__ = [
     "Database",
     "DeadlineError",
     "DuplicateError",
+    "Explanation",
     "InvalidDataError",
+    "InvalidTransitionError",
     "NodeInfo",
     "NodeNotFoundError",
     "NodeRepository",
     "NodeStatus",
     "NotFoundError",
+    "NotOwnerError",
     "OutcomeUnknownError",
+    "Recovery",
     "SchemaMismatchError",
     "StaleVersionError",
     "StateManager",
     "StoreError",
     "Task",
+    "TaskFilter",
     "TaskNotFoundError",
+    "TaskPage",
     "TaskPriority",
     "TaskRepository",
     "TaskStatus",

@@ -21,9 +21,9 @@ from openclaw_store.errors import InvalidDataError
 from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import PendingKey, ReadyTasks, Records, SortedKeys
-from openclaw_store.lifecycle import is_held
 from openclaw_store.models import (
     FINISHED,
+    HELD,
     WAITING,
     ClusterState,
     NodeInfo,
@@ -76,7 +76,7 @@ class Cache:
         self._pending: SortedKeys[PendingKey] = SortedKeys()
         self.ready = ReadyTasks()
         """What may be claimed."""
-        self._held: dict[str, set[str]] = {}  # identifiers of tasks by the node they are on
+        self._held: dict[str | None, set[str]] = {}  # scheduled and running tasks, by node
         self._free: dict[str, tuple[float, int, str]] = {}  # nodes with a place, and their load
         self._skilled: dict[str, set[str]] = {}  # identifiers of nodes by skill
         self._node_counts: Counter[NodeStatus] = Counter()
@@ -276,9 +276,17 @@ class Cache:
         """Priority, time of submission and identifier of each, much faster."""
         return self._pending.first(limit)
 
-    def held(self) -> Mapping[str, Iterable[str]]:
-        """Identifiers of the tasks that take up places on each node; not to be changed."""
+    def held(self) -> Mapping[str | None, Iterable[str]]:
+        """Identifiers of the tasks that are scheduled or running, by node; not to be changed."""
         return self._held
+
+    def ahead_of(self, task: Record[Task], nodes: Iterable[Record[NodeInfo]], now: datetime) -> int:
+        """How many tasks these nodes may claim before one that is pending."""
+        key = _pending_key(task)
+        if key is None:
+            return 0
+        skills = {frozenset(node.decoded("available_skills")) for node in nodes}
+        return self.ready.ahead_of(key, skills, now)
 
     def all_nodes(self) -> list[Record[NodeInfo]]:
         """Newest registered first."""
@@ -521,15 +529,13 @@ class Cache:
                 self.ready.remove(*before[:2])
             if after is not None:
                 self.ready.add(*after)
-        node_before = None if old is None or not is_held(old) else old["assigned_node"]
-        node_after = None if new is None or not is_held(new) else new["assigned_node"]
-        if node_before != node_after:
-            if node_before is not None:
-                self._held[node_before].discard(id)
-                if not self._held[node_before]:
-                    del self._held[node_before]
-            if node_after is not None:
-                self._held.setdefault(node_after, set()).add(id)
+        if old is not None and old.fields["status"] in HELD:
+            held = self._held[old["assigned_node"]]
+            held.remove(id)
+            if not held:
+                del self._held[old["assigned_node"]]
+        if new is not None and new.fields["status"] in HELD:
+            self._held.setdefault(new["assigned_node"], set()).add(id)
 
     def _finish(self, id: str, record: Record[Task]) -> None:
         self._finished[id] = record

@@ -74,6 +74,13 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_some(name: str, value: Any) -> int:
+    """A whole number from 1."""
+    if check_count(name, value) < 1:
+        raise InvalidDataError(name, "must be at least 1")
+    return int(value)
+
+
 def check_limit(limit: int | None) -> int | None:
     """A limit of a list: at least 1, or `None` for all."""
     if limit is not None and check_count("limit", limit) < 1:

@@ -73,8 +73,8 @@ class Page:
     """Of the tasks that wait, in this order."""
     ready: Sequence[tuple[PendingKey, bytes | None, datetime | None]] = ()
     """Key, required skills as JSON, and `not_before` of those that may be claimed."""
-    held: Sequence[tuple[str, str]] = ()
-    """Node and identifier of those that take up a place on one."""
+    held: Sequence[tuple[str | None, str]] = ()
+    """Node and identifier of those that are scheduled or running."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +128,8 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
         yield Page(Task, rows, decode, keys, ready, _held(rows))
 
 
-def _held(rows: Sequence[Raw]) -> list[tuple[str, str]]:
-    return [
-        (row[_NODE], row[0])
-        for row in rows
-        if row[_NODE] is not None and row[_STATUS] != TaskStatus.PENDING
-    ]
+def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
+    return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
 
 
 async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: bool) -> News:

@@ -316,5 +316,11 @@ class ReadyTasks:
 
 
 @lru_cache(maxsize=4096)
-def _texts(encoded: bytes | None) -> frozenset[str]:
-    return frozenset() if encoded is None else frozenset(orjson.loads(encoded))
+def _texts(encoded: bytes | None) -> frozenset[str | None]:
+    """The skills; of what somebody wrote by hand and is none, something that no node has."""
+    try:
+        skills = [] if encoded is None else orjson.loads(encoded)
+    except orjson.JSONDecodeError:
+        return frozenset({None})
+    is_list = isinstance(skills, list) and all(isinstance(one, str) for one in skills)
+    return frozenset(skills) if is_list else frozenset({None})

@@ -7,14 +7,16 @@
 
 A live task may change to any state. A finished one may only be put back to pending, by `requeue`.
 
-Nothing here reads the clock, draws a random number, or knows where records come from.
+Nothing here reads the clock, or knows where records come from.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -83,6 +85,9 @@ _TOTALS: Final = (
 )
 """What stays of a node that comes back."""
 
+JOINED: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
+"""What the store sets of a node that joins."""
+
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
@@ -113,6 +118,10 @@ class Backoff:
         if check_number("factor", self.factor, 1e9) < 1:
             raise InvalidDataError("factor", f"must be at least 1, not {self.factor!r}")
 
+    def draw(self) -> Wait:
+        """How long one task waits, whichever retry it will be: chance has spoken."""
+        return partial(self.seconds, chance=random.random())
+
     def seconds(self, retry: int, chance: float) -> float:
         """Seconds before a retry.
 
@@ -134,7 +143,7 @@ def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTrans
     return InvalidTransitionError(task_id, before.value, after.value)
 
 
-def arrived(task: Record[Task], now: datetime) -> Values:
+def arrived(task: Record[Any], now: datetime) -> Values:
     """When a task came into the state it is in, if it does not tell."""
     name = _MOMENTS.get(task["status"])
     return {name: now} if name is not None and task[name] is None else {}

@@ -47,6 +47,7 @@ from openclaw_store.feed import (
     read_start,
 )
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
+from openclaw_store.lifecycle import arrived, refused
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import (
     CONTENT,
@@ -171,12 +172,15 @@ class Mirror:
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         if operation.kind is NodeInfo and not isinstance(operation, Create):
-            return self._submit_behind(operation)
+            return self._submit_behind(operation, operation.id)
+        for kind, id in operation.others:
+            if kind is NodeInfo:
+                return self._submit_behind(operation, id)
         return self._database.write(apply, operation)
 
-    async def _submit_behind(self, operation: Operation) -> Any:
+    async def _submit_behind(self, operation: Operation, node_id: str) -> Any:
         # Not taken before it runs: a task that is cancelled before would never give it back.
-        beats = self.cache.take_beats([operation.id])
+        beats = self.cache.take_beats([node_id])
         if not beats:
             return await self._database.write(apply, operation)
         [beat] = beats
@@ -198,6 +202,8 @@ class Mirror:
             DuplicateError: If there is one with this identifier.
         """
         place = place_of(record)
+        # Whether another live task has the same idempotency key, only the database can tell.
+        persist = persist or (place[0] is Task and record["idempotency_key"] is not None)
         if persist and place not in self.cache.unsaved:
             stored: Record[Item] = await self.submit(Create(place[0], place[1], record))
             return stored
@@ -221,6 +227,12 @@ class Mirror:
             return stored
         known = await self.find(place)
         _require_version(place, known, self.cache.settled_version(place, record.version))
+        if place[0] is Task and known is not None:
+            refusal = refused(place[1], known["status"], record["status"])
+            if refusal is not None:
+                raise refusal
+            if known["status"] is not record["status"]:
+                record = record.evolve(**arrived(record, self._database.clock()))
         entry = self.cache.unsaved.get(place)
         if known is not None and record.kind is NodeInfo:
             record = record.evolve(last_heartbeat=newer_heartbeat(known, record))

@@ -45,10 +45,13 @@ WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
 HELD = frozenset({TaskStatus.SCHEDULED, TaskStatus.RUNNING})
 """The states in which a task takes up a place on its node."""
 
+LIVE = WAITING | HELD
+"""The states of tasks that are not done."""
+
 FINISHED = frozenset(
     {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT}
 )
-"""The states in which a task is done; in all others it is *live*."""
+"""The states in which a task is done."""
 
 
 class TaskPriority(IntEnum):

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
+from openclaw_store import lifecycle
 from openclaw_store.changes import ITEM, Operation, Place, Row, apply, counters_of, missing
-from openclaw_store.errors import DuplicateError, StaleVersionError, StoreError
-from openclaw_store.lifecycle import (
-    Decision,
-    Step,
-    Values,
-    Wait,
-    arrived,
-    claim,
-    give_back,
-    joined,
-    refused,
+from openclaw_store.checks import check_count, check_key, check_text, encode_json
+from openclaw_store.errors import (
+    DuplicateError,
+    InvalidDataError,
+    StaleVersionError,
+    StoreError,
 )
+from openclaw_store.lifecycle import Decision, Outcome, Step, Values, Wait
 from openclaw_store.models import ALIVE, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
 from openclaw_store.schema import FIELDS, KEY
@@ -101,10 +98,10 @@ class Update(Generic[Item]):
             assert row.record is not None  # always read
             record = record.evolve(last_heartbeat=newer_heartbeat(row.record, self.record))
         elif row.status is not None and row.status != record.fields["status"]._value_:
-            refusal = refused(self.id, TaskStatus(row.status), record["status"])
+            refusal = lifecycle.refused(self.id, TaskStatus(row.status), record["status"])
             if refusal is not None:
                 return refusal
-            moments: Values = arrived(record, row.now)
+            moments: Values = lifecycle.arrived(record, row.now)
             record = record.evolve(**moments)
             names = (*names, *moments)
         if self.key is not None:
@@ -194,7 +191,7 @@ class Claim:
             if place.status != TaskStatus.PENDING:
                 continue
             task = place.content(candidate)
-            step = None if task is None else claim(task, node, row.now)
+            step = None if task is None else lifecycle.claim(task, node, row.now)
             if task is not None and step is not None:
                 claimed.append(place.write(task.evolve(**step.task), step.task))
                 node = node.evolve(**step.node)
@@ -238,6 +235,44 @@ class Advance:
         return advance(row, task, self.decision)
 
 
+def start_of(task: Task) -> Advance:
+    """Its node begins to run a task."""
+    return _by_owner(task, lifecycle.start)
+
+
+def completion_of(task: Task, result: Any) -> Advance:
+    """Its node has completed a task."""
+    text = None if result is None else encode_json("result", result)
+    return _by_owner(task, partial(lifecycle.complete, result=text))
+
+
+def failure_of(task: Task, error: str, wait: Wait) -> Advance:
+    """Its node has failed to do a task."""
+    text = check_text("error", error)
+    return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait))
+
+
+def cancellation_of(task_id: str, reason: str | None) -> Advance:
+    """Nobody needs a task any more."""
+    text = None if reason is None else check_text("reason", reason)
+    return Advance(check_key("task_id", task_id), partial(lifecycle.cancel, reason=text))
+
+
+def requeue_of(task_id: str) -> Advance:
+    """A task is to be run again."""
+    return Advance(check_key("task_id", task_id), lifecycle.requeue)
+
+
+def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
+    if not isinstance(task, Task):
+        raise InvalidDataError("task", f"must be a Task, not {type(task).__name__}")
+    node = task.assigned_node
+    if node is not None:
+        check_key("assigned_node", node)
+    owner = (node, check_count("attempt", task.attempt))
+    return Advance(check_key("task_id", task.task_id), partial(decision, owner=owner), None, node)
+
+
 def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:
     """Take the task that `row` holds a step on, and the counters of its node with it."""
     node = row.other(NodeInfo, task["assigned_node"]) if task["assigned_node"] else None
@@ -274,8 +309,8 @@ class Register:
         for held in row.held():
             task = held.content()
             assert task is not None  # it has a status
-            advance(held, task, partial(give_back, wait=self.wait))
-        record = self.record.evolve(**joined(self.record, row.record, row.now))
+            advance(held, task, partial(lifecycle.give_back, wait=self.wait))
+        record = self.record.evolve(**lifecycle.joined(self.record, row.record, row.now))
         return row.write(record, FIELDS[NodeInfo], "registered")
 
 

@@ -249,10 +249,14 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     return Record(kind, fields)
 
 
-def write_back(record: Record[Item], item: Item) -> None:
-    """Give the caller's object the version and the times it has in the store."""
+def write_back(record: Record[Item], item: Item, names: Iterable[str] | None = None) -> None:
+    """Give the caller's object what the store has set.
+
+    Args:
+        names: The fields, none of them JSON; `None` for the version and the times.
+    """
     fields, target = record.fields, item.__dict__
-    for name in STAMPED[record.kind]:
+    for name in STAMPED[record.kind] if names is None else names:
         target[name] = fields[name]
 
 

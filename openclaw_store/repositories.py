@@ -7,6 +7,7 @@ session of a `Database.transaction()` joins it and commits nothing itself; with 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -24,27 +25,48 @@ from openclaw_store.checks import (
     check_limit,
     check_number,
     check_seconds,
+    check_some,
     check_text,
 )
 from openclaw_store.database import Database
-from openclaw_store.errors import InvalidDataError, StoreError
+from openclaw_store.errors import (
+    InvalidDataError,
+    NotOwnerError,
+    StoreError,
+    TaskNotFoundError,
+)
+from openclaw_store.filters import TaskFilter, TaskPage, behind, cursor_of
 from openclaw_store.heartbeats import Beat
+from openclaw_store.lifecycle import JOINED, Backoff, claim, free_places
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.operations import (
     CONTENT,
+    Advance,
+    Advanced,
+    Claim,
     Create,
+    Register,
     Remove,
     RemoveFinished,
     SetNodeStatus,
     Update,
+    cancellation_of,
+    completion_of,
+    failure_of,
     remove_finished,
+    requeue_of,
+    start_of,
 )
 from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, encode, write_back
 from openclaw_store.schema import COLUMNS, IS_PENDING, KEY, ROWS, NodeRow, TaskRow, decoder_of
 from openclaw_store.statements import statements_for
 from openclaw_store.writer import Apply, Unit
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
+
+DEFAULT_BACKOFF = Backoff()
 
 CLEANUP_BATCH = 200
 """Tasks that one transaction of `cleanup_old_tasks` removes; others write in between."""
@@ -54,6 +76,9 @@ UNDONE = -MAX_INTEGER
 
 ROWS_A_PAGE = 250
 """Rows read at a stretch, before other coroutines run."""
+
+_SPARE_CANDIDATES = 16
+"""Of a claim, in case that others are quicker."""
 
 _DECODED = 100  # so many, if they are decoded and copied at the same stretch
 
@@ -139,11 +164,14 @@ class Repository(Generic[Item]):
         """The write transaction that is joined."""
         return None if self._session is None else self._session.info.get("unit")
 
-    def _write_back(self, record: Record[Item], item: Item) -> None:
+    def _write_back(
+        self, record: Record[Item], item: Item, names: Iterable[str] | None = None
+    ) -> None:
+        names = tuple(STAMPED[self.kind] if names is None else names)
         if self._unit is not None:
-            before = {name: item.__dict__[name] for name in STAMPED[self.kind]}
+            before = {name: item.__dict__[name] for name in names}
             self._unit.undo.append(partial(item.__dict__.update, before))
-        write_back(record, item)
+        write_back(record, item, names)
 
     def _hand_out(self, records: Sequence[Record[Item]]) -> list[Item]:
         """Copies for the caller.
@@ -166,15 +194,30 @@ class Repository(Generic[Item]):
         return await self._database.read(work)
 
     async def _write(self, operation: Any, apply: Apply = apply) -> Any:
-        if self._session is not None:
-            return await self._database.write_in(self._session, apply, operation)
-        return await self._database.write(apply, operation)
+        try:
+            if self._session is not None:
+                return await self._database.write_in(self._session, apply, operation)
+            return await self._database.write(apply, operation)
+        except NotOwnerError as error:
+            logger.warning("refused: %s", error)
+            raise
 
 
 class TaskRepository(Repository[Task]):
-    """The tasks in the database; every call reads or writes it."""
+    """The tasks in the database; every call reads or writes it.
+
+    Args:
+        database: The database, or a session of it.
+        backoff: How long a task waits for its next try.
+    """
 
     kind = Task
+
+    def __init__(
+        self, database: Database | AsyncSession, backoff: Backoff = DEFAULT_BACKOFF
+    ) -> None:
+        super().__init__(database)
+        self._backoff = backoff
 
     async def create(self, task: Task) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -198,6 +241,142 @@ class TaskRepository(Repository[Task]):
     async def delete(self, task_id: str) -> bool:
         """Remove a task; `False` if there is none. Its history stays."""
         return await self._delete(task_id)
+
+    async def claim(self, node_id: str, limit: int = 1) -> list[Task]:
+        """Hand pending tasks to an ONLINE node that has the skills and the places for them.
+
+        Returns:
+            The tasks, SCHEDULED on it: due ones, by priority, time of submission and identifier.
+
+        Raises:
+            NodeNotFoundError: If there is no such node.
+        """
+        place = check_key("node_id", node_id)
+        check_some("limit", limit)
+
+        async def candidates(session: AsyncSession) -> list[Record[Task]]:
+            """The best of what waits, and some to spare in case that others are quicker."""
+            query = select(*COLUMNS[NodeInfo]).where(NodeRow.node_id == place)
+            nodes = await read_records(session, NodeInfo, query)
+            wanted = min(limit, free_places(nodes[0])) if nodes else 0
+            found: list[Record[Task]] = []
+            if not wanted:
+                return found
+            decode, now = decoder_here(session, Task), self._database.clock()
+            async for rows in read_rows(session, select_pending()):
+                tasks = map(decode, rows)
+                found += [task for task in tasks if claim(task, nodes[0], now) is not None]
+                if len(found) >= wanted:
+                    break
+            return found[: wanted + _SPARE_CANDIDATES]
+
+        operation = Claim(place, await self._read(candidates), limit)
+        return self._hand_out(await self._write(operation))
+
+    async def start(self, task: Task) -> Task:
+        """Its node begins to run a claimed task; returns the task as it is stored.
+
+        Raises:
+            TaskNotFoundError: If it was removed meanwhile.
+            NotOwnerError: If its node does not hold this attempt any more.
+        """
+        return await self._advance(start_of(task))
+
+    async def complete(self, task: Task, result: Any = None) -> Task:
+        """Its node has completed a task; returns the task as it is stored.
+
+        Args:
+            result: Any JSON value.
+
+        Raises:
+            TaskNotFoundError: If it was removed meanwhile.
+            NotOwnerError: If its node does not hold this attempt any more.
+            InvalidDataError: If the result cannot be stored.
+        """
+        return await self._advance(completion_of(task, result))
+
+    async def fail(self, task: Task, error: str) -> Task:
+        """Its node has failed; the task is PENDING again, or FAILED after its last retry.
+
+        Raises:
+            TaskNotFoundError: If it was removed meanwhile.
+            NotOwnerError: If its node does not hold this attempt any more.
+        """
+        return await self._advance(failure_of(task, error, self._backoff.draw()))
+
+    async def cancel(self, task_id: str, reason: str | None = None) -> bool:
+        """End a task that nobody needs any more; `False` if there is none.
+
+        Raises:
+            InvalidTransitionError: If it is finished otherwise.
+        """
+        return await is_known(self._write(cancellation_of(task_id, reason)))
+
+    async def requeue(self, task_id: str) -> bool:
+        """Have a task run again, as if it never had been; `False` if there is none.
+
+        Raises:
+            DuplicateError: If another live task has its idempotency key by now.
+        """
+        return await is_known(self._write(requeue_of(task_id)))
+
+    async def _advance(self, operation: Advance) -> Task:
+        done: Advanced = await self._write(operation)
+        return self._hand_out([done.record])[0]
+
+    async def list_tasks(
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> TaskPage:
+        """A page of the tasks that a filter means, newest submitted first, then by identifier.
+
+        Pages stay stable while tasks change: nothing comes twice, and nothing is left out that was
+        there before the first page and still fits.
+
+        Args:
+            filter: `None` for all tasks.
+            after: `after` of the page before; `None` for the first.
+            limit: How many at most.
+
+        Raises:
+            InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
+        """
+        check_some("limit", limit)
+        checked = (filter or TaskFilter()).checked()
+        conditions = list(checked.conditions(self._database.dialect))
+        if after is not None:
+            conditions.append(behind(after))
+        queries = [
+            self._select(*conditions, *states)
+            .order_by(TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
+            .limit(limit + 1)
+            for states in self._states_of(checked)
+        ]
+
+        async def run(session: AsyncSession) -> list[Record[Task]]:
+            decode = decoder_here(session, Task)
+            found = [
+                decode(row)
+                for query in queries
+                async for rows in read_rows(session, query)
+                for row in rows
+            ]
+            found.sort(key=lambda task: (task["submitted_at"], task["task_id"]), reverse=True)
+            return found[: limit + 1]
+
+        found = await self._read(run)
+        tasks = self._hand_out(found[:limit])
+        return TaskPage(tasks, cursor_of(tasks[-1]) if len(found) > limit else None)
+
+    def _states_of(self, filter: TaskFilter) -> Sequence[Sequence[Any]]:
+        """Conditions on the status, of as many queries as can be answered in order by an index."""
+        states = filter.status if isinstance(filter.status, tuple) else tuple(TaskStatus)
+        if filter.node is None and filter.user is None:
+            return [(TaskRow.status == status,) for status in states]
+        return [()] if filter.status is None else [(TaskRow.status.in_(states),)]
 
     async def list_by_status(self, status: TaskStatus, limit: int | None = None) -> list[Task]:
         """Tasks with this status, newest submitted first."""
@@ -312,6 +491,24 @@ class NodeRepository(Repository[NodeInfo]):
         """All nodes, newest registered first."""
         return await self._newest()
 
+    async def register(self, node: NodeInfo, backoff: Backoff = DEFAULT_BACKOFF) -> bool:
+        """Add a node, or have it come back as a new process; `node` receives what is stored.
+
+        What the former process held is given back at once: it is tried again later, or has FAILED
+        after its last retry. The node's totals go on.
+
+        Args:
+            node: As it is now; its `version` does not matter.
+            backoff: How long these tasks wait for their next try.
+
+        Raises:
+            InvalidDataError: If a field cannot be stored.
+        """
+        record = self.encode(node)
+        stored = await self._write(Register(record["node_id"], record, backoff.draw()))
+        self._write_back(stored, node, JOINED)
+        return True
+
     async def update_heartbeat(self, node_id: str) -> bool:
         """Note a sign of life now; brings an OFFLINE node back ONLINE. `False` if unknown."""
         beat = Beat(check_key("node_id", node_id), self._database.clock(), {})
@@ -356,6 +553,15 @@ class NodeRepository(Repository[NodeInfo]):
     async def _newest(self, *conditions: Any) -> list[NodeInfo]:
         order = (NodeRow.registered_at.desc(), NodeRow.node_id)
         return await self._list(self._select(*conditions).order_by(*order))
+
+
+async def is_known(work: Awaitable[object]) -> bool:
+    """Whether `work` has found the task that it is about."""
+    try:
+        await work
+    except TaskNotFoundError:
+        return False
+    return True
 
 
 def select_pending() -> Select[Any]:

@@ -7,9 +7,11 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextvars import Context
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,23 +25,48 @@ from openclaw_store.checks import (
     check_number,
     check_percentage,
     check_seconds,
+    check_some,
     check_text,
 )
 from openclaw_store.database import Database
+from openclaw_store.dispatcher import Dispatcher, Recovery
 from openclaw_store.errors import (
+    BackendError,
     DeadlineError,
+    DuplicateError,
     InvalidDataError,
+    StoreError,
     TaskNotFoundError,
     UnavailableError,
     UnsavedConflictError,
 )
+from openclaw_store.explanations import Explanation
 from openclaw_store.feed import read_history
+from openclaw_store.filters import TaskFilter, TaskPage
 from openclaw_store.heartbeats import Beat
+from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task
-from openclaw_store.operations import SetNodeStatus
+from openclaw_store.models import FINISHED, LIVE, ClusterState, NodeInfo, NodeStatus, Task
+from openclaw_store.operations import (
+    Advance,
+    Create,
+    SetNodeStatus,
+    apply_together,
+    cancellation_of,
+    completion_of,
+    failure_of,
+    requeue_of,
+    start_of,
+)
 from openclaw_store.records import Item, Record, write_back
-from openclaw_store.repositories import NodeRepository, Repository, TaskRepository, node_status
+from openclaw_store.repositories import (
+    DEFAULT_BACKOFF,
+    NodeRepository,
+    Repository,
+    TaskRepository,
+    is_known,
+    node_status,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +74,9 @@ T = TypeVar("T")
 
 _WATCH_SECONDS = 1.0
 """How often a watcher looks at the feed though nothing has woken it."""
+
+TASKS_A_CHUNK = 1000
+"""Tasks that one transaction adds at most; others write in between."""
 
 _COPIES = 100  # copied at a stretch, before other coroutines run
 
@@ -86,6 +116,7 @@ class StateManager:
             the database when they are asked for.
         wake_ups: Whether it is told at once when other processes have committed, which takes a
             thread on SQLite and a connection on PostgreSQL. Without `auto_sync_interval` it is not.
+        backoff: How long a task that has failed waits for its next try.
 
     Attributes:
         db: The database.
@@ -100,6 +131,7 @@ class StateManager:
         *,
         finished_cache_size: int = 10_000,
         wake_ups: bool = True,
+        backoff: Backoff = DEFAULT_BACKOFF,
     ) -> None:
         if auto_sync_interval is not None and (
             isinstance(auto_sync_interval, bool)
@@ -111,11 +143,13 @@ class StateManager:
                 f"must be a positive number of seconds, or None, not {auto_sync_interval!r}",
             )
         self.db = database
-        self.task_repo = TaskRepository(database)
+        self.task_repo = TaskRepository(database, backoff)
         self.node_repo = NodeRepository(database)
+        self._backoff = backoff
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
+        self._dispatcher = Dispatcher(database, self._mirror, backoff)
         self._loop: asyncio.AbstractEventLoop
         self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time
@@ -309,6 +343,242 @@ class StateManager:
 
     delete_task = remove_task
 
+    async def submit_task(self, task: Task) -> Task:
+        """Add a task, unless there is a live one with its idempotency key.
+
+        Returns:
+            The task as it is stored, or the one that is there already.
+
+        Raises:
+            DuplicateError: If another task has its identifier.
+            InvalidDataError: If a field cannot be stored.
+        """
+        while True:
+            try:
+                await self.add_task(task)
+            except DuplicateError as error:
+                if error.idempotency_key is None:
+                    raise
+                found = await self.get_task(error.id)
+            else:
+                found = await self.get_task(task.task_id)
+            if found is not None and found.idempotency_key == task.idempotency_key:
+                return found  # else it was removed, or changed, meanwhile
+
+    async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
+        """Add many tasks; each receives its version and its times in UTC.
+
+        Works in chunks of 1,000, each of which is one transaction; others write in between. After
+        an error a note on it says how many tasks were gone through, and the call can be repeated:
+        those that are there are refused then.
+
+        Returns:
+            For each task, `None` if it was added, or why it was not: `DuplicateError`, or
+            `InvalidDataError`.
+
+        Raises:
+            BackendError: If the database could not be written.
+        """
+        self._check_usable()
+        outcomes: list[StoreError | None] = []
+        remaining = iter(tasks)
+        while chunk := list(islice(remaining, TASKS_A_CHUNK)):
+            try:
+                outcomes += await self._add_chunk(chunk)
+            except BackendError as error:
+                error.add_note(f"{len(outcomes)} tasks were gone through before")
+                raise
+        return outcomes
+
+    async def _add_chunk(self, chunk: Sequence[Task]) -> list[StoreError | None]:
+        outcomes: list[StoreError | None] = [None] * len(chunk)
+        creations: dict[int, Create[Task]] = {}
+        for place, task in enumerate(chunk):
+            try:
+                record = self.task_repo.encode(task)
+            except InvalidDataError as error:
+                outcomes[place] = error
+                continue
+            await self._mirror.settle((Task, task.task_id))
+            creations[place] = Create(Task, task.task_id, record)
+        results = await self.db.write(apply_together, list(creations.values()))
+        for place, result in zip(creations, results, strict=True):
+            if isinstance(result, StoreError):
+                outcomes[place] = result
+            else:
+                write_back(result, chunk[place])
+        return outcomes
+
+    async def list_tasks(
+        self, filter: TaskFilter | None = None, *, after: str | None = None, limit: int = 100
+    ) -> TaskPage:
+        """A page of the tasks that a filter means, newest submitted first, then by identifier.
+
+        Read from the database, so that it goes through finished tasks, too; what is only in memory
+        (`persist=False`) is not among them. Pages stay stable while tasks change: nothing comes
+        twice, and nothing is left out that was there before the first page and still fits.
+
+        Args:
+            filter: `None` for all tasks.
+            after: `after` of the page before; `None` for the first.
+            limit: How many at most.
+
+        Raises:
+            InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
+        """
+        self._check_usable()
+        return await self.task_repo.list_tasks(filter, after=after, limit=limit)
+
+    async def cancel_tasks(
+        self, filter: TaskFilter | None = None, reason: str | None = None
+    ) -> list[str]:
+        """Cancel the live tasks that a filter means; others write in between.
+
+        Args:
+            filter: `None` for all tasks.
+            reason: Becomes the `error` of the tasks, and is in the feed.
+
+        Returns:
+            Identifiers of the tasks it cancelled.
+
+        Raises:
+            InvalidDataError: If a condition of the filter makes no sense.
+            BackendError: If the database could not be written; what is cancelled by then is. The
+                call can be repeated.
+        """
+        self._check_usable()
+        checked = (filter or TaskFilter()).checked()
+        states = LIVE if checked.status is None else LIVE.intersection(checked.status)
+        live = replace(checked, status=tuple(states))
+        cancelled: list[str] = []
+        after: str | None = None
+        while True:
+            page = await self.task_repo.list_tasks(live, after=after, limit=TASKS_A_CHUNK)
+            operations = [cancellation_of(task.task_id, reason) for task in page]
+            done = self._dispatcher.advance_all(operations)
+            cancelled += [one.record["task_id"] async for one in done]
+            after = page.after
+            if after is None:
+                return cancelled
+
+    async def claim_tasks(self, node_id: str, limit: int = 1) -> list[Task]:
+        """Hand pending tasks to a node: it owns them until it finishes them, or is lost.
+
+        The node gets due tasks whose required skills it has, by priority, time of submission and
+        identifier, as many as it has places for; none unless it is ONLINE. They are SCHEDULED on
+        it, and its `running_tasks` counts them until they are done: do not report that figure with
+        its heartbeats as well. Which tasks are best is told from memory; each is handed out once,
+        whoever else may claim at the same time.
+
+        Args:
+            limit: How many at most.
+
+        Returns:
+            The tasks, best first; an empty list if there is nothing to do.
+
+        Raises:
+            NodeNotFoundError: If there is no such node.
+        """
+        self._check_usable()
+        check_key("node_id", node_id)
+        claimed = await self._dispatcher.claim(node_id, check_some("limit", limit))
+        return list(map(Record.copy, claimed))
+
+    async def start_task(self, task: Task) -> Task:
+        """Its node begins to run a task that it has claimed.
+
+        The owner of a task is told by `assigned_node` and `attempt`; nothing else of `task` counts,
+        and it is left as it is. To say so twice changes nothing.
+
+        Returns:
+            The task as it is stored.
+
+        Raises:
+            TaskNotFoundError: If it was removed meanwhile.
+            NotOwnerError: If its node does not hold this attempt any more.
+        """
+        return await self._advance(start_of(task))
+
+    async def complete_task(self, task: Task, result: Any = None) -> Task:
+        """Its node has completed a task; as `start_task`.
+
+        Args:
+            result: Any JSON value.
+
+        Raises:
+            TaskNotFoundError: If it was removed meanwhile.
+            NotOwnerError: If its node does not hold this attempt any more.
+            InvalidDataError: If the result cannot be stored.
+        """
+        return await self._advance(completion_of(task, result))
+
+    async def fail_task(self, task: Task, error: str) -> Task:
+        """Its node has failed to do a task; as `start_task`.
+
+        The task is PENDING again, and due after the manager's `backoff`; after its last retry
+        (`max_retries`) it is FAILED.
+
+        Raises:
+            TaskNotFoundError: If it was removed meanwhile.
+            NotOwnerError: If its node does not hold this attempt any more.
+        """
+        return await self._advance(failure_of(task, error, self._backoff.draw()))
+
+    async def cancel_task(self, task_id: str, reason: str | None = None) -> bool:
+        """End a task that nobody needs any more; `False` if there is none.
+
+        Args:
+            reason: Becomes the `error` of the task, and is in the feed.
+
+        Raises:
+            InvalidTransitionError: If it is finished otherwise.
+        """
+        self._check_usable()
+        return await is_known(self._dispatcher.advance(cancellation_of(task_id, reason)))
+
+    async def requeue_task(self, task_id: str) -> bool:
+        """Have a task run again, as if it never had been; `False` if there is none.
+
+        It is the only way out of a finished state. A task that is scheduled or running is taken
+        from its node.
+
+        Raises:
+            DuplicateError: If another live task has its idempotency key by now.
+        """
+        self._check_usable()
+        return await is_known(self._dispatcher.advance(requeue_of(task_id)))
+
+    async def recover(self, timeout_seconds: float = 120) -> Recovery:
+        """Take tasks from nodes that are not alive, and those that run for longer than they may.
+
+        Sets silent nodes OFFLINE. What is scheduled or running on a node that was silent for too
+        long, that is OFFLINE or in ERROR, or that there is not (any more), is PENDING again, with
+        one retry less, or FAILED with the error `node lost`. What runs for longer than its
+        `timeout` is PENDING again, or has TIMEOUT. To be called every now and then, by any number
+        of coordinators: each task has one outcome.
+
+        Args:
+            timeout_seconds: How long a node may be silent.
+
+        Returns:
+            All that this call has done.
+        """
+        self._check_usable()
+        return await self._dispatcher.recover(timeout_seconds)
+
+    async def explain_task(self, task_id: str) -> Explanation:
+        """Why a task waits, as data; `str` of it is a sentence.
+
+        Raises:
+            TaskNotFoundError: If there is none.
+        """
+        self._check_usable()
+        return await self._dispatcher.explain(check_key("task_id", task_id))
+
+    async def _advance(self, operation: Advance) -> Task:
+        self._check_usable()
+        return (await self._dispatcher.advance(operation)).record.copy()
+
     async def get_node(self, node_id: str) -> NodeInfo | None:
         """A node; `None` if there is none."""
         self._check_usable()
@@ -350,6 +620,23 @@ class StateManager:
         self._check_usable()
         record = self.node_repo.encode(node)
         write_back(await self._mirror.add(record, persist), node)
+        return True
+
+    async def register_node(self, node: NodeInfo) -> bool:
+        """Add a node, or have it come back as a new process; `node` receives what is stored.
+
+        What its former process held is given back at once, however fresh its heartbeats are: it is
+        tried again later, or FAILED after its last retry. The node's totals go on.
+
+        Args:
+            node: As it is now; its `version` does not matter.
+
+        Raises:
+            InvalidDataError: If a field cannot be stored.
+        """
+        self._check_usable()
+        record = self.node_repo.encode(node)
+        write_back(await self._dispatcher.register(record), node, JOINED)
         return True
 
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:
@@ -458,16 +745,7 @@ class StateManager:
             Identifiers of the nodes it set OFFLINE.
         """
         self._check_usable()
-        cutoff = self.db.clock() - check_seconds("timeout_seconds", timeout_seconds)
-        await self._mirror.flush_beats()
-        reason = f"silent for more than {timeout_seconds:g} s"
-        operations = [
-            SetNodeStatus(node.node_id, NodeStatus.OFFLINE, cutoff, reason)
-            for node in await self.node_repo.find_stale_nodes(timeout_seconds)
-        ]
-        # Each behind the heartbeat that may have come meanwhile.
-        outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
-        return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
+        return await self._dispatcher.set_silent_offline(timeout_seconds)
 
     def watch(self, since: int | None = None) -> AsyncIterator[Change]:
         """Every change that is committed after a revision, by this and by other processes.

@@ -41,11 +41,14 @@ LAYERS = [
     "changes",
     "operations",
     "heartbeats",
+    "filters",
     "repositories",
     "indexes",
     "feed",
     "cache",
     "mirror",
+    "explanations",
+    "dispatcher",
     "state_manager",
 ]
 """The modules; each one imports only from those before it."""

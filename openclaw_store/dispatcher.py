@@ -1,0 +1,225 @@
+"""Handing tasks to nodes and taking them back, by the picture in memory and the word of the writer.
+
+What is best to do is chosen here, without asking the database. Whether it still may be done is
+decided by the writer, with the rows before it; so any number of coordinators may try at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from itertools import islice
+
+from openclaw_store import lifecycle
+from openclaw_store.changes import missing
+from openclaw_store.checks import check_seconds
+from openclaw_store.database import Database
+from openclaw_store.errors import (
+    ConflictError,
+    NotFoundError,
+    NotOwnerError,
+    TaskNotFoundError,
+)
+from openclaw_store.explanations import Explanation, explain
+from openclaw_store.lifecycle import Backoff
+from openclaw_store.mirror import Mirror
+from openclaw_store.models import NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.operations import Advance, Advanced, Claim, Register, SetNodeStatus
+from openclaw_store.records import Record
+from openclaw_store.repositories import NodeRepository
+
+logger = logging.getLogger(__name__)
+
+TASKS_A_WRITE = 200
+"""How many tasks are handed to the writer at a stretch, before others write."""
+
+_MOST_SPARES = 64
+"""Candidates of a claim beyond those that are wanted, in case that others are quicker."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a call of `recover` has done; each list in no particular order."""
+
+    offline_nodes: list[str]
+    """The nodes it set OFFLINE."""
+    requeued_tasks: list[str]
+    """The tasks it put back to pending."""
+    failed_tasks: list[str]
+    """Those that were on a node that is not alive, and had no retries left."""
+    timed_out_tasks: list[str]
+    """Those that ran for too long, and had no retries left."""
+
+    def __bool__(self) -> bool:
+        """Whether it has done anything."""
+        return any(vars(self).values())
+
+
+class Dispatcher:
+    """The verbs of a task's life, for one `StateManager`.
+
+    Args:
+        database: Whose clock counts.
+        mirror: What is in memory, and the way to the writer.
+        backoff: How long a task waits for its next try.
+    """
+
+    def __init__(self, database: Database, mirror: Mirror, backoff: Backoff) -> None:
+        self._database = database
+        self._mirror = mirror
+        self._backoff = backoff
+        self._nodes = NodeRepository(database)
+        self._claiming: set[str] = set()  # tasks that a claim is under way for
+        self._spares = 0
+
+    async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
+        """Hand tasks to a node; see `StateManager.claim_tasks`."""
+        place = (NodeInfo, node_id)
+        await self._mirror.settle(place)
+        claimed: list[Record[Task]] = []
+        lost: set[str] = set()
+        while True:
+            node = await self._mirror.find(place)
+            if node is None:
+                raise missing(*place)
+            wanted = min(limit - len(claimed), lifecycle.free_places(node))
+            candidates = await self._choose(node, wanted, lost) if wanted else []
+            if not candidates:
+                return claimed
+            first = {one.fields["task_id"] for one in candidates[:wanted]}
+            self._claiming |= first
+            try:
+                got = await self._mirror.submit(Claim(node_id, candidates, wanted))
+            finally:
+                self._claiming -= first
+            claimed += got
+            got_ids = {one.fields["task_id"] for one in got}
+            if first <= got_ids:
+                self._spares //= 2
+                if len(claimed) == limit:
+                    return claimed
+            else:  # others were quicker, or the node is full
+                self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
+                lost |= first - got_ids
+                await self._mirror.refresh()
+
+    async def advance(self, operation: Advance) -> Advanced:
+        """Take a task a step on in its life.
+
+        Raises:
+            TaskNotFoundError: If there is none.
+            ConflictError: If it may not be done.
+        """
+        place = (Task, operation.id)
+        await self._mirror.settle(place)
+        operation.known = known = self._mirror.cache.task(operation.id)
+        if known is not None:
+            operation.node_id = known["assigned_node"]
+        try:
+            done: Advanced = await self._mirror.submit(operation)
+        except NotOwnerError as error:
+            logger.warning("refused: %s", error)
+            raise
+        return done
+
+    async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
+        """Add a node, or take note that it has come back as a new process."""
+        place = (NodeInfo, record["node_id"])
+        self._mirror.cache.discard(place)  # what is only in memory is of the former process
+        register = Register(record["node_id"], record, self._backoff.draw())
+        registered: Record[NodeInfo] = await self._mirror.submit(register)
+        return registered
+
+    async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
+        """Set the live nodes OFFLINE that were silent for longer; returns which."""
+        cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        await self._mirror.flush_beats()
+        reason = f"silent for more than {timeout_seconds:g} s"
+        operations = [
+            SetNodeStatus(node.node_id, NodeStatus.OFFLINE, cutoff, reason)
+            for node in await self._nodes.find_stale_nodes(timeout_seconds)
+        ]
+        # Each behind the heartbeat that may have come meanwhile.
+        outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
+        return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
+
+    async def recover(self, timeout_seconds: float) -> Recovery:
+        """Take tasks from nodes that are not alive; see `StateManager.recover`."""
+        silent_since = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        recovery = Recovery(await self.set_silent_offline(timeout_seconds), [], [], [])
+        await self._mirror.refresh()
+        lists = {
+            TaskStatus.PENDING: recovery.requeued_tasks,
+            TaskStatus.FAILED: recovery.failed_tasks,
+            TaskStatus.TIMEOUT: recovery.timed_out_tasks,
+        }
+        recover = partial(lifecycle.recover, silent_since=silent_since)
+        operations = [
+            Advance(task_id, partial(recover, wait=self._backoff.draw()))
+            for task_id in await self._suspects(silent_since)
+        ]
+        async for done in self.advance_all(operations):
+            lists[done.record["status"]].append(done.record["task_id"])
+        return recovery
+
+    async def advance_all(self, operations: Sequence[Advance]) -> AsyncIterator[Advanced]:
+        """Take many tasks a step on, as far as they may be, and tell of each that has changed.
+
+        Raises:
+            BackendError: If the database could not be written; what is done by then is done.
+        """
+        for start in range(0, len(operations), TASKS_A_WRITE):
+            part = operations[start : start + TASKS_A_WRITE]
+            outcomes = await asyncio.gather(*map(self.advance, part), return_exceptions=True)
+            for outcome in outcomes:
+                if isinstance(outcome, Advanced):
+                    if outcome.is_changed:
+                        yield outcome
+                elif not isinstance(outcome, ConflictError | NotFoundError):
+                    raise outcome
+
+    async def explain(self, task_id: str) -> Explanation:
+        """Why a task is where it is."""
+        task = await self._mirror.find((Task, task_id))
+        if task is None:
+            raise TaskNotFoundError(task_id)
+        cache, now = self._mirror.cache, self._database.clock()
+        nodes = list(cache.nodes.values())
+        ahead = cache.ahead_of(task, [one for one in nodes if lifecycle.has_skills(one, task)], now)
+        return explain(task, nodes, ahead, now)
+
+    async def _choose(
+        self, node: Record[NodeInfo], wanted: int, lost: set[str]
+    ) -> Sequence[Record[Task]]:
+        """The best tasks for a node that no other claim is under way for, and some to spare."""
+        cache = self._mirror.cache
+        taken = self._claiming | lost if lost else self._claiming
+        best = cache.ready.best(frozenset(node.decoded("available_skills")), self._database.clock())
+        ids = list(islice((id for _, _, id in best if id not in taken), wanted + self._spares))
+        for id in ids:
+            if (Task, id) in cache.unsaved:
+                with suppress(ConflictError, NotFoundError):  # it is gone from memory then
+                    await self._mirror.settle((Task, id))
+        return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]
+
+    async def _suspects(self, silent_since: datetime) -> list[str]:
+        """The tasks that seem to be on nodes that are not alive, or to run for too long."""
+        cache, now = self._mirror.cache, self._database.clock()
+        suspects: list[str] = []
+        for node_id, ids in list(cache.held().items()):
+            if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), silent_since):
+                suspects += ids
+                continue
+            running = (cache.tasks.get(id) for id in list(ids))
+            suspects += [
+                one["task_id"]
+                for one in running
+                if one is not None and lifecycle.is_overdue(one, now)
+            ]
+            await asyncio.sleep(0)  # others run in between
+        return suspects
