@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import loop, processes, reads, server_writes, writes
+from benchmarks import claims, loop, processes, reads, server_writes, writes
 from benchmarks.measure import Benchmark, Line, at_least, at_most
 
 BENCHMARKS = (
@@ -100,6 +100,43 @@ BENCHMARKS = (
             Line("longest pause of the event loop, 100,000 live tasks", "ms", at_most(20, 5)),
             Line("… longest pass of the garbage collector meanwhile", "ms"),
         ),
+    ),
+    Benchmark(
+        "claims",
+        claims.claims,
+        (
+            Line(
+                "claims of one task, 16 claimers / 16 processes: BEGIN IMMEDIATE, UPDATE … "
+                "RETURNING",
+                "×",
+                at_least(15, 35),
+            ),
+        ),
+    ),
+    Benchmark(
+        "queues",
+        claims.queues,
+        (
+            Line(
+                "one claim, p50: 10,000 tasks ahead that the node cannot run / none",
+                "×",
+                at_most(1.5, 1.1),
+            ),
+            Line("… 1,000,000 pending tasks / 10,000", "×", at_most(1.5, 1.1)),
+        ),
+    ),
+    Benchmark(
+        "pg-claims",
+        claims.server_claims,
+        (
+            Line(
+                "PostgreSQL: claims of one task, 16 claimers / 16 connections: FOR UPDATE SKIP "
+                "LOCKED",
+                "×",
+                at_least(3, 8),
+            ),
+        ),
+        needs_server=True,
     ),
     Benchmark(
         "pg-insert-64",

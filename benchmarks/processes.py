@@ -50,7 +50,7 @@ async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     async def see() -> Sample:
         async with (
             _location(bench, kind) as location,
-            _processes(1) as run,
+            processes(1) as run,
             StateManager(Database(location)) as store,
             asyncio.TaskGroup() as group,
         ):
@@ -87,10 +87,10 @@ async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """
     count = bench.scaled(25_600, 8 * CLIENTS)
 
-    async def insert(processes: int, *, wake_ups: bool = True) -> Sample:
-        async with _location(bench, kind) as location, _processes(processes) as run:
-            work = location, count // processes, wake_ups
-            shares = [run(_insert_at_once, *work) for _ in range(processes)]
+    async def insert(coordinators: int, *, wake_ups: bool = True) -> Sample:
+        async with _location(bench, kind) as location, processes(coordinators) as run:
+            work = location, count // coordinators, wake_ups
+            shares = [run(_insert_at_once, *work) for _ in range(coordinators)]
             spans = [span for share in await asyncio.gather(*shares) for span in share]
             if kind == "sqlite":
                 require_tasks(Path(location), count)
@@ -129,7 +129,7 @@ async def _location(bench: Bench, kind: Kind) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, Any, list[Span]]]]:
+async def processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, Any, list[Span]]]]:
     """What runs a coroutine function in one of so many processes, with an event loop of its own."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])  # importing takes longer than the rest
@@ -140,6 +140,11 @@ async def _processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, A
             return await asyncio.get_running_loop().run_in_executor(pool, _run, work, *given)
 
         yield run
+
+
+def start_together() -> None:
+    """Wait until all the processes are ready."""
+    _start.wait()
 
 
 def _set_start(barrier: Barrier) -> None:
@@ -181,6 +186,6 @@ async def _insert_at_once(location: str, count: int, wake_ups: bool) -> list[Spa
 
     tasks = make_tasks(count)
     async with StateManager(Database(location), wake_ups=wake_ups) as store:
-        await asyncio.to_thread(_start.wait)
+        await asyncio.to_thread(start_together)
         await drive(CLIENTS, tasks, add)
     return spans[CLIENTS:]  # as in `drive`, the first call of each does not count

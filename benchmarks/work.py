@@ -121,6 +121,22 @@ def require_tasks(path: Path, count: int) -> None:
         raise RuntimeError(f"{found} tasks instead of {count}")
 
 
+def require_claimed(path: Path, count: int) -> None:
+    """Fail where not so many tasks were really claimed, each once."""
+    with closing(sqlite3.connect(path)) as connection:
+        _require_claimed(connection.execute(_CLAIMED).fetchone(), count)
+
+
+_CLAIMED = (
+    "SELECT count(*), max(attempt) FROM tasks WHERE attempt > 0 AND assigned_node IS NOT NULL"
+)
+
+
+def _require_claimed(found: Sequence[int], count: int) -> None:
+    if tuple(found) != (count, 1):
+        raise RuntimeError(f"{found[0]} tasks were claimed instead of {count}, or some twice")
+
+
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Any]:
     """A connection of asyncpg's own to a server."""
@@ -150,6 +166,12 @@ async def require_server_tasks(url: str, count: int, *, changes: int | None = No
         found = await connection.fetchval("SELECT count(*) FROM changes")
         if changes is not None and found != changes:
             raise RuntimeError(f"{found} changes instead of {changes}")
+
+
+async def require_server_claimed(url: str, count: int) -> None:
+    """Fail where not so many tasks were really claimed, each once."""
+    async with connected(url) as connection:
+        _require_claimed(await connection.fetchrow(_CLAIMED), count)
 
 
 async def make_empty(location: Path | str) -> None:

@@ -202,8 +202,7 @@ class Mirror:
             DuplicateError: If there is one with this identifier.
         """
         place = place_of(record)
-        # Whether another live task has the same idempotency key, only the database can tell.
-        persist = persist or (place[0] is Task and record["idempotency_key"] is not None)
+        persist = persist or self._takes_key(place, record)
         if persist and place not in self.cache.unsaved:
             stored: Record[Item] = await self.submit(Create(place[0], place[1], record))
             return stored
@@ -219,7 +218,7 @@ class Mirror:
             StaleVersionError: If it has another version.
         """
         place = place_of(record)
-        if persist:
+        if persist or self._takes_key(place, record):
             if place in self.cache.unsaved:
                 _require_version(place, self.cache.find(place), record.version)
                 await self.settle(place)
@@ -237,6 +236,13 @@ class Mirror:
         if known is not None and record.kind is NodeInfo:
             record = record.evolve(last_heartbeat=newer_heartbeat(known, record))
         return self._hold(record, known if entry is None else entry.base)
+
+    def _takes_key(self, place: Place, record: Record[Any]) -> bool:
+        """Whether a task gets an idempotency key; who else has it, only the database knows."""
+        if place[0] is not Task or record["idempotency_key"] is None:
+            return False
+        known = self.cache.find(place)
+        return known is None or bool(known["idempotency_key"] != record["idempotency_key"])
 
     async def change(
         self, place: Place, fn: Callable[[Record[Item]], Record[Item]]

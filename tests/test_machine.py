@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 from openclaw_store import (
     Database,
     DuplicateError,
+    InvalidTransitionError,
     NodeInfo,
     NodeNotFoundError,
     NodeRepository,
@@ -313,6 +314,8 @@ class Machine(RuleBasedStateMachine):
                 wrong = TaskNotFoundError
             elif known.version != version:
                 wrong = StaleVersionError
+            elif known.status not in {*LIVE, task.status}:
+                wrong = InvalidTransitionError
         if wrong is not None:
             self.refused(call, wrong)
             assert task == before

@@ -1,0 +1,192 @@
+"""Claims: handing pending tasks to nodes, beside what others do it with, and as the queue grows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from functools import partial
+from itertools import count as counter
+from pathlib import Path
+from time import perf_counter
+
+from benchmarks.measure import Bench, Figure, Sample, drive
+from benchmarks.processes import Span, processes, start_together
+from benchmarks.work import (
+    connect,
+    connected,
+    fill,
+    fill_server,
+    require_claimed,
+    require_durable_server,
+    require_server_claimed,
+    rows,
+)
+from benchmarks.writes import faster
+from openclaw_store import Database, NodeInfo, StateManager
+
+CLAIMERS = 16
+"""Each has a node of its own, or a process, or a connection."""
+
+SKILLS = ["python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java"]
+
+# By the partial index, which is in this order; a task that was claimed is in it no more.
+_CLAIM = """
+UPDATE tasks SET status = 'running', assigned_node = ?, attempt = attempt + 1 WHERE task_id = (
+    SELECT task_id FROM tasks WHERE status IN ('pending', 'scheduled')
+    ORDER BY priority, submitted_at, task_id LIMIT 1
+) RETURNING task_id, name, parameters"""
+_CLAIM_ON_SERVER = _CLAIM.replace("?", "$1").replace("LIMIT 1", "LIMIT 1 FOR UPDATE SKIP LOCKED")
+
+
+async def claims(bench: Bench) -> Sequence[Figure]:
+    """Claims of one task each, against as many processes that ask SQLite themselves."""
+    many, few = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(1600, 4 * CLAIMERS)
+    with bench.database() as source:
+        fill(source, rows(many))
+        medians = await bench.interleave(
+            {
+                "openclaw_store": partial(_claim_ours, bench, source, many),
+                "sqlite3": partial(_claim_by_processes, bench, source, few),
+            }
+        )
+    return [faster(medians["openclaw_store"], medians["sqlite3"])]
+
+
+async def server_claims(bench: Bench) -> Sequence[Figure]:
+    """The same on PostgreSQL, against as many connections that skip what others have locked."""
+    many, some = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(3200, 4 * CLAIMERS)
+    async with bench.server_database() as source:
+        await fill_server(source, rows(many))
+        medians = await bench.interleave(
+            {
+                "openclaw_store": partial(_claim_ours_on_server, bench, source, many),
+                "asyncpg": partial(_claim_by_connections, bench, source, some),
+            }
+        )
+    return [faster(medians["openclaw_store"], medians["asyncpg"])]
+
+
+async def queues(bench: Bench) -> Sequence[Figure]:
+    """How long one claim takes, whatever waits ahead of it and behind."""
+    small, large = bench.scaled(10_000, 100), bench.scaled(1_000_000, 1000)
+    claims = bench.scaled(200, 10)
+
+    async def claim(ahead: int, pending: int) -> Sample:
+        with bench.database() as path:
+            fill(path, rows(pending))
+            with closing(connect(path)) as connection:
+                connection.execute(
+                    "UPDATE tasks SET required_skills = '[\"cobol\"]', priority = 0 "
+                    "WHERE task_id IN (SELECT task_id FROM tasks LIMIT ?)",
+                    (ahead,),
+                )
+            async with _store(str(path)) as store:
+                node = _node(0)
+                await store.register_node(node)
+                return await drive(1, range(claims + 1), lambda _: store.claim_tasks(node.node_id))
+
+    medians = await bench.interleave(
+        {
+            "none ahead": partial(claim, 0, 2 * small),
+            "many ahead": partial(claim, small, 2 * small),
+            "few": partial(claim, 0, small),
+        }
+    )
+    few = medians["few"]
+    medians = {**medians, **await bench.interleave({"many": partial(claim, 0, large)}, 1)}
+    return [
+        _slower(medians["many ahead"], medians["none ahead"]),
+        _slower(medians["many"], few),
+    ]
+
+
+def _slower(ours: Sample, against: Sample) -> Figure:
+    value = ours["p50_ms"] / against["p50_ms"]
+    return Figure(value, f"{ours['p50_ms']:.2f} ms", f"{against['p50_ms']:.2f} ms")
+
+
+async def _claim_ours(bench: Bench, source: Path, count: int) -> Sample:
+    """`StateManager.claim_tasks`, by coroutines of one process."""
+    with bench.database(source) as path:
+        sample = await _claim_all(str(path), count)
+        require_claimed(path, count)
+    return sample
+
+
+async def _claim_ours_on_server(bench: Bench, source: str, count: int) -> Sample:
+    async with bench.server_database(source) as url:
+        sample = await _claim_all(url, count)
+        await require_server_claimed(url, count)
+    return sample
+
+
+async def _claim_all(location: str, count: int) -> Sample:
+    nodes = [_node(number) for number in range(CLAIMERS)]
+    turn = counter()
+
+    async def claim(_: int) -> None:
+        [task] = await store.claim_tasks(nodes[next(turn) % CLAIMERS].node_id)
+        assert task.attempt == 1
+
+    async with _store(location) as store:
+        for node in nodes:
+            await store.register_node(node)
+        return await drive(CLAIMERS, range(count), claim)
+
+
+async def _claim_by_processes(bench: Bench, source: Path, count: int) -> Sample:
+    """`BEGIN IMMEDIATE`, `UPDATE … RETURNING`, `COMMIT`, by processes of their own."""
+    with bench.database(source) as path:
+        async with processes(CLAIMERS) as run:
+            work = _claim_by_process, str(path), count // CLAIMERS
+            shares = await asyncio.gather(*[run(*work) for _ in range(CLAIMERS)])
+        require_claimed(path, count // CLAIMERS * CLAIMERS)
+    began, ended = zip(*(span for share in shares for span in share), strict=True)
+    return {"per_s": count / (max(ended) - min(began))}
+
+
+async def _claim_by_process(path: str, count: int) -> list[Span]:
+    spans: list[Span] = []
+    with closing(connect(Path(path))) as connection:
+        connection.execute("PRAGMA busy_timeout = 60000")
+        await asyncio.to_thread(start_together)
+        for _ in range(count):
+            began = perf_counter()
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute(_CLAIM, ("node-0001",)).fetchall()
+            connection.execute("COMMIT")
+            spans.append((began, perf_counter()))
+    return spans
+
+
+async def _claim_by_connections(bench: Bench, source: str, count: int) -> Sample:
+    """`UPDATE … (SELECT … FOR UPDATE SKIP LOCKED) RETURNING`, by coroutines of one process."""
+    async with bench.server_database(source) as url:
+        async with AsyncExitStack() as stack:
+            free = []
+            for _ in range(CLAIMERS):
+                connection = await stack.enter_async_context(connected(url))
+                await require_durable_server(connection)
+                free.append(await connection.prepare(_CLAIM_ON_SERVER))
+
+            async def claim(_: int) -> None:
+                statement = free.pop()
+                await statement.fetch("node-0001")
+                free.append(statement)
+
+            sample = await drive(CLAIMERS, range(count), claim)
+        await require_server_claimed(url, count)
+    return sample
+
+
+def _node(number: int) -> NodeInfo:
+    return NodeInfo(
+        f"claimer-{number:02}", "host", available_skills=SKILLS, max_concurrent_tasks=10_000_000
+    )
+
+
+@asynccontextmanager
+async def _store(location: str) -> AsyncIterator[StateManager]:
+    async with StateManager(Database(location)) as store:
+        yield store
