@@ -20,7 +20,7 @@ from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
-from openclaw_store.indexes import PendingKey, ReadyTasks, Records, SortedKeys
+from openclaw_store.indexes import PendingKey, Ready, ReadyTasks, Records, SortedKeys
 from openclaw_store.models import (
     FINISHED,
     HELD,
@@ -70,8 +70,8 @@ class Cache:
         self.task_counts = _of_each_status(start.task_counts)
         self.is_counted = True
         """Whether `task_counts` are right; clean-up can remove changes before they are seen."""
-        # Applied, though some before them were not; with the status they were counted from.
-        self._ahead: dict[int, tuple[Change, str | None]] = {}
+        self.ahead: dict[int, tuple[Change, str | None]] = {}
+        """Applied, though some before them were not; with the status they were counted from."""
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
         self._pending: SortedKeys[PendingKey] = SortedKeys()
         self.ready = ReadyTasks()
@@ -134,7 +134,7 @@ class Cache:
 
     def catch_up(self, news: News) -> None:
         """Take over what the feed says, from this and other processes."""
-        later = [change for change, _ in self._ahead.values() if change.revision > news.read_at]
+        later = [change for change, _ in self.ahead.values() if change.revision > news.read_at]
         changed_since = {(KINDS[change.item], change.item_id) for change in later}
         self.is_counted = self.is_counted and news.is_whole
         must_wait = self.complete > news.read_at  # what was committed since cannot be told apart
@@ -142,10 +142,16 @@ class Cache:
         for change in news.changes:
             if self._count(change):
                 changed[KINDS[change.item], change.item_id] = None
+        self.tasks.decode = news.decode
         for place in changed:
-            if place not in changed_since:
-                record = news.records.get(place)
-                self._commit(place, self._with_landed(record, news.beat), news.read_at)
+            if place in changed_since:
+                continue
+            kind, id = place
+            if kind is Task:
+                self._take_over_task(id, news)
+            else:
+                record = self._with_landed(news.nodes.get(id), news.beat)
+                self._commit(place, record, news.read_at)
         for record in news.beaten:
             place = place_of(record)
             if self._visible(place) is not None:
@@ -159,15 +165,15 @@ class Cache:
         if news.revision > self.complete:
             self.complete = news.revision
             self.version = max(self.version, self.complete)
-            for revision in [revision for revision in self._ahead if revision <= self.complete]:
+            for revision in [revision for revision in self.ahead if revision <= self.complete]:
                 self._catch_up_with(revision)
             self._close_gap()
         if news.task_counts is not None and not must_wait:
             self.task_counts = _of_each_status(news.task_counts)
             for change in later:
                 self._count_status(change.from_status, change)
-                if change.revision in self._ahead:
-                    self._ahead[change.revision] = (change, change.from_status)
+                if change.revision in self.ahead:
+                    self.ahead[change.revision] = (change, change.from_status)
             self.is_counted = True
 
     def remember(self, record: Record[Task]) -> None:
@@ -358,18 +364,40 @@ class Cache:
         if revision == self.complete + 1:
             self._count_status(change.from_status, change)
             self.complete = revision
-        elif revision <= self.complete or revision in self._ahead:
+        elif revision <= self.complete or revision in self.ahead:
             return False
         else:  # what came before is not known yet: count from what is
             before = self._status_here(change)
             self._count_status(before, change)
-            self._ahead[revision] = (change, before)
+            self.ahead[revision] = (change, before)
         if revision > self.version:
             self.version = revision
             self.updated_at = change.changed_at
-        if self._ahead:
+        if self.ahead:
             self._close_gap()
         return True
+
+    def _take_over_task(self, id: str, news: News) -> None:
+        """Take over what the feed says of a task that has changed."""
+        row = news.tasks.get(id)
+        if row is None:
+            self._commit((Task, id), None, news.read_at)
+        elif (ready := news.ready(row)) is None or not self._is_new(id):
+            self._commit((Task, id), news.decode(row), news.read_at)
+        else:  # by far the most frequent case, and nobody may ever ask for it
+            self.tasks.put(id, row)
+            self._pending.add(ready[0])
+            self.ready.add(*ready)
+
+    def _is_new(self, id: str) -> bool:
+        """Whether nothing is known of a task."""
+        place = (Task, id)
+        return not (
+            id in self.tasks.entries
+            or id in self._finished
+            or place in self.unsaved
+            or place in self._aliases
+        )
 
     def _status_here(self, change: Change) -> str | None:
         """The status that the counts have an item in."""
@@ -393,7 +421,7 @@ class Cache:
 
     def _catch_up_with(self, revision: int) -> None:
         """All before `revision` is counted now: count it from where that has left it."""
-        change, before = self._ahead.pop(revision)
+        change, before = self.ahead.pop(revision)
         if change.item == _TASK and before != change.from_status:
             if before is not None:
                 self.task_counts[before] += 1
@@ -401,7 +429,7 @@ class Cache:
                 self.task_counts[change.from_status] -= 1
 
     def _close_gap(self) -> None:
-        while self.complete + 1 in self._ahead:
+        while self.complete + 1 in self.ahead:
             self.complete += 1
             self._catch_up_with(self.complete)
 
@@ -598,7 +626,7 @@ def _pending_key(record: Record[Task]) -> PendingKey | None:
     return None
 
 
-def _claimable(record: Record[Task]) -> tuple[PendingKey, bytes | None, datetime | None] | None:
+def _claimable(record: Record[Task]) -> Ready | None:
     """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
     if record.fields["status"] is not TaskStatus.PENDING:
         return None

@@ -5,9 +5,10 @@ Each reading is one consistent picture, made in one session.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -15,16 +16,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.changes import (
     ITEM,
-    KINDS,
     Change,
     ChangeKind,
-    Place,
     counters_of,
-    place_of,
 )
 from openclaw_store.errors import CompactedError, InvalidDataError
-from openclaw_store.indexes import PendingKey
+from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
+from openclaw_store.pages import CHANGE_WIDTH, read_page
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.schema import (
@@ -43,6 +42,9 @@ _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
     FIELDS[Task].index,
     ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
 )
+
+_CHANGE_KINDS = {kind.value: kind for kind in ChangeKind}  # found so in half the time
+_PENDING = TaskStatus.PENDING.value
 
 CHANGES_A_PAGE = 200
 """Changes read at a stretch, before other coroutines run."""
@@ -71,8 +73,8 @@ class Page:
     decode: Decode
     keys: Sequence[PendingKey] = ()
     """Of the tasks that wait, in this order."""
-    ready: Sequence[tuple[PendingKey, bytes | None, datetime | None]] = ()
-    """Key, required skills as JSON, and `not_before` of those that may be claimed."""
+    ready: Sequence[Ready] = ()
+    """Of those that may be claimed."""
     held: Sequence[tuple[str | None, str]] = ()
     """Node and identifier of those that are scheduled or running."""
 
@@ -84,17 +86,24 @@ class News:
     revision: int
     """`changes` go up to here."""
     read_at: int
-    """The revision of the picture that `records` are from; more pages follow if it is larger."""
+    """The revision of the picture that content is from; more pages follow if it is larger."""
     beat: int
     changes: Sequence[Change]
+    """Those that were not known before."""
     is_whole: bool
     """Whether no change is missing; clean-up removes those of removed tasks."""
-    records: Mapping[Place, Record[Any]]
-    """Content of what changed; what is not there was removed."""
+    tasks: Mapping[str, Raw]
+    """Content of the tasks that changed; what is not there was removed."""
+    nodes: Mapping[str, Record[NodeInfo]]
+    """Content of the nodes that changed; what is not there was removed."""
     beaten: Sequence[Record[NodeInfo]]
     """Nodes that had heartbeats since."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, where they cannot be derived from the changes."""
+    decode: Decode
+    """Makes a record of one of the `tasks`."""
+    ready: Callable[[Raw], Ready | None]
+    """How `ReadyTasks` knows one of them; `None` if it may not be claimed."""
     is_compacted: bool = False
     """Whether the feed does not reach back that far any more, so that nothing else counts."""
 
@@ -132,32 +141,54 @@ def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
     return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
 
 
-async def read_news(session: AsyncSession, *, since: int, beat: int, is_whole: bool) -> News:
-    """Up to a page of what has happened since the revision `since` and the flush `beat`.
+async def read_news(
+    session: AsyncSession,
+    *,
+    since: int,
+    beat: int,
+    is_whole: bool,
+    known: Container[int] = (),
+) -> News:
+    """A page of what has happened since the revision `since` and the flush `beat`.
 
     Args:
         is_whole: Whether the pages before this one were.
+        known: Revisions of changes that need not be told.
     """
-    read_at, newest_beat = await _counters(session)
-    changes = await _changes(session, since)
-    is_compacted = await _oldest_missing(session, since, read_at, changes) is not None
-    until = changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
-    records: dict[Place, Record[Any]] = {}
+    page = await read_page(session, since, since + CHANGES_A_PAGE)
+    until = min(since + CHANGES_A_PAGE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
-    for item, kind in KINDS.items():
-        ids = {change.item_id for change in changes if change.item == item}
-        if ids:
-            query = sql.by_ids(kind, COLUMNS[kind], sql.given([*ids]))
-            found = await read_records(session, kind, query)
-            records.update((place_of(record), record) for record in found)
+    changes = [
+        Change(number, sql.from_moment(at), item, id, _CHANGE_KINDS[kind], *rest)
+        for number, at, item, id, kind, *rest in (
+            row[:CHANGE_WIDTH] for row in page.rows if row[0] not in known
+        )
+    ]
+    tasks = {row[3]: tuple(row[CHANGE_WIDTH:]) for row in page.rows if row[CHANGE_WIDTH]}
+    nodes: Mapping[str, Record[NodeInfo]] = {}
+    if ids := {change.item_id for change in changes if change.item == ITEM[NodeInfo]}:
+        query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
+        found = await read_records(session, NodeInfo, query)
+        nodes = {record["node_id"]: record for record in found}
     beaten: Sequence[Record[NodeInfo]] = []
-    if newest_beat > beat:
+    if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
         beaten = await read_records(session, NodeInfo, query)
-    is_whole = is_whole and len(changes) == until - since
-    counts = None if is_whole or until < read_at else await _task_counts(session)
+    is_whole = is_whole and len(page.rows) == until - since
+    first = page.rows[0][0] if page.rows else None
     return News(
-        until, read_at, newest_beat, changes, is_whole, records, beaten, counts, is_compacted
+        revision=until,
+        read_at=page.revision,
+        beat=page.beat,
+        changes=changes,
+        is_whole=is_whole,
+        tasks=tasks,
+        nodes=nodes,
+        beaten=beaten,
+        task_counts=None if is_whole or until < page.revision else await _task_counts(session),
+        decode=sql.decode[Task],
+        ready=_ready_of(sql.from_moment),
+        is_compacted=await _oldest_missing(session, since, page.revision, first) is not None,
     )
 
 
@@ -174,7 +205,8 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
     if since > read_at:
         raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
     changes = await _changes(session, since)
-    oldest = await _oldest_missing(session, since, read_at, changes)
+    first = changes[0].revision if changes else None
+    oldest = await _oldest_missing(session, since, read_at, first)
     if oldest is not None:
         raise CompactedError(since, oldest)
     return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
@@ -206,6 +238,21 @@ async def _changes(session: AsyncSession, since: int) -> list[Change]:
     return _as_changes(await session.execute(query.limit(CHANGES_A_PAGE)))
 
 
+@lru_cache
+def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None]:
+    def ready(row: Raw) -> Ready | None:
+        if row[_STATUS] != _PENDING:
+            return None
+        skills, not_before = row[_SKILLS], row[_NOT_BEFORE]
+        return (
+            (row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]),
+            skills and skills.encode(),
+            not_before and moment(not_before),
+        )
+
+    return ready
+
+
 def _as_changes(rows: Iterable[Any]) -> list[Change]:
     return [
         Change(number, at, item, id, ChangeKind(kind), *rest)
@@ -214,10 +261,14 @@ def _as_changes(rows: Iterable[Any]) -> list[Change]:
 
 
 async def _oldest_missing(
-    session: AsyncSession, since: int, read_at: int, changes: Sequence[Change]
+    session: AsyncSession, since: int, read_at: int, first: int | None
 ) -> int | None:
-    """The oldest revision of the feed, if it begins behind the one after `since`."""
-    if since == read_at or (changes and changes[0].revision == since + 1):
+    """The oldest revision of the feed, if it begins behind the one after `since`.
+
+    Args:
+        first: The first revision that was found behind `since`.
+    """
+    if since == read_at or first == since + 1:
         return None
     oldest = await session.scalar(select(func.min(ChangeRow.revision)))
     beginning = read_at + 1 if oldest is None else int(oldest)

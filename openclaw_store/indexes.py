@@ -18,6 +18,9 @@ Key = TypeVar("Key", bound=tuple[Any, ...])
 PendingKey = tuple[int, datetime, str]
 """Priority, time of submission and identifier of a task: the order in which tasks are run."""
 
+Ready = tuple[PendingKey, bytes | None, datetime | None]
+"""A task that may be claimed: its key, the JSON of the skills it requires, and `not_before`."""
+
 _MOST_SETS = 1000
 """Of skills, kept though no node has them any more, or no task requires them."""
 
@@ -40,13 +43,14 @@ class Records(Generic[Item]):
     the garbage collector leaves tuples of text and numbers alone.
     """
 
-    __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "entries")
+    __slots__ = ("_buckets", "_is_shared", "_shared", "decode", "entries")
 
     def __init__(self) -> None:
         self.entries: dict[str, Record[Item] | Raw] = {}
         """To be read only; a row that nobody has asked for is still a tuple."""
         self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
-        self._decode: Decode = _no_rows
+        self.decode: Decode = _no_rows
+        """Makes a record of a row that is still a tuple."""
         self._is_shared = bytearray(_BUCKETS)
         """For each bucket, whether the last photograph has it too."""
         self._shared = 0
@@ -61,7 +65,7 @@ class Records(Generic[Item]):
     def get(self, id: str) -> Record[Item] | None:
         found = self.entries.get(id)
         if isinstance(found, tuple):
-            found = self._decode(found)
+            found = self.decode(found)
             self.entries[id] = self._buckets[hash(id) & _MASK][id] = found
         return found
 
@@ -70,7 +74,7 @@ class Records(Generic[Item]):
 
     def load(self, rows: Iterable[Raw], decode: Decode) -> None:
         """Put rows in by their first value; `decode` makes a record of one that is asked for."""
-        self._decode = decode
+        self.decode = decode
         for row in rows:
             self.put(row[0], row)
 
@@ -88,7 +92,7 @@ class Records(Generic[Item]):
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
-        return RecordMapping(self._buckets.copy(), self.entries, self._decode)
+        return RecordMapping(self._buckets.copy(), self.entries, self.decode)
 
     def _own_bucket_of(self, id: str) -> None:
         index = hash(id) & _MASK
@@ -253,7 +257,7 @@ class ReadyTasks:
             return
         self._group(skills).add(key)
 
-    def extend(self, tasks: Iterable[tuple[PendingKey, bytes | None, datetime | None]]) -> None:
+    def extend(self, tasks: Iterable[Ready]) -> None:
         """Add tasks that are not there, in ascending order of their keys."""
         groups: dict[bytes | None, list[PendingKey]] = {}
         for key, skills, not_before in tasks:

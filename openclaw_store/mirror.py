@@ -330,7 +330,7 @@ class Mirror:
                 cache = self.cache
                 since, beat, is_whole = cache.complete, cache.beat, cache.is_counted
                 news = await self._database.read(
-                    partial(read_news, since=since, beat=beat, is_whole=is_whole)
+                    partial(read_news, since=since, beat=beat, is_whole=is_whole, known=cache.ahead)
                 )
                 if news.is_compacted or news.read_at - cache.complete > RELOAD_AFTER:
                     await self._load()

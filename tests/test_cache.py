@@ -16,7 +16,7 @@ from openclaw_store.cache import Cache
 from openclaw_store.changes import Event
 from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
-from openclaw_store.indexes import Records, SortedKeys
+from openclaw_store.indexes import Ready, Records, SortedKeys
 from openclaw_store.models import FINISHED
 from openclaw_store.records import Record, encode
 
@@ -45,6 +45,33 @@ def change(
     )  # fmt: skip
     changed_at = START + timedelta(seconds=revision)
     return Change(revision, changed_at, item, id, kind, before, after, None, None)
+
+
+def node_news(
+    revision: int,
+    changes: Sequence[Change],
+    *records: Record[NodeInfo],
+    beat: int = 0,
+    beaten: Sequence[Record[NodeInfo]] = (),
+) -> News:
+    """What the feed says of nodes."""
+    nodes = {record["node_id"]: record for record in records}
+    return News(
+        revision, revision, beat, changes, True, {}, nodes, beaten, None, decode_row, ready_of
+    )
+
+
+def decode_row(row: tuple[Any, ...]) -> Record[Task]:
+    """Of a row as `FakeDatabase` has it: an identifier, and the record."""
+    record: Record[Task] = row[1]
+    return record
+
+
+def ready_of(row: tuple[Any, ...]) -> Ready | None:
+    fields = decode_row(row).fields
+    if fields["status"] is not TaskStatus.PENDING:
+        return None
+    return (fields["priority"].value, fields["submitted_at"], row[0]), None, fields["not_before"]
 
 
 class FakeDatabase:
@@ -82,9 +109,12 @@ class FakeDatabase:
             beat=0,
             changes=changes,
             is_whole=is_whole,
-            records={(Task, id): row for id, row in self.rows.items() if id in touched},
+            tasks={id: (id, row) for id, row in self.rows.items() if id in touched},
+            nodes={},
             beaten=[],
             task_counts=counts,
+            decode=decode_row,
+            ready=ready_of,
         )
 
     def tell(self, cache: Cache, page: int = 100) -> None:
@@ -327,9 +357,7 @@ class TestLearning:
         cache = Cache(NOTHING, 10)
         node = node_record("n", 1)
         cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
-        cache.catch_up(
-            News(2, 2, 0, [change(2, "n", "online", None, item="node")], True, {}, [], None)
-        )
+        cache.catch_up(node_news(2, [change(2, "n", "online", None, item="node")]))
 
         cache.apply([Beaten(Beat("n", START, {}), 1)])
 
@@ -349,7 +377,7 @@ class TestLearning:
         row = node_record("n", 2, last_heartbeat=START, hostname="renamed")
 
         cache.apply([Beaten(beats[0], 1), Beaten(beats[1], 2)])
-        cache.catch_up(News(2, 2, 0, [renamed], True, {(NodeInfo, "n"): row}, [], None))
+        cache.catch_up(node_news(2, [renamed], row))
 
         assert copies(cache.all_nodes()) == copies([beats[1].after(beats[0]).over(row)])
 
@@ -365,7 +393,7 @@ class TestLearning:
         successor = node_record("n", 3)
 
         cache.apply([Beaten(Beat("n", START, {"cpu_usage": 1.0}), 1)])
-        cache.catch_up(News(3, 3, 1, changes, True, {(NodeInfo, "n"): successor}, [], None))
+        cache.catch_up(node_news(3, changes, successor, beat=1))
 
         assert cache.all_nodes() == [successor]
 
@@ -377,7 +405,7 @@ class TestLearning:
         updated = change(2, "n", "online", "online", item="node")
         row = node_record("n", 2, last_heartbeat=START, cpu_usage=7)
 
-        cache.catch_up(News(2, 2, 1, [updated], True, {(NodeInfo, "n"): row}, [row], None))
+        cache.catch_up(node_news(2, [updated], row, beat=1, beaten=[row]))
         cache.apply([Beaten(Beat("n", START, {"cpu_usage": 1.0}), 1)])
 
         assert cache.all_nodes() == [row]

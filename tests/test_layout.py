@@ -44,6 +44,7 @@ LAYERS = [
     "filters",
     "repositories",
     "indexes",
+    "pages",
     "feed",
     "cache",
     "mirror",

@@ -1805,7 +1805,7 @@ class TestTwoManagers:
         for _ in range(2):
             await other.refresh_from_database()
 
-        assert [len(news.records) for news in told] == [1, 0]
+        assert [len(news.tasks) for news in told] == [1, 0]
 
     async def test_outdated_copy_of_another_manager_is_refused(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
