@@ -13,6 +13,7 @@ Nothing here reads the clock, or knows where records come from.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -130,9 +131,10 @@ class Backoff:
             chance: A random number from 0 to 1.
         """
         try:
-            full = min(self.first_seconds * self.factor ** (retry - 1), self.longest_seconds)
+            grown = float(self.factor) ** (retry - 1)  # of a whole number it has no end
         except OverflowError:
-            full = self.longest_seconds
+            grown = sys.float_info.max
+        full = min(self.first_seconds * grown, self.longest_seconds)
         return full * (1 - self.jitter * chance)
 
 
