@@ -33,7 +33,7 @@ from openclaw_store.errors import (
     UnavailableError,
 )
 from openclaw_store.heartbeats import Beat, apply_beats
-from openclaw_store.operations import Remove
+from openclaw_store.operations import OfOneRow, Remove
 from openclaw_store.writer import Unit
 
 pytestmark = pytest.mark.postgresql
@@ -68,7 +68,7 @@ async def other(database: Database, location: Location) -> AsyncIterator[Databas
         yield other
 
 
-class Hesitating:
+class Hesitating(OfOneRow):
     """The removal of a task, which waits between reading and writing."""
 
     kind = Task
