@@ -42,7 +42,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.explanations import Explanation
 from openclaw_store.feed import read_history
-from openclaw_store.filters import TaskFilter, TaskPage
+from openclaw_store.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
@@ -447,7 +447,7 @@ class StateManager:
                 call can be repeated.
         """
         self._check_usable()
-        checked = (filter or TaskFilter()).checked()
+        checked = check_filter(filter)
         states = LIVE if checked.status is None else LIVE.intersection(checked.status)
         live = replace(checked, status=tuple(states))
         cancelled: list[str] = []
