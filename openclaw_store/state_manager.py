@@ -346,6 +346,8 @@ class StateManager:
     async def submit_task(self, task: Task) -> Task:
         """Add a task, unless there is a live one with its idempotency key.
 
+        It can be repeated: then it returns what the first call has added.
+
         Returns:
             The task as it is stored, or the one that is there already.
 
@@ -357,13 +359,16 @@ class StateManager:
             try:
                 await self.add_task(task)
             except DuplicateError as error:
+                # Not from memory, which need not know yet that it has the key.
+                found = await self.task_repo.get(error.id)
+                key = task.idempotency_key
+                if found is not None and key is not None and found.idempotency_key == key:
+                    return found
                 if error.idempotency_key is None:
                     raise
-                found = await self.get_task(error.id)
+                # Else the one that had the key was removed, or changed, meanwhile.
             else:
-                found = await self.get_task(task.task_id)
-            if found is not None and found.idempotency_key == task.idempotency_key:
-                return found  # else it was removed, or changed, meanwhile
+                return self.task_repo.encode(task).copy()
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each receives its version and its times in UTC.
