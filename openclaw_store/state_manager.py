@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
@@ -31,10 +32,11 @@ from openclaw_store.checks import (
 from openclaw_store.database import Database
 from openclaw_store.dispatcher import Dispatcher, Recovery
 from openclaw_store.errors import (
-    BackendError,
+    ConflictError,
     DeadlineError,
     DuplicateError,
     InvalidDataError,
+    NotFoundError,
     StoreError,
     TaskNotFoundError,
     UnavailableError,
@@ -383,6 +385,7 @@ class StateManager:
 
         Raises:
             BackendError: If the database could not be written.
+            InvalidDataError: If the database itself refuses a row of a chunk.
         """
         self._check_usable()
         outcomes: list[StoreError | None] = []
@@ -390,7 +393,7 @@ class StateManager:
         while chunk := list(islice(remaining, TASKS_A_CHUNK)):
             try:
                 outcomes += await self._add_chunk(chunk)
-            except BackendError as error:
+            except StoreError as error:
                 error.add_note(f"{len(outcomes)} tasks were gone through before")
                 raise
         return outcomes
@@ -404,7 +407,8 @@ class StateManager:
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            await self._mirror.settle((Task, task.task_id))
+            with suppress(ConflictError, NotFoundError):  # it is gone from memory then
+                await self._mirror.settle((Task, task.task_id))
             creations[place] = Create(Task, task.task_id, record)
         results = await self.db.write(apply_together, list(creations.values()))
         for place, result in zip(creations, results, strict=True):
