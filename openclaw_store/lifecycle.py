@@ -266,10 +266,20 @@ def fail(
 
 
 def cancel(
-    task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, reason: str | None
+    task: Record[Task],
+    node: Record[NodeInfo] | None,
+    now: datetime,
+    *,
+    reason: str | None,
+    version: int | None = None,
 ) -> Outcome:
-    """Somebody has no use for the task any more; to say so twice changes nothing."""
-    if task["status"] is TaskStatus.CANCELLED:
+    """Somebody has no use for the task any more; to say so twice changes nothing.
+
+    Args:
+        reason: Why, if it is known.
+        version: The only one that is meant; `None` for any.
+    """
+    if task["status"] is TaskStatus.CANCELLED or version not in (None, task.version):
         return None
     values = {} if reason is None else {"error": reason}
     return refused(task["task_id"], task["status"], TaskStatus.CANCELLED) or Step(

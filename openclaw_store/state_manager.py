@@ -451,21 +451,25 @@ class StateManager:
             Identifiers of the tasks it cancelled.
 
         Raises:
-            InvalidDataError: If a condition of the filter makes no sense.
+            InvalidDataError: If a condition of the filter, or the reason, makes no sense.
             BackendError: If the database could not be written; what is cancelled by then is. The
                 call can be repeated.
         """
         self._check_usable()
         checked = check_filter(filter)
+        if reason is not None:
+            check_text("reason", reason)
         states = LIVE if checked.status is None else LIVE.intersection(checked.status)
         live = replace(checked, status=tuple(states))
         cancelled: list[str] = []
         after: str | None = None
         while True:
             page = await self.task_repo.list_tasks(live, after=after, limit=TASKS_A_CHUNK)
-            operations = [cancellation_of(task.task_id, reason) for task in page]
-            done = self._dispatcher.advance_all(operations)
-            cancelled += [one.record["task_id"] async for one in done]
+            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
+            done = [one async for one in self._dispatcher.advance_all(operations)]
+            cancelled += [one.record["task_id"] for one in done]
+            if len(done) < len(page):
+                continue  # some were changed meanwhile: are they still meant?
             after = page.after
             if after is None:
                 return cancelled
