@@ -23,6 +23,7 @@ from openclaw_store.errors import (
     ConflictError,
     NotFoundError,
     NotOwnerError,
+    StoreError,
     TaskNotFoundError,
 )
 from openclaw_store.explanations import Explanation, explain
@@ -82,9 +83,18 @@ class Dispatcher:
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
         """Hand tasks to a node; see `StateManager.claim_tasks`."""
+        claimed: list[Record[Task]] = []
+        try:
+            await self._claim(node_id, limit, claimed)
+        except StoreError:
+            if not claimed:  # else they are the node's, and it must be told
+                raise
+        return claimed
+
+    async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
+        """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
         await self._mirror.settle(place)
-        claimed: list[Record[Task]] = []
         lost: set[str] = set()
         while True:
             node = await self._mirror.find(place)
@@ -93,7 +103,7 @@ class Dispatcher:
             wanted = min(limit - len(claimed), lifecycle.free_places(node))
             candidates = await self._choose(node, wanted, lost) if wanted else []
             if not candidates:
-                return claimed
+                return
             first = {one.fields["task_id"] for one in candidates[:wanted]}
             self._claiming |= first
             try:
@@ -105,7 +115,7 @@ class Dispatcher:
             if first <= got_ids:
                 self._spares //= 2
                 if len(claimed) == limit:
-                    return claimed
+                    return
             else:  # others were quicker, or the node is full
                 self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
                 lost |= first - got_ids

@@ -51,7 +51,8 @@ class TaskFilter:
                 given = values[name]
                 several = not isinstance(given, str) and isinstance(given, Iterable)
                 check = check_enum(kind)
-                values[name] = tuple(check(name, one) for one in (given if several else (given,)))
+                members = [check(name, one) for one in (given if several else (given,))]
+                values[name] = tuple(dict.fromkeys(members))
         for name, check in _CHECKS.items():
             if values[name] is not None:
                 values[name] = check(name, values[name])
@@ -80,6 +81,19 @@ class TaskFilter:
                 yield column >= start
             if end is not None:
                 yield column < end
+
+
+def check_filter(filter: TaskFilter | None) -> TaskFilter:
+    """A checked filter; `None` stands for all tasks.
+
+    Raises:
+        InvalidDataError: Naming what makes no sense, and why.
+    """
+    if filter is None:
+        return TaskFilter()
+    if not isinstance(filter, TaskFilter):
+        raise InvalidDataError("filter", f"must be a TaskFilter, not {type(filter).__name__}")
+    return filter.checked()
 
 
 _CHECKS = {

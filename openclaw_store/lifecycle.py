@@ -13,6 +13,7 @@ Nothing here reads the clock, or knows where records come from.
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -130,9 +131,10 @@ class Backoff:
             chance: A random number from 0 to 1.
         """
         try:
-            full = min(self.first_seconds * self.factor ** (retry - 1), self.longest_seconds)
+            grown = float(self.factor) ** (retry - 1)  # of a whole number it has no end
         except OverflowError:
-            full = self.longest_seconds
+            grown = sys.float_info.max
+        full = min(self.first_seconds * grown, self.longest_seconds)
         return full * (1 - self.jitter * chance)
 
 
@@ -264,10 +266,20 @@ def fail(
 
 
 def cancel(
-    task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, reason: str | None
+    task: Record[Task],
+    node: Record[NodeInfo] | None,
+    now: datetime,
+    *,
+    reason: str | None,
+    version: int | None = None,
 ) -> Outcome:
-    """Somebody has no use for the task any more; to say so twice changes nothing."""
-    if task["status"] is TaskStatus.CANCELLED:
+    """Somebody has no use for the task any more; to say so twice changes nothing.
+
+    Args:
+        reason: Why, if it is known.
+        version: The only one that is meant; `None` for any.
+    """
+    if task["status"] is TaskStatus.CANCELLED or version not in (None, task.version):
         return None
     values = {} if reason is None else {"error": reason}
     return refused(task["task_id"], task["status"], TaskStatus.CANCELLED) or Step(

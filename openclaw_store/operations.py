@@ -252,10 +252,11 @@ def failure_of(task: Task, error: str, wait: Wait) -> Advance:
     return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait))
 
 
-def cancellation_of(task_id: str, reason: str | None) -> Advance:
-    """Nobody needs a task any more."""
+def cancellation_of(task_id: str, reason: str | None, version: int | None = None) -> Advance:
+    """Nobody needs a task any more, or one version of it."""
     text = None if reason is None else check_text("reason", reason)
-    return Advance(check_key("task_id", task_id), partial(lifecycle.cancel, reason=text))
+    decision = partial(lifecycle.cancel, reason=text, version=version)
+    return Advance(check_key("task_id", task_id), decision)
 
 
 def requeue_of(task_id: str) -> Advance:

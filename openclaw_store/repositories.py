@@ -35,7 +35,7 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.filters import TaskFilter, TaskPage, behind, cursor_of
+from openclaw_store.filters import TaskFilter, TaskPage, behind, check_filter, cursor_of
 from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff, claim, free_places
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
@@ -345,7 +345,7 @@ class TaskRepository(Repository[Task]):
             InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
         """
         check_some("limit", limit)
-        checked = (filter or TaskFilter()).checked()
+        checked = check_filter(filter)
         conditions = list(checked.conditions(self._database.dialect))
         if after is not None:
             conditions.append(behind(after))

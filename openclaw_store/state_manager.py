@@ -8,6 +8,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import suppress
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
@@ -31,10 +32,11 @@ from openclaw_store.checks import (
 from openclaw_store.database import Database
 from openclaw_store.dispatcher import Dispatcher, Recovery
 from openclaw_store.errors import (
-    BackendError,
+    ConflictError,
     DeadlineError,
     DuplicateError,
     InvalidDataError,
+    NotFoundError,
     StoreError,
     TaskNotFoundError,
     UnavailableError,
@@ -42,7 +44,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.explanations import Explanation
 from openclaw_store.feed import read_history
-from openclaw_store.filters import TaskFilter, TaskPage
+from openclaw_store.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
@@ -346,6 +348,8 @@ class StateManager:
     async def submit_task(self, task: Task) -> Task:
         """Add a task, unless there is a live one with its idempotency key.
 
+        It can be repeated: then it returns what the first call has added.
+
         Returns:
             The task as it is stored, or the one that is there already.
 
@@ -357,13 +361,16 @@ class StateManager:
             try:
                 await self.add_task(task)
             except DuplicateError as error:
+                # Not from memory, which need not know yet that it has the key.
+                found = await self.task_repo.get(error.id)
+                key = task.idempotency_key
+                if found is not None and key is not None and found.idempotency_key == key:
+                    return found
                 if error.idempotency_key is None:
                     raise
-                found = await self.get_task(error.id)
+                # Else the one that had the key was removed, or changed, meanwhile.
             else:
-                found = await self.get_task(task.task_id)
-            if found is not None and found.idempotency_key == task.idempotency_key:
-                return found  # else it was removed, or changed, meanwhile
+                return self.task_repo.encode(task).copy()
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each receives its version and its times in UTC.
@@ -378,6 +385,7 @@ class StateManager:
 
         Raises:
             BackendError: If the database could not be written.
+            InvalidDataError: If the database itself refuses a row of a chunk.
         """
         self._check_usable()
         outcomes: list[StoreError | None] = []
@@ -385,7 +393,7 @@ class StateManager:
         while chunk := list(islice(remaining, TASKS_A_CHUNK)):
             try:
                 outcomes += await self._add_chunk(chunk)
-            except BackendError as error:
+            except StoreError as error:
                 error.add_note(f"{len(outcomes)} tasks were gone through before")
                 raise
         return outcomes
@@ -399,7 +407,8 @@ class StateManager:
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            await self._mirror.settle((Task, task.task_id))
+            with suppress(ConflictError, NotFoundError):  # it is gone from memory then
+                await self._mirror.settle((Task, task.task_id))
             creations[place] = Create(Task, task.task_id, record)
         results = await self.db.write(apply_together, list(creations.values()))
         for place, result in zip(creations, results, strict=True):
@@ -442,21 +451,25 @@ class StateManager:
             Identifiers of the tasks it cancelled.
 
         Raises:
-            InvalidDataError: If a condition of the filter makes no sense.
+            InvalidDataError: If a condition of the filter, or the reason, makes no sense.
             BackendError: If the database could not be written; what is cancelled by then is. The
                 call can be repeated.
         """
         self._check_usable()
-        checked = (filter or TaskFilter()).checked()
+        checked = check_filter(filter)
+        if reason is not None:
+            check_text("reason", reason)
         states = LIVE if checked.status is None else LIVE.intersection(checked.status)
         live = replace(checked, status=tuple(states))
         cancelled: list[str] = []
         after: str | None = None
         while True:
             page = await self.task_repo.list_tasks(live, after=after, limit=TASKS_A_CHUNK)
-            operations = [cancellation_of(task.task_id, reason) for task in page]
-            done = self._dispatcher.advance_all(operations)
-            cancelled += [one.record["task_id"] async for one in done]
+            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
+            done = [one async for one in self._dispatcher.advance_all(operations)]
+            cancelled += [one.record["task_id"] for one in done]
+            if len(done) < len(page):
+                continue  # some were changed meanwhile: are they still meant?
             after = page.after
             if after is None:
                 return cancelled

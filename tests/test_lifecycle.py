@@ -1,0 +1,565 @@
+"""The life of a task as pure functions: every verb from every state, and what it entails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from openclaw_store import (
+    Backoff,
+    ConflictError,
+    InvalidDataError,
+    InvalidTransitionError,
+    NodeInfo,
+    NodeStatus,
+    NotOwnerError,
+    Task,
+    TaskStatus,
+    TaskType,
+    lifecycle,
+)
+from openclaw_store.checks import MAX_INTEGER
+from openclaw_store.lifecycle import NODE_LOST, OVERDUE, Owner, Step
+from openclaw_store.models import FINISHED, HELD, LIVE
+from openclaw_store.records import Record, encode
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+OWNER: Owner = ("node", 3)
+
+
+def a_task(**fields: Any) -> Record[Task]:
+    """A task of the third attempt, on the node unless told otherwise."""
+    defaults: dict[str, Any] = {
+        "status": TaskStatus.RUNNING,
+        "assigned_node": "node",
+        "attempt": 3,
+        "submitted_at": before(60),
+    }
+    return encode(Task("task", TaskType.BATCH, "a task", **{**defaults, **fields}))
+
+
+def a_node(**fields: Any) -> Record[NodeInfo]:
+    """A node that has just shown a sign of life."""
+    defaults: dict[str, Any] = {
+        "running_tasks": 2,
+        "registered_at": before(3600),
+        "last_heartbeat": NOW,
+    }
+    return encode(NodeInfo("node", "host", **{**defaults, **fields}))
+
+
+def before(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def wait(retry: int) -> float:
+    return 10.0 * retry
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One thing that may happen to a task, and how it ends from each state."""
+
+    decide: Callable[..., Any]
+    """By task, node and moment."""
+    steps_from: frozenset[TaskStatus]
+    nothing_to_do_from: frozenset[TaskStatus]
+    refused_by: type[ConflictError] | None
+    """The error in all other states; `None` if it never is one."""
+
+
+ALL = frozenset(TaskStatus)
+VERBS = {
+    "claim": Verb(lifecycle.claim, frozenset({TaskStatus.PENDING}), ALL, None),
+    "start": Verb(
+        partial(lifecycle.start, owner=OWNER),
+        frozenset({TaskStatus.SCHEDULED}),
+        frozenset({TaskStatus.RUNNING}),
+        NotOwnerError,
+    ),
+    "complete": Verb(
+        partial(lifecycle.complete, owner=OWNER, result=b"1"),
+        HELD,
+        frozenset({TaskStatus.COMPLETED}),
+        NotOwnerError,
+    ),
+    "fail": Verb(
+        partial(lifecycle.fail, owner=OWNER, error="no", wait=wait),
+        HELD,
+        frozenset({TaskStatus.FAILED}),
+        NotOwnerError,
+    ),
+    "cancel": Verb(
+        partial(lifecycle.cancel, reason="not needed"),
+        LIVE,
+        frozenset({TaskStatus.CANCELLED}),
+        InvalidTransitionError,
+    ),
+    "requeue": Verb(lifecycle.requeue, ALL - {TaskStatus.PENDING}, ALL, None),
+    "give back": Verb(partial(lifecycle.give_back, wait=wait), HELD, ALL, None),
+    "recover": Verb(partial(lifecycle.recover, silent_since=NOW, wait=wait), HELD, ALL, None),
+}
+LOST = a_node(status=NodeStatus.OFFLINE)
+
+
+def decide(verb: str, task: Record[Task], node: Record[NodeInfo] | None = None) -> Any:
+    """What a verb makes of a task, on a node that is lost if that is what the verb asks for."""
+    if node is None:
+        node = LOST if verb == "recover" else a_node()
+    return VERBS[verb].decide(task, node, NOW)
+
+
+class TestEveryVerbFromEveryState:
+    @pytest.mark.parametrize("status", TaskStatus)
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_outcome(self, verb: str, status: TaskStatus) -> None:
+        outcome = decide(verb, a_task(status=status))
+
+        rules = VERBS[verb]
+        if status in rules.steps_from:
+            assert isinstance(outcome, Step)
+        elif status in rules.nothing_to_do_from:
+            assert outcome is None
+        else:
+            assert type(outcome) is rules.refused_by
+
+    @pytest.mark.parametrize("status", TaskStatus)
+    @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "requeue"])
+    def test_only_requeue_gives_a_finished_task_another_life(
+        self, verb: str, status: TaskStatus
+    ) -> None:
+        outcome = decide(verb, a_task(status=status))
+
+        if isinstance(outcome, Step):
+            assert lifecycle.refused("task", status, outcome.task["status"]) is None
+
+    @pytest.mark.parametrize("status", TaskStatus)
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_place_on_the_node_is_taken_and_given_back_with_the_task(
+        self, verb: str, status: TaskStatus
+    ) -> None:
+        task, node = a_task(status=status), LOST if verb == "recover" else a_node()
+
+        outcome = decide(verb, task, node)
+
+        if isinstance(outcome, Step):
+            held = lifecycle.is_held(task.replace(**outcome.task)) - lifecycle.is_held(task)
+            running = outcome.node.get("running_tasks", node["running_tasks"])
+            assert running - node["running_tasks"] == held
+
+    @pytest.mark.parametrize("status", HELD)
+    @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
+    def test_node_that_is_gone_does_not_matter(self, verb: str, status: TaskStatus) -> None:
+        outcome = VERBS[verb].decide(a_task(status=status), None, NOW)
+
+        assert isinstance(outcome, Step)
+        assert outcome.node == {}
+
+    @pytest.mark.parametrize("status", HELD)
+    @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
+    def test_counter_that_was_written_by_hand_does_not_become_negative(
+        self, verb: str, status: TaskStatus
+    ) -> None:
+        node = a_node(running_tasks=0)
+
+        step = VERBS[verb].decide(
+            a_task(status=status), node.evolve(status=NodeStatus.OFFLINE), NOW
+        )
+
+        assert step.node["running_tasks"] == 0
+
+    @pytest.mark.parametrize("status", TaskStatus)
+    @pytest.mark.parametrize("owner", [("other", 3), ("node", 2), ("node", 4), (None, 3)])
+    @pytest.mark.parametrize("verb", ["start", "complete", "fail"])
+    def test_only_the_owner_may(self, verb: str, owner: Owner, status: TaskStatus) -> None:
+        decide = partial(VERBS[verb].decide, owner=owner)
+
+        refusal = decide(a_task(status=status), a_node(), NOW)
+
+        assert isinstance(refusal, NotOwnerError)
+        assert (refusal.task_id, refusal.node_id, refusal.attempt) == ("task", *owner)
+        assert (refusal.status, refusal.current_node) == (status.value, "node")
+        assert refusal.current_attempt == 3
+        assert status.value in str(refusal)
+
+
+class TestLegalChanges:
+    @pytest.mark.parametrize("after", TaskStatus)
+    @pytest.mark.parametrize("before", TaskStatus)
+    def test_finished_task_stays_what_it_is(self, before: TaskStatus, after: TaskStatus) -> None:
+        refusal = lifecycle.refused("task", before, after)
+
+        if before in FINISHED and before is not after:
+            assert refusal is not None
+            assert (refusal.task_id, refusal.before, refusal.after) == ("task", before, after)
+            assert f"is {before.value}" in str(refusal)
+            assert f"become {after.value}" in str(refusal)
+        else:
+            assert refusal is None
+
+    @pytest.mark.parametrize("status", TaskStatus)
+    def test_moment_of_arrival_is_filled_in_once(self, status: TaskStatus) -> None:
+        names = {
+            TaskStatus.PENDING: (),
+            TaskStatus.SCHEDULED: ("scheduled_at",),
+            TaskStatus.RUNNING: ("started_at",),
+        }.get(status, ("completed_at",))
+        task = a_task(status=status)
+
+        assert lifecycle.arrived(task, NOW) == dict.fromkeys(names, NOW)
+        assert lifecycle.arrived(task.evolve(**dict.fromkeys(names, before(5))), NOW) == {}
+
+
+class TestConditions:
+    @pytest.mark.parametrize(
+        ("not_before", "is_due"),
+        [(None, True), (before(1), True), (NOW, True), (before(-0.000001), False)],
+    )
+    def test_task_is_due_at_its_moment(self, not_before: datetime | None, is_due: bool) -> None:
+        assert lifecycle.is_due(a_task(not_before=not_before), NOW) is is_due
+
+    @given(required=st.lists(st.sampled_from("abc")), available=st.lists(st.sampled_from("abc")))
+    def test_node_needs_every_required_skill(
+        self, required: list[str], available: list[str]
+    ) -> None:
+        node, task = a_node(available_skills=available), a_task(required_skills=required)
+
+        assert lifecycle.has_skills(node, task) is all(one in available for one in required)
+
+    def test_skills_are_compared_as_they_are(self) -> None:
+        task = a_task(required_skills=["Java"])
+
+        for other in ("java", "JavaScript", "Java "):
+            assert not lifecycle.has_skills(a_node(available_skills=[other]), task)
+
+    @pytest.mark.parametrize("status", NodeStatus)
+    @pytest.mark.parametrize(("most", "running", "free"), [(3, 1, 2), (3, 3, 0), (1, 5, 0)])
+    def test_only_a_node_that_is_online_has_places(
+        self, status: NodeStatus, most: int, running: int, free: int
+    ) -> None:
+        node = a_node(status=status, max_concurrent_tasks=most, running_tasks=running)
+
+        assert lifecycle.free_places(node) == (free if status is NodeStatus.ONLINE else 0)
+
+    @pytest.mark.parametrize("status", NodeStatus)
+    def test_node_is_lost_when_it_is_silent_or_says_so(self, status: NodeStatus) -> None:
+        gone = status in (NodeStatus.OFFLINE, NodeStatus.ERROR)
+
+        assert lifecycle.is_lost(a_node(status=status, last_heartbeat=before(9)), before(9)) is gone
+        assert lifecycle.is_lost(a_node(status=status, last_heartbeat=before(10)), before(9))
+        assert lifecycle.is_lost(None, before(9))
+
+    def test_node_that_never_sent_a_heartbeat_counts_from_its_registration(self) -> None:
+        node = a_node(last_heartbeat=None, registered_at=before(9))
+
+        assert not lifecycle.is_lost(node, before(9))
+        assert lifecycle.is_lost(node, before(8))
+
+    @pytest.mark.parametrize("status", TaskStatus)
+    def test_only_a_running_task_is_overdue(self, status: TaskStatus) -> None:
+        task = a_task(status=status, timeout=60, started_at=before(60.000001))
+
+        assert lifecycle.is_overdue(task, NOW) is (status is TaskStatus.RUNNING)
+
+    @pytest.mark.parametrize(
+        ("timeout", "started_at"), [(60, before(60)), (None, before(10**6)), (60, None)]
+    )
+    def test_task_within_its_timeout_is_not_overdue(
+        self, timeout: int | None, started_at: datetime | None
+    ) -> None:
+        assert not lifecycle.is_overdue(a_task(timeout=timeout, started_at=started_at), NOW)
+
+    def test_timeout_may_be_of_any_length(self) -> None:
+        task = a_task(timeout=MAX_INTEGER, started_at=datetime.min.replace(tzinfo=UTC))
+
+        assert not lifecycle.is_overdue(task, NOW)
+
+
+class TestSteps:
+    def test_claim_makes_the_node_the_owner_of_a_new_attempt(self) -> None:
+        task = a_task(
+            status=TaskStatus.PENDING,
+            assigned_node=None,
+            scheduled_at=before(9),
+            started_at=before(9),
+            completed_at=before(9),
+        )
+
+        step = lifecycle.claim(task, a_node(), NOW)
+
+        assert step is not None
+        assert step.task == {
+            "status": TaskStatus.SCHEDULED,
+            "assigned_node": "node",
+            "attempt": 4,
+            "scheduled_at": NOW,
+            "started_at": None,
+            "completed_at": None,
+        }
+        assert step.node == {"running_tasks": 3}
+
+    @pytest.mark.parametrize(
+        ("task", "node"),
+        [
+            ({"not_before": before(-1)}, {}),
+            ({"required_skills": ["gpu"]}, {}),
+            ({}, {"running_tasks": 5}),
+            ({}, {"status": NodeStatus.MAINTENANCE}),
+        ],
+    )
+    def test_nothing_is_claimed_that_the_node_may_not_run(
+        self, task: dict[str, Any], node: dict[str, Any]
+    ) -> None:
+        pending = a_task(status=TaskStatus.PENDING, **task)
+
+        assert lifecycle.claim(pending, a_node(**node), NOW) is None
+
+    def test_start_tells_when(self) -> None:
+        step = decide("start", a_task(status=TaskStatus.SCHEDULED))
+
+        assert step == Step({"status": TaskStatus.RUNNING, "started_at": NOW})
+
+    def test_completion_keeps_the_result_and_forgets_the_error(self) -> None:
+        step = decide("complete", a_task(error="of the try before", started_at=before(8)))
+
+        assert step.task == {
+            "status": TaskStatus.COMPLETED,
+            "completed_at": NOW,
+            "result": b"1",
+            "error": None,
+        }
+        assert step.node == {
+            "running_tasks": 1,
+            "total_tasks_processed": 1,
+            "successful_tasks": 1,
+            "average_execution_time": 8.0,
+        }
+
+    @pytest.mark.parametrize(
+        ("verb", "status", "error"),
+        [
+            ("fail", TaskStatus.FAILED, "no"),
+            ("give back", TaskStatus.FAILED, NODE_LOST),
+            ("recover", TaskStatus.FAILED, NODE_LOST),
+        ],
+    )
+    def test_what_fails_is_tried_again_until_its_last_retry(
+        self, verb: str, status: TaskStatus, error: str
+    ) -> None:
+        again = decide(verb, a_task(retry_count=1, max_retries=2, scheduled_at=before(4)))
+        over = decide(verb, a_task(retry_count=2, max_retries=2, scheduled_at=before(4)))
+
+        assert again.task == {
+            "status": TaskStatus.PENDING,
+            "assigned_node": None,
+            "scheduled_at": None,
+            "started_at": None,
+            "completed_at": None,
+            "retry_count": 2,
+            "not_before": NOW + timedelta(seconds=20),
+            "error": error,
+        }
+        assert over.task == {"status": status, "completed_at": NOW, "error": error}
+        for step in (again, over):
+            assert step.reason == error
+            assert step.node == {
+                "running_tasks": 1,
+                "total_tasks_processed": 1,
+                "failed_tasks": 1,
+                "average_execution_time": 4.0,
+            }
+
+    def test_task_that_runs_too_long_is_tried_again_or_has_timed_out(self) -> None:
+        recover = partial(lifecycle.recover, silent_since=before(60), wait=wait)
+        task = a_task(timeout=5, started_at=before(6), max_retries=1)
+
+        again = recover(task, a_node(), NOW)
+        over = recover(task.evolve(retry_count=1), a_node(), NOW)
+
+        assert isinstance(again, Step)
+        assert isinstance(over, Step)
+        assert (again.task["status"], again.task["error"]) == (TaskStatus.PENDING, OVERDUE)
+        assert (over.task["status"], over.task["error"]) == (TaskStatus.TIMEOUT, OVERDUE)
+        assert over.reason == OVERDUE
+        assert over.node["failed_tasks"] == 1
+
+    def test_of_a_lost_node_and_a_timeout_the_lost_node_is_the_reason(self) -> None:
+        step = decide("recover", a_task(timeout=5, started_at=before(6)))
+
+        assert step.reason == NODE_LOST
+
+    def test_node_that_is_alive_keeps_its_tasks(self) -> None:
+        recover = partial(lifecycle.recover, silent_since=before(60), wait=wait)
+
+        for status in HELD:
+            assert recover(a_task(status=status, timeout=5), a_node(), NOW) is None
+
+    def test_task_without_a_node_is_nobodys_to_lose(self) -> None:
+        for status in HELD:
+            assert decide("recover", a_task(status=status, assigned_node=None)) is None
+
+    def test_task_without_a_node_can_run_for_too_long_all_the_same(self) -> None:
+        task = a_task(assigned_node=None, timeout=5, started_at=before(6))
+
+        step = lifecycle.recover(task, None, NOW, silent_since=NOW, wait=wait)
+
+        assert isinstance(step, Step)
+        assert step.reason == OVERDUE
+
+    def test_retry_at_once_has_no_moment_to_wait_for(self) -> None:
+        step = lifecycle.give_back(a_task(), a_node(), NOW, wait=lambda _: 0)
+
+        assert isinstance(step, Step)
+        assert step.task["not_before"] is None
+
+    @pytest.mark.parametrize("reason", [None, "", "not needed"])
+    def test_cancellation_tells_why_if_it_is_known(self, reason: str | None) -> None:
+        step = lifecycle.cancel(a_task(error="old"), a_node(), NOW, reason=reason)
+
+        ended = {"status": TaskStatus.CANCELLED, "completed_at": NOW}
+        why = {} if reason is None else {"error": reason}
+        assert step == Step({**ended, **why}, {"running_tasks": 1}, reason)
+
+    @pytest.mark.parametrize("status", sorted(ALL - {TaskStatus.PENDING}))
+    def test_requeued_task_is_as_new_but_for_its_attempts(self, status: TaskStatus) -> None:
+        task = a_task(
+            status=status,
+            retry_count=3,
+            not_before=before(1),
+            scheduled_at=before(9),
+            started_at=before(8),
+            completed_at=before(7),
+            result=[1],
+            error="no",
+        )
+
+        step = lifecycle.requeue(task, a_node(), NOW)
+
+        assert isinstance(step, Step)
+        fresh = a_task(status=TaskStatus.PENDING, assigned_node=None, attempt=3)
+        assert task.replace(**step.task).copy() == fresh.copy()
+        assert step.reason == "requeued"
+
+
+class TestNodes:
+    @given(
+        spans=st.lists(
+            st.tuples(st.floats(0, 1e6), st.booleans()),
+            min_size=1,
+            max_size=20,
+        )
+    )
+    def test_totals_are_those_of_what_was_tried(self, spans: list[tuple[float, bool]]) -> None:
+        node = a_node(running_tasks=len(spans))
+        for seconds, succeeds in spans:
+            step = decide(
+                "complete" if succeeds else "fail", a_task(started_at=before(seconds)), node
+            )
+            node = node.evolve(**step.node)
+
+        assert node["running_tasks"] == 0
+        assert node["total_tasks_processed"] == len(spans)
+        assert node["successful_tasks"] == sum(succeeds for _, succeeds in spans)
+        assert node["failed_tasks"] == sum(not succeeds for _, succeeds in spans)
+        mean = fmean(seconds for seconds, _ in spans)
+        assert node["average_execution_time"] == pytest.approx(mean, abs=1e-5)
+
+    def test_clock_that_was_put_back_takes_no_time_off(self) -> None:
+        step = decide("complete", a_task(started_at=before(-60)))
+
+        assert step.node["average_execution_time"] == 0
+
+    def test_new_node_is_taken_with_its_totals_but_without_tasks(self) -> None:
+        node = a_node(total_tasks_processed=7, last_heartbeat=None)
+
+        assert lifecycle.joined(node, None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
+
+    def test_node_that_comes_back_goes_on_with_the_totals_that_are_known(self) -> None:
+        totals = {
+            "total_tasks_processed": 7,
+            "successful_tasks": 5,
+            "failed_tasks": 2,
+            "average_execution_time": 1.5,
+        }
+        known = a_node(registered_at=before(99), **totals)
+
+        values = lifecycle.joined(a_node(), known, NOW)
+
+        assert values == {
+            "running_tasks": 0,
+            "last_heartbeat": NOW,
+            "registered_at": before(99),
+            **totals,
+        }
+        assert set(values) | {"version"} == set(lifecycle.JOINED)
+
+
+seconds = st.floats(0, 1e9) | st.integers(0, 10**9)
+backoffs = st.builds(
+    Backoff,
+    first_seconds=seconds,
+    factor=st.floats(1, 1e9) | st.integers(1, 10**9),
+    longest_seconds=seconds,
+    jitter=st.floats(0, 1) | st.integers(0, 1),
+)
+
+
+class TestBackoff:
+    @given(backoff=backoffs, retry=st.integers(1, MAX_INTEGER), chance=st.floats(0, 1))
+    @example(Backoff(factor=2), MAX_INTEGER, 0.5)  # two to the power of that would fill the memory
+    @example(Backoff(first_seconds=0), MAX_INTEGER, 0.5)  # is not to wait at all, ever
+    def test_wait_is_within_its_bounds(self, backoff: Backoff, retry: int, chance: float) -> None:
+        wait = backoff.seconds(retry, chance)
+
+        longest = replace(backoff, jitter=0).seconds(retry, chance)
+        assert longest <= backoff.longest_seconds
+        assert longest * (1 - backoff.jitter) * (1 - 1e-12) <= wait <= longest
+        if backoff.first_seconds == 0:
+            assert wait == 0
+
+    @given(backoff=backoffs, retry=st.integers(1, MAX_INTEGER - 1), chance=st.floats(0, 1))
+    def test_no_wait_is_shorter_than_the_one_before(
+        self, backoff: Backoff, retry: int, chance: float
+    ) -> None:
+        assert backoff.seconds(retry, chance) <= backoff.seconds(retry + 1, chance)
+
+    def test_wait_grows_by_its_factor_up_to_the_longest(self) -> None:
+        backoff = Backoff(first_seconds=2, factor=3, longest_seconds=50, jitter=0)
+
+        assert [backoff.seconds(retry, 0.5) for retry in range(1, 6)] == [2, 6, 18, 50, 50]
+
+    def test_what_failed_together_is_not_tried_again_together(self) -> None:
+        backoff = Backoff(first_seconds=100, jitter=0.5)
+
+        waits = {backoff.draw()(1) for _ in range(100)}
+
+        assert len(waits) > 90
+        assert all(50 < wait <= 100 for wait in waits)
+
+    def test_chance_is_drawn_once_for_a_task(self) -> None:
+        wait = Backoff().draw()
+
+        assert len({wait(1) for _ in range(10)}) == 1
+
+    @pytest.mark.parametrize("name", ["first_seconds", "factor", "longest_seconds", "jitter"])
+    @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), 1e10, "1", None, True])
+    def test_nonsense_is_refused_by_name(self, name: str, value: Any) -> None:
+        with pytest.raises(InvalidDataError) as caught:
+            Backoff(**{name: value})
+
+        assert caught.value.field == name
+
+    @pytest.mark.parametrize(("name", "value"), [("factor", 0.99), ("jitter", 1.01)])
+    def test_waits_that_would_shrink_are_refused(self, name: str, value: float) -> None:
+        with pytest.raises(InvalidDataError) as caught:
+            Backoff(**{name: value})
+
+        assert caught.value.field == name
