@@ -291,7 +291,7 @@ class Cache:
         key = _pending_key(task)
         if key is None:
             return 0
-        skills = {frozenset(node.decoded("available_skills")) for node in nodes}
+        skills = {node.encoded("available_skills") for node in nodes}
         return self.ready.ahead_of(key, skills, now)
 
     def all_nodes(self) -> list[Record[NodeInfo]]:
@@ -576,16 +576,10 @@ class Cache:
         self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
     ) -> None:
         counted = self._counted((NodeInfo, id))
-        before = frozenset() if old is None else _skills(old)
-        after = frozenset() if new is None else _skills(new)
         if old is not None:
             self._node_counts[old["status"]] -= counted
-        for skill in before - after:
-            self._skilled[skill].discard(id)
-            if not self._skilled[skill]:
-                del self._skilled[skill]
-        for skill in after - before:
-            self._skilled.setdefault(skill, set()).add(id)
+        if old is None or new is None or not _have_same_skills(old, new):
+            self._index_skills(id, old, new)
         if new is not None:
             self._node_counts[new["status"]] += counted
             self.nodes.put(id, new)
@@ -595,6 +589,17 @@ class Cache:
             self._free.pop(id, None)
         if old is None or new is None or old["registered_at"] != new["registered_at"]:
             self._newest = None
+
+    def _index_skills(
+        self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
+    ) -> None:
+        before, after = _skills(old), _skills(new)
+        for skill in before - after:
+            self._skilled[skill].discard(id)
+            if not self._skilled[skill]:
+                del self._skilled[skill]
+        for skill in after - before:
+            self._skilled.setdefault(skill, set()).add(id)
 
     def _index_free(self, id: str, record: Record[NodeInfo]) -> None:
         running, places = record["running_tasks"], record["max_concurrent_tasks"]
@@ -635,11 +640,17 @@ def _claimable(record: Record[Task]) -> Ready | None:
     return key, record.encoded("required_skills"), record.fields["not_before"]
 
 
-def _skills(record: Record[NodeInfo]) -> frozenset[str]:
+def _skills(record: Record[NodeInfo] | None) -> frozenset[str]:
     """Under which skills a node is found: only while it is ONLINE."""
-    if record["status"] is not NodeStatus.ONLINE:
+    if record is None or record["status"] is not NodeStatus.ONLINE:
         return frozenset()
     return frozenset(record.decoded("available_skills"))
+
+
+def _have_same_skills(one: Record[NodeInfo], other: Record[NodeInfo]) -> bool:
+    """Whether two nodes are found under the same ones; found out without decoding them."""
+    name = "available_skills"
+    return one["status"] is other["status"] and one.encoded(name) == other.encoded(name)
 
 
 def _registered_at(record: Record[NodeInfo]) -> datetime:

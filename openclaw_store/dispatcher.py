@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from itertools import islice
 
 from openclaw_store import lifecycle
 from openclaw_store.changes import missing
@@ -78,7 +77,6 @@ class Dispatcher:
         self._mirror = mirror
         self._nodes = nodes
         self._backoff = backoff
-        self._claiming: set[str] = set()  # tasks that a claim is under way for
         self._spares = 0
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
@@ -95,31 +93,26 @@ class Dispatcher:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
         await self._mirror.settle(place)
-        lost: set[str] = set()
-        while True:
-            node = await self._mirror.find(place)
-            if node is None:
-                raise missing(*place)
-            wanted = min(limit - len(claimed), lifecycle.free_places(node))
-            candidates = await self._choose(node, wanted, lost) if wanted else []
-            if not candidates:
-                return
-            first = {one.fields["task_id"] for one in candidates[:wanted]}
-            self._claiming |= first
-            try:
-                got = await self._mirror.submit(Claim(node_id, candidates, wanted))
-            finally:
-                self._claiming -= first
-            claimed += got
-            got_ids = {one.fields["task_id"] for one in got}
-            if first <= got_ids:
-                self._spares //= 2
-                if len(claimed) == limit:
+        taken: list[str] = []
+        try:
+            while True:
+                node = await self._mirror.find(place)
+                if node is None:
+                    raise missing(*place)
+                wanted = min(limit - len(claimed), lifecycle.free_places(node))
+                candidates = await self._take(node, wanted, taken) if wanted else []
+                if not candidates:
                     return
-            else:  # others were quicker, or the node is full
-                self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
-                lost |= first - got_ids
-                await self._mirror.refresh()
+                got = await self._mirror.submit(Claim(node_id, candidates, wanted))
+                claimed += got
+                if len(claimed) == limit:
+                    self._spares //= 2
+                    return
+                if len(got) < min(wanted, len(candidates)):  # others were quicker, or it is full
+                    self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
+                    await self._mirror.refresh()
+        finally:
+            self._mirror.cache.ready.put_back(taken)
 
     async def advance(self, operation: Advance) -> Advanced:
         """Take a task a step on in its life.
@@ -206,16 +199,15 @@ class Dispatcher:
         ahead = cache.ahead_of(task, [one for one in nodes if lifecycle.has_skills(one, task)], now)
         return explain(task, nodes, ahead, now)
 
-    async def _choose(
-        self, node: Record[NodeInfo], wanted: int, lost: set[str]
-    ) -> Sequence[Record[Task]]:
-        """The best tasks for a node that no other claim is under way for, and some to spare."""
-        cache = self._mirror.cache
-        taken = self._claiming | lost if lost else self._claiming
-        best = cache.ready.best(frozenset(node.decoded("available_skills")), self._database.clock())
-        ids = list(islice((id for _, _, id in best if id not in taken), wanted + self._spares))
-        for id in ids:
-            if (Task, id) in cache.unsaved:
+    async def _take(
+        self, node: Record[NodeInfo], wanted: int, taken: list[str]
+    ) -> list[Record[Task]]:
+        """Set aside the best tasks for a node, and some to spare; puts them down in `taken`."""
+        cache, now = self._mirror.cache, self._database.clock()
+        ids = cache.ready.take(wanted + self._spares, node.encoded("available_skills"), now)
+        taken += ids
+        if cache.unsaved:
+            for id in ids:
                 with suppress(ConflictError, NotFoundError):  # it is gone from memory then
                     await self._mirror.settle((Task, id))
         return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]

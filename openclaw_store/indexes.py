@@ -5,12 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
-from heapq import merge
 from typing import Any, Generic, TypeVar
 
-import orjson
-
+from openclaw_store.lifecycle import are_among
 from openclaw_store.records import Decode, Item, Raw, Record
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
@@ -176,6 +173,10 @@ class SortedKeys(Generic[Key]):
     def __iter__(self) -> Iterator[Key]:
         return (key for chunk in self._chunks for key in chunk)
 
+    def smallest(self) -> Key:
+        """The smallest key; there must be one."""
+        return self._chunks[0][0]
+
     def first(self, limit: int | None) -> list[Key]:
         """The `limit` smallest keys; `None` for all."""
         found: list[Key] = []
@@ -237,20 +238,22 @@ class ReadyTasks:
     Tasks that require the same skills are one group; a node has the groups whose skills it has. So
     neither how many tasks there are nor how many of them a node cannot run costs anything. Tasks
     that are not due yet stand aside, and join their group when they are.
+
+    Skills are the JSON of a list: that is what rows have, and two spellings of a set do no harm.
     """
 
-    __slots__ = ("_delayed", "_delays", "_groups", "_matches", "_most_groups")
+    __slots__ = ("_delayed", "_delays", "_groups", "_matches", "_most_groups", "_taken")
 
     def __init__(self) -> None:
-        # By the JSON of the skills: that is what a row has, and two spellings of a set do no harm.
-        self._groups: dict[bytes | None, SortedKeys[PendingKey]] = {}
+        self._groups: dict[bytes | None, SortedKeys[PendingKey]] = {}  # by required skills
         self._most_groups = _MOST_SETS
-        self._matches: dict[frozenset[str], list[bytes | None]] = {}  # groups, by a node's skills
+        self._matches: dict[bytes | None, list[bytes | None]] = {}  # groups, by a node's skills
         self._delayed: SortedKeys[tuple[datetime, PendingKey, bytes | None]] = SortedKeys()
         self._delays: dict[str, tuple[datetime, PendingKey, bytes | None]] = {}
+        self._taken: dict[str, tuple[PendingKey, bytes | None]] = {}
 
     def add(self, key: PendingKey, skills: bytes | None, not_before: datetime | None) -> None:
-        """Add a task that is not there, with the JSON of the skills that it requires."""
+        """Add a task that is not there, with the skills that it requires."""
         if not_before is not None:
             delay = self._delays[key[2]] = (not_before, key, skills)
             self._delayed.add(delay)
@@ -270,19 +273,37 @@ class ReadyTasks:
 
     def remove(self, key: PendingKey, skills: bytes | None) -> None:
         """Remove a task that is there."""
+        if self._taken.pop(key[2], None) is not None:
+            return
         delay = self._delays.pop(key[2], None)
         if delay is not None:
             self._delayed.remove(delay)
             return
         self._groups[skills].remove(key)
 
-    def best(self, skills: frozenset[str], now: datetime) -> Iterator[PendingKey]:
-        """What a node with these skills may claim, best first; not to be changed meanwhile."""
+    def take(self, count: int, skills: bytes | None, now: datetime) -> list[str]:
+        """Set aside the best tasks that a node with these skills may claim; returns which."""
         self._release(now)
-        groups = [self._groups[one] for one in self._matching(skills)]
-        return iter(groups[0]) if len(groups) == 1 else merge(*groups)
+        matching = [(one, self._groups[one]) for one in self._matching(skills)]
+        taken: list[str] = []
+        while len(taken) < count:
+            firsts = [(group.smallest(), one) for one, group in matching if group]
+            if not firsts:
+                break
+            key, required = min(firsts)  # no two keys are the same
+            self._groups[required].remove(key)
+            self._taken[key[2]] = key, required
+            taken.append(key[2])
+        return taken
 
-    def ahead_of(self, key: PendingKey, nodes: Iterable[frozenset[str]], now: datetime) -> int:
+    def put_back(self, task_ids: Iterable[str]) -> None:
+        """End what `take` began, of those that have not changed meanwhile."""
+        for id in task_ids:
+            if id in self._taken:
+                key, skills = self._taken.pop(id)
+                self._group(skills).add(key)
+
+    def ahead_of(self, key: PendingKey, nodes: Iterable[bytes | None], now: datetime) -> int:
         """How many tasks are better than one, and can be run by one of these nodes, by skills."""
         self._release(now)
         groups = {one for skills in nodes for one in self._matching(skills)}
@@ -296,35 +317,24 @@ class ReadyTasks:
                 self._most_groups = max(_MOST_SETS, 2 * len(self._groups))
                 self._matches.clear()
             group = self._groups[skills] = SortedKeys()
-            required = _texts(skills)
             for has, matches in self._matches.items():
-                if required <= has:
+                if are_among(skills, has):
                     matches.append(skills)
         return group
 
-    def _matching(self, skills: frozenset[str]) -> list[bytes | None]:
+    def _matching(self, skills: bytes | None) -> list[bytes | None]:
         matches = self._matches.get(skills)
         if matches is None:
             if len(self._matches) >= _MOST_SETS:
                 self._matches.clear()
-            matches = [one for one in self._groups if _texts(one) <= skills]
-            self._matches[skills] = matches
+            matches = self._matches[skills] = [
+                one for one in self._groups if are_among(one, skills)
+            ]
         return matches
 
     def _release(self, now: datetime) -> None:
         """Put those into their groups that are due by now."""
-        while (first := self._delayed.first(1)) and first[0][0] <= now:
-            [(_, key, skills)] = first
+        while self._delayed and self._delayed.smallest()[0] <= now:
+            _, key, skills = self._delayed.smallest()
             self.remove(key, skills)
             self.add(key, skills, None)
-
-
-@lru_cache(maxsize=4096)
-def _texts(encoded: bytes | None) -> frozenset[str | None]:
-    """The skills; of what somebody wrote by hand and is none, something that no node has."""
-    try:
-        skills = [] if encoded is None else orjson.loads(encoded)
-    except orjson.JSONDecodeError:
-        return frozenset({None})
-    is_list = isinstance(skills, list) and all(isinstance(one, str) for one in skills)
-    return frozenset(skills) if is_list else frozenset({None})

@@ -17,9 +17,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
+
+import orjson
 
 from openclaw_store.checks import check_number
 from openclaw_store.errors import (
@@ -159,8 +161,21 @@ def is_due(task: Record[Task], now: datetime) -> bool:
 
 def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
     """Whether a node has all the skills that a task requires."""
-    required = task.decoded("required_skills")
-    return not required or set(required).issubset(node.decoded("available_skills"))
+    return are_among(task.encoded("required_skills"), node.encoded("available_skills"))
+
+
+@lru_cache(maxsize=4096)
+def are_among(required: bytes | None, available: bytes | None) -> bool:
+    """Whether all skills of one JSON list are in another; never, if one is no list of texts."""
+    try:
+        wanted, present = (orjson.loads(text or b"[]") for text in (required, available))
+    except orjson.JSONDecodeError:  # somebody wrote it by hand
+        return False
+    both = (wanted, present)
+    are_lists = all(
+        isinstance(one, list) and all(isinstance(it, str) for it in one) for one in both
+    )
+    return are_lists and set(wanted) <= set(present)
 
 
 def free_places(node: Record[NodeInfo]) -> int:
