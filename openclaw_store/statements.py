@@ -22,6 +22,7 @@ from sqlalchemy import (
     Dialect,
     Select,
     TableValuedAlias,
+    TextClause,
     UnaryExpression,
     and_,
     any_,
@@ -134,7 +135,7 @@ class Statements(ABC):
         )
         """All columns of a task."""
         self.read_held = self._compile(
-            select(*COLUMNS[Task]).where(IS_HELD, self._assigned == bindparam("node"))
+            select(*COLUMNS[Task]).where(self._is_held, self._assigned == bindparam("node"))
         )
         """All columns of the tasks that take up places on a node."""
         self.read_live_keys = self._compile(
@@ -191,6 +192,8 @@ class Statements(ABC):
     """For many rows of usage, moment, flush, identifier and the moment again."""
     _second: str
     """The second parameter of a statement."""
+    _is_held: ColumnElement[bool] | TextClause = IS_HELD
+    """Whether a task takes up a place on a node."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
     """The node of a task, in a search that shall not go through all tasks it ever had."""
 
@@ -237,7 +240,9 @@ class SQLiteStatements(Statements):
     # to be able to undo that alone: a fifth of the time of an insert.
     _OR_FAIL = "OR FAIL"
     _second = "?"
-    # Behind a sign it cannot be looked up in an index, so the one on the status is used.
+    # Behind a sign it cannot be looked up in an index, so the one on the status is used: even
+    # where nearly all tasks had one and the same when they were counted.
+    _is_held = func.unlikely(IS_HELD)
     _assigned = UnaryExpression(_TASKS.c.assigned_node, operator=custom_op("+"))
 
     def __init__(self) -> None:
