@@ -32,6 +32,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.finishing import ended_badly, finish
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
@@ -318,7 +319,7 @@ class Database:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(_forget)
+            task.add_done_callback(ended_badly)
             raise
 
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
@@ -559,27 +560,6 @@ async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) 
         await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
 
 
-async def finish(work: Awaitable[Result]) -> Result:
-    """Do `work` to its end, even when the caller is cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        _forget(task)
-        raise cancelled
-    return task.result()
-
-
 def _remove_folder(folder: str, pid: int) -> None:
     if os.getpid() == pid:  # a forked child's end is not the parent's
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _forget(task: asyncio.Task[Any]) -> None:
-    """Take note of the outcome of a unit whose caller has gone, so that it is not reported."""
-    if not task.cancelled():
-        task.exception()

@@ -38,6 +38,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.finishing import finish
 from openclaw_store.statements import CHANNEL, combined
 from openclaw_store.writer import RedoError
 
@@ -592,19 +593,13 @@ async def _connect(*arguments: Any, **options: Any) -> Any:
 
     Where the driver is stopped half-way, it leaves a connection that nobody closes.
     """
-    connecting = asyncio.ensure_future(_connect_to_any(*arguments, **options))
-    cancelled: asyncio.CancelledError | None = None
-    while not connecting.done():
-        try:
-            await asyncio.wait([connecting])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return connecting.result()
-    if connecting.exception() is None:
-        connecting.result().terminate()
+    try:
+        return await finish(
+            _connect_to_any(*arguments, **options), unwanted=lambda made: made.terminate()
+        )
+    except asyncio.CancelledError:
         await asyncio.sleep(0)  # the socket is closed in the loop's next turn
-    raise cancelled
+        raise
 
 
 async def _connect_to_any(*arguments: Any, **options: Any) -> Any:

@@ -30,6 +30,7 @@ LAYERS = [
     "lifecycle",
     "schema",
     "statements",
+    "finishing",
     "gate",
     "writer",
     "sqlite",
@@ -145,7 +146,7 @@ class TestLayers:
         assert imports("schema").isdisjoint(verbs)
 
     def test_writer_does_not_know_what_an_operation_means(self) -> None:
-        assert own_imports("writer") <= {"errors"}
+        assert own_imports("writer") <= {"errors", "finishing"}
 
     @pytest.mark.parametrize(
         "module", ["changes", "operations", "heartbeats", "feed", "repositories", "mirror"]
