@@ -220,7 +220,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be read.
         """
         sessions = self._engines_here().sessions
-        with self._backend.translated(own=False, reading=True):
+        with self._backend.faults.translated(own=False, reading=True):
             async with sessions() as session:
                 yield session
 
@@ -248,8 +248,8 @@ class Database:
             session = engines.write_sessions()
             session.info["seconds"] = seconds
             try:
-                with self._backend.translated(own=False):
-                    with self._backend.translated():
+                with self._backend.faults.translated(own=False):
+                    with self._backend.faults.translated():
                         connection = await self._backend.begin(session)
                     unit = Unit(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
@@ -292,12 +292,12 @@ class Database:
             ) from error
 
     async def _commit(self, session: AsyncSession, unit: Unit) -> None:
-        with self._backend.translated():
+        with self._backend.faults.translated():
             await session.run_sync(lambda _: unit.finish())
         try:
             await session.commit()
         except (SQLAlchemyError, OSError) as error:
-            raise self._backend.translate(error, committing=True) from error
+            raise self._backend.faults.translate(error, committing=True) from error
         unit.undo.clear()
         self._writer.publish(unit.committed)
         await asyncio.sleep(0)  # the caches of this loop are told first
@@ -309,7 +309,7 @@ class Database:
         """
 
         async def unit() -> Result:
-            with self._backend.translated():  # the statements are ours
+            with self._backend.faults.translated():  # the statements are ours
                 async with self.session() as session:
                     return await work(session)
 
@@ -339,7 +339,7 @@ class Database:
             raise StoreError("this session only reads: take one from `async with transaction()`")
         async with session.info["turn"]:  # the unit has one cursor
             try:
-                with self._backend.translated():
+                with self._backend.faults.translated():
                     outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
             except BaseException as error:
                 unit.failure = error  # part of it may be done: it must not be committed
@@ -435,7 +435,7 @@ class Database:
     @contextmanager
     def _write_on_thread(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
         """A transaction of the writer; `committed` is called before the next one can begin."""
-        with self._gate.held("the writer"), self._backend.translated():
+        with self._gate.held("the writer"), self._backend.faults.translated():
             try:
                 if self._writing is None:
                     self._writing = self._backend.writing()
@@ -444,7 +444,7 @@ class Database:
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
-                with self._backend.translated(committing=True):
+                with self._backend.faults.translated(committing=True):
                     writing.commit()
             except RedoError:
                 raise

@@ -12,32 +12,27 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import os
-import secrets
-import shutil
-import subprocess
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import URL, Connection, Pool, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy import Connection, Pool, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
+from openclaw_store.backups import dump, written_aside
 from openclaw_store.errors import (
     InvalidDataError,
-    OutcomeUnknownError,
-    SchemaMismatchError,
     StoreError,
     UnavailableError,
 )
+from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.finishing import finish
 from openclaw_store.statements import CHANNEL, combined
 from openclaw_store.writer import RedoError
@@ -76,24 +71,6 @@ _WRITER_SETTINGS = {
     # Without the lock: to wait for another writer, and then see that it was quicker.
     "default_transaction_isolation": "read committed",
 }
-
-_GONE = "the connection to the server was lost: try again"
-_ADVICE = {
-    "08": _GONE,
-    "57P": "the server is shutting down or starting: try again",
-    "57014": "the statement took too long: try again",
-    "53": "the server has not enough connections, memory or space: see its log",
-    "55P03": "another process keeps it locked: try again",
-    "25006": "this server only reads, as a standby does: name the one that writes",
-    "40": "the server gave this transaction up in favour of another: try again",
-    "25P03": "the transaction did nothing for too long: try again",
-    "28": "the server does not let this user in: check the user name and the password",
-    "3D": 'there is no such database: create it first, as with "createdb"',
-    "42501": "this role may not do that: grant it what it needs, or use another role",
-    "58": "the server's disk reports an error: see its log",
-    "XX": "the server's data may be damaged: see its log",
-}
-"""By the beginning of the code that says what is wrong."""
 
 
 class Cursor:
@@ -231,8 +208,8 @@ class WriterCursor(Cursor):
     def _is_written(self, statement: str, parameters: Sequence[Any]) -> bool:
         try:
             return bool(self._fetch(statement, parameters))
-        except _driver_errors() as error:
-            if self._has_assumed and _code(error) == "23505":
+        except PostgreSQLFaults.raised() as error:
+            if self._has_assumed and PostgreSQLFaults.code(error) == "23505":
                 return False  # a row was not new
             raise
 
@@ -288,7 +265,7 @@ class Writing:
     def commit(self) -> None:
         """Commit what `begin` began."""
         if self.cursor.has_lock:
-            with self._server.translated():  # until COMMIT, the outcome is known
+            with self._server.faults.translated():  # until COMMIT, the outcome is known
                 self.cursor.send()
             self._wait(self._driver.execute("COMMIT"))
         else:
@@ -298,7 +275,7 @@ class Writing:
         """Close the connection, whatever state it is in; what was not committed is undone."""
         self._server.writers.discard(self._process)
         try:
-            with suppress(OSError, *_driver_errors()):
+            with suppress(*PostgreSQLFaults.raised()):
                 self._wait(self._driver.close())
             with suppress(SQLAlchemyError):
                 self._wait(self._connection.invalidate())
@@ -348,6 +325,7 @@ class PostgreSQL:
         self._timeout = timeout
         self.location = url.render_as_string(hide_password=True)
         """Where it is, as people may see it."""
+        self.faults = PostgreSQLFaults(self.location)
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
 
@@ -375,7 +353,7 @@ class PostgreSQL:
             async with self.engine(write=False).connect() as connection:
                 return await connection.run_sync(work)
 
-        with self.translated():
+        with self.faults.translated():
             return asyncio.run(run())
 
     def migrate(self, work: Callable[[Connection], Result]) -> Result:
@@ -391,7 +369,7 @@ class PostgreSQL:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
                 return await connection.run_sync(work)
 
-        with self.translated():
+        with self.faults.translated():
             return asyncio.run(run())
 
     def engine(
@@ -450,7 +428,7 @@ class PostgreSQL:
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, whatever state its connection is in."""
-        caught: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *_driver_errors())
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError, *self.faults.raised())
         try:
             await session.close()
         except caught as error:
@@ -477,34 +455,8 @@ class PostgreSQL:
             InvalidDataError: If `target` exists and is not to be overwritten.
             UnavailableError: If there is no pg_dump, or it fails.
         """
-        if target.exists() and not overwrite:
-            raise InvalidDataError(
-                "path", f"{target} exists: choose another, or pass overwrite=True"
-            )
-        program = shutil.which("pg_dump")
-        if program is None:
-            raise UnavailableError(
-                "a backup of PostgreSQL needs pg_dump: install the package of PostgreSQL's "
-                "client programs (on Debian, postgresql-client), and see that it is in PATH"
-            )
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        # Nothing of it on the command line, which everybody can read.
-        environment = {**os.environ, **_environment(self._url)}
-        command = [program, "--format=custom", f"--file={partial}"]
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise UnavailableError(f"{self.location}: pg_dump: {done.stderr.strip()}")
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except OSError as error:
-            raise UnavailableError(f"{target}: {error.strerror}: choose another path") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_aside(target, overwrite=overwrite) as partial:
+            dump(self._url, partial)
 
     def vacuum(self) -> None:
         """Have the space of removed rows used again, and the statistics brought up to date."""
@@ -515,7 +467,7 @@ class PostgreSQL:
                 for table in ("tasks", "nodes", "changes", "counters"):
                     await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
 
-        with self.translated():
+        with self.faults.translated():
             asyncio.run(run())
 
     async def size(self, session: AsyncSession) -> int:
@@ -523,69 +475,6 @@ class PostgreSQL:
         connection = await session.connection()
         found = await connection.exec_driver_sql("SELECT pg_database_size(current_database())")
         return int(found.scalar_one())
-
-    @contextmanager
-    def translated(
-        self, *, own: bool = True, reading: bool = False, committing: bool = False
-    ) -> Iterator[None]:
-        """Raise what the driver raises as the library's own errors, chained to it.
-
-        Args:
-            own: Whether the statements are the library's; faults in others stay as they are.
-            reading: Whether it is the statements that must not write.
-            committing: Whether it is what commits that may fail.
-        """
-        caught: tuple[type[Exception], ...] = (SQLAlchemyError,)
-        if own:
-            caught = (SQLAlchemyError, OSError, *_driver_errors())
-        try:
-            yield
-        except caught as error:
-            if reading and _code(error) == "25006":
-                raise StoreError("this session only reads: write in `transaction()`") from error
-            translation = self.translate(error, own=own, committing=committing)
-            if translation is error:
-                raise
-            raise translation from error
-
-    def translate(
-        self, error: Exception, *, own: bool = True, committing: bool = False
-    ) -> Exception:
-        """The library's own error for one of the driver's, decided by its code.
-
-        Args:
-            own: Whether the statement was the library's own.
-            committing: Whether COMMIT raised it, so that it may have taken effect.
-        """
-        if isinstance(error, StoreError):
-            return error
-        if isinstance(error, PoolTimeoutError):
-            return UnavailableError(
-                f"{self.location}: all reading connections are in use: close some sessions"
-            )
-        if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
-            return error.orig  # a value was refused on its way to the driver
-        code = _code(error)
-        if code is None and not _is_lost(error):
-            return error
-        if committing and (code is None or code.startswith(("08", "57P"))):
-            return OutcomeUnknownError(
-                f"{self.location}: the connection was lost while committing: repeat the call"
-            )
-        if code is None:
-            cause = _cause(error)
-            reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
-            return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
-        for beginning, advice in _ADVICE.items():
-            if code.startswith(beginning):
-                return UnavailableError(f"{self.location}: {advice}")
-        if own and code.startswith("42"):
-            return SchemaMismatchError(
-                f"{self.location}: {_cause(error)}: its schema is another one, or was changed"
-            )
-        if code.startswith(("22", "23")):
-            return InvalidDataError("row", f"refused by the database: {_cause(error)}")
-        return error
 
 
 async def _connect(*arguments: Any, **options: Any) -> Any:
@@ -624,33 +513,6 @@ async def _connect_to_any(*arguments: Any, **options: Any) -> Any:
     raise reason
 
 
-_LIBPQ = {
-    "host": "PGHOST",
-    "port": "PGPORT",
-    "user": "PGUSER",
-    "password": "PGPASSWORD",
-    "database": "PGDATABASE",
-    "ssl": "PGSSLMODE",
-    "passfile": "PGPASSFILE",
-    "service": "PGSERVICE",
-    "servicefile": "PGSERVICEFILE",
-    "krbsrvname": "PGKRBSRVNAME",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-}
-"""How the programs of PostgreSQL are told what the driver is told."""
-
-
-def _environment(url: URL) -> dict[str, str]:
-    """What leads the programs of PostgreSQL to where the driver is led."""
-    _, arguments = url.get_dialect()().create_connect_args(url)
-    environment = {"PGSSLNEGOTIATION": "direct"} if arguments.get("direct_tls") else {}
-    for name, value in arguments.items():
-        if name in _LIBPQ:
-            values = value if isinstance(value, list) else [value]
-            environment[_LIBPQ[name]] = ",".join(map(str, values))
-    return environment
-
-
 def _milliseconds(seconds: float) -> str:
     return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
@@ -667,28 +529,3 @@ def _connection_class() -> type[Any]:
             await asyncio.sleep(0)  # the socket is closed in the loop's next turn
 
     return type("Connection", (base,), {"__slots__": (), "close": close})
-
-
-def _driver_errors() -> tuple[type[Exception], ...]:
-    driver = importlib.import_module("asyncpg")  # it has no types
-    return driver.PostgresError, driver.InterfaceError, driver.InternalClientError
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The driver's own error."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        return error.orig.__cause__ or error.orig
-    return error
-
-
-def _code(error: BaseException) -> str | None:
-    """The SQLSTATE: five characters, of which two are the class."""
-    code: str | None = getattr(_cause(error), "sqlstate", None)
-    return code
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether it says that there is no connection (any more), or no answer."""
-    driver = importlib.import_module("asyncpg")
-    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
-    return isinstance(_cause(error), lost)

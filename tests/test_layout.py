@@ -33,6 +33,8 @@ LAYERS = [
     "finishing",
     "gate",
     "writer",
+    "faults",
+    "backups",
     "sqlite",
     "postgresql",
     "backends",
@@ -169,7 +171,7 @@ class TestLayers:
 
     @pytest.mark.parametrize(
         "module",
-        [module for module in LAYERS if module not in ("sqlite", "postgresql", "database")],
+        [m for m in LAYERS if m not in ("faults", "sqlite", "postgresql", "database")],
     )
     def test_only_the_database_sees_the_errors_of_its_driver(self, module: str) -> None:
         seen = {name for name in imports(module) if name.startswith("sqlalchemy.exc")}
