@@ -1,4 +1,4 @@
-"""How SQLite is opened, locked, copied and understood when it fails.
+"""How SQLite is opened, locked and looked after.
 
 Every connection that writes is in WAL mode with `synchronous=FULL`: a commit is on the disk when
 it returns.

@@ -43,6 +43,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
 
@@ -323,7 +324,7 @@ class TestSilence:
         async with StateManager(Database(proxy.url, timeout=self.LIMIT), None) as manager:
             await manager.add_task(make_task())
             writing = manager.db._writing
-            assert isinstance(writing, postgresql.Writing)
+            assert isinstance(writing, Writing)
             writing.cursor.lock_next = int(has_lock)
             task = make_task(task_id="t", name="of no return")
             # The statement that writes the row is the one that commits, or the last one before.
@@ -441,7 +442,7 @@ class TestSilence:
 
         async def vanish() -> None:
             if way == "writer":
-                assert isinstance(database._writing, postgresql.Writing)
+                assert isinstance(database._writing, Writing)
                 database._writing.cursor.lock_next = 1
                 proxy.swallow_after(b"FOR UPDATE")
                 await tasks.create(make_task())
