@@ -16,14 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import event, func, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import migrations, sqlite
-from openclaw_store.backends import DEFAULT_LOCATION, Backend, Writing, backend_of
+from openclaw_store.backends import DEFAULT_LOCATION, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     BackendError,
@@ -35,6 +34,7 @@ from openclaw_store.errors import (
 from openclaw_store.finishing import ended_badly, finish
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
+from openclaw_store.sessions import Engines
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
 from openclaw_store.writer import Apply, Listener, RedoError, Unit, Writer
 
@@ -44,9 +44,6 @@ Result = TypeVar("Result")
 
 _inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
 """The transaction that the running task is in, or was made in."""
-
-_DISPOSE_SECONDS = 5.0
-"""How long closing the connections for reading may take."""
 
 _forks = 0
 """How often this process is a child of one that had imported this module."""
@@ -123,7 +120,7 @@ class Database:
         self._writer = Writer(self._write_on_thread, self._writer_stopped, clock)
         self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
-        self._engines: dict[asyncio.AbstractEventLoop, _Engines] = {}
+        self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Future[None] | None = None
 
@@ -178,14 +175,8 @@ class Database:
             await self._gate.enter("closing")  # behind the transactions that are under way
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
-        for home, engines in list(self._engines.items()):
-            if home.is_closed() and self.dialect == "postgresql":
-                continue  # nothing can be sent any more; the sockets go with their objects
-            try:
-                async with asyncio.timeout(_DISPOSE_SECONDS):
-                    await _on(home, engines.dispose())
-            except (TimeoutError, RuntimeError) as error:
-                logger.warning("connections were dropped, not closed: %s", error or "no answer")
+        for engines in list(self._engines.values()):
+            await engines.close()
         self._engines.clear()
         self._backend.dispose()
         self._remove_folder()
@@ -458,25 +449,21 @@ class Database:
         if writing is not None:
             writing.close()
 
-    def _engines_here(self) -> _Engines:
+    def _engines_here(self) -> Engines:
         self._check_ready()
         loop = asyncio.get_running_loop()
         if loop not in self._engines:
             for other in list(self._engines):
                 if other.is_closed() and other is not self._home:  # whose pool `close` closes
                     self._engines.pop(other, None)
-            self._engines[loop] = _Engines(
-                self,
-                self._backend,
-                # A pool cannot serve two loops; only the first one has its connections kept.
-                {
-                    "pool": AsyncAdaptedQueuePool,
-                    "pool_size": self._pool_size,
-                    "pool_timeout": self.timeout,
-                }
-                if loop is self._home
-                else {"pool": NullPool},
-            )
+            # A pool cannot serve two loops; only the first one has its connections kept.
+            kept = {
+                "pool": AsyncAdaptedQueuePool,
+                "pool_size": self._pool_size,
+                "pool_timeout": self.timeout,
+            }
+            options = kept if loop is self._home else {"pool": NullPool}
+            self._engines[loop] = Engines(loop, self._backend, {"database": self}, **options)
         return self._engines[loop]
 
     def _check_process(self) -> None:
@@ -501,63 +488,6 @@ class Database:
                 "this call would wait for the transaction it is in: use the session of the "
                 "transaction, as in TaskRepository(tx)"
             )
-
-
-class _Engines:
-    """The engines of one event loop."""
-
-    def __init__(self, database: Database, backend: Backend, options: dict[str, Any]) -> None:
-        self.reading = backend.engine(write=False, **options)
-        self.writing = backend.engine(write=True, pool=NullPool)
-        info = {"database": database}
-        self.sessions = async_sessionmaker(self.reading, expire_on_commit=False, info=info)
-        self.write_sessions = async_sessionmaker(
-            self.writing, expire_on_commit=False, info=info, sync_session_class=_WriteSession
-        )
-        self.checked_out: set[int] = set()
-        for engine in (self.reading, self.writing):
-            self._note_use(engine)
-
-    async def dispose(self) -> None:
-        """Close what the pools keep."""
-        await self.reading.dispose()
-        await self.writing.dispose()
-
-    def _note_use(self, engine: AsyncEngine) -> None:
-        @event.listens_for(engine.sync_engine, "checkout")
-        def checkout(connection: object, record: object, proxy: object) -> None:
-            self.checked_out.add(id(record))
-
-        @event.listens_for(engine.sync_engine, "checkin")
-        def checkin(connection: object, record: object) -> None:
-            self.checked_out.discard(id(record))
-
-
-class _WriteSession(Session):
-    """A session whose transaction is ended by `Database.transaction` alone."""
-
-    def commit(self) -> None:
-        unit = self.info.get("unit")
-        if unit is not None and not unit.finished:
-            raise StoreError("the transaction commits at the end of its block: do not commit it")
-        super().commit()
-
-    def begin_nested(self) -> SessionTransaction:
-        raise StoreError("a transaction has no savepoints: what fails in it undoes all of it")
-
-    def rollback(self) -> None:
-        unit = self.info.get("unit")
-        if unit is not None:
-            unit.finished = True
-        super().rollback()
-
-
-async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` on its own event loop, if that runs, else here."""
-    if loop is asyncio.get_running_loop() or not loop.is_running():
-        await work
-    else:
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
 
 
 def _remove_folder(folder: str, pid: int) -> None:

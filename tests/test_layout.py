@@ -41,6 +41,7 @@ LAYERS = [
     "backends",
     "wakeups",
     "migrations",
+    "sessions",
     "database",
     "changes",
     "operations",
