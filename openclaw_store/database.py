@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import migrations, sqlite
-from openclaw_store.backends import DEFAULT_LOCATION, Writing, backend_of
+from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     BackendError,
@@ -87,7 +87,7 @@ class Database:
         db_path: str | Path = DEFAULT_LOCATION,
         *,
         clock: Clock = utc_now,
-        timeout: float = 30.0,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transaction_timeout: float = 5.0,
         pool_size: int = 5,
     ) -> None:
@@ -104,10 +104,10 @@ class Database:
         if db_path == ":memory:":
             folder = tempfile.mkdtemp(prefix="openclaw_store-")
             self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
-            self._location: str | Path = Path(folder, "memory.db")
+            location: str | Path = Path(folder, "memory.db")
         else:
-            self._location = db_path
-        self._backend = backend_of(self._location, timeout)
+            location = db_path
+        self._backend = backend_of(location, timeout)
         self._backend.make_folder()
         self.dialect = self._backend.dialect
         """`sqlite` or `postgresql`."""
@@ -151,10 +151,7 @@ class Database:
 
     def _open(self, migrate: bool) -> None:
         self._backend.prepare()
-        if migrate:
-            migrations.upgrade(self._location, self.timeout)
-        else:
-            migrations.require(self._location, self.timeout)
+        (migrations.upgrade if migrate else migrations.require)(self._backend)
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
