@@ -66,14 +66,17 @@ class Dispatcher:
     Args:
         database: Whose clock counts.
         mirror: What is in memory, and the way to the writer.
+        nodes: The nodes in the database.
         backoff: How long a task waits for its next try.
     """
 
-    def __init__(self, database: Database, mirror: Mirror, backoff: Backoff) -> None:
+    def __init__(
+        self, database: Database, mirror: Mirror, nodes: NodeRepository, backoff: Backoff
+    ) -> None:
         self._database = database
         self._mirror = mirror
+        self._nodes = nodes
         self._backoff = backoff
-        self._nodes = NodeRepository(database)
         self._claiming: set[str] = set()  # tasks that a claim is under way for
         self._spares = 0
 

@@ -149,7 +149,7 @@ class StateManager:
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
-        self._dispatcher = Dispatcher(database, self._mirror, backoff)
+        self._dispatcher = Dispatcher(database, self._mirror, self.node_repo, backoff)
         self._loop: asyncio.AbstractEventLoop
         self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time

@@ -651,8 +651,9 @@ class TestUnsaved:
         stored: Record[Any] = task_record("a", 1) if kind == "task" else node_record("a", 1)
         held = stored.evolve(version=-1)
         place = (stored.kind, "a")
-        keys = [(2, START, "a")] if kind == "task" else []
-        old.load(Page(stored.kind, [("a",)], lambda row: stored, keys))
+        key = (2, START, "a")
+        waits = ([key], [(key, None, None)]) if kind == "task" else ((), ())
+        old.load(Page(stored.kind, [("a",)], lambda row: stored, *waits))
         old.hold(held, stored)
 
         new.keep_unsaved(old)

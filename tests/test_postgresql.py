@@ -33,7 +33,7 @@ from openclaw_store.errors import (
     UnavailableError,
 )
 from openclaw_store.heartbeats import Beat, apply_beats
-from openclaw_store.operations import Remove
+from openclaw_store.operations import OfOneRow, Remove
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
 
@@ -69,12 +69,10 @@ async def other(database: Database, location: Location) -> AsyncIterator[Databas
         yield other
 
 
-class Hesitating:
+class Hesitating(OfOneRow):
     """The removal of a task, which waits between reading and writing."""
 
     kind = Task
-    others = ()
-    key = None
 
     def __init__(self, task: Task) -> None:
         self.id = task.task_id

@@ -22,6 +22,7 @@ from openclaw_store import (
     DeadlineError,
     DuplicateError,
     InvalidDataError,
+    InvalidTransitionError,
     NodeInfo,
     NodeNotFoundError,
     NodeRepository,
@@ -455,7 +456,7 @@ class TestWriting:
         await asyncio.gather(manager.sync_to_database(), return_exceptions=True)
 
         refused = {type(outcome) for outcome in outcomes} - {type(None)}
-        assert refused <= {StaleVersionError, TaskNotFoundError}
+        assert refused <= {InvalidTransitionError, StaleVersionError, TaskNotFoundError}
         await assert_mirrors_database(manager)
 
     async def test_writes_around_the_manager_are_seen_at_once(
