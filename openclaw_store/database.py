@@ -363,7 +363,8 @@ class Database:
         """Give the space of removed rows back; writers wait meanwhile, readers do not.
 
         Raises:
-            UnavailableError: If another process keeps the database locked, or the disk is full.
+            UnavailableError: If another process keeps the database locked, the disk is full, or
+                the role does not own the tables of a server.
         """
         self._check_ready()
         self.refuse_inside()

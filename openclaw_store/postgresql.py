@@ -31,6 +31,20 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
+_TABLES = ["tasks", "nodes", "changes", "counters"]
+
+_PREPARE = "SELECT current_setting('server_version_num'), current_setting('synchronous_commit')"
+
+# The server passes them by with no more than a warning, which has no code of its own.
+_FOREIGN = """
+    SELECT relname, pg_get_userbyid(relowner) FROM pg_class, pg_database
+    WHERE pg_class.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
+    AND datname = current_database()
+    AND NOT pg_has_role(relowner, 'USAGE') AND NOT pg_has_role(datdba, 'USAGE')
+    AND CASE WHEN current_setting('server_version_num')::int >= 170000
+        THEN NOT has_table_privilege(pg_class.oid, 'MAINTAIN') ELSE true END
+    ORDER BY relname"""
+
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
@@ -72,6 +86,7 @@ class PostgreSQL:
         self.location = url.render_as_string(hide_password=True)
         """Where it is, as people may see it."""
         self.faults = PostgreSQLFaults(self.location)
+        self._synchronous_commit: str | None = None  # what the server has, for all we know
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
 
@@ -79,18 +94,19 @@ class PostgreSQL:
         """There is none to be made."""
 
     def prepare(self) -> None:
-        """Refuse a server that is too old.
+        """Refuse a server that is too old; see to it that a commit waits until it is on the disk.
 
         Raises:
             UnavailableError: Naming the version found and the one needed, or what is in the way.
         """
-        number = self.inspect(lambda connection: connection.scalar(text("SHOW server_version_num")))
+        number, commit = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
         version = int(number) // 10_000
         if version < MINIMUM_VERSION:
             raise UnavailableError(
                 f"{self.location} is PostgreSQL {version}, {MINIMUM_VERSION} or newer is needed: "
                 "upgrade the server"
             )
+        self._synchronous_commit = "on" if commit == "off" else commit
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread, which has no loop."""
@@ -146,6 +162,8 @@ class PostgreSQL:
                 **(settings or {}),
             },
         }
+        if self._synchronous_commit is not None:  # else others could turn it off meanwhile
+            arguments["server_settings"]["synchronous_commit"] = self._synchronous_commit
         if write:  # a writer waits for others, and then sees what they wrote
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # where a machine goes with the lock, its connection stays, for hours
@@ -206,12 +224,23 @@ class PostgreSQL:
             dump(self._url, partial)
 
     def vacuum(self) -> None:
-        """Have the space of removed rows used again, and the statistics brought up to date."""
+        """Have the space of removed rows used again, and the statistics brought up to date.
+
+        Raises:
+            UnavailableError: If the role may not do that.
+        """
 
         async def run() -> None:
             engine = self.engine(write=True, is_long=True, isolation_level="AUTOCOMMIT")
             async with engine.connect() as connection:
-                for table in ("tasks", "nodes", "changes", "counters"):
+                foreign = (await connection.execute(text(_FOREIGN), {"tables": _TABLES})).all()
+                if foreign:
+                    tables = ", ".join(table for table, _ in foreign)
+                    raise UnavailableError(
+                        f"{self.location}: this role does not own {tables}: vacuum as "
+                        f"{foreign[0][1]}, who does, or leave it to the server's autovacuum"
+                    )
+                for table in _TABLES:
                     await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
 
         with self.faults.translated():

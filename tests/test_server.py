@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import pytest
 from conftest import FakeClock, MakeNode, MakeTask, execute
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from benchmarks.postgres import (
     Server,
@@ -637,6 +637,44 @@ class TestRole:
         with pytest.raises(UnavailableError, match="grant it what it needs, or use another role"):
             await database.initialize()
 
+    async def test_that_does_not_own_the_tables_is_told_who_does_when_it_vacuums(
+        self, role: str, url: str
+    ) -> None:
+        """The server does nothing then, and says so in a warning that nobody reads."""
+        grant(url, role)
+        async with Database(with_parts(url, username=role)) as database:
+            with pytest.raises(
+                UnavailableError, match="own changes, counters, nodes, tasks: vacuum as postgres,"
+            ):
+                await database.vacuum()
+
+            execute(url, f"ALTER TABLE changes OWNER TO {role}")
+            with pytest.raises(UnavailableError, match="own counters, nodes, tasks: "):
+                await database.vacuum()
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "GRANT MAINTAIN ON tasks, nodes, changes, counters TO {role}",
+            "ALTER DATABASE {database} OWNER TO {role}",
+            "GRANT postgres TO {role}",
+        ],
+        ids=["maintainer", "owner of the database", "member of the owner"],
+    )
+    async def test_that_may_vacuum_does(
+        self, role: str, url: str, make_task: MakeTask, statement: str
+    ) -> None:
+        grant(url, role)
+        if "MAINTAIN" in statement and execute(url, "SHOW server_version_num") < [("170000",)]:
+            return  # it came with PostgreSQL 17
+        execute(url, statement.format(role=role, database=make_url(url).database))
+        async with Database(with_parts(url, username=role)) as database:
+            await TaskRepository(database).create(make_task())
+
+            await database.vacuum()
+
+        assert execute(url, "SELECT reltuples FROM pg_class WHERE relname = 'tasks'") == [(1,)]
+
 
 def complete(task: Task) -> None:
     task.status = TaskStatus.COMPLETED
@@ -651,6 +689,32 @@ async def first(number: int, changes: AsyncIterator[Change]) -> list[Change]:
             if len(found) == number:
                 break
     return found
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("off", "on"), ("on", "on"), ("local", "local"), ("remote_apply",) * 2]
+)
+async def test_commit_waits_for_the_disk_whatever_the_server_is_told(
+    url: str, given: str, used: str
+) -> None:
+    """A stricter setting than ours stays; one that is made later does not change anything."""
+
+    def tell(value: str) -> None:
+        name = make_url(url).database
+        execute(url, f"ALTER DATABASE {name} SET synchronous_commit = {value}")
+
+    shown: list[object] = []
+    tell(given)
+    async with Database(url) as database:
+        tell("off")
+        [value] = await database.write(
+            lambda unit, _: [unit.cursor.execute("SHOW synchronous_commit")[0]], None
+        )
+        shown.append(value)
+        async with database.transaction() as tx:
+            shown.append(await tx.scalar(text("SHOW synchronous_commit")))
+
+    assert shown == [used, used]
 
 
 async def test_older_server_is_refused_by_name(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
