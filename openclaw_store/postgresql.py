@@ -86,6 +86,7 @@ class PostgreSQL:
         self.location = url.render_as_string(hide_password=True)
         """Where it is, as people may see it."""
         self.faults = PostgreSQLFaults(self.location)
+        self._connector = _Connector()
         self._synchronous_commit: str | None = None  # what the server has, for all we know
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
@@ -151,7 +152,7 @@ class PostgreSQL:
         """
         patience = max(self._timeout, _CONNECT_SECONDS)
         arguments: dict[str, Any] = {
-            "async_creator_fn": _connect,
+            "async_creator_fn": self._connector.connect,
             "connection_class": _connection_class(),
             "timeout": patience,
             "statement_cache_size": 2 * MAX_COMBINATIONS,
@@ -253,40 +254,50 @@ class PostgreSQL:
         return int(found.scalar_one())
 
 
-async def _connect(*arguments: Any, **options: Any) -> Any:
-    """Connect to the end, even when the caller is cancelled meanwhile.
+class _Connector:
+    """Connects to a server; of several, to the one first that answered last."""
 
-    Where the driver is stopped half-way, it leaves a connection that nobody closes.
-    """
-    try:
-        return await finish(
-            _connect_to_any(*arguments, **options), unwanted=lambda made: made.terminate()
-        )
-    except asyncio.CancelledError:
-        await asyncio.sleep(0)  # the socket is closed in the loop's next turn
-        raise
+    def __init__(self) -> None:
+        self._answered: object = None
 
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
+        """Connect to the end, even when the caller is cancelled meanwhile.
 
-async def _connect_to_any(*arguments: Any, **options: Any) -> Any:
-    """Connect to the first of the hosts that is the right one, each having its share of the time.
-
-    The driver would wait for one that does not answer until there is no time for the others.
-    """
-    driver = importlib.import_module("asyncpg")
-    hosts = options.get("host")
-    if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
-        return await driver.connect(*arguments, **options)
-    options["timeout"] /= len(hosts)
-    reason: Exception | None = None
-    for host, port in zip(hosts, options["port"], strict=True):
+        Where the driver is stopped half-way, it leaves a connection that nobody closes.
+        """
         try:
-            return await driver.connect(*arguments, **{**options, "host": host, "port": port})
-        except (
-            OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
-        ) as error:  # fmt: skip
-            reason = error
-    assert reason is not None
-    raise reason
+            return await finish(
+                self._connect_to_any(*arguments, **options), unwanted=lambda made: made.terminate()
+            )
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+            raise
+
+    async def _connect_to_any(self, *arguments: Any, **options: Any) -> Any:
+        """Connect to the first host that is the right one, each having its share of the time.
+
+        The driver would wait for one that does not answer until there is no time for the others.
+        """
+        driver = importlib.import_module("asyncpg")
+        hosts = options.get("host")
+        if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
+            return await driver.connect(*arguments, **options)
+        options["timeout"] /= len(hosts)
+        reason: Exception | None = None
+        servers = zip(hosts, options["port"], strict=True)
+        for server in sorted(servers, key=lambda server: server != self._answered):
+            options["host"], options["port"] = server
+            try:
+                connection = await driver.connect(*arguments, **options)
+            except (
+                OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
+            ) as error:  # fmt: skip
+                reason = error
+            else:
+                self._answered = server
+                return connection
+        assert reason is not None
+        raise reason
 
 
 def _milliseconds(seconds: float) -> str:

@@ -854,13 +854,35 @@ class TestLocation:
     async def test_of_several_servers_one_that_does_not_answer_is_passed_by(
         self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """And then not asked again: each new connection would wait for its share of the time."""
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
         async with silent_server() as silence:
             location = several_hosts(url, silence.port, target_session_attrs="read-write")
             async with Database(location, timeout=1.0) as database:
                 await TaskRepository(database).create(make_task())
+                async with database.transaction() as tx:
+                    await TaskRepository(tx).create(make_task())
 
-            assert silence.taken > 0
+            assert silence.taken == 1
+
+    async def test_of_several_servers_the_others_are_asked_when_the_last_one_is_silent(
+        self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
+
+        async def write(database: Database) -> None:
+            async with database.transaction() as tx:
+                await TaskRepository(tx).create(make_task())
+
+        async with Proxy(url) as proxy:
+            async with Database(several_hosts(url, port_of(proxy.url)), timeout=1.0) as database:
+                await write(database)
+                before = proxy.taken
+                proxy.swallow()
+                await write(database)
+                await write(database)
+
+            assert proxy.taken == before + 1
 
     @pytest.mark.parametrize("hosts", [1, 2])
     async def test_server_of_which_only_the_wrong_kind_is_there_is_unavailable(
