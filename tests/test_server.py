@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -22,6 +25,7 @@ from benchmarks.postgres import (
     free_port,
     installed_package,
     is_installed,
+    wait_until,
 )
 from openclaw_store import (
     Change,
@@ -54,6 +58,8 @@ LEEWAY = 1.5
 """Seconds of slack on a busy machine, besides the limits; to wait for twice one of them is more."""
 
 REVISIONS = "SELECT revision FROM changes ORDER BY revision"
+
+ROOT = Path(__file__).parent.parent
 
 PROGRAMS = installed_package() / "pginstall" / "bin" if is_installed() else Path()
 
@@ -920,3 +926,33 @@ class TestLocation:
         shown.append(closed.value)
 
         assert SECRET not in str(shown)
+
+
+RUNNING = """
+import time
+from benchmarks.postgres import running_server
+
+with running_server() as server:
+    print(server.url, server._folder, server._data, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("own_server")
+def test_server_of_tests_ends_when_they_are_killed() -> None:
+    command = [sys.executable, "-c", RUNNING]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout is not None
+        url, *folders = tests.stdout.readline().split()
+        there = is_answering(url), [os.path.exists(folder) for folder in folders]
+        tests.kill()
+
+    assert there == (True, [True, True])
+    wait_until(lambda: not is_answering(url), "the server ended")
+    wait_until(lambda: not any(map(os.path.exists, folders)), "its folders are gone")
+
+
+def is_answering(url: str) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port_of(url))):
+        return True
+    return False
