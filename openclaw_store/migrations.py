@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
-from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Backend, backend_of
+from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of
 from openclaw_store.errors import SchemaMismatchError
 from openclaw_store.schema import Base
 
@@ -37,13 +37,21 @@ SCRIPTS = next(
 _LOCK = threading.Lock()  # Alembic's state is global
 
 
-def check(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> bool:
+def named_by(location: str | Path | None) -> Backend:
+    """The database that the command line means.
+
+    Args:
+        location: Path or URL; `None` for `OPENCLAW_STORE_URL` or `./data/cluster.db`.
+    """
+    return backend_of(location or os.environ.get(URL_VARIABLE, DEFAULT_LOCATION))
+
+
+def is_current(backend: Backend) -> bool:
     """Whether the database has the schema of this version; `False` for an older one.
 
     Raises:
         SchemaMismatchError: If it is newer, or was not made by this library.
     """
-    backend = backend_of(location, timeout)
     return backend.inspect(lambda connection: _is_current(backend, connection))
 
 
@@ -65,28 +73,28 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
     return revision == HEAD
 
 
-def require(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+def require(backend: Backend) -> None:
     """Refuse a database whose schema is not the one of this version.
 
     Raises:
         SchemaMismatchError: With the command to run.
     """
-    if not check(location, timeout):
-        shown = backend_of(location).location
+    if not is_current(backend):
         raise SchemaMismatchError(
-            f"the schema of {shown} is older than {HEAD}: call initialize(migrate=True), "
-            f'or run "alembic -x url={shown} upgrade head" in a checkout'
+            f"the schema of {backend.location} is older than {HEAD}: call "
+            f'initialize(migrate=True), or run "alembic -x url={backend.location} upgrade head" '
+            "in a checkout"
         )
 
 
-def upgrade(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> None:
+def upgrade(backend: Backend) -> None:
     """Bring the database to the schema of this version; blocks the thread.
 
     Raises:
         SchemaMismatchError: If it is newer, or was not made by this library.
-        UnavailableError: If another process keeps it locked for `timeout` seconds.
+        UnavailableError: If another process keeps it locked for longer than its timeout.
     """
-    if check(location, timeout):
+    if is_current(backend):
         return
     # Imported here: opening a database that needs no migration shall not pay for Alembic.
     from alembic import command
@@ -101,32 +109,25 @@ def upgrade(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> N
 
     try:
         with _LOCK:
-            migrate(location, run_upgrade, timeout)
+            migrate(backend, run_upgrade)
     except CommandError as error:
         raise SchemaMismatchError(
-            f"{backend_of(location).location} cannot be upgraded ({error}): restore a backup, or "
-            "give another path"
+            f"{backend.location} cannot be upgraded ({error}): restore a backup, or give another "
+            "path"
         ) from error
 
 
-def migrate(
-    location: str | Path | None,
-    work: Callable[[Connection], None],
-    timeout: float = DEFAULT_TIMEOUT_SECONDS,
-) -> None:
+def migrate(backend: Backend, work: Callable[[Connection], None]) -> None:
     """Do `work` with a connection that holds the lock, and commit it; blocks the thread.
 
     Args:
-        location: Path or URL; `None` for `OPENCLAW_STORE_URL` or `./data/cluster.db`.
+        backend: The database.
         work: Calls `run`.
-        timeout: Seconds to wait for the lock.
 
     Raises:
         SchemaMismatchError: If the schema is newer, or was not made by this library.
+        UnavailableError: If another process keeps it locked for longer than its timeout.
     """
-    if location is None:
-        location = os.environ.get(URL_VARIABLE, DEFAULT_LOCATION)
-    backend = backend_of(location, timeout)
 
     def checked(connection: Connection) -> None:
         _is_current(backend, connection)
@@ -141,9 +142,8 @@ def run(context: EnvironmentContext, connection: Connection) -> None:
     context.run_migrations()
 
 
-def run_offline(context: EnvironmentContext, location: str | Path | None) -> None:
+def run_offline(context: EnvironmentContext, backend: Backend) -> None:
     """Print the SQL instead of running it."""
-    backend = backend_of(location or os.environ.get(URL_VARIABLE, DEFAULT_LOCATION))
     context.configure(
         dialect_name=backend.dialect, target_metadata=Base.metadata, literal_binds=True,
         render_as_batch=True, transactional_ddl=True,

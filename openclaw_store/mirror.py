@@ -27,7 +27,7 @@ from openclaw_store.changes import (
     missing,
     place_of,
 )
-from openclaw_store.database import Database, finish
+from openclaw_store.database import Database
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
@@ -46,6 +46,7 @@ from openclaw_store.feed import (
     read_oldest,
     read_start,
 )
+from openclaw_store.finishing import finish
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.lifecycle import arrived, refused
 from openclaw_store.models import NodeInfo, Task

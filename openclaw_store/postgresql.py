@@ -1,45 +1,28 @@
-"""How PostgreSQL is reached, locked, copied and understood when it fails.
-
-Whoever writes either locks the row of counters first, and so writes alone, as on SQLite: what it
-reads then cannot move until it has committed. Or it moves the counters only if they are as they
-were when it read, in the very statement that writes all the rest: who was quicker has moved them,
-and nothing is written. That takes two round trips to the server instead of four, or one where rows
-are only added: the writer knows how it left the counters. So it does, until it meets another one.
-"""
+"""How PostgreSQL is reached, locked and looked after."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib
 import logging
-import os
-import secrets
-import shutil
-import subprocess
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Pool, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy import Connection, Pool, make_url, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
-from openclaw_store.errors import (
-    InvalidDataError,
-    OutcomeUnknownError,
-    SchemaMismatchError,
-    StoreError,
-    UnavailableError,
-)
-from openclaw_store.statements import CHANNEL, combined
-from openclaw_store.writer import RedoError
+from openclaw_store.backups import dump, written_aside
+from openclaw_store.errors import InvalidDataError, UnavailableError
+from openclaw_store.faults import PostgreSQLFaults
+from openclaw_store.finishing import finish
+from openclaw_store.round_trips import MAX_COMBINATIONS, WRITER_SETTINGS, Cursor, Writing
+from openclaw_store.statements import CHANNEL
 
 logger = logging.getLogger(__name__)
 
@@ -48,270 +31,25 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest server that is supported; older ones get no more fixes from their makers."""
 
-_LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
-_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
+_TABLES = ["tasks", "nodes", "changes", "counters"]
+
+_PREPARE = "SELECT current_setting('server_version_num'), current_setting('synchronous_commit')"
+
+# The server passes them by with no more than a warning, which has no code of its own.
+_FOREIGN = """
+    SELECT relname, pg_get_userbyid(relowner) FROM pg_class, pg_database
+    WHERE pg_class.oid = ANY (CAST(CAST(:tables AS text[]) AS regclass[]))
+    AND datname = current_database()
+    AND NOT pg_has_role(relowner, 'USAGE') AND NOT pg_has_role(datdba, 'USAGE')
+    AND CASE WHEN current_setting('server_version_num')::int >= 170000
+        THEN NOT has_table_privilege(pg_class.oid, 'MAINTAIN') ELSE true END
+    ORDER BY relname"""
+
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
 _ANSWER_SECONDS = 1.0  # that the server's own limits, which leave a connection usable, come first
 _CLOSE_SECONDS = 0.5  # for the farewell; a connection that is cut off does without
-
-_CAREFUL_AFTER_CONFLICT = 64
-"""Transactions. So where several processes keep writing, little work is done in vain."""
-
-_MAX_COMBINATIONS = 100
-"""Statements that several were combined into; the server takes a millisecond to plan one."""
-
-# The writer's statements are few, and each is planned once. A plan that was made while a table was
-# empty serves for ever, so none may go through a whole table. Without this, the planner besides
-# takes longer over each of them than the server to do it.
-_WRITER_SETTINGS = {
-    "plan_cache_mode": "force_generic_plan",
-    "jit": "off",
-    "enable_seqscan": "off",
-    "enable_hashjoin": "off",
-    "enable_mergejoin": "off",
-    "enable_material": "off",
-    # Without the lock: to wait for another writer, and then see that it was quicker.
-    "default_transaction_isolation": "read committed",
-}
-
-_GONE = "the connection to the server was lost: try again"
-_ADVICE = {
-    "08": _GONE,
-    "57P": "the server is shutting down or starting: try again",
-    "57014": "the statement took too long: try again",
-    "53": "the server has not enough connections, memory or space: see its log",
-    "55P03": "another process keeps it locked: try again",
-    "25006": "this server only reads, as a standby does: name the one that writes",
-    "40": "the server gave this transaction up in favour of another: try again",
-    "25P03": "the transaction did nothing for too long: try again",
-    "28": "the server does not let this user in: check the user name and the password",
-    "3D": 'there is no such database: create it first, as with "createdb"',
-    "42501": "this role may not do that: grant it what it needs, or use another role",
-    "58": "the server's disk reports an error: see its log",
-    "XX": "the server's data may be damaged: see its log",
-}
-"""By the beginning of the code that says what is wrong."""
-
-
-class Cursor:
-    """Speaks to the driver on behalf of a unit that has the write lock.
-
-    Args:
-        connection: The driver's own.
-        wait: Waits for what is begun on the connection's event loop.
-    """
-
-    dialect = "postgresql"
-
-    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
-        self._connection = connection
-        self._wait = wait
-
-    def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement."""
-        return self._fetch(sql, parameters)
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement."""
-        return self._fetch(sql, parameters)
-
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Do a statement for many rows."""
-        self._write(sql, rows)
-
-    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows; returns how many rows of a table it wrote."""
-        return self._write(sql, rows)
-
-    def assume(self) -> Sequence[Any] | None:
-        """Nothing: what is assumed here and proves wrong could not be done again."""
-        return None
-
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
-        """Write a row that nobody else can have changed."""
-        self._fetch(sql, parameters)
-
-    def _fetch(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        rows: Sequence[Any] = self._wait(self._connection.fetch(sql, *parameters))
-        return rows
-
-    def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement once, with an array for each column."""
-        arrays = map(list, zip(*rows, strict=True))
-        status: str = self._wait(self._connection.execute(sql, *arrays))
-        return int(status.split()[-1])
-
-
-class WriterCursor(Cursor):
-    """Keeps the writes of a transaction back, to send all of them in one statement.
-
-    Without the lock, that statement is the transaction: it commits by itself, or finds that others
-    have written meanwhile and does nothing.
-    """
-
-    has_lock = False
-    lock_next = 0
-    """How many transactions shall begin with the lock."""
-
-    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
-        super().__init__(connection, wait)
-        self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
-        self._guard: tuple[str, Sequence[Any]] | None = None
-        self._combinations: dict[tuple[str, ...], str] = {}
-        self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
-        self._has_assumed = False
-        self._doubtful = 0  # transactions that are to assume nothing
-
-    def begin(self) -> None:
-        """Forget the last transaction."""
-        self._kept, self._guard = [], None
-        self._has_assumed = False
-        self._doubtful = max(0, self._doubtful - 1)
-
-    def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement, which may change before they are written."""
-        if self._kept:
-            self._send_kept()
-        return self._fetch(sql, parameters)
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement, which needs the lock."""
-        self._send_kept()
-        return self._fetch(sql, parameters)
-
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Do a statement for many rows, later."""
-        self._kept.append((sql, rows))
-
-    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows, which needs the lock."""
-        self._send_kept()
-        return self._write(sql, rows)
-
-    def assume(self) -> Sequence[Any] | None:
-        """The guard's row as the last transaction left it, while that proves right."""
-        if self.has_lock or self._doubtful:
-            return None
-        self._has_assumed = self._left is not None
-        return self._left
-
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
-        """Make all that is kept back depend on a statement that writes one row."""
-        self._guard = sql, parameters
-
-    def send(self) -> None:
-        """Send what is kept back, in one statement, unless somebody else has written meanwhile."""
-        if self._guard is None:
-            if self._kept:
-                self._send_kept()
-            return
-        self._kept.sort(key=itemgetter(0))  # for fewer combinations
-        guard, parameters = self._guard
-        is_single = all(len(rows) == 1 for _, rows in self._kept)
-        statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
-        if statement is None:
-            self._send_kept()
-            statement = combined(guard, [], is_single=True)
-        for _, rows in self._kept:
-            values = rows[0] if is_single else map(list, zip(*rows, strict=True))
-            parameters = [*parameters, *values]
-        if self._is_written(statement, parameters):
-            self._left = self._guard[1][:2]
-        elif self.has_lock:
-            raise StoreError("the row of counters was changed by hand: try again")
-        elif self._has_assumed:
-            self._doubtful = _CAREFUL_AFTER_CONFLICT
-            raise RedoError
-        else:
-            self._need_lock(_CAREFUL_AFTER_CONFLICT)
-
-    def _is_written(self, statement: str, parameters: Sequence[Any]) -> bool:
-        try:
-            return bool(self._fetch(statement, parameters))
-        except _driver_errors() as error:
-            if self._has_assumed and _code(error) == "23505":
-                return False  # a row was not new
-            raise
-
-    def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
-        """One statement for several; `None` if it is not worth the server's time to plan it."""
-        combination = (guard, *writes, "a row" if is_single else "rows")
-        if combination not in self._combinations:
-            if len(self._combinations) == _MAX_COMBINATIONS:
-                return None
-            self._combinations[combination] = combined(guard, writes, is_single=is_single)
-        return self._combinations[combination]
-
-    def _send_kept(self) -> None:
-        if not self.has_lock:
-            self._need_lock(1)
-        for sql, rows in self._kept:
-            self._write(sql, rows)
-        self._kept = []
-
-    def _need_lock(self, transactions: int) -> NoReturn:
-        self.lock_next = transactions
-        raise RedoError
-
-
-class Writing:
-    """The writer's connection, which belongs to its thread, with an event loop of its own."""
-
-    def __init__(self, server: PostgreSQL) -> None:
-        self._server = server
-        self._loop = asyncio.new_event_loop()
-        self._engine = server.engine(
-            write=True, isolation_level="AUTOCOMMIT", settings=_WRITER_SETTINGS
-        )
-        try:
-            self._connection = self._wait(self._engine.connect())
-        except BaseException:
-            self._close_loop()
-            raise
-        raw: Any = self._wait(self._connection.get_raw_connection())
-        self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait)
-        self._process: int = self._driver.get_server_pid()
-        server.writers.add(self._process)
-
-    def begin(self) -> None:
-        """Begin a transaction, with the write lock if the cursor has asked for it."""
-        self.cursor.begin()
-        self.cursor.has_lock = self.cursor.lock_next > 0
-        if self.cursor.has_lock:
-            self.cursor.lock_next -= 1
-            self._wait(self._driver.execute(_BEGIN))
-
-    def commit(self) -> None:
-        """Commit what `begin` began."""
-        if self.cursor.has_lock:
-            with self._server.translated():  # until COMMIT, the outcome is known
-                self.cursor.send()
-            self._wait(self._driver.execute("COMMIT"))
-        else:
-            self.cursor.send()
-
-    def close(self) -> None:
-        """Close the connection, whatever state it is in; what was not committed is undone."""
-        self._server.writers.discard(self._process)
-        try:
-            with suppress(OSError, *_driver_errors()):
-                self._wait(self._driver.close())
-            with suppress(SQLAlchemyError):
-                self._wait(self._connection.invalidate())
-                self._wait(self._connection.close())
-        finally:
-            self._close_loop()
-
-    def _close_loop(self) -> None:
-        for _ in range(3):  # sockets are closed in the loop's next turns
-            self._wait(asyncio.sleep(0))
-        self._loop.close()
-
-    def _wait(self, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:
-        return self._loop.run_until_complete(work)
 
 
 class PostgreSQL:
@@ -347,6 +85,9 @@ class PostgreSQL:
         self._timeout = timeout
         self.location = url.render_as_string(hide_password=True)
         """Where it is, as people may see it."""
+        self.faults = PostgreSQLFaults(self.location)
+        self._connector = _Connector()
+        self._synchronous_commit: str | None = None  # what the server has, for all we know
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
 
@@ -354,18 +95,19 @@ class PostgreSQL:
         """There is none to be made."""
 
     def prepare(self) -> None:
-        """Refuse a server that is too old.
+        """Refuse a server that is too old; see to it that a commit waits until it is on the disk.
 
         Raises:
             UnavailableError: Naming the version found and the one needed, or what is in the way.
         """
-        number = self.inspect(lambda connection: connection.scalar(text("SHOW server_version_num")))
+        number, commit = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
         version = int(number) // 10_000
         if version < MINIMUM_VERSION:
             raise UnavailableError(
                 f"{self.location} is PostgreSQL {version}, {MINIMUM_VERSION} or newer is needed: "
                 "upgrade the server"
             )
+        self._synchronous_commit = "on" if commit == "off" else commit
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread, which has no loop."""
@@ -374,7 +116,7 @@ class PostgreSQL:
             async with self.engine(write=False).connect() as connection:
                 return await connection.run_sync(work)
 
-        with self.translated():
+        with self.faults.translated():
             return asyncio.run(run())
 
     def migrate(self, work: Callable[[Connection], Result]) -> Result:
@@ -390,7 +132,7 @@ class PostgreSQL:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
                 return await connection.run_sync(work)
 
-        with self.translated():
+        with self.faults.translated():
             return asyncio.run(run())
 
     def engine(
@@ -410,10 +152,10 @@ class PostgreSQL:
         """
         patience = max(self._timeout, _CONNECT_SECONDS)
         arguments: dict[str, Any] = {
-            "async_creator_fn": _connect,
+            "async_creator_fn": self._connector.connect,
             "connection_class": _connection_class(),
             "timeout": patience,
-            "statement_cache_size": 2 * _MAX_COMBINATIONS,
+            "statement_cache_size": 2 * MAX_COMBINATIONS,
             "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
                 "application_name": "openclaw_store",
@@ -421,6 +163,8 @@ class PostgreSQL:
                 **(settings or {}),
             },
         }
+        if self._synchronous_commit is not None:  # else others could turn it off meanwhile
+            arguments["server_settings"]["synchronous_commit"] = self._synchronous_commit
         if write:  # a writer waits for others, and then sees what they wrote
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # where a machine goes with the lock, its connection stays, for hours
@@ -449,7 +193,7 @@ class PostgreSQL:
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, whatever state its connection is in."""
-        caught: tuple[type[Exception], ...] = (SQLAlchemyError, OSError, *_driver_errors())
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError, *self.faults.raised())
         try:
             await session.close()
         except caught as error:
@@ -462,7 +206,8 @@ class PostgreSQL:
 
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
-        return Writing(self)
+        engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
+        return Writing(engine, self.faults, self.writers)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
@@ -476,45 +221,30 @@ class PostgreSQL:
             InvalidDataError: If `target` exists and is not to be overwritten.
             UnavailableError: If there is no pg_dump, or it fails.
         """
-        if target.exists() and not overwrite:
-            raise InvalidDataError(
-                "path", f"{target} exists: choose another, or pass overwrite=True"
-            )
-        program = shutil.which("pg_dump")
-        if program is None:
-            raise UnavailableError(
-                "a backup of PostgreSQL needs pg_dump: install the package of PostgreSQL's "
-                "client programs (on Debian, postgresql-client), and see that it is in PATH"
-            )
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        # Nothing of it on the command line, which everybody can read.
-        environment = {**os.environ, **_environment(self._url)}
-        command = [program, "--format=custom", f"--file={partial}"]
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise UnavailableError(f"{self.location}: pg_dump: {done.stderr.strip()}")
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-            partial.replace(target)
-        except OSError as error:
-            raise UnavailableError(f"{target}: {error.strerror}: choose another path") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        with written_aside(target, overwrite=overwrite) as partial:
+            dump(self._url, partial)
 
     def vacuum(self) -> None:
-        """Have the space of removed rows used again, and the statistics brought up to date."""
+        """Have the space of removed rows used again, and the statistics brought up to date.
+
+        Raises:
+            UnavailableError: If the role may not do that.
+        """
 
         async def run() -> None:
             engine = self.engine(write=True, is_long=True, isolation_level="AUTOCOMMIT")
             async with engine.connect() as connection:
-                for table in ("tasks", "nodes", "changes", "counters"):
+                foreign = (await connection.execute(text(_FOREIGN), {"tables": _TABLES})).all()
+                if foreign:
+                    tables = ", ".join(table for table, _ in foreign)
+                    raise UnavailableError(
+                        f"{self.location}: this role does not own {tables}: vacuum as "
+                        f"{foreign[0][1]}, who does, or leave it to the server's autovacuum"
+                    )
+                for table in _TABLES:
                     await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
 
-        with self.translated():
+        with self.faults.translated():
             asyncio.run(run())
 
     async def size(self, session: AsyncSession) -> int:
@@ -523,137 +253,51 @@ class PostgreSQL:
         found = await connection.exec_driver_sql("SELECT pg_database_size(current_database())")
         return int(found.scalar_one())
 
-    @contextmanager
-    def translated(
-        self, *, own: bool = True, reading: bool = False, committing: bool = False
-    ) -> Iterator[None]:
-        """Raise what the driver raises as the library's own errors, chained to it.
 
-        Args:
-            own: Whether the statements are the library's; faults in others stay as they are.
-            reading: Whether it is the statements that must not write.
-            committing: Whether it is what commits that may fail.
+class _Connector:
+    """Connects to a server; of several, to the one first that answered last."""
+
+    def __init__(self) -> None:
+        self._answered: object = None
+
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
+        """Connect to the end, even when the caller is cancelled meanwhile.
+
+        Where the driver is stopped half-way, it leaves a connection that nobody closes.
         """
-        caught: tuple[type[Exception], ...] = (SQLAlchemyError,)
-        if own:
-            caught = (SQLAlchemyError, OSError, *_driver_errors())
         try:
-            yield
-        except caught as error:
-            if reading and _code(error) == "25006":
-                raise StoreError("this session only reads: write in `transaction()`") from error
-            translation = self.translate(error, own=own, committing=committing)
-            if translation is error:
-                raise
-            raise translation from error
+            return await finish(
+                self._connect_to_any(*arguments, **options), unwanted=lambda made: made.terminate()
+            )
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+            raise
 
-    def translate(
-        self, error: Exception, *, own: bool = True, committing: bool = False
-    ) -> Exception:
-        """The library's own error for one of the driver's, decided by its code.
+    async def _connect_to_any(self, *arguments: Any, **options: Any) -> Any:
+        """Connect to the first host that is the right one, each having its share of the time.
 
-        Args:
-            own: Whether the statement was the library's own.
-            committing: Whether COMMIT raised it, so that it may have taken effect.
+        The driver would wait for one that does not answer until there is no time for the others.
         """
-        if isinstance(error, StoreError):
-            return error
-        if isinstance(error, PoolTimeoutError):
-            return UnavailableError(
-                f"{self.location}: all reading connections are in use: close some sessions"
-            )
-        if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
-            return error.orig  # a value was refused on its way to the driver
-        code = _code(error)
-        if code is None and not _is_lost(error):
-            return error
-        if committing and (code is None or code.startswith(("08", "57P"))):
-            return OutcomeUnknownError(
-                f"{self.location}: the connection was lost while committing: repeat the call"
-            )
-        if code is None:
-            cause = _cause(error)
-            reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
-            return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
-        for beginning, advice in _ADVICE.items():
-            if code.startswith(beginning):
-                return UnavailableError(f"{self.location}: {advice}")
-        if own and code.startswith("42"):
-            return SchemaMismatchError(
-                f"{self.location}: {_cause(error)}: its schema is another one, or was changed"
-            )
-        if code.startswith(("22", "23")):
-            return InvalidDataError("row", f"refused by the database: {_cause(error)}")
-        return error
-
-
-async def _connect(*arguments: Any, **options: Any) -> Any:
-    """Connect to the end, even when the caller is cancelled meanwhile.
-
-    Where the driver is stopped half-way, it leaves a connection that nobody closes.
-    """
-    connecting = asyncio.ensure_future(_connect_to_any(*arguments, **options))
-    cancelled: asyncio.CancelledError | None = None
-    while not connecting.done():
-        try:
-            await asyncio.wait([connecting])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is None:
-        return connecting.result()
-    if connecting.exception() is None:
-        connecting.result().terminate()
-        await asyncio.sleep(0)  # the socket is closed in the loop's next turn
-    raise cancelled
-
-
-async def _connect_to_any(*arguments: Any, **options: Any) -> Any:
-    """Connect to the first of the hosts that is the right one, each having its share of the time.
-
-    The driver would wait for one that does not answer until there is no time for the others.
-    """
-    driver = importlib.import_module("asyncpg")
-    hosts = options.get("host")
-    if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
-        return await driver.connect(*arguments, **options)
-    options["timeout"] /= len(hosts)
-    reason: Exception | None = None
-    for host, port in zip(hosts, options["port"], strict=True):
-        try:
-            return await driver.connect(*arguments, **{**options, "host": host, "port": port})
-        except (
-            OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
-        ) as error:  # fmt: skip
-            reason = error
-    assert reason is not None
-    raise reason
-
-
-_LIBPQ = {
-    "host": "PGHOST",
-    "port": "PGPORT",
-    "user": "PGUSER",
-    "password": "PGPASSWORD",
-    "database": "PGDATABASE",
-    "ssl": "PGSSLMODE",
-    "passfile": "PGPASSFILE",
-    "service": "PGSERVICE",
-    "servicefile": "PGSERVICEFILE",
-    "krbsrvname": "PGKRBSRVNAME",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-}
-"""How the programs of PostgreSQL are told what the driver is told."""
-
-
-def _environment(url: URL) -> dict[str, str]:
-    """What leads the programs of PostgreSQL to where the driver is led."""
-    _, arguments = url.get_dialect()().create_connect_args(url)
-    environment = {"PGSSLNEGOTIATION": "direct"} if arguments.get("direct_tls") else {}
-    for name, value in arguments.items():
-        if name in _LIBPQ:
-            values = value if isinstance(value, list) else [value]
-            environment[_LIBPQ[name]] = ",".join(map(str, values))
-    return environment
+        driver = importlib.import_module("asyncpg")
+        hosts = options.get("host")
+        if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
+            return await driver.connect(*arguments, **options)
+        options["timeout"] /= len(hosts)
+        reason: Exception | None = None
+        servers = zip(hosts, options["port"], strict=True)
+        for server in sorted(servers, key=lambda server: server != self._answered):
+            options["host"], options["port"] = server
+            try:
+                connection = await driver.connect(*arguments, **options)
+            except (
+                OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
+            ) as error:  # fmt: skip
+                reason = error
+            else:
+                self._answered = server
+                return connection
+        assert reason is not None
+        raise reason
 
 
 def _milliseconds(seconds: float) -> str:
@@ -672,28 +316,3 @@ def _connection_class() -> type[Any]:
             await asyncio.sleep(0)  # the socket is closed in the loop's next turn
 
     return type("Connection", (base,), {"__slots__": (), "close": close})
-
-
-def _driver_errors() -> tuple[type[Exception], ...]:
-    driver = importlib.import_module("asyncpg")  # it has no types
-    return driver.PostgresError, driver.InterfaceError, driver.InternalClientError
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The driver's own error."""
-    if isinstance(error, DBAPIError) and error.orig is not None:
-        return error.orig.__cause__ or error.orig
-    return error
-
-
-def _code(error: BaseException) -> str | None:
-    """The SQLSTATE: five characters, of which two are the class."""
-    code: str | None = getattr(_cause(error), "sqlstate", None)
-    return code
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether it says that there is no connection (any more), or no answer."""
-    driver = importlib.import_module("asyncpg")
-    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
-    return isinstance(_cause(error), lost)

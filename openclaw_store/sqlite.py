@@ -1,4 +1,4 @@
-"""How SQLite is opened, locked, copied and understood when it fails.
+"""How SQLite is opened, locked and looked after.
 
 Every connection that writes is in WAL mode with `synchronous=FULL`: a commit is on the disk when
 it returns.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import secrets
 import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -22,18 +21,13 @@ from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError, StatementError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from openclaw_store.errors import (
-    InvalidDataError,
-    OutcomeUnknownError,
-    SchemaMismatchError,
-    StoreError,
-    UnavailableError,
-)
+from openclaw_store.backups import written_aside
+from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
+from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 
 Result = TypeVar("Result")
 
@@ -49,24 +43,8 @@ _READ_TIMEOUT_SECONDS = 30.0
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
-_ADVICE = {
-    "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
-    "SQLITE_CORRUPT": "the file is damaged: restore a backup",
-    "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
-    "SQLITE_READONLY": "it cannot be written: check the permissions of the file and its folder",
-    "SQLITE_PERM": "it cannot be opened: check the permissions of the file and its folder",
-    "SQLITE_AUTH": "it cannot be opened: check the permissions of the file and its folder",
-    "SQLITE_FULL": "the disk is full: free some space and try again",
-    "SQLITE_IOERR": "the disk reports an error: check the disk, then try again",
-    "SQLITE_BUSY": "another process keeps it locked: end that process, or try again",
-    "SQLITE_LOCKED": "another connection keeps it locked: try again",
-    "SQLITE_PROTOCOL": "another process keeps it locked: try again",
-    "SQLITE_NOMEM": "there is not enough memory",
-    "SQLITE_NOLFS": "the file is too large for this system",
-}
-
-_WAITING = {"SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL"}
-_REFUSED = {"SQLITE_CONSTRAINT", "SQLITE_MISMATCH", "SQLITE_TOOBIG", "SQLITE_RANGE"}
+_BESIDES = ("-journal", "-wal", "-shm")
+"""How files end that SQLite makes beside a database."""
 
 
 class _WriteConnection(sqlite3.Connection):
@@ -151,15 +129,15 @@ def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
     }
 
 
-def writing_engine(path: Path) -> Engine:
+def _writing_engine(path: Path) -> Engine:
     """An engine for threads, whose every transaction begins with the write lock."""
     url = URL.create("sqlite", database=str(path))  # as text, % and ? would mean something
     engine = create_engine(url, poolclass=NullPool, connect_args=_options(_WriteConnection))
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        if not connection.connection.in_transaction:  # else `begin_writing` was there before
-            begin_writing(connection)
+        if not connection.connection.in_transaction:  # else `_begin_writing` was there before
+            _begin_writing(connection)
 
     return engine
 
@@ -169,7 +147,7 @@ def _reading_engine(path: Path) -> Engine:
     return create_engine(url, poolclass=NullPool, connect_args=_options(_ReadConnection))
 
 
-def begin_writing(connection: Connection) -> None:
+def _begin_writing(connection: Connection) -> None:
     """Begin a transaction with the write lock, past SQLAlchemy, whose own way takes longer."""
     connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
@@ -233,228 +211,23 @@ def _for_rows(sql: str, count: int) -> str:
     return f"{head}VALUES {', '.join([f'({row})'] * count)}{tail}"
 
 
-def async_engine(
-    path: Path, *, write: bool, pool: type[Pool] | None = None, **options: Any
-) -> AsyncEngine:
-    """An engine for coroutines: read-only, or one whose transactions begin with the write lock."""
-    engine = create_async_engine(
-        URL.create("sqlite+aiosqlite", database=str(path)),
-        poolclass=pool,
-        connect_args=_options(_WriteConnection if write else _ReadConnection),
-        **options,
-    )
-    statement = "BEGIN IMMEDIATE" if write else "BEGIN"
-
-    @event.listens_for(engine.sync_engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.connection.cursor().execute(statement)
-
-    return engine
-
-
-def delays(timeout: float) -> Iterator[float]:
+def _delays(timeout: float) -> Iterator[float]:
     """Seconds to wait between tries for a lock, jittered, until `timeout` seconds are over."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         yield random.uniform(0.0003, 0.003)
 
 
-def is_busy(error: BaseException) -> bool:
-    """Whether waiting may help: another process holds a lock."""
-    return _code(error) in _WAITING
-
-
 def retrying(work: Callable[[], Result], timeout: float) -> Result:
     """Do `work` on this thread, again while the database is locked."""
-    for delay in delays(timeout):
+    for delay in _delays(timeout):
         try:
             return work()
         except (DBAPIError, sqlite3.Error) as error:
-            if not is_busy(error):
+            if not SQLiteFaults.is_busy(error):
                 raise
         time.sleep(delay)
     return work()
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder that the database will be in.
-
-    Raises:
-        UnavailableError: If it cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UnavailableError(
-            f"cannot make the folder {path.parent} ({error.strerror}): choose another path"
-        ) from error
-
-
-def prepare(path: Path, timeout: float) -> None:
-    """Make the folder and the file, and turn WAL on; the setting stays in the file.
-
-    Raises:
-        StoreError: Saying which file cannot be used, and what to do.
-    """
-    check_version()
-    make_folder(path)
-    if os.path.isdir(path):  # `Path.is_dir` raises where the folder may not be entered
-        raise UnavailableError(f"{path} is a folder: give the path of a file in it")
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        # Else it could be read, and a WAL that nobody can write to would be left beside it.
-        raise UnavailableError(f"{path}: {_ADVICE['SQLITE_READONLY']}")
-
-    def turn_on_wal() -> None:
-        with closing(sqlite3.connect(path, **_options(_WriteConnection))) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-
-    with translated(path):
-        retrying(turn_on_wal, timeout)  # of several processes on a new file, one gets the lock
-
-
-def backup(path: Path, target: Path, *, overwrite: bool, timeout: float) -> None:
-    """Copy the database as it is at one moment, while it is read and written.
-
-    The copy is written aside and renamed when it is complete and on the disk.
-
-    Raises:
-        InvalidDataError: If `target` exists and is not to be overwritten.
-        UnavailableError: If it cannot be written.
-    """
-    own = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm")]
-    if any(file.exists() and os.path.exists(target) and target.samefile(file) for file in own):
-        raise InvalidDataError("path", f"{target} is the database itself: choose another")
-    if os.path.exists(target) and not overwrite:
-        raise InvalidDataError("path", f"{target} exists: choose another, or pass overwrite=True")
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            opened(path) as source,
-            closing(sqlite3.connect(partial, isolation_level=None)) as copy,
-        ):
-            # All pages in one step: a copy in several starts again with every write meanwhile.
-            retrying(lambda: source.backup(copy), timeout)
-            copy.execute("PRAGMA journal_mode=DELETE")  # the copy is one file, complete in itself
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        for leftover in ("-wal", "-shm"):  # of the old file; they would be read into the new one
-            target.with_name(target.name + leftover).unlink(missing_ok=True)
-        partial.replace(target)
-        _sync_folder(target.parent)
-    except (OSError, sqlite3.Error) as error:
-        raise translate(error, target) from error
-    finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):
-            with suppress(OSError):  # it was never made
-                partial.with_name(partial.name + suffix).unlink()
-
-
-def vacuum(path: Path, timeout: float) -> None:
-    """Rewrite the file without its free pages, and empty the WAL."""
-    with translated(path), closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
-        retrying(lambda: database.execute("VACUUM"), timeout)
-    empty_wal(path)
-
-
-def opened(path: Path) -> closing[sqlite3.Connection]:
-    """A connection of its own, which reads only."""
-    return closing(sqlite3.connect(path, **_options(_ReadConnection)))
-
-
-def empty_wal(path: Path) -> None:
-    """Move what the WAL holds to the database file, as far as nobody is in the way."""
-    try:
-        with closing(sqlite3.connect(path, **_options(_WriteConnection))) as database:
-            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    except sqlite3.Error as error:
-        if not is_busy(error):
-            raise translate(error, path) from error
-
-
-def size(path: Path) -> int:
-    """Bytes on the disk, those of the WAL included."""
-    files = (path, path.with_name(path.name + "-wal"))
-    return sum(file.stat().st_size for file in files if file.exists())
-
-
-@contextmanager
-def translated(
-    path: Path, *, own: bool = True, reading: bool = False, committing: bool = False
-) -> Iterator[None]:
-    """Raise what the driver raises as the library's own errors, chained to it.
-
-    Args:
-        path: The database file, for the messages.
-        own: Whether the statements are the library's; faults in others stay as they are.
-        reading: Whether it is the statements that must not write.
-        committing: Whether it is what commits that may fail.
-    """
-    try:
-        yield
-    except (SQLAlchemyError, sqlite3.Error) as error:
-        if not own and isinstance(error, sqlite3.Error):
-            raise  # of another database: ours raises SQLAlchemy's in a session
-        if reading and _code(error) == "SQLITE_READONLY":
-            raise StoreError("this session only reads: write in `transaction()`") from error
-        translation = translate(error, path, own=own, committing=committing)
-        if translation is error:
-            raise
-        raise translation from error
-
-
-def translate(
-    error: Exception, path: Path, *, own: bool = True, committing: bool = False
-) -> Exception:
-    """The library's own error for one of the driver's, decided by its code.
-
-    Args:
-        path: The database file, for the message.
-        own: Whether the statement was the library's own.
-        committing: Whether COMMIT raised it, so that it may have taken effect.
-    """
-    if isinstance(error, StoreError):
-        return error
-    if isinstance(error, PoolTimeoutError):
-        return UnavailableError(f"{path}: all reading connections are in use: close some sessions")
-    if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
-        return error.orig  # a value was refused on its way to the driver
-    if isinstance(error, OSError):
-        return UnavailableError(f"{path}: {error.strerror or error}: check the path and the disk")
-    code = _code(error)
-    if code == "SQLITE_IOERR" and committing:
-        return OutcomeUnknownError(
-            f"{path}: the disk failed while committing: check the disk, then repeat the call"
-        )
-    if code in _ADVICE:
-        return UnavailableError(f"{path}: {_ADVICE[code]}")
-    if own and code in ("SQLITE_ERROR", "SQLITE_SCHEMA"):
-        return SchemaMismatchError(
-            f"{path}: {_cause(error)}: restore a backup, or give another path"
-        )
-    if code in _REFUSED:
-        return InvalidDataError("row", f"refused by the database: {_cause(error)}")
-    return error
-
-
-def _cause(error: BaseException) -> BaseException:
-    return error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-
-
-def _code(error: BaseException) -> str | None:
-    """The primary result code: `SQLITE_BUSY` for `SQLITE_BUSY_SNAPSHOT` too."""
-    name = getattr(_cause(error), "sqlite_errorname", None)
-    return "_".join(name.split("_")[:2]) if name else None
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return  # a folder cannot be opened there
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class Writing:
@@ -467,7 +240,7 @@ class Writing:
 
     def begin(self) -> None:
         """Begin a transaction with the write lock."""
-        retrying(lambda: begin_writing(self._connection), self._timeout)
+        retrying(lambda: _begin_writing(self._connection), self._timeout)
         self.cursor = Cursor(self._connection)
 
     def commit(self) -> None:
@@ -493,20 +266,48 @@ class SQLite:
         self.path = path
         self.location = str(path)
         """Where it is, as people may see it."""
-        self.writing_engine = writing_engine(path)
+        self.faults = SQLiteFaults(self.location)
+        self.writing_engine = _writing_engine(path)
         self._timeout = timeout
 
     def make_folder(self) -> None:
-        """Make the folder that the file will be in."""
-        make_folder(self.path)
+        """Make the folder that the file will be in.
+
+        Raises:
+            UnavailableError: If it cannot be made.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnavailableError(
+                f"cannot make the folder {self.path.parent} ({error.strerror}): choose another path"
+            ) from error
 
     def prepare(self) -> None:
-        """Make the folder and the file, and turn WAL on; as `prepare` of this module."""
-        prepare(self.path, self._timeout)
+        """Make the folder and the file, and turn WAL on; the setting stays in the file.
+
+        Raises:
+            StoreError: Saying which file cannot be used, and what to do.
+        """
+        check_version()
+        self.make_folder()
+        if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
+            raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
+        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+            # Else it could be read, and a WAL that nobody can write to would be left beside it.
+            raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
+
+        def turn_on_wal() -> None:
+            with self._opened(_WriteConnection) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+
+        with self.faults.translated():
+            # Of several processes on a new file, one gets the lock.
+            retrying(turn_on_wal, self._timeout)
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
-        with self.translated(), _reading_engine(self.path).connect() as connection:
+        with self.faults.translated(), _reading_engine(self.path).connect() as connection:
             return work(connection)
 
     def migrate(self, work: Callable[[Connection], Result]) -> Result:
@@ -516,9 +317,9 @@ class SQLite:
             UnavailableError: If another process keeps the lock for longer than the timeout.
             SchemaMismatchError: If a row refers to one that is not there afterwards.
         """
-        prepare(self.path, self._timeout)
-        engine = writing_engine(self.path)
-        with self.translated(), retrying(engine.connect, self._timeout) as connection:
+        self.prepare()
+        engine = _writing_engine(self.path)
+        with self.faults.translated(), retrying(engine.connect, self._timeout) as connection:
             # SQLite changes a table by copying it, and dropping the old one would delete the rows
             # that refer to it. The switch works outside of transactions only, hence on the driver.
             connection.connection.execute("PRAGMA foreign_keys=OFF")
@@ -529,21 +330,33 @@ class SQLite:
                     raise SchemaMismatchError(
                         f"{self.path}: the migration would orphan rows: {orphans[:3]}"
                     )
-        empty_wal(self.path)
+        self._empty_wal()
         return result
 
-    def engine(self, *, write: bool, **options: Any) -> AsyncEngine:
+    def engine(self, *, write: bool, pool: type[Pool] | None = None, **options: Any) -> AsyncEngine:
         """An engine for coroutines: read-only, or one that begins with the write lock."""
-        return async_engine(self.path, write=write, **options)
+        engine = create_async_engine(
+            URL.create("sqlite+aiosqlite", database=str(self.path)),
+            poolclass=pool,
+            connect_args=_options(_WriteConnection if write else _ReadConnection),
+            **options,
+        )
+        statement = "BEGIN IMMEDIATE" if write else "BEGIN"
+
+        @event.listens_for(engine.sync_engine, "begin")
+        def begin(connection: Connection) -> None:
+            connection.connection.cursor().execute(statement)
+
+        return engine
 
     async def begin(self, session: AsyncSession) -> Connection:
         """Begin the transaction of `session`, with the write lock."""
-        for delay in delays(self._timeout):
+        for delay in _delays(self._timeout):
             try:
                 return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
             except (SQLAlchemyError, sqlite3.Error) as error:
                 await session.rollback()
-                if not is_busy(error):
+                if not SQLiteFaults.is_busy(error):
                     raise
             await asyncio.sleep(delay)
         raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
@@ -565,25 +378,47 @@ class SQLite:
         self.writing_engine.dispose()
 
     def backup(self, target: Path, *, overwrite: bool) -> None:
-        """Copy the database as it is at one moment; as `backup` of this module."""
-        backup(self.path, target, overwrite=overwrite, timeout=self._timeout)
+        """Copy the database as it is at one moment, while it is read and written.
+
+        The copy is written aside and renamed when it is complete and on the disk.
+
+        Raises:
+            InvalidDataError: If `target` exists and is not to be overwritten.
+            UnavailableError: If it cannot be written.
+        """
+        own = [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm")]
+        if any(file.exists() and os.path.exists(target) and target.samefile(file) for file in own):
+            raise InvalidDataError("path", f"{target} is the database itself: choose another")
+        with (
+            SQLiteFaults(str(target)).translated(),
+            written_aside(target, overwrite=overwrite, besides=_BESIDES) as partial,
+            self._opened(_ReadConnection) as source,
+            closing(sqlite3.connect(partial, isolation_level=None)) as copy,
+        ):
+            # All pages in one step: a copy in several starts again with every write meanwhile.
+            retrying(lambda: source.backup(copy), self._timeout)
+            copy.execute("PRAGMA journal_mode=DELETE")  # the copy is one file, complete in itself
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, and empty the WAL."""
-        vacuum(self.path, self._timeout)
+        with self.faults.translated(), self._opened(_WriteConnection) as database:
+            retrying(lambda: database.execute("VACUUM"), self._timeout)
+        self._empty_wal()
 
     async def size(self, session: AsyncSession) -> int:
         """Bytes on the disk, those of the WAL included."""
-        return size(self.path)
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(file.stat().st_size for file in files if file.exists())
 
-    def translated(
-        self, *, own: bool = True, reading: bool = False, committing: bool = False
-    ) -> AbstractContextManager[None]:
-        """Raise what the driver raises as the library's own errors; as that of this module."""
-        return translated(self.path, own=own, reading=reading, committing=committing)
+    def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
+        """A connection of its own, past SQLAlchemy."""
+        return closing(sqlite3.connect(self.path, **_options(kind)))
 
-    def translate(
-        self, error: Exception, *, own: bool = True, committing: bool = False
-    ) -> Exception:
-        """The library's own error for one of the driver's; as that of this module."""
-        return translate(error, self.path, own=own, committing=committing)
+    def _empty_wal(self) -> None:
+        """Move what the WAL holds to the database file, as far as nobody is in the way."""
+        try:
+            with self._opened(_WriteConnection) as database:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.Error as error:
+            if not SQLiteFaults.is_busy(error):
+                raise self.faults.translate(error) from error

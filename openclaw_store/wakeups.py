@@ -111,7 +111,7 @@ class Listening:
         try:
             while True:
                 try:
-                    with self._database.translated():
+                    with self._database.faults.translated():
                         await self._listen(engine)
                     pause, _ = RETRY_SECONDS
                 except Exception as error:  # synchronisation goes on, and reports what is wrong

@@ -38,6 +38,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from openclaw_store.errors import BackendError, UnavailableError
+from openclaw_store.finishing import finish
 
 logger = logging.getLogger(__name__)
 
@@ -334,11 +335,7 @@ class Writer:
                 if 2 * self._withdrawn >= len(self._queue):
                     self._sweep()
                 done.get_loop().call_soon(done.set_result, None)
-        while not done.done():
-            try:
-                await asyncio.wait([done])
-            except asyncio.CancelledError:
-                continue  # cancelled again; the outcome is on its way
+        await finish(done)  # even when cancelled again: the outcome is on its way
 
     def _sweep(self) -> None:
         """Forget the operations of those who have gone: a slow disk may keep the queue for long."""

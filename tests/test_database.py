@@ -55,6 +55,7 @@ from openclaw_store import (
     UnavailableError,
     sqlite,
 )
+from openclaw_store.faults import SQLiteFaults
 from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
@@ -985,7 +986,7 @@ class TestBadFiles:
             await database.backup(copy)
 
             def fail(*_: Any) -> Any:
-                raise sqlite.translate(damaged(), location)
+                raise SQLiteFaults(str(location)).translate(damaged())
 
             with pytest.raises(UnavailableError, match="damaged"):
                 await database.write(fail, None)
@@ -1081,8 +1082,8 @@ asyncio.run(main(sys.argv[1]))
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
 
-        while_committing = sqlite.translate(error, location, committing=True)
-        before = sqlite.translate(error, location)
+        while_committing = SQLiteFaults(str(location)).translate(error, committing=True)
+        before = SQLiteFaults(str(location)).translate(error)
 
         assert isinstance(while_committing, OutcomeUnknownError)
         assert isinstance(before, UnavailableError)
@@ -1112,7 +1113,7 @@ asyncio.run(main(sys.argv[1]))
         error = sqlite3.OperationalError("what it says")
         error.sqlite_errorname = code
 
-        translated = sqlite.translate(error, location)
+        translated = SQLiteFaults(str(location)).translate(error)
 
         assert type(translated) is kind
         assert advice in str(translated)

@@ -450,7 +450,7 @@ class TestProcesses:
             "if child == 0:\n"
             "    sys.exit()\n"
             "os.waitpid(child, 0)\n"
-            "print(database._location.parent.exists())\n"
+            "print(database._backend.path.parent.exists())\n"
         )
 
         process = await asyncio.create_subprocess_exec(

@@ -44,6 +44,7 @@ from openclaw_store import (
     migrations,
     postgresql,
 )
+from openclaw_store.backends import backend_of
 from openclaw_store.schema import Base
 
 ROOT = Path(__file__).parent.parent
@@ -273,7 +274,7 @@ class TestCommandLine:
         self, choices: Choices, command: str, made: str
     ) -> None:
         assert choices.ended[command].code == 0
-        assert migrations.check(choices.folder / made)
+        assert migrations.is_current(backend_of(choices.folder / made))
         assert not (choices.folder / "environ.db").exists()
 
     async def test_printed_sql_makes_the_same_schema(self, commands: Commands) -> None:
@@ -372,7 +373,7 @@ for child in children:
         await asyncio.gather(*[database.initialize() for database in databases])
 
         await asyncio.gather(*[database.close() for database in databases])
-        assert await asyncio.to_thread(migrations.check, location)
+        assert await asyncio.to_thread(migrations.is_current, backend_of(location))
 
     async def test_migration_does_not_touch_the_logging_of_the_program(
         self, location: Location
@@ -629,14 +630,14 @@ class TestForeignKeys:
             with operations.batch_alter_table("parents", recreate="always"):
                 pass
 
-        migrations.migrate(location, self.family)
-        migrations.migrate(location, rebuild)
+        migrations.migrate(backend_of(location), self.family)
+        migrations.migrate(backend_of(location), rebuild)
 
         assert execute(location, "SELECT * FROM children") == [(1, 1)]
 
     def test_migration_that_would_orphan_rows_is_undone(self, location: Path) -> None:
         with pytest.raises(SchemaMismatchError, match="would orphan rows"):
-            migrations.migrate(location, partial(self.family, child="2"))
+            migrations.migrate(backend_of(location), partial(self.family, child="2"))
 
         assert execute(location, "SELECT name FROM sqlite_master") == []
 

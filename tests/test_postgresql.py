@@ -21,7 +21,7 @@ from openclaw_store import (
     Task,
     TaskRepository,
     TaskStatus,
-    postgresql,
+    round_trips,
 )
 from openclaw_store.changes import apply
 from openclaw_store.errors import (
@@ -34,6 +34,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.heartbeats import Beat, apply_beats
 from openclaw_store.operations import OfOneRow, Remove
+from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
 
 pytestmark = pytest.mark.postgresql
@@ -56,8 +57,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(postgresql.WriterCursor, "_fetch")
-    record(postgresql.WriterCursor, "_write")
+    record(WriterCursor, "_fetch")
+    record(WriterCursor, "_write")
     return statements
 
 
@@ -239,7 +240,7 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
     database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: with the lock, too, the counters are taken for what they were."""
-    monkeypatch.setattr(postgresql, "_CAREFUL_AFTER_CONFLICT", 3)
+    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 3)
     tasks, task = TaskRepository(database), make_task()
     await tasks.create(task)
     removal = Hesitating(task)
@@ -255,7 +256,7 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
             await TaskRepository(other).create(make_task())
         await tasks.create(make_task())
         writing = database._writing
-        assert isinstance(writing, postgresql.Writing)
+        assert isinstance(writing, Writing)
         had_lock.append(writing.cursor.has_lock)
 
     assert had_lock == [True, True, False, False]
@@ -309,7 +310,7 @@ async def test_what_needs_the_lock_sees_what_stands_before_it_in_the_batch(
 
     def look(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
         found = call(unit)
-        assert isinstance(unit.cursor, postgresql.WriterCursor)
+        assert isinstance(unit.cursor, WriterCursor)
         return [(unit.cursor.has_lock, found if isinstance(found, int) else len(found))]
 
     _, (had_lock, found), _ = await asyncio.gather(
@@ -327,7 +328,7 @@ async def test_what_needs_the_lock_has_it_from_the_beginning(database: Database)
         found = []
         for name in operations:
             NEEDING[name](unit)
-            assert isinstance(unit.cursor, postgresql.WriterCursor)
+            assert isinstance(unit.cursor, WriterCursor)
             found.append(unit.cursor.has_lock)
         return found
 
@@ -398,7 +399,7 @@ async def test_batch_that_is_of_a_rare_kind_is_written_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted: the counters are not written then."""
-    monkeypatch.setattr(postgresql, "_MAX_COMBINATIONS", 0)
+    monkeypatch.setattr(round_trips, "MAX_COMBINATIONS", 0)
     tasks = TaskRepository(database)
     first, second = make_task(), make_task()
 
@@ -443,7 +444,7 @@ async def test_plans_that_are_made_on_empty_tables_search_by_keys(
 
     execute(location, "TRUNCATE tasks, nodes, changes")
     async with engine_of(location).connect() as connection:
-        for name, value in postgresql._WRITER_SETTINGS.items():
+        for name, value in WRITER_SETTINGS.items():
             await connection.exec_driver_sql(f"SET {name} = '{value}'")
         raw = (await connection.get_raw_connection()).driver_connection
         assert raw is not None
@@ -482,7 +483,7 @@ async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
     async with Database(url) as database:
         tasks, task = TaskRepository(database), make_task()
         await tasks.create(task)
-        assert isinstance(database._writing, postgresql.Writing)
+        assert isinstance(database._writing, Writing)
         database._writing.cursor.lock_next = int(has_lock)
         with suppress(DBAPIError):  # the lock, too, is lost
             async with locked(url, lock):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -15,13 +18,14 @@ from uuid import uuid4
 
 import pytest
 from conftest import FakeClock, MakeNode, MakeTask, execute
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from benchmarks.postgres import (
     Server,
     free_port,
     installed_package,
     is_installed,
+    wait_until,
 )
 from openclaw_store import (
     Change,
@@ -43,6 +47,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
 
@@ -53,6 +58,8 @@ LEEWAY = 1.5
 """Seconds of slack on a busy machine, besides the limits; to wait for twice one of them is more."""
 
 REVISIONS = "SELECT revision FROM changes ORDER BY revision"
+
+ROOT = Path(__file__).parent.parent
 
 PROGRAMS = installed_package() / "pginstall" / "bin" if is_installed() else Path()
 
@@ -323,7 +330,7 @@ class TestSilence:
         async with StateManager(Database(proxy.url, timeout=self.LIMIT), None) as manager:
             await manager.add_task(make_task())
             writing = manager.db._writing
-            assert isinstance(writing, postgresql.Writing)
+            assert isinstance(writing, Writing)
             writing.cursor.lock_next = int(has_lock)
             task = make_task(task_id="t", name="of no return")
             # The statement that writes the row is the one that commits, or the last one before.
@@ -441,7 +448,7 @@ class TestSilence:
 
         async def vanish() -> None:
             if way == "writer":
-                assert isinstance(database._writing, postgresql.Writing)
+                assert isinstance(database._writing, Writing)
                 database._writing.cursor.lock_next = 1
                 proxy.swallow_after(b"FOR UPDATE")
                 await tasks.create(make_task())
@@ -636,6 +643,44 @@ class TestRole:
         with pytest.raises(UnavailableError, match="grant it what it needs, or use another role"):
             await database.initialize()
 
+    async def test_that_does_not_own_the_tables_is_told_who_does_when_it_vacuums(
+        self, role: str, url: str
+    ) -> None:
+        """The server does nothing then, and says so in a warning that nobody reads."""
+        grant(url, role)
+        async with Database(with_parts(url, username=role)) as database:
+            with pytest.raises(
+                UnavailableError, match="own changes, counters, nodes, tasks: vacuum as postgres,"
+            ):
+                await database.vacuum()
+
+            execute(url, f"ALTER TABLE changes OWNER TO {role}")
+            with pytest.raises(UnavailableError, match="own counters, nodes, tasks: "):
+                await database.vacuum()
+
+    @pytest.mark.parametrize(
+        "statement",
+        [
+            "GRANT MAINTAIN ON tasks, nodes, changes, counters TO {role}",
+            "ALTER DATABASE {database} OWNER TO {role}",
+            "GRANT postgres TO {role}",
+        ],
+        ids=["maintainer", "owner of the database", "member of the owner"],
+    )
+    async def test_that_may_vacuum_does(
+        self, role: str, url: str, make_task: MakeTask, statement: str
+    ) -> None:
+        grant(url, role)
+        if "MAINTAIN" in statement and execute(url, "SHOW server_version_num") < [("170000",)]:
+            return  # it came with PostgreSQL 17
+        execute(url, statement.format(role=role, database=make_url(url).database))
+        async with Database(with_parts(url, username=role)) as database:
+            await TaskRepository(database).create(make_task())
+
+            await database.vacuum()
+
+        assert execute(url, "SELECT reltuples FROM pg_class WHERE relname = 'tasks'") == [(1,)]
+
 
 def complete(task: Task) -> None:
     task.status = TaskStatus.COMPLETED
@@ -650,6 +695,32 @@ async def first(number: int, changes: AsyncIterator[Change]) -> list[Change]:
             if len(found) == number:
                 break
     return found
+
+
+@pytest.mark.parametrize(
+    ("given", "used"), [("off", "on"), ("on", "on"), ("local", "local"), ("remote_apply",) * 2]
+)
+async def test_commit_waits_for_the_disk_whatever_the_server_is_told(
+    url: str, given: str, used: str
+) -> None:
+    """A stricter setting than ours stays; one that is made later does not change anything."""
+
+    def tell(value: str) -> None:
+        name = make_url(url).database
+        execute(url, f"ALTER DATABASE {name} SET synchronous_commit = {value}")
+
+    shown: list[object] = []
+    tell(given)
+    async with Database(url) as database:
+        tell("off")
+        [value] = await database.write(
+            lambda unit, _: [unit.cursor.execute("SHOW synchronous_commit")[0]], None
+        )
+        shown.append(value)
+        async with database.transaction() as tx:
+            shown.append(await tx.scalar(text("SHOW synchronous_commit")))
+
+    assert shown == [used, used]
 
 
 async def test_older_server_is_refused_by_name(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -789,13 +860,35 @@ class TestLocation:
     async def test_of_several_servers_one_that_does_not_answer_is_passed_by(
         self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """And then not asked again: each new connection would wait for its share of the time."""
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
         async with silent_server() as silence:
             location = several_hosts(url, silence.port, target_session_attrs="read-write")
             async with Database(location, timeout=1.0) as database:
                 await TaskRepository(database).create(make_task())
+                async with database.transaction() as tx:
+                    await TaskRepository(tx).create(make_task())
 
-            assert silence.taken > 0
+            assert silence.taken == 1
+
+    async def test_of_several_servers_the_others_are_asked_when_the_last_one_is_silent(
+        self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
+
+        async def write(database: Database) -> None:
+            async with database.transaction() as tx:
+                await TaskRepository(tx).create(make_task())
+
+        async with Proxy(url) as proxy:
+            async with Database(several_hosts(url, port_of(proxy.url)), timeout=1.0) as database:
+                await write(database)
+                before = proxy.taken
+                proxy.swallow()
+                await write(database)
+                await write(database)
+
+            assert proxy.taken == before + 1
 
     @pytest.mark.parametrize("hosts", [1, 2])
     async def test_server_of_which_only_the_wrong_kind_is_there_is_unavailable(
@@ -833,3 +926,33 @@ class TestLocation:
         shown.append(closed.value)
 
         assert SECRET not in str(shown)
+
+
+RUNNING = """
+import time
+from benchmarks.postgres import running_server
+
+with running_server() as server:
+    print(server.url, server._folder, server._data, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("own_server")
+def test_server_of_tests_ends_when_they_are_killed() -> None:
+    command = [sys.executable, "-c", RUNNING]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as tests:
+        assert tests.stdout is not None
+        url, *folders = tests.stdout.readline().split()
+        there = is_answering(url), [os.path.exists(folder) for folder in folders]
+        tests.kill()
+
+    assert there == (True, [True, True])
+    wait_until(lambda: not is_answering(url), "the server ended")
+    wait_until(lambda: not any(map(os.path.exists, folders)), "its folders are gone")
+
+
+def is_answering(url: str) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port_of(url))):
+        return True
+    return False

@@ -1,0 +1,220 @@
+"""What the errors of a driver mean: each becomes one of the library's own, decided by its code."""
+
+from __future__ import annotations
+
+import importlib
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from openclaw_store.errors import (
+    InvalidDataError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+    StoreError,
+    UnavailableError,
+)
+
+SQLITE_ADVICE = {
+    "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
+    "SQLITE_CORRUPT": "the file is damaged: restore a backup",
+    "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
+    "SQLITE_READONLY": "it cannot be written: check the permissions of the file and its folder",
+    "SQLITE_PERM": "it cannot be opened: check the permissions of the file and its folder",
+    "SQLITE_AUTH": "it cannot be opened: check the permissions of the file and its folder",
+    "SQLITE_FULL": "the disk is full: free some space and try again",
+    "SQLITE_IOERR": "the disk reports an error: check the disk, then try again",
+    "SQLITE_BUSY": "another process keeps it locked: end that process, or try again",
+    "SQLITE_LOCKED": "another connection keeps it locked: try again",
+    "SQLITE_PROTOCOL": "another process keeps it locked: try again",
+    "SQLITE_NOMEM": "there is not enough memory",
+    "SQLITE_NOLFS": "the file is too large for this system",
+}
+"""By the primary result code."""
+
+_SQLITE_REFUSED = {"SQLITE_CONSTRAINT", "SQLITE_MISMATCH", "SQLITE_TOOBIG", "SQLITE_RANGE"}
+
+_GONE = "the connection to the server was lost: try again"
+_POSTGRESQL_ADVICE = {
+    "08": _GONE,
+    "57P": "the server is shutting down or starting: try again",
+    "57014": "the statement took too long: try again",
+    "53": "the server has not enough connections, memory or space: see its log",
+    "55P03": "another process keeps it locked: try again",
+    "25006": "this server only reads, as a standby does: name the one that writes",
+    "40": "the server gave this transaction up in favour of another: try again",
+    "25P03": "the transaction did nothing for too long: try again",
+    "28": "the server does not let this user in: check the user name and the password",
+    "3D": 'there is no such database: create it first, as with "createdb"',
+    "42501": "this role may not do that: grant it what it needs, or use another role",
+    "58": "the server's disk reports an error: see its log",
+    "XX": "the server's data may be damaged: see its log",
+}
+"""By the beginning of the code that says what is wrong."""
+
+
+class Faults(ABC):
+    """Tells what the errors of one database mean.
+
+    Args:
+        location: Where it is, for the messages: without the password.
+    """
+
+    read_only: str
+    """The code of a statement that wrote where one may only read."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    @contextmanager
+    def translated(
+        self, *, own: bool = True, reading: bool = False, committing: bool = False
+    ) -> Iterator[None]:
+        """Raise what the driver raises as the library's own errors, chained to it.
+
+        Args:
+            own: Whether the statements are the library's; faults in others stay as they are, and
+                so does what another driver raises.
+            reading: Whether it is the statements that must not write.
+            committing: Whether it is what commits that may fail.
+        """
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError,)
+        if own:
+            caught += self.raised()
+        try:
+            yield
+        except caught as error:
+            if reading and self.code(error) == self.read_only:
+                raise StoreError("this session only reads: write in `transaction()`") from error
+            translation = self.translate(error, own=own, committing=committing)
+            if translation is error:
+                raise
+            raise translation from error
+
+    def translate(
+        self, error: Exception, *, own: bool = True, committing: bool = False
+    ) -> Exception:
+        """The library's own error for one of the driver's; itself if it is another's fault.
+
+        Args:
+            own: Whether the statement was the library's own.
+            committing: Whether COMMIT raised it, so that it may have taken effect.
+        """
+        if isinstance(error, StoreError):
+            return error
+        if isinstance(error, PoolTimeoutError):
+            return UnavailableError(
+                f"{self.location}: all reading connections are in use: close some sessions"
+            )
+        if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
+            return error.orig  # a value was refused on its way to the driver
+        return self._meaning(error, own=own, committing=committing) or error
+
+    @staticmethod
+    @abstractmethod
+    def raised() -> tuple[type[Exception], ...]:
+        """What is raised where SQLAlchemy does not stand between."""
+
+    @staticmethod
+    @abstractmethod
+    def code(error: BaseException) -> str | None:
+        """What the database calls an error; `None` if it did not come from there."""
+
+    @abstractmethod
+    def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
+        """The library's own error; `None` where the fault is another's."""
+
+
+class SQLiteFaults(Faults):
+    """Tells what the errors of SQLite mean."""
+
+    read_only = "SQLITE_READONLY"
+
+    @staticmethod
+    def raised() -> tuple[type[Exception], ...]:
+        return (sqlite3.Error,)
+
+    @staticmethod
+    def code(error: BaseException) -> str | None:
+        """The primary result code: `SQLITE_BUSY` for `SQLITE_BUSY_SNAPSHOT` too."""
+        name = getattr(_cause(error), "sqlite_errorname", None)
+        return "_".join(name.split("_")[:2]) if name else None
+
+    @classmethod
+    def is_busy(cls, error: BaseException) -> bool:
+        """Whether waiting may help: another process holds a lock."""
+        return cls.code(error) in ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
+
+    def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
+        code = self.code(error)
+        if code == "SQLITE_IOERR" and committing:
+            return OutcomeUnknownError(
+                f"{self.location}: the disk failed while committing: check the disk, then repeat "
+                "the call"
+            )
+        if code in SQLITE_ADVICE:
+            return UnavailableError(f"{self.location}: {SQLITE_ADVICE[code]}")
+        if own and code in ("SQLITE_ERROR", "SQLITE_SCHEMA"):
+            return SchemaMismatchError(
+                f"{self.location}: {_cause(error)}: restore a backup, or give another path"
+            )
+        if code in _SQLITE_REFUSED:
+            return InvalidDataError("row", f"refused by the database: {_cause(error)}")
+        return None
+
+
+class PostgreSQLFaults(Faults):
+    """Tells what the errors of PostgreSQL and its driver mean."""
+
+    read_only = "25006"
+
+    @staticmethod
+    def raised() -> tuple[type[Exception], ...]:
+        driver = importlib.import_module("asyncpg")  # it has no types
+        return OSError, driver.PostgresError, driver.InterfaceError, driver.InternalClientError
+
+    @staticmethod
+    def code(error: BaseException) -> str | None:
+        """The SQLSTATE: five characters, of which two are the class."""
+        code: str | None = getattr(_cause(error), "sqlstate", None)
+        return code
+
+    def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
+        code, cause = self.code(error), _cause(error)
+        if code is None and not _is_lost(cause):
+            return None
+        if committing and (code is None or code.startswith(("08", "57P"))):
+            return OutcomeUnknownError(
+                f"{self.location}: the connection was lost while committing: repeat the call"
+            )
+        if code is None:
+            reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
+            return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
+        for beginning, advice in _POSTGRESQL_ADVICE.items():
+            if code.startswith(beginning):
+                return UnavailableError(f"{self.location}: {advice}")
+        if own and code.startswith("42"):
+            return SchemaMismatchError(
+                f"{self.location}: {cause}: its schema is another one, or was changed"
+            )
+        if code.startswith(("22", "23")):
+            return InvalidDataError("row", f"refused by the database: {cause}")
+        return None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The driver's own error; SQLAlchemy's one for asyncpg stands between."""
+    if isinstance(error, DBAPIError) and error.orig is not None:
+        return error.orig.__cause__ or error.orig
+    return error
+
+
+def _is_lost(cause: BaseException) -> bool:
+    """Whether it says that there is no connection (any more), or no answer."""
+    driver = importlib.import_module("asyncpg")
+    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
+    return isinstance(cause, lost)

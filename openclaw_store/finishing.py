@@ -1,0 +1,37 @@
+"""Work that is done to its end, even when the caller who waits for it is cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+async def finish(
+    work: Awaitable[Result], *, unwanted: Callable[[Result], object] | None = None
+) -> Result:
+    """Do `work` to its end; a cancellation that comes meanwhile goes on afterwards.
+
+    Args:
+        work: What must not be left half-done.
+        unwanted: Is given the result that the cancelled caller does not take any more.
+    """
+    future = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return future.result()
+    if not ended_badly(future) and unwanted is not None:
+        unwanted(future.result())
+    raise cancelled
+
+
+def ended_badly(future: asyncio.Future[Any]) -> bool:
+    """Whether it has no result; an error that nobody waits for any more is not reported then."""
+    return future.cancelled() or future.exception() is not None

@@ -1,0 +1,272 @@
+"""How a batch of writes becomes round trips to PostgreSQL: one or two alone, more beside others.
+
+Whoever writes either locks the row of counters first, and so writes alone, as on SQLite: what it
+reads then cannot move until it has committed. Or it moves the counters only if they are as they
+were when it read, in the very statement that writes all the rest: who was quicker has moved them,
+and nothing is written. That takes two round trips to the server instead of four, or one where rows
+are only added: the writer knows how it left the counters. So it does, until it meets another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from operator import itemgetter
+from typing import Any, NoReturn, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from openclaw_store.errors import StoreError
+from openclaw_store.faults import PostgreSQLFaults
+from openclaw_store.statements import combined
+from openclaw_store.writer import RedoError
+
+Result = TypeVar("Result")
+
+_LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
+_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
+
+_CAREFUL_AFTER_CONFLICT = 64
+"""Transactions. So where several processes keep writing, little work is done in vain."""
+
+MAX_COMBINATIONS = 100
+"""Statements that several were combined into; the server takes a millisecond to plan one."""
+
+# The writer's statements are few, and each is planned once. A plan that was made while a table was
+# empty serves for ever, so none may go through a whole table. Without this, the planner besides
+# takes longer over each of them than the server to do it.
+WRITER_SETTINGS = {
+    "plan_cache_mode": "force_generic_plan",
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_material": "off",
+    # Without the lock: to wait for another writer, and then see that it was quicker.
+    "default_transaction_isolation": "read committed",
+}
+
+
+class Cursor:
+    """Speaks to the driver on behalf of a unit that has the write lock.
+
+    Args:
+        connection: The driver's own.
+        wait: Waits for what is begun on the connection's event loop.
+    """
+
+    dialect = "postgresql"
+
+    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        self._connection = connection
+        self._wait = wait
+
+    def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement."""
+        return self._fetch(sql, parameters)
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement."""
+        return self._fetch(sql, parameters)
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows."""
+        self._write(sql, rows)
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows; returns how many rows of a table it wrote."""
+        return self._write(sql, rows)
+
+    def assume(self) -> Sequence[Any] | None:
+        """Nothing: what is assumed here and proves wrong could not be done again."""
+        return None
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Write a row that nobody else can have changed."""
+        self._fetch(sql, parameters)
+
+    def _fetch(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
+        rows: Sequence[Any] = self._wait(self._connection.fetch(sql, *parameters))
+        return rows
+
+    def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement once, with an array for each column."""
+        arrays = map(list, zip(*rows, strict=True))
+        status: str = self._wait(self._connection.execute(sql, *arrays))
+        return int(status.split()[-1])
+
+
+class WriterCursor(Cursor):
+    """Keeps the writes of a transaction back, to send all of them in one statement.
+
+    Without the lock, that statement is the transaction: it commits by itself, or finds that others
+    have written meanwhile and does nothing.
+    """
+
+    has_lock = False
+    lock_next = 0
+    """How many transactions shall begin with the lock."""
+
+    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+        super().__init__(connection, wait)
+        self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
+        self._guard: tuple[str, Sequence[Any]] | None = None
+        self._combinations: dict[tuple[str, ...], str] = {}
+        self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
+        self._has_assumed = False
+        self._doubtful = 0  # transactions that are to assume nothing
+
+    def begin(self) -> None:
+        """Forget the last transaction."""
+        self._kept, self._guard = [], None
+        self._has_assumed = False
+        self._doubtful = max(0, self._doubtful - 1)
+
+    def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement, which may change before they are written."""
+        if self._kept:
+            self._send_kept()
+        return self._fetch(sql, parameters)
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement, which needs the lock."""
+        self._send_kept()
+        return self._fetch(sql, parameters)
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows, later."""
+        self._kept.append((sql, rows))
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows, which needs the lock."""
+        self._send_kept()
+        return self._write(sql, rows)
+
+    def assume(self) -> Sequence[Any] | None:
+        """The guard's row as the last transaction left it, while that proves right."""
+        if self.has_lock or self._doubtful:
+            return None
+        self._has_assumed = self._left is not None
+        return self._left
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Make all that is kept back depend on a statement that writes one row."""
+        self._guard = sql, parameters
+
+    def send(self) -> None:
+        """Send what is kept back, in one statement, unless somebody else has written meanwhile."""
+        if self._guard is None:
+            if self._kept:
+                self._send_kept()
+            return
+        self._kept.sort(key=itemgetter(0))  # for fewer combinations
+        guard, parameters = self._guard
+        is_single = all(len(rows) == 1 for _, rows in self._kept)
+        statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
+        if statement is None:
+            self._send_kept()
+            statement = combined(guard, [], is_single=True)
+        for _, rows in self._kept:
+            values = rows[0] if is_single else map(list, zip(*rows, strict=True))
+            parameters = [*parameters, *values]
+        if self._is_written(statement, parameters):
+            self._left = self._guard[1][:2]
+        elif self.has_lock:
+            raise StoreError("the row of counters was changed by hand: try again")
+        elif self._has_assumed:
+            self._doubtful = _CAREFUL_AFTER_CONFLICT
+            raise RedoError
+        else:
+            self._need_lock(_CAREFUL_AFTER_CONFLICT)
+
+    def _is_written(self, statement: str, parameters: Sequence[Any]) -> bool:
+        try:
+            return bool(self._fetch(statement, parameters))
+        except PostgreSQLFaults.raised() as error:
+            if self._has_assumed and PostgreSQLFaults.code(error) == "23505":
+                return False  # a row was not new
+            raise
+
+    def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
+        """One statement for several; `None` if it is not worth the server's time to plan it."""
+        combination = (guard, *writes, "a row" if is_single else "rows")
+        if combination not in self._combinations:
+            if len(self._combinations) == MAX_COMBINATIONS:
+                return None
+            self._combinations[combination] = combined(guard, writes, is_single=is_single)
+        return self._combinations[combination]
+
+    def _send_kept(self) -> None:
+        if not self.has_lock:
+            self._need_lock(1)
+        for sql, rows in self._kept:
+            self._write(sql, rows)
+        self._kept = []
+
+    def _need_lock(self, transactions: int) -> NoReturn:
+        self.lock_next = transactions
+        raise RedoError
+
+
+class Writing:
+    """The writer's connection, which belongs to its thread, with an event loop of its own.
+
+    Args:
+        engine: What connects, in autocommit, with `WRITER_SETTINGS`.
+        faults: Tells what the driver's errors mean.
+        writers: Is told the server's process for this connection, while it is open.
+    """
+
+    def __init__(self, engine: AsyncEngine, faults: PostgreSQLFaults, writers: set[int]) -> None:
+        self._faults = faults
+        self._writers = writers
+        self._loop = asyncio.new_event_loop()
+        try:
+            self._connection = self._wait(engine.connect())
+        except BaseException:
+            self._close_loop()
+            raise
+        raw: Any = self._wait(self._connection.get_raw_connection())
+        self._driver = raw.driver_connection
+        self.cursor = WriterCursor(self._driver, self._wait)
+        self._process: int = self._driver.get_server_pid()
+        writers.add(self._process)
+
+    def begin(self) -> None:
+        """Begin a transaction, with the write lock if the cursor has asked for it."""
+        self.cursor.begin()
+        self.cursor.has_lock = self.cursor.lock_next > 0
+        if self.cursor.has_lock:
+            self.cursor.lock_next -= 1
+            self._wait(self._driver.execute(_BEGIN))
+
+    def commit(self) -> None:
+        """Commit what `begin` began."""
+        if self.cursor.has_lock:
+            with self._faults.translated():  # until COMMIT, the outcome is known
+                self.cursor.send()
+            self._wait(self._driver.execute("COMMIT"))
+        else:
+            self.cursor.send()
+
+    def close(self) -> None:
+        """Close the connection, whatever state it is in; what was not committed is undone."""
+        self._writers.discard(self._process)
+        try:
+            with suppress(*PostgreSQLFaults.raised()):
+                self._wait(self._driver.close())
+            with suppress(SQLAlchemyError):
+                self._wait(self._connection.invalidate())
+                self._wait(self._connection.close())
+        finally:
+            self._close_loop()
+
+    def _close_loop(self) -> None:
+        for _ in range(3):  # sockets are closed in the loop's next turns
+            self._wait(asyncio.sleep(0))
+        self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:
+        return self._loop.run_until_complete(work)
