@@ -312,7 +312,7 @@ class Register:
             assert task is not None  # it has a status
             advance(held, task, partial(lifecycle.give_back, wait=self.wait))
         record = self.record.evolve(**lifecycle.joined(self.record, row.record, row.now))
-        return row.write(record, FIELDS[NodeInfo], "registered")
+        return row.write(record, CONTENT[NodeInfo], "registered")
 
 
 def apply_together(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[Sequence[Any]]:

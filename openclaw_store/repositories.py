@@ -254,11 +254,11 @@ class TaskRepository(Repository[Task]):
         place = check_key("node_id", node_id)
         check_some("limit", limit)
 
-        async def candidates(session: AsyncSession) -> list[Record[Task]]:
+        async def best(session: AsyncSession) -> list[Record[Task]]:
             """The best of what waits, and some to spare in case that others are quicker."""
             query = select(*COLUMNS[NodeInfo]).where(NodeRow.node_id == place)
             nodes = await read_records(session, NodeInfo, query)
-            wanted = min(limit, free_places(nodes[0])) if nodes else 0
+            wanted = min(limit - len(claimed), free_places(nodes[0])) if nodes else 0
             found: list[Record[Task]] = []
             if not wanted:
                 return found
@@ -270,8 +270,15 @@ class TaskRepository(Repository[Task]):
                     break
             return found[: wanted + _SPARE_CANDIDATES]
 
-        operation = Claim(place, await self._read(candidates), limit)
-        return self._hand_out(await self._write(operation))
+        claimed: list[Record[Task]] = []
+        while True:
+            candidates = await self._read(best)
+            if claimed and not candidates:
+                break
+            claimed += await self._write(Claim(place, candidates, limit - len(claimed)))
+            if len(claimed) == limit or len(candidates) <= _SPARE_CANDIDATES:
+                break  # else others were quicker, and there may be more
+        return self._hand_out(claimed)
 
     async def start(self, task: Task) -> Task:
         """Its node begins to run a claimed task; returns the task as it is stored.
