@@ -21,6 +21,7 @@ from openclaw_store import NodeInfo, Task, TaskStatus, TaskType
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "storage_demo.py"
+SCHEDULER = ROOT / "examples" / "scheduler_demo.py"
 COORDINATORS = ROOT / "examples" / "two_coordinators.py"
 REPLAY = ROOT / "examples" / "replay_trace.py"
 
@@ -87,6 +88,30 @@ class TestTwoCoordinators:
 
     def test_unusable_location_ends_with_one_line(self, tmp_path: Path) -> None:
         done = run(COORDINATORS, "mysql://localhost/cluster", folder=tmp_path)
+
+        assert done.returncode == 1
+        assert "use SQLite or PostgreSQL" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestSchedulerDemo:
+    def test_every_task_is_done_though_a_worker_is_killed(
+        self, location: Location, tmp_path: Path
+    ) -> None:
+        done = run(SCHEDULER, location, folder=tmp_path)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(r"^ceres runs task-\d+, and is killed$", done.stdout, re.MULTILINE)
+        assert "ceres was silent for more than 3 seconds" in done.stdout
+        assert "is pending again" in done.stdout
+        assert "30 of 30 tasks are completed" in done.stdout
+        counts = re.findall(r"^(\w+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+        assert [name for name, *_ in counts] == ["atlas", "boreas", "ceres"]
+        assert sum(int(completed) for _, _, completed, _ in counts) == 30
+        assert re.search(r"^ +\d+ pending \(node lost\)$", done.stdout, re.MULTILINE)
+
+    def test_unusable_location_ends_with_one_line(self, tmp_path: Path) -> None:
+        done = run(SCHEDULER, "mysql://localhost/cluster", folder=tmp_path)
 
         assert done.returncode == 1
         assert "use SQLite or PostgreSQL" in done.stderr
