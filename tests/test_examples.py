@@ -199,7 +199,23 @@ class TestReplayTrace:
             ("job-5", "completed", START + 50, START + 50, START + 50, "user-7"),
         ]
         counters = "SELECT sum(total_tasks_processed), sum(successful_tasks), sum(failed_tasks)"
-        assert rows(database, f"{counters} FROM nodes") == [(4, 2, 1)]
+        assert rows(database, f"{counters} FROM nodes") == [(3, 2, 1)]
+
+    def test_job_that_starts_at_the_end_of_a_window_belongs_to_it(self, tmp_path: Path) -> None:
+        hours = 3600
+        lines = [
+            job_line(1, 0, wait=6 * hours),  # as long as it can within the window
+            job_line(2, 10, wait=6 * hours - 9),  # and a second longer
+            job_line(3, 20),
+            job_line(4, 30, wait=50 * hours),
+            job_line(5, 12 * hours),
+        ]
+        trace = write_trace(tmp_path / "trace.swf", lines)
+
+        done = run(REPLAY, trace, "--nodes", 1, folder=tmp_path)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "5 of 5 jobs have the log's times" in done.stdout
 
     def test_one_node_has_places_for_all_jobs_of_a_window(self, tmp_path: Path) -> None:
         trace = write_trace(tmp_path / "trace.swf", [job_line(n, n) for n in range(1, 31)])
@@ -327,8 +343,12 @@ class TestProof:
     """What the replay compares in the end; each damage to the database must be noticed."""
 
     def proves(self, module: ModuleType, path: Path, tamper: Tamper) -> bool:
-        """Whether the proof succeeds for two jobs in a database that was tampered with."""
-        trace = write_trace(path / "trace.swf", [job_line(1), job_line(2, run=30, status=0)])
+        """Whether the proof succeeds for two jobs in a database that was tampered with.
+
+        By the simulated clock, one of them lasted six hours, and one eighteen.
+        """
+        lines = [job_line(1, run=3600), job_line(2, run=50_000, status=0)]
+        trace = write_trace(path / "trace.swf", lines)
         jobs = list(module.read_trace(trace))
         tasks = [
             Task(
@@ -352,7 +372,7 @@ class TestProof:
             total_tasks_processed=2,
             successful_tasks=1,
             failed_tasks=1,
-            average_execution_time=45.0,
+            average_execution_time=43_200.0,
         )
         tamper(tasks, node)
         claims = module.proof(jobs, tasks, [node])
@@ -378,7 +398,7 @@ class TestProof:
             lambda tasks, node: setattr(node, "total_tasks_processed", 3),
             lambda tasks, node: setattr(node, "successful_tasks", 2),
             lambda tasks, node: setattr(node, "failed_tasks", 0),
-            lambda tasks, node: setattr(node, "average_execution_time", 44.9),
+            lambda tasks, node: setattr(node, "average_execution_time", 43_199.9),
         ],
     )
     def test_proof_fails_for_a_damaged_database(
