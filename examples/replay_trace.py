@@ -5,11 +5,13 @@ Format, plain or gzipped, such as the logs from the Parallel Workloads Archive (
 Feitelson, given by the sites that recorded them). Each job becomes one task that takes one place
 on one node, with the job's own times, user, processors and application.
 
-Simulated time, which is the store's time too, moves on in windows of six hours. Within a window
-every job has a coroutine of its own, which goes through the job's steps in their order, so that
-many callers write at once; the next window begins when all of this one is committed. The log's
-times are real ones, so a job that started there may not be kept waiting here: the nodes get as
-many places as the busiest window needs, if each of its jobs kept one throughout.
+Simulated time, which is the store's time too, moves on in windows of six hours. What has happened
+in a window is done at its end: jobs are submitted, nodes claim those that are due and start them,
+and jobs end. Each of these is done for all jobs at once, so that many callers write together. A
+job that started in the log may not be kept waiting here: the nodes get as many places as the
+busiest window needs, if each of its jobs kept one throughout.
+
+So the store measures times in windows. When a job is done, its task is given the log's own.
 
 In the end the database is opened anew, and what is in it is compared with the log.
 """
@@ -21,15 +23,14 @@ import math
 import sys
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from enum import IntEnum
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -49,20 +50,11 @@ from openclaw_store import (
 
 T = TypeVar("T")
 
-HOUR = timedelta(hours=1)
-WINDOW = 6 * HOUR
+WINDOW = timedelta(hours=6)
 OUTCOMES = {0: TaskStatus.FAILED, 5: TaskStatus.CANCELLED}
 """What a job's status means; any other one, and the unknown one, is taken for completed."""
 PARTIAL = (2, 3, 4)
 """Status of a line on one part of a job, which has a line on the whole of it as well."""
-
-
-class Step(IntEnum):
-    """What happens to a job, in this order."""
-
-    SUBMIT = 1
-    START = 2
-    FINISH = 3
 
 
 class ReplayError(Exception):
@@ -95,6 +87,11 @@ class Job:
     @property
     def parameters(self) -> dict[str, int | None]:
         return {"processors": self.processors, "application": self.application}
+
+    @property
+    def was_tried(self) -> bool:
+        """Whether its node counts it: what was cancelled has neither succeeded nor failed."""
+        return self.status is not TaskStatus.CANCELLED
 
     @property
     def run_seconds(self) -> float:
@@ -160,7 +157,7 @@ def parse_job(line: str, epoch: datetime) -> Job | None:
 
 
 class SimulatedClock:
-    """The store's clock: it moves on from hour to hour as the replay does."""
+    """The store's clock: it moves on from window to window as the replay does."""
 
     def __init__(self, now: datetime) -> None:
         self.now = now
@@ -179,52 +176,45 @@ class Replay:
         self.latencies: defaultdict[str, list[float]] = defaultdict(list)
         self.peak_in_flight = 0
         self._in_flight = 0
-        self._node_of: dict[int, str] = {}
-        self._free: list[str] = []
-        """The nodes that had a free place when the window began."""
-        self._promised: Counter[str] = Counter()
-        """Places taken on each node, those included that the store is still writing down."""
+        self._node_ids: list[str] = []
+        self._claimed: dict[str, Task] = {}
+        """What the nodes hold, as it was when they claimed it: that makes them its owners."""
 
     async def run(self, progress: Progress) -> None:
         bar = progress.add_task("", total=len(self.jobs))
-        for due in by_window(self.jobs, self.clock.now):
-            free = await self._timed("get_available_nodes", self.store.get_available_nodes())
-            self._free = [node.node_id for node in free]
-            async with asyncio.TaskGroup() as callers:
-                for job, steps in due:
-                    callers.create_task(self._advance(job, steps))
-                for _ in range(WINDOW // HOUR):
-                    self.clock.now += HOUR
-                    for node_id in self._promised:
-                        await self._heartbeat(node_id)
-            finished = sum(Step.FINISH in steps for _, steps in due)
-            progress.update(bar, advance=finished, description=f"{self.clock.now:%Y-%m-%d %H:%M}")
+        for window in windows(self.jobs):
+            self.clock.now = window.ends_at
+            for node_id in self._node_ids:
+                await self._heartbeat(node_id)
+            await together(map(self._submit, window.submitted))
+            places = await self._free_places()
+            await together(self._claim_and_start(node_id) for node_id in places[: window.started])
+            await together(map(self._finish, window.finished))
+            progress.update(
+                bar,
+                advance=len(window.finished),
+                description=f"{self.clock.now:%Y-%m-%d %H:%M}",
+            )
 
     async def register_nodes(self, count: int) -> int:
         """Add the nodes; the number of places that each of them got."""
-        places = math.ceil(busiest_window(self.jobs, self.clock.now) / count)
-        async with asyncio.TaskGroup() as callers:
-            for number in range(1, count + 1):
-                node = NodeInfo(
-                    node_id=f"node-{number:03}",
-                    hostname=f"node-{number:03}",
-                    max_concurrent_tasks=places,
-                    registered_at=self.clock.now,
-                    last_heartbeat=self.clock.now,
-                )
-                self._promised[node.node_id] = 0
-                callers.create_task(self._timed("add_node", self.store.add_node(node)))
+        places = math.ceil(busiest_window(self.jobs) / count)
+        self._node_ids = [f"node-{number:03}" for number in range(1, count + 1)]
+        nodes = [NodeInfo(id, hostname=id, max_concurrent_tasks=places) for id in self._node_ids]
+        await together(
+            self._timed("register_node", self.store.register_node(node)) for node in nodes
+        )
         return places
 
-    async def _advance(self, job: Job, steps: Sequence[Step]) -> None:
-        for step in steps:
-            match step:
-                case Step.SUBMIT:
-                    await self._submit(job)
-                case Step.START:
-                    await self._start(job)
-                case Step.FINISH:
-                    await self._finish(job)
+    async def _free_places(self) -> list[str]:
+        """A node for each place that is free, those of the least loaded nodes first."""
+        nodes = await self._timed("get_available_nodes", self.store.get_available_nodes())
+        places = (
+            (number, node.node_id)
+            for node in nodes
+            for number in range(node.running_tasks, node.max_concurrent_tasks)
+        )
+        return [node_id for _, node_id in sorted(places)]
 
     async def _submit(self, job: Job) -> None:
         task = Task(
@@ -234,51 +224,33 @@ class Replay:
             user_id=job.user,
             parameters=job.parameters,
             submitted_at=job.submitted_at,
+            # What was cancelled before it ran is gone by then.
+            not_before=job.started_at or job.completed_at + WINDOW,
+            max_retries=0,  # what has failed in the log is not tried again
         )
         await self._timed("add_task", self.store.add_task(task))
 
-    async def _start(self, job: Job) -> None:
-        def schedule(task: Task) -> None:
-            task.status = TaskStatus.SCHEDULED
-            task.assigned_node = node_id
-            task.scheduled_at = job.started_at
-
-        def take_place(node: NodeInfo) -> None:
-            node.running_tasks += 1
-
-        def start(task: Task) -> None:
-            task.status = TaskStatus.RUNNING
-            task.started_at = job.started_at
-
-        node_id = min(self._free, key=self._promised.__getitem__)
-        self._promised[node_id] += 1
-        self._node_of[job.number] = node_id
-        task_id = job.task_id
-        await self._timed("change_task: schedule", self.store.change_task(task_id, schedule))
-        await self._timed("change_node: take a place", self.store.change_node(node_id, take_place))
-        await self._timed("change_task: start", self.store.change_task(task_id, start))
+    async def _claim_and_start(self, node_id: str) -> None:
+        [task] = await self._timed("claim_tasks", self.store.claim_tasks(node_id))
+        self._claimed[task.task_id] = task
+        await self._timed("start_task", self.store.start_task(task))
         await self._heartbeat(node_id)
 
     async def _finish(self, job: Job) -> None:
-        def finish(task: Task) -> None:
-            task.status = job.status
+        def put_times(task: Task) -> None:
+            task.scheduled_at = task.started_at = job.started_at
             task.completed_at = job.completed_at
 
-        def leave_place(node: NodeInfo) -> None:
-            node.running_tasks -= 1
-            node.total_tasks_processed += 1
-            node.successful_tasks += job.status is TaskStatus.COMPLETED
-            node.failed_tasks += job.status is TaskStatus.FAILED
-            surplus = job.run_seconds - node.average_execution_time
-            node.average_execution_time += surplus / node.total_tasks_processed
-
-        await self._timed("change_task: finish", self.store.change_task(job.task_id, finish))
-        if node_id := self._node_of.pop(job.number, None):
-            await self._timed(
-                "change_node: leave a place", self.store.change_node(node_id, leave_place)
-            )
-            self._promised[node_id] -= 1
-            await self._heartbeat(node_id)
+        task = self._claimed.pop(job.task_id, None)
+        if task is None or not job.was_tried:
+            await self._timed("cancel_task", self.store.cancel_task(job.task_id))
+        elif job.status is TaskStatus.FAILED:
+            await self._timed("fail_task", self.store.fail_task(task, "failed in the log"))
+        else:
+            await self._timed("complete_task", self.store.complete_task(task))
+        await self._timed("change_task: times", self.store.change_task(job.task_id, put_times))
+        if task is not None and task.assigned_node is not None:
+            await self._heartbeat(task.assigned_node)
 
     async def _heartbeat(self, node_id: str) -> None:
         await self._timed("update_heartbeat", self.store.update_heartbeat(node_id))
@@ -294,28 +266,48 @@ class Replay:
             self._in_flight -= 1
 
 
-def by_window(jobs: Sequence[Job], start: datetime) -> Iterator[list[tuple[Job, list[Step]]]]:
-    """For each window from `start` to the last event, its jobs and their steps in it."""
-    events = [(job.submitted_at, index, Step.SUBMIT) for index, job in enumerate(jobs)]
-    events += [(job.started_at, i, Step.START) for i, job in enumerate(jobs) if job.started_at]
-    events += [(job.completed_at, index, Step.FINISH) for index, job in enumerate(jobs)]
-    events.sort(reverse=True)
-    while events:
-        start += WINDOW
-        due: defaultdict[int, list[Step]] = defaultdict(list)
-        while events and events[-1][0] < start:
-            _, index, step = events.pop()
-            due[index].append(step)
-        yield [(jobs[index], steps) for index, steps in due.items()]
+async def together(calls: Iterable[Coroutine[Any, Any, object]]) -> None:
+    """Have a coroutine of its own for each call, and wait for all of them."""
+    async with asyncio.TaskGroup() as callers:
+        for call in calls:
+            callers.create_task(call)
 
 
-def busiest_window(jobs: Sequence[Job], start: datetime) -> int:
+@dataclass
+class Window:
+    """What happens up to a moment, after the window before."""
+
+    ends_at: datetime
+    submitted: list[Job] = field(default_factory=list)
+    started: int = 0
+    finished: list[Job] = field(default_factory=list)
+
+
+def window_of(moment: datetime, start: datetime) -> int:
+    """The number of the window in which something happens; `start` is the end of the first."""
+    return -((start - moment) // WINDOW)
+
+
+def windows(jobs: Sequence[Job]) -> Sequence[Window]:
+    """All windows, from the first submission to the last end of a job."""
+    start = jobs[0].submitted_at
+    last = window_of(max(job.completed_at for job in jobs), start)
+    all_windows = [Window(start + number * WINDOW) for number in range(last + 1)]
+    for job in jobs:
+        all_windows[window_of(job.submitted_at, start)].submitted.append(job)
+        all_windows[window_of(job.completed_at, start)].finished.append(job)
+        if job.started_at is not None:
+            all_windows[window_of(job.started_at, start)].started += 1
+    return all_windows
+
+
+def busiest_window(jobs: Sequence[Job]) -> int:
     """The most jobs that hold a place in one window, if each of them does so throughout."""
     running = busiest = 0
-    for due in by_window([job for job in jobs if job.started_at], start):
-        running += sum(Step.START in steps for _, steps in due)
+    for window in windows(jobs):
+        running += window.started
         busiest = max(busiest, running)
-        running -= sum(Step.FINISH in steps for _, steps in due)
+        running -= sum(job.started_at is not None for job in window.finished)
     return max(busiest, 1)
 
 
@@ -334,14 +326,14 @@ def proof(
     """Compares what the database holds with the log."""
     stored = {task.task_id: task for task in tasks}
     found = [(job, stored[job.task_id]) for job in jobs if job.task_id in stored]
+    start = jobs[0].submitted_at
     seconds: defaultdict[str | None, list[float]] = defaultdict(list)
-    successes: Counter[str | None] = Counter()
-    failures: Counter[str | None] = Counter()
+    outcomes: Counter[tuple[str | None, TaskStatus]] = Counter()
     for job, task in found:
-        if job.started_at is not None:
-            seconds[task.assigned_node].append(job.run_seconds)
-            successes[task.assigned_node] += job.status is TaskStatus.COMPLETED
-            failures[task.assigned_node] += job.status is TaskStatus.FAILED
+        if job.started_at is not None and job.was_tried:
+            lasted = window_of(job.completed_at, start) - window_of(job.started_at, start)
+            seconds[task.assigned_node].append(lasted * WINDOW.total_seconds())
+            outcomes[task.assigned_node, job.status] += 1
 
     def has_its_facts(job: Job, task: Task) -> bool:
         return (
@@ -354,8 +346,8 @@ def proof(
         of_node = seconds[node.node_id]
         return (
             (node.running_tasks, node.total_tasks_processed) == (0, len(of_node))
-            and node.successful_tasks == successes[node.node_id]
-            and node.failed_tasks == failures[node.node_id]
+            and node.successful_tasks == outcomes[node.node_id, TaskStatus.COMPLETED]
+            and node.failed_tasks == outcomes[node.node_id, TaskStatus.FAILED]
             and math.isclose(
                 node.average_execution_time, sum(of_node) / max(len(of_node), 1), abs_tol=1e-6
             )
@@ -377,9 +369,9 @@ def proof(
         ),
         Claim("nodes have counters that add up to that", sum(map(adds_up, nodes)), len(nodes)),
         Claim(
-            "jobs that ran were counted by a node",
+            "jobs that completed or failed were counted by a node",
             processed,
-            sum(job.started_at is not None for job in jobs),
+            sum(job.was_tried for job in jobs),
         ),
     )
 

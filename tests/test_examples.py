@@ -21,6 +21,7 @@ from openclaw_store import NodeInfo, Task, TaskStatus, TaskType
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "storage_demo.py"
+SCHEDULER = ROOT / "examples" / "scheduler_demo.py"
 COORDINATORS = ROOT / "examples" / "two_coordinators.py"
 REPLAY = ROOT / "examples" / "replay_trace.py"
 
@@ -87,6 +88,30 @@ class TestTwoCoordinators:
 
     def test_unusable_location_ends_with_one_line(self, tmp_path: Path) -> None:
         done = run(COORDINATORS, "mysql://localhost/cluster", folder=tmp_path)
+
+        assert done.returncode == 1
+        assert "use SQLite or PostgreSQL" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestSchedulerDemo:
+    def test_every_task_is_done_though_a_worker_is_killed(
+        self, location: Location, tmp_path: Path
+    ) -> None:
+        done = run(SCHEDULER, location, folder=tmp_path)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert re.search(r"^ceres runs task-\d+, and is killed$", done.stdout, re.MULTILINE)
+        assert "ceres was silent for more than 3 seconds" in done.stdout
+        assert "is pending again" in done.stdout
+        assert "30 of 30 tasks are completed" in done.stdout
+        counts = re.findall(r"^(\w+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+        assert [name for name, *_ in counts] == ["atlas", "boreas", "ceres"]
+        assert sum(int(completed) for _, _, completed, _ in counts) == 30
+        assert re.search(r"^ +\d+ pending \(node lost\)$", done.stdout, re.MULTILINE)
+
+    def test_unusable_location_ends_with_one_line(self, tmp_path: Path) -> None:
+        done = run(SCHEDULER, "mysql://localhost/cluster", folder=tmp_path)
 
         assert done.returncode == 1
         assert "use SQLite or PostgreSQL" in done.stderr
@@ -174,7 +199,23 @@ class TestReplayTrace:
             ("job-5", "completed", START + 50, START + 50, START + 50, "user-7"),
         ]
         counters = "SELECT sum(total_tasks_processed), sum(successful_tasks), sum(failed_tasks)"
-        assert rows(database, f"{counters} FROM nodes") == [(4, 2, 1)]
+        assert rows(database, f"{counters} FROM nodes") == [(3, 2, 1)]
+
+    def test_job_that_starts_at_the_end_of_a_window_belongs_to_it(self, tmp_path: Path) -> None:
+        hours = 3600
+        lines = [
+            job_line(1, 0, wait=6 * hours),  # as long as it can within the window
+            job_line(2, 10, wait=6 * hours - 9),  # and a second longer
+            job_line(3, 20),
+            job_line(4, 30, wait=50 * hours),
+            job_line(5, 12 * hours),
+        ]
+        trace = write_trace(tmp_path / "trace.swf", lines)
+
+        done = run(REPLAY, trace, "--nodes", 1, folder=tmp_path)
+
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "5 of 5 jobs have the log's times" in done.stdout
 
     def test_one_node_has_places_for_all_jobs_of_a_window(self, tmp_path: Path) -> None:
         trace = write_trace(tmp_path / "trace.swf", [job_line(n, n) for n in range(1, 31)])
@@ -302,8 +343,12 @@ class TestProof:
     """What the replay compares in the end; each damage to the database must be noticed."""
 
     def proves(self, module: ModuleType, path: Path, tamper: Tamper) -> bool:
-        """Whether the proof succeeds for two jobs in a database that was tampered with."""
-        trace = write_trace(path / "trace.swf", [job_line(1), job_line(2, run=30, status=0)])
+        """Whether the proof succeeds for two jobs in a database that was tampered with.
+
+        By the simulated clock, one of them lasted six hours, and one eighteen.
+        """
+        lines = [job_line(1, run=3600), job_line(2, run=50_000, status=0)]
+        trace = write_trace(path / "trace.swf", lines)
         jobs = list(module.read_trace(trace))
         tasks = [
             Task(
@@ -327,7 +372,7 @@ class TestProof:
             total_tasks_processed=2,
             successful_tasks=1,
             failed_tasks=1,
-            average_execution_time=45.0,
+            average_execution_time=43_200.0,
         )
         tamper(tasks, node)
         claims = module.proof(jobs, tasks, [node])
@@ -353,7 +398,7 @@ class TestProof:
             lambda tasks, node: setattr(node, "total_tasks_processed", 3),
             lambda tasks, node: setattr(node, "successful_tasks", 2),
             lambda tasks, node: setattr(node, "failed_tasks", 0),
-            lambda tasks, node: setattr(node, "average_execution_time", 44.9),
+            lambda tasks, node: setattr(node, "average_execution_time", 43_199.9),
         ],
     )
     def test_proof_fails_for_a_damaged_database(

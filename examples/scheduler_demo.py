@@ -1,0 +1,167 @@
+"""A coordinator and three workers, each a process of its own; one worker is killed at its work.
+
+Run it as `python examples/scheduler_demo.py`, or with the URL of an empty PostgreSQL database as in
+`python examples/scheduler_demo.py postgresql://me@localhost/cluster`. The workers claim tasks,
+some of which fail at first. The coordinator finds out that a worker is silent, and gives back what
+it held, so in the end every task is done. Begin reading at `work` and `coordinate`.
+"""
+
+import argparse
+import asyncio
+import sys
+from asyncio.subprocess import Process
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from openclaw_store import (
+    Backoff,
+    Database,
+    NodeInfo,
+    NotOwnerError,
+    StateManager,
+    StoreError,
+    Task,
+    TaskStatus,
+    TaskType,
+)
+
+WORKERS = ("atlas", "boreas", "ceres")
+VICTIM = "ceres"
+TASKS = 30
+SILENT_SECONDS = 3.0
+"""Heartbeats are stored within a second; who was silent for longer than this is lost."""
+BACKOFF = Backoff(first_seconds=0.2)
+"""How long a task waits for its next try."""
+
+
+async def work(location: str, name: str) -> None:
+    """One worker: claim tasks and run them, two at once, until there is nothing left to do."""
+    async with StateManager(Database(location), backoff=BACKOFF) as store:
+        await store.register_node(NodeInfo(name, hostname=name, max_concurrent_tasks=2))
+        async for _ in store.watch(since=0):
+            if (await store.get_node_stats())["total"] == len(WORKERS):
+                break  # all are there: they begin together
+        async with asyncio.TaskGroup() as group:
+            heartbeats = group.create_task(send_heartbeats(store, name))
+            while (await store.get_state()).tasks:  # whoever runs them
+                for task in await store.claim_tasks(name, limit=2):
+                    group.create_task(run(store, task))
+                await asyncio.sleep(0.05)
+            heartbeats.cancel()
+
+
+async def send_heartbeats(store: StateManager, name: str) -> None:
+    """Tell the others that this worker is alive."""
+    while True:
+        await store.update_heartbeat(name)
+        await asyncio.sleep(0.5)
+
+
+async def run(store: StateManager, task: Task) -> None:
+    """Run a claimed task; if it was given back meanwhile, what comes too late is refused."""
+    with suppress(NotOwnerError):
+        await store.start_task(task)
+        await asyncio.sleep(0.4)  # the work itself
+        if task.parameters["is_difficult"] and task.attempt == 1:
+            await store.fail_task(task, "not at the first attempt")
+        else:
+            await store.complete_task(task, result=f"done by {task.assigned_node}")
+
+
+async def coordinate(location: str) -> None:
+    """Submit the tasks, have them done, and tell who did what."""
+    async with StateManager(Database(location), backoff=BACKOFF) as store:
+        await store.add_tasks(map(make_task, range(1, TASKS + 1)))
+        workers = {
+            name: await asyncio.create_subprocess_exec(
+                sys.executable, __file__, location, "--worker", name
+            )
+            for name in WORKERS
+        }
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            killer = group.create_task(kill(store, workers[VICTIM]))
+            for name, worker in workers.items():
+                group.create_task(wait_for(name, worker))
+            await recover(store)
+            killer.cancel()
+        await print_outcome(store)
+
+
+def make_task(number: int) -> Task:
+    """A task; every tenth one fails at first."""
+    return Task.create(
+        TaskType.BATCH,
+        f"task {number}",
+        task_id=f"task-{number}",
+        parameters={"is_difficult": number % 10 == 0},
+    )
+
+
+async def kill(store: StateManager, worker: Process) -> None:
+    """Kill the victim when it has begun to run its fourth task."""
+    started = 0
+    async for change in store.watch(since=0):
+        started += (change.node, change.to_status) == (VICTIM, TaskStatus.RUNNING)
+        if started == 4:
+            worker.kill()
+            print(f"{VICTIM} runs {change.item_id}, and is killed")
+            return
+
+
+async def recover(store: StateManager) -> None:
+    """Give back what lost workers held, until every task is done."""
+    while (await store.get_state()).tasks:
+        recovery = await store.recover(timeout_seconds=SILENT_SECONDS)
+        for node_id in recovery.offline_nodes:
+            print(f"{node_id} was silent for more than {SILENT_SECONDS:g} seconds")
+        for task_id in recovery.requeued_tasks:
+            print(f"{task_id} is pending again")
+        await asyncio.sleep(0.5)
+
+
+async def wait_for(name: str, worker: Process) -> None:
+    """Wait until a worker ends, as only the victim may do without having finished."""
+    try:
+        status = await worker.wait()
+    except asyncio.CancelledError:
+        worker.kill()  # its coordinator has given up
+        raise
+    if status and name != VICTIM:
+        raise SystemExit(f"{name} ended with status {status}")
+
+
+async def print_outcome(store: StateManager) -> None:
+    """Print what each worker did, and the life of a task that was given back."""
+    stats = await store.get_task_stats()
+    print(f"\n{stats['completed']} of {stats['total']} tasks are completed\n")
+    print("worker   tried  completed  failed or lost")
+    for node in sorted(await store.get_all_nodes(), key=lambda node: node.node_id):
+        counts = (node.total_tasks_processed, node.successful_tasks, node.failed_tasks)
+        print("{:8} {:5} {:10} {:15}".format(node.node_id, *counts))
+    for task in await store.list_tasks(limit=TASKS):
+        changes = await store.history(task.task_id)
+        if any(change.reason == "node lost" for change in changes):
+            print(f"\nthe life of {task.task_id}")
+            for change in changes:
+                where = f" on {change.node}" if change.node else ""
+                why = f" ({change.reason})" if change.reason else ""
+                print(f"{change.revision:5} {change.to_status}{where}{why}")
+            return
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A coordinator, and workers that may be killed.")
+    parser.add_argument("location", nargs="?", help="a file or a URL; default: a temporary file")
+    parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        if options.worker:
+            asyncio.run(work(options.location, options.worker))
+        elif options.location:
+            asyncio.run(coordinate(options.location))
+        else:
+            with TemporaryDirectory() as folder:
+                asyncio.run(coordinate(str(Path(folder, "cluster.db"))))
+    except* StoreError as group:
+        raise SystemExit(str(group.exceptions[0])) from group
