@@ -12,7 +12,7 @@ import random
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -172,8 +172,14 @@ class Cursor:
 
     read = execute
 
-    def assume(self) -> None:
+    def known(self) -> None:
         """Nothing: to read takes less time here than to do something again."""
+
+    def assume(self) -> None:
+        """Cannot be, as nothing is known."""
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Forget them again."""
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""
