@@ -1,0 +1,1073 @@
+"""The verbs of a task's life, on a database: claims, owners, retries, recovery, keys and lists."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+from conftest import FakeClock, Location, MakeNode, MakeTask, locked
+
+from openclaw_store import (
+    Backoff,
+    Change,
+    ConflictError,
+    Database,
+    DuplicateError,
+    InvalidDataError,
+    InvalidTransitionError,
+    NodeInfo,
+    NodeNotFoundError,
+    NodeStatus,
+    NotOwnerError,
+    StateManager,
+    Task,
+    TaskNotFoundError,
+    TaskPriority,
+    TaskRepository,
+    TaskStatus,
+    UnavailableError,
+)
+from openclaw_store.feed import read_changes
+from openclaw_store.models import FINISHED, HELD, LIVE
+
+BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
+
+
+class RolledBackError(Exception):
+    """What ends a transaction."""
+
+
+Stored = tuple[list[Task], list[NodeInfo], list[Change]]
+
+
+async def stored(manager: StateManager) -> Stored:
+    """All that the database holds: tasks, nodes, and the feed."""
+    tasks = await manager.task_repo.list_tasks(limit=10_000)
+    return tasks.tasks, await manager.node_repo.get_all_nodes(), await feed(manager)
+
+
+async def feed(manager: StateManager, since: int = 0) -> list[Change]:
+    """The changes after a revision."""
+    found: list[Change] = []
+    while True:
+        changes, until = await manager.db.read(partial(read_changes, since=since))
+        found += changes
+        if until == since:
+            return found
+        since = until
+
+
+async def assert_in_step(*managers: StateManager) -> None:
+    """What each has in memory is what the database holds, and revisions have no gap."""
+    for manager in managers:
+        await manager.sync_to_database()
+    for manager in managers:
+        await manager.refresh_from_database()
+        tasks, nodes, changes = await stored(manager)
+        state = await manager.get_state()
+        assert state.tasks == {one.task_id: one for one in tasks if one.status in LIVE}
+        assert state.nodes == {one.node_id: one for one in nodes}
+        assert [change.revision for change in changes] == list(range(1, manager.version + 1))
+        counts = Counter(str(one.status) for one in tasks)
+        stats = await manager.get_task_stats()
+        assert Counter(stats) == Counter({"total": len(tasks), **counts})
+        pending = await manager.task_repo.list_pending_tasks(None)
+        assert await manager.get_pending_tasks(None) == pending
+        available = await manager.node_repo.get_available_nodes()
+        assert await manager.get_available_nodes() == available
+
+
+async def assert_counted(manager: StateManager) -> None:
+    """Each node's `running_tasks` are the tasks that it holds."""
+    tasks, nodes, _ = await stored(manager)
+    held = Counter(task.assigned_node for task in tasks if task.status in HELD)
+    assert [node.running_tasks for node in nodes] == [held[node.node_id] for node in nodes]
+
+
+def assert_legal(changes: Sequence[Change], places: Mapping[str, int]) -> None:
+    """Each task had one owner at a time, and no node had more of them than it has places."""
+    status: dict[str, str | None] = {}
+    owner: dict[str, str | None] = {}
+    for change in changes:
+        if change.item != "task":
+            continue
+        id, before, after = change.item_id, status.get(change.item_id), change.to_status
+        assert change.from_status == before
+        if after == "scheduled" != before:
+            assert before == "pending"
+            owner[id] = change.node
+        elif after in HELD:
+            assert before in HELD
+            assert change.node == owner[id]
+        else:
+            owner[id] = None
+        status[id] = after
+        assert all(count <= places[node] for node, count in Counter(owner.values()).items() if node)
+
+
+@dataclass
+class Cluster:
+    """Two coordinators of one database; either knows what the other does when it is told to."""
+
+    manager: StateManager
+    other: StateManager
+    clock: FakeClock
+    make_task: MakeTask
+    make_node: MakeNode
+
+    async def add(self, **fields: Any) -> Task:
+        """A new task."""
+        task = self.make_task(**fields)
+        await self.manager.add_task(task)
+        return task
+
+    async def join(self, **fields: Any) -> NodeInfo:
+        """A new node, which both know."""
+        node = self.make_node(**fields)
+        await self.manager.register_node(node)
+        await self.other.refresh_from_database()
+        return node
+
+    async def claimed(self, node: NodeInfo | None = None, **fields: Any) -> Task:
+        """A new task that a node, which is new too unless it is given, has claimed."""
+        node = await self.join() if node is None else node
+        added = await self.add(priority=TaskPriority.CRITICAL, **fields)
+        [task] = await self.manager.claim_tasks(node.node_id)
+        assert task.task_id == added.task_id
+        return task
+
+    async def running(self, node: NodeInfo | None = None, **fields: Any) -> Task:
+        """A new task that a node has begun to run."""
+        return await self.manager.start_task(await self.claimed(node, **fields))
+
+    async def node(self, node_id: str) -> NodeInfo:
+        """A node as it is stored."""
+        node = await self.manager.node_repo.get(node_id)
+        assert node is not None
+        return node
+
+    async def task(self, task_id: str) -> Task:
+        """A task as it is stored."""
+        task = await self.manager.task_repo.get(task_id)
+        assert task is not None
+        return task
+
+
+@pytest.fixture
+async def cluster(
+    database: Database,
+    location: Location,
+    clock: FakeClock,
+    make_task: MakeTask,
+    make_node: MakeNode,
+) -> AsyncIterator[Cluster]:
+    """Two coordinators; whatever a test does with them, their memories equal the database."""
+    async with (
+        StateManager(database, None, backoff=BACKOFF) as manager,
+        StateManager(Database(location, clock=clock), None, backoff=BACKOFF) as other,
+    ):
+        yield Cluster(manager, other, clock, make_task, make_node)
+        await assert_in_step(manager, other)
+
+
+def ids(tasks: Sequence[Task]) -> list[str]:
+    return [task.task_id for task in tasks]
+
+
+class TestClaim:
+    async def test_best_tasks_go_first_and_are_the_nodes(self, cluster: Cluster) -> None:
+        node, now = await cluster.join(max_concurrent_tasks=5), cluster.clock()
+        for id, priority, seconds in (
+            ("e", TaskPriority.LOW, -60),
+            ("c", TaskPriority.HIGH, 0),
+            ("d", TaskPriority.NORMAL, 0),
+            ("a", TaskPriority.CRITICAL, 5),
+            ("b", TaskPriority.HIGH, 0),
+        ):
+            submitted_at = cluster.clock.advance(seconds)
+            await cluster.add(task_id=id, priority=priority, submitted_at=submitted_at)
+            cluster.clock.now = now
+        before = cluster.manager.version
+
+        claimed = await cluster.manager.claim_tasks(node.node_id, limit=4)
+
+        assert ids(claimed) == ["a", "b", "c", "d"]
+        assert claimed == [await cluster.task(id) for id in "abcd"]
+        for task in claimed:
+            owner = (task.assigned_node, task.attempt)
+            assert (task.status, *owner) == (TaskStatus.SCHEDULED, node.node_id, 1)
+            assert (task.scheduled_at, task.started_at, task.updated_at) == (now, None, now)
+        assert (await cluster.node(node.node_id)).running_tasks == 4
+        changes = await feed(cluster.manager, before)
+        assert [one[2:9] for one in changes] == [
+            *[("task", id, "status", "pending", "scheduled", node.node_id, None) for id in "abcd"],
+            ("node", node.node_id, "updated", "online", "online", None, None),
+        ]
+        claimed[0].parameters["mine"] = claimed[0].attempt = 7  # nobody else's copy
+        assert ids(await cluster.manager.claim_tasks(node.node_id, limit=4)) == ["e"]
+
+    async def test_node_gets_what_is_due_and_what_it_has_the_skills_for(
+        self, cluster: Cluster
+    ) -> None:
+        now = cluster.clock()
+        node = await cluster.join(available_skills=["java", "Go", "ä%"], max_concurrent_tasks=9)
+        for id, skills in (("all", ["ä%", "Go", "java", "java"]), ("none", [])):
+            await cluster.add(task_id=id, required_skills=skills)
+        for skills in (["javascript"], ["jav"], ["go"], ["Go", "python"], ["a%"], ["%"], [""]):
+            await cluster.add(required_skills=skills, priority=TaskPriority.CRITICAL)
+        await cluster.add(task_id="now due", not_before=now, priority=TaskPriority.LOW)
+        for id, seconds, priority in (("later", 9, 2), ("latest", 10, 0), ("not yet", 11, 0)):
+            await cluster.add(
+                task_id=id, not_before=cluster.clock.advance(seconds), priority=priority
+            )
+            cluster.clock.now = now
+        claim = cluster.manager.claim_tasks
+
+        assert ids(await claim(node.node_id, 9)) == ["all", "none", "now due"]
+        cluster.clock.advance(8.999999)
+        assert await claim(node.node_id, 9) == []
+        cluster.clock.advance(1.000001)
+        assert ids(await claim(node.node_id, 9)) == ["latest", "later"]
+
+    async def test_node_gets_no_more_than_it_has_places_for(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=3)
+        await cluster.manager.add_tasks(cluster.make_task() for _ in range(9))
+        claim = partial(cluster.manager.claim_tasks, node.node_id)
+
+        assert len(await claim()) == 1
+        task, _ = await claim(limit=100)
+        assert await claim(limit=100) == []
+        await cluster.manager.complete_task(task)
+        assert len(await claim(limit=100)) == 1
+        await cluster.manager.change_node(
+            node.node_id, lambda node: setattr(node, "max_concurrent_tasks", 1)
+        )
+        assert await claim(limit=100) == []  # it has three, which it may finish
+        await assert_counted(cluster.manager)
+
+    async def test_node_that_is_not_online_gets_nothing(self, cluster: Cluster) -> None:
+        await cluster.add()
+        for status in set(NodeStatus) - {NodeStatus.ONLINE}:
+            node = await cluster.join(status=status)
+            # The other one does not know of the task, nor of what becomes of the node.
+            await cluster.manager.update_node_status(node.node_id, NodeStatus.ONLINE)
+            await cluster.other.refresh_from_database()
+            await cluster.manager.update_node_status(node.node_id, status)
+
+            for manager in (cluster.manager, cluster.other):
+                assert await manager.claim_tasks(node.node_id) == []
+                assert await manager.task_repo.claim(node.node_id) == []
+
+    async def test_nonsense_is_refused_by_name(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        await cluster.add()
+        before = await stored(cluster.manager)
+
+        for claim in (cluster.manager.claim_tasks, cluster.manager.task_repo.claim):
+            with pytest.raises(NodeNotFoundError, match="'nobody'"):
+                await claim("nobody")
+            for limit in (0, -1, True, 1.0, "1", None, 1 << 63):
+                with pytest.raises(InvalidDataError) as caught:
+                    await claim(node.node_id, limit)  # type: ignore[arg-type]  # on purpose
+                assert caught.value.field == "limit"
+            with pytest.raises(InvalidDataError, match="node_id"):
+                await claim(7)  # type: ignore[arg-type]  # on purpose
+
+        assert await stored(cluster.manager) == before
+        assert len(await cluster.manager.claim_tasks(node.node_id, (1 << 63) - 1)) == 1
+
+    async def test_repository_claims_alike_in_a_transaction_or_without(
+        self, cluster: Cluster
+    ) -> None:
+        """Behind more than a page of tasks that the node cannot run."""
+        node = await cluster.join(available_skills=["python"], max_concurrent_tasks=400)
+        await cluster.manager.add_tasks(
+            cluster.make_task(required_skills=["gpu"], priority=0) for _ in range(300)
+        )
+        await cluster.manager.add_tasks(
+            cluster.make_task(task_id=f"good-{number:03}") for number in range(303)
+        )
+        before = await stored(cluster.manager)
+
+        async def claim_and_roll_back() -> None:
+            async with cluster.manager.db.transaction() as tx:
+                undone = await TaskRepository(tx).claim(node.node_id, 2)
+                assert ids(undone) == ["good-000", "good-001"]
+                raise RolledBackError
+
+        with pytest.raises(RolledBackError):
+            await claim_and_roll_back()
+        assert await stored(cluster.manager) == before
+        async with cluster.manager.db.transaction() as tx:
+            first = await TaskRepository(tx).claim(node.node_id, 2)
+            more = await TaskRepository(tx).claim(node.node_id, 2)
+        rest = await cluster.other.task_repo.claim(node.node_id, 500)
+
+        assert ids([*first, *more, *rest]) == [f"good-{number:03}" for number in range(303)]
+        assert first == [await cluster.task(id) for id in ids(first)]
+        await assert_counted(cluster.manager)
+        assert await cluster.manager.claim_tasks(node.node_id, 500) == []
+
+    async def test_picture_that_is_outdated_costs_nothing_but_time(self, cluster: Cluster) -> None:
+        """Of nine tasks the other one has claimed, cancelled, removed or changed seven."""
+        busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
+        tasks = [await cluster.add(task_id=f"{number}") for number in range(9)]
+        await cluster.other.refresh_from_database()
+        await cluster.manager.claim_tasks(busy.node_id, 3)
+        await cluster.manager.cancel_task("3")
+        await cluster.manager.remove_task("4")
+        for task, change in (
+            (tasks[5], {"required_skills": ["gpu"]}),
+            (tasks[6], {"not_before": cluster.clock() + timedelta(seconds=1)}),
+            (tasks[8], {"priority": TaskPriority.HIGH}),
+        ):
+            await cluster.manager.update_task(replace(task, **change))
+
+        claimed = await cluster.other.claim_tasks(node.node_id, 2)
+        late = await cluster.other.claim_tasks(node.node_id, 2)
+
+        assert sorted(ids(claimed)) == ["7", "8"]
+        assert late == []
+        await assert_counted(cluster.manager)
+
+    async def test_picture_of_the_node_that_is_outdated_does_no_harm(
+        self, cluster: Cluster
+    ) -> None:
+        node, gone = await cluster.join(max_concurrent_tasks=2), await cluster.join()
+        for _ in range(5):
+            await cluster.add()
+        await cluster.other.refresh_from_database()
+        assert len(await cluster.manager.claim_tasks(node.node_id, 2)) == 2
+        await cluster.manager.remove_node(gone.node_id)
+
+        assert await cluster.other.claim_tasks(node.node_id, 2) == []
+        with pytest.raises(NodeNotFoundError):
+            await cluster.other.claim_tasks(gone.node_id)
+        await assert_counted(cluster.manager)
+
+    async def test_sixteen_claimers_of_two_managers_get_each_task_once(
+        self, cluster: Cluster
+    ) -> None:
+        """P4: whatever the number of coordinators, a task is handed to one node at a time."""
+        nodes = [await cluster.join(max_concurrent_tasks=3) for _ in range(4)]
+        await cluster.manager.add_tasks(cluster.make_task() for _ in range(100))
+        done: list[str] = []
+
+        async def work(number: int) -> None:
+            manager = (cluster.manager, cluster.other)[number % 2]
+            while len(done) < 100:
+                node = nodes[number // 2 % 4].node_id
+                for task in await manager.claim_tasks(node, limit=1 + number % 3):
+                    await manager.complete_task(await manager.start_task(task), number)
+                    done.append(task.task_id)
+                await manager.refresh_from_database()
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(16):
+                group.create_task(work(number))
+
+        assert sorted(done) == [f"task-{number:04}" for number in range(1, 101)]
+        changes = await feed(cluster.manager)
+        assert_legal(changes, {node.node_id: 3 for node in nodes})
+        ended = [change.item_id for change in changes if change.to_status == "completed"]
+        assert sorted(ended) == sorted(done)
+        found = [await cluster.node(node.node_id) for node in nodes]
+        assert [node.running_tasks for node in found] == [0] * 4
+        assert sum(node.successful_tasks for node in found) == 100
+        assert sum(node.total_tasks_processed for node in found) == 100
+
+    async def test_claims_while_others_cancel_change_and_remove(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=100)
+        tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
+        await cluster.other.refresh_from_database()
+
+        def note(task: Task) -> None:
+            task.metadata["note"] = "seen"
+
+        async def disturb(number: int, id: str) -> object:
+            manager = (cluster.manager, cluster.other)[number // 4 % 2]
+            if number % 4 == 0:
+                return await manager.cancel_task(id)
+            if number % 4 == 1:
+                return await manager.change_task(id, note)
+            if number % 4 == 2:
+                return await manager.requeue_task(id)
+            return None
+
+        claims = [
+            manager.claim_tasks(node.node_id, 7)
+            for _ in range(4)
+            for manager in (cluster.manager, cluster.other)
+        ]
+        disturbed = [disturb(number, id) for number, id in enumerate(ids(tasks))]
+        await asyncio.gather(*claims, *disturbed)
+        while await cluster.other.claim_tasks(node.node_id, 7):
+            pass
+
+        rows, _, changes = await stored(cluster.manager)
+        assert_legal(changes, {node.node_id: 100})
+        by_id = {task.task_id: task for task in rows}
+        for number, id in enumerate(ids(tasks)):
+            is_cancelled = number % 4 == 0
+            expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
+            assert by_id[id].status is expected
+            assert (by_id[id].metadata == {"note": "seen"}) is (number % 4 == 1)
+        await assert_counted(cluster.manager)
+
+    async def test_what_is_only_in_memory_can_be_claimed(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It is written first; what loses to newer data is dropped, and the others are claimed."""
+        node = cluster.make_node()
+        await cluster.manager.add_node(node, persist=False)
+        for id in ("a", "b", "c"):
+            task = cluster.make_task(task_id=id)
+            await cluster.manager.add_task(task, persist=False)
+        await cluster.other.add_task(cluster.make_task(task_id="b", status=TaskStatus.COMPLETED))
+
+        claimed = await cluster.manager.claim_tasks(node.node_id, 3)
+
+        assert ids(claimed) == ["a", "c"]
+        assert claimed == [await cluster.task("a"), await cluster.task("c")]
+        assert "an unsaved task was dropped" in caplog.text
+        assert (await cluster.task("b")).status is TaskStatus.COMPLETED
+        await assert_counted(cluster.manager)
+
+    async def test_tasks_come_back_when_a_claim_has_failed(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = await cluster.join()
+        tasks = [await cluster.add() for _ in range(3)]
+
+        async def fail(*_: object) -> None:
+            raise UnavailableError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster.manager.db, "write", fail)
+            with pytest.raises(UnavailableError):
+                await cluster.manager.claim_tasks(node.node_id, 2)
+
+        assert ids(await cluster.manager.claim_tasks(node.node_id, 5)) == ids(tasks)
+
+    async def test_cancelled_claim_is_withdrawn_or_committed(self, cluster: Cluster) -> None:
+        """However far it has come: no task is lost, or set aside for ever."""
+        node = await cluster.join(max_concurrent_tasks=50)
+        tasks = [await cluster.add() for _ in range(50)]
+        for turns in range(12):
+            claiming = asyncio.create_task(cluster.manager.claim_tasks(node.node_id, 2))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            claiming.cancel()
+            await asyncio.wait([claiming])
+
+        held = await cluster.manager.task_repo.list_by_node(node.node_id)
+        rest = await cluster.manager.claim_tasks(node.node_id, 50)
+
+        assert sorted(ids([*held, *rest])) == ids(tasks)
+        await assert_counted(cluster.manager)
+
+    async def test_claim_that_is_cancelled_while_it_is_committed_is_the_nodes(
+        self, cluster: Cluster, location: Location
+    ) -> None:
+        """A node that is told nothing of it gives it back when it registers again."""
+        node = await cluster.join()
+        task = await cluster.add()
+        async with locked(location):
+            claiming = asyncio.create_task(cluster.manager.claim_tasks(node.node_id))
+            await asyncio.sleep(0)  # now it has queued
+            while (await cluster.manager.db.get_stats())["writer"]["queued_operations"]:
+                pass
+            claiming.cancel()
+            await asyncio.wait([claiming], timeout=0.01)
+            assert not claiming.done()
+        await asyncio.wait([claiming])
+
+        assert claiming.cancelled()
+        assert (await cluster.task(task.task_id)).status is TaskStatus.SCHEDULED
+        await assert_in_step(cluster.manager, cluster.other)
+        await cluster.manager.register_node(node)
+        cluster.clock.advance(10)
+        assert ids(await cluster.manager.claim_tasks(node.node_id)) == ids([task])
+
+    async def test_claim_that_fails_half_way_tells_of_what_it_has_got(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They are the node's, and nobody else would tell it."""
+        node, busy = await cluster.join(), await cluster.join()
+        await cluster.add(task_id="a")
+        await cluster.add(task_id="b")
+        await cluster.add(task_id="c")
+        await cluster.other.refresh_from_database()
+        await cluster.manager.claim_tasks(busy.node_id)
+        write = cluster.other.db.write
+        writes = 0
+
+        async def write_once(*arguments: Any) -> Any:
+            nonlocal writes
+            writes += 1
+            if writes == 2:
+                raise UnavailableError("the disk is full")
+            return await write(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster.other.db, "write", write_once)
+            claimed = await cluster.other.claim_tasks(node.node_id, 2)
+
+        assert (ids(claimed), writes) == (["b"], 2)
+        assert ids(await cluster.other.claim_tasks(node.node_id, 2)) == ["c"]
+        await assert_counted(cluster.manager)
+
+
+def reports(manager: StateManager, task: Task) -> list[Callable[[], Awaitable[Task]]]:
+    """All that the owner of a task may say of it, by the manager and by the repository."""
+    repo = manager.task_repo
+    return [
+        partial(manager.start_task, task),
+        partial(manager.complete_task, task, 1),
+        partial(manager.fail_task, task, "no"),
+        partial(repo.start, task),
+        partial(repo.complete, task, 1),
+        partial(repo.fail, task, "no"),
+    ]
+
+
+async def never_claimed(cluster: Cluster) -> Task:
+    return await cluster.add()
+
+
+async def held_by_another_node(cluster: Cluster) -> Task:
+    return replace(await cluster.running(), assigned_node=(await cluster.join()).node_id)
+
+
+async def held_by_nobody_known(cluster: Cluster) -> Task:
+    return replace(await cluster.running(), assigned_node=None)
+
+
+async def held_at_another_attempt(cluster: Cluster) -> Task:
+    return replace(await cluster.running(), attempt=2)
+
+
+async def recovered(cluster: Cluster) -> Task:
+    task = await cluster.running()
+    cluster.clock.advance(121)
+    assert (await cluster.other.recover()).requeued_tasks == ids([task])
+    return task
+
+
+async def run_for_too_long(cluster: Cluster) -> Task:
+    node = await cluster.join()
+    task = await cluster.running(node, timeout=5, max_retries=0)
+    cluster.clock.advance(6)
+    assert (await cluster.other.recover()).timed_out_tasks == ids([task])
+    return task
+
+
+async def requeued(cluster: Cluster) -> Task:
+    task = await cluster.claimed()
+    await cluster.other.requeue_task(task.task_id)
+    return task
+
+
+async def claimed_again_by_the_same_node(cluster: Cluster) -> Task:
+    task = await cluster.running()
+    await cluster.other.requeue_task(task.task_id)
+    assert len(await cluster.other.claim_tasks(task.assigned_node or "")) == 1
+    return task
+
+
+async def cancelled(cluster: Cluster) -> Task:
+    task = await cluster.running()
+    await cluster.other.cancel_task(task.task_id)
+    return task
+
+
+async def failed_before(cluster: Cluster) -> Task:
+    task = await cluster.running()
+    await cluster.other.fail_task(task, "no")
+    return task
+
+
+async def given_back_by_its_node(cluster: Cluster) -> Task:
+    node = await cluster.join()
+    task = await cluster.running(node)
+    await cluster.other.register_node(node)
+    return task
+
+
+LOSSES = [
+    never_claimed,
+    held_by_another_node,
+    held_by_nobody_known,
+    held_at_another_attempt,
+    recovered,
+    run_for_too_long,
+    requeued,
+    claimed_again_by_the_same_node,
+    cancelled,
+    failed_before,
+    given_back_by_its_node,
+]
+"""Ways not to be the owner of a task; each gives the copy of who thinks to be."""
+
+
+class TestOwner:
+    async def test_life_of_a_task(self, cluster: Cluster) -> None:
+        """With the copy that the claim gave, though others write notes meanwhile."""
+        node = await cluster.join()
+        task = await cluster.claimed(node)
+        as_claimed, claimed_at = replace(task), cluster.clock()
+
+        async def take_a_note() -> None:
+            await cluster.other.refresh_from_database()
+            await cluster.other.change_task(
+                task.task_id, lambda task: task.metadata.update({str(len(task.metadata)): "note"})
+            )
+
+        await take_a_note()
+        started_at = cluster.clock.advance(5)
+        started = await cluster.manager.start_task(task)
+        assert started == await cluster.task(task.task_id)
+        assert (started.status, started.scheduled_at, started.started_at) == (
+            TaskStatus.RUNNING,
+            claimed_at,
+            started_at,
+        )
+        await take_a_note()
+        completed_at = cluster.clock.advance(10)
+        completed = await cluster.manager.complete_task(task, {"rows": 42})
+
+        assert completed == await cluster.task(task.task_id)
+        assert completed == await cluster.manager.get_task(task.task_id)
+        assert (completed.status, completed.result) == (TaskStatus.COMPLETED, {"rows": 42})
+        assert (completed.started_at, completed.completed_at) == (started_at, completed_at)
+        assert completed.metadata == {"0": "note", "1": "note"}
+        assert (completed.assigned_node, completed.attempt) == (node.node_id, 1)
+        assert task == as_claimed
+        assert await cluster.node(node.node_id) == replace(
+            node,
+            version=cluster.manager.version - 1,
+            running_tasks=0,
+            total_tasks_processed=1,
+            successful_tasks=1,
+            average_execution_time=10.0,
+        )
+        changes = await feed(cluster.manager)
+        assert [one[2:7] for one in changes[-2:]] == [
+            ("node", node.node_id, "updated", "online", "online"),
+            ("task", task.task_id, "status", "running", "completed"),
+        ]
+
+    async def test_result_is_any_json_value(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=20)
+        values: list[Any] = [
+            None,
+            0,
+            -0.0,
+            False,
+            True,
+            "",
+            "naïve ☃",
+            [],
+            {},
+            1e300,
+            (1 << 63) - 1,
+        ]
+        values.append({"a": [None, {"b": [[]]}, 0.1]})
+        tasks = [await cluster.claimed(node) for _ in values]
+        for task, value in zip(tasks, values, strict=True):
+            await cluster.manager.complete_task(task, value)
+        await cluster.other.refresh_from_database()
+
+        for task, value in zip(tasks, values, strict=True):
+            for found in (
+                await cluster.manager.get_task(task.task_id),
+                await cluster.other.get_task(task.task_id),
+                await cluster.task(task.task_id),
+            ):
+                assert found is not None
+                assert repr(found.result) == repr(value)
+                assert found.status is TaskStatus.COMPLETED
+
+    async def test_what_cannot_be_stored_is_refused_and_the_task_goes_on(
+        self, cluster: Cluster
+    ) -> None:
+        task = await cluster.running()
+        before = await stored(cluster.manager)
+        owner: Any = cluster.manager
+
+        for value in (math.nan, {1}, object(), 1 << 64, "a\0b", {1: 2}, b"bytes", [math.inf]):
+            with pytest.raises(InvalidDataError) as caught:
+                await owner.complete_task(task, value)
+            assert caught.value.field == "result"
+        for error in (None, 7, "\ud800"):
+            with pytest.raises(InvalidDataError) as caught:
+                await owner.fail_task(task, error)
+            assert caught.value.field == "error"
+        for wrong, field in (
+            ("task-0001", "task"),
+            (replace(task, attempt=-1), "attempt"),
+            (replace(task, attempt=None), "attempt"),  # type: ignore[arg-type]  # on purpose
+            (replace(task, assigned_node=7), "assigned_node"),  # type: ignore[arg-type]  # on purpose
+        ):
+            for report in reports(owner, wrong):  # type: ignore[arg-type]  # on purpose
+                with pytest.raises(InvalidDataError) as caught:
+                    await report()
+                assert caught.value.field == field
+
+        assert await stored(cluster.manager) == before
+        await cluster.manager.complete_task(task)
+
+    @pytest.mark.parametrize("lose", LOSSES)
+    async def test_call_of_who_is_not_the_owner_is_refused_logged_and_changes_nothing(
+        self,
+        cluster: Cluster,
+        caplog: pytest.LogCaptureFixture,
+        lose: Callable[[Cluster], Awaitable[Task]],
+    ) -> None:
+        """P4: a former owner's late write is refused."""
+        late = await lose(cluster)
+        before, task = await stored(cluster.manager), await cluster.task(late.task_id)
+        caplog.clear()
+
+        for manager in (cluster.manager, cluster.other):
+            for report in reports(manager, late):
+                with pytest.raises(NotOwnerError) as caught:
+                    await report()
+                error = caught.value
+                assert error.task_id == task.task_id
+                assert (error.node_id, error.attempt) == (late.assigned_node, late.attempt)
+                now = (error.status, error.current_node, error.current_attempt)
+                assert now == (task.status, task.assigned_node, task.attempt)
+                assert caplog.messages.pop() == f"refused: {error}"
+
+        assert await stored(cluster.manager) == before
+
+    async def test_removed_task_is_not_found(self, cluster: Cluster) -> None:
+        task = await cluster.running()
+        await cluster.other.remove_task(task.task_id)
+        before = await stored(cluster.manager)
+
+        for report in reports(cluster.manager, task):
+            with pytest.raises(TaskNotFoundError):
+                await report()
+
+        assert await stored(cluster.manager) == before
+
+    async def test_to_say_it_twice_changes_nothing_and_to_say_the_contrary_is_refused(
+        self, cluster: Cluster
+    ) -> None:
+        completed, failed = await cluster.claimed(), await cluster.claimed(max_retries=0)
+        for manager in (cluster.manager, cluster.other):
+            for task in (completed, failed):
+                await manager.start_task(task)
+        await cluster.manager.complete_task(completed, 1)
+        await cluster.manager.fail_task(failed, "no")
+        before = await stored(cluster.manager)
+        cluster.clock.advance(1)
+
+        for manager in (cluster.manager, cluster.other):
+            for task, legal in ((completed, 1), (failed, 2)):
+                for number, report in enumerate(reports(manager, task)):
+                    if number % 3 == legal:
+                        assert await report() == await cluster.task(task.task_id)
+                    else:
+                        with pytest.raises(NotOwnerError):
+                            await report()
+
+        assert await stored(cluster.manager) == before
+
+    async def test_failed_task_is_tried_again_later_until_its_last_retry(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        task = await cluster.claimed(node, max_retries=2)
+        for retry, seconds in ((1, 10), (2, 20)):
+            await cluster.manager.start_task(task)
+            failed_at = cluster.clock.advance(4)
+            failed = await cluster.manager.fail_task(task, f"error {retry}")
+
+            assert failed == await cluster.task(task.task_id)
+            assert (failed.status, failed.assigned_node) == (TaskStatus.PENDING, None)
+            assert (failed.retry_count, failed.attempt) == (retry, retry)
+            assert failed.not_before == failed_at + timedelta(seconds=seconds)
+            assert (failed.error, failed.completed_at) == (f"error {retry}", None)
+            assert (failed.scheduled_at, failed.started_at) == (None, None)
+            cluster.clock.advance(seconds - 0.000001)
+            assert await cluster.manager.claim_tasks(node.node_id) == []
+            cluster.clock.advance(0.000001)
+            [task] = await cluster.manager.claim_tasks(node.node_id)
+            assert task.attempt == retry + 1
+        cluster.clock.advance(10)
+        failed = await cluster.manager.fail_task(task, "error 3")
+
+        assert (failed.status, failed.completed_at) == (TaskStatus.FAILED, cluster.clock())
+        assert (failed.retry_count, failed.attempt, failed.error) == (2, 3, "error 3")
+        found = await cluster.node(node.node_id)
+        assert (found.running_tasks, found.successful_tasks) == (0, 0)
+        assert (found.total_tasks_processed, found.failed_tasks) == (3, 3)
+        assert found.average_execution_time == pytest.approx((4 + 4 + 10) / 3)
+        reasons = [one.reason for one in await feed(cluster.manager) if one.reason]
+        assert reasons == ["registered", "error 1", "error 2", "error 3"]
+
+    async def test_wait_before_a_retry_is_an_option(self, cluster: Cluster) -> None:
+        task = await cluster.claimed()
+        patient = TaskRepository(cluster.manager.db, Backoff(first_seconds=600, jitter=0))
+        hasty = TaskRepository(cluster.manager.db, Backoff(first_seconds=0))
+
+        failed = await patient.fail(task, "no")
+        assert failed.not_before == cluster.clock.advance(300)  # the longest
+        [task] = await cluster.manager.claim_tasks(task.assigned_node or "")
+        assert (await hasty.fail(task, "no")).not_before is None
+
+    async def test_of_contrary_reports_at_once_one_counts(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=30)
+        tasks = [await cluster.running(node, max_retries=0) for _ in range(30)]
+        await cluster.other.refresh_from_database()
+
+        def all_at_once(number: int, task: Task) -> list[Awaitable[object]]:
+            both = (cluster.manager, cluster.other)
+            one, two = both[number % 2], both[number // 2 % 2]
+            calls: list[Awaitable[object]] = [
+                one.complete_task(task, "one"),
+                two.fail_task(task, "two"),
+                two.cancel_task(task.task_id),
+            ]
+            return calls[number % 3 :] + calls[: number % 3]
+
+        calls = [call for number, task in enumerate(tasks) for call in all_at_once(number, task)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+
+        refusals = [one for one in outcomes if isinstance(one, ConflictError)]
+        assert len(refusals) == 60
+        assert len([one for one in outcomes if isinstance(one, Task) or one is True]) == 30
+        rows, _, changes = await stored(cluster.manager)
+        status = Counter(task.status for task in rows)
+        assert set(status) == {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED}
+        assert len([one for one in changes if one.to_status in FINISHED]) == 30
+        found = await cluster.node(node.node_id)
+        assert (found.running_tasks, found.successful_tasks, found.failed_tasks) == (
+            0,
+            status[TaskStatus.COMPLETED],
+            status[TaskStatus.FAILED],
+        )
+
+    async def test_node_that_was_removed_does_not_matter(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        tasks = [await cluster.claimed(node, max_retries=0) for _ in range(3)]
+        await cluster.other.remove_node(node.node_id)
+
+        await cluster.manager.start_task(tasks[0])
+        await cluster.manager.complete_task(tasks[1])
+        await cluster.manager.fail_task(tasks[2], "no")
+
+        states = [(await cluster.task(task.task_id)).status for task in tasks]
+        assert states == [TaskStatus.RUNNING, TaskStatus.COMPLETED, TaskStatus.FAILED]
+        assert await cluster.manager.node_repo.get(node.node_id) is None
+
+    async def test_in_a_transaction_all_of_it_happens_or_nothing(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=9)
+        tasks = [await cluster.claimed(node) for _ in range(5)]
+        before = await stored(cluster.manager)
+
+        async def advance(error: type[Exception] | None) -> None:
+            async with cluster.manager.db.transaction() as tx:
+                repo = TaskRepository(tx, BACKOFF)
+                started = await repo.start(tasks[0])
+                assert started == await repo.get(started.task_id)
+                await repo.complete(tasks[1], {"a": 1})
+                await repo.fail(tasks[2], "no")
+                assert await repo.cancel(tasks[3].task_id, "not needed") is True
+                assert await repo.requeue(tasks[4].task_id) is True
+                assert await repo.cancel("unknown") is await repo.requeue("unknown") is False
+                with pytest.raises(NotOwnerError):
+                    await repo.start(tasks[2])
+                if error is not None:
+                    raise error
+
+        with pytest.raises(RolledBackError):
+            await advance(RolledBackError)
+        assert await stored(cluster.manager) == before
+        await assert_in_step(cluster.manager, cluster.other)
+        await advance(None)
+
+        states = [(await cluster.task(task.task_id)).status for task in tasks]
+        assert states == ["running", "completed", "pending", "cancelled", "pending"]
+        found = await cluster.node(node.node_id)
+        assert (found.running_tasks, found.successful_tasks, found.failed_tasks) == (1, 1, 1)
+        changes = await feed(cluster.manager, len(before[2]))
+        assert len([one for one in changes if one.item == "task"]) == 5
+
+
+class TestCancel:
+    async def test_task_is_ended_whoever_has_it_and_its_place_is_free(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        pending = await cluster.add(error="the error of an earlier try")
+        scheduled, running = await cluster.claimed(node), await cluster.running(node)
+        now = cluster.clock.advance(3)
+
+        for task in (pending, scheduled):
+            assert await cluster.manager.cancel_task(task.task_id) is True
+        assert await cluster.other.cancel_task(running.task_id, "no money") is True
+
+        for task, error in (
+            (pending, "the error of an earlier try"),
+            (scheduled, None),
+            (running, "no money"),
+        ):
+            found = await cluster.task(task.task_id)
+            assert (found.status, found.error) == (TaskStatus.CANCELLED, error)
+            assert found.completed_at == now
+            assert (found.assigned_node, found.attempt) == (task.assigned_node, task.attempt)
+        found_node = await cluster.node(node.node_id)
+        assert (found_node.running_tasks, found_node.total_tasks_processed) == (0, 0)
+        reasons = {one.item_id: one.reason for one in await feed(cluster.manager)}
+        assert [reasons[task.task_id] for task in (pending, running)] == [None, "no money"]
+        before = await stored(cluster.manager)
+        for manager in (cluster.manager, cluster.other):
+            assert await manager.cancel_task(running.task_id, "another reason") is True
+        assert await stored(cluster.manager) == before
+
+    async def test_what_is_finished_otherwise_stays_and_what_is_unknown_gives_false(
+        self, cluster: Cluster
+    ) -> None:
+        others = [await cluster.add(status=status) for status in FINISHED - {TaskStatus.CANCELLED}]
+        before = await stored(cluster.manager)
+
+        for cancel in (cluster.manager.cancel_task, cluster.other.task_repo.cancel):
+            for task in others:
+                with pytest.raises(InvalidTransitionError) as caught:
+                    await cancel(task.task_id)
+                assert (caught.value.before, caught.value.after) == (task.status, "cancelled")
+            assert await cancel("unknown") is False
+            for reason in (7, "\0"):
+                with pytest.raises(InvalidDataError, match="reason"):
+                    await cancel(others[0].task_id, reason)  # type: ignore[arg-type]  # on purpose
+
+        assert await stored(cluster.manager) == before
+
+
+class TestRequeue:
+    @pytest.mark.parametrize("status", TaskStatus)
+    async def test_task_is_as_if_it_never_had_been_run(
+        self, cluster: Cluster, status: TaskStatus
+    ) -> None:
+        """But its attempts go on, so nobody who held it before passes for its owner."""
+        node, now = await cluster.join(), cluster.clock()
+        task = await cluster.claimed(node)
+        await cluster.manager.fail_task(task, "no")
+        cluster.clock.advance(10)
+        if status is not TaskStatus.PENDING:
+            [task] = await cluster.manager.claim_tasks(node.node_id)
+            task = await cluster.manager.start_task(task)
+            task.status, task.result = status, [1]
+            await cluster.manager.update_task(task)
+            if status in FINISHED:  # the raw write has left the node alone
+                await cluster.manager.change_node(
+                    node.node_id, lambda node: setattr(node, "running_tasks", 0)
+                )
+        before, last = await cluster.task(task.task_id), cluster.manager.version
+
+        assert await cluster.other.requeue_task(task.task_id) is True
+        found = await cluster.task(task.task_id)
+        assert await cluster.other.requeue_task(task.task_id) is True
+
+        if status is TaskStatus.PENDING:
+            assert found == before
+            assert await feed(cluster.manager, last) == []
+        else:
+            assert found == replace(
+                cluster.make_task(task_id=task.task_id, name=task.name, submitted_at=now),
+                priority=task.priority,
+                attempt=2,
+                updated_at=cluster.clock(),
+                version=found.version,
+            )
+            reasons = [one.reason for one in await feed(cluster.manager, last)]
+            assert reasons[-1] == "requeued"
+        await assert_counted(cluster.manager)
+        assert await cluster.manager.requeue_task("unknown") is False
+
+    async def test_key_that_is_taken_by_now_is_a_duplicate(self, cluster: Cluster) -> None:
+        old = await cluster.add(idempotency_key="key", status=TaskStatus.FAILED)
+        new = await cluster.add(idempotency_key="key")
+        before = await stored(cluster.manager)
+
+        for requeue in (cluster.other.requeue_task, cluster.manager.task_repo.requeue):
+            with pytest.raises(DuplicateError) as caught:
+                await requeue(old.task_id)
+            assert (caught.value.id, caught.value.idempotency_key) == (new.task_id, "key")
+        assert await stored(cluster.manager) == before
+
+        await cluster.manager.cancel_task(new.task_id)
+        assert await cluster.other.requeue_task(old.task_id) is True
+
+
+class TestRawWrites:
+    async def test_they_leave_the_other_table_alone(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        task = await cluster.add()
+        task.assigned_node, task.status, task.attempt = node.node_id, TaskStatus.RUNNING, 7
+        before = await cluster.node(node.node_id)
+        await cluster.manager.update_task(task)
+        assert await cluster.node(node.node_id) == before
+
+        node = before
+        node.running_tasks, node.total_tasks_processed, node.average_execution_time = 9, 8, 7.5
+        await cluster.manager.update_node(node)
+        await cluster.manager.remove_node(node.node_id)
+        await cluster.manager.add_node(node)
+        assert await cluster.node(node.node_id) == node
+        assert await cluster.task(task.task_id) == task
+
+    async def test_only_live_tasks_change_their_state_and_its_moment_is_filled_in(
+        self, cluster: Cluster
+    ) -> None:
+        moments = {
+            TaskStatus.SCHEDULED: "scheduled_at",
+            TaskStatus.RUNNING: "started_at",
+            **dict.fromkeys(FINISHED, "completed_at"),
+        }
+        for write in (
+            cluster.manager.update_task,
+            cluster.manager.task_repo.update,
+            partial(cluster.manager.update_task, persist=False),
+        ):
+            for before, after in product(TaskStatus, TaskStatus):
+                task = await cluster.add(status=before)
+                known = await cluster.task(task.task_id)
+                task.status, task.description = after, "changed"
+                cluster.clock.advance(1)
+                if before in FINISHED and before is not after:
+                    with pytest.raises(InvalidTransitionError) as caught:
+                        await write(task)
+                    assert (caught.value.before, caught.value.after) == (before, after)
+                    assert await cluster.manager.get_task(task.task_id) == known
+                    continue
+                await write(task)
+                found = await cluster.manager.get_task(task.task_id)
+                assert found is not None
+                assert (found.status, found.description) == (after, "changed")
+                filled = {moments[after]} if after is not before and after in moments else set()
+                assert {
+                    name for name in set(moments.values()) if getattr(found, name) is not None
+                } == filled
+                assert all(getattr(found, name) == cluster.clock() for name in filled)
+
+    async def test_moment_that_is_given_is_kept(self, cluster: Cluster) -> None:
+        task = await cluster.add()
+        long_ago = cluster.clock() - timedelta(days=1)
+        task.status, task.started_at = TaskStatus.RUNNING, long_ago
+        await cluster.manager.update_task(task)
+
+        assert task.started_at == long_ago
+        assert await cluster.task(task.task_id) == task
