@@ -370,9 +370,12 @@ class Compact:
 
 def compact(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` operations."""
-    sql = statements_for(unit.cursor.dialect)
-    newest, _ = counters_of(unit.cursor.execute(sql.read_counters))
-    return [
-        len(unit.cursor.execute(sql.forget_until, (min(operation.until, newest - 1),)))
-        for operation in operations
-    ]
+    sql, cursor = statements_for(unit.cursor.dialect), unit.cursor
+    newest, _ = counters_of(cursor.execute(sql.read_counters))
+    counts = []
+    for operation in operations:
+        until = min(operation.until, newest - 1)
+        counts.append(len(cursor.execute(sql.forget_until, (until,))))
+        if counts[-1]:
+            cursor.execute(sql.write_compacted, (until,))
+    return counts

@@ -767,8 +767,7 @@ class StateManager:
         feed as it goes, so a slow watcher costs nobody anything; and it goes on where it was left
         if it is given the `revision` of the last change that was seen, also after a restart. It
         ends when the manager is shut down. Changes of tasks that `cleanup_old_tasks` has removed
-        are gone with them, but for the last one; where they were the oldest of all, the feed does
-        not reach back to them any more.
+        are gone with them, but for the last one.
 
         Args:
             since: A revision; `None` for the newest one in memory, so that `get_state` and what is

@@ -119,6 +119,10 @@ class Statements(ABC):
             .returning(_CHANGES.c.revision)
         )
         """Removes all changes up to a revision, and tells which."""
+        self.write_compacted = self._compile(
+            update(CounterRow).where(text("id = 1")).values(compacted=bindparam("until"))
+        )
+        """Tells everybody of it."""
         self.insert_change = self._insert(list(_CHANGES.c))
         """For many rows."""
         moment = UtcTime()
