@@ -25,8 +25,10 @@ from openclaw_store import (
     InvalidTransitionError,
     NodeInfo,
     NodeNotFoundError,
+    NodeRepository,
     NodeStatus,
     NotOwnerError,
+    Recovery,
     StateManager,
     Task,
     TaskNotFoundError,
@@ -36,6 +38,7 @@ from openclaw_store import (
     UnavailableError,
 )
 from openclaw_store.feed import read_changes
+from openclaw_store.lifecycle import NODE_LOST, OVERDUE
 from openclaw_store.models import FINISHED, HELD, LIVE
 
 BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
@@ -1071,3 +1074,344 @@ class TestRawWrites:
 
         assert task.started_at == long_ago
         assert await cluster.task(task.task_id) == task
+
+
+class TestRegister:
+    async def test_node_joins_without_tasks_and_alive(self, cluster: Cluster) -> None:
+        node = cluster.make_node(
+            running_tasks=3, registered_at=None, total_tasks_processed=7, version=99
+        )
+        given, now = replace(node), cluster.clock()
+
+        assert await cluster.manager.register_node(node) is True
+
+        joined = {"running_tasks": 0, "registered_at": now, "last_heartbeat": now, "version": 1}
+        assert node == replace(given, **joined)  # type: ignore[arg-type]  # they are fields
+        assert node == await cluster.node(node.node_id)
+        [change] = await feed(cluster.manager)
+        assert (change.kind, change.reason) == ("created", "registered")
+        nonsense: list[Any] = [replace(node, cpu_usage=101), replace(node, tags=None), "node"]  # type: ignore[arg-type]  # on purpose
+        for bad in nonsense:
+            with pytest.raises(InvalidDataError):
+                await cluster.manager.register_node(bad)
+
+    @pytest.mark.parametrize("way", ["manager", "other manager", "transaction"])
+    async def test_what_the_former_process_held_is_given_back_at_once(
+        self, cluster: Cluster, way: str
+    ) -> None:
+        """However fresh its heartbeats are; its totals go on, and other nodes keep their tasks."""
+        node, neighbour = await cluster.join(), await cluster.join()
+        await cluster.manager.complete_task(await cluster.claimed(node))
+        scheduled, running = await cluster.claimed(node), await cluster.running(node)
+        last_try = await cluster.running(node, max_retries=0)
+        kept = await cluster.running(neighbour)
+        registered_at = node.registered_at
+        now = cluster.clock.advance(4)
+        await cluster.manager.update_heartbeat(node.node_id)
+        returning = NodeInfo(node.node_id, "another host", max_concurrent_tasks=2)
+
+        async def register(error: type[Exception] | None = None) -> None:
+            async with cluster.manager.db.transaction() as tx:
+                await NodeRepository(tx).register(returning, BACKOFF)
+                if error is not None:
+                    raise error
+
+        if way == "transaction":
+            await cluster.manager.sync_to_database()
+            before, given = await stored(cluster.manager), replace(returning)
+            with pytest.raises(RolledBackError):
+                await register(RolledBackError)
+            assert await stored(cluster.manager) == before
+            assert returning == given
+            await register()
+        else:
+            manager = cluster.manager if way == "manager" else cluster.other
+            await manager.register_node(returning)
+
+        assert returning == await cluster.node(node.node_id)
+        assert (returning.hostname, returning.running_tasks) == ("another host", 0)
+        assert (returning.registered_at, returning.last_heartbeat) == (registered_at, now)
+        assert (returning.total_tasks_processed, returning.successful_tasks) == (4, 1)
+        assert (returning.failed_tasks, returning.average_execution_time) == (3, 3.0)
+        for task in (scheduled, running):
+            found = await cluster.task(task.task_id)
+            assert (found.status, found.assigned_node) == (TaskStatus.PENDING, None)
+            assert (found.retry_count, found.error) == (1, NODE_LOST)
+            assert found.not_before == now + timedelta(seconds=10)
+        found = await cluster.task(last_try.task_id)
+        assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
+        assert found.completed_at == now
+        assert await cluster.task(kept.task_id) == kept
+        await assert_counted(cluster.manager)
+
+
+class TestRecover:
+    async def test_tasks_of_every_node_that_is_not_alive_are_given_back(
+        self, cluster: Cluster
+    ) -> None:
+        """Whatever became of the node; all that was done is named, and is done once."""
+        names = ["silent", "busy", "resting", "offline", "error", "removed", "alive", "at work"]
+        names += ["in maintenance"]
+        nodes = {name: await cluster.join(node_id=name) for name in names}
+        for name, node in nodes.items():
+            await cluster.claimed(node, task_id=f"{name} scheduled")
+            await cluster.running(node, task_id=f"{name} running")
+            await cluster.running(node, task_id=f"{name} last try", max_retries=0)
+        await cluster.add(task_id="unknown", status=TaskStatus.RUNNING, assigned_node="nobody")
+        await cluster.add(task_id="nobody's", status=TaskStatus.RUNNING)
+        statuses = {
+            "busy": NodeStatus.BUSY,
+            "resting": NodeStatus.MAINTENANCE,
+            "at work": NodeStatus.BUSY,
+            "in maintenance": NodeStatus.MAINTENANCE,
+            "error": NodeStatus.ERROR,
+        }
+        for name, status in statuses.items():
+            await cluster.manager.update_node_status(name, status)
+        now = cluster.clock.advance(121)
+        for name in ("offline", "error", "alive", "at work", "in maintenance"):
+            assert await cluster.manager.update_heartbeat(name)
+        await cluster.manager.sync_to_database()
+        await cluster.manager.update_node_status("offline", NodeStatus.OFFLINE)
+        await cluster.manager.remove_node("removed")
+        before = await stored(cluster.manager)
+
+        recovery = await cluster.other.recover(timeout_seconds=120)
+
+        lost = {"silent", "busy", "resting", "offline", "error", "removed"}
+        assert sorted(recovery.offline_nodes) == ["busy", "silent"]
+        assert set(recovery.requeued_tasks) == {
+            "unknown",
+            *(f"{name} scheduled" for name in lost),
+            *(f"{name} running" for name in lost),
+        }
+        assert sorted(recovery.failed_tasks) == sorted(f"{name} last try" for name in lost)
+        assert recovery.timed_out_tasks == []
+        for task in before[0]:
+            found = await cluster.task(task.task_id)
+            if task.task_id in recovery.requeued_tasks:
+                assert (found.status, found.assigned_node) == (TaskStatus.PENDING, None)
+                assert (found.retry_count, found.error) == (1, NODE_LOST)
+                assert found.not_before == now + timedelta(seconds=10)
+            elif task.task_id in recovery.failed_tasks:
+                assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
+                assert (found.retry_count, found.completed_at) == (0, now)
+            else:
+                assert found == task
+        for name in lost - {"removed"}:
+            found_node = await cluster.node(name)
+            assert (found_node.running_tasks, found_node.failed_tasks) == (0, 3)
+            assert found_node.average_execution_time == 121
+        changes = await feed(cluster.manager, len(before[2]))
+        reasons = Counter(change.reason for change in changes)
+        assert reasons[NODE_LOST] == 13 + 6
+        assert reasons["silent for more than 120 s"] == 2
+
+        before = await stored(cluster.manager)
+        for manager in (cluster.other, cluster.manager):
+            again = await manager.recover(timeout_seconds=120)
+            assert not again
+            assert again == Recovery([], [], [], [])
+        assert await stored(cluster.manager) == before
+        assert recovery
+
+    async def test_what_runs_for_too_long_is_tried_again_or_has_timed_out(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        again = await cluster.running(node, timeout=10)
+        over = await cluster.running(node, timeout=10, max_retries=0)
+        others = [
+            await cluster.running(node, timeout=11),
+            await cluster.running(node),
+            await cluster.claimed(node, timeout=1),
+            await cluster.add(timeout=0),
+        ]
+        fields = {"status": TaskStatus.RUNNING, "started_at": cluster.clock()}
+        stray = await cluster.add(timeout=10, **fields)  # on no node
+        cluster.clock.advance(10)
+        assert not await cluster.other.recover()
+        now = cluster.clock.advance(0.000001)
+
+        recovery = await cluster.other.recover()
+
+        assert recovery.timed_out_tasks == ids([over])
+        assert sorted(recovery.requeued_tasks) == sorted(ids([again, stray]))
+        assert recovery == replace(recovery, offline_nodes=[], failed_tasks=[])
+        found = await cluster.task(over.task_id)
+        assert (found.status, found.error) == (TaskStatus.TIMEOUT, OVERDUE)
+        assert (found.completed_at, found.assigned_node) == (now, node.node_id)
+        for task in (again, stray):
+            found = await cluster.task(task.task_id)
+            assert (found.status, found.retry_count) == (TaskStatus.PENDING, 1)
+            assert (found.error, found.started_at) == (OVERDUE, None)
+        assert [await cluster.task(task.task_id) for task in others] == others
+        found_node = await cluster.node(node.node_id)
+        assert (found_node.total_tasks_processed, found_node.failed_tasks) == (2, 2)
+        await assert_counted(cluster.manager)
+
+    async def test_ten_at_once_give_each_task_one_outcome(self, cluster: Cluster) -> None:
+        nodes = [await cluster.join() for _ in range(4)]
+        for node in nodes:
+            for retries in (0, 0, 1, 1):
+                await cluster.running(node, max_retries=retries)
+        cluster.clock.advance(121)
+
+        recoveries = await asyncio.gather(
+            *[(cluster.manager, cluster.other)[number % 2].recover() for number in range(10)]
+        )
+
+        def named(what: str) -> Counter[str]:
+            return Counter(id for recovery in recoveries for id in getattr(recovery, what))
+
+        rows, found, changes = await stored(cluster.manager)
+        pending = [task.task_id for task in rows if task.status is TaskStatus.PENDING]
+        failed = [task.task_id for task in rows if task.status is TaskStatus.FAILED]
+        assert (len(pending), len(failed)) == (8, 8)
+        assert named("requeued_tasks") == Counter(pending)
+        assert named("failed_tasks") == Counter(failed)
+        assert named("offline_nodes") == Counter(node.node_id for node in nodes)
+        assert [node.failed_tasks for node in found] == [4] * 4
+        assert [node.total_tasks_processed for node in found] == [4] * 4
+        assert [node.running_tasks for node in found] == [0] * 4
+        assert Counter(change.reason for change in changes)[NODE_LOST] == 16
+
+    async def test_heartbeat_that_lands_meanwhile_keeps_the_tasks(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = await cluster.join()
+        task = await cluster.running(node)
+        cluster.clock.advance(121)
+        find = cluster.other.node_repo.find_stale_nodes
+
+        async def find_and_hear_of_one(timeout_seconds: float) -> list[NodeInfo]:
+            found = await find(timeout_seconds)
+            await cluster.manager.update_heartbeat(node.node_id)
+            await cluster.manager.sync_to_database()
+            return found
+
+        monkeypatch.setattr(cluster.other.node_repo, "find_stale_nodes", find_and_hear_of_one)
+
+        assert not await cluster.other.recover()
+        assert await cluster.task(task.task_id) == task
+
+    async def test_stale_nodes_alone_lose_no_tasks_and_nonsense_is_refused(
+        self, cluster: Cluster
+    ) -> None:
+        task = await cluster.running()
+        cluster.clock.advance(121)
+
+        assert await cluster.other.check_stale_nodes(120) == [task.assigned_node]
+        assert await cluster.task(task.task_id) == task
+        await cluster.manager.refresh_from_database()
+        assert await cluster.manager.claim_tasks(task.assigned_node or "") == []
+        await cluster.manager.update_heartbeat(task.assigned_node or "")
+        assert not await cluster.manager.recover()  # it came back in time
+        await cluster.manager.complete_task(task)
+        for seconds in (-1, math.nan, "120", None, True):
+            for call in (cluster.manager.recover, cluster.manager.check_stale_nodes):
+                with pytest.raises(InvalidDataError, match="timeout_seconds"):
+                    await call(seconds)  # type: ignore[arg-type]  # on purpose
+
+
+class TestSubmit:
+    async def test_hundred_at_once_make_one_row(self, cluster: Cluster) -> None:
+        tasks = [cluster.make_task(idempotency_key="key") for _ in range(100)]
+
+        found = await asyncio.gather(
+            *[
+                (cluster.manager, cluster.other)[number % 2].submit_task(task)
+                for number, task in enumerate(tasks)
+            ]
+        )
+
+        rows, _, changes = await stored(cluster.manager)
+        assert len(rows) == len(changes) == 1
+        assert found == rows * 100
+
+    async def test_key_is_one_live_tasks_and_free_again_when_that_has_ended(
+        self, cluster: Cluster
+    ) -> None:
+        manager, node = cluster.manager, await cluster.join()
+
+        async def end_by_hand(task: Task) -> None:
+            task.status = TaskStatus.TIMEOUT
+            await manager.update_task(task)
+
+        async def drop_key(task: Task) -> None:
+            task.idempotency_key = None
+            await manager.update_task(task)
+
+        async def fail_for_good(task: Task) -> None:
+            task.max_retries = 0
+            await manager.update_task(task)
+            await manager.fail_task(task, "no")
+
+        for end in (
+            manager.complete_task,
+            fail_for_good,
+            lambda task: manager.cancel_task(task.task_id),
+            lambda task: manager.remove_task(task.task_id),
+            end_by_hand,
+            drop_key,
+        ):
+            first = await cluster.claimed(node, idempotency_key="key")
+            before = await stored(manager)
+            for taker in (manager, cluster.other):
+                second = cluster.make_task(idempotency_key="key")
+                assert await taker.submit_task(second) == first
+                assert second.version == 0
+                for add in (taker.add_task, partial(taker.add_task, persist=False)):
+                    with pytest.raises(DuplicateError, match="idempotency key 'key'") as caught:
+                        await add(second)
+                    error = caught.value
+                    assert (error.kind, error.id, error.idempotency_key) == (
+                        "task",
+                        first.task_id,
+                        "key",
+                    )
+            assert await stored(manager) == before
+            keyless = await cluster.add()
+            keyless.idempotency_key = "key"
+            for persist in (True, False):
+                with pytest.raises(DuplicateError):
+                    await manager.update_task(keyless, persist=persist)
+            await end(first)
+            [node] = [await cluster.node(node.node_id)]
+        third = cluster.make_task(idempotency_key="key")
+        assert await cluster.other.submit_task(third) == await cluster.task(third.task_id) == third
+
+    async def test_it_can_be_repeated_but_nobody_elses_identifier_is_taken(
+        self, cluster: Cluster
+    ) -> None:
+        task = cluster.make_task(idempotency_key="key")
+        first = await cluster.manager.submit_task(task)
+        assert await cluster.other.submit_task(replace(task, version=0)) == first
+        await cluster.manager.cancel_task(task.task_id)
+        ended = await cluster.task(task.task_id)
+        assert await cluster.other.submit_task(replace(task, version=0)) == ended
+
+        for stranger in (
+            cluster.make_task(task_id=task.task_id),
+            cluster.make_task(task_id=task.task_id, idempotency_key="another key"),
+        ):
+            with pytest.raises(DuplicateError) as caught:
+                await cluster.other.submit_task(stranger)
+            assert (caught.value.id, caught.value.idempotency_key) == (task.task_id, None)
+
+    async def test_key_that_becomes_free_meanwhile_is_taken(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the refusal and the look at who has it."""
+        holder = await cluster.add(idempotency_key="key")
+        get = cluster.other.task_repo.get
+
+        async def get_too_late(task_id: str) -> Task | None:
+            await cluster.manager.remove_task(task_id)
+            return await get(task_id)
+
+        monkeypatch.setattr(cluster.other.task_repo, "get", get_too_late)
+        task = cluster.make_task(idempotency_key="key")
+
+        assert await cluster.other.submit_task(task) == task
+        assert ids((await stored(cluster.manager))[0]) == ids([task]) != ids([holder])
