@@ -1144,6 +1144,26 @@ class TestRegister:
         assert await cluster.task(kept.task_id) == kept
         await assert_counted(cluster.manager)
 
+    async def test_what_was_only_in_memory_is_of_the_former_process(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is forgotten when the node is registered, and not if that fails."""
+        node = cluster.make_node(tags=["old"])
+        await cluster.manager.add_node(node, persist=False)
+
+        async def fail(*_: object) -> None:
+            raise UnavailableError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster.manager.db, "write", fail)
+            with pytest.raises(UnavailableError):
+                await cluster.manager.register_node(replace(node, tags=["new"]))
+        assert await cluster.manager.get_node(node.node_id) == node
+
+        await cluster.manager.register_node(replace(node, tags=["new"]))
+        await cluster.manager.sync_to_database()
+        assert (await cluster.node(node.node_id)).tags == ["new"]
+
 
 class TestRecover:
     async def test_tasks_of_every_node_that_is_not_alive_are_given_back(
