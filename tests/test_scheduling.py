@@ -1719,6 +1719,7 @@ class TestLists:
             for limit in (0, -1, None, True, "1", 1 << 63):
                 with pytest.raises(InvalidDataError, match="limit"):
                     await call(limit=limit)
+            assert len(await call(limit=(1 << 63) - 1)) == 1
         assert len(await cluster.manager.task_repo.list_by_status(TaskStatus.PENDING)) == 1
 
 
