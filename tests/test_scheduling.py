@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
 from itertools import product
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, locked
+from conftest import FakeClock, Location, MakeNode, MakeTask, locked, refuse_tasks
 
 from openclaw_store import (
     Backoff,
@@ -21,21 +22,30 @@ from openclaw_store import (
     ConflictError,
     Database,
     DuplicateError,
+    Explanation,
     InvalidDataError,
     InvalidTransitionError,
     NodeInfo,
     NodeNotFoundError,
+    NodeRepository,
     NodeStatus,
     NotOwnerError,
+    Recovery,
     StateManager,
+    StoreError,
     Task,
+    TaskFilter,
     TaskNotFoundError,
+    TaskPage,
     TaskPriority,
     TaskRepository,
     TaskStatus,
+    TaskType,
     UnavailableError,
+    state_manager,
 )
 from openclaw_store.feed import read_changes
+from openclaw_store.lifecycle import NODE_LOST, OVERDUE
 from openclaw_store.models import FINISHED, HELD, LIVE
 
 BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
@@ -1071,3 +1081,830 @@ class TestRawWrites:
 
         assert task.started_at == long_ago
         assert await cluster.task(task.task_id) == task
+
+
+class TestRegister:
+    async def test_node_joins_without_tasks_and_alive(self, cluster: Cluster) -> None:
+        node = cluster.make_node(
+            running_tasks=3, registered_at=None, total_tasks_processed=7, version=99
+        )
+        given, now = replace(node), cluster.clock()
+
+        assert await cluster.manager.register_node(node) is True
+
+        joined = {"running_tasks": 0, "registered_at": now, "last_heartbeat": now, "version": 1}
+        assert node == replace(given, **joined)  # type: ignore[arg-type]  # they are fields
+        assert node == await cluster.node(node.node_id)
+        [change] = await feed(cluster.manager)
+        assert (change.kind, change.reason) == ("created", "registered")
+        nonsense: list[Any] = [replace(node, cpu_usage=101), replace(node, tags=None), "node"]  # type: ignore[arg-type]  # on purpose
+        for bad in nonsense:
+            with pytest.raises(InvalidDataError):
+                await cluster.manager.register_node(bad)
+
+    @pytest.mark.parametrize("way", ["manager", "other manager", "transaction"])
+    async def test_what_the_former_process_held_is_given_back_at_once(
+        self, cluster: Cluster, way: str
+    ) -> None:
+        """However fresh its heartbeats are; its totals go on, and other nodes keep their tasks."""
+        node, neighbour = await cluster.join(), await cluster.join()
+        await cluster.manager.complete_task(await cluster.claimed(node))
+        scheduled, running = await cluster.claimed(node), await cluster.running(node)
+        last_try = await cluster.running(node, max_retries=0)
+        kept = await cluster.running(neighbour)
+        registered_at = node.registered_at
+        now = cluster.clock.advance(4)
+        await cluster.manager.update_heartbeat(node.node_id)
+        returning = NodeInfo(node.node_id, "another host", max_concurrent_tasks=2)
+
+        async def register(error: type[Exception] | None = None) -> None:
+            async with cluster.manager.db.transaction() as tx:
+                await NodeRepository(tx).register(returning, BACKOFF)
+                if error is not None:
+                    raise error
+
+        if way == "transaction":
+            await cluster.manager.sync_to_database()
+            before, given = await stored(cluster.manager), replace(returning)
+            with pytest.raises(RolledBackError):
+                await register(RolledBackError)
+            assert await stored(cluster.manager) == before
+            assert returning == given
+            await register()
+        else:
+            manager = cluster.manager if way == "manager" else cluster.other
+            await manager.register_node(returning)
+
+        assert returning == await cluster.node(node.node_id)
+        assert (returning.hostname, returning.running_tasks) == ("another host", 0)
+        assert (returning.registered_at, returning.last_heartbeat) == (registered_at, now)
+        assert (returning.total_tasks_processed, returning.successful_tasks) == (4, 1)
+        assert (returning.failed_tasks, returning.average_execution_time) == (3, 3.0)
+        for task in (scheduled, running):
+            found = await cluster.task(task.task_id)
+            assert (found.status, found.assigned_node) == (TaskStatus.PENDING, None)
+            assert (found.retry_count, found.error) == (1, NODE_LOST)
+            assert found.not_before == now + timedelta(seconds=10)
+        found = await cluster.task(last_try.task_id)
+        assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
+        assert found.completed_at == now
+        assert await cluster.task(kept.task_id) == kept
+        await assert_counted(cluster.manager)
+
+    async def test_what_was_only_in_memory_is_of_the_former_process(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is forgotten when the node is registered, and not if that fails."""
+        node = cluster.make_node(tags=["old"])
+        await cluster.manager.add_node(node, persist=False)
+
+        async def fail(*_: object) -> None:
+            raise UnavailableError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cluster.manager.db, "write", fail)
+            with pytest.raises(UnavailableError):
+                await cluster.manager.register_node(replace(node, tags=["new"]))
+        assert await cluster.manager.get_node(node.node_id) == node
+
+        await cluster.manager.register_node(replace(node, tags=["new"]))
+        await cluster.manager.sync_to_database()
+        assert (await cluster.node(node.node_id)).tags == ["new"]
+
+
+class TestRecover:
+    async def test_tasks_of_every_node_that_is_not_alive_are_given_back(
+        self, cluster: Cluster
+    ) -> None:
+        """Whatever became of the node; all that was done is named, and is done once."""
+        names = ["silent", "busy", "resting", "offline", "error", "removed", "alive", "at work"]
+        names += ["in maintenance"]
+        nodes = {name: await cluster.join(node_id=name) for name in names}
+        for name, node in nodes.items():
+            await cluster.claimed(node, task_id=f"{name} scheduled")
+            await cluster.running(node, task_id=f"{name} running")
+            await cluster.running(node, task_id=f"{name} last try", max_retries=0)
+        await cluster.add(task_id="unknown", status=TaskStatus.RUNNING, assigned_node="nobody")
+        await cluster.add(task_id="nobody's", status=TaskStatus.RUNNING)
+        statuses = {
+            "busy": NodeStatus.BUSY,
+            "resting": NodeStatus.MAINTENANCE,
+            "at work": NodeStatus.BUSY,
+            "in maintenance": NodeStatus.MAINTENANCE,
+            "error": NodeStatus.ERROR,
+        }
+        for name, status in statuses.items():
+            await cluster.manager.update_node_status(name, status)
+        now = cluster.clock.advance(121)
+        for name in ("offline", "error", "alive", "at work", "in maintenance"):
+            assert await cluster.manager.update_heartbeat(name)
+        await cluster.manager.sync_to_database()
+        await cluster.manager.update_node_status("offline", NodeStatus.OFFLINE)
+        await cluster.manager.remove_node("removed")
+        before = await stored(cluster.manager)
+
+        recovery = await cluster.other.recover(timeout_seconds=120)
+
+        lost = {"silent", "busy", "resting", "offline", "error", "removed"}
+        assert sorted(recovery.offline_nodes) == ["busy", "silent"]
+        assert set(recovery.requeued_tasks) == {
+            "unknown",
+            *(f"{name} scheduled" for name in lost),
+            *(f"{name} running" for name in lost),
+        }
+        assert sorted(recovery.failed_tasks) == sorted(f"{name} last try" for name in lost)
+        assert recovery.timed_out_tasks == []
+        for task in before[0]:
+            found = await cluster.task(task.task_id)
+            if task.task_id in recovery.requeued_tasks:
+                assert (found.status, found.assigned_node) == (TaskStatus.PENDING, None)
+                assert (found.retry_count, found.error) == (1, NODE_LOST)
+                assert found.not_before == now + timedelta(seconds=10)
+            elif task.task_id in recovery.failed_tasks:
+                assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
+                assert (found.retry_count, found.completed_at) == (0, now)
+            else:
+                assert found == task
+        for name in lost - {"removed"}:
+            found_node = await cluster.node(name)
+            assert (found_node.running_tasks, found_node.failed_tasks) == (0, 3)
+            assert found_node.average_execution_time == 121
+        changes = await feed(cluster.manager, len(before[2]))
+        reasons = Counter(change.reason for change in changes)
+        assert reasons[NODE_LOST] == 13 + 6
+        assert reasons["silent for more than 120 s"] == 2
+
+        before = await stored(cluster.manager)
+        for manager in (cluster.other, cluster.manager):
+            again = await manager.recover(timeout_seconds=120)
+            assert not again
+            assert again == Recovery([], [], [], [])
+        assert await stored(cluster.manager) == before
+        assert recovery
+
+    async def test_what_runs_for_too_long_is_tried_again_or_has_timed_out(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        again = await cluster.running(node, timeout=10)
+        over = await cluster.running(node, timeout=10, max_retries=0)
+        others = [
+            await cluster.running(node, timeout=11),
+            await cluster.running(node),
+            await cluster.claimed(node, timeout=1),
+            await cluster.add(timeout=0),
+        ]
+        fields = {"status": TaskStatus.RUNNING, "started_at": cluster.clock()}
+        stray = await cluster.add(timeout=10, **fields)  # on no node
+        cluster.clock.advance(10)
+        assert not await cluster.other.recover()
+        now = cluster.clock.advance(0.000001)
+
+        recovery = await cluster.other.recover()
+
+        assert recovery.timed_out_tasks == ids([over])
+        assert sorted(recovery.requeued_tasks) == sorted(ids([again, stray]))
+        assert recovery == replace(recovery, offline_nodes=[], failed_tasks=[])
+        found = await cluster.task(over.task_id)
+        assert (found.status, found.error) == (TaskStatus.TIMEOUT, OVERDUE)
+        assert (found.completed_at, found.assigned_node) == (now, node.node_id)
+        for task in (again, stray):
+            found = await cluster.task(task.task_id)
+            assert (found.status, found.retry_count) == (TaskStatus.PENDING, 1)
+            assert (found.error, found.started_at) == (OVERDUE, None)
+        assert [await cluster.task(task.task_id) for task in others] == others
+        found_node = await cluster.node(node.node_id)
+        assert (found_node.total_tasks_processed, found_node.failed_tasks) == (2, 2)
+        await assert_counted(cluster.manager)
+
+    async def test_ten_at_once_give_each_task_one_outcome(self, cluster: Cluster) -> None:
+        nodes = [await cluster.join() for _ in range(4)]
+        for node in nodes:
+            for retries in (0, 0, 1, 1):
+                await cluster.running(node, max_retries=retries)
+        cluster.clock.advance(121)
+
+        recoveries = await asyncio.gather(
+            *[(cluster.manager, cluster.other)[number % 2].recover() for number in range(10)]
+        )
+
+        def named(what: str) -> Counter[str]:
+            return Counter(id for recovery in recoveries for id in getattr(recovery, what))
+
+        rows, found, changes = await stored(cluster.manager)
+        pending = [task.task_id for task in rows if task.status is TaskStatus.PENDING]
+        failed = [task.task_id for task in rows if task.status is TaskStatus.FAILED]
+        assert (len(pending), len(failed)) == (8, 8)
+        assert named("requeued_tasks") == Counter(pending)
+        assert named("failed_tasks") == Counter(failed)
+        assert named("offline_nodes") == Counter(node.node_id for node in nodes)
+        assert [node.failed_tasks for node in found] == [4] * 4
+        assert [node.total_tasks_processed for node in found] == [4] * 4
+        assert [node.running_tasks for node in found] == [0] * 4
+        assert Counter(change.reason for change in changes)[NODE_LOST] == 16
+
+    async def test_heartbeat_that_lands_meanwhile_keeps_the_tasks(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = await cluster.join()
+        task = await cluster.running(node)
+        cluster.clock.advance(121)
+        find = cluster.other.node_repo.find_stale_nodes
+
+        async def find_and_hear_of_one(timeout_seconds: float) -> list[NodeInfo]:
+            found = await find(timeout_seconds)
+            await cluster.manager.update_heartbeat(node.node_id)
+            await cluster.manager.sync_to_database()
+            return found
+
+        monkeypatch.setattr(cluster.other.node_repo, "find_stale_nodes", find_and_hear_of_one)
+
+        assert not await cluster.other.recover()
+        assert await cluster.task(task.task_id) == task
+
+    async def test_stale_nodes_alone_lose_no_tasks_and_nonsense_is_refused(
+        self, cluster: Cluster
+    ) -> None:
+        task = await cluster.running()
+        cluster.clock.advance(121)
+
+        assert await cluster.other.check_stale_nodes(120) == [task.assigned_node]
+        assert await cluster.task(task.task_id) == task
+        await cluster.manager.refresh_from_database()
+        assert await cluster.manager.claim_tasks(task.assigned_node or "") == []
+        await cluster.manager.update_heartbeat(task.assigned_node or "")
+        assert not await cluster.manager.recover()  # it came back in time
+        await cluster.manager.complete_task(task)
+        for seconds in (-1, math.nan, "120", None, True):
+            for call in (cluster.manager.recover, cluster.manager.check_stale_nodes):
+                with pytest.raises(InvalidDataError, match="timeout_seconds"):
+                    await call(seconds)  # type: ignore[arg-type]  # on purpose
+
+
+class TestSubmit:
+    async def test_hundred_at_once_make_one_row(self, cluster: Cluster) -> None:
+        tasks = [cluster.make_task(idempotency_key="key") for _ in range(100)]
+
+        found = await asyncio.gather(
+            *[
+                (cluster.manager, cluster.other)[number % 2].submit_task(task)
+                for number, task in enumerate(tasks)
+            ]
+        )
+
+        rows, _, changes = await stored(cluster.manager)
+        assert len(rows) == len(changes) == 1
+        assert found == rows * 100
+
+    async def test_key_is_one_live_tasks_and_free_again_when_that_has_ended(
+        self, cluster: Cluster
+    ) -> None:
+        manager, node = cluster.manager, await cluster.join()
+
+        async def end_by_hand(task: Task) -> None:
+            task.status = TaskStatus.TIMEOUT
+            await manager.update_task(task)
+
+        async def drop_key(task: Task) -> None:
+            task.idempotency_key = None
+            await manager.update_task(task)
+
+        async def fail_for_good(task: Task) -> None:
+            task.max_retries = 0
+            await manager.update_task(task)
+            await manager.fail_task(task, "no")
+
+        for end in (
+            manager.complete_task,
+            fail_for_good,
+            lambda task: manager.cancel_task(task.task_id),
+            lambda task: manager.remove_task(task.task_id),
+            end_by_hand,
+            drop_key,
+        ):
+            first = await cluster.claimed(node, idempotency_key="key")
+            before = await stored(manager)
+            for taker in (manager, cluster.other):
+                second = cluster.make_task(idempotency_key="key")
+                assert await taker.submit_task(second) == first
+                assert second.version == 0
+                for add in (taker.add_task, partial(taker.add_task, persist=False)):
+                    with pytest.raises(DuplicateError, match="idempotency key 'key'") as caught:
+                        await add(second)
+                    error = caught.value
+                    assert (error.kind, error.id, error.idempotency_key) == (
+                        "task",
+                        first.task_id,
+                        "key",
+                    )
+            assert await stored(manager) == before
+            keyless = await cluster.add()
+            keyless.idempotency_key = "key"
+            for persist in (True, False):
+                with pytest.raises(DuplicateError):
+                    await manager.update_task(keyless, persist=persist)
+            await end(first)
+            [node] = [await cluster.node(node.node_id)]
+        third = cluster.make_task(idempotency_key="key")
+        assert await cluster.other.submit_task(third) == await cluster.task(third.task_id) == third
+
+    async def test_it_can_be_repeated_but_nobody_elses_identifier_is_taken(
+        self, cluster: Cluster
+    ) -> None:
+        task = cluster.make_task(idempotency_key="key")
+        first = await cluster.manager.submit_task(task)
+        assert await cluster.other.submit_task(replace(task, version=0)) == first
+        await cluster.manager.cancel_task(task.task_id)
+        ended = await cluster.task(task.task_id)
+        assert await cluster.other.submit_task(replace(task, version=0)) == ended
+
+        for stranger in (
+            cluster.make_task(task_id=task.task_id),
+            cluster.make_task(task_id=task.task_id, idempotency_key="another key"),
+        ):
+            with pytest.raises(DuplicateError) as caught:
+                await cluster.other.submit_task(stranger)
+            assert (caught.value.id, caught.value.idempotency_key) == (task.task_id, None)
+
+    async def test_key_that_becomes_free_meanwhile_is_taken(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the refusal and the look at who has it."""
+        holder = await cluster.add(idempotency_key="key")
+        get = cluster.other.task_repo.get
+
+        async def get_too_late(task_id: str) -> Task | None:
+            await cluster.manager.remove_task(task_id)
+            return await get(task_id)
+
+        monkeypatch.setattr(cluster.other.task_repo, "get", get_too_late)
+        task = cluster.make_task(idempotency_key="key")
+
+        assert await cluster.other.submit_task(task) == task
+        assert ids((await stored(cluster.manager))[0]) == ids([task]) != ids([holder])
+
+
+class TestAddTasks:
+    async def test_each_task_has_an_outcome_and_a_bad_one_harms_no_other(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 4)
+        make = cluster.make_task
+        there = await cluster.add(task_id="there")
+        unsaved = make(task_id="unsaved")
+        await cluster.manager.add_task(unsaved, persist=False)
+        good, keyed, last = make(submitted_at=None), make(idempotency_key="key"), make()
+        bad: Any = make(name=None)
+        tasks = [
+            good,
+            make(task_id="there"),
+            bad,
+            keyed,
+            replace(good),
+            make(idempotency_key="key"),
+            make(task_id="unsaved"),
+            "no task",
+            last,
+            last,
+        ]
+
+        outcomes = await cluster.manager.add_tasks(one for one in tasks)
+
+        def shown(outcome: StoreError | None) -> Any:
+            if isinstance(outcome, DuplicateError):
+                return outcome.id, outcome.idempotency_key
+            return outcome.field if isinstance(outcome, InvalidDataError) else outcome
+
+        assert [shown(outcome) for outcome in outcomes] == [
+            None,
+            ("there", None),
+            "name",
+            None,
+            (good.task_id, None),
+            (keyed.task_id, "key"),
+            ("unsaved", None),
+            "task",
+            None,
+            (last.task_id, None),
+        ]
+        rows, _, changes = await stored(cluster.manager)
+        assert sorted(ids(rows)) == sorted(ids([good, keyed, last, there, unsaved]))
+        for task in (good, keyed, last):
+            assert task.version > 0
+            assert task == await cluster.task(task.task_id)
+            assert task == await cluster.manager.get_task(task.task_id)
+        assert good.submitted_at == cluster.clock()
+        assert bad.version == 0
+        assert len(changes) == 5
+        assert await cluster.manager.add_tasks([]) == []
+
+    async def test_others_write_between_its_chunks(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 10)
+        tasks = [cluster.make_task() for _ in range(35)]
+        other = cluster.make_task()
+
+        await asyncio.gather(cluster.manager.add_tasks(tasks), cluster.manager.add_task(other))
+
+        assert [task.version for task in tasks[:10]] == list(range(1, 11))
+        assert other.version == 11
+        assert [task.version for task in tasks[10:]] == list(range(12, 37))
+
+    async def test_chunk_that_the_database_refuses_is_undone_and_those_before_it_stay(
+        self, cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 3)
+        refuse_tasks(location, "bad")
+        tasks = [cluster.make_task() for _ in range(8)]
+        tasks[4].name = "bad"
+
+        with pytest.raises(InvalidDataError) as caught:
+            await cluster.manager.add_tasks(tasks)
+
+        assert caught.value.__notes__ == ["3 tasks were gone through before"]
+        rows, _, changes = await stored(cluster.manager)
+        assert sorted(ids(rows)) == ids(tasks[:3])
+        assert [task.version for task in tasks] == [1, 2, 3, 0, 0, 0, 0, 0]
+        assert len(changes) == 3
+        await assert_in_step(cluster.manager, cluster.other)
+        tasks[4].name = "good"
+        again = await cluster.manager.add_tasks(tasks)
+        assert [isinstance(outcome, DuplicateError) for outcome in again] == [
+            *[True] * 3,
+            *[False] * 5,
+        ]
+        assert (await cluster.manager.get_task_stats())["total"] == 8
+
+
+NAMES = [
+    "100% done",
+    "100 done",
+    "snake_case",
+    "snakeXcase",
+    "Straße",
+    "STRASSE",
+    "ñ",
+    "n\u0303",
+    "it's",
+    "",
+]
+MOMENT = datetime(2026, 2, 1, tzinfo=UTC)
+
+
+def moment(minutes: int) -> datetime:
+    return MOMENT + timedelta(minutes=minutes)
+
+
+def is_meant(filter: TaskFilter, task: Task) -> bool:
+    """What a filter means, said in Python."""
+
+    def among(value: Any, wanted: Any) -> bool:
+        return value in ([wanted] if isinstance(wanted, str) else wanted)
+
+    def within(value: Any, start: Any, end: Any) -> bool:
+        return (start is None or (value is not None and value >= start)) and (
+            end is None or (value is not None and value < end)
+        )
+
+    return (
+        (filter.status is None or among(task.status, filter.status))
+        and (filter.task_type is None or among(task.task_type, filter.task_type))
+        and filter.node in (None, task.assigned_node)
+        and filter.user in (None, task.user_id)
+        and (filter.skill is None or filter.skill in task.required_skills)
+        and (filter.name_contains or "") in task.name
+        and within(task.submitted_at, filter.submitted_from, filter.submitted_until)
+        and within(task.completed_at, filter.completed_from, filter.completed_until)
+    )
+
+
+FILTERS = [
+    TaskFilter(),
+    TaskFilter(status=TaskStatus.PENDING),
+    TaskFilter(status="running"),  # type: ignore[arg-type]  # the text of one
+    TaskFilter(status=[TaskStatus.FAILED, TaskStatus.TIMEOUT, TaskStatus.FAILED]),
+    TaskFilter(status=FINISHED),
+    TaskFilter(status=[]),
+    TaskFilter(task_type=TaskType.DAEMON),
+    TaskFilter(task_type=["batch", TaskType.IO_INTENSIVE]),  # type: ignore[list-item]  # the text of one
+    TaskFilter(task_type=[]),
+    TaskFilter(node="node-1"),
+    TaskFilter(node="node-1", status=[TaskStatus.RUNNING, TaskStatus.COMPLETED]),
+    TaskFilter(node="node-1", status=[]),
+    TaskFilter(node=""),
+    TaskFilter(user="Anna"),
+    TaskFilter(user="Anna", task_type=TaskType.BATCH, skill="Go"),
+    TaskFilter(skill="Go"),
+    TaskFilter(skill="G%"),
+    TaskFilter(skill=""),
+    *[
+        TaskFilter(name_contains=text)
+        for text in ("%", "_", "ß", "SS", "ss", "n", "ñ", "'", "", "\\")
+    ],
+    TaskFilter(submitted_from=moment(10)),
+    TaskFilter(submitted_until=moment(10)),
+    TaskFilter(submitted_from=moment(5), submitted_until=moment(15), name_contains="1"),
+    TaskFilter(submitted_from=moment(15), submitted_until=moment(5)),
+    TaskFilter(completed_from=moment(25)),
+    TaskFilter(completed_until=moment(25), status=TaskStatus.COMPLETED),
+    TaskFilter(submitted_from=moment(10).astimezone(timezone(timedelta(hours=5)))),
+]
+
+
+class TestLists:
+    async def test_filter_means_the_same_in_python_and_on_both_databases(
+        self, cluster: Cluster
+    ) -> None:
+        """Newest submitted first, then by identifier; in pages of whatever size."""
+        luck = random.Random(1)
+        for number in range(70):
+            await cluster.add(
+                task_id=f"{'aBä'[number % 3]}{number:02}",
+                status=luck.choice(list(TaskStatus)),
+                task_type=luck.choice(list(TaskType)),
+                name=NAMES[number % len(NAMES)],
+                assigned_node=luck.choice([None, "node-1", "node-2"]),
+                user_id=luck.choice([None, "Anna", "anna"]),
+                required_skills=luck.choice([[], ["Go"], ["go", "G%"], ["Go", "", "Gopher"]]),
+                submitted_at=moment(luck.randrange(20)),
+                completed_at=luck.choice([None, moment(luck.randrange(20, 30))]),
+            )
+        rows, _, _ = await stored(cluster.manager)
+        assert len(rows) == 70
+        rows.sort(key=lambda task: (task.submitted_at or MOMENT, task.task_id), reverse=True)
+        for wanted in FILTERS:
+            expected = [task for task in rows if is_meant(wanted, task)]
+            for limit in (70, 7):
+                found: list[Task] = []
+                after: str | None = None
+                while not found or after is not None:
+                    page = await cluster.manager.list_tasks(wanted, after=after, limit=limit)
+                    found += page
+                    after = page.after
+                    assert len(page) == limit or after is None
+                    if not page.tasks:
+                        break
+                assert found == expected
+        assert await cluster.manager.list_tasks() == await cluster.other.task_repo.list_tasks(None)
+
+    async def test_pages_stay_stable_while_tasks_change(self, cluster: Cluster) -> None:
+        """Nothing comes twice, and nothing is left out that was there and still fits."""
+        for number in range(20):
+            await cluster.add(task_id=f"{number:02}", submitted_at=moment(number // 3))
+        live, after, found = TaskFilter(status=LIVE), None, list[str]()
+        pages = 0
+        while not pages or after is not None:
+            page = await cluster.other.list_tasks(live, after=after, limit=4)
+            found += ids(page.tasks)
+            after, pages = page.after, pages + 1
+            await cluster.manager.remove_task(found[-1])  # where the cursor stands
+            await cluster.manager.cancel_task(found[-2])
+            await cluster.add(task_id=f"new {pages}", submitted_at=moment(60 + pages))
+            await cluster.manager.change_task(found[-3], lambda task: setattr(task, "name", "new"))
+            if pages == 1:
+                await cluster.manager.cancel_task("05")
+                await cluster.manager.remove_task("04")
+                await cluster.manager.change_task(
+                    "03", lambda task: setattr(task, "status", TaskStatus.RUNNING)
+                )
+
+        assert found == [f"{number:02}" for number in reversed(range(20)) if number not in (4, 5)]
+
+    async def test_cursor_is_a_place_whichever_filter_it_came_with(self, cluster: Cluster) -> None:
+        for number in range(6):
+            status = TaskStatus.RUNNING if number % 2 else TaskStatus.PENDING
+            await cluster.add(task_id=f"{number}", status=status)
+        page = await cluster.manager.list_tasks(TaskFilter(status=TaskStatus.RUNNING), limit=1)
+
+        rest = await cluster.manager.list_tasks(
+            TaskFilter(status=TaskStatus.PENDING), after=page.after
+        )
+        assert (ids(page.tasks), ids(rest.tasks)) == (["5"], ["4", "2", "0"])
+
+    async def test_nonsense_is_refused_by_name(self, cluster: Cluster) -> None:
+        await cluster.add()
+        both: list[Any] = [cluster.manager.list_tasks, cluster.manager.task_repo.list_tasks]
+        field_values: list[tuple[str, Any]] = [
+            *[("status", value) for value in ("done", 1, ["pending", "done"], [None])],
+            *[("task_type", value) for value in ("BATCH", TaskStatus.PENDING, [True])],
+            *[(name, value) for name in ("node", "user", "skill", "name_contains")
+              for value in (7, b"text", "\0", "\ud800", ["text"])],
+            *[(name, "x" * 256) for name in ("node", "user")],
+            *[(f"{name}_{end}", value) for name in ("submitted", "completed")
+              for end in ("from", "until") for value in ("2026-01-01", 0, MOMENT.date())],
+        ]  # fmt: skip
+        for name, value in field_values:
+            for call in (*both, cluster.manager.cancel_tasks):
+                with pytest.raises(InvalidDataError) as caught:
+                    await call(TaskFilter(**{name: value}))
+                assert caught.value.field == name
+        for call in both:
+            for filter in ("pending", {"status": "pending"}, TaskStatus.PENDING):
+                with pytest.raises(InvalidDataError, match="filter"):
+                    await call(filter)
+            for after in (
+                "",
+                "task-0001",
+                "1",
+                ".",
+                "x.y",
+                f"{10**30}.x",
+                "1.\0",
+                7,
+                "0." + "x" * 256,
+            ):
+                with pytest.raises(InvalidDataError, match="after"):
+                    await call(after=after)
+            for limit in (0, -1, None, True, "1", 1 << 63):
+                with pytest.raises(InvalidDataError, match="limit"):
+                    await call(limit=limit)
+            assert len(await call(limit=(1 << 63) - 1)) == 1
+        assert len(await cluster.manager.task_repo.list_by_status(TaskStatus.PENDING)) == 1
+
+
+class TestCancelTasks:
+    async def test_live_tasks_that_are_meant_are_ended_and_named(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 3)
+        node = await cluster.join(max_concurrent_tasks=9)
+        for status in FINISHED:
+            await cluster.add(status=status, name="train")
+        held = [await cluster.claimed(node, name="train"), await cluster.running(node)]
+        held.append(await cluster.running(node, name="train"))
+        waiting = [await cluster.add(name="train") for _ in range(7)]
+        other = await cluster.add(name="Train")
+        meant = [*waiting, held[0], held[2]]
+        rows, _, changes = await stored(cluster.manager)
+
+        done = await cluster.other.cancel_tasks(TaskFilter(name_contains="train"), "no money")
+
+        assert sorted(done) == sorted(ids(meant))
+        for task in rows:
+            found = await cluster.task(task.task_id)
+            if task.task_id in done:
+                assert (found.status, found.error) == (TaskStatus.CANCELLED, "no money")
+                assert found.completed_at == cluster.clock()
+            else:
+                assert found == task
+        later = [one for one in await feed(cluster.manager, len(changes)) if one.item == "task"]
+        assert [one.reason for one in later] == ["no money"] * 9
+        await assert_counted(cluster.manager)
+        cancel = cluster.manager.cancel_tasks
+        finished = TaskFilter(status=[TaskStatus.COMPLETED, TaskStatus.FAILED])
+        assert await cancel(finished) == await cancel(TaskFilter(user="nobody")) == []
+        with pytest.raises(InvalidDataError, match="reason"):
+            await cancel(reason="\0")
+        assert await cancel(TaskFilter(status=TaskStatus.RUNNING)) == ids([held[1]])
+        assert await cancel() == ids([other])
+        assert await cancel() == []
+
+    async def test_what_is_changed_meanwhile_is_looked_at_again(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        renamed, noted, started, gone = [await cluster.add(name="train") for _ in range(4)]
+        node = await cluster.join()
+        list_tasks = cluster.other.task_repo.list_tasks
+
+        async def list_too_early(*arguments: Any, **options: Any) -> TaskPage:
+            page = await list_tasks(*arguments, **options)
+            monkeypatch.undo()
+            await cluster.manager.update_task(replace(renamed, name="keep"))
+            await cluster.manager.update_task(replace(noted, metadata={"a": "note"}))
+            await cluster.manager.update_task(
+                replace(started, status=TaskStatus.RUNNING, assigned_node=node.node_id)
+            )
+            await cluster.manager.remove_task(gone.task_id)
+            return page
+
+        monkeypatch.setattr(cluster.other.task_repo, "list_tasks", list_too_early)
+
+        done = await cluster.other.cancel_tasks(TaskFilter(name_contains="train"))
+
+        assert sorted(done) == ids([noted, started])
+        assert (await cluster.task(renamed.task_id)).status is TaskStatus.PENDING
+        assert (await cluster.task(noted.task_id)).metadata == {"a": "note"}
+
+
+class TestExplain:
+    async def test_each_reason_as_data_and_as_a_sentence(self, cluster: Cluster) -> None:
+        manager = cluster.manager
+        task = await cluster.add(task_id="t", required_skills=["gpu", "go"])
+
+        async def why(id: str = "t") -> tuple[Explanation, str]:
+            explanation = await manager.explain_task(id)
+            assert explanation.task_id == id
+            return explanation, str(explanation)
+
+        data, text = await why()
+        assert (data.missing_skills, data.nodes, data.ahead) == (("go", "gpu"), {}, 0)
+        assert text == "Task 't' waits: no node has the skill 'go' or 'gpu'."
+        await cluster.join(node_id="a", available_skills=["go", "GPU"])
+        data, text = await why()
+        assert (data.missing_skills, data.nodes) == (("gpu",), {})
+        assert text == "Task 't' waits: no node has the skill 'gpu'."
+        await cluster.join(node_id="b", available_skills=["gpu"])
+        data, text = await why()
+        assert (data.missing_skills, data.nodes) == ((), {})
+        assert text == "Task 't' waits: no node has all of its skills."
+
+        both = {"available_skills": ["go", "gpu"], "max_concurrent_tasks": 1}
+        for id, status in (("c", NodeStatus.OFFLINE), ("d", NodeStatus.MAINTENANCE)):
+            await cluster.join(node_id=id, status=status, **both)
+        await cluster.claimed(await cluster.join(node_id="e", **both), required_skills=["gpu"])
+        data, text = await why()
+        assert data.nodes == {"c": "offline", "d": "maintenance", "e": "full"}
+        assert text == (
+            "Task 't' waits: of the nodes that have its skills, c is offline, d is maintenance, "
+            "e is full."
+        )
+
+        at_first = {"priority": TaskPriority.HIGH}
+        await cluster.add(**at_first)
+        await cluster.add(required_skills=["java"], **at_first)  # none of these nodes' business
+        await cluster.add(not_before=cluster.clock() + timedelta(hours=1), **at_first)
+        await cluster.add()  # behind it
+        await manager.cancel_task("task-0002")
+        data, text = await why()
+        assert (data.nodes, data.ahead) == (
+            {"c": "offline", "d": "maintenance", "e": "free"},
+            1,
+        )
+        assert text == "Task 't' waits: 1 task goes first."
+        await cluster.add(required_skills=["gpu"], **at_first)
+        task.not_before = cluster.clock() + timedelta(minutes=1)
+        await manager.update_task(task)
+        data, text = await why()
+        assert (data.not_before, data.ahead) == (task.not_before, 2)
+        assert text == (
+            "Task 't' waits: it is not due until 2026-03-01T12:01:00+00:00; 2 tasks go first."
+        )
+
+        cluster.clock.advance(hours=1)
+        assert (await why())[1] == "Task 't' waits: 3 tasks go first."
+        await manager.cancel_tasks(TaskFilter(status=TaskStatus.PENDING, name_contains="number 8"))
+        claimed = await manager.claim_tasks("e", 9)
+        await cluster.manager.complete_task(claimed[0])
+        while (await manager.explain_task("t")).ahead:
+            [claimed_next] = await manager.claim_tasks("e")
+            await manager.complete_task(claimed_next)
+        data, text = await why()
+        assert data == Explanation("t", TaskStatus.PENDING, None, None, (), data.nodes, 0)
+        assert text == "Task 't' can be claimed now, for e."
+
+        [task] = await manager.claim_tasks("e")
+        await cluster.other.refresh_from_database()
+        data = await cluster.other.explain_task("t")
+        assert (data.status, data.assigned_node, data.nodes) == (TaskStatus.SCHEDULED, "e", {})
+        assert str(data) == "Task 't' does not wait: it is scheduled on node 'e'."
+        await cluster.add(task_id="done", status=TaskStatus.COMPLETED)
+        assert (await why("done"))[1] == "Task 'done' does not wait: it is completed."
+        with pytest.raises(TaskNotFoundError):
+            await manager.explain_task("unknown")
+
+
+class TestEveryVerb:
+    async def test_leaves_memory_database_and_feed_in_step(self, cluster: Cluster) -> None:
+        """P2 and P5: each is one transaction, whose changes have consecutive revisions."""
+        one, two = cluster.manager, cluster.other
+        node = cluster.make_node(node_id="n", max_concurrent_tasks=3)
+        tasks = [cluster.make_task(task_id=f"t{number}") for number in range(6)]
+        t0, t1, t2, t3, t4, t5 = tasks
+
+        steps: list[tuple[Callable[[], Awaitable[object]], str]] = [
+            (lambda: one.register_node(node), "n"),
+            (lambda: one.add_task(t0), "t0"),
+            (lambda: two.submit_task(replace(t1, idempotency_key="key")), "t1"),
+            (lambda: one.submit_task(replace(t2, idempotency_key="key")), ""),
+            (lambda: two.add_tasks([t2, t3, t2]), "t2 t3"),
+            (lambda: one.claim_tasks("n", 2), "t0 t1 n"),
+            (lambda: two.claim_tasks("n", 2), "t2 n"),
+            (lambda: one.claim_tasks("n", 2), ""),
+            (lambda: one.start_task(replace(t0, assigned_node="n", attempt=1)), "t0"),
+            (lambda: two.start_task(replace(t0, assigned_node="n", attempt=1)), ""),
+            (lambda: two.complete_task(replace(t0, assigned_node="n", attempt=1)), "n t0"),
+            (lambda: one.fail_task(replace(t1, assigned_node="n", attempt=1), "no"), "n t1"),
+            (lambda: two.cancel_task("t2", "no"), "n t2"),
+            (lambda: one.requeue_task("t2"), "t2"),
+            (lambda: two.claim_tasks("n", 2), "t2 t3 n"),
+            (lambda: one.requeue_task("t3"), "n t3"),
+            (lambda: two.register_node(replace(node)), "n t2 n"),
+            (lambda: one.add_tasks([t4, t5]), "t4 t5"),
+            (lambda: two.claim_tasks("n", 9), "t3 t4 t5 n"),
+            (lambda: asyncio.sleep(0, cluster.clock.advance(121)), ""),
+            (lambda: one.recover(), "n t3 n t4 n t5 n"),
+            (lambda: two.recover(), ""),
+            (lambda: two.cancel_tasks(TaskFilter(name_contains="number 5")), "t4"),
+        ]
+        for number, (step, expected) in enumerate(steps):
+            for manager in (one, two) if number % 2 else ():  # else their pictures are outdated
+                await manager.refresh_from_database()
+            before = await feed(one)
+            await step()
+            changes = (await feed(one))[len(before) :]
+            items = [change.item_id for change in changes]
+            assert sorted(items) == sorted(expected.split())
+            if number % 2:
+                await assert_in_step(one, two)
+            await assert_counted(one)
