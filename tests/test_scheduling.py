@@ -42,6 +42,7 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
     UnavailableError,
+    dispatcher,
     state_manager,
 )
 from openclaw_store.feed import read_changes
@@ -973,10 +974,16 @@ class TestRawWrites:
             TaskStatus.RUNNING: "started_at",
             **dict.fromkeys(FINISHED, "completed_at"),
         }
+
+        async def change(task: Task) -> object:
+            fields = {"status": task.status, "description": task.description}
+            return await cluster.one.change_task(task.task_id, lambda it: vars(it).update(fields))
+
         for write in (
             cluster.one.update_task,
             cluster.one.task_repo.update,
             partial(cluster.one.update_task, persist=False),
+            change,
         ):
             for before, after in product(TaskStatus, TaskStatus):
                 task = await cluster.add(status=before)
@@ -1200,7 +1207,10 @@ class TestRecover:
         assert (found_node.total_tasks_processed, found_node.failed_tasks) == (2, 2)
         await assert_counted(cluster.one)
 
-    async def test_ten_at_once_give_each_task_one_outcome(self, cluster: Cluster) -> None:
+    async def test_ten_at_once_give_each_task_one_outcome(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dispatcher, "TASKS_A_WRITE", 3)
         nodes = [await cluster.join() for _ in range(4)]
         for node in nodes:
             for retries in (0, 0, 1, 1):
