@@ -239,7 +239,7 @@ class TaskRepository(Repository[Task]):
         return await self._update(task)
 
     async def delete(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none. Its history stays."""
+        """Remove a task; `False` if there is none. Its history stays, its place is free."""
         return await self._delete(task_id)
 
     async def claim(self, node_id: str, limit: int = 1) -> list[Task]:
