@@ -128,12 +128,13 @@ def run_machine(
     request: pytest.FixtureRequest,
     folder: Path,
     examples: int,
+    steps: int = 40,
 ) -> None:
     """Let a machine run on a database of a kind, as often as is asked for, or `examples` times."""
     machine.new_location = partial(new_location, request, kind, folder, migrated=True)
     limits = settings(
         max_examples=int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples)),
-        stateful_step_count=40,
+        stateful_step_count=steps,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

@@ -59,9 +59,9 @@ LEGAL = {**LEGAL_BY_VERBS, **{status: set(TaskStatus) for status in LIVE}}
 
 ALL_TASKS, ALL_NODES = select(*COLUMNS[Task]), select(*COLUMNS[NodeInfo])
 TASKS = [f"task-{number}" for number in range(4)]
-NODES = [f"node-{number}" for number in range(3)]
+NODES = ["node-0", "node-1"]
 SILENT_SECONDS = 100.0
-RETRY_SECONDS = 10.0
+RETRY_SECONDS = 1.0
 BACKOFF = Backoff(first_seconds=RETRY_SECONDS, factor=2, jitter=0)
 
 Told = tuple[str, str, str | None, str | None, str | None, str | None]
@@ -78,7 +78,9 @@ class World:
     status_since: dict[str, datetime] = field(default_factory=dict)
     """Of nodes."""
     copies: list[Task] = field(default_factory=lambda: [Draft(TASKS[0]).task()])
-    """Tasks as they were handed out at some time, newest last."""
+    """Tasks as they were read at some time, newest last."""
+    claimed: list[Task] = field(default_factory=lambda: [Draft(TASKS[0]).task()])
+    """Tasks as nodes were given them."""
     changes: list[Told] = field(default_factory=list)
 
     def copy(self) -> World:
@@ -89,6 +91,7 @@ class World:
             self.nodes.copy(),
             self.status_since.copy(),
             self.copies,
+            self.claimed,
             self.changes.copy(),
         )
 
@@ -296,11 +299,11 @@ class ByOwner:
 
     how: Literal["start", "complete", "fail"]
     back: int
-    """Which copy it knows the task by: 0 for the newest."""
+    """Which of those that were claimed it is about: 0 for the newest."""
     is_direct: bool
 
     def given(self, world: World) -> Task:
-        return world.copies[-1 - self.back % len(world.copies)]
+        return world.claimed[-1 - self.back % len(world.claimed)]
 
     async def call(self, manager: StateManager, world: World) -> Any:
         task, repository = self.given(world), manager.task_repo
@@ -605,13 +608,14 @@ def is_overdue(task: Task, now: datetime) -> bool:
 
 task_ids = st.sampled_from(TASKS)
 node_ids = st.sampled_from(NODES)
+skills = st.sampled_from([(), ("gpu",)])
+backs = st.integers(0, 4)
 is_direct = st.booleans()
-backs = st.integers(0, 6)
 drafts = st.builds(
     Draft,
     task_ids,
-    st.sampled_from([TaskPriority.HIGH, TaskPriority.NORMAL]),
-    st.sampled_from([(), ("gpu",)]),
+    st.sampled_from([TaskPriority.NORMAL, TaskPriority.HIGH]),
+    skills,
     st.sampled_from([None, "a", "b"]),
     st.sampled_from([None, 50]),
     st.integers(0, 2),
@@ -619,19 +623,16 @@ drafts = st.builds(
 adding = st.builds(Add, st.lists(drafts, min_size=1, max_size=3)) | st.builds(Submit, drafts)
 claiming = st.builds(Claim, node_ids, st.integers(1, 3), is_direct)
 telling = st.builds(ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_direct)
-ending = (
-    st.builds(Cancel, task_ids, is_direct)
-    | st.builds(Requeue, task_ids, is_direct)
-    | st.builds(RemoveTask, task_ids)
-    | st.builds(CancelAll, st.none() | node_ids)
-)
+requeueing = st.builds(Requeue, task_ids, is_direct)
+stopping = st.builds(Cancel, task_ids, is_direct) | requeueing
 editing = st.builds(Note, task_ids) | st.builds(SetStatus, backs, st.sampled_from(TaskStatus))
-joining = st.builds(
-    Register, node_ids, st.integers(1, 2), st.sampled_from([(), ("gpu",)]), is_direct
+removing = (
+    st.builds(RemoveTask, task_ids)
+    | st.builds(RemoveNode, node_ids)
+    | st.builds(CancelAll, st.sampled_from([*NODES, None]))
 )
-setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus)) | st.builds(
-    RemoveNode, node_ids
-)
+joining = st.builds(Register, node_ids, st.integers(1, 3), skills, is_direct)
+setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus))
 tending = st.sampled_from([CheckStale(), Recover()])
 anything = st.one_of(
     adding,
@@ -639,8 +640,9 @@ anything = st.one_of(
     claiming,
     telling,
     telling,
-    ending,
+    stopping,
     editing,
+    removing,
     joining,
     setting,
     tending,
@@ -727,7 +729,6 @@ class Machine(DatabaseMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World(self.clock())
-        self.copies = self.world.copies
         self.side: list[Side] = []
         self.revision = 0
         self.known: dict[tuple[str, str], tuple[str, int]] = {}
@@ -750,10 +751,10 @@ class Machine(DatabaseMachine):
     @initialize()
     def begin(self) -> None:
         self.side = [self.open(), self.open()]
-        self.do((0, Register(NODES[0], 2, ["gpu"])))
-        self.do((0, Add([Draft(TASKS[0]), Draft(TASKS[1], timeout=50)])))
+        for id in NODES:
+            self.do((0, Register(id, 2, ["gpu"])))
+        self.do((0, Add([Draft(id, timeout=50) for id in TASKS[1:]])))
         self.refresh(1)
-        self.claim(1, Claim(NODES[0], 1, is_direct=False))
 
     def teardown(self) -> None:
         for side in self.side:
@@ -775,19 +776,24 @@ class Machine(DatabaseMachine):
     def tell(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=ending)
-    def end(self, at: int, verb: Verb) -> None:
+    @rule(at=sides, claim=claiming, tell=telling)
+    def work(self, at: int, claim: Claim, tell: Verb) -> None:
+        self.claim(at, claim)
+        self.tell(at, tell)
+
+    @rule(at=sides, verb=requeueing)
+    def requeue(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
     @rule(at=sides, verb=editing)
     def edit(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=joining)
-    def join(self, at: int, verb: Verb) -> None:
+    @rule(at=sides, verb=stopping | removing)
+    def remove(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=setting)
+    @rule(at=sides, verb=joining | setting)
     def set_node(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
@@ -816,13 +822,12 @@ class Machine(DatabaseMachine):
             self.sync(at)
             assert id not in self.world.nodes or self.known["node", id][0] != NodeStatus.OFFLINE
 
-    @rule(at=sides, id=task_ids)
-    def take_a_copy(self, at: int, id: str) -> None:
-        task = self.run(self.side[at].manager.get_task(id))
-        if task is not None:
-            self.copies.append(task)
+    @rule(at=sides)
+    def take_copies(self, at: int) -> None:
+        state = self.run(self.side[at].manager.get_state())
+        self.world.copies += state.tasks.values()
 
-    @rule(seconds=st.sampled_from([1, 10, 60, 120]))
+    @rule(seconds=st.sampled_from([1, 10, 50, 51, 100, 101]))
     def time_passes(self, seconds: int) -> None:
         self.clock.advance(seconds=seconds)
 
@@ -966,7 +971,7 @@ class Machine(DatabaseMachine):
                     attempt = (task.task_id, self.born[task.task_id], task.attempt)
                     assert attempt not in self.handed_out
                     self.handed_out.add(attempt)
-                self.copies += result
+                self.world.claimed += result
 
     async def check_own_writes(self, side: Side, changes: Sequence[Change]) -> None:
         """That a manager sees its own writes at once."""
@@ -1004,4 +1009,4 @@ class Machine(DatabaseMachine):
 def test_tasks_live_as_the_model_does(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    run_machine(Machine, kind, request, tmp_path, 60 if kind == "sqlite" else 20)
+    run_machine(Machine, kind, request, tmp_path, 30 if kind == "sqlite" else 10, steps=80)
