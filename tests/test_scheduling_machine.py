@@ -79,21 +79,36 @@ class World:
     """Of nodes."""
     copies: list[Task] = field(default_factory=lambda: [Draft(TASKS[0]).task()])
     """Tasks as they were read at some time, newest last."""
+    fresh: Sequence[Task] = ()
+    """Tasks as they were before the step."""
     claimed: list[Task] = field(default_factory=lambda: [Draft(TASKS[0]).task()])
-    """Tasks as nodes were given them."""
+    """Tasks as nodes were given them, newest last."""
+    held: Sequence[Task] = ()
+    """Those of them that their nodes still had before the step."""
     changes: list[Told] = field(default_factory=list)
 
     def copy(self) -> World:
         """One that can go another way."""
-        return World(
-            self.now,
-            self.tasks.copy(),
-            self.nodes.copy(),
-            self.status_since.copy(),
-            self.copies,
-            self.claimed,
-            self.changes.copy(),
+        return replace(
+            self,
+            tasks=self.tasks.copy(),
+            nodes=self.nodes.copy(),
+            status_since=self.status_since.copy(),
+            changes=self.changes.copy(),
         )
+
+    def begin_step(self, now: datetime) -> None:
+        self.now = now
+        self.changes.clear()
+        self.fresh = list(self.tasks.values())
+        owners = {
+            (one.task_id, one.assigned_node, one.attempt)
+            for one in self.fresh
+            if one.status in HELD
+        }
+        self.held = [
+            one for one in self.claimed if (one.task_id, one.assigned_node, one.attempt) in owners
+        ]
 
     def put(self, task: Task, reason: str | None = None, **values: Any) -> Task:
         """Write a task with new values, under a version that nobody knows yet."""
@@ -300,10 +315,13 @@ class ByOwner:
     how: Literal["start", "complete", "fail"]
     back: int
     """Which of those that were claimed it is about: 0 for the newest."""
+    is_late: bool
+    """Whether these are all, and not only those that are still held."""
     is_direct: bool
 
     def given(self, world: World) -> Task:
-        return world.claimed[-1 - self.back % len(world.claimed)]
+        claimed = world.claimed if self.is_late else world.held or world.claimed
+        return claimed[-1 - self.back % len(claimed)]
 
     async def call(self, manager: StateManager, world: World) -> Any:
         task, repository = self.given(world), manager.task_repo
@@ -426,13 +444,15 @@ class Note:
 
 @dataclass(frozen=True)
 class SetStatus:
-    """By hand: a copy of whatever age is written back with another state."""
+    """By hand: a copy is written back with another state."""
 
     back: int
+    is_outdated: bool
     status: TaskStatus
 
     def given(self, world: World) -> Task:
-        return world.copies[-1 - self.back % len(world.copies)]
+        copies = world.copies if self.is_outdated else world.fresh or world.copies
+        return copies[-1 - self.back % len(copies)]
 
     async def call(self, manager: StateManager, world: World) -> Any:
         return await manager.update_task(replace(deepcopy(self.given(world)), status=self.status))
@@ -611,6 +631,7 @@ node_ids = st.sampled_from(NODES)
 skills = st.sampled_from([(), ("gpu",)])
 backs = st.integers(0, 4)
 is_direct = st.booleans()
+is_late = st.integers(0, 2).map(lambda it: it == 2)
 drafts = st.builds(
     Draft,
     task_ids,
@@ -622,10 +643,14 @@ drafts = st.builds(
 )
 adding = st.builds(Add, st.lists(drafts, min_size=1, max_size=3)) | st.builds(Submit, drafts)
 claiming = st.builds(Claim, node_ids, st.integers(1, 3), is_direct)
-telling = st.builds(ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_direct)
+telling = st.builds(
+    ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_late, is_direct
+)
 requeueing = st.builds(Requeue, task_ids, is_direct)
 stopping = st.builds(Cancel, task_ids, is_direct) | requeueing
-editing = st.builds(Note, task_ids) | st.builds(SetStatus, backs, st.sampled_from(TaskStatus))
+editing = st.builds(Note, task_ids) | st.builds(
+    SetStatus, backs, is_late, st.sampled_from(TaskStatus)
+)
 removing = (
     st.builds(RemoveTask, task_ids)
     | st.builds(RemoveNode, node_ids)
@@ -823,13 +848,26 @@ class Machine(DatabaseMachine):
             assert id not in self.world.nodes or self.known["node", id][0] != NodeStatus.OFFLINE
 
     @rule(at=sides)
+    def have_work_for_all(self, at: int) -> None:
+        for id in NODES:
+            if id not in self.world.nodes or self.world.nodes[id].status is not NodeStatus.ONLINE:
+                self.do((at, Register(id, 2, ["gpu"])))
+        self.do((at, Add([Draft(id) for id in TASKS if id not in self.world.tasks])))
+        for task in self.world.tasks.values():
+            if task.status in FINISHED:
+                self.do((at, Requeue(task.task_id, is_direct=False)))
+
+    @rule(at=sides)
     def take_copies(self, at: int) -> None:
         state = self.run(self.side[at].manager.get_state())
         self.world.copies += state.tasks.values()
 
-    @rule(seconds=st.sampled_from([1, 10, 50, 51, 100, 101]))
-    def time_passes(self, seconds: int) -> None:
+    @rule(seconds=st.sampled_from([1, 10, 50, 51, 100, 101]), are_alive=st.booleans())
+    def time_passes(self, seconds: int, are_alive: bool) -> None:
+        """And the nodes send heartbeats, or are silent."""
         self.clock.advance(seconds=seconds)
+        for id in NODES if are_alive else []:
+            self.heartbeat(0, id, is_flushed=id == NODES[-1])
 
     @rule(at=sides)
     def refresh(self, at: int) -> None:
@@ -857,8 +895,7 @@ class Machine(DatabaseMachine):
             flushes: Whether the heartbeats that wait are written first.
         """
         world, sides = self.world, [self.side[at] for at, _ in calls]
-        world.changes.clear()
-        world.now = self.clock()
+        world.begin_step(self.clock())
         is_vague = len(calls) > 1 and any(
             isinstance(verb, OF_SEVERAL_WRITES) or (isinstance(verb, Claim) and self.side[at].lags)
             for at, verb in calls
@@ -1009,4 +1046,4 @@ class Machine(DatabaseMachine):
 def test_tasks_live_as_the_model_does(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    run_machine(Machine, kind, request, tmp_path, 30 if kind == "sqlite" else 10, steps=80)
+    run_machine(Machine, kind, request, tmp_path, 40 if kind == "sqlite" else 20, steps=80)
