@@ -59,6 +59,7 @@ LEGAL = {**LEGAL_BY_VERBS, **{status: set(TaskStatus) for status in LIVE}}
 
 ALL_TASKS, ALL_NODES = select(*COLUMNS[Task]), select(*COLUMNS[NodeInfo])
 TASKS = [f"task-{number}" for number in range(4)]
+KEYS = {"task-0": "a", "task-1": "a"}
 NODES = ["node-0", "node-1"]
 SILENT_SECONDS = 100.0
 RETRY_SECONDS = 1.0
@@ -778,7 +779,7 @@ class Machine(DatabaseMachine):
         self.side = [self.open(), self.open()]
         for id in NODES:
             self.do((0, Register(id, 2, ["gpu"])))
-        self.do((0, Add([Draft(id, timeout=50) for id in TASKS[1:]])))
+        self.do((0, Add([Draft(id, key=KEYS.get(id), timeout=50) for id in TASKS[1:]])))
         self.refresh(1)
 
     def teardown(self) -> None:
@@ -847,12 +848,23 @@ class Machine(DatabaseMachine):
             self.sync(at)
             assert id not in self.world.nodes or self.known["node", id][0] != NodeStatus.OFFLINE
 
+    @rule(at=sides, id=node_ids, is_started=st.booleans(), seconds=st.sampled_from([100, 101]))
+    def miss_a_node(self, at: int, id: str, is_started: bool, seconds: int) -> None:
+        """It works for one manager, and the other finds out that it does not any more."""
+        self.heartbeat(1 - at, id, is_flushed=True)
+        self.claim(1 - at, Claim(id, 1, is_direct=False))
+        if is_started:
+            self.tell(1 - at, ByOwner("start", 0, is_late=False, is_direct=False))
+        self.clock.advance(seconds=seconds)
+        self.tend(at, Recover())
+
     @rule(at=sides)
     def have_work_for_all(self, at: int) -> None:
         for id in NODES:
             if id not in self.world.nodes or self.world.nodes[id].status is not NodeStatus.ONLINE:
                 self.do((at, Register(id, 2, ["gpu"])))
-        self.do((at, Add([Draft(id) for id in TASKS if id not in self.world.tasks])))
+        new = [Draft(id, key=KEYS.get(id)) for id in TASKS if id not in self.world.tasks]
+        self.do((at, Add(new)))
         for task in self.world.tasks.values():
             if task.status in FINISHED:
                 self.do((at, Requeue(task.task_id, is_direct=False)))
