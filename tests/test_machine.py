@@ -130,7 +130,12 @@ def run_machine(
     examples: int,
     steps: int = 40,
 ) -> None:
-    """Let a machine run on a database of a kind, as often as is asked for, or `examples` times."""
+    """Let a machine run on a database of a kind.
+
+    Args:
+        examples: How often, unless `OPENCLAW_STORE_TEST_EXAMPLES` asks for another number.
+        steps: Of each example.
+    """
     machine.new_location = partial(new_location, request, kind, folder, migrated=True)
     limits = settings(
         max_examples=10,  # of a longer run, most are variations of the others

@@ -102,14 +102,8 @@ class World:
         self.now = now
         self.changes.clear()
         self.fresh = list(self.tasks.values())
-        owners = {
-            (one.task_id, one.assigned_node, one.attempt)
-            for one in self.fresh
-            if one.status in HELD
-        }
-        self.held = [
-            one for one in self.claimed if (one.task_id, one.assigned_node, one.attempt) in owners
-        ]
+        owners = {owner_of(task) for task in self.fresh if task.status in HELD}
+        self.held = [task for task in self.claimed if owner_of(task) in owners]
 
     def put(self, task: Task, reason: str | None = None, **values: Any) -> Task:
         """Write a task with new values, under a version that nobody knows yet."""
@@ -193,7 +187,6 @@ UNASSIGNED: dict[str, Any] = {
     "started_at": None,
     "completed_at": None,
 }
-
 
 TOTALS = (
     "registered_at",
@@ -340,7 +333,7 @@ class ByOwner:
         task = world.tasks.get(given.task_id)
         if task is None:
             return TaskNotFoundError
-        is_owner = (task.assigned_node, task.attempt) == (given.assigned_node, given.attempt)
+        is_owner = owner_of(task) == owner_of(given)
         done = {"start": RUNNING, "complete": COMPLETED, "fail": FAILED}[self.how]
         if is_owner and task.status is done:
             return task  # it was told before
@@ -567,6 +560,7 @@ class Heartbeat:
         return self.node_id in world.nodes or got  # who does not know yet that it is gone says yes
 
 
+@dataclass(frozen=True)
 class Sync:
     async def call(self, manager: StateManager, world: World) -> Any:
         return await manager.sync_to_database()
@@ -575,6 +569,7 @@ class Sync:
         return True
 
 
+@dataclass(frozen=True)
 class CheckStale:
     async def call(self, manager: StateManager, world: World) -> Any:
         return set(await manager.check_stale_nodes(SILENT_SECONDS))
@@ -589,6 +584,7 @@ class CheckStale:
         return {node.node_id for node in silent}
 
 
+@dataclass(frozen=True)
 class Recover:
     async def call(self, manager: StateManager, world: World) -> Any:
         recovery = await manager.recover(SILENT_SECONDS)
@@ -614,6 +610,10 @@ class Recover:
                 continue
             lists[after.status].append(after.task_id)
         return {name: set(ids) for name, ids in vars(recovery).items()}
+
+
+def owner_of(task: Task) -> tuple[str, str | None, int]:
+    return task.task_id, task.assigned_node, task.attempt
 
 
 def last_sign(node: NodeInfo) -> datetime:
@@ -1058,4 +1058,4 @@ class Machine(DatabaseMachine):
 def test_tasks_live_as_the_model_does(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    run_machine(Machine, kind, request, tmp_path, 40 if kind == "sqlite" else 20, steps=80)
+    run_machine(Machine, kind, request, tmp_path, 30 if kind == "sqlite" else 10, steps=80)
