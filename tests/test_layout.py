@@ -58,6 +58,8 @@ LAYERS = [
     "explanations",
     "dispatcher",
     "state_manager",
+    "inspection",
+    "restoring",
 ]
 """The modules; each one imports only from those before it."""
 
