@@ -166,13 +166,16 @@ async def history(database: Database, kind: type[Any], id: str) -> list[Change]:
     return await database.read(partial(read_history, id=id, kind=kind))
 
 
-async def watch(database: Database, since: int | None = None) -> AsyncIterator[Sequence[Change]]:
+async def watch(
+    database: Database, since: int | None = None, count: int | None = None
+) -> AsyncIterator[Sequence[Change]]:
     """What is committed after a revision, by whatever process: some changes at a time, in order.
 
     No changes at all are told once a second while nothing happens.
 
     Args:
         since: A revision; `None` for the newest one.
+        count: After so many changes it ends; `None` for never.
 
     Raises:
         CompactedError: If the feed does not reach back that far any more; it says how far.
@@ -187,7 +190,12 @@ async def watch(database: Database, since: int | None = None) -> AsyncIterator[S
         while True:
             woken.clear()
             changes, until = await database.read(partial(read_changes, since=since))
+            if count is not None:
+                changes = changes[:count]
+                count -= len(changes)
             yield changes
+            if count == 0:
+                return
             if until == since:  # there is no more for now
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_WATCH_SECONDS):

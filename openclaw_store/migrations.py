@@ -45,7 +45,12 @@ def named_by(location: str | Path | None) -> Backend:
     Args:
         location: Path or URL; `None` for `OPENCLAW_STORE_URL` or `./data/cluster.db`.
     """
-    return backend_of(location or os.environ.get(URL_VARIABLE, DEFAULT_LOCATION))
+    return backend_of(location_of(location))
+
+
+def location_of(location: str | Path | None) -> str | Path:
+    """Where that database is."""
+    return location or os.environ.get(URL_VARIABLE) or DEFAULT_LOCATION
 
 
 def is_current(backend: Backend) -> bool:

@@ -279,6 +279,10 @@ class SQLite:
         self.writing_engine = _writing_engine(path)
         self._timeout = timeout
 
+    def exists(self) -> bool:
+        """Whether there is such a file, or something else of that name."""
+        return os.path.exists(self.path)
+
     def make_folder(self) -> None:
         """Make the folder that the file will be in.
 
@@ -302,7 +306,7 @@ class SQLite:
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
-        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+        if self.exists() and not os.access(self.path, os.W_OK):
             # Else it could be read, and a WAL that nobody can write to would be left beside it.
             raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
 
@@ -417,7 +421,7 @@ class SQLite:
         Raises:
             UnavailableError: If somebody uses it.
         """
-        if not os.path.exists(self.path):
+        if not self.exists():
             yield
             return
         with closing(

@@ -60,6 +60,10 @@ LAYERS = [
     "state_manager",
     "inspection",
     "restoring",
+    "console",
+    "live",
+    "cli",
+    "__main__",
 ]
 """The modules; each one imports only from those before it."""
 
