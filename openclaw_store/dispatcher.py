@@ -135,10 +135,10 @@ class Dispatcher:
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
         """Add a node, or take note that it has come back as a new process."""
-        place = (NodeInfo, record["node_id"])
-        self._mirror.cache.discard(place)  # what is only in memory is of the former process
         register = Register(record["node_id"], record, self._backoff.draw())
         registered: Record[NodeInfo] = await self._mirror.submit(register)
+        # What is only in memory is of the former process.
+        self._mirror.cache.discard((NodeInfo, record["node_id"]))
         return registered
 
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:

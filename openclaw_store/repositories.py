@@ -368,7 +368,7 @@ class TaskRepository(Repository[Task]):
         queries = [
             self._select(*conditions, *states)
             .order_by(TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
-            .limit(limit + 1)
+            .limit(min(limit + 1, MAX_INTEGER))
             for states in self._states_of(checked)
         ]
 
