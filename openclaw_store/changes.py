@@ -276,7 +276,8 @@ class Row:
     def remove(self, *, with_history: bool) -> None:
         """End the row's life."""
         before, self.status = self.status, None
-        self._ledger.let_go(self.id)
+        if self.kind is Task:
+            self._ledger.let_go(self.id)
         change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
         if with_history:
             self._ledger.forgotten.append((change.previous, change.item, self.id))

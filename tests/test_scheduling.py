@@ -1426,6 +1426,22 @@ class TestSubmit:
                 await cluster.other.submit_task(stranger)
             assert (caught.value.id, caught.value.idempotency_key) == (task.task_id, None)
 
+    async def test_key_is_not_free_because_a_node_is_gone_that_is_called_like_its_task(
+        self, cluster: Cluster
+    ) -> None:
+        holder = await cluster.add(idempotency_key="key")
+        await cluster.join(node_id=holder.task_id)
+        one, other = [cluster.make_task(idempotency_key="key") for _ in range(2)]
+
+        first, is_gone, second = await asyncio.gather(  # one batch
+            cluster.manager.submit_task(one),
+            cluster.manager.remove_node(holder.task_id),
+            cluster.manager.submit_task(other),
+        )
+
+        assert is_gone
+        assert first == second == holder
+
     async def test_key_that_becomes_free_meanwhile_is_taken(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
