@@ -14,7 +14,16 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, locked, refuse_tasks
+from conftest import (
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    execute,
+    locked,
+    refuse_tasks,
+)
 
 from openclaw_store import (
     Backoff,
@@ -246,6 +255,27 @@ class TestClaim:
         assert await claim(node.node_id, 9) == []
         cluster.clock.advance(1.000001)
         assert ids(await claim(node.node_id, 9)) == ["latest", "later"]
+
+    @pytest.mark.parametrize("skills", ['["a", "ä"]', r'["a","\u00e4"]', "[]"])
+    async def test_skills_may_be_spelled_otherwise_than_by_the_store(
+        self, skills: str, cluster: Cluster, location: Location, open_manager: OpenManager
+    ) -> None:
+        node = await cluster.join(available_skills=["a", "ä"], max_concurrent_tasks=9)
+        looked_at, unseen, kept = [(await cluster.add()).task_id for _ in range(3)]
+        execute(location, f"UPDATE tasks SET required_skills = '{skills}'")
+        ready = await cluster.add(required_skills=["a", "ä"])
+        manager = await open_manager()
+
+        await manager.get_task(looked_at)
+        await manager.cancel_task(looked_at)
+        await manager.remove_task(unseen)
+
+        task = await manager.get_task(looked_at)
+        assert task is not None
+        assert task.status is TaskStatus.CANCELLED
+        assert ids(await manager.claim_tasks(node.node_id, 9)) == [kept, ready.task_id]
+        await cluster.manager.remove_task(looked_at)
+        await cluster.manager.remove_task(kept)  # this one keeps to what it has written
 
     async def test_node_gets_no_more_than_it_has_places_for(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=3)
