@@ -356,6 +356,15 @@ class TestClaim:
         await assert_counted(cluster.manager)
         assert await cluster.manager.claim_tasks(node.node_id, 500) == []
 
+    async def test_moment_of_a_transaction_is_that_of_its_beginning(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=50)
+        later = cluster.clock() + timedelta(seconds=1)
+        await cluster.manager.add_tasks(cluster.make_task(not_before=later) for _ in range(50))
+
+        async with cluster.manager.db.transaction() as tx:
+            cluster.clock.advance(seconds=1)
+            assert await TaskRepository(tx).claim(node.node_id, 50) == []
+
     async def test_picture_that_is_outdated_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks the other one has claimed, cancelled, removed or changed seven."""
         busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
