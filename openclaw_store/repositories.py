@@ -271,7 +271,8 @@ class TaskRepository(Repository[Task]):
             found: list[Record[Task]] = []
             if not wanted:
                 return found
-            decode, now = decoder_here(session, Task), self._database.clock()
+            decode = decoder_here(session, Task)
+            now = self._database.clock() if self._unit is None else self._unit.now
             async for rows in read_rows(session, select_pending()):
                 tasks = map(decode, rows)
                 found += [task for task in tasks if claim(task, nodes[0], now) is not None]
