@@ -373,7 +373,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -947,7 +947,8 @@ class TestRequeue:
         assert await stored(one) == before
         calls = one.cancel_task("a"), one.requeue_task("c"), one.add_task(new)
         assert await outcomes(*calls, one.requeue_task("a")) == [True, True, "c", "c"]
-        calls = one.remove_task("c"), one.add_task(new), one.requeue_task("b")
+        assert await outcomes(one.cancel_task("c"), one.requeue_task("b")) == [True, True]
+        calls = one.remove_task("b"), one.add_task(new), one.requeue_task("c")
         assert await outcomes(*calls) == [True, True, new.task_id]
 
 
@@ -1738,6 +1739,7 @@ class TestExplain:
             "e is full."
         )
 
+        await cluster.join(node_id="f", available_skills=["java"])
         at_first = {"priority": TaskPriority.HIGH}
         await cluster.add(**at_first)
         await cluster.add(required_skills=["java"], **at_first)  # none of these nodes' business
