@@ -323,6 +323,22 @@ class TestClaim:
         await assert_counted(cluster.one)
         assert await cluster.one.claim_tasks(node, 500) == []
 
+    async def test_repository_tries_again_when_others_were_quicker(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node, busy = await cluster.join(), await cluster.join(max_concurrent_tasks=40)
+        tasks = [await cluster.add() for _ in range(42)]
+        write = cluster.two.db.write
+
+        async def write_late(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            assert len(await cluster.one.claim_tasks(busy, 40)) == 40
+            return await write(*arguments)
+
+        monkeypatch.setattr(cluster.two.db, "write", write_late)
+
+        assert ids(await cluster.two.task_repo.claim(node)) == ids(tasks[40:41])
+
     async def test_outdated_picture_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks, the other coordinator has claimed, ended or changed all but two."""
         busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
@@ -387,7 +403,7 @@ class TestClaim:
         assert sum(node.successful_tasks for node in found) == 100
         assert sum(node.total_tasks_processed for node in found) == 100
 
-    async def test_claims_while_others_cancel_change_and_remove(self, cluster: Cluster) -> None:
+    async def test_claims_while_others_cancel_change_and_requeue(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=100)
         tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
         await cluster.two.refresh_from_database()
