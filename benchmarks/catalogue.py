@@ -135,6 +135,7 @@ BENCHMARKS = (
                 "×",
                 at_least(3, 8),
             ),
+            Line("… / the same, counting in the node, and writing the feed and its counter, too"),
         ),
         needs_server=True,
     ),

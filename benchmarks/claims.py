@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
+from datetime import UTC, datetime
 from functools import partial
 from itertools import count as counter
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.measure import Bench, Figure, Sample, drive
 from benchmarks.processes import Span, processes, start_together
+from benchmarks.server_writes import INSERT_CHANGE
 from benchmarks.work import (
     connect,
     connected,
@@ -36,7 +39,13 @@ UPDATE tasks SET status = 'running', assigned_node = ?, attempt = attempt + 1 WH
     SELECT task_id FROM tasks WHERE status IN ('pending', 'scheduled')
     ORDER BY priority, submitted_at, task_id LIMIT 1
 ) RETURNING task_id, name, parameters"""
+_JOIN = """
+INSERT INTO nodes (node_id, hostname, platform, arch, status) VALUES ($1, '', '', '', 'online')"""
 _CLAIM_ON_SERVER = _CLAIM.replace("?", "$1").replace("LIMIT 1", "LIMIT 1 FOR UPDATE SKIP LOCKED")
+
+
+Claim = Callable[[], Awaitable[object]]
+"""Claims a task."""
 
 
 async def claims(bench: Bench) -> Sequence[Figure]:
@@ -55,16 +64,20 @@ async def claims(bench: Bench) -> Sequence[Figure]:
 
 async def server_claims(bench: Bench) -> Sequence[Figure]:
     """The same on PostgreSQL, against as many connections that skip what others have locked."""
-    many, some = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(3200, 4 * CLAIMERS)
+    many, few = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(1600, 4 * CLAIMERS)
     async with bench.server_database() as source:
         await fill_server(source, rows(many))
         medians = await bench.interleave(
             {
                 "openclaw_store": partial(_claim_ours_on_server, bench, source, many),
-                "asyncpg": partial(_claim_by_connections, bench, source, some),
+                "asyncpg": partial(_claim_by_connections, bench, source, few, _prepared),
+                "asyncpg, with feed": partial(
+                    _claim_by_connections, bench, source, few, _prepared_with_feed
+                ),
             }
         )
-    return [faster(medians["openclaw_store"], medians["asyncpg"])]
+    ours, *references = medians.values()
+    return [faster(ours, reference) for reference in references]
 
 
 async def queues(bench: Bench) -> Sequence[Figure]:
@@ -160,24 +173,68 @@ async def _claim_by_process(path: str, count: int) -> list[Span]:
     return spans
 
 
-async def _claim_by_connections(bench: Bench, source: str, count: int) -> Sample:
-    """`UPDATE … (SELECT … FOR UPDATE SKIP LOCKED) RETURNING`, by coroutines of one process."""
+async def _claim_by_connections(
+    bench: Bench, source: str, count: int, prepare: Callable[[Any, str], Awaitable[Claim]]
+) -> Sample:
+    """Coroutines of one process, each with a connection and a node of its own."""
     async with bench.server_database(source) as url:
         async with AsyncExitStack() as stack:
             free = []
-            for _ in range(CLAIMERS):
+            for number in range(CLAIMERS):
                 connection = await stack.enter_async_context(connected(url))
                 await require_durable_server(connection)
-                free.append(await connection.prepare(_CLAIM_ON_SERVER))
+                node = f"claimer-{number:02}"
+                await connection.execute(_JOIN, node)
+                free.append(await prepare(connection, node))
 
             async def claim(_: int) -> None:
-                statement = free.pop()
-                await statement.fetch("node-0001")
-                free.append(statement)
+                claim_one = free.pop()
+                await claim_one()
+                free.append(claim_one)
 
             sample = await drive(CLAIMERS, range(count), claim)
         await require_server_claimed(url, count)
     return sample
+
+
+async def _prepared(connection: Any, node: str) -> Claim:
+    """`UPDATE … (SELECT … FOR UPDATE SKIP LOCKED) RETURNING`, which commits itself."""
+    statement = await connection.prepare(_CLAIM_ON_SERVER)
+
+    async def claim() -> None:
+        await statement.fetch(node)
+
+    return claim
+
+
+async def _prepared_with_feed(connection: Any, node: str) -> Claim:
+    """Lock the counter, claim, count it in the node, write both changes, commit."""
+    lock, claim_task, count_in_node, insert_change, count_changes = [
+        await connection.prepare(sql)
+        for sql in (
+            "SELECT revision FROM counters WHERE id = 1 FOR UPDATE",
+            _CLAIM_ON_SERVER,
+            "UPDATE nodes SET running_tasks = running_tasks + 1 WHERE node_id = $1",
+            INSERT_CHANGE,
+            "UPDATE counters SET revision = $1 WHERE id = 1",
+        )
+    ]
+
+    async def claim() -> None:
+        async with connection.transaction():
+            revision = await lock.fetchval()
+            [task] = await claim_task.fetch(node)
+            await count_in_node.fetch(node)
+            now = datetime.now(UTC)
+            changes = (
+                ("task", task["task_id"], "status", "pending", "scheduled", node),
+                ("node", node, "updated", "online", "online", None),
+            )
+            for number, change in enumerate(changes, revision + 1):
+                await insert_change.fetch(number, now, *change, None, None)
+            await count_changes.fetch(revision + len(changes))
+
+    return claim
 
 
 def _node(number: int) -> NodeInfo:

@@ -41,7 +41,7 @@ Write = Callable[[Row], Awaitable[object]]
 
 _DIALECT = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 _INSERT = str(insert(TaskRow).compile(dialect=_DIALECT, column_keys=list(FIELDS)))
-_INSERT_CHANGE = str(insert(ChangeRow).compile(dialect=_DIALECT))
+INSERT_CHANGE = str(insert(ChangeRow).compile(dialect=_DIALECT))
 _UPDATE = "UPDATE tasks SET status = $1, assigned_node = $2 WHERE task_id = $3"
 
 
@@ -178,7 +178,7 @@ async def _prepared_with_feed(connection: Any) -> Write:
         for sql in (
             "SELECT revision FROM counters WHERE id = 1 FOR UPDATE",
             _INSERT,
-            _INSERT_CHANGE,
+            INSERT_CHANGE,
             "UPDATE counters SET revision = $1 WHERE id = 1",
         )
     ]

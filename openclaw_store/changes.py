@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from openclaw_store.errors import (
     DuplicateError,
@@ -107,11 +107,38 @@ class Operation(Protocol):
         """Other rows that it will probably need; they are read together with those of others."""
 
     @property
+    def is_new(self) -> bool:
+        """Whether there should be no such row yet."""
+
+    @property
+    def hints(self) -> Iterable[Record[Any]]:
+        """Tasks as they were last known, which may spare reading them."""
+
+    @property
     def key(self) -> str | None:
         """The idempotency key that its task is to have."""
 
     def decide(self, row: Row) -> Any:
         """Change `row`, or return a `StoreError` and change nothing; returns the result."""
+
+
+class OfOneRow:
+    """An operation on a row that should be there; it needs nothing else, and knows nothing."""
+
+    __slots__ = ()
+    is_new: ClassVar[bool] = False
+
+    @property
+    def others(self) -> Iterable[Place]:
+        return ()
+
+    @property
+    def hints(self) -> Iterable[Record[Any]]:
+        return ()
+
+    @property
+    def key(self) -> str | None:
+        return None
 
 
 class Row:
@@ -284,6 +311,7 @@ class Ledger:
         """The newest change, item and identifier of those whose history is to be removed."""
         self.beaten = False
         """Whether it has."""
+        self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -293,6 +321,36 @@ class Ledger:
         if self._counters is None:
             self._counters = revision, beat
             self._revision, self.beat = revision, beat + 1
+
+    def trust(self, operations: Sequence[Operation]) -> bool:
+        """Take the rows for what they are known as, if all are; returns whether they are.
+
+        If that is wrong, nothing will be written. A task is what it was at that version: no version
+        ever comes back. The nodes are as the writer left them, if nobody has written since. And
+        what is to be added is not there.
+        """
+        known = self.cursor.known() if self._counters is None else None
+        if known is None:  # or it would overlook what this unit has written so far
+            return False
+        counters, nodes = known
+        tasks = {
+            record.fields["task_id"]: record
+            for operation in operations
+            for record in operation.hints
+            if record.version > 0  # else it is in memory only
+        }
+        new = {(operation.kind, operation.id) for operation in operations if operation.is_new}
+        for kind, records in ((Task, tasks), (NodeInfo, nodes)):
+            if any(id not in records and (kind, id) not in new for id in self.rows[kind]):
+                return False
+        for kind, records in ((Task, tasks), (NodeInfo, nodes)):
+            for id, row in self.rows[kind].items():
+                if id in records:
+                    row.found(records[id])
+        self.count_from(*counters)
+        self._trusted = {id: record.version for id, record in tasks.items()}
+        self.cursor.assume()
+        return True
 
     def row(self, kind: type[Any], id: str) -> Row:
         """The row of this run with this identifier; a new one is yet to be read."""
@@ -371,7 +429,12 @@ class Ledger:
             self.cursor.write(self.sql.forget, forgotten)
         if self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
-            self.cursor.guard(self.sql.write_counters, (self._revision, beat, *self._counters))
+            counters = (self._revision, beat, *self._counters)
+            if self._trusted:
+                tasks = list(self._trusted), list(self._trusted.values())
+                self.cursor.guard(self.sql.write_counters_if, (*counters, *tasks))
+            else:
+                self.cursor.guard(self.sql.write_counters, counters)
 
     def _without_forgotten(self) -> tuple[list[Change], list[Forgotten]]:
         """What the feed is to be told, and where what it is to forget begins.
@@ -399,26 +462,16 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
             ledger.row(kind, id)
         if operation.key is not None:
             keys.append(operation.key)
-    if keys or not _can_do_without_reading(ledger, operations):
+    if not ledger.trust(operations):
         for kind, touched in rows.items():
             if touched:
                 _load(ledger, kind, touched)
-        ledger.look_up(keys)
+    ledger.look_up(keys)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
+    ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
     return outcomes
-
-
-def _can_do_without_reading(ledger: Ledger, operations: Sequence[Operation]) -> bool:
-    """Whether they add rows only, and the counters are known."""
-    if not all(getattr(operation, "is_new", False) for operation in operations):
-        return False
-    counters = ledger.cursor.assume()
-    if counters is None:
-        return False
-    ledger.count_from(*counters)
-    return True
 
 
 def counters_of(rows: Sequence[Any]) -> tuple[int, int]:

@@ -29,6 +29,8 @@ from openclaw_store.repositories import decoder_here, read_records, read_rows, s
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
+    KEY,
+    ROWS,
     ChangeRow,
     CounterRow,
     NodeRow,
@@ -110,7 +112,7 @@ class News:
 
 async def read_start(session: AsyncSession) -> Start:
     """Where the database stands in the picture of `session`."""
-    revision, beat = await _counters(session)
+    revision, beat, _ = await _counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     return Start(revision, beat, await session.scalar(newest), await _task_counts(session))
 
@@ -175,7 +177,6 @@ async def read_news(
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
         beaten = await read_records(session, NodeInfo, query)
     is_whole = is_whole and len(page.rows) == until - since
-    first = page.rows[0][0] if page.rows else None
     return News(
         revision=until,
         read_at=page.revision,
@@ -188,7 +189,7 @@ async def read_news(
         task_counts=None if is_whole or until < page.revision else await _task_counts(session),
         decode=sql.decode[Task],
         ready=_ready_of(sql.from_moment),
-        is_compacted=await _oldest_missing(session, since, page.revision, first) is not None,
+        is_compacted=since < page.compacted,
     )
 
 
@@ -201,29 +202,27 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
         CompactedError: If the feed does not reach back that far any more.
         InvalidDataError: If there was no such revision yet.
     """
-    read_at, _ = await _counters(session)
+    read_at, _, compacted = await _counters(session)
     if since > read_at:
         raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
+    if since < compacted:
+        raise CompactedError(since, compacted + 1)
     changes = await _changes(session, since)
-    first = changes[0].revision if changes else None
-    oldest = await _oldest_missing(session, since, read_at, first)
-    if oldest is not None:
-        raise CompactedError(since, oldest)
     return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
 
 
-async def read_history(session: AsyncSession, task_id: str) -> list[Change]:
-    """The changes of a task that the feed still has, oldest first.
+async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
+    """The changes of a task or node that the feed still has, oldest first.
 
-    A task's version leads to its last change, and each change to the one before; only for a task
-    that was removed all changes are searched.
+    Its version leads to its last change, and each change to the one before; only for one that was
+    removed all changes are searched.
     """
-    newest = select(TaskRow.version).where(TaskRow.task_id == task_id)
-    version = await session.scalar(newest)
+    columns = ROWS[kind].__table__.c
+    version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
     if version is None:
-        query = _ALL.where(ChangeRow.item == ITEM[Task], ChangeRow.item_id == task_id)
+        query = _ALL.where(ChangeRow.item == ITEM[kind], ChangeRow.item_id == id)
         return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
-    query = history_of(version, ITEM[Task], task_id)
+    query = history_of(version, ITEM[kind], id)
     return _as_changes(await session.execute(query))[::-1]
 
 
@@ -260,26 +259,12 @@ def _as_changes(rows: Iterable[Any]) -> list[Change]:
     ]
 
 
-async def _oldest_missing(
-    session: AsyncSession, since: int, read_at: int, first: int | None
-) -> int | None:
-    """The oldest revision of the feed, if it begins behind the one after `since`.
-
-    Args:
-        first: The first revision that was found behind `since`.
-    """
-    if since == read_at or first == since + 1:
-        return None
-    oldest = await session.scalar(select(func.min(ChangeRow.revision)))
-    beginning = read_at + 1 if oldest is None else int(oldest)
-    return beginning if beginning > since + 1 else None
-
-
 async def _task_counts(session: AsyncSession) -> dict[str, int]:
     counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
     return {status.value: count for status, count in await session.execute(counts)}
 
 
-async def _counters(session: AsyncSession) -> tuple[int, int]:
-    counters = select(CounterRow.revision, CounterRow.beat)
-    return counters_of((await session.execute(counters)).all())
+async def _counters(session: AsyncSession) -> tuple[int, int, int]:
+    counters = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
+    found = (await session.execute(counters)).all()
+    return *counters_of(found), found[0].compacted

@@ -265,7 +265,7 @@ class Mirror:
             if not names:
                 return known
             try:
-                update = Update(*place, changed, names, known.version)
+                update = Update(*place, changed, names, known.version, known)
                 stored: Record[Item] = await self.submit(update)
                 return stored
             except NotFoundError:
@@ -440,10 +440,9 @@ class Mirror:
         """Writes what differs from the copy in memory; all fields if that has another version."""
         version = self.cache.settled_version(place, record.version)
         known = self.cache.find(place)
-        names = CONTENT[place[0]]
-        if known is not None and known.version == version:
-            names = known.differences(record)
-        return Update(*place, record, names, version)
+        if known is None or known.version != version:
+            return Update(*place, record, CONTENT[place[0]], version)
+        return Update(*place, record, known.differences(record), version, known)
 
     def _hold(self, record: Record[Item], base: Record[Item] | None) -> Record[Item]:
         """Keep an entry in memory alone, under a version that only memory knows."""

@@ -9,7 +9,16 @@ from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
 from openclaw_store import lifecycle
-from openclaw_store.changes import ITEM, Operation, Place, Row, apply, counters_of, missing
+from openclaw_store.changes import (
+    ITEM,
+    OfOneRow,
+    Operation,
+    Place,
+    Row,
+    apply,
+    counters_of,
+    missing,
+)
 from openclaw_store.checks import check_count, check_key, check_text, encode_json
 from openclaw_store.errors import (
     DuplicateError,
@@ -18,7 +27,7 @@ from openclaw_store.errors import (
     StoreError,
 )
 from openclaw_store.lifecycle import Decision, Outcome, Step, Values, Wait
-from openclaw_store.models import ALIVE, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.models import ALIVE, FINISHED, HELD, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
 from openclaw_store.schema import FIELDS, KEY
 from openclaw_store.statements import statements_for
@@ -30,17 +39,9 @@ CONTENT: Mapping[type[Any], Sequence[str]] = {
 """The fields that an `Update` of a whole row writes: all but the identifier."""
 
 
-class OfOneRow:
-    """An operation that needs no other rows, and gives no task an idempotency key."""
-
-    __slots__ = ()
-    others: ClassVar[Sequence[Place]] = ()
-    key: ClassVar[str | None] = None
-
-
 # Not frozen, though nobody changes them: that takes twice as long to make.
 @dataclass(slots=True)
-class Create(Generic[Item]):
+class Create(OfOneRow, Generic[Item]):
     """Add a row; results in its record, or `DuplicateError`.
 
     The record is the operation's own: it is stamped when it is written.
@@ -49,8 +50,7 @@ class Create(Generic[Item]):
     kind: type[Item]
     id: str
     record: Record[Item]
-    is_new: ClassVar = True
-    others: ClassVar[Sequence[Place]] = ()
+    is_new: ClassVar[bool] = True
 
     @property
     def key(self) -> str | None:
@@ -67,7 +67,7 @@ class Create(Generic[Item]):
 
 
 @dataclass(slots=True)
-class Update(Generic[Item]):
+class Update(OfOneRow, Generic[Item]):
     """Write the named fields of a row that has still this version.
 
     Results in the new record, or `StaleVersionError`, or `NotFoundError`. The record is the
@@ -79,7 +79,12 @@ class Update(Generic[Item]):
     record: Record[Item]
     names: Sequence[str]
     version: int
-    others: ClassVar[Sequence[Place]] = ()
+    known: Record[Item] | None = None
+    """What `names` are the differences from, if they are of a known row."""
+
+    @property
+    def hints(self) -> Iterable[Record[Any]]:
+        return () if self.known is None or self.kind is not Task else (self.known,)
 
     @property
     def key(self) -> str | None:
@@ -92,7 +97,7 @@ class Update(Generic[Item]):
             return StaleVersionError(ITEM[self.kind], self.id, self.version, row.version)
         record: Record[Any] = self.record
         names: Sequence[str] = self.names
-        if row.record is not None:
+        if row.record is not None and row.record is not self.known:
             record = row.record.merge(record, names)
         if self.kind is NodeInfo:
             assert row.record is not None  # always read
@@ -119,7 +124,10 @@ def newer_heartbeat(known: Record[Any], given: Record[Any]) -> datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class Remove(OfOneRow):
-    """Remove a row, and with `with_history` its older changes; results in whether it existed."""
+    """Remove a row, and with `with_history` its older changes; results in whether it existed.
+
+    A task gives back the place that it has taken up.
+    """
 
     kind: type[Any]
     id: str
@@ -128,6 +136,12 @@ class Remove(OfOneRow):
     def decide(self, row: Row) -> bool:
         if row.version is None:
             return False
+        task = row.content() if row.node is not None and row.status in HELD else None
+        if task is not None:
+            node = row.other(NodeInfo, task["assigned_node"])
+            values = lifecycle.freed(node.record, task)
+            if node.record is not None:
+                node.write(node.record.evolve(**values), values)
         row.remove(with_history=self.with_history)
         return True
 
@@ -162,7 +176,7 @@ class SetNodeStatus(OfOneRow):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(OfOneRow):
     """Hand tasks to a node; results in the records of those that it may have, best first.
 
     Of the candidates, those are left out that the node may not claim by now.
@@ -173,11 +187,14 @@ class Claim:
     """Best first, as they were known; there may be more than `limit`."""
     limit: int
     kind: ClassVar[type[Any]] = NodeInfo
-    key: ClassVar[str | None] = None
 
     @property
     def others(self) -> Iterable[Place]:
         return [(Task, one.fields["task_id"]) for one in self.candidates]
+
+    @property
+    def hints(self) -> Iterable[Record[Task]]:
+        return self.candidates
 
     def decide(self, row: Row) -> list[Record[Task]] | StoreError:
         node = row.record
@@ -209,7 +226,7 @@ class Advanced(NamedTuple):
 
 
 @dataclass(slots=True)
-class Advance:
+class Advance(OfOneRow):
     """Take a task a step on in its life, and the counters of its node with it.
 
     Results in `Advanced`, or why not.
@@ -222,11 +239,14 @@ class Advance:
     node_id: str | None = None
     """The node that it is probably assigned to, which is read together with other rows."""
     kind: ClassVar[type[Any]] = Task
-    key: ClassVar[str | None] = None
 
     @property
     def others(self) -> Iterable[Place]:
         return () if self.node_id is None else ((NodeInfo, self.node_id),)
+
+    @property
+    def hints(self) -> Iterable[Record[Any]]:
+        return () if self.known is None else (self.known,)
 
     def decide(self, row: Row) -> Advanced | StoreError:
         task = row.content(self.known)
@@ -293,7 +313,7 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
 
 
 @dataclass(slots=True)
-class Register:
+class Register(OfOneRow):
     """Add a node, or have it come back as a new process that holds nothing.
 
     What the former one held is given back. Results in the node's record.
@@ -303,8 +323,6 @@ class Register:
     record: Record[NodeInfo]
     wait: Wait
     kind: ClassVar[type[Any]] = NodeInfo
-    others: ClassVar[Sequence[Place]] = ()
-    key: ClassVar[str | None] = None
 
     def decide(self, row: Row) -> Record[NodeInfo] | StoreError:
         for held in row.held():
@@ -361,9 +379,12 @@ class Compact:
 
 def compact(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` operations."""
-    sql = statements_for(unit.cursor.dialect)
-    newest, _ = counters_of(unit.cursor.execute(sql.read_counters))
-    return [
-        len(unit.cursor.execute(sql.forget_until, (min(operation.until, newest - 1),)))
-        for operation in operations
-    ]
+    sql, cursor = statements_for(unit.cursor.dialect), unit.cursor
+    newest, _ = counters_of(cursor.execute(sql.read_counters))
+    counts = []
+    for operation in operations:
+        until = min(operation.until, newest - 1)
+        counts.append(len(cursor.execute(sql.forget_until, (until,))))
+        if counts[-1]:
+            cursor.execute(sql.write_compacted, (until,))
+    return counts

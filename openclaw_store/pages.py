@@ -37,7 +37,7 @@ _TASKS = f"""LEFT JOIN tasks
     AND (tasks.version <= changes.revision OR tasks.version > %(until)s)"""
 
 _AS_ROWS = f"""
-    SELECT counters.revision, counters.beat, {_COLUMNS} FROM counters
+    SELECT counters.revision, beat, compacted, {_COLUMNS} FROM counters
     LEFT JOIN changes ON changes.revision > %(since)s AND changes.revision <= %(until)s {_TASKS}
     WHERE counters.id = 1 ORDER BY changes.revision""" % {"since": "$1", "until": "$2"}
 
@@ -48,7 +48,7 @@ _PART = f"""(
 
 # For each row, SQLite's driver lets other threads run, and waits for its turn again. So there is
 # one row; even without other threads, this takes two thirds of the time.
-_AS_JSON = "SELECT revision, beat, {} FROM counters WHERE id = 1".format(
+_AS_JSON = "SELECT revision, beat, compacted, {} FROM counters WHERE id = 1".format(
     ", ".join(_PART % {"until": "?2", "part": part} for part in range(_TEXTS))
 )
 
@@ -60,6 +60,8 @@ class FeedPage(NamedTuple):
     """The newest one there is."""
     beat: int
     """The newest flush of heartbeats."""
+    compacted: int
+    """Up to here, changes were removed."""
     rows: Sequence[Sequence[Any]]
     """Each a change, and behind it the task it is about, as the driver gave them.
 
@@ -72,13 +74,11 @@ async def read_page(session: AsyncSession, since: int, until: int) -> FeedPage:
     if session.get_bind().dialect.name == "sqlite":
         length = -(-(until - since) // _TEXTS)
         found = await _fetch(session, _AS_JSON, since, until, length)
-        revision, beat = counters_of(found)
-        rows = list(chain.from_iterable(map(orjson.loads, found[0][2:])))
+        rows = list(chain.from_iterable(map(orjson.loads, found[0][3:]))) if found else []
     else:
         found = await _fetch(session, _AS_ROWS, since, until)
-        revision, beat = counters_of(found)
-        rows = [row[2:] for row in found if row[2] is not None]
-    return FeedPage(revision, beat, rows)
+        rows = [row[3:] for row in found if row[3] is not None]
+    return FeedPage(*counters_of(found), found[0][2], rows)
 
 
 async def _fetch(session: AsyncSession, sql: str, *parameters: int) -> Sequence[Any]:

@@ -3,14 +3,16 @@
 Whoever writes either locks the row of counters first, and so writes alone, as on SQLite: what it
 reads then cannot move until it has committed. Or it moves the counters only if they are as they
 were when it read, in the very statement that writes all the rest: who was quicker has moved them,
-and nothing is written. That takes two round trips to the server instead of four, or one where rows
-are only added: the writer knows how it left the counters. So it does, until it meets another one.
+and nothing is written. That takes two round trips to the server instead of four. It takes one where
+nothing needs to be read: the writer knows how it left the counters and the nodes, and its callers
+mostly know the tasks, whose versions the statement makes sure of. So it does, until it meets
+another one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from typing import Any, NoReturn, TypeVar
@@ -79,9 +81,15 @@ class Cursor:
         """Do a statement for many rows; returns how many rows of a table it wrote."""
         return self._write(sql, rows)
 
-    def assume(self) -> Sequence[Any] | None:
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
         """Nothing: what is assumed here and proves wrong could not be done again."""
         return None
+
+    def assume(self) -> None:
+        """Cannot be, as nothing is known."""
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Forget them again."""
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""
@@ -115,12 +123,14 @@ class WriterCursor(Cursor):
         self._guard: tuple[str, Sequence[Any]] | None = None
         self._combinations: dict[tuple[str, ...], str] = {}
         self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
+        self._known: dict[Any, Any] = {}  # other rows, as they were then
+        self._learned: dict[Any, Any] = {}  # by this transaction
         self._has_assumed = False
         self._doubtful = 0  # transactions that are to assume nothing
 
     def begin(self) -> None:
         """Forget the last transaction."""
-        self._kept, self._guard = [], None
+        self._kept, self._guard, self._learned = [], None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
 
@@ -144,12 +154,19 @@ class WriterCursor(Cursor):
         self._send_kept()
         return self._write(sql, rows)
 
-    def assume(self) -> Sequence[Any] | None:
-        """The guard's row as the last transaction left it, while that proves right."""
-        if self.has_lock or self._doubtful:
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+        """Rows as the last transactions left them, while that proves right."""
+        if self.has_lock or self._doubtful or self._left is None:
             return None
-        self._has_assumed = self._left is not None
-        return self._left
+        return self._left, self._known
+
+    def assume(self) -> None:
+        """Find out later whether they were."""
+        self._has_assumed = True
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Assume these rows once they are written."""
+        self._learned.update(rows)
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Make all that is kept back depend on a statement that writes one row."""
@@ -160,6 +177,9 @@ class WriterCursor(Cursor):
         if self._guard is None:
             if self._kept:
                 self._send_kept()
+            elif self._has_assumed:  # nothing is written, so nobody would find out
+                self._doubtful = 2
+                raise RedoError
             return
         self._kept.sort(key=itemgetter(0))  # for fewer combinations
         guard, parameters = self._guard
@@ -172,7 +192,7 @@ class WriterCursor(Cursor):
             values = rows[0] if is_single else map(list, zip(*rows, strict=True))
             parameters = [*parameters, *values]
         if self._is_written(statement, parameters):
-            self._left = self._guard[1][:2]
+            self._note()
         elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
         elif self._has_assumed:
@@ -180,6 +200,19 @@ class WriterCursor(Cursor):
             raise RedoError
         else:
             self._need_lock(_CAREFUL_AFTER_CONFLICT)
+
+    def _note(self) -> None:
+        """Know the rows that were written, and forget all others if somebody else has written."""
+        assert self._guard is not None
+        _, (revision, beat, *read) = self._guard
+        if self._left is None or [*self._left] != read[:2]:
+            self._known = {}
+        self._left = revision, beat
+        for place, row in self._learned.items():
+            if row is None:
+                self._known.pop(place, None)
+            else:
+                self._known[place] = row
 
     def _is_written(self, statement: str, parameters: Sequence[Any]) -> bool:
         try:

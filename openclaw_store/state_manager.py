@@ -339,7 +339,7 @@ class StateManager:
         return await self._change(self.task_repo, check_key("task_id", task_id), fn)
 
     async def remove_task(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none."""
+        """Remove a task; `False` if there is none. Its place on a node is free then."""
         self._check_usable()
         return await self._mirror.remove((Task, check_key("task_id", task_id)))
 
@@ -767,8 +767,7 @@ class StateManager:
         feed as it goes, so a slow watcher costs nobody anything; and it goes on where it was left
         if it is given the `revision` of the last change that was seen, also after a restart. It
         ends when the manager is shut down. Changes of tasks that `cleanup_old_tasks` has removed
-        are gone with them, but for the last one; where they were the oldest of all, the feed does
-        not reach back to them any more.
+        are gone with them, but for the last one.
 
         Args:
             since: A revision; `None` for the newest one in memory, so that `get_state` and what is
@@ -806,7 +805,7 @@ class StateManager:
         Of a task that was removed it gives what is left, and searches the whole feed for it.
         """
         self._check_usable()
-        return await self.db.read(partial(read_history, task_id=check_key("task_id", task_id)))
+        return await self.db.read(partial(read_history, id=check_key("task_id", task_id)))
 
     async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
         """The task, as soon as it is finished.

@@ -93,7 +93,10 @@ class Statements(ABC):
             )
             .values(revision=bindparam("new_revision"), beat=bindparam("new_beat"))
         )
-        """New counters and those that were read, which must be there still."""
+        """New counters and those that were read, which must be there still.
+
+        `write_counters_if`, besides: identifiers of tasks, and the versions they must have.
+        """
         self._read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
@@ -116,6 +119,10 @@ class Statements(ABC):
             .returning(_CHANGES.c.revision)
         )
         """Removes all changes up to a revision, and tells which."""
+        self.write_compacted = self._compile(
+            update(CounterRow).where(text("id = 1")).values(compacted=bindparam("until"))
+        )
+        """Tells everybody of it."""
         self.insert_change = self._insert(list(_CHANGES.c))
         """For many rows."""
         moment = UtcTime()
@@ -183,6 +190,7 @@ class Statements(ABC):
             return self._read_one[kind], ids
         return self._read_many[kind], (self.given(ids),)
 
+    write_counters_if: str
     _read_many: dict[type[Any], str]
     delete: dict[type[Any], str]
     """For many rows of an identifier."""
@@ -334,6 +342,12 @@ class PostgreSQLStatements(Statements):
             )
             for kind, row in ROWS.items()
         }
+        versions = _given([_TASKS.c.task_id, _TASKS.c.version])
+        self.write_counters_if = f"""{self.write_counters}
+            AND NOT EXISTS (
+                SELECT FROM {_PLACE.sub(partial(_shifted, by=4), versions)} LEFT JOIN tasks
+                ON tasks.task_id = given.task_id WHERE tasks.version IS DISTINCT FROM given.version
+            )"""
         self.delete = {
             kind: f"DELETE FROM {table_of(kind)} USING {_given([_key(kind)])} "
             f"WHERE {_key(kind)} = given.{KEY[kind]}"
@@ -473,10 +487,9 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         shift = partial(_shifted, by=places)
         places += len(_PLACE.findall(write))
         given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
-        parts.append(f"write_{number} AS ({_ARRAYS.sub(given, _PLACE.sub(shift, write))})")
-    notify = f"pg_notify('{CHANNEL}', '')"
-    statement = f"WITH {', '.join(parts)} SELECT {notify} FROM guard"
-    return statement.replace("[]", "") if is_single else statement
+        write = _ARRAYS.sub(given, _PLACE.sub(shift, write))
+        parts.append(f"write_{number} AS ({write.replace('[]', '') if is_single else write})")
+    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', '') FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:

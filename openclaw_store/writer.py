@@ -87,14 +87,24 @@ class Cursor(Protocol):
         Statements that stand together may be done in any order, none seeing what others wrote.
         """
 
-    def assume(self) -> Sequence[Any] | None:
-        """The guard's row, where a unit that only adds rows needs to read nothing.
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+        """The guard's row and what was to be remembered, if a unit may do without reading them."""
 
-        Whether it is as it was, and whether those rows are new, is then seen when they are written.
+    def assume(self) -> None:
+        """Take note that the unit does so.
+
+        Whether all that is still so, and whether rows that it adds are new, is seen when they are
+        written. The guard should make sure of what else it has taken for granted.
         """
 
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Once the guard has written, assume these rows; those that are `None` no more."""
+
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
-        """Write the row that was read first, if it is still as it was; else nothing is written."""
+        """Write the row that was read first, if it is still as it was; else nothing is written.
+
+        The first parameters are what is written to it, the next as many what was read.
+        """
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement, of whatever kind."""

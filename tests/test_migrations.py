@@ -325,6 +325,19 @@ class TestUpgrade:
         assert schema_of(location) == first
         assert task.version == 1
 
+    async def test_feed_that_was_compacted_before_it_could_tell_begins_with_its_oldest_change(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        async with Database(location) as database:
+            for _ in range(3):
+                await TaskRepository(database).create(make_task())
+        execute(location, "DELETE FROM changes WHERE revision < 3")
+
+        for command in (("downgrade", "0001"), ("upgrade", "head")):
+            await asyncio.to_thread(alembic, "-x", f"url={location}", *command)
+
+        assert execute(location, "SELECT compacted FROM counters") == [(2,)]
+
     async def test_second_initialize_keeps_the_rows(
         self, location: Location, make_task: MakeTask
     ) -> None:

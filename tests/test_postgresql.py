@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -18,22 +19,25 @@ from openclaw_store import (
     Database,
     NodeInfo,
     NodeRepository,
+    NodeStatus,
+    StateManager,
     Task,
     TaskRepository,
     TaskStatus,
     round_trips,
 )
-from openclaw_store.changes import apply
+from openclaw_store.changes import OfOneRow, apply
 from openclaw_store.errors import (
     DuplicateError,
     InvalidDataError,
     OutcomeUnknownError,
     SchemaMismatchError,
     StaleVersionError,
+    TaskNotFoundError,
     UnavailableError,
 )
 from openclaw_store.heartbeats import Beat, apply_beats
-from openclaw_store.operations import OfOneRow, Remove
+from openclaw_store.operations import Remove, Update, apply_together
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
 
@@ -260,6 +264,127 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
         had_lock.append(writing.cursor.has_lock)
 
     assert had_lock == [True, True, False, False]
+
+
+async def test_what_is_known_need_not_be_read(
+    manager: StateManager,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    sent: list[str],
+) -> None:
+    await manager.register_node(make_node(node_id="n"))
+    task = make_task()
+    await manager.add_task(task)
+    sent.clear()
+
+    task.description = "noted"
+    await manager.update_task(task)
+    [task] = await manager.claim_tasks("n")
+    await manager.start_task(task)
+    await manager.complete_task(task)
+
+    assert len(sent) == 4
+    assert all("UPDATE tasks" in statement for statement in sent)
+    [row] = execute(location, "SELECT status, description, attempt FROM tasks")
+    assert row == ("completed", "noted", 1)
+    [row] = execute(location, "SELECT running_tasks, total_tasks_processed FROM nodes")
+    assert row == (0, 1)
+
+
+async def test_version_that_is_not_the_newest_is_found_out(
+    database: Database, location: Location, make_task: MakeTask
+) -> None:
+    """Planted: the guard asks for the counters alone."""
+    tasks, task = TaskRepository(database), make_task()
+    await tasks.create(task)
+    known = await tasks.get_record(task.task_id)
+    assert known is not None
+    task.error = "newer"
+    await tasks.update(task)
+
+    outdated = Update(Task, task.task_id, known.evolve(error="older"), ("error",), 1, known)
+    with pytest.raises(StaleVersionError):
+        await database.write(apply, outdated)
+    await tasks.delete(task.task_id)
+    with pytest.raises(TaskNotFoundError):
+        await database.write(apply, outdated)
+
+    assert [revision for revision, *_ in feed(location)] == [1, 2, 3]
+
+
+async def test_what_a_batch_has_written_is_not_taken_for_what_was_known_before(
+    database: Database, location: Location, make_task: MakeTask
+) -> None:
+    """Planted: each run of a batch does without reading."""
+    tasks, task = TaskRepository(database), make_task()
+    await tasks.create(task)
+    known = await tasks.get_record(task.task_id)
+    assert known is not None
+
+    first, second = [
+        Update(Task, task.task_id, known.evolve(error=text), ("error",), 1, known) for text in "ab"
+    ]
+    _, [stale] = await asyncio.gather(
+        database.write(apply, first), database.write(apply_together, [second])
+    )
+
+    assert isinstance(stale, StaleVersionError)
+    assert execute(location, "SELECT error FROM tasks") == [("a",)]
+
+
+async def test_refusal_by_what_was_known_is_made_sure_of(
+    manager: StateManager, other: Database, location: Location, make_task: MakeTask
+) -> None:
+    """Planted: where nothing is written, what was assumed counts."""
+    task = make_task()
+    await manager.add_task(task)
+    await manager.cancel_task(task.task_id)
+    await TaskRepository(other).requeue(task.task_id)
+
+    await manager.cancel_task(task.task_id)
+
+    assert execute(location, "SELECT status FROM tasks") == [("cancelled",)]
+    assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
+
+
+async def test_node_is_not_known_any_more_once_others_have_written(
+    manager: StateManager,
+    other: Database,
+    location: Location,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: what was known stays known when the counters have moved."""
+    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+    await manager.register_node(make_node(node_id="n"))
+    for _ in range(6):
+        await manager.add_task(make_task())
+    [node] = await NodeRepository(other).list_online_nodes()
+    node.status = NodeStatus.MAINTENANCE
+    await NodeRepository(other).update(node)
+    for _ in range(4):  # until it is assumed again that nobody else writes
+        await manager.add_task(make_task())
+
+    assert await manager.claim_tasks("n") == []
+
+    assert execute(location, "SELECT status, running_tasks FROM nodes") == [("maintenance", 0)]
+
+
+async def test_node_is_known_no_more_once_it_was_beaten(
+    database: Database, location: Location, make_node: MakeNode, clock: FakeClock
+) -> None:
+    """Planted: heartbeats leave what is known as it was."""
+    nodes, node = NodeRepository(database), make_node()
+    await nodes.create(node)
+    at = clock.advance(seconds=5)
+    await database.write(apply_beats, [Beat(node.node_id, at, {"cpu_usage": 5.0})])
+
+    node.last_heartbeat, node.hostname = at - timedelta(seconds=1), "renamed"
+    await nodes.update(node)
+
+    assert execute(location, "SELECT last_heartbeat, hostname FROM nodes") == [(at, "renamed")]
 
 
 async def test_heartbeats_and_changes_share_a_batch(

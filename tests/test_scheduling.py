@@ -905,6 +905,22 @@ class TestCancel:
 
         assert await stored(cluster.one) == before
 
+    async def test_task_that_is_removed_gives_its_place_back(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        pending = await cluster.add(priority=TaskPriority.LOW)
+        scheduled, running = await cluster.claimed(node), await cluster.running(node)
+        completed = await cluster.one.complete_task(await cluster.claimed(node))
+        assert (await cluster.node(node)).running_tasks == 2
+
+        for task, left in ((running, 1), (completed, 1), (pending, 1), (scheduled, 0)):
+            assert await cluster.two.remove_task(task.task_id) is True
+            await assert_counted(cluster.one)
+            assert (await cluster.node(node)).running_tasks == left
+
+        lost = await cluster.claimed(node)
+        await cluster.one.remove_node(node)
+        assert await cluster.one.task_repo.delete(lost.task_id) is True
+
 
 class TestRequeue:
     async def test_task_is_as_if_it_never_had_been_run(self, cluster: Cluster) -> None:

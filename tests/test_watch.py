@@ -329,6 +329,18 @@ class TestCompaction:
 
         assert (caught.value.since, caught.value.oldest) == (2, 5)
 
+    async def test_clean_up_of_the_oldest_is_none(
+        self, manager: StateManager, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """Planted: the feed begins with the oldest change that it has."""
+        await manager.add_task(make_task(status=TaskStatus.COMPLETED, completed_at=clock()))
+        await manager.add_task(make_task())
+        clock.advance(days=31)
+
+        assert await manager.task_repo.cleanup_old_tasks(days=30) == 1
+
+        assert [one.revision for one in await first(2, manager.watch(since=0))] == [2, 3]
+
     async def test_cache_that_is_behind_it_loads_anew(
         self,
         manager: StateManager,

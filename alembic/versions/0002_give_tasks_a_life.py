@@ -31,6 +31,10 @@ def upgrade() -> None:
     op.add_column(
         "counters", sa.Column("compacted", sa.BigInteger(), server_default="0", nullable=False)
     )
+    # Who compacted the feed before has left no other trace.
+    op.execute(
+        "UPDATE counters SET compacted = coalesce((SELECT min(revision) FROM changes), 1) - 1"
+    )
 
 
 def downgrade() -> None:
