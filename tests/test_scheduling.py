@@ -362,6 +362,22 @@ class TestClaim:
             cluster.clock.advance(seconds=1)
             assert await TaskRepository(tx).claim(node, 50) == []
 
+    async def test_repository_tries_again_when_others_were_quicker(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node, busy = await cluster.join(), await cluster.join(max_concurrent_tasks=40)
+        tasks = [await cluster.add() for _ in range(42)]
+        write = cluster.two.db.write
+
+        async def write_late(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            assert len(await cluster.one.claim_tasks(busy, 40)) == 40
+            return await write(*arguments)
+
+        monkeypatch.setattr(cluster.two.db, "write", write_late)
+
+        assert ids(await cluster.two.task_repo.claim(node)) == ids(tasks[40:41])
+
     async def test_outdated_picture_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks, the other coordinator has claimed, ended or changed all but two."""
         busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
@@ -412,7 +428,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -426,7 +442,7 @@ class TestClaim:
         assert sum(node.successful_tasks for node in found) == 100
         assert sum(node.total_tasks_processed for node in found) == 100
 
-    async def test_claims_while_others_cancel_change_and_remove(self, cluster: Cluster) -> None:
+    async def test_claims_while_others_cancel_change_and_requeue(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=100)
         tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
         await cluster.two.refresh_from_database()
@@ -1002,7 +1018,8 @@ class TestRequeue:
         assert await stored(one) == before
         calls = one.cancel_task("a"), one.requeue_task("c"), one.add_task(new)
         assert await outcomes(*calls, one.requeue_task("a")) == [True, True, "c", "c"]
-        calls = one.remove_task("c"), one.add_task(new), one.requeue_task("b")
+        assert await outcomes(one.cancel_task("c"), one.requeue_task("b")) == [True, True]
+        calls = one.remove_task("b"), one.add_task(new), one.requeue_task("c")
         assert await outcomes(*calls) == [True, True, new.task_id]
 
 
@@ -1809,6 +1826,7 @@ class TestExplain:
             "e is full."
         )
 
+        await cluster.join(node_id="f", available_skills=["java"])
         at_first = {"priority": TaskPriority.HIGH}
         await cluster.add(**at_first)
         await cluster.add(required_skills=["java"], **at_first)  # none of these nodes' business
