@@ -68,7 +68,6 @@ class Backend(Protocol):
         """Do `work` in a transaction in which nobody else migrates; blocks the thread.
 
         Args:
-            work: Is given the connection.
             copy_to: Says, of what it finds, how the name ends of a copy of the file to be made
                 first; `None` for no copy. There is none of a database on a server.
         """

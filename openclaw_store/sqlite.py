@@ -7,6 +7,7 @@ it returns.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import sqlite3
@@ -25,9 +26,11 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from openclaw_store.backups import written_aside
+from openclaw_store.backups import unused_name, written_aside
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -341,7 +344,6 @@ class SQLite:
         """Do `work` with the write lock and without foreign keys; blocks the thread.
 
         Args:
-            work: Is given the connection.
             copy_to: Says, of what it finds, how the name ends of a copy to be made beside the file
                 first, with nobody else at it; `None` for no copy. What fails leaves no copy.
 
@@ -351,13 +353,14 @@ class SQLite:
             SchemaMismatchError: If a row refers to one that is not there afterwards.
         """
         self.prepare()
+        copy: Path | None = None
         with self.faults.translated():
-            connection, ending = retrying(lambda: self._migrating(copy_to), self._timeout)
+            connection, ending = self._migrating(copy_to)
             with connection:
-                copy = None if ending is None else self._copied(connection, ending)
-                # SQLite changes a table by copying it, and dropping the old one would delete the
-                # rows that refer to it. The switch works outside of transactions only, hence on
-                # the driver.
+                if ending is not None:
+                    copy = self._copied(connection, ending)
+                # SQLite changes a table by copying it, and dropping the old one would delete rows
+                # that refer to it. The switch works outside of transactions, hence on the driver.
                 connection.connection.execute("PRAGMA foreign_keys=OFF")
                 with retrying(connection.begin, self._timeout):
                     try:
@@ -367,6 +370,8 @@ class SQLite:
                         if copy is not None:
                             copy.unlink()  # the file is still what it was
                         raise
+        if copy is not None:
+            logger.info("%s, as it was before, is kept in %s", self.path, copy)
         self._empty_wal()
         return result
 
@@ -374,24 +379,27 @@ class SQLite:
         self, copy_to: Callable[[Connection], str | None]
     ) -> tuple[Connection, str | None]:
         """A connection to migrate with, alone where a copy is to be made first."""
-        if self.inspect(copy_to) is None:
-            return _writing_engine(self.path).connect(), None
-        connection = _writing_engine(self.path, _LoneConnection).connect()
-        try:
+
+        def connect() -> tuple[Connection, str | None]:
+            if self.inspect(copy_to) is None:
+                return _writing_engine(self.path).connect(), None
+            connection = _writing_engine(self.path, _LoneConnection).connect()
             ending = copy_to(connection)  # others may have been faster
             connection.rollback()
-        except BaseException:
-            connection.close()
-            raise
-        return connection, ending
+            return connection, ending
+
+        try:
+            return retrying(connect, self._timeout)
+        except (DBAPIError, sqlite3.Error) as error:
+            if not SQLiteFaults.is_busy(error):
+                raise
+            raise UnavailableError(
+                f"{self.path}: another program has it open: end that program, then try again"
+            ) from error
 
     def _copied(self, connection: Connection, ending: str) -> Path:
         """Copy the file beside itself; returns where to."""
-        target = self.path.with_name(self.path.name + ending)
-        number = 1
-        while os.path.lexists(target):
-            number += 1
-            target = self.path.with_name(f"{self.path.name}{ending}-{number}")
+        target = unused_name(self.path, ending)
         source: Any = connection.connection.driver_connection
         with written_aside(target, overwrite=False, besides=_BESIDES) as partial:
             partial.touch(self.path.stat().st_mode & 0o777)  # for nobody's eyes who had not it
@@ -401,9 +409,7 @@ class SQLite:
     def _refuse_orphans(self, connection: Connection) -> None:
         orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
         if orphans:
-            raise SchemaMismatchError(
-                f"{self.path}: the migration would orphan rows: {orphans[:3]}"
-            )
+            raise SchemaMismatchError(f"{self.path}: it would orphan rows: {orphans[:3]}")
 
     def engine(self, *, write: bool, pool: type[Pool] | None = None, **options: Any) -> AsyncEngine:
         """An engine for coroutines: read-only, or one that begins with the write lock."""
