@@ -43,6 +43,7 @@ LAYERS = [
     "postgresql",
     "backends",
     "wakeups",
+    "adoption",
     "migrations",
     "sessions",
     "database",
