@@ -59,6 +59,9 @@ from openclaw_store.models import FINISHED, HELD, LIVE
 
 BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
 
+PATIENCE = 20.0
+"""Seconds after which something that should have happened counts as hanging."""
+
 
 class RolledBackError(Exception):
     """What ends a transaction."""
@@ -1840,6 +1843,29 @@ class TestCancelTasks:
         assert sorted(done) == ids([noted, started])
         assert (await cluster.task(renamed.task_id)).status is TaskStatus.PENDING
         assert (await cluster.task(noted.task_id)).metadata == {"a": "note"}
+
+    async def test_what_is_only_in_memory_is_ended_too(self, cluster: Cluster) -> None:
+        held = cluster.make_task()
+        await cluster.manager.add_task(held, persist=False)
+        lost = cluster.make_task()
+        await cluster.manager.add_task(lost, persist=False)
+        await cluster.other.add_task(replace(lost, name="newer"))
+
+        assert sorted(await cluster.manager.cancel_tasks()) == ids([held, lost])
+
+        assert (await cluster.task(lost.task_id)).name == "newer"
+
+    async def test_task_that_was_put_back_by_hand_does_not_go_round_for_ever(
+        self, cluster: Cluster, location: Location
+    ) -> None:
+        done, live = await cluster.add(status=TaskStatus.FAILED), await cluster.add()
+        put = f"UPDATE tasks SET status = '{{}}' WHERE task_id = '{done.task_id}'"
+        execute(location, put.format("pending"))
+
+        async with asyncio.timeout(PATIENCE):
+            assert await cluster.manager.cancel_tasks() == ids([live])
+
+        execute(location, put.format("failed"))
 
 
 class TestExplain:
