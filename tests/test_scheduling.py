@@ -445,7 +445,7 @@ class TestClaim:
         assert sum(node.successful_tasks for node in found) == 100
         assert sum(node.total_tasks_processed for node in found) == 100
 
-    async def test_claims_while_others_cancel_change_and_requeue(self, cluster: Cluster) -> None:
+    async def test_claims_while_others_change_and_remove_tasks(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=100)
         tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
         await cluster.two.refresh_from_database()
@@ -454,13 +454,16 @@ class TestClaim:
             task.metadata["note"] = "seen"
 
         async def disturb(number: int, id: str) -> object:
-            manager = (cluster.one, cluster.two)[number // 4 % 2]
-            if number % 4 == 0:
-                return await manager.cancel_task(id)
-            if number % 4 == 1:
-                return await manager.change_task(id, note)
-            if number % 4 == 2:
-                return await manager.requeue_task(id)
+            manager = (cluster.one, cluster.two)[number % 2]
+            match number % 5:
+                case 0:
+                    return await manager.cancel_task(id)
+                case 1:
+                    return await manager.change_task(id, note)
+                case 2:
+                    return await manager.requeue_task(id)
+                case 3:
+                    return await manager.remove_task(id)
             return None
 
         claims = [
@@ -475,10 +478,12 @@ class TestClaim:
         assert_legal(changes, {node: 100})
         by_id = {task.task_id: task for task in rows}
         for number, id in enumerate(ids(tasks)):
-            is_cancelled = number % 4 == 0
-            expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
-            assert by_id[id].status is expected
-            assert (by_id[id].metadata == {"note": "seen"}) is (number % 4 == 1)
+            assert (id in by_id) is (number % 5 != 3)
+            if id in by_id:
+                is_cancelled = number % 5 == 0
+                expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
+                assert by_id[id].status is expected
+                assert (by_id[id].metadata == {"note": "seen"}) is (number % 5 == 1)
         await assert_counted(cluster.one)
 
     async def test_what_is_only_in_memory_can_be_claimed(
