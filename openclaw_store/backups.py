@@ -65,6 +65,15 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
                 partial.with_name(partial.name + ending).unlink()
 
 
+def unused_name(path: Path, ending: str) -> Path:
+    """A name beside `path` that nothing has: with that ending, and a number if need be."""
+    target, number = path.with_name(path.name + ending), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}{ending}-{number}")
+    return target
+
+
 def _sync_folder(folder: Path) -> None:
     if sys.platform == "win32":
         return  # a folder cannot be opened there

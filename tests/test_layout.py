@@ -42,6 +42,7 @@ LAYERS = [
     "postgresql",
     "backends",
     "wakeups",
+    "adoption",
     "migrations",
     "sessions",
     "database",
