@@ -248,7 +248,7 @@ class TaskRepository(Repository[Task]):
         return await self._update(task)
 
     async def delete(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none. Its history stays."""
+        """Remove a task; `False` if there is none. Its history stays, its place is free."""
         return await self._delete(task_id)
 
     async def claim(self, node_id: str, limit: int = 1) -> list[Task]:
@@ -271,7 +271,8 @@ class TaskRepository(Repository[Task]):
             found: list[Record[Task]] = []
             if not wanted:
                 return found
-            decode, now = decoder_here(session, Task), self._database.clock()
+            decode = decoder_here(session, Task)
+            now = self._database.clock() if self._unit is None else self._unit.now
             async for rows in read_rows(session, select_pending()):
                 tasks = map(decode, rows)
                 found += [task for task in tasks if claim(task, nodes[0], now) is not None]

@@ -201,6 +201,9 @@ class Cursor:
     def assume(self) -> None:
         """Cannot be, as nothing is known."""
 
+    def doubt(self) -> None:
+        """Cannot be, either."""
+
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Forget them again."""
 

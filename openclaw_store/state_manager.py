@@ -339,7 +339,7 @@ class StateManager:
         return await self._change(self.task_repo, check_key("task_id", task_id), fn)
 
     async def remove_task(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none."""
+        """Remove a task; `False` if there is none. Its place on a node is free then."""
         self._check_usable()
         return await self._mirror.remove((Task, check_key("task_id", task_id)))
 

@@ -26,8 +26,9 @@ README = ROOT / "README.md"
 LAYERS = [
     "errors",
     "clock",
-    "models",
     "checks",
+    "dicts",
+    "models",
     "records",
     "lifecycle",
     "schema",
@@ -116,7 +117,17 @@ class TestLayers:
 
     @pytest.mark.parametrize(
         "module",
-        ["errors", "clock", "models", "checks", "records", "indexes", "cache", "state_manager"],
+        [
+            "errors",
+            "clock",
+            "checks",
+            "dicts",
+            "models",
+            "records",
+            "indexes",
+            "cache",
+            "state_manager",
+        ],
     )
     def test_module_knows_no_sql(self, module: str) -> None:
         assert {
@@ -128,8 +139,9 @@ class TestLayers:
         [
             "errors",
             "clock",
-            "models",
             "checks",
+            "dicts",
+            "models",
             "records",
             "schema",
             "changes",
@@ -146,7 +158,7 @@ class TestLayers:
         assert "asyncio" not in imports(module)
 
     @pytest.mark.parametrize(
-        "module", ["models", "checks", "records", "schema", "indexes", "cache"]
+        "module", ["checks", "dicts", "models", "records", "schema", "indexes", "cache"]
     )
     def test_module_does_no_input_or_output(self, module: str) -> None:
         outside = {"asyncio", "io", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}

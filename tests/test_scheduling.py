@@ -14,7 +14,16 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, locked, refuse_tasks
+from conftest import (
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    execute,
+    locked,
+    refuse_tasks,
+)
 
 from openclaw_store import (
     Backoff,
@@ -246,6 +255,27 @@ class TestClaim:
         cluster.clock.advance(1.000001)
         assert ids(await claim(node, 9)) == ["latest", "later"]
 
+    @pytest.mark.parametrize("skills", ['["a", "ä"]', r'["a","\u00e4"]', "[]"])
+    async def test_skills_may_be_spelled_otherwise_than_by_the_store(
+        self, skills: str, cluster: Cluster, location: Location, open_manager: OpenManager
+    ) -> None:
+        node = await cluster.join(available_skills=["a", "ä"], max_concurrent_tasks=9)
+        looked_at, unseen, kept = [(await cluster.add()).task_id for _ in range(3)]
+        execute(location, f"UPDATE tasks SET required_skills = '{skills}'")
+        ready = await cluster.add(required_skills=["a", "ä"])
+        manager = await open_manager()
+
+        await manager.get_task(looked_at)
+        await manager.cancel_task(looked_at)
+        await manager.remove_task(unseen)
+
+        task = await manager.get_task(looked_at)
+        assert task is not None
+        assert task.status is TaskStatus.CANCELLED
+        assert ids(await manager.claim_tasks(node, 9)) == [kept, ready.task_id]
+        await cluster.one.remove_task(looked_at)
+        await cluster.one.remove_task(kept)  # this one keeps to what it has written
+
     async def test_node_gets_no_more_than_it_has_places_for(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=3)
         await cluster.one.add_tasks(cluster.make_task() for _ in range(9))
@@ -322,6 +352,15 @@ class TestClaim:
         assert first == [await cluster.task(id) for id in ids(first)]
         await assert_counted(cluster.one)
         assert await cluster.one.claim_tasks(node, 500) == []
+
+    async def test_moment_of_a_transaction_is_that_of_its_beginning(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=50)
+        later = cluster.clock() + timedelta(seconds=1)
+        await cluster.one.add_tasks(cluster.make_task(not_before=later) for _ in range(50))
+
+        async with cluster.one.db.transaction() as tx:
+            cluster.clock.advance(seconds=1)
+            assert await TaskRepository(tx).claim(node, 50) == []
 
     async def test_outdated_picture_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks, the other coordinator has claimed, ended or changed all but two."""
@@ -889,6 +928,22 @@ class TestCancel:
 
         assert await stored(cluster.one) == before
 
+    async def test_task_that_is_removed_gives_its_place_back(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        pending = await cluster.add(priority=TaskPriority.LOW)
+        scheduled, running = await cluster.claimed(node), await cluster.running(node)
+        completed = await cluster.one.complete_task(await cluster.claimed(node))
+        assert (await cluster.node(node)).running_tasks == 2
+
+        for task, left in ((running, 1), (completed, 1), (pending, 1), (scheduled, 0)):
+            assert await cluster.two.remove_task(task.task_id) is True
+            await assert_counted(cluster.one)
+            assert (await cluster.node(node)).running_tasks == left
+
+        lost = await cluster.claimed(node)
+        await cluster.one.remove_node(node)
+        assert await cluster.one.task_repo.delete(lost.task_id) is True
+
 
 class TestRequeue:
     async def test_task_is_as_if_it_never_had_been_run(self, cluster: Cluster) -> None:
@@ -1347,6 +1402,22 @@ class TestSubmit:
             with pytest.raises(DuplicateError) as caught:
                 await cluster.two.submit_task(stranger)
             assert (caught.value.id, caught.value.idempotency_key) == (task.task_id, None)
+
+    async def test_key_is_not_free_because_a_node_is_gone_that_is_called_like_its_task(
+        self, cluster: Cluster
+    ) -> None:
+        holder = await cluster.add(idempotency_key="key")
+        await cluster.join(node_id=holder.task_id)
+        one, other = [cluster.make_task(idempotency_key="key") for _ in range(2)]
+
+        first, is_gone, second = await asyncio.gather(  # one batch
+            cluster.one.submit_task(one),
+            cluster.one.remove_node(holder.task_id),
+            cluster.one.submit_task(other),
+        )
+
+        assert is_gone
+        assert first == second == holder
 
     async def test_key_that_becomes_free_meanwhile_is_taken(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
