@@ -102,8 +102,8 @@ def require(backend: Backend) -> None:
         raise SchemaMismatchError(
             f"the schema of {backend.location} is "
             f"{'the original one' if is_original else f'older than {HEAD}'}: call "
-            f'initialize(migrate=True), or run "alembic -x url={backend.location} upgrade head" '
-            "in a checkout"
+            'initialize(migrate=True), or run "openclaw-store db upgrade" or, in a checkout, '
+            f'"alembic -x url={backend.location} upgrade head"'
         )
 
 
