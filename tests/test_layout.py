@@ -59,6 +59,7 @@ LAYERS = [
     "explanations",
     "dispatcher",
     "state_manager",
+    "testing",
 ]
 """The modules; each one imports only from those before it."""
 
