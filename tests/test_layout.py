@@ -66,6 +66,7 @@ LAYERS = [
     "live",
     "cli",
     "__main__",
+    "testing",
 ]
 """The modules; each one imports only from those before it."""
 
