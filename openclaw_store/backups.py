@@ -45,7 +45,9 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         UnavailableError: If it cannot be written there.
     """
     if os.path.exists(target) and not overwrite:
-        raise InvalidDataError("path", f"{target} exists: choose another, or pass overwrite=True")
+        raise InvalidDataError(
+            "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
+        )
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
