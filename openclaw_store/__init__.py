@@ -1,42 +1,70 @@
 """State of a cluster of nodes that run tasks: kept in a database, answered from memory."""
 
-from openclaw_store.changes import Change, ChangeKind
-from openclaw_store.clock import Clock, new_id, utc_now
-from openclaw_store.database import Database
-from openclaw_store.dispatcher import Recovery
-from openclaw_store.errors import (
-    BackendError,
-    CompactedError,
-    ConflictError,
-    DeadlineError,
-    DuplicateError,
-    InvalidDataError,
-    InvalidTransitionError,
-    NodeNotFoundError,
-    NotFoundError,
-    NotOwnerError,
-    OutcomeUnknownError,
-    SchemaMismatchError,
-    StaleVersionError,
-    StoreError,
-    TaskNotFoundError,
-    UnavailableError,
-    UnsavedConflictError,
-)
-from openclaw_store.explanations import Explanation
-from openclaw_store.filters import TaskFilter, TaskPage
-from openclaw_store.lifecycle import Backoff
-from openclaw_store.models import (
-    ClusterState,
-    NodeInfo,
-    NodeStatus,
-    Task,
-    TaskPriority,
-    TaskStatus,
-    TaskType,
-)
-from openclaw_store.repositories import NodeRepository, TaskRepository
-from openclaw_store.state_manager import StateManager
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openclaw_store.changes import Change, ChangeKind
+    from openclaw_store.clock import Clock, new_id, utc_now
+    from openclaw_store.database import Database
+    from openclaw_store.dispatcher import Recovery
+    from openclaw_store.errors import (
+        BackendError,
+        CompactedError,
+        ConflictError,
+        DeadlineError,
+        DuplicateError,
+        InvalidDataError,
+        InvalidTransitionError,
+        NodeNotFoundError,
+        NotFoundError,
+        NotOwnerError,
+        OutcomeUnknownError,
+        SchemaMismatchError,
+        StaleVersionError,
+        StoreError,
+        TaskNotFoundError,
+        UnavailableError,
+        UnsavedConflictError,
+    )
+    from openclaw_store.explanations import Explanation
+    from openclaw_store.filters import TaskFilter, TaskPage
+    from openclaw_store.lifecycle import Backoff
+    from openclaw_store.models import (
+        ClusterState,
+        NodeInfo,
+        NodeStatus,
+        Task,
+        TaskPriority,
+        TaskStatus,
+        TaskType,
+    )
+    from openclaw_store.repositories import NodeRepository, TaskRepository
+    from openclaw_store.state_manager import StateManager
+else:
+    _MODULES = (
+        "errors",
+        "clock",
+        "models",
+        "lifecycle",
+        "database",
+        "changes",
+        "filters",
+        "repositories",
+        "explanations",
+        "dispatcher",
+        "state_manager",
+    )
+
+    def __getattr__(name: str) -> object:
+        # Imported when it is asked for: all of it takes longer than the command line may.
+        if name in __all__:
+            for module in _MODULES:
+                found = vars(import_module(f"{__name__}.{module}"))
+                if name in found:
+                    return globals().setdefault(name, found[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __version__ = "0.1.0"
 
@@ -81,3 +109,7 @@ __all__ = [
     "new_id",
     "utc_now",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

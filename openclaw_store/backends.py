@@ -51,6 +51,9 @@ class Backend(Protocol):
     def faults(self) -> Faults:
         """Tells what the driver's errors mean."""
 
+    def exists(self) -> bool:
+        """Whether there is a file; a server is taken to be there."""
+
     def make_folder(self) -> None:
         """Make the folder that a file will be in."""
 

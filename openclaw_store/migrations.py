@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
 from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of
-from openclaw_store.errors import SchemaMismatchError
+from openclaw_store.errors import InvalidDataError, SchemaMismatchError
 from openclaw_store.schema import Base
 
 if TYPE_CHECKING:
+    from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
 HEAD = "0002"
@@ -43,7 +45,12 @@ def named_by(location: str | Path | None) -> Backend:
     Args:
         location: Path or URL; `None` for `OPENCLAW_STORE_URL` or `./data/cluster.db`.
     """
-    return backend_of(location or os.environ.get(URL_VARIABLE, DEFAULT_LOCATION))
+    return backend_of(location_of(location))
+
+
+def location_of(location: str | Path | None) -> str | Path:
+    """Where that database is."""
+    return location or os.environ.get(URL_VARIABLE) or DEFAULT_LOCATION
 
 
 def is_current(backend: Backend) -> bool:
@@ -65,12 +72,21 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
             f"{backend.location} has tables that this library did not make: give another path "
             "(adopting the original hand-made database is not supported yet)"
         )
+    refuse_newer(revision, backend.location)
+    return revision == HEAD
+
+
+def refuse_newer(revision: str | None, location: str) -> None:
+    """Refuse a schema that this version does not know yet.
+
+    Raises:
+        SchemaMismatchError: With the command to run.
+    """
     if revision is not None and revision > HEAD:
         raise SchemaMismatchError(
-            f"{backend.location} has schema {revision}, and this version of the library knows "
+            f"{location} has schema {revision}, and this version of the library knows "
             f'{HEAD}: run "pip install --upgrade openclaw-store"'
         )
-    return revision == HEAD
 
 
 def require(backend: Backend) -> None:
@@ -87,6 +103,18 @@ def require(backend: Backend) -> None:
         )
 
 
+def revision_of(backend: Backend) -> str | None:
+    """The schema that a database has; `None` if it has none of ours."""
+
+    def read(connection: Connection) -> str | None:
+        if "alembic_version" not in inspect(connection).get_table_names():
+            return None
+        revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+        return revision
+
+    return backend.inspect(read)
+
+
 def upgrade(backend: Backend) -> None:
     """Bring the database to the schema of this version; blocks the thread.
 
@@ -96,25 +124,68 @@ def upgrade(backend: Backend) -> None:
     """
     if is_current(backend):
         return
-    # Imported here: opening a database that needs no migration shall not pay for Alembic.
+    # Imported here, as below: opening a database that needs no migration shall not pay for Alembic.
     from alembic import command
-    from alembic.config import Config
     from alembic.util import CommandError
-
-    def run_upgrade(connection: Connection) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
 
     try:
         with _LOCK:
-            migrate(backend, run_upgrade)
+            migrate(backend, lambda connection: command.upgrade(_config(connection), "head"))
     except CommandError as error:
         raise SchemaMismatchError(
             f"{backend.location} cannot be upgraded ({error}): restore a backup, or give another "
             "path"
         ) from error
+
+
+def downgrade(backend: Backend, revision: str) -> None:
+    """Take the database back to an older schema; blocks the thread.
+
+    Args:
+        revision: The schema; `base` for none, which removes the tables and all that is in them.
+
+    Raises:
+        InvalidDataError: If there is no such revision before its own.
+        SchemaMismatchError: If the database is newer, or was not made by this library.
+        UnavailableError: If another process keeps it locked for longer than its timeout.
+    """
+    from alembic import command
+    from alembic.util import CommandError
+
+    try:
+        with _LOCK:
+            migrate(backend, lambda connection: command.downgrade(_config(connection), revision))
+    except CommandError as error:
+        raise InvalidDataError("revision", f"{error}: {backend.location} is as it was") from error
+
+
+def check(backend: Backend) -> None:
+    """Refuse a database whose tables are not those of this version, as Alembic compares them.
+
+    Raises:
+        SchemaMismatchError: Saying what is different.
+    """
+    require(backend)
+    from alembic import command
+    from alembic.util import CommandError
+
+    try:
+        with _LOCK:
+            backend.inspect(lambda connection: command.check(_config(connection)))
+    except CommandError as error:
+        raise SchemaMismatchError(
+            f"the tables of {backend.location} were changed by hand ({error}): restore a backup"
+        ) from error
+
+
+def _config(connection: Connection) -> Config:
+    """What has Alembic work with a connection, and say nothing."""
+    from alembic.config import Config
+
+    config = Config(stdout=StringIO())
+    config.set_main_option("script_location", str(SCRIPTS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    return config
 
 
 def migrate(backend: Backend, work: Callable[[Connection], None]) -> None:

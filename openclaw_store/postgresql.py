@@ -91,6 +91,10 @@ class PostgreSQL:
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
 
+    def exists(self) -> bool:
+        """`True`: it is found out when something connects to it."""
+        return True
+
     def make_folder(self) -> None:
         """There is none to be made."""
 

@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -41,9 +41,12 @@ _PRAGMAS = (
 
 _READ_TIMEOUT_SECONDS = 30.0
 
+_ALONE_SECONDS = 1.0
+"""How long somebody may take who only looks at what is to be replaced."""
+
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
-_BESIDES = ("-journal", "-wal", "-shm")
+BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
@@ -178,6 +181,9 @@ class Cursor:
     def assume(self) -> None:
         """Cannot be, as nothing is known."""
 
+    def doubt(self) -> None:
+        """Cannot be, either."""
+
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Forget them again."""
 
@@ -276,6 +282,10 @@ class SQLite:
         self.writing_engine = _writing_engine(path)
         self._timeout = timeout
 
+    def exists(self) -> bool:
+        """Whether there is such a file, or something else of that name."""
+        return os.path.exists(self.path)
+
     def make_folder(self) -> None:
         """Make the folder that the file will be in.
 
@@ -299,7 +309,7 @@ class SQLite:
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
-        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+        if self.exists() and not os.access(self.path, os.W_OK):
             # Else it could be read, and a WAL that nobody can write to would be left beside it.
             raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
 
@@ -397,13 +407,41 @@ class SQLite:
             raise InvalidDataError("path", f"{target} is the database itself: choose another")
         with (
             SQLiteFaults(str(target)).translated(),
-            written_aside(target, overwrite=overwrite, besides=_BESIDES) as partial,
+            written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,
             self._opened(_ReadConnection) as source,
             closing(sqlite3.connect(partial, isolation_level=None)) as copy,
         ):
             # All pages in one step: a copy in several starts again with every write meanwhile.
             retrying(lambda: source.backup(copy), self._timeout)
             copy.execute("PRAGMA journal_mode=DELETE")  # the copy is one file, complete in itself
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep everybody else out during the block, in which the file may be replaced.
+
+        What its WAL held is in it then. There need not be a file, and it may be damaged.
+
+        Raises:
+            UnavailableError: If somebody uses it.
+        """
+        if not self.exists():
+            yield
+            return
+        with closing(
+            sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
+        ) as connection:
+            try:
+                connection.execute("PRAGMA journal_mode=DELETE")  # works for the only one there is
+                connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.Error as error:
+                if SQLiteFaults.is_busy(error):
+                    raise UnavailableError(
+                        f"{self.path} is in use: stop all coordinators, then try again"
+                    ) from error
+                if SQLiteFaults.code(error) not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+                    raise self.faults.translate(error) from error
+            yield
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, and empty the WAL."""

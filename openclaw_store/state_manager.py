@@ -339,7 +339,7 @@ class StateManager:
         return await self._change(self.task_repo, check_key("task_id", task_id), fn)
 
     async def remove_task(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none."""
+        """Remove a task; `False` if there is none. Its place on a node is free then."""
         self._check_usable()
         return await self._mirror.remove((Task, check_key("task_id", task_id)))
 
@@ -805,7 +805,7 @@ class StateManager:
         Of a task that was removed it gives what is left, and searches the whole feed for it.
         """
         self._check_usable()
-        return await self.db.read(partial(read_history, task_id=check_key("task_id", task_id)))
+        return await self.db.read(partial(read_history, id=check_key("task_id", task_id)))
 
     async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
         """The task, as soon as it is finished.

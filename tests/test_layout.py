@@ -60,6 +60,12 @@ LAYERS = [
     "dispatcher",
     "state_manager",
     "testing",
+    "inspection",
+    "restoring",
+    "console",
+    "live",
+    "cli",
+    "__main__",
 ]
 """The modules; each one imports only from those before it."""
 
@@ -230,10 +236,32 @@ class TestPublic:
         assert [name for name in names if not hasattr(openclaw_store, name)] == []
 
     def test_all_is_complete(self) -> None:
-        modules = {file.stem for file in PACKAGE.glob("*.py")}
-        there = {name for name in vars(openclaw_store) if not name.startswith("_")} - modules
+        own = {name for name in imports("__init__") if name.startswith("openclaw_store.")}
 
-        assert there | {"__version__"} == set(openclaw_store.__all__)
+        assert {name.rsplit(".")[-1] for name in own} | {"__version__"} == set(
+            openclaw_store.__all__
+        )
+        assert set(openclaw_store.__all__) <= set(dir(openclaw_store))
+        assert not hasattr(openclaw_store, "nonsense")
+
+    def test_what_is_public_is_imported_when_it_is_asked_for(self) -> None:
+        """Else the command line could not start in no time."""
+        script = """
+import sys, openclaw_store
+print({"sqlalchemy", "asyncio", "orjson"} & sys.modules.keys())
+from openclaw_store import *
+from openclaw_store.database import Database as its_own
+assert Database is its_own
+"""
+
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (done.stdout, done.stderr) == ("set()\n", "")
 
     def test_all_errors_are_public_and_have_one_root(self) -> None:
         own = {

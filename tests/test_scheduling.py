@@ -14,7 +14,16 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, locked, refuse_tasks
+from conftest import (
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    execute,
+    locked,
+    refuse_tasks,
+)
 
 from openclaw_store import (
     Backoff,
@@ -246,6 +255,27 @@ class TestClaim:
         cluster.clock.advance(1.000001)
         assert ids(await claim(node, 9)) == ["latest", "later"]
 
+    @pytest.mark.parametrize("skills", ['["a", "ä"]', r'["a","\u00e4"]', "[]"])
+    async def test_skills_may_be_spelled_otherwise_than_by_the_store(
+        self, skills: str, cluster: Cluster, location: Location, open_manager: OpenManager
+    ) -> None:
+        node = await cluster.join(available_skills=["a", "ä"], max_concurrent_tasks=9)
+        looked_at, unseen, kept = [(await cluster.add()).task_id for _ in range(3)]
+        execute(location, f"UPDATE tasks SET required_skills = '{skills}'")
+        ready = await cluster.add(required_skills=["a", "ä"])
+        manager = await open_manager()
+
+        await manager.get_task(looked_at)
+        await manager.cancel_task(looked_at)
+        await manager.remove_task(unseen)
+
+        task = await manager.get_task(looked_at)
+        assert task is not None
+        assert task.status is TaskStatus.CANCELLED
+        assert ids(await manager.claim_tasks(node, 9)) == [kept, ready.task_id]
+        await cluster.one.remove_task(looked_at)
+        await cluster.one.remove_task(kept)  # this one keeps to what it has written
+
     async def test_node_gets_no_more_than_it_has_places_for(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=3)
         await cluster.one.add_tasks(cluster.make_task() for _ in range(9))
@@ -323,6 +353,31 @@ class TestClaim:
         await assert_counted(cluster.one)
         assert await cluster.one.claim_tasks(node, 500) == []
 
+    async def test_moment_of_a_transaction_is_that_of_its_beginning(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=50)
+        later = cluster.clock() + timedelta(seconds=1)
+        await cluster.one.add_tasks(cluster.make_task(not_before=later) for _ in range(50))
+
+        async with cluster.one.db.transaction() as tx:
+            cluster.clock.advance(seconds=1)
+            assert await TaskRepository(tx).claim(node, 50) == []
+
+    async def test_repository_tries_again_when_others_were_quicker(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node, busy = await cluster.join(), await cluster.join(max_concurrent_tasks=40)
+        tasks = [await cluster.add() for _ in range(42)]
+        write = cluster.two.db.write
+
+        async def write_late(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            assert len(await cluster.one.claim_tasks(busy, 40)) == 40
+            return await write(*arguments)
+
+        monkeypatch.setattr(cluster.two.db, "write", write_late)
+
+        assert ids(await cluster.two.task_repo.claim(node)) == ids(tasks[40:41])
+
     async def test_outdated_picture_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks, the other coordinator has claimed, ended or changed all but two."""
         busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
@@ -373,7 +428,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -387,7 +442,7 @@ class TestClaim:
         assert sum(node.successful_tasks for node in found) == 100
         assert sum(node.total_tasks_processed for node in found) == 100
 
-    async def test_claims_while_others_cancel_change_and_remove(self, cluster: Cluster) -> None:
+    async def test_claims_while_others_cancel_change_and_requeue(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=100)
         tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
         await cluster.two.refresh_from_database()
@@ -889,6 +944,22 @@ class TestCancel:
 
         assert await stored(cluster.one) == before
 
+    async def test_task_that_is_removed_gives_its_place_back(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        pending = await cluster.add(priority=TaskPriority.LOW)
+        scheduled, running = await cluster.claimed(node), await cluster.running(node)
+        completed = await cluster.one.complete_task(await cluster.claimed(node))
+        assert (await cluster.node(node)).running_tasks == 2
+
+        for task, left in ((running, 1), (completed, 1), (pending, 1), (scheduled, 0)):
+            assert await cluster.two.remove_task(task.task_id) is True
+            await assert_counted(cluster.one)
+            assert (await cluster.node(node)).running_tasks == left
+
+        lost = await cluster.claimed(node)
+        await cluster.one.remove_node(node)
+        assert await cluster.one.task_repo.delete(lost.task_id) is True
+
 
 class TestRequeue:
     async def test_task_is_as_if_it_never_had_been_run(self, cluster: Cluster) -> None:
@@ -947,7 +1018,8 @@ class TestRequeue:
         assert await stored(one) == before
         calls = one.cancel_task("a"), one.requeue_task("c"), one.add_task(new)
         assert await outcomes(*calls, one.requeue_task("a")) == [True, True, "c", "c"]
-        calls = one.remove_task("c"), one.add_task(new), one.requeue_task("b")
+        assert await outcomes(one.cancel_task("c"), one.requeue_task("b")) == [True, True]
+        calls = one.remove_task("b"), one.add_task(new), one.requeue_task("c")
         assert await outcomes(*calls) == [True, True, new.task_id]
 
 
@@ -1348,6 +1420,22 @@ class TestSubmit:
                 await cluster.two.submit_task(stranger)
             assert (caught.value.id, caught.value.idempotency_key) == (task.task_id, None)
 
+    async def test_key_is_not_free_because_a_node_is_gone_that_is_called_like_its_task(
+        self, cluster: Cluster
+    ) -> None:
+        holder = await cluster.add(idempotency_key="key")
+        await cluster.join(node_id=holder.task_id)
+        one, other = [cluster.make_task(idempotency_key="key") for _ in range(2)]
+
+        first, is_gone, second = await asyncio.gather(  # one batch
+            cluster.one.submit_task(one),
+            cluster.one.remove_node(holder.task_id),
+            cluster.one.submit_task(other),
+        )
+
+        assert is_gone
+        assert first == second == holder
+
     async def test_key_that_becomes_free_meanwhile_is_taken(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1738,6 +1826,7 @@ class TestExplain:
             "e is full."
         )
 
+        await cluster.join(node_id="f", available_skills=["java"])
         at_first = {"priority": TaskPriority.HIGH}
         await cluster.add(**at_first)
         await cluster.add(required_skills=["java"], **at_first)  # none of these nodes' business
