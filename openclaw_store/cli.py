@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openclaw_store import console
-from openclaw_store.errors import StoreError, TaskNotFoundError, UnavailableError
+from openclaw_store.errors import NotFoundError, StoreError, UnavailableError
 from openclaw_store.models import WAITING, NodeStatus, TaskStatus, TaskType
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ async def tasks(
     call.show(
         {"tasks": page.tasks, "after": page.after},
         lambda: console.tasks(page),
-        *([f"there are more: --after {page.after}"] if page.after else []),
+        *([f"the next page: --after {page.after}"] if page.after else []),
     )
 
 
@@ -285,7 +285,7 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or 
         why = await explain_task(database, id) if task and task.status in WAITING else None
     item = task or node
     if item is None and not changes:
-        raise TaskNotFoundError(id)
+        raise NotFoundError(f"no task or node has the id {id!r}")
     document = {
         "task": task,
         "node": node,

@@ -227,10 +227,19 @@ def line(change: Change) -> str:
 
 
 def as_json(document: Any, *, compact: bool = False) -> str:
-    """A document as JSON: enumerations by value, times as ISO 8601 in UTC."""
+    """A document as JSON: tasks and nodes as `to_dict` gives them, other things likewise."""
     import orjson
 
-    return orjson.dumps(document, option=0 if compact else orjson.OPT_INDENT_2).decode()
+    options = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+    if not compact:
+        options |= orjson.OPT_INDENT_2
+    return orjson.dumps(document, _plain, options).decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    return value.to_dict() if hasattr(value, "to_dict") else vars(value)
 
 
 def screen() -> Console:

@@ -2,7 +2,7 @@
 
 Whoever migrates holds a lock from the first look at the version to the commit (SQLite's write
 lock; an advisory one on PostgreSQL), so any number of processes may try at once, and a killed one
-leaves the schema it found.
+leaves the schema it found. A database of the original hand-made schema is adopted on the way.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from datetime import tzinfo
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
+from openclaw_store import adoption
 from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of
-from openclaw_store.errors import InvalidDataError, SchemaMismatchError
+from openclaw_store.clock import Clock, utc_now
+from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 from openclaw_store.schema import Base
 
 if TYPE_CHECKING:
@@ -67,10 +70,9 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
     revision: str | None = None
     if "alembic_version" in tables:
         revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    elif tables & {"tasks", "nodes"}:
+    elif tables & {"tasks", "nodes"} and not adoption.is_original(connection):
         raise SchemaMismatchError(
-            f"{backend.location} has tables that this library did not make: give another path "
-            "(adopting the original hand-made database is not supported yet)"
+            f"{backend.location} has tables that this library did not make: give another path"
         )
     refuse_newer(revision, backend.location)
     return revision == HEAD
@@ -96,10 +98,12 @@ def require(backend: Backend) -> None:
         SchemaMismatchError: With the command to run.
     """
     if not is_current(backend):
+        is_original = backend.inspect(adoption.is_original)
         raise SchemaMismatchError(
-            f"the schema of {backend.location} is older than {HEAD}: call "
-            f'initialize(migrate=True), or run "alembic -x url={backend.location} upgrade head" '
-            "in a checkout"
+            f"the schema of {backend.location} is "
+            f"{'the original one' if is_original else f'older than {HEAD}'}: call "
+            'initialize(migrate=True), or run "openclaw-store db upgrade" or, in a checkout, '
+            f'"alembic -x url={backend.location} upgrade head"'
         )
 
 
@@ -115,12 +119,20 @@ def revision_of(backend: Backend) -> str | None:
     return backend.inspect(read)
 
 
-def upgrade(backend: Backend) -> None:
+def upgrade(
+    backend: Backend, legacy_timezone: tzinfo | None = None, clock: Clock = utc_now
+) -> None:
     """Bring the database to the schema of this version; blocks the thread.
+
+    Args:
+        backend: The database.
+        legacy_timezone: Of the times of an original database; `None` for the local one.
+        clock: Tells when its rows are adopted.
 
     Raises:
         SchemaMismatchError: If it is newer, or was not made by this library.
-        UnavailableError: If another process keeps it locked for longer than its timeout.
+        UnavailableError: If another process keeps it locked for longer than its timeout, or has
+            the original database open.
     """
     if is_current(backend):
         return
@@ -130,7 +142,13 @@ def upgrade(backend: Backend) -> None:
 
     try:
         with _LOCK:
-            migrate(backend, lambda connection: command.upgrade(_config(connection), "head"))
+            migrate(
+                backend,
+                lambda connection: command.upgrade(_config(connection), "head"),
+                legacy_timezone,
+                clock,
+                to_head=True,
+            )
     except CommandError as error:
         raise SchemaMismatchError(
             f"{backend.location} cannot be upgraded ({error}): restore a backup, or give another "
@@ -188,28 +206,80 @@ def _config(connection: Connection) -> Config:
     return config
 
 
-def migrate(backend: Backend, work: Callable[[Connection], None]) -> None:
+def migrate(
+    backend: Backend,
+    work: Callable[[Connection], None],
+    legacy_timezone: tzinfo | None = None,
+    clock: Clock = utc_now,
+    *,
+    to_head: bool = False,
+) -> None:
     """Do `work` with a connection that holds the lock, and commit it; blocks the thread.
 
     Args:
         backend: The database.
         work: Calls `run`.
+        legacy_timezone: Of the times of an original database; `None` for the local one.
+        clock: Tells when its rows are adopted.
+        to_head: Whether it upgrades to the schema of this version; an original database is
+            adopted then, and refused otherwise.
 
     Raises:
         SchemaMismatchError: If the schema is newer, or was not made by this library.
-        UnavailableError: If another process keeps it locked for longer than its timeout.
+        UnavailableError: If another process keeps it locked for longer than its timeout, or has
+            the original database open.
     """
+    ending: str | None = None
+    adopted: adoption.Adopted | None = None
+
+    def copy_to(connection: Connection) -> str | None:
+        nonlocal ending
+        is_original = adoption.is_original(connection)
+        if is_original and not to_head:
+            raise SchemaMismatchError(
+                f"{backend.location} is an original hand-made database: run "
+                f'"alembic -x url={backend.location} upgrade head" first, which adopts it'
+            )
+        ending = f".original-{clock():%Y%m%dT%H%M%SZ}" if is_original else None
+        return ending
 
     def checked(connection: Connection) -> None:
+        nonlocal adopted
         _is_current(backend, connection)
+        is_original = adoption.is_original(connection)
+        if is_original and ending is None:
+            raise UnavailableError(
+                f"{backend.location}: another program makes its tables just now: end it, then try "
+                "again"
+            )
+        if is_original:
+            adoption.set_aside(connection)
         work(connection)
+        if is_original:
+            cursor = backend.cursor(connection)
+            adopted = adoption.adopt(connection, cursor, legacy_timezone, clock())
 
-    backend.migrate(checked)
+    backend.migrate(checked, copy_to)
+    if adopted is not None:
+        adoption.report(adopted, backend.location)
+
+
+def is_to_head(context: EnvironmentContext) -> bool:
+    """Whether the command that Alembic runs upgrades to the schema of this version."""
+    try:
+        return context.get_revision_argument() == HEAD
+    except KeyError:  # as of `current` and `check`, which change nothing
+        return False
 
 
 def run(context: EnvironmentContext, connection: Connection) -> None:
     """Run the migrations that the command asked for, within the connection's transaction."""
-    context.configure(connection=connection, target_metadata=Base.metadata, render_as_batch=True)
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        render_as_batch=True,
+        include_name=lambda name, kind, _: kind != "table" or not adoption.is_aside(name),
+    )
     context.run_migrations()
 
 

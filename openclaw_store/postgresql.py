@@ -123,7 +123,11 @@ class PostgreSQL:
         with self.faults.translated():
             return asyncio.run(run())
 
-    def migrate(self, work: Callable[[Connection], Result]) -> Result:
+    def migrate(
+        self,
+        work: Callable[[Connection], Result],
+        copy_to: Callable[[Connection], str | None] = lambda _: None,
+    ) -> Result:
         """Do `work` in a transaction while nobody else migrates; blocks the thread.
 
         Raises:

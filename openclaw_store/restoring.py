@@ -11,14 +11,13 @@ import shlex
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing, suppress
-from itertools import count
 from pathlib import Path
 
 from sqlalchemy import URL, make_url
 
 from openclaw_store import migrations
 from openclaw_store.backends import Backend
-from openclaw_store.backups import written_aside
+from openclaw_store.backups import unused_name, written_aside
 from openclaw_store.errors import SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLiteFaults
 from openclaw_store.postgresql import PostgreSQL
@@ -97,8 +96,7 @@ def _set_aside(target: Path) -> Path | None:
     """Give the database another name, too, and what belongs to it a name beside that."""
     if not target.exists():
         return None
-    names = (f"{target.name}.before-restore{'' if i == 1 else f'-{i}'}" for i in count(1))
-    aside = next(path for path in map(target.with_name, names) if not path.exists())
+    aside = unused_name(target, ".before-restore")
     for ending in BESIDES:  # there are none, unless it is damaged
         with suppress(FileNotFoundError):
             os.replace(target.with_name(target.name + ending), f"{aside}{ending}")

@@ -43,6 +43,7 @@ LAYERS = [
     "postgresql",
     "backends",
     "wakeups",
+    "adoption",
     "migrations",
     "sessions",
     "database",
@@ -59,13 +60,13 @@ LAYERS = [
     "explanations",
     "dispatcher",
     "state_manager",
-    "testing",
     "inspection",
     "restoring",
     "console",
     "live",
     "cli",
     "__main__",
+    "testing",
 ]
 """The modules; each one imports only from those before it."""
 
