@@ -2,6 +2,7 @@
 
 from openclaw_store.changes import Change, ChangeKind
 from openclaw_store.clock import Clock, new_id, utc_now
+from openclaw_store.copying import Copied, copy
 from openclaw_store.database import Database
 from openclaw_store.dispatcher import Recovery
 from openclaw_store.errors import (
@@ -49,6 +50,7 @@ __all__ = [
     "ClusterState",
     "CompactedError",
     "ConflictError",
+    "Copied",
     "Database",
     "DeadlineError",
     "DuplicateError",
@@ -78,6 +80,7 @@ __all__ = [
     "UnavailableError",
     "UnsavedConflictError",
     "__version__",
+    "copy",
     "new_id",
     "utc_now",
 ]

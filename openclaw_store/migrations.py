@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 HEAD = "0002"
 """The revision this version of the library works with."""
 
+COPYING = f"copying-{HEAD}-"
+"""How the name of a revision begins while `copy` fills the database."""
+
 URL_VARIABLE = "OPENCLAW_STORE_URL"
 """Environment variable that tells the command line which database is meant."""
 
@@ -65,12 +68,30 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
             f"{backend.location} has tables that this library did not make: give another path "
             "(adopting the original hand-made database is not supported yet)"
         )
+    if revision is not None and revision.startswith("copying-"):
+        raise SchemaMismatchError(
+            f"{backend.location} is half of a copy: copy to it again from the same database, or "
+            "give another path"
+        )
     if revision is not None and revision > HEAD:
         raise SchemaMismatchError(
             f"{backend.location} has schema {revision}, and this version of the library knows "
             f'{HEAD}: run "pip install --upgrade openclaw-store"'
         )
     return revision == HEAD
+
+
+def is_half_copied(backend: Backend) -> bool:
+    """Whether `copy`, of this version of the library, has begun to fill the database."""
+    return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING))
+
+
+def stored(connection: Connection) -> str | None:
+    """The revision that the database says it has; `None` where there is none."""
+    if "alembic_version" not in inspect(connection).get_table_names():
+        return None
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision
 
 
 def require(backend: Backend) -> None:
