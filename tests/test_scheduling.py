@@ -431,7 +431,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -906,6 +906,33 @@ class TestOwner:
             status[TaskStatus.COMPLETED],
             status[TaskStatus.FAILED],
         )
+
+    async def test_what_is_only_in_memory_is_written_first(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        added = cluster.make_task(task_id="added")
+        await cluster.one.add_task(added, persist=False)
+        noted = replace(await cluster.claimed(node), metadata={"a": "note"})
+        await cluster.one.update_task(noted, persist=False)
+
+        assert await cluster.one.cancel_task("added") is True
+        completed = await cluster.one.complete_task(noted)
+
+        assert (await cluster.task("added")).status is TaskStatus.CANCELLED
+        assert completed.metadata == (await cluster.task(noted.task_id)).metadata == {"a": "note"}
+
+    async def test_note_that_was_only_in_memory_and_lost_is_in_nobodys_way(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        task = await cluster.claimed()
+        await cluster.one.update_task(replace(task, metadata={"a": "note"}), persist=False)
+        await cluster.two.refresh_from_database()
+        await cluster.two.change_task(task.task_id, lambda task: setattr(task, "name", "newer"))
+
+        completed = await cluster.one.complete_task(task)
+
+        assert (completed.status, completed.name) == (TaskStatus.COMPLETED, "newer")
+        assert completed.metadata == {}
+        assert "an unsaved task was dropped" in caplog.text
 
     async def test_node_that_was_removed_does_not_matter(self, cluster: Cluster) -> None:
         node = await cluster.join()
