@@ -179,13 +179,14 @@ class Row:
         return row
 
     def held(self) -> list[Row]:
-        """Of a node: the tasks that take up places on it."""
+        """Of a node: the tasks that take up places on it, by identifier."""
         ledger = self._ledger
         tasks = ledger.rows[Task]
         for raw in ledger.cursor.read(ledger.sql.read_held, (self.id,)):
             if raw[0] not in tasks:
                 ledger.row(Task, raw[0]).found(ledger.sql.decode[Task](raw))
-        return [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        held = [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        return sorted(held, key=lambda row: row.id)  # the same on both databases
 
     def content(self, known: Record[Any] | None = None) -> Record[Any] | None:
         """What the row holds; `None` if it does not exist.

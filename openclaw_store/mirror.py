@@ -312,8 +312,8 @@ class Mirror:
             places = list(self.cache.unsaved)
             for start in range(0, len(places), ENTRIES_A_WRITE):
                 part = places[start : start + ENTRIES_A_WRITE]
-                settling = [finish(self._settle(place)) for place in part]
-                for outcome in await asyncio.gather(*settling, return_exceptions=True):
+                settling = asyncio.gather(*map(self._settle, part), return_exceptions=True)
+                for outcome in await finish(settling):
                     if isinstance(outcome, ConflictError | NotFoundError):
                         conflicts.append(outcome)
                     elif outcome is not None:

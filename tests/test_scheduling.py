@@ -1234,6 +1234,8 @@ class TestRegister:
         found = await cluster.task(last_try.task_id)
         assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
         assert found.completed_at == now
+        lost = [one.item_id for one in await feed(cluster.one) if one.reason == NODE_LOST]
+        assert lost == ids([scheduled, running, last_try])  # on both databases
         assert await cluster.task(kept.task_id) == kept
         await assert_counted(cluster.one)
 
