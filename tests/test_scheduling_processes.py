@@ -345,11 +345,11 @@ class Run:
         if not self.ids == set(self.tasks) == set(self.histories):
             yield "tasks are missing"
         for id, (version, status, node, attempt, _) in self.tasks.items():
-            history = self.histories[id]
-            if (version, status) != (history[-1].revision, "completed"):
-                yield f"{id} is {status} at the end"
+            newest = [step.revision for step in self.histories[id]][-1:]
+            if ([version], status) != (newest, "completed"):
+                yield f"{id} is {status} at the end, at version {version} after {newest}"
             claims = self.claims(id)
-            if attempt != len(claims) or node != claims[-1]:
+            if attempt != len(claims) or [node] != (claims or [None])[-1:]:
                 yield f"{id} is at attempt {attempt} on {node}, and was claimed by {claims}"
 
     def _overfull(self) -> Iterator[str]:
