@@ -34,6 +34,7 @@ LAYERS = [
     "schema",
     "statements",
     "finishing",
+    "progress",
     "gate",
     "writer",
     "faults",
@@ -52,6 +53,7 @@ LAYERS = [
     "heartbeats",
     "filters",
     "repositories",
+    "copying",
     "indexes",
     "pages",
     "feed",
@@ -66,6 +68,7 @@ LAYERS = [
     "live",
     "cli",
     "__main__",
+    "testing",
 ]
 """The modules; each one imports only from those before it."""
 
@@ -427,6 +430,17 @@ class TestReadme:
 
         known = {*vars(errors), *vars(asyncio), *vars(builtins)}
         assert [name for name in named if name not in known] == []
+
+    def test_all_loggers_are_described(self) -> None:
+        described = re.findall(
+            r"^\| `openclaw_store\.(\w+)` \|", README.read_text("utf-8"), re.MULTILINE
+        )
+
+        assert described == sorted(
+            module
+            for module in LAYERS
+            if "logging.getLogger" in {name for name, _ in calls(module)}
+        )
 
     def test_layout_names_the_modules_in_their_order(self) -> None:
         text = README.read_text(encoding="utf-8")

@@ -60,6 +60,9 @@ from openclaw_store.models import FINISHED, HELD, LIVE
 
 BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
 
+PATIENCE = 20.0
+"""Seconds after which something that should have happened counts as hanging."""
+
 
 class RolledBackError(Exception):
     """What ends a transaction."""
@@ -362,6 +365,22 @@ class TestClaim:
             cluster.clock.advance(seconds=1)
             assert await TaskRepository(tx).claim(node, 50) == []
 
+    async def test_repository_tries_again_when_others_were_quicker(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node, busy = await cluster.join(), await cluster.join(max_concurrent_tasks=40)
+        tasks = [await cluster.add() for _ in range(42)]
+        write = cluster.two.db.write
+
+        async def write_late(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            assert len(await cluster.one.claim_tasks(busy, 40)) == 40
+            return await write(*arguments)
+
+        monkeypatch.setattr(cluster.two.db, "write", write_late)
+
+        assert ids(await cluster.two.task_repo.claim(node)) == ids(tasks[40:41])
+
     async def test_outdated_picture_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks, the other coordinator has claimed, ended or changed all but two."""
         busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
@@ -412,7 +431,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -426,7 +445,7 @@ class TestClaim:
         assert sum(node.successful_tasks for node in found) == 100
         assert sum(node.total_tasks_processed for node in found) == 100
 
-    async def test_claims_while_others_cancel_change_and_remove(self, cluster: Cluster) -> None:
+    async def test_claims_while_others_change_and_remove_tasks(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=100)
         tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
         await cluster.two.refresh_from_database()
@@ -435,13 +454,16 @@ class TestClaim:
             task.metadata["note"] = "seen"
 
         async def disturb(number: int, id: str) -> object:
-            manager = (cluster.one, cluster.two)[number // 4 % 2]
-            if number % 4 == 0:
-                return await manager.cancel_task(id)
-            if number % 4 == 1:
-                return await manager.change_task(id, note)
-            if number % 4 == 2:
-                return await manager.requeue_task(id)
+            manager = (cluster.one, cluster.two)[number % 2]
+            match number % 5:
+                case 0:
+                    return await manager.cancel_task(id)
+                case 1:
+                    return await manager.change_task(id, note)
+                case 2:
+                    return await manager.requeue_task(id)
+                case 3:
+                    return await manager.remove_task(id)
             return None
 
         claims = [
@@ -456,10 +478,12 @@ class TestClaim:
         assert_legal(changes, {node: 100})
         by_id = {task.task_id: task for task in rows}
         for number, id in enumerate(ids(tasks)):
-            is_cancelled = number % 4 == 0
-            expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
-            assert by_id[id].status is expected
-            assert (by_id[id].metadata == {"note": "seen"}) is (number % 4 == 1)
+            assert (id in by_id) is (number % 5 != 3)
+            if id in by_id:
+                is_cancelled = number % 5 == 0
+                expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
+                assert by_id[id].status is expected
+                assert (by_id[id].metadata == {"note": "seen"}) is (number % 5 == 1)
         await assert_counted(cluster.one)
 
     async def test_what_is_only_in_memory_can_be_claimed(
@@ -478,6 +502,53 @@ class TestClaim:
         assert "an unsaved task was dropped" in caplog.text
         assert (await cluster.task("b")).status is TaskStatus.COMPLETED
         await assert_counted(cluster.one)
+
+    async def test_what_is_only_in_memory_of_a_node_survives_what_becomes_of_its_tasks(
+        self, cluster: Cluster
+    ) -> None:
+        manager, task = cluster.one, await cluster.claimed()
+        node_id = task.assigned_node or ""
+
+        async def note(tag: str) -> None:
+            node = await manager.get_node(node_id)
+            assert node is not None
+            node.tags.append(tag)
+            await manager.update_node(node, persist=False)
+
+        await note("claimed")
+        await manager.complete_task(task)
+        await note("completed")
+        cluster.clock.advance(seconds=1)
+        assert await manager.check_stale_nodes(0) == [node_id]
+        await note("silent")
+        await manager.sync_to_database()
+
+        node = await cluster.node(node_id)
+        assert node.tags == ["claimed", "completed", "silent"]
+        assert (node.running_tasks, node.status) == (0, NodeStatus.OFFLINE)
+
+    async def test_node_that_has_lost_what_was_only_in_memory_goes_on(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        manager, task = cluster.one, await cluster.claimed()
+        node = await cluster.node(task.assigned_node or "")
+        for call in (
+            partial(manager.claim_tasks, node.node_id),
+            partial(manager.start_task, task),
+            partial(manager.complete_task, task),
+        ):
+            await cluster.two.refresh_from_database()
+            await cluster.two.change_node(node.node_id, lambda node: node.tags.append("newer"))
+            known = await manager.get_node(node.node_id)
+            assert known is not None
+            await manager.update_node(replace(known, hostname="lost"), persist=False)
+            caplog.clear()
+
+            await call()
+
+            assert "an unsaved node was dropped" in caplog.text
+        assert (await cluster.node(node.node_id)).hostname == node.hostname
+        assert (await cluster.task(task.task_id)).status is TaskStatus.COMPLETED
 
     async def test_tasks_come_back_when_a_claim_has_failed(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
@@ -1002,7 +1073,8 @@ class TestRequeue:
         assert await stored(one) == before
         calls = one.cancel_task("a"), one.requeue_task("c"), one.add_task(new)
         assert await outcomes(*calls, one.requeue_task("a")) == [True, True, "c", "c"]
-        calls = one.remove_task("c"), one.add_task(new), one.requeue_task("b")
+        assert await outcomes(one.cancel_task("c"), one.requeue_task("b")) == [True, True]
+        calls = one.remove_task("b"), one.add_task(new), one.requeue_task("c")
         assert await outcomes(*calls) == [True, True, new.task_id]
 
 
@@ -1775,6 +1847,29 @@ class TestCancelTasks:
         assert (await cluster.task(renamed.task_id)).status is TaskStatus.PENDING
         assert (await cluster.task(noted.task_id)).metadata == {"a": "note"}
 
+    async def test_what_is_only_in_memory_is_ended_too(self, cluster: Cluster) -> None:
+        held = cluster.make_task()
+        await cluster.one.add_task(held, persist=False)
+        lost = cluster.make_task()
+        await cluster.one.add_task(lost, persist=False)
+        await cluster.two.add_task(replace(lost, name="newer"))
+
+        assert sorted(await cluster.one.cancel_tasks()) == ids([held, lost])
+
+        assert (await cluster.task(lost.task_id)).name == "newer"
+
+    async def test_task_that_was_put_back_by_hand_does_not_go_round_for_ever(
+        self, cluster: Cluster, location: Location
+    ) -> None:
+        done, live = await cluster.add(status=TaskStatus.FAILED), await cluster.add()
+        put = f"UPDATE tasks SET status = '{{}}' WHERE task_id = '{done.task_id}'"
+        execute(location, put.format("pending"))
+
+        async with asyncio.timeout(PATIENCE):
+            assert await cluster.one.cancel_tasks() == ids([live])
+
+        execute(location, put.format("failed"))
+
 
 class TestExplain:
     async def test_each_reason_as_data_and_as_a_sentence(self, cluster: Cluster) -> None:
@@ -1809,6 +1904,7 @@ class TestExplain:
             "e is full."
         )
 
+        await cluster.join(node_id="f", available_skills=["java"])
         at_first = {"priority": TaskPriority.HIGH}
         await cluster.add(**at_first)
         await cluster.add(required_skills=["java"], **at_first)  # none of these nodes' business

@@ -51,7 +51,7 @@ from sqlalchemy import text
 HOW, FOLDER, (TASKS, KILLS, WORKERS, PLACES) = sys.argv[2], sys.argv[3], map(int, sys.argv[4:])
 NAMES = [f"worker{number}" for number in range(WORKERS)]
 CLAIMERS = 4
-SILENT_SECONDS = 2  # heartbeats are stored within a second
+SILENT_SECONDS = 3  # heartbeats are stored within a second
 HELD = (
     "SELECT node_id, running_tasks, max_concurrent_tasks, (SELECT count(*) FROM tasks"
     " WHERE assigned_node = node_id AND status IN ('scheduled', 'running')) FROM nodes"
@@ -236,7 +236,7 @@ for number, moment in enumerate(sorted(random.choices(range(TASKS // 10, TASKS *
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     print("killed", name)
-    if number % 2 == 0:  # the others find out, unless there is nothing left to do
+    if number % 4 == 0:  # the others find out, unless there is nothing left to do
         noted.discard(name)
         while name not in noted and not all(str(one) in noted for one in children.values()):
             look()
