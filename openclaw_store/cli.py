@@ -28,6 +28,7 @@ from openclaw_store.models import WAITING, NodeStatus, TaskStatus, TaskType
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from openclaw_store.adoption import Adopted
     from openclaw_store.backends import Backend
     from openclaw_store.database import Database
 
@@ -330,18 +331,31 @@ async def watch(
 
 
 @command(db)
-async def upgrade(call: Call) -> None:
-    """Bring the schema up to date; makes the database if there is none."""
-    from openclaw_store import migrations
-    from openclaw_store.database import Database
+async def upgrade(
+    call: Call,
+    legacy_timezone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ZONE",
+            help="Of the times of an original hand-made database, as Asia/Shanghai  "
+            "[default: that of this machine]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Bring the schema up to date; makes the database if there is none.
 
-    backend, before = call.backend, None
+    An original hand-made database is adopted, and a copy of it kept.
+    """
+    from openclaw_store import adoption, migrations
+
+    zone, backend, before = adoption.zone_of(legacy_timezone), call.backend, None
     if backend.exists():
         before = await asyncio.to_thread(migrations.revision_of, backend)
     with console.progress("upgrading"):
-        async with Database(migrations.location_of(call.location)):
-            pass
-    _show_step(call, before, migrations.HEAD)
+        await asyncio.to_thread(backend.prepare)
+        adopted = await asyncio.to_thread(migrations.upgrade, backend, zone)
+    _show_step(call, before, migrations.HEAD, adopted)
 
 
 @command(db)
@@ -363,13 +377,22 @@ async def downgrade(
     _show_step(call, before, await asyncio.to_thread(migrations.revision_of, backend))
 
 
-def _show_step(call: Call, before: str | None, after: str | None) -> None:
-    call.show(
-        {"database": call.backend.location, "before": before, "after": after},
-        f"{call.backend.location}: schema {before or 'none'} → {after or 'none'}"
-        if before != after
-        else f"{call.backend.location}: schema {after}, as it was",
-    )
+def _show_step(
+    call: Call, before: str | None, after: str | None, adopted: Adopted | None = None
+) -> None:
+    location = call.backend.location
+    document: dict[str, Any] = {"database": location, "before": before, "after": after}
+    text = f"{location}: schema {before or 'none'} → {after or 'none'}"
+    if before == after:
+        text = f"{location}: schema {after}, as it was"
+    if adopted is not None:
+        rejected, copy = len(adopted.rejected), str(adopted.copy)
+        document["adopted"] = {**adopted._asdict(), "rejected": rejected, "copy": copy}
+        text += (
+            f"\nadopted {adopted.nodes} nodes and {adopted.tasks} tasks; {rejected} rows are in "
+            f"legacy_rejected\nthe file as it was: {copy}"
+        )
+    call.show(document, text)
 
 
 @command(db)
