@@ -78,18 +78,20 @@ def counted(counts: dict[str, int]) -> str:
     return f"{counts['total']:,}" + (f": {', '.join(there)}" if there else "")
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, folds: str = "") -> Table:
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, cut: str | None = None
+) -> Table:
     """A table without lines.
 
     Args:
-        folds: The column that is cut off where there is no room for it.
+        cut: The column that is cut off where there is no room for it; the others are broken.
     """
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
     for header in headers:
-        cut = header == folds
-        shown.add_column(header, no_wrap=cut, overflow="ellipsis" if cut else "fold")
+        is_cut = header == cut
+        shown.add_column(header, no_wrap=is_cut, overflow="ellipsis" if is_cut else "fold")
     for row in rows:
         shown.add_row(*(printable(str("" if cell is None else cell)) for cell in row))
     return shown
@@ -140,7 +142,7 @@ def nodes(found: Iterable[NodeInfo], now: datetime) -> Table:
             )
             for node in found
         ),
-        folds="skills",
+        cut="skills",
     )
 
 
@@ -161,7 +163,7 @@ def tasks(found: Iterable[Task]) -> Table:
             )
             for task in found
         ),
-        folds="name",
+        cut="name",
     )
 
 
@@ -203,7 +205,7 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
             )
             for change in found
         ),
-        folds="reason",
+        cut="reason",
     )
 
 

@@ -206,7 +206,7 @@ def check(backend: Backend) -> None:
 
     try:
         with _LOCK:
-            backend.inspect(lambda connection: command.check(_config(connection)))
+            migrate(backend, lambda connection: command.check(_config(connection)))
     except CommandError as error:
         raise SchemaMismatchError(
             f"the tables of {backend.location} were changed by hand ({error}): restore a backup"

@@ -10,7 +10,7 @@ import os
 import shlex
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from sqlalchemy import URL, make_url
@@ -58,7 +58,7 @@ def restore(
         raise UnavailableError(f"{source} is the database itself: give the path of a backup")
     backend.make_folder()
     with (
-        backend.alone(),
+        ExitStack() as until_it_stands,
         written_aside(target, overwrite=True, besides=BESIDES) as partial,
     ):
         with (
@@ -74,6 +74,7 @@ def restore(
             copy.execute("PRAGMA journal_mode=DELETE")  # it is one file, complete in itself
             report("checking the copy", 0, 0)
             _verify(copy, source)
+        until_it_stands.enter_context(backend.alone())
         return _set_aside(target)
 
 
