@@ -71,8 +71,6 @@ class Rejected(NamedTuple):
     item_id: str | None
     """`None` where that could not be read either."""
     reason: str
-    row: str
-    """The row, as a JSON object."""
 
 
 class Adopted(NamedTuple):
@@ -200,7 +198,7 @@ class _Adoption:
         sql, item, known = statements_for("sqlite"), _ITEM[kind], _READERS[kind].keys() | _DROPPED
         insert, plan = sql.insert[kind]
         at = sql.to_moment(self._now)
-        written, changes, extra, rejected = [], [], [], []
+        written, changes, extra, rejected, kept = [], [], [], [], []
         for row in rows:
             try:
                 record = self._read(kind, row)
@@ -210,7 +208,8 @@ class _Adoption:
             except InvalidDataError as error:
                 key = row.get(KEY[kind])
                 id = key if isinstance(key, str) else None
-                rejected.append(Rejected(item, id, str(error), _json(row)))
+                rejected.append(Rejected(item, id, str(error)))
+                kept.append((*rejected[-1], _json(row)))
                 continue
             seen.add(id)
             self._revision += 1
@@ -230,7 +229,7 @@ class _Adoption:
         self._cursor.write(insert, written)
         self._cursor.write(sql.insert_change, changes)
         self._cursor.write(_INSERT_EXTRA, extra)
-        self._cursor.write(_INSERT_REJECTED, rejected)
+        self._cursor.write(_INSERT_REJECTED, kept)
         self.rejected += rejected
 
     def _read(self, kind: type[Any], row: Mapping[str, Any]) -> Record[Any]:

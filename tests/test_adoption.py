@@ -14,7 +14,7 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,6 +23,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from conftest import FakeClock
+from sqlalchemy import Connection
 from test_database import run_scripts
 from test_layout import blocks
 from test_migrations import alembic, alembic_script
@@ -44,7 +45,7 @@ from openclaw_store import (
     adoption,
     migrations,
 )
-from openclaw_store.backends import backend_of
+from openclaw_store.backends import Backend, backend_of
 
 pytestmark = pytest.mark.sqlite
 
@@ -492,7 +493,7 @@ class TestRows:
             ("result", '"\\ud800"', "result: "),
             ("metadata", "{'a': 1}", "metadata: is not readable JSON"),
             ("submitted_at", "yesterday", "submitted_at: must be a time such as"),
-            ("submitted_at", "1771200000", "submitted_at: must be a time such as"),
+            ("submitted_at", "20260216", "submitted_at: must be a time such as"),
             ("submitted_at", 1771200000.5, "submitted_at: must be a time such as"),
             ("started_at", "2026-02-30T00:00:00", "started_at: must be a time such as"),
             ("completed_at", "0001-01-01T00:00:00", "completed_at: .* outside the range"),
@@ -691,6 +692,21 @@ asyncio.run(main())
 """
 
 
+def after_looking(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]
+) -> None:
+    """Have another act once, when a migration has looked at the database and not begun."""
+    look, todo = backend.inspect, [lambda: None, act]
+
+    def inspect(work: Callable[[Connection], Any]) -> Any:
+        found = look(work)
+        if todo:
+            todo.pop(0)()
+        return found
+
+    monkeypatch.setattr(backend, "inspect", inspect)
+
+
 class TestOthers:
     def test_adoption_that_is_killed_at_a_random_moment_starts_again_and_loses_nothing(
         self, location: Path, tmp_path: Path
@@ -735,6 +751,31 @@ class TestOthers:
         assert [(one.code, one.err) for one in several] == [(0, "")] * 6
         assert len(copies_of(location)) == 1
         assert len(everything(location)["changes"]) == 505
+
+    def test_who_looked_before_another_process_adopted_it_keeps_no_second_copy(
+        self, location: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_original(location).close()
+        backend = backend_of(location)
+        after_looking(backend, monkeypatch, lambda: run_scripts((ADOPT, [location, 0])))
+
+        migrations.upgrade(backend)
+
+        assert copies_of(location) == [Path(f"{location}.original-20260301T120000Z")]
+        assert migrations.is_current(backend_of(location))
+
+    def test_original_that_is_made_just_now_is_not_adopted_without_a_copy(
+        self, location: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backend = backend_of(location)
+        after_looking(backend, monkeypatch, lambda: make_original(location).close())
+
+        with pytest.raises(UnavailableError, match="another program makes its tables just now"):
+            migrations.upgrade(backend)
+
+        assert copies_of(location) == []
+        migrations.upgrade(backend)
+        assert len(copies_of(location)) == 1
 
     @pytest.mark.parametrize("lock", [None, "BEGIN", "BEGIN IMMEDIATE"])
     async def test_program_that_still_has_the_original_open_is_not_robbed_of_it(

@@ -506,7 +506,7 @@ class TestClaim:
     async def test_what_is_only_in_memory_of_a_node_survives_what_becomes_of_its_tasks(
         self, cluster: Cluster
     ) -> None:
-        manager, task = cluster.manager, await cluster.claimed()
+        manager, task = cluster.one, await cluster.claimed()
         node_id = task.assigned_node or ""
 
         async def note(tag: str) -> None:
@@ -530,15 +530,15 @@ class TestClaim:
     async def test_node_that_has_lost_what_was_only_in_memory_goes_on(
         self, cluster: Cluster, caplog: pytest.LogCaptureFixture
     ) -> None:
-        manager, task = cluster.manager, await cluster.claimed()
+        manager, task = cluster.one, await cluster.claimed()
         node = await cluster.node(task.assigned_node or "")
         for call in (
             partial(manager.claim_tasks, node.node_id),
             partial(manager.start_task, task),
             partial(manager.complete_task, task),
         ):
-            await cluster.other.refresh_from_database()
-            await cluster.other.change_node(node.node_id, lambda node: node.tags.append("newer"))
+            await cluster.two.refresh_from_database()
+            await cluster.two.change_node(node.node_id, lambda node: node.tags.append("newer"))
             known = await manager.get_node(node.node_id)
             assert known is not None
             await manager.update_node(replace(known, hostname="lost"), persist=False)
@@ -1849,12 +1849,12 @@ class TestCancelTasks:
 
     async def test_what_is_only_in_memory_is_ended_too(self, cluster: Cluster) -> None:
         held = cluster.make_task()
-        await cluster.manager.add_task(held, persist=False)
+        await cluster.one.add_task(held, persist=False)
         lost = cluster.make_task()
-        await cluster.manager.add_task(lost, persist=False)
-        await cluster.other.add_task(replace(lost, name="newer"))
+        await cluster.one.add_task(lost, persist=False)
+        await cluster.two.add_task(replace(lost, name="newer"))
 
-        assert sorted(await cluster.manager.cancel_tasks()) == ids([held, lost])
+        assert sorted(await cluster.one.cancel_tasks()) == ids([held, lost])
 
         assert (await cluster.task(lost.task_id)).name == "newer"
 
@@ -1866,7 +1866,7 @@ class TestCancelTasks:
         execute(location, put.format("pending"))
 
         async with asyncio.timeout(PATIENCE):
-            assert await cluster.manager.cancel_tasks() == ids([live])
+            assert await cluster.one.cancel_tasks() == ids([live])
 
         execute(location, put.format("failed"))
 
