@@ -136,7 +136,9 @@ async def test_units_of_systemd_clean_up(tmp_path: Path, make_task: MakeTask) ->
 
     assert printed == "1 task removed\n"
     async with Database(path) as db:
-        assert [task.task_id for task in await TaskRepository(db).list_pending()] == ["live"]
+        assert [
+            task.task_id for task in await TaskRepository(db).list_by_status(TaskStatus.PENDING)
+        ] == ["live"]
         assert await TaskRepository(db).get("done") is None
     assert service["Service"]["Type"] == "oneshot"
     assert timer["Timer"]["OnCalendar"]
