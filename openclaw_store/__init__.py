@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from openclaw_store.changes import Change, ChangeKind
     from openclaw_store.clock import Clock, new_id, utc_now
+    from openclaw_store.copying import Copied, copy
     from openclaw_store.database import Database
     from openclaw_store.dispatcher import Recovery
     from openclaw_store.errors import (
@@ -54,6 +55,7 @@ else:
         "explanations",
         "dispatcher",
         "state_manager",
+        "copying",
     )
 
     def __getattr__(name: str) -> object:
@@ -77,6 +79,7 @@ __all__ = [
     "ClusterState",
     "CompactedError",
     "ConflictError",
+    "Copied",
     "Database",
     "DeadlineError",
     "DuplicateError",
@@ -106,6 +109,7 @@ __all__ = [
     "UnavailableError",
     "UnsavedConflictError",
     "__version__",
+    "copy",
     "new_id",
     "utc_now",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
@@ -131,11 +131,12 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self.db_path!r}, {self._state}>"
 
-    async def initialize(self, migrate: bool = True) -> None:
+    async def initialize(self, migrate: bool = True, *, is_copy_target: bool = False) -> None:
         """Open the database; may be called twice.
 
         Args:
             migrate: Make or upgrade the schema; `False` refuses one that is not up to date.
+            is_copy_target: Open what an interrupted `copy` has left, too; for `copy` alone.
 
         Raises:
             SchemaMismatchError: If the schema is newer than the library, or older and `migrate`
@@ -148,13 +149,15 @@ class Database:
         async with self._gate_held("a migration"):
             if self._state == "ready":
                 return
-            await finish(asyncio.to_thread(self._open, migrate))
+            await finish(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # else it was closed meanwhile
                 self._home = asyncio.get_running_loop()
                 self._state = "ready"
 
-    def _open(self, migrate: bool) -> None:
+    def _open(self, migrate: bool, is_copy_target: bool) -> None:
         self._backend.prepare()
+        if is_copy_target and migrations.is_half_copied(self._backend):
+            return
         if migrate:
             migrations.upgrade(self._backend, self._legacy_timezone, self.clock)
         else:
@@ -316,6 +319,15 @@ class Database:
         except asyncio.CancelledError:
             task.add_done_callback(ended_badly)
             raise
+
+    async def inspect(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work`, which reads, on a thread: whatever is there, be the database open or not.
+
+        Raises:
+            UnavailableError: If it cannot be reached.
+        """
+        self._check_process()
+        return await finish(asyncio.to_thread(self._backend.inspect, work))
 
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
         """Submit an operation to the writer; awaited, gives its result when it is committed.

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 HEAD = "0002"
 """The revision this version of the library works with."""
 
+COPYING = f"copying-{HEAD}-"
+"""How the name of a revision begins while `copy` fills the database."""
+
 URL_VARIABLE = "OPENCLAW_STORE_URL"
 """Environment variable that tells the command line which database is meant."""
 
@@ -84,11 +87,29 @@ def refuse_newer(revision: str | None, location: str) -> None:
     Raises:
         SchemaMismatchError: With the command to run.
     """
+    if revision is not None and revision.startswith("copying-"):
+        raise SchemaMismatchError(
+            f"{location} is half of a copy: copy to it again from the same database, or give "
+            "another path"
+        )
     if revision is not None and revision > HEAD:
         raise SchemaMismatchError(
             f"{location} has schema {revision}, and this version of the library knows "
             f'{HEAD}: run "pip install --upgrade openclaw-store"'
         )
+
+
+def is_half_copied(backend: Backend) -> bool:
+    """Whether `copy`, of this version of the library, has begun to fill the database."""
+    return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING))
+
+
+def stored(connection: Connection) -> str | None:
+    """The revision that the database says it has; `None` where there is none."""
+    if "alembic_version" not in inspect(connection).get_table_names():
+        return None
+    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return revision
 
 
 def require(backend: Backend) -> None:
@@ -109,14 +130,7 @@ def require(backend: Backend) -> None:
 
 def revision_of(backend: Backend) -> str | None:
     """The schema that a database has; `None` if it has none of ours."""
-
-    def read(connection: Connection) -> str | None:
-        if "alembic_version" not in inspect(connection).get_table_names():
-            return None
-        revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
-        return revision
-
-    return backend.inspect(read)
+    return backend.inspect(stored)
 
 
 def upgrade(
