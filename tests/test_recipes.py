@@ -16,6 +16,7 @@ import pytest
 from conftest import FakeClock, MakeTask
 from test_layout import blocks
 
+from benchmarks.postgres import Databases
 from openclaw_store import (
     Database,
     StateManager,
@@ -23,8 +24,6 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
 )
-
-pytestmark = pytest.mark.sqlite
 
 
 def recipe(word: str) -> dict[str, Any]:
@@ -52,6 +51,7 @@ def run(line: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.sqlite
 async def test_what_was_lost_is_there_again_after_a_restore(
     tmp_path: Path, make_task: MakeTask
 ) -> None:
@@ -80,6 +80,29 @@ async def test_what_was_lost_is_there_again_after_a_restore(
         assert await TaskRepository(db).get("precious")
 
 
+@pytest.mark.postgresql
+async def test_state_moves_to_postgresql_and_back(
+    tmp_path: Path, server: Databases, make_task: MakeTask
+) -> None:
+    move: Callable[..., Any] = recipe("def move")["move"]
+    task = make_task(parameters={"a": [1, {"b": None}]})
+    async with Database(tmp_path / "cluster.db") as db:
+        await TaskRepository(db).create(task)
+    url = await server.create_database()
+
+    try:
+        there = await move(str(tmp_path / "cluster.db"), url)
+        back = await move(url, str(tmp_path / "back.db"))
+    finally:
+        await server.drop_database(url)
+
+    assert there == back
+    assert (there.nodes, there.tasks, there.changes) == (0, 1, 1)
+    async with Database(tmp_path / "back.db") as db:
+        assert await TaskRepository(db).get(task.task_id) == task
+
+
+@pytest.mark.sqlite
 async def test_web_service_keeps_tasks_and_says_what_is_wrong_with_a_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +144,7 @@ def client_of(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://store")
 
 
+@pytest.mark.sqlite
 async def test_units_of_systemd_clean_up(tmp_path: Path, make_task: MakeTask) -> None:
     service, timer = map(unit, blocks("ini"))
     path = tmp_path / "cluster.db"
