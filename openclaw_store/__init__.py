@@ -38,6 +38,7 @@ from openclaw_store.models import (
 )
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.state_manager import StateManager
+from openclaw_store.verification import Problem, Verification, verify
 
 __version__ = "0.1.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "NotFoundError",
     "NotOwnerError",
     "OutcomeUnknownError",
+    "Problem",
     "Recovery",
     "SchemaMismatchError",
     "StaleVersionError",
@@ -79,8 +81,10 @@ __all__ = [
     "TaskType",
     "UnavailableError",
     "UnsavedConflictError",
+    "Verification",
     "__version__",
     "copy",
     "new_id",
     "utc_now",
+    "verify",
 ]

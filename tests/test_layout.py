@@ -52,6 +52,8 @@ LAYERS = [
     "filters",
     "repositories",
     "copying",
+    "mending",
+    "verification",
     "indexes",
     "pages",
     "feed",
