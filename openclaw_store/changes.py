@@ -276,7 +276,8 @@ class Row:
     def remove(self, *, with_history: bool) -> None:
         """End the row's life."""
         before, self.status = self.status, None
-        self._ledger.let_go(self.id)
+        if self.kind is Task:
+            self._ledger.let_go(self.id)
         change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
         if with_history:
             self._ledger.forgotten.append((change.previous, change.item, self.id))
@@ -312,6 +313,7 @@ class Ledger:
         self.beaten = False
         """Whether it has."""
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
+        self._presumed_new: list[Row] = []  # those that were not read, either
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -347,10 +349,17 @@ class Ledger:
             for id, row in self.rows[kind].items():
                 if id in records:
                     row.found(records[id])
+                else:
+                    self._presumed_new.append(row)
         self.count_from(*counters)
         self._trusted = {id: record.version for id, record in tasks.items()}
         self.cursor.assume()
         return True
+
+    def make_sure(self) -> None:
+        """Begin anew if a row was taken for new and is not added: nobody would find out."""
+        if any(row.version is None for row in self._presumed_new):
+            self.cursor.doubt()
 
     def row(self, kind: type[Any], id: str) -> Row:
         """The row of this run with this identifier; a new one is yet to be read."""
@@ -468,6 +477,7 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
                 _load(ledger, kind, touched)
     ledger.look_up(keys)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
+    ledger.make_sure()
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
     ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})

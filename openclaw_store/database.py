@@ -21,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
-from openclaw_store import migrations, sqlite
+from openclaw_store import adoption, migrations, sqlite
 from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
@@ -76,9 +76,11 @@ class Database:
             `DeadlineError` or `UnavailableError`.
         transaction_timeout: Seconds a `transaction()` may take.
         pool_size: Connections kept for reading.
+        legacy_timezone: Of the times of an original hand-made database, which is adopted when it
+            is opened: a name such as `Asia/Shanghai`; `None` for the local zone.
 
     Raises:
-        InvalidDataError: If `db_path` is not one of these.
+        InvalidDataError: If `db_path` is not one of these, or there is no such time zone.
         UnavailableError: If the folder cannot be made.
     """
 
@@ -90,12 +92,14 @@ class Database:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transaction_timeout: float = 5.0,
         pool_size: int = 5,
+        legacy_timezone: str | None = None,
     ) -> None:
         for name, value in (("timeout", timeout), ("transaction_timeout", transaction_timeout)):
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise InvalidDataError(name, f"must be a positive number of seconds, not {value!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
+        self._legacy_timezone = adoption.zone_of(legacy_timezone)
         self.clock = clock
         self.timeout = timeout
         self.transaction_timeout = transaction_timeout
@@ -154,7 +158,10 @@ class Database:
         self._backend.prepare()
         if is_copy_target and migrations.is_half_copied(self._backend):
             return
-        (migrations.upgrade if migrate else migrations.require)(self._backend)
+        if migrate:
+            migrations.upgrade(self._backend, self._legacy_timezone, self.clock)
+        else:
+            migrations.require(self._backend)
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""

@@ -15,7 +15,7 @@ from datetime import datetime
 from functools import partial
 
 from openclaw_store import lifecycle
-from openclaw_store.changes import missing
+from openclaw_store.changes import Place, missing
 from openclaw_store.checks import check_seconds
 from openclaw_store.database import Database
 from openclaw_store.errors import (
@@ -92,7 +92,7 @@ class Dispatcher:
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
-        await self._mirror.settle(place)
+        await self._settle(place)
         taken: list[str] = []
         try:
             while True:
@@ -121,11 +121,12 @@ class Dispatcher:
             TaskNotFoundError: If there is none.
             ConflictError: If it may not be done.
         """
-        place = (Task, operation.id)
-        await self._mirror.settle(place)
-        operation.known = known = self._mirror.cache.task(operation.id)
-        if known is not None:
+        await self._settle((Task, operation.id))
+        known = self._mirror.cache.task(operation.id)
+        if known is not None and known["assigned_node"] is not None:
             operation.node_id = known["assigned_node"]
+            await self._settle((NodeInfo, known["assigned_node"]))
+        operation.known = known
         try:
             done: Advanced = await self._mirror.submit(operation)
         except NotOwnerError as error:
@@ -146,9 +147,11 @@ class Dispatcher:
         cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
         await self._mirror.flush_beats()
         reason = f"silent for more than {timeout_seconds:g} s"
+        stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
+        for node_id in stale:
+            await self._settle((NodeInfo, node_id))
         operations = [
-            SetNodeStatus(node.node_id, NodeStatus.OFFLINE, cutoff, reason)
-            for node in await self._nodes.find_stale_nodes(timeout_seconds)
+            SetNodeStatus(node_id, NodeStatus.OFFLINE, cutoff, reason) for node_id in stale
         ]
         # Each behind the heartbeat that may have come meanwhile.
         outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
@@ -208,9 +211,13 @@ class Dispatcher:
         taken += ids
         if cache.unsaved:
             for id in ids:
-                with suppress(ConflictError, NotFoundError):  # it is gone from memory then
-                    await self._mirror.settle((Task, id))
+                await self._settle((Task, id))
         return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]
+
+    async def _settle(self, place: Place) -> None:
+        """Write what is only in memory of an entry, before the writer changes it."""
+        with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
+            await self._mirror.settle(place)
 
     async def _suspects(self, silent_since: datetime) -> list[str]:
         """The tasks that seem to be on nodes that are not alive, or to run for too long."""

@@ -298,7 +298,7 @@ def cancel(
         return None
     values = {} if reason is None else {"error": reason}
     return refused(task["task_id"], task["status"], TaskStatus.CANCELLED) or Step(
-        _ended(TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
+        _ended(TaskStatus.CANCELLED, now, **values), freed(node, task), reason
     )
 
 
@@ -310,7 +310,7 @@ def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) ->
     if task["status"] is TaskStatus.PENDING:
         return None
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, _freed(node, task), "requeued")
+    return Step({**_UNASSIGNED, **values}, freed(node, task), "requeued")
 
 
 def give_back(
@@ -354,6 +354,13 @@ def joined(node: Record[NodeInfo], known: Record[NodeInfo] | None, now: datetime
     return values
 
 
+def freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
+    """The node has a place more, if the task had taken one up."""
+    if node is None or not is_held(task):
+        return {}
+    return {"running_tasks": max(0, node["running_tasks"] - 1)}
+
+
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
     if task["status"] in HELD and owner == owner_of(task):
         return None
@@ -378,13 +385,6 @@ def _tried(task: Record[Task], status: TaskStatus, error: str, now: datetime, wa
     }
 
 
-def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
-    """The node has a place more, if the task had taken one up."""
-    if node is None or not is_held(task):
-        return {}
-    return {"running_tasks": max(0, node["running_tasks"] - 1)}
-
-
 def _processed(
     node: Record[NodeInfo] | None, task: Record[Task], now: datetime, outcome: str
 ) -> Values:
@@ -396,7 +396,7 @@ def _processed(
     mean: float = node["average_execution_time"]
     seconds = max(0.0, (now - began).total_seconds())
     return {
-        **_freed(node, task),
+        **freed(node, task),
         "total_tasks_processed": total,
         outcome: node[outcome] + 1,
         "average_execution_time": mean + (seconds - mean) / total,

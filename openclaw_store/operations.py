@@ -27,7 +27,7 @@ from openclaw_store.errors import (
     StoreError,
 )
 from openclaw_store.lifecycle import Decision, Outcome, Step, Values, Wait
-from openclaw_store.models import ALIVE, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.models import ALIVE, FINISHED, HELD, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
 from openclaw_store.schema import FIELDS, KEY
 from openclaw_store.statements import statements_for
@@ -124,7 +124,10 @@ def newer_heartbeat(known: Record[Any], given: Record[Any]) -> datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class Remove(OfOneRow):
-    """Remove a row, and with `with_history` its older changes; results in whether it existed."""
+    """Remove a row, and with `with_history` its older changes; results in whether it existed.
+
+    A task gives back the place that it has taken up.
+    """
 
     kind: type[Any]
     id: str
@@ -133,6 +136,12 @@ class Remove(OfOneRow):
     def decide(self, row: Row) -> bool:
         if row.version is None:
             return False
+        task = row.content() if row.node is not None and row.status in HELD else None
+        if task is not None:
+            node = row.other(NodeInfo, task["assigned_node"])
+            values = lifecycle.freed(node.record, task)
+            if node.record is not None:
+                node.write(node.record.evolve(**values), values)
         row.remove(with_history=self.with_history)
         return True
 

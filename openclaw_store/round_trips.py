@@ -88,6 +88,9 @@ class Cursor:
     def assume(self) -> None:
         """Cannot be, as nothing is known."""
 
+    def doubt(self) -> None:
+        """Cannot be, either."""
+
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Forget them again."""
 
@@ -164,6 +167,11 @@ class WriterCursor(Cursor):
         """Find out later whether they were."""
         self._has_assumed = True
 
+    def doubt(self) -> NoReturn:
+        """Begin anew, and read."""
+        self._doubtful = 2
+        raise RedoError
+
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Assume these rows once they are written."""
         self._learned.update(rows)
@@ -178,8 +186,7 @@ class WriterCursor(Cursor):
             if self._kept:
                 self._send_kept()
             elif self._has_assumed:  # nothing is written, so nobody would find out
-                self._doubtful = 2
-                raise RedoError
+                self.doubt()
             return
         self._kept.sort(key=itemgetter(0))  # for fewer combinations
         guard, parameters = self._guard

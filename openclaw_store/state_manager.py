@@ -339,7 +339,7 @@ class StateManager:
         return await self._change(self.task_repo, check_key("task_id", task_id), fn)
 
     async def remove_task(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none."""
+        """Remove a task; `False` if there is none. Its place on a node is free then."""
         self._check_usable()
         return await self._mirror.remove((Task, check_key("task_id", task_id)))
 
@@ -461,14 +461,18 @@ class StateManager:
             check_text("reason", reason)
         states = LIVE if checked.status is None else LIVE.intersection(checked.status)
         live = replace(checked, status=tuple(states))
+        with suppress(UnsavedConflictError):  # what is only in memory cannot be found
+            await self._mirror.sync()
         cancelled: list[str] = []
+        refused: list[Task] = []
         after: str | None = None
         while True:
             page = await self.task_repo.list_tasks(live, after=after, limit=TASKS_A_CHUNK)
             operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
             done = [one async for one in self._dispatcher.advance_all(operations)]
             cancelled += [one.record["task_id"] for one in done]
-            if len(done) < len(page):
+            if len(done) < len(page) and page.tasks != refused:
+                refused = page.tasks  # for good, if they are all the same the next time
                 continue  # some were changed meanwhile: are they still meant?
             after = page.after
             if after is None:
@@ -805,7 +809,7 @@ class StateManager:
         Of a task that was removed it gives what is left, and searches the whole feed for it.
         """
         self._check_usable()
-        return await self.db.read(partial(read_history, task_id=check_key("task_id", task_id)))
+        return await self.db.read(partial(read_history, id=check_key("task_id", task_id)))
 
     async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
         """The task, as soon as it is finished.

@@ -97,6 +97,9 @@ class Cursor(Protocol):
         written. The guard should make sure of what else it has taken for granted.
         """
 
+    def doubt(self) -> None:
+        """Begin anew without: nobody would find out."""
+
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Once the guard has written, assume these rows; those that are `None` no more."""
 

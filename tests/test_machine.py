@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -101,14 +102,53 @@ class Side:
     """Whether the other one has changed something since the last refresh."""
 
 
-class Machine(RuleBasedStateMachine):
+class DatabaseMachine(RuleBasedStateMachine):
+    """Has an empty database, a clock and an event loop."""
+
+    new_location: ClassVar[partial[Any]]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.place = type(self).new_location()
+        self.location = self.place.__enter__()
+        self.clock = FakeClock()
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self.runner.run(work)
+
+    def teardown(self) -> None:
+        self.runner.close()
+        self.place.__exit__(None, None, None)
+
+
+def run_machine(
+    machine: type[DatabaseMachine],
+    kind: str,
+    request: pytest.FixtureRequest,
+    folder: Path,
+    examples: int,
+) -> None:
+    """Let a machine run on a database of a kind, as often as is asked for, or `examples` times."""
+    machine.new_location = partial(new_location, request, kind, folder, migrated=True)
+    limits = settings(
+        max_examples=int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples)),
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # flushed only where the rules say so
+        run_state_machine_as_test(machine, settings=limits)
+
+
+class Machine(DatabaseMachine):
     """What two managers must do, said with dictionaries.
 
     `tasks` and `nodes` are the database. A `Side` is what a manager knows of it: its own writes at
     once, those of the other one after a refresh.
     """
-
-    new_location: ClassVar[partial[Any]]
 
     copies = Bundle("copies")
     sides = st.sampled_from([0, 1])
@@ -134,19 +174,12 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.runner = asyncio.Runner()
-        self.place = type(self).new_location()
-        self.location = self.place.__enter__()
-        self.clock = FakeClock()
         self.revision = 0
         self.tasks: dict[str, Task] = {}
         self.nodes: dict[str, NodeInfo] = {}
         self.status_since: dict[str, datetime] = {}
         self.generations = 0
         self.side: list[Side] = []
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        return self.runner.run(work)
 
     def refused(self, work: Coroutine[Any, Any, Any], error: type[StoreError]) -> Any:
         with pytest.raises(error) as caught:
@@ -169,8 +202,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for side in self.side:
             self.end(side)
-        self.runner.close()
-        self.place.__exit__(None, None, None)
+        super().teardown()
 
     # The dictionaries.
 
@@ -540,10 +572,9 @@ class Machine(RuleBasedStateMachine):
 
     async def compare(self, side: Side) -> None:
         manager = side.manager
-        state = await manager.get_state()
         shown = {**side.tasks, **{id: held.item for id, held in side.unsaved.items()}}
-        live = {id: task for id, task in shown.items() if task.status in LIVE}
-        assert dict(state.tasks) == live
+        await assert_shows(manager, shown, side.nodes)
+        state = await manager.get_state()
         assert state.version == manager.version == side.version
         stats = await manager.get_task_stats()
         assert (state.total_tasks, state.running_tasks) == (stats["total"], stats["running"])
@@ -554,43 +585,6 @@ class Machine(RuleBasedStateMachine):
                 "total": side.counts.total(),
                 **{status.value: side.counts[status] for status in TaskStatus},
             }
-        assert await manager.get_pending_tasks(None) == sorted(
-            (task for task in live.values() if task.status in WAITING),
-            key=lambda task: (task.priority, task.submitted_at, task.task_id),
-        )
-        for id, task in shown.items():  # the others are looked for by `take_a_copy`
-            assert await manager.get_task(id) == task
-
-        nodes = side.nodes
-        online = {id: node for id, node in nodes.items() if node.status is NodeStatus.ONLINE}
-        free = {
-            id: node
-            for id, node in online.items()
-            if node.running_tasks < node.max_concurrent_tasks
-        }
-        assert dict(state.nodes) == nodes
-        assert (state.total_nodes, state.online_nodes) == (len(nodes), len(online))
-        assert ids(await manager.get_all_nodes()) == newest(nodes)
-        assert ids(await manager.get_online_nodes()) == newest(online)
-        assert ids(await manager.find_nodes_by_skill("java")) == newest(
-            {id: node for id, node in online.items() if "java" in node.available_skills}
-        )
-        assert ids(await manager.get_available_nodes()) == sorted(
-            free,
-            key=lambda node_id: (
-                free[node_id].running_tasks / free[node_id].max_concurrent_tasks,
-                free[node_id].running_tasks,
-                node_id,
-            ),
-        )
-        assert await manager.get_node_stats() == {
-            "total": len(nodes),
-            "online": len(online),
-            "offline": sum(node.status is NodeStatus.OFFLINE for node in nodes.values()),
-            "busy": sum(node.status is NodeStatus.BUSY for node in nodes.values())
-            + len(online)
-            - len(free),
-        }
 
     async def compare_database(self, manager: StateManager) -> None:
         async with manager.db.session() as session:
@@ -598,6 +592,49 @@ class Machine(RuleBasedStateMachine):
                 assert await TaskRepository(session).get(id) == self.tasks.get(id)
             nodes = {node.node_id: node for node in await NodeRepository(session).get_all_nodes()}
         assert nodes == self.nodes
+
+
+async def assert_shows(
+    manager: StateManager, tasks: Mapping[str, Task], nodes: Mapping[str, NodeInfo]
+) -> None:
+    """That a manager answers as these dictionaries do."""
+    state = await manager.get_state()
+    live = {id: task for id, task in tasks.items() if task.status in LIVE}
+    assert dict(state.tasks) == live
+    assert await manager.get_pending_tasks(None) == sorted(
+        (task for task in live.values() if task.status in WAITING),
+        key=lambda task: (task.priority, task.submitted_at, task.task_id),
+    )
+    for id, task in tasks.items():  # the others are looked for by `take_a_copy`
+        assert await manager.get_task(id) == task
+
+    online = {id: node for id, node in nodes.items() if node.status is NodeStatus.ONLINE}
+    free = {
+        id: node for id, node in online.items() if node.running_tasks < node.max_concurrent_tasks
+    }
+    assert dict(state.nodes) == nodes
+    assert (state.total_nodes, state.online_nodes) == (len(nodes), len(online))
+    assert ids(await manager.get_all_nodes()) == newest(nodes)
+    assert ids(await manager.get_online_nodes()) == newest(online)
+    assert ids(await manager.find_nodes_by_skill("java")) == newest(
+        {id: node for id, node in online.items() if "java" in node.available_skills}
+    )
+    assert ids(await manager.get_available_nodes()) == sorted(
+        free,
+        key=lambda node_id: (
+            free[node_id].running_tasks / free[node_id].max_concurrent_tasks,
+            free[node_id].running_tasks,
+            node_id,
+        ),
+    )
+    assert await manager.get_node_stats() == {
+        "total": len(nodes),
+        "online": len(online),
+        "offline": sum(node.status is NodeStatus.OFFLINE for node in nodes.values()),
+        "busy": sum(node.status is NodeStatus.BUSY for node in nodes.values())
+        + len(online)
+        - len(free),
+    }
 
 
 def content_of(task: Task) -> str:
@@ -616,7 +653,7 @@ def ids(nodes: list[NodeInfo]) -> list[str]:
     return [node.node_id for node in nodes]
 
 
-def newest(nodes: dict[str, NodeInfo]) -> list[str]:
+def newest(nodes: Mapping[str, NodeInfo]) -> list[str]:
     """Identifiers of nodes, newest registered first."""
     ordered = sorted(nodes)
     return sorted(ordered, key=lambda node_id: nodes[node_id].registered_at, reverse=True)  # type: ignore[arg-type, return-value]  # every node was registered
@@ -624,19 +661,10 @@ def newest(nodes: dict[str, NodeInfo]) -> list[str]:
 
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_two_managers_on_one_database_behave_as_dictionaries(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # flushed only where the rules say so
-    Machine.new_location = partial(new_location, request, kind, tmp_path, migrated=True)
-    limits = settings(
-        max_examples=60 if kind == "sqlite" else 20,  # what is driven is mostly above the kinds
-        stateful_step_count=40,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-    run_state_machine_as_test(Machine, settings=limits)
+    # What is driven is mostly above the kinds.
+    run_machine(Machine, kind, request, tmp_path, 60 if kind == "sqlite" else 20)
 
 
 async def test_copy_of_what_another_manager_keeps_in_memory_is_stale(

@@ -51,7 +51,7 @@ from sqlalchemy import text
 HOW, FOLDER, (TASKS, KILLS, WORKERS, PLACES) = sys.argv[2], sys.argv[3], map(int, sys.argv[4:])
 NAMES = [f"worker{number}" for number in range(WORKERS)]
 CLAIMERS = 4
-SILENT_SECONDS = 2  # heartbeats are stored within a second
+SILENT_SECONDS = 3  # heartbeats are stored within a second
 HELD = (
     "SELECT node_id, running_tasks, max_concurrent_tasks, (SELECT count(*) FROM tasks"
     " WHERE assigned_node = node_id AND status IN ('scheduled', 'running')) FROM nodes"
@@ -184,10 +184,17 @@ async def prepare(path):
 def start(name):
     child = os.fork()
     if child == 0:
-        signal.alarm(LIMIT)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LIMIT)  # its own: that of the parent is not inherited
         asyncio.run(main(name, sys.argv[1]))
         os._exit(0)
     return child
+
+
+def give_up(why):
+    for child in children.values():
+        os.kill(child, signal.SIGKILL)
+    sys.exit(why)
 
 
 def look():
@@ -205,13 +212,13 @@ def look():
         if ended:
             del children[name]
         if status:
-            for other in children.values():
-                os.kill(other, signal.SIGKILL)
-            sys.exit(f"{name} has failed")
+            give_up(f"{name} has failed")
     time.sleep(0.005)
 
 
-LIMIT = 60 + TASKS // 10
+LIMIT = 40 + TASKS // 20
+children = {}
+signal.signal(signal.SIGALRM, lambda *_: give_up(f"not done after {LIMIT} s"))
 signal.alarm(LIMIT)
 asyncio.run(prepare(sys.argv[1]))
 files = [open(f"{FOLDER}/{name}.log", "x+") for name in NAMES]
@@ -229,7 +236,7 @@ for number, moment in enumerate(sorted(random.choices(range(TASKS // 10, TASKS *
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     print("killed", name)
-    if number % 2 == 0:  # the others find out, unless there is nothing left to do
+    if number % 4 == 0:  # the others find out, unless there is nothing left to do
         noted.discard(name)
         while name not in noted and not all(str(one) in noted for one in children.values()):
             look()
@@ -274,6 +281,7 @@ class Run:
     """What workers say they did, and the database they leave."""
 
     def __init__(self, location: Location, folder: Path, tasks: int, ended: Ended) -> None:
+        self.failures = [f"ended with {ended.code}"] * (ended.code != 0) + not_refusals(ended.err)
         self.ids = {f"task-{number:05}" for number in range(tasks)}
         out = [line.split() for line in ended.out]
         self.kills = Counter(name for word, name in out if word == "killed")
@@ -315,6 +323,7 @@ class Run:
     def problems(self) -> list[str]:
         """All that contradicts that each task was claimed by one at a time, and finished once."""
         return [
+            *self.failures,
             *self._lost(),
             *(problem for history in self.histories.values() for problem in broken(history)),
             *self._overfull(),
@@ -414,7 +423,6 @@ def run_workers(how: str, location: Location, folder: Path, tasks: int, kills: i
     notes.mkdir()
     arguments = [location, how, notes, tasks, kills, WORKERS, PLACES]
     (ended,) = run_scripts((WORK, arguments))
-    assert (ended.code, not_refusals(ended.err)) == (0, [])
     return Run(location, notes, tasks, ended)
 
 
@@ -453,6 +461,7 @@ def test_naive_workers_are_found_out(location: Location, tmp_path: Path) -> None
 
     problems = run.problems()
 
+    assert run.failures == []
     assert len({problem.split()[0] for problem in problems if " was claimed by " in problem}) >= 3
     assert len([problem for problem in problems if " was completed 16 times" in problem]) >= 3
 
