@@ -518,13 +518,16 @@ class TestClaim:
         await note("claimed")
         await manager.complete_task(task)
         await note("completed")
+        removed = await cluster.claimed(node_id)
+        await note("removed")
+        await manager.remove_task(removed.task_id)
         cluster.clock.advance(seconds=1)
         assert await manager.check_stale_nodes(0) == [node_id]
         await note("silent")
         await manager.sync_to_database()
 
         node = await cluster.node(node_id)
-        assert node.tags == ["claimed", "completed", "silent"]
+        assert node.tags == ["claimed", "completed", "removed", "silent"]
         assert (node.running_tasks, node.status) == (0, NodeStatus.OFFLINE)
 
     async def test_node_that_has_lost_what_was_only_in_memory_goes_on(
