@@ -83,9 +83,10 @@ class Dispatcher:
         claimed: list[Record[Task]] = []
         try:
             await self._claim(node_id, limit, claimed)
-        except StoreError:
+        except StoreError as error:
             if not claimed:  # else they are the node's, and it must be told
                 raise
+            logger.warning("a claim of node %r got only a part: %s", node_id, error)
         return claimed
 
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:

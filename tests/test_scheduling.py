@@ -610,7 +610,10 @@ class TestClaim:
         assert ids(await cluster.one.claim_tasks(node)) == ids([task])
 
     async def test_claim_that_fails_half_way_tells_of_what_it_has_got(
-        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+        self,
+        cluster: Cluster,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """They are the node's, and nobody else would tell it."""
         node, busy = await cluster.join(), await cluster.join()
@@ -634,6 +637,7 @@ class TestClaim:
             claimed = await cluster.two.claim_tasks(node, 2)
 
         assert (ids(claimed), writes) == (["b"], 2)
+        assert "got only a part: the disk is full" in caplog.text
         assert ids(await cluster.two.claim_tasks(node, 2)) == ["c"]
         await assert_counted(cluster.one)
 
