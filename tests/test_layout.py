@@ -66,6 +66,7 @@ LAYERS = [
     "restoring",
     "console",
     "live",
+    "calls",
     "cli",
     "__main__",
     "testing",
