@@ -54,6 +54,8 @@ LAYERS = [
     "filters",
     "repositories",
     "copying",
+    "mending",
+    "verification",
     "indexes",
     "pages",
     "feed",
