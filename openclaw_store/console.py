@@ -7,12 +7,13 @@ not wait for it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from openclaw_store.errors import StoreError
+from openclaw_store.progress import Report
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from openclaw_store.changes import Change
     from openclaw_store.inspection import Summary
     from openclaw_store.models import NodeInfo, Task
-
-Report = Callable[[str, int, int], object]
-"""Is told what is being done, how much of it is done, and how much there is; 0 if that is unknown.
-"""
 
 _WIDEST = 1000
 """Columns of what is no terminal: a program, or a file, shall have whole lines."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import sqlite3
-from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -21,15 +20,14 @@ from openclaw_store.backups import unused_name, written_aside
 from openclaw_store.errors import SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLiteFaults
 from openclaw_store.postgresql import PostgreSQL
+from openclaw_store.progress import Report
 from openclaw_store.sqlite import BESIDES, SQLite
 
 _PAGES = 4096
 """Pages copied between two reports."""
 
 
-def restore(
-    backend: Backend, source: Path, report: Callable[[str, int, int], object] = lambda *_: None
-) -> Path | None:
+def restore(backend: Backend, source: Path, report: Report = lambda *_: None) -> Path | None:
     """Have a copy that `Database.backup` has made take the place of a database.
 
     Args:

@@ -407,6 +407,23 @@ class TestLookingAfter:
             assert found["size_after"] < 500_000
         assert re.fullmatch(r".*: [\d.]+ [kM]B → [\d.]+ [kM]B\n", (await run("vacuum")).stdout)
 
+    async def test_copy_is_the_whole_state(
+        self, run: Run, cluster: StateManager, location: Location, tmp_path: Path
+    ) -> None:
+        target = tmp_path / "folder" / "copy.db"
+
+        copied = await document(run, "copy", location, target)
+        again = await run("copy", location, target, status=1)
+        back = await run("copy", target, tmp_path / "back.db")
+
+        assert (copied["tasks"], copied["nodes"], copied["changes"]) == (12, 2, cluster.version)
+        assert (copied["source"], copied["target"]) == (shown(location), str(target))
+        assert await document(run, "tasks", "-d", target) == await document(run, "tasks")
+        assert "is new" in again.stderr
+        assert copied["checksum"] in back.stdout
+        await run("copy", tmp_path / "none.db", tmp_path / "other.db", status=1)
+        assert not (tmp_path / "none.db").exists()
+
     @pytest.mark.sqlite
     async def test_backup_can_be_restored(
         self, run: Run, manager: StateManager, make_task: MakeTask, location: Path, tmp_path: Path
@@ -709,20 +726,47 @@ def plain(written: bytes) -> str:
     return re.sub(r"\x1b\[[\d;]*m", "", written.decode(errors="ignore"))
 
 
+ID = r"\b0[0-9a-z]{19}\b"
+VARYING = {
+    ID: "ID",
+    r"\b[0-9a-f]{64}\b": "CHECKSUM",
+    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+Z)?": "TIME",
+    r"\d+ (d|h|min|s)( \d+ (h|min|s))?\b": "AGE",
+    r"[\d.]+ [kM]B": "SIZE",
+    r" {2,}": "  ",
+    r"/\S+/": "",
+}
+"""What is another one each time."""
+
+
 class TestReadme:
-    def test_section_shows_what_the_commands_write(self, tmp_path: Path) -> None:
-        """But for identifiers, times, sizes and widths, which are others each time."""
+    def test_section_shows_what_the_commands_write(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """But for identifiers, times, sizes and widths."""
         text = README.read_text(encoding="utf-8")
         section = text.partition("\n## The command line\n")[2].partition("\n## ")[0]
-        steps = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", section, re.MULTILINE)
-        commands = [shlex.split(command, comments=True) for command, _ in steps]
-
-        assert commands[0][:2] == ["python", "examples/storage_demo.py"]
-        subprocess.run(
-            [sys.executable, DEMO, *commands[0][2:]], cwd=tmp_path, capture_output=True, check=True
-        )
-        failed: dict[str, str] = {}
+        demo, *steps = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", section, re.MULTILINE)
+        assert demo[0] == "python examples/storage_demo.py --keep data/cluster.db | tail -1"
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "data").mkdir()
+        arguments = shlex.split(demo[0])[2:4]
+        subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, check=True)
         ids: dict[str, str] = {}
-        for command, expected in zip(commands[1:], steps[1:], strict=True):
-            pass
-        assert failed == ids == {}
+
+        for command, expected in steps:
+            program, *arguments = [ids.get(word, word) for word in shlex.split(command)]
+            written = CliRunner().invoke(app, arguments).output
+            assert program == "openclaw-store"
+            assert varying(written) == varying(expected), command
+            ids |= zip(re.findall(ID, expected), re.findall(ID, written), strict=True)
+
+        shown = {command.split()[1] for command, _ in steps}
+        assert shown >= {one.name or one.callback.__name__ for one in app.registered_commands}  # type: ignore[union-attr]
+        assert "db" in shown
+
+
+def varying(text: str) -> list[str]:
+    for pattern, name in VARYING.items():
+        text = re.sub(pattern, name, text)
+    return text.rstrip().splitlines()

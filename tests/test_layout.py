@@ -68,6 +68,7 @@ LAYERS = [
     "restoring",
     "console",
     "live",
+    "calls",
     "cli",
     "__main__",
     "testing",
