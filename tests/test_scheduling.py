@@ -52,6 +52,7 @@ from openclaw_store import (
     TaskType,
     UnavailableError,
     dispatcher,
+    round_trips,
     state_manager,
 )
 from openclaw_store.feed import read_changes
@@ -1974,8 +1975,11 @@ class TestExplain:
 
 
 class TestEveryVerb:
-    async def test_leaves_memory_database_and_feed_in_step(self, cluster: Cluster) -> None:
+    async def test_leaves_memory_database_and_feed_in_step(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """P2 and P5: each is one transaction, whose changes have consecutive revisions."""
+        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)  # so each assumes a lot
         one, two = cluster.one, cluster.two
         node = cluster.make_node(node_id="n", max_concurrent_tasks=3)
         tasks = [cluster.make_task(task_id=f"t{number}") for number in range(6)]
