@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from openclaw_store.repositories import NodeRepository, TaskRepository
     from openclaw_store.state_manager import StateManager
+    from openclaw_store.verification import Problem, Verification, verify
 else:
     _MODULES = (
         "errors",
@@ -56,6 +57,7 @@ else:
         "dispatcher",
         "state_manager",
         "copying",
+        "verification",
     )
 
     def __getattr__(name: str) -> object:
@@ -93,6 +95,7 @@ __all__ = [
     "NotFoundError",
     "NotOwnerError",
     "OutcomeUnknownError",
+    "Problem",
     "Recovery",
     "SchemaMismatchError",
     "StaleVersionError",
@@ -108,10 +111,12 @@ __all__ = [
     "TaskType",
     "UnavailableError",
     "UnsavedConflictError",
+    "Verification",
     "__version__",
     "copy",
     "new_id",
     "utc_now",
+    "verify",
 ]
 
 

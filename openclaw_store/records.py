@@ -230,7 +230,10 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     fields = kind(*row).__dict__
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
-        fields[name] = _EMPTY[empty] if text is None else text.encode()
+        try:
+            fields[name] = _EMPTY[empty] if text is None else text.encode()
+        except AttributeError as error:  # written by hand: SQLite takes a blob anywhere
+            raise InvalidDataError(name, f"of {row[0]!r} is not text") from error
     return Record(kind, fields)
 
 

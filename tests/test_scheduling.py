@@ -519,13 +519,16 @@ class TestClaim:
         await note("claimed")
         await manager.complete_task(task)
         await note("completed")
+        removed = await cluster.claimed(node_id)
+        await note("removed")
+        await manager.remove_task(removed.task_id)
         cluster.clock.advance(seconds=1)
         assert await manager.check_stale_nodes(0) == [node_id]
         await note("silent")
         await manager.sync_to_database()
 
         node = await cluster.node(node_id)
-        assert node.tags == ["claimed", "completed", "silent"]
+        assert node.tags == ["claimed", "completed", "removed", "silent"]
         assert (node.running_tasks, node.status) == (0, NodeStatus.OFFLINE)
 
     async def test_node_that_has_lost_what_was_only_in_memory_goes_on(
@@ -608,7 +611,10 @@ class TestClaim:
         assert ids(await cluster.one.claim_tasks(node)) == ids([task])
 
     async def test_claim_that_fails_half_way_tells_of_what_it_has_got(
-        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+        self,
+        cluster: Cluster,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """They are the node's, and nobody else would tell it."""
         node, busy = await cluster.join(), await cluster.join()
@@ -632,6 +638,7 @@ class TestClaim:
             claimed = await cluster.two.claim_tasks(node, 2)
 
         assert (ids(claimed), writes) == (["b"], 2)
+        assert "got only a part: the disk is full" in caplog.text
         assert ids(await cluster.two.claim_tasks(node, 2)) == ["c"]
         await assert_counted(cluster.one)
 
@@ -1235,6 +1242,8 @@ class TestRegister:
         found = await cluster.task(last_try.task_id)
         assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
         assert found.completed_at == now
+        lost = [one.item_id for one in await feed(cluster.one) if one.reason == NODE_LOST]
+        assert lost == ids([scheduled, running, last_try])  # on both databases
         assert await cluster.task(kept.task_id) == kept
         await assert_counted(cluster.one)
 
