@@ -416,6 +416,23 @@ class TestClaim:
             await cluster.two.claim_tasks(gone)
         await assert_counted(cluster.one)
 
+    async def test_writer_forgets_what_it_knew_of_a_node_when_others_have_written(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+        node = await cluster.join()
+        await cluster.one.add_tasks(cluster.make_task() for _ in range(3))
+        await cluster.two.refresh_from_database()
+
+        for manager in (cluster.one, cluster.two):
+            await manager.claim_tasks(node)
+        for _ in range(3):  # until it trusts its memory again
+            await cluster.add()
+        await cluster.one.claim_tasks(node)
+
+        assert (await cluster.node(node)).running_tasks == 3
+        await assert_counted(cluster.one)
+
     async def test_sixteen_claimers_get_each_task_once(self, cluster: Cluster) -> None:
         """P4: whatever the number of coordinators, a task is handed to one node at a time."""
         nodes = [await cluster.join(max_concurrent_tasks=3) for _ in range(4)]
