@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import FakeClock, MakeTask
-from test_layout import blocks
+from test_layout import README, blocks
 
 from benchmarks.postgres import Databases
 from openclaw_store import (
@@ -32,6 +33,15 @@ def recipe(word: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "recipe"}
     exec(compile(example, "README.md", "exec", dont_inherit=True), names)
     return names
+
+
+def command_of(name: str) -> str:
+    """The command line of a recipe."""
+    recipes = README.read_text(encoding="utf-8").partition("\n## Recipes\n")[2]
+    [line] = re.findall(
+        rf"^\$ (openclaw-store.* {name} .*)$", recipes.partition("\n## ")[0], re.MULTILINE
+    )
+    return str(line)
 
 
 def run(line: str, folder: Path, **environment: str) -> str:
@@ -59,7 +69,7 @@ async def test_what_was_lost_is_there_again_after_a_restore(
     names = recipe("def back_up")
     back_up: Callable[..., Any] = names["back_up"]
     clock = names["utc_now"] = FakeClock()
-    [command] = [block for block in blocks("console") if "restore" in block]
+    command = command_of("restore")
     database = tmp_path / "data" / "cluster.db"
     copies = tmp_path / "backups"
 
@@ -71,7 +81,7 @@ async def test_what_was_lost_is_there_again_after_a_restore(
         await TaskRepository(db).delete("precious")
     kept = sorted(path.name for path in copies.iterdir())
     run(
-        command.removeprefix("$ ").replace("cluster-20260301T120000.db", copy.name),
+        command.replace("cluster-20260301T120000.db", copy.name),
         tmp_path,
     )
 
@@ -90,12 +100,16 @@ async def test_state_moves_to_postgresql_and_back(
         await TaskRepository(db).create(task)
     url = await server.create_database()
 
+    command = command_of("copy").replace("./data/cluster.db", "./cluster.db")
+
     try:
-        there = await move(str(tmp_path / "cluster.db"), url)
+        printed = run(re.sub(r"postgresql://\S+", url, command), tmp_path)
         back = await move(url, str(tmp_path / "back.db"))
+        there = await move(str(tmp_path / "back.db"), str(tmp_path / "there.db"))
     finally:
         await server.drop_database(url)
 
+    assert back.checksum in printed
     assert there == back
     assert (there.nodes, there.tasks, there.changes) == (0, 1, 1)
     async with Database(tmp_path / "back.db") as db:
