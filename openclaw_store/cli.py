@@ -437,9 +437,7 @@ async def cleanup(
                 count = await repository.cleanup_old_tasks(days, keep)
     call.show(
         {"tasks": count, "dry_run": dry_run},
-        console.number(
-            count, "task would" if dry_run else "task was", "be removed" if dry_run else "removed"
-        ),
+        f"{console.number(count, 'task')} {'would be removed' if dry_run else 'removed'}",
     )
 
 

@@ -387,7 +387,7 @@ class TestLookingAfter:
 
         assert counted == {"tasks": 2, "dry_run": True}
         assert removed == {"tasks": 2, "dry_run": False}
-        assert text == "1 task was removed\n"
+        assert text == "1 task removed\n"
         assert (
             await run("cleanup", "--days", 0, "--dry-run")
         ).stdout == "0 tasks would be removed\n"
