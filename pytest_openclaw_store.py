@@ -1,7 +1,7 @@
 """The pytest plugin: fixtures of `openclaw_store.testing` for the tests of programs that use it.
 
-It stands beside the library, which takes a while to import, because pytest imports every plugin
-that is installed, whoever's tests it runs. So it imports the library only in a fixture.
+It stands beside the library, because pytest imports every plugin that is installed, whoever's tests
+it runs, and before coverage is measured. So it imports the library only in a fixture.
 """
 
 from __future__ import annotations

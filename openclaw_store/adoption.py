@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
+from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -79,6 +80,8 @@ class Adopted(NamedTuple):
     nodes: int
     tasks: int
     rejected: Sequence[Rejected]
+    copy: Path
+    """The file as it was."""
 
 
 def zone_of(name: str | None) -> tzinfo | None:
@@ -135,7 +138,9 @@ def set_aside(connection: Connection) -> None:
     connection.exec_driver_sql("PRAGMA legacy_alter_table=OFF")
 
 
-def adopt(connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime) -> Adopted:
+def adopt(
+    connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime, copy: Path
+) -> Adopted:
     """Move the rows that were set aside to the tables of the library, nodes first.
 
     Args:
@@ -143,6 +148,7 @@ def adopt(connection: Connection, cursor: Cursor, zone: tzinfo | None, now: date
         cursor: Writes in it.
         zone: That of times which name none; `None` for the local one.
         now: When they were added, for the feed.
+        copy: Where the file as it was is kept.
     """
     for statement in _MAKE_TABLES:
         connection.exec_driver_sql(statement)
@@ -154,7 +160,7 @@ def adopt(connection: Connection, cursor: Cursor, zone: tzinfo | None, now: date
     finally:
         driver.text_factory = usual
     cursor.execute("UPDATE counters SET revision = ? WHERE id = 1", (nodes + tasks,))
-    return Adopted(nodes, tasks, reading.rejected)
+    return Adopted(nodes, tasks, reading.rejected, copy)
 
 
 def report(adopted: Adopted, location: str) -> None:
@@ -165,8 +171,8 @@ def report(adopted: Adopted, location: str) -> None:
             row.item, row.item_id, row.reason,
         )  # fmt: skip
     logger.info(
-        "%s: adopted %d nodes and %d tasks of the original database",
-        location, adopted.nodes, adopted.tasks,
+        "%s: adopted %d nodes and %d tasks of the original database, which is kept in %s",
+        location, adopted.nodes, adopted.tasks, adopted.copy,
     )  # fmt: skip
 
 

@@ -66,13 +66,13 @@ class Backend(Protocol):
     def migrate(
         self,
         work: Callable[[Connection], Result],
-        copy_to: Callable[[Connection], str | None] = ...,
+        copy_to: Callable[[Connection], Path | None] = ...,
     ) -> Result:
         """Do `work` in a transaction in which nobody else migrates; blocks the thread.
 
         Args:
-            copy_to: Says, of what it finds, how the name ends of a copy of the file to be made
-                first; `None` for no copy. There is none of a database on a server.
+            copy_to: Says, of what it finds, where the file is to be copied first; `None` for no
+                copy. A database on a server has no file.
         """
 
     def engine(self, *, write: bool, **options: Any) -> AsyncEngine:

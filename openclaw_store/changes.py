@@ -179,13 +179,14 @@ class Row:
         return row
 
     def held(self) -> list[Row]:
-        """Of a node: the tasks that take up places on it."""
+        """Of a node: the tasks that take up places on it, by identifier."""
         ledger = self._ledger
         tasks = ledger.rows[Task]
         for raw in ledger.cursor.read(ledger.sql.read_held, (self.id,)):
             if raw[0] not in tasks:
                 ledger.row(Task, raw[0]).found(ledger.sql.decode[Task](raw))
-        return [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        held = [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        return sorted(held, key=lambda row: row.id)  # the same on both databases
 
     def content(self, known: Record[Any] | None = None) -> Record[Any] | None:
         """What the row holds; `None` if it does not exist.
@@ -228,11 +229,13 @@ class Row:
 
     def status_since(self) -> datetime | None:
         """When its status was changed last, as far as the feed knows."""
-        if self._ledger.has_changed_status(self):
-            return self.now
-        ledger = self._ledger
-        newest = (self.version, ITEM[self.kind], self.id)
-        found = ledger.cursor.read(ledger.sql.status_since, newest)
+        ledger, newest = self._ledger, self.version
+        for change in ledger.changes_of(self):  # which the feed is yet to be told
+            if change.from_status != change.to_status:
+                return self.now
+            newest = change.previous
+        place = (newest, ITEM[self.kind], self.id)
+        found = ledger.cursor.read(ledger.sql.status_since, place)
         return ledger.sql.from_moment(found[0][0]) if found else None
 
     def write(
@@ -411,13 +414,10 @@ class Ledger:
         self._changes.append(change)
         return change
 
-    def has_changed_status(self, row: Row) -> bool:
-        """Whether this unit has changed the status of a row, which the feed is yet to be told."""
-        return any(
-            change.item_id == row.id and change.from_status != change.to_status
-            for change in self._changes
-            if change.item == ITEM[row.kind]
-        )
+    def changes_of(self, row: Row) -> Iterable[Change]:
+        """Those of a row that this unit has made, newest first."""
+        place = (ITEM[row.kind], row.id)
+        return (one for one in reversed(self._changes) if (one.item, one.item_id) == place)
 
     def _write(self) -> None:
         if self._counters is None:

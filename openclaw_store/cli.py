@@ -9,11 +9,8 @@ The library is imported by the commands, when they are run: `--help` and complet
 from __future__ import annotations
 
 import asyncio
-import inspect
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -22,16 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openclaw_store import console
-from openclaw_store.errors import NotFoundError, StoreError, UnavailableError
+from openclaw_store.calls import AsJson, Call, Location, command
+from openclaw_store.errors import NotFoundError
 from openclaw_store.models import WAITING, NodeStatus, TaskStatus, TaskType
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from openclaw_store.backends import Backend
-    from openclaw_store.database import Database
-
-    Part = Callable[[], RenderableType] | str
+    from openclaw_store.adoption import Adopted
+    from openclaw_store.calls import Part
 
 app = typer.Typer(
     name="openclaw-store",
@@ -45,110 +39,6 @@ app = typer.Typer(
 )
 db = typer.Typer(help="Upgrade the schema of a database, or look at it.", no_args_is_help=True)
 app.add_typer(db, name="db")
-
-Location = Annotated[
-    str | None,
-    typer.Option(
-        "--database",
-        "-d",
-        metavar="PATH|URL",
-        help="The database  [default: $OPENCLAW_STORE_URL, or ./data/cluster.db]",
-        show_default=False,
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What every command is told."""
-
-    location: str | None
-    as_json: bool
-
-    @property
-    def backend(self) -> Backend:
-        """The database that is meant; nothing is opened."""
-        from openclaw_store import migrations
-
-        return migrations.named_by(self.location)
-
-    def existing(self) -> Backend:
-        """The database that is meant, which is not made.
-
-        Raises:
-            UnavailableError: If there is no such file.
-        """
-        backend = self.backend
-        if not backend.exists():
-            raise UnavailableError(
-                f"{backend.location}: there is no such file: give another --database, or make one "
-                'with "openclaw-store db upgrade"'
-            )
-        return backend
-
-    @asynccontextmanager
-    async def opened(self) -> AsyncIterator[Database]:
-        """The database, which must be there and have the schema of this version."""
-        from openclaw_store import migrations
-        from openclaw_store.database import Database
-
-        backend = self.existing()
-        # First of all, as opening a database turns its WAL on, and it may be somebody else's.
-        await asyncio.to_thread(migrations.require, backend)
-        database = Database(migrations.location_of(self.location))
-        try:
-            await database.initialize(migrate=False)
-            yield database
-        finally:
-            await database.close()
-
-    def show(self, document: Any, *parts: Part) -> None:
-        """Write a document as JSON, or what people read instead: text, and what makes tables."""
-        if self.as_json:
-            typer.echo(console.as_json(document))
-        else:
-            console.show(*(part if isinstance(part, str) else part() for part in parts))
-
-
-def command(
-    group: typer.Typer, name: str | None = None
-) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., Awaitable[None]]]:
-    """Make a coroutine function a command, which has the options that all of them have.
-
-    It is given a `Call`, and what its own parameters say.
-    """
-
-    def register(work: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
-        def run(context: typer.Context, **given: Any) -> None:
-            everywhere: Call = context.obj
-            location, as_json = given.pop("database"), given.pop("json")
-            call = Call(location or everywhere.location, as_json or everywhere.as_json)
-
-            async def work_to_the_end() -> None:
-                await work(call, **given)
-
-            try:
-                asyncio.run(work_to_the_end())
-            except StoreError as error:
-                typer.echo(f"openclaw-store: {console.one_line(error)}", err=True)
-                raise typer.Exit(1) from None
-
-        signature = inspect.signature(work, eval_str=True)
-        named = inspect.Parameter.KEYWORD_ONLY
-        run.__signature__ = signature.replace(  # type: ignore[attr-defined]  # it is read by typer
-            parameters=[
-                inspect.Parameter("context", named, annotation=typer.Context),
-                *(one.replace(kind=named) for one in [*signature.parameters.values()][1:]),
-                inspect.Parameter("database", named, annotation=Location, default=None),
-                inspect.Parameter("json", named, annotation=AsJson, default=False),
-            ]
-        )
-        run.__name__, run.__doc__ = work.__name__, work.__doc__
-        group.command(name)(run)
-        return work
-
-    return register
 
 
 def _either(kind: type[StrEnum]) -> str:
@@ -330,18 +220,31 @@ async def watch(
 
 
 @command(db)
-async def upgrade(call: Call) -> None:
-    """Bring the schema up to date; makes the database if there is none."""
-    from openclaw_store import migrations
-    from openclaw_store.database import Database
+async def upgrade(
+    call: Call,
+    legacy_timezone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ZONE",
+            help="Of the times of an original hand-made database, as Asia/Shanghai  "
+            "[default: that of this machine]",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Bring the schema up to date; makes the database if there is none.
 
-    backend, before = call.backend, None
+    An original hand-made database is adopted, and a copy of it kept.
+    """
+    from openclaw_store import adoption, migrations
+
+    zone, backend, before = adoption.zone_of(legacy_timezone), call.backend, None
     if backend.exists():
         before = await asyncio.to_thread(migrations.revision_of, backend)
     with console.progress("upgrading"):
-        async with Database(migrations.location_of(call.location)):
-            pass
-    _show_step(call, before, migrations.HEAD)
+        await asyncio.to_thread(backend.prepare)
+        adopted = await asyncio.to_thread(migrations.upgrade, backend, zone)
+    _show_step(call, before, migrations.HEAD, adopted)
 
 
 @command(db)
@@ -363,13 +266,22 @@ async def downgrade(
     _show_step(call, before, await asyncio.to_thread(migrations.revision_of, backend))
 
 
-def _show_step(call: Call, before: str | None, after: str | None) -> None:
-    call.show(
-        {"database": call.backend.location, "before": before, "after": after},
-        f"{call.backend.location}: schema {before or 'none'} → {after or 'none'}"
-        if before != after
-        else f"{call.backend.location}: schema {after}, as it was",
-    )
+def _show_step(
+    call: Call, before: str | None, after: str | None, adopted: Adopted | None = None
+) -> None:
+    location = call.backend.location
+    document: dict[str, Any] = {"database": location, "before": before, "after": after}
+    text = f"{location}: schema {before or 'none'} → {after or 'none'}"
+    if before == after:
+        text = f"{location}: schema {after}, as it was"
+    if adopted is not None:
+        rejected, copy = len(adopted.rejected), str(adopted.copy)
+        document["adopted"] = {**adopted._asdict(), "rejected": rejected, "copy": copy}
+        text += (
+            f"\nadopted {adopted.nodes} nodes and {adopted.tasks} tasks; {rejected} rows are in "
+            f"legacy_rejected\nthe file as it was: {copy}"
+        )
+    call.show(document, text)
 
 
 @command(db)
@@ -430,6 +342,36 @@ async def restore(call: Call, path: Annotated[Path, typer.Argument(help="The bac
         {"database": backend.location, "source": str(path.absolute()), "kept": kept and str(kept)},
         f"{backend.location} is the copy in {path} now",
         *([f"what was there before is in {kept}"] if kept else []),
+    )
+
+
+@command(app)
+async def copy(
+    call: Call,
+    source: Annotated[str, typer.Argument(metavar="FROM", help="A file or a URL.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TO", help="A file or a URL; there must be nothing in it yet.")
+    ],
+) -> None:
+    """Copy the whole state to another database, of either kind.
+
+    A copy that was interrupted goes on when it is started again.
+    """
+    from openclaw_store.copying import copy
+    from openclaw_store.database import Database
+
+    async with Call(source, as_json=False).opened() as origin:
+        copied_to = Database(target)
+        try:
+            with console.progress("copying") as report:
+                copied = await copy(origin, copied_to, report=report)
+        finally:
+            await copied_to.close()
+    call.show(
+        {"source": origin.db_path, "target": copied_to.db_path, **asdict(copied)},
+        f"{copied.tasks:,} tasks, {copied.nodes:,} nodes and {copied.changes:,} changes are in "
+        f"{copied_to.db_path} now",
+        f"checksum {copied.checksum}",
     )
 
 

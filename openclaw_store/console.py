@@ -7,12 +7,13 @@ not wait for it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from openclaw_store.errors import StoreError
+from openclaw_store.progress import Report
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     from openclaw_store.changes import Change
     from openclaw_store.inspection import Summary
     from openclaw_store.models import NodeInfo, Task
-
-Report = Callable[[str, int, int], object]
-"""Is told what is being done, how much of it is done, and how much there is; 0 if that is unknown.
-"""
 
 _WIDEST = 1000
 """Columns of what is no terminal: a program, or a file, shall have whole lines."""
@@ -78,18 +75,20 @@ def counted(counts: dict[str, int]) -> str:
     return f"{counts['total']:,}" + (f": {', '.join(there)}" if there else "")
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, folds: str = "") -> Table:
+def table(
+    headers: Sequence[str], rows: Iterable[Sequence[object]], *, cut: str | None = None
+) -> Table:
     """A table without lines.
 
     Args:
-        folds: The column that is cut off where there is no room for it.
+        cut: The column that is cut off where there is no room for it; the others are broken.
     """
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
     for header in headers:
-        cut = header == folds
-        shown.add_column(header, no_wrap=cut, overflow="ellipsis" if cut else "fold")
+        is_cut = header == cut
+        shown.add_column(header, no_wrap=is_cut, overflow="ellipsis" if is_cut else "fold")
     for row in rows:
         shown.add_row(*(printable(str("" if cell is None else cell)) for cell in row))
     return shown
@@ -140,7 +139,7 @@ def nodes(found: Iterable[NodeInfo], now: datetime) -> Table:
             )
             for node in found
         ),
-        folds="skills",
+        cut="skills",
     )
 
 
@@ -161,7 +160,7 @@ def tasks(found: Iterable[Task]) -> Table:
             )
             for task in found
         ),
-        folds="name",
+        cut="name",
     )
 
 
@@ -203,7 +202,7 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
             )
             for change in found
         ),
-        folds="reason",
+        cut="reason",
     )
 
 

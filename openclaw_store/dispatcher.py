@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 
 from openclaw_store import lifecycle
-from openclaw_store.changes import Place, missing
+from openclaw_store.changes import missing
 from openclaw_store.checks import check_seconds
 from openclaw_store.database import Database
 from openclaw_store.errors import (
@@ -84,15 +83,16 @@ class Dispatcher:
         claimed: list[Record[Task]] = []
         try:
             await self._claim(node_id, limit, claimed)
-        except StoreError:
+        except StoreError as error:
             if not claimed:  # else they are the node's, and it must be told
                 raise
+            logger.warning("a claim of node %r got only a part: %s", node_id, error)
         return claimed
 
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
-        await self._settle(place)
+        await self._mirror.settle_or_drop(place)
         taken: list[str] = []
         try:
             while True:
@@ -121,11 +121,11 @@ class Dispatcher:
             TaskNotFoundError: If there is none.
             ConflictError: If it may not be done.
         """
-        await self._settle((Task, operation.id))
+        await self._mirror.settle_or_drop((Task, operation.id))
         known = self._mirror.cache.task(operation.id)
         if known is not None and known["assigned_node"] is not None:
             operation.node_id = known["assigned_node"]
-            await self._settle((NodeInfo, known["assigned_node"]))
+            await self._mirror.settle_or_drop((NodeInfo, known["assigned_node"]))
         operation.known = known
         try:
             done: Advanced = await self._mirror.submit(operation)
@@ -149,7 +149,7 @@ class Dispatcher:
         reason = f"silent for more than {timeout_seconds:g} s"
         stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
         for node_id in stale:
-            await self._settle((NodeInfo, node_id))
+            await self._mirror.settle_or_drop((NodeInfo, node_id))
         operations = [
             SetNodeStatus(node_id, NodeStatus.OFFLINE, cutoff, reason) for node_id in stale
         ]
@@ -211,13 +211,8 @@ class Dispatcher:
         taken += ids
         if cache.unsaved:
             for id in ids:
-                await self._settle((Task, id))
+                await self._mirror.settle_or_drop((Task, id))
         return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]
-
-    async def _settle(self, place: Place) -> None:
-        """Write what is only in memory of an entry, before the writer changes it."""
-        with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
-            await self._mirror.settle(place)
 
     async def _suspects(self, silent_since: datetime) -> list[str]:
         """The tasks that seem to be on nodes that are not alive, or to run for too long."""

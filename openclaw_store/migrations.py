@@ -19,6 +19,7 @@ from sqlalchemy import Connection, inspect, text
 
 from openclaw_store import adoption
 from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of
+from openclaw_store.backups import unused_name
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 from openclaw_store.schema import Base
@@ -135,8 +136,10 @@ def revision_of(backend: Backend) -> str | None:
 
 def upgrade(
     backend: Backend, legacy_timezone: tzinfo | None = None, clock: Clock = utc_now
-) -> None:
+) -> adoption.Adopted | None:
     """Bring the database to the schema of this version; blocks the thread.
+
+    Returns what became of the rows of an original database, if it was one.
 
     Args:
         backend: The database.
@@ -149,14 +152,14 @@ def upgrade(
             the original database open.
     """
     if is_current(backend):
-        return
+        return None
     # Imported here, as below: opening a database that needs no migration shall not pay for Alembic.
     from alembic import command
     from alembic.util import CommandError
 
     try:
         with _LOCK:
-            migrate(
+            return migrate(
                 backend,
                 lambda connection: command.upgrade(_config(connection), "head"),
                 legacy_timezone,
@@ -203,7 +206,7 @@ def check(backend: Backend) -> None:
 
     try:
         with _LOCK:
-            backend.inspect(lambda connection: command.check(_config(connection)))
+            migrate(backend, lambda connection: command.check(_config(connection)))
     except CommandError as error:
         raise SchemaMismatchError(
             f"the tables of {backend.location} were changed by hand ({error}): restore a backup"
@@ -227,8 +230,10 @@ def migrate(
     clock: Clock = utc_now,
     *,
     to_head: bool = False,
-) -> None:
+) -> adoption.Adopted | None:
     """Do `work` with a connection that holds the lock, and commit it; blocks the thread.
+
+    Returns what became of the rows of an original database, if it was one.
 
     Args:
         backend: The database.
@@ -243,39 +248,42 @@ def migrate(
         UnavailableError: If another process keeps it locked for longer than its timeout, or has
             the original database open.
     """
-    ending: str | None = None
+    copy: Path | None = None
     adopted: adoption.Adopted | None = None
 
-    def copy_to(connection: Connection) -> str | None:
-        nonlocal ending
+    def copy_to(connection: Connection) -> Path | None:
+        nonlocal copy
         is_original = adoption.is_original(connection)
         if is_original and not to_head:
             raise SchemaMismatchError(
                 f"{backend.location} is an original hand-made database: run "
+                '"openclaw-store db upgrade" or, in a checkout, '
                 f'"alembic -x url={backend.location} upgrade head" first, which adopts it'
             )
-        ending = f".original-{clock():%Y%m%dT%H%M%SZ}" if is_original else None
-        return ending
+        ending = f".original-{clock():%Y%m%dT%H%M%SZ}"
+        copy = unused_name(Path(backend.location), ending) if is_original else None
+        return copy
 
     def checked(connection: Connection) -> None:
         nonlocal adopted
         _is_current(backend, connection)
-        is_original = adoption.is_original(connection)
-        if is_original and ending is None:
+        if not adoption.is_original(connection):
+            work(connection)
+            return
+        if copy is None:
             raise UnavailableError(
                 f"{backend.location}: another program makes its tables just now: end it, then try "
                 "again"
             )
-        if is_original:
-            adoption.set_aside(connection)
+        adoption.set_aside(connection)
         work(connection)
-        if is_original:
-            cursor = backend.cursor(connection)
-            adopted = adoption.adopt(connection, cursor, legacy_timezone, clock())
+        cursor = backend.cursor(connection)
+        adopted = adoption.adopt(connection, cursor, legacy_timezone, clock(), copy)
 
     backend.migrate(checked, copy_to)
     if adopted is not None:
         adoption.report(adopted, backend.location)
+    return adopted
 
 
 def is_to_head(context: EnvironmentContext) -> bool:

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import Context
 from datetime import datetime
 from functools import partial
@@ -278,6 +279,9 @@ class Mirror:
 
     async def remove(self, place: Place) -> bool:
         """Remove an entry; `False` if there is none."""
+        task = self.cache.task(place[1]) if place[0] is Task else None
+        if task is not None and task["assigned_node"] is not None:  # it may get a place back
+            await self.settle_or_drop((NodeInfo, task["assigned_node"]))
         if place not in self.cache.unsaved:
             return bool(await self.submit(Remove(*place)))
         self._database.refuse_inside()
@@ -299,6 +303,11 @@ class Mirror:
             async with self._settling:
                 await finish(self._settle(place))
 
+    async def settle_or_drop(self, place: Place) -> None:
+        """Write what is only in memory of an entry, before the writer changes it."""
+        with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
+            await self.settle(place)
+
     async def sync(self) -> None:
         """Write everything that is only in memory.
 
@@ -312,8 +321,8 @@ class Mirror:
             places = list(self.cache.unsaved)
             for start in range(0, len(places), ENTRIES_A_WRITE):
                 part = places[start : start + ENTRIES_A_WRITE]
-                settling = [finish(self._settle(place)) for place in part]
-                for outcome in await asyncio.gather(*settling, return_exceptions=True):
+                settling = asyncio.gather(*map(self._settle, part), return_exceptions=True)
+                for outcome in await finish(settling):
                     if isinstance(outcome, ConflictError | NotFoundError):
                         conflicts.append(outcome)
                     elif outcome is not None:

@@ -126,7 +126,7 @@ class PostgreSQL:
     def migrate(
         self,
         work: Callable[[Connection], Result],
-        copy_to: Callable[[Connection], str | None] = lambda _: None,
+        copy_to: Callable[[Connection], Path | None] = lambda _: None,
     ) -> Result:
         """Do `work` in a transaction while nobody else migrates; blocks the thread.
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sqlite3
-from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from sqlalchemy import URL, make_url
@@ -21,15 +20,14 @@ from openclaw_store.backups import unused_name, written_aside
 from openclaw_store.errors import SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLiteFaults
 from openclaw_store.postgresql import PostgreSQL
+from openclaw_store.progress import Report
 from openclaw_store.sqlite import BESIDES, SQLite
 
 _PAGES = 4096
 """Pages copied between two reports."""
 
 
-def restore(
-    backend: Backend, source: Path, report: Callable[[str, int, int], object] = lambda *_: None
-) -> Path | None:
+def restore(backend: Backend, source: Path, report: Report = lambda *_: None) -> Path | None:
     """Have a copy that `Database.backup` has made take the place of a database.
 
     Args:
@@ -58,7 +56,7 @@ def restore(
         raise UnavailableError(f"{source} is the database itself: give the path of a backup")
     backend.make_folder()
     with (
-        backend.alone(),
+        ExitStack() as until_it_stands,
         written_aside(target, overwrite=True, besides=BESIDES) as partial,
     ):
         with (
@@ -74,6 +72,7 @@ def restore(
             copy.execute("PRAGMA journal_mode=DELETE")  # it is one file, complete in itself
             report("checking the copy", 0, 0)
             _verify(copy, source)
+        until_it_stands.enter_context(backend.alone())
         return _set_aside(target)
 
 

@@ -7,7 +7,6 @@ it returns.
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import random
 import sqlite3
@@ -26,11 +25,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from openclaw_store.backups import unused_name, written_aside
+from openclaw_store.backups import written_aside
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
-
-logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -349,13 +346,13 @@ class SQLite:
     def migrate(
         self,
         work: Callable[[Connection], Result],
-        copy_to: Callable[[Connection], str | None] = lambda _: None,
+        copy_to: Callable[[Connection], Path | None] = lambda _: None,
     ) -> Result:
         """Do `work` with the write lock and without foreign keys; blocks the thread.
 
         Args:
-            copy_to: Says, of what it finds, how the name ends of a copy to be made beside the file
-                first, with nobody else at it; `None` for no copy. What fails leaves no copy.
+            copy_to: Says, of what it finds, where the file is to be copied first, with nobody else
+                at it; `None` for no copy. What fails leaves no copy.
 
         Raises:
             UnavailableError: If another process keeps the lock for longer than the timeout, or has
@@ -363,12 +360,11 @@ class SQLite:
             SchemaMismatchError: If a row refers to one that is not there afterwards.
         """
         self.prepare()
-        copy: Path | None = None
         with self.faults.translated():
-            connection, ending = self._migrating(copy_to)
+            connection, copy = self._migrating(copy_to)
             with connection:
-                if ending is not None:
-                    copy = self._copied(connection, ending)
+                if copy is not None:
+                    self._copy_to(connection, copy)
                 # SQLite changes a table by copying it, and dropping the old one would delete rows
                 # that refer to it. The switch works outside of transactions, hence on the driver.
                 connection.connection.execute("PRAGMA foreign_keys=OFF")
@@ -380,23 +376,21 @@ class SQLite:
                         if copy is not None:
                             copy.unlink()  # the file is still what it was
                         raise
-        if copy is not None:
-            logger.info("%s, as it was before, is kept in %s", self.path, copy)
         self._empty_wal()
         return result
 
     def _migrating(
-        self, copy_to: Callable[[Connection], str | None]
-    ) -> tuple[Connection, str | None]:
+        self, copy_to: Callable[[Connection], Path | None]
+    ) -> tuple[Connection, Path | None]:
         """A connection to migrate with, alone where a copy is to be made first."""
 
-        def connect() -> tuple[Connection, str | None]:
+        def connect() -> tuple[Connection, Path | None]:
             if self.inspect(copy_to) is None:
                 return _writing_engine(self.path).connect(), None
             connection = _writing_engine(self.path, _LoneConnection).connect()
-            ending = copy_to(connection)  # others may have been faster
+            copy = copy_to(connection)  # others may have been faster
             connection.rollback()
-            return connection, ending
+            return connection, copy
 
         try:
             return retrying(connect, self._timeout)
@@ -407,14 +401,11 @@ class SQLite:
                 f"{self.path}: another program has it open: end that program, then try again"
             ) from error
 
-    def _copied(self, connection: Connection, ending: str) -> Path:
-        """Copy the file beside itself; returns where to."""
-        target = unused_name(self.path, ending)
+    def _copy_to(self, connection: Connection, target: Path) -> None:
         source: Any = connection.connection.driver_connection
         with written_aside(target, overwrite=False, besides=BESIDES) as partial:
             partial.touch(self.path.stat().st_mode & 0o777)  # for nobody's eyes who had not it
             _copy(source, partial)
-        return target
 
     def _refuse_orphans(self, connection: Connection) -> None:
         orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()

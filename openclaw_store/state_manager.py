@@ -32,11 +32,9 @@ from openclaw_store.checks import (
 from openclaw_store.database import Database
 from openclaw_store.dispatcher import Dispatcher, Recovery
 from openclaw_store.errors import (
-    ConflictError,
     DeadlineError,
     DuplicateError,
     InvalidDataError,
-    NotFoundError,
     StoreError,
     TaskNotFoundError,
     UnavailableError,
@@ -407,8 +405,7 @@ class StateManager:
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            with suppress(ConflictError, NotFoundError):  # it is gone from memory then
-                await self._mirror.settle((Task, task.task_id))
+            await self._mirror.settle_or_drop((Task, task.task_id))
             creations[place] = Create(Task, task.task_id, record)
         results = await self.db.write(apply_together, list(creations.values()))
         for place, result in zip(creations, results, strict=True):

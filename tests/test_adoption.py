@@ -27,6 +27,7 @@ from sqlalchemy import Connection
 from test_database import run_scripts
 from test_layout import blocks
 from test_migrations import alembic, alembic_script
+from typer.testing import CliRunner
 
 from openclaw_store import (
     Database,
@@ -46,6 +47,7 @@ from openclaw_store import (
     migrations,
 )
 from openclaw_store.backends import Backend, backend_of
+from openclaw_store.cli import app
 
 pytestmark = pytest.mark.sqlite
 
@@ -631,8 +633,8 @@ class TestCopy:
         assert taken.read_text() == "mine"
         assert everything(found) == before
         assert found.stat().st_mode & 0o777 == 0o600
-        assert f"{location}, as it was before, is kept in {found}" in caplog.text
-        assert "adopted 2 nodes and 20 tasks" in caplog.text
+        told = "adopted 2 nodes and 20 tasks of the original database, which is kept in"
+        assert f"{told} {found}" in caplog.text
         assert {path.name for path in location.parent.iterdir()} == {
             *(path.name for path in (location, taken, found)),
         }
@@ -885,6 +887,34 @@ class TestCommandLine:
         assert checked.out == ["No new upgrade operations detected."]
         assert task is not None
         assert task.submitted_at == datetime(2026, 2, 16, 4, tzinfo=UTC)
+
+    def test_command_of_the_library_adopts_it_and_says_so(self, location: Path) -> None:
+        with closing(make_original(location)) as original:
+            insert(original, "tasks", [plain_task("a", submitted_at="2026-02-16T12:00:00")])
+            insert(original, "tasks", [plain_task("broken", status="?")])
+        before = everything(location)
+        upgrade = ["db", "upgrade", "-d", str(location), "--legacy-timezone"]
+
+        unknown = CliRunner().invoke(app, [*upgrade, "Mars/Olympus"])
+        refused = CliRunner().invoke(app, ["status", "-d", str(location)])
+        downgraded = CliRunner().invoke(app, ["db", "downgrade", "base", "-y", "-d", str(location)])
+        untouched = everything(location) == before
+        adopted = CliRunner().invoke(app, [*upgrade, "Asia/Shanghai", "--json"])
+        again = CliRunner().invoke(app, [*upgrade, "Asia/Shanghai"])
+
+        assert (unknown.exit_code, refused.exit_code, downgraded.exit_code) == (1, 1, 1)
+        assert "legacy_timezone: 'Mars/Olympus' is not the name" in unknown.stderr
+        assert 'run "openclaw-store db upgrade"' in refused.stderr
+        assert "is an original hand-made database" in downgraded.stderr
+        assert untouched
+        assert json.loads(adopted.stdout)["adopted"] == {
+            "nodes": 0,
+            "tasks": 1,
+            "rejected": 1,
+            "copy": str(copies_of(location)[0]),
+        }
+        assert "as it was" in again.stdout
+        assert everything(location)["tasks"][0][9] == 1_771_214_400_000_000
 
     @pytest.mark.parametrize("name", ["Mars/Olympus", "", "America", "../etc/passwd", "a\0b", 8])
     def test_zone_that_does_not_exist_is_refused_by_the_name_of_the_option(

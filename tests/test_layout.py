@@ -69,6 +69,7 @@ LAYERS = [
     "restoring",
     "console",
     "live",
+    "calls",
     "cli",
     "__main__",
     "testing",

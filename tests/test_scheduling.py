@@ -431,7 +431,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -518,13 +518,16 @@ class TestClaim:
         await note("claimed")
         await manager.complete_task(task)
         await note("completed")
+        removed = await cluster.claimed(node_id)
+        await note("removed")
+        await manager.remove_task(removed.task_id)
         cluster.clock.advance(seconds=1)
         assert await manager.check_stale_nodes(0) == [node_id]
         await note("silent")
         await manager.sync_to_database()
 
         node = await cluster.node(node_id)
-        assert node.tags == ["claimed", "completed", "silent"]
+        assert node.tags == ["claimed", "completed", "removed", "silent"]
         assert (node.running_tasks, node.status) == (0, NodeStatus.OFFLINE)
 
     async def test_node_that_has_lost_what_was_only_in_memory_goes_on(
@@ -607,7 +610,10 @@ class TestClaim:
         assert ids(await cluster.one.claim_tasks(node)) == ids([task])
 
     async def test_claim_that_fails_half_way_tells_of_what_it_has_got(
-        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+        self,
+        cluster: Cluster,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """They are the node's, and nobody else would tell it."""
         node, busy = await cluster.join(), await cluster.join()
@@ -631,6 +637,7 @@ class TestClaim:
             claimed = await cluster.two.claim_tasks(node, 2)
 
         assert (ids(claimed), writes) == (["b"], 2)
+        assert "got only a part: the disk is full" in caplog.text
         assert ids(await cluster.two.claim_tasks(node, 2)) == ["c"]
         await assert_counted(cluster.one)
 
@@ -906,6 +913,33 @@ class TestOwner:
             status[TaskStatus.COMPLETED],
             status[TaskStatus.FAILED],
         )
+
+    async def test_what_is_only_in_memory_is_written_first(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        added = cluster.make_task(task_id="added")
+        await cluster.one.add_task(added, persist=False)
+        noted = replace(await cluster.claimed(node), metadata={"a": "note"})
+        await cluster.one.update_task(noted, persist=False)
+
+        assert await cluster.one.cancel_task("added") is True
+        completed = await cluster.one.complete_task(noted)
+
+        assert (await cluster.task("added")).status is TaskStatus.CANCELLED
+        assert completed.metadata == (await cluster.task(noted.task_id)).metadata == {"a": "note"}
+
+    async def test_note_that_was_only_in_memory_and_lost_is_in_nobodys_way(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        task = await cluster.claimed()
+        await cluster.one.update_task(replace(task, metadata={"a": "note"}), persist=False)
+        await cluster.two.refresh_from_database()
+        await cluster.two.change_task(task.task_id, lambda task: setattr(task, "name", "newer"))
+
+        completed = await cluster.one.complete_task(task)
+
+        assert (completed.status, completed.name) == (TaskStatus.COMPLETED, "newer")
+        assert completed.metadata == {}
+        assert "an unsaved task was dropped" in caplog.text
 
     async def test_node_that_was_removed_does_not_matter(self, cluster: Cluster) -> None:
         node = await cluster.join()
@@ -1207,6 +1241,8 @@ class TestRegister:
         found = await cluster.task(last_try.task_id)
         assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
         assert found.completed_at == now
+        lost = [one.item_id for one in await feed(cluster.one) if one.reason == NODE_LOST]
+        assert lost == ids([scheduled, running, last_try])  # on both databases
         assert await cluster.task(kept.task_id) == kept
         await assert_counted(cluster.one)
 

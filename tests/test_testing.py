@@ -36,8 +36,12 @@ def clock(): ...  # names of the user's own: no fixture of ours has them
 def manager(): ...
 
 
+opened = []
+
+
 MARK
 async def test_manager_and_factories(openclaw_manager, openclaw_make_task, openclaw_make_node):
+    opened.append(openclaw_manager)
     task, node = openclaw_make_task(name="train"), openclaw_make_node(max_concurrent_tasks=1)
     assert await openclaw_manager.add_task(task) and await openclaw_manager.add_node(node)
     assert [t.name for t in await openclaw_manager.claim_tasks(node.node_id)] == ["train"]
@@ -67,20 +71,19 @@ async def test_store_is_there_after_a_restart(
         assert (await manager.get_task("t")).submitted_at == openclaw_clock()
 
 
-closed = []
-
-
 MARK
 async def test_database_without_a_manager(openclaw_database, openclaw_make_task):
-    closed.append(openclaw_database)
+    opened.append(openclaw_database)
     assert await TaskRepository(openclaw_database).create(openclaw_make_task())
 
 
 def test_everything_was_closed():
     from openclaw_store import UnavailableError
 
+    manager, database = opened
+    assert not manager.is_initialized
     with pytest.raises(UnavailableError, match="closed"):
-        asyncio.run(TaskRepository(closed[0]).get("t"))
+        asyncio.run(TaskRepository(database).get("t"))
     for thread in threading.enumerate():
         if thread.name.startswith("openclaw"):
             thread.join(10)  # it was told to end
