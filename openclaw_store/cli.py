@@ -245,6 +245,26 @@ async def verify(
         raise typer.Exit(1)
 
 
+@command(app)
+async def doctor(call: Call) -> None:
+    """Look whether the store can keep its promises where it is.
+
+    The database may be in any state, and stays as it is. The exit status is 1 after an error.
+    """
+    from openclaw_store import migrations
+    from openclaw_store.database import Database
+    from openclaw_store.doctor import Level, diagnose
+
+    call.existing()
+    database = Database(migrations.location_of(call.location))
+    findings = await diagnose(database)
+    await database.close()
+    is_well = all(finding.level is not Level.ERROR for finding in findings)
+    call.show({"is_well": is_well, "findings": findings}, lambda: console.findings(findings))
+    if not is_well:
+        raise typer.Exit(1)
+
+
 @command(db)
 async def upgrade(
     call: Call,

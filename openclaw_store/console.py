@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from openclaw_store.changes import Change
+    from openclaw_store.doctor import Finding
     from openclaw_store.inspection import Summary
     from openclaw_store.models import NodeInfo, Task
     from openclaw_store.verification import Problem, Verification
@@ -222,6 +223,16 @@ def problems(found: Iterable[Problem]) -> Table:
             for problem in found
         ),
     )
+
+
+def findings(found: Iterable[Finding]) -> Table:
+    """What `doctor` has found, a line each, and another one for what to do."""
+    rows: list[tuple[str, str, str]] = []
+    for finding in found:
+        rows.append((finding.level.value, finding.name, finding.text))
+        if finding.advice:
+            rows.append(("", "", f"→ {finding.advice}"))
+    return table(("", "", ""), rows)
 
 
 def verdict(found: Verification) -> str:
