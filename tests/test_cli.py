@@ -354,6 +354,7 @@ class TestSchema:
 
         for command in (
             "status", "nodes", "tasks", "show x", "watch", "vacuum", "cleanup --days 1",
+            "verify", "doctor",
             "backup copy.db", "db current", "db check", "db downgrade base -y",
         ):  # fmt: skip
             failed = await run("-d", path, *command.split(), status=1)
@@ -405,6 +406,21 @@ class TestLookingAfter:
         if manager.db.dialect == "sqlite":
             assert found["size_after"] < 500_000
         assert re.fullmatch(r".*: [\d.]+ [kM]B → [\d.]+ [kM]B\n", (await run("vacuum")).stdout)
+
+    async def test_doctor_finds_what_is_wrong_with_the_schema(
+        self, run: Run, location: Location
+    ) -> None:
+        await run("db", "upgrade")
+        well = await document(run, "doctor")
+        await run("db", "downgrade", "0001", "-y")
+
+        ill = json.loads((await run("doctor", "--json", status=1)).stdout)
+        text = (await run("doctor", status=1)).stdout
+
+        assert well["is_well"] is True
+        assert ill["is_well"] is False
+        assert [one["name"] for one in ill["findings"] if one["level"] == "error"] == ["schema"]
+        assert re.search(r"^error +schema .*\n +→ run `openclaw-store db upgrade`$", text, re.MULTILINE)
 
     async def test_verify_names_what_is_wrong_and_repairs_it(
         self, run: Run, cluster: StateManager, location: Location
@@ -777,12 +793,20 @@ class TestReadme:
             program, *arguments = [ids.get(word, word) for word in shlex.split(command)]
             written = CliRunner().invoke(app, arguments).output
             assert program == "openclaw-store"
+            if arguments == ["doctor"]:  # it is of this machine
+                assert names(written) == names(expected)
+                continue
             assert varying(written) == varying(expected), command
             ids |= zip(re.findall(ID, expected), re.findall(ID, written), strict=True)
 
         shown = {command.split()[1] for command, _ in steps}
         assert shown >= {one.name or one.callback.__name__ for one in app.registered_commands}  # type: ignore[union-attr]
         assert "db" in shown
+
+
+def names(text: str) -> list[str]:
+    """What `doctor` has looked at."""
+    return re.findall(r"^(?:ok|warning|error) +(\w+)", text, re.MULTILINE)
 
 
 def varying(text: str) -> list[str]:
