@@ -420,7 +420,8 @@ class TestLookingAfter:
         assert well["is_well"] is True
         assert ill["is_well"] is False
         assert [one["name"] for one in ill["findings"] if one["level"] == "error"] == ["schema"]
-        assert re.search(r"^error +schema .*\n +→ run `openclaw-store db upgrade`$", text, re.MULTILINE)
+        advice = r"^error +schema .*\n +→ run `openclaw-store db upgrade`$"
+        assert re.search(advice, text, re.MULTILINE)
 
     async def test_verify_names_what_is_wrong_and_repairs_it(
         self, run: Run, cluster: StateManager, location: Location
