@@ -108,7 +108,8 @@ async def verify(
     caches of running processes follow.
 
     Args:
-        repair: Put right what can be put right without losing anything.
+        repair: Put right what can be put right without losing anything. Not for nodes that report
+            `running_tasks` of their own: the number of the tasks they hold is written over it.
         report: Is told how far it is.
 
     Raises:
@@ -332,6 +333,7 @@ class Inspection:
 
     def _remark(self, invariant: str, sentence: str, place: tuple[str, str]) -> None:
         if len(self.found.remarks) < MOST:
+            sentence = sentence[0].upper() + sentence[1:]
             self.found.remarks.append(Problem(invariant, *place, sentence))
 
     async def _look_at_keys(self, session: AsyncSession) -> None:
