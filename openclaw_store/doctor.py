@@ -116,7 +116,7 @@ def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
     yield _judge(
         "sqlite_version",
         sqlite3.sqlite_version_info >= sqlite.MINIMUM_VERSION,
-        f"SQLite is {version}; {needed} is needed.",
+        f"SQLite is {version}; {needed} or newer is needed.",
         "use a newer Python, or a newer SQLite library",
         Level.ERROR,
     )
@@ -140,7 +140,7 @@ def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
     yield _judge(
         "free_pages",
         free * size <= FREE_BYTES or 4 * free <= pages,
-        f"{free} of {pages} pages are free ({_megabytes(free * size)}).",
+        f"{free} of {pages} pages are free ({_size(free * size)}).",
         "run `openclaw-store vacuum` when writers can wait",
     )
     waiting = _waiting_pages(path)
@@ -148,7 +148,7 @@ def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "wal",
         waiting <= WAL_PAGES,
         f"{waiting} pages of the WAL have not been moved to the database "
-        f"({_megabytes(waiting * size)}).",
+        f"({_size(waiting * size)}).",
         "look for a program that keeps reading in one transaction: it holds them back, and reading "
         "becomes slow",
     )
@@ -213,7 +213,7 @@ def file_system_of(path: Path) -> str | None:
 
 def _look_at_disk(path: Path, size: int) -> Finding:
     free = shutil.disk_usage(path.parent).free
-    said = f"{_megabytes(free)} are free on the disk; the database has {_megabytes(size)}."
+    said = f"{_size(free)} are free on the disk; the database has {_size(size)}."
     if free < LOW_DISK_BYTES:
         return _error("disk_space", said, "free some space: writes will fail")
     advice = "free some space: a vacuum, a migration and a backup need as much as the database"
@@ -226,8 +226,8 @@ def _look_at_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     yield _judge(
         "server_version",
         int(settings["server_version_num"]) >= postgresql.MINIMUM_VERSION * 10_000,
-        f"The server is PostgreSQL {settings['server_version']}; {postgresql.MINIMUM_VERSION} is "
-        "needed.",
+        f"The server is PostgreSQL {settings['server_version']}; {postgresql.MINIMUM_VERSION} or "
+        "newer is needed.",
         "upgrade the server",
         Level.ERROR,
     )
@@ -377,5 +377,5 @@ def _error(name: str, said: str, advice: str) -> Finding:
     return Finding(name, Level.ERROR, said, advice)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / (1 << 20):.1f} MB"
+def _size(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GB" if size >> 30 else f"{size / (1 << 20):.1f} MB"
