@@ -165,8 +165,8 @@ class SetNodeStatus(OfOneRow):
         if record is None:
             return False
         if self.silent_since is not None:
-            last_sign = record["last_heartbeat"] or record["registered_at"]
-            if record["status"] not in ALIVE or last_sign >= self.silent_since:
+            is_silent = lifecycle.is_silent(record, self.silent_since)
+            if record["status"] not in ALIVE or not is_silent:
                 return False
         values: dict[str, Any] = {"status": self.status}
         if self.status in ALIVE:
