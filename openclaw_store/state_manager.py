@@ -67,13 +67,11 @@ from openclaw_store.repositories import (
     is_known,
     node_status,
 )
+from openclaw_store.watching import WATCH_SECONDS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_WATCH_SECONDS = 1.0
-"""How often a watcher looks at the feed though nothing has woken it."""
 
 TASKS_A_CHUNK = 1000
 """Tasks that one transaction adds at most; others write in between."""
@@ -784,8 +782,7 @@ class StateManager:
     async def _watch(self, since: int) -> AsyncIterator[Change]:
         while self.is_initialized:
             self._check_usable()
-            woken = self._mirror.next_change()
-            try:
+            with self._mirror.watchers.next_change() as woken:
                 try:
                     changes, until = await self._mirror.changes(since)
                 except UnavailableError:
@@ -795,10 +792,8 @@ class StateManager:
                 for change in changes:
                     yield change
                 if until == since:  # there is no more for now
-                    await asyncio.wait([woken], timeout=_WATCH_SECONDS)
+                    await asyncio.wait([woken], timeout=WATCH_SECONDS)
                 since = until
-            finally:
-                woken.cancel()
 
     async def history(self, task_id: str) -> list[Change]:
         """The changes of a task since it was added, oldest first, as far as the feed reaches.
@@ -825,16 +820,13 @@ class StateManager:
             async with asyncio.timeout(limit):
                 while True:
                     self._check_usable()
-                    woken = self._mirror.next_change_of(task_id)
-                    try:
+                    with self._mirror.watchers.next_change_of(task_id) as woken:
                         task = await self.get_task(task_id)
                         if task is None:
                             raise TaskNotFoundError(task_id)
                         if task.status in FINISHED:
                             return task
                         await woken
-                    finally:
-                        woken.cancel()
         except TimeoutError as error:
             raise DeadlineError(
                 f"task {task_id!r} is not finished after {timeout:g} s: wait again, or cancel it"

@@ -60,6 +60,7 @@ LAYERS = [
     "pages",
     "feed",
     "cache",
+    "watching",
     "mirror",
     "explanations",
     "dispatcher",
