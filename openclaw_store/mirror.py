@@ -49,7 +49,7 @@ from openclaw_store.feed import (
 from openclaw_store.finishing import finish
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.lifecycle import arrived, refused
-from openclaw_store.models import NodeInfo, Task
+from openclaw_store.models import NodeInfo, NodeStatus, Task
 from openclaw_store.operations import (
     CONTENT,
     Compact,
@@ -375,20 +375,33 @@ class Mirror:
                 return total
             total += removed
 
-    def beat(self, beat: Beat) -> None:
-        """Show a heartbeat now, and write it within a second, together with others."""
-        self.cache.expect_beat(beat)
-        self._flush_later()
+    async def beat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
+        """Show a heartbeat now, and write it within a second; `False` if there is no such node.
+
+        One that brings its node back ONLINE is written when this returns.
+        """
+        place = (NodeInfo, node_id)
+        node = self.cache.find(place)
+        if node is None:
+            await self.refresh()
+        if node is None or node["status"] is NodeStatus.OFFLINE:
+            await self.settle(place)  # else what is unsaved would set it OFFLINE again
+            node = self.cache.find(place)
+            if node is None:
+                return False
+        beat = Beat(node_id, self._database.clock(), usage)
+        if beat.is_news_to(node):
+            self.cache.expect_beat(beat)
+            self._flush_later()
+            if node["status"] is NodeStatus.OFFLINE:
+                await self._write_beats([node_id])
+        return True
 
     async def flush_beats(self) -> None:
         """Write the heartbeats that wait."""
         ids = self.cache.waiting_beats()
         for start in range(0, len(ids), HEARTBEATS_A_WRITE):
             await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
-
-    async def flush_beat(self, node_id: str) -> None:
-        """Write the heartbeat of a node, if one waits."""
-        await self._write_beats([node_id])
 
     async def _write_beats(self, node_ids: Sequence[str]) -> None:
         beats = self.cache.take_beats(node_ids)

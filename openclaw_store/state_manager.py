@@ -43,7 +43,6 @@ from openclaw_store.errors import (
 from openclaw_store.explanations import Explanation
 from openclaw_store.feed import read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
-from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import FINISHED, LIVE, ClusterState, NodeInfo, NodeStatus, Task
@@ -730,21 +729,7 @@ class StateManager:
             usage["disk_usage"] = check_percentage("disk_usage", disk_usage)
         if running_tasks is not None:
             usage["running_tasks"] = check_count("running_tasks", running_tasks)
-        record = self._mirror.cache.nodes.get(node_id) if type(node_id) is str else None
-        if record is None or record["status"] is NodeStatus.OFFLINE:
-            place = (NodeInfo, check_key("node_id", node_id))
-            if record is None:
-                await self.refresh_from_database()
-            await self._mirror.settle(place)  # else what is unsaved would set it OFFLINE again
-            record = self._mirror.cache.find(place)
-            if record is None:
-                return False
-        beat = Beat(record["node_id"], self.db.clock(), usage)
-        if beat.is_news_to(record):
-            self._mirror.beat(beat)
-            if record["status"] is NodeStatus.OFFLINE:
-                await self._mirror.flush_beat(beat.id)
-        return True
+        return await self._mirror.beat(check_key("node_id", node_id), usage)
 
     async def check_stale_nodes(self, timeout_seconds: float = 120) -> list[str]:
         """Set the live nodes OFFLINE that were silent for longer; a heartbeat meanwhile wins.
