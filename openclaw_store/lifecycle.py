@@ -122,7 +122,7 @@ class Backoff:
             raise InvalidDataError("factor", f"must be at least 1, not {self.factor!r}")
 
     def draw(self) -> Wait:
-        """How long one task waits, whichever retry it will be: chance has spoken."""
+        """How long one task waits, by its retry; what is random of that is drawn now."""
         return partial(self.seconds, chance=random.random())
 
     def seconds(self, retry: int, chance: float) -> float:

@@ -291,7 +291,8 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
     if node is not None:
         check_key("assigned_node", node)
     owner = (node, check_count("attempt", task.attempt))
-    return Advance(check_key("task_id", task.task_id), partial(decision, owner=owner), None, node)
+    id = check_key("task_id", task.task_id)
+    return Advance(id, partial(decision, owner=owner), node_id=node)
 
 
 def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:
