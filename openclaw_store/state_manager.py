@@ -8,9 +8,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from contextvars import Context
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import get_ident
@@ -45,7 +43,7 @@ from openclaw_store.feed import read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import FINISHED, LIVE, ClusterState, NodeInfo, NodeStatus, Task
+from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task
 from openclaw_store.operations import (
     Advance,
     Create,
@@ -146,7 +144,9 @@ class StateManager:
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
-        self._dispatcher = Dispatcher(database, self._mirror, self.node_repo, backoff)
+        self._dispatcher = Dispatcher(
+            database, self._mirror, self.task_repo, self.node_repo, backoff
+        )
         self._loop: asyncio.AbstractEventLoop
         self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time
@@ -453,24 +453,7 @@ class StateManager:
         checked = check_filter(filter)
         if reason is not None:
             check_text("reason", reason)
-        states = LIVE if checked.status is None else LIVE.intersection(checked.status)
-        live = replace(checked, status=tuple(states))
-        with suppress(UnsavedConflictError):  # what is only in memory cannot be found
-            await self._mirror.sync()
-        cancelled: list[str] = []
-        refused: list[Task] = []
-        after: str | None = None
-        while True:
-            page = await self.task_repo.list_tasks(live, after=after, limit=TASKS_A_CHUNK)
-            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
-            done = [one async for one in self._dispatcher.advance_all(operations)]
-            cancelled += [one.record["task_id"] for one in done]
-            if len(done) < len(page) and page.tasks != refused:
-                refused = page.tasks  # for good, if they are all the same the next time
-                continue  # some were changed meanwhile: are they still meant?
-            after = page.after
-            if after is None:
-                return cancelled
+        return await self._dispatcher.cancel_all(checked, reason)
 
     async def claim_tasks(self, node_id: str, limit: int = 1) -> list[Task]:
         """Hand pending tasks to a node: it owns them until it finishes them, or is lost.
