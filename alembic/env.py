@@ -6,12 +6,13 @@ from logging.config import fileConfig
 from alembic import context
 from alembic.util import CommandError
 
-from openclaw_store import migrations
+from openclaw_store import adoption, migrations
 from openclaw_store.errors import StoreError
 
 config = context.config
 connection = config.attributes.get("connection")
-location = context.get_x_argument(as_dictionary=True).get("url")
+options = context.get_x_argument(as_dictionary=True)
+location = options.get("url")
 
 if connection is not None:
     migrations.run(context, connection)
@@ -21,6 +22,11 @@ else:
     if config.config_file_name is not None:
         fileConfig(config.config_file_name, disable_existing_loggers=False)
     try:
-        migrations.migrate(migrations.named_by(location), partial(migrations.run, context))
+        migrations.migrate(
+            migrations.named_by(location),
+            partial(migrations.run, context),
+            to_head=migrations.is_to_head(context),
+            legacy_timezone=adoption.zone_of(options.get("legacy_timezone")),
+        )
     except StoreError as error:
         raise CommandError(str(error)) from error

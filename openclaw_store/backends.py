@@ -51,6 +51,9 @@ class Backend(Protocol):
     def faults(self) -> Faults:
         """Tells what the driver's errors mean."""
 
+    def exists(self) -> bool:
+        """Whether there is a file; a server is taken to be there."""
+
     def make_folder(self) -> None:
         """Make the folder that a file will be in."""
 
@@ -60,8 +63,17 @@ class Backend(Protocol):
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
 
-    def migrate(self, work: Callable[[Connection], Result]) -> Result:
-        """Do `work` in a transaction in which nobody else migrates; blocks the thread."""
+    def migrate(
+        self,
+        work: Callable[[Connection], Result],
+        copy_to: Callable[[Connection], Path | None] = ...,
+    ) -> Result:
+        """Do `work` in a transaction in which nobody else migrates; blocks the thread.
+
+        Args:
+            copy_to: Says, of what it finds, where the file is to be copied first; `None` for no
+                copy. A database on a server has no file.
+        """
 
     def engine(self, *, write: bool, **options: Any) -> AsyncEngine:
         """An engine for coroutines, read-only or for transactions."""

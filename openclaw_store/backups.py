@@ -45,7 +45,9 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         UnavailableError: If it cannot be written there.
     """
     if os.path.exists(target) and not overwrite:
-        raise InvalidDataError("path", f"{target} exists: choose another, or pass overwrite=True")
+        raise InvalidDataError(
+            "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
+        )
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,6 +65,15 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         for ending in ("", *besides):
             with suppress(OSError):  # it was never made
                 partial.with_name(partial.name + ending).unlink()
+
+
+def unused_name(path: Path, ending: str) -> Path:
+    """A name beside `path` that nothing has: with that ending, and a number if need be."""
+    target, number = path.with_name(path.name + ending), 1
+    while os.path.lexists(target):
+        number += 1
+        target = path.with_name(f"{path.name}{ending}-{number}")
+    return target
 
 
 def _sync_folder(folder: Path) -> None:

@@ -179,13 +179,14 @@ class Row:
         return row
 
     def held(self) -> list[Row]:
-        """Of a node: the tasks that take up places on it."""
+        """Of a node: the tasks that take up places on it, by identifier."""
         ledger = self._ledger
         tasks = ledger.rows[Task]
         for raw in ledger.cursor.read(ledger.sql.read_held, (self.id,)):
             if raw[0] not in tasks:
                 ledger.row(Task, raw[0]).found(ledger.sql.decode[Task](raw))
-        return [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        held = [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        return sorted(held, key=lambda row: row.id)  # the same on both databases
 
     def content(self, known: Record[Any] | None = None) -> Record[Any] | None:
         """What the row holds; `None` if it does not exist.
@@ -228,11 +229,13 @@ class Row:
 
     def status_since(self) -> datetime | None:
         """When its status was changed last, as far as the feed knows."""
-        if self._ledger.has_changed_status(self):
-            return self.now
-        ledger = self._ledger
-        newest = (self.version, ITEM[self.kind], self.id)
-        found = ledger.cursor.read(ledger.sql.status_since, newest)
+        ledger, newest = self._ledger, self.version
+        for change in ledger.changes_of(self):  # which the feed is yet to be told
+            if change.from_status != change.to_status:
+                return self.now
+            newest = change.previous
+        place = (newest, ITEM[self.kind], self.id)
+        found = ledger.cursor.read(ledger.sql.status_since, place)
         return ledger.sql.from_moment(found[0][0]) if found else None
 
     def write(
@@ -276,7 +279,8 @@ class Row:
     def remove(self, *, with_history: bool) -> None:
         """End the row's life."""
         before, self.status = self.status, None
-        self._ledger.let_go(self.id)
+        if self.kind is Task:
+            self._ledger.let_go(self.id)
         change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
         if with_history:
             self._ledger.forgotten.append((change.previous, change.item, self.id))
@@ -306,12 +310,13 @@ class Ledger:
         self._revision = 0
         self.beat = 0
         """The number of this unit's flush of heartbeats, if it has one."""
+        self.beaten = False
+        """Whether it has one."""
         self._changes: list[Change] = []
         self.forgotten: list[Forgotten] = []
         """The newest change, item and identifier of those whose history is to be removed."""
-        self.beaten = False
-        """Whether it has."""
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
+        self._presumed_new: list[Row] = []  # those that were not read, either
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -323,14 +328,15 @@ class Ledger:
             self._revision, self.beat = revision, beat + 1
 
     def trust(self, operations: Sequence[Operation]) -> bool:
-        """Take the rows for what they are known as, if all are; returns whether they are.
+        """Take the rows for what they are known as, without reading them; `False` if some are not.
 
-        If that is wrong, nothing will be written. A task is what it was at that version: no version
-        ever comes back. The nodes are as the writer left them, if nobody has written since. And
-        what is to be added is not there.
+        If what is known is outdated, nothing will be written. A task is what it was at that
+        version: no version ever comes back. The nodes are as the writer left them, if nobody has
+        written since. And what is to be added is not there.
         """
+        # Only the first run of a unit: what an earlier one has written is not among what is known.
         known = self.cursor.known() if self._counters is None else None
-        if known is None:  # or it would overlook what this unit has written so far
+        if known is None:
             return False
         counters, nodes = known
         tasks = {
@@ -347,10 +353,17 @@ class Ledger:
             for id, row in self.rows[kind].items():
                 if id in records:
                     row.found(records[id])
+                else:
+                    self._presumed_new.append(row)
         self.count_from(*counters)
         self._trusted = {id: record.version for id, record in tasks.items()}
         self.cursor.assume()
         return True
+
+    def make_sure(self) -> None:
+        """Begin anew if a row was taken for new and is not added: nobody would find out."""
+        if any(row.version is None for row in self._presumed_new):
+            self.cursor.doubt()
 
     def row(self, kind: type[Any], id: str) -> Row:
         """The row of this run with this identifier; a new one is yet to be read."""
@@ -402,13 +415,10 @@ class Ledger:
         self._changes.append(change)
         return change
 
-    def has_changed_status(self, row: Row) -> bool:
-        """Whether this unit has changed the status of a row, which the feed is yet to be told."""
-        return any(
-            change.item_id == row.id and change.from_status != change.to_status
-            for change in self._changes
-            if change.item == ITEM[row.kind]
-        )
+    def changes_of(self, row: Row) -> Iterable[Change]:
+        """Those of a row that this unit has made, newest first."""
+        place = (ITEM[row.kind], row.id)
+        return (one for one in reversed(self._changes) if (one.item, one.item_id) == place)
 
     def _write(self) -> None:
         if self._counters is None:
@@ -468,6 +478,7 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
                 _load(ledger, kind, touched)
     ledger.look_up(keys)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
+    ledger.make_sure()
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
     ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})

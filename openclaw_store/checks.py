@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any
@@ -124,6 +125,17 @@ def check_time(name: str, value: Any) -> datetime:
         return value.astimezone(UTC)
     except (OverflowError, ValueError, OSError) as error:
         raise InvalidDataError(name, f"{value} is outside the range of UTC") from error
+
+
+def read_time(name: str, value: Any) -> datetime:
+    """A moment in ISO 8601, aware and in UTC; one without a zone is read as local time."""
+    if isinstance(value, str):
+        with suppress(ValueError):  # it is named below
+            value = datetime.fromisoformat(value)
+    if not isinstance(value, datetime):
+        wanted = "must be a time in ISO 8601, such as 2026-03-01T12:00:00Z"
+        raise InvalidDataError(name, f"{wanted}, not {_shown(value)}")
+    return check_time(name, value)
 
 
 def check_enum(kind: type[Enum]) -> Check:

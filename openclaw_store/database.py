@@ -16,12 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import func, select
+from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
-from openclaw_store import migrations, sqlite
+from openclaw_store import adoption, migrations, sqlite
 from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Writing, backend_of
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
@@ -76,9 +76,11 @@ class Database:
             `DeadlineError` or `UnavailableError`.
         transaction_timeout: Seconds a `transaction()` may take.
         pool_size: Connections kept for reading.
+        legacy_timezone: Of the times of an original hand-made database, which is adopted when it
+            is opened: a name such as `Asia/Shanghai`; `None` for the local zone.
 
     Raises:
-        InvalidDataError: If `db_path` is not one of these.
+        InvalidDataError: If `db_path` is not one of these, or there is no such time zone.
         UnavailableError: If the folder cannot be made.
     """
 
@@ -90,12 +92,14 @@ class Database:
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
         transaction_timeout: float = 5.0,
         pool_size: int = 5,
+        legacy_timezone: str | None = None,
     ) -> None:
         for name, value in (("timeout", timeout), ("transaction_timeout", transaction_timeout)):
             if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise InvalidDataError(name, f"must be a positive number of seconds, not {value!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
+        self._legacy_timezone = adoption.zone_of(legacy_timezone)
         self.clock = clock
         self.timeout = timeout
         self.transaction_timeout = transaction_timeout
@@ -127,11 +131,12 @@ class Database:
     def __repr__(self) -> str:
         return f"<Database {self.db_path!r}, {self._state}>"
 
-    async def initialize(self, migrate: bool = True) -> None:
+    async def initialize(self, migrate: bool = True, *, is_copy_target: bool = False) -> None:
         """Open the database; may be called twice.
 
         Args:
             migrate: Make or upgrade the schema; `False` refuses one that is not up to date.
+            is_copy_target: Open what an interrupted `copy` has left, too; for `copy` alone.
 
         Raises:
             SchemaMismatchError: If the schema is newer than the library, or older and `migrate`
@@ -144,14 +149,19 @@ class Database:
         async with self._gate_held("a migration"):
             if self._state == "ready":
                 return
-            await finish(asyncio.to_thread(self._open, migrate))
+            await finish(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # else it was closed meanwhile
                 self._home = asyncio.get_running_loop()
                 self._state = "ready"
 
-    def _open(self, migrate: bool) -> None:
+    def _open(self, migrate: bool, is_copy_target: bool) -> None:
         self._backend.prepare()
-        (migrations.upgrade if migrate else migrations.require)(self._backend)
+        if is_copy_target and migrations.is_half_copied(self._backend):
+            return
+        if migrate:
+            migrations.upgrade(self._backend, self._legacy_timezone, self.clock)
+        else:
+            migrations.require(self._backend)
 
     async def close(self) -> None:
         """Commit what has queued, then close everything; may be called twice."""
@@ -310,6 +320,15 @@ class Database:
             task.add_done_callback(ended_badly)
             raise
 
+    async def inspect(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work`, which reads, on a thread: whatever is there, be the database open or not.
+
+        Raises:
+            UnavailableError: If it cannot be reached.
+        """
+        self._check_process()
+        return await finish(asyncio.to_thread(self._backend.inspect, work))
+
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
         """Submit an operation to the writer; awaited, gives its result when it is committed.
 
@@ -341,7 +360,7 @@ class Database:
         return self._writer.listen(asyncio.get_running_loop(), listener)
 
     def follow(self, tell: Told) -> Wakeups:
-        """Have `tell` called on the running loop when somebody may have committed; only a hint."""
+        """Have `tell` called, on any thread, when somebody may have committed; only a hint."""
         self._check_ready()
         return wakeups_of(self._backend, tell)
 

@@ -1,7 +1,7 @@
 """Handing tasks to nodes and taking them back, by the picture in memory and the word of the writer.
 
-What is best to do is chosen here, without asking the database. Whether it still may be done is
-decided by the writer, with the rows before it; so any number of coordinators may try at once.
+What is best to do is chosen here, mostly without asking the database. Whether it still may be done
+is decided by the writer, with the rows before it; so any number of coordinators may try at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
@@ -24,19 +24,31 @@ from openclaw_store.errors import (
     NotOwnerError,
     StoreError,
     TaskNotFoundError,
+    UnsavedConflictError,
 )
 from openclaw_store.explanations import Explanation, explain
+from openclaw_store.filters import TaskFilter
 from openclaw_store.lifecycle import Backoff
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import NodeInfo, NodeStatus, Task, TaskStatus
-from openclaw_store.operations import Advance, Advanced, Claim, Register, SetNodeStatus
+from openclaw_store.models import LIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.operations import (
+    Advance,
+    Advanced,
+    Claim,
+    Register,
+    SetNodeStatus,
+    cancellation_of,
+)
 from openclaw_store.records import Record
-from openclaw_store.repositories import NodeRepository
+from openclaw_store.repositories import NodeRepository, TaskRepository
 
 logger = logging.getLogger(__name__)
 
 TASKS_A_WRITE = 200
 """How many tasks are handed to the writer at a stretch, before others write."""
+
+TASKS_A_PAGE = 1000
+"""How many of the tasks that a filter means are read at a stretch."""
 
 _MOST_SPARES = 64
 """Candidates of a claim beyond those that are wanted, in case that others are quicker."""
@@ -66,15 +78,22 @@ class Dispatcher:
     Args:
         database: Whose clock counts.
         mirror: What is in memory, and the way to the writer.
+        tasks: The tasks in the database.
         nodes: The nodes in the database.
         backoff: How long a task waits for its next try.
     """
 
     def __init__(
-        self, database: Database, mirror: Mirror, nodes: NodeRepository, backoff: Backoff
+        self,
+        database: Database,
+        mirror: Mirror,
+        tasks: TaskRepository,
+        nodes: NodeRepository,
+        backoff: Backoff,
     ) -> None:
         self._database = database
         self._mirror = mirror
+        self._tasks = tasks
         self._nodes = nodes
         self._backoff = backoff
         self._spares = 0
@@ -84,15 +103,16 @@ class Dispatcher:
         claimed: list[Record[Task]] = []
         try:
             await self._claim(node_id, limit, claimed)
-        except StoreError:
+        except StoreError as error:
             if not claimed:  # else they are the node's, and it must be told
                 raise
+            logger.warning("a claim of node %r got only a part: %s", node_id, error)
         return claimed
 
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
-        await self._mirror.settle(place)
+        await self._mirror.settle_or_drop(place)
         taken: list[str] = []
         try:
             while True:
@@ -121,11 +141,12 @@ class Dispatcher:
             TaskNotFoundError: If there is none.
             ConflictError: If it may not be done.
         """
-        place = (Task, operation.id)
-        await self._mirror.settle(place)
-        operation.known = known = self._mirror.cache.task(operation.id)
-        if known is not None:
+        await self._mirror.settle_or_drop((Task, operation.id))
+        known = self._mirror.cache.task(operation.id)
+        if known is not None and known["assigned_node"] is not None:
             operation.node_id = known["assigned_node"]
+            await self._mirror.settle_or_drop((NodeInfo, known["assigned_node"]))
+        operation.known = known
         try:
             done: Advanced = await self._mirror.submit(operation)
         except NotOwnerError as error:
@@ -146,9 +167,11 @@ class Dispatcher:
         cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
         await self._mirror.flush_beats()
         reason = f"silent for more than {timeout_seconds:g} s"
+        stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
+        for node_id in stale:
+            await self._mirror.settle_or_drop((NodeInfo, node_id))
         operations = [
-            SetNodeStatus(node.node_id, NodeStatus.OFFLINE, cutoff, reason)
-            for node in await self._nodes.find_stale_nodes(timeout_seconds)
+            SetNodeStatus(node_id, NodeStatus.OFFLINE, cutoff, reason) for node_id in stale
         ]
         # Each behind the heartbeat that may have come meanwhile.
         outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
@@ -172,6 +195,27 @@ class Dispatcher:
         async for done in self.advance_all(operations):
             lists[done.record["status"]].append(done.record["task_id"])
         return recovery
+
+    async def cancel_all(self, filter: TaskFilter, reason: str | None) -> list[str]:
+        """End the live tasks that a checked filter means; see `StateManager.cancel_tasks`."""
+        states = LIVE if filter.status is None else LIVE.intersection(filter.status)
+        live = replace(filter, status=tuple(states))
+        with suppress(UnsavedConflictError):  # what is only in memory cannot be found
+            await self._mirror.sync()
+        cancelled: list[str] = []
+        refused: list[Task] = []
+        after: str | None = None
+        while True:
+            page = await self._tasks.list_tasks(live, after=after, limit=TASKS_A_PAGE)
+            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
+            done = [one async for one in self.advance_all(operations)]
+            cancelled += [one.record["task_id"] for one in done]
+            if len(done) < len(page) and page.tasks != refused:
+                refused = page.tasks  # for good, if they are all the same the next time
+                continue  # some were changed meanwhile: are they still meant?
+            after = page.after
+            if after is None:
+                return cancelled
 
     async def advance_all(self, operations: Sequence[Advance]) -> AsyncIterator[Advanced]:
         """Take many tasks a step on, as far as they may be, and tell of each that has changed.
@@ -208,8 +252,7 @@ class Dispatcher:
         taken += ids
         if cache.unsaved:
             for id in ids:
-                with suppress(ConflictError, NotFoundError):  # it is gone from memory then
-                    await self._mirror.settle((Task, id))
+                await self._mirror.settle_or_drop((Task, id))
         return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]
 
     async def _suspects(self, silent_since: datetime) -> list[str]:

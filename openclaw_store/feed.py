@@ -29,6 +29,8 @@ from openclaw_store.repositories import decoder_here, read_records, read_rows, s
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
+    KEY,
+    ROWS,
     ChangeRow,
     CounterRow,
     NodeRow,
@@ -209,18 +211,18 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
     return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
 
 
-async def read_history(session: AsyncSession, task_id: str) -> list[Change]:
-    """The changes of a task that the feed still has, oldest first.
+async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
+    """The changes of a task or node that the feed still has, oldest first.
 
-    A task's version leads to its last change, and each change to the one before; only for a task
-    that was removed all changes are searched.
+    Its version leads to its last change, and each change to the one before; only for one that was
+    removed all changes are searched.
     """
-    newest = select(TaskRow.version).where(TaskRow.task_id == task_id)
-    version = await session.scalar(newest)
+    columns = ROWS[kind].__table__.c
+    version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
     if version is None:
-        query = _ALL.where(ChangeRow.item == ITEM[Task], ChangeRow.item_id == task_id)
+        query = _ALL.where(ChangeRow.item == ITEM[kind], ChangeRow.item_id == id)
         return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
-    query = history_of(version, ITEM[Task], task_id)
+    query = history_of(version, ITEM[kind], id)
     return _as_changes(await session.execute(query))[::-1]
 
 

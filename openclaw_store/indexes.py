@@ -5,7 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
+
+import orjson
 
 from openclaw_store.lifecycle import are_among
 from openclaw_store.records import Decode, Item, Raw, Record
@@ -239,7 +242,7 @@ class ReadyTasks:
     neither how many tasks there are nor how many of them a node cannot run costs anything. Tasks
     that are not due yet stand aside, and join their group when they are.
 
-    Skills are the JSON of a list: that is what rows have, and two spellings of a set do no harm.
+    Skills are the JSON of a list: that is what rows have, and two orders of a set do no harm.
     """
 
     __slots__ = ("_delayed", "_delays", "_groups", "_matches", "_most_groups", "_taken")
@@ -265,7 +268,7 @@ class ReadyTasks:
         groups: dict[bytes | None, list[PendingKey]] = {}
         for key, skills, not_before in tasks:
             if not_before is None:
-                groups.setdefault(skills, []).append(key)
+                groups.setdefault(_respelled(skills), []).append(key)
             else:
                 self.add(key, skills, not_before)
         for skills, keys in groups.items():
@@ -279,7 +282,7 @@ class ReadyTasks:
         if delay is not None:
             self._delayed.remove(delay)
             return
-        self._groups[skills].remove(key)
+        self._groups[_respelled(skills)].remove(key)
 
     def take(self, count: int, skills: bytes | None, now: datetime) -> list[str]:
         """Set aside the best tasks that a node with these skills may claim; returns which."""
@@ -310,6 +313,7 @@ class ReadyTasks:
         return sum(self._groups[one].count_before(key) for one in groups)
 
     def _group(self, skills: bytes | None) -> SortedKeys[PendingKey]:
+        skills = _respelled(skills)
         group = self._groups.get(skills)
         if group is None:
             if len(self._groups) >= self._most_groups:
@@ -338,3 +342,13 @@ class ReadyTasks:
             _, key, skills = self._delayed.smallest()
             self.remove(key, skills)
             self.add(key, skills, None)
+
+
+@lru_cache(maxsize=4096)
+def _respelled(skills: bytes | None) -> bytes | None:
+    """JSON as the store spells it: so a record does, too, once somebody has looked at it."""
+    try:
+        value = None if skills is None else orjson.loads(skills)
+    except orjson.JSONDecodeError:  # somebody wrote it by hand
+        return skills
+    return None if value is None or value == [] else orjson.dumps(value)

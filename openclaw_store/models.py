@@ -11,9 +11,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, Self
 
+from openclaw_store.checks import (
+    Check,
+    check_count,
+    check_enum,
+    check_id,
+    check_key,
+    check_number,
+    check_percentage,
+    check_text,
+    check_time,
+    check_version,
+    encode_json,
+    encode_object,
+    encode_texts,
+)
 from openclaw_store.clock import new_id, utc_now
+from openclaw_store.dicts import JsonCheck, read_dict, to_dict
 from openclaw_store.errors import InvalidDataError
 
 
@@ -181,6 +197,30 @@ class Task:
             metadata=dict(metadata or {}),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values of the caller's own: enums by value, times in UTC.
+
+        Times are ISO 8601 with microseconds and a Z, `2026-03-01T12:00:00.000000Z`, which sort as
+        text; a naive one is read as local time.
+
+        Raises:
+            InvalidDataError: If a field holds what the store would refuse.
+        """
+        return to_dict(self, Task, FIELD_CHECKS[Task], JSON_CHECKS)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """A task of what `to_dict` gave, or somebody else sent.
+
+        Args:
+            data: Values by field. A missing one is the field's default, an unknown one ignored; a
+                time without a zone is local.
+
+        Raises:
+            InvalidDataError: Naming the field that the store would refuse, or that is missing.
+        """
+        return cls(**read_dict(data, Task, FIELD_CHECKS[Task], JSON_CHECKS))
+
 
 @dataclass
 class NodeInfo:
@@ -217,6 +257,23 @@ class NodeInfo:
     """Grows with every change of this node, heartbeats aside; set by the store, 0 until then,
     negative while the newest content is only in memory (`persist=False`)."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values of the caller's own; see `Task.to_dict`.
+
+        Raises:
+            InvalidDataError: If a field holds what the store would refuse.
+        """
+        return to_dict(self, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """A node of what `to_dict` gave, or somebody else sent; see `Task.from_dict`.
+
+        Raises:
+            InvalidDataError: Naming the field that the store would refuse, or that is missing.
+        """
+        return cls(**read_dict(data, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS))
+
 
 @dataclass(frozen=True)
 class ClusterState:
@@ -240,3 +297,65 @@ class ClusterState:
     total_tasks: int
     """All tasks in the database, finished ones included."""
     running_tasks: int
+
+
+FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
+    Task: {
+        "task_id": check_id,
+        "task_type": check_enum(TaskType),
+        "name": check_text,
+        "description": check_text,
+        "status": check_enum(TaskStatus),
+        "priority": check_enum(TaskPriority),
+        "assigned_node": check_key,
+        "attempt": check_count,
+        "submitted_at": check_time,
+        "scheduled_at": check_time,
+        "started_at": check_time,
+        "completed_at": check_time,
+        "not_before": check_time,
+        "timeout": check_count,
+        "retry_count": check_count,
+        "max_retries": check_count,
+        "error": check_text,
+        "user_id": check_key,
+        "idempotency_key": check_id,
+        "updated_at": check_time,
+        "version": check_version,
+    },
+    NodeInfo: {
+        "node_id": check_id,
+        "hostname": check_text,
+        "platform": check_text,
+        "arch": check_text,
+        "status": check_enum(NodeStatus),
+        "cpu_usage": check_percentage,
+        "memory_usage": check_percentage,
+        "disk_usage": check_percentage,
+        "max_concurrent_tasks": check_count,
+        "running_tasks": check_count,
+        "ip_address": check_text,
+        "tailscale_ip": check_text,
+        "port": check_count,
+        "total_tasks_processed": check_count,
+        "successful_tasks": check_count,
+        "failed_tasks": check_count,
+        "average_execution_time": check_number,
+        "registered_at": check_time,
+        "last_heartbeat": check_time,
+        "version": check_version,
+    },
+}
+"""What the fields may hold, those of JSON aside."""
+
+JSON_CHECKS: Mapping[str, JsonCheck] = {
+    "required_skills": encode_texts,
+    "optional_skills": encode_texts,
+    "parameters": encode_object,
+    "result": encode_json,
+    "affinity_tags": encode_texts,
+    "metadata": encode_object,
+    "available_skills": encode_texts,
+    "tags": encode_texts,
+}
+"""What fields of JSON may hold; gives the text of it."""

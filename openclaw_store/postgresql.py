@@ -91,6 +91,10 @@ class PostgreSQL:
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
 
+    def exists(self) -> bool:
+        """`True`: it is found out when something connects to it."""
+        return True
+
     def make_folder(self) -> None:
         """There is none to be made."""
 
@@ -119,7 +123,11 @@ class PostgreSQL:
         with self.faults.translated():
             return asyncio.run(run())
 
-    def migrate(self, work: Callable[[Connection], Result]) -> Result:
+    def migrate(
+        self,
+        work: Callable[[Connection], Result],
+        copy_to: Callable[[Connection], Path | None] = lambda _: None,
+    ) -> Result:
         """Do `work` in a transaction while nobody else migrates; blocks the thread.
 
         Raises:

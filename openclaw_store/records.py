@@ -16,23 +16,8 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import orjson
 
-from openclaw_store.checks import (
-    Check,
-    check_count,
-    check_enum,
-    check_id,
-    check_key,
-    check_number,
-    check_percentage,
-    check_text,
-    check_time,
-    check_version,
-    encode_json,
-    encode_object,
-    encode_texts,
-)
 from openclaw_store.errors import InvalidDataError
-from openclaw_store.models import NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus, TaskType
+from openclaw_store.models import FIELD_CHECKS, JSON_CHECKS, NodeInfo, Task
 
 Item = TypeVar("Item", Task, NodeInfo)
 
@@ -245,7 +230,10 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     fields = kind(*row).__dict__
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
-        fields[name] = _EMPTY[empty] if text is None else text.encode()
+        try:
+            fields[name] = _EMPTY[empty] if text is None else text.encode()
+        except AttributeError as error:  # written by hand: SQLite takes a blob anywhere
+            raise InvalidDataError(name, f"of {row[0]!r} is not text") from error
     return Record(kind, fields)
 
 
@@ -281,17 +269,6 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
 }
 """The fields that are stored as JSON, with the type of their default."""
 
-_JSON_CHECKS: Mapping[str, Callable[[str, Any], bytes]] = {
-    "required_skills": encode_texts,
-    "optional_skills": encode_texts,
-    "parameters": encode_object,
-    "result": encode_json,
-    "affinity_tags": encode_texts,
-    "metadata": encode_object,
-    "available_skills": encode_texts,
-    "tags": encode_texts,
-}
-
 STORE_FIELDS = frozenset({"version", "updated_at"})
 """The fields that only the store sets."""
 
@@ -309,54 +286,6 @@ STAMPED: Mapping[type[Any], Sequence[str]] = {
 }
 """The fields that a caller's object gets back when it was written."""
 
-_FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
-    Task: {
-        "task_id": check_id,
-        "task_type": check_enum(TaskType),
-        "name": check_text,
-        "description": check_text,
-        "status": check_enum(TaskStatus),
-        "priority": check_enum(TaskPriority),
-        "assigned_node": check_key,
-        "attempt": check_count,
-        "submitted_at": check_time,
-        "scheduled_at": check_time,
-        "started_at": check_time,
-        "completed_at": check_time,
-        "not_before": check_time,
-        "timeout": check_count,
-        "retry_count": check_count,
-        "max_retries": check_count,
-        "error": check_text,
-        "user_id": check_key,
-        "idempotency_key": check_id,
-        "updated_at": check_time,
-        "version": check_version,
-    },
-    NodeInfo: {
-        "node_id": check_id,
-        "hostname": check_text,
-        "platform": check_text,
-        "arch": check_text,
-        "status": check_enum(NodeStatus),
-        "cpu_usage": check_percentage,
-        "memory_usage": check_percentage,
-        "disk_usage": check_percentage,
-        "max_concurrent_tasks": check_count,
-        "running_tasks": check_count,
-        "ip_address": check_text,
-        "tailscale_ip": check_text,
-        "port": check_count,
-        "total_tasks_processed": check_count,
-        "successful_tasks": check_count,
-        "failed_tasks": check_count,
-        "average_execution_time": check_number,
-        "registered_at": check_time,
-        "last_heartbeat": check_time,
-        "version": check_version,
-    },
-}
-
 # A field that still is its default needs no check; so most of a task costs next to nothing.
 _CHECKS = {
     kind: (
@@ -365,12 +294,12 @@ _CHECKS = {
             for field in dataclass_fields(kind)
             if field.name in checks
         ),
-        tuple((name, empty, _JSON_CHECKS[name]) for name, empty in JSON_FIELDS[kind].items()),
+        tuple((name, empty, JSON_CHECKS[name]) for name, empty in JSON_FIELDS[kind].items()),
     )
-    for kind, checks in _FIELD_CHECKS.items()
+    for kind, checks in FIELD_CHECKS.items()
 }
 
 _PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in checks if name not in STORE_FIELDS)
-    for kind, checks in _FIELD_CHECKS.items()
+    for kind, checks in FIELD_CHECKS.items()
 }

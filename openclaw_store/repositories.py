@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -58,7 +58,16 @@ from openclaw_store.operations import (
     start_of,
 )
 from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, encode, write_back
-from openclaw_store.schema import COLUMNS, IS_PENDING, KEY, ROWS, NodeRow, TaskRow, decoder_of
+from openclaw_store.schema import (
+    COLUMNS,
+    IS_FINISHED,
+    IS_PENDING,
+    KEY,
+    ROWS,
+    NodeRow,
+    TaskRow,
+    decoder_of,
+)
 from openclaw_store.statements import statements_for
 from openclaw_store.writer import Apply, Unit
 
@@ -262,7 +271,8 @@ class TaskRepository(Repository[Task]):
             found: list[Record[Task]] = []
             if not wanted:
                 return found
-            decode, now = decoder_here(session, Task), self._database.clock()
+            decode = decoder_here(session, Task)
+            now = self._database.clock() if self._unit is None else self._unit.now
             async for rows in read_rows(session, select_pending()):
                 tasks = map(decode, rows)
                 found += [task for task in tasks if claim(task, nodes[0], now) is not None]
@@ -428,14 +438,7 @@ class TaskRepository(Repository[Task]):
         Returns:
             How many were removed.
         """
-        kept: Iterable[Any] = () if keep_status is None else [keep_status]
-        if isinstance(keep_status, Iterable) and not isinstance(keep_status, str):
-            kept = keep_status
-        keep = tuple(task_status("keep_status", status) for status in kept)
-        try:
-            cutoff = self._database.clock() - timedelta(days=check_number("days", days))
-        except OverflowError as error:
-            raise InvalidDataError("days", f"is too large: {days}") from error
+        cutoff, keep = self._old_tasks(days, keep_status)
         operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
         total = 0
         while True:
@@ -447,6 +450,46 @@ class TaskRepository(Repository[Task]):
             total += removed
             if removed < CLEANUP_BATCH:
                 return total
+
+    async def count_old_tasks(
+        self, days: float = 30, keep_status: TaskStatus | Iterable[TaskStatus] | None = None
+    ) -> int:
+        """How many tasks `cleanup_old_tasks` would remove.
+
+        Args:
+            days: Age in days, from 0.
+            keep_status: Status, or several, not to be removed.
+        """
+        cutoff, keep = self._old_tasks(days, keep_status)
+        searches = [  # each in order of an index
+            TaskRow.completed_at < cutoff,
+            TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
+        ]
+        counts = [
+            select(func.count())
+            .select_from(TaskRow)
+            .where(IS_FINISHED, search, TaskRow.status.not_in(keep))
+            .scalar_subquery()
+            for search in searches
+        ]
+
+        async def run(session: AsyncSession) -> int:
+            return sum((await session.execute(select(*counts))).one())
+
+        return await self._read(run)
+
+    def _old_tasks(
+        self, days: float, keep_status: TaskStatus | Iterable[TaskStatus] | None
+    ) -> tuple[datetime, tuple[TaskStatus, ...]]:
+        """Before when old tasks have finished, and those whose status they do not have."""
+        kept: Iterable[Any] = () if keep_status is None else [keep_status]
+        if isinstance(keep_status, Iterable) and not isinstance(keep_status, str):
+            kept = keep_status
+        keep = tuple(task_status("keep_status", status) for status in kept)
+        try:
+            return self._database.clock() - timedelta(days=check_number("days", days)), keep
+        except OverflowError as error:
+            raise InvalidDataError("days", f"is too large: {days}") from error
 
     async def _newest(self, condition: Any, limit: int | None) -> list[Task]:
         # Nothing orders tasks of one moment: to sort 100,000 of them by identifier for a short list

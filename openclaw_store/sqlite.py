@@ -12,8 +12,8 @@ import random
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,7 @@ from sqlalchemy.pool import NullPool
 from openclaw_store.backups import written_aside
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
+from openclaw_store.writer import NothingKnown
 
 Result = TypeVar("Result")
 
@@ -41,19 +42,24 @@ _PRAGMAS = (
 
 _READ_TIMEOUT_SECONDS = 30.0
 
+_ALONE_SECONDS = 1.0
+"""How long somebody may take who only looks at what is to be replaced."""
+
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
-_BESIDES = ("-journal", "-wal", "-shm")
+BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
 class _WriteConnection(sqlite3.Connection):
     """A connection that is set up when it exists, on whatever thread opens it."""
 
+    pragmas: Sequence[str] = _PRAGMAS
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         try:
-            for pragma in _PRAGMAS:
+            for pragma in self.pragmas:
                 self.execute(pragma)
         except BaseException:
             self.close()
@@ -69,6 +75,13 @@ class _WriteConnection(sqlite3.Connection):
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
             self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
+
+
+class _LoneConnection(_WriteConnection):
+    """A connection beside which nobody can have another one, not even an idle one."""
+
+    # First of all: SQLite asks for the file as soon as it looks into it.
+    pragmas = ("PRAGMA locking_mode=EXCLUSIVE", *_PRAGMAS)
 
 
 class _ReadConnection(_WriteConnection):
@@ -129,10 +142,10 @@ def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
     }
 
 
-def _writing_engine(path: Path) -> Engine:
+def _writing_engine(path: Path, kind: type[sqlite3.Connection] = _WriteConnection) -> Engine:
     """An engine for threads, whose every transaction begins with the write lock."""
     url = URL.create("sqlite", database=str(path))  # as text, % and ? would mean something
-    engine = create_engine(url, poolclass=NullPool, connect_args=_options(_WriteConnection))
+    engine = create_engine(url, poolclass=NullPool, connect_args=_options(kind))
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -152,8 +165,19 @@ def _begin_writing(connection: Connection) -> None:
     connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
 
-class Cursor:
-    """Speaks to the driver on behalf of a unit, which has the write lock."""
+def _copy(source: sqlite3.Connection, target: Path) -> None:
+    """Write what `source` sees now to a file, which is complete in itself."""
+    with closing(sqlite3.connect(target, isolation_level=None)) as copy:
+        # All pages in one step: a copy in several starts again with every write meanwhile.
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")
+
+
+class Cursor(NothingKnown):
+    """Speaks to the driver on behalf of a unit, which has the write lock.
+
+    It knows nothing: to read takes less time here than to do something again.
+    """
 
     dialect = "sqlite"
 
@@ -171,15 +195,6 @@ class Cursor:
         return self._cursor.fetchall()
 
     read = execute
-
-    def known(self) -> None:
-        """Nothing: to read takes less time here than to do something again."""
-
-    def assume(self) -> None:
-        """Cannot be, as nothing is known."""
-
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Forget them again."""
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""
@@ -276,6 +291,10 @@ class SQLite:
         self.writing_engine = _writing_engine(path)
         self._timeout = timeout
 
+    def exists(self) -> bool:
+        """Whether there is such a file, or something else of that name."""
+        return os.path.exists(self.path)
+
     def make_folder(self) -> None:
         """Make the folder that the file will be in.
 
@@ -299,7 +318,7 @@ class SQLite:
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
-        if os.path.exists(self.path) and not os.access(self.path, os.W_OK):
+        if self.exists() and not os.access(self.path, os.W_OK):
             # Else it could be read, and a WAL that nobody can write to would be left beside it.
             raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
 
@@ -316,28 +335,74 @@ class SQLite:
         with self.faults.translated(), _reading_engine(self.path).connect() as connection:
             return work(connection)
 
-    def migrate(self, work: Callable[[Connection], Result]) -> Result:
+    def migrate(
+        self,
+        work: Callable[[Connection], Result],
+        copy_to: Callable[[Connection], Path | None] = lambda _: None,
+    ) -> Result:
         """Do `work` with the write lock and without foreign keys; blocks the thread.
 
+        Args:
+            copy_to: Says, of what it finds, where the file is to be copied first, with nobody else
+                at it; `None` for no copy. What fails leaves no copy.
+
         Raises:
-            UnavailableError: If another process keeps the lock for longer than the timeout.
+            UnavailableError: If another process keeps the lock for longer than the timeout, or has
+                the file open that is to be copied.
             SchemaMismatchError: If a row refers to one that is not there afterwards.
         """
         self.prepare()
-        engine = _writing_engine(self.path)
-        with self.faults.translated(), retrying(engine.connect, self._timeout) as connection:
-            # SQLite changes a table by copying it, and dropping the old one would delete the rows
-            # that refer to it. The switch works outside of transactions only, hence on the driver.
-            connection.connection.execute("PRAGMA foreign_keys=OFF")
-            with retrying(connection.begin, self._timeout):
-                result = work(connection)
-                orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-                if orphans:
-                    raise SchemaMismatchError(
-                        f"{self.path}: the migration would orphan rows: {orphans[:3]}"
-                    )
+        with self.faults.translated():
+            connection, copy = self._migrating(copy_to)
+            with connection:
+                if copy is not None:
+                    self._copy_to(connection, copy)
+                # SQLite changes a table by copying it, and dropping the old one would delete rows
+                # that refer to it. The switch works outside of transactions, hence on the driver.
+                connection.connection.execute("PRAGMA foreign_keys=OFF")
+                with retrying(connection.begin, self._timeout):
+                    try:
+                        result = work(connection)
+                        self._refuse_orphans(connection)
+                    except BaseException:
+                        if copy is not None:
+                            copy.unlink()  # the file is still what it was
+                        raise
         self._empty_wal()
         return result
+
+    def _migrating(
+        self, copy_to: Callable[[Connection], Path | None]
+    ) -> tuple[Connection, Path | None]:
+        """A connection to migrate with, alone where a copy is to be made first."""
+
+        def connect() -> tuple[Connection, Path | None]:
+            if self.inspect(copy_to) is None:
+                return _writing_engine(self.path).connect(), None
+            connection = _writing_engine(self.path, _LoneConnection).connect()
+            copy = copy_to(connection)  # others may have been faster
+            connection.rollback()
+            return connection, copy
+
+        try:
+            return retrying(connect, self._timeout)
+        except (DBAPIError, sqlite3.Error) as error:
+            if not SQLiteFaults.is_busy(error):
+                raise
+            raise UnavailableError(
+                f"{self.path}: another program has it open: end that program, then try again"
+            ) from error
+
+    def _copy_to(self, connection: Connection, target: Path) -> None:
+        source: Any = connection.connection.driver_connection
+        with written_aside(target, overwrite=False, besides=BESIDES) as partial:
+            partial.touch(self.path.stat().st_mode & 0o777)  # for nobody's eyes who had not it
+            _copy(source, partial)
+
+    def _refuse_orphans(self, connection: Connection) -> None:
+        orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+        if orphans:
+            raise SchemaMismatchError(f"{self.path}: it would orphan rows: {orphans[:3]}")
 
     def engine(self, *, write: bool, pool: type[Pool] | None = None, **options: Any) -> AsyncEngine:
         """An engine for coroutines: read-only, or one that begins with the write lock."""
@@ -397,13 +462,38 @@ class SQLite:
             raise InvalidDataError("path", f"{target} is the database itself: choose another")
         with (
             SQLiteFaults(str(target)).translated(),
-            written_aside(target, overwrite=overwrite, besides=_BESIDES) as partial,
+            written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,
             self._opened(_ReadConnection) as source,
-            closing(sqlite3.connect(partial, isolation_level=None)) as copy,
         ):
-            # All pages in one step: a copy in several starts again with every write meanwhile.
-            retrying(lambda: source.backup(copy), self._timeout)
-            copy.execute("PRAGMA journal_mode=DELETE")  # the copy is one file, complete in itself
+            retrying(lambda: _copy(source, partial), self._timeout)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep everybody else out during the block, in which the file may be replaced.
+
+        What its WAL held is in it then. There need not be a file, and it may be damaged.
+
+        Raises:
+            UnavailableError: If somebody uses it.
+        """
+        if not self.exists():
+            yield
+            return
+        with closing(
+            sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
+        ) as connection:
+            try:
+                connection.execute("PRAGMA journal_mode=DELETE")  # works for the only one there is
+                connection.execute("PRAGMA locking_mode=EXCLUSIVE")
+                connection.execute("BEGIN EXCLUSIVE")
+            except sqlite3.Error as error:
+                if SQLiteFaults.is_busy(error):
+                    raise UnavailableError(
+                        f"{self.path} is in use: stop all coordinators, then try again"
+                    ) from error
+                if SQLiteFaults.code(error) not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+                    raise self.faults.translate(error) from error
+            yield
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, and empty the WAL."""

@@ -97,6 +97,9 @@ class Cursor(Protocol):
         written. The guard should make sure of what else it has taken for granted.
         """
 
+    def doubt(self) -> None:
+        """Begin anew without: nobody would find out."""
+
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Once the guard has written, assume these rows; those that are `None` no more."""
 
@@ -111,6 +114,23 @@ class Cursor(Protocol):
 
     def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Do a statement for many rows at once; returns how many rows of a table it wrote."""
+
+
+class NothingKnown:
+    """What a cursor is like whose units read whatever they go by."""
+
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+        """Nothing."""
+        return None
+
+    def assume(self) -> None:
+        """Never called, as nothing is known."""
+
+    def doubt(self) -> None:
+        """Never called, either."""
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Forget them again."""
 
 
 class Unit:

@@ -9,8 +9,6 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from datetime import UTC, datetime, timedelta
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +26,9 @@ from benchmarks.postgres import (
     running_databases,
     running_server,
 )
-from openclaw_store import Database, NodeInfo, StateManager, Task, TaskType
+from openclaw_store import Database, NodeInfo, StateManager, Task
+from openclaw_store.testing import FakeClock as FakeClock  # for the tests
+from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 
 settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
 settings.load_profile("openclaw_store")
@@ -41,21 +41,6 @@ Location = str | Path
 
 MakeTask = Callable[..., Task]
 MakeNode = Callable[..., NodeInfo]
-
-
-class FakeClock:
-    """A clock that moves only when it is told to."""
-
-    def __init__(self, now: datetime = datetime(2026, 3, 1, 12, tzinfo=UTC)) -> None:
-        self.now = now
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def advance(self, seconds: float = 0, **units: float) -> datetime:
-        """Let time pass: `seconds`, and whatever else `timedelta` takes; returns the new time."""
-        self.now += timedelta(seconds=seconds, **units)
-        return self.now
 
 
 class OpenManager(Protocol):
@@ -132,7 +117,7 @@ def require_server(*, there: bool) -> None:
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated, empty database to copy, which is faster than to migrate one for each test."""
     path = tmp_path_factory.mktemp("migrated") / "cluster.db"
-    asyncio.run(_migrate(path))
+    create_database(path)
     return path
 
 
@@ -140,13 +125,8 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def migrated_postgresql(server: Databases) -> str:
     """The same on PostgreSQL."""
     url = asyncio.run(server.create_database())
-    asyncio.run(_migrate(url))
+    create_database(url)
     return url
-
-
-async def _migrate(location: Location) -> None:
-    async with Database(location):
-        pass
 
 
 @contextmanager
@@ -281,33 +261,10 @@ def assert_nothing_checked_out(database: Database) -> None:
 @pytest.fixture
 def make_task(clock: FakeClock) -> MakeTask:
     """Makes tasks; a test spells out only the fields it is about."""
-    numbers = count(1)
-
-    def make(**fields: Any) -> Task:
-        number = next(numbers)
-        defaults: dict[str, Any] = {
-            "task_id": f"task-{number:04}",
-            "task_type": TaskType.BATCH,
-            "name": f"task number {number}",
-            "submitted_at": clock(),
-        }
-        return Task(**{**defaults, **fields})
-
-    return make
+    return TaskFactory(clock)
 
 
 @pytest.fixture
 def make_node(clock: FakeClock) -> MakeNode:
     """Makes nodes; a test spells out only the fields it is about."""
-    numbers = count(1)
-
-    def make(**fields: Any) -> NodeInfo:
-        number = next(numbers)
-        defaults: dict[str, Any] = {
-            "node_id": f"node-{number:04}",
-            "hostname": f"host-{number}",
-            "registered_at": clock(),
-        }
-        return NodeInfo(**{**defaults, **fields})
-
-    return make
+    return NodeFactory(clock)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -138,3 +139,20 @@ def test_later_one_keeps_what_only_the_earlier_reported(clock: FakeClock) -> Non
     later = Beat("n", clock.advance(seconds=1), {"cpu_usage": 3.0})
 
     assert later.after(earlier) == Beat("n", clock(), {"cpu_usage": 3.0, "disk_usage": 2.0})
+
+
+async def test_one_from_before_does_not_bring_back_a_node_that_the_batch_has_changed(
+    database: Database, nodes: list[NodeInfo], clock: FakeClock
+) -> None:
+    at = clock.advance(seconds=1)
+    clock.advance(seconds=1)
+    await NodeRepository(database).update_status(nodes[0].node_id, NodeStatus.OFFLINE)
+    node = await stored(database, nodes[0])
+    node.hostname = "renamed"
+
+    await asyncio.gather(
+        NodeRepository(database).update(node),
+        database.write(apply_beats, [Beat(node.node_id, at, {"cpu_usage": 50.0})]),
+    )
+
+    assert await stored(database, node) == replace(node, cpu_usage=50.0, last_heartbeat=at)

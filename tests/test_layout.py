@@ -26,13 +26,15 @@ README = ROOT / "README.md"
 LAYERS = [
     "errors",
     "clock",
-    "models",
     "checks",
+    "dicts",
+    "models",
     "records",
     "lifecycle",
     "schema",
     "statements",
     "finishing",
+    "progress",
     "gate",
     "writer",
     "faults",
@@ -42,6 +44,7 @@ LAYERS = [
     "postgresql",
     "backends",
     "wakeups",
+    "adoption",
     "migrations",
     "sessions",
     "database",
@@ -50,14 +53,27 @@ LAYERS = [
     "heartbeats",
     "filters",
     "repositories",
+    "copying",
+    "mending",
+    "verification",
+    "doctor",
     "indexes",
     "pages",
     "feed",
     "cache",
+    "watching",
     "mirror",
     "explanations",
     "dispatcher",
     "state_manager",
+    "inspection",
+    "restoring",
+    "console",
+    "live",
+    "calls",
+    "cli",
+    "__main__",
+    "testing",
 ]
 """The modules; each one imports only from those before it."""
 
@@ -109,7 +125,17 @@ class TestLayers:
 
     @pytest.mark.parametrize(
         "module",
-        ["errors", "clock", "models", "checks", "records", "indexes", "cache", "state_manager"],
+        [
+            "errors",
+            "clock",
+            "checks",
+            "dicts",
+            "models",
+            "records",
+            "indexes",
+            "cache",
+            "state_manager",
+        ],
     )
     def test_module_knows_no_sql(self, module: str) -> None:
         assert {
@@ -121,8 +147,9 @@ class TestLayers:
         [
             "errors",
             "clock",
-            "models",
             "checks",
+            "dicts",
+            "models",
             "records",
             "schema",
             "changes",
@@ -139,7 +166,7 @@ class TestLayers:
         assert "asyncio" not in imports(module)
 
     @pytest.mark.parametrize(
-        "module", ["models", "checks", "records", "schema", "indexes", "cache"]
+        "module", ["checks", "dicts", "models", "records", "schema", "indexes", "cache"]
     )
     def test_module_does_no_input_or_output(self, module: str) -> None:
         outside = {"asyncio", "io", "os", "pathlib", "shutil", "socket", "subprocess", "tempfile"}
@@ -217,10 +244,32 @@ class TestPublic:
         assert [name for name in names if not hasattr(openclaw_store, name)] == []
 
     def test_all_is_complete(self) -> None:
-        modules = {file.stem for file in PACKAGE.glob("*.py")}
-        there = {name for name in vars(openclaw_store) if not name.startswith("_")} - modules
+        own = {name for name in imports("__init__") if name.startswith("openclaw_store.")}
 
-        assert there | {"__version__"} == set(openclaw_store.__all__)
+        assert {name.rsplit(".")[-1] for name in own} | {"__version__"} == set(
+            openclaw_store.__all__
+        )
+        assert set(openclaw_store.__all__) <= set(dir(openclaw_store))
+        assert not hasattr(openclaw_store, "nonsense")
+
+    def test_what_is_public_is_imported_when_it_is_asked_for(self) -> None:
+        """Else the command line could not start in no time."""
+        script = """
+import sys, openclaw_store
+print({"sqlalchemy", "asyncio", "orjson"} & sys.modules.keys())
+from openclaw_store import *
+from openclaw_store.database import Database as its_own
+assert Database is its_own
+"""
+
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert (done.stdout, done.stderr) == ("set()\n", "")
 
     def test_all_errors_are_public_and_have_one_root(self) -> None:
         own = {
@@ -386,6 +435,17 @@ class TestReadme:
 
         known = {*vars(errors), *vars(asyncio), *vars(builtins)}
         assert [name for name in named if name not in known] == []
+
+    def test_all_loggers_are_described(self) -> None:
+        described = re.findall(
+            r"^\| `openclaw_store\.(\w+)` \|", README.read_text("utf-8"), re.MULTILINE
+        )
+
+        assert described == sorted(
+            module
+            for module in LAYERS
+            if "logging.getLogger" in {name for name, _ in calls(module)}
+        )
 
     def test_layout_names_the_modules_in_their_order(self) -> None:
         text = README.read_text(encoding="utf-8")

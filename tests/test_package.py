@@ -76,7 +76,7 @@ class TestWheel:
             names = {name for name in archive.namelist() if ".dist-info/" not in name}
 
         assert any("/versions/0001_" in name for name in scripts)
-        assert names == {*modules, *scripts, "openclaw_store/py.typed"}
+        assert names == {*modules, *scripts, "openclaw_store/py.typed", "pytest_openclaw_store.py"}
 
     def test_wheel_carries_the_license(self, wheel: Path, metadata: Message) -> None:
         with zipfile.ZipFile(wheel) as archive:

@@ -333,6 +333,29 @@ async def test_what_a_batch_has_written_is_not_taken_for_what_was_known_before(
     assert execute(location, "SELECT error FROM tasks") == [("a",)]
 
 
+@pytest.mark.parametrize("key", [None, "key"])
+async def test_task_that_is_not_added_in_the_end_is_not_taken_for_new(
+    database: Database, location: Location, make_task: MakeTask, key: str | None
+) -> None:
+    """It is removed again, or its key is taken."""
+    tasks, task = TaskRepository(database), make_task()
+    await tasks.create(make_task(idempotency_key="key"))
+    await tasks.create(task)
+
+    created, refused, removed = await asyncio.gather(  # one batch
+        tasks.create(make_task()),
+        tasks.create(make_task(task_id=task.task_id, idempotency_key=key)),
+        tasks.delete(task.task_id),
+        return_exceptions=True,
+    )
+
+    assert isinstance(refused, DuplicateError)
+    assert (refused.id, refused.idempotency_key) == (task.task_id, None)
+    assert created is removed is True
+    assert [kind for _, _, kind, _ in feed(location)] == ["created"] * 3 + ["removed"]
+    assert execute(location, "SELECT count(*) FROM tasks") == [(2,)]
+
+
 async def test_refusal_by_what_was_known_is_made_sure_of(
     manager: StateManager, other: Database, location: Location, make_task: MakeTask
 ) -> None:

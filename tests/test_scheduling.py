@@ -14,7 +14,16 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, locked, refuse_tasks
+from conftest import (
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    execute,
+    locked,
+    refuse_tasks,
+)
 
 from openclaw_store import (
     Backoff,
@@ -43,6 +52,7 @@ from openclaw_store import (
     TaskType,
     UnavailableError,
     dispatcher,
+    round_trips,
     state_manager,
 )
 from openclaw_store.feed import read_changes
@@ -50,6 +60,9 @@ from openclaw_store.lifecycle import NODE_LOST, OVERDUE
 from openclaw_store.models import FINISHED, HELD, LIVE
 
 BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
+
+PATIENCE = 20.0
+"""Seconds after which something that should have happened counts as hanging."""
 
 
 class RolledBackError(Exception):
@@ -246,6 +259,27 @@ class TestClaim:
         cluster.clock.advance(1.000001)
         assert ids(await claim(node, 9)) == ["latest", "later"]
 
+    @pytest.mark.parametrize("skills", ['["a", "ä"]', r'["a","\u00e4"]', "[]"])
+    async def test_skills_may_be_spelled_otherwise_than_by_the_store(
+        self, skills: str, cluster: Cluster, location: Location, open_manager: OpenManager
+    ) -> None:
+        node = await cluster.join(available_skills=["a", "ä"], max_concurrent_tasks=9)
+        looked_at, unseen, kept = [(await cluster.add()).task_id for _ in range(3)]
+        execute(location, f"UPDATE tasks SET required_skills = '{skills}'")
+        ready = await cluster.add(required_skills=["a", "ä"])
+        manager = await open_manager()
+
+        await manager.get_task(looked_at)
+        await manager.cancel_task(looked_at)
+        await manager.remove_task(unseen)
+
+        task = await manager.get_task(looked_at)
+        assert task is not None
+        assert task.status is TaskStatus.CANCELLED
+        assert ids(await manager.claim_tasks(node, 9)) == [kept, ready.task_id]
+        await cluster.one.remove_task(looked_at)
+        await cluster.one.remove_task(kept)  # this one keeps to what it has written
+
     async def test_node_gets_no_more_than_it_has_places_for(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=3)
         await cluster.one.add_tasks(cluster.make_task() for _ in range(9))
@@ -323,6 +357,31 @@ class TestClaim:
         await assert_counted(cluster.one)
         assert await cluster.one.claim_tasks(node, 500) == []
 
+    async def test_moment_of_a_transaction_is_that_of_its_beginning(self, cluster: Cluster) -> None:
+        node = await cluster.join(max_concurrent_tasks=50)
+        later = cluster.clock() + timedelta(seconds=1)
+        await cluster.one.add_tasks(cluster.make_task(not_before=later) for _ in range(50))
+
+        async with cluster.one.db.transaction() as tx:
+            cluster.clock.advance(seconds=1)
+            assert await TaskRepository(tx).claim(node, 50) == []
+
+    async def test_repository_tries_again_when_others_were_quicker(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node, busy = await cluster.join(), await cluster.join(max_concurrent_tasks=40)
+        tasks = [await cluster.add() for _ in range(42)]
+        write = cluster.two.db.write
+
+        async def write_late(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            assert len(await cluster.one.claim_tasks(busy, 40)) == 40
+            return await write(*arguments)
+
+        monkeypatch.setattr(cluster.two.db, "write", write_late)
+
+        assert ids(await cluster.two.task_repo.claim(node)) == ids(tasks[40:41])
+
     async def test_outdated_picture_costs_nothing_but_time(self, cluster: Cluster) -> None:
         """Of nine tasks, the other coordinator has claimed, ended or changed all but two."""
         busy, node = await cluster.join(), await cluster.join(max_concurrent_tasks=9)
@@ -357,6 +416,23 @@ class TestClaim:
             await cluster.two.claim_tasks(gone)
         await assert_counted(cluster.one)
 
+    async def test_writer_forgets_what_it_knew_of_a_node_when_others_have_written(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+        node = await cluster.join()
+        await cluster.one.add_tasks(cluster.make_task() for _ in range(3))
+        await cluster.two.refresh_from_database()
+
+        for manager in (cluster.one, cluster.two):
+            await manager.claim_tasks(node)
+        for _ in range(3):  # until it trusts its memory again
+            await cluster.add()
+        await cluster.one.claim_tasks(node)
+
+        assert (await cluster.node(node)).running_tasks == 3
+        await assert_counted(cluster.one)
+
     async def test_sixteen_claimers_get_each_task_once(self, cluster: Cluster) -> None:
         """P4: whatever the number of coordinators, a task is handed to one node at a time."""
         nodes = [await cluster.join(max_concurrent_tasks=3) for _ in range(4)]
@@ -373,7 +449,7 @@ class TestClaim:
                 await manager.update_heartbeat(node, cpu_usage=number)
                 await manager.refresh_from_database()
 
-        async with asyncio.TaskGroup() as group:
+        async with asyncio.timeout(PATIENCE), asyncio.TaskGroup() as group:
             for number in range(16):
                 group.create_task(work(number))
 
@@ -387,7 +463,7 @@ class TestClaim:
         assert sum(node.successful_tasks for node in found) == 100
         assert sum(node.total_tasks_processed for node in found) == 100
 
-    async def test_claims_while_others_cancel_change_and_remove(self, cluster: Cluster) -> None:
+    async def test_claims_while_others_change_and_remove_tasks(self, cluster: Cluster) -> None:
         node = await cluster.join(max_concurrent_tasks=100)
         tasks = [await cluster.add(task_id=f"task-{number}") for number in range(40)]
         await cluster.two.refresh_from_database()
@@ -396,13 +472,16 @@ class TestClaim:
             task.metadata["note"] = "seen"
 
         async def disturb(number: int, id: str) -> object:
-            manager = (cluster.one, cluster.two)[number // 4 % 2]
-            if number % 4 == 0:
-                return await manager.cancel_task(id)
-            if number % 4 == 1:
-                return await manager.change_task(id, note)
-            if number % 4 == 2:
-                return await manager.requeue_task(id)
+            manager = (cluster.one, cluster.two)[number % 2]
+            match number % 5:
+                case 0:
+                    return await manager.cancel_task(id)
+                case 1:
+                    return await manager.change_task(id, note)
+                case 2:
+                    return await manager.requeue_task(id)
+                case 3:
+                    return await manager.remove_task(id)
             return None
 
         claims = [
@@ -417,10 +496,12 @@ class TestClaim:
         assert_legal(changes, {node: 100})
         by_id = {task.task_id: task for task in rows}
         for number, id in enumerate(ids(tasks)):
-            is_cancelled = number % 4 == 0
-            expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
-            assert by_id[id].status is expected
-            assert (by_id[id].metadata == {"note": "seen"}) is (number % 4 == 1)
+            assert (id in by_id) is (number % 5 != 3)
+            if id in by_id:
+                is_cancelled = number % 5 == 0
+                expected = TaskStatus.CANCELLED if is_cancelled else TaskStatus.SCHEDULED
+                assert by_id[id].status is expected
+                assert (by_id[id].metadata == {"note": "seen"}) is (number % 5 == 1)
         await assert_counted(cluster.one)
 
     async def test_what_is_only_in_memory_can_be_claimed(
@@ -439,6 +520,56 @@ class TestClaim:
         assert "an unsaved task was dropped" in caplog.text
         assert (await cluster.task("b")).status is TaskStatus.COMPLETED
         await assert_counted(cluster.one)
+
+    async def test_what_is_only_in_memory_of_a_node_survives_what_becomes_of_its_tasks(
+        self, cluster: Cluster
+    ) -> None:
+        manager, task = cluster.one, await cluster.claimed()
+        node_id = task.assigned_node or ""
+
+        async def note(tag: str) -> None:
+            node = await manager.get_node(node_id)
+            assert node is not None
+            node.tags.append(tag)
+            await manager.update_node(node, persist=False)
+
+        await note("claimed")
+        await manager.complete_task(task)
+        await note("completed")
+        removed = await cluster.claimed(node_id)
+        await note("removed")
+        await manager.remove_task(removed.task_id)
+        cluster.clock.advance(seconds=1)
+        assert await manager.check_stale_nodes(0) == [node_id]
+        await note("silent")
+        await manager.sync_to_database()
+
+        node = await cluster.node(node_id)
+        assert node.tags == ["claimed", "completed", "removed", "silent"]
+        assert (node.running_tasks, node.status) == (0, NodeStatus.OFFLINE)
+
+    async def test_node_that_has_lost_what_was_only_in_memory_goes_on(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        manager, task = cluster.one, await cluster.claimed()
+        node = await cluster.node(task.assigned_node or "")
+        for call in (
+            partial(manager.claim_tasks, node.node_id),
+            partial(manager.start_task, task),
+            partial(manager.complete_task, task),
+        ):
+            await cluster.two.refresh_from_database()
+            await cluster.two.change_node(node.node_id, lambda node: node.tags.append("newer"))
+            known = await manager.get_node(node.node_id)
+            assert known is not None
+            await manager.update_node(replace(known, hostname="lost"), persist=False)
+            caplog.clear()
+
+            await call()
+
+            assert "an unsaved node was dropped" in caplog.text
+        assert (await cluster.node(node.node_id)).hostname == node.hostname
+        assert (await cluster.task(task.task_id)).status is TaskStatus.COMPLETED
 
     async def test_tasks_come_back_when_a_claim_has_failed(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
@@ -497,7 +628,10 @@ class TestClaim:
         assert ids(await cluster.one.claim_tasks(node)) == ids([task])
 
     async def test_claim_that_fails_half_way_tells_of_what_it_has_got(
-        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+        self,
+        cluster: Cluster,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """They are the node's, and nobody else would tell it."""
         node, busy = await cluster.join(), await cluster.join()
@@ -521,6 +655,7 @@ class TestClaim:
             claimed = await cluster.two.claim_tasks(node, 2)
 
         assert (ids(claimed), writes) == (["b"], 2)
+        assert "got only a part: the disk is full" in caplog.text
         assert ids(await cluster.two.claim_tasks(node, 2)) == ["c"]
         await assert_counted(cluster.one)
 
@@ -797,6 +932,33 @@ class TestOwner:
             status[TaskStatus.FAILED],
         )
 
+    async def test_what_is_only_in_memory_is_written_first(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        added = cluster.make_task(task_id="added")
+        await cluster.one.add_task(added, persist=False)
+        noted = replace(await cluster.claimed(node), metadata={"a": "note"})
+        await cluster.one.update_task(noted, persist=False)
+
+        assert await cluster.one.cancel_task("added") is True
+        completed = await cluster.one.complete_task(noted)
+
+        assert (await cluster.task("added")).status is TaskStatus.CANCELLED
+        assert completed.metadata == (await cluster.task(noted.task_id)).metadata == {"a": "note"}
+
+    async def test_note_that_was_only_in_memory_and_lost_is_in_nobodys_way(
+        self, cluster: Cluster, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        task = await cluster.claimed()
+        await cluster.one.update_task(replace(task, metadata={"a": "note"}), persist=False)
+        await cluster.two.refresh_from_database()
+        await cluster.two.change_task(task.task_id, lambda task: setattr(task, "name", "newer"))
+
+        completed = await cluster.one.complete_task(task)
+
+        assert (completed.status, completed.name) == (TaskStatus.COMPLETED, "newer")
+        assert completed.metadata == {}
+        assert "an unsaved task was dropped" in caplog.text
+
     async def test_node_that_was_removed_does_not_matter(self, cluster: Cluster) -> None:
         node = await cluster.join()
         tasks = [await cluster.claimed(node, max_retries=0) for _ in range(3)]
@@ -963,7 +1125,8 @@ class TestRequeue:
         assert await stored(one) == before
         calls = one.cancel_task("a"), one.requeue_task("c"), one.add_task(new)
         assert await outcomes(*calls, one.requeue_task("a")) == [True, True, "c", "c"]
-        calls = one.remove_task("c"), one.add_task(new), one.requeue_task("b")
+        assert await outcomes(one.cancel_task("c"), one.requeue_task("b")) == [True, True]
+        calls = one.remove_task("b"), one.add_task(new), one.requeue_task("c")
         assert await outcomes(*calls) == [True, True, new.task_id]
 
 
@@ -1096,6 +1259,8 @@ class TestRegister:
         found = await cluster.task(last_try.task_id)
         assert (found.status, found.error) == (TaskStatus.FAILED, NODE_LOST)
         assert found.completed_at == now
+        lost = [one.item_id for one in await feed(cluster.one) if one.reason == NODE_LOST]
+        assert lost == ids([scheduled, running, last_try])  # on both databases
         assert await cluster.task(kept.task_id) == kept
         await assert_counted(cluster.one)
 
@@ -1363,6 +1528,22 @@ class TestSubmit:
             with pytest.raises(DuplicateError) as caught:
                 await cluster.two.submit_task(stranger)
             assert (caught.value.id, caught.value.idempotency_key) == (task.task_id, None)
+
+    async def test_key_is_not_free_because_a_node_is_gone_that_is_called_like_its_task(
+        self, cluster: Cluster
+    ) -> None:
+        holder = await cluster.add(idempotency_key="key")
+        await cluster.join(node_id=holder.task_id)
+        one, other = [cluster.make_task(idempotency_key="key") for _ in range(2)]
+
+        first, is_gone, second = await asyncio.gather(  # one batch
+            cluster.one.submit_task(one),
+            cluster.one.remove_node(holder.task_id),
+            cluster.one.submit_task(other),
+        )
+
+        assert is_gone
+        assert first == second == holder
 
     async def test_key_that_becomes_free_meanwhile_is_taken(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
@@ -1661,7 +1842,7 @@ class TestCancelTasks:
     async def test_live_tasks_that_are_meant_are_ended_and_named(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 3)
+        monkeypatch.setattr(dispatcher, "TASKS_A_PAGE", 3)
         node = await cluster.join(max_concurrent_tasks=9)
         for status in FINISHED:
             await cluster.add(status=status, name="train")
@@ -1720,6 +1901,29 @@ class TestCancelTasks:
         assert (await cluster.task(renamed.task_id)).status is TaskStatus.PENDING
         assert (await cluster.task(noted.task_id)).metadata == {"a": "note"}
 
+    async def test_what_is_only_in_memory_is_ended_too(self, cluster: Cluster) -> None:
+        held = cluster.make_task()
+        await cluster.one.add_task(held, persist=False)
+        lost = cluster.make_task()
+        await cluster.one.add_task(lost, persist=False)
+        await cluster.two.add_task(replace(lost, name="newer"))
+
+        assert sorted(await cluster.one.cancel_tasks()) == ids([held, lost])
+
+        assert (await cluster.task(lost.task_id)).name == "newer"
+
+    async def test_task_that_was_put_back_by_hand_does_not_go_round_for_ever(
+        self, cluster: Cluster, location: Location
+    ) -> None:
+        done, live = await cluster.add(status=TaskStatus.FAILED), await cluster.add()
+        put = f"UPDATE tasks SET status = '{{}}' WHERE task_id = '{done.task_id}'"
+        execute(location, put.format("pending"))
+
+        async with asyncio.timeout(PATIENCE):
+            assert await cluster.one.cancel_tasks() == ids([live])
+
+        execute(location, put.format("failed"))
+
 
 class TestExplain:
     async def test_each_reason_as_data_and_as_a_sentence(self, cluster: Cluster) -> None:
@@ -1754,6 +1958,7 @@ class TestExplain:
             "e is full."
         )
 
+        await cluster.join(node_id="f", available_skills=["java"])
         at_first = {"priority": TaskPriority.HIGH}
         await cluster.add(**at_first)
         await cluster.add(required_skills=["java"], **at_first)  # none of these nodes' business
@@ -1796,8 +2001,11 @@ class TestExplain:
 
 
 class TestEveryVerb:
-    async def test_leaves_memory_database_and_feed_in_step(self, cluster: Cluster) -> None:
+    async def test_leaves_memory_database_and_feed_in_step(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """P2 and P5: each is one transaction, whose changes have consecutive revisions."""
+        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)  # so each assumes a lot
         one, two = cluster.one, cluster.two
         node = cluster.make_node(node_id="n", max_concurrent_tasks=3)
         tasks = [cluster.make_task(task_id=f"t{number}") for number in range(6)]

@@ -51,7 +51,7 @@ from sqlalchemy import text
 HOW, FOLDER, (TASKS, KILLS, WORKERS, PLACES) = sys.argv[2], sys.argv[3], map(int, sys.argv[4:])
 NAMES = [f"worker{number}" for number in range(WORKERS)]
 CLAIMERS = 4
-SILENT_SECONDS = 2  # heartbeats are stored within a second
+SILENT_SECONDS = 3  # heartbeats are stored within a second
 HELD = (
     "SELECT node_id, running_tasks, max_concurrent_tasks, (SELECT count(*) FROM tasks"
     " WHERE assigned_node = node_id AND status IN ('scheduled', 'running')) FROM nodes"
@@ -216,7 +216,11 @@ def look():
     time.sleep(0.005)
 
 
-LIMIT = 40 + TASKS // 20
+def are_done():
+    return all(str(child) in noted for child in children.values())
+
+
+LIMIT = 100 + TASKS // 10
 children = {}
 signal.signal(signal.SIGALRM, lambda *_: give_up(f"not done after {LIMIT} s"))
 signal.alarm(LIMIT)
@@ -230,20 +234,21 @@ for gate in (BEGIN, CHOSEN, CLAIMED):
 for number, moment in enumerate(sorted(random.choices(range(TASKS // 10, TASKS * 9 // 10),
                                                       k=KILLS))):
     name = random.choice(NAMES)
-    while completed < moment or number == 0 and held[name] < 2:
+    is_for_others = number % 4 == 3  # to find out, for which there must be something left to do
+    while completed < moment or (is_for_others and held[name] < 2 and not are_done()):
         look()
     child = children.pop(name)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     print("killed", name)
-    if number % 2 == 0:  # the others find out, unless there is nothing left to do
+    look()
+    held[name] = 0
+    if is_for_others:
         noted.discard(name)
-        while name not in noted and not all(str(one) in noted for one in children.values()):
+        while name not in noted and not are_done():
             look()
     children[name] = start(name)
 END.reach()
-while not all(str(child) in noted for child in children.values()):
-    look()
 while children:
     look()
 for file in files:
@@ -340,11 +345,11 @@ class Run:
         if not self.ids == set(self.tasks) == set(self.histories):
             yield "tasks are missing"
         for id, (version, status, node, attempt, _) in self.tasks.items():
-            history = self.histories[id]
-            if (version, status) != (history[-1].revision, "completed"):
-                yield f"{id} is {status} at the end"
+            newest = [step.revision for step in self.histories[id]][-1:]
+            if ([version], status) != (newest, "completed"):
+                yield f"{id} is {status} at the end, at version {version} after {newest}"
             claims = self.claims(id)
-            if attempt != len(claims) or node != claims[-1]:
+            if attempt != len(claims) or [node] != (claims or [None])[-1:]:
                 yield f"{id} is at attempt {attempt} on {node}, and was claimed by {claims}"
 
     def _overfull(self) -> Iterator[str]:
@@ -381,7 +386,7 @@ class Run:
             if times > 1:
                 yield f"attempt {attempt} of {id} was given away {times} times"
         for name, id, attempt in self.notes["claimed"]:
-            if self.claims(id)[int(attempt) - 1] != name:
+            if self.claims(id)[int(attempt) - 1 :][:1] != [name]:
                 yield f"{name} has noted attempt {attempt} of {id}, the feed has not"
         completed = Counter(id for _, id, *_ in self.notes["completed"])
         for id, times in completed.items():
@@ -450,7 +455,7 @@ class TestKilledWorkers:
         assert sum(run.kills.values()) == KILLS
         assert WORKERS < reasons["registered"] <= WORKERS + KILLS
         assert reasons[NODE_LOST] > 0
-        assert run.notes["offline"]  # at least the first time somebody had to find out
+        assert run.notes["offline"]  # somebody had to find out
         assert len(run.notes["counted"]) > WORKERS * WORKERS
         assert {name for name, *_ in run.notes["completed"]} == set(run.nodes)
 

@@ -992,6 +992,23 @@ class TestUnsaved:
 
         assert await manager.task_repo.count_by_status() == 5
 
+    @pytest.mark.parametrize("turns", range(1, 4))
+    async def test_cancelled_sync_loses_nothing(
+        self, manager: StateManager, make_task: MakeTask, turns: int
+    ) -> None:
+        await manager.add_task(make_task(), persist=False)
+
+        syncing = asyncio.ensure_future(manager.sync_to_database())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        syncing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await syncing
+
+        await manager.sync_to_database()
+        assert await manager.task_repo.count_by_status() == 1
+        await assert_mirrors_database(manager)
+
 
 class TestHeartbeats:
     @pytest.fixture

@@ -1,0 +1,19 @@
+"""What `openclaw-store` and `python -m openclaw_store` run."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> None:
+    """Run the command line, if what it needs is installed."""
+    if not all(map(find_spec, ("typer", "rich"))):
+        sys.exit('the command line needs typer and rich: pip install "openclaw-store[cli]"')
+    from openclaw_store import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
