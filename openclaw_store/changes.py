@@ -310,11 +310,11 @@ class Ledger:
         self._revision = 0
         self.beat = 0
         """The number of this unit's flush of heartbeats, if it has one."""
+        self.beaten = False
+        """Whether it has one."""
         self._changes: list[Change] = []
         self.forgotten: list[Forgotten] = []
         """The newest change, item and identifier of those whose history is to be removed."""
-        self.beaten = False
-        """Whether it has."""
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
         self._presumed_new: list[Row] = []  # those that were not read, either
         self.tell: Callable[[object], None] = unit.committed.append
@@ -328,14 +328,15 @@ class Ledger:
             self._revision, self.beat = revision, beat + 1
 
     def trust(self, operations: Sequence[Operation]) -> bool:
-        """Take the rows for what they are known as, if all are; returns whether they are.
+        """Take the rows for what they are known as, without reading them; `False` if some are not.
 
-        If that is wrong, nothing will be written. A task is what it was at that version: no version
-        ever comes back. The nodes are as the writer left them, if nobody has written since. And
-        what is to be added is not there.
+        If what is known is outdated, nothing will be written. A task is what it was at that
+        version: no version ever comes back. The nodes are as the writer left them, if nobody has
+        written since. And what is to be added is not there.
         """
+        # Only the first run of a unit: what an earlier one has written is not among what is known.
         known = self.cursor.known() if self._counters is None else None
-        if known is None:  # or it would overlook what this unit has written so far
+        if known is None:
             return False
         counters, nodes = known
         tasks = {

@@ -19,8 +19,9 @@ import orjson
 from sqlalchemy import Select, Table, delete, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from openclaw_store.changes import counters_of
 from openclaw_store.database import Database
-from openclaw_store.errors import InvalidDataError, SchemaMismatchError, StoreError
+from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.migrations import COPYING, HEAD
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.progress import Progress, Report
@@ -211,13 +212,12 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
 
 
 async def _survey(session: AsyncSession) -> _Source:
-    counters = (await session.execute(_COUNTERS)).one_or_none()
-    if counters is None:
-        raise SchemaMismatchError("the row of `counters` is gone: restore a backup")
+    found = (await session.execute(_COUNTERS)).all()
+    revision, beat = counters_of(found)
     counts = [
         await session.scalar(select(func.count()).select_from(rows.table)) or 0 for rows in _TABLES
     ]
-    return _Source(tuple(counters), counts)
+    return _Source((revision, beat, found[0].compacted), counts)
 
 
 async def _begin(target: Database, name: str) -> Sequence[Any]:

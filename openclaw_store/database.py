@@ -360,7 +360,7 @@ class Database:
         return self._writer.listen(asyncio.get_running_loop(), listener)
 
     def follow(self, tell: Told) -> Wakeups:
-        """Have `tell` called on the running loop when somebody may have committed; only a hint."""
+        """Have `tell` called, on any thread, when somebody may have committed; only a hint."""
         self._check_ready()
         return wakeups_of(self._backend, tell)
 

@@ -1,7 +1,7 @@
 """Handing tasks to nodes and taking them back, by the picture in memory and the word of the writer.
 
-What is best to do is chosen here, without asking the database. Whether it still may be done is
-decided by the writer, with the rows before it; so any number of coordinators may try at once.
+What is best to do is chosen here, mostly without asking the database. Whether it still may be done
+is decided by the writer, with the rows before it; so any number of coordinators may try at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
@@ -23,19 +24,31 @@ from openclaw_store.errors import (
     NotOwnerError,
     StoreError,
     TaskNotFoundError,
+    UnsavedConflictError,
 )
 from openclaw_store.explanations import Explanation, explain
+from openclaw_store.filters import TaskFilter
 from openclaw_store.lifecycle import Backoff
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import NodeInfo, NodeStatus, Task, TaskStatus
-from openclaw_store.operations import Advance, Advanced, Claim, Register, SetNodeStatus
+from openclaw_store.models import LIVE, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.operations import (
+    Advance,
+    Advanced,
+    Claim,
+    Register,
+    SetNodeStatus,
+    cancellation_of,
+)
 from openclaw_store.records import Record
-from openclaw_store.repositories import NodeRepository
+from openclaw_store.repositories import NodeRepository, TaskRepository
 
 logger = logging.getLogger(__name__)
 
 TASKS_A_WRITE = 200
 """How many tasks are handed to the writer at a stretch, before others write."""
+
+TASKS_A_PAGE = 1000
+"""How many of the tasks that a filter means are read at a stretch."""
 
 _MOST_SPARES = 64
 """Candidates of a claim beyond those that are wanted, in case that others are quicker."""
@@ -65,15 +78,22 @@ class Dispatcher:
     Args:
         database: Whose clock counts.
         mirror: What is in memory, and the way to the writer.
+        tasks: The tasks in the database.
         nodes: The nodes in the database.
         backoff: How long a task waits for its next try.
     """
 
     def __init__(
-        self, database: Database, mirror: Mirror, nodes: NodeRepository, backoff: Backoff
+        self,
+        database: Database,
+        mirror: Mirror,
+        tasks: TaskRepository,
+        nodes: NodeRepository,
+        backoff: Backoff,
     ) -> None:
         self._database = database
         self._mirror = mirror
+        self._tasks = tasks
         self._nodes = nodes
         self._backoff = backoff
         self._spares = 0
@@ -175,6 +195,27 @@ class Dispatcher:
         async for done in self.advance_all(operations):
             lists[done.record["status"]].append(done.record["task_id"])
         return recovery
+
+    async def cancel_all(self, filter: TaskFilter, reason: str | None) -> list[str]:
+        """End the live tasks that a checked filter means; see `StateManager.cancel_tasks`."""
+        states = LIVE if filter.status is None else LIVE.intersection(filter.status)
+        live = replace(filter, status=tuple(states))
+        with suppress(UnsavedConflictError):  # what is only in memory cannot be found
+            await self._mirror.sync()
+        cancelled: list[str] = []
+        refused: list[Task] = []
+        after: str | None = None
+        while True:
+            page = await self._tasks.list_tasks(live, after=after, limit=TASKS_A_PAGE)
+            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
+            done = [one async for one in self.advance_all(operations)]
+            cancelled += [one.record["task_id"] for one in done]
+            if len(done) < len(page) and page.tasks != refused:
+                refused = page.tasks  # for good, if they are all the same the next time
+                continue  # some were changed meanwhile: are they still meant?
+            after = page.after
+            if after is None:
+                return cancelled
 
     async def advance_all(self, operations: Sequence[Advance]) -> AsyncIterator[Advanced]:
         """Take many tasks a step on, as far as they may be, and tell of each that has changed.

@@ -25,9 +25,7 @@ from openclaw_store.models import WAITING, NodeInfo, NodeStatus, Task, TaskStatu
 from openclaw_store.records import Record
 from openclaw_store.repositories import read_records
 from openclaw_store.schema import COLUMNS, ChangeRow, CounterRow, NodeRow, TaskRow
-
-_WATCH_SECONDS = 1.0
-"""How often a watcher looks at the feed though nothing has woken it."""
+from openclaw_store.watching import WATCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ async def watch(
                 return
             if until == since:  # there is no more for now
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_WATCH_SECONDS):
+                    async with asyncio.timeout(WATCH_SECONDS):
                         await woken.wait()
             since = until
     finally:

@@ -122,7 +122,7 @@ class Backoff:
             raise InvalidDataError("factor", f"must be at least 1, not {self.factor!r}")
 
     def draw(self) -> Wait:
-        """How long one task waits, whichever retry it will be: chance has spoken."""
+        """How long one task waits, by its retry; what is random of that is drawn now."""
         return partial(self.seconds, chance=random.random())
 
     def seconds(self, retry: int, chance: float) -> float:
@@ -200,8 +200,13 @@ def is_lost(node: Record[NodeInfo] | None, silent_since: datetime) -> bool:
     """Whether nothing more is to be expected from a node."""
     if node is None or node["status"] in (NodeStatus.OFFLINE, NodeStatus.ERROR):
         return True
+    return is_silent(node, silent_since)
+
+
+def is_silent(node: Record[NodeInfo], since: datetime) -> bool:
+    """Whether a node has given no sign of life since then; to register is one."""
     last_sign: datetime = node["last_heartbeat"] or node["registered_at"]
-    return last_sign < silent_since
+    return last_sign < since
 
 
 def is_overdue(task: Record[Task], now: datetime) -> bool:

@@ -6,8 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
 from datetime import datetime
@@ -50,7 +49,7 @@ from openclaw_store.feed import (
 from openclaw_store.finishing import finish
 from openclaw_store.heartbeats import AfterBeat, Beat, Beaten, apply_beats
 from openclaw_store.lifecycle import arrived, refused
-from openclaw_store.models import NodeInfo, Task
+from openclaw_store.models import NodeInfo, NodeStatus, Task
 from openclaw_store.operations import (
     CONTENT,
     Compact,
@@ -64,6 +63,7 @@ from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.schema import KEY
 from openclaw_store.wakeups import Wakeups
+from openclaw_store.watching import Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class Mirror:
         """When everything that was only in memory had been written."""
         self.last_refresh_at: datetime | None = None
         """When everything that others had committed had been read."""
+        self.watchers = Watchers()
+        """Those who wait for a change; all are woken when the mirror is stopped."""
         self._unlisten: Callable[[], None] = lambda: None
         self._loading: list[Sequence[Event | Beaten]] | None = None  # what was committed meanwhile
         self._refreshing = asyncio.Lock()
@@ -120,9 +122,6 @@ class Mirror:
         self._outdated = asyncio.Event()  # others have committed what is not in memory yet
         self._follower: asyncio.Task[None] | None = None
         self._own_beat = 0  # this process's newest flush of heartbeats, which it need not read
-        # Those who wait for a change of any item, and of one task.
-        self._watching: set[asyncio.Future[None]] = set()
-        self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
         # Counted down from a place of its own: a copy from another manager must not match.
         self._unsaved_version = -secrets.randbits(56)
 
@@ -157,7 +156,7 @@ class Mirror:
             if self._flush_timer is not None:
                 self._flush_timer.cancel()
             self._unlisten()
-            self._wake_all()
+            self.watchers.wake_all()
 
     async def find(self, place: Place) -> Record[Any] | None:
         """An entry from memory, else from the database."""
@@ -279,16 +278,19 @@ class Mirror:
 
     async def remove(self, place: Place) -> bool:
         """Remove an entry; `False` if there is none."""
-        task = self.cache.task(place[1]) if place[0] is Task else None
-        if task is not None and task["assigned_node"] is not None:  # it may get a place back
-            await self.settle_or_drop((NodeInfo, task["assigned_node"]))
+        if place[0] is Task and self.cache.unsaved:
+            task: Record[Task] | None = None
+            with suppress(InvalidDataError):  # somebody wrote by hand what cannot be read
+                task = self.cache.task(place[1])
+            if task is not None and task["assigned_node"] is not None:  # it may get a place back
+                await self.settle_or_drop((NodeInfo, task["assigned_node"]))
         if place not in self.cache.unsaved:
             return bool(await self.submit(Remove(*place)))
         self._database.refuse_inside()
         async with self._settling:  # else it might be written behind the removal
             removed = await self.submit(Remove(*place))
             removed = self.cache.discard(place) or bool(removed)
-            self._wake([place[1]])
+            self.watchers.wake([place[1]])
             return removed
 
     async def settle(self, place: Place) -> None:
@@ -346,7 +348,7 @@ class Mirror:
                     await self._load()
                     return
                 cache.catch_up(news)
-                self._wake(change.item_id for change in news.changes)
+                self.watchers.wake(change.item_id for change in news.changes)
             self.last_refresh_at = self._database.clock()
 
     async def changes(self, since: int) -> tuple[Sequence[Change], int]:
@@ -376,41 +378,33 @@ class Mirror:
                 return total
             total += removed
 
-    def next_change(self) -> asyncio.Future[None]:
-        """Done at the next change of anything, or when the mirror is stopped."""
-        future = asyncio.get_running_loop().create_future()
-        self._watching.add(future)
-        future.add_done_callback(self._watching.discard)
-        return future
+    async def beat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
+        """Show a heartbeat now, and write it within a second; `False` if there is no such node.
 
-    def next_change_of(self, task_id: str) -> asyncio.Future[None]:
-        """Done at the next change of a task, or when the mirror is stopped."""
-        future = asyncio.get_running_loop().create_future()
-        waiting = self._waiting[task_id]
-        waiting.add(future)
-
-        def forget(_: object) -> None:
-            waiting.discard(future)
-            if not waiting and self._waiting.get(task_id) is waiting:
-                del self._waiting[task_id]
-
-        future.add_done_callback(forget)
-        return future
-
-    def beat(self, beat: Beat) -> None:
-        """Show a heartbeat now, and write it within a second, together with others."""
-        self.cache.expect_beat(beat)
-        self._flush_later()
+        One that brings its node back ONLINE is written when this returns.
+        """
+        place = (NodeInfo, node_id)
+        node = self.cache.find(place)
+        if node is None:
+            await self.refresh()
+        if node is None or node["status"] is NodeStatus.OFFLINE:
+            await self.settle(place)  # else what is unsaved would set it OFFLINE again
+            node = self.cache.find(place)
+            if node is None:
+                return False
+        beat = Beat(node_id, self._database.clock(), usage)
+        if beat.is_news_to(node):
+            self.cache.expect_beat(beat)
+            self._flush_later()
+            if node["status"] is NodeStatus.OFFLINE:
+                await self._write_beats([node_id])
+        return True
 
     async def flush_beats(self) -> None:
         """Write the heartbeats that wait."""
         ids = self.cache.waiting_beats()
         for start in range(0, len(ids), HEARTBEATS_A_WRITE):
             await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
-
-    async def flush_beat(self, node_id: str) -> None:
-        """Write the heartbeat of a node, if one waits."""
-        await self._write_beats([node_id])
 
     async def _write_beats(self, node_ids: Sequence[str]) -> None:
         beats = self.cache.take_beats(node_ids)
@@ -458,7 +452,7 @@ class Mirror:
         self._unsaved_version -= 1
         held = record.evolve(version=self._unsaved_version)
         self.cache.hold(held, base)
-        self._wake([place_of(held)[1]])
+        self.watchers.wake([place_of(held)[1]])
         return held
 
     async def _settle(self, place: Place) -> None:
@@ -468,7 +462,7 @@ class Mirror:
         try:
             await self._write_unsaved(place, entry)
         finally:
-            self._wake([place[1]])
+            self.watchers.wake([place[1]])
 
     async def _write_unsaved(self, place: Place, entry: Unsaved) -> None:
         record = entry.record.evolve()  # the one in the cache stays as it is
@@ -506,7 +500,7 @@ class Mirror:
             self._loading = None
         cache.keep_unsaved(self.cache)
         self.cache = cache
-        self._wake_all()
+        self.watchers.wake_all()
         self.last_refresh_at = self._database.clock()
 
     def _committed(self, events: Sequence[Event | Beaten]) -> None:
@@ -516,7 +510,7 @@ class Mirror:
         try:
             self.cache.apply(events)
         finally:
-            self._wake(event.id for event in events if isinstance(event, Event))
+            self.watchers.wake(event.id for event in events if isinstance(event, Event))
             flushes = [event.flush for event in events if isinstance(event, Beaten)]
             self._own_beat = max(flushes, default=self._own_beat)
 
@@ -539,23 +533,6 @@ class Mirror:
             # The more there is to follow, the more of it at once: most of the time others run.
             took = time.monotonic() - began
             await asyncio.sleep(min(FOLLOWING_PAUSE * took, LONGEST_PAUSE_SECONDS))
-
-    def _wake(self, ids: Iterable[str]) -> None:
-        """Wake those who wait for a change of these items, or of any."""
-        if self._waiting:
-            for id in ids:
-                for future in self._waiting.pop(id, ()):
-                    _finish(future)
-        for future in self._watching:
-            _finish(future)
-
-    def _wake_all(self) -> None:
-        self._wake(list(self._waiting))
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _require_version(place: Place, known: Record[Any] | None, version: int) -> None:

@@ -165,8 +165,8 @@ class SetNodeStatus(OfOneRow):
         if record is None:
             return False
         if self.silent_since is not None:
-            last_sign = record["last_heartbeat"] or record["registered_at"]
-            if record["status"] not in ALIVE or last_sign >= self.silent_since:
+            is_silent = lifecycle.is_silent(record, self.silent_since)
+            if record["status"] not in ALIVE or not is_silent:
                 return False
         values: dict[str, Any] = {"status": self.status}
         if self.status in ALIVE:
@@ -291,7 +291,8 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
     if node is not None:
         check_key("assigned_node", node)
     owner = (node, check_count("attempt", task.attempt))
-    return Advance(check_key("task_id", task.task_id), partial(decision, owner=owner), None, node)
+    id = check_key("task_id", task.task_id)
+    return Advance(id, partial(decision, owner=owner), node_id=node)
 
 
 def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:

@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.statements import combined
-from openclaw_store.writer import RedoError
+from openclaw_store.writer import NothingKnown, RedoError
 
 Result = TypeVar("Result")
 
@@ -51,8 +51,10 @@ WRITER_SETTINGS = {
 }
 
 
-class Cursor:
+class Cursor(NothingKnown):
     """Speaks to the driver on behalf of a unit that has the write lock.
+
+    It knows nothing: what is assumed here and proves wrong could not be done again.
 
     Args:
         connection: The driver's own.
@@ -80,19 +82,6 @@ class Cursor:
     def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Do a statement for many rows; returns how many rows of a table it wrote."""
         return self._write(sql, rows)
-
-    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        """Nothing: what is assumed here and proves wrong could not be done again."""
-        return None
-
-    def assume(self) -> None:
-        """Cannot be, as nothing is known."""
-
-    def doubt(self) -> None:
-        """Cannot be, either."""
-
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Forget them again."""
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""

@@ -12,7 +12,7 @@ import random
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -28,6 +28,7 @@ from sqlalchemy.pool import NullPool
 from openclaw_store.backups import written_aside
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
+from openclaw_store.writer import NothingKnown
 
 Result = TypeVar("Result")
 
@@ -172,8 +173,11 @@ def _copy(source: sqlite3.Connection, target: Path) -> None:
         copy.execute("PRAGMA journal_mode=DELETE")
 
 
-class Cursor:
-    """Speaks to the driver on behalf of a unit, which has the write lock."""
+class Cursor(NothingKnown):
+    """Speaks to the driver on behalf of a unit, which has the write lock.
+
+    It knows nothing: to read takes less time here than to do something again.
+    """
 
     dialect = "sqlite"
 
@@ -191,18 +195,6 @@ class Cursor:
         return self._cursor.fetchall()
 
     read = execute
-
-    def known(self) -> None:
-        """Nothing: to read takes less time here than to do something again."""
-
-    def assume(self) -> None:
-        """Cannot be, as nothing is known."""
-
-    def doubt(self) -> None:
-        """Cannot be, either."""
-
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Forget them again."""
 
     def guard(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""

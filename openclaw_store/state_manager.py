@@ -8,9 +8,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import suppress
 from contextvars import Context
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from threading import get_ident
@@ -43,10 +41,9 @@ from openclaw_store.errors import (
 from openclaw_store.explanations import Explanation
 from openclaw_store.feed import read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
-from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import FINISHED, LIVE, ClusterState, NodeInfo, NodeStatus, Task
+from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task
 from openclaw_store.operations import (
     Advance,
     Create,
@@ -67,13 +64,11 @@ from openclaw_store.repositories import (
     is_known,
     node_status,
 )
+from openclaw_store.watching import WATCH_SECONDS
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_WATCH_SECONDS = 1.0
-"""How often a watcher looks at the feed though nothing has woken it."""
 
 TASKS_A_CHUNK = 1000
 """Tasks that one transaction adds at most; others write in between."""
@@ -149,7 +144,9 @@ class StateManager:
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
         self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
-        self._dispatcher = Dispatcher(database, self._mirror, self.node_repo, backoff)
+        self._dispatcher = Dispatcher(
+            database, self._mirror, self.task_repo, self.node_repo, backoff
+        )
         self._loop: asyncio.AbstractEventLoop
         self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time
@@ -456,24 +453,7 @@ class StateManager:
         checked = check_filter(filter)
         if reason is not None:
             check_text("reason", reason)
-        states = LIVE if checked.status is None else LIVE.intersection(checked.status)
-        live = replace(checked, status=tuple(states))
-        with suppress(UnsavedConflictError):  # what is only in memory cannot be found
-            await self._mirror.sync()
-        cancelled: list[str] = []
-        refused: list[Task] = []
-        after: str | None = None
-        while True:
-            page = await self.task_repo.list_tasks(live, after=after, limit=TASKS_A_CHUNK)
-            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
-            done = [one async for one in self._dispatcher.advance_all(operations)]
-            cancelled += [one.record["task_id"] for one in done]
-            if len(done) < len(page) and page.tasks != refused:
-                refused = page.tasks  # for good, if they are all the same the next time
-                continue  # some were changed meanwhile: are they still meant?
-            after = page.after
-            if after is None:
-                return cancelled
+        return await self._dispatcher.cancel_all(checked, reason)
 
     async def claim_tasks(self, node_id: str, limit: int = 1) -> list[Task]:
         """Hand pending tasks to a node: it owns them until it finishes them, or is lost.
@@ -732,21 +712,7 @@ class StateManager:
             usage["disk_usage"] = check_percentage("disk_usage", disk_usage)
         if running_tasks is not None:
             usage["running_tasks"] = check_count("running_tasks", running_tasks)
-        record = self._mirror.cache.nodes.get(node_id) if type(node_id) is str else None
-        if record is None or record["status"] is NodeStatus.OFFLINE:
-            place = (NodeInfo, check_key("node_id", node_id))
-            if record is None:
-                await self.refresh_from_database()
-            await self._mirror.settle(place)  # else what is unsaved would set it OFFLINE again
-            record = self._mirror.cache.find(place)
-            if record is None:
-                return False
-        beat = Beat(record["node_id"], self.db.clock(), usage)
-        if beat.is_news_to(record):
-            self._mirror.beat(beat)
-            if record["status"] is NodeStatus.OFFLINE:
-                await self._mirror.flush_beat(beat.id)
-        return True
+        return await self._mirror.beat(check_key("node_id", node_id), usage)
 
     async def check_stale_nodes(self, timeout_seconds: float = 120) -> list[str]:
         """Set the live nodes OFFLINE that were silent for longer; a heartbeat meanwhile wins.
@@ -784,8 +750,7 @@ class StateManager:
     async def _watch(self, since: int) -> AsyncIterator[Change]:
         while self.is_initialized:
             self._check_usable()
-            woken = self._mirror.next_change()
-            try:
+            with self._mirror.watchers.next_change() as woken:
                 try:
                     changes, until = await self._mirror.changes(since)
                 except UnavailableError:
@@ -795,10 +760,8 @@ class StateManager:
                 for change in changes:
                     yield change
                 if until == since:  # there is no more for now
-                    await asyncio.wait([woken], timeout=_WATCH_SECONDS)
+                    await asyncio.wait([woken], timeout=WATCH_SECONDS)
                 since = until
-            finally:
-                woken.cancel()
 
     async def history(self, task_id: str) -> list[Change]:
         """The changes of a task since it was added, oldest first, as far as the feed reaches.
@@ -825,16 +788,13 @@ class StateManager:
             async with asyncio.timeout(limit):
                 while True:
                     self._check_usable()
-                    woken = self._mirror.next_change_of(task_id)
-                    try:
+                    with self._mirror.watchers.next_change_of(task_id) as woken:
                         task = await self.get_task(task_id)
                         if task is None:
                             raise TaskNotFoundError(task_id)
                         if task.status in FINISHED:
                             return task
                         await woken
-                    finally:
-                        woken.cancel()
         except TimeoutError as error:
             raise DeadlineError(
                 f"task {task_id!r} is not finished after {timeout:g} s: wait again, or cancel it"

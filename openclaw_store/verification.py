@@ -117,14 +117,13 @@ async def verify(
     """
     done: list[Problem] = []
     while True:
-        inspection = Inspection(report)
-        await inspection.run(database)
-        found = inspection.found
-        repairs = inspection.repairs
-        if not repair or not repairs:
+        scan = Scan(report)
+        await scan.run(database)
+        found = scan.found
+        if not repair or not scan.repairs:
             break
-        progress = Progress(report, "repairing", len(repairs))
-        solved = await mend(database, repairs, progress)
+        progress = Progress(report, "repairing", len(scan.repairs))
+        solved = await mend(database, scan.repairs, progress)
         for place, is_solved in solved.items():
             found.problems[place] = replace(found.problems[place], is_repaired=is_solved)
         if not found.omitted or not any(solved.values()):
@@ -134,7 +133,7 @@ async def verify(
     return found
 
 
-class Inspection:
+class Scan:
     """One look at everything, in one picture.
 
     Args:

@@ -145,7 +145,7 @@ class Listening:
 
 
 def wakeups_of(database: Backend, tell: Told) -> Wakeups:
-    """Have `tell` called, on the running event loop, when somebody has committed."""
+    """Have `tell` called, on any thread, when somebody has committed."""
     if isinstance(database, PostgreSQL):
         return Listening(database, tell)
     assert isinstance(database, SQLite)

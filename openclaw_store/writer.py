@@ -116,6 +116,23 @@ class Cursor(Protocol):
         """Do a statement for many rows at once; returns how many rows of a table it wrote."""
 
 
+class NothingKnown:
+    """What a cursor is like whose units read whatever they go by."""
+
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+        """Nothing."""
+        return None
+
+    def assume(self) -> None:
+        """Never called, as nothing is known."""
+
+    def doubt(self) -> None:
+        """Never called, either."""
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Forget them again."""
+
+
 class Unit:
     """One write transaction: its cursor, its moment, and what it will have changed."""
 

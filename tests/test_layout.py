@@ -61,6 +61,7 @@ LAYERS = [
     "pages",
     "feed",
     "cache",
+    "watching",
     "mirror",
     "explanations",
     "dispatcher",

@@ -1842,7 +1842,7 @@ class TestCancelTasks:
     async def test_live_tasks_that_are_meant_are_ended_and_named(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 3)
+        monkeypatch.setattr(dispatcher, "TASKS_A_PAGE", 3)
         node = await cluster.join(max_concurrent_tasks=9)
         for status in FINISHED:
             await cluster.add(status=status, name="train")

@@ -87,7 +87,7 @@ class TestWatch:
     async def test_waiting_watcher_is_woken_by_own_commits(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.state_manager._WATCH_SECONDS", 3600)
+        monkeypatch.setattr("openclaw_store.state_manager.WATCH_SECONDS", 3600)
         watcher = asyncio.create_task(first(20, manager.watch()))
 
         for _ in range(20):
@@ -102,7 +102,7 @@ class TestWatch:
         make_task: MakeTask,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("openclaw_store.state_manager._WATCH_SECONDS", 0.01)
+        monkeypatch.setattr("openclaw_store.state_manager.WATCH_SECONDS", 0.01)
         other = await open_manager()
         watcher = asyncio.create_task(first(1, manager.watch()))
 
@@ -240,7 +240,7 @@ class TestWaitForTask:
         with pytest.raises(DeadlineError, match=r"task 't' is not finished after 0\.01 s"):
             await manager.wait_for_task("t", timeout=0.01)
 
-        assert manager._mirror._waiting == {}
+        assert manager._mirror.watchers._of_tasks == {}
 
     async def test_task_that_is_removed_is_not_found(
         self, manager: StateManager, make_task: MakeTask
