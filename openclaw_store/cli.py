@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -383,12 +386,26 @@ async def restore(call: Call, path: Annotated[Path, typer.Argument(help="The bac
 
     backend = call.backend
     with console.progress("copying") as report:
-        kept = await asyncio.to_thread(restore, backend, path, report)
+        kept = await _until_stopped(partial(restore, backend, path, report))
     call.show(
         {"database": backend.location, "source": str(path.absolute()), "kept": kept and str(kept)},
         f"{backend.location} is the copy in {path} now",
         *([f"what was there before is in {kept}"] if kept else []),
     )
+
+
+async def _until_stopped(work: Callable[[Callable[[], bool]], Path | None]) -> Path | None:
+    """Do `work` on a thread, and have it told when Ctrl-C is pressed."""
+    stopped = Event()
+    done = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        stopped.set()
+        await asyncio.wait([done])
+        if done.exception() is None:
+            return done.result()  # it was too late
+        raise
 
 
 @command(app)

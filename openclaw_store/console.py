@@ -78,20 +78,14 @@ def counted(counts: dict[str, int]) -> str:
     return f"{counts['total']:,}" + (f": {', '.join(there)}" if there else "")
 
 
-def table(
-    headers: Sequence[str], rows: Iterable[Sequence[object]], *, cut: str | None = None
-) -> Table:
-    """A table without lines.
-
-    Args:
-        cut: The column that is cut off where there is no room for it; the others are broken.
-    """
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table without lines; the last column is broken where there is no room for it."""
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
-    for header in headers:
-        is_cut = header == cut
-        shown.add_column(header, no_wrap=is_cut, overflow="ellipsis" if is_cut else "fold")
+    for place, header in enumerate(headers):
+        is_last = place == len(headers) - 1
+        shown.add_column(header, no_wrap=not is_last, overflow="fold")
     for row in rows:
         shown.add_row(*(printable(str("" if cell is None else cell)) for cell in row))
     return shown
@@ -142,13 +136,12 @@ def nodes(found: Iterable[NodeInfo], now: datetime) -> Table:
             )
             for node in found
         ),
-        cut="skills",
     )
 
 
 def tasks(found: Iterable[Task]) -> Table:
     """Tasks, a line each."""
-    headers = ("task", "status", "priority", "type", "submitted (UTC)", "node", "name")
+    headers = ("task", "status", "priority", "submitted (UTC)", "node", "name")
     return table(
         headers,
         (
@@ -156,14 +149,12 @@ def tasks(found: Iterable[Task]) -> Table:
                 task.task_id,
                 task.status.value,
                 task.priority.name.lower(),
-                task.task_type.value,
                 when(task.submitted_at),
                 task.assigned_node,
                 task.name,
             )
             for task in found
         ),
-        cut="name",
     )
 
 
@@ -192,7 +183,7 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
     Args:
         of_one: Whether all of them are of one task or node.
     """
-    headers = ("revision", "time (UTC)", *(() if of_one else ("", "id")), "change", "reason")
+    headers = ("revision", "time (UTC)", *(() if of_one else ("", "id")), "change")
     return table(
         headers,
         (
@@ -201,11 +192,9 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
                 when(change.changed_at),
                 *(() if of_one else (change.item, change.item_id)),
                 transition(change),
-                change.reason,
             )
             for change in found
         ),
-        cut="reason",
     )
 
 
@@ -258,22 +247,18 @@ def number(count: int, what: str, verb: str = "") -> str:
 
 
 def transition(change: Change) -> str:
-    """What a change was: `scheduled → running on atlas`."""
+    """What a change was: `running → failed on atlas (no paper)`."""
+    steps = " → ".join(filter(None, dict.fromkeys([change.from_status, change.to_status])))
+    kind = f", {change.kind.value}" if change.kind.value in ("updated", "removed") else ""
     node = f" on {change.node}" if change.node else ""
-    if change.from_status == change.to_status:
-        return f"{change.to_status}, {change.kind.value}{node}"
-    steps = [status for status in (change.from_status, change.to_status) if status]
-    removed = ", removed" if change.to_status is None else ""
-    return f"{' → '.join(steps)}{removed}{node}"
+    reason = f" ({change.reason})" if change.reason else ""
+    return f"{steps}{kind}{node}{reason}"
 
 
 def line(change: Change) -> str:
     """A change in one line, for what is no terminal."""
-    reason = f" ({change.reason})" if change.reason else ""
-    item = f"{change.item} {change.item_id}"
-    return printable(
-        f"{when(change.changed_at)} {change.revision} {item}: {transition(change)}{reason}"
-    )
+    what = f"{change.item} {change.item_id}: {transition(change)}"
+    return printable(f"{when(change.changed_at)} {change.revision} {what}")
 
 
 def as_json(document: Any, *, compact: bool = False) -> str:
@@ -329,7 +314,13 @@ def progress(text: str) -> Iterator[Report]:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task(text, total=None)
-        yield lambda what, done, total: bars.update(
-            bar, description=what, completed=done, total=total or None
-        )
+        bar, doing = bars.add_task(text, total=None), text
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal bar, doing
+            if what != doing:
+                bars.remove_task(bar)
+                bar, doing = bars.add_task(what, total=None), what
+            bars.update(bar, completed=done, total=total or None)
+
+        yield report

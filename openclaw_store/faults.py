@@ -31,6 +31,7 @@ SQLITE_ADVICE = {
     "SQLITE_BUSY": "another process keeps it locked: end that process, or try again",
     "SQLITE_LOCKED": "another connection keeps it locked: try again",
     "SQLITE_PROTOCOL": "another process keeps it locked: try again",
+    "SQLITE_INTERRUPT": "it was stopped",
     "SQLITE_NOMEM": "there is not enough memory",
     "SQLITE_NOLFS": "the file is too large for this system",
 }

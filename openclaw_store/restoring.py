@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sqlite3
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
@@ -23,24 +24,33 @@ from openclaw_store.postgresql import PostgreSQL
 from openclaw_store.progress import Report
 from openclaw_store.sqlite import BESIDES, SQLite
 
+_STEPS = 100_000
+"""Of SQLite's virtual machine between two questions whether to go on; some milliseconds."""
+
 _PAGES = 4096
 """Pages copied between two reports."""
 
 
-def restore(backend: Backend, source: Path, report: Report = lambda *_: None) -> Path | None:
+def restore(
+    backend: Backend,
+    source: Path,
+    report: Report = lambda *_: None,
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Path | None:
     """Have a copy that `Database.backup` has made take the place of a database.
 
     Args:
         backend: The database; there need not be one yet.
         source: The copy; it stays as it is.
         report: Is told what is being done, how much of it is done, and how much there is.
+        is_stopped: Asked now and then; when it is true, the database stays as it is.
 
     Returns:
         Where the database is kept that was there before; `None` if there was none.
 
     Raises:
-        UnavailableError: If the copy is damaged, or cannot be read; if the database is in use; or
-            if it is on a server, with the command to run.
+        UnavailableError: If the copy is damaged, or cannot be read; if the database is in use; if
+            it was stopped; or if the database is on a server, with the command to run.
         SchemaMismatchError: If it is a copy of something else, or of a newer schema.
     """
     if isinstance(backend, PostgreSQL):
@@ -55,6 +65,12 @@ def restore(backend: Backend, source: Path, report: Report = lambda *_: None) ->
     if target.exists() and target.samefile(source):
         raise UnavailableError(f"{source} is the database itself: give the path of a backup")
     backend.make_folder()
+
+    def tell(what: str, done: int, total: int) -> None:
+        report(what, done, total)
+        if is_stopped():
+            raise UnavailableError(f"{target} is as it was: restoring it was stopped")
+
     with (
         ExitStack() as until_it_stands,
         written_aside(target, overwrite=True, besides=BESIDES) as partial,
@@ -67,11 +83,13 @@ def restore(backend: Backend, source: Path, report: Report = lambda *_: None) ->
             original.backup(
                 copy,
                 pages=_PAGES,
-                progress=lambda _, left, total: report("copying", total - left, total),
+                progress=lambda _, left, total: tell("copying", total - left, total),
             )
             copy.execute("PRAGMA journal_mode=DELETE")  # it is one file, complete in itself
-            report("checking the copy", 0, 0)
+            tell("checking the copy", 0, 0)
+            copy.set_progress_handler(is_stopped, _STEPS)
             _verify(copy, source)
+        tell("putting it in its place", 0, 0)
         until_it_stands.enter_context(backend.alone())
         return _set_aside(target)
 

@@ -39,8 +39,11 @@ from openclaw_store import (
     TaskType,
     console,
 )
+from openclaw_store.backends import backend_of
 from openclaw_store.cli import app
+from openclaw_store.errors import UnavailableError
 from openclaw_store.migrations import HEAD
+from openclaw_store.restoring import restore
 
 PENDING, RUNNING = TaskStatus.PENDING, TaskStatus.RUNNING
 
@@ -217,7 +220,7 @@ class TestLooking:
             "pending", "scheduled", "running", "failed",
         ]  # fmt: skip
         assert re.search(r"^error +no paper$", text, re.MULTILINE)
-        assert re.search(r"^\d+ .* running → failed on atlas +no paper$", text, re.MULTILINE)
+        assert re.search(r"^\d+ .* running → failed on atlas \(no paper\)$", text, re.MULTILINE)
         assert "None" not in text
 
     async def test_why_a_task_waits_is_what_the_manager_says(
@@ -525,6 +528,32 @@ class TestLookingAfter:
         assert content(location) == before
         assert sorted(path.name for path in location.parent.iterdir()) == ["cluster.db", "folder"]
         await run("status")
+
+    @pytest.mark.sqlite
+    async def test_restoring_can_be_stopped_until_the_copy_takes_its_place(
+        self, run: Run, location: Path, tmp_path: Path
+    ) -> None:
+        await run("db", "upgrade")
+        copy = tmp_path / "copy.db"
+        await run("backup", copy)
+        before, told = (
+            content(location),
+            ["copying", "checking the copy", "putting it in its place"],
+        )
+
+        for step in told:
+            heard: list[str] = []
+            with pytest.raises(UnavailableError, match="stopped"):
+                restore(
+                    backend_of(location),
+                    copy,
+                    lambda what, *_, heard=heard: heard.append(what),
+                    lambda step=step, heard=heard: heard[-1:] == [step],  # type: ignore[misc]
+                )
+            assert heard[-1] == step
+
+        assert content(location) == before
+        assert sorted(os.listdir(tmp_path)) == ["cluster.db", "copy.db"]
 
     @pytest.mark.sqlite
     async def test_damaged_database_is_replaced_and_kept(
