@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from openclaw_store.copying import Copied, copy
     from openclaw_store.database import Database
     from openclaw_store.dispatcher import Recovery
+    from openclaw_store.doctor import Finding, Level, diagnose
     from openclaw_store.errors import (
         BackendError,
         CompactedError,
@@ -58,6 +59,7 @@ else:
         "state_manager",
         "copying",
         "verification",
+        "doctor",
     )
 
     def __getattr__(name: str) -> object:
@@ -86,8 +88,10 @@ __all__ = [
     "DeadlineError",
     "DuplicateError",
     "Explanation",
+    "Finding",
     "InvalidDataError",
     "InvalidTransitionError",
+    "Level",
     "NodeInfo",
     "NodeNotFoundError",
     "NodeRepository",
@@ -114,6 +118,7 @@ __all__ = [
     "Verification",
     "__version__",
     "copy",
+    "diagnose",
     "new_id",
     "utc_now",
     "verify",

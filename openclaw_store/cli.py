@@ -219,6 +219,52 @@ async def watch(
             await live.view(database, batches)
 
 
+@command(app)
+async def verify(
+    call: Call,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Put right what can be without losing anything.")
+    ] = False,
+) -> None:
+    """Look whether the state is what its own rules say.
+
+    It reads everything, while the database is in use. The exit status is 1 if a problem is left.
+    """
+    from openclaw_store.verification import verify
+
+    async with call.opened() as database:
+        with console.progress("reading") as report:
+            found = await verify(database, repair=repair, report=report)
+    call.show(
+        {"is_sound": bool(found), **asdict(found)},
+        *([lambda: console.problems(found.problems)] if found.problems else []),
+        *(f"(remark) {remark.text}" for remark in found.remarks),
+        console.verdict(found),
+    )
+    if not found:
+        raise typer.Exit(1)
+
+
+@command(app)
+async def doctor(call: Call) -> None:
+    """Look whether the store can keep its promises where it is.
+
+    The database may be in any state, and stays as it is. The exit status is 1 after an error.
+    """
+    from openclaw_store import migrations
+    from openclaw_store.database import Database
+    from openclaw_store.doctor import Level, diagnose
+
+    call.existing()
+    database = Database(migrations.location_of(call.location))
+    findings = await diagnose(database)
+    await database.close()
+    is_well = all(finding.level is not Level.ERROR for finding in findings)
+    call.show({"is_well": is_well, "findings": findings}, lambda: console.findings(findings))
+    if not is_well:
+        raise typer.Exit(1)
+
+
 @command(db)
 async def upgrade(
     call: Call,
@@ -369,8 +415,8 @@ async def copy(
             await copied_to.close()
     call.show(
         {"source": origin.db_path, "target": copied_to.db_path, **asdict(copied)},
-        f"{copied.tasks:,} tasks, {copied.nodes:,} nodes and {copied.changes:,} changes are in "
-        f"{copied_to.db_path} now",
+        f"{console.number(copied.tasks, 'task')}, {console.number(copied.nodes, 'node')} and "
+        f"{console.number(copied.changes, 'change')} are in {copied_to.db_path} now",
         f"checksum {copied.checksum}",
     )
 
@@ -409,10 +455,9 @@ async def cleanup(
         else:
             with console.progress("removing"):
                 count = await repository.cleanup_old_tasks(days, keep)
-    tasks = f"{count:,} {'task' if count == 1 else 'tasks'}"
     call.show(
         {"tasks": count, "dry_run": dry_run},
-        f"{tasks} would be removed" if dry_run else f"{tasks} removed",
+        f"{console.number(count, 'task')} {'would be removed' if dry_run else 'removed'}",
     )
 
 

@@ -6,6 +6,7 @@ not wait for it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from openclaw_store.changes import Change
+    from openclaw_store.doctor import Finding
     from openclaw_store.inspection import Summary
     from openclaw_store.models import NodeInfo, Task
+    from openclaw_store.verification import Problem, Verification
 
 _WIDEST = 1000
 """Columns of what is no terminal: a program, or a file, shall have whole lines."""
@@ -206,6 +209,54 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
     )
 
 
+def problems(found: Iterable[Problem]) -> Table:
+    """What `verify` has found, a line each."""
+    headers = ("invariant", "", "problem")
+    return table(
+        headers,
+        (
+            (
+                problem.invariant,
+                "repaired" if problem.is_repaired else "can be repaired" if problem.is_safe else "",
+                problem.text,
+            )
+            for problem in found
+        ),
+    )
+
+
+def findings(found: Iterable[Finding]) -> Table:
+    """What `doctor` has found, a line each, and another one for what to do."""
+    rows: list[tuple[str, str, str]] = []
+    for finding in found:
+        rows.append((finding.level.value, finding.name, finding.text))
+        if finding.advice:
+            rows.append(("", "", f"→ {finding.advice}"))
+    return table(("", "", ""), rows)
+
+
+def verdict(found: Verification) -> str:
+    """What `verify` has found, in one line."""
+    left = [problem for problem in found.problems if not problem.is_repaired]
+    safe = sum(problem.is_safe for problem in left)
+    repaired = len(found.problems) - len(left)
+    parts = [
+        f"{sum(found.checked.values()):,} values were checked",
+        "no problem is left" if found else number(len(left) + found.omitted, "problem is", "left"),
+        *([number(repaired, "problem was", "repaired")] if repaired else []),
+        *([f"verify --repair puts {safe:,} of them right"] if safe else []),
+    ]
+    return "; ".join(parts)
+
+
+def number(count: int, what: str, verb: str = "") -> str:
+    """How many there are of something: `1 task was removed`, `2 tasks were removed`."""
+    noun, _, auxiliary = what.partition(" ")
+    if count != 1:
+        noun, auxiliary = f"{noun}s", {"is": "are", "was": "were"}.get(auxiliary, auxiliary)
+    return " ".join(filter(None, [f"{count:,}", noun, auxiliary, verb]))
+
+
 def transition(change: Change) -> str:
     """What a change was: `scheduled → running on atlas`."""
     node = f" on {change.node}" if change.node else ""
@@ -238,7 +289,9 @@ def as_json(document: Any, *, compact: bool = False) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
-    return value.to_dict() if hasattr(value, "to_dict") else vars(value)
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def screen() -> Console:

@@ -69,7 +69,7 @@ async def summarize(database: Database) -> Summary:
     """How a database is doing.
 
     All of it is looked up in constant time, but for the tasks of each status: these are counted in
-    an index, which takes SQLite 36 ms for a million.
+    an index. For a million that takes SQLite 36 ms, PostgreSQL 30 (150 before its first vacuum).
     """
 
     async def read(session: AsyncSession) -> dict[str, Any]:

@@ -278,9 +278,12 @@ class Mirror:
 
     async def remove(self, place: Place) -> bool:
         """Remove an entry; `False` if there is none."""
-        task = self.cache.task(place[1]) if place[0] is Task else None
-        if task is not None and task["assigned_node"] is not None:  # it may get a place back
-            await self.settle_or_drop((NodeInfo, task["assigned_node"]))
+        if place[0] is Task and self.cache.unsaved:
+            task: Record[Task] | None = None
+            with suppress(InvalidDataError):  # somebody wrote by hand what cannot be read
+                task = self.cache.task(place[1])
+            if task is not None and task["assigned_node"] is not None:  # it may get a place back
+                await self.settle_or_drop((NodeInfo, task["assigned_node"]))
         if place not in self.cache.unsaved:
             return bool(await self.submit(Remove(*place)))
         self._database.refuse_inside()

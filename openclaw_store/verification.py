@@ -18,7 +18,8 @@ from sqlalchemy.orm import aliased
 
 from openclaw_store.changes import ITEM, KINDS, ChangeKind
 from openclaw_store.database import Database
-from openclaw_store.errors import BackendError, InvalidDataError
+from openclaw_store.errors import InvalidDataError, UnavailableError
+from openclaw_store.faults import SQLiteFaults
 from openclaw_store.lifecycle import arrived
 from openclaw_store.mending import Announce, Bury, Raise, Recount, Repair, Stamp, mend
 from openclaw_store.models import FINISHED, NodeInfo, Task
@@ -107,7 +108,8 @@ async def verify(
     caches of running processes follow.
 
     Args:
-        repair: Put right what can be put right without losing anything.
+        repair: Put right what can be put right without losing anything. Not for nodes that report
+            `running_tasks` of their own: the number of the tasks they hold is written over it.
         report: Is told how far it is.
 
     Raises:
@@ -165,10 +167,10 @@ class Scan:
                 await self._look_at_keys(session)
                 await self._look_at_feed(session)
                 await self._look_at_ends(session)
-        except BackendError as error:
-            if not self.found.problems:
+        except UnavailableError as error:
+            if error.__cause__ is None or SQLiteFaults.code(error.__cause__) != "SQLITE_CORRUPT":
                 raise
-            self._add("file", f"the rest cannot be read: {error}.")
+            self._add("file", f"not all of it can be read: {error}.")
 
     def _add(
         self,
@@ -330,6 +332,7 @@ class Scan:
 
     def _remark(self, invariant: str, sentence: str, place: tuple[str, str]) -> None:
         if len(self.found.remarks) < MOST:
+            sentence = sentence[0].upper() + sentence[1:]
             self.found.remarks.append(Problem(invariant, *place, sentence))
 
     async def _look_at_keys(self, session: AsyncSession) -> None:

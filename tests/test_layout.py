@@ -56,6 +56,7 @@ LAYERS = [
     "copying",
     "mending",
     "verification",
+    "doctor",
     "indexes",
     "pages",
     "feed",

@@ -128,19 +128,22 @@ def run_machine(
     request: pytest.FixtureRequest,
     folder: Path,
     examples: int,
+    steps: int = 40,
 ) -> None:
     """Let a machine run on a database of a kind, as often as is asked for, or `examples` times."""
     machine.new_location = partial(new_location, request, kind, folder, migrated=True)
     limits = settings(
-        max_examples=int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples)),
-        stateful_step_count=40,
+        max_examples=10,  # of a longer run, most are variations of the others
+        stateful_step_count=steps,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
+    runs = int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples)) // limits.max_examples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # flushed only where the rules say so
-        run_state_machine_as_test(machine, settings=limits)
+        for _ in range(runs):
+            run_state_machine_as_test(machine, settings=limits)
 
 
 class Machine(DatabaseMachine):

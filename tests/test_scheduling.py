@@ -52,6 +52,7 @@ from openclaw_store import (
     TaskType,
     UnavailableError,
     dispatcher,
+    round_trips,
     state_manager,
 )
 from openclaw_store.feed import read_changes
@@ -413,6 +414,23 @@ class TestClaim:
         assert await cluster.two.claim_tasks(node, 2) == []
         with pytest.raises(NodeNotFoundError):
             await cluster.two.claim_tasks(gone)
+        await assert_counted(cluster.one)
+
+    async def test_writer_forgets_what_it_knew_of_a_node_when_others_have_written(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+        node = await cluster.join()
+        await cluster.one.add_tasks(cluster.make_task() for _ in range(3))
+        await cluster.two.refresh_from_database()
+
+        for manager in (cluster.one, cluster.two):
+            await manager.claim_tasks(node)
+        for _ in range(3):  # until it trusts its memory again
+            await cluster.add()
+        await cluster.one.claim_tasks(node)
+
+        assert (await cluster.node(node)).running_tasks == 3
         await assert_counted(cluster.one)
 
     async def test_sixteen_claimers_get_each_task_once(self, cluster: Cluster) -> None:
@@ -1983,8 +2001,11 @@ class TestExplain:
 
 
 class TestEveryVerb:
-    async def test_leaves_memory_database_and_feed_in_step(self, cluster: Cluster) -> None:
+    async def test_leaves_memory_database_and_feed_in_step(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """P2 and P5: each is one transaction, whose changes have consecutive revisions."""
+        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)  # so each assumes a lot
         one, two = cluster.one, cluster.two
         node = cluster.make_node(node_id="n", max_concurrent_tasks=3)
         tasks = [cluster.make_task(task_id=f"t{number}") for number in range(6)]

@@ -59,9 +59,9 @@ LEGAL = {**LEGAL_BY_VERBS, **{status: set(TaskStatus) for status in LIVE}}
 
 ALL_TASKS, ALL_NODES = select(*COLUMNS[Task]), select(*COLUMNS[NodeInfo])
 TASKS = [f"task-{number}" for number in range(4)]
-NODES = [f"node-{number}" for number in range(3)]
+NODES = ["node-0", "node-1"]
 SILENT_SECONDS = 100.0
-RETRY_SECONDS = 10.0
+RETRY_SECONDS = 1.0
 BACKOFF = Backoff(first_seconds=RETRY_SECONDS, factor=2, jitter=0)
 
 Told = tuple[str, str, str | None, str | None, str | None, str | None]
@@ -78,19 +78,37 @@ class World:
     status_since: dict[str, datetime] = field(default_factory=dict)
     """Of nodes."""
     copies: list[Task] = field(default_factory=lambda: [Draft(TASKS[0]).task()])
-    """Tasks as they were handed out at some time, newest last."""
+    """Tasks as they were read at some time, newest last."""
+    fresh: Sequence[Task] = ()
+    """Tasks as they were before the step."""
+    claimed: list[Task] = field(default_factory=lambda: [Draft(TASKS[0]).task()])
+    """Tasks as nodes were given them, newest last."""
+    held: Sequence[Task] = ()
+    """Those of them that their nodes still had before the step."""
     changes: list[Told] = field(default_factory=list)
 
     def copy(self) -> World:
         """One that can go another way."""
-        return World(
-            self.now,
-            self.tasks.copy(),
-            self.nodes.copy(),
-            self.status_since.copy(),
-            self.copies,
-            self.changes.copy(),
+        return replace(
+            self,
+            tasks=self.tasks.copy(),
+            nodes=self.nodes.copy(),
+            status_since=self.status_since.copy(),
+            changes=self.changes.copy(),
         )
+
+    def begin_step(self, now: datetime) -> None:
+        self.now = now
+        self.changes.clear()
+        self.fresh = list(self.tasks.values())
+        owners = {
+            (one.task_id, one.assigned_node, one.attempt)
+            for one in self.fresh
+            if one.status in HELD
+        }
+        self.held = [
+            one for one in self.claimed if (one.task_id, one.assigned_node, one.attempt) in owners
+        ]
 
     def put(self, task: Task, reason: str | None = None, **values: Any) -> Task:
         """Write a task with new values, under a version that nobody knows yet."""
@@ -296,11 +314,14 @@ class ByOwner:
 
     how: Literal["start", "complete", "fail"]
     back: int
-    """Which copy it knows the task by: 0 for the newest."""
+    """Which of those that were claimed it is about: 0 for the newest."""
+    is_late: bool
+    """Whether these are all, and not only those that are still held."""
     is_direct: bool
 
     def given(self, world: World) -> Task:
-        return world.copies[-1 - self.back % len(world.copies)]
+        claimed = world.claimed if self.is_late else world.held or world.claimed
+        return claimed[-1 - self.back % len(claimed)]
 
     async def call(self, manager: StateManager, world: World) -> Any:
         task, repository = self.given(world), manager.task_repo
@@ -423,13 +444,15 @@ class Note:
 
 @dataclass(frozen=True)
 class SetStatus:
-    """By hand: a copy of whatever age is written back with another state."""
+    """By hand: a copy is written back with another state."""
 
     back: int
+    is_outdated: bool
     status: TaskStatus
 
     def given(self, world: World) -> Task:
-        return world.copies[-1 - self.back % len(world.copies)]
+        copies = world.copies if self.is_outdated else world.fresh or world.copies
+        return copies[-1 - self.back % len(copies)]
 
     async def call(self, manager: StateManager, world: World) -> Any:
         return await manager.update_task(replace(deepcopy(self.given(world)), status=self.status))
@@ -605,33 +628,36 @@ def is_overdue(task: Task, now: datetime) -> bool:
 
 task_ids = st.sampled_from(TASKS)
 node_ids = st.sampled_from(NODES)
+skills = st.sampled_from([(), ("gpu",)])
+backs = st.integers(0, 4)
 is_direct = st.booleans()
-backs = st.integers(0, 6)
+is_late = st.integers(0, 2).map(lambda it: it == 2)
 drafts = st.builds(
     Draft,
     task_ids,
-    st.sampled_from([TaskPriority.HIGH, TaskPriority.NORMAL]),
-    st.sampled_from([(), ("gpu",)]),
+    st.sampled_from([TaskPriority.NORMAL, TaskPriority.HIGH]),
+    skills,
     st.sampled_from([None, "a", "b"]),
     st.sampled_from([None, 50]),
     st.integers(0, 2),
 )
 adding = st.builds(Add, st.lists(drafts, min_size=1, max_size=3)) | st.builds(Submit, drafts)
 claiming = st.builds(Claim, node_ids, st.integers(1, 3), is_direct)
-telling = st.builds(ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_direct)
-ending = (
-    st.builds(Cancel, task_ids, is_direct)
-    | st.builds(Requeue, task_ids, is_direct)
-    | st.builds(RemoveTask, task_ids)
-    | st.builds(CancelAll, st.none() | node_ids)
+telling = st.builds(
+    ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_late, is_direct
 )
-editing = st.builds(Note, task_ids) | st.builds(SetStatus, backs, st.sampled_from(TaskStatus))
-joining = st.builds(
-    Register, node_ids, st.integers(1, 2), st.sampled_from([(), ("gpu",)]), is_direct
+requeueing = st.builds(Requeue, task_ids, is_direct)
+stopping = st.builds(Cancel, task_ids, is_direct) | requeueing
+editing = st.builds(Note, task_ids) | st.builds(
+    SetStatus, backs, is_late, st.sampled_from(TaskStatus)
 )
-setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus)) | st.builds(
-    RemoveNode, node_ids
+removing = (
+    st.builds(RemoveTask, task_ids)
+    | st.builds(RemoveNode, node_ids)
+    | st.builds(CancelAll, st.sampled_from([*NODES, None]))
 )
+joining = st.builds(Register, node_ids, st.integers(1, 3), skills, is_direct)
+setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus))
 tending = st.sampled_from([CheckStale(), Recover()])
 anything = st.one_of(
     adding,
@@ -639,8 +665,9 @@ anything = st.one_of(
     claiming,
     telling,
     telling,
-    ending,
+    stopping,
     editing,
+    removing,
     joining,
     setting,
     tending,
@@ -727,7 +754,6 @@ class Machine(DatabaseMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World(self.clock())
-        self.copies = self.world.copies
         self.side: list[Side] = []
         self.revision = 0
         self.known: dict[tuple[str, str], tuple[str, int]] = {}
@@ -750,10 +776,10 @@ class Machine(DatabaseMachine):
     @initialize()
     def begin(self) -> None:
         self.side = [self.open(), self.open()]
-        self.do((0, Register(NODES[0], 2, ["gpu"])))
-        self.do((0, Add([Draft(TASKS[0]), Draft(TASKS[1], timeout=50)])))
+        for id in NODES:
+            self.do((0, Register(id, 2, ["gpu"])))
+        self.do((0, Add([Draft(id, timeout=50) for id in TASKS[1:]])))
         self.refresh(1)
-        self.claim(1, Claim(NODES[0], 1, is_direct=False))
 
     def teardown(self) -> None:
         for side in self.side:
@@ -775,19 +801,24 @@ class Machine(DatabaseMachine):
     def tell(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=ending)
-    def end(self, at: int, verb: Verb) -> None:
+    @rule(at=sides, claim=claiming, tell=telling)
+    def work(self, at: int, claim: Claim, tell: Verb) -> None:
+        self.claim(at, claim)
+        self.tell(at, tell)
+
+    @rule(at=sides, verb=requeueing)
+    def requeue(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
     @rule(at=sides, verb=editing)
     def edit(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=joining)
-    def join(self, at: int, verb: Verb) -> None:
+    @rule(at=sides, verb=stopping | removing)
+    def remove(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=setting)
+    @rule(at=sides, verb=joining | setting)
     def set_node(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
@@ -816,15 +847,27 @@ class Machine(DatabaseMachine):
             self.sync(at)
             assert id not in self.world.nodes or self.known["node", id][0] != NodeStatus.OFFLINE
 
-    @rule(at=sides, id=task_ids)
-    def take_a_copy(self, at: int, id: str) -> None:
-        task = self.run(self.side[at].manager.get_task(id))
-        if task is not None:
-            self.copies.append(task)
+    @rule(at=sides)
+    def have_work_for_all(self, at: int) -> None:
+        for id in NODES:
+            if id not in self.world.nodes or self.world.nodes[id].status is not NodeStatus.ONLINE:
+                self.do((at, Register(id, 2, ["gpu"])))
+        self.do((at, Add([Draft(id) for id in TASKS if id not in self.world.tasks])))
+        for task in self.world.tasks.values():
+            if task.status in FINISHED:
+                self.do((at, Requeue(task.task_id, is_direct=False)))
 
-    @rule(seconds=st.sampled_from([1, 10, 60, 120]))
-    def time_passes(self, seconds: int) -> None:
+    @rule(at=sides)
+    def take_copies(self, at: int) -> None:
+        state = self.run(self.side[at].manager.get_state())
+        self.world.copies += state.tasks.values()
+
+    @rule(seconds=st.sampled_from([1, 10, 50, 51, 100, 101]), are_alive=st.booleans())
+    def time_passes(self, seconds: int, are_alive: bool) -> None:
+        """And the nodes send heartbeats, or are silent."""
         self.clock.advance(seconds=seconds)
+        for id in NODES if are_alive else []:
+            self.heartbeat(0, id, is_flushed=id == NODES[-1])
 
     @rule(at=sides)
     def refresh(self, at: int) -> None:
@@ -852,8 +895,7 @@ class Machine(DatabaseMachine):
             flushes: Whether the heartbeats that wait are written first.
         """
         world, sides = self.world, [self.side[at] for at, _ in calls]
-        world.changes.clear()
-        world.now = self.clock()
+        world.begin_step(self.clock())
         is_vague = len(calls) > 1 and any(
             isinstance(verb, OF_SEVERAL_WRITES) or (isinstance(verb, Claim) and self.side[at].lags)
             for at, verb in calls
@@ -966,7 +1008,7 @@ class Machine(DatabaseMachine):
                     attempt = (task.task_id, self.born[task.task_id], task.attempt)
                     assert attempt not in self.handed_out
                     self.handed_out.add(attempt)
-                self.copies += result
+                self.world.claimed += result
 
     async def check_own_writes(self, side: Side, changes: Sequence[Change]) -> None:
         """That a manager sees its own writes at once."""
@@ -1004,4 +1046,4 @@ class Machine(DatabaseMachine):
 def test_tasks_live_as_the_model_does(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    run_machine(Machine, kind, request, tmp_path, 60 if kind == "sqlite" else 20)
+    run_machine(Machine, kind, request, tmp_path, 40 if kind == "sqlite" else 20, steps=80)

@@ -426,6 +426,7 @@ class TestFaults:
         repaired = await verify(cluster.db, repair=True)
 
         assert (len(found.problems), found.omitted, bool(found)) == (20, 12, False)
+        assert not replace(repaired, omitted=1)
         assert (len(repaired.problems), repaired.omitted, bool(repaired)) == (32, 0, True)
         assert (await verify(cluster.db)).problems == []
 
@@ -434,13 +435,14 @@ class TestFaults:
     ) -> None:
         """Others write between the look and the repair; what they wrote stays."""
         spoil(location, *[SAFE[fault][0] for fault in ("counter", "completed", "status")])
-        spoil(location, SAFE["removed node"][0])
+        spoil(location, SAFE["removed node"][0], SAFE["node's status"][0])
         mend = mending.mend
 
         async def later(*arguments: Any) -> dict[int, bool]:
             spoil(location, "UPDATE nodes SET running_tasks = 2 WHERE node_id = 'n'")
             spoil(location, "UPDATE tasks SET version = version + 0 WHERE task_id = 'a'")
             await cluster.requeue_task("a")
+            await cluster.change_node("n", lambda node: node.tags.append("other"))
             await cluster.remove_task("d")
             await cluster.register_node(NodeInfo("idle", "back"))
             return await mend(*arguments)
@@ -481,11 +483,12 @@ class TestFile:
         with pytest.raises(InvalidDataError, match="metadata"):
             await cluster.task_repo.get("b")
 
-    async def test_damaged_file_is_named(self, location: Path, cluster: StateManager) -> None:
-        execute(location, "PRAGMA wal_checkpoint(TRUNCATE)")
-        [[root]] = execute(
-            location, "SELECT rootpage FROM sqlite_master WHERE name = 'ix_tasks_status'"
-        )
+    @pytest.mark.parametrize("name", ["ix_tasks_status", "tasks", "changes"])
+    async def test_damaged_file_is_named(
+        self, name: str, location: Path, cluster: StateManager
+    ) -> None:
+        await cluster.shutdown()
+        [[root]] = execute(location, f"SELECT rootpage FROM sqlite_master WHERE name = '{name}'")
         [[size]] = execute(location, "PRAGMA page_size")
         with location.open("r+b") as file:
             file.seek((root - 1) * size + 8)
