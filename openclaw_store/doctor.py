@@ -378,4 +378,4 @@ def _error(name: str, said: str, advice: str) -> Finding:
 
 
 def _size(size: int) -> str:
-    return f"{size / (1 << 30):.1f} GB" if size >> 30 else f"{size / (1 << 20):.1f} MB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

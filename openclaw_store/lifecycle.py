@@ -351,8 +351,12 @@ def recover(
     )
 
 
-def joined(node: Record[NodeInfo], known: Record[NodeInfo] | None, now: datetime) -> Values:
-    """A node joins, or comes back as a new process, which holds nothing; its totals go on."""
+def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
+    """A node joins, or comes back as a new process, which holds nothing; its totals go on.
+
+    Args:
+        known: The node as it was before; `None` if it is new.
+    """
     values: dict[str, Any] = {"running_tasks": 0, "last_heartbeat": now}
     if known is not None:
         values |= {name: known[name] for name in _TOTALS}

@@ -330,7 +330,7 @@ class Register(OfOneRow):
             task = held.content()
             assert task is not None  # it has a status
             advance(held, task, partial(lifecycle.give_back, wait=self.wait))
-        record = self.record.evolve(**lifecycle.joined(self.record, row.record, row.now))
+        record = self.record.evolve(**lifecycle.joined(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
 
 

@@ -478,9 +478,7 @@ class TestNodes:
         assert step.node["average_execution_time"] == 0
 
     def test_new_node_is_taken_with_its_totals_but_without_tasks(self) -> None:
-        node = a_node(total_tasks_processed=7, last_heartbeat=None)
-
-        assert lifecycle.joined(node, None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
+        assert lifecycle.joined(None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
 
     def test_node_that_comes_back_goes_on_with_the_totals_that_are_known(self) -> None:
         totals = {
@@ -491,7 +489,7 @@ class TestNodes:
         }
         known = a_node(registered_at=before(99), **totals)
 
-        values = lifecycle.joined(a_node(), known, NOW)
+        values = lifecycle.joined(known, NOW)
 
         assert values == {
             "running_tasks": 0,
