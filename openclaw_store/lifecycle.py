@@ -303,7 +303,7 @@ def cancel(
         return None
     values = {} if reason is None else {"error": reason}
     return refused(task["task_id"], task["status"], TaskStatus.CANCELLED) or Step(
-        _ended(TaskStatus.CANCELLED, now, **values), freed(node, task), reason
+        _ended(TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
     )
 
 
@@ -315,7 +315,7 @@ def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) ->
     if task["status"] is TaskStatus.PENDING:
         return None
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, freed(node, task), "requeued")
+    return Step({**_UNASSIGNED, **values}, _freed(node, task), "requeued")
 
 
 def give_back(
@@ -363,11 +363,14 @@ def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
     return values
 
 
-def freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
-    """The node has a place more, if the task had taken one up."""
-    if node is None or not is_held(task):
-        return {}
+def vacated(node: Record[NodeInfo]) -> Values:
+    """The node has a place more."""
     return {"running_tasks": max(0, node["running_tasks"] - 1)}
+
+
+def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
+    """The node has a place more, if the task had taken one up."""
+    return {} if node is None or not is_held(task) else vacated(node)
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
@@ -405,7 +408,7 @@ def _processed(
     mean: float = node["average_execution_time"]
     seconds = max(0.0, (now - began).total_seconds())
     return {
-        **freed(node, task),
+        **_freed(node, task),
         "total_tasks_processed": total,
         outcome: node[outcome] + 1,
         "average_execution_time": mean + (seconds - mean) / total,

@@ -136,11 +136,10 @@ class Remove(OfOneRow):
     def decide(self, row: Row) -> bool:
         if row.version is None:
             return False
-        task = row.content() if row.node is not None and row.status in HELD else None
-        if task is not None:
-            node = row.other(NodeInfo, task["assigned_node"])
-            values = lifecycle.freed(node.record, task)
+        if row.node is not None and row.status in HELD:
+            node = row.other(NodeInfo, row.node)
             if node.record is not None:
+                values = lifecycle.vacated(node.record)
                 node.write(node.record.evolve(**values), values)
         row.remove(with_history=self.with_history)
         return True

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -372,9 +373,12 @@ class TestRowsWrittenByHand:
 
     @pytest.mark.sqlite  # PostgreSQL lets nothing else into the column
     async def test_one_that_cannot_be_read_is_named_and_hides_no_other(
-        self, database: Database, location: Location, make_task: MakeTask
+        self, database: Database, location: Location, make_task: MakeTask, make_node: MakeNode
     ) -> None:
-        bad, good = make_task(status=TaskStatus.RUNNING), make_task()
+        node = make_node(running_tasks=1)
+        bad = make_task(status=TaskStatus.RUNNING, assigned_node=node.node_id)
+        good = make_task()
+        await NodeRepository(database).create(node)
         await TaskRepository(database).create(bad)
         execute(location, "UPDATE tasks SET started_at = 'at ten'")
         said: list[Any] = []
@@ -387,6 +391,9 @@ class TestRowsWrittenByHand:
             await asyncio.gather(manager.remove_task(bad.task_id), manager.add_task(good))
 
             assert await manager.get_pending_tasks() == [good]
+            assert await manager.get_available_nodes() == [
+                replace(node, running_tasks=0, version=3)
+            ]
         assert [type(error) for error in said] == [InvalidDataError]
 
 
