@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -360,7 +360,7 @@ def cancelled(world: World, task: Task) -> None:
 @dataclass(frozen=True)
 class Cancel:
     task_id: str
-    is_direct: bool
+    is_direct: bool = False
 
     async def call(self, manager: StateManager, world: World) -> Any:
         cancel = manager.task_repo.cancel if self.is_direct else manager.cancel_task
@@ -400,7 +400,7 @@ class CancelAll:
 @dataclass(frozen=True)
 class Requeue:
     task_id: str
-    is_direct: bool
+    is_direct: bool = False
 
     async def call(self, manager: StateManager, world: World) -> Any:
         requeue = manager.task_repo.requeue if self.is_direct else manager.requeue_task
@@ -648,17 +648,18 @@ telling = st.builds(
     ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_late, is_direct
 )
 requeueing = st.builds(Requeue, task_ids, is_direct)
-stopping = st.builds(Cancel, task_ids, is_direct) | requeueing
+stopping = (
+    st.builds(Cancel, task_ids, is_direct)
+    | st.builds(CancelAll, st.sampled_from([*NODES, None]))
+    | st.builds(RemoveTask, task_ids)
+)
 editing = st.builds(Note, task_ids) | st.builds(
     SetStatus, backs, is_late, st.sampled_from(TaskStatus)
 )
-removing = (
-    st.builds(RemoveTask, task_ids)
-    | st.builds(RemoveNode, node_ids)
-    | st.builds(CancelAll, st.sampled_from([*NODES, None]))
-)
 joining = st.builds(Register, node_ids, st.integers(1, 3), skills, is_direct)
-setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus))
+setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus)) | st.builds(
+    RemoveNode, node_ids
+)
 tending = st.sampled_from([CheckStale(), Recover()])
 anything = st.one_of(
     adding,
@@ -667,8 +668,8 @@ anything = st.one_of(
     telling,
     telling,
     stopping,
+    requeueing,
     editing,
-    removing,
     joining,
     setting,
     tending,
@@ -811,12 +812,21 @@ class Machine(DatabaseMachine):
     def requeue(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
+    @rule(at=sides, claim=claiming, take=st.sampled_from([Cancel, Requeue, RemoveTask]))
+    def take_back(self, at: int, claim: Claim, take: Callable[[str], Verb]) -> None:
+        """What one manager hands out, the other one takes away."""
+        self.claim(1 - at, claim)
+        for task in self.world.tasks.values():
+            if task.status in HELD:
+                self.do((at, take(task.task_id)))
+                break
+
     @rule(at=sides, verb=editing)
     def edit(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
-    @rule(at=sides, verb=stopping | removing)
-    def remove(self, at: int, verb: Verb) -> None:
+    @rule(at=sides, verb=stopping)
+    def stop(self, at: int, verb: Verb) -> None:
         self.do((at, verb))
 
     @rule(at=sides, verb=joining | setting)
@@ -848,6 +858,14 @@ class Machine(DatabaseMachine):
             self.sync(at)
             assert id not in self.world.nodes or self.known["node", id][0] != NodeStatus.OFFLINE
 
+    @rule(at=sides, id=node_ids, seconds=st.sampled_from([0, 1]))
+    def overtake_a_heartbeat(self, at: int, id: str, seconds: int) -> None:
+        """The node is set OFFLINE while its heartbeat waits, which is news only at that moment."""
+        self.heartbeat(at, id, is_flushed=False)
+        self.clock.advance(seconds=seconds)
+        self.do((1 - at, SetNodeStatus(id, NodeStatus.OFFLINE)))
+        self.sync(at)
+
     @rule(at=sides, id=node_ids, is_started=st.booleans(), seconds=st.sampled_from([100, 101]))
     def miss_a_node(self, at: int, id: str, is_started: bool, seconds: int) -> None:
         """It works for one manager, and the other finds out that it does not any more."""
@@ -867,7 +885,7 @@ class Machine(DatabaseMachine):
         self.do((at, Add(new)))
         for task in self.world.tasks.values():
             if task.status in FINISHED:
-                self.do((at, Requeue(task.task_id, is_direct=False)))
+                self.do((at, Requeue(task.task_id)))
 
     @rule(at=sides)
     def take_copies(self, at: int) -> None:
@@ -1058,4 +1076,4 @@ class Machine(DatabaseMachine):
 def test_tasks_live_as_the_model_does(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    run_machine(Machine, kind, request, tmp_path, 30 if kind == "sqlite" else 10, steps=80)
+    run_machine(Machine, kind, request, tmp_path, 20 if kind == "sqlite" else 10, steps=80)
