@@ -107,7 +107,7 @@ class Worker:
 
     async def run(self, task, result):
         await self.store.start_task(task)
-        await asyncio.sleep(random.random() / 100)  # the work itself
+        await asyncio.sleep(random.random() / 10)  # the work itself
         await self.store.complete_task(task, result)
 
     async def send_heartbeats(self):
@@ -231,12 +231,12 @@ children = {name: start(name) for name in NAMES}
 for gate in (BEGIN, CHOSEN, CLAIMED):
     gate.missing = 1
     gate.reach()
-for number, moment in enumerate(sorted(random.choices(range(TASKS // 10, TASKS * 9 // 10),
+for number, moment in enumerate(sorted(random.choices(range(TASKS // 10, TASKS * 8 // 10),
                                                       k=KILLS))):
-    name = random.choice(NAMES)
-    is_for_others = number % 4 == 3  # to find out, for which there must be something left to do
-    while completed < moment or (is_for_others and held[name] < 2 and not are_done()):
+    is_for_others = number % 4 == 3  # to find out, for which it must leave something to do
+    while completed < moment or (is_for_others and max(held.values()) < 2 and not are_done()):
         look()
+    name = max(held, key=held.get) if is_for_others else random.choice(NAMES)
     child = children.pop(name)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
