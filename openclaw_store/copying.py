@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.changes import counters_of
 from openclaw_store.database import Database
 from openclaw_store.errors import InvalidDataError, StoreError
-from openclaw_store.migrations import COPYING, HEAD
+from openclaw_store.migrations import COPYING_HEAD, HEAD
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.progress import Progress, Report
 from openclaw_store.records import Decode, Raw, encode
@@ -182,7 +182,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
     await target.initialize(is_copy_target=True)
     async with source.session() as session:
         there = await _survey(session)
-        name = f"{COPYING}{there.mark}-{secrets.token_hex(4)}"
+        name = f"{COPYING_HEAD}{there.mark}-{secrets.token_hex(4)}"
         behind = await _begin(target, name)
         checksum = hashlib.sha256()
         for rows, last, total in zip(_TABLES, behind, there.rows, strict=True):
@@ -197,7 +197,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
     found = await _check(target, there, report)
     if found != checksum.digest():
         async with target.transaction(timeout=_BATCH_SECONDS) as tx:
-            await _rename(tx, name, f"{COPYING}{_STALE}-{secrets.token_hex(4)}")
+            await _rename(tx, name, f"{COPYING_HEAD}{_STALE}-{secrets.token_hex(4)}")
         raise StoreError(
             f"{target.db_path} is not what was copied: somebody has changed it, or the source by "
             "hand, meanwhile: copy again"
@@ -225,7 +225,7 @@ async def _begin(target: Database, name: str) -> Sequence[Any]:
     async with target.transaction(timeout=_BATCH_SECONDS) as tx:
         await tx.execute(_LOCK)  # on PostgreSQL, others may be doing the same
         before = await tx.scalar(_NAME) or ""
-        if not before.startswith(COPYING):
+        if not before.startswith(COPYING_HEAD):
             await _require_empty(target, tx)
             await tx.execute(delete(CounterRow))
         is_same = before.split("-")[:3] == name.split("-")[:3]

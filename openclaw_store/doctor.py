@@ -23,7 +23,7 @@ from openclaw_store import adoption, postgresql, sqlite
 from openclaw_store.clock import Clock
 from openclaw_store.database import Database
 from openclaw_store.errors import UnavailableError
-from openclaw_store.migrations import HEAD, stored
+from openclaw_store.migrations import COPYING, HEAD, stored
 from openclaw_store.schema import Base, NodeRow
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -324,7 +324,7 @@ def _look_at_schema(connection: Connection) -> Iterator[Finding]:
             yield _error(name, "It has the original, hand-made schema.", f"{advice}: it is adopted")
         else:
             yield _error(name, "Its tables are not this library's.", "give another path")
-    elif revision.startswith("copying-"):
+    elif revision.startswith(COPYING):
         yield _error(name, "It is half of a copy.", "copy to it again from the same database")
     elif revision != HEAD:
         newer = revision > HEAD

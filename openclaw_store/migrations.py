@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 HEAD = "0002"
 """The revision this version of the library works with."""
 
-COPYING = f"copying-{HEAD}-"
-"""How the name of a revision begins while `copy` fills the database."""
+COPYING = "copying-"
+"""How the name of a revision begins while a `copy`, of whatever version, fills the database."""
+
+COPYING_HEAD = f"{COPYING}{HEAD}-"
+"""The same, of this version."""
 
 URL_VARIABLE = "OPENCLAW_STORE_URL"
 """Environment variable that tells the command line which database is meant."""
@@ -88,7 +91,7 @@ def refuse_newer(revision: str | None, location: str) -> None:
     Raises:
         SchemaMismatchError: With the command to run.
     """
-    if revision is not None and revision.startswith("copying-"):
+    if revision is not None and revision.startswith(COPYING):
         raise SchemaMismatchError(
             f"{location} is half of a copy: copy to it again from the same database, or give "
             "another path"
@@ -102,7 +105,7 @@ def refuse_newer(revision: str | None, location: str) -> None:
 
 def is_half_copied(backend: Backend) -> bool:
     """Whether `copy`, of this version of the library, has begun to fill the database."""
-    return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING))
+    return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING_HEAD))
 
 
 def stored(connection: Connection) -> str | None:

@@ -47,17 +47,19 @@ class FakeClock:
         return self.now
 
 
-class TaskFactory:
-    """Makes tasks with different identifiers; a test spells out only the fields it is about."""
-
+class _Factory:
     def __init__(self, clock: Clock = utc_now) -> None:
         """Make a factory.
 
         Args:
-            clock: Says when the tasks are submitted.
+            clock: Says when what it makes is submitted, or registered.
         """
         self._clock = clock
         self._numbers = count(1)
+
+
+class TaskFactory(_Factory):
+    """Makes tasks with different identifiers; a test spells out only the fields it is about."""
 
     def __call__(self, **fields: Any) -> Task:
         """A pending task; `fields` are those of `Task`."""
@@ -71,17 +73,8 @@ class TaskFactory:
         return Task(**{**defaults, **fields})
 
 
-class NodeFactory:
+class NodeFactory(_Factory):
     """Makes nodes with different identifiers; a test spells out only the fields it is about."""
-
-    def __init__(self, clock: Clock = utc_now) -> None:
-        """Make a factory.
-
-        Args:
-            clock: Says when the nodes are registered.
-        """
-        self._clock = clock
-        self._numbers = count(1)
 
     def __call__(self, **fields: Any) -> NodeInfo:
         """A node that is ONLINE; `fields` are those of `NodeInfo`."""
