@@ -1,0 +1,145 @@
+"""The command line: `python -m campaigns --help`."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.postgres import Server, is_installed, running_server
+from campaigns.campaign import KINDS, POSTGRESQL, Campaign, Run
+from campaigns.catalogue import CAMPAIGNS
+from campaigns.planted import BUGS
+from campaigns.results import record, row
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; 1 if anything was lost or wrong, 3 if nothing ran."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    if not options.names:
+        console.print(_listed())
+        return 0
+    by_name = {campaign.name: campaign for campaign in CAMPAIGNS}
+    names = list(by_name) if options.names == ["all"] else options.names
+    if unknown := [name for name in names if name not in by_name]:
+        parser.error(f"no campaign {unknown[0]!r}: choose from all, {', '.join(by_name)}")
+    clean: list[bool] = []
+    for campaign in map(by_name.__getitem__, names):
+        for kind in campaign.kinds:
+            if options.database in (None, kind):
+                why_not = campaign.why_not() or _no_server(kind)
+                if why_not:
+                    console.print(f"{campaign.name} on {kind} did not run: {why_not}")
+                else:
+                    clean.append(_run(campaign, kind, options, console))
+    if not clean:
+        return 3
+    return 0 if all(clean) else 1
+
+
+def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Console) -> bool:
+    """Run a campaign on a kind of database, print and record what came of it; whether all held."""
+    rounds = options.rounds or campaign.rounds_on(kind)
+    seed = secrets.randbelow(2**32) if options.seed is None else options.seed
+    console.print(f"[bold]{campaign.name}[/] on {kind}, {rounds:,} {campaign.unit}, seed {seed}")
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(campaign.unit), TimeElapsedColumn())
+    began = time.monotonic()
+    with (
+        TemporaryDirectory(prefix="openclaw-store-", dir=options.folder) as folder,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        _server_for(kind) as server,
+    ):
+        bar = progress.add_task("", total=rounds)
+
+        def report(done: int) -> None:
+            progress.update(bar, completed=done)
+
+        run = Run(
+            kind, rounds, Path(folder), seed=seed, server=server, bug=options.bug, report=report
+        )
+        campaign.perform(run)
+    seconds = time.monotonic() - began
+    for finding in run.findings:
+        console.print(finding, markup=False, style="red")
+    figures = ", ".join(
+        f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name} {value}"
+        for name, value in run.figures().items()
+    )
+    verdict = "[green]clean[/]" if run.is_clean else "[red]BROKEN[/]"
+    console.print(f"{verdict}: {figures}; {seconds:.1f} s")
+    if options.report:
+        record(options.report, row(campaign, run, seconds))
+    return run.is_clean
+
+
+@contextmanager
+def _server_for(kind: str) -> Iterator[Server | None]:
+    if kind == POSTGRESQL:
+        with running_server() as server:
+            yield server
+    else:
+        yield None
+
+
+def _no_server(kind: str) -> str | None:
+    if kind == POSTGRESQL and not is_installed():
+        return "no PostgreSQL: pip install 'openclaw-store[bench]'"
+    return None
+
+
+def _listed() -> Table:
+    table = Table("campaign", "what is done to the store", "promises", "databases", "rounds")
+    for campaign in CAMPAIGNS:
+        rounds = " / ".join(
+            f"{number:,}" for number in dict.fromkeys(map(campaign.rounds_on, campaign.kinds))
+        )
+        table.add_row(
+            campaign.name,
+            campaign.title,
+            ", ".join(campaign.promises),
+            ", ".join(campaign.kinds),
+            f"{rounds} {campaign.unit}",
+        )
+    return table
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m campaigns",
+        description="Try the promises of the store: without a name, list the campaigns.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a campaign, or all of them: all")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="default: as listed")
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="of what is drawn; default: a new one"
+    )
+    parser.add_argument("--database", choices=KINDS, help="default: each that the campaign is for")
+    parser.add_argument("--bug", choices=sorted(BUGS), help="plant one, which should be found")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="append a row for each run")
+    parser.add_argument(
+        "--folder", type=Path, help="where files are made; default: the system's for such"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""What a campaign is, and one run of it: where its databases are, what it counts, what it found.
+
+A campaign does something to the store that a machine, a network or a program could do to it, again
+and again, and checks the promises of README each time. Whatever it draws comes from its seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from itertools import count
+from pathlib import Path
+from random import Random
+
+from sqlalchemy.exc import DBAPIError
+
+from benchmarks.postgres import Server
+from openclaw_store.testing import create_database
+
+SQLITE, POSTGRESQL = KINDS = ("sqlite", "postgresql")
+
+Location = str | Path
+"""Where a database is: the path of a file, or the URL of one on a server."""
+
+SHOWN = 20
+"""So many findings of a run are kept as text; all of them are counted."""
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """One kind of trouble, and the promises that must survive it."""
+
+    name: str
+    title: str
+    """What is done to the store, in a line."""
+    promises: tuple[str, ...]
+    """Those of README that it checks, as `P1`."""
+    perform: Callable[[Run], None]
+    """Does `run.rounds` rounds of it."""
+    rounds: int
+    """Of the long form, whose figures are published."""
+    quick_rounds: int
+    """Of the form that the test suite runs: about two seconds, and no root needed."""
+    unit: str
+    """What a round is, in the plural."""
+    kinds: tuple[str, ...] = KINDS
+    rounds_of: dict[str, int] = field(default_factory=dict)
+    """Of the long form, for the kinds of database where it is another number."""
+    bugs: tuple[str, ...] = ()
+    """Names of bugs in `planted` that it must find, each within `quick_rounds`."""
+    why_not: Callable[[], str | None] = lambda: None
+    """Why it can not run on this machine, and what would help; `None` if it can."""
+
+    def rounds_on(self, kind: str) -> int:
+        """How many rounds the long form has."""
+        return self.rounds_of.get(kind, self.rounds)
+
+
+@dataclass
+class Counts:
+    """What came of the calls of a run."""
+
+    operations: int = 0
+    acknowledged: int = 0
+    """Calls that returned."""
+    lost: int = 0
+    """Acknowledged, and not in the database afterwards."""
+    unknown: int = 0
+    """Calls without an answer: `OutcomeUnknownError`, or their process was killed."""
+    unknown_committed: int = 0
+    """Of these, those that had taken effect."""
+    wrong: int = 0
+    """Whatever else a promise forbids."""
+
+
+class Run:
+    """One run of a campaign on one kind of database."""
+
+    def __init__(
+        self,
+        kind: str,
+        rounds: int,
+        folder: Path,
+        *,
+        seed: int,
+        server: Server | None = None,
+        bug: str | None = None,
+        report: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Prepare a run.
+
+        Args:
+            folder: An empty one, for files.
+            server: Where databases are made if `kind` is PostgreSQL. It may be killed.
+            bug: Name of one in `planted`, to be found.
+            report: Is told how many rounds are done.
+        """
+        self.kind, self.rounds, self.folder, self.seed, self.bug = kind, rounds, folder, seed, bug
+        self.random = Random(seed)
+        self.counts = Counts()
+        self.findings: list[str] = []
+        """The first that was lost or wrong, in words."""
+        self.notes: dict[str, str] = {}
+        """Further figures, as `{"slowest reopening": "0.31 s"}`."""
+        self._server = server
+        self._report = report
+        self._done = 0
+        self._numbers = count()
+        self._template: Location | None = None
+
+    @property
+    def server(self) -> Server:
+        """The PostgreSQL server, which may be killed and started again."""
+        assert self._server is not None
+        return self._server
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was lost and nothing wrong."""
+        return not (self.counts.lost or self.counts.wrong)
+
+    def each_round(self) -> Iterator[int]:
+        """The numbers of the rounds; those that are done are reported."""
+        for number in range(self.rounds):
+            yield number
+            self.done()
+
+    def done(self, rounds: int = 1) -> None:
+        """Report rounds as done, where they are not one after another."""
+        self._done += rounds
+        self._report(self._done)
+
+    def lost(self, finding: str) -> None:
+        """Count something that was acknowledged, and is not there."""
+        self.counts.lost += 1
+        self._find(f"lost: {finding}")
+
+    def wrong(self, finding: str) -> None:
+        """Count something that a promise forbids."""
+        self.counts.wrong += 1
+        self._find(finding)
+
+    def check(self, holds: bool, finding: str) -> None:
+        """Count `finding` as wrong unless something holds."""
+        if not holds:
+            self.wrong(finding)
+
+    def figures(self) -> dict[str, int | str]:
+        """All that was counted, by name."""
+        return {**asdict(self.counts), **self.notes}
+
+    @contextmanager
+    def location(self, *, migrated: bool = True) -> Iterator[Location]:
+        """A place for a database, gone afterwards. Not to be entered on a running event loop.
+
+        Args:
+            migrated: Whether there is an empty database with all tables; else there is nothing.
+        """
+        if migrated and self._template is None:
+            self._template = self._make()
+            create_database(self._template)
+        location = self._make(self._template if migrated else None)
+        try:
+            yield location
+        finally:
+            self._remove(location)
+
+    def _find(self, finding: str) -> None:
+        if len(self.findings) < SHOWN:
+            self.findings.append(finding)
+
+    def _make(self, template: Location | None = None) -> Location:
+        if self.kind == SQLITE:
+            path = self.folder / f"database-{next(self._numbers)}" / "cluster.db"
+            path.parent.mkdir()
+            if template is not None:
+                shutil.copyfile(template, path)
+            return path
+        assert not isinstance(template, Path)
+        return asyncio.run(self.server.create_database(template))
+
+    def _remove(self, location: Location) -> None:
+        if isinstance(location, Path):
+            shutil.rmtree(location.parent)
+        else:
+            with suppress(DBAPIError):  # somebody killed may still count as connected
+                asyncio.run(self.server.drop_database(location))

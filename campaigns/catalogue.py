@@ -1,0 +1,7 @@
+"""All campaigns, in the order in which they are listed and run."""
+
+from __future__ import annotations
+
+from campaigns.campaign import Campaign
+
+CAMPAIGNS: tuple[Campaign, ...] = ()
