@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import pytest
 from conftest import (
     EACH_KIND,
+    PATIENCE,
     FakeClock,
     Location,
     MakeNode,
@@ -59,9 +60,6 @@ from openclaw_store.faults import SQLiteFaults
 from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
-
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
 
 
 def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:

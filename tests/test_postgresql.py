@@ -11,7 +11,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute, locked
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    engine_of,
+    execute,
+    locked,
+)
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import Server, wait_until
@@ -42,9 +51,6 @@ from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
 
 pytestmark = pytest.mark.postgresql
-
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
 
 
 @pytest.fixture
