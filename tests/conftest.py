@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 from hypothesis import settings
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from benchmarks.postgres import (
     Databases,
@@ -99,6 +99,11 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No workers for files that are named: starting them would take longer than it saves."""
+    return 0 if all(".py" in argument for argument in config.args) else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what takes a location on a database of each kind, or of the kinds it is marked with."""
     if "location" in metafunc.fixturenames:
@@ -114,12 +119,40 @@ def server() -> Iterator[Databases]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    """A PostgreSQL server that a test may kill."""
+@pytest.fixture(scope="session")
+def own_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A PostgreSQL server that a test may kill, and starts again."""
     require_server(there=is_installed())
-    with running_server() as server:
+    other = request.getfixturevalue("server")
+    with running_server(like=other if isinstance(other, Server) else None) as server:
         yield server
+
+
+class Maker:
+    """Makes and drops databases on one connection: to make one for each takes longer than that."""
+
+    def __init__(self, server: Databases) -> None:
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._databases = Databases(server.url, poolclass=StaticPool)
+
+    def make(self, template: str | None = None) -> str:
+        """The URL of a new database, empty or a copy of `template`."""
+        return self._runner.run(self._databases.create_database(template))
+
+    def drop(self, url: str) -> None:
+        """Drop a database; a connection that is left to it is an error."""
+        self._runner.run(self._databases.drop_database(url))
+
+    def close(self) -> None:
+        self._runner.run(self._databases.close())
+        self._runner.close()
+
+
+@pytest.fixture(scope="session")
+def maker(server: Databases) -> Iterator[Maker]:
+    """Makes databases on `server`."""
+    with closing(Maker(server)) as maker:
+        yield maker
 
 
 def require_server(*, there: bool) -> None:
@@ -138,9 +171,9 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def migrated_postgresql(server: Databases) -> str:
+def migrated_postgresql(maker: Maker) -> str:
     """The same on PostgreSQL."""
-    url = asyncio.run(server.create_database())
+    url = maker.make()
     create_database(url)
     return url
 
@@ -156,12 +189,12 @@ def new_location(
             shutil.copyfile(template, folder / "cluster.db")
         yield folder / "cluster.db"
     else:
-        server: Databases = request.getfixturevalue("server")
-        url = asyncio.run(server.create_database(template))
+        maker: Maker = request.getfixturevalue("maker")
+        url = maker.make(template)
         try:
             yield url
         finally:
-            asyncio.run(server.drop_database(url))
+            maker.drop(url)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from conftest import (
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from benchmarks.postgres import wait_until
 from openclaw_store import (
     BackendError,
     Database,
@@ -170,8 +171,12 @@ def assert_closed(location: Location) -> None:
     if isinstance(location, Path):
         assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
     else:
-        others = "datname = current_database() AND pid <> pg_backend_pid()"
-        assert execute(location, f"SELECT pid FROM pg_stat_activity WHERE {others}") == []
+        others = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        # A process of the server ends a moment after its connection.
+        wait_until(lambda: execute(location, others) == [], "nobody is connected")
 
 
 class TestSession:

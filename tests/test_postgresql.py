@@ -52,6 +52,10 @@ from openclaw_store.writer import Unit
 
 pytestmark = pytest.mark.postgresql
 
+WAITING = """
+    FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+"""Who waits for a lock; the server may have other databases, of tests that run beside this one."""
+
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -666,7 +670,7 @@ async def test_row_that_somebody_changes_by_hand_meanwhile_is_written_behind_it(
         await by_hand.exec_driver_sql("UPDATE tasks SET user_id = 'by hand'")
         write = tasks.update(task) if verb == "update" else tasks.delete(task.task_id)
         writing = asyncio.create_task(write)
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        waiting = f"SELECT count(*) {WAITING}"
         while execute(location, waiting) == [(0,)]:  # noqa: ASYNC110  # the server is asked
             await asyncio.sleep(0.01)
 
@@ -684,8 +688,7 @@ async def test_statement_that_the_server_was_told_to_end_has_not_happened(
     await tasks.create(make_task())
     async with locked(location):
         writing = asyncio.create_task(tasks.create(make_task()))
-        waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        cancel = f"SELECT count(pg_cancel_backend(pid)) {waiting}"
+        cancel = f"SELECT count(pg_cancel_backend(pid)) {WAITING}"
         while execute(location, cancel) == [(0,)]:  # noqa: ASYNC110  # the server is asked
             await asyncio.sleep(0.01)
         with pytest.raises(UnavailableError, match="took too long"):

@@ -444,7 +444,10 @@ class TestWakeUps:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
-        listening = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT revision, beat%'"
+        listening = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND query LIKE 'SELECT revision, beat%'"
+        )
         async with self.following(location) as follower:
             await manager.add_task(make_task())
             await until(lambda: follower.version == 1)
