@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import threading
 from collections import Counter
@@ -102,6 +103,11 @@ def clock() -> FakeClock:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """No workers for files that are named: starting them would take longer than it saves."""
     return 0 if all(".py" in argument for argument in config.args) else None
+
+
+def pytest_configure() -> None:
+    """Have all workers go through sets in one order, else they may not find the same tests."""
+    os.environ.setdefault("PYTHONHASHSEED", str(random.SystemRandom().getrandbits(32)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
