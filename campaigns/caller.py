@@ -242,5 +242,6 @@ async def work(tell: Tell, location: str, node: str, life: int, seed: int, since
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(caller.watch(since))
             await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
-            await caller.register()  # a last change, for the watcher to end with
-            await asyncio.wait_for(watching, 60)
+            while not watching.done():
+                await caller.register()  # one more change, for the watcher to end with
+                await asyncio.wait([watching], timeout=1)

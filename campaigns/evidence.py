@@ -96,7 +96,7 @@ class Change(NamedTuple):
         """The call that leads to such a change."""
         if self.kind != "status":
             return _CAUSE[self.kind]
-        return _CAUSE[str(self.reason if self.after == "pending" else self.after)]
+        return _CAUSE.get(str(self.reason if self.after == "pending" else self.after), "nobody")
 
 
 _FEED: Final = (
@@ -238,11 +238,11 @@ class Evidence:
             spans = _spans(self._changes[id])
             for life in {call.life for call in calls}:
                 own = [call for call in calls if call.life == life]
-                for look, since, span in _looks(own, spans):
+                for look, floor, span in _looks(own, spans):
                     if span is None:
                         self._run.wrong(f"there never was what {look} saw")
-                    elif span.end is not None and span.end <= since:
-                        self._run.wrong(f"{look}: in memory was the state of {since} before")
+                    elif span.end is not None and span.end <= floor.revision:
+                        self._run.wrong(f"{look}, after {floor.call} in the same process")
                     elif span.end in self._writes and look.answer is not None:
                         [missed, *_] = self._writes[span.end]
                         assert missed.returned is not None
@@ -284,6 +284,13 @@ class Evidence:
                 )
 
 
+class _Floor(NamedTuple):
+    """A revision that memory has reached, and the call that tells."""
+
+    revision: int
+    call: Asked | None
+
+
 class _Span(NamedTuple):
     """While a task had a version, or there was none."""
 
@@ -304,29 +311,32 @@ def _spans(changes: Sequence[Change]) -> list[_Span]:
 
 def _looks(
     calls: Iterable[Asked], spans: Sequence[_Span]
-) -> Iterator[tuple[Asked, int, _Span | None]]:
+) -> Iterator[tuple[Asked, _Floor, _Span | None]]:
     """When a process has looked at a task in memory, and the span in which that was so.
 
-    With them comes a revision: memory must have been as of that, or newer, when it was asked for,
-    by what the process had seen there and done itself.
+    With them comes how new memory must have been when it was asked for, by what the process had
+    seen there, or had done.
     """
     answered = [call for call in calls if call.returned is not None]
     moments = [(call.invoked, 0, call) for call in answered]
     moments += [(call.returned or 0, 1, call) for call in answered]
-    newest, since = 0, dict[Asked, int]()
+    floor, floors = _Floor(0, None), dict[Asked, _Floor]()
     for _, is_return, call in sorted(moments, key=lambda moment: moment[:2]):
         if not is_return:
-            since[call] = newest
-        elif call.name == "look":
-            span = _span_of(call.answer, since[call], spans)
-            yield call, since[call], span
-            if span is not None:
-                newest = max(newest, span.begin)
+            floors[call] = floor
+            continue
+        revision = 0
+        if call.name == "look":
+            span = _span_of(call.answer, floors[call].revision, spans)
+            yield call, floors[call], span
+            revision = span.begin if span is not None else 0
         elif call.name in _TELL_REVISION and isinstance(call.answer, Seen):
-            newest = max(newest, call.answer.version or 0)
+            revision = call.answer.version or 0
         elif call.name == "remove" and call.answer is True:
             removals = (one.begin for one in spans[1:] if not one.is_there)
-            newest = next((one for one in removals if one > since[call]), newest)
+            revision = next((one for one in removals if one > floors[call].revision), 0)
+        if revision > floor.revision:
+            floor = _Floor(revision, call)
 
 
 def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | None:

@@ -22,11 +22,14 @@ from campaigns.children import Child
 from campaigns.evidence import Asked, Evidence, Life
 from openclaw_store import Database, verify
 
-PROCESSES = 4
+PROCESSES, PROCESSES_OF_A_SHORT_RUN = 4, 2
 
-CALLS_A_ROUND = 1000
+CALLS_A_ROUND = 100
 
-CALLS_BETWEEN_KILLS = (500, 1500)
+ROUNDS_BETWEEN_KILLS = (5, 15)
+
+SHORT = 10
+"""Rounds of a short run, in which one process is killed."""
 
 SILENT_SECONDS = 120
 """After which the processes count as hanging."""
@@ -53,15 +56,16 @@ class _Processes:
         self._messages: SimpleQueue[tuple[int, list[Any] | None]] = SimpleQueue()
         self._wanted = run.rounds * CALLS_A_ROUND
         self._answered = 0
-        self._next_kill = min(self._wanted // 3, run.random.randint(*CALLS_BETWEEN_KILLS))
+        self._is_short = run.rounds <= SHORT
+        self._next_kill = self._wanted // 3 if self._is_short else self._draw()
         self._ending: set[int] = set()
 
     def run(self) -> list[Life]:
         """Have them work; returns all that there were."""
         with ExitStack() as stack:
-            for number in range(PROCESSES):
+            working = PROCESSES_OF_A_SHORT_RUN if self._is_short else PROCESSES
+            for number in range(working):
                 self._begin(stack, f"node-{number}", 0)
-            working = PROCESSES
             while working:
                 try:
                     number, message = self._messages.get(timeout=SILENT_SECONDS)
@@ -115,7 +119,11 @@ class _Processes:
         elif self._answered >= self._next_kill:
             life.is_killed = True
             child.kill()
-            self._next_kill += self._run.random.randint(*CALLS_BETWEEN_KILLS)
+            self._next_kill += self._wanted if self._is_short else self._draw()
+
+    def _draw(self) -> int:
+        """Calls until the next kill."""
+        return CALLS_A_ROUND * self._run.random.randint(*ROUNDS_BETWEEN_KILLS)
 
     def _is_replaced(self, number: int) -> bool:
         """Whether another process is to come in the place of one that has ended."""
@@ -146,8 +154,8 @@ CAMPAIGN = Campaign(
     title="processes work on the same tasks and are killed: their answers fit one history",
     promises=("P1", "P3", "P4", "P5", "P6"),
     perform=perform,
-    rounds=100,
-    quick_rounds=1,
-    unit="thousand calls",
+    rounds=1000,
+    quick_rounds=5,
+    unit="hundreds of calls",
     bugs=("no-version-in-where", "claimed-twice", "watch-ahead"),
 )
