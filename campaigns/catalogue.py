@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from campaigns import history
+from campaigns import history, soak
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (history.CAMPAIGN,)
+CAMPAIGNS: tuple[Campaign, ...] = (history.CAMPAIGN, soak.CAMPAIGN)
