@@ -5,10 +5,64 @@ They are planted from outside: nothing in the library knows of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
 
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+from openclaw_store.changes import Change, Row
+from openclaw_store.mirror import Mirror
+from openclaw_store.models import Task
+from openclaw_store.operations import Claim, Update
+
+
+@contextmanager
+def no_version_in_where() -> Iterator[None]:
+    """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
+    decide = Update.decide
+
+    def overwrite(self: Update[Any], row: Row) -> Any:
+        self.version = row.version or self.version
+        return decide(self, row)
+
+    with patch.object(Update, "decide", overwrite):
+        yield
+
+
+@contextmanager
+def claimed_twice() -> Iterator[None]:
+    """P4: a claim takes the word of memory that a task is pending, and does not look again."""
+    decide = Claim.decide
+
+    def believe(self: Claim, row: Row) -> Any:
+        for candidate in self.candidates:
+            task = row.other(Task, candidate["task_id"])
+            if task.version is not None:
+                task.status, task.record = "pending", candidate
+        return decide(self, row)
+
+    with patch.object(Claim, "decide", believe):
+        yield
+
+
+@contextmanager
+def watch_ahead() -> Iterator[None]:
+    """P5: a watcher goes on from where memory is, though the feed was read before."""
+    changes = Mirror.changes
+
+    async def skip(self: Mirror, since: int) -> tuple[Sequence[Change], int]:
+        found, until = await changes(self, since)
+        return found, max(until, self.cache.complete)
+
+    with patch.object(Mirror, "changes", skip):
+        yield
+
+
+BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "no-version-in-where": no_version_in_where,
+    "claimed-twice": claimed_twice,
+    "watch-ahead": watch_ahead,
+}
 """By name, what has the bug in the library while it is entered."""
 
 

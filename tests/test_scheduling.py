@@ -734,6 +734,17 @@ class TestOwner:
 
         assert await stored(cluster.one) == before
 
+    async def test_memory_knows_what_a_report_is_answered_with(self, cluster: Cluster) -> None:
+        """Also where it changes nothing, and others have. Found by the campaign `history`."""
+        task = await cluster.claimed()
+        await cluster.one.complete_task(task)
+        await cluster.two.change_task(task.task_id, lambda task: setattr(task, "name", "newer"))
+
+        answer = await cluster.one.complete_task(task)
+
+        assert answer.name == "newer"
+        assert await cluster.one.get_task(task.task_id) == answer
+
     async def test_failed_task_is_tried_again_later(self, cluster: Cluster) -> None:
         node = await cluster.join()
         task = await cluster.claimed(node, max_retries=2)
