@@ -11,7 +11,6 @@ from contextlib import suppress
 from contextvars import Context
 from datetime import datetime
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -43,7 +42,6 @@ from openclaw_store.feed import (
     read_changes,
     read_live,
     read_news,
-    read_oldest,
     read_start,
 )
 from openclaw_store.finishing import finish
@@ -52,11 +50,9 @@ from openclaw_store.lifecycle import arrived, refused
 from openclaw_store.models import NodeInfo, NodeStatus, Task
 from openclaw_store.operations import (
     CONTENT,
-    Compact,
     Create,
     Remove,
     Update,
-    compact,
     newer_heartbeat,
 )
 from openclaw_store.records import Item, Record
@@ -75,9 +71,6 @@ HEARTBEATS_A_WRITE = 128
 
 ENTRIES_A_WRITE = 200
 """How many of those that are only in memory are handed to the writer at a stretch."""
-
-CHANGES_A_COMPACTION = 1000
-"""How many changes one transaction of a compaction removes; others write in between."""
 
 FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
 """How many times as long as a refreshment that others' commits led to the next one waits, and how
@@ -364,19 +357,6 @@ class Mirror:
         if until > self.cache.complete:
             await self.refresh()
         return changes, until
-
-    async def compact(self, cutoff: datetime) -> int:
-        """Remove the changes that are older from the feed; returns how many there were."""
-        total = 0
-        while True:
-            oldest = await self._database.read(partial(read_oldest, limit=CHANGES_A_COMPACTION))
-            old = [revision for revision, _ in takewhile(lambda one: one[1] < cutoff, oldest)]
-            removed: int = 0
-            if old:
-                removed = await self._database.write(compact, Compact(old[-1]))
-            if not removed:
-                return total
-            total += removed
 
     async def beat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
         """Show a heartbeat now, and write it within a second; `False` if there is no such node.

@@ -23,7 +23,6 @@ from openclaw_store.checks import (
     check_limit,
     check_number,
     check_percentage,
-    check_seconds,
     check_some,
     check_text,
 )
@@ -39,7 +38,7 @@ from openclaw_store.errors import (
     UnsavedConflictError,
 )
 from openclaw_store.explanations import Explanation
-from openclaw_store.feed import read_history
+from openclaw_store.feed import compact_feed, read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
@@ -813,8 +812,7 @@ class StateManager:
             How many changes were removed.
         """
         self._check_usable()
-        seconds = check_number("days", days) * 86_400
-        return await self._mirror.compact(self.db.clock() - check_seconds("days", seconds))
+        return await compact_feed(self.db, days)
 
     async def sync_to_database(self) -> bool:
         """Write what is only in memory; `True`.

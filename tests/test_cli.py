@@ -366,7 +366,7 @@ class TestSchema:
 
         for command in (
             "status", "nodes", "tasks", "show x", "watch", "vacuum", "cleanup --days 1",
-            "verify", "doctor",
+            "compact --days 1", "verify", "doctor",
             "backup copy.db", "db current", "db check", "db downgrade base -y",
         ):  # fmt: skip
             failed = await run("-d", path, *command.split(), status=1)
@@ -405,6 +405,21 @@ class TestLookingAfter:
             await run("cleanup", "--days", 0, "--dry-run")
         ).stdout == "0 tasks would be removed\n"
         assert (await document(run, "status"))["tasks"]["total"] == 9
+
+    async def test_compact_forgets_changes(
+        self, run: Run, cluster: StateManager, clock: FakeClock
+    ) -> None:
+        tasks = await cluster.get_task_stats()
+        clock.advance(days=3)
+        await cluster.requeue_task("task-0001")
+
+        removed = await document(run, "compact", "--days", 2)
+        text = (await run("compact", "--days", 2)).stdout
+
+        assert removed == {"changes": cluster.version - 1}
+        assert text == "0 changes removed\n"
+        assert (await document(run, "show", "task-0001"))["history"] != []
+        assert (await cluster.get_task_stats())["total"] == tasks["total"]
 
     async def test_vacuum_gives_space_back(self, run: Run, manager: StateManager) -> None:
         big = [Task.create(TaskType.BATCH, "x" * 10_000) for _ in range(100)]
@@ -612,7 +627,7 @@ class TestUse:
     async def test_wrong_usage_ends_with_2(self, run: Run) -> None:
         for wrong in (
             "nonsense", "tasks --limit 0", "tasks --status lost", "tasks --submitted-from then",
-            "show", "cleanup", "cleanup --days -1", "watch -n x", "db", "",
+            "show", "cleanup", "cleanup --days -1", "compact", "watch -n x", "db", "",
         ):  # fmt: skip
             done = CliRunner().invoke(app, wrong.split())
             assert done.exit_code == 2

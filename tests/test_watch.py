@@ -310,7 +310,7 @@ class TestCompaction:
     async def test_works_in_batches(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.mirror.CHANGES_A_COMPACTION", 4)
+        monkeypatch.setattr("openclaw_store.feed.CHANGES_A_COMPACTION", 4)
         await asyncio.gather(*[manager.add_task(make_task()) for _ in range(11)])
         manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
 
