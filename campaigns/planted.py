@@ -7,8 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from unittest import mock
 
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+from openclaw_store.database import Database
+from openclaw_store.writer import Unit
+
+
+@contextmanager
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+
+    with mock.patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "cache-before-commit": cache_before_commit,
+}
 """By name, what has the bug in the library while it is entered."""
 
 

@@ -57,7 +57,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "stat": (c_int, c_char_p, c_void_p),
     "fstat": (c_int, c_int, c_void_p),
     "ftruncate": (c_int, c_int, c_int64),
-    "fcntl": (c_int, c_int, c_int, c_void_p),
     "read": (c_ssize_t, c_int, c_void_p, c_size_t),
     "pread": (c_ssize_t, c_int, c_void_p, c_size_t, c_int64),
     "pread64": (c_ssize_t, c_int, c_void_p, c_size_t, c_int64),
@@ -217,7 +216,7 @@ def _call(name: str, path: str, arguments: tuple[Any, ...]) -> Call:
     if name in ("read", "write"):
         _, address, size = arguments
         return Call(name, path, size=size, address=address)
-    if name in ("open", "ftruncate", "fcntl"):
+    if name in ("open", "ftruncate"):
         return Call(name, path, offset=arguments[1])
     if name == "mmap":
         return Call(name, path, arguments[5], arguments[1])
