@@ -83,13 +83,24 @@ def picture(path: Path) -> Picture:
 
 
 def task_ids(path: Path) -> set[str]:
-    """The tasks in a file, whatever the schema; none if there is no table of them, or no file."""
+    """The tasks in a file, whatever its schema; none if there is no table of them, or no file."""
     if not path.exists():
         return set()
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        if not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'tasks'").fetchall():
+        if not _has_table(connection, "tasks"):
             return set()
         return {key for (key,) in connection.execute("SELECT task_id FROM tasks")}
+
+
+def is_migrated(path: Path) -> bool:
+    """Whether a file has a schema of the library."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return _has_table(connection, "alembic_version")
+
+
+def _has_table(connection: sqlite3.Connection, name: str) -> bool:
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", [name])
+    return found.fetchone() is not None
 
 
 def damage(path: Path) -> list[str]:
