@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from campaigns import io
+from campaigns import files, io
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (io.CAMPAIGN,)
+CAMPAIGNS: tuple[Campaign, ...] = (io.CAMPAIGN, files.CAMPAIGN)
