@@ -11,12 +11,41 @@ from typing import Any
 from unittest.mock import patch
 
 from openclaw_store.changes import Change, Row
+from openclaw_store.database import Database
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import Task
 from openclaw_store.operations import Claim, Update
+from openclaw_store.writer import Unit
+
+Bug = Callable[[], AbstractContextManager[None]]
+"""Has the bug in the library while it is entered."""
+
+BUGS: dict[str, Bug] = {}
+"""By name."""
 
 
 @contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """Have a bug in the library of this process; `None` for none.
+
+    Raises:
+        KeyError: If there is none of that name.
+    """
+    if name is None:
+        yield
+    else:
+        with BUGS[name]():
+            yield
+
+
+def bug(plant: Callable[[], Iterator[None]]) -> Bug:
+    """Make a bug of a function, and name it like that."""
+    found = contextmanager(plant)
+    BUGS[plant.__name__.replace("_", "-")] = found
+    return found
+
+
+@bug
 def no_version_in_where() -> Iterator[None]:
     """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
     decide = Update.decide
@@ -29,7 +58,7 @@ def no_version_in_where() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@bug
 def claimed_twice() -> Iterator[None]:
     """P4: a claim takes the word of memory that a task is pending, and does not look again."""
     decide = Claim.decide
@@ -45,7 +74,7 @@ def claimed_twice() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@bug
 def watch_ahead() -> Iterator[None]:
     """P5: a watcher goes on from where memory is, though the feed was read before."""
     changes = Mirror.changes
@@ -58,23 +87,16 @@ def watch_ahead() -> Iterator[None]:
         yield
 
 
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "no-version-in-where": no_version_in_where,
-    "claimed-twice": claimed_twice,
-    "watch-ahead": watch_ahead,
-}
-"""By name, what has the bug in the library while it is entered."""
+@bug
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
 
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
 
-@contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """Have a bug in the library of this process; `None` for none.
-
-    Raises:
-        KeyError: If there is none of that name.
-    """
-    if name is None:
+    with patch.object(Database, "_write_on_thread", too_soon):
         yield
-    else:
-        with BUGS[name]():
-            yield

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -924,6 +925,42 @@ class TestBadFiles:
         await database.initialize()  # the same object, once the file is out of the way
         await TaskRepository(database).create(make_task())
         await database.close()
+
+    @pytest.mark.parametrize("is_replaced", [False, True])
+    async def test_file_that_is_removed_or_replaced_is_neither_written_nor_made_anew(
+        self, manager: StateManager, location: Path, make_task: MakeTask, is_replaced: bool
+    ) -> None:
+        """Issue #7: such writes were acknowledged, and lost when the store was closed."""
+        database, away = manager.db, location.with_name("away")
+        await manager.add_task(make_task())
+        location.rename(away)
+        if is_replaced:
+            shutil.copyfile(away, location)
+        before = sorted(os.listdir(location.parent))
+
+        async def write_in_transaction() -> None:
+            async with database.transaction() as tx:
+                await TaskRepository(tx).create(make_task())
+
+        async def read() -> None:
+            async with database.session() as first, database.session() as second:
+                for session in (first, second):  # one of which needs a connection of its own
+                    await session.execute(select(TaskRow.task_id))
+
+        for call in (
+            lambda: manager.add_task(make_task()),
+            write_in_transaction,
+            read,
+            database.vacuum,
+            lambda: database.backup(location.with_name("copy.db")),
+        ):
+            with pytest.raises(UnavailableError, match="was removed or replaced while it was open"):
+                await call()
+
+        assert sorted(os.listdir(location.parent)) == before
+        away.replace(location)
+        await manager.add_task(make_task())
+        assert execute(location, "SELECT count(*) FROM tasks") == [(2,)]
 
     async def test_folder_in_place_of_the_file_is_named(self, location: Path) -> None:
         location.mkdir()
