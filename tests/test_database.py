@@ -96,7 +96,7 @@ for script, arguments in json.load(sys.stdin):
     files = [tempfile.mkstemp() for _ in range(2)]
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(300)
         for number, (file, _) in enumerate(files, 1):
             os.dup2(file, number)
         sys.argv[:] = [sys.argv[0], *arguments]
@@ -116,7 +116,7 @@ def run_scripts(*scripts: tuple[str, Sequence[object]], at_once: int = 1) -> lis
     """Run scripts, with their arguments, each in an interpreter of its own.
 
     They are forks of one that has imported the library, which takes longer than all the rest.
-    One that hangs is ended after a minute, which is told by its code.
+    One that hangs is ended after five minutes, which is told by its code.
     """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUNNER, str(at_once)],
