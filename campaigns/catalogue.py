@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from campaigns import files, history, io, soak
+from campaigns import files, history, hostile, io, migrations, models, soak
 from campaigns.campaign import Campaign
 
 CAMPAIGNS: tuple[Campaign, ...] = (
     io.CAMPAIGN,
     history.CAMPAIGN,
     files.CAMPAIGN,
+    models.CAMPAIGN,
+    hostile.CAMPAIGN,
+    migrations.CAMPAIGN,
     soak.CAMPAIGN,
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from contextvars import Context
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -309,6 +311,15 @@ class TestTransaction:
                 async with database.transaction():
                     await asyncio.Event().wait()
 
+    @pytest.mark.parametrize(
+        "timeout", [0, -1, math.nan, math.inf, 1e300, 10**400, "5", True, [], Decimal(5)]
+    )
+    async def test_senseless_timeout_is_refused(self, database: Database, timeout: Any) -> None:
+        """Found by the campaign `hostile`: one kind did not mind NaN, another error from each."""
+        with pytest.raises(InvalidDataError, match="timeout: must be"):
+            async with database.transaction(timeout=timeout):
+                pass
+
     async def test_timeout_of_the_callers_own_is_no_deadline(self, database: Database) -> None:
         with pytest.raises(TimeoutError) as caught:
             async with database.transaction():
@@ -577,6 +588,7 @@ class TestLife:
             {"timeout": 0},
             {"timeout": float("inf")},
             {"timeout": "30"},
+            {"timeout": 10**400},
             {"transaction_timeout": -1},
             {"transaction_timeout": float("nan")},
             {"pool_size": 0},
@@ -795,6 +807,8 @@ class TestLocation:
             "://scott:tiger@",
             "",
             "cluster\0.db",
+            "cluster\ud800.db",
+            Path("cluster\ud800.db"),
             None,
             42,
         ],
