@@ -502,11 +502,11 @@ _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Those who listen are notified when it is committed. Each statement sees the tables as they were
-    before. For single rows it takes values in place of arrays, with which both sides are done
+    Those who listen are told the counters when it is committed. Each statement sees the tables as
+    they were before. For single rows it takes values in place of arrays, with which both sides are done
     sooner.
     """
-    parts = [f"guard AS ({guard} RETURNING id)"]
+    parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
     places = len(_PLACE.findall(guard))
     for number, write in enumerate(writes):
         shift = partial(_shifted, by=places)
@@ -516,7 +516,7 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         if is_single:
             write = _ARRAY.sub(r"::\1", write)
         parts.append(f"write_{number} AS ({write})")
-    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', '') FROM guard"
+    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', counters) FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:
