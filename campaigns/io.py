@@ -309,7 +309,7 @@ CAMPAIGN = Campaign(
     ("P1", "P2"),
     perform,
     rounds=20_000,
-    quick_rounds=60,
+    quick_rounds=45,
     unit="fault points",
     kinds=(SQLITE,),
     bugs=("cache-before-commit",),

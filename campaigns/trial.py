@@ -233,9 +233,9 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
 
 def look_at_files(run: Run, path: Path, last: Picture, what: str = "in the end") -> None:
     """See that a database that nobody has open any more is sound, and holds what it did."""
-    gc.collect()  # `vfs.hooked` puts it off
-    links = Path("/proc/self/fd").iterdir()
-    left = [target for link in links if (target := _target(link)).startswith(str(path))]
+    if _open_files(path):
+        gc.collect()  # `vfs.hooked` has put it off
+    left = _open_files(path)
     run.check(not left, f"{what}: {left} are still open")
     for flaw in damage(path):
         run.wrong(f"{what}: {path.name} is damaged: {flaw}")
@@ -248,11 +248,13 @@ def look_at_files(run: Run, path: Path, last: Picture, what: str = "in the end")
             run.lost(f"{what}: the database does not hold what it did")
 
 
-def _target(link: Path) -> str:
-    try:
-        return str(link.readlink())
-    except FileNotFoundError:  # it was that of the folder itself, which is closed by now
-        return ""
+def _open_files(path: Path) -> list[str]:
+    """What this process has open of a database."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was that of the folder itself, closed by now
+            found.append(str(link.readlink()))
+    return [target for target in found if target.startswith(str(path))]
 
 
 @contextmanager
