@@ -268,7 +268,8 @@ async def _update_heartbeat(store: Store) -> Call:
 
 @public(in_batches=True)
 async def _check_stale_nodes(store: Store) -> Call:
-    await store.state.check_stale_nodes(0)
+    store.clock.advance(1)
+    await store.state.check_stale_nodes(0.5)
     await store.node()
     store.clock.advance(1)
     return lambda: store.state.check_stale_nodes(0.5)
@@ -430,7 +431,7 @@ async def _in_session(store: Store) -> Call:
     return count_tasks
 
 
-@public("verify")
+@public("verify", is_exact=False)
 async def _verified(store: Store) -> Call:
     return lambda: verify(store.db)
 
