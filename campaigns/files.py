@@ -36,7 +36,7 @@ from campaigns.picture import Picture, differences, picture
 from campaigns.planted import planted
 from campaigns.trial import (
     LOCK_SECONDS,
-    HangError,
+    abandoning,
     checkpointing,
     look_at_files,
     outcome_of,
@@ -296,7 +296,7 @@ class _Files:
                 location = Path(shutil.copyfile(location, disk / location.name))
                 troubles = [("small disk full", no_space)] * rounds
             stack.enter_context(checkpointing(4))
-            stack.enter_context(suppress(HangError))
+            stack.enter_context(abandoning(self.run))
             asyncio.run(self._call(location, troubles))
 
     async def _call(self, path: Path, troubles: Sequence[tuple[str, FileTrouble]]) -> None:
@@ -305,7 +305,14 @@ class _Files:
                 call, is_cold = self.run.random.choice(CALLS), self.run.random.random() < 0.5
                 effect = await trial.effect(call, nullcontext)
                 what = f"{call.name}, {'cold, ' * is_cold}{name}"
-                await trial.make(call, partial(trouble, path), effect, what, cold=is_cold)
+                await trial.make(
+                    call,
+                    partial(trouble, path),
+                    effect,
+                    what,
+                    cold=is_cold,
+                    is_elsewhere=trouble in (removed, replaced),
+                )
                 self._done(name)
 
     def _open(self) -> None:
@@ -315,7 +322,7 @@ class _Files:
         folder.mkdir()
         path = folder / "cluster.db"
         path.write_bytes(self._killed.database)
-        with suppress(HangError):
+        with abandoning(self.run):
             tamper(path)
         shutil.rmtree(folder)
         self._done(tamper.__name__.strip("_").replace("_", " "))

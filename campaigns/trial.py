@@ -122,6 +122,7 @@ class Trial:
         *,
         cold: bool = False,
         may_litter: bool = False,
+        is_elsewhere: bool = False,
     ) -> None:
         """Make a call during trouble, and once more when it is over.
 
@@ -130,6 +131,7 @@ class Trial:
             what: Names it in findings.
             cold: Whether the store must open its connections for it.
             may_litter: Whether half a backup may be left, as removing it may have failed, too.
+            is_elsewhere: Whether nobody would find what is written during the trouble.
         """
         run, state = self.run, self.store.state
         made = await call.prepare(self.store)
@@ -143,6 +145,8 @@ class Trial:
         if not isinstance(outcome, Exception):
             if revisions != effect.revisions or (after != before) != effect.changes_rows:
                 run.lost(f"{what}: returned, and made {revisions} of {effect.revisions} changes")
+            elif is_elsewhere and effect.changes_rows:
+                run.lost(f"{what}: returned, and wrote where nobody looks")
         elif isinstance(outcome, OutcomeUnknownError):
             run.counts.unknown_committed += after != before
             is_whole = after == before or revisions == effect.revisions
@@ -219,10 +223,14 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
     database = Database(path, clock=clock, timeout=LOCK_SECONDS)
     state = StateManager(database, None, finished_cache_size=FINISHED_IN_MEMORY)
     await state.initialize()
-    with closing(sqlite3.connect(path, isolation_level=None)) as checker:
-        trial = Trial(run, path, Store(state, clock, folder), checker)
-        yield trial
-        last = trial.picture()
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as checker:
+            trial = Trial(run, path, Store(state, clock, folder), checker)
+            yield trial
+            last = trial.picture()
+    except BaseException:
+        await asyncio.wait([asyncio.ensure_future(state.shutdown())], timeout=DEADLINE_SECONDS)
+        raise
     closed = await outcome_of(run, state.shutdown, "shutdown")
     run.check(closed is None, f"shutdown: raised {closed!r}")
     look_at_files(run, path, last)
@@ -255,6 +263,17 @@ def _open_files(path: Path) -> list[str]:
         with suppress(FileNotFoundError):  # it was that of the folder itself, closed by now
             found.append(str(link.readlink()))
     return [target for target in found if target.startswith(str(path))]
+
+
+@contextmanager
+def abandoning(run: Run) -> Iterator[None]:
+    """Go on without a store that cannot be used any more; that is wrong."""
+    try:
+        yield
+    except HangError:
+        pass  # it was reported
+    except Exception as error:
+        run.wrong(f"the store cannot be used any more: {error!r}")
 
 
 @contextmanager
