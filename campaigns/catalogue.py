@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from campaigns import files, io
+from campaigns import files, history, io, soak
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (io.CAMPAIGN, files.CAMPAIGN)
+CAMPAIGNS: tuple[Campaign, ...] = (
+    io.CAMPAIGN,
+    history.CAMPAIGN,
+    files.CAMPAIGN,
+    soak.CAMPAIGN,
+)
