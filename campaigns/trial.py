@@ -151,9 +151,9 @@ class Trial:
             run.counts.unknown_committed += after != before
             is_whole = after == before or revisions == effect.revisions
             run.check(is_whole or call.in_batches, f"{what}: was done in part")
-        elif not call.in_batches:
+        elif not call.in_batches and not call.is_kept:
             run.check(after == before, f"{what}: raised {outcome!r}, and changed something")
-        if not isinstance(outcome, OutcomeUnknownError) and not call.is_seen_before:
+        if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
             self._report(what, await differences(state, after))
         self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
         if isinstance(outcome, Exception):
