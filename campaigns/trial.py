@@ -279,12 +279,14 @@ def abandoning(run: Run) -> Iterator[None]:
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep the log of the store, which tells of each trouble, from the error output."""
-    logger = logging.getLogger("openclaw_store")
-    before, logger.disabled = logger.disabled, True
+    logger, silent = logging.getLogger("openclaw_store"), logging.NullHandler()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(silent)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeHandler(silent)
+        logger.propagate = before
 
 
 @contextmanager
