@@ -93,8 +93,8 @@ class PublicCall:
     """Whether it may be done in part when it raises; then it can be repeated."""
     is_exact: bool = True
     """Whether it answers the same when it is asked again and nothing was written."""
-    is_seen_before: bool = False
-    """Whether memory shows before the call what it will write."""
+    is_kept: bool = False
+    """Whether what it could not write is shown by memory, and written later all the same."""
     makes_copy: bool = False
     """Whether it makes a file that holds the same."""
 
@@ -259,7 +259,7 @@ async def _update_node_status(store: Store) -> Call:
     return lambda: store.state.update_node_status(node.node_id, NodeStatus.ERROR)
 
 
-@public("update_heartbeat, of an OFFLINE node")
+@public("update_heartbeat, of an OFFLINE node", is_kept=True)
 async def _update_heartbeat(store: Store) -> Call:
     node = await store.node(status=NodeStatus.OFFLINE)
     store.clock.advance(1)
@@ -268,13 +268,14 @@ async def _update_heartbeat(store: Store) -> Call:
 
 @public(in_batches=True)
 async def _check_stale_nodes(store: Store) -> Call:
-    await store.state.check_stale_nodes(0)
+    store.clock.advance(1)
+    await store.state.check_stale_nodes(0.5)
     await store.node()
     store.clock.advance(1)
     return lambda: store.state.check_stale_nodes(0.5)
 
 
-@public(in_batches=True, is_seen_before=True)
+@public(in_batches=True, is_kept=True)
 async def _sync_to_database(store: Store) -> Call:
     node = await store.node()
     store.clock.advance(1)
@@ -430,7 +431,7 @@ async def _in_session(store: Store) -> Call:
     return count_tasks
 
 
-@public("verify")
+@public("verify", is_exact=False)
 async def _verified(store: Store) -> Call:
     return lambda: verify(store.db)
 

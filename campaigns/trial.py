@@ -122,6 +122,7 @@ class Trial:
         *,
         cold: bool = False,
         may_litter: bool = False,
+        is_elsewhere: bool = False,
     ) -> None:
         """Make a call during trouble, and once more when it is over.
 
@@ -130,6 +131,7 @@ class Trial:
             what: Names it in findings.
             cold: Whether the store must open its connections for it.
             may_litter: Whether half a backup may be left, as removing it may have failed, too.
+            is_elsewhere: Whether nobody would find what is written during the trouble.
         """
         run, state = self.run, self.store.state
         made = await call.prepare(self.store)
@@ -143,13 +145,15 @@ class Trial:
         if not isinstance(outcome, Exception):
             if revisions != effect.revisions or (after != before) != effect.changes_rows:
                 run.lost(f"{what}: returned, and made {revisions} of {effect.revisions} changes")
+            elif is_elsewhere and effect.changes_rows:
+                run.lost(f"{what}: returned, and wrote where nobody looks")
         elif isinstance(outcome, OutcomeUnknownError):
             run.counts.unknown_committed += after != before
             is_whole = after == before or revisions == effect.revisions
             run.check(is_whole or call.in_batches, f"{what}: was done in part")
-        elif not call.in_batches:
+        elif not call.in_batches and not call.is_kept:
             run.check(after == before, f"{what}: raised {outcome!r}, and changed something")
-        if not isinstance(outcome, OutcomeUnknownError) and not call.is_seen_before:
+        if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
             self._report(what, await differences(state, after))
         self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
         if isinstance(outcome, Exception):
@@ -219,10 +223,14 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
     database = Database(path, clock=clock, timeout=LOCK_SECONDS)
     state = StateManager(database, None, finished_cache_size=FINISHED_IN_MEMORY)
     await state.initialize()
-    with closing(sqlite3.connect(path, isolation_level=None)) as checker:
-        trial = Trial(run, path, Store(state, clock, folder), checker)
-        yield trial
-        last = trial.picture()
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None)) as checker:
+            trial = Trial(run, path, Store(state, clock, folder), checker)
+            yield trial
+            last = trial.picture()
+    except BaseException:
+        await asyncio.wait([asyncio.ensure_future(state.shutdown())], timeout=DEADLINE_SECONDS)
+        raise
     closed = await outcome_of(run, state.shutdown, "shutdown")
     run.check(closed is None, f"shutdown: raised {closed!r}")
     look_at_files(run, path, last)
@@ -233,9 +241,9 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
 
 def look_at_files(run: Run, path: Path, last: Picture, what: str = "in the end") -> None:
     """See that a database that nobody has open any more is sound, and holds what it did."""
-    gc.collect()  # `vfs.hooked` puts it off
-    links = Path("/proc/self/fd").iterdir()
-    left = [target for link in links if (target := _target(link)).startswith(str(path))]
+    if _open_files(path):
+        gc.collect()  # `vfs.hooked` has put it off
+    left = _open_files(path)
     run.check(not left, f"{what}: {left} are still open")
     for flaw in damage(path):
         run.wrong(f"{what}: {path.name} is damaged: {flaw}")
@@ -248,22 +256,37 @@ def look_at_files(run: Run, path: Path, last: Picture, what: str = "in the end")
             run.lost(f"{what}: the database does not hold what it did")
 
 
-def _target(link: Path) -> str:
+def _open_files(path: Path) -> list[str]:
+    """What this process has open of a database."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # it was that of the folder itself, closed by now
+            found.append(str(link.readlink()))
+    return [target for target in found if target.startswith(str(path))]
+
+
+@contextmanager
+def abandoning(run: Run) -> Iterator[None]:
+    """Go on without a store that cannot be used any more; that is wrong."""
     try:
-        return str(link.readlink())
-    except FileNotFoundError:  # it was that of the folder itself, which is closed by now
-        return ""
+        yield
+    except HangError:
+        pass  # it was reported
+    except Exception as error:
+        run.wrong(f"the store cannot be used any more: {error!r}")
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
     """Keep the log of the store, which tells of each trouble, from the error output."""
-    logger = logging.getLogger("openclaw_store")
-    before, logger.disabled = logger.disabled, True
+    logger, silent = logging.getLogger("openclaw_store"), logging.NullHandler()
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(silent)
     try:
         yield
     finally:
-        logger.disabled = before
+        logger.removeHandler(silent)
+        logger.propagate = before
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from openclaw_store.errors import (
 
 SQLITE_ADVICE = {
     "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
-    "SQLITE_CORRUPT": "the file is damaged: restore a backup",
+    # It says so, too, of a page that the disk fails to read.
+    "SQLITE_CORRUPT": "the file is damaged, or the disk is: check the disk and try again, or "
+    "restore a backup",
     "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
     "SQLITE_READONLY": "it cannot be written: check the permissions of the file and its folder",
     "SQLITE_PERM": "it cannot be opened: check the permissions of the file and its folder",

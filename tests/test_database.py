@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import math
@@ -43,6 +44,7 @@ from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from benchmarks.postgres import wait_until
+from campaigns import vfs
 from openclaw_store import (
     BackendError,
     Database,
@@ -940,6 +942,23 @@ class TestBadFiles:
         await TaskRepository(database).create(make_task())
         await database.close()
 
+    async def test_page_that_cannot_be_read_sends_nobody_to_an_old_backup_at_once(
+        self, manager: StateManager, location: Path, make_task: MakeTask
+    ) -> None:
+        """Issue #7: the only advice was to restore a backup, though the next try may work."""
+        await manager.add_task(make_task())
+
+        def fail(call: vfs.Call) -> int:
+            return errno.EIO if call.name.startswith(("read", "pread")) else 0
+
+        with (
+            vfs.hooked(fail, location.parent),
+            pytest.raises(UnavailableError, match="check the disk"),
+        ):
+            await manager.db.vacuum()
+
+        await manager.db.vacuum()
+
     @pytest.mark.parametrize("is_replaced", [False, True])
     async def test_file_that_is_removed_or_replaced_is_neither_written_nor_made_anew(
         self, manager: StateManager, location: Path, make_task: MakeTask, is_replaced: bool
@@ -1027,7 +1046,7 @@ class TestBadFiles:
                 await TaskRepository(database).list_by_status(TaskStatus.PENDING)
 
         with pytest.raises(
-            UnavailableError, match=r"cluster\.db: the file is damaged: restore a b"
+            UnavailableError, match=r"cluster\.db: the file is damaged, or the disk is"
         ):
             await use()
 
