@@ -43,6 +43,9 @@ TASKS_A_CLAIM = 2
 CHANGES_A_LINE = 20
 """Of what a watcher tells."""
 
+END_SECONDS = 60
+"""In which a watcher must have been told of all that there is."""
+
 NEVER = 2**31 - 1
 
 WEIGHTS: Final = {
@@ -242,6 +245,7 @@ async def work(tell: Tell, location: str, node: str, life: int, seed: int, since
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(caller.watch(since))
             await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
-            while not watching.done():
-                await caller.register()  # one more change, for the watcher to end with
-                await asyncio.wait([watching], timeout=1)
+            async with asyncio.timeout(END_SECONDS):
+                while not watching.done():
+                    await caller.register()  # one more change, for the watcher to end with
+                    await asyncio.wait([watching], timeout=1)

@@ -5,15 +5,18 @@ They are planted from outside: nothing in the library knows of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 from openclaw_store.changes import Change, Row
+from openclaw_store.database import Database
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import Task
 from openclaw_store.operations import Claim, Update
+from openclaw_store.writer import Apply
 
 
 @contextmanager
@@ -58,10 +61,38 @@ def watch_ahead() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def entry_leak() -> Iterator[None]:
+    """P7: each write leaves an entry in a list; found by the long form of `soak`."""
+    write, entries = Database.write, list[object]()
+
+    def remember(self: Database, apply: Apply, operation: Any) -> Any:
+        entries.append(object())
+        return write(self, apply, operation)
+
+    with patch.object(Database, "write", remember):
+        yield
+
+
+@contextmanager
+def descriptor_leak() -> Iterator[None]:
+    """P7: each read leaves a file open; found by `soak`."""
+    read = Database.read
+
+    def leave_open(self: Database, work: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return read(self, work)
+
+    with patch.object(Database, "read", leave_open):
+        yield
+
+
 BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "no-version-in-where": no_version_in_where,
     "claimed-twice": claimed_twice,
     "watch-ahead": watch_ahead,
+    "entry-leak": entry_leak,
+    "descriptor-leak": descriptor_leak,
 }
 """By name, what has the bug in the library while it is entered."""
 

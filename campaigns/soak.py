@@ -49,7 +49,7 @@ MEMORY_SLOPE = 1e6
 GROWTH = 2.0
 """Of anything else, from the first quarter of what counts to the last one."""
 
-SHORT, GROWTH_OF_A_SHORT_RUN = 50, 20.0
+SHORT, GROWTH_OF_A_SHORT_RUN = 50, 10.0
 """Rounds of a run in which pools are still being filled, so that it tells less."""
 
 
