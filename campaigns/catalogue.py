@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from campaigns import history, soak
+from campaigns import files, history, io, soak
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (history.CAMPAIGN, soak.CAMPAIGN)
+CAMPAIGNS: tuple[Campaign, ...] = (
+    io.CAMPAIGN,
+    history.CAMPAIGN,
+    files.CAMPAIGN,
+    soak.CAMPAIGN,
+)

@@ -16,10 +16,37 @@ from openclaw_store.database import Database
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import Task
 from openclaw_store.operations import Claim, Update
-from openclaw_store.writer import Apply
+from openclaw_store.writer import Apply, Unit
+
+Bug = Callable[[], AbstractContextManager[None]]
+"""Has the bug in the library while it is entered."""
+
+BUGS: dict[str, Bug] = {}
+"""By name."""
 
 
 @contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """Have a bug in the library of this process; `None` for none.
+
+    Raises:
+        KeyError: If there is none of that name.
+    """
+    if name is None:
+        yield
+    else:
+        with BUGS[name]():
+            yield
+
+
+def bug(plant: Callable[[], Iterator[None]]) -> Bug:
+    """Make a bug of a function, and name it like that."""
+    found = contextmanager(plant)
+    BUGS[plant.__name__.replace("_", "-")] = found
+    return found
+
+
+@bug
 def no_version_in_where() -> Iterator[None]:
     """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
     decide = Update.decide
@@ -32,7 +59,7 @@ def no_version_in_where() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@bug
 def claimed_twice() -> Iterator[None]:
     """P4: a claim takes the word of memory that a task is pending, and does not look again."""
     decide = Claim.decide
@@ -48,7 +75,7 @@ def claimed_twice() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@bug
 def watch_ahead() -> Iterator[None]:
     """P5: a watcher goes on from where memory is, though the feed was read before."""
     changes = Mirror.changes
@@ -61,7 +88,22 @@ def watch_ahead() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@bug
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
 def entry_leak() -> Iterator[None]:
     """P7: each write leaves an entry in a list; found by the long form of `soak`."""
     write, entries = Database.write, list[object]()
@@ -74,7 +116,7 @@ def entry_leak() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@bug
 def descriptor_leak() -> Iterator[None]:
     """P7: each read leaves a file open; found by `soak`."""
     read = Database.read
@@ -85,27 +127,3 @@ def descriptor_leak() -> Iterator[None]:
 
     with patch.object(Database, "read", leave_open):
         yield
-
-
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "no-version-in-where": no_version_in_where,
-    "claimed-twice": claimed_twice,
-    "watch-ahead": watch_ahead,
-    "entry-leak": entry_leak,
-    "descriptor-leak": descriptor_leak,
-}
-"""By name, what has the bug in the library while it is entered."""
-
-
-@contextmanager
-def planted(name: str | None) -> Iterator[None]:
-    """Have a bug in the library of this process; `None` for none.
-
-    Raises:
-        KeyError: If there is none of that name.
-    """
-    if name is None:
-        yield
-    else:
-        with BUGS[name]():
-            yield
