@@ -5,6 +5,7 @@ They are planted from outside: nothing in the library knows of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from openclaw_store.database import Database
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import Task
 from openclaw_store.operations import Claim, Update
-from openclaw_store.writer import Unit
+from openclaw_store.writer import Apply, Unit
 
 Bug = Callable[[], AbstractContextManager[None]]
 """Has the bug in the library while it is entered."""
@@ -99,4 +100,30 @@ def cache_before_commit() -> Iterator[None]:
             unit.before_commit.append(lambda: self._writer.publish(unit.committed))
 
     with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def entry_leak() -> Iterator[None]:
+    """P7: each write leaves an entry in a list; found by the long form of `soak`."""
+    write, entries = Database.write, list[object]()
+
+    def remember(self: Database, apply: Apply, operation: Any) -> Any:
+        entries.append(object())
+        return write(self, apply, operation)
+
+    with patch.object(Database, "write", remember):
+        yield
+
+
+@bug
+def descriptor_leak() -> Iterator[None]:
+    """P7: each read leaves a file open; found by `soak`."""
+    read = Database.read
+
+    def leave_open(self: Database, work: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return read(self, work)
+
+    with patch.object(Database, "read", leave_open):
         yield
