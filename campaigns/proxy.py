@@ -232,8 +232,9 @@ class _Link:
                 self._send(data, writer)
                 continue
             for place in range(len(data)):
-                writer.write(data[place : place + 1])
-                await asyncio.sleep(_DRIP_SECONDS if proxy.drips else 0)
+                self._send(data[place : place + 1], writer)
+                if proxy.drips:
+                    await asyncio.sleep(_DRIP_SECONDS)
         if cut or proxy.swallows_replies:
             await asyncio.Event().wait()
         writer.close()
