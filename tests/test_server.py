@@ -258,6 +258,21 @@ class TestSilence:
             await add()
         assert execute(url, "SELECT task_id FROM tasks") == [("t",)]
 
+    @pytest.mark.parametrize("way", ["transaction", "session"])
+    async def test_read_with_a_session_of_the_callers_that_is_cut_off_is_unavailable(
+        self, proxy: Proxy, database: Database, way: str
+    ) -> None:
+        """Found by the campaign of the network: it was the driver's `TimeoutError`."""
+
+        async def read() -> None:
+            async with database.transaction() if way == "transaction" else database.session() as tx:
+                await TaskRepository(tx).count_by_status()
+                proxy.swallow()
+                await TaskRepository(tx).get("t")
+
+        with within(self.LIMIT + LEEWAY), pytest.raises(UnavailableError, match="not answer"):
+            await read()
+
     @pytest.mark.parametrize("moment", ["in the block", "behind it"])
     async def test_transaction_that_is_cut_off_before_its_commit_has_changed_nothing(
         self, proxy: Proxy, database: Database, url: str, make_task: MakeTask, moment: str
