@@ -23,8 +23,8 @@ FAULTS = ("reset", "refuse", "swallow", "swallow replies", "half", "hold", "drip
 - `drip`: replies come byte by byte.
 """
 
-MOMENTS = ("now", "request", "reply")
-"""When: at once, in place of passing on a request, or of passing on its reply."""
+MOMENTS = ("reply", "request", "now")
+"""When: in place of passing on the reply to a request, or the request; or at once."""
 
 _DRIP_SECONDS = 0.0005
 
@@ -58,6 +58,8 @@ class Proxy:
         self._url = url
         self.taken = 0
         """Connections so far."""
+        self.swallowed = 0
+        """Requests so far that it did not pass on, or whose replies it would not."""
         self.awaited: Fault | None = None
         """The fault whose moment has not come yet."""
         self.struck = asyncio.Event()
@@ -172,6 +174,8 @@ class _Link:
         """Whether it is reset in place of passing on the next reply."""
         self.halves_next = False
         """Whether half of the next message is its end."""
+        self.loses_replies = False
+        """Whether some of them were swallowed, and so will be all others."""
 
     async def serve(self, port: int) -> None:
         """Pass on what both sides say, until one of them ends it."""
@@ -210,6 +214,7 @@ class _Link:
             cut = cut or proxy.swallows_requests
             if not cut:
                 self._send(data, writer)
+            proxy.swallowed += cut or self.loses_replies
             if awaited is not None and is_moment and awaited.moment == "reply":
                 proxy.strike(self)
         if cut or proxy.swallows_requests:
@@ -222,6 +227,7 @@ class _Link:
         proxy, cut = self._proxy, False
         while data := await reader.read(1 << 16):
             cut = cut or proxy.swallows_replies
+            self.loses_replies = cut
             if cut:
                 continue
             if self.resets_next:
