@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from campaigns import clock, network
+from campaigns import backups, clock, network
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (network.CAMPAIGN, clock.CAMPAIGN)
+CAMPAIGNS: tuple[Campaign, ...] = (network.CAMPAIGN, backups.CAMPAIGN, clock.CAMPAIGN)
