@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from campaigns import backups, clock, network
+from campaigns import backups, clock, history, network, soak
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (network.CAMPAIGN, backups.CAMPAIGN, clock.CAMPAIGN)
+CAMPAIGNS: tuple[Campaign, ...] = (
+    history.CAMPAIGN,
+    network.CAMPAIGN,
+    backups.CAMPAIGN,
+    clock.CAMPAIGN,
+    clock.MACHINE,
+    soak.CAMPAIGN,
+)

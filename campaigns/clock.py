@@ -20,14 +20,15 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from campaigns.campaign import SQLITE, Campaign, Run
+from campaigns.children import Child, Tell
 from campaigns.planted import planted
 from openclaw_store import (
     Backoff,
@@ -74,6 +75,12 @@ TIMEOUT = 60
 BACKOFF = Backoff(first_seconds=15, longest_seconds=60)
 
 NODES = 3
+
+OUT_OF_ORDER = """
+    SELECT task_id, submitted_at, scheduled_at, started_at, completed_at FROM tasks
+    WHERE scheduled_at < submitted_at OR started_at < scheduled_at
+    OR completed_at < coalesce(started_at, scheduled_at, submitted_at)"""
+"""The tasks whose times are not in order."""
 
 
 class JumpingClock:
@@ -367,11 +374,7 @@ class Cluster:
 
     def check_tasks(self, what: str) -> None:
         """Look whether the times of all tasks are in order, and what was completed is."""
-        wrong = self.rows(
-            "SELECT task_id, submitted_at, scheduled_at, started_at, completed_at FROM tasks WHERE"
-            " scheduled_at < submitted_at OR started_at < scheduled_at"
-            " OR completed_at < coalesce(started_at, scheduled_at, submitted_at)"
-        )
+        wrong = self.rows(OUT_OF_ORDER)
         self.run.check(not wrong, f"the times of {wrong[:3]} are not in order after {what}")
         stored = {id for (id,) in self.rows("SELECT task_id FROM tasks WHERE status = 'completed'")}
         for id in self.world.completed - stored:
@@ -389,4 +392,143 @@ CAMPAIGN = Campaign(
     unit="jumps",
     kinds=(SQLITE,),
     bugs=("heartbeats-from-the-future", "times-as-the-clock-says"),
+)
+
+
+MACHINE_PATIENCE = 2.0
+"""Seconds that a node may be silent, where it is the machine's clock that jumps."""
+
+MACHINE_JUMPS = [timedelta(hours=-1), timedelta(days=3), timedelta(days=-3), timedelta(hours=1)]
+
+FAKETIME = next(
+    (
+        path
+        for folder in ("/usr/lib", "/usr/local/lib", "/opt/homebrew/lib")
+        for path in sorted(Path(folder).glob("**/faketime/libfaketimeMT.so.1"))
+    ),
+    None,
+)
+"""What has programs believe in another time (https://github.com/wolfcw/libfaketime)."""
+
+
+def perform_on_machine(run: Run) -> None:
+    """Have the clock of the processes jump; each time, one of them is killed and replaced."""
+    with run.location() as location:
+        offset = run.folder / "offset"
+        offset.write_text("+0")
+        environment = {
+            "LD_PRELOAD": str(FAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(offset),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+
+        def start(function: Callable[..., Any], *arguments: str) -> Child:
+            errors = run.folder / "errors"
+            return Child(function, location, *arguments, errors=errors, environment=environment)
+
+        with (
+            start(look_after_nodes),
+            start(work_as, "lives"),
+            closing(sqlite3.connect(f"file:{location}?mode=ro", uri=True)) as past,
+        ):
+            machine = Machine(run, offset, past)
+            for number in run.each_round():
+                with start(work_as, "dies") as mortal:
+                    machine.wait_until_known("lives", "dies")
+                    machine.jump(MACHINE_JUMPS[number % len(MACHINE_JUMPS)])
+                    machine.wait_until_known("lives", "dies")
+                    mortal.kill()
+                machine.wait_until_lost("dies")
+            machine.check_tasks()
+
+
+async def work_as(tell: Tell, path: str, name: str) -> None:
+    """Be a node that beats, and runs tasks of its own."""
+    async with StateManager(Database(path), 1) as manager:
+        node = NodeInfo(name, name, available_skills=[name], max_concurrent_tasks=4)
+        await manager.register_node(node)
+        while True:
+            await manager.add_task(Task.create(TaskType.BATCH, "t", required_skills=[name]))
+            await manager.update_heartbeat(name)
+            for task in await manager.claim_tasks(name, limit=4):
+                with suppress(NotOwnerError):  # the clock has jumped, so it was taken away
+                    await manager.start_task(task)
+                    await manager.complete_task(task)
+            await asyncio.sleep(0.2)
+
+
+async def look_after_nodes(tell: Tell, path: str) -> None:
+    """Be the coordinator that finds out which nodes are lost."""
+    async with StateManager(Database(path), 1) as manager:
+        while True:
+            await manager.recover(timeout_seconds=MACHINE_PATIENCE)
+            await asyncio.sleep(0.2)
+
+
+class Machine:
+    """What a process sees whose clock does not jump."""
+
+    SLOW = 120.0
+    """Seconds after which something that should have happened never will."""
+
+    def __init__(self, run: Run, offset: Path, past: sqlite3.Connection) -> None:
+        self._run, self._offset, self._past = run, offset, past
+        self._ahead = timedelta()
+        self._slowest: dict[str, float] = {}
+
+    def jump(self, by: timedelta) -> None:
+        """Set the clock that the others have."""
+        self._ahead += by
+        aside = self._offset.with_suffix(".aside")
+        aside.write_text(f"{self._ahead.total_seconds():+.0f}")
+        aside.replace(self._offset)  # whoever reads it finds the old one or the new one
+        self._run.counts.operations += 1
+        self._run.counts.acknowledged += 1
+
+    def wait_until_known(self, *names: str) -> None:
+        """See nodes marked as living that do, by heartbeats of their present time."""
+        self._wait("known to live", lambda: all(map(self._is_known, names)))
+
+    def wait_until_lost(self, name: str) -> None:
+        """See a node marked as lost that is."""
+        self._wait("marked lost", lambda: self._node(name)[0] == "offline")
+
+    def check_tasks(self) -> None:
+        """Look whether the times of tasks are in order."""
+        wrong = self._past.execute(OUT_OF_ORDER).fetchall()
+        self._run.check(not wrong, f"the times of {wrong[:3]} are not in order")
+
+    def _is_known(self, name: str) -> bool:
+        status, at = self._node(name)
+        present = time.time() + self._ahead.total_seconds()
+        return status == "online" and abs(at / 1e6 - present) < 10 * MACHINE_PATIENCE
+
+    def _node(self, name: str) -> tuple[str, int]:
+        query = "SELECT status, coalesce(last_heartbeat, 0) FROM nodes WHERE node_id = ?"
+        found: tuple[str, int] | None = self._past.execute(query, (name,)).fetchone()
+        return found or ("unknown", 0)
+
+    def _wait(self, what: str, condition: Callable[[], bool]) -> None:
+        began = time.monotonic()
+        while not condition():
+            if time.monotonic() - began > self.SLOW:
+                self._run.wrong(f"not within {self.SLOW:.0f} s after a jump: {what}")
+                return
+            time.sleep(0.02)
+        took = self._slowest[what] = max(self._slowest.get(what, 0), time.monotonic() - began)
+        self._run.notes[f"slowest {what}"] = f"{took:.1f} s"
+
+
+MACHINE = Campaign(
+    "machine-clock",
+    "The clock of the machine jumps under processes that know nothing of it.",
+    ("P1", "P4"),
+    perform_on_machine,
+    rounds=60,
+    quick_rounds=1,
+    unit="jumps",
+    kinds=(SQLITE,),
+    why_not=lambda: None if FAKETIME else "no libfaketime: apt-get install faketime",
 )

@@ -5,27 +5,85 @@ They are planted from outside: nothing in the library knows of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 from unittest.mock import patch
 
-from openclaw_store import NodeInfo, lifecycle
+from openclaw_store import lifecycle
+from openclaw_store.changes import Change, Row
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.heartbeats import Beat
+from openclaw_store.mirror import Mirror
+from openclaw_store.models import NodeInfo, Task
+from openclaw_store.operations import Claim, Update
 from openclaw_store.records import Record
 
 
 @contextmanager
+def no_version_in_where() -> Iterator[None]:
+    """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
+    decide = Update.decide
+
+    def overwrite(self: Update[Any], row: Row) -> Any:
+        self.version = row.version or self.version
+        return decide(self, row)
+
+    with patch.object(Update, "decide", overwrite):
+        yield
+
+
+@contextmanager
+def claimed_twice() -> Iterator[None]:
+    """P4: a claim takes the word of memory that a task is pending, and does not look again."""
+    decide = Claim.decide
+
+    def believe(self: Claim, row: Row) -> Any:
+        for candidate in self.candidates:
+            task = row.other(Task, candidate["task_id"])
+            if task.version is not None:
+                task.status, task.record = "pending", candidate
+        return decide(self, row)
+
+    with patch.object(Claim, "decide", believe):
+        yield
+
+
+@contextmanager
+def watch_ahead() -> Iterator[None]:
+    """P5: a watcher goes on from where memory is, though the feed was read before."""
+    changes = Mirror.changes
+
+    async def skip(self: Mirror, since: int) -> tuple[Sequence[Change], int]:
+        found, until = await changes(self, since)
+        return found, max(until, self.cache.complete)
+
+    with patch.object(Mirror, "changes", skip):
+        yield
+
+
+@contextmanager
+def lost_reply_is_no_doubt() -> Iterator[None]:
+    """P2: a commit that nobody has answered is taken for one that has not happened."""
+    meaning = PostgreSQLFaults._meaning
+
+    def in_no_doubt(
+        self: PostgreSQLFaults, error: Exception, *, own: bool, committing: bool
+    ) -> StoreError | None:
+        return meaning(self, error, own=own, committing=False)
+
+    with patch.object(PostgreSQLFaults, "_meaning", in_no_doubt):
+        yield
+
+
+@contextmanager
 def heartbeats_from_the_future() -> Iterator[None]:
-    """A heartbeat never gives way to one from before it, though the clock was turned back.
+    """A heartbeat never gives way to one from before it, though the clock was turned back."""
 
-    Breaks: a node that lives is not marked lost for longer than a beat.
-    """
-
-    def is_news_to(beat: Beat, record: Record[NodeInfo], now: object = None) -> bool:
+    def is_news_to(self: Beat, record: Record[NodeInfo], now: object = None) -> bool:
         last = record["last_heartbeat"]
-        return last is None or beat.at >= last
+        return last is None or self.at >= last
 
     with patch.object(Beat, "is_news_to", is_news_to):
         yield
@@ -33,34 +91,17 @@ def heartbeats_from_the_future() -> Iterator[None]:
 
 @contextmanager
 def times_as_the_clock_says() -> Iterator[None]:
-    """What becomes of a task is stamped with the present time, though that was turned back.
-
-    Breaks: no task's times are out of order.
-    """
+    """What becomes of a task is stamped with the present time, though that was turned back."""
     with patch.object(lifecycle, "_next", lambda _, now: now):
         yield
 
 
-@contextmanager
-def lost_reply_is_no_doubt() -> Iterator[None]:
-    """A commit that nobody has answered is taken for one that has not happened.
-
-    Breaks: a call that raises anything but `OutcomeUnknownError` has changed nothing.
-    """
-    meaning = PostgreSQLFaults._meaning
-
-    def in_no_doubt(
-        faults: PostgreSQLFaults, error: Exception, *, own: bool, committing: bool
-    ) -> StoreError | None:
-        return meaning(faults, error, own=own, committing=False)
-
-    with patch.object(PostgreSQLFaults, "_meaning", in_no_doubt):
-        yield
-
-
 BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "heartbeats-from-the-future": heartbeats_from_the_future,
+    "no-version-in-where": no_version_in_where,
+    "claimed-twice": claimed_twice,
+    "watch-ahead": watch_ahead,
     "lost-reply-is-no-doubt": lost_reply_is_no_doubt,
+    "heartbeats-from-the-future": heartbeats_from_the_future,
     "times-as-the-clock-says": times_as_the_clock_says,
 }
 """By name, what has the bug in the library while it is entered."""

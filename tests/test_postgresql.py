@@ -11,7 +11,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute, locked
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    engine_of,
+    execute,
+    locked,
+)
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import Server, wait_until
@@ -43,8 +52,9 @@ from openclaw_store.writer import Unit
 
 pytestmark = pytest.mark.postgresql
 
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
+WAITING = """
+    FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+"""Who waits for a lock; the server may have other databases, of tests that run beside this one."""
 
 
 @pytest.fixture
@@ -660,7 +670,7 @@ async def test_row_that_somebody_changes_by_hand_meanwhile_is_written_behind_it(
         await by_hand.exec_driver_sql("UPDATE tasks SET user_id = 'by hand'")
         write = tasks.update(task) if verb == "update" else tasks.delete(task.task_id)
         writing = asyncio.create_task(write)
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        waiting = f"SELECT count(*) {WAITING}"
         while execute(location, waiting) == [(0,)]:  # noqa: ASYNC110  # the server is asked
             await asyncio.sleep(0.01)
 
@@ -678,8 +688,7 @@ async def test_statement_that_the_server_was_told_to_end_has_not_happened(
     await tasks.create(make_task())
     async with locked(location):
         writing = asyncio.create_task(tasks.create(make_task()))
-        waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        cancel = f"SELECT count(pg_cancel_backend(pid)) {waiting}"
+        cancel = f"SELECT count(pg_cancel_backend(pid)) {WAITING}"
         while execute(location, cancel) == [(0,)]:  # noqa: ASYNC110  # the server is asked
             await asyncio.sleep(0.01)
         with pytest.raises(UnavailableError, match="took too long"):

@@ -17,7 +17,13 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask, execute
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    MakeNode,
+    MakeTask,
+    execute,
+)
 from sqlalchemy import make_url, text
 
 from benchmarks.postgres import (
@@ -51,9 +57,6 @@ from openclaw_store.errors import (
 from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
-
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
 
 LEEWAY = 1.5
 """Seconds of slack on a busy machine, besides the limits; to wait for twice one of them is more."""
