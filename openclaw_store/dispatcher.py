@@ -61,7 +61,7 @@ class Recovery:
     offline_nodes: list[str]
     """The nodes it set OFFLINE."""
     requeued_tasks: list[str]
-    """The tasks it put back to pending."""
+    """The tasks it put back to pending, or made due that a clock turned back had put off."""
     failed_tasks: list[str]
     """Those that were on a node that is not alive, and had no retries left."""
     timed_out_tasks: list[str]

@@ -516,7 +516,8 @@ class NodeRepository(Repository[NodeInfo]):
     async def update(self, node: NodeInfo) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back.
+        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
+        in the future.
 
         Raises:
             NodeNotFoundError: If it was deleted meanwhile.
