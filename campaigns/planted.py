@@ -11,11 +11,16 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from openclaw_store import lifecycle
 from openclaw_store.changes import Change, Row
 from openclaw_store.database import Database
+from openclaw_store.errors import StoreError
+from openclaw_store.faults import PostgreSQLFaults
+from openclaw_store.heartbeats import Beat
 from openclaw_store.mirror import Mirror
-from openclaw_store.models import Task
+from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import Claim, Update
+from openclaw_store.records import Record
 from openclaw_store.writer import Apply, Unit
 
 Bug = Callable[[], AbstractContextManager[None]]
@@ -126,4 +131,37 @@ def descriptor_leak() -> Iterator[None]:
         return read(self, work)
 
     with patch.object(Database, "read", leave_open):
+        yield
+
+
+@bug
+def lost_reply_is_no_doubt() -> Iterator[None]:
+    """P2: a commit that nobody has answered is taken for one that has not happened."""
+    meaning = PostgreSQLFaults._meaning
+
+    def in_no_doubt(
+        self: PostgreSQLFaults, error: Exception, *, own: bool, committing: bool
+    ) -> StoreError | None:
+        return meaning(self, error, own=own, committing=False)
+
+    with patch.object(PostgreSQLFaults, "_meaning", in_no_doubt):
+        yield
+
+
+@bug
+def heartbeats_from_the_future() -> Iterator[None]:
+    """A heartbeat never gives way to one from before it, though the clock was turned back."""
+
+    def is_news_to(self: Beat, record: Record[NodeInfo], now: object = None) -> bool:
+        last = record["last_heartbeat"]
+        return last is None or self.at >= last
+
+    with patch.object(Beat, "is_news_to", is_news_to):
+        yield
+
+
+@bug
+def times_as_the_clock_says() -> Iterator[None]:
+    """What becomes of a task is stamped with the present time, though that was turned back."""
+    with patch.object(lifecycle, "_next", lambda _, now: now):
         yield

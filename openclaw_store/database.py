@@ -339,6 +339,16 @@ class Database:
         self.refuse_inside()
         return self._writer.submit(apply, operation)
 
+    async def read_in(
+        self, session: AsyncSession, work: Callable[[AsyncSession], Awaitable[Result]]
+    ) -> Result:
+        """Do `work`, which reads, with a session of the caller's.
+
+        There, only what stands in here is known to come from the driver: `TimeoutError`, say.
+        """
+        with self._backend.faults.translated():
+            return await work(session)
+
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
         """Apply an operation in the transaction that `session` came from; returns its result."""
         unit = session.info.get("unit")

@@ -221,5 +221,10 @@ def _cause(error: BaseException) -> BaseException:
 def _is_lost(cause: BaseException) -> bool:
     """Whether it says that there is no connection (any more), or no answer."""
     driver = importlib.import_module("asyncpg")
-    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
+    lost = (
+        OSError,
+        driver.InterfaceError,
+        driver.InternalClientError,  # it was interrupted, and is still busy with that
+        driver.TargetServerAttributeNotMatched,
+    )
     return isinstance(cause, lost)

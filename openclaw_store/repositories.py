@@ -199,7 +199,7 @@ class Repository(Generic[Item]):
 
     async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         if self._session is not None:
-            return await work(self._session)
+            return await self._database.read_in(self._session, work)
         return await self._database.read(work)
 
     async def _write(self, operation: Any, apply: Apply = apply) -> Any:
@@ -516,7 +516,8 @@ class NodeRepository(Repository[NodeInfo]):
     async def update(self, node: NodeInfo) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back.
+        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
+        in the future.
 
         Raises:
             NodeNotFoundError: If it was deleted meanwhile.
@@ -577,11 +578,13 @@ class NodeRepository(Repository[NodeInfo]):
     async def find_stale_nodes(self, timeout_seconds: float = 120) -> list[NodeInfo]:
         """Nodes that are ONLINE or BUSY, but were silent for longer than `timeout_seconds`.
 
-        A node that never sent a heartbeat counts from its registration. Newest registered first.
+        A node that never sent a heartbeat counts from its registration. A sign of life that is as
+        far in the future counts for nothing: a clock was turned back. Newest registered first.
         """
-        cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        now, patience = self._database.clock(), check_seconds("timeout_seconds", timeout_seconds)
         last_sign = func.coalesce(NodeRow.last_heartbeat, NodeRow.registered_at)
-        return await self._newest(NodeRow.status.in_(ALIVE), last_sign < cutoff)
+        is_near = last_sign.between(now - patience, now + patience)
+        return await self._newest(NodeRow.status.in_(ALIVE), ~is_near)
 
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""

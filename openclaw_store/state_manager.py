@@ -550,8 +550,9 @@ class StateManager:
         Sets silent nodes OFFLINE. What is scheduled or running on a node that was silent for too
         long, that is OFFLINE or in ERROR, or that there is not (any more), is PENDING again, with
         one retry less, or FAILED with the error `node lost`. What runs for longer than its
-        `timeout` is PENDING again, or has TIMEOUT. To be called every now and then, by any number
-        of coordinators: each task has one outcome.
+        `timeout` is PENDING again, or has TIMEOUT. What would wait for its next try for longer than
+        the backoff ever says, since a clock was turned back, is due at once. To be called every now
+        and then, by any number of coordinators: each task has one outcome.
 
         Args:
             timeout_seconds: How long a node may be silent.
@@ -638,7 +639,8 @@ class StateManager:
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back.
+        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
+        in the future.
 
         Args:
             persist: `False` keeps it in memory until the next synchronisation.
@@ -721,7 +723,8 @@ class StateManager:
 
         Args:
             timeout_seconds: How long a node may be silent; one that never sent a heartbeat
-                counts from its registration.
+                counts from its registration. A sign of life that is as far in the future counts
+                for nothing: a clock was turned back.
 
         Returns:
             Identifiers of the nodes it set OFFLINE.
