@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from campaigns import crash
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = ()
+CAMPAIGNS: tuple[Campaign, ...] = (crash.CAMPAIGN,)
