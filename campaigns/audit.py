@@ -19,6 +19,8 @@ from typing import Any
 
 from campaigns.campaign import Counts, Location, Run
 from campaigns.load import State, content
+from openclaw_store import Database, StoreError
+from openclaw_store.verification import verify
 
 Known = tuple[int, State | None]
 """How often a task was changed, and what became of it; `None` if it was removed."""
@@ -66,6 +68,7 @@ class Log:
         """A log of what was said so far, which counts the calls without an answer as this one."""
         copy = Log(self._counts)
         copy._known, copy._calls = {**self._known}, {**self._calls}
+        copy._failures = self._failures  # each is found once
         return copy
 
     def note(self, said: Sequence[Any]) -> None:
@@ -92,13 +95,13 @@ class Log:
             run.wrong(failure)
         self._failures.clear()
         try:
-            picture = Picture(location)
-        except UnreadableError as error:
-            run.wrong(f"the database can not be read: {error}")
+            contents = Contents(location)
+            found, findings = contents.tasks(), [*contents.disagreements()]
+        except (UnreadableError, ValueError) as error:
+            run.wrong(f"the database can not be read: {error!r}")
             return
-        for finding in picture.disagreements():
+        for finding in findings:
             run.wrong(finding)
-        found = picture.tasks()
         for call in self._calls.values():
             taken = {id: known for id, known in call.after.items() if found.get(id) == known}
             self._known.update(taken)
@@ -118,21 +121,38 @@ class Log:
         return self._known[id][0] if id in self._known else 0
 
 
+def verify_it(run: Run, location: Location) -> None:
+    """Have the library open a database, and say itself whether it is sound."""
+
+    async def problems() -> list[str]:
+        async with Database(location) as database:
+            return [problem.text for problem in (await verify(database)).problems]
+
+    try:
+        for problem in asyncio.run(problems()):
+            run.wrong(problem)
+    except StoreError as error:
+        run.wrong(f"the store can not be opened: {error}")
+
+
 class UnreadableError(Exception):
-    """A database is so broken that it can not be read."""
+    """A database is broken."""
 
 
-class Picture:
+class Contents:
     """All that is in a database at one moment.
 
     Raises:
-        UnreadableError: If it can not be read, or an index of it is broken.
+        UnreadableError: If it can not be read, or its own checks find it broken.
+        ValueError: If a value of it can not be understood.
     """
 
     def __init__(self, location: Location) -> None:
-        self._problems, (self._tasks, self._nodes, self._feed, [(self._revision,)]) = (
+        problems, (self._tasks, self._nodes, self._feed, [(self._revision,)]) = (
             _ask_file(location) if isinstance(location, Path) else _ask_server(location)
         )
+        if problems:
+            raise UnreadableError(problems)
 
     def tasks(self) -> dict[str, Known]:
         """What has become of each task that there ever was."""
@@ -144,8 +164,6 @@ class Picture:
 
     def disagreements(self) -> Iterator[str]:
         """What does not fit together."""
-        for problem in self._problems:
-            yield f"the database is corrupt: {problem}"
         yield from self._halves()
         yield from self._gaps()
         yield from self._strangers()

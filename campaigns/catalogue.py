@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from campaigns import crash
+from campaigns import crash, io, lost_writes, power
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (crash.CAMPAIGN,)
+CAMPAIGNS: tuple[Campaign, ...] = (
+    crash.CAMPAIGN,
+    power.CAMPAIGN,
+    lost_writes.CAMPAIGN,
+    io.CAMPAIGN,
+)

@@ -230,7 +230,7 @@ class _Client:
 
     def _moved(self, id: str, status: TaskStatus, attempts: int = 0) -> State:
         _, attempt, number = self._tasks[id]
-        return [status, attempt + attempts, number]
+        return [status.value, attempt + attempts, number]
 
 
 def _node_of(client: int) -> str:
@@ -238,4 +238,4 @@ def _node_of(client: int) -> str:
 
 
 def _state_of(task: Task) -> State:
-    return [task.status, task.attempt, task.parameters["number"]]
+    return [task.status.value, task.attempt, task.parameters["number"]]

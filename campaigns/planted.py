@@ -9,17 +9,79 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from unittest.mock import patch
+from unittest import mock
 
 from openclaw_store.changes import Ledger
 from openclaw_store.database import Database
 from openclaw_store.sqlite import _WriteConnection
 from openclaw_store.writer import Unit
 
-_STALL_SECONDS = 10
+STALL_SECONDS = 10
 """So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
 
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+
+@contextmanager
+def acknowledge_before_commit() -> Iterator[None]:
+    """P1: the writer gives its callers their answers, and commits afterwards."""
+    transaction, commits = Database._write_on_thread, count()
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, lambda _: None) as unit:
+            yield unit
+            committed(unit)
+            if next(commits):
+                time.sleep(STALL_SECONDS)
+
+    with mock.patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@contextmanager
+def revision_outside_transaction() -> Iterator[None]:
+    """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
+    write, commits = Ledger._write, count()
+
+    def write_afterwards(self: Ledger) -> None:
+        self.cursor.execute("COMMIT")
+        if next(commits):
+            time.sleep(STALL_SECONDS)
+        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
+        write(self)
+
+    with mock.patch.object(Ledger, "_write", write_afterwards):
+        yield
+
+
+@contextmanager
+def synchronous_off() -> Iterator[None]:
+    """P1: a commit on SQLite returns before it is on the disk."""
+    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
+    with mock.patch.object(_WriteConnection, "pragmas", pragmas):
+        yield
+
+
+@contextmanager
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+
+    with mock.patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "acknowledge-before-commit": acknowledge_before_commit,
+    "revision-outside-transaction": revision_outside_transaction,
+    "synchronous-off": synchronous_off,
+    "cache-before-commit": cache_before_commit,
+}
 """By name, what has the bug in the library while it is entered."""
 
 
@@ -35,53 +97,3 @@ def planted(name: str | None) -> Iterator[None]:
     else:
         with BUGS[name]():
             yield
-
-
-def _bug(name: str) -> Callable[[Callable[[], Iterator[None]]], None]:
-    def register(bug: Callable[[], Iterator[None]]) -> None:
-        BUGS[name] = contextmanager(bug)
-
-    return register
-
-
-@_bug("acknowledge-before-commit")
-def _acknowledging_before_commit() -> Iterator[None]:
-    """P1: the writer gives its callers their answers, and commits afterwards."""
-    commits = count()
-    transaction = Database._write_on_thread
-
-    @contextmanager
-    def answering(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        with transaction(self, lambda _: None) as unit:
-            yield unit
-            committed(unit)
-            if next(commits):
-                time.sleep(_STALL_SECONDS)
-
-    with patch.object(Database, "_write_on_thread", answering):
-        yield
-
-
-@_bug("revision-outside-transaction")
-def _numbering_afterwards() -> Iterator[None]:
-    """P2 and P5: the rows are committed, and in another transaction their changes and revisions."""
-    commits = count()
-    write = Ledger._write
-
-    def commit_and_write(self: Ledger) -> None:
-        self.cursor.execute("COMMIT")
-        if next(commits):
-            time.sleep(_STALL_SECONDS)
-        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
-        write(self)
-
-    with patch.object(Ledger, "_write", commit_and_write):
-        yield
-
-
-@_bug("synchronous-off")
-def _leaving_it_to_the_system() -> Iterator[None]:
-    """P1: a commit on SQLite returns before it is on the disk."""
-    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
-    with patch.object(_WriteConnection, "pragmas", pragmas):
-        yield

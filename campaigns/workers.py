@@ -14,12 +14,10 @@ from statistics import median
 from threading import Timer
 from typing import Any, NamedTuple
 
-from campaigns.audit import Log
+from campaigns.audit import Log, verify_it
 from campaigns.campaign import Location, Run
 from campaigns.children import Child, Tell
 from campaigns.load import make_nodes, open_store, write
-from openclaw_store import Database
-from openclaw_store.verification import verify
 
 MOST_BATCHES = 8
 """A worker writes for so many times as long, at most, as its first call takes."""
@@ -66,13 +64,7 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
     slowest = max(*seconds, float(run.notes.get(SLOWEST, "0 s").split()[0]))
     run.notes[SLOWEST] = f"{slowest:.2f} s"
     run.check(median(seconds) < REOPENING_SECONDS, f"opening took {seconds} seconds")
-    for problem in asyncio.run(_problems(location)):
-        run.wrong(problem)
-
-
-async def _problems(location: Location) -> list[str]:
-    async with Database(location) as database:
-        return [problem.text for problem in (await verify(database)).problems]
+    verify_it(run, location)
 
 
 class NotOpenError(Exception):

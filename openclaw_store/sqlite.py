@@ -26,7 +26,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backups import written_aside
-from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
+from openclaw_store.errors import (
+    InvalidDataError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+    UnavailableError,
+)
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.writer import NothingKnown
 
@@ -347,6 +352,7 @@ class SQLite:
                 at it; `None` for no copy. What fails leaves no copy.
 
         Raises:
+            OutcomeUnknownError: If the disk failed while committing; the copy is kept.
             UnavailableError: If another process keeps the lock for longer than the timeout, or has
                 the file open that is to be copied.
             SchemaMismatchError: If a row refers to one that is not there afterwards.
@@ -357,18 +363,26 @@ class SQLite:
             with connection:
                 if copy is not None:
                     self._copy_to(connection, copy)
-                # SQLite changes a table by copying it, and dropping the old one would delete rows
-                # that refer to it. The switch works outside of transactions, hence on the driver.
-                connection.connection.execute("PRAGMA foreign_keys=OFF")
-                with retrying(connection.begin, self._timeout):
-                    try:
-                        result = work(connection)
-                        self._refuse_orphans(connection)
-                    except BaseException:
-                        if copy is not None:
-                            copy.unlink()  # the file is still what it was
-                        raise
+                try:
+                    result = self._migrated(connection, work)
+                except OutcomeUnknownError:
+                    raise  # the copy may be all that is left of what the file was
+                except BaseException:
+                    if copy is not None:
+                        copy.unlink()  # the file is still what it was
+                    raise
         self._empty_wal()
+        return result
+
+    def _migrated(self, connection: Connection, work: Callable[[Connection], Result]) -> Result:
+        # SQLite changes a table by copying it, and dropping the old one would delete rows that
+        # refer to it. The switch works outside of transactions, hence on the driver.
+        connection.connection.execute("PRAGMA foreign_keys=OFF")
+        with retrying(connection.begin, self._timeout) as transaction:
+            result = work(connection)
+            self._refuse_orphans(connection)
+            with self.faults.translated(committing=True):
+                transaction.commit()
         return result
 
     def _migrating(
@@ -380,8 +394,12 @@ class SQLite:
             if self.inspect(copy_to) is None:
                 return _writing_engine(self.path).connect(), None
             connection = _writing_engine(self.path, _LoneConnection).connect()
-            copy = copy_to(connection)  # others may have been faster
-            connection.rollback()
+            try:
+                copy = copy_to(connection)  # others may have been faster
+                connection.rollback()
+            except BaseException:
+                connection.close()  # else the file stays locked while the error is referred to
+                raise
             return connection, copy
 
         try:
@@ -479,9 +497,9 @@ class SQLite:
         if not self.exists():
             yield
             return
-        with closing(
-            sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
-        ) as connection:
+        with self.faults.translated():
+            connection = sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
+        with closing(connection):
             try:
                 connection.execute("PRAGMA journal_mode=DELETE")  # works for the only one there is
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")

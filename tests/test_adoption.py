@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -29,14 +30,17 @@ from test_layout import blocks
 from test_migrations import alembic, alembic_script
 from typer.testing import CliRunner
 
+from campaigns import vfs
 from openclaw_store import (
     Database,
     InvalidDataError,
     NodeInfo,
     NodeRepository,
     NodeStatus,
+    OutcomeUnknownError,
     SchemaMismatchError,
     StateManager,
+    StoreError,
     Task,
     TaskPriority,
     TaskRepository,
@@ -48,6 +52,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends import Backend, backend_of
 from openclaw_store.cli import app
+from openclaw_store.sqlite import SQLite, _LoneConnection
 
 pytestmark = pytest.mark.sqlite
 
@@ -657,6 +662,59 @@ class TestCopy:
         await database.initialize()
         await database.close()
         assert rejected(location) == []
+
+    @pytest.mark.parametrize(
+        ("number", "error", "is_kept"),
+        [(errno.ENOSPC, UnavailableError, False), (errno.EIO, OutcomeUnknownError, True)],
+    )
+    async def test_copy_stays_only_if_the_commit_may_have_taken_effect(
+        self,
+        location: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+        error: type[StoreError],
+        is_kept: bool,
+    ) -> None:
+        """Issue #7: a copy was left by each try on a full disk, which it filled further."""
+        make_original(location).close()
+        before, is_ready = everything(location), False
+        refuse_orphans = SQLite._refuse_orphans
+
+        def then_fail(*arguments: Any) -> None:
+            nonlocal is_ready
+            refuse_orphans(*arguments)
+            is_ready = True
+
+        def fail(call: vfs.Call) -> int:
+            return number if is_ready and call.name.startswith(("write", "pwrite")) else 0
+
+        monkeypatch.setattr(SQLite, "_refuse_orphans", then_fail)
+        with vfs.hooked(fail, location.parent), pytest.raises(error):
+            await Database(location).initialize()
+
+        assert everything(location) == before
+        assert len(copies_of(location)) == is_kept
+
+    async def test_adoption_that_fails_at_once_leaves_the_file_unlocked(
+        self, location: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Issue #7: it was locked for as long as somebody had the error."""
+        make_original(location).close()
+        is_original = adoption.is_original
+
+        def fails_alone(connection: Connection) -> bool:
+            found = is_original(connection)
+            if isinstance(connection.connection.dbapi_connection, _LoneConnection):
+                raise UnavailableError("the disk reports an error")
+            return found
+
+        monkeypatch.setattr(adoption, "is_original", fails_alone)
+        with pytest.raises(UnavailableError) as caught:
+            await Database(location).initialize()
+
+        with closing(sqlite3.connect(location, timeout=0)) as another:
+            another.execute("BEGIN EXCLUSIVE")
+        assert caught.value
 
     async def test_copy_that_cannot_be_made_stops_the_adoption(
         self, location: Path, monkeypatch: pytest.MonkeyPatch
