@@ -98,7 +98,7 @@ class Log:
             contents = Contents(location)
             found, findings = contents.tasks(), [*contents.disagreements()]
         except (UnreadableError, ValueError) as error:
-            run.wrong(f"the database can not be read: {error!r}")
+            run.wrong(f"the database cannot be read: {error!r}")
             return
         for finding in findings:
             run.wrong(finding)
@@ -132,7 +132,7 @@ def verify_it(run: Run, location: Location) -> None:
         for problem in asyncio.run(problems()):
             run.wrong(problem)
     except StoreError as error:
-        run.wrong(f"the store can not be opened: {error}")
+        run.wrong(f"the store cannot be opened: {error}")
 
 
 class UnreadableError(Exception):
@@ -143,8 +143,8 @@ class Contents:
     """All that is in a database at one moment.
 
     Raises:
-        UnreadableError: If it can not be read, or its own checks find it broken.
-        ValueError: If a value of it can not be understood.
+        UnreadableError: If it cannot be read, or its own checks find it broken.
+        ValueError: If a value of it cannot be understood.
     """
 
     def __init__(self, location: Location) -> None:

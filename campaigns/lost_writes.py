@@ -2,10 +2,10 @@
 
 SQLite's writes and syncs are recorded in process (see `vfs`), in one order with what the clients
 say. A cut is a place in that record. What was synced before it is in the files afterwards; of what
-was written since, sectors are drawn that are there, too. Tried are many cuts of each record, at
-random. (Enumerating the states that a crash may leave, from a record of system calls, is how
-Pillai et al. found that applications rely on more than file systems promise: "All File Systems Are
-Not Created Equal", OSDI 2014. Here they are drawn.)
+was written since, sectors are drawn that are there, too. (That a file was made or removed counts
+as synced.) Of each record, many cuts are tried. (To rebuild from a record of system calls what a
+crash may leave is how Pillai et al. found programs that rely on more than file systems promise:
+"All File Systems Are Not Created Equal", OSDI 2014.)
 
 Checked is what `power` checks, and that a store can be opened on the files, and finds them sound.
 """
@@ -183,7 +183,8 @@ def _cut(run: Run, disk: Disk, events: Sequence[Event], name: str, cuts: int) ->
     """Cut the power at random places of a record, and check each time what is left."""
     log = Log(run.counts)
     done = 0
-    for place in sorted(run.random.choices(range(len(events)), k=cuts)):
+    places = run.random.choices(range(len(events)), k=cuts - 1)
+    for place in [*sorted(places), len(events)]:
         for event in events[done:place]:
             if isinstance(event, list):
                 log.note(event)
