@@ -8,8 +8,10 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from itertools import count
 from random import Random
+from statistics import median
 from threading import Timer
 from typing import Any, NamedTuple
 
@@ -18,11 +20,11 @@ from campaigns.campaign import Location, Run
 from campaigns.children import Child, Tell
 from campaigns.load import make_nodes, open_store, write
 
-MOST_BATCHES = 8
+MOST_BATCHES = 6
 """A worker writes for so many times as long, at most, as its first call takes."""
 
 REOPENING_SECONDS = 1.0
-"""Within that time the store is open again, unless the machine is busy with something else."""
+"""Within that time the store is open again, on a machine that has nothing else to do."""
 
 SLOWEST = "slowest reopening"
 
@@ -62,7 +64,9 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
             worker.end()
     slowest = max(*seconds, float(run.notes.get(SLOWEST, "0 s").split()[0]))
     run.notes[SLOWEST] = f"{slowest:.2f} s"
-    run.check(min(seconds) < REOPENING_SECONDS, f"opening took {seconds} seconds")
+    waiting = os.getloadavg()[0] / (os.cpu_count() or 1)  # for a processor, where it is above 1
+    is_fast = median(seconds) < REOPENING_SECONDS * max(1, waiting)
+    run.check(is_fast, f"opening took {seconds} seconds")
     verify_it(run, location)
 
 
@@ -132,7 +136,8 @@ class Worker:
 
 
 def breed(tell: Tell, location: str, seed: int) -> None:
-    """Have a worker, and when it is dead another one; so each is there at once."""
+    """Have a worker, and when it is dead another one, which has nothing left to import."""
+    import_module("asyncpg" if "://" in location else "aiosqlite")
     random = Random(seed)
     for generation in count():
         seed = random.getrandbits(32)
