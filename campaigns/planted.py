@@ -6,13 +6,15 @@ They are planted from outside: nothing in the library knows of them.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Any
 from unittest.mock import patch
 
 from openclaw_store import lifecycle
-from openclaw_store.changes import Change, Row
+from openclaw_store.changes import Change, Ledger, Row
 from openclaw_store.database import Database
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
@@ -21,7 +23,12 @@ from openclaw_store.mirror import Mirror
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import Claim, Update
 from openclaw_store.records import Record
+from openclaw_store.sqlite import _WriteConnection
 from openclaw_store.writer import Apply, Unit
+
+STALL_SECONDS = 10
+"""So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
+
 
 Bug = Callable[[], AbstractContextManager[None]]
 """Has the bug in the library while it is entered."""
@@ -164,4 +171,45 @@ def heartbeats_from_the_future() -> Iterator[None]:
 def times_as_the_clock_says() -> Iterator[None]:
     """What becomes of a task is stamped with the present time, though that was turned back."""
     with patch.object(lifecycle, "_next", lambda _, now: now):
+        yield
+
+
+@bug
+def acknowledge_before_commit() -> Iterator[None]:
+    """P1: the writer gives its callers their answers, and commits afterwards."""
+    transaction, commits = Database._write_on_thread, count()
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, lambda _: None) as unit:
+            yield unit
+            committed(unit)
+            if next(commits):
+                time.sleep(STALL_SECONDS)
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def revision_outside_transaction() -> Iterator[None]:
+    """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
+    write, commits = Ledger._write, count()
+
+    def write_afterwards(self: Ledger) -> None:
+        self.cursor.execute("COMMIT")
+        if next(commits):
+            time.sleep(STALL_SECONDS)
+        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
+        write(self)
+
+    with patch.object(Ledger, "_write", write_afterwards):
+        yield
+
+
+@bug
+def synchronous_off() -> Iterator[None]:
+    """P1: a commit on SQLite returns before it is on the disk."""
+    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
+    with patch.object(_WriteConnection, "pragmas", pragmas):
         yield
