@@ -570,6 +570,21 @@ class TestLookingAfter:
         assert sorted(os.listdir(location.parent)) == ["cluster.db", "folder"]
 
     @pytest.mark.sqlite
+    async def test_what_cannot_be_opened_is_not_replaced(
+        self, run: Run, location: Path, tmp_path: Path
+    ) -> None:
+        """Issue #7: the driver's own error was raised."""
+        await run("db", "upgrade")
+        copy, folder = tmp_path / "copy.db", tmp_path / "folder"
+        await run("backup", copy)
+        os.mkdir(folder)
+
+        with pytest.raises(UnavailableError, match="cannot be opened"):
+            restore(backend_of(folder), copy)
+
+        assert sorted(os.listdir(tmp_path)) == ["cluster.db", "copy.db", "folder"]
+
+    @pytest.mark.sqlite
     async def test_damaged_database_is_replaced_and_kept(
         self, run: Run, location: Path, copy: Path
     ) -> None:

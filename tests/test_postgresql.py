@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -454,10 +454,40 @@ async def test_heartbeats_and_changes_share_a_batch(
     assert (await database.get_stats())["writer"]["batches"] == 2
 
 
+class Moment(datetime):
+    """As other libraries have them."""
+
+
+async def test_batch_keeps_whatever_there_is(database: Database, make_task: MakeTask) -> None:
+    """Planted: arrays are sent as JSON with other brackets, whatever it escapes."""
+    first, last = (moment.replace(tzinfo=UTC) for moment in (datetime.min, datetime.max))
+    moments = [first, last, last - timedelta(microseconds=1), Moment(2026, 3, 1, tzinfo=UTC)]
+    texts = [*map(chr, range(1, 128)), "", "NULL", "\\n", "a\\", '\\"', "\\\n", "{,}", "é\u2028😀"]
+    tasks = [
+        make_task(
+            name=text,
+            error=None if number % 3 else text,
+            parameters={"text": text, text: 1e300},
+            timeout=None if number % 5 else 2**63 - 1,
+            submitted_at=moments[number % len(moments)],
+        )
+        for number, text in enumerate(texts)
+    ]
+    repository = TaskRepository(database)
+
+    await asyncio.gather(*map(repository.create, tasks))
+    tried = await asyncio.gather(*map(repository.update, tasks))
+
+    assert [await repository.get(task.task_id) for task in tasks] == tasks
+    assert tried == [True] * len(tasks)
+    assert (await database.get_stats())["writer"]["largest_batch"] == len(tasks)
+
+
 NEEDING: dict[str, Callable[[Unit], Any]] = {
     "execute": lambda unit: unit.cursor.execute("SELECT task_id FROM tasks"),
     "count": lambda unit: unit.cursor.count(
-        "UPDATE tasks SET error = 'x' FROM unnest($1::text[]) AS given (id) WHERE task_id = id",
+        "UPDATE tasks SET error = 'x' "
+        "FROM unnest($1::text::text[]) AS given (id) WHERE task_id = id",
         [("first",), ("second",)],
     ),
     "read": lambda unit: unit.cursor.read("SELECT task_id FROM tasks WHERE task_id <> $1", ["x"]),

@@ -183,6 +183,7 @@ class TestSubmit:
         await cluster.one.cancel_task(task.task_id)
         ended = await cluster.task(task.task_id)
         assert await cluster.two.submit_task(replace(task, version=0)) == ended
+        assert await cluster.two.get_task(task.task_id) == ended
 
         for stranger in (
             cluster.make_task(task_id=task.task_id),
