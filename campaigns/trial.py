@@ -1,9 +1,9 @@
 """A public call during some trouble, and all that must hold afterwards.
 
 The caller has its answer in time, and an error is a `StoreError`; a refused call has changed
-nothing, and one that returned is in the database, whole; memory shows what is in the database; when
-the trouble is over, the same call works. At the end the file is sound, a reopened store has all of
-it, and nothing was left open.
+nothing, and one that returned is in the database, whole, even if the process were killed now;
+memory shows what is in the database; when the trouble is over, the same call works. At the end the
+file is sound, a reopened store has all of it, and nothing was left open.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
@@ -22,6 +23,7 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -148,13 +150,20 @@ class Trial:
             elif is_elsewhere and effect.changes_rows:
                 run.lost(f"{what}: returned, and wrote where nobody looks")
         elif isinstance(outcome, OutcomeUnknownError):
-            run.counts.unknown_committed += after != before
             is_whole = after == before or revisions == effect.revisions
             run.check(is_whole or call.in_batches, f"{what}: was done in part")
         elif not call.in_batches and not call.is_kept:
             run.check(after == before, f"{what}: raised {outcome!r}, and changed something")
+        left = self._left_by_a_kill()
+        if isinstance(outcome, OutcomeUnknownError):
+            run.counts.unknown_committed += left != before
+            revisions = left.revision - before.revision
+            is_whole = left in (before, after) or revisions == effect.revisions
+            run.check(is_whole or call.in_batches, f"{what}: a kill would leave a part of it")
+        elif left != after and not call.is_kept:
+            run.lost(f"{what}: a kill would leave revision {left.revision} of {after.revision}")
         if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
-            self._report(what, await differences(state, after))
+            self.report(what, await differences(state, after))
         self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
         if isinstance(outcome, Exception):
             again = await outcome_of(run, made, f"{what}, once more")
@@ -176,9 +185,19 @@ class Trial:
             run.check(is_whole, f"{what}: {revisions} of {effect.revisions} changes in the end")
         gaps = {*range(before.revision + 1, final.revision + 1)} - {*final.rows["changes"]}
         run.check(not gaps, f"{what}: changes {gaps} are not in the feed")
-        self._report(what, [*final.flaws(), *await differences(state, final)])
+        self.report(what, [*final.flaws(), *await differences(state, final)])
 
-    def _report(self, what: str, found: list[str]) -> None:
+    def _left_by_a_kill(self) -> Picture:
+        """What there would be if the process were killed now: without what its `-shm` holds."""
+        with TemporaryDirectory(dir=self.run.folder) as folder:
+            copy = Path(folder, self.path.name)
+            for ending in ("", "-wal"):
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
+            return picture(copy)
+
+    def report(self, what: str, found: list[str]) -> None:
+        """Count what was found as wrong."""
         for flaw in found:
             self.run.wrong(f"{what}: {flaw}")
 
@@ -228,6 +247,7 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
             trial = Trial(run, path, Store(state, clock, folder), checker)
             yield trial
             last = trial.picture()
+            trial.report("in the end", await differences(state, last, finished=True))
     except BaseException:
         await asyncio.wait([asyncio.ensure_future(state.shutdown())], timeout=DEADLINE_SECONDS)
         raise
