@@ -43,6 +43,12 @@ TASKS_A_CLAIM = 2
 CHANGES_A_LINE = 20
 """Of what a watcher tells."""
 
+END_SECONDS = 60
+"""In which a watcher must have been told of all that there is."""
+
+PATIENCE_SECONDS = 60
+"""For a turn to write: no deadline is to pass because the machine is busy with other things."""
+
 NEVER = 2**31 - 1
 
 WEIGHTS: Final = {
@@ -236,12 +242,14 @@ async def work(tell: Tell, location: str, node: str, life: int, seed: int, since
     ends = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ends.set)
     logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refusals are what we want
-    async with StateManager(Database(location), backoff=Backoff(first_seconds=0)) as store:
+    database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
+    async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
         caller = Caller(store, node, life, seed, tell, ends)
         await caller.register()
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(caller.watch(since))
             await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
-            while not watching.done():
-                await caller.register()  # one more change, for the watcher to end with
-                await asyncio.wait([watching], timeout=1)
+            async with asyncio.timeout(END_SECONDS):
+                while not watching.done():
+                    await caller.register()  # one more change, for the watcher to end with
+                    await asyncio.wait([watching], timeout=1)

@@ -374,4 +374,4 @@ def _precedes(one: Operation[Call], other: Operation[Call]) -> bool:
 
 def _shown(call: Call) -> str:
     arguments = ", ".join(map(str, call.arguments))
-    return f"{call.name}({arguments}) → {call.answer}"
+    return f"{call.name}({arguments}) → {'?' if call.answer is UNKNOWN else call.answer}"

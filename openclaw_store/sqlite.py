@@ -116,6 +116,10 @@ def file_of(location: str | Path) -> Path:
         location = url.database
     if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
         raise InvalidDataError("db_path", f"must be a path or a URL, not {location!r}")
+    try:
+        os.fsencode(location)
+    except UnicodeEncodeError:
+        raise InvalidDataError("db_path", f"{location!r} is no name that a file can have") from None
     return Path(location).absolute()
 
 

@@ -47,6 +47,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.heartbeats import Beat, apply_beats
 from openclaw_store.operations import Remove, Update, apply_together
+from openclaw_store.records import Record
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
 
@@ -302,14 +303,20 @@ async def test_what_is_known_need_not_be_read(
     assert row == (0, 1)
 
 
+async def created(tasks: TaskRepository, task: Task) -> Record[Task]:
+    """What a cache knows of a task that was just created."""
+    await tasks.create(task)
+    record = await tasks.get_record(task.task_id)
+    assert record is not None
+    return record
+
+
 async def test_version_that_is_not_the_newest_is_found_out(
     database: Database, location: Location, make_task: MakeTask
 ) -> None:
     """Planted: the guard asks for the counters alone."""
     tasks, task = TaskRepository(database), make_task()
-    await tasks.create(task)
-    known = await tasks.get_record(task.task_id)
-    assert known is not None
+    known = await created(tasks, task)
     task.error = "newer"
     await tasks.update(task)
 
@@ -328,9 +335,7 @@ async def test_what_a_batch_has_written_is_not_taken_for_what_was_known_before(
 ) -> None:
     """Planted: each run of a batch does without reading."""
     tasks, task = TaskRepository(database), make_task()
-    await tasks.create(task)
-    known = await tasks.get_record(task.task_id)
-    assert known is not None
+    known = await created(tasks, task)
 
     first, second = [
         Update(Task, task.task_id, known.evolve(error=text), ("error",), 1, known) for text in "ab"
