@@ -448,7 +448,7 @@ CAMPAIGN = Campaign(
     ("P1", "P2"),
     perform,
     rounds=5_000,
-    quick_rounds=24,
+    quick_rounds=20,
     unit="troubles",
     kinds=(SQLITE,),
     why_not=vfs.why_not,

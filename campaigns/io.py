@@ -311,7 +311,7 @@ CAMPAIGN = Campaign(
     ("P1", "P2"),
     perform,
     rounds=20_000,
-    quick_rounds=45,
+    quick_rounds=40,
     unit="fault points",
     kinds=(SQLITE,),
     bugs=("cache-before-commit",),
