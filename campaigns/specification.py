@@ -156,6 +156,7 @@ def _is_held(task: Seen) -> bool:
 
 VERBS: Final[Mapping[str, Callable[..., Iterable[Outcome]]]] = {
     "read": _read,
+    "find": _read,
     "add": _add,
     "update": _update,
     "change": _change,
