@@ -19,6 +19,7 @@ from campaigns.specification import NOT_FOUND, Seen
 from openclaw_store import (
     ConflictError,
     Database,
+    DeadlineError,
     NodeInfo,
     NotFoundError,
     StateManager,
@@ -209,7 +210,7 @@ class Caller:
         self._tell("asked", number, time.monotonic_ns(), name, task_id, arguments)
         try:
             yield answers.append
-        except (ConflictError, NotFoundError) as error:
+        except (ConflictError, NotFoundError, DeadlineError) as error:
             answers.append(type(error).__name__)
         self._tell("answered", number, time.monotonic_ns(), *answers)
 

@@ -357,8 +357,8 @@ def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | N
 def _each_about_a_task(call: Asked) -> Iterator[Asked]:
     """A call as one about each task that it was answered with."""
     answer = call.answer
-    if call.name == "claim" and isinstance(answer, list):
-        for id, task in answer:
+    if call.name == "claim" and answer is not UNKNOWN:
+        for id, task in answer if isinstance(answer, list) else ():  # else it was too late
             yield replace(call, task_id=id, answer=Seen(*task))
     elif call.name == "change" and isinstance(answer, list):
         before, after = (Seen(*task) for task in answer)
