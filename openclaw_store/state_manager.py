@@ -432,7 +432,9 @@ class StateManager:
             InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
         """
         self._check_usable()
-        return await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        await self._mirror.reach(max((task.version for task in page), default=0))
+        return page
 
     async def cancel_tasks(
         self, filter: TaskFilter | None = None, reason: str | None = None
