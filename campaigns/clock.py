@@ -296,7 +296,7 @@ class Cluster:
             run.counts.operations += 1
             for task in await self.worker.claim_tasks(node_id, limit=2):
                 world.failed.pop(task.task_id, None)
-                hangs = task.timeout is not None and self.random.random() < 0.1
+                hangs = task.timeout is not None and self.random.random() < 0.4
                 held.append(Held(task, clock.true, hangs))
             run.counts.acknowledged += 1
 

@@ -370,7 +370,10 @@ class Caller:
 
     async def add_in_transaction(self, task: Task) -> None:
         async with self.lane.manager.db.transaction() as tx:
-            await TaskRepository(tx).create(task)
+            if await TaskRepository(tx).get(task.task_id) is None:
+                await TaskRepository(tx).create(task)
+            else:
+                raise DuplicateError("task", task.task_id)
 
     async def claim(self, id: str) -> Task:
         """Claim the only task that there is for this node."""
