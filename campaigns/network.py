@@ -3,8 +3,8 @@
 Callers add tasks, change them, claim them, start and complete them through a proxy, each of them
 again and again until it has been told that it is done, and then the next one. Meanwhile the
 network fails: connections are reset or refused, requests and replies vanish, messages arrive by
-halves, late, or byte by byte. It does so at any time, or in place of one request, or of its reply,
-a commit's among them.
+halves, late, or a few bytes at a time. It does so at any time, or in place of one request, or of
+its reply, a commit's among them.
 
 What they were told is compared with what the server has, which is asked past the proxy and past
 the library: after each error (one other than `OutcomeUnknownError` must have changed nothing), and
@@ -53,10 +53,10 @@ from openclaw_store.errors import (
 
 T = TypeVar("T")
 
-LANES = 6
+LANES = 4
 """Networks that fail side by side, each with a database of its own; most of the time all wait."""
 
-CALLERS = 4
+CALLERS = 3
 """On each of them."""
 
 LIMIT = 0.8
