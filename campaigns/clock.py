@@ -296,7 +296,7 @@ class Cluster:
             run.counts.operations += 1
             for task in await self.worker.claim_tasks(node_id, limit=2):
                 world.failed.pop(task.task_id, None)
-                hangs = task.timeout is not None and self.random.random() < 0.1
+                hangs = task.timeout is not None and self.random.random() < 0.4
                 held.append(Held(task, clock.true, hangs))
             run.counts.acknowledged += 1
 
@@ -395,7 +395,7 @@ CAMPAIGN = Campaign(
 )
 
 
-MACHINE_PATIENCE = 2.0
+MACHINE_PATIENCE = 1.0
 """Seconds that a node may be silent, where it is the machine's clock that jumps."""
 
 MACHINE_JUMPS = [timedelta(hours=-1), timedelta(days=3), timedelta(days=-3), timedelta(hours=1)]
@@ -419,7 +419,7 @@ def perform_on_machine(run: Run) -> None:
         environment = {
             "LD_PRELOAD": str(FAKETIME),
             "FAKETIME_TIMESTAMP_FILE": str(offset),
-            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_CACHE_DURATION": "1",  # seconds
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "NO_FAKE_STAT": "1",
         }
@@ -429,8 +429,7 @@ def perform_on_machine(run: Run) -> None:
             return Child(function, location, *arguments, errors=errors, environment=environment)
 
         with (
-            start(look_after_nodes),
-            start(work_as, "lives"),
+            start(look_after_nodes, "lives"),
             closing(sqlite3.connect(f"file:{location}?mode=ro", uri=True)) as past,
         ):
             machine = Machine(run, offset, past)
@@ -459,12 +458,14 @@ async def work_as(tell: Tell, path: str, name: str) -> None:
             await asyncio.sleep(0.2)
 
 
-async def look_after_nodes(tell: Tell, path: str) -> None:
-    """Be the coordinator that finds out which nodes are lost."""
+async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
+    """Be the coordinator that finds out which nodes are lost, and a node besides."""
+    working = asyncio.create_task(work_as(tell, path, name))
     async with StateManager(Database(path), 1) as manager:
-        while True:
+        while not working.done():
             await manager.recover(timeout_seconds=MACHINE_PATIENCE)
             await asyncio.sleep(0.2)
+    await working
 
 
 class Machine:
