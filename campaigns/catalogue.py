@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from campaigns import crash, io, lost_writes, power
+from campaigns import crash, files, history, io, lost_writes, power, soak
 from campaigns.campaign import Campaign
 
 CAMPAIGNS: tuple[Campaign, ...] = (
@@ -10,4 +10,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     power.CAMPAIGN,
     lost_writes.CAMPAIGN,
     io.CAMPAIGN,
+    history.CAMPAIGN,
+    files.CAMPAIGN,
+    soak.CAMPAIGN,
 )

@@ -28,8 +28,8 @@ from campaigns.campaign import SQLITE, Campaign, Run
 from campaigns.lives import LIVES, NAME, Life, original
 from campaigns.picture import Picture, damage, is_migrated, picture, task_ids
 from campaigns.planted import planted
-from campaigns.trial import HangError, look_at_files, outcome_of, quietly, trial_of
-from openclaw_store import OutcomeUnknownError, sqlite
+from campaigns.trial import HangError, checkpointing, look_at_files, outcome_of, quietly, trial_of
+from openclaw_store import OutcomeUnknownError
 
 _READS = frozenset({"read", "pread", "pread64"})
 _WRITES = frozenset({"write", "pwrite", "pwrite64"})
@@ -204,7 +204,7 @@ class _Faults:
         if isinstance(batch[0].call, Life):
             self._live(batch[0], batch[0].call, share)
             return
-        with self.run.location() as path, _checkpointing(batch[0].pages), suppress(HangError):
+        with self.run.location() as path, checkpointing(batch[0].pages), suppress(HangError):
             assert isinstance(path, Path)
             asyncio.run(self._call(batch, path, share))
 
@@ -280,15 +280,6 @@ class _Faults:
             yield copy
         finally:
             shutil.rmtree(copy)
-
-
-@contextmanager
-def _checkpointing(pages: int) -> Iterator[None]:
-    """Have connections that write move the WAL to the database after so many pages."""
-    kind = sqlite._WriteConnection
-    pragmas = (*kind.pragmas, f"PRAGMA wal_autocheckpoint={pages}")
-    with mock.patch.object(kind, "pragmas", pragmas):
-        yield
 
 
 @contextmanager

@@ -6,83 +6,28 @@ They are planted from outside: nothing in the library knows of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from unittest import mock
+from typing import Any
+from unittest.mock import patch
 
-from openclaw_store.changes import Ledger
+from openclaw_store.changes import Change, Ledger, Row
 from openclaw_store.database import Database
+from openclaw_store.mirror import Mirror
+from openclaw_store.models import Task
+from openclaw_store.operations import Claim, Update
 from openclaw_store.sqlite import _WriteConnection
 from openclaw_store.writer import Unit
 
+Bug = Callable[[], AbstractContextManager[None]]
+"""Has the bug in the library while it is entered."""
+
+BUGS: dict[str, Bug] = {}
+"""By name."""
+
 STALL_SECONDS = 10
 """So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
-
-
-@contextmanager
-def acknowledge_before_commit() -> Iterator[None]:
-    """P1: the writer gives its callers their answers, and commits afterwards."""
-    transaction, commits = Database._write_on_thread, count()
-
-    @contextmanager
-    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        with transaction(self, lambda _: None) as unit:
-            yield unit
-            committed(unit)
-            if next(commits):
-                time.sleep(STALL_SECONDS)
-
-    with mock.patch.object(Database, "_write_on_thread", too_soon):
-        yield
-
-
-@contextmanager
-def revision_outside_transaction() -> Iterator[None]:
-    """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
-    write, commits = Ledger._write, count()
-
-    def write_afterwards(self: Ledger) -> None:
-        self.cursor.execute("COMMIT")
-        if next(commits):
-            time.sleep(STALL_SECONDS)
-        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
-        write(self)
-
-    with mock.patch.object(Ledger, "_write", write_afterwards):
-        yield
-
-
-@contextmanager
-def synchronous_off() -> Iterator[None]:
-    """P1: a commit on SQLite returns before it is on the disk."""
-    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
-    with mock.patch.object(_WriteConnection, "pragmas", pragmas):
-        yield
-
-
-@contextmanager
-def cache_before_commit() -> Iterator[None]:
-    """P2: the cache takes changes before their commit, and keeps them when it fails."""
-    transaction = Database._write_on_thread
-
-    @contextmanager
-    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        with transaction(self, committed) as unit:
-            yield unit
-            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
-
-    with mock.patch.object(Database, "_write_on_thread", too_soon):
-        yield
-
-
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {
-    "acknowledge-before-commit": acknowledge_before_commit,
-    "revision-outside-transaction": revision_outside_transaction,
-    "synchronous-off": synchronous_off,
-    "cache-before-commit": cache_before_commit,
-}
-"""By name, what has the bug in the library while it is entered."""
 
 
 @contextmanager
@@ -97,3 +42,108 @@ def planted(name: str | None) -> Iterator[None]:
     else:
         with BUGS[name]():
             yield
+
+
+def bug(plant: Callable[[], Iterator[None]]) -> Bug:
+    """Make a bug of a function, and name it like that."""
+    found = contextmanager(plant)
+    BUGS[plant.__name__.replace("_", "-")] = found
+    return found
+
+
+@bug
+def acknowledge_before_commit() -> Iterator[None]:
+    """P1: the writer gives its callers their answers, and commits afterwards."""
+    transaction, commits = Database._write_on_thread, count()
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, lambda _: None) as unit:
+            yield unit
+            committed(unit)
+            if next(commits):
+                time.sleep(STALL_SECONDS)
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def revision_outside_transaction() -> Iterator[None]:
+    """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
+    write, commits = Ledger._write, count()
+
+    def write_afterwards(self: Ledger) -> None:
+        self.cursor.execute("COMMIT")
+        if next(commits):
+            time.sleep(STALL_SECONDS)
+        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
+        write(self)
+
+    with patch.object(Ledger, "_write", write_afterwards):
+        yield
+
+
+@bug
+def synchronous_off() -> Iterator[None]:
+    """P1: a commit on SQLite returns before it is on the disk."""
+    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
+    with patch.object(_WriteConnection, "pragmas", pragmas):
+        yield
+
+
+@bug
+def no_version_in_where() -> Iterator[None]:
+    """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
+    decide = Update.decide
+
+    def overwrite(self: Update[Any], row: Row) -> Any:
+        self.version = row.version or self.version
+        return decide(self, row)
+
+    with patch.object(Update, "decide", overwrite):
+        yield
+
+
+@bug
+def claimed_twice() -> Iterator[None]:
+    """P4: a claim takes the word of memory that a task is pending, and does not look again."""
+    decide = Claim.decide
+
+    def believe(self: Claim, row: Row) -> Any:
+        for candidate in self.candidates:
+            task = row.other(Task, candidate["task_id"])
+            if task.version is not None:
+                task.status, task.record = "pending", candidate
+        return decide(self, row)
+
+    with patch.object(Claim, "decide", believe):
+        yield
+
+
+@bug
+def watch_ahead() -> Iterator[None]:
+    """P5: a watcher goes on from where memory is, though the feed was read before."""
+    changes = Mirror.changes
+
+    async def skip(self: Mirror, since: int) -> tuple[Sequence[Change], int]:
+        found, until = await changes(self, since)
+        return found, max(until, self.cache.complete)
+
+    with patch.object(Mirror, "changes", skip):
+        yield
+
+
+@bug
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield

@@ -23,6 +23,7 @@ from contextlib import (
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from campaigns.calls import PublicCall, Store
 from campaigns.campaign import Run
@@ -35,6 +36,7 @@ from openclaw_store import (
     StateManager,
     StoreError,
     UnavailableError,
+    sqlite,
     verify,
 )
 from openclaw_store.testing import FakeClock
@@ -262,3 +264,12 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def checkpointing(pages: int) -> Iterator[None]:
+    """Have connections that write move the WAL to the database after so many pages."""
+    kind = sqlite._WriteConnection
+    pragmas = (*kind.pragmas, f"PRAGMA wal_autocheckpoint={pages}")
+    with mock.patch.object(kind, "pragmas", pragmas):
+        yield

@@ -152,6 +152,8 @@ class Dispatcher:
         except NotOwnerError as error:
             logger.warning("refused: %s", error)
             raise
+        if not done.is_changed:  # it is as others have left it
+            await self._mirror.reach(done.record.version)
         return done
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:

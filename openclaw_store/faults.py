@@ -209,6 +209,8 @@ class PostgreSQLFaults(Faults):
         if code is None:
             reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
             return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
+        if code == "08P01":  # so a pooler calls whatever is wrong
+            return UnavailableError(f"{self.location}: {cause}: check the pooler before the server")
         for beginning, advice in _POSTGRESQL_ADVICE.items():
             if code.startswith(beginning):
                 return UnavailableError(f"{self.location}: {advice}")

@@ -158,10 +158,20 @@ class Mirror:
             return record
         cache, version = self.cache, self.cache.version
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
+        if found is not None:
+            await self.reach(found.version)
         unmoved = self.cache is cache and cache.version == version
         if found is not None and place[0] is Task and unmoved:
             cache.remember(found)
         return self.cache.find(place) or found
+
+    async def reach(self, revision: int) -> None:
+        """Have memory know all up to a revision of which somebody will be told.
+
+        Else it might show what was before, and what is being read for it just now might, too.
+        """
+        if revision > self.cache.complete:
+            await self.refresh()
 
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""

@@ -259,13 +259,15 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
 class Writing:
     """The writer's connection, which belongs to its thread."""
 
-    def __init__(self, engine: Engine, timeout: float) -> None:
+    def __init__(self, engine: Engine, timeout: float, require_file: Callable[[], None]) -> None:
         self._timeout = timeout
+        self._require_file = require_file
         self._connection = retrying(engine.connect, timeout)
         self.cursor: Cursor
 
     def begin(self) -> None:
         """Begin a transaction with the write lock."""
+        self._require_file()
         retrying(lambda: _begin_writing(self._connection), self._timeout)
         self.cursor = Cursor(self._connection)
 
@@ -293,8 +295,9 @@ class SQLite:
         self.location = str(path)
         """Where it is, as people may see it."""
         self.faults = SQLiteFaults(self.location)
-        self.writing_engine = _writing_engine(path)
+        self.writing_engine = self._guarded(_writing_engine(path))
         self._timeout = timeout
+        self._file: tuple[int, int] | None = None  # which one it is, as soon as it is known
 
     def exists(self) -> bool:
         """Whether there is such a file, or something else of that name."""
@@ -320,6 +323,7 @@ class SQLite:
             StoreError: Saying which file cannot be used, and what to do.
         """
         check_version()
+        self._file = None  # a former try may have found another one
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
@@ -334,10 +338,13 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
+        found = os.stat(self.path)
+        self._file = found.st_dev, found.st_ino
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
-        with self.faults.translated(), _reading_engine(self.path).connect() as connection:
+        engine = self._guarded(_reading_engine(self.path))
+        with self.faults.translated(), engine.connect() as connection:
             return work(connection)
 
     def migrate(
@@ -430,6 +437,7 @@ class SQLite:
             connect_args=_options(_WriteConnection if write else _ReadConnection),
             **options,
         )
+        self._guarded(engine.sync_engine)
         statement = "BEGIN IMMEDIATE" if write else "BEGIN"
 
         @event.listens_for(engine.sync_engine, "begin")
@@ -460,7 +468,7 @@ class SQLite:
 
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
-        return Writing(self.writing_engine, self._timeout)
+        return Writing(self.writing_engine, self._timeout, self._require_file)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
@@ -526,7 +534,38 @@ class SQLite:
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
+        self._require_file()
         return closing(sqlite3.connect(self.path, **_options(kind)))
+
+    def _guarded(self, engine: Engine) -> Engine:
+        """Have an engine open no other file than the one there was."""
+
+        @event.listens_for(engine, "do_connect")
+        def look(*_: object) -> None:
+            self._require_file()
+
+        return engine
+
+    def _require_file(self) -> None:
+        """Refuse to write where nobody will find it, or to make an empty file of that name.
+
+        Raises:
+            UnavailableError: If the file was removed or replaced since it was opened.
+        """
+        if self._file is None:
+            return
+        try:
+            found = os.stat(self.path)
+            is_there = (found.st_dev, found.st_ino) == self._file
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        except OSError:  # SQLite says what is wrong
+            return
+        if not is_there:
+            raise UnavailableError(
+                f"{self.path} was removed or replaced while it was open: put it back, or end all "
+                "programs that use it and restore a backup"
+            )
 
     def _empty_wal(self) -> None:
         """Move what the WAL holds to the database file, as far as nobody is in the way."""

@@ -359,6 +359,7 @@ class StateManager:
                 found = await self.task_repo.get(error.id)
                 key = task.idempotency_key
                 if found is not None and key is not None and found.idempotency_key == key:
+                    await self._mirror.reach(found.version)
                     return found
                 if error.idempotency_key is None:
                     raise

@@ -772,7 +772,7 @@ class TestOthers:
         self, location: Path, tmp_path: Path
     ) -> None:
         with closing(make_original(location)) as original:
-            fill(original, some_nodes(20), some_tasks(700), ZoneInfo("Asia/Shanghai"))
+            fill(original, some_nodes(20), some_tasks(300), ZoneInfo("Asia/Shanghai"))
             insert(original, "tasks", [plain_task("broken", priority=9)])
         before = everything(location)
         paths = [tmp_path / str(number) / "cluster.db" for number in range(21)]
@@ -799,7 +799,7 @@ class TestOthers:
             assert everything(path) == expected
             for copy in copies_of(path):
                 assert everything(copy) == before
-        assert len(expected["tasks"]) == 700
+        assert len(expected["tasks"]) == 300
         assert len(expected["legacy_rejected"]) == 1
 
     def test_six_processes_adopt_one_database_once(self, location: Path) -> None:

@@ -155,7 +155,7 @@ class TestEveryVerbFromEveryState:
             running = outcome.node.get("running_tasks", node["running_tasks"])
             assert running - node["running_tasks"] == held
 
-    @pytest.mark.parametrize("status", HELD)
+    @pytest.mark.parametrize("status", sorted(HELD))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
     def test_node_that_is_gone_does_not_matter(self, verb: str, status: TaskStatus) -> None:
         outcome = VERBS[verb].decide(a_task(status=status), None, NOW)
@@ -163,7 +163,7 @@ class TestEveryVerbFromEveryState:
         assert isinstance(outcome, Step)
         assert outcome.node == {}
 
-    @pytest.mark.parametrize("status", HELD)
+    @pytest.mark.parametrize("status", sorted(HELD))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
     def test_counter_that_was_written_by_hand_does_not_become_negative(
         self, verb: str, status: TaskStatus

@@ -672,7 +672,7 @@ def test_two_managers_on_one_database_behave_as_dictionaries(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     # What is driven is mostly above the kinds.
-    run_machine(Machine, kind, request, tmp_path, 60 if kind == "sqlite" else 20)
+    run_machine(Machine, kind, request, tmp_path, 30 if kind == "sqlite" else 10)
 
 
 async def test_copy_of_what_another_manager_keeps_in_memory_is_stale(

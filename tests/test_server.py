@@ -17,7 +17,13 @@ from typing import Any, Self
 from uuid import uuid4
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask, execute
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    MakeNode,
+    MakeTask,
+    execute,
+)
 from sqlalchemy import make_url, text
 
 from benchmarks.postgres import (
@@ -50,9 +56,6 @@ from openclaw_store.errors import (
 from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
-
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
 
 LEEWAY = 1.5
 """Seconds of slack on a busy machine, besides the limits; to wait for twice one of them is more."""
@@ -262,12 +265,12 @@ class Silence:
 class TestSilence:
     """A server that is there and does not answer, from the beginning or from some moment on."""
 
-    LIMIT = 0.5
+    LIMIT = 0.8
 
     @pytest.fixture(autouse=True)
     def _hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", self.LIMIT)
-        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.4)
         monkeypatch.setattr(postgresql, "_CLOSE_SECONDS", 0.2)
 
     @pytest.fixture

@@ -2005,6 +2005,41 @@ class TestTwoManagers:
 
         await assert_mirrors_database(other)
 
+    async def test_what_was_read_from_the_database_does_not_go_back(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """A refresh under way has read an older picture. Found by the campaign `history`."""
+        other = await open_manager()
+        task = make_task()
+        await manager.add_task(task)
+        read_news, get_record = feed.read_news, TaskRepository.get_record
+        has_read, go_on = asyncio.Event(), asyncio.Event()
+
+        async def read_and_wait(*arguments: Any, **options: Any) -> Any:
+            news = await read_news(*arguments, **options)
+            has_read.set()
+            await go_on.wait()
+            return news
+
+        async def get_first(*arguments: Any) -> Any:
+            record = await get_record(*arguments)
+            go_on.set()
+            return record
+
+        monkeypatch.setattr(mirror, "read_news", read_and_wait)
+        monkeypatch.setattr(TaskRepository, "get_record", get_first)
+        refreshing = asyncio.ensure_future(other.refresh_from_database())
+        await has_read.wait()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        seen = await other.get_task(task.task_id)
+        await refreshing
+
+        assert seen == task
+        assert await other.get_task(task.task_id) == task
+
     async def test_own_writes_and_news_cross_without_harm(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
