@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from campaigns import backups, clock, history, network, soak
+from campaigns import (
+    backups,
+    clock,
+    crash,
+    files,
+    history,
+    hostile,
+    io,
+    lost_writes,
+    migrations,
+    models,
+    network,
+    power,
+    soak,
+)
 from campaigns.campaign import Campaign
 
 CAMPAIGNS: tuple[Campaign, ...] = (
+    crash.CAMPAIGN,
+    power.CAMPAIGN,
+    lost_writes.CAMPAIGN,
+    io.CAMPAIGN,
     history.CAMPAIGN,
+    files.CAMPAIGN,
     network.CAMPAIGN,
+    models.CAMPAIGN,
+    hostile.CAMPAIGN,
+    migrations.CAMPAIGN,
     backups.CAMPAIGN,
     clock.CAMPAIGN,
-    clock.MACHINE,
     soak.CAMPAIGN,
 )

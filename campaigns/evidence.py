@@ -33,6 +33,9 @@ LATE_SECONDS = 10.0
 """How late a write of another process may be seen. Promised are 0.1 s, to which a machine that is
 busy with other things adds what it likes; the figures tell what it was."""
 
+_READ: Final = ("read", "find")
+"""Of the database; what the store itself finds there, memory knows from then on."""
+
 _TELL_REVISION: Final = ("add", "update", "change", "claim", "start", "complete", "fail")
 """The calls that are answered with a version of their own making."""
 
@@ -272,7 +275,7 @@ class Evidence:
             operations = [
                 Operation(one.invoked, one.returned, Call(one.name, one.arguments, one.answer))
                 for one in calls
-                if not (one.name == "read" and one.answer is UNKNOWN)
+                if one.name not in _READ or one.answer is not UNKNOWN
             ]
             violation = find_violation(operations, None, step)
             if violation is not None:
@@ -330,7 +333,7 @@ def _looks(
             span = _span_of(call.answer, floors[call].revision, spans)
             yield call, floors[call], span
             revision = span.begin if span is not None else 0
-        elif call.name in _TELL_REVISION and isinstance(call.answer, Seen):
+        elif call.name in ("find", *_TELL_REVISION) and isinstance(call.answer, Seen):
             revision = call.answer.version or 0
         elif call.name == "remove" and call.answer is True:
             removals = (one.begin for one in spans[1:] if not one.is_there)
@@ -354,8 +357,8 @@ def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | N
 def _each_about_a_task(call: Asked) -> Iterator[Asked]:
     """A call as one about each task that it was answered with."""
     answer = call.answer
-    if call.name == "claim" and isinstance(answer, list):
-        for id, task in answer:
+    if call.name == "claim" and answer is not UNKNOWN:
+        for id, task in answer if isinstance(answer, list) else ():  # else it was too late
             yield replace(call, task_id=id, answer=Seen(*task))
     elif call.name == "change" and isinstance(answer, list):
         before, after = (Seen(*task) for task in answer)
@@ -374,4 +377,4 @@ def _precedes(one: Operation[Call], other: Operation[Call]) -> bool:
 
 def _shown(call: Call) -> str:
     arguments = ", ".join(map(str, call.arguments))
-    return f"{call.name}({arguments}) → {call.answer}"
+    return f"{call.name}({arguments}) → {'?' if call.answer is UNKNOWN else call.answer}"

@@ -143,6 +143,13 @@ class Backoff:
         return full * (1 - self.jitter * chance)
 
 
+def check_backoff(backoff: Any) -> Backoff:
+    """How long a task waits before its next try."""
+    if not isinstance(backoff, Backoff):
+        raise InvalidDataError("backoff", f"must be a Backoff, not {type(backoff).__name__}")
+    return backoff
+
+
 def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTransitionError | None:
     """Why a task may not change from one state to another; `None` if it may."""
     if before is after or before not in FINISHED:

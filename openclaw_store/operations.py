@@ -293,7 +293,7 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
         raise InvalidDataError("task", f"must be a Task, not {type(task).__name__}")
     node = task.assigned_node
     if node is not None:
-        check_key("assigned_node", node)
+        node = check_key("assigned_node", node)
     owner = (node, check_count("attempt", task.attempt))
     id = check_key("task_id", task.task_id)
     return Advance(id, partial(decision, owner=owner), node_id=node)

@@ -37,7 +37,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.filters import TaskFilter, TaskPage, behind, check_filter, cursor_of
 from openclaw_store.heartbeats import Beat
-from openclaw_store.lifecycle import JOINED, Backoff, claim, free_places
+from openclaw_store.lifecycle import JOINED, Backoff, check_backoff, claim, free_places
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.operations import (
     CONTENT,
@@ -226,7 +226,7 @@ class TaskRepository(Repository[Task]):
         self, database: Database | AsyncSession, backoff: Backoff = DEFAULT_BACKOFF
     ) -> None:
         super().__init__(database)
-        self._backoff = backoff
+        self._backoff = check_backoff(backoff)
 
     async def create(self, task: Task) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -556,7 +556,9 @@ class NodeRepository(Repository[NodeInfo]):
             InvalidDataError: If a field cannot be stored.
         """
         record = self.encode(node)
-        stored = await self._write(Register(record["node_id"], record, backoff.draw()))
+        stored = await self._write(
+            Register(record["node_id"], record, check_backoff(backoff).draw())
+        )
         self._write_back(stored, node, JOINED)
         return True
 

@@ -383,6 +383,8 @@ class StateManager:
             InvalidDataError: If the database itself refuses a row of a chunk.
         """
         self._check_usable()
+        if not isinstance(tasks, Iterable):
+            raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
         remaining = iter(tasks)
         while chunk := list(islice(remaining, TASKS_A_CHUNK)):
@@ -430,7 +432,9 @@ class StateManager:
             InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
         """
         self._check_usable()
-        return await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        await self._mirror.reach(max((task.version for task in page), default=0))
+        return page
 
     async def cancel_tasks(
         self, filter: TaskFilter | None = None, reason: str | None = None
@@ -474,7 +478,7 @@ class StateManager:
             NodeNotFoundError: If there is no such node.
         """
         self._check_usable()
-        check_key("node_id", node_id)
+        node_id = check_key("node_id", node_id)
         claimed = await self._dispatcher.claim(node_id, check_some("limit", limit))
         return list(map(Record.copy, claimed))
 
@@ -679,7 +683,7 @@ class StateManager:
         """Change a node's status; ONLINE and BUSY count as a sign of life. `False` if unknown."""
         self._check_usable()
         place = (NodeInfo, check_key("node_id", node_id))
-        operation = SetNodeStatus(node_id, node_status("status", status))
+        operation = SetNodeStatus(place[1], node_status("status", status))
         await self._mirror.settle(place)
         known: bool = await self._mirror.submit(operation)
         return known
@@ -786,7 +790,7 @@ class StateManager:
             UnavailableError: If the manager is shut down meanwhile.
         """
         limit = None if timeout is None else check_number("timeout", timeout)
-        check_key("task_id", task_id)
+        task_id = check_key("task_id", task_id)
         try:
             async with asyncio.timeout(limit):
                 while True:
@@ -854,6 +858,8 @@ class StateManager:
         self, repository: Repository[Item], id: str, fn: Callable[[Item], object]
     ) -> Item | None:
         self._check_usable()
+        if not callable(fn):
+            raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
         def change(known: Record[Item]) -> Record[Item]:
             copy = known.copy()

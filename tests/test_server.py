@@ -153,12 +153,12 @@ class Silence:
 class TestSilence:
     """A server that is there and does not answer, from the beginning or from some moment on."""
 
-    LIMIT = 0.5
+    LIMIT = 0.8
 
     @pytest.fixture(autouse=True)
     def _hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", self.LIMIT)
-        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.4)
         monkeypatch.setattr(postgresql, "_CLOSE_SECONDS", 0.2)
 
     @pytest.fixture

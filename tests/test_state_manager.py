@@ -606,7 +606,15 @@ class TestChanging:
             await manager.change_task(task.task_id, wait)
         with pytest.raises(InvalidDataError, match="task_id: must not be changed"):
             await manager.change_task(task.task_id, become_another)
+        with pytest.raises(InvalidDataError, match="fn: must be a function"):
+            await manager.change_task(task.task_id, None)  # type: ignore[arg-type]  # the point
         assert await manager.get_task(task.task_id) == task
+
+    async def test_tasks_that_are_none_are_refused(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        with pytest.raises(InvalidDataError, match="tasks: must be tasks, not Task"):
+            await manager.add_tasks(make_task())  # type: ignore[arg-type]  # the point
 
     async def test_finished_task_of_long_ago_can_be_changed(
         self, open_manager: OpenManager, make_task: MakeTask
@@ -2040,6 +2048,18 @@ class TestTwoManagers:
         assert seen == task
         assert await other.get_task(task.task_id) == task
 
+    async def test_memory_knows_what_a_list_has_shown(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
+    ) -> None:
+        task = make_task()
+        await manager.add_task(task)
+        other = await open_manager()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        assert (await other.list_tasks()).tasks == [task]
+        assert await other.get_task(task.task_id) == task
+
     async def test_own_writes_and_news_cross_without_harm(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -2345,6 +2365,10 @@ class TestLife:
     def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
         with pytest.raises(InvalidDataError, match="finished_cache_size"):
             StateManager(Database(location), finished_cache_size=size)
+
+    def test_backoff_that_is_none(self, location: Location) -> None:
+        with pytest.raises(InvalidDataError, match="backoff: must be a Backoff, not int"):
+            StateManager(Database(location), backoff=5)  # type: ignore[arg-type]  # the point
 
     async def test_repr_tells_where_it_stands(
         self, manager: StateManager, make_task: MakeTask
