@@ -31,7 +31,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.finishing import ended_badly, finish
+from openclaw_store.finishing import cancelled_once, ended_badly, finish
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
@@ -217,6 +217,12 @@ class Database:
         Raises:
             UnavailableError: If the database is not open, or cannot be read.
         """
+        async with self._reading() as session:
+            await cancelled_once(session.connection())
+            yield session
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncSession]:
         sessions = self._engines_here().sessions
         with self._backend.faults.translated(own=False, reading=True):
             async with sessions() as session:
@@ -248,7 +254,7 @@ class Database:
             try:
                 with self._backend.faults.translated(own=False):
                     with self._backend.faults.translated():
-                        connection = await self._backend.begin(session)
+                        connection = await cancelled_once(self._backend.begin(session))
                     unit = Unit(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
@@ -308,7 +314,7 @@ class Database:
 
         async def unit() -> Result:
             with self._backend.faults.translated():  # the statements are ours
-                async with self.session() as session:
+                async with self._reading() as session:
                     return await work(session)
 
         task = asyncio.ensure_future(unit())

@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiosqlite
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -46,6 +47,7 @@ _ALONE_SECONDS = 1.0
 """How long somebody may take who only looks at what is to be replaced."""
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
+_ROWS_A_FETCH = 64  # as the driver has it
 
 BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
@@ -75,6 +77,21 @@ class _WriteConnection(sqlite3.Connection):
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
             self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
+
+
+class _DriverConnection(aiosqlite.Connection):
+    """A connection for coroutines, which can be stopped while it closes."""
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
+        # closing. The thread ends then, and whoever asks it once more would wait for ever.
+        return super().stop() if self._running else None
+
+
+def _connect(path: str, **options: Any) -> _DriverConnection:
+    connection = _DriverConnection(partial(sqlite3.connect, path, **options), _ROWS_A_FETCH)
+    connection._thread.daemon = True  # as SQLAlchemy has it
+    return connection
 
 
 class _LoneConnection(_WriteConnection):
@@ -409,7 +426,10 @@ class SQLite:
         engine = create_async_engine(
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
-            connect_args=_options(_WriteConnection if write else _ReadConnection),
+            connect_args={
+                "async_creator_fn": _connect,
+                **_options(_WriteConnection if write else _ReadConnection),
+            },
             **options,
         )
         statement = "BEGIN IMMEDIATE" if write else "BEGIN"

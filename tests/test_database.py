@@ -1644,23 +1644,29 @@ asyncio.run(main(sys.argv[1]))
             assert manager.version == 1
 
 
-async def cancelled_at(work: Coroutine[Any, Any, Any], suspension: int, turns: int) -> Any:
-    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later."""
-    return await step_by_step(work, suspension, turns)
+async def cancelled_at(
+    work: Coroutine[Any, Any, Any], suspension: int, turns: int, times: int = 1
+) -> Any:
+    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later.
+
+    It is cancelled so many times, a turn apart.
+    """
+    return await step_by_step(work, suspension, turns, times)
 
 
 @types.coroutine
 def step_by_step(
-    work: Coroutine[Any, Any, Any], suspension: int, turns: int
+    work: Coroutine[Any, Any, Any], suspension: int, turns: int, times: int
 ) -> Generator[Any, Any, Any]:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
-    def cancel(turns: int) -> None:
+    def cancel(turns: int, times: int) -> None:
         if turns == 0:
             task.cancel()
-        elif not task.done():
-            loop.call_soon(cancel, turns - 1)
+            times -= 1
+        if times and not task.done():
+            loop.call_soon(cancel, max(0, turns - 1), times)
 
     value: Any = None
     error: BaseException | None = None
@@ -1671,7 +1677,7 @@ def step_by_step(
             return end.value
         suspension -= 1
         if suspension == 0:
-            cancel(turns)
+            cancel(turns, times)
         value = error = None
         try:
             value = yield waiting_for
@@ -1683,12 +1689,12 @@ class TestCancelledCallers:
     """A caller is cancelled at each of its steps: it costs neither a connection nor the gate."""
 
     async def cancel_everywhere(
-        self, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int
+        self, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int, times: int = 1
     ) -> int:
         """Run `make(n)` again and again, cancelled a step later each time, till it gets through."""
         kept = []  # with their tracebacks, as callers may
         for suspension in range(1, 500):
-            task = start(cancelled_at(make(suspension), suspension, turns))
+            task = start(cancelled_at(make(suspension), suspension, turns, times))
             kept.append(task)
             await asyncio.wait([task], timeout=PATIENCE)
             assert task.done()
@@ -1743,6 +1749,27 @@ class TestCancelledCallers:
         assert cancelled >= 5
         stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
         assert set((await manager.get_state()).tasks) == stored
+
+    @pytest.mark.parametrize("kind", ["transaction", "session"])
+    async def test_caller_cancelled_again_while_it_is_cancelled_leaves_nothing_behind(
+        self,
+        database: Database,
+        make_task: MakeTask,
+        caplog: pytest.LogCaptureFixture,
+        kind: str,
+    ) -> None:
+        """What closed its connection waited for ever for a thread that had ended, or complained."""
+
+        async def work(number: int) -> None:
+            async with getattr(database, kind)() as session:
+                await count_tasks(session)
+                await TaskRepository(session).get("t")
+
+        cancelled = await self.cancel_everywhere(work, turns=0, times=3)
+
+        await self.settle(database, make_task)
+        assert cancelled >= 3
+        assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database
