@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from campaigns import cancel
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = ()
+CAMPAIGNS: tuple[Campaign, ...] = (cancel.CAMPAIGN,)
