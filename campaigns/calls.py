@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
 import openclaw_store
@@ -21,6 +21,7 @@ from openclaw_store import (
     NodeInfo,
     NodeRepository,
     NodeStatus,
+    SchemaMismatchError,
     StateManager,
     Task,
     TaskFilter,
@@ -160,8 +161,6 @@ class Call:
     """Whether what it is about may be only in memory at first, and be written later."""
     is_open: bool = False
     """Whether `Scene.other` is open, so that it has neighbours there, too."""
-    is_copy: bool = False
-    """Whether it writes to `Scene.target`, which is not empty any more when it is through."""
 
 
 def public_coroutines() -> set[str]:
@@ -261,6 +260,19 @@ async def _watch(scene: Scene) -> None:
         async for change in changes:
             if change.item_id == scene.id("ending") and change.to_status == "cancelled":
                 break
+
+
+async def _empty_target(scene: Scene) -> None:
+    """Have nothing where a copy is to be, unless it is the half of one."""
+    async with AsyncExitStack() as stack:
+        try:
+            target = await stack.enter_async_context(Database(scene.target))
+        except SchemaMismatchError:
+            return
+        tx = await stack.enter_async_context(target.transaction())
+        for table in ("tasks", "nodes", "changes"):
+            await tx.execute(text(f"DELETE FROM {table}"))
+        await tx.execute(text("UPDATE counters SET revision = 0, beat = 0, compacted = 0"))
 
 
 async def _copy(scene: Scene) -> None:
@@ -457,7 +469,7 @@ CALLS: dict[str, Call] = {
     "TaskRepository.requeue": Call(lambda scene: scene.task_repo.requeue(scene.id("done"))),
     "TaskRepository.start": Call(lambda scene: scene.task_repo.start(scene.tasks["held"])),
     "TaskRepository.update": Call(lambda scene: scene.task_repo.update(scene.changed("waiting"))),
-    "copy": Call(_copy, is_copy=True),
+    "copy": Call(_copy, _empty_target),
     "diagnose": Call(lambda scene: diagnose(scene.db)),
     "verify": Call(lambda scene: verify(scene.db)),
 }

@@ -227,9 +227,9 @@ class _Pass:
     async def round(self, name: str, manner: Manner) -> None:
         """Cancel a call at some of its steps; in several rounds, at all of them."""
         call, book = CALLS[name], self.book
-        if name not in book.effects and not call.is_copy:
+        if name not in book.effects:
             await self.learn(name, call)
-        steps = book.steps.get(name, 100)
+        steps = book.steps[name]
         stride = -(-steps // STEPS_A_ROUND)
         first = 1 + (book.rounds[name, manner] + self.run.seed) % stride
         book.rounds[name, manner] += 1
@@ -237,12 +237,8 @@ class _Pass:
             where = f"{name}, {manner.__name__} at step {at}"
             if await self.cancel(name, call, manner, at, where):
                 book.cancelled.add((name, manner, at))
-            elif call.is_copy:
-                return  # the target is not empty any more
             if self.is_found():
                 return
-        if call.is_copy:
-            await self.learn(name, call)
 
     async def learn(self, name: str, call: Call) -> None:
         """See what a call does that is not cancelled, and how many steps it has."""
@@ -295,8 +291,7 @@ class _Pass:
         if not call.lingers:
             changed = _differences(rows, later) + _differences(memory, await self.memory(scene))
             self.run.check(not changed, f"{where}: was over, and then changed {changed}")
-        if not call.is_copy:
-            await self.judge_outcome(name, scene, ended, later, where)
+        await self.judge_outcome(name, scene, ended, later, where)
         await self.judge_memory(scene, where)
         self.noise.blame(self.run, where)
         return bool(ended.is_cancelled)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from campaigns import cancel
+from campaigns import cancel, processes
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (cancel.CAMPAIGN,)
+CAMPAIGNS: tuple[Campaign, ...] = (cancel.CAMPAIGN, processes.CAMPAIGN)

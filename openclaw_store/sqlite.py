@@ -80,7 +80,12 @@ class _WriteConnection(sqlite3.Connection):
 
 
 class _DriverConnection(aiosqlite.Connection):
-    """A connection for coroutines, which can be stopped while it closes."""
+    """A connection for coroutines, who may be cancelled at any time."""
+
+    async def rollback(self) -> None:
+        # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
+        # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
+        self._tx.put_nowait((None, self._conn.rollback))
 
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
