@@ -64,7 +64,8 @@ class Database:
     **Durability.** A write that returns is committed and on the disk.
     **Sharing.** One instance serves any number of coroutines, and several event loops in threads
     of their own. Writers queue, first come first served; readers never wait for writers.
-    **Processes.** Any number may open the same database. After `fork`, a child opens its own.
+    **Processes.** Any number may open the same database. What was opened before `fork` is the
+    parent's: a child is refused it, and on SQLite the file as well, at once.
 
     Args:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
@@ -491,9 +492,9 @@ class Database:
 
     def _check_process(self) -> None:
         if self._forks != _forks:
-            raise UnavailableError(
-                f"{self.db_path} was opened before fork: open a new Database in the child"
-            )
+            is_file = self.dialect == "sqlite"
+            advice = "start the child by spawn" if is_file else "open a new Database in the child"
+            raise UnavailableError(f"{self.db_path} was opened before fork: {advice}")
 
     def _check_ready(self) -> None:
         if self._state == "ready" and self._forks == _forks:

@@ -53,13 +53,37 @@ BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
+_open: dict[int, str] = {}
+"""The files that this process has connections to, by connection."""
+
+_inherited: set[tuple[int, int]] = set()
+"""The files, by device and number, that were open in the process that this one was forked from."""
+
+
+def _inherit() -> None:
+    for path in set(_open.values()):
+        with suppress(OSError):
+            _inherited.add(_identity(path))
+    _open.clear()
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit)
+
+
 class _WriteConnection(sqlite3.Connection):
     """A connection that is set up when it exists, on whatever thread opens it."""
 
     pragmas: Sequence[str] = _PRAGMAS
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, path: str, **options: Any) -> None:
+        _open[id(self)] = path
+        super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
                 self.execute(pragma)
@@ -73,6 +97,7 @@ class _WriteConnection(sqlite3.Connection):
         with suppress(sqlite3.Error):
             self.rollback()
         super().close()
+        _open.pop(id(self), None)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -107,8 +132,8 @@ class _LoneConnection(_WriteConnection):
 
 
 class _ReadConnection(_WriteConnection):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(path, **options)
         self.execute("PRAGMA query_only=ON")
 
 
@@ -337,6 +362,7 @@ class SQLite:
             StoreError: Saying which file cannot be used, and what to do.
         """
         check_version()
+        self._refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
@@ -354,6 +380,7 @@ class SQLite:
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
+        self._refuse_inherited()
         with self.faults.translated(), _reading_engine(self.path).connect() as connection:
             return work(connection)
 
@@ -530,6 +557,19 @@ class SQLite:
         """Bytes on the disk, those of the WAL included."""
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
+
+    def _refuse_inherited(self) -> None:
+        """Refuse a file that was open when this process was forked.
+
+        SQLite keeps a process's locks in its memory, so here it would go by locks that only the
+        parent has: when that closed the file, what is written here would be lost.
+        """
+        with suppress(OSError):
+            if _inherited and _identity(self.path) in _inherited:
+                raise UnavailableError(
+                    f"{self.path} was open when this process was forked, and SQLite does not stand "
+                    "that: start the process by spawn, or fork before the file is opened"
+                )
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""

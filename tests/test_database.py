@@ -1569,10 +1569,67 @@ asyncio.run(main(sys.argv[1]))
         assert (ended.code, ended.err) == (0, "")
         assert len(lines) == 14
         for line in lines[:8] + lines[11:12]:
-            assert "was opened before fork: open a new Database in the child" in line
+            assert "was opened before fork: " in line
         for line in lines[8:11]:
             assert "was made before fork: make a new one in the child" in line
         assert lines[12:] == ["child 0", "2"]
+
+    CHILD_OF_ITS_OWN = """
+import asyncio, os, signal, sys, warnings
+from openclaw_store import *
+
+async def child(path, wait, tell):
+    try:
+        async with StateManager(Database(path)) as manager:
+            await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="before"))
+            tell()
+            await asyncio.to_thread(wait)
+            await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="after"))
+            print("acknowledged")
+    except UnavailableError as error:
+        print(error)
+        tell()
+
+async def main(path):
+    manager = StateManager(Database(path))
+    await manager.initialize()
+    await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="parent"))
+    pipes = os.pipe(), os.pipe()
+    def wait(pipe): return lambda: os.read(pipes[pipe][0], 1)
+    def tell(pipe): return lambda: os.write(pipes[pipe][1], b".")
+    warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 of the fork itself
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            asyncio.run(child(path, wait(0), tell(1)))
+            asyncio.run(asyncio.wait_for(manager.shutdown(), 5))  # it is the parent's
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    await asyncio.to_thread(wait(1))
+    await manager.shutdown()  # the last one that has the file open, for all it knows
+    tell(0)()
+    os.waitpid(pid, 0)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+    def test_forked_child_with_a_database_of_its_own_loses_nothing(
+        self, location: Location
+    ) -> None:
+        """A file was open in the parent: SQLite took its locks for the child's, and lost writes."""
+        (ended,) = run_scripts((self.CHILD_OF_ITS_OWN, [location]))
+
+        stored = {id for (id,) in execute(location, "SELECT task_id FROM tasks")}
+        assert (ended.code, ended.err) == (0, "")
+        if isinstance(location, Path):
+            assert "was open when this process was forked" in ended.out[0]
+            assert stored == {"parent"}
+        else:
+            assert ended.out == ["acknowledged"]
+            assert stored == {"parent", "before", "after"}
+        assert_sound(location)
 
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(
