@@ -53,7 +53,7 @@ from openclaw_store import (
 LIMIT_SECONDS = 1.0
 """How long an error, or the end of a process, may take; see `limit`."""
 
-HANGS_SECONDS = 20
+HANGS_SECONDS = 60
 """After which something that should have happened counts as hanging."""
 
 AT_ONCE = 2
@@ -378,7 +378,10 @@ async def _inherited(life: Life, manager: StateManager) -> None:
         async with StateManager(Database(life.location)) as manager:
             await life.add(manager.add_task)
 
-    await life.works("a database of its own", own)
+    if manager.db.dialect == "sqlite" and manager.db.db_path == life.location:
+        await life.refused("a database of its own", own)
+    else:
+        await life.works("a database of its own", own)
 
 
 def _fork(life: Life, manager: StateManager) -> None:
