@@ -41,6 +41,8 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.postgres import installed_package
+from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.planted import planted
 from campaigns.scenes import (
     CALLS,
     NEIGHBOURS,
@@ -51,8 +53,6 @@ from campaigns.scenes import (
     hold_unsaved,
     public_coroutines,
 )
-from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
-from campaigns.planted import planted
 from campaigns.steps import MANNERS, Ended, Manner, Steps
 from openclaw_store import Database, StateManager, StoreError, verify
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store import Database, lifecycle
+from openclaw_store import lifecycle
 from openclaw_store.changes import Change, Ledger, Row
 from openclaw_store.database import Database
 from openclaw_store.errors import StoreError
