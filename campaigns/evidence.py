@@ -191,7 +191,7 @@ class Evidence:
         answered: Counter[tuple[str, str | None]] = Counter()
         unknown: Counter[tuple[str, str | None]] = Counter()
         changed: Counter[tuple[str, str | None]] = Counter()
-        for call in (*self._general, *(one for calls in self._calls.values() for one in calls)):
+        for call in self._all():
             if call.name == "claim" and call.answer is UNKNOWN:
                 unknown["claim", call.arguments[0]] += TASKS_A_CLAIM
             elif call.answer is UNKNOWN:
@@ -255,7 +255,7 @@ class Evidence:
         self._run.check(late[-1] < LATE_SECONDS, f"a read from memory was {late[-1]:.0f} s old")
 
     def _check_answers(self) -> None:
-        end = 1 + max(max(one.invoked, one.returned or 0) for one in self._general)
+        end = 1 + max(max(one.invoked, one.returned or 0) for one in self._all())
         for id in {*self._calls, *self._end}:
             calls = [one for one in self._calls[id] if one.name != "look"]
             first = min((one.invoked for one in calls), default=0)
@@ -284,6 +284,11 @@ class Evidence:
                 self._run.wrong(
                     f"of {id}, no order explains {_shown(violation.call)} after {shown}"
                 )
+
+    def _all(self) -> Iterator[Asked]:
+        yield from self._general
+        for calls in self._calls.values():
+            yield from calls
 
 
 class _Floor(NamedTuple):
