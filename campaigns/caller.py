@@ -19,10 +19,12 @@ from campaigns.specification import NOT_FOUND, Seen
 from openclaw_store import (
     ConflictError,
     Database,
+    DeadlineError,
     NodeInfo,
     NotFoundError,
     StateManager,
     Task,
+    TaskFilter,
     TaskType,
 )
 from openclaw_store.lifecycle import Backoff
@@ -43,10 +45,17 @@ TASKS_A_CLAIM = 2
 CHANGES_A_LINE = 20
 """Of what a watcher tells."""
 
+END_SECONDS = 60
+"""In which a watcher must have been told of all that there is."""
+
+PATIENCE_SECONDS = 60
+"""For a turn to write: no deadline is to pass because the machine is busy with other things."""
+
 NEVER = 2**31 - 1
 
 WEIGHTS: Final = {
-    "read": 20,
+    "read": 15,
+    "find": 5,
     "look": 20,
     "update": 15,
     "change": 8,
@@ -93,6 +102,11 @@ class Caller:
         with self._asking("read", task_id) as answer:
             answer(self._see(await self._store.task_repo.get(task_id)))
 
+    async def find(self, task_id: str) -> None:
+        with self._asking("find", task_id) as answer:
+            page = await self._store.list_tasks(TaskFilter(name_contains=_name(task_id)))
+            answer(self._see(page.tasks[0]) if page.tasks else None)
+
     async def look(self, task_id: str) -> None:
         with self._asking("look", task_id) as answer:
             answer(self._see(await self._store.get_task(task_id)))
@@ -132,7 +146,7 @@ class Caller:
             answer([before, self._see(task)] if task else NOT_FOUND)
 
     async def add(self, task_id: str) -> None:
-        task = Task.create(TaskType.BATCH, "t", task_id=task_id, max_retries=NEVER)
+        task = Task.create(TaskType.BATCH, _name(task_id), task_id=task_id, max_retries=NEVER)
         token = self._write_token(task)
         with self._asking("add", task_id, token) as answer:
             await self._store.add_task(task)
@@ -196,7 +210,7 @@ class Caller:
         self._tell("asked", number, time.monotonic_ns(), name, task_id, arguments)
         try:
             yield answers.append
-        except (ConflictError, NotFoundError) as error:
+        except (ConflictError, NotFoundError, DeadlineError) as error:
             answers.append(type(error).__name__)
         self._tell("answered", number, time.monotonic_ns(), *answers)
 
@@ -220,6 +234,11 @@ class Caller:
         return f"{self._life}-{next(self._numbers)}"
 
 
+def _name(task_id: str) -> str:
+    """A name that is in no other's."""
+    return f"<{task_id}>"
+
+
 def _seen(task: Task) -> Seen:
     token = task.metadata["token"]
     return Seen(task.version, token, task.status.value, task.assigned_node, task.attempt)
@@ -236,12 +255,14 @@ async def work(tell: Tell, location: str, node: str, life: int, seed: int, since
     ends = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ends.set)
     logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refusals are what we want
-    async with StateManager(Database(location), backoff=Backoff(first_seconds=0)) as store:
+    database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
+    async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
         caller = Caller(store, node, life, seed, tell, ends)
         await caller.register()
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(caller.watch(since))
             await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
-            while not watching.done():
-                await caller.register()  # one more change, for the watcher to end with
-                await asyncio.wait([watching], timeout=1)
+            async with asyncio.timeout(END_SECONDS):
+                while not watching.done():
+                    await caller.register()  # one more change, for the watcher to end with
+                    await asyncio.wait([watching], timeout=1)

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from campaigns import crash, files, history, io, lost_writes, power, soak
+from campaigns import (
+    backups,
+    cancel,
+    clock,
+    crash,
+    files,
+    history,
+    hostile,
+    io,
+    lost_writes,
+    migrations,
+    models,
+    network,
+    power,
+    processes,
+    soak,
+)
 from campaigns.campaign import Campaign
 
 CAMPAIGNS: tuple[Campaign, ...] = (
@@ -11,6 +27,15 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     lost_writes.CAMPAIGN,
     io.CAMPAIGN,
     history.CAMPAIGN,
+    cancel.CAMPAIGN,
     files.CAMPAIGN,
+    processes.CAMPAIGN,
+    network.CAMPAIGN,
+    models.CAMPAIGN,
+    hostile.CAMPAIGN,
+    migrations.CAMPAIGN,
+    backups.CAMPAIGN,
+    clock.CAMPAIGN,
+    clock.MACHINE,
     soak.CAMPAIGN,
 )

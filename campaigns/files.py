@@ -36,7 +36,7 @@ from campaigns.picture import Picture, differences, picture
 from campaigns.planted import planted
 from campaigns.trial import (
     LOCK_SECONDS,
-    HangError,
+    abandoning,
     checkpointing,
     look_at_files,
     outcome_of,
@@ -46,7 +46,7 @@ from campaigns.trial import (
 from openclaw_store import Database, StateManager, UnavailableError, verify
 from openclaw_store.testing import FakeClock, TaskFactory
 
-CALLS_A_STORE = 10
+CALLS_A_STORE = 5
 
 COMMITS = 12
 """In the WAL that is cut."""
@@ -259,6 +259,7 @@ class _Files:
             self._garbage_in_shm: 1,
             self._no_database: 2,
             self._damaged: 2,
+            self._locked_by_another: 1,
         }
         may_need_root = run.rounds > CAMPAIGN.quick_rounds and not os.geteuid()
         self._has_small_disk = may_need_root
@@ -296,7 +297,7 @@ class _Files:
                 location = Path(shutil.copyfile(location, disk / location.name))
                 troubles = [("small disk full", no_space)] * rounds
             stack.enter_context(checkpointing(4))
-            stack.enter_context(suppress(HangError))
+            stack.enter_context(abandoning(self.run))
             asyncio.run(self._call(location, troubles))
 
     async def _call(self, path: Path, troubles: Sequence[tuple[str, FileTrouble]]) -> None:
@@ -305,7 +306,14 @@ class _Files:
                 call, is_cold = self.run.random.choice(CALLS), self.run.random.random() < 0.5
                 effect = await trial.effect(call, nullcontext)
                 what = f"{call.name}, {'cold, ' * is_cold}{name}"
-                await trial.make(call, partial(trouble, path), effect, what, cold=is_cold)
+                await trial.make(
+                    call,
+                    partial(trouble, path),
+                    effect,
+                    what,
+                    cold=is_cold,
+                    is_elsewhere=trouble in (removed, replaced),
+                )
                 self._done(name)
 
     def _open(self) -> None:
@@ -315,7 +323,7 @@ class _Files:
         folder.mkdir()
         path = folder / "cluster.db"
         path.write_bytes(self._killed.database)
-        with suppress(HangError):
+        with abandoning(self.run):
             tamper(path)
         shutil.rmtree(folder)
         self._done(tamper.__name__.strip("_").replace("_", " "))
@@ -383,7 +391,7 @@ class _Files:
         if path.is_dir():
             path.rmdir()
         path.write_bytes(good)
-        self.run.check(self._outcome(partial(_use, path), f"after {kind}") is None, kind)
+        self.run.check(self._outcome(partial(_opens, path), f"after {kind}") is None, kind)
 
     def _damaged(self, path: Path) -> None:
         random, good = self.run.random, path.read_bytes()
@@ -402,28 +410,40 @@ class _Files:
         for file in path.parent.iterdir():
             file.unlink()
         path.write_bytes(good)
-        self.run.check(self._outcome(partial(_use, path), f"after {kind}") is None, kind)
+        self.run.check(self._outcome(partial(_opens, path), f"after {kind}") is None, kind)
+
+    def _locked_by_another(self, path: Path) -> None:
+        with locked(path):
+            outcome = self._outcome(partial(_use, path), "locked")
+            self.run.check(isinstance(outcome, UnavailableError), f"locked: {outcome!r}")
+        again = self._outcome(partial(_use, path), "unlocked again")
+        self.run.check(again is None, f"unlocked again: {again!r}")
 
     def _unwritable(self, path: Path) -> None:
         with unwritable(path):
             outcome = self._outcome(partial(_use, path), "unwritable")
             self.run.check(isinstance(outcome, UnavailableError), f"unwritable: {outcome!r}")
             self.run.check(len(os.listdir(path.parent)) == 1, "unwritable: a file was made")
-        self.run.check(self._outcome(partial(_use, path), "writable again") is None, "writable")
+        again = self._outcome(partial(_opens, path), "writable again")
+        self.run.check(again is None, f"writable again: {again!r}")
 
     def _outcome(self, use: Callable[[], Awaitable[object]], what: str) -> Exception | None:
         outcome = asyncio.run(outcome_of(self.run, use, what))
         return outcome.with_traceback(None) if isinstance(outcome, Exception) else None
 
 
+async def _opens(path: Path) -> None:
+    async with StateManager(Database(path, timeout=LOCK_SECONDS), None):
+        pass
+
+
 async def _use(path: Path) -> None:
-    """Open a store, and look at and write all that it holds."""
+    """Open a store, look at all that it holds, and write to it."""
     async with StateManager(Database(path, timeout=LOCK_SECONDS), None) as state:
-        await state.get_stats()
+        await verify(state.db)
         await state.list_tasks()
         await state.add_task(TaskFactory()(task_id="another"))
         await state.remove_task("another")
-        await verify(state.db)
 
 
 def _files_of(folder: Path) -> dict[str, bytes | None]:
@@ -436,7 +456,7 @@ CAMPAIGN = Campaign(
     ("P1", "P2"),
     perform,
     rounds=5_000,
-    quick_rounds=40,
+    quick_rounds=20,
     unit="troubles",
     kinds=(SQLITE,),
     why_not=vfs.why_not,

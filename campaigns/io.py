@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -28,7 +28,7 @@ from campaigns.campaign import SQLITE, Campaign, Run
 from campaigns.lives import LIVES, NAME, Life, original
 from campaigns.picture import Picture, damage, is_migrated, picture, task_ids
 from campaigns.planted import planted
-from campaigns.trial import HangError, checkpointing, look_at_files, outcome_of, quietly, trial_of
+from campaigns.trial import abandoning, checkpointing, look_at_files, outcome_of, quietly, trial_of
 from openclaw_store import OutcomeUnknownError
 
 _READS = frozenset({"read", "pread", "pread64"})
@@ -204,9 +204,11 @@ class _Faults:
         if isinstance(batch[0].call, Life):
             self._live(batch[0], batch[0].call, share)
             return
-        with self.run.location() as path, checkpointing(batch[0].pages), suppress(HangError):
+        before = self._done
+        with self.run.location() as path, checkpointing(batch[0].pages), abandoning(self.run):
             assert isinstance(path, Path)
             asyncio.run(self._call(batch, path, share))
+        self._done = max(self._done, before + 1)  # whatever happens, it ends
 
     async def _call(self, batch: list[Sweep], path: Path, share: int) -> None:
         async with trial_of(self.run, path) as trial:
@@ -235,7 +237,7 @@ class _Faults:
                 self._templates[life.name] = template, picture(folder / NAME)
         template, whole = self._templates[life.name]
         for point in self._take(sweep, share):
-            with self._copy_of(template) as folder, suppress(HangError):
+            with self._copy_of(template) as folder, abandoning(self.run):
                 asyncio.run(self._survive(life, folder, point, whole))
             self._note()
 
@@ -308,8 +310,8 @@ CAMPAIGN = Campaign(
     "every system call of SQLite fails in turn, once or for long, during every public call",
     ("P1", "P2"),
     perform,
-    rounds=20_000,
-    quick_rounds=60,
+    rounds=32_000,
+    quick_rounds=40,
     unit="fault points",
     kinds=(SQLITE,),
     bugs=("cache-before-commit",),

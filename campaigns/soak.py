@@ -43,13 +43,16 @@ WARM_UP = 5
 
 FINISHED_IN_MEMORY = 1000
 
+PATIENCE_SECONDS = 60
+"""For a turn to write: no deadline is to pass because the machine is busy with other things."""
+
 MEMORY_SLOPE = 1e6
 """Bytes in 100,000 calls, at most."""
 
 GROWTH = 2.0
 """Of anything else, from the first quarter of what counts to the last one."""
 
-SHORT, GROWTH_OF_A_SHORT_RUN = 50, 20.0
+SHORT, GROWTH_OF_A_SHORT_RUN = 50, 10.0
 """Rounds of a run in which pools are still being filled, so that it tells less."""
 
 
@@ -86,6 +89,8 @@ def perform(run: Run) -> None:
                     case ["answered", number, refusals]:
                         run.counts.acknowledged = number
                         run.notes["refused"] = f"{sum(refusals.values()):,}"
+                        if "DeadlineError" in refusals:  # the machine was busy with other things
+                            run.notes["after a deadline"] = f"{refusals['DeadlineError']:,}"
                     case ["remembers", store, table, row]:
                         seen.setdefault(store, {}).setdefault(table, []).append(row)
                     case ["finding", finding]:
@@ -167,7 +172,8 @@ async def use(tell: Tell, location: str, seed: int, rounds: int, folder: str) ->
 
 
 def _open(location: str) -> StateManager:
-    return StateManager(Database(location), 1, finished_cache_size=FINISHED_IN_MEMORY)
+    database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
+    return StateManager(database, 1, finished_cache_size=FINISHED_IN_MEMORY)
 
 
 async def _watch(store: StateManager) -> None:

@@ -21,7 +21,9 @@ from openclaw_store.errors import (
 
 SQLITE_ADVICE = {
     "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
-    "SQLITE_CORRUPT": "the file is damaged: restore a backup",
+    # It says so, too, of a page that the disk fails to read.
+    "SQLITE_CORRUPT": "the file is damaged, or the disk is: check the disk and try again, or "
+    "restore a backup",
     "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
     "SQLITE_READONLY": "it cannot be written: check the permissions of the file and its folder",
     "SQLITE_PERM": "it cannot be opened: check the permissions of the file and its folder",
@@ -233,5 +235,10 @@ def _cause(error: BaseException) -> BaseException:
 def _is_lost(cause: BaseException) -> bool:
     """Whether it says that there is no connection (any more), or no answer."""
     driver = importlib.import_module("asyncpg")
-    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
+    lost = (
+        OSError,
+        driver.InterfaceError,
+        driver.InternalClientError,  # it was interrupted, and is still busy with that
+        driver.TargetServerAttributeNotMatched,
+    )
     return isinstance(cause, lost)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from openclaw_store.errors import (
     NotFoundError,
     StaleVersionError,
     StoreError,
+    UnavailableError,
     UnsavedConflictError,
 )
 from openclaw_store.feed import (
@@ -65,6 +66,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 """How long a heartbeat waits in memory for others to share its flush."""
+
+WRITTEN_WITHIN = timedelta(seconds=1)
+"""How long a heartbeat may take to be written: what is newer by more comes from the future."""
 
 HEARTBEATS_A_WRITE = 128
 """How many are written at a stretch, before others write."""
@@ -150,6 +154,23 @@ class Mirror:
                 self._flush_timer.cancel()
             self._unlisten()
             self.watchers.wake_all()
+
+    async def abandon(self) -> None:
+        """Stop without the event loop that all of this goes on, which was closed before.
+
+        Raises:
+            UnavailableError: If something was only in memory. It is lost: what was writing it may
+                have stopped half-way.
+        """
+        if self._wakeups is not None:
+            await self._wakeups.stop()
+        self._unlisten()
+        lost = len(self.cache.unsaved) + len(self.cache.waiting_beats())
+        if lost:
+            raise UnavailableError(
+                f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
+                "were only in memory: shut the StateManager down before"
+            )
 
     async def find(self, place: Place) -> Record[Any] | None:
         """An entry from memory, else from the database."""
@@ -238,7 +259,8 @@ class Mirror:
                 record = record.evolve(**arrived(record, self._database.clock()))
         entry = self.cache.unsaved.get(place)
         if known is not None and record.kind is NodeInfo:
-            record = record.evolve(last_heartbeat=newer_heartbeat(known, record))
+            heartbeat = newer_heartbeat(known, record, self._database.clock())
+            record = record.evolve(last_heartbeat=heartbeat)
         return self._hold(record, known if entry is None else entry.base)
 
     def _takes_key(self, place: Place, record: Record[Any]) -> bool:
@@ -383,7 +405,7 @@ class Mirror:
             if node is None:
                 return False
         beat = Beat(node_id, self._database.clock(), usage)
-        if beat.is_news_to(node):
+        if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
             self.cache.expect_beat(beat)
             self._flush_later()
             if node["status"] is NodeStatus.OFFLINE:

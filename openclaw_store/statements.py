@@ -197,7 +197,7 @@ class Statements(ABC):
     forget: str
     """Removes a change and all before it; for many rows as `status_since` takes."""
     beat: str
-    """For many rows of usage, moment, flush, identifier and the moment again."""
+    """For many rows of usage, moment, flush, identifier, the moment again, and the present one."""
     _second: str
     """The second parameter of a statement."""
     _is_held: ColumnElement[bool] | TextClause = IS_HELD
@@ -281,6 +281,7 @@ class SQLiteStatements(Statements):
                 or_(
                     _NODES.c.last_heartbeat.is_(None),
                     _NODES.c.last_heartbeat <= bindparam("at"),
+                    _NODES.c.last_heartbeat > bindparam("now"),
                 ),
             )
             .values(
@@ -369,9 +370,10 @@ class PostgreSQLStatements(Statements):
         usage = ", ".join(f"{name} = coalesce(given.{name}, nodes.{name})" for name in USAGE)
         self.beat = f"""
             UPDATE nodes SET {usage}, last_heartbeat = given.last_heartbeat, beat = given.beat
-            FROM {_given([*columns, _NODES.c.last_heartbeat.label("at")])}
+            FROM {_given([*columns, *map(_NODES.c.last_heartbeat.label, ("at", "present"))])}
             WHERE nodes.node_id = given.node_id AND nodes.status <> '{NodeStatus.OFFLINE.value}'
-            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at)"""
+            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at
+                OR nodes.last_heartbeat > given.present)"""
 
     def given(self, ids: Sequence[str]) -> Sequence[str]:
         return list(ids)
@@ -502,11 +504,11 @@ _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Those who listen are notified when it is committed. Each statement sees the tables as they were
-    before. For single rows it takes values in place of arrays, with which both sides are done
-    sooner.
+    Those who listen are told the counters when it is committed. Each statement sees the tables as
+    they were before. For single rows it takes values in place of arrays, with which both sides are
+    done sooner.
     """
-    parts = [f"guard AS ({guard} RETURNING id)"]
+    parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
     places = len(_PLACE.findall(guard))
     for number, write in enumerate(writes):
         shift = partial(_shifted, by=places)
@@ -516,7 +518,7 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         if is_single:
             write = _ARRAY.sub(r"::\1", write)
         parts.append(f"write_{number} AS ({write})")
-    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', '') FROM guard"
+    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', counters) FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:

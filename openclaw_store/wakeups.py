@@ -102,8 +102,9 @@ class Listening:
 
     async def stop(self) -> None:
         """Tell nothing any more."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        if self._task.get_loop() is asyncio.get_running_loop():  # else that was closed
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def _run(self) -> None:
         engine = self._database.engine(write=False)
@@ -129,8 +130,12 @@ class Listening:
             assert driver is not None
             driver.add_termination_listener(lambda _: heard.set())
 
-            def hear(_: object, process: int, *__: object) -> None:
-                if process not in self._database.writers:  # else it is known already
+            def hear(_: object, process: int, __: object, counters: str) -> None:
+                if process in self._database.writers:  # it is known already
+                    return
+                if counters:
+                    self._tell(*map(int, counters.split()))
+                else:  # whoever writes in a transaction of a session has them notified at once
                     heard.set()
 
             await driver.add_listener(CHANNEL, hear)

@@ -103,7 +103,8 @@ class TestClaim:
         for task in claimed:
             owner = (task.assigned_node, task.attempt)
             assert (task.status, *owner) == (TaskStatus.SCHEDULED, node, 1)
-            assert (task.scheduled_at, task.started_at, task.updated_at) == (now, None, now)
+            times = (max(now, task.submitted_at or now), None, now)
+            assert (task.scheduled_at, task.started_at, task.updated_at) == times
         assert (await cluster.node(node)).running_tasks == 4
         changes = await feed(cluster.one, before)
         assert [one[2:9] for one in changes] == [
@@ -1386,3 +1387,127 @@ class TestEveryVerb:
             if number % 2:
                 await assert_in_step(one, two)
             await assert_counted(one)
+
+
+class TestClockTurnedBack:
+    """What the campaign of the clock is about, each for itself."""
+
+    async def test_node_that_beats_is_alive_and_its_beats_are_stored(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        await cluster.one.update_heartbeat(node, cpu_usage=1)
+        await cluster.one.sync_to_database()
+        cluster.clock.advance(days=-3)
+
+        await cluster.one.update_heartbeat(node, cpu_usage=2)
+
+        assert await cluster.two.check_stale_nodes() == ["node-0001"]  # it cannot know yet
+        await cluster.one.update_heartbeat(node, cpu_usage=3)
+        await cluster.one.sync_to_database()
+        assert not await cluster.two.check_stale_nodes()
+        found = await cluster.node(node)
+        beaten = (found.status, found.last_heartbeat, found.cpu_usage)
+        assert beaten == (NodeStatus.ONLINE, cluster.clock(), 3)
+
+    @pytest.mark.parametrize("way", ["heartbeat", "update", "unsaved update", "status"])
+    async def test_node_that_was_marked_lost_before_comes_back(
+        self, cluster: Cluster, way: str
+    ) -> None:
+        node = await cluster.join()
+        cluster.clock.advance(hours=1)
+        assert await cluster.one.check_stale_nodes() == [node]
+        cluster.clock.advance(hours=-2)
+
+        if way == "heartbeat":
+            await cluster.one.update_heartbeat(node)
+        elif way == "status":
+            await cluster.one.update_node_status(node, NodeStatus.ONLINE)
+        else:
+            copy = await cluster.node(node)
+            copy.status, copy.last_heartbeat = NodeStatus.ONLINE, cluster.clock()
+            await cluster.one.update_node(copy, persist=way == "update")
+        await cluster.one.sync_to_database()
+
+        found = await cluster.node(node)
+        assert (found.status, found.last_heartbeat) == (NodeStatus.ONLINE, cluster.clock())
+        assert not await cluster.two.check_stale_nodes()
+
+    async def test_heartbeat_that_one_process_has_set_right_stays_so(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        cluster.clock.advance(hours=-1)
+        await cluster.one.update_heartbeat(node)
+        await cluster.one.sync_to_database()
+
+        changed = await cluster.two.change_node(node, lambda copy: setattr(copy, "port", 1))
+
+        assert changed is not None
+        assert changed.last_heartbeat == cluster.clock()
+
+    @pytest.mark.parametrize("hours", [-1, 1])
+    async def test_node_that_has_died_is_noticed(self, cluster: Cluster, hours: int) -> None:
+        task = await cluster.claimed()
+        cluster.clock.advance(hours=hours)
+
+        recovery = await cluster.two.recover(timeout_seconds=120)
+
+        lost = Recovery([task.assigned_node or ""], [task.task_id], [], [])
+        assert recovery == lost
+
+    async def test_times_of_a_task_stay_in_order(self, cluster: Cluster) -> None:
+        node = await cluster.join()
+        task = await cluster.add()
+        for verb in ("claim", "start", "complete"):
+            cluster.clock.advance(hours=-1)
+            await cluster.one.update_heartbeat(node)
+            if verb == "claim":
+                [task] = await cluster.one.claim_tasks(node)
+            elif verb == "start":
+                task = await cluster.one.start_task(task)
+            else:
+                task = await cluster.one.complete_task(task)
+
+        times = (task.submitted_at, task.scheduled_at, task.started_at, task.completed_at)
+        assert times == (task.submitted_at,) * 4
+
+    async def test_task_may_run_for_its_timeout_from_when_it_was_started(
+        self, cluster: Cluster
+    ) -> None:
+        node = await cluster.join()
+        await cluster.add(timeout=60)
+        cluster.clock.advance(hours=-1)
+        await cluster.one.update_heartbeat(node)
+        [task] = await cluster.one.claim_tasks(node)
+        task = await cluster.one.start_task(task)
+
+        cluster.clock.advance(seconds=60)
+        before = await cluster.one.recover(timeout_seconds=120)
+        cluster.clock.advance(seconds=1)
+        after = await cluster.one.recover(timeout_seconds=120)
+
+        assert not before
+        assert after.requeued_tasks == [task.task_id]
+
+    @pytest.mark.parametrize("was_due", [False, True])
+    async def test_retry_is_not_put_off_by_more_than_the_longest_wait(
+        self, cluster: Cluster, was_due: bool
+    ) -> None:
+        node = await cluster.join()
+        task = await cluster.running(node)
+        asked_for = await cluster.add(not_before=cluster.clock() + timedelta(days=1))
+        await cluster.one.fail_task(task, "no")
+        if was_due:
+            cluster.clock.advance(seconds=11)
+            assert str(await cluster.one.explain_task(task.task_id))  # which makes it ready
+        cluster.clock.advance(seconds=-BACKOFF.longest_seconds)
+        soon = await cluster.one.recover(timeout_seconds=1000)
+
+        cluster.clock.advance(seconds=-12)
+        recovery = await cluster.one.recover(timeout_seconds=1000)
+
+        assert not soon
+        assert recovery == Recovery([], [task.task_id], [], [])
+        assert ids(await cluster.one.claim_tasks(node, limit=2)) == [task.task_id]
+        assert (await cluster.task(asked_for.task_id)).not_before == asked_for.not_before

@@ -606,7 +606,15 @@ class TestChanging:
             await manager.change_task(task.task_id, wait)
         with pytest.raises(InvalidDataError, match="task_id: must not be changed"):
             await manager.change_task(task.task_id, become_another)
+        with pytest.raises(InvalidDataError, match="fn: must be a function"):
+            await manager.change_task(task.task_id, None)  # type: ignore[arg-type]  # the point
         assert await manager.get_task(task.task_id) == task
+
+    async def test_tasks_that_are_none_are_refused(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        with pytest.raises(InvalidDataError, match="tasks: must be tasks, not Task"):
+            await manager.add_tasks(make_task())  # type: ignore[arg-type]  # the point
 
     async def test_finished_task_of_long_ago_can_be_changed(
         self, open_manager: OpenManager, make_task: MakeTask
@@ -2040,6 +2048,18 @@ class TestTwoManagers:
         assert seen == task
         assert await other.get_task(task.task_id) == task
 
+    async def test_memory_knows_what_a_list_has_shown(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
+    ) -> None:
+        task = make_task()
+        await manager.add_task(task)
+        other = await open_manager()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        assert (await other.list_tasks()).tasks == [task]
+        assert await other.get_task(task.task_id) == task
+
     async def test_own_writes_and_news_cross_without_harm(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -2267,6 +2287,29 @@ class TestLife:
 
         assert not manager.is_initialized
 
+    async def test_shutdown_on_another_loop_is_refused(self, manager: StateManager) -> None:
+        """It waited for ever for tasks that only their own loop can end."""
+        with pytest.raises(UnavailableError, match="belongs to one event loop"):
+            await asyncio.to_thread(asyncio.run, manager.shutdown())
+
+        assert manager.is_initialized
+
+    @pytest.mark.sqlite  # nobody could close the connections to a server
+    def test_shutdown_when_its_loop_was_closed(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        """It waited for what had stopped half-way, or raised a `RuntimeError`."""
+        manager = StateManager(Database(location), auto_sync_interval=None)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(manager.initialize())
+        loop.run_until_complete(manager.add_task(make_task(), persist=False))
+        loop.close()
+
+        with pytest.raises(UnavailableError, match="1 entries and heartbeats are lost"):
+            asyncio.run(manager.shutdown())
+
+        assert not manager.is_initialized
+
     async def test_shutdown_without_initialize(self, location: Location) -> None:
         manager = StateManager(Database(location))
 
@@ -2345,6 +2388,10 @@ class TestLife:
     def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
         with pytest.raises(InvalidDataError, match="finished_cache_size"):
             StateManager(Database(location), finished_cache_size=size)
+
+    def test_backoff_that_is_none(self, location: Location) -> None:
+        with pytest.raises(InvalidDataError, match="backoff: must be a Backoff, not int"):
+            StateManager(Database(location), backoff=5)  # type: ignore[arg-type]  # the point
 
     async def test_repr_tells_where_it_stands(
         self, manager: StateManager, make_task: MakeTask
