@@ -1,476 +1,558 @@
-"""A call of each public coroutine of the store, on things that are there for it alone."""
+"""Every public call that reads or writes an open store, each with what must be there for it."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy import text
 
-import openclaw_store
-from campaigns.campaign import Location
 from openclaw_store import (
     Database,
     NodeInfo,
     NodeRepository,
     NodeStatus,
-    SchemaMismatchError,
     StateManager,
     Task,
     TaskFilter,
     TaskRepository,
     TaskStatus,
-    TaskType,
     copy,
     diagnose,
     verify,
 )
-from openclaw_store.changes import apply
-from openclaw_store.operations import Create
-from openclaw_store.schema import TaskRow
+from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
+
+Call = Callable[[], Awaitable[Any]]
+"""The call itself, which can be repeated: it means the same thing each time."""
 
 
-class Scene:
-    """The tasks and nodes that a call is about; each call has others.
+class Store:
+    """An open store, and what makes rows for it."""
 
-    Args:
-        manager: Whose calls are made.
-        number: The scene's own, with which all its identifiers end.
-        location: Of the manager's database.
-        target: Where there is an empty database, or a copy that was begun.
-        folder: For files; empty.
-    """
+    def __init__(self, state: StateManager, clock: FakeClock, folder: Path) -> None:
+        self.state, self.clock, self.folder = state, clock, folder
+        self.db, self.tasks, self.nodes = state.db, state.task_repo, state.node_repo
+        self.make_task, self.make_node = TaskFactory(clock), NodeFactory(clock)
+        self._numbers = count(1)
 
-    def __init__(
-        self,
-        manager: StateManager,
-        number: int,
-        location: Location,
-        target: Location,
-        folder: Path,
-    ) -> None:
-        self.manager, self.number = manager, number
-        self.location, self.target, self.folder = location, target, folder
-        self.revision = manager.version
-        """Before anything of the scene was there."""
-        self.db = manager.db
-        self.task_repo, self.node_repo = manager.task_repo, manager.node_repo
-        self.tasks: dict[str, Task] = {}
-        """Those that are there before the call, by role."""
-        self.nodes: dict[str, NodeInfo] = {}
-        self._prepare()
+    async def task(self, **fields: Any) -> Task:
+        """A task that is in the database."""
+        task = self.make_task(**fields)
+        await self.state.add_task(task)
+        return task
 
-    @cached_property
-    def other(self) -> StateManager:
-        """A further manager on the same database, which has not been opened."""
-        return StateManager(Database(self.location))
+    async def node(self, **fields: Any) -> NodeInfo:
+        """A node that is in the database; it has a skill that no other one has."""
+        number = next(self._numbers)
+        fields = {"available_skills": [f"skill-{number}"], "last_heartbeat": self.clock(), **fields}
+        node = self.make_node(**fields)
+        await self.state.add_node(node)
+        return node
 
-    def id(self, role: str) -> str:
-        """The identifier of what has this role."""
-        return f"{role}-{self.number}"
+    async def waiting(self, how_many: int = 1) -> NodeInfo:
+        """A node for which that many tasks wait, and for no other node."""
+        node = await self.node()
+        for _ in range(how_many):
+            await self.task(required_skills=node.available_skills)
+        return node
 
-    def task(self, role: str, **fields: Any) -> Task:
-        """A new task."""
-        return Task(self.id(role), TaskType.BATCH, "as it was", **fields)
+    async def claimed(self, **fields: Any) -> Task:
+        """A task that a node has claimed."""
+        node = await self.node()
+        await self.task(required_skills=node.available_skills, **fields)
+        [task] = await self.state.claim_tasks(node.node_id)
+        return task
 
-    def node(self, role: str, **fields: Any) -> NodeInfo:
-        """A new node."""
-        return NodeInfo(self.id(role), "host", **fields)
+    async def finished(self, **fields: Any) -> Task:
+        """A task that is completed."""
+        task = await self.claimed(**fields)
+        await self.state.start_task(task)
+        return await self.state.complete_task(task, {"rows": 42})
 
-    def changed(self, role: str) -> Task:
-        """A task that is there, with another name."""
-        return replace(self.tasks[role], name="changed")
-
-    def changed_node(self, role: str) -> NodeInfo:
-        """A node that is there, with another name."""
-        return replace(self.nodes[role], hostname="changed")
-
-    def creation(self) -> Create[Task]:
-        """The operation that adds a task."""
-        return Create(Task, self.id("new"), self.task_repo.encode(self.task("new")))
-
-    def _prepare(self) -> None:
-        now = datetime.now(UTC)
-        before, long_ago = now - timedelta(hours=1), now - timedelta(days=40)
-        skill, user, busy, lost = map(self.id, ("skill", "user", "busy", "lost"))
-        skilled: dict[str, Any] = {"required_skills": [skill], "user_id": user}
-        held: dict[str, Any] = {"attempt": 1, "scheduled_at": before}
-        running: dict[str, Any] = {**held, "status": TaskStatus.RUNNING, "started_at": before}
-        self.nodes = {
-            "busy": self.node(
-                "busy",
-                last_heartbeat=now,
-                max_concurrent_tasks=10,
-                running_tasks=2,
-                available_skills=[skill],
-            ),
-            "lost": self.node("lost", last_heartbeat=before, running_tasks=1),
-            "silent": self.node("silent", last_heartbeat=before),
-            "gone": self.node("gone", status=NodeStatus.OFFLINE),
-        }
-        self.tasks = {
-            "waiting": self.task("waiting", **skilled),
-            "spare": self.task("spare", **skilled),
-            "keyed": self.task("keyed", required_skills=["none"], idempotency_key=self.id("key")),
-            "ending": self.task("ending", required_skills=["none"]),
-            "held": self.task("held", status=TaskStatus.SCHEDULED, assigned_node=busy, **held),
-            "running": self.task("running", assigned_node=busy, **running),
-            "late": self.task("late", assigned_node=lost, **running),
-            "done": self.task(
-                "done", status=TaskStatus.COMPLETED, submitted_at=long_ago, completed_at=long_ago
-            ),
-        }
+    def path(self, name: str) -> Path:
+        """One where nothing is yet."""
+        return self.folder / f"{name}-{next(self._numbers)}.db"
 
 
-NEIGHBOURS = ("ending", "neighbour", "second", "third", "next")
-"""The tasks that others write, at the same moment as the call, and next."""
-
-TASK_ROLES = (
-    "waiting", "spare", "keyed", "held", "running", "late", "done", "unsaved", "new", "another",
-    *NEIGHBOURS,
-)  # fmt: skip
-"""The tasks of a scene that are there, or may be."""
-
-NODE_ROLES = ("busy", "lost", "silent", "gone", "newcomer")
-"""The nodes."""
-
-Work = Callable[[Scene], Awaitable[object]]
+Prepare = Callable[[Store], Awaitable[Call]]
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call, and what is special about it."""
+class PublicCall:
+    """A call that people may make."""
 
-    make: Work
-    before: Work | None = None
-    """Done first, and not cancelled."""
-    after: Work | None = None
-    """Done afterwards, whether the call was cancelled or not."""
-    in_parts: bool = False
-    """Whether it has several transactions, and can be repeated for the rest."""
-    keeps_feed: bool = True
-    """Whether the feed tells what it has done."""
-    lingers: bool = False
-    """Whether what it is about may be only in memory at first, and be written later."""
-    is_open: bool = False
-    """Whether `Scene.other` is open, so that it has neighbours there, too."""
+    name: str
+    prepare: Prepare
+    """Makes what the call needs, and returns the call."""
+    in_batches: bool = False
+    """Whether it may be done in part when it raises; then it can be repeated."""
+    is_exact: bool = True
+    """Whether it answers the same when it is asked again and nothing was written."""
+    is_kept: bool = False
+    """Whether what it could not write is shown by memory, and written later all the same."""
+    makes_copy: bool = False
+    """Whether it makes a file that holds the same."""
 
 
-def public_coroutines() -> set[str]:
-    """All that the library offers to be awaited, entered or iterated over, found by looking."""
-    found: set[str] = set()
-    for name in openclaw_store.__all__:
-        thing = getattr(openclaw_store, name)
-        if inspect.isclass(thing):
-            for attribute, member in inspect.getmembers(thing, inspect.isfunction):
-                is_public = not attribute.startswith("_") or attribute in _ENTRANCES
-                is_alias = member.__name__ != attribute
-                if is_public and not is_alias and _is_awaited(member):
-                    found.add(f"{name}.{attribute}")
-        elif inspect.isfunction(thing) and _is_awaited(thing):
-            found.add(name)
-    return found
+CALLS: list[PublicCall] = []
 
 
-_ENTRANCES = ("__aenter__", "__aexit__", "__aiter__", "__anext__", "__await__")
+def public(name: str = "", **fields: bool) -> Callable[[Prepare], Prepare]:
+    """List what prepares a call, which has its name unless another is given."""
+
+    def listed(prepare: Prepare) -> Prepare:
+        own = name or prepare.__name__.removeprefix("_")
+        CALLS.append(PublicCall(own, prepare, **fields))
+        return prepare
+
+    return listed
 
 
-def _is_awaited(function: Callable[..., Any]) -> bool:
-    if inspect.iscoroutinefunction(function):
-        return True
-    gives = str(inspect.signature(function).return_annotation)
-    return gives.startswith(("Async", "Await", "Coroutine"))
-
-
-def _count(session: AsyncSession) -> Coroutine[Any, Any, int | None]:
-    return session.scalar(select(func.count()).select_from(TaskRow))
-
-
-def _count_at_once(connection: Connection) -> int | None:
-    return connection.scalar(select(func.count()).select_from(TaskRow))
-
-
-def _rename(item: Task | NodeInfo) -> None:
+def rename(item: Task | NodeInfo) -> None:
+    """Change something of an item that no rule depends on."""
     if isinstance(item, Task):
-        item.name = "changed"
+        item.name = "renamed"
     else:
-        item.hostname = "changed"
+        item.hostname = "renamed"
 
 
-async def hold_unsaved(scene: Scene) -> None:
-    """Have a task that is only in memory."""
-    scene.tasks["unsaved"] = scene.task("unsaved", user_id=scene.id("user"))
-    await scene.manager.add_task(scene.tasks["unsaved"], persist=False)
+@public()
+async def _add_task(store: Store) -> Call:
+    task = store.make_task(parameters={"text": "x" * 6000})
+    return lambda: store.state.add_task(task)
 
 
-async def _open_and_close(scene: Scene) -> None:
-    """Whatever became of its opening, it can be opened and written to; and closed."""
-    await scene.other.initialize()
-    await scene.other.add_task(scene.task("elsewhere"))
-    await scene.other.remove_task(scene.id("elsewhere"))
-    await scene.other.shutdown()
+@public()
+async def _update_task(store: Store) -> Call:
+    task = await store.task()
+    rename(task)
+    return lambda: store.state.update_task(task)
 
 
-async def _open_and_close_database(scene: Scene) -> None:
-    await scene.other.db.initialize()
-    await scene.other.task_repo.count_by_status()
-    await scene.other.db.close()
+@public()
+async def _change_task(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.state.change_task(task.task_id, rename)
 
 
-async def _enter(scene: Scene) -> None:
-    async with scene.other:
-        await scene.other.get_state()
+@public()
+async def _remove_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.remove_task(task.task_id)
 
 
-async def _enter_database(scene: Scene) -> None:
-    async with scene.other.db:
-        await scene.other.task_repo.count_by_status()
+@public()
+async def _submit_task(store: Store) -> Call:
+    task = store.make_task()
+    task.idempotency_key = task.task_id
+    return lambda: store.state.submit_task(task)
 
 
-async def _session(scene: Scene) -> None:
-    async with scene.db.session() as session:
-        await _count(session)
-        await TaskRepository(session).get(scene.id("waiting"))
+@public("submit_task, once more")
+async def _submit_task_again(store: Store) -> Call:
+    task = store.make_task()
+    task.idempotency_key = task.task_id
+    await store.state.submit_task(task)
+    twin = store.make_task(idempotency_key=task.task_id)
+    return lambda: store.state.submit_task(twin)
 
 
-async def _transaction(scene: Scene) -> None:
-    async with scene.db.transaction() as tx:
-        await TaskRepository(tx).create(scene.task("new"))
-        await TaskRepository(tx).update(scene.changed("waiting"))
-        await TaskRepository(tx).complete(scene.tasks["running"])
-        await _count(tx)
-        await NodeRepository(tx).update_status(scene.id("gone"), NodeStatus.MAINTENANCE)
+@public()
+async def _add_tasks(store: Store) -> Call:
+    tasks = [store.make_task() for _ in range(3)]
+    return lambda: store.state.add_tasks(tasks)
 
 
-async def _write_in(scene: Scene) -> None:
-    async with scene.db.transaction() as tx:
-        await scene.db.write_in(tx, apply, scene.creation())
+@public(in_batches=True)
+async def _cancel_tasks(store: Store) -> Call:
+    user = store.make_task().task_id
+    for _ in range(3):
+        await store.task(user_id=user)
+    return lambda: store.state.cancel_tasks(TaskFilter(user=user), "nobody needs them")
 
 
-async def _watch(scene: Scene) -> None:
-    changes: Any = scene.manager.watch(since=scene.revision)
-    async with aclosing(changes):
-        async for change in changes:
-            if change.item_id == scene.id("ending") and change.to_status == "cancelled":
-                break
+@public()
+async def _claim_tasks(store: Store) -> Call:
+    node = await store.waiting(2)
+    return lambda: store.state.claim_tasks(node.node_id, 2)
 
 
-async def _empty_target(scene: Scene) -> None:
-    """Have nothing where a copy is to be, unless it is the half of one."""
-    async with AsyncExitStack() as stack:
+@public()
+async def _start_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.start_task(task)
+
+
+@public()
+async def _complete_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.complete_task(task, {"rows": 42})
+
+
+@public()
+async def _fail_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.fail_task(task, "it went wrong")
+
+
+@public()
+async def _cancel_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.cancel_task(task.task_id, "nobody needs it")
+
+
+@public()
+async def _requeue_task(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.state.requeue_task(task.task_id)
+
+
+@public(in_batches=True)
+async def _recover(store: Store) -> Call:
+    await store.state.recover(10**6)
+    task = await store.claimed()
+    assert task.assigned_node is not None
+    await store.state.update_node_status(task.assigned_node, NodeStatus.OFFLINE)
+    return lambda: store.state.recover(10**6)
+
+
+@public()
+async def _add_node(store: Store) -> Call:
+    node = store.make_node()
+    return lambda: store.state.add_node(node)
+
+
+@public()
+async def _register_node(store: Store) -> Call:
+    task = await store.claimed()
+    node = store.make_node(node_id=task.assigned_node)
+    return lambda: store.state.register_node(node)
+
+
+@public()
+async def _update_node(store: Store) -> Call:
+    node = await store.node()
+    rename(node)
+    return lambda: store.state.update_node(node)
+
+
+@public()
+async def _change_node(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.state.change_node(node.node_id, rename)
+
+
+@public()
+async def _remove_node(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.state.remove_node(node.node_id)
+
+
+@public()
+async def _update_node_status(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.state.update_node_status(node.node_id, NodeStatus.ERROR)
+
+
+@public("update_heartbeat, of an OFFLINE node", is_kept=True)
+async def _update_heartbeat(store: Store) -> Call:
+    node = await store.node(status=NodeStatus.OFFLINE)
+    store.clock.advance(1)
+    return lambda: store.state.update_heartbeat(node.node_id, cpu_usage=50)
+
+
+@public(in_batches=True)
+async def _check_stale_nodes(store: Store) -> Call:
+    store.clock.advance(1)
+    await store.state.check_stale_nodes(0.5)
+    await store.node()
+    store.clock.advance(1)
+    return lambda: store.state.check_stale_nodes(0.5)
+
+
+@public(in_batches=True, is_kept=True)
+async def _sync_to_database(store: Store) -> Call:
+    node = await store.node()
+    store.clock.advance(1)
+    await store.state.update_heartbeat(node.node_id, cpu_usage=50)
+    await store.state.add_task(store.make_task(), persist=False)
+    return store.state.sync_to_database
+
+
+@public(in_batches=True)
+async def _compact_changes(store: Store) -> Call:
+    await store.task()
+    store.clock.advance(1)
+    await store.task()
+    return lambda: store.state.compact_changes(0.5 / 86_400)
+
+
+@public("task_repo.cleanup_old_tasks", in_batches=True)
+async def _clean_up(store: Store) -> Call:
+    store.clock.advance(1)
+    await store.tasks.cleanup_old_tasks(0)
+    await store.finished()
+    store.clock.advance(1)
+    return lambda: store.tasks.cleanup_old_tasks(0.5 / 86_400)
+
+
+@public("transaction")
+async def _in_transaction(store: Store) -> Call:
+    task, node = store.make_task(), await store.node()
+    rename(node)
+
+    async def together() -> None:
+        async with store.db.transaction() as tx:
+            await TaskRepository(tx).create(task)
+            await NodeRepository(tx).update(node)
+
+    return together
+
+
+@public("task_repo.create")
+async def _create_task(store: Store) -> Call:
+    task = store.make_task()
+    return lambda: store.tasks.create(task)
+
+
+@public("task_repo.update")
+async def _update_task_row(store: Store) -> Call:
+    task = await store.task()
+    rename(task)
+    return lambda: store.tasks.update(task)
+
+
+@public("task_repo.delete")
+async def _delete_task_row(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.tasks.delete(task.task_id)
+
+
+@public("task_repo.claim")
+async def _claim_by_rows(store: Store) -> Call:
+    node = await store.waiting()
+    return lambda: store.tasks.claim(node.node_id)
+
+
+@public("node_repo.register")
+async def _register_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    node = store.make_node(node_id=task.assigned_node)
+    return lambda: store.nodes.register(node)
+
+
+@public("node_repo.update_status")
+async def _set_status_of_row(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.nodes.update_status(node.node_id, NodeStatus.ERROR)
+
+
+@public("node_repo.update_heartbeat")
+async def _beat_of_row(store: Store) -> Call:
+    node = await store.node()
+    store.clock.advance(1)
+    return lambda: store.nodes.update_heartbeat(node.node_id)
+
+
+@public("task_repo.start")
+async def _start_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.start(task)
+
+
+@public("task_repo.complete")
+async def _complete_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.complete(task, {"rows": 42})
+
+
+@public("task_repo.fail")
+async def _fail_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.fail(task, "it went wrong")
+
+
+@public("task_repo.cancel")
+async def _cancel_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.cancel(task.task_id)
+
+
+@public("task_repo.requeue")
+async def _requeue_by_row(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.tasks.requeue(task.task_id)
+
+
+@public("node_repo.create")
+async def _create_node(store: Store) -> Call:
+    node = store.make_node()
+    return lambda: store.nodes.create(node)
+
+
+@public("node_repo.update")
+async def _update_node_row(store: Store) -> Call:
+    node = await store.node()
+    rename(node)
+    return lambda: store.nodes.update(node)
+
+
+@public("node_repo.delete")
+async def _delete_node_row(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.nodes.delete(node.node_id)
+
+
+@public("task_repo.get")
+async def _get_task_row(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.tasks.get(task.task_id)
+
+
+@public("get_task, of one that is not in memory")
+async def _get_task(store: Store) -> Call:
+    tasks = [await store.finished() for _ in range(3)]
+    return lambda: store.state.get_task(tasks[0].task_id)
+
+
+@public("get_node, of one that there is not")
+async def _get_node(store: Store) -> Call:
+    return lambda: store.state.get_node("nobody")
+
+
+@public()
+async def _list_tasks(store: Store) -> Call:
+    return lambda: store.state.list_tasks(TaskFilter(status=TaskStatus.PENDING), limit=5)
+
+
+@public()
+async def _explain_task(store: Store) -> Call:
+    task = await store.task(required_skills=["nobody has it"])
+    return lambda: store.state.explain_task(task.task_id)
+
+
+@public()
+async def _history(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.state.history(task.task_id)
+
+
+@public("history, of a task that was removed")
+async def _history_of_removed(store: Store) -> Call:
+    task = await store.task()
+    await store.state.remove_task(task.task_id)
+    return lambda: store.state.history(task.task_id)
+
+
+@public()
+async def _wait_for_task(store: Store) -> Call:
+    tasks = [await store.finished() for _ in range(3)]
+    return lambda: store.state.wait_for_task(tasks[0].task_id, 5)
+
+
+@public()
+async def _watch(store: Store) -> Call:
+    since = store.state.version
+    await store.task()
+
+    async def first() -> Any:
+        async with aclosing(store.state.watch(since)) as changes:  # type: ignore[type-var]  # it is a generator
+            return await anext(changes)
+
+    return first
+
+
+@public()
+async def _refresh_from_database(store: Store) -> Call:
+    return store.state.refresh_from_database
+
+
+@public(is_exact=False)
+async def _get_stats(store: Store) -> Call:
+    return store.state.get_stats
+
+
+@public("session")
+async def _in_session(store: Store) -> Call:
+    async def count_tasks() -> Any:
+        async with store.db.session() as session:
+            return await session.scalar(text("SELECT count(name) FROM tasks"))
+
+    return count_tasks
+
+
+@public("verify", is_exact=False)
+async def _verified(store: Store) -> Call:
+    return lambda: verify(store.db)
+
+
+@public("diagnose", is_exact=False)
+async def _diagnosed(store: Store) -> Call:
+    return lambda: diagnose(store.db)
+
+
+FROM_MEMORY = frozenset(
+    {
+        "get_state", "get_task_stats", "get_node_stats", "get_pending_tasks", "get_all_nodes",
+        "get_online_nodes", "get_available_nodes", "find_nodes_by_skill",
+    }
+)  # fmt: skip
+"""Calls that need no database."""
+
+READS: Sequence[tuple[str, Callable[[Store], Call]]] = (
+    ("task_repo.list_by_status", lambda s: lambda: s.tasks.list_by_status(TaskStatus.PENDING, 5)),
+    ("task_repo.list_by_node", lambda s: lambda: s.tasks.list_by_node("node-0001")),
+    ("task_repo.list_by_user", lambda s: lambda: s.tasks.list_by_user("nobody")),
+    ("task_repo.list_pending_tasks", lambda s: lambda: s.tasks.list_pending_tasks(5)),
+    ("task_repo.count_by_status", lambda s: s.tasks.count_by_status),
+    ("task_repo.count_old_tasks", lambda s: s.tasks.count_old_tasks),
+    ("task_repo.list_tasks", lambda s: lambda: s.tasks.list_tasks(limit=5)),
+    ("node_repo.get", lambda s: lambda: s.nodes.get("node-0001")),
+    ("node_repo.get_all_nodes", lambda s: s.nodes.get_all_nodes),
+    ("node_repo.list_online_nodes", lambda s: s.nodes.list_online_nodes),
+    ("node_repo.list_by_status", lambda s: lambda: s.nodes.list_by_status(NodeStatus.ERROR)),
+    ("node_repo.find_stale_nodes", lambda s: s.nodes.find_stale_nodes),
+    ("node_repo.find_by_skill", lambda s: lambda: s.nodes.find_by_skill("skill-1")),
+    ("node_repo.get_available_nodes", lambda s: s.nodes.get_available_nodes),
+)
+"""Of the repositories, which need nothing."""
+
+
+def _prepared(call_of: Callable[[Store], Call]) -> Prepare:
+    async def prepare(store: Store) -> Call:
+        return call_of(store)
+
+    return prepare
+
+
+CALLS += [PublicCall(name, _prepared(call_of)) for name, call_of in READS]
+
+
+@public()
+async def _vacuum(store: Store) -> Call:
+    return store.db.vacuum
+
+
+@public(makes_copy=True)
+async def _backup(store: Store) -> Call:
+    path = store.path("backup")
+    return lambda: store.db.backup(path)
+
+
+@public("copy", is_exact=False, makes_copy=True)
+async def _copied(store: Store) -> Call:
+    path = store.path("copy")
+
+    async def to_another() -> None:
+        target = Database(path, timeout=store.db.timeout, clock=store.clock)
         try:
-            target = await stack.enter_async_context(Database(scene.target))
-        except SchemaMismatchError:
-            return
-        tx = await stack.enter_async_context(target.transaction())
-        for table in ("tasks", "nodes", "changes"):
-            await tx.execute(text(f"DELETE FROM {table}"))
-        await tx.execute(text("UPDATE counters SET revision = 0, beat = 0, compacted = 0"))
+            await copy(store.db, target)
+        finally:
+            await target.close()
 
-
-async def _copy(scene: Scene) -> None:
-    target = Database(scene.target)
-    try:
-        await copy(scene.db, target)
-    finally:
-        await target.close()
-
-
-CALLS: dict[str, Call] = {
-    "Database.__aenter__": Call(_enter_database, after=lambda scene: scene.other.db.close()),
-    "Database.__aexit__": Call(
-        lambda scene: scene.other.db.__aexit__(None, None, None),
-        lambda scene: scene.other.db.initialize(),
-        lambda scene: scene.other.db.close(),
-        is_open=True,
-    ),
-    "Database.backup": Call(lambda scene: scene.db.backup(scene.folder / scene.id("backup"))),
-    "Database.close": Call(
-        lambda scene: scene.other.db.close(),
-        lambda scene: scene.other.db.initialize(),
-        lambda scene: scene.other.db.close(),
-        is_open=True,
-    ),
-    "Database.get_stats": Call(lambda scene: scene.db.get_stats()),
-    "Database.initialize": Call(
-        lambda scene: scene.other.db.initialize(), after=_open_and_close_database
-    ),
-    "Database.inspect": Call(lambda scene: scene.db.inspect(_count_at_once)),
-    "Database.read": Call(lambda scene: scene.db.read(_count)),
-    "Database.session": Call(_session),
-    "Database.transaction": Call(_transaction),
-    "Database.vacuum": Call(lambda scene: scene.db.vacuum()),
-    "Database.write": Call(lambda scene: scene.db.write(apply, scene.creation())),
-    "Database.write_in": Call(_write_in),
-    "NodeRepository.create": Call(lambda scene: scene.node_repo.create(scene.node("newcomer"))),
-    "NodeRepository.delete": Call(lambda scene: scene.node_repo.delete(scene.id("gone"))),
-    "NodeRepository.find_by_skill": Call(
-        lambda scene: scene.node_repo.find_by_skill(scene.id("skill"))
-    ),
-    "NodeRepository.find_stale_nodes": Call(lambda scene: scene.node_repo.find_stale_nodes()),
-    "NodeRepository.get": Call(lambda scene: scene.node_repo.get(scene.id("busy"))),
-    "NodeRepository.get_all_nodes": Call(lambda scene: scene.node_repo.get_all_nodes()),
-    "NodeRepository.get_available_nodes": Call(lambda scene: scene.node_repo.get_available_nodes()),
-    "NodeRepository.get_record": Call(lambda scene: scene.node_repo.get_record(scene.id("busy"))),
-    "NodeRepository.list_by_status": Call(
-        lambda scene: scene.node_repo.list_by_status(NodeStatus.OFFLINE)
-    ),
-    "NodeRepository.list_online_nodes": Call(lambda scene: scene.node_repo.list_online_nodes()),
-    "NodeRepository.register": Call(lambda scene: scene.node_repo.register(scene.node("lost"))),
-    "NodeRepository.update": Call(lambda scene: scene.node_repo.update(scene.changed_node("gone"))),
-    "NodeRepository.update_heartbeat": Call(
-        lambda scene: scene.node_repo.update_heartbeat(scene.id("gone"))
-    ),
-    "NodeRepository.update_status": Call(
-        lambda scene: scene.node_repo.update_status(scene.id("gone"), NodeStatus.MAINTENANCE)
-    ),
-    "StateManager.__aenter__": Call(_enter, after=lambda scene: scene.other.shutdown()),
-    "StateManager.__aexit__": Call(
-        lambda scene: scene.other.__aexit__(None, None, None),
-        lambda scene: scene.other.initialize(),
-        lambda scene: scene.other.shutdown(),
-        is_open=True,
-    ),
-    "StateManager.add_node": Call(lambda scene: scene.manager.add_node(scene.node("newcomer"))),
-    "StateManager.add_task": Call(lambda scene: scene.manager.add_task(scene.task("new"))),
-    "StateManager.add_task, of one in memory": Call(
-        lambda scene: scene.manager.add_task(scene.task("new"), persist=False), lingers=True
-    ),
-    "StateManager.add_tasks": Call(
-        lambda scene: scene.manager.add_tasks([scene.task("new"), scene.task("another")])
-    ),
-    "StateManager.cancel_task": Call(lambda scene: scene.manager.cancel_task(scene.id("running"))),
-    "StateManager.cancel_tasks": Call(
-        lambda scene: scene.manager.cancel_tasks(TaskFilter(user=scene.id("user"))),
-        hold_unsaved,
-        in_parts=True,
-    ),
-    "StateManager.change_node": Call(
-        lambda scene: scene.manager.change_node(scene.id("busy"), _rename)
-    ),
-    "StateManager.change_task": Call(
-        lambda scene: scene.manager.change_task(scene.id("waiting"), _rename)
-    ),
-    "StateManager.change_task, of one in memory": Call(
-        lambda scene: scene.manager.change_task(scene.id("unsaved"), _rename),
-        hold_unsaved,
-    ),
-    "StateManager.check_stale_nodes": Call(
-        lambda scene: scene.manager.check_stale_nodes(), in_parts=True
-    ),
-    "StateManager.claim_tasks": Call(lambda scene: scene.manager.claim_tasks(scene.id("busy"), 2)),
-    "StateManager.compact_changes": Call(
-        lambda scene: scene.manager.compact_changes(days=0), in_parts=True, keeps_feed=False
-    ),
-    "StateManager.complete_task": Call(
-        lambda scene: scene.manager.complete_task(scene.tasks["running"], {"rows": 1})
-    ),
-    "StateManager.explain_task": Call(lambda scene: scene.manager.explain_task(scene.id("done"))),
-    "StateManager.fail_task": Call(
-        lambda scene: scene.manager.fail_task(scene.tasks["running"], "it broke")
-    ),
-    "StateManager.find_nodes_by_skill": Call(
-        lambda scene: scene.manager.find_nodes_by_skill(scene.id("skill"))
-    ),
-    "StateManager.get_all_nodes": Call(lambda scene: scene.manager.get_all_nodes()),
-    "StateManager.get_available_nodes": Call(lambda scene: scene.manager.get_available_nodes()),
-    "StateManager.get_node": Call(lambda scene: scene.manager.get_node(scene.id("nobody"))),
-    "StateManager.get_node_stats": Call(lambda scene: scene.manager.get_node_stats()),
-    "StateManager.get_online_nodes": Call(lambda scene: scene.manager.get_online_nodes()),
-    "StateManager.get_pending_tasks": Call(lambda scene: scene.manager.get_pending_tasks(None)),
-    "StateManager.get_state": Call(lambda scene: scene.manager.get_state()),
-    "StateManager.get_stats": Call(lambda scene: scene.manager.get_stats()),
-    "StateManager.get_task": Call(lambda scene: scene.manager.get_task(scene.id("nothing"))),
-    "StateManager.get_task_stats": Call(lambda scene: scene.manager.get_task_stats()),
-    "StateManager.history": Call(lambda scene: scene.manager.history(scene.id("waiting"))),
-    "StateManager.initialize": Call(lambda scene: scene.other.initialize(), after=_open_and_close),
-    "StateManager.list_tasks": Call(
-        lambda scene: scene.manager.list_tasks(TaskFilter(user=scene.id("user")))
-    ),
-    "StateManager.recover": Call(lambda scene: scene.manager.recover(), in_parts=True),
-    "StateManager.refresh_from_database": Call(lambda scene: scene.manager.refresh_from_database()),
-    "StateManager.register_node": Call(
-        lambda scene: scene.manager.register_node(scene.node("busy"))
-    ),
-    "StateManager.remove_node": Call(lambda scene: scene.manager.remove_node(scene.id("busy"))),
-    "StateManager.remove_task": Call(lambda scene: scene.manager.remove_task(scene.id("running"))),
-    "StateManager.remove_task, of one in memory": Call(
-        lambda scene: scene.manager.remove_task(scene.id("unsaved")),
-        hold_unsaved,
-    ),
-    "StateManager.requeue_task": Call(lambda scene: scene.manager.requeue_task(scene.id("done"))),
-    "StateManager.shutdown": Call(
-        lambda scene: scene.other.shutdown(),
-        lambda scene: scene.other.initialize(),
-        lambda scene: scene.other.shutdown(),
-        is_open=True,
-    ),
-    "StateManager.start_task": Call(lambda scene: scene.manager.start_task(scene.tasks["held"])),
-    "StateManager.submit_task": Call(lambda scene: scene.manager.submit_task(scene.task("new"))),
-    "StateManager.submit_task, of one that is there": Call(
-        lambda scene: scene.manager.submit_task(scene.task("new", idempotency_key=scene.id("key")))
-    ),
-    "StateManager.sync_to_database": Call(
-        lambda scene: scene.manager.sync_to_database(), hold_unsaved, lingers=True
-    ),
-    "StateManager.update_heartbeat": Call(
-        lambda scene: scene.manager.update_heartbeat(scene.id("gone"), 7.0), lingers=True
-    ),
-    "StateManager.update_node": Call(
-        lambda scene: scene.manager.update_node(scene.changed_node("busy"))
-    ),
-    "StateManager.update_node_status": Call(
-        lambda scene: scene.manager.update_node_status(scene.id("busy"), NodeStatus.MAINTENANCE)
-    ),
-    "StateManager.update_task": Call(
-        lambda scene: scene.manager.update_task(scene.changed("waiting"))
-    ),
-    "StateManager.update_task, of one in memory": Call(
-        lambda scene: scene.manager.update_task(scene.changed("unsaved")),
-        hold_unsaved,
-    ),
-    "StateManager.wait_for_task": Call(
-        lambda scene: scene.manager.wait_for_task(scene.id("ending"))
-    ),
-    "StateManager.watch": Call(_watch),
-    "TaskRepository.cancel": Call(lambda scene: scene.task_repo.cancel(scene.id("running"))),
-    "TaskRepository.claim": Call(lambda scene: scene.task_repo.claim(scene.id("busy"), 2)),
-    "TaskRepository.cleanup_old_tasks": Call(lambda scene: scene.task_repo.cleanup_old_tasks()),
-    "TaskRepository.complete": Call(lambda scene: scene.task_repo.complete(scene.tasks["running"])),
-    "TaskRepository.count_by_status": Call(lambda scene: scene.task_repo.count_by_status()),
-    "TaskRepository.count_old_tasks": Call(lambda scene: scene.task_repo.count_old_tasks()),
-    "TaskRepository.create": Call(lambda scene: scene.task_repo.create(scene.task("new"))),
-    "TaskRepository.delete": Call(lambda scene: scene.task_repo.delete(scene.id("running"))),
-    "TaskRepository.fail": Call(
-        lambda scene: scene.task_repo.fail(scene.tasks["running"], "it broke")
-    ),
-    "TaskRepository.get": Call(lambda scene: scene.task_repo.get(scene.id("waiting"))),
-    "TaskRepository.get_record": Call(
-        lambda scene: scene.task_repo.get_record(scene.id("waiting"))
-    ),
-    "TaskRepository.list_by_node": Call(
-        lambda scene: scene.task_repo.list_by_node(scene.id("busy"))
-    ),
-    "TaskRepository.list_by_status": Call(
-        lambda scene: scene.task_repo.list_by_status(TaskStatus.PENDING)
-    ),
-    "TaskRepository.list_by_user": Call(
-        lambda scene: scene.task_repo.list_by_user(scene.id("user"))
-    ),
-    "TaskRepository.list_pending_tasks": Call(lambda scene: scene.task_repo.list_pending_tasks()),
-    "TaskRepository.list_tasks": Call(lambda scene: scene.task_repo.list_tasks()),
-    "TaskRepository.requeue": Call(lambda scene: scene.task_repo.requeue(scene.id("done"))),
-    "TaskRepository.start": Call(lambda scene: scene.task_repo.start(scene.tasks["held"])),
-    "TaskRepository.update": Call(lambda scene: scene.task_repo.update(scene.changed("waiting"))),
-    "copy": Call(_copy, _empty_target),
-    "diagnose": Call(lambda scene: diagnose(scene.db)),
-    "verify": Call(lambda scene: verify(scene.db)),
-}
-"""By the name of the coroutine, and if need be what is special about this call of it."""
+    return to_another

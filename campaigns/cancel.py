@@ -16,7 +16,7 @@ write at the same moment, mostly in the same batch. Then it must be so:
 
 What a call changes is not written down here: it is taken from what it does uncancelled. The
 database is read past the library. Which coroutines there are is found by looking, so that one that
-has no call in `calls.py` is found to be missing.
+has no call in `scenes.py` is found to be missing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.postgres import installed_package
-from campaigns.calls import (
+from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.planted import planted
+from campaigns.scenes import (
     CALLS,
     NEIGHBOURS,
     NODE_ROLES,
@@ -51,8 +53,6 @@ from campaigns.calls import (
     hold_unsaved,
     public_coroutines,
 )
-from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
-from campaigns.planted import planted
 from campaigns.steps import MANNERS, Ended, Manner, Steps
 from openclaw_store import Database, StateManager, StoreError, verify
 

@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
-from campaigns import cancel, processes
+from campaigns import (
+    backups,
+    cancel,
+    clock,
+    crash,
+    files,
+    history,
+    hostile,
+    io,
+    lost_writes,
+    migrations,
+    models,
+    network,
+    power,
+    processes,
+    soak,
+)
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = (cancel.CAMPAIGN, processes.CAMPAIGN)
+CAMPAIGNS: tuple[Campaign, ...] = (
+    crash.CAMPAIGN,
+    power.CAMPAIGN,
+    lost_writes.CAMPAIGN,
+    io.CAMPAIGN,
+    history.CAMPAIGN,
+    cancel.CAMPAIGN,
+    files.CAMPAIGN,
+    processes.CAMPAIGN,
+    network.CAMPAIGN,
+    models.CAMPAIGN,
+    hostile.CAMPAIGN,
+    migrations.CAMPAIGN,
+    backups.CAMPAIGN,
+    clock.CAMPAIGN,
+    soak.CAMPAIGN,
+)

@@ -26,7 +26,7 @@ from openclaw_store.errors import (
 from openclaw_store.models import FINISHED, HELD, NodeInfo, Task
 from openclaw_store.records import STORE_FIELDS, Record
 from openclaw_store.schema import FIELDS, KEY, ROWS
-from openclaw_store.statements import statements_for
+from openclaw_store.statements import array, statements_for
 from openclaw_store.writer import Unit
 
 ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
@@ -441,7 +441,7 @@ class Ledger:
             beat = self.beat if self.beaten else self.beat - 1
             counters = (self._revision, beat, *self._counters)
             if self._trusted:
-                tasks = list(self._trusted), list(self._trusted.values())
+                tasks = array(list(self._trusted)), array(list(self._trusted.values()))
                 self.cursor.guard(self.sql.write_counters_if, (*counters, *tasks))
             else:
                 self.cursor.guard(self.sql.write_counters, counters)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import adoption, migrations, sqlite
 from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Writing, backend_of
+from openclaw_store.checks import check_limit_seconds
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     BackendError,
@@ -95,15 +95,12 @@ class Database:
         pool_size: int = 5,
         legacy_timezone: str | None = None,
     ) -> None:
-        for name, value in (("timeout", timeout), ("transaction_timeout", transaction_timeout)):
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise InvalidDataError(name, f"must be a positive number of seconds, not {value!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
         self._legacy_timezone = adoption.zone_of(legacy_timezone)
         self.clock = clock
-        self.timeout = timeout
-        self.transaction_timeout = transaction_timeout
+        self.timeout = timeout = check_limit_seconds("timeout", timeout)
+        self.transaction_timeout = check_limit_seconds("transaction_timeout", transaction_timeout)
         self._pool_size = pool_size
         self._remove_folder: Callable[[], object] = lambda: None
         if db_path == ":memory:":
@@ -242,12 +239,15 @@ class Database:
 
         Raises:
             DeadlineError: If the block took longer (it is rolled back), or its turn did not come.
+            InvalidDataError: If `timeout` is no positive number.
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
         engines = self._engines_here()
         self.refuse_inside()
-        seconds = self.transaction_timeout if timeout is None else timeout
+        seconds = self.transaction_timeout
+        if timeout is not None:
+            seconds = check_limit_seconds("timeout", timeout)
         async with self._gate_held("a transaction"):
             self._check_ready()
             session = engines.write_sessions()
@@ -345,6 +345,16 @@ class Database:
         self._check_ready()
         self.refuse_inside()
         return self._writer.submit(apply, operation)
+
+    async def read_in(
+        self, session: AsyncSession, work: Callable[[AsyncSession], Awaitable[Result]]
+    ) -> Result:
+        """Do `work`, which reads, with a session of the caller's.
+
+        There, only what stands in here is known to come from the driver: `TimeoutError`, say.
+        """
+        with self._backend.faults.translated():
+            return await work(session)
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
         """Apply an operation in the transaction that `session` came from; returns its result."""

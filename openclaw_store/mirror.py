@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
 
@@ -66,6 +66,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 """How long a heartbeat waits in memory for others to share its flush."""
+
+WRITTEN_WITHIN = timedelta(seconds=1)
+"""How long a heartbeat may take to be written: what is newer by more comes from the future."""
 
 HEARTBEATS_A_WRITE = 128
 """How many are written at a stretch, before others write."""
@@ -176,10 +179,20 @@ class Mirror:
             return record
         cache, version = self.cache, self.cache.version
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
+        if found is not None:
+            await self.reach(found.version)
         unmoved = self.cache is cache and cache.version == version
         if found is not None and place[0] is Task and unmoved:
             cache.remember(found)
         return self.cache.find(place) or found
+
+    async def reach(self, revision: int) -> None:
+        """Have memory know all up to a revision of which somebody will be told.
+
+        Else it might show what was before, and what is being read for it just now might, too.
+        """
+        if revision > self.cache.complete:
+            await self.refresh()
 
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
@@ -246,7 +259,8 @@ class Mirror:
                 record = record.evolve(**arrived(record, self._database.clock()))
         entry = self.cache.unsaved.get(place)
         if known is not None and record.kind is NodeInfo:
-            record = record.evolve(last_heartbeat=newer_heartbeat(known, record))
+            heartbeat = newer_heartbeat(known, record, self._database.clock())
+            record = record.evolve(last_heartbeat=heartbeat)
         return self._hold(record, known if entry is None else entry.base)
 
     def _takes_key(self, place: Place, record: Record[Any]) -> bool:
@@ -391,7 +405,7 @@ class Mirror:
             if node is None:
                 return False
         beat = Beat(node_id, self._database.clock(), usage)
-        if beat.is_news_to(node):
+        if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
             self.cache.expect_beat(beat)
             self._flush_later()
             if node["status"] is NodeStatus.OFFLINE:

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
-from openclaw_store.statements import combined
+from openclaw_store.statements import array, combined
 from openclaw_store.writer import NothingKnown, RedoError
 
 Result = TypeVar("Result")
@@ -93,7 +93,7 @@ class Cursor(NothingKnown):
 
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Do a statement once, with an array for each column."""
-        arrays = map(list, zip(*rows, strict=True))
+        arrays = map(array, zip(*rows, strict=True))
         status: str = self._wait(self._connection.execute(sql, *arrays))
         return int(status.split()[-1])
 
@@ -185,7 +185,7 @@ class WriterCursor(Cursor):
             self._send_kept()
             statement = combined(guard, [], is_single=True)
         for _, rows in self._kept:
-            values = rows[0] if is_single else map(list, zip(*rows, strict=True))
+            values = rows[0] if is_single else map(array, zip(*rows, strict=True))
             parameters = [*parameters, *values]
         if self._is_written(statement, parameters):
             self._note()

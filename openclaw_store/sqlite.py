@@ -27,7 +27,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backups import written_aside
-from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
+from openclaw_store.errors import (
+    InvalidDataError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+    UnavailableError,
+)
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.writer import NothingKnown
 
@@ -53,7 +58,7 @@ BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
-_open: dict[int, str] = {}
+_open: dict[int, str | Path] = {}
 """The files that this process has connections to, by connection."""
 
 _inherited: set[tuple[int, int]] = set()
@@ -81,7 +86,7 @@ class _WriteConnection(sqlite3.Connection):
 
     pragmas: Sequence[str] = _PRAGMAS
 
-    def __init__(self, path: str, **options: Any) -> None:
+    def __init__(self, path: str | Path, **options: Any) -> None:
         _open[id(self)] = path
         super().__init__(path, **options)
         try:
@@ -96,8 +101,10 @@ class _WriteConnection(sqlite3.Connection):
         # and the traceback of a cancelled caller does that.
         with suppress(sqlite3.Error):
             self.rollback()
-        super().close()
-        _open.pop(id(self), None)
+        try:
+            super().close()
+        finally:
+            _open.pop(id(self), None)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -132,7 +139,7 @@ class _LoneConnection(_WriteConnection):
 
 
 class _ReadConnection(_WriteConnection):
-    def __init__(self, path: str, **options: Any) -> None:
+    def __init__(self, path: str | Path, **options: Any) -> None:
         super().__init__(path, **options)
         self.execute("PRAGMA query_only=ON")
 
@@ -158,6 +165,10 @@ def file_of(location: str | Path) -> Path:
         location = url.database
     if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
         raise InvalidDataError("db_path", f"must be a path or a URL, not {location!r}")
+    try:
+        os.fsencode(location)
+    except UnicodeEncodeError:
+        raise InvalidDataError("db_path", f"{location!r} is no name that a file can have") from None
     return Path(location).absolute()
 
 
@@ -301,13 +312,15 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
 class Writing:
     """The writer's connection, which belongs to its thread."""
 
-    def __init__(self, engine: Engine, timeout: float) -> None:
+    def __init__(self, engine: Engine, timeout: float, require_file: Callable[[], None]) -> None:
         self._timeout = timeout
+        self._require_file = require_file
         self._connection = retrying(engine.connect, timeout)
         self.cursor: Cursor
 
     def begin(self) -> None:
         """Begin a transaction with the write lock."""
+        self._require_file()
         retrying(lambda: _begin_writing(self._connection), self._timeout)
         self.cursor = Cursor(self._connection)
 
@@ -335,8 +348,9 @@ class SQLite:
         self.location = str(path)
         """Where it is, as people may see it."""
         self.faults = SQLiteFaults(self.location)
-        self.writing_engine = _writing_engine(path)
+        self.writing_engine = self._guarded(_writing_engine(path))
         self._timeout = timeout
+        self._file: tuple[int, int] | None = None  # which one it is, as soon as it is known
 
     def exists(self) -> bool:
         """Whether there is such a file, or something else of that name."""
@@ -363,6 +377,7 @@ class SQLite:
         """
         check_version()
         self._refuse_inherited()
+        self._file = None  # a former try may have found another one
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
@@ -377,11 +392,14 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
+        found = os.stat(self.path)
+        self._file = found.st_dev, found.st_ino
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
         self._refuse_inherited()
-        with self.faults.translated(), _reading_engine(self.path).connect() as connection:
+        engine = self._guarded(_reading_engine(self.path))
+        with self.faults.translated(), engine.connect() as connection:
             return work(connection)
 
     def migrate(
@@ -396,6 +414,7 @@ class SQLite:
                 at it; `None` for no copy. What fails leaves no copy.
 
         Raises:
+            OutcomeUnknownError: If the disk failed while committing; the copy is kept.
             UnavailableError: If another process keeps the lock for longer than the timeout, or has
                 the file open that is to be copied.
             SchemaMismatchError: If a row refers to one that is not there afterwards.
@@ -406,18 +425,26 @@ class SQLite:
             with connection:
                 if copy is not None:
                     self._copy_to(connection, copy)
-                # SQLite changes a table by copying it, and dropping the old one would delete rows
-                # that refer to it. The switch works outside of transactions, hence on the driver.
-                connection.connection.execute("PRAGMA foreign_keys=OFF")
-                with retrying(connection.begin, self._timeout):
-                    try:
-                        result = work(connection)
-                        self._refuse_orphans(connection)
-                    except BaseException:
-                        if copy is not None:
-                            copy.unlink()  # the file is still what it was
-                        raise
+                try:
+                    result = self._migrated(connection, work)
+                except OutcomeUnknownError:
+                    raise  # the copy may be all that is left of what the file was
+                except BaseException:
+                    if copy is not None:
+                        copy.unlink()  # the file is still what it was
+                    raise
         self._empty_wal()
+        return result
+
+    def _migrated(self, connection: Connection, work: Callable[[Connection], Result]) -> Result:
+        # SQLite changes a table by copying it, and dropping the old one would delete rows that
+        # refer to it. The switch works outside of transactions, hence on the driver.
+        connection.connection.execute("PRAGMA foreign_keys=OFF")
+        with retrying(connection.begin, self._timeout) as transaction:
+            result = work(connection)
+            self._refuse_orphans(connection)
+            with self.faults.translated(committing=True):
+                transaction.commit()
         return result
 
     def _migrating(
@@ -429,8 +456,12 @@ class SQLite:
             if self.inspect(copy_to) is None:
                 return _writing_engine(self.path).connect(), None
             connection = _writing_engine(self.path, _LoneConnection).connect()
-            copy = copy_to(connection)  # others may have been faster
-            connection.rollback()
+            try:
+                copy = copy_to(connection)  # others may have been faster
+                connection.rollback()
+            except BaseException:
+                connection.close()  # else the file stays locked while the error is referred to
+                raise
             return connection, copy
 
         try:
@@ -464,6 +495,7 @@ class SQLite:
             },
             **options,
         )
+        self._guarded(engine.sync_engine)
         statement = "BEGIN IMMEDIATE" if write else "BEGIN"
 
         @event.listens_for(engine.sync_engine, "begin")
@@ -494,7 +526,7 @@ class SQLite:
 
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
-        return Writing(self.writing_engine, self._timeout)
+        return Writing(self.writing_engine, self._timeout, self._require_file)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
@@ -531,9 +563,9 @@ class SQLite:
         if not self.exists():
             yield
             return
-        with closing(
-            sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
-        ) as connection:
+        with self.faults.translated():
+            connection = sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
+        with closing(connection):
             try:
                 connection.execute("PRAGMA journal_mode=DELETE")  # works for the only one there is
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -573,7 +605,38 @@ class SQLite:
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
+        self._require_file()
         return closing(sqlite3.connect(self.path, **_options(kind)))
+
+    def _guarded(self, engine: Engine) -> Engine:
+        """Have an engine open no other file than the one there was."""
+
+        @event.listens_for(engine, "do_connect")
+        def look(*_: object) -> None:
+            self._require_file()
+
+        return engine
+
+    def _require_file(self) -> None:
+        """Refuse to write where nobody will find it, or to make an empty file of that name.
+
+        Raises:
+            UnavailableError: If the file was removed or replaced since it was opened.
+        """
+        if self._file is None:
+            return
+        try:
+            found = os.stat(self.path)
+            is_there = (found.st_dev, found.st_ino) == self._file
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        except OSError:  # SQLite says what is wrong
+            return
+        if not is_there:
+            raise UnavailableError(
+                f"{self.path} was removed or replaced while it was open: put it back, or end all "
+                "programs that use it and restore a backup"
+            )
 
     def _empty_wal(self) -> None:
         """Move what the WAL holds to the database file, as far as nobody is in the way."""

@@ -370,6 +370,7 @@ class StateManager:
                 found = await self.task_repo.get(error.id)
                 key = task.idempotency_key
                 if found is not None and key is not None and found.idempotency_key == key:
+                    await self._mirror.reach(found.version)
                     return found
                 if error.idempotency_key is None:
                     raise
@@ -393,6 +394,8 @@ class StateManager:
             InvalidDataError: If the database itself refuses a row of a chunk.
         """
         self._check_usable()
+        if not isinstance(tasks, Iterable):
+            raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
         remaining = iter(tasks)
         while chunk := list(islice(remaining, TASKS_A_CHUNK)):
@@ -440,7 +443,9 @@ class StateManager:
             InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
         """
         self._check_usable()
-        return await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        await self._mirror.reach(max((task.version for task in page), default=0))
+        return page
 
     async def cancel_tasks(
         self, filter: TaskFilter | None = None, reason: str | None = None
@@ -484,7 +489,7 @@ class StateManager:
             NodeNotFoundError: If there is no such node.
         """
         self._check_usable()
-        check_key("node_id", node_id)
+        node_id = check_key("node_id", node_id)
         claimed = await self._dispatcher.claim(node_id, check_some("limit", limit))
         return list(map(Record.copy, claimed))
 
@@ -558,8 +563,9 @@ class StateManager:
         Sets silent nodes OFFLINE. What is scheduled or running on a node that was silent for too
         long, that is OFFLINE or in ERROR, or that there is not (any more), is PENDING again, with
         one retry less, or FAILED with the error `node lost`. What runs for longer than its
-        `timeout` is PENDING again, or has TIMEOUT. To be called every now and then, by any number
-        of coordinators: each task has one outcome.
+        `timeout` is PENDING again, or has TIMEOUT. What would wait for its next try for longer than
+        the backoff ever says, since a clock was turned back, is due at once. To be called every now
+        and then, by any number of coordinators: each task has one outcome.
 
         Args:
             timeout_seconds: How long a node may be silent.
@@ -646,7 +652,8 @@ class StateManager:
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back.
+        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
+        in the future.
 
         Args:
             persist: `False` keeps it in memory until the next synchronisation.
@@ -687,7 +694,7 @@ class StateManager:
         """Change a node's status; ONLINE and BUSY count as a sign of life. `False` if unknown."""
         self._check_usable()
         place = (NodeInfo, check_key("node_id", node_id))
-        operation = SetNodeStatus(node_id, node_status("status", status))
+        operation = SetNodeStatus(place[1], node_status("status", status))
         await self._mirror.settle(place)
         known: bool = await self._mirror.submit(operation)
         return known
@@ -729,7 +736,8 @@ class StateManager:
 
         Args:
             timeout_seconds: How long a node may be silent; one that never sent a heartbeat
-                counts from its registration.
+                counts from its registration. A sign of life that is as far in the future counts
+                for nothing: a clock was turned back.
 
         Returns:
             Identifiers of the nodes it set OFFLINE.
@@ -793,7 +801,7 @@ class StateManager:
             UnavailableError: If the manager is shut down meanwhile.
         """
         limit = None if timeout is None else check_number("timeout", timeout)
-        check_key("task_id", task_id)
+        task_id = check_key("task_id", task_id)
         try:
             async with asyncio.timeout(limit):
                 while True:
@@ -861,6 +869,8 @@ class StateManager:
         self, repository: Repository[Item], id: str, fn: Callable[[Item], object]
     ) -> Item | None:
         self._check_usable()
+        if not callable(fn):
+            raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
         def change(known: Record[Item]) -> Record[Item]:
             copy = known.copy()

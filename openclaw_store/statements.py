@@ -2,7 +2,7 @@
 
 Units speak to the drivers themselves: SQLAlchemy's way to a driver takes longer than most of these
 statements. One for many rows is sent once for all of them, where the driver can do that: SQLite
-takes `VALUES` with a place for each value, PostgreSQL an array for each column.
+takes `VALUES` with a place for each value, PostgreSQL an array for each column, as text.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Statements(ABC):
     forget: str
     """Removes a change and all before it; for many rows as `status_since` takes."""
     beat: str
-    """For many rows of usage, moment, flush, identifier and the moment again."""
+    """For many rows of usage, moment, flush, identifier, the moment again, and the present one."""
     _second: str
     """The second parameter of a statement."""
     _is_held: ColumnElement[bool] | TextClause = IS_HELD
@@ -281,6 +281,7 @@ class SQLiteStatements(Statements):
                 or_(
                     _NODES.c.last_heartbeat.is_(None),
                     _NODES.c.last_heartbeat <= bindparam("at"),
+                    _NODES.c.last_heartbeat > bindparam("now"),
                 ),
             )
             .values(
@@ -369,9 +370,10 @@ class PostgreSQLStatements(Statements):
         usage = ", ".join(f"{name} = coalesce(given.{name}, nodes.{name})" for name in USAGE)
         self.beat = f"""
             UPDATE nodes SET {usage}, last_heartbeat = given.last_heartbeat, beat = given.beat
-            FROM {_given([*columns, _NODES.c.last_heartbeat.label("at")])}
+            FROM {_given([*columns, *map(_NODES.c.last_heartbeat.label, ("at", "present"))])}
             WHERE nodes.node_id = given.node_id AND nodes.status <> '{NodeStatus.OFFLINE.value}'
-            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at)"""
+            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at
+                OR nodes.last_heartbeat > given.present)"""
 
     def given(self, ids: Sequence[str]) -> Sequence[str]:
         return list(ids)
@@ -404,9 +406,33 @@ def _each(texts: Any) -> TableValuedAlias:
 def _given(columns: Sequence[Any]) -> str:
     """A table of what is given, an array for each column."""
     arrays = ", ".join(
-        f"${place}::{_element(one.type)}[]" for place, one in enumerate(columns, start=1)
+        f"${place}::text::{_element(one.type)}[]" for place, one in enumerate(columns, start=1)
     )
     return f"unnest({arrays}) AS given ({', '.join(one.name for one in columns)})"
+
+
+def array(values: Sequence[Any]) -> str | None:
+    """What is given of one column, for at least one row; `None` where there are only NULLs.
+
+    The text of an array: of a list, the driver asks for each value whether it is a list itself.
+    """
+    if values[0] is None and values.count(None) == len(values):
+        return None
+    # JSON but for its brackets, as long as it escapes nothing but backslashes and quotes.
+    text = orjson.dumps(values, default=str).decode()
+    if "\\" in text:
+        escapes = text.replace(r"\\", "")
+        if escapes.count("\\") != escapes.count(r"\""):
+            text = f"[{','.join(map(_quoted, values))}]"
+    return f"{{{text[1:-1]}}}"
+
+
+def _quoted(value: Any) -> str:
+    """An element of an array, whatever it is."""
+    if value is None:
+        return "NULL"
+    text = str(value).replace("\\", r"\\").replace('"', r"\"")
+    return f'"{text}"'
 
 
 def _element(kind: Any) -> str:
@@ -472,24 +498,27 @@ def _chain() -> CTE:
 
 _PLACE = re.compile(r"\$(\d+)")
 _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
+_ARRAY = re.compile(r"::text::([^[]+)\[\]")
 
 
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Those who listen are notified when it is committed. Each statement sees the tables as they were
-    before. For single rows it takes values in place of arrays, with which both sides are done
-    sooner.
+    Those who listen are told the counters when it is committed. Each statement sees the tables as
+    they were before. For single rows it takes values in place of arrays, with which both sides are
+    done sooner.
     """
-    parts = [f"guard AS ({guard} RETURNING id)"]
+    parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
     places = len(_PLACE.findall(guard))
     for number, write in enumerate(writes):
         shift = partial(_shifted, by=places)
         places += len(_PLACE.findall(write))
         given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
         write = _ARRAYS.sub(given, _PLACE.sub(shift, write))
-        parts.append(f"write_{number} AS ({write.replace('[]', '') if is_single else write})")
-    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', '') FROM guard"
+        if is_single:
+            write = _ARRAY.sub(r"::\1", write)
+        parts.append(f"write_{number} AS ({write})")
+    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', counters) FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:

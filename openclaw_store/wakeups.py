@@ -130,8 +130,12 @@ class Listening:
             assert driver is not None
             driver.add_termination_listener(lambda _: heard.set())
 
-            def hear(_: object, process: int, *__: object) -> None:
-                if process not in self._database.writers:  # else it is known already
+            def hear(_: object, process: int, __: object, counters: str) -> None:
+                if process in self._database.writers:  # it is known already
+                    return
+                if counters:
+                    self._tell(*map(int, counters.split()))
+                else:  # whoever writes in a transaction of a session has them notified at once
                     heard.set()
 
             await driver.add_listener(CHANNEL, hear)

@@ -486,6 +486,14 @@ class TestLookingAfter:
         await run("copy", tmp_path / "none.db", tmp_path / "other.db", status=1)
         assert not (tmp_path / "none.db").exists()
 
+    @pytest.fixture
+    async def copy(self, run: Run, tmp_path: Path) -> Path:
+        """A copy of an empty database, which is there, too."""
+        await run("db", "upgrade")
+        copy = tmp_path / "folder" / "copy.db"
+        await run("backup", copy)
+        return copy
+
     @pytest.mark.sqlite
     async def test_backup_can_be_restored(
         self, run: Run, manager: StateManager, make_task: MakeTask, location: Path, tmp_path: Path
@@ -517,11 +525,8 @@ class TestLookingAfter:
     @pytest.mark.sqlite
     @pytest.mark.parametrize("fault", ["damaged", "foreign", "newer", "text", "none"])
     async def test_copy_that_is_of_no_use_changes_nothing(
-        self, run: Run, location: Path, tmp_path: Path, fault: str
+        self, run: Run, location: Path, copy: Path, fault: str
     ) -> None:
-        await run("db", "upgrade")
-        copy = tmp_path / "folder" / "copy.db"
-        await run("backup", copy)
         if fault == "damaged":
             page = 4096
             put(copy, content(copy)[: 3 * page] + b"\x55" * page + content(copy)[4 * page :])
@@ -546,17 +551,11 @@ class TestLookingAfter:
 
     @pytest.mark.sqlite
     async def test_restoring_can_be_stopped_until_the_copy_takes_its_place(
-        self, run: Run, location: Path, tmp_path: Path
+        self, location: Path, copy: Path
     ) -> None:
-        await run("db", "upgrade")
-        copy = tmp_path / "copy.db"
-        await run("backup", copy)
-        before, told = (
-            content(location),
-            ["copying", "checking the copy", "putting it in its place"],
-        )
+        before = content(location)
 
-        for step in told:
+        for step in ("copying", "checking the copy", "putting it in its place"):
             heard: list[str] = []
             with pytest.raises(UnavailableError, match="stopped"):
                 restore(
@@ -568,15 +567,27 @@ class TestLookingAfter:
             assert heard[-1] == step
 
         assert content(location) == before
-        assert sorted(os.listdir(tmp_path)) == ["cluster.db", "copy.db"]
+        assert sorted(os.listdir(location.parent)) == ["cluster.db", "folder"]
+
+    @pytest.mark.sqlite
+    async def test_what_cannot_be_opened_is_not_replaced(
+        self, run: Run, location: Path, tmp_path: Path
+    ) -> None:
+        """Issue #7: the driver's own error was raised."""
+        await run("db", "upgrade")
+        copy, folder = tmp_path / "copy.db", tmp_path / "folder"
+        await run("backup", copy)
+        os.mkdir(folder)
+
+        with pytest.raises(UnavailableError, match="cannot be opened"):
+            restore(backend_of(folder), copy)
+
+        assert sorted(os.listdir(tmp_path)) == ["cluster.db", "copy.db", "folder"]
 
     @pytest.mark.sqlite
     async def test_damaged_database_is_replaced_and_kept(
-        self, run: Run, location: Path, tmp_path: Path
+        self, run: Run, location: Path, copy: Path
     ) -> None:
-        await run("db", "upgrade")
-        copy = tmp_path / "copy.db"
-        await run("backup", copy)
         put(location, b"damaged" * 1000)
         for ending in ("-wal", "-shm"):
             put(Path(f"{location}{ending}"), ending.encode())

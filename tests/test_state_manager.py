@@ -606,7 +606,15 @@ class TestChanging:
             await manager.change_task(task.task_id, wait)
         with pytest.raises(InvalidDataError, match="task_id: must not be changed"):
             await manager.change_task(task.task_id, become_another)
+        with pytest.raises(InvalidDataError, match="fn: must be a function"):
+            await manager.change_task(task.task_id, None)  # type: ignore[arg-type]  # the point
         assert await manager.get_task(task.task_id) == task
+
+    async def test_tasks_that_are_none_are_refused(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        with pytest.raises(InvalidDataError, match="tasks: must be tasks, not Task"):
+            await manager.add_tasks(make_task())  # type: ignore[arg-type]  # the point
 
     async def test_finished_task_of_long_ago_can_be_changed(
         self, open_manager: OpenManager, make_task: MakeTask
@@ -2005,6 +2013,53 @@ class TestTwoManagers:
 
         await assert_mirrors_database(other)
 
+    async def test_what_was_read_from_the_database_does_not_go_back(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """A refresh under way has read an older picture. Found by the campaign `history`."""
+        other = await open_manager()
+        task = make_task()
+        await manager.add_task(task)
+        read_news, get_record = feed.read_news, TaskRepository.get_record
+        has_read, go_on = asyncio.Event(), asyncio.Event()
+
+        async def read_and_wait(*arguments: Any, **options: Any) -> Any:
+            news = await read_news(*arguments, **options)
+            has_read.set()
+            await go_on.wait()
+            return news
+
+        async def get_first(*arguments: Any) -> Any:
+            record = await get_record(*arguments)
+            go_on.set()
+            return record
+
+        monkeypatch.setattr(mirror, "read_news", read_and_wait)
+        monkeypatch.setattr(TaskRepository, "get_record", get_first)
+        refreshing = asyncio.ensure_future(other.refresh_from_database())
+        await has_read.wait()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        seen = await other.get_task(task.task_id)
+        await refreshing
+
+        assert seen == task
+        assert await other.get_task(task.task_id) == task
+
+    async def test_memory_knows_what_a_list_has_shown(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
+    ) -> None:
+        task = make_task()
+        await manager.add_task(task)
+        other = await open_manager()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        assert (await other.list_tasks()).tasks == [task]
+        assert await other.get_task(task.task_id) == task
+
     async def test_own_writes_and_news_cross_without_harm(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -2333,6 +2388,10 @@ class TestLife:
     def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
         with pytest.raises(InvalidDataError, match="finished_cache_size"):
             StateManager(Database(location), finished_cache_size=size)
+
+    def test_backoff_that_is_none(self, location: Location) -> None:
+        with pytest.raises(InvalidDataError, match="backoff: must be a Backoff, not int"):
+            StateManager(Database(location), backoff=5)  # type: ignore[arg-type]  # the point
 
     async def test_repr_tells_where_it_stands(
         self, manager: StateManager, make_task: MakeTask

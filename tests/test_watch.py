@@ -9,7 +9,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, engine_of, execute
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    engine_of,
+    execute,
+)
 
 from openclaw_store import (
     Change,
@@ -27,9 +36,6 @@ from openclaw_store import (
     UnsavedConflictError,
     wakeups,
 )
-
-PATIENCE = 10.0
-"""Seconds after which a test that waits in vain fails."""
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -438,7 +444,10 @@ class TestWakeUps:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
-        listening = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT revision, beat%'"
+        listening = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND query LIKE 'SELECT revision, beat%'"
+        )
         async with self.following(location) as follower:
             await manager.add_task(make_task())
             await until(lambda: follower.version == 1)
