@@ -19,10 +19,12 @@ from campaigns.specification import NOT_FOUND, Seen
 from openclaw_store import (
     ConflictError,
     Database,
+    DeadlineError,
     NodeInfo,
     NotFoundError,
     StateManager,
     Task,
+    TaskFilter,
     TaskType,
 )
 from openclaw_store.lifecycle import Backoff
@@ -52,7 +54,8 @@ PATIENCE_SECONDS = 60
 NEVER = 2**31 - 1
 
 WEIGHTS: Final = {
-    "read": 20,
+    "read": 15,
+    "find": 5,
     "look": 20,
     "update": 15,
     "change": 8,
@@ -99,6 +102,11 @@ class Caller:
         with self._asking("read", task_id) as answer:
             answer(self._see(await self._store.task_repo.get(task_id)))
 
+    async def find(self, task_id: str) -> None:
+        with self._asking("find", task_id) as answer:
+            page = await self._store.list_tasks(TaskFilter(name_contains=_name(task_id)))
+            answer(self._see(page.tasks[0]) if page.tasks else None)
+
     async def look(self, task_id: str) -> None:
         with self._asking("look", task_id) as answer:
             answer(self._see(await self._store.get_task(task_id)))
@@ -138,7 +146,7 @@ class Caller:
             answer([before, self._see(task)] if task else NOT_FOUND)
 
     async def add(self, task_id: str) -> None:
-        task = Task.create(TaskType.BATCH, "t", task_id=task_id, max_retries=NEVER)
+        task = Task.create(TaskType.BATCH, _name(task_id), task_id=task_id, max_retries=NEVER)
         token = self._write_token(task)
         with self._asking("add", task_id, token) as answer:
             await self._store.add_task(task)
@@ -202,7 +210,7 @@ class Caller:
         self._tell("asked", number, time.monotonic_ns(), name, task_id, arguments)
         try:
             yield answers.append
-        except (ConflictError, NotFoundError) as error:
+        except (ConflictError, NotFoundError, DeadlineError) as error:
             answers.append(type(error).__name__)
         self._tell("answered", number, time.monotonic_ns(), *answers)
 
@@ -224,6 +232,11 @@ class Caller:
 
     def _token(self) -> str:
         return f"{self._life}-{next(self._numbers)}"
+
+
+def _name(task_id: str) -> str:
+    """A name that is in no other's."""
+    return f"<{task_id}>"
 
 
 def _seen(task: Task) -> Seen:

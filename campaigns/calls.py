@@ -292,8 +292,8 @@ async def _compact_changes(store: Store) -> Call:
     return lambda: store.state.compact_changes(0.5 / 86_400)
 
 
-@public(in_batches=True)
-async def _cleanup_old_tasks(store: Store) -> Call:
+@public("task_repo.cleanup_old_tasks", in_batches=True)
+async def _clean_up(store: Store) -> Call:
     store.clock.advance(1)
     await store.tasks.cleanup_old_tasks(0)
     await store.finished()
@@ -357,6 +357,61 @@ async def _beat_of_row(store: Store) -> Call:
     node = await store.node()
     store.clock.advance(1)
     return lambda: store.nodes.update_heartbeat(node.node_id)
+
+
+@public("task_repo.start")
+async def _start_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.start(task)
+
+
+@public("task_repo.complete")
+async def _complete_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.complete(task, {"rows": 42})
+
+
+@public("task_repo.fail")
+async def _fail_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.fail(task, "it went wrong")
+
+
+@public("task_repo.cancel")
+async def _cancel_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.cancel(task.task_id)
+
+
+@public("task_repo.requeue")
+async def _requeue_by_row(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.tasks.requeue(task.task_id)
+
+
+@public("node_repo.create")
+async def _create_node(store: Store) -> Call:
+    node = store.make_node()
+    return lambda: store.nodes.create(node)
+
+
+@public("node_repo.update")
+async def _update_node_row(store: Store) -> Call:
+    node = await store.node()
+    rename(node)
+    return lambda: store.nodes.update(node)
+
+
+@public("node_repo.delete")
+async def _delete_node_row(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.nodes.delete(node.node_id)
+
+
+@public("task_repo.get")
+async def _get_task_row(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.tasks.get(task.task_id)
 
 
 @public("get_task, of one that is not in memory")
@@ -440,6 +495,14 @@ async def _verified(store: Store) -> Call:
 async def _diagnosed(store: Store) -> Call:
     return lambda: diagnose(store.db)
 
+
+FROM_MEMORY = frozenset(
+    {
+        "get_state", "get_task_stats", "get_node_stats", "get_pending_tasks", "get_all_nodes",
+        "get_online_nodes", "get_available_nodes", "find_nodes_by_skill",
+    }
+)  # fmt: skip
+"""Calls that need no database."""
 
 READS: Sequence[tuple[str, Callable[[Store], Call]]] = (
     ("task_repo.list_by_status", lambda s: lambda: s.tasks.list_by_status(TaskStatus.PENDING, 5)),

@@ -33,6 +33,9 @@ LATE_SECONDS = 10.0
 """How late a write of another process may be seen. Promised are 0.1 s, to which a machine that is
 busy with other things adds what it likes; the figures tell what it was."""
 
+_READ: Final = ("read", "find")
+"""Of the database; what the store itself finds there, memory knows from then on."""
+
 _TELL_REVISION: Final = ("add", "update", "change", "claim", "start", "complete", "fail")
 """The calls that are answered with a version of their own making."""
 
@@ -143,10 +146,9 @@ class Evidence:
         for call in (one for calls in self._calls.values() for one in calls):
             if call.name in _TELL_REVISION and isinstance(call.answer, Seen):
                 revision = call.answer.version or 0
-                if call.name not in _MAY_CHANGE_NOTHING or causes.get(revision) == (
-                    call.task_id,
-                    call.name,
-                ):
+                # To start what runs already is answered with what others have made of it since.
+                is_own = causes.get(revision) == (call.task_id, call.name)
+                if is_own or call.name not in _MAY_CHANGE_NOTHING:
                     self._writes[revision].append(call)
 
     def check(self) -> None:
@@ -180,7 +182,7 @@ class Evidence:
         for write in sorted(writes, key=attrgetter("invoked")):
             while returned and (returned[-1].returned or 0) < write.invoked:
                 newest = max(newest, returned.pop().answer.version)
-            # To start what is started already is answered with the revision that did it.
+            # To start what runs already is also answered with the revision that began it.
             if write.answer.version <= newest and write.name not in _MAY_CHANGE_NOTHING:
                 self._run.wrong(f"revision {newest} had been acknowledged before {write}")
 
@@ -249,7 +251,7 @@ class Evidence:
                         late.append((look.invoked - missed.returned) / 1e9)
         late.sort()
         shown = f"{late[len(late) * 99 // 100] * 1e3:.0f} ms, at most {late[-1] * 1e3:.0f} ms"
-        self._run.notes["old reads: p99"] = shown
+        self._run.notes["age of outdated reads from memory: p99"] = shown
         self._run.check(late[-1] < LATE_SECONDS, f"a read from memory was {late[-1]:.0f} s old")
 
     def _check_answers(self) -> None:
@@ -272,7 +274,7 @@ class Evidence:
             operations = [
                 Operation(one.invoked, one.returned, Call(one.name, one.arguments, one.answer))
                 for one in calls
-                if not (one.name == "read" and one.answer is UNKNOWN)
+                if one.name not in _READ or one.answer is not UNKNOWN
             ]
             violation = find_violation(operations, None, step)
             if violation is not None:
@@ -330,7 +332,7 @@ def _looks(
             span = _span_of(call.answer, floors[call].revision, spans)
             yield call, floors[call], span
             revision = span.begin if span is not None else 0
-        elif call.name in _TELL_REVISION and isinstance(call.answer, Seen):
+        elif call.name in ("find", *_TELL_REVISION) and isinstance(call.answer, Seen):
             revision = call.answer.version or 0
         elif call.name == "remove" and call.answer is True:
             removals = (one.begin for one in spans[1:] if not one.is_there)
@@ -354,8 +356,8 @@ def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | N
 def _each_about_a_task(call: Asked) -> Iterator[Asked]:
     """A call as one about each task that it was answered with."""
     answer = call.answer
-    if call.name == "claim" and isinstance(answer, list):
-        for id, task in answer:
+    if call.name == "claim" and answer is not UNKNOWN:
+        for id, task in answer if isinstance(answer, list) else ():  # else it was too late
             yield replace(call, task_id=id, answer=Seen(*task))
     elif call.name == "change" and isinstance(answer, list):
         before, after = (Seen(*task) for task in answer)

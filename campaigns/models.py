@@ -50,7 +50,7 @@ def _run_machines(run: Run, tests: Sequence[str], examples: int) -> int:
         environment["OPENCLAW_STORE_TEST_POSTGRES"] = run.server.url
     ran = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *(sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"),
             *(f"--basetemp={run.folder / 'pytest'}", f"--junitxml={report}"),
             *(f"{test}[{run.kind}]" for test in tests),
         ],

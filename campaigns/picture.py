@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openclaw_store import StateManager
+from openclaw_store.models import FINISHED
 
 _QUERIES = {
     "tasks": "SELECT * FROM tasks",
@@ -111,11 +112,19 @@ def damage(path: Path) -> list[str]:
     return [text for (text,) in sound if text != "ok"] + [f"orphans: {orphans}"] * bool(orphans)
 
 
-async def differences(state: StateManager, picture: Picture) -> list[str]:
-    """Where what a store answers from memory is not what is in the database."""
+async def differences(
+    state: StateManager, picture: Picture, *, finished: bool = False
+) -> list[str]:
+    """Where what a store answers from memory is not what is in the database.
+
+    Args:
+        finished: Whether to look at each finished task, too, most of which it may have to read.
+    """
     found = []
     for table, get in (("tasks", state.get_task), ("nodes", state.get_node)):
         for key, row in picture.rows[table].items():
+            if row["status"] in FINISHED and not finished:
+                continue
             item = await get(key)
             shown = None if item is None else {name: getattr(item, name) for name in _SHOWN[table]}
             there = {name: row[name] for name in _SHOWN[table]}

@@ -20,13 +20,13 @@ FAULTS = ("reset", "refuse", "swallow", "swallow replies", "half", "hold", "drip
 - `swallow replies`: the server still hears what it is asked.
 - `half`: half of the next message gets through, and then both sides are told that it is over.
 - `hold`: replies come when the network is back, all that was held.
-- `drip`: replies come byte by byte.
+- `drip`: replies come a few bytes at a time.
 """
 
 MOMENTS = ("reply", "request", "now")
 """When: in place of passing on the reply to a request, or the request; or at once."""
 
-_DRIP_SECONDS = 0.0005
+_DROP, _DRIP_SECONDS = 16, 0.002
 
 _NO_FAREWELL = struct.pack("ii", 1, 0)
 
@@ -237,8 +237,8 @@ class _Link:
             if not proxy.drips:
                 self._send(data, writer)
                 continue
-            for place in range(len(data)):
-                self._send(data[place : place + 1], writer)
+            for place in range(0, len(data), _DROP):
+                self._send(data[place : place + _DROP], writer)
                 if proxy.drips:
                     await asyncio.sleep(_DRIP_SECONDS)
         if cut or proxy.swallows_replies:

@@ -89,6 +89,8 @@ def perform(run: Run) -> None:
                     case ["answered", number, refusals]:
                         run.counts.acknowledged = number
                         run.notes["refused"] = f"{sum(refusals.values()):,}"
+                        if "DeadlineError" in refusals:  # the machine was busy with other things
+                            run.notes["after a deadline"] = f"{refusals['DeadlineError']:,}"
                     case ["remembers", store, table, row]:
                         seen.setdefault(store, {}).setdefault(table, []).append(row)
                     case ["finding", finding]:

@@ -11,6 +11,9 @@ STALE: Final = "StaleVersionError"
 NOT_OWNER: Final = "NotOwnerError"
 FINISHED_OTHERWISE: Final = "InvalidTransitionError"
 
+TOO_LATE: Final = "DeadlineError"
+"""What any call may be answered on a busy machine; then it has changed nothing."""
+
 HELD: Final = ("scheduled", "running")
 
 
@@ -49,6 +52,9 @@ Outcome = Seen | str | None
 
 def step(task: Seen | None, call: Call) -> Iterable[Seen | None]:
     """What the task may be after a call with this answer; nothing if it can not be answered so."""
+    if call.answer == TOO_LATE:
+        yield task
+        return
     for outcome in VERBS[call.name](task, *call.arguments):
         if isinstance(outcome, str):
             if call.answer == outcome:
@@ -156,6 +162,7 @@ def _is_held(task: Seen) -> bool:
 
 VERBS: Final[Mapping[str, Callable[..., Iterable[Outcome]]]] = {
     "read": _read,
+    "find": _read,
     "add": _add,
     "update": _update,
     "change": _change,

@@ -1,9 +1,9 @@
 """A public call during some trouble, and all that must hold afterwards.
 
 The caller has its answer in time, and an error is a `StoreError`; a refused call has changed
-nothing, and one that returned is in the database, whole; memory shows what is in the database; when
-the trouble is over, the same call works. At the end the file is sound, a reopened store has all of
-it, and nothing was left open.
+nothing, and one that returned is in the database, whole, even if the process were killed now;
+memory shows what is in the database; when the trouble is over, the same call works. At the end the
+file is sound, a reopened store has all of it, and nothing was left open.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
@@ -22,6 +23,7 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
@@ -133,52 +135,83 @@ class Trial:
             may_litter: Whether half a backup may be left, as removing it may have failed, too.
             is_elsewhere: Whether nobody would find what is written during the trouble.
         """
-        run, state = self.run, self.store.state
         made = await call.prepare(self.store)
         if cold:
             await self._close_connections()
         before = self.picture()
         with trouble():
-            outcome = await outcome_of(run, made, what)
+            outcome = await outcome_of(self.run, made, what)
         after = self.picture()
-        revisions = after.revision - before.revision
+        self._check_outcome(call, effect, outcome, before, after, what)
+        if is_elsewhere and effect.changes_rows and not isinstance(outcome, Exception):
+            self.run.lost(f"{what}: returned, and wrote where nobody looks")
+        if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
+            self.report(what, await differences(self.store.state, after))
+        self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
+        if isinstance(outcome, Exception):
+            again = await outcome_of(self.run, made, f"{what}, once more")
+            is_done = after != before and isinstance(again, ConflictError | NotFoundError)
+            is_fine = is_done or not isinstance(again, Exception)
+            self.run.check(is_fine, f"{what}, once more: raised {again!r}")
+            self._look_at_copies(call, self.picture(), again, what, may_litter=may_litter)
+        elif call.is_exact and not effect.changes_rows and not call.makes_copy:
+            again = await outcome_of(self.run, made, f"{what}, once more")
+            self.run.check(again == outcome, f"{what}: answered {outcome!r}, and then {again!r}")
+        self._remove_copies()
+        await self._check_in_the_end(call, effect, before, what)
+
+    def _check_outcome(
+        self,
+        call: PublicCall,
+        effect: Effect,
+        outcome: Any,
+        before: Picture,
+        after: Picture,
+        what: str,
+    ) -> None:
+        """See that what a call says is what it did, now and if the process were killed."""
+        run, revisions = self.run, after.revision - before.revision
+        left = self._left_by_a_kill()
+        if isinstance(outcome, OutcomeUnknownError):
+            run.counts.unknown_committed += left != before
+            for there in (after, left):
+                is_whole = there == before or there.revision - before.revision == effect.revisions
+                run.check(is_whole or call.in_batches, f"{what}: was done in part")
+            return
         if not isinstance(outcome, Exception):
             if revisions != effect.revisions or (after != before) != effect.changes_rows:
                 run.lost(f"{what}: returned, and made {revisions} of {effect.revisions} changes")
-            elif is_elsewhere and effect.changes_rows:
-                run.lost(f"{what}: returned, and wrote where nobody looks")
-        elif isinstance(outcome, OutcomeUnknownError):
-            run.counts.unknown_committed += after != before
-            is_whole = after == before or revisions == effect.revisions
-            run.check(is_whole or call.in_batches, f"{what}: was done in part")
         elif not call.in_batches and not call.is_kept:
             run.check(after == before, f"{what}: raised {outcome!r}, and changed something")
-        if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
-            self._report(what, await differences(state, after))
-        self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
-        if isinstance(outcome, Exception):
-            again = await outcome_of(run, made, f"{what}, once more")
-            if isinstance(again, Exception):
-                is_done = after != before and isinstance(again, ConflictError | NotFoundError)
-                run.check(is_done, f"{what}, once more: raised {again!r}")
-            else:
-                self._look_at_copies(call, self.picture(), again, what, may_litter=may_litter)
-        elif call.is_exact and not effect.changes_rows and not call.makes_copy:
-            again = await outcome_of(run, made, f"{what}, once more")
-            run.check(again == outcome, f"{what}: answered {outcome!r}, and then {again!r}")
-        self._remove_copies()
-        await state.refresh_from_database()
-        await state.sync_to_database()
+        if left != after and not call.is_kept:
+            run.lost(f"{what}: a kill would leave revision {left.revision} of {after.revision}")
+
+    async def _check_in_the_end(
+        self, call: PublicCall, effect: Effect, before: Picture, what: str
+    ) -> None:
+        """See that a call that was repeated has been done once, and memory shows it."""
+        await self.store.state.refresh_from_database()
+        await self.store.state.sync_to_database()
         final = self.picture()
         revisions = final.revision - before.revision
         if not call.in_batches:
             is_whole = revisions == effect.revisions
-            run.check(is_whole, f"{what}: {revisions} of {effect.revisions} changes in the end")
+            self.run.check(is_whole, f"{what}: {revisions} of {effect.revisions} in the end")
         gaps = {*range(before.revision + 1, final.revision + 1)} - {*final.rows["changes"]}
-        run.check(not gaps, f"{what}: changes {gaps} are not in the feed")
-        self._report(what, [*final.flaws(), *await differences(state, final)])
+        self.run.check(not gaps, f"{what}: changes {gaps} are not in the feed")
+        self.report(what, [*final.flaws(), *await differences(self.store.state, final)])
 
-    def _report(self, what: str, found: list[str]) -> None:
+    def _left_by_a_kill(self) -> Picture:
+        """What there would be if the process were killed now: without what its `-shm` holds."""
+        with TemporaryDirectory(dir=self.run.folder) as folder:
+            copy = Path(folder, self.path.name)
+            for ending in ("", "-wal"):
+                with suppress(FileNotFoundError):
+                    shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
+            return picture(copy)
+
+    def report(self, what: str, found: list[str]) -> None:
+        """Count what was found as wrong."""
         for flaw in found:
             self.run.wrong(f"{what}: {flaw}")
 
@@ -228,6 +261,7 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
             trial = Trial(run, path, Store(state, clock, folder), checker)
             yield trial
             last = trial.picture()
+            trial.report("in the end", await differences(state, last, finished=True))
     except BaseException:
         await asyncio.wait([asyncio.ensure_future(state.shutdown())], timeout=DEADLINE_SECONDS)
         raise

@@ -125,7 +125,7 @@ class Users:
             [verb] = self._random.choices(self._verbs, cum_weights=self._weights)
             try:
                 await verb()
-            except (ConflictError, NotFoundError, CompactedError) as error:
+            except (ConflictError, NotFoundError, CompactedError, DeadlineError) as error:
                 self.refusals[type(error).__name__] += 1
 
     async def add(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -11,10 +12,13 @@ from random import Random
 import pytest
 
 from campaigns.__main__ import main
+from campaigns.calls import CALLS, FROM_MEMORY
 from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Run
 from campaigns.catalogue import CAMPAIGNS
 from campaigns.children import Child, Tell
+from campaigns.lives import LIVES
 from campaigns.planted import BUGS
+from openclaw_store import NodeRepository, StateManager, TaskRepository
 
 SEED = 20_261_125
 
@@ -135,6 +139,22 @@ class TestCommand:
         drawn_once_more = [drawn.random() for _ in range(3)]
         assert f"drawn {drawn_once_more[2]}" in rows[0]
         assert f"drawn {drawn_once_more[1]}" in rows[1]
+
+
+def test_every_public_call_has_its_system_calls_fail() -> None:
+    classes = {StateManager: "", TaskRepository: "task_repo.", NodeRepository: "node_repo."}
+    tried = [*(call.name for call in CALLS), *(life.name for life in LIVES)]
+    named = {*FROM_MEMORY, *(name.split(",")[0] for name in tried)}
+
+    public = {
+        f"{prefix}{name}"
+        for kind, prefix in classes.items()
+        for name, function in inspect.getmembers(kind, inspect.iscoroutinefunction)
+        if not name.startswith("_") and function.__name__ == name  # else another name for it
+    }
+
+    assert public - named == {"task_repo.get_record", "node_repo.get_record"}  # what `get` calls
+    assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "adoption"}
 
 
 def test_child_that_is_killed_has_told_what_it_told(

@@ -45,6 +45,7 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnavailableError,
 )
+from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.heartbeats import Beat, apply_beats
 from openclaw_store.operations import Remove, Update, apply_together
 from openclaw_store.records import Record
@@ -730,6 +731,17 @@ async def test_statement_that_the_server_was_told_to_end_has_not_happened(
             await asyncio.wait_for(writing, PATIENCE)
 
     assert await tasks.count_by_status() == 1
+
+
+def test_connection_that_is_still_busy_with_what_was_interrupted_is_unavailable() -> None:
+    """Found by the campaign of the network: it was the driver's own error."""
+    *_, internal_error = PostgreSQLFaults.raised()
+
+    translation = PostgreSQLFaults("here").translate(
+        internal_error("another operation (2) is in …")
+    )
+
+    assert isinstance(translation, UnavailableError)
 
 
 def test_password_that_would_be_shown_is_refused() -> None:

@@ -2048,6 +2048,18 @@ class TestTwoManagers:
         assert seen == task
         assert await other.get_task(task.task_id) == task
 
+    async def test_memory_knows_what_a_list_has_shown(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
+    ) -> None:
+        task = make_task()
+        await manager.add_task(task)
+        other = await open_manager()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        assert (await other.list_tasks()).tasks == [task]
+        assert await other.get_task(task.task_id) == task
+
     async def test_own_writes_and_news_cross_without_harm(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -2272,6 +2284,29 @@ class TestLife:
         with pytest.raises(asyncio.CancelledError):
             await closing
         await manager.shutdown()
+
+        assert not manager.is_initialized
+
+    async def test_shutdown_on_another_loop_is_refused(self, manager: StateManager) -> None:
+        """It waited for ever for tasks that only their own loop can end."""
+        with pytest.raises(UnavailableError, match="belongs to one event loop"):
+            await asyncio.to_thread(asyncio.run, manager.shutdown())
+
+        assert manager.is_initialized
+
+    @pytest.mark.sqlite  # nobody could close the connections to a server
+    def test_shutdown_when_its_loop_was_closed(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        """It waited for what had stopped half-way, or raised a `RuntimeError`."""
+        manager = StateManager(Database(location), auto_sync_interval=None)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(manager.initialize())
+        loop.run_until_complete(manager.add_task(make_task(), persist=False))
+        loop.close()
+
+        with pytest.raises(UnavailableError, match="1 entries and heartbeats are lost"):
+            asyncio.run(manager.shutdown())
 
         assert not manager.is_initialized
 
