@@ -503,8 +503,8 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
     Those who listen are told the counters when it is committed. Each statement sees the tables as
-    they were before. For single rows it takes values in place of arrays, with which both sides are done
-    sooner.
+    they were before. For single rows it takes values in place of arrays, with which both sides are
+    done sooner.
     """
     parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
     places = len(_PLACE.findall(guard))
