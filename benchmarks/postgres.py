@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from sqlalchemy import make_url
+from sqlalchemy import Pool, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -69,17 +69,18 @@ def running_databases() -> Iterator[Databases]:
 
 
 @contextmanager
-def running_server(place: Path | None = None) -> Iterator[Server]:
+def running_server(place: Path | None = None, like: Server | None = None) -> Iterator[Server]:
     """A server of one's own, which may be killed; it and its folder are gone afterwards.
 
     Args:
         place: The folder to keep its databases in; `None` for one in memory, if there is any.
+        like: Another one that is there for longer, whose programs this one uses, too.
     """
     with (
         TemporaryDirectory(prefix="postgres-") as folder,
         TemporaryDirectory(prefix="postgres-", dir=place or memory()) as data,
     ):
-        server = Server(Path(folder), Path(data))
+        server = Server(Path(folder), Path(data), like)
         try:
             server.start()
             yield server
@@ -88,14 +89,19 @@ def running_server(place: Path | None = None) -> Iterator[Server]:
 
 
 class Databases:
-    """Makes and drops databases on a server; usable from any event loop."""
+    """Makes and drops databases on a server.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        poolclass: By default, each call makes a connection of its own, on whatever event loop. Of
+            a pool that keeps connections, all calls must be on one.
+    """
+
+    def __init__(self, url: str, poolclass: type[Pool] = NullPool) -> None:
         self._url = make_url(url).set(drivername="postgresql+asyncpg")
         self.url = self._url.render_as_string(hide_password=False)
         """The server's own, of a database that is left alone."""
         self._engine = create_async_engine(
-            self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+            self._url, poolclass=poolclass, isolation_level="AUTOCOMMIT"
         )
 
     async def create_database(self, template: str | None = None) -> str:
@@ -123,6 +129,10 @@ class Databases:
             await self._execute(f"{statement} WITH (FORCE)")
             raise
 
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+        await self._engine.dispose()
+
     async def _execute(self, statement: str) -> None:
         async with self._engine.connect() as connection:
             await connection.exec_driver_sql(statement)
@@ -135,8 +145,12 @@ class Server(Databases):
     missing `COLLATE "C"` shows. Elsewhere, and by nature on macOS, text sorts by its bytes.
     """
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        """Prepare a server that keeps its databases in `data`, and all else in `folder`."""
+    def __init__(self, folder: Path, data: Path, like: Server | None = None) -> None:
+        """Prepare a server that keeps its databases in `data`, and all else in `folder`.
+
+        Args:
+            like: Another one whose programs are used, and whose locale.
+        """
         port = free_port()
         super().__init__(f"postgresql://postgres@127.0.0.1:{port}/postgres")
         self._folder = folder
@@ -144,19 +158,21 @@ class Server(Databases):
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._data = data
-        self._environment = {**os.environ, "LC_ALL": "C"}
-        locale = self._find_locale()
-        self._package = installed_package()
-        self._owner: pwd.struct_passwd | None = None
-        if os.geteuid() == 0:
-            # PostgreSQL refuses to run as root, and nobody else may be able to read the package.
-            self._package = self._copy_package()
-            self._owner = pwd.getpwnam("nobody")
+        # PostgreSQL refuses to run as root, and nobody else may be able to read the package.
+        self._owner = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+        if like is None:
+            self._environment = {**os.environ, "LC_ALL": "C"}
+            self._locale = self._find_locale()
+            self._package = self._copy_package() if self._owner else installed_package()
+        else:
+            self._environment, self._locale = like._environment, like._locale
+            self._package = like._package
+        if self._owner:
             for path in (data, folder, *folder.rglob("*")):
                 os.chown(path, self._owner.pw_uid, self._owner.pw_gid)
 
         initdb = ("initdb", "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8")
-        if self._spawn(*initdb, f"--locale={locale}", f"--pgdata={self._data}").wait():
+        if self._spawn(*initdb, f"--locale={self._locale}", f"--pgdata={self._data}").wait():
             raise RuntimeError(f"initdb failed:\n{self._log.read_text()}")
         settings = [f"--{name}={value}" for name, value in {**SETTINGS, "port": port}.items()]
         self._command = ("postgres", "-D", str(self._data), *settings)
@@ -243,12 +259,13 @@ class Server(Databases):
         return self._process is not None and self._process.poll() is None
 
     def _copy_package(self) -> Path:
-        libraries = self._package.with_name(f"{self._package.name}.libs")  # programs look there
-        for source in (self._package, libraries):
+        package = installed_package()
+        libraries = package.with_name(f"{package.name}.libs")  # programs look there
+        for source in (package, libraries):
             if source.exists():
                 ignore = shutil.ignore_patterns("include")
                 shutil.copytree(source, self._folder / source.name, ignore=ignore)
-        return self._folder / self._package.name
+        return self._folder / package.name
 
     def _find_locale(self) -> str:
         # The package is built without ICU, so the order of text is the C library's.
@@ -289,7 +306,7 @@ def free_port() -> int:
     sooner or later be given the very port that it tries, and reach itself.
     """
     while True:
-        port = random.randrange(20_000, 30_000)
+        port = random.SystemRandom().randrange(20_000, 30_000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

@@ -60,7 +60,7 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
     with (
         TemporaryDirectory(prefix="openclaw-store-", dir=options.folder) as folder,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        _server_for(kind) as server,
+        _server_for(kind, options.folder) as server,
     ):
         bar = progress.add_task("", total=rounds)
 
@@ -86,9 +86,9 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
 
 
 @contextmanager
-def _server_for(kind: str) -> Iterator[Server | None]:
+def _server_for(kind: str, folder: Path | None) -> Iterator[Server | None]:
     if kind == POSTGRESQL:
-        with running_server() as server:
+        with running_server(folder) as server:
             yield server
     else:
         yield None

@@ -153,16 +153,21 @@ class Run:
         return {**asdict(self.counts), **self.notes}
 
     @contextmanager
-    def location(self, *, migrated: bool = True) -> Iterator[Location]:
+    def location(
+        self, *, migrated: bool = True, copy_of: Location | None = None
+    ) -> Iterator[Location]:
         """A place for a database, gone afterwards. Not to be entered on a running event loop.
 
         Args:
             migrated: Whether there is an empty database with all tables; else there is nothing.
+            copy_of: A database that nobody is connected to, of which there is a copy.
         """
-        if migrated and self._template is None:
-            self._template = self._make()
-            create_database(self._template)
-        location = self._make(self._template if migrated else None)
+        if migrated and copy_of is None:
+            if self._template is None:
+                self._template = self._make()
+                create_database(self._template)
+            copy_of = self._template
+        location = self._make(copy_of)
         try:
             yield location
         finally:

@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
+from campaigns import (
+    backups,
+    cancel,
+    clock,
+    crash,
+    files,
+    history,
+    hostile,
+    io,
+    lost_writes,
+    migrations,
+    models,
+    network,
+    power,
+    processes,
+    soak,
+)
 from campaigns.campaign import Campaign
 
-CAMPAIGNS: tuple[Campaign, ...] = ()
+CAMPAIGNS: tuple[Campaign, ...] = (
+    crash.CAMPAIGN,
+    power.CAMPAIGN,
+    lost_writes.CAMPAIGN,
+    io.CAMPAIGN,
+    history.CAMPAIGN,
+    cancel.CAMPAIGN,
+    files.CAMPAIGN,
+    processes.CAMPAIGN,
+    network.CAMPAIGN,
+    models.CAMPAIGN,
+    hostile.CAMPAIGN,
+    migrations.CAMPAIGN,
+    backups.CAMPAIGN,
+    clock.CAMPAIGN,
+    clock.MACHINE,
+    soak.CAMPAIGN,
+)

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
@@ -32,7 +32,12 @@ class Child:
     """
 
     def __init__(
-        self, function: Callable[..., Any], *arguments: Any, errors: Path, bug: str | None = None
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        errors: Path,
+        bug: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start the process.
 
@@ -40,6 +45,7 @@ class Child:
             arguments: JSON values, and paths, which arrive as text.
             errors: The file for its error output, to which it is appended.
             bug: Name of one in `planted`.
+            environment: Variables that it has besides.
         """
         self.errors = errors
         call = [function.__module__, function.__name__, bug, [*arguments]]
@@ -47,6 +53,7 @@ class Child:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "campaigns.children", json.dumps(call, default=str)],
                 cwd=_PROJECT,
+                env={**os.environ, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=error_output,

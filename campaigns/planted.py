@@ -5,11 +5,39 @@ They are planted from outside: nothing in the library knows of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
+from typing import Any
+from unittest.mock import patch
 
-BUGS: dict[str, Callable[[], AbstractContextManager[None]]] = {}
-"""By name, what has the bug in the library while it is entered."""
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store import lifecycle
+from openclaw_store.changes import Change, Ledger, Row
+from openclaw_store.database import Database
+from openclaw_store.errors import StoreError
+from openclaw_store.faults import PostgreSQLFaults
+from openclaw_store.heartbeats import Beat
+from openclaw_store.mirror import Mirror
+from openclaw_store.models import NodeInfo, Task
+from openclaw_store.operations import Claim, Update
+from openclaw_store.records import Record
+from openclaw_store.sqlite import _WriteConnection
+from openclaw_store.writer import Apply, Unit, Writer
+
+STALL_SECONDS = 10
+"""So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
+
+
+Bug = Callable[[], AbstractContextManager[None]]
+"""Has the bug in the library while it is entered."""
+
+BUGS: dict[str, Bug] = {}
+"""By name."""
 
 
 @contextmanager
@@ -24,3 +52,200 @@ def planted(name: str | None) -> Iterator[None]:
     else:
         with BUGS[name]():
             yield
+
+
+def bug(plant: Callable[[], Iterator[None]]) -> Bug:
+    """Make a bug of a function, and name it like that."""
+    found = contextmanager(plant)
+    BUGS[plant.__name__.replace("_", "-")] = found
+    return found
+
+
+@bug
+def no_version_in_where() -> Iterator[None]:
+    """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
+    decide = Update.decide
+
+    def overwrite(self: Update[Any], row: Row) -> Any:
+        self.version = row.version or self.version
+        return decide(self, row)
+
+    with patch.object(Update, "decide", overwrite):
+        yield
+
+
+@bug
+def claimed_twice() -> Iterator[None]:
+    """P4: a claim takes the word of memory that a task is pending, and does not look again."""
+    decide = Claim.decide
+
+    def believe(self: Claim, row: Row) -> Any:
+        for candidate in self.candidates:
+            task = row.other(Task, candidate["task_id"])
+            if task.version is not None:
+                task.status, task.record = "pending", candidate
+        return decide(self, row)
+
+    with patch.object(Claim, "decide", believe):
+        yield
+
+
+@bug
+def watch_ahead() -> Iterator[None]:
+    """P5: a watcher goes on from where memory is, though the feed was read before."""
+    changes = Mirror.changes
+
+    async def skip(self: Mirror, since: int) -> tuple[Sequence[Change], int]:
+        found, until = await changes(self, since)
+        return found, max(until, self.cache.complete)
+
+    with patch.object(Mirror, "changes", skip):
+        yield
+
+
+@bug
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def entry_leak() -> Iterator[None]:
+    """P7: each write leaves an entry in a list; found by the long form of `soak`."""
+    write, entries = Database.write, list[object]()
+
+    def remember(self: Database, apply: Apply, operation: Any) -> Any:
+        entries.append(object())
+        return write(self, apply, operation)
+
+    with patch.object(Database, "write", remember):
+        yield
+
+
+@bug
+def descriptor_leak() -> Iterator[None]:
+    """P7: each read leaves a file open; found by `soak`."""
+    read = Database.read
+
+    def leave_open(self: Database, work: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return read(self, work)
+
+    with patch.object(Database, "read", leave_open):
+        yield
+
+
+@bug
+def lost_reply_is_no_doubt() -> Iterator[None]:
+    """P2: a commit that nobody has answered is taken for one that has not happened."""
+    meaning = PostgreSQLFaults._meaning
+
+    def in_no_doubt(
+        self: PostgreSQLFaults, error: Exception, *, own: bool, committing: bool
+    ) -> StoreError | None:
+        return meaning(self, error, own=own, committing=False)
+
+    with patch.object(PostgreSQLFaults, "_meaning", in_no_doubt):
+        yield
+
+
+@bug
+def heartbeats_from_the_future() -> Iterator[None]:
+    """A heartbeat never gives way to one from before it, though the clock was turned back."""
+
+    def is_news_to(self: Beat, record: Record[NodeInfo], now: object = None) -> bool:
+        last = record["last_heartbeat"]
+        return last is None or self.at >= last
+
+    with patch.object(Beat, "is_news_to", is_news_to):
+        yield
+
+
+@bug
+def times_as_the_clock_says() -> Iterator[None]:
+    """What becomes of a task is stamped with the present time, though that was turned back."""
+    with patch.object(lifecycle, "_next", lambda _, now: now):
+        yield
+
+
+@bug
+def acknowledge_before_commit() -> Iterator[None]:
+    """P1: the writer gives its callers their answers, and commits afterwards."""
+    transaction, commits = Database._write_on_thread, count()
+
+    @contextmanager
+    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, lambda _: None) as unit:
+            yield unit
+            committed(unit)
+            if next(commits):
+                time.sleep(STALL_SECONDS)
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def revision_outside_transaction() -> Iterator[None]:
+    """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
+    write, commits = Ledger._write, count()
+
+    def write_afterwards(self: Ledger) -> None:
+        self.cursor.execute("COMMIT")
+        if next(commits):
+            time.sleep(STALL_SECONDS)
+        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
+        write(self)
+
+    with patch.object(Ledger, "_write", write_afterwards):
+        yield
+
+
+@bug
+def synchronous_off() -> Iterator[None]:
+    """P1: a commit on SQLite returns before it is on the disk."""
+    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
+    with patch.object(_WriteConnection, "pragmas", pragmas):
+        yield
+
+
+@bug
+def abandoned_batch() -> Iterator[None]:
+    """A caller who is cancelled while its batch is under way does not wait for it.
+
+    Breaks P2: it is told that nothing is done any more, and something is.
+    """
+
+    async def withdraw(self: Writer, future: asyncio.Future[Any]) -> None:
+        future.cancel()
+
+    with patch.object(Writer, "_withdraw", withdraw):
+        yield
+
+
+@bug
+def leaked_connection() -> Iterator[None]:
+    """A caller who is cancelled while it reads takes the connection along.
+
+    Breaks P7: when all connections are gone, nobody can read.
+    """
+    leaked: list[object] = []  # else it would be closed by the garbage collector
+
+    async def read(self: Database, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
+        session = self.session_factory()
+        leaked.append(session)
+        result = await work(session)
+        await session.close()
+        return result
+
+    with patch.object(Database, "read", read):
+        yield

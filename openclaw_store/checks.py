@@ -54,16 +54,18 @@ def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
     """Text as a row may hold it."""
     if not isinstance(value, str):
         raise InvalidDataError(name, f"must be text, not {_shown(value)}")
-    if len(value) > longest:
+    # What a text of another type says of itself need not be so.
+    text: str = value if type(value) is str else str.__str__(value)
+    if len(text) > longest:
         raise InvalidDataError(name, f"is longer than {longest} characters")
-    if "\0" in value:
+    if "\0" in text:
         raise InvalidDataError(name, "must not contain the character NUL")
-    if not value.isascii():
+    if not text.isascii():
         try:
-            value.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise InvalidDataError(name, "must not contain a lone surrogate") from None
-    return value if type(value) is str else str.__str__(value)
+    return text
 
 
 def check_count(name: str, value: Any) -> int:
@@ -110,6 +112,14 @@ def check_percentage(name: str, value: Any) -> float:
     return check_number(name, value, 100)
 
 
+def check_limit_seconds(name: str, value: Any) -> float:
+    """Seconds that something may take: more than 0, and up to 10^9 (32 years)."""
+    seconds = check_number(name, value, 1e9)
+    if not seconds:
+        raise InvalidDataError(name, "must be a positive number of seconds, not 0")
+    return seconds
+
+
 def check_seconds(name: str, value: float) -> timedelta:
     """A duration in seconds, from 0 to 10^9 (32 years)."""
     return timedelta(seconds=check_number(name, value, 1e9))
@@ -119,10 +129,13 @@ def check_time(name: str, value: Any) -> datetime:
     """A moment, aware and in UTC; a naive one is read as local time."""
     if not isinstance(value, datetime):
         raise InvalidDataError(name, f"must be a datetime, not {_shown(value)}")
-    if value.tzinfo is UTC:
+    is_plain = type(value) is datetime
+    if is_plain and value.tzinfo is UTC:
         return value
     try:
-        return value.astimezone(UTC)
+        moment = value.astimezone(UTC)
+        # Of a subclass, the database would give back a plain one.
+        return moment if is_plain else datetime.combine(moment.date(), moment.time(), UTC)
     except (OverflowError, ValueError, OSError) as error:
         raise InvalidDataError(name, f"{value} is outside the range of UTC") from error
 

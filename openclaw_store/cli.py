@@ -478,6 +478,23 @@ async def cleanup(
     )
 
 
+@command(app)
+async def compact(
+    call: Call,
+    days: Annotated[float, typer.Option(min=0, help="How long ago they must have happened.")],
+) -> None:
+    """Forget changes that happened long ago; tasks and nodes stay as they are.
+
+    A program that watches from an older revision must begin anew; histories reach no further back.
+    """
+    from openclaw_store.feed import compact_feed
+
+    async with call.opened() as database:
+        with console.progress("removing"):
+            count = await compact_feed(database, days)
+    call.show({"changes": count}, f"{console.number(count, 'change')} removed")
+
+
 def main() -> None:
     """Run what the command line asks for, and end the process."""
     for stream in (sys.stdout, sys.stderr):

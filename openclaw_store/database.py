@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -23,6 +22,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store import adoption, migrations, sqlite
 from openclaw_store.backends import DEFAULT_LOCATION, DEFAULT_TIMEOUT_SECONDS, Writing, backend_of
+from openclaw_store.checks import check_limit_seconds
 from openclaw_store.clock import Clock, utc_now
 from openclaw_store.errors import (
     BackendError,
@@ -31,7 +31,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.finishing import ended_badly, finish
+from openclaw_store.finishing import cancelled_once, ended_badly, finish
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
@@ -64,7 +64,8 @@ class Database:
     **Durability.** A write that returns is committed and on the disk.
     **Sharing.** One instance serves any number of coroutines, and several event loops in threads
     of their own. Writers queue, first come first served; readers never wait for writers.
-    **Processes.** Any number may open the same database. After `fork`, a child opens its own.
+    **Processes.** Any number may open the same database. What was opened before `fork` is the
+    parent's: a child is refused it, and on SQLite the file as well, at once.
 
     Args:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
@@ -94,15 +95,12 @@ class Database:
         pool_size: int = 5,
         legacy_timezone: str | None = None,
     ) -> None:
-        for name, value in (("timeout", timeout), ("transaction_timeout", transaction_timeout)):
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise InvalidDataError(name, f"must be a positive number of seconds, not {value!r}")
         if not isinstance(pool_size, int) or pool_size < 1:
             raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
         self._legacy_timezone = adoption.zone_of(legacy_timezone)
         self.clock = clock
-        self.timeout = timeout
-        self.transaction_timeout = transaction_timeout
+        self.timeout = timeout = check_limit_seconds("timeout", timeout)
+        self.transaction_timeout = check_limit_seconds("transaction_timeout", transaction_timeout)
         self._pool_size = pool_size
         self._remove_folder: Callable[[], object] = lambda: None
         if db_path == ":memory:":
@@ -217,6 +215,12 @@ class Database:
         Raises:
             UnavailableError: If the database is not open, or cannot be read.
         """
+        async with self._reading() as session:
+            await cancelled_once(session.connection())
+            yield session
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncSession]:
         sessions = self._engines_here().sessions
         with self._backend.faults.translated(own=False, reading=True):
             async with sessions() as session:
@@ -235,12 +239,15 @@ class Database:
 
         Raises:
             DeadlineError: If the block took longer (it is rolled back), or its turn did not come.
+            InvalidDataError: If `timeout` is no positive number.
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
         engines = self._engines_here()
         self.refuse_inside()
-        seconds = self.transaction_timeout if timeout is None else timeout
+        seconds = self.transaction_timeout
+        if timeout is not None:
+            seconds = check_limit_seconds("timeout", timeout)
         async with self._gate_held("a transaction"):
             self._check_ready()
             session = engines.write_sessions()
@@ -248,7 +255,7 @@ class Database:
             try:
                 with self._backend.faults.translated(own=False):
                     with self._backend.faults.translated():
-                        connection = await self._backend.begin(session)
+                        connection = await cancelled_once(self._backend.begin(session))
                     unit = Unit(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
@@ -308,7 +315,7 @@ class Database:
 
         async def unit() -> Result:
             with self._backend.faults.translated():  # the statements are ours
-                async with self.session() as session:
+                async with self._reading() as session:
                     return await work(session)
 
         task = asyncio.ensure_future(unit())
@@ -338,6 +345,16 @@ class Database:
         self._check_ready()
         self.refuse_inside()
         return self._writer.submit(apply, operation)
+
+    async def read_in(
+        self, session: AsyncSession, work: Callable[[AsyncSession], Awaitable[Result]]
+    ) -> Result:
+        """Do `work`, which reads, with a session of the caller's.
+
+        There, only what stands in here is known to come from the driver: `TimeoutError`, say.
+        """
+        with self._backend.faults.translated():
+            return await work(session)
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
         """Apply an operation in the transaction that `session` came from; returns its result."""
@@ -485,9 +502,9 @@ class Database:
 
     def _check_process(self) -> None:
         if self._forks != _forks:
-            raise UnavailableError(
-                f"{self.db_path} was opened before fork: open a new Database in the child"
-            )
+            is_file = self.dialect == "sqlite"
+            advice = "start the child by spawn" if is_file else "open a new Database in the child"
+            raise UnavailableError(f"{self.db_path} was opened before fork: {advice}")
 
     def _check_ready(self) -> None:
         if self._state == "ready" and self._forks == _forks:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import timedelta
 from functools import partial
 
 from openclaw_store import lifecycle
@@ -61,7 +61,7 @@ class Recovery:
     offline_nodes: list[str]
     """The nodes it set OFFLINE."""
     requeued_tasks: list[str]
-    """The tasks it put back to pending."""
+    """The tasks it put back to pending, or made due that a clock turned back had put off."""
     failed_tasks: list[str]
     """Those that were on a node that is not alive, and had no retries left."""
     timed_out_tasks: list[str]
@@ -152,6 +152,8 @@ class Dispatcher:
         except NotOwnerError as error:
             logger.warning("refused: %s", error)
             raise
+        if not done.is_changed:  # it is as others have left it
+            await self._mirror.reach(done.record.version)
         return done
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
@@ -164,14 +166,14 @@ class Dispatcher:
 
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
         """Set the live nodes OFFLINE that were silent for longer; returns which."""
-        cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        patience = check_seconds("timeout_seconds", timeout_seconds)
         await self._mirror.flush_beats()
         reason = f"silent for more than {timeout_seconds:g} s"
         stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
         for node_id in stale:
             await self._mirror.settle_or_drop((NodeInfo, node_id))
         operations = [
-            SetNodeStatus(node_id, NodeStatus.OFFLINE, cutoff, reason) for node_id in stale
+            SetNodeStatus(node_id, NodeStatus.OFFLINE, patience, reason) for node_id in stale
         ]
         # Each behind the heartbeat that may have come meanwhile.
         outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
@@ -179,7 +181,8 @@ class Dispatcher:
 
     async def recover(self, timeout_seconds: float) -> Recovery:
         """Take tasks from nodes that are not alive; see `StateManager.recover`."""
-        silent_since = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        patience = check_seconds("timeout_seconds", timeout_seconds)
+        longest_wait = timedelta(seconds=self._backoff.longest_seconds)
         recovery = Recovery(await self.set_silent_offline(timeout_seconds), [], [], [])
         await self._mirror.refresh()
         lists = {
@@ -187,10 +190,10 @@ class Dispatcher:
             TaskStatus.FAILED: recovery.failed_tasks,
             TaskStatus.TIMEOUT: recovery.timed_out_tasks,
         }
-        recover = partial(lifecycle.recover, silent_since=silent_since)
+        recover = partial(lifecycle.recover, patience=patience, longest_wait=longest_wait)
         operations = [
             Advance(task_id, partial(recover, wait=self._backoff.draw()))
-            for task_id in await self._suspects(silent_since)
+            for task_id in await self._suspects(patience, longest_wait)
         ]
         async for done in self.advance_all(operations):
             lists[done.record["status"]].append(done.record["task_id"])
@@ -255,12 +258,17 @@ class Dispatcher:
                 await self._mirror.settle_or_drop((Task, id))
         return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]
 
-    async def _suspects(self, silent_since: datetime) -> list[str]:
-        """The tasks that seem to be on nodes that are not alive, or to run for too long."""
+    async def _suspects(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
+        """The tasks that seem to be on nodes that are not alive, or to run or wait for too long."""
         cache, now = self._mirror.cache, self._database.clock()
-        suspects: list[str] = []
+        waiting = map(cache.tasks.get, cache.ready.due_after(now + longest_wait))
+        suspects: list[str] = [
+            one["task_id"]
+            for one in waiting
+            if one is not None and lifecycle.is_put_off(one, now, longest_wait)
+        ]
         for node_id, ids in list(cache.held().items()):
-            if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), silent_since):
+            if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), now, patience):
                 suspects += ids
                 continue
             running = (cache.tasks.get(id) for id in list(ids))

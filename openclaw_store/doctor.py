@@ -356,7 +356,7 @@ def _look_at_heartbeats(connection: Connection, now: datetime) -> Iterator[Findi
     if early and early[0][1] is not None:
         seconds = (early[0][1] - now).total_seconds()
         lost += f", {early[0][0]!r} one of {seconds:.0f} s ahead."
-    advice = "keep the machines' clocks in step, as by NTP: lost nodes are noticed late"
+    advice = "keep the machines' clocks in step, as by NTP: nodes are held for lost late, or early"
     yield _judge("heartbeats", not early, said, advice, said_else=lost)
 
 

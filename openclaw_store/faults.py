@@ -21,7 +21,9 @@ from openclaw_store.errors import (
 
 SQLITE_ADVICE = {
     "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
-    "SQLITE_CORRUPT": "the file is damaged: restore a backup",
+    # It says so, too, of a page that the disk fails to read.
+    "SQLITE_CORRUPT": "the file is damaged, or the disk is: check the disk and try again, or "
+    "restore a backup",
     "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
     "SQLITE_READONLY": "it cannot be written: check the permissions of the file and its folder",
     "SQLITE_PERM": "it cannot be opened: check the permissions of the file and its folder",
@@ -150,8 +152,22 @@ class SQLiteFaults(Faults):
         """Whether waiting may help: another process holds a lock."""
         return cls.code(error) in ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
 
+    @classmethod
+    def is_damage(cls, error: BaseException) -> bool:
+        """Whether what the file holds cannot be read, and never will be."""
+        return cls.code(error) == "SQLITE_CORRUPT" or cls.is_no_text(error)
+
+    @classmethod
+    def is_no_text(cls, error: BaseException) -> bool:
+        """Whether text is not UTF-8: all that the driver finds wrong itself, without a code."""
+        return type(_cause(error)) is sqlite3.OperationalError and cls.code(error) is None
+
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code = self.code(error)
+        if self.is_no_text(error):
+            return InvalidDataError(
+                "row", f"of {self.location} cannot be read: {_cause(error)}: correct it by hand"
+            )
         if code == "SQLITE_IOERR" and committing:
             return OutcomeUnknownError(
                 f"{self.location}: the disk failed while committing: check the disk, then repeat "
@@ -195,6 +211,8 @@ class PostgreSQLFaults(Faults):
         if code is None:
             reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
             return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
+        if code == "08P01":  # so a pooler calls whatever is wrong
+            return UnavailableError(f"{self.location}: {cause}: check the pooler before the server")
         for beginning, advice in _POSTGRESQL_ADVICE.items():
             if code.startswith(beginning):
                 return UnavailableError(f"{self.location}: {advice}")
@@ -217,5 +235,10 @@ def _cause(error: BaseException) -> BaseException:
 def _is_lost(cause: BaseException) -> bool:
     """Whether it says that there is no connection (any more), or no answer."""
     driver = importlib.import_module("asyncpg")
-    lost = (OSError, driver.InterfaceError, driver.TargetServerAttributeNotMatched)
+    lost = (
+        OSError,
+        driver.InterfaceError,
+        driver.InternalClientError,  # it was interrupted, and is still busy with that
+        driver.TargetServerAttributeNotMatched,
+    )
     return isinstance(cause, lost)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Container, Iterable, Mappin
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -20,9 +21,12 @@ from openclaw_store.changes import (
     ChangeKind,
     counters_of,
 )
+from openclaw_store.checks import check_number, check_seconds
+from openclaw_store.database import Database
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
+from openclaw_store.operations import Compact, compact
 from openclaw_store.pages import CHANGE_WIDTH, read_page
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
@@ -53,6 +57,9 @@ CHANGES_A_PAGE = 400
 
 To read a page takes as long as to take over 100 of them, however few there are.
 """
+
+CHANGES_A_COMPACTION = 1000
+"""Changes removed at a stretch, before others write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +236,30 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
     return _as_changes(await session.execute(query))[::-1]
 
 
-async def read_oldest(session: AsyncSession, limit: int) -> Sequence[tuple[int, datetime]]:
-    """Revision and moment of the oldest changes of the feed."""
+async def compact_feed(database: Database, days: float) -> int:
+    """Remove the changes that are older from the feed, in batches; returns how many there were.
+
+    Raises:
+        InvalidDataError: If `days` is no age.
+    """
+    seconds = check_number("days", days) * 86_400
+    cutoff = database.clock() - check_seconds("days", seconds)
+    total = 0
+    while True:
+        oldest = await database.read(_oldest)
+        old = [revision for revision, _ in takewhile(lambda one: one[1] < cutoff, oldest)]
+        removed: int = 0
+        if old:
+            removed = await database.write(compact, Compact(old[-1]))
+        if not removed:
+            return total
+        total += removed
+
+
+async def _oldest(session: AsyncSession) -> Sequence[tuple[int, datetime]]:
     query = select(ChangeRow.revision, ChangeRow.changed_at).order_by(ChangeRow.revision)
-    return [(row.revision, row.changed_at) for row in await session.execute(query.limit(limit))]
+    found = await session.execute(query.limit(CHANGES_A_COMPACTION))
+    return [(row.revision, row.changed_at) for row in found]
 
 
 async def _changes(session: AsyncSession, since: int) -> list[Change]:

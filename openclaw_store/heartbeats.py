@@ -22,7 +22,7 @@ from openclaw_store.writer import Unit
 # Not frozen, though nobody changes them: that takes twice as long to make.
 @dataclass(slots=True)
 class Beat(OfOneRow):
-    """A node's heartbeat, with the usage it reported; the newest wins.
+    """A node's heartbeat, with the usage it reported; the newest wins, but for one in the future.
 
     As an operation it brings a node back ONLINE that was OFFLINE before, which is an ordinary
     change, and results in whether there is such a node.
@@ -33,10 +33,14 @@ class Beat(OfOneRow):
     usage: Mapping[str, float | int]
     kind: ClassVar[type[Any]] = NodeInfo
 
-    def is_news_to(self, record: Record[NodeInfo]) -> bool:
-        """Whether the node, as it is recorded, has sent none that is newer."""
+    def is_news_to(self, record: Record[NodeInfo], now: datetime | None = None) -> bool:
+        """Whether the node, as it is recorded, has sent none that is newer.
+
+        Args:
+            now: One behind this moment is not newer: the clock was turned back since.
+        """
         last: datetime | None = record["last_heartbeat"]
-        return last is None or self.at >= last
+        return last is None or self.at >= last or (now is not None and last > now)
 
     def after(self, earlier: Beat) -> Beat:
         """This one, with what `earlier` reported and it does not."""
@@ -52,12 +56,12 @@ class Beat(OfOneRow):
         record = row.record
         if record is None:
             return False
-        if self.is_news_to(record):
+        if self.is_news_to(record, row.now):
             touched = self.over(record)
             row.touch(touched, ("last_heartbeat", *self.usage), Beaten(self, row.flush))
             if record["status"] is NodeStatus.OFFLINE:
                 since = row.status_since()  # another process may have set it so meanwhile
-                if since is None or self.at >= since:
+                if since is None or self.at >= since or since > row.now:
                     back = touched.evolve(status=NodeStatus.ONLINE)
                     row.write(back, ("status",), "heartbeat")
         return True
@@ -115,10 +119,11 @@ def apply_beats(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Sequen
 def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
     ledger = unit.part(Ledger)
     ledger.count_from(*counters_of(unit.cursor.execute(ledger.sql.read_counters)))
+    now = ledger.sql.to_moment(unit.now)
     rows = []
     for beat in beats:
         at = ledger.sql.to_moment(beat.at)
-        rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, at))
+        rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, at, now))
     unit.cursor.remember(dict.fromkeys(beat.id for beat in beats))  # they are not as they were
     if unit.cursor.count(ledger.sql.beat, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For

@@ -6,6 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -176,6 +177,10 @@ class SortedKeys(Generic[Key]):
     def __iter__(self) -> Iterator[Key]:
         return (key for chunk in self._chunks for key in chunk)
 
+    def downwards(self) -> Iterator[Key]:
+        """All keys, the largest first."""
+        return (key for chunk in reversed(self._chunks) for key in reversed(chunk))
+
     def smallest(self) -> Key:
         """The smallest key; there must be one."""
         return self._chunks[0][0]
@@ -245,7 +250,7 @@ class ReadyTasks:
     Skills are the JSON of a list: that is what rows have, and two orders of a set do no harm.
     """
 
-    __slots__ = ("_delayed", "_delays", "_groups", "_matches", "_most_groups", "_taken")
+    __slots__ = ("_delayed", "_delays", "_due", "_groups", "_matches", "_most_groups", "_taken")
 
     def __init__(self) -> None:
         self._groups: dict[bytes | None, SortedKeys[PendingKey]] = {}  # by required skills
@@ -253,6 +258,7 @@ class ReadyTasks:
         self._matches: dict[bytes | None, list[bytes | None]] = {}  # groups, by a node's skills
         self._delayed: SortedKeys[tuple[datetime, PendingKey, bytes | None]] = SortedKeys()
         self._delays: dict[str, tuple[datetime, PendingKey, bytes | None]] = {}
+        self._due: dict[str, datetime] = {}  # since when, of those that stood aside
         self._taken: dict[str, tuple[PendingKey, bytes | None]] = {}
 
     def add(self, key: PendingKey, skills: bytes | None, not_before: datetime | None) -> None:
@@ -276,6 +282,7 @@ class ReadyTasks:
 
     def remove(self, key: PendingKey, skills: bytes | None) -> None:
         """Remove a task that is there."""
+        self._due.pop(key[2], None)
         if self._taken.pop(key[2], None) is not None:
             return
         delay = self._delays.pop(key[2], None)
@@ -305,6 +312,14 @@ class ReadyTasks:
             if id in self._taken:
                 key, skills = self._taken.pop(id)
                 self._group(skills).add(key)
+
+    def due_after(self, moment: datetime) -> list[str]:
+        """The tasks that are not due before that, be it since a clock was turned back."""
+        delayed = takewhile(lambda one: one[0] > moment, self._delayed.downwards())
+        return [
+            *(key[2] for _, key, _ in delayed),
+            *(id for id, not_before in self._due.items() if not_before > moment),
+        ]
 
     def ahead_of(self, key: PendingKey, nodes: Iterable[bytes | None], now: datetime) -> int:
         """How many tasks are better than one, and can be run by one of these nodes, by skills."""
@@ -339,9 +354,10 @@ class ReadyTasks:
     def _release(self, now: datetime) -> None:
         """Put those into their groups that are due by now."""
         while self._delayed and self._delayed.smallest()[0] <= now:
-            _, key, skills = self._delayed.smallest()
+            not_before, key, skills = self._delayed.smallest()
             self.remove(key, skills)
             self.add(key, skills, None)
+            self._due[key[2]] = not_before
 
 
 @lru_cache(maxsize=4096)

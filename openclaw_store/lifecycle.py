@@ -64,6 +64,9 @@ NODE_LOST: Final = "node lost"
 OVERDUE: Final = "ran for longer than its timeout"
 """The reason why a task was taken from a node that is."""
 
+TURNED_BACK: Final = "the clock was turned back"
+"""The reason why a task is tried again sooner."""
+
 _MOMENTS: Final = {
     TaskStatus.SCHEDULED: "scheduled_at",
     TaskStatus.RUNNING: "started_at",
@@ -140,6 +143,13 @@ class Backoff:
         return full * (1 - self.jitter * chance)
 
 
+def check_backoff(backoff: Any) -> Backoff:
+    """How long a task waits before its next try."""
+    if not isinstance(backoff, Backoff):
+        raise InvalidDataError("backoff", f"must be a Backoff, not {type(backoff).__name__}")
+    return backoff
+
+
 def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTransitionError | None:
     """Why a task may not change from one state to another; `None` if it may."""
     if before is after or before not in FINISHED:
@@ -150,7 +160,7 @@ def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTrans
 def arrived(task: Record[Any], now: datetime) -> Values:
     """When a task came into the state it is in, if it does not tell."""
     name = _MOMENTS.get(task["status"])
-    return {name: now} if name is not None and task[name] is None else {}
+    return {name: _next(task, now)} if name is not None and task[name] is None else {}
 
 
 def is_due(task: Record[Task], now: datetime) -> bool:
@@ -196,26 +206,39 @@ def is_held(task: Record[Task]) -> bool:
     return task["assigned_node"] is not None and task.fields["status"] in HELD
 
 
-def is_lost(node: Record[NodeInfo] | None, silent_since: datetime) -> bool:
+def is_lost(node: Record[NodeInfo] | None, now: datetime, patience: timedelta) -> bool:
     """Whether nothing more is to be expected from a node."""
     if node is None or node["status"] in (NodeStatus.OFFLINE, NodeStatus.ERROR):
         return True
-    return is_silent(node, silent_since)
+    return is_silent(node, now, patience)
 
 
-def is_silent(node: Record[NodeInfo], since: datetime) -> bool:
-    """Whether a node has given no sign of life since then; to register is one."""
+def is_silent(node: Record[NodeInfo], now: datetime, patience: timedelta) -> bool:
+    """Whether a node has given no sign of life for longer than that; to register is one.
+
+    One as far in the future is none: the clock was turned back since, and nobody knows when it was.
+    """
     last_sign: datetime = node["last_heartbeat"] or node["registered_at"]
-    return last_sign < since
+    return abs(now - last_sign) > patience
 
 
 def is_overdue(task: Record[Task], now: datetime) -> bool:
-    """Whether a running task has been running for longer than it may."""
+    """Whether a running task has been running for longer than it may, whichever way clocks went."""
     if task["status"] is not TaskStatus.RUNNING or None in (task["timeout"], task["started_at"]):
         return False
     limit: int = task["timeout"]
-    ran: timedelta = now - task["started_at"]
-    return ran.total_seconds() > limit
+    started: datetime = task["started_at"]
+    # Earlier only if `_next` has put its start off: the moment at which that was written.
+    began = min(started, task["updated_at"] or started)
+    return abs((now - began).total_seconds()) > limit
+
+
+def is_put_off(task: Record[Task], now: datetime, longest: timedelta) -> bool:
+    """Whether a clock that was turned back makes a task wait for its next try longer than ever."""
+    if task["status"] is not TaskStatus.PENDING or is_due(task, now) or not task["retry_count"]:
+        return False
+    failed: datetime | None = task["updated_at"]
+    return failed is not None and failed - now > longest
 
 
 def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | None:
@@ -230,7 +253,7 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
             "status": TaskStatus.SCHEDULED,
             "assigned_node": node["node_id"],
             "attempt": task["attempt"] + 1,
-            "scheduled_at": now,
+            "scheduled_at": _next(task, now),
         },
         {"running_tasks": node["running_tasks"] + 1},
     )
@@ -242,7 +265,8 @@ def start(
     """The owner has begun to run the task; to say so twice changes nothing."""
     if task["status"] is TaskStatus.RUNNING and owner == owner_of(task):
         return None
-    return _not_owned(task, owner) or Step({"status": TaskStatus.RUNNING, "started_at": now})
+    values = {"status": TaskStatus.RUNNING, "started_at": _next(task, now)}
+    return _not_owned(task, owner) or Step(values)
 
 
 def complete(
@@ -261,7 +285,7 @@ def complete(
     if task["status"] is TaskStatus.COMPLETED and owner == owner_of(task):
         return None
     return _not_owned(task, owner) or Step(
-        _ended(TaskStatus.COMPLETED, now, result=result, error=None),
+        _ended(task, TaskStatus.COMPLETED, now, result=result, error=None),
         _processed(node, task, now, "successful_tasks"),
     )
 
@@ -303,7 +327,7 @@ def cancel(
         return None
     values = {} if reason is None else {"error": reason}
     return refused(task["task_id"], task["status"], TaskStatus.CANCELLED) or Step(
-        _ended(TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
+        _ended(task, TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
     )
 
 
@@ -336,12 +360,18 @@ def recover(
     node: Record[NodeInfo] | None,
     now: datetime,
     *,
-    silent_since: datetime,
+    patience: timedelta,
+    longest_wait: timedelta,
     wait: Wait,
 ) -> Outcome:
-    """Take a task from a node that is not alive, or on which it runs for too long."""
-    if is_held(task) and is_lost(node, silent_since):
+    """Take a task from a node that is not alive, or on which it runs for too long.
+
+    One whose next try was put off by a clock that was turned back is due again.
+    """
+    if is_held(task) and is_lost(node, now, patience):
         return give_back(task, node, now, wait=wait)
+    if is_put_off(task, now, longest_wait):
+        return Step({"not_before": None}, reason=TURNED_BACK)
     if not is_overdue(task, now):
         return None
     return Step(
@@ -379,15 +409,21 @@ def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
     return NotOwnerError(task["task_id"], *owner, task["status"].value, *owner_of(task))
 
 
-def _ended(status: TaskStatus, now: datetime, **values: Any) -> Values:
-    return {"status": status, "completed_at": now, **values}
+def _next(task: Record[Any], now: datetime) -> datetime:
+    """Now, but not before what has become of a task already, by a clock that was turned back."""
+    before = (task["submitted_at"], task["scheduled_at"], task["started_at"])
+    return max((moment for moment in before if moment is not None and moment > now), default=now)
+
+
+def _ended(task: Record[Task], status: TaskStatus, now: datetime, **values: Any) -> Values:
+    return {"status": status, "completed_at": _next(task, now), **values}
 
 
 def _tried(task: Record[Task], status: TaskStatus, error: str, now: datetime, wait: Wait) -> Values:
     """Put a task back to pending; after its last retry it ends as `status`."""
     retry: int = task["retry_count"] + 1
     if retry > task["max_retries"]:
-        return _ended(status, now, error=error)
+        return _ended(task, status, now, error=error)
     seconds = wait(retry)
     return {
         **_UNASSIGNED,

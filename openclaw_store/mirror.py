@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import Context
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -35,6 +34,7 @@ from openclaw_store.errors import (
     NotFoundError,
     StaleVersionError,
     StoreError,
+    UnavailableError,
     UnsavedConflictError,
 )
 from openclaw_store.feed import (
@@ -43,7 +43,6 @@ from openclaw_store.feed import (
     read_changes,
     read_live,
     read_news,
-    read_oldest,
     read_start,
 )
 from openclaw_store.finishing import finish
@@ -52,11 +51,9 @@ from openclaw_store.lifecycle import arrived, refused
 from openclaw_store.models import NodeInfo, NodeStatus, Task
 from openclaw_store.operations import (
     CONTENT,
-    Compact,
     Create,
     Remove,
     Update,
-    compact,
     newer_heartbeat,
 )
 from openclaw_store.records import Item, Record
@@ -70,14 +67,14 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 0.5
 """How long a heartbeat waits in memory for others to share its flush."""
 
+WRITTEN_WITHIN = timedelta(seconds=1)
+"""How long a heartbeat may take to be written: what is newer by more comes from the future."""
+
 HEARTBEATS_A_WRITE = 128
 """How many are written at a stretch, before others write."""
 
 ENTRIES_A_WRITE = 200
 """How many of those that are only in memory are handed to the writer at a stretch."""
-
-CHANGES_A_COMPACTION = 1000
-"""How many changes one transaction of a compaction removes; others write in between."""
 
 FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
 """How many times as long as a refreshment that others' commits led to the next one waits, and how
@@ -158,6 +155,23 @@ class Mirror:
             self._unlisten()
             self.watchers.wake_all()
 
+    async def abandon(self) -> None:
+        """Stop without the event loop that all of this goes on, which was closed before.
+
+        Raises:
+            UnavailableError: If something was only in memory. It is lost: what was writing it may
+                have stopped half-way.
+        """
+        if self._wakeups is not None:
+            await self._wakeups.stop()
+        self._unlisten()
+        lost = len(self.cache.unsaved) + len(self.cache.waiting_beats())
+        if lost:
+            raise UnavailableError(
+                f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
+                "were only in memory: shut the StateManager down before"
+            )
+
     async def find(self, place: Place) -> Record[Any] | None:
         """An entry from memory, else from the database."""
         record = self.cache.find(place)
@@ -165,10 +179,20 @@ class Mirror:
             return record
         cache, version = self.cache, self.cache.version
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
+        if found is not None:
+            await self.reach(found.version)
         unmoved = self.cache is cache and cache.version == version
         if found is not None and place[0] is Task and unmoved:
             cache.remember(found)
         return self.cache.find(place) or found
+
+    async def reach(self, revision: int) -> None:
+        """Have memory know all up to a revision of which somebody will be told.
+
+        Else it might show what was before, and what is being read for it just now might, too.
+        """
+        if revision > self.cache.complete:
+            await self.refresh()
 
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
@@ -235,7 +259,8 @@ class Mirror:
                 record = record.evolve(**arrived(record, self._database.clock()))
         entry = self.cache.unsaved.get(place)
         if known is not None and record.kind is NodeInfo:
-            record = record.evolve(last_heartbeat=newer_heartbeat(known, record))
+            heartbeat = newer_heartbeat(known, record, self._database.clock())
+            record = record.evolve(last_heartbeat=heartbeat)
         return self._hold(record, known if entry is None else entry.base)
 
     def _takes_key(self, place: Place, record: Record[Any]) -> bool:
@@ -365,19 +390,6 @@ class Mirror:
             await self.refresh()
         return changes, until
 
-    async def compact(self, cutoff: datetime) -> int:
-        """Remove the changes that are older from the feed; returns how many there were."""
-        total = 0
-        while True:
-            oldest = await self._database.read(partial(read_oldest, limit=CHANGES_A_COMPACTION))
-            old = [revision for revision, _ in takewhile(lambda one: one[1] < cutoff, oldest)]
-            removed: int = 0
-            if old:
-                removed = await self._database.write(compact, Compact(old[-1]))
-            if not removed:
-                return total
-            total += removed
-
     async def beat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
         """Show a heartbeat now, and write it within a second; `False` if there is no such node.
 
@@ -393,7 +405,7 @@ class Mirror:
             if node is None:
                 return False
         beat = Beat(node_id, self._database.clock(), usage)
-        if beat.is_news_to(node):
+        if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
             self.cache.expect_beat(beat)
             self._flush_later()
             if node["status"] is NodeStatus.OFFLINE:

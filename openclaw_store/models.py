@@ -167,34 +167,30 @@ class Task:
                 your own, pass its time.
 
         Raises:
-            InvalidDataError: If a list of text is given as one text, which is a list of letters.
+            InvalidDataError: If a list of text is given as one text, which is a list of letters, or
+                something is no list, or no mapping, at all.
         """
-        for field_name, value in (
-            ("required_skills", required_skills),
-            ("optional_skills", optional_skills),
-            ("affinity_tags", affinity_tags),
-        ):
-            if isinstance(value, str):
-                raise InvalidDataError(
-                    field_name, f"must be a list of text, not the text {value!r}"
-                )
         return cls(
             task_id=new_id() if task_id is None else task_id,
             task_type=task_type,
             name=name,
             description=description,
-            required_skills=list(required_skills),
-            optional_skills=None if optional_skills is None else list(optional_skills),
+            required_skills=_listed("required_skills", required_skills),
+            optional_skills=_listed("optional_skills", optional_skills)
+            if optional_skills is not None
+            else None,
             priority=priority,
             submitted_at=utc_now() if submitted_at is None else submitted_at,
-            parameters=dict(parameters or {}),
+            parameters=_mapped("parameters", parameters),
             timeout=timeout,
             max_retries=max_retries,
             user_id=user_id,
             idempotency_key=idempotency_key,
             not_before=not_before,
-            affinity_tags=None if affinity_tags is None else list(affinity_tags),
-            metadata=dict(metadata or {}),
+            affinity_tags=_listed("affinity_tags", affinity_tags)
+            if affinity_tags is not None
+            else None,
+            metadata=_mapped("metadata", metadata),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,6 +216,22 @@ class Task:
             InvalidDataError: Naming the field that the store would refuse, or that is missing.
         """
         return cls(**read_dict(data, Task, FIELD_CHECKS[Task], JSON_CHECKS))
+
+
+def _listed(name: str, values: Iterable[str]) -> list[str]:
+    if isinstance(values, str):
+        raise InvalidDataError(name, f"must be a list of text, not the text {values!r}")
+    if not isinstance(values, Iterable):
+        raise InvalidDataError(name, f"must be a list of text, not {type(values).__name__}")
+    return list(values)
+
+
+def _mapped(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise InvalidDataError(name, f"must be a dict, not {type(values).__name__}")
+    return dict(values)
 
 
 @dataclass

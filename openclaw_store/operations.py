@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
@@ -101,7 +101,9 @@ class Update(OfOneRow, Generic[Item]):
             record = row.record.merge(record, names)
         if self.kind is NodeInfo:
             assert row.record is not None  # always read
-            record = record.evolve(last_heartbeat=newer_heartbeat(row.record, self.record))
+            if "last_heartbeat" in names:
+                heartbeat = newer_heartbeat(row.record, self.record, row.now)
+                record = record.evolve(last_heartbeat=heartbeat)
         elif row.status is not None and row.status != record.fields["status"]._value_:
             refusal = lifecycle.refused(self.id, TaskStatus(row.status), record["status"])
             if refusal is not None:
@@ -116,10 +118,13 @@ class Update(OfOneRow, Generic[Item]):
         return row.write(record, names)
 
 
-def newer_heartbeat(known: Record[Any], given: Record[Any]) -> datetime | None:
-    """The last heartbeat of a node that is updated: it never goes back."""
-    moments = [record["last_heartbeat"] for record in (known, given)]
-    return max((moment for moment in moments if moment is not None), default=None)
+def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> datetime | None:
+    """The last heartbeat of a node that is updated: it never goes back, but from the future."""
+    before, after = known["last_heartbeat"], given["last_heartbeat"]
+    if after is None or (before is not None and after < before <= now):
+        after = before
+    newer: datetime | None = after
+    return newer
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +154,13 @@ class Remove(OfOneRow):
 class SetNodeStatus(OfOneRow):
     """Change a node's status; ONLINE and BUSY count as a sign of life.
 
-    With `silent_since` only a live node that was silent since then is changed. Results in
-    whether it was.
+    With `patience` only a live node that was silent for longer is changed. Results in whether it
+    was.
     """
 
     id: str
     status: NodeStatus
-    silent_since: datetime | None = None
+    patience: timedelta | None = None
     reason: str | None = None
     kind: ClassVar[type[Any]] = NodeInfo
 
@@ -163,13 +168,13 @@ class SetNodeStatus(OfOneRow):
         record = row.record
         if record is None:
             return False
-        if self.silent_since is not None:
-            is_silent = lifecycle.is_silent(record, self.silent_since)
+        if self.patience is not None:
+            is_silent = lifecycle.is_silent(record, row.now, self.patience)
             if record["status"] not in ALIVE or not is_silent:
                 return False
         values: dict[str, Any] = {"status": self.status}
         if self.status in ALIVE:
-            values["last_heartbeat"] = max(row.now, record["last_heartbeat"] or row.now)
+            values["last_heartbeat"] = row.now
         row.write(record.evolve(**values), values, self.reason)
         return True
 
@@ -288,7 +293,7 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
         raise InvalidDataError("task", f"must be a Task, not {type(task).__name__}")
     node = task.assigned_node
     if node is not None:
-        check_key("assigned_node", node)
+        node = check_key("assigned_node", node)
     owner = (node, check_count("attempt", task.attempt))
     id = check_key("task_id", task.task_id)
     return Advance(id, partial(decision, owner=owner), node_id=node)

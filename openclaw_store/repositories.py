@@ -37,7 +37,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.filters import TaskFilter, TaskPage, behind, check_filter, cursor_of
 from openclaw_store.heartbeats import Beat
-from openclaw_store.lifecycle import JOINED, Backoff, claim, free_places
+from openclaw_store.lifecycle import JOINED, Backoff, check_backoff, claim, free_places
 from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.operations import (
     CONTENT,
@@ -199,7 +199,7 @@ class Repository(Generic[Item]):
 
     async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         if self._session is not None:
-            return await work(self._session)
+            return await self._database.read_in(self._session, work)
         return await self._database.read(work)
 
     async def _write(self, operation: Any, apply: Apply = apply) -> Any:
@@ -226,7 +226,7 @@ class TaskRepository(Repository[Task]):
         self, database: Database | AsyncSession, backoff: Backoff = DEFAULT_BACKOFF
     ) -> None:
         super().__init__(database)
-        self._backoff = backoff
+        self._backoff = check_backoff(backoff)
 
     async def create(self, task: Task) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -516,7 +516,8 @@ class NodeRepository(Repository[NodeInfo]):
     async def update(self, node: NodeInfo) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back.
+        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
+        in the future.
 
         Raises:
             NodeNotFoundError: If it was deleted meanwhile.
@@ -555,7 +556,9 @@ class NodeRepository(Repository[NodeInfo]):
             InvalidDataError: If a field cannot be stored.
         """
         record = self.encode(node)
-        stored = await self._write(Register(record["node_id"], record, backoff.draw()))
+        stored = await self._write(
+            Register(record["node_id"], record, check_backoff(backoff).draw())
+        )
         self._write_back(stored, node, JOINED)
         return True
 
@@ -575,11 +578,13 @@ class NodeRepository(Repository[NodeInfo]):
     async def find_stale_nodes(self, timeout_seconds: float = 120) -> list[NodeInfo]:
         """Nodes that are ONLINE or BUSY, but were silent for longer than `timeout_seconds`.
 
-        A node that never sent a heartbeat counts from its registration. Newest registered first.
+        A node that never sent a heartbeat counts from its registration. A sign of life that is as
+        far in the future counts for nothing: a clock was turned back. Newest registered first.
         """
-        cutoff = self._database.clock() - check_seconds("timeout_seconds", timeout_seconds)
+        now, patience = self._database.clock(), check_seconds("timeout_seconds", timeout_seconds)
         last_sign = func.coalesce(NodeRow.last_heartbeat, NodeRow.registered_at)
-        return await self._newest(NodeRow.status.in_(ALIVE), last_sign < cutoff)
+        is_near = last_sign.between(now - patience, now + patience)
+        return await self._newest(NodeRow.status.in_(ALIVE), ~is_near)
 
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""

@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiosqlite
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -26,7 +27,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backups import written_aside
-from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
+from openclaw_store.errors import (
+    InvalidDataError,
+    OutcomeUnknownError,
+    SchemaMismatchError,
+    UnavailableError,
+)
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.writer import NothingKnown
 
@@ -46,9 +52,33 @@ _ALONE_SECONDS = 1.0
 """How long somebody may take who only looks at what is to be replaced."""
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
+_ROWS_A_FETCH = 64  # as the driver has it
 
 BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
+
+
+_open: dict[int, str] = {}
+"""The files that this process has connections to, by connection."""
+
+_inherited: set[tuple[int, int]] = set()
+"""The files, by device and number, that were open in the process that this one was forked from."""
+
+
+def _inherit() -> None:
+    for path in set(_open.values()):
+        with suppress(OSError):
+            _inherited.add(_identity(path))
+    _open.clear()
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit)
 
 
 class _WriteConnection(sqlite3.Connection):
@@ -56,8 +86,9 @@ class _WriteConnection(sqlite3.Connection):
 
     pragmas: Sequence[str] = _PRAGMAS
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, path: str, **options: Any) -> None:
+        _open[id(self)] = path
+        super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
                 self.execute(pragma)
@@ -71,10 +102,31 @@ class _WriteConnection(sqlite3.Connection):
         with suppress(sqlite3.Error):
             self.rollback()
         super().close()
+        _open.pop(id(self), None)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
             self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
+
+
+class _DriverConnection(aiosqlite.Connection):
+    """A connection for coroutines, who may be cancelled at any time."""
+
+    async def rollback(self) -> None:
+        # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
+        # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
+        self._tx.put_nowait((None, self._conn.rollback))
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
+        # closing. The thread ends then, and whoever asks it once more would wait for ever.
+        return super().stop() if self._running else None
+
+
+def _connect(path: str, **options: Any) -> _DriverConnection:
+    connection = _DriverConnection(partial(sqlite3.connect, path, **options), _ROWS_A_FETCH)
+    connection._thread.daemon = True  # as SQLAlchemy has it
+    return connection
 
 
 class _LoneConnection(_WriteConnection):
@@ -85,8 +137,8 @@ class _LoneConnection(_WriteConnection):
 
 
 class _ReadConnection(_WriteConnection):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(path, **options)
         self.execute("PRAGMA query_only=ON")
 
 
@@ -111,6 +163,10 @@ def file_of(location: str | Path) -> Path:
         location = url.database
     if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
         raise InvalidDataError("db_path", f"must be a path or a URL, not {location!r}")
+    try:
+        os.fsencode(location)
+    except UnicodeEncodeError:
+        raise InvalidDataError("db_path", f"{location!r} is no name that a file can have") from None
     return Path(location).absolute()
 
 
@@ -254,13 +310,15 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
 class Writing:
     """The writer's connection, which belongs to its thread."""
 
-    def __init__(self, engine: Engine, timeout: float) -> None:
+    def __init__(self, engine: Engine, timeout: float, require_file: Callable[[], None]) -> None:
         self._timeout = timeout
+        self._require_file = require_file
         self._connection = retrying(engine.connect, timeout)
         self.cursor: Cursor
 
     def begin(self) -> None:
         """Begin a transaction with the write lock."""
+        self._require_file()
         retrying(lambda: _begin_writing(self._connection), self._timeout)
         self.cursor = Cursor(self._connection)
 
@@ -288,8 +346,9 @@ class SQLite:
         self.location = str(path)
         """Where it is, as people may see it."""
         self.faults = SQLiteFaults(self.location)
-        self.writing_engine = _writing_engine(path)
+        self.writing_engine = self._guarded(_writing_engine(path))
         self._timeout = timeout
+        self._file: tuple[int, int] | None = None  # which one it is, as soon as it is known
 
     def exists(self) -> bool:
         """Whether there is such a file, or something else of that name."""
@@ -315,6 +374,8 @@ class SQLite:
             StoreError: Saying which file cannot be used, and what to do.
         """
         check_version()
+        self._file = None  # a former try may have found another one
+        self._refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
@@ -329,10 +390,13 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
+        self._file = _identity(self.path)
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
-        with self.faults.translated(), _reading_engine(self.path).connect() as connection:
+        self._refuse_inherited()
+        engine = self._guarded(_reading_engine(self.path))
+        with self.faults.translated(), engine.connect() as connection:
             return work(connection)
 
     def migrate(
@@ -347,6 +411,7 @@ class SQLite:
                 at it; `None` for no copy. What fails leaves no copy.
 
         Raises:
+            OutcomeUnknownError: If the disk failed while committing; the copy is kept.
             UnavailableError: If another process keeps the lock for longer than the timeout, or has
                 the file open that is to be copied.
             SchemaMismatchError: If a row refers to one that is not there afterwards.
@@ -357,18 +422,26 @@ class SQLite:
             with connection:
                 if copy is not None:
                     self._copy_to(connection, copy)
-                # SQLite changes a table by copying it, and dropping the old one would delete rows
-                # that refer to it. The switch works outside of transactions, hence on the driver.
-                connection.connection.execute("PRAGMA foreign_keys=OFF")
-                with retrying(connection.begin, self._timeout):
-                    try:
-                        result = work(connection)
-                        self._refuse_orphans(connection)
-                    except BaseException:
-                        if copy is not None:
-                            copy.unlink()  # the file is still what it was
-                        raise
+                try:
+                    result = self._migrated(connection, work)
+                except OutcomeUnknownError:
+                    raise  # the copy may be all that is left of what the file was
+                except BaseException:
+                    if copy is not None:
+                        copy.unlink()  # the file is still what it was
+                    raise
         self._empty_wal()
+        return result
+
+    def _migrated(self, connection: Connection, work: Callable[[Connection], Result]) -> Result:
+        # SQLite changes a table by copying it, and dropping the old one would delete rows that
+        # refer to it. The switch works outside of transactions, hence on the driver.
+        connection.connection.execute("PRAGMA foreign_keys=OFF")
+        with retrying(connection.begin, self._timeout) as transaction:
+            result = work(connection)
+            self._refuse_orphans(connection)
+            with self.faults.translated(committing=True):
+                transaction.commit()
         return result
 
     def _migrating(
@@ -380,8 +453,12 @@ class SQLite:
             if self.inspect(copy_to) is None:
                 return _writing_engine(self.path).connect(), None
             connection = _writing_engine(self.path, _LoneConnection).connect()
-            copy = copy_to(connection)  # others may have been faster
-            connection.rollback()
+            try:
+                copy = copy_to(connection)  # others may have been faster
+                connection.rollback()
+            except BaseException:
+                connection.close()  # else the file stays locked while the error is referred to
+                raise
             return connection, copy
 
         try:
@@ -409,9 +486,13 @@ class SQLite:
         engine = create_async_engine(
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
-            connect_args=_options(_WriteConnection if write else _ReadConnection),
+            connect_args={
+                "async_creator_fn": _connect,
+                **_options(_WriteConnection if write else _ReadConnection),
+            },
             **options,
         )
+        self._guarded(engine.sync_engine)
         statement = "BEGIN IMMEDIATE" if write else "BEGIN"
 
         @event.listens_for(engine.sync_engine, "begin")
@@ -442,7 +523,7 @@ class SQLite:
 
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
-        return Writing(self.writing_engine, self._timeout)
+        return Writing(self.writing_engine, self._timeout, self._require_file)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
@@ -479,9 +560,9 @@ class SQLite:
         if not self.exists():
             yield
             return
-        with closing(
-            sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
-        ) as connection:
+        with self.faults.translated():
+            connection = sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
+        with closing(connection):
             try:
                 connection.execute("PRAGMA journal_mode=DELETE")  # works for the only one there is
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -506,9 +587,52 @@ class SQLite:
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
+    def _refuse_inherited(self) -> None:
+        """Refuse a file that was open when this process was forked.
+
+        SQLite keeps a process's locks in its memory, so here it would go by locks that only the
+        parent has: when that closed the file, what is written here would be lost.
+        """
+        with suppress(OSError):
+            if _inherited and _identity(self.path) in _inherited:
+                raise UnavailableError(
+                    f"{self.path} was open when this process was forked, and SQLite does not stand "
+                    "that: start the process by spawn, or fork before the file is opened"
+                )
+
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
+        self._require_file()
         return closing(sqlite3.connect(self.path, **_options(kind)))
+
+    def _guarded(self, engine: Engine) -> Engine:
+        """Have an engine open no other file than the one there was."""
+
+        @event.listens_for(engine, "do_connect")
+        def look(*_: object) -> None:
+            self._require_file()
+
+        return engine
+
+    def _require_file(self) -> None:
+        """Refuse to write where nobody will find it, or to make an empty file of that name.
+
+        Raises:
+            UnavailableError: If the file was removed or replaced since it was opened.
+        """
+        if self._file is None:
+            return
+        try:
+            is_there = _identity(self.path) == self._file
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        except OSError:  # SQLite says what is wrong
+            return
+        if not is_there:
+            raise UnavailableError(
+                f"{self.path} was removed or replaced while it was open: put it back, or end all "
+                "programs that use it and restore a backup"
+            )
 
     def _empty_wal(self) -> None:
         """Move what the WAL holds to the database file, as far as nobody is in the way."""

@@ -23,7 +23,6 @@ from openclaw_store.checks import (
     check_limit,
     check_number,
     check_percentage,
-    check_seconds,
     check_some,
     check_text,
 )
@@ -39,7 +38,7 @@ from openclaw_store.errors import (
     UnsavedConflictError,
 )
 from openclaw_store.explanations import Explanation
-from openclaw_store.feed import read_history
+from openclaw_store.feed import compact_feed, read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
@@ -185,8 +184,15 @@ class StateManager:
         """Synchronise for the last time and close the database; may be called twice.
 
         Raises:
+            UnavailableError: If it is called on another event loop, as long as its own is there.
             StoreError: If something could not be written; everything is closed all the same.
         """
+        if (
+            self._thread is not None
+            and self._loop is not asyncio.get_running_loop()
+            and not self._loop.is_closed()  # else nothing runs there that could be waited for
+        ):
+            raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._shutdown())
         await asyncio.shield(self._ending)
@@ -194,10 +200,14 @@ class StateManager:
     async def _shutdown(self) -> None:
         async with self._life:
             try:
-                if self._sync_loop is not None:
-                    self._sync_loop.cancel()
-                    await asyncio.wait([self._sync_loop])
-                if self._thread is not None:
+                if self._thread is None:
+                    pass  # it never was initialized, or is the parent's
+                elif self._loop.is_closed():
+                    await self._mirror.abandon()
+                else:
+                    if self._sync_loop is not None:
+                        self._sync_loop.cancel()
+                        await asyncio.wait([self._sync_loop])
                     await self._mirror.stop()
             finally:
                 self._thread = None
@@ -360,6 +370,7 @@ class StateManager:
                 found = await self.task_repo.get(error.id)
                 key = task.idempotency_key
                 if found is not None and key is not None and found.idempotency_key == key:
+                    await self._mirror.reach(found.version)
                     return found
                 if error.idempotency_key is None:
                     raise
@@ -383,6 +394,8 @@ class StateManager:
             InvalidDataError: If the database itself refuses a row of a chunk.
         """
         self._check_usable()
+        if not isinstance(tasks, Iterable):
+            raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
         remaining = iter(tasks)
         while chunk := list(islice(remaining, TASKS_A_CHUNK)):
@@ -430,7 +443,9 @@ class StateManager:
             InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
         """
         self._check_usable()
-        return await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
+        await self._mirror.reach(max((task.version for task in page), default=0))
+        return page
 
     async def cancel_tasks(
         self, filter: TaskFilter | None = None, reason: str | None = None
@@ -474,7 +489,7 @@ class StateManager:
             NodeNotFoundError: If there is no such node.
         """
         self._check_usable()
-        check_key("node_id", node_id)
+        node_id = check_key("node_id", node_id)
         claimed = await self._dispatcher.claim(node_id, check_some("limit", limit))
         return list(map(Record.copy, claimed))
 
@@ -548,8 +563,9 @@ class StateManager:
         Sets silent nodes OFFLINE. What is scheduled or running on a node that was silent for too
         long, that is OFFLINE or in ERROR, or that there is not (any more), is PENDING again, with
         one retry less, or FAILED with the error `node lost`. What runs for longer than its
-        `timeout` is PENDING again, or has TIMEOUT. To be called every now and then, by any number
-        of coordinators: each task has one outcome.
+        `timeout` is PENDING again, or has TIMEOUT. What would wait for its next try for longer than
+        the backoff ever says, since a clock was turned back, is due at once. To be called every now
+        and then, by any number of coordinators: each task has one outcome.
 
         Args:
             timeout_seconds: How long a node may be silent.
@@ -636,7 +652,8 @@ class StateManager:
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back.
+        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
+        in the future.
 
         Args:
             persist: `False` keeps it in memory until the next synchronisation.
@@ -677,7 +694,7 @@ class StateManager:
         """Change a node's status; ONLINE and BUSY count as a sign of life. `False` if unknown."""
         self._check_usable()
         place = (NodeInfo, check_key("node_id", node_id))
-        operation = SetNodeStatus(node_id, node_status("status", status))
+        operation = SetNodeStatus(place[1], node_status("status", status))
         await self._mirror.settle(place)
         known: bool = await self._mirror.submit(operation)
         return known
@@ -719,7 +736,8 @@ class StateManager:
 
         Args:
             timeout_seconds: How long a node may be silent; one that never sent a heartbeat
-                counts from its registration.
+                counts from its registration. A sign of life that is as far in the future counts
+                for nothing: a clock was turned back.
 
         Returns:
             Identifiers of the nodes it set OFFLINE.
@@ -783,7 +801,7 @@ class StateManager:
             UnavailableError: If the manager is shut down meanwhile.
         """
         limit = None if timeout is None else check_number("timeout", timeout)
-        check_key("task_id", task_id)
+        task_id = check_key("task_id", task_id)
         try:
             async with asyncio.timeout(limit):
                 while True:
@@ -813,8 +831,7 @@ class StateManager:
             How many changes were removed.
         """
         self._check_usable()
-        seconds = check_number("days", days) * 86_400
-        return await self._mirror.compact(self.db.clock() - check_seconds("days", seconds))
+        return await compact_feed(self.db, days)
 
     async def sync_to_database(self) -> bool:
         """Write what is only in memory; `True`.
@@ -852,6 +869,8 @@ class StateManager:
         self, repository: Repository[Item], id: str, fn: Callable[[Item], object]
     ) -> Item | None:
         self._check_usable()
+        if not callable(fn):
+            raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
         def change(known: Record[Item]) -> Record[Item]:
             copy = known.copy()

@@ -197,7 +197,7 @@ class Statements(ABC):
     forget: str
     """Removes a change and all before it; for many rows as `status_since` takes."""
     beat: str
-    """For many rows of usage, moment, flush, identifier and the moment again."""
+    """For many rows of usage, moment, flush, identifier, the moment again, and the present one."""
     _second: str
     """The second parameter of a statement."""
     _is_held: ColumnElement[bool] | TextClause = IS_HELD
@@ -281,6 +281,7 @@ class SQLiteStatements(Statements):
                 or_(
                     _NODES.c.last_heartbeat.is_(None),
                     _NODES.c.last_heartbeat <= bindparam("at"),
+                    _NODES.c.last_heartbeat > bindparam("now"),
                 ),
             )
             .values(
@@ -369,9 +370,10 @@ class PostgreSQLStatements(Statements):
         usage = ", ".join(f"{name} = coalesce(given.{name}, nodes.{name})" for name in USAGE)
         self.beat = f"""
             UPDATE nodes SET {usage}, last_heartbeat = given.last_heartbeat, beat = given.beat
-            FROM {_given([*columns, _NODES.c.last_heartbeat.label("at")])}
+            FROM {_given([*columns, *map(_NODES.c.last_heartbeat.label, ("at", "present"))])}
             WHERE nodes.node_id = given.node_id AND nodes.status <> '{NodeStatus.OFFLINE.value}'
-            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at)"""
+            AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at
+                OR nodes.last_heartbeat > given.present)"""
 
     def given(self, ids: Sequence[str]) -> Sequence[str]:
         return list(ids)

@@ -167,8 +167,8 @@ class Scan:
                 await self._look_at_keys(session)
                 await self._look_at_feed(session)
                 await self._look_at_ends(session)
-        except UnavailableError as error:
-            if error.__cause__ is None or SQLiteFaults.code(error.__cause__) != "SQLITE_CORRUPT":
+        except (UnavailableError, InvalidDataError) as error:
+            if error.__cause__ is None or not SQLiteFaults.is_damage(error.__cause__):
                 raise
             self._add("file", f"not all of it can be read: {error}.")
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +20,7 @@ import pytest
 from hypothesis import settings
 from sqlalchemy import URL, make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from benchmarks.postgres import (
     Databases,
@@ -26,7 +30,17 @@ from benchmarks.postgres import (
     running_databases,
     running_server,
 )
-from openclaw_store import Database, NodeInfo, StateManager, Task
+from openclaw_store import (
+    Backoff,
+    Change,
+    Database,
+    NodeInfo,
+    StateManager,
+    Task,
+    TaskPriority,
+)
+from openclaw_store.feed import read_changes
+from openclaw_store.models import HELD, LIVE
 from openclaw_store.testing import FakeClock as FakeClock  # for the tests
 from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 
@@ -35,6 +49,9 @@ settings.load_profile("openclaw_store")
 
 KINDS = ("sqlite", "postgresql")
 EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in KINDS]
+
+PATIENCE = 30.0
+"""Seconds after which something that should have happened counts as hanging."""
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
@@ -83,6 +100,16 @@ def clock() -> FakeClock:
     return FakeClock()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No workers for files that are named: starting them would take longer than it saves."""
+    return 0 if all(".py" in argument for argument in config.args) else None
+
+
+def pytest_configure() -> None:
+    """Have all workers go through sets in one order, else they may not find the same tests."""
+    os.environ.setdefault("PYTHONHASHSEED", str(random.SystemRandom().getrandbits(32)))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what takes a location on a database of each kind, or of the kinds it is marked with."""
     if "location" in metafunc.fixturenames:
@@ -98,12 +125,40 @@ def server() -> Iterator[Databases]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def own_server() -> Iterator[Server]:
-    """A PostgreSQL server that a test may kill."""
+@pytest.fixture(scope="session")
+def own_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A PostgreSQL server that a test may kill, and starts again."""
     require_server(there=is_installed())
-    with running_server() as server:
+    other = request.getfixturevalue("server")
+    with running_server(like=other if isinstance(other, Server) else None) as server:
         yield server
+
+
+class Maker:
+    """Makes and drops databases on one connection: to make one for each takes longer than that."""
+
+    def __init__(self, server: Databases) -> None:
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._databases = Databases(server.url, poolclass=StaticPool)
+
+    def make(self, template: str | None = None) -> str:
+        """The URL of a new database, empty or a copy of `template`."""
+        return self._runner.run(self._databases.create_database(template))
+
+    def drop(self, url: str) -> None:
+        """Drop a database; a connection that is left to it is an error."""
+        self._runner.run(self._databases.drop_database(url))
+
+    def close(self) -> None:
+        self._runner.run(self._databases.close())
+        self._runner.close()
+
+
+@pytest.fixture(scope="session")
+def maker(server: Databases) -> Iterator[Maker]:
+    """Makes databases on `server`."""
+    with closing(Maker(server)) as maker:
+        yield maker
 
 
 def require_server(*, there: bool) -> None:
@@ -122,9 +177,9 @@ def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def migrated_postgresql(server: Databases) -> str:
+def migrated_postgresql(maker: Maker) -> str:
     """The same on PostgreSQL."""
-    url = asyncio.run(server.create_database())
+    url = maker.make()
     create_database(url)
     return url
 
@@ -140,12 +195,12 @@ def new_location(
             shutil.copyfile(template, folder / "cluster.db")
         yield folder / "cluster.db"
     else:
-        server: Databases = request.getfixturevalue("server")
-        url = asyncio.run(server.create_database(template))
+        maker: Maker = request.getfixturevalue("maker")
+        url = maker.make(template)
         try:
             yield url
         finally:
-            asyncio.run(server.drop_database(url))
+            maker.drop(url)
 
 
 @pytest.fixture
@@ -268,3 +323,121 @@ def make_task(clock: FakeClock) -> MakeTask:
 def make_node(clock: FakeClock) -> MakeNode:
     """Makes nodes; a test spells out only the fields it is about."""
     return NodeFactory(clock)
+
+
+BACKOFF = Backoff(first_seconds=10, factor=2, jitter=0)
+
+Stored = tuple[list[Task], list[NodeInfo], list[Change]]
+
+
+async def stored(manager: StateManager) -> Stored:
+    """All that the database holds: tasks, nodes, and the feed."""
+    tasks = await manager.task_repo.list_tasks(limit=10_000)
+    return tasks.tasks, await manager.node_repo.get_all_nodes(), await feed(manager)
+
+
+async def feed(manager: StateManager, since: int = 0) -> list[Change]:
+    """The changes after a revision."""
+    found: list[Change] = []
+    while True:
+        changes, until = await manager.db.read(partial(read_changes, since=since))
+        found += changes
+        if until == since:
+            return found
+        since = until
+
+
+async def assert_in_step(*managers: StateManager) -> None:
+    """What each has in memory is what the database holds, and revisions have no gap."""
+    for manager in managers:
+        await manager.sync_to_database()
+    for manager in managers:
+        await manager.refresh_from_database()
+        tasks, nodes, changes = await stored(manager)
+        state = await manager.get_state()
+        assert state.tasks == {one.task_id: one for one in tasks if one.status in LIVE}
+        assert state.nodes == {one.node_id: one for one in nodes}
+        assert [change.revision for change in changes] == list(range(1, manager.version + 1))
+        counts = Counter(str(one.status) for one in tasks)
+        stats = await manager.get_task_stats()
+        assert Counter(stats) == Counter({"total": len(tasks), **counts})
+        pending = await manager.task_repo.list_pending_tasks(None)
+        assert await manager.get_pending_tasks(None) == pending
+        available = await manager.node_repo.get_available_nodes()
+        assert await manager.get_available_nodes() == available
+
+
+async def assert_counted(manager: StateManager) -> None:
+    """Each node's `running_tasks` are the tasks that it holds."""
+    tasks, nodes, _ = await stored(manager)
+    held = Counter(task.assigned_node for task in tasks if task.status in HELD)
+    assert [node.running_tasks for node in nodes] == [held[node.node_id] for node in nodes]
+
+
+@dataclass
+class Cluster:
+    """Two coordinators of one database; either knows what the other does when it is told to."""
+
+    one: StateManager
+    two: StateManager
+    clock: FakeClock
+    make_task: MakeTask
+    make_node: MakeNode
+
+    async def add(self, **fields: Any) -> Task:
+        """A new task."""
+        task = self.make_task(**fields)
+        await self.one.add_task(task)
+        return task
+
+    async def join(self, **fields: Any) -> str:
+        """A new node, which both know; gives its identifier."""
+        node = self.make_node(**fields)
+        await self.one.register_node(node)
+        await self.two.refresh_from_database()
+        return node.node_id
+
+    async def claimed(self, node: str | None = None, **fields: Any) -> Task:
+        """A new task that a node, which is new too unless it is given, has claimed."""
+        node = await self.join() if node is None else node
+        added = await self.add(priority=TaskPriority.CRITICAL, **fields)
+        [task] = await self.one.claim_tasks(node)
+        assert task.task_id == added.task_id
+        return task
+
+    async def running(self, node: str | None = None, **fields: Any) -> Task:
+        """A new task that a node has begun to run."""
+        return await self.one.start_task(await self.claimed(node, **fields))
+
+    async def node(self, node_id: str) -> NodeInfo:
+        """A node as it is stored."""
+        node = await self.one.node_repo.get(node_id)
+        assert node is not None
+        return node
+
+    async def task(self, task_id: str) -> Task:
+        """A task as it is stored."""
+        task = await self.one.task_repo.get(task_id)
+        assert task is not None
+        return task
+
+
+@pytest.fixture
+async def cluster(
+    database: Database,
+    location: Location,
+    clock: FakeClock,
+    make_task: MakeTask,
+    make_node: MakeNode,
+) -> AsyncIterator[Cluster]:
+    """Two coordinators; whatever a test does with them, their memories equal the database."""
+    async with (
+        StateManager(database, None, backoff=BACKOFF) as one,
+        StateManager(Database(location, clock=clock), None, backoff=BACKOFF) as two,
+    ):
+        yield Cluster(one, two, clock, make_task, make_node)
+        await assert_in_step(one, two)
+
+
+def ids(tasks: Sequence[Task]) -> list[str]:
+    return [task.task_id for task in tasks]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -29,14 +30,18 @@ from test_layout import blocks
 from test_migrations import alembic, alembic_script
 from typer.testing import CliRunner
 
+from campaigns import vfs
+from campaigns.originals import COLUMNS, make_original
 from openclaw_store import (
     Database,
     InvalidDataError,
     NodeInfo,
     NodeRepository,
     NodeStatus,
+    OutcomeUnknownError,
     SchemaMismatchError,
     StateManager,
+    StoreError,
     Task,
     TaskPriority,
     TaskRepository,
@@ -48,51 +53,11 @@ from openclaw_store import (
 )
 from openclaw_store.backends import Backend, backend_of
 from openclaw_store.cli import app
+from openclaw_store.sqlite import SQLite, _LoneConnection
 
 pytestmark = pytest.mark.sqlite
 
-COLUMNS = {
-    "tasks": """task_id TEXT PRIMARY KEY, task_type TEXT NOT NULL, name TEXT NOT NULL,
-        description TEXT, required_skills TEXT NOT NULL, optional_skills TEXT, status TEXT NOT NULL,
-        priority INTEGER NOT NULL, assigned_node TEXT, submitted_at TEXT, scheduled_at TEXT,
-        started_at TEXT, completed_at TEXT, parameters TEXT, timeout INTEGER,
-        retry_count INTEGER DEFAULT 0, max_retries INTEGER DEFAULT 3, user_id TEXT,
-        affinity_tags TEXT, result TEXT, error TEXT, metadata TEXT,
-        created_at TEXT DEFAULT CURRENT_TIMESTAMP, updated_at TEXT DEFAULT CURRENT_TIMESTAMP""",
-    "nodes": """node_id TEXT PRIMARY KEY, hostname TEXT NOT NULL, platform TEXT NOT NULL,
-        arch TEXT NOT NULL, status TEXT NOT NULL, cpu_usage REAL DEFAULT 0.0,
-        memory_usage REAL DEFAULT 0.0, disk_usage REAL DEFAULT 0.0, available_skills TEXT NOT NULL,
-        max_concurrent_tasks INTEGER DEFAULT 5, running_tasks INTEGER DEFAULT 0,
-        ip_address TEXT DEFAULT '', tailscale_ip TEXT DEFAULT '', port INTEGER DEFAULT 18789,
-        total_tasks_processed INTEGER DEFAULT 0, successful_tasks INTEGER DEFAULT 0,
-        failed_tasks INTEGER DEFAULT 0, average_execution_time REAL DEFAULT 0.0,
-        registered_at TEXT, last_heartbeat TEXT, tags TEXT,
-        created_at TEXT DEFAULT CURRENT_TIMESTAMP, updated_at TEXT DEFAULT CURRENT_TIMESTAMP""",
-}
-INDEXES = {
-    "tasks": ("status", "assigned_node", "priority", "task_type", "user_id", "submitted_at"),
-    "nodes": ("status", "last_heartbeat", "platform"),
-}
-KEYS = {"tasks": "task_id", "nodes": "node_id"}
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
-
-
-def make_original(path: Path, columns: Mapping[str, str] = COLUMNS) -> sqlite3.Connection:
-    """A file with the tables, indexes and triggers of the original, and a connection to it."""
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA journal_mode=WAL")
-    for table, definition in columns.items():
-        connection.execute(f"CREATE TABLE {table} ({definition})")
-        for column in INDEXES[table]:
-            name = column.removesuffix("_id").removeprefix("task_")
-            connection.execute(f"CREATE INDEX idx_{table}_{name} ON {table}({column})")
-        key = KEYS[table]
-        connection.execute(
-            f"CREATE TRIGGER update_{table}_timestamp AFTER UPDATE ON {table} FOR EACH ROW BEGIN"
-            f" UPDATE {table} SET updated_at = CURRENT_TIMESTAMP WHERE {key} = OLD.{key}; END"
-        )
-    connection.commit()
-    return connection
 
 
 def insert(connection: sqlite3.Connection, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -658,6 +623,59 @@ class TestCopy:
         await database.close()
         assert rejected(location) == []
 
+    @pytest.mark.parametrize(
+        ("number", "error", "is_kept"),
+        [(errno.ENOSPC, UnavailableError, False), (errno.EIO, OutcomeUnknownError, True)],
+    )
+    async def test_copy_stays_only_if_the_commit_may_have_taken_effect(
+        self,
+        location: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+        error: type[StoreError],
+        is_kept: bool,
+    ) -> None:
+        """Issue #7: a copy was left by each try on a full disk, which it filled further."""
+        make_original(location).close()
+        before, is_ready = everything(location), False
+        refuse_orphans = SQLite._refuse_orphans
+
+        def then_fail(*arguments: Any) -> None:
+            nonlocal is_ready
+            refuse_orphans(*arguments)
+            is_ready = True
+
+        def fail(call: vfs.Call) -> int:
+            return number if is_ready and call.name.startswith(("write", "pwrite")) else 0
+
+        monkeypatch.setattr(SQLite, "_refuse_orphans", then_fail)
+        with vfs.hooked(fail, location.parent), pytest.raises(error):
+            await Database(location).initialize()
+
+        assert everything(location) == before
+        assert len(copies_of(location)) == is_kept
+
+    async def test_adoption_that_fails_at_once_leaves_the_file_unlocked(
+        self, location: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Issue #7: it was locked for as long as somebody had the error."""
+        make_original(location).close()
+        is_original = adoption.is_original
+
+        def fails_alone(connection: Connection) -> bool:
+            found = is_original(connection)
+            if isinstance(connection.connection.dbapi_connection, _LoneConnection):
+                raise UnavailableError("the disk reports an error")
+            return found
+
+        monkeypatch.setattr(adoption, "is_original", fails_alone)
+        with pytest.raises(UnavailableError) as caught:
+            await Database(location).initialize()
+
+        with closing(sqlite3.connect(location, timeout=0)) as another:
+            another.execute("BEGIN EXCLUSIVE")
+        assert caught.value
+
     async def test_copy_that_cannot_be_made_stops_the_adoption(
         self, location: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -714,7 +732,7 @@ class TestOthers:
         self, location: Path, tmp_path: Path
     ) -> None:
         with closing(make_original(location)) as original:
-            fill(original, some_nodes(20), some_tasks(700), ZoneInfo("Asia/Shanghai"))
+            fill(original, some_nodes(20), some_tasks(300), ZoneInfo("Asia/Shanghai"))
             insert(original, "tasks", [plain_task("broken", priority=9)])
         before = everything(location)
         paths = [tmp_path / str(number) / "cluster.db" for number in range(21)]
@@ -741,7 +759,7 @@ class TestOthers:
             assert everything(path) == expected
             for copy in copies_of(path):
                 assert everything(copy) == before
-        assert len(expected["tasks"]) == 700
+        assert len(expected["tasks"]) == 300
         assert len(expected["legacy_rejected"]) == 1
 
     def test_six_processes_adopt_one_database_once(self, location: Path) -> None:

@@ -121,7 +121,12 @@ class Maker:
             partial(lifecycle.complete, owner=owner, result=b"1"),
             partial(lifecycle.fail, owner=owner, error="no", wait=WAIT),
             partial(lifecycle.cancel, reason=None),
-            partial(lifecycle.recover, silent_since=self.now - timedelta(seconds=2), wait=WAIT),
+            partial(
+                lifecycle.recover,
+                patience=timedelta(seconds=2),
+                longest_wait=timedelta(seconds=2),
+                wait=WAIT,
+            ),
             lifecycle.requeue,
         ]
         hint = known if self.chance.random() < 0.9 else None

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from random import Random
 
 import pytest
 
-from campaigns.campaign import POSTGRESQL, Campaign, Run
+from campaigns.__main__ import main
+from campaigns.calls import CALLS, FROM_MEMORY
+from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Run
 from campaigns.catalogue import CAMPAIGNS
+from campaigns.children import Child, Tell
+from campaigns.lives import LIVES
+from campaigns.planted import BUGS
+from openclaw_store import NodeRepository, StateManager, TaskRepository
 
 SEED = 20_261_125
 
@@ -34,7 +44,7 @@ def perform(
     return run
 
 
-@pytest.mark.parametrize(("campaign", "kind", "bug"), each())
+@pytest.mark.parametrize(("campaign", "kind", "bug"), [*each()])
 def test_nothing_is_lost_and_nothing_wrong(
     campaign: Campaign, kind: str, bug: None, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -45,10 +55,126 @@ def test_nothing_is_lost_and_nothing_wrong(
     assert run.counts.operations
 
 
-@pytest.mark.parametrize(("campaign", "kind", "bug"), each(bugs=True))
+@pytest.mark.parametrize(("campaign", "kind", "bug"), [*each(bugs=True)])
 def test_planted_bug_is_found(
     campaign: Campaign, kind: str, bug: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     run = perform(campaign, kind, bug, tmp_path, request)
 
     assert run.findings
+
+
+class TestCommand:
+    """`python -m campaigns`, with campaigns of its own."""
+
+    @pytest.fixture(autouse=True)
+    def campaigns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lose_one(run: Run) -> None:
+            for number in run.each_round():
+                run.counts.operations += 1
+                run.notes["drawn"] = str(run.random.random())
+                run.check(number != 3, "three")
+                if run.bug:
+                    run.lost("a task")
+
+        def make_one(name: str, why_not: str | None = None) -> Campaign:
+            return Campaign(
+                name, "Counts.", ("P1",), lose_one, 3, 1, "counts", why_not=lambda: why_not,
+                kinds=(SQLITE,),
+            )  # fmt: skip
+
+        campaigns = (make_one("count"), make_one("never", "it needs the moon"))
+        monkeypatch.setattr("campaigns.__main__.CAMPAIGNS", campaigns)
+        monkeypatch.setitem(BUGS, "loses-tasks", nullcontext)
+
+    def test_without_a_name_lists_them(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([]) == 0
+
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "count " in line]
+        assert "Counts." in line
+        assert "P1" in line
+        assert "3 counts" in line
+
+    def test_unknown_name_is_wrong_usage(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["cuont"])
+
+        assert "no campaign 'cuont': choose from all, count, never" in capsys.readouterr().err
+
+    def test_run_says_what_was_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["count", "--seed", "7"]) == 0
+
+        output = capsys.readouterr().out
+        assert "count on sqlite, 3 counts, seed 7" in output
+        assert "clean: operations 3" in output
+
+    def test_finding_is_shown_and_is_the_exit_status(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["count", "--rounds", "4"]) == 1
+        assert main(["count", "--bug", "loses-tasks"]) == 1
+
+        output = capsys.readouterr().out.splitlines()
+        assert "three" in output
+        assert "lost: a task" in output
+
+    def test_what_cannot_run_says_why(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["never"]) == 3
+        assert main(["all"]) == 0
+
+        why_not = "never on sqlite did not run: it needs the moon\n"
+        assert capsys.readouterr().out.count(why_not) == 2
+
+    def test_report_gets_a_row_a_run(self, tmp_path: Path) -> None:
+        report = tmp_path / "report.md"
+
+        main(["count", "--seed", "7", "--report", str(report)])
+        main(["count", "--seed", "7", "--rounds", "2", "--report", str(report)])
+
+        head, rule, *rows = report.read_text().splitlines()
+        assert head.startswith("| campaign | database |")
+        assert {head.count("|"), rule.count("|"), *(row.count("|") for row in rows)} == {15}
+        assert [row.split(" | ")[4] for row in rows] == ["3 counts", "2 counts"]
+        drawn = Random(7)
+        drawn_once_more = [drawn.random() for _ in range(3)]
+        assert f"drawn {drawn_once_more[2]}" in rows[0]
+        assert f"drawn {drawn_once_more[1]}" in rows[1]
+
+
+def test_every_public_call_has_its_system_calls_fail() -> None:
+    classes = {StateManager: "", TaskRepository: "task_repo.", NodeRepository: "node_repo."}
+    tried = [*(call.name for call in CALLS), *(life.name for life in LIVES)]
+    named = {*FROM_MEMORY, *(name.split(",")[0] for name in tried)}
+
+    public = {
+        f"{prefix}{name}"
+        for kind, prefix in classes.items()
+        for name, function in inspect.getmembers(kind, inspect.iscoroutinefunction)
+        if not name.startswith("_") and function.__name__ == name  # else another name for it
+    }
+
+    assert public - named == {"task_repo.get_record", "node_repo.get_record"}  # what `get` calls
+    assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "adoption"}
+
+
+def test_child_that_is_killed_has_told_what_it_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    with Child(count_for_ever, 40, tmp_path, errors=tmp_path / "errors") as child:
+        told = child.told()
+        first = [next(told) for _ in range(3)]
+        child.kill()
+        rest = list(told)
+
+    assert first == [[40, str(tmp_path)], [41], [42]]
+    assert rest == [[43 + number] for number in range(len(rest))]
+    assert child.wait() == -signal.SIGKILL
+
+
+def count_for_ever(tell: Tell, number: int, path: str) -> None:
+    tell(number, path)
+    while True:
+        number += 1
+        tell(number)

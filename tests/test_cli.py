@@ -366,7 +366,7 @@ class TestSchema:
 
         for command in (
             "status", "nodes", "tasks", "show x", "watch", "vacuum", "cleanup --days 1",
-            "verify", "doctor",
+            "compact --days 1", "verify", "doctor",
             "backup copy.db", "db current", "db check", "db downgrade base -y",
         ):  # fmt: skip
             failed = await run("-d", path, *command.split(), status=1)
@@ -405,6 +405,21 @@ class TestLookingAfter:
             await run("cleanup", "--days", 0, "--dry-run")
         ).stdout == "0 tasks would be removed\n"
         assert (await document(run, "status"))["tasks"]["total"] == 9
+
+    async def test_compact_forgets_changes(
+        self, run: Run, cluster: StateManager, clock: FakeClock
+    ) -> None:
+        tasks = await cluster.get_task_stats()
+        clock.advance(days=3)
+        await cluster.requeue_task("task-0001")
+
+        removed = await document(run, "compact", "--days", 2)
+        text = (await run("compact", "--days", 2)).stdout
+
+        assert removed == {"changes": cluster.version - 1}
+        assert text == "0 changes removed\n"
+        assert (await document(run, "show", "task-0001"))["history"] != []
+        assert (await cluster.get_task_stats())["total"] == tasks["total"]
 
     async def test_vacuum_gives_space_back(self, run: Run, manager: StateManager) -> None:
         big = [Task.create(TaskType.BATCH, "x" * 10_000) for _ in range(100)]
@@ -471,6 +486,14 @@ class TestLookingAfter:
         await run("copy", tmp_path / "none.db", tmp_path / "other.db", status=1)
         assert not (tmp_path / "none.db").exists()
 
+    @pytest.fixture
+    async def copy(self, run: Run, tmp_path: Path) -> Path:
+        """A copy of an empty database, which is there, too."""
+        await run("db", "upgrade")
+        copy = tmp_path / "folder" / "copy.db"
+        await run("backup", copy)
+        return copy
+
     @pytest.mark.sqlite
     async def test_backup_can_be_restored(
         self, run: Run, manager: StateManager, make_task: MakeTask, location: Path, tmp_path: Path
@@ -502,11 +525,8 @@ class TestLookingAfter:
     @pytest.mark.sqlite
     @pytest.mark.parametrize("fault", ["damaged", "foreign", "newer", "text", "none"])
     async def test_copy_that_is_of_no_use_changes_nothing(
-        self, run: Run, location: Path, tmp_path: Path, fault: str
+        self, run: Run, location: Path, copy: Path, fault: str
     ) -> None:
-        await run("db", "upgrade")
-        copy = tmp_path / "folder" / "copy.db"
-        await run("backup", copy)
         if fault == "damaged":
             page = 4096
             put(copy, content(copy)[: 3 * page] + b"\x55" * page + content(copy)[4 * page :])
@@ -531,17 +551,11 @@ class TestLookingAfter:
 
     @pytest.mark.sqlite
     async def test_restoring_can_be_stopped_until_the_copy_takes_its_place(
-        self, run: Run, location: Path, tmp_path: Path
+        self, location: Path, copy: Path
     ) -> None:
-        await run("db", "upgrade")
-        copy = tmp_path / "copy.db"
-        await run("backup", copy)
-        before, told = (
-            content(location),
-            ["copying", "checking the copy", "putting it in its place"],
-        )
+        before = content(location)
 
-        for step in told:
+        for step in ("copying", "checking the copy", "putting it in its place"):
             heard: list[str] = []
             with pytest.raises(UnavailableError, match="stopped"):
                 restore(
@@ -553,15 +567,27 @@ class TestLookingAfter:
             assert heard[-1] == step
 
         assert content(location) == before
-        assert sorted(os.listdir(tmp_path)) == ["cluster.db", "copy.db"]
+        assert sorted(os.listdir(location.parent)) == ["cluster.db", "folder"]
+
+    @pytest.mark.sqlite
+    async def test_what_cannot_be_opened_is_not_replaced(
+        self, run: Run, location: Path, tmp_path: Path
+    ) -> None:
+        """Issue #7: the driver's own error was raised."""
+        await run("db", "upgrade")
+        copy, folder = tmp_path / "copy.db", tmp_path / "folder"
+        await run("backup", copy)
+        os.mkdir(folder)
+
+        with pytest.raises(UnavailableError, match="cannot be opened"):
+            restore(backend_of(folder), copy)
+
+        assert sorted(os.listdir(tmp_path)) == ["cluster.db", "copy.db", "folder"]
 
     @pytest.mark.sqlite
     async def test_damaged_database_is_replaced_and_kept(
-        self, run: Run, location: Path, tmp_path: Path
+        self, run: Run, location: Path, copy: Path
     ) -> None:
-        await run("db", "upgrade")
-        copy = tmp_path / "copy.db"
-        await run("backup", copy)
         put(location, b"damaged" * 1000)
         for ending in ("-wal", "-shm"):
             put(Path(f"{location}{ending}"), ending.encode())
@@ -612,7 +638,7 @@ class TestUse:
     async def test_wrong_usage_ends_with_2(self, run: Run) -> None:
         for wrong in (
             "nonsense", "tasks --limit 0", "tasks --status lost", "tasks --submitted-from then",
-            "show", "cleanup", "cleanup --days -1", "watch -n x", "db", "",
+            "show", "cleanup", "cleanup --days -1", "compact", "watch -n x", "db", "",
         ):  # fmt: skip
             done = CliRunner().invoke(app, wrong.split())
             assert done.exit_code == 2

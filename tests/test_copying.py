@@ -75,6 +75,12 @@ def target_location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 
 
 @pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten rows are copied at a time."""
+    monkeypatch.setattr(copying, "ROWS_A_BATCH", 10)
+
+
+@pytest.fixture
 def fill(manager: StateManager, clock: FakeClock, make_task: MakeTask, make_node: MakeNode) -> Fill:
     """Gives `database` a state with a past, and so many tasks more."""
 
@@ -176,12 +182,12 @@ async def test_many_tasks_are_equal_there_and_back(
     assert await state_of(tmp_path / "back.db") == await state_of(location)
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
 async def test_half_a_copy_is_refused_until_it_is_whole(
     location: Location, target_location: Location, fill: Fill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """P9: killed half-way, it cannot be opened, and goes on where it stopped."""
-    monkeypatch.setattr(copying, "ROWS_A_BATCH", 10)
     await fill(70)
     killed = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", KILLED, str(location), str(target_location)]
@@ -211,6 +217,7 @@ async def test_half_a_copy_is_refused_until_it_is_whole(
     assert await state_of(target_location) == await state_of(location)
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
 async def test_copy_starts_anew_if_its_source_was_changed_since(
     location: Location,
@@ -218,9 +225,7 @@ async def test_copy_starts_anew_if_its_source_was_changed_since(
     fill: Fill,
     manager: StateManager,
     make_task: MakeTask,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(copying, "ROWS_A_BATCH", 10)
     await fill(30)
 
     def stop(what: str, done: int, total: int) -> None:
@@ -238,11 +243,11 @@ async def test_copy_starts_anew_if_its_source_was_changed_since(
     assert await state_of(target_location) == await state_of(location)
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
 async def test_copy_is_one_picture_of_a_source_that_is_written(
-    location: Location, target_location: Location, fill: Fill, monkeypatch: pytest.MonkeyPatch
+    location: Location, target_location: Location, fill: Fill
 ) -> None:
-    monkeypatch.setattr(copying, "ROWS_A_BATCH", 10)
     await fill(30)
     before = await state_of(location)
 
@@ -256,11 +261,11 @@ async def test_copy_is_one_picture_of_a_source_that_is_written(
     assert await state_of(target_location) == before != await state_of(location)
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
 async def test_of_two_copies_to_one_place_one_is_made(
-    location: Location, target_location: Location, fill: Fill, monkeypatch: pytest.MonkeyPatch
+    location: Location, target_location: Location, fill: Fill
 ) -> None:
-    monkeypatch.setattr(copying, "ROWS_A_BATCH", 10)
     await fill(50)
     await copied_empty(target_location)
 

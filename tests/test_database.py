@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -20,12 +23,14 @@ import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, closing
 from contextvars import Context
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from conftest import (
     EACH_KIND,
+    PATIENCE,
     FakeClock,
     Location,
     MakeNode,
@@ -38,6 +43,8 @@ from conftest import (
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from benchmarks.postgres import wait_until
+from campaigns import vfs
 from openclaw_store import (
     BackendError,
     Database,
@@ -59,9 +66,6 @@ from openclaw_store.faults import SQLiteFaults
 from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
-
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
 
 
 def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
@@ -96,7 +100,7 @@ for script, arguments in json.load(sys.stdin):
     files = [tempfile.mkstemp() for _ in range(2)]
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(300)
         for number, (file, _) in enumerate(files, 1):
             os.dup2(file, number)
         sys.argv[:] = [sys.argv[0], *arguments]
@@ -116,7 +120,7 @@ def run_scripts(*scripts: tuple[str, Sequence[object]], at_once: int = 1) -> lis
     """Run scripts, with their arguments, each in an interpreter of its own.
 
     They are forks of one that has imported the library, which takes longer than all the rest.
-    One that hangs is ended after a minute, which is told by its code.
+    One that hangs is ended after five minutes, which is told by its code.
     """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", RUNNER, str(at_once)],
@@ -172,8 +176,12 @@ def assert_closed(location: Location) -> None:
     if isinstance(location, Path):
         assert [path.name for path in location.parent.iterdir()] == ["cluster.db"]
     else:
-        others = "datname = current_database() AND pid <> pg_backend_pid()"
-        assert execute(location, f"SELECT pid FROM pg_stat_activity WHERE {others}") == []
+        others = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        # A process of the server ends a moment after its connection.
+        wait_until(lambda: execute(location, others) == [], "nobody is connected")
 
 
 class TestSession:
@@ -304,6 +312,15 @@ class TestTransaction:
             with pytest.raises(DeadlineError, match=r"longer than 0\.05 s"):
                 async with database.transaction():
                     await asyncio.Event().wait()
+
+    @pytest.mark.parametrize(
+        "timeout", [0, -1, math.nan, math.inf, 1e300, 10**400, "5", True, [], Decimal(5)]
+    )
+    async def test_senseless_timeout_is_refused(self, database: Database, timeout: Any) -> None:
+        """Found by the campaign `hostile`: one kind did not mind NaN, another error from each."""
+        with pytest.raises(InvalidDataError, match="timeout: must be"):
+            async with database.transaction(timeout=timeout):
+                pass
 
     async def test_timeout_of_the_callers_own_is_no_deadline(self, database: Database) -> None:
         with pytest.raises(TimeoutError) as caught:
@@ -573,6 +590,7 @@ class TestLife:
             {"timeout": 0},
             {"timeout": float("inf")},
             {"timeout": "30"},
+            {"timeout": 10**400},
             {"transaction_timeout": -1},
             {"transaction_timeout": float("nan")},
             {"pool_size": 0},
@@ -791,6 +809,8 @@ class TestLocation:
             "://scott:tiger@",
             "",
             "cluster\0.db",
+            "cluster\ud800.db",
+            Path("cluster\ud800.db"),
             None,
             42,
         ],
@@ -922,6 +942,59 @@ class TestBadFiles:
         await TaskRepository(database).create(make_task())
         await database.close()
 
+    async def test_page_that_cannot_be_read_sends_nobody_to_an_old_backup_at_once(
+        self, manager: StateManager, location: Path, make_task: MakeTask
+    ) -> None:
+        """Issue #7: the only advice was to restore a backup, though the next try may work."""
+        await manager.add_task(make_task())
+
+        def fail(call: vfs.Call) -> int:
+            return errno.EIO if call.name.startswith(("read", "pread")) else 0
+
+        with (
+            vfs.hooked(fail, location.parent),
+            pytest.raises(UnavailableError, match="check the disk"),
+        ):
+            await manager.db.vacuum()
+
+        await manager.db.vacuum()
+
+    @pytest.mark.parametrize("is_replaced", [False, True])
+    async def test_file_that_is_removed_or_replaced_is_neither_written_nor_made_anew(
+        self, manager: StateManager, location: Path, make_task: MakeTask, is_replaced: bool
+    ) -> None:
+        """Issue #7: such writes were acknowledged, and lost when the store was closed."""
+        database, away = manager.db, location.with_name("away")
+        await manager.add_task(make_task())
+        location.rename(away)
+        if is_replaced:
+            shutil.copyfile(away, location)
+        before = sorted(os.listdir(location.parent))
+
+        async def write_in_transaction() -> None:
+            async with database.transaction() as tx:
+                await TaskRepository(tx).create(make_task())
+
+        async def read() -> None:
+            async with database.session() as first, database.session() as second:
+                for session in (first, second):  # one of which needs a connection of its own
+                    await session.execute(select(TaskRow.task_id))
+
+        for call in (
+            lambda: manager.add_task(make_task()),
+            write_in_transaction,
+            read,
+            database.vacuum,
+            lambda: database.backup(location.with_name("copy.db")),
+        ):
+            with pytest.raises(UnavailableError, match="was removed or replaced while it was open"):
+                await call()
+
+        assert sorted(os.listdir(location.parent)) == before
+        away.replace(location)
+        await manager.add_task(make_task())
+        assert execute(location, "SELECT count(*) FROM tasks") == [(2,)]
+
     async def test_folder_in_place_of_the_file_is_named(self, location: Path) -> None:
         location.mkdir()
         database = Database(location)
@@ -973,7 +1046,7 @@ class TestBadFiles:
                 await TaskRepository(database).list_by_status(TaskStatus.PENDING)
 
         with pytest.raises(
-            UnavailableError, match=r"cluster\.db: the file is damaged: restore a b"
+            UnavailableError, match=r"cluster\.db: the file is damaged, or the disk is"
         ):
             await use()
 
@@ -1569,10 +1642,67 @@ asyncio.run(main(sys.argv[1]))
         assert (ended.code, ended.err) == (0, "")
         assert len(lines) == 14
         for line in lines[:8] + lines[11:12]:
-            assert "was opened before fork: open a new Database in the child" in line
+            assert "was opened before fork: " in line
         for line in lines[8:11]:
             assert "was made before fork: make a new one in the child" in line
         assert lines[12:] == ["child 0", "2"]
+
+    CHILD_OF_ITS_OWN = """
+import asyncio, os, signal, sys, warnings
+from openclaw_store import *
+
+async def child(path, wait, tell):
+    try:
+        async with StateManager(Database(path)) as manager:
+            await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="before"))
+            tell()
+            await asyncio.to_thread(wait)
+            await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="after"))
+            print("acknowledged")
+    except UnavailableError as error:
+        print(error)
+        tell()
+
+async def main(path):
+    manager = StateManager(Database(path))
+    await manager.initialize()
+    await manager.add_task(Task.create(TaskType.BATCH, "t", task_id="parent"))
+    pipes = os.pipe(), os.pipe()
+    def wait(pipe): return lambda: os.read(pipes[pipe][0], 1)
+    def tell(pipe): return lambda: os.write(pipes[pipe][1], b".")
+    warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 of the fork itself
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(30)
+        try:
+            asyncio.run(child(path, wait(0), tell(1)))
+            asyncio.run(asyncio.wait_for(manager.shutdown(), 5))  # it is the parent's
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    await asyncio.to_thread(wait(1))
+    await manager.shutdown()  # the last one that has the file open, for all it knows
+    tell(0)()
+    os.waitpid(pid, 0)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+    def test_forked_child_with_a_database_of_its_own_loses_nothing(
+        self, location: Location
+    ) -> None:
+        """A file was open in the parent: SQLite took its locks for the child's, and lost writes."""
+        (ended,) = run_scripts((self.CHILD_OF_ITS_OWN, [location]))
+
+        stored = {id for (id,) in execute(location, "SELECT task_id FROM tasks")}
+        assert (ended.code, ended.err) == (0, "")
+        if isinstance(location, Path):
+            assert "was open when this process was forked" in ended.out[0]
+            assert stored == {"parent"}
+        else:
+            assert ended.out == ["acknowledged"]
+            assert stored == {"parent", "before", "after"}
+        assert_sound(location)
 
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(
@@ -1644,23 +1774,29 @@ asyncio.run(main(sys.argv[1]))
             assert manager.version == 1
 
 
-async def cancelled_at(work: Coroutine[Any, Any, Any], suspension: int, turns: int) -> Any:
-    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later."""
-    return await step_by_step(work, suspension, turns)
+async def cancelled_at(
+    work: Coroutine[Any, Any, Any], suspension: int, turns: int, times: int = 1
+) -> Any:
+    """Run `work`, and cancel the task it is in at its n-th suspension, some turns later.
+
+    It is cancelled so many times, a turn apart.
+    """
+    return await step_by_step(work, suspension, turns, times)
 
 
 @types.coroutine
 def step_by_step(
-    work: Coroutine[Any, Any, Any], suspension: int, turns: int
+    work: Coroutine[Any, Any, Any], suspension: int, turns: int, times: int
 ) -> Generator[Any, Any, Any]:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
-    def cancel(turns: int) -> None:
+    def cancel(turns: int, times: int) -> None:
         if turns == 0:
             task.cancel()
-        elif not task.done():
-            loop.call_soon(cancel, turns - 1)
+            times -= 1
+        if times and not task.done():
+            loop.call_soon(cancel, max(0, turns - 1), times)
 
     value: Any = None
     error: BaseException | None = None
@@ -1671,7 +1807,7 @@ def step_by_step(
             return end.value
         suspension -= 1
         if suspension == 0:
-            cancel(turns)
+            cancel(turns, times)
         value = error = None
         try:
             value = yield waiting_for
@@ -1683,12 +1819,12 @@ class TestCancelledCallers:
     """A caller is cancelled at each of its steps: it costs neither a connection nor the gate."""
 
     async def cancel_everywhere(
-        self, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int
+        self, make: Callable[[int], Coroutine[Any, Any, Any]], turns: int, times: int = 1
     ) -> int:
         """Run `make(n)` again and again, cancelled a step later each time, till it gets through."""
         kept = []  # with their tracebacks, as callers may
         for suspension in range(1, 500):
-            task = start(cancelled_at(make(suspension), suspension, turns))
+            task = start(cancelled_at(make(suspension), suspension, turns, times))
             kept.append(task)
             await asyncio.wait([task], timeout=PATIENCE)
             assert task.done()
@@ -1743,6 +1879,27 @@ class TestCancelledCallers:
         assert cancelled >= 5
         stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
         assert set((await manager.get_state()).tasks) == stored
+
+    @pytest.mark.parametrize("kind", ["transaction", "session"])
+    async def test_caller_cancelled_again_while_it_is_cancelled_leaves_nothing_behind(
+        self,
+        database: Database,
+        make_task: MakeTask,
+        caplog: pytest.LogCaptureFixture,
+        kind: str,
+    ) -> None:
+        """What closed its connection waited for ever for a thread that had ended, or complained."""
+
+        async def work(number: int) -> None:
+            async with getattr(database, kind)() as session:
+                await count_tasks(session)
+                await TaskRepository(session).get("t")
+
+        cancelled = await self.cancel_everywhere(work, turns=0, times=3)
+
+        await self.settle(database, make_task)
+        assert cancelled >= 3
+        assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database

@@ -134,6 +134,23 @@ async def test_only_one_from_after_that_brings_a_node_back(
     assert found.status is (NodeStatus.ONLINE if comes_back else NodeStatus.OFFLINE)
 
 
+@pytest.mark.parametrize("seconds", [1, 86_400])
+async def test_one_of_the_future_gives_way(
+    database: Database, nodes: list[NodeInfo], clock: FakeClock, seconds: int
+) -> None:
+    """The clock was turned back."""
+    await NodeRepository(database).update_status(nodes[1].node_id, NodeStatus.OFFLINE)
+    at = clock.advance(seconds=-seconds)
+    beats = [Beat(node.node_id, at, {"cpu_usage": 7.0}) for node in nodes]
+
+    assert await database.write(apply_beats, beats) == [True, True, True]
+
+    for node in nodes:
+        found = await stored(database, node)
+        beaten = (found.status, found.last_heartbeat, found.cpu_usage)
+        assert beaten == (NodeStatus.ONLINE, at, 7)
+
+
 def test_later_one_keeps_what_only_the_earlier_reported(clock: FakeClock) -> None:
     earlier = Beat("n", clock(), {"cpu_usage": 1.0, "disk_usage": 2.0})
     later = Beat("n", clock.advance(seconds=1), {"cpu_usage": 3.0})

@@ -287,6 +287,34 @@ async def test_outcome_is_that_of_the_table(
     assert {id: repr(item) for id, item in read.items()}.items() <= listed.items()
 
 
+class Reticent(str):
+    """Text that says it is short and plain, whatever is in it."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return 1
+
+    def __contains__(self, text: object) -> bool:
+        return False
+
+    def isascii(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("text", "reason"), [*BAD_TEXTS, ("x" * 256, "is longer than 255")])
+async def test_text_of_another_type_is_judged_by_what_is_in_it(
+    database: Database, make_task: MakeTask, text: str, reason: str
+) -> None:
+    """Found by the campaign `hostile`: one kind took what the other did not."""
+    tasks, said = TaskRepository(database), Reticent(text)
+
+    with pytest.raises(InvalidDataError, match=reason):
+        await tasks.create(make_task(user_id=said))
+    with pytest.raises(InvalidDataError, match=reason):
+        await tasks.list_by_user(said)
+
+
 async def test_identifiers_are_sorted_by_their_characters(
     database: Database, make_task: MakeTask, make_node: MakeNode
 ) -> None:

@@ -77,6 +77,8 @@ class Verb:
 
 
 ALL = frozenset(TaskStatus)
+RECOVER = partial(lifecycle.recover, longest_wait=timedelta(seconds=300), wait=wait)
+
 VERBS = {
     "claim": Verb(lifecycle.claim, frozenset({TaskStatus.PENDING}), ALL, None),
     "start": Verb(
@@ -105,7 +107,7 @@ VERBS = {
     ),
     "requeue": Verb(lifecycle.requeue, ALL - {TaskStatus.PENDING}, ALL, None),
     "give back": Verb(partial(lifecycle.give_back, wait=wait), HELD, ALL, None),
-    "recover": Verb(partial(lifecycle.recover, silent_since=NOW, wait=wait), HELD, ALL, None),
+    "recover": Verb(partial(RECOVER, patience=timedelta()), HELD, ALL, None),
 }
 LOST = a_node(status=NodeStatus.OFFLINE)
 
@@ -155,7 +157,7 @@ class TestEveryVerbFromEveryState:
             running = outcome.node.get("running_tasks", node["running_tasks"])
             assert running - node["running_tasks"] == held
 
-    @pytest.mark.parametrize("status", HELD)
+    @pytest.mark.parametrize("status", sorted(HELD))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
     def test_node_that_is_gone_does_not_matter(self, verb: str, status: TaskStatus) -> None:
         outcome = VERBS[verb].decide(a_task(status=status), None, NOW)
@@ -163,7 +165,7 @@ class TestEveryVerbFromEveryState:
         assert isinstance(outcome, Step)
         assert outcome.node == {}
 
-    @pytest.mark.parametrize("status", HELD)
+    @pytest.mark.parametrize("status", sorted(HELD))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
     def test_counter_that_was_written_by_hand_does_not_become_negative(
         self, verb: str, status: TaskStatus
@@ -253,15 +255,17 @@ class TestConditions:
     def test_node_is_lost_when_it_is_silent_or_says_so(self, status: NodeStatus) -> None:
         gone = status in (NodeStatus.OFFLINE, NodeStatus.ERROR)
 
-        assert lifecycle.is_lost(a_node(status=status, last_heartbeat=before(9)), before(9)) is gone
-        assert lifecycle.is_lost(a_node(status=status, last_heartbeat=before(10)), before(9))
-        assert lifecycle.is_lost(None, before(9))
+        patience = timedelta(seconds=9)
+        for seconds, is_silent in [(9, False), (10, True), (-9, False), (-10, True)]:
+            node = a_node(status=status, last_heartbeat=before(seconds))
+            assert lifecycle.is_lost(node, NOW, patience) is (gone or is_silent)
+        assert lifecycle.is_lost(None, NOW, patience)
 
     def test_node_that_never_sent_a_heartbeat_counts_from_its_registration(self) -> None:
         node = a_node(last_heartbeat=None, registered_at=before(9))
 
-        assert not lifecycle.is_lost(node, before(9))
-        assert lifecycle.is_lost(node, before(8))
+        assert not lifecycle.is_lost(node, NOW, timedelta(seconds=9))
+        assert lifecycle.is_lost(node, NOW, timedelta(seconds=8))
 
     @pytest.mark.parametrize("status", TaskStatus)
     def test_only_a_running_task_is_overdue(self, status: TaskStatus) -> None:
@@ -378,7 +382,7 @@ class TestSteps:
             }
 
     def test_task_that_runs_too_long_is_tried_again_or_has_timed_out(self) -> None:
-        recover = partial(lifecycle.recover, silent_since=before(60), wait=wait)
+        recover = partial(RECOVER, patience=timedelta(seconds=60))
         task = a_task(timeout=5, started_at=before(6), max_retries=1)
 
         again = recover(task, a_node(), NOW)
@@ -397,7 +401,7 @@ class TestSteps:
         assert step.reason == NODE_LOST
 
     def test_node_that_is_alive_keeps_its_tasks(self) -> None:
-        recover = partial(lifecycle.recover, silent_since=before(60), wait=wait)
+        recover = partial(RECOVER, patience=timedelta(seconds=60))
 
         for status in HELD:
             assert recover(a_task(status=status, timeout=5), a_node(), NOW) is None
@@ -409,7 +413,7 @@ class TestSteps:
     def test_task_without_a_node_can_run_for_too_long_all_the_same(self) -> None:
         task = a_task(assigned_node=None, timeout=5, started_at=before(6))
 
-        step = lifecycle.recover(task, None, NOW, silent_since=NOW, wait=wait)
+        step = RECOVER(task, None, NOW, patience=timedelta())
 
         assert isinstance(step, Step)
         assert step.reason == OVERDUE

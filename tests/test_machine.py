@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import hypothesis
 import pytest
 from conftest import EACH_KIND, FakeClock, MakeTask, OpenManager, new_location
 from hypothesis import HealthCheck, settings
@@ -106,9 +107,14 @@ class DatabaseMachine(RuleBasedStateMachine):
     """Has an empty database, a clock and an event loop."""
 
     new_location: ClassVar[partial[Any]]
+    machines: ClassVar[int]
+    """How many there were."""
+    steps: ClassVar[int]
+    """How many they took together."""
 
     def __init__(self) -> None:
         super().__init__()
+        type(self).machines += 1
         self.runner = asyncio.Runner()
         self.place = type(self).new_location()
         self.location = self.place.__enter__()
@@ -116,6 +122,10 @@ class DatabaseMachine(RuleBasedStateMachine):
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self.runner.run(work)
+
+    @invariant()
+    def count_step(self) -> None:
+        type(self).steps += 1
 
     def teardown(self) -> None:
         self.runner.close()
@@ -132,23 +142,37 @@ def run_machine(
 ) -> None:
     """Let a machine run on a database of a kind.
 
+    The campaign `model` sets two variables of the environment, and learns from the properties of
+    the test how many machines there were, and how many steps they took.
+
     Args:
-        examples: How often, unless `OPENCLAW_STORE_TEST_EXAMPLES` asks for another number.
+        examples: How often, unless `OPENCLAW_STORE_TEST_EXAMPLES` asks for another number. They
+            are the same for the same `OPENCLAW_STORE_TEST_SEED`.
         steps: Of each example.
     """
     machine.new_location = partial(new_location, request, kind, folder, migrated=True)
+    machine.machines = machine.steps = 0
+    examples = int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples))
+    seed = os.environ.get("OPENCLAW_STORE_TEST_SEED")
     limits = settings(
-        max_examples=10,  # of a longer run, most are variations of the others
         stateful_step_count=steps,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    runs = int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples)) // limits.max_examples
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # flushed only where the rules say so
-        for _ in range(runs):
-            run_state_machine_as_test(machine, settings=limits)
+        try:
+            for done in range(0, examples, 10):  # of a longer run, most are variations of others
+                if seed is not None:
+                    hypothesis.seed(f"{seed} {done}")(machine)
+                few = settings(limits, max_examples=min(10, examples - done))
+                run_state_machine_as_test(machine, settings=few)
+        finally:
+            request.node.user_properties += [
+                ("machines", machine.machines),
+                ("steps", machine.steps),
+            ]
 
 
 class Machine(DatabaseMachine):
@@ -672,7 +696,7 @@ def test_two_managers_on_one_database_behave_as_dictionaries(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     # What is driven is mostly above the kinds.
-    run_machine(Machine, kind, request, tmp_path, 60 if kind == "sqlite" else 20)
+    run_machine(Machine, kind, request, tmp_path, 30 if kind == "sqlite" else 10)
 
 
 async def test_copy_of_what_another_manager_keeps_in_memory_is_stale(

@@ -35,6 +35,7 @@ from conftest import (
 from sqlalchemy import Connection
 from test_database import Ended, run_scripts
 
+from campaigns.contents import SCHEMA_OF_POSTGRESQL
 from openclaw_store import (
     Database,
     SchemaMismatchError,
@@ -71,16 +72,6 @@ def alembic_script(
     *arguments: object, folder: Path = ROOT, url: object = ""
 ) -> tuple[str, list[object]]:
     return COMMAND, [folder, url, *arguments]
-
-
-SCHEMA_OF_POSTGRESQL = """
-SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
-FROM pg_constraint WHERE connamespace = 'public'::regnamespace
-UNION ALL SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
-UNION ALL SELECT table_name || '.' || column_name, concat_ws(
-    ' ', data_type, character_maximum_length, collation_name, is_nullable, column_default)
-FROM information_schema.columns WHERE table_schema = 'public'
-"""
 
 
 def schema_of(location: Location) -> dict[str, str]:

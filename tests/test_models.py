@@ -156,6 +156,23 @@ class TestTaskCreate:
         with pytest.raises(InvalidDataError, match=f"{name}: must be a list of text"):
             Task.create(TaskType.BATCH, "t", **{name: "python"})  # type: ignore[arg-type]  # on purpose
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("required_skills", 5),
+            ("required_skills", None),
+            ("optional_skills", 5),
+            ("affinity_tags", ...),
+            ("parameters", 5),
+            ("parameters", ["ab"]),
+            ("metadata", ()),
+        ],
+    )
+    def test_refuses_what_is_no_list_or_dict(self, name: str, value: Any) -> None:
+        """Found by the campaign `hostile`: it was a `TypeError`, or became something else."""
+        with pytest.raises(InvalidDataError, match=f"{name}: must be a "):
+            Task.create(TaskType.BATCH, "t", **{name: value})
+
 
 class TestIdentifiers:
     def test_sort_by_creation(self) -> None:

@@ -11,7 +11,16 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute, locked
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    engine_of,
+    execute,
+    locked,
+)
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import Server, wait_until
@@ -36,15 +45,18 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnavailableError,
 )
+from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.heartbeats import Beat, apply_beats
 from openclaw_store.operations import Remove, Update, apply_together
+from openclaw_store.records import Record
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
 
 pytestmark = pytest.mark.postgresql
 
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
+WAITING = """
+    FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+"""Who waits for a lock; the server may have other databases, of tests that run beside this one."""
 
 
 @pytest.fixture
@@ -292,14 +304,20 @@ async def test_what_is_known_need_not_be_read(
     assert row == (0, 1)
 
 
+async def created(tasks: TaskRepository, task: Task) -> Record[Task]:
+    """What a cache knows of a task that was just created."""
+    await tasks.create(task)
+    record = await tasks.get_record(task.task_id)
+    assert record is not None
+    return record
+
+
 async def test_version_that_is_not_the_newest_is_found_out(
     database: Database, location: Location, make_task: MakeTask
 ) -> None:
     """Planted: the guard asks for the counters alone."""
     tasks, task = TaskRepository(database), make_task()
-    await tasks.create(task)
-    known = await tasks.get_record(task.task_id)
-    assert known is not None
+    known = await created(tasks, task)
     task.error = "newer"
     await tasks.update(task)
 
@@ -318,9 +336,7 @@ async def test_what_a_batch_has_written_is_not_taken_for_what_was_known_before(
 ) -> None:
     """Planted: each run of a batch does without reading."""
     tasks, task = TaskRepository(database), make_task()
-    await tasks.create(task)
-    known = await tasks.get_record(task.task_id)
-    assert known is not None
+    known = await created(tasks, task)
 
     first, second = [
         Update(Task, task.task_id, known.evolve(error=text), ("error",), 1, known) for text in "ab"
@@ -690,7 +706,7 @@ async def test_row_that_somebody_changes_by_hand_meanwhile_is_written_behind_it(
         await by_hand.exec_driver_sql("UPDATE tasks SET user_id = 'by hand'")
         write = tasks.update(task) if verb == "update" else tasks.delete(task.task_id)
         writing = asyncio.create_task(write)
-        waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        waiting = f"SELECT count(*) {WAITING}"
         while execute(location, waiting) == [(0,)]:  # noqa: ASYNC110  # the server is asked
             await asyncio.sleep(0.01)
 
@@ -708,14 +724,24 @@ async def test_statement_that_the_server_was_told_to_end_has_not_happened(
     await tasks.create(make_task())
     async with locked(location):
         writing = asyncio.create_task(tasks.create(make_task()))
-        waiting = "FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        cancel = f"SELECT count(pg_cancel_backend(pid)) {waiting}"
+        cancel = f"SELECT count(pg_cancel_backend(pid)) {WAITING}"
         while execute(location, cancel) == [(0,)]:  # noqa: ASYNC110  # the server is asked
             await asyncio.sleep(0.01)
         with pytest.raises(UnavailableError, match="took too long"):
             await asyncio.wait_for(writing, PATIENCE)
 
     assert await tasks.count_by_status() == 1
+
+
+def test_connection_that_is_still_busy_with_what_was_interrupted_is_unavailable() -> None:
+    """Found by the campaign of the network: it was the driver's own error."""
+    *_, internal_error = PostgreSQLFaults.raised()
+
+    translation = PostgreSQLFaults("here").translate(
+        internal_error("another operation (2) is in …")
+    )
+
+    assert isinstance(translation, UnavailableError)
 
 
 def test_password_that_would_be_shown_is_refused() -> None:

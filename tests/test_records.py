@@ -770,6 +770,28 @@ class TestTimes:
             os.environ["TZ"] = before
         time.tzset()
 
+    async def test_time_of_another_type_comes_back_as_a_datetime(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        """Found by the campaign `hostile`: from memory it came as what it was, unlike later."""
+
+        class Timestamp(datetime):
+            """As of pandas, pendulum or freezegun."""
+
+        moment = Timestamp(2026, 1, 15, 12, 30, 0, 123_456, UTC)
+        task = make_task(completed_at=moment)
+
+        await manager.add_task(task)
+
+        for stored in (
+            task,
+            await manager.get_task(task.task_id),
+            await manager.task_repo.get(task.task_id),
+        ):
+            assert stored is not None
+            assert type(stored.completed_at) is datetime
+            assert stored.completed_at == moment
+
     async def test_naive_time_is_local_time(
         self, manager: StateManager, make_task: MakeTask, zone: str
     ) -> None:

@@ -215,6 +215,12 @@ class TestWriting:
         with pytest.raises(InvalidDataError, match="must be a Database"):
             TaskRepository("./data/cluster.db")  # type: ignore[arg-type]  # that is the point
 
+    async def test_backoff_that_is_none_is_refused(
+        self, database: Database, make_node: MakeNode
+    ) -> None:
+        with pytest.raises(InvalidDataError, match="backoff: must be a Backoff, not int"):
+            await NodeRepository(database).register(make_node(), 5)  # type: ignore[arg-type]  # the point
+
     def test_repr_names_the_database(self, database: Database) -> None:
         assert repr(TaskRepository(database)) == f"<TaskRepository of {database!r}>"
 

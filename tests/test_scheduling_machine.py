@@ -1076,4 +1076,4 @@ class Machine(DatabaseMachine):
 def test_tasks_live_as_the_model_does(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    run_machine(Machine, kind, request, tmp_path, 20 if kind == "sqlite" else 10, steps=80)
+    run_machine(Machine, kind, request, tmp_path, 10, steps=80)

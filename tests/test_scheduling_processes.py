@@ -34,7 +34,7 @@ from test_processes import AGREE
 from openclaw_store import Database, NodeInfo, NodeStatus, StateManager, Task, TaskStatus
 from openclaw_store.lifecycle import NODE_LOST, OVERDUE, Backoff
 
-TASKS = int(os.environ.get("OPENCLAW_STORE_TEST_TASKS", "400"))
+TASKS = int(os.environ.get("OPENCLAW_STORE_TEST_TASKS", "240"))
 """Of four workers that are killed again and again; 20,000 take minutes."""
 
 KILLS = max(4, TASKS // 500)

@@ -13,11 +13,17 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask, execute
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    MakeNode,
+    MakeTask,
+    execute,
+)
 from sqlalchemy import make_url, text
 
 from benchmarks.postgres import (
@@ -27,6 +33,7 @@ from benchmarks.postgres import (
     is_installed,
     wait_until,
 )
+from campaigns.proxy import Proxy, port_of, with_parts
 from openclaw_store import (
     Change,
     Database,
@@ -50,9 +57,6 @@ from openclaw_store.errors import (
 from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
-
-PATIENCE = 20.0
-"""Seconds after which something that should have happened counts as hanging."""
 
 LEEWAY = 1.5
 """Seconds of slack on a busy machine, besides the limits; to wait for twice one of them is more."""
@@ -100,17 +104,6 @@ def empty_url(own_server: Server) -> Iterator[str]:
         yield url
 
 
-def port_of(url: str) -> int:
-    port = make_url(url).port
-    assert port is not None
-    return port
-
-
-def with_parts(url: str, **parts: Any) -> str:
-    """The URL with another port, user or password."""
-    return make_url(url).set(**parts).render_as_string(hide_password=False)
-
-
 async def until(condition: Callable[[], Any]) -> None:
     """Let others run until it holds."""
     async with asyncio.timeout(PATIENCE):
@@ -126,108 +119,6 @@ def within(seconds: float) -> Iterator[None]:
     yield
     took = loop.time() - began
     assert took < seconds, f"it took {took:.2f} s"
-
-
-class Proxy:
-    """Stands between clients and a server, and can turn into a black hole.
-
-    What was cut off once stays so: neither side is even told that the other one has gone.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._server_port = port_of(url)
-        self._listening: asyncio.Server | None = None
-        self._serving: set[asyncio.Task[Any]] = set()
-        self._url = url
-        self.taken = 0
-        """Connections so far."""
-        self.swallows_requests = False
-        self.swallows_replies = False
-        self._words, self._passing_words = b"", True
-
-    @property
-    def url(self) -> str:
-        """Where the database is, by this way."""
-        assert self._listening is not None
-        return with_parts(self._url, port=self._listening.sockets[0].getsockname()[1])
-
-    @property
-    def cut(self) -> bool:
-        """Whether it swallows anything."""
-        return self.swallows_requests or self.swallows_replies
-
-    def swallow(self, requests: bool = True, replies: bool = True) -> None:
-        self.swallows_requests, self.swallows_replies = requests, replies
-
-    def swallow_after(self, words: bytes) -> None:
-        """Pass on the request with these words, and from then on nothing."""
-        self._words, self._passing_words = words, True
-
-    def swallow_from(self, words: bytes) -> None:
-        """Pass on everything before the request with these words."""
-        self._words, self._passing_words = words, False
-
-    def forward(self) -> None:
-        """Pass everything on, on connections that are made from now on."""
-        self._words = b""
-        self.swallow(False, False)
-
-    async def __aenter__(self) -> Self:
-        self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._listening is not None
-        self._listening.close()
-        await self.end_connections()
-
-    async def end_connections(self) -> None:
-        """Have both sides learn at last that there is nobody."""
-        for task in self._serving:
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.taken += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
-        writers = [writer]
-        with suppress(OSError, asyncio.CancelledError):
-            server = await asyncio.open_connection("127.0.0.1", self._server_port)
-            writers.append(server[1])
-            await asyncio.gather(
-                self._pass_on(reader, server[1], lambda: self.swallows_requests, self._hear),
-                self._pass_on(server[0], writer, lambda: self.swallows_replies, lambda _: None),
-            )
-        for one in writers:
-            one.close()
-        for one in writers:
-            with suppress(OSError):
-                await one.wait_closed()
-
-    async def _pass_on(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        swallows: Callable[[], bool],
-        hear: Callable[[bytes], None],
-    ) -> None:
-        cut = False
-        while data := await reader.read(1 << 16):
-            cut = cut or swallows()
-            if not cut:
-                hear(data)
-            if not cut and (self._passing_words or not swallows()):
-                writer.write(data)
-        if cut or swallows():
-            await asyncio.Event().wait()
-        writer.close()
-
-    def _hear(self, data: bytes) -> None:
-        if self._words and self._words in data:
-            self.swallow()
 
 
 @asynccontextmanager
@@ -262,12 +153,12 @@ class Silence:
 class TestSilence:
     """A server that is there and does not answer, from the beginning or from some moment on."""
 
-    LIMIT = 0.5
+    LIMIT = 0.8
 
     @pytest.fixture(autouse=True)
     def _hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", self.LIMIT)
-        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.4)
         monkeypatch.setattr(postgresql, "_CLOSE_SECONDS", 0.2)
 
     @pytest.fixture
@@ -369,6 +260,21 @@ class TestSilence:
         else:
             await add()
         assert execute(url, "SELECT task_id FROM tasks") == [("t",)]
+
+    @pytest.mark.parametrize("way", ["transaction", "session"])
+    async def test_read_with_a_session_of_the_callers_that_is_cut_off_is_unavailable(
+        self, proxy: Proxy, database: Database, way: str
+    ) -> None:
+        """Found by the campaign of the network: it was the driver's `TimeoutError`."""
+
+        async def read() -> None:
+            async with database.transaction() if way == "transaction" else database.session() as tx:
+                await TaskRepository(tx).count_by_status()
+                proxy.swallow()
+                await TaskRepository(tx).get("t")
+
+        with within(self.LIMIT + LEEWAY), pytest.raises(UnavailableError, match="not answer"):
+            await read()
 
     @pytest.mark.parametrize("moment", ["in the block", "behind it"])
     async def test_transaction_that_is_cut_off_before_its_commit_has_changed_nothing(

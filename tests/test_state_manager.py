@@ -606,7 +606,15 @@ class TestChanging:
             await manager.change_task(task.task_id, wait)
         with pytest.raises(InvalidDataError, match="task_id: must not be changed"):
             await manager.change_task(task.task_id, become_another)
+        with pytest.raises(InvalidDataError, match="fn: must be a function"):
+            await manager.change_task(task.task_id, None)  # type: ignore[arg-type]  # the point
         assert await manager.get_task(task.task_id) == task
+
+    async def test_tasks_that_are_none_are_refused(
+        self, manager: StateManager, make_task: MakeTask
+    ) -> None:
+        with pytest.raises(InvalidDataError, match="tasks: must be tasks, not Task"):
+            await manager.add_tasks(make_task())  # type: ignore[arg-type]  # the point
 
     async def test_finished_task_of_long_ago_can_be_changed(
         self, open_manager: OpenManager, make_task: MakeTask
@@ -2005,6 +2013,53 @@ class TestTwoManagers:
 
         await assert_mirrors_database(other)
 
+    async def test_what_was_read_from_the_database_does_not_go_back(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """A refresh under way has read an older picture. Found by the campaign `history`."""
+        other = await open_manager()
+        task = make_task()
+        await manager.add_task(task)
+        read_news, get_record = feed.read_news, TaskRepository.get_record
+        has_read, go_on = asyncio.Event(), asyncio.Event()
+
+        async def read_and_wait(*arguments: Any, **options: Any) -> Any:
+            news = await read_news(*arguments, **options)
+            has_read.set()
+            await go_on.wait()
+            return news
+
+        async def get_first(*arguments: Any) -> Any:
+            record = await get_record(*arguments)
+            go_on.set()
+            return record
+
+        monkeypatch.setattr(mirror, "read_news", read_and_wait)
+        monkeypatch.setattr(TaskRepository, "get_record", get_first)
+        refreshing = asyncio.ensure_future(other.refresh_from_database())
+        await has_read.wait()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        seen = await other.get_task(task.task_id)
+        await refreshing
+
+        assert seen == task
+        assert await other.get_task(task.task_id) == task
+
+    async def test_memory_knows_what_a_list_has_shown(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
+    ) -> None:
+        task = make_task()
+        await manager.add_task(task)
+        other = await open_manager()
+        task.name = "newer"
+        await manager.update_task(task)
+
+        assert (await other.list_tasks()).tasks == [task]
+        assert await other.get_task(task.task_id) == task
+
     async def test_own_writes_and_news_cross_without_harm(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager
     ) -> None:
@@ -2232,6 +2287,29 @@ class TestLife:
 
         assert not manager.is_initialized
 
+    async def test_shutdown_on_another_loop_is_refused(self, manager: StateManager) -> None:
+        """It waited for ever for tasks that only their own loop can end."""
+        with pytest.raises(UnavailableError, match="belongs to one event loop"):
+            await asyncio.to_thread(asyncio.run, manager.shutdown())
+
+        assert manager.is_initialized
+
+    @pytest.mark.sqlite  # nobody could close the connections to a server
+    def test_shutdown_when_its_loop_was_closed(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        """It waited for what had stopped half-way, or raised a `RuntimeError`."""
+        manager = StateManager(Database(location), auto_sync_interval=None)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(manager.initialize())
+        loop.run_until_complete(manager.add_task(make_task(), persist=False))
+        loop.close()
+
+        with pytest.raises(UnavailableError, match="1 entries and heartbeats are lost"):
+            asyncio.run(manager.shutdown())
+
+        assert not manager.is_initialized
+
     async def test_shutdown_without_initialize(self, location: Location) -> None:
         manager = StateManager(Database(location))
 
@@ -2310,6 +2388,10 @@ class TestLife:
     def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
         with pytest.raises(InvalidDataError, match="finished_cache_size"):
             StateManager(Database(location), finished_cache_size=size)
+
+    def test_backoff_that_is_none(self, location: Location) -> None:
+        with pytest.raises(InvalidDataError, match="backoff: must be a Backoff, not int"):
+            StateManager(Database(location), backoff=5)  # type: ignore[arg-type]  # the point
 
     async def test_repr_tells_where_it_stands(
         self, manager: StateManager, make_task: MakeTask

@@ -499,6 +499,19 @@ class TestFile:
         assert not found
         assert "file" in {one.invariant for one in found.problems}
 
+    async def test_text_that_is_none_is_named(
+        self, location: Path, cluster: StateManager, make_task: MakeTask
+    ) -> None:
+        """The driver raises an error of its own then, which callers got as it was."""
+        execute(location, "UPDATE tasks SET name = CAST(x'ff' AS TEXT) WHERE task_id = 'b'")
+
+        found = await verify_anew(location)
+
+        assert "Could not decode to UTF-8 column 'name'" in found.problems[0].text
+        with pytest.raises(InvalidDataError, match="Could not decode"):
+            await cluster.task_repo.get("b")
+        await cluster.add_task(make_task(task_id="another"))
+
 
 @pytest.mark.postgresql
 async def test_invalid_index_is_named(location: Location, cluster: StateManager) -> None:

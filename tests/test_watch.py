@@ -9,7 +9,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, engine_of, execute
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    engine_of,
+    execute,
+)
 
 from openclaw_store import (
     Change,
@@ -27,9 +36,6 @@ from openclaw_store import (
     UnsavedConflictError,
     wakeups,
 )
-
-PATIENCE = 10.0
-"""Seconds after which a test that waits in vain fails."""
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -310,7 +316,7 @@ class TestCompaction:
     async def test_works_in_batches(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.mirror.CHANGES_A_COMPACTION", 4)
+        monkeypatch.setattr("openclaw_store.feed.CHANGES_A_COMPACTION", 4)
         await asyncio.gather(*[manager.add_task(make_task()) for _ in range(11)])
         manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
 
@@ -438,7 +444,10 @@ class TestWakeUps:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
-        listening = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT revision, beat%'"
+        listening = (
+            "SELECT pid FROM pg_stat_activity"
+            " WHERE datname = current_database() AND query LIKE 'SELECT revision, beat%'"
+        )
         async with self.following(location) as follower:
             await manager.add_task(make_task())
             await until(lambda: follower.version == 1)

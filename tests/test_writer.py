@@ -18,7 +18,13 @@ from itertools import count
 from typing import Any, TypeVar, cast
 
 import pytest
-from conftest import Location, MakeNode, MakeTask, refuse_tasks
+from conftest import (
+    PATIENCE,
+    Location,
+    MakeNode,
+    MakeTask,
+    refuse_tasks,
+)
 
 from openclaw_store import (
     Database,
@@ -39,9 +45,6 @@ from openclaw_store.writer import Cursor, Unit, Writer
 Result = TypeVar("Result")
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
-PATIENCE = 10.0
-"""Seconds after which something that should have happened counts as hanging."""
-
 ends_the_thread = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnhandledThreadExceptionWarning"  # it is what the test is about
 )

@@ -1,0 +1,558 @@
+"""Every public call that reads or writes an open store, each with what must be there for it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import text
+
+from openclaw_store import (
+    Database,
+    NodeInfo,
+    NodeRepository,
+    NodeStatus,
+    StateManager,
+    Task,
+    TaskFilter,
+    TaskRepository,
+    TaskStatus,
+    copy,
+    diagnose,
+    verify,
+)
+from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
+
+Call = Callable[[], Awaitable[Any]]
+"""The call itself, which can be repeated: it means the same thing each time."""
+
+
+class Store:
+    """An open store, and what makes rows for it."""
+
+    def __init__(self, state: StateManager, clock: FakeClock, folder: Path) -> None:
+        self.state, self.clock, self.folder = state, clock, folder
+        self.db, self.tasks, self.nodes = state.db, state.task_repo, state.node_repo
+        self.make_task, self.make_node = TaskFactory(clock), NodeFactory(clock)
+        self._numbers = count(1)
+
+    async def task(self, **fields: Any) -> Task:
+        """A task that is in the database."""
+        task = self.make_task(**fields)
+        await self.state.add_task(task)
+        return task
+
+    async def node(self, **fields: Any) -> NodeInfo:
+        """A node that is in the database; it has a skill that no other one has."""
+        number = next(self._numbers)
+        fields = {"available_skills": [f"skill-{number}"], "last_heartbeat": self.clock(), **fields}
+        node = self.make_node(**fields)
+        await self.state.add_node(node)
+        return node
+
+    async def waiting(self, how_many: int = 1) -> NodeInfo:
+        """A node for which that many tasks wait, and for no other node."""
+        node = await self.node()
+        for _ in range(how_many):
+            await self.task(required_skills=node.available_skills)
+        return node
+
+    async def claimed(self, **fields: Any) -> Task:
+        """A task that a node has claimed."""
+        node = await self.node()
+        await self.task(required_skills=node.available_skills, **fields)
+        [task] = await self.state.claim_tasks(node.node_id)
+        return task
+
+    async def finished(self, **fields: Any) -> Task:
+        """A task that is completed."""
+        task = await self.claimed(**fields)
+        await self.state.start_task(task)
+        return await self.state.complete_task(task, {"rows": 42})
+
+    def path(self, name: str) -> Path:
+        """One where nothing is yet."""
+        return self.folder / f"{name}-{next(self._numbers)}.db"
+
+
+Prepare = Callable[[Store], Awaitable[Call]]
+
+
+@dataclass(frozen=True)
+class PublicCall:
+    """A call that people may make."""
+
+    name: str
+    prepare: Prepare
+    """Makes what the call needs, and returns the call."""
+    in_batches: bool = False
+    """Whether it may be done in part when it raises; then it can be repeated."""
+    is_exact: bool = True
+    """Whether it answers the same when it is asked again and nothing was written."""
+    is_kept: bool = False
+    """Whether what it could not write is shown by memory, and written later all the same."""
+    makes_copy: bool = False
+    """Whether it makes a file that holds the same."""
+
+
+CALLS: list[PublicCall] = []
+
+
+def public(name: str = "", **fields: bool) -> Callable[[Prepare], Prepare]:
+    """List what prepares a call, which has its name unless another is given."""
+
+    def listed(prepare: Prepare) -> Prepare:
+        own = name or prepare.__name__.removeprefix("_")
+        CALLS.append(PublicCall(own, prepare, **fields))
+        return prepare
+
+    return listed
+
+
+def rename(item: Task | NodeInfo) -> None:
+    """Change something of an item that no rule depends on."""
+    if isinstance(item, Task):
+        item.name = "renamed"
+    else:
+        item.hostname = "renamed"
+
+
+@public()
+async def _add_task(store: Store) -> Call:
+    task = store.make_task(parameters={"text": "x" * 6000})
+    return lambda: store.state.add_task(task)
+
+
+@public()
+async def _update_task(store: Store) -> Call:
+    task = await store.task()
+    rename(task)
+    return lambda: store.state.update_task(task)
+
+
+@public()
+async def _change_task(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.state.change_task(task.task_id, rename)
+
+
+@public()
+async def _remove_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.remove_task(task.task_id)
+
+
+@public()
+async def _submit_task(store: Store) -> Call:
+    task = store.make_task()
+    task.idempotency_key = task.task_id
+    return lambda: store.state.submit_task(task)
+
+
+@public("submit_task, once more")
+async def _submit_task_again(store: Store) -> Call:
+    task = store.make_task()
+    task.idempotency_key = task.task_id
+    await store.state.submit_task(task)
+    twin = store.make_task(idempotency_key=task.task_id)
+    return lambda: store.state.submit_task(twin)
+
+
+@public()
+async def _add_tasks(store: Store) -> Call:
+    tasks = [store.make_task() for _ in range(3)]
+    return lambda: store.state.add_tasks(tasks)
+
+
+@public(in_batches=True)
+async def _cancel_tasks(store: Store) -> Call:
+    user = store.make_task().task_id
+    for _ in range(3):
+        await store.task(user_id=user)
+    return lambda: store.state.cancel_tasks(TaskFilter(user=user), "nobody needs them")
+
+
+@public()
+async def _claim_tasks(store: Store) -> Call:
+    node = await store.waiting(2)
+    return lambda: store.state.claim_tasks(node.node_id, 2)
+
+
+@public()
+async def _start_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.start_task(task)
+
+
+@public()
+async def _complete_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.complete_task(task, {"rows": 42})
+
+
+@public()
+async def _fail_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.fail_task(task, "it went wrong")
+
+
+@public()
+async def _cancel_task(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.state.cancel_task(task.task_id, "nobody needs it")
+
+
+@public()
+async def _requeue_task(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.state.requeue_task(task.task_id)
+
+
+@public(in_batches=True)
+async def _recover(store: Store) -> Call:
+    await store.state.recover(10**6)
+    task = await store.claimed()
+    assert task.assigned_node is not None
+    await store.state.update_node_status(task.assigned_node, NodeStatus.OFFLINE)
+    return lambda: store.state.recover(10**6)
+
+
+@public()
+async def _add_node(store: Store) -> Call:
+    node = store.make_node()
+    return lambda: store.state.add_node(node)
+
+
+@public()
+async def _register_node(store: Store) -> Call:
+    task = await store.claimed()
+    node = store.make_node(node_id=task.assigned_node)
+    return lambda: store.state.register_node(node)
+
+
+@public()
+async def _update_node(store: Store) -> Call:
+    node = await store.node()
+    rename(node)
+    return lambda: store.state.update_node(node)
+
+
+@public()
+async def _change_node(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.state.change_node(node.node_id, rename)
+
+
+@public()
+async def _remove_node(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.state.remove_node(node.node_id)
+
+
+@public()
+async def _update_node_status(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.state.update_node_status(node.node_id, NodeStatus.ERROR)
+
+
+@public("update_heartbeat, of an OFFLINE node", is_kept=True)
+async def _update_heartbeat(store: Store) -> Call:
+    node = await store.node(status=NodeStatus.OFFLINE)
+    store.clock.advance(1)
+    return lambda: store.state.update_heartbeat(node.node_id, cpu_usage=50)
+
+
+@public(in_batches=True)
+async def _check_stale_nodes(store: Store) -> Call:
+    store.clock.advance(1)
+    await store.state.check_stale_nodes(0.5)
+    await store.node()
+    store.clock.advance(1)
+    return lambda: store.state.check_stale_nodes(0.5)
+
+
+@public(in_batches=True, is_kept=True)
+async def _sync_to_database(store: Store) -> Call:
+    node = await store.node()
+    store.clock.advance(1)
+    await store.state.update_heartbeat(node.node_id, cpu_usage=50)
+    await store.state.add_task(store.make_task(), persist=False)
+    return store.state.sync_to_database
+
+
+@public(in_batches=True)
+async def _compact_changes(store: Store) -> Call:
+    await store.task()
+    store.clock.advance(1)
+    await store.task()
+    return lambda: store.state.compact_changes(0.5 / 86_400)
+
+
+@public("task_repo.cleanup_old_tasks", in_batches=True)
+async def _clean_up(store: Store) -> Call:
+    store.clock.advance(1)
+    await store.tasks.cleanup_old_tasks(0)
+    await store.finished()
+    store.clock.advance(1)
+    return lambda: store.tasks.cleanup_old_tasks(0.5 / 86_400)
+
+
+@public("transaction")
+async def _in_transaction(store: Store) -> Call:
+    task, node = store.make_task(), await store.node()
+    rename(node)
+
+    async def together() -> None:
+        async with store.db.transaction() as tx:
+            await TaskRepository(tx).create(task)
+            await NodeRepository(tx).update(node)
+
+    return together
+
+
+@public("task_repo.create")
+async def _create_task(store: Store) -> Call:
+    task = store.make_task()
+    return lambda: store.tasks.create(task)
+
+
+@public("task_repo.update")
+async def _update_task_row(store: Store) -> Call:
+    task = await store.task()
+    rename(task)
+    return lambda: store.tasks.update(task)
+
+
+@public("task_repo.delete")
+async def _delete_task_row(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.tasks.delete(task.task_id)
+
+
+@public("task_repo.claim")
+async def _claim_by_rows(store: Store) -> Call:
+    node = await store.waiting()
+    return lambda: store.tasks.claim(node.node_id)
+
+
+@public("node_repo.register")
+async def _register_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    node = store.make_node(node_id=task.assigned_node)
+    return lambda: store.nodes.register(node)
+
+
+@public("node_repo.update_status")
+async def _set_status_of_row(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.nodes.update_status(node.node_id, NodeStatus.ERROR)
+
+
+@public("node_repo.update_heartbeat")
+async def _beat_of_row(store: Store) -> Call:
+    node = await store.node()
+    store.clock.advance(1)
+    return lambda: store.nodes.update_heartbeat(node.node_id)
+
+
+@public("task_repo.start")
+async def _start_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.start(task)
+
+
+@public("task_repo.complete")
+async def _complete_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.complete(task, {"rows": 42})
+
+
+@public("task_repo.fail")
+async def _fail_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.fail(task, "it went wrong")
+
+
+@public("task_repo.cancel")
+async def _cancel_by_row(store: Store) -> Call:
+    task = await store.claimed()
+    return lambda: store.tasks.cancel(task.task_id)
+
+
+@public("task_repo.requeue")
+async def _requeue_by_row(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.tasks.requeue(task.task_id)
+
+
+@public("node_repo.create")
+async def _create_node(store: Store) -> Call:
+    node = store.make_node()
+    return lambda: store.nodes.create(node)
+
+
+@public("node_repo.update")
+async def _update_node_row(store: Store) -> Call:
+    node = await store.node()
+    rename(node)
+    return lambda: store.nodes.update(node)
+
+
+@public("node_repo.delete")
+async def _delete_node_row(store: Store) -> Call:
+    node = await store.node()
+    return lambda: store.nodes.delete(node.node_id)
+
+
+@public("task_repo.get")
+async def _get_task_row(store: Store) -> Call:
+    task = await store.task()
+    return lambda: store.tasks.get(task.task_id)
+
+
+@public("get_task, of one that is not in memory")
+async def _get_task(store: Store) -> Call:
+    tasks = [await store.finished() for _ in range(3)]
+    return lambda: store.state.get_task(tasks[0].task_id)
+
+
+@public("get_node, of one that there is not")
+async def _get_node(store: Store) -> Call:
+    return lambda: store.state.get_node("nobody")
+
+
+@public()
+async def _list_tasks(store: Store) -> Call:
+    return lambda: store.state.list_tasks(TaskFilter(status=TaskStatus.PENDING), limit=5)
+
+
+@public()
+async def _explain_task(store: Store) -> Call:
+    task = await store.task(required_skills=["nobody has it"])
+    return lambda: store.state.explain_task(task.task_id)
+
+
+@public()
+async def _history(store: Store) -> Call:
+    task = await store.finished()
+    return lambda: store.state.history(task.task_id)
+
+
+@public("history, of a task that was removed")
+async def _history_of_removed(store: Store) -> Call:
+    task = await store.task()
+    await store.state.remove_task(task.task_id)
+    return lambda: store.state.history(task.task_id)
+
+
+@public()
+async def _wait_for_task(store: Store) -> Call:
+    tasks = [await store.finished() for _ in range(3)]
+    return lambda: store.state.wait_for_task(tasks[0].task_id, 5)
+
+
+@public()
+async def _watch(store: Store) -> Call:
+    since = store.state.version
+    await store.task()
+
+    async def first() -> Any:
+        async with aclosing(store.state.watch(since)) as changes:  # type: ignore[type-var]  # it is a generator
+            return await anext(changes)
+
+    return first
+
+
+@public()
+async def _refresh_from_database(store: Store) -> Call:
+    return store.state.refresh_from_database
+
+
+@public(is_exact=False)
+async def _get_stats(store: Store) -> Call:
+    return store.state.get_stats
+
+
+@public("session")
+async def _in_session(store: Store) -> Call:
+    async def count_tasks() -> Any:
+        async with store.db.session() as session:
+            return await session.scalar(text("SELECT count(name) FROM tasks"))
+
+    return count_tasks
+
+
+@public("verify", is_exact=False)
+async def _verified(store: Store) -> Call:
+    return lambda: verify(store.db)
+
+
+@public("diagnose", is_exact=False)
+async def _diagnosed(store: Store) -> Call:
+    return lambda: diagnose(store.db)
+
+
+FROM_MEMORY = frozenset(
+    {
+        "get_state", "get_task_stats", "get_node_stats", "get_pending_tasks", "get_all_nodes",
+        "get_online_nodes", "get_available_nodes", "find_nodes_by_skill",
+    }
+)  # fmt: skip
+"""Calls that need no database."""
+
+READS: Sequence[tuple[str, Callable[[Store], Call]]] = (
+    ("task_repo.list_by_status", lambda s: lambda: s.tasks.list_by_status(TaskStatus.PENDING, 5)),
+    ("task_repo.list_by_node", lambda s: lambda: s.tasks.list_by_node("node-0001")),
+    ("task_repo.list_by_user", lambda s: lambda: s.tasks.list_by_user("nobody")),
+    ("task_repo.list_pending_tasks", lambda s: lambda: s.tasks.list_pending_tasks(5)),
+    ("task_repo.count_by_status", lambda s: s.tasks.count_by_status),
+    ("task_repo.count_old_tasks", lambda s: s.tasks.count_old_tasks),
+    ("task_repo.list_tasks", lambda s: lambda: s.tasks.list_tasks(limit=5)),
+    ("node_repo.get", lambda s: lambda: s.nodes.get("node-0001")),
+    ("node_repo.get_all_nodes", lambda s: s.nodes.get_all_nodes),
+    ("node_repo.list_online_nodes", lambda s: s.nodes.list_online_nodes),
+    ("node_repo.list_by_status", lambda s: lambda: s.nodes.list_by_status(NodeStatus.ERROR)),
+    ("node_repo.find_stale_nodes", lambda s: s.nodes.find_stale_nodes),
+    ("node_repo.find_by_skill", lambda s: lambda: s.nodes.find_by_skill("skill-1")),
+    ("node_repo.get_available_nodes", lambda s: s.nodes.get_available_nodes),
+)
+"""Of the repositories, which need nothing."""
+
+
+def _prepared(call_of: Callable[[Store], Call]) -> Prepare:
+    async def prepare(store: Store) -> Call:
+        return call_of(store)
+
+    return prepare
+
+
+CALLS += [PublicCall(name, _prepared(call_of)) for name, call_of in READS]
+
+
+@public()
+async def _vacuum(store: Store) -> Call:
+    return store.db.vacuum
+
+
+@public(makes_copy=True)
+async def _backup(store: Store) -> Call:
+    path = store.path("backup")
+    return lambda: store.db.backup(path)
+
+
+@public("copy", is_exact=False, makes_copy=True)
+async def _copied(store: Store) -> Call:
+    path = store.path("copy")
+
+    async def to_another() -> None:
+        target = Database(path, timeout=store.db.timeout, clock=store.clock)
+        try:
+            await copy(store.db, target)
+        finally:
+            await target.close()
+
+    return to_another

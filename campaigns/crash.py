@@ -1,0 +1,67 @@
+"""`kill -9` of workers under load, and of the PostgreSQL server that they write to.
+
+Checked: every call that has returned is in the database, and every other one wholly or not at all;
+see `audit`. And the store is open again in less than a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from importlib import import_module
+
+from benchmarks.postgres import wait_until
+from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
+from campaigns.workers import Blow, Worker, strike_again_and_again
+
+KILLS_A_DATABASE = 20
+"""Then a new one is begun, since checking takes the longer, the more there is."""
+
+
+def perform(run: Run) -> None:
+    """Do so many kills."""
+    left = run.rounds
+    while left > 0:
+        kills = min(left, KILLS_A_DATABASE)
+        with run.location() as location:
+            strike_again_and_again(run, location, _blows(run, location, kills))
+        left -= kills
+
+
+def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:
+    """On SQLite, kills of the worker; on PostgreSQL, in turn of the worker and of the server."""
+    for number in range(kills):
+        if run.kind == SQLITE:
+            yield Blow(Worker.kill)
+        elif number % 2:
+            yield Blow(lambda _: run.server.kill(), run.server.start)
+        else:
+            yield Blow(Worker.kill, lambda: _wait_until_alone(str(location)))
+
+
+def _wait_until_alone(url: str) -> None:
+    """Wait until the server has ended what a killed worker had begun."""
+    driver = import_module("asyncpg")
+
+    async def is_alone() -> bool:
+        connection = await driver.connect(url.replace("+asyncpg", ""))
+        try:
+            others = "datname = current_database() AND pid <> pg_backend_pid()"
+            return not await connection.fetch(f"SELECT FROM pg_stat_activity WHERE {others}")
+        finally:
+            await connection.close()
+
+    wait_until(lambda: asyncio.run(is_alone()), "the server has ended what was begun")
+
+
+CAMPAIGN = Campaign(
+    "crash",
+    "Kill -9 of a worker with 64 writers, or of the server.",
+    ("P1", "P2", "P4", "P5"),
+    perform,
+    rounds=1000,
+    rounds_of={POSTGRESQL: 400},
+    quick_rounds=3,
+    unit="kills",
+    bugs=("acknowledge-before-commit", "revision-outside-transaction"),
+)

@@ -1,0 +1,241 @@
+"""Migrations of a database that is full, killed at random moments, and tried by several at once.
+
+A database of the first schema, one of today's, and (SQLite) one of the original hand-made schema
+are filled by SQL with tasks, nodes and a feed. One goes up, down, up, down to nothing, and up
+again. Then, in each round, a process upgrades, downgrades or adopts a copy, and is killed at a
+random moment; the copy must be at the one revision or at the other, and never between. Then the
+same is done to the end, now and then by two processes at once.
+
+What must be there is told by databases that were made at their revision directly, and filled with
+the same rows. Tables, indexes, constraints and all rows are compared, past the library; SQLite's
+`integrity_check` and PostgreSQL's `amcheck` tell that the indexes have every row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from campaigns.campaign import SQLITE, Campaign, Location, Run
+from campaigns.children import Child, Tell
+from campaigns.contents import Contents, Reader, check_indexes, wait_until_alone
+from campaigns.filling import NOW, fill, fill_original
+from openclaw_store import Database, Problem, StoreError, migrations, verify
+from openclaw_store.backends import backend_of
+from openclaw_store.testing import FakeClock
+
+MOST_TASKS = 1_000_000
+
+FIRST, HEAD, NOTHING = "0001", migrations.HEAD, "base"
+
+BY_TWO_EVERY = 5
+"""Of so many rounds, one has the migration done to the end by two processes at once."""
+
+Look = Callable[[Location], Contents]
+
+_PATIENCE = 3600.0
+"""Seconds that one waits for another, with as many rows."""
+
+
+class Work(NamedTuple):
+    """A migration that is to be killed."""
+
+    name: str
+    do: Callable[[str], float]
+    """Does it to the database at a location; returns how many seconds it took."""
+    child: Callable[[Tell, str], None]
+    """Does it in a process of its own."""
+    source: Location
+    """The database of which a copy is migrated."""
+    before: Contents
+    after: Contents
+    seconds: float
+    """It took when nobody was in the way."""
+
+
+def perform(run: Run) -> None:
+    """Go through all revisions once, then kill a migration in each round."""
+    tasks = min(MOST_TASKS, 400 * run.rounds**2)  # 50 rounds have a million
+    with ExitStack() as stack:
+        look = Reader().look
+
+        def filled(revision: str, **options: bool) -> Location:
+            location = stack.enter_context(run.location(migrated=False))
+            fill(location, revision, tasks, **options)
+            return location
+
+        def migrated(
+            name: str,
+            do: Callable[[str], float],
+            child: Callable[[Tell, str], None],
+            source: Location,
+            after: Contents,
+        ) -> Work:
+            done = stack.enter_context(run.location(copy_of=source))
+            seconds = do(str(done))
+            _acknowledge(run, 1)
+            _compare(run, f"after {name}", look(done), after)
+            return Work(name, do, child, source, look(source), after, seconds)
+
+        first, lived = filled(FIRST), filled(HEAD, lived=True)
+        of_first, of_head = look(first), look(filled(HEAD))
+        works = [
+            migrated("upgrade", upgrade, upgrade_child, first, of_head),
+            migrated("downgrade", downgrade, downgrade_child, lived, of_first),
+        ]
+        turns = [*works, *works]  # they are fast; adoption takes a minute for a million rows
+        if run.kind == SQLITE:
+            original = stack.enter_context(run.location(migrated=False))
+            fill_original(Path(original), tasks)
+            adopted = look(filled(HEAD, adopted=True))
+            works.append(migrated("adoption", upgrade, upgrade_child, original, adopted))
+            turns.append(works[-1])
+        run.notes["tasks"] = f"{tasks:,}"
+        for work in works:
+            run.notes[work.name] = f"{work.seconds:.2f} s"
+        _up_down_up(run, look, first, of_first, of_head)
+        for number in run.each_round():
+            by_two = number % BY_TWO_EVERY == BY_TWO_EVERY - 1
+            _kill(run, look, turns[number % len(turns)], by_two=by_two)
+
+
+def upgrade(location: str) -> float:
+    """Upgrade a database to today's schema; returns how many seconds it took."""
+    began = time.monotonic()
+    database = Database(location, clock=FakeClock(NOW), timeout=_PATIENCE, legacy_timezone="UTC")
+
+    async def run() -> None:
+        async with database:
+            pass
+
+    asyncio.run(run())
+    return time.monotonic() - began
+
+
+def downgrade(location: str, revision: str = FIRST) -> float:
+    """Take a database back to an older schema; returns how many seconds it took."""
+    began = time.monotonic()
+    migrations.downgrade(backend_of(location, _PATIENCE), revision)
+    return time.monotonic() - began
+
+
+def upgrade_child(tell: Tell, location: str) -> None:
+    """Upgrade; tell when it begins and when it is done."""
+    tell("begins")
+    upgrade(location)
+    tell("done")
+
+
+def downgrade_child(tell: Tell, location: str) -> None:
+    """Downgrade; tell when it begins and when it is done."""
+    tell("begins")
+    downgrade(location)
+    tell("done")
+
+
+def _up_down_up(
+    run: Run, look: Look, source: Location, of_first: Contents, of_head: Contents
+) -> None:
+    """Go through all revisions, to nothing, and up again."""
+    with run.location(copy_of=source) as place, run.location() as empty:
+        location = str(place)
+        upgrade(location)
+        _compare(run, "upgraded", look(place), of_head)
+        downgrade(location)
+        _compare(run, "downgraded", look(place), of_first)
+        upgrade(location)
+        _compare(run, "upgraded again", look(place), of_head)
+        for problem in asyncio.run(_problems(location)):
+            run.wrong(f"upgraded again: {problem}")
+        broken = check_indexes(place)
+        run.check(broken is None, f"upgraded again: {broken}")
+        downgrade(location, NOTHING)
+        left = look(place)
+        run.check(left.revision is None and not left.rows, f"downgraded to nothing: {left}")
+        upgrade(location)
+        _compare(run, "made anew", look(place), look(empty))
+    _acknowledge(run, 5)
+
+
+async def _problems(location: str) -> Sequence[Problem]:
+    async with Database(location) as database:
+        return (await verify(database)).problems
+
+
+def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
+    """Kill a migration at a random moment, look, and do it to the end."""
+    delay = run.random.uniform(0, 1.1 * work.seconds)
+    what = f"{work.name}, killed after {delay:.3f} s,"
+    errors = run.folder / "errors"
+    with run.location(copy_of=work.source) as place:
+        with Child(work.child, place, errors=errors) as child:
+            told = child.told()
+            run.check(next(told, None) is not None, f"{what} has not begun: {_end_of(errors)}")
+            time.sleep(delay)
+            child.kill()
+            child.wait()
+            is_done = next(told, None) is not None
+        wait_until_alone(place)
+        _count(run, what, work, look(place), is_done=is_done)
+        with ExitStack() as stack:
+            if by_two:
+                other = stack.enter_context(Child(work.child, place, errors=errors))
+            try:
+                work.do(str(place))
+            except StoreError as error:
+                run.wrong(f"{what} can not be done again: {error!r}")
+            if by_two and other.wait(_PATIENCE) != 0:
+                run.wrong(f"{work.name} by two at once: {_end_of(errors)}")
+        _acknowledge(run, 1 + by_two)
+        _compare(run, f"{what} and done again,", look(place), work.after)
+        if work.before.revision is None:  # an original, of which copies are kept
+            assert isinstance(place, Path)
+            copies = list(place.parent.glob(f"{place.name}.original-*Z*"))
+            run.check(bool(copies), f"{what} and there is no copy of the original")
+            for copy in copies:
+                _compare(run, f"copied before {what}", look(copy), work.before)
+
+
+def _count(run: Run, what: str, work: Work, found: Contents, *, is_done: bool) -> None:
+    """Check that it is at one revision or the other, and count what came of the killed one."""
+    not_before, not_after = work.before.difference(found), work.after.difference(found)
+    run.check(
+        not_before is None or not_after is None, f"{what} is between: {not_before}; {not_after}"
+    )
+    run.counts.operations += 1
+    if is_done:
+        run.counts.acknowledged += 1
+        if not_after is not None:
+            run.lost(f"{what} was done: {not_after}")
+    else:
+        run.counts.unknown += 1
+        run.counts.unknown_committed += not_after is None
+
+
+def _compare(run: Run, what: str, found: Contents, expected: Contents) -> None:
+    difference = expected.difference(found)
+    run.check(difference is None, f"{what} it is different: {difference}")
+
+
+def _acknowledge(run: Run, calls: int) -> None:
+    run.counts.operations += calls
+    run.counts.acknowledged += calls
+
+
+def _end_of(errors: Path) -> str:
+    return errors.read_text(errors="replace")[-2000:]
+
+
+CAMPAIGN = Campaign(
+    name="migration",
+    title="a database full of rows is upgraded, downgraded and adopted, and that is killed",
+    promises=("P2", "P9"),
+    perform=perform,
+    rounds=50,
+    quick_rounds=2,
+    unit="kills",
+)

@@ -1,0 +1,155 @@
+"""What a database file holds, seen past the library, and whether a store shows the same."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openclaw_store import StateManager
+from openclaw_store.models import FINISHED
+
+_QUERIES = {
+    "tasks": "SELECT * FROM tasks",
+    "nodes": "SELECT * FROM nodes",
+    "changes": "SELECT * FROM changes",
+    "counters": "SELECT * FROM counters",
+    "alembic_version": "SELECT * FROM alembic_version",
+}
+"""Of all tables of the store; the first column is the key."""
+
+_SHOWN = {
+    "tasks": (
+        "name", "status", "priority", "assigned_node", "attempt", "retry_count", "error",
+        "user_id", "idempotency_key", "version",
+    ),
+    "nodes": (
+        "hostname", "status", "running_tasks", "total_tasks_processed", "failed_tasks", "version",
+    ),
+}  # fmt: skip
+"""Columns that an object has, too, as they are."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All rows of a database at one moment, by table and key."""
+
+    rows: dict[str, dict[Any, Row]]
+
+    @property
+    def revision(self) -> int:
+        """Of the newest change."""
+        revision: int = self.rows["counters"][1]["revision"]
+        return revision
+
+    def flaws(self) -> list[str]:
+        """What is wrong with the feed, or does not agree with it."""
+        changes = self.rows["changes"]
+        newest = max(changes, default=0)
+        found = [] if newest == self.revision else [f"the feed ends at {newest}"]
+        last = {
+            (change["item"], change["item_id"]): revision for revision, change in changes.items()
+        }
+        for table, item in (("tasks", "task"), ("nodes", "node")):
+            for key, row in self.rows[table].items():
+                revision = last.get((item, key))
+                if revision is not None and revision != row["version"]:
+                    found.append(f"{item} {key} is at {row['version']}, its change at {revision}")
+        return found
+
+
+def picture_of(connection: sqlite3.Connection) -> Picture:
+    """What a connection sees now."""
+    rows = {}
+    connection.execute("BEGIN")
+    try:
+        for table, query in _QUERIES.items():
+            cursor = connection.execute(query)
+            names = [column[0] for column in cursor.description]
+            rows[table] = {row[0]: dict(zip(names, row, strict=True)) for row in cursor}
+    finally:
+        connection.execute("ROLLBACK")
+    return Picture(rows)
+
+
+def picture(path: Path) -> Picture:
+    """What a file holds, whoever else has it open."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return picture_of(connection)
+
+
+def task_ids(path: Path) -> set[str]:
+    """The tasks in a file, whatever its schema; none if there is no table of them, or no file."""
+    if not path.exists():
+        return set()
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        if not _has_table(connection, "tasks"):
+            return set()
+        return {key for (key,) in connection.execute("SELECT task_id FROM tasks")}
+
+
+def is_migrated(path: Path) -> bool:
+    """Whether a file has a schema of the library."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        return _has_table(connection, "alembic_version")
+
+
+def _has_table(connection: sqlite3.Connection, name: str) -> bool:
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", [name])
+    return found.fetchone() is not None
+
+
+def damage(path: Path) -> list[str]:
+    """What SQLite itself finds wrong with a file."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        sound = connection.execute("PRAGMA integrity_check").fetchall()
+        orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
+    return [text for (text,) in sound if text != "ok"] + [f"orphans: {orphans}"] * bool(orphans)
+
+
+async def differences(
+    state: StateManager, picture: Picture, *, finished: bool = False
+) -> list[str]:
+    """Where what a store answers from memory is not what is in the database.
+
+    Args:
+        finished: Whether to look at each finished task, too, most of which it may have to read.
+    """
+    found = []
+    for table, get in (("tasks", state.get_task), ("nodes", state.get_node)):
+        for key, row in picture.rows[table].items():
+            if row["status"] in FINISHED and not finished:
+                continue
+            item = await get(key)
+            shown = None if item is None else {name: getattr(item, name) for name in _SHOWN[table]}
+            there = {name: row[name] for name in _SHOWN[table]}
+            if shown != there:
+                found.append(f"{key} is {there} in the database, {shown} in memory")
+    tasks, nodes = (picture.rows[table].values() for table in ("tasks", "nodes"))
+    stats = {name: number for name, number in (await state.get_task_stats()).items() if number}
+    in_memory = {
+        "revision": state.version,
+        "waiting": {task.task_id for task in await state.get_pending_tasks(None)},
+        "nodes": {node.node_id for node in await state.get_all_nodes()},
+        "online": {node.node_id for node in await state.get_online_nodes()},
+        "tasks": stats.pop("total", 0),
+        "states": stats,
+    }
+    in_database = {
+        "revision": picture.revision,
+        "waiting": {row["task_id"] for row in tasks if row["status"] in ("pending", "scheduled")},
+        "nodes": {row["node_id"] for row in nodes},
+        "online": {row["node_id"] for row in nodes if row["status"] == "online"},
+        "tasks": len(tasks),
+        "states": dict(Counter(row["status"] for row in tasks)),
+    }
+    return found + [
+        f"{what}: {there} in the database, {in_memory[what]} in memory"
+        for what, there in in_database.items()
+        if in_memory[what] != there
+    ]

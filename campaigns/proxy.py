@@ -1,0 +1,268 @@
+"""A network that can be made to fail: what stands between clients and a PostgreSQL server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+from sqlalchemy import make_url
+
+FAULTS = ("reset", "refuse", "swallow", "swallow replies", "half", "hold", "drip")
+"""What can happen:
+
+- `reset`: all connections are reset; new ones can be made at once.
+- `refuse`: they are reset, and so is every new one until the network is back.
+- `swallow`: nothing gets through, either way, and nobody is told.
+- `swallow replies`: the server still hears what it is asked.
+- `half`: half of the next message gets through, and then both sides are told that it is over.
+- `hold`: replies come when the network is back, all that was held.
+- `drip`: replies come a few bytes at a time.
+"""
+
+MOMENTS = ("reply", "request", "now")
+"""When: in place of passing on the reply to a request, or the request; or at once."""
+
+_DROP, _DRIP_SECONDS = 16, 0.002
+
+_NO_FAREWELL = struct.pack("ii", 1, 0)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Trouble, and when it begins."""
+
+    kind: str
+    """One of `FAULTS`."""
+    moment: str = "now"
+    """One of `MOMENTS`."""
+    words: bytes = b""
+    """What is in the request that brings it on."""
+
+
+class Proxy:
+    """Stands between clients and a server; what it does to them can be told.
+
+    A connection from which something was swallowed stays so: neither side is even told that the
+    other one has gone.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._server_port = port_of(url)
+        self._listening: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[Any]] = set()
+        self._links: set[_Link] = set()
+        self._url = url
+        self.taken = 0
+        """Connections so far."""
+        self.swallowed = 0
+        """Requests so far that it did not pass on, or whose replies it would not."""
+        self.awaited: Fault | None = None
+        """The fault whose moment has not come yet."""
+        self.struck = asyncio.Event()
+        """The last fault has begun."""
+        self.swallows_requests = False
+        self.swallows_replies = False
+        self.refuses = False
+        self.drips = False
+        self.passes = asyncio.Event()
+        """Unset, replies are held."""
+        self.passes.set()
+
+    @property
+    def url(self) -> str:
+        """Where the database is, by this way."""
+        assert self._listening is not None
+        return with_parts(self._url, port=self._listening.sockets[0].getsockname()[1])
+
+    @property
+    def cut(self) -> bool:
+        """Whether it swallows anything."""
+        return self.swallows_requests or self.swallows_replies
+
+    def fail(self, fault: Fault) -> None:
+        """Bring trouble, as soon as its moment comes; it lasts until `forward`."""
+        self.awaited = fault
+        self.struck.clear()
+        if fault.moment == "now":
+            self.strike()
+
+    def swallow(self, requests: bool = True, replies: bool = True) -> None:
+        self.swallows_requests, self.swallows_replies = requests, replies
+
+    def swallow_after(self, words: bytes) -> None:
+        """Pass on the request with these words, and from then on nothing."""
+        self.fail(Fault("swallow", "reply", words))
+
+    def swallow_from(self, words: bytes) -> None:
+        """Pass on everything before the request with these words."""
+        self.fail(Fault("swallow", "request", words))
+
+    def forward(self) -> None:
+        """Pass everything on, but for connections from which something was swallowed."""
+        self.awaited = None
+        self.refuses = self.drips = False
+        self.passes.set()
+        self.swallow(False, False)
+        for link in self._links:
+            link.resets_next = link.halves_next = False
+
+    def strike(self, by: _Link | None = None) -> None:
+        """The moment has come, by a request on a connection or by the clock."""
+        fault, self.awaited = self.awaited, None
+        assert fault is not None
+        self.struck.set()
+        self.swallows_requests = fault.kind == "swallow"
+        self.swallows_replies = fault.kind in ("swallow", "swallow replies")
+        self.refuses = fault.kind == "refuse"
+        self.drips = fault.kind == "drip"
+        if fault.kind == "hold":
+            self.passes.clear()
+        for link in list(self._links):
+            link.halves_next = fault.kind == "half"
+            if fault.kind in ("reset", "refuse"):
+                if link is by and fault.moment == "reply":
+                    link.resets_next = True
+                else:
+                    link.reset()
+
+    async def __aenter__(self) -> Self:
+        self._listening = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._listening is not None
+        self._listening.close()
+        await self.end_connections()
+
+    async def end_connections(self) -> None:
+        """Have both sides learn at last that there is nobody."""
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.taken += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+        link = _Link(self, reader, writer)
+        self._links.add(link)
+        with suppress(OSError, asyncio.CancelledError):
+            if self.refuses:
+                link.reset()
+            else:
+                await link.serve(self._server_port)
+        self._links.discard(link)
+        await link.close()
+
+
+class _Link:
+    """One connection of a client, and the one to the server that goes with it."""
+
+    def __init__(
+        self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._proxy = proxy
+        self._reader, self._writer = reader, writer
+        self._writers = [writer]
+        self.resets_next = False
+        """Whether it is reset in place of passing on the next reply."""
+        self.halves_next = False
+        """Whether half of the next message is its end."""
+        self.loses_replies = False
+        """Whether some of them were swallowed, and so will be all others."""
+
+    async def serve(self, port: int) -> None:
+        """Pass on what both sides say, until one of them ends it."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        self._writers.append(writer)
+        await asyncio.gather(
+            self._pass_requests(self._reader, writer), self._pass_replies(reader, self._writer)
+        )
+
+    def reset(self) -> None:
+        """End both sides by a reset, as a machine on the way does that has forgotten them."""
+        for writer in self._writers:
+            if not writer.is_closing():
+                writer.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, _NO_FAREWELL
+                )
+                writer.transport.abort()
+
+    async def close(self) -> None:
+        """End both sides."""
+        for one in self._writers:
+            one.close()
+        for one in self._writers:
+            with suppress(OSError):
+                await one.wait_closed()
+
+    async def _pass_requests(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        proxy, cut = self._proxy, False
+        while data := await reader.read(1 << 16):
+            awaited = None if cut or proxy.swallows_requests else proxy.awaited
+            is_moment = awaited is not None and awaited.words in data
+            if awaited is not None and is_moment and awaited.moment == "request":
+                proxy.strike(self)
+            cut = cut or proxy.swallows_requests
+            if not cut:
+                self._send(data, writer)
+            proxy.swallowed += cut or self.loses_replies
+            if awaited is not None and is_moment and awaited.moment == "reply":
+                proxy.strike(self)
+        if cut or proxy.swallows_requests:
+            await asyncio.Event().wait()
+        writer.close()
+
+    async def _pass_replies(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        proxy, cut = self._proxy, False
+        while data := await reader.read(1 << 16):
+            cut = cut or proxy.swallows_replies
+            self.loses_replies = cut
+            if cut:
+                continue
+            if self.resets_next:
+                self.reset()
+                break
+            await proxy.passes.wait()
+            if not proxy.drips:
+                self._send(data, writer)
+                continue
+            for place in range(0, len(data), _DROP):
+                self._send(data[place : place + _DROP], writer)
+                if proxy.drips:
+                    await asyncio.sleep(_DRIP_SECONDS)
+        if cut or proxy.swallows_replies:
+            await asyncio.Event().wait()
+        writer.close()
+
+    def _send(self, data: bytes, writer: asyncio.StreamWriter) -> None:
+        if writer.is_closing():
+            return
+        if self.halves_next:
+            writer.write(data[: len(data) // 2])
+            for one in self._writers:
+                one.close()
+        else:
+            writer.write(data)
+
+
+def port_of(url: str) -> int:
+    """The port in a URL."""
+    port = make_url(url).port
+    assert port is not None
+    return port
+
+
+def with_parts(url: str, **parts: Any) -> str:
+    """The URL with another port, user or password."""
+    return make_url(url).set(**parts).render_as_string(hide_password=False)

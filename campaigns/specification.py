@@ -1,0 +1,178 @@
+"""What a task is to its callers: what each call may make of it, and be answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+NOT_FOUND: Final = "TaskNotFoundError"
+DUPLICATE: Final = "DuplicateError"
+STALE: Final = "StaleVersionError"
+NOT_OWNER: Final = "NotOwnerError"
+FINISHED_OTHERWISE: Final = "InvalidTransitionError"
+
+TOO_LATE: Final = "DeadlineError"
+"""What any call may be answered on a busy machine; then it has changed nothing."""
+
+HELD: Final = ("scheduled", "running")
+
+
+class Seen(NamedTuple):
+    """A task as somebody has seen it."""
+
+    version: int | None
+    """`None` while nobody has seen it since it was written by a call that did not tell."""
+    token: str
+    """Its content: each write gives it a new one."""
+    status: str
+    node: str | None
+    attempt: int
+
+    @property
+    def owner(self) -> tuple[str | None, int]:
+        return self.node, self.attempt
+
+
+class Call(NamedTuple):
+    """A call that concerns one task."""
+
+    name: str
+    arguments: Sequence[Any]
+    answer: Seen | str | bool | None
+    """The task as it was answered, `None` if there is none, the name of an error, `True` if it
+    was done, or `UNKNOWN`."""
+
+
+UNKNOWN: Final = False
+"""The answer that nobody got."""
+
+Outcome = Seen | str | None
+"""The task after a call, or the error with which it was refused."""
+
+
+def step(task: Seen | None, call: Call) -> Iterable[Seen | None]:
+    """What the task may be after a call with this answer; nothing if it can not be answered so."""
+    if call.answer == TOO_LATE:
+        yield task
+        return
+    for outcome in VERBS[call.name](task, *call.arguments):
+        if isinstance(outcome, str):
+            if call.answer == outcome:
+                yield task
+        elif call.answer is True or call.answer is UNKNOWN:
+            yield outcome
+        elif isinstance(call.answer, Seen):
+            if outcome is not None and is_same(outcome, call.answer):
+                yield call.answer
+        elif call.answer is None and outcome is None:
+            yield None
+
+
+def is_same(task: Seen, other: Seen) -> bool:
+    """Whether both may be the same version of a task."""
+    return task[1:] == other[1:] and (task.version is None or task.version == other.version)
+
+
+def _read(task: Seen | None) -> Iterable[Outcome]:
+    return [task]
+
+
+def _add(task: Seen | None, token: str) -> Iterable[Outcome]:
+    return [Seen(None, token, "pending", None, 0) if task is None else DUPLICATE]
+
+
+def _update(task: Seen | None, version: int, token: str) -> Iterable[Outcome]:
+    if task is None:
+        return [NOT_FOUND]
+    written = task._replace(version=None, token=token)
+    if task.version is None:
+        return [written, STALE]
+    return [written if task.version == version else STALE]
+
+
+def _change(task: Seen | None, token: str, before: Seen | None = None) -> Iterable[Outcome]:
+    if task is None:
+        return [NOT_FOUND]
+    if before is not None and not is_same(task, before):
+        return []
+    return [task._replace(version=None, token=token)]
+
+
+def _remove(task: Seen | None) -> Iterable[Outcome]:
+    return [NOT_FOUND if task is None else None]
+
+
+def _claim(task: Seen | None, node: str) -> Iterable[Outcome]:
+    if task is None or task.status != "pending":
+        return []
+    return [task._replace(version=None, status="scheduled", node=node, attempt=task.attempt + 1)]
+
+
+def _start(task: Seen | None, node: str, attempt: int) -> Iterable[Outcome]:
+    return _by_owner(task, (node, attempt), status="running")
+
+
+def _complete(task: Seen | None, node: str, attempt: int) -> Iterable[Outcome]:
+    return _by_owner(task, (node, attempt), status="completed")
+
+
+def _fail(task: Seen | None, node: str, attempt: int) -> Iterable[Outcome]:
+    return _by_owner(task, (node, attempt), status="pending", node=None)
+
+
+def _by_owner(
+    task: Seen | None, owner: tuple[str, int], status: str, **values: Any
+) -> Iterable[Outcome]:
+    if task is None:
+        return [NOT_FOUND]
+    if task.owner != owner:
+        return [NOT_OWNER]
+    if task.status == status:  # to say so twice changes nothing
+        return [task]
+    return [task._replace(version=None, status=status, **values) if _is_held(task) else NOT_OWNER]
+
+
+def _cancel(task: Seen | None) -> Iterable[Outcome]:
+    if task is None:
+        return [NOT_FOUND]
+    if task.status == "completed":
+        return [FINISHED_OTHERWISE]
+    return [task if task.status == "cancelled" else task._replace(version=None, status="cancelled")]
+
+
+def _requeue(task: Seen | None) -> Iterable[Outcome]:
+    if task is None:
+        return [NOT_FOUND]
+    return [task if task.status == "pending" else _back(task)]
+
+
+def _register(task: Seen | None, node: str) -> Iterable[Outcome]:
+    """A node comes back as a new process: what it held is pending again."""
+    is_lost = task is not None and _is_held(task) and task.node == node
+    return [_back(task) if task is not None and is_lost else task]
+
+
+def _back(task: Seen) -> Seen:
+    return task._replace(version=None, status="pending", node=None)
+
+
+def _is_held(task: Seen) -> bool:
+    return task.status in HELD
+
+
+VERBS: Final[Mapping[str, Callable[..., Iterable[Outcome]]]] = {
+    "read": _read,
+    "find": _read,
+    "add": _add,
+    "update": _update,
+    "change": _change,
+    "remove": _remove,
+    "claim": _claim,
+    "start": _start,
+    "complete": _complete,
+    "fail": _fail,
+    "cancel": _cancel,
+    "requeue": _requeue,
+    "register": _register,
+}
+"""What may come of each call of a task, with its arguments; its retries never end."""
