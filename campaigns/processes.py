@@ -822,7 +822,7 @@ CAMPAIGN = Campaign(
     ("P1", "P2", "P7"),
     perform,
     rounds=1_000,
-    quick_rounds=16,
+    quick_rounds=12,
     unit="processes",
     rounds_of={POSTGRESQL: 500},
 )

@@ -159,6 +159,8 @@ class Call:
     """Whether the feed tells what it has done."""
     lingers: bool = False
     """Whether what it is about may be only in memory at first, and be written later."""
+    is_slow: bool = False
+    """Whether it takes so long that a short run does without it."""
     is_open: bool = False
     """Whether `Scene.other` is open, so that it has neighbours there, too."""
 
@@ -240,6 +242,11 @@ async def _session(scene: Scene) -> None:
         await TaskRepository(session).get(scene.id("waiting"))
 
 
+async def _read_in(scene: Scene) -> None:
+    async with scene.db.session() as session:
+        await scene.db.read_in(session, _count)
+
+
 async def _transaction(scene: Scene) -> None:
     async with scene.db.transaction() as tx:
         await TaskRepository(tx).create(scene.task("new"))
@@ -291,7 +298,9 @@ CALLS: dict[str, Call] = {
         lambda scene: scene.other.db.close(),
         is_open=True,
     ),
-    "Database.backup": Call(lambda scene: scene.db.backup(scene.folder / scene.id("backup"))),
+    "Database.backup": Call(
+        lambda scene: scene.db.backup(scene.folder / scene.id("backup")), is_slow=True
+    ),
     "Database.close": Call(
         lambda scene: scene.other.db.close(),
         lambda scene: scene.other.db.initialize(),
@@ -304,9 +313,10 @@ CALLS: dict[str, Call] = {
     ),
     "Database.inspect": Call(lambda scene: scene.db.inspect(_count_at_once)),
     "Database.read": Call(lambda scene: scene.db.read(_count)),
+    "Database.read_in": Call(_read_in),
     "Database.session": Call(_session),
     "Database.transaction": Call(_transaction),
-    "Database.vacuum": Call(lambda scene: scene.db.vacuum()),
+    "Database.vacuum": Call(lambda scene: scene.db.vacuum(), is_slow=True),
     "Database.write": Call(lambda scene: scene.db.write(apply, scene.creation())),
     "Database.write_in": Call(_write_in),
     "NodeRepository.create": Call(lambda scene: scene.node_repo.create(scene.node("newcomer"))),
@@ -469,7 +479,7 @@ CALLS: dict[str, Call] = {
     "TaskRepository.requeue": Call(lambda scene: scene.task_repo.requeue(scene.id("done"))),
     "TaskRepository.start": Call(lambda scene: scene.task_repo.start(scene.tasks["held"])),
     "TaskRepository.update": Call(lambda scene: scene.task_repo.update(scene.changed("waiting"))),
-    "copy": Call(_copy, _empty_target),
+    "copy": Call(_copy, _empty_target, is_slow=True),
     "diagnose": Call(lambda scene: diagnose(scene.db)),
     "verify": Call(lambda scene: verify(scene.db)),
 }

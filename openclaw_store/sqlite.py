@@ -58,7 +58,7 @@ BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
-_open: dict[int, str] = {}
+_open: dict[int, str | Path] = {}
 """The files that this process has connections to, by connection."""
 
 _inherited: set[tuple[int, int]] = set()
@@ -86,7 +86,7 @@ class _WriteConnection(sqlite3.Connection):
 
     pragmas: Sequence[str] = _PRAGMAS
 
-    def __init__(self, path: str, **options: Any) -> None:
+    def __init__(self, path: str | Path, **options: Any) -> None:
         _open[id(self)] = path
         super().__init__(path, **options)
         try:
@@ -101,8 +101,10 @@ class _WriteConnection(sqlite3.Connection):
         # and the traceback of a cancelled caller does that.
         with suppress(sqlite3.Error):
             self.rollback()
-        super().close()
-        _open.pop(id(self), None)
+        try:
+            super().close()
+        finally:
+            _open.pop(id(self), None)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -137,7 +139,7 @@ class _LoneConnection(_WriteConnection):
 
 
 class _ReadConnection(_WriteConnection):
-    def __init__(self, path: str, **options: Any) -> None:
+    def __init__(self, path: str | Path, **options: Any) -> None:
         super().__init__(path, **options)
         self.execute("PRAGMA query_only=ON")
 
