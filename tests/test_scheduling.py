@@ -50,6 +50,7 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
     dispatcher,
+    mirror,
     round_trips,
 )
 from openclaw_store.lifecycle import NODE_LOST, OVERDUE
@@ -1393,8 +1394,9 @@ class TestClockTurnedBack:
     """What the campaign of the clock is about, each for itself."""
 
     async def test_node_that_beats_is_alive_and_its_beats_are_stored(
-        self, cluster: Cluster
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # only synchronisation writes them
         node = await cluster.join()
         await cluster.one.update_heartbeat(node, cpu_usage=1)
         await cluster.one.sync_to_database()
