@@ -223,7 +223,7 @@ class Lane:
         if not self.proxy.struck.is_set():  # nobody has said the words
             self.proxy.strike()
         adding = asyncio.create_task(self.other.add_task(make_task(f"other-{number}", "nobody")))
-        await asyncio.sleep(self.random.choice([0, 0.05, 0.2, 0.8]))
+        await asyncio.sleep(self.random.choice([0.1, 0.2, 0.4, 0.8]))
         self.proxy.forward()
         self.is_ending = True
         try:
