@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from campaigns import (
     backups,
+    cancel,
     clock,
     crash,
     files,
@@ -15,6 +16,7 @@ from campaigns import (
     models,
     network,
     power,
+    processes,
     soak,
 )
 from campaigns.campaign import Campaign
@@ -25,12 +27,15 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     lost_writes.CAMPAIGN,
     io.CAMPAIGN,
     history.CAMPAIGN,
+    cancel.CAMPAIGN,
     files.CAMPAIGN,
+    processes.CAMPAIGN,
     network.CAMPAIGN,
     models.CAMPAIGN,
     hostile.CAMPAIGN,
     migrations.CAMPAIGN,
     backups.CAMPAIGN,
     clock.CAMPAIGN,
+    clock.MACHINE,
     soak.CAMPAIGN,
 )

@@ -75,6 +75,7 @@ NOT_CALLED = {
     "Database.read": "takes a function of the library's own",
     "Database.inspect": "takes a function of the library's own",
     "Database.write": "takes a function of the library's own",
+    "Database.read_in": "takes a function of the library's own",
     "Database.write_in": "takes a function of the library's own",
     "Database.listen": "takes a function of the library's own",
     "Database.follow": "takes a function of the library's own",
@@ -278,7 +279,8 @@ class Store:
         if isinstance(result, list) and "claim" in call.name:
             self.tasks += result
         if ".list_by_" in call.name:
-            result = sorted(map(repr, result))  # nothing orders tasks of one moment
+            # Nothing orders tasks of one moment, or says which of them are within a limit.
+            result = [vars(item).get("submitted_at", item) for item in result]
         return Outcome(self.shown(repr(result)))
 
     def shown(self, text: str) -> str:
@@ -333,10 +335,15 @@ class _Drawing:
         return Call(name, arguments, run, self._values.is_large)
 
     def _arguments(self, method: Method) -> dict[str, Any]:
+        """Arguments of which mostly one is odd, so that it is not refused for another one."""
+        values, random = self._values, self._random
+        odd = random.choice([*method.hints, None]) if random.random() < 0.9 else None
         return {
-            name: self._values.of(hint)
+            name: values.of(hint)
+            if name == odd or random.random() < 0.1
+            else values.usual(name, hint)
             for name, hint in method.hints.items()
-            if name not in method.optional or self._random.random() < 0.5
+            if name == odd or name not in method.optional or random.random() < 0.5
         }
 
     def _of_method(self, method: Method) -> tuple[str, Mapping[str, Any], Callable[[], Any]]:

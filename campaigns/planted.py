@@ -5,13 +5,16 @@ They are planted from outside: nothing in the library knows of them.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any
 from unittest.mock import patch
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store import lifecycle
 from openclaw_store.changes import Change, Ledger, Row
@@ -24,7 +27,7 @@ from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import Claim, Update
 from openclaw_store.records import Record
 from openclaw_store.sqlite import _WriteConnection
-from openclaw_store.writer import Apply, Unit
+from openclaw_store.writer import Apply, Unit, Writer
 
 STALL_SECONDS = 10
 """So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
@@ -212,4 +215,37 @@ def synchronous_off() -> Iterator[None]:
     """P1: a commit on SQLite returns before it is on the disk."""
     pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
     with patch.object(_WriteConnection, "pragmas", pragmas):
+        yield
+
+
+@bug
+def abandoned_batch() -> Iterator[None]:
+    """A caller who is cancelled while its batch is under way does not wait for it.
+
+    Breaks P2: it is told that nothing is done any more, and something is.
+    """
+
+    async def withdraw(self: Writer, future: asyncio.Future[Any]) -> None:
+        future.cancel()
+
+    with patch.object(Writer, "_withdraw", withdraw):
+        yield
+
+
+@bug
+def leaked_connection() -> Iterator[None]:
+    """A caller who is cancelled while it reads takes the connection along.
+
+    Breaks P7: when all connections are gone, nobody can read.
+    """
+    leaked: list[object] = []  # else it would be closed by the garbage collector
+
+    async def read(self: Database, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
+        session = self.session_factory()
+        leaked.append(session)
+        result = await work(session)
+        await session.close()
+        return result
+
+    with patch.object(Database, "read", read):
         yield

@@ -31,7 +31,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.finishing import ended_badly, finish
+from openclaw_store.finishing import cancelled_once, ended_badly, finish
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
@@ -64,7 +64,8 @@ class Database:
     **Durability.** A write that returns is committed and on the disk.
     **Sharing.** One instance serves any number of coroutines, and several event loops in threads
     of their own. Writers queue, first come first served; readers never wait for writers.
-    **Processes.** Any number may open the same database. After `fork`, a child opens its own.
+    **Processes.** Any number may open the same database. What was opened before `fork` is the
+    parent's: a child is refused it, and on SQLite the file as well, at once.
 
     Args:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
@@ -214,6 +215,12 @@ class Database:
         Raises:
             UnavailableError: If the database is not open, or cannot be read.
         """
+        async with self._reading() as session:
+            await cancelled_once(session.connection())
+            yield session
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncSession]:
         sessions = self._engines_here().sessions
         with self._backend.faults.translated(own=False, reading=True):
             async with sessions() as session:
@@ -248,7 +255,7 @@ class Database:
             try:
                 with self._backend.faults.translated(own=False):
                     with self._backend.faults.translated():
-                        connection = await self._backend.begin(session)
+                        connection = await cancelled_once(self._backend.begin(session))
                     unit = Unit(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
@@ -308,7 +315,7 @@ class Database:
 
         async def unit() -> Result:
             with self._backend.faults.translated():  # the statements are ours
-                async with self.session() as session:
+                async with self._reading() as session:
                     return await work(session)
 
         task = asyncio.ensure_future(unit())
@@ -495,9 +502,9 @@ class Database:
 
     def _check_process(self) -> None:
         if self._forks != _forks:
-            raise UnavailableError(
-                f"{self.db_path} was opened before fork: open a new Database in the child"
-            )
+            is_file = self.dialect == "sqlite"
+            advice = "start the child by spawn" if is_file else "open a new Database in the child"
+            raise UnavailableError(f"{self.db_path} was opened before fork: {advice}")
 
     def _check_ready(self) -> None:
         if self._state == "ready" and self._forks == _forks:

@@ -1,4 +1,4 @@
-"""Work that is done to its end, even when the caller who waits for it is cancelled."""
+"""Work that comes to its end, even when the caller who waits for it is cancelled."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ async def finish(
         return future.result()
     if not ended_badly(future) and unwanted is not None:
         unwanted(future.result())
+    raise cancelled
+
+
+async def cancelled_once(work: Awaitable[Result]) -> Result:
+    """Do `work`, which is cancelled with its caller, but not again while it cleans up behind it."""
+    future = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            if cancelled is None:
+                future.cancel()
+            cancelled = error
+    if cancelled is None:
+        return future.result()
+    ended_badly(future)
     raise cancelled
 
 

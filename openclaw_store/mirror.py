@@ -34,6 +34,7 @@ from openclaw_store.errors import (
     NotFoundError,
     StaleVersionError,
     StoreError,
+    UnavailableError,
     UnsavedConflictError,
 )
 from openclaw_store.feed import (
@@ -153,6 +154,23 @@ class Mirror:
                 self._flush_timer.cancel()
             self._unlisten()
             self.watchers.wake_all()
+
+    async def abandon(self) -> None:
+        """Stop without the event loop that all of this goes on, which was closed before.
+
+        Raises:
+            UnavailableError: If something was only in memory. It is lost: what was writing it may
+                have stopped half-way.
+        """
+        if self._wakeups is not None:
+            await self._wakeups.stop()
+        self._unlisten()
+        lost = len(self.cache.unsaved) + len(self.cache.waiting_beats())
+        if lost:
+            raise UnavailableError(
+                f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
+                "were only in memory: shut the StateManager down before"
+            )
 
     async def find(self, place: Place) -> Record[Any] | None:
         """An entry from memory, else from the database."""

@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiosqlite
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -51,9 +52,33 @@ _ALONE_SECONDS = 1.0
 """How long somebody may take who only looks at what is to be replaced."""
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
+_ROWS_A_FETCH = 64  # as the driver has it
 
 BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
+
+
+_open: dict[int, str | Path] = {}
+"""The files that this process has connections to, by connection."""
+
+_inherited: set[tuple[int, int]] = set()
+"""The files, by device and number, that were open in the process that this one was forked from."""
+
+
+def _inherit() -> None:
+    for path in set(_open.values()):
+        with suppress(OSError):
+            _inherited.add(_identity(path))
+    _open.clear()
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inherit)
 
 
 class _WriteConnection(sqlite3.Connection):
@@ -61,8 +86,9 @@ class _WriteConnection(sqlite3.Connection):
 
     pragmas: Sequence[str] = _PRAGMAS
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        _open[id(self)] = path
+        super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
                 self.execute(pragma)
@@ -75,11 +101,34 @@ class _WriteConnection(sqlite3.Connection):
         # and the traceback of a cancelled caller does that.
         with suppress(sqlite3.Error):
             self.rollback()
-        super().close()
+        try:
+            super().close()
+        finally:
+            _open.pop(id(self), None)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
             self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
+
+
+class _DriverConnection(aiosqlite.Connection):
+    """A connection for coroutines, who may be cancelled at any time."""
+
+    async def rollback(self) -> None:
+        # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
+        # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
+        self._tx.put_nowait((None, self._conn.rollback))
+
+    def stop(self) -> asyncio.Future[Any] | None:
+        # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
+        # closing. The thread ends then, and whoever asks it once more would wait for ever.
+        return super().stop() if self._running else None
+
+
+def _connect(path: str, **options: Any) -> _DriverConnection:
+    connection = _DriverConnection(partial(sqlite3.connect, path, **options), _ROWS_A_FETCH)
+    connection._thread.daemon = True  # as SQLAlchemy has it
+    return connection
 
 
 class _LoneConnection(_WriteConnection):
@@ -90,8 +139,8 @@ class _LoneConnection(_WriteConnection):
 
 
 class _ReadConnection(_WriteConnection):
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(path, **options)
         self.execute("PRAGMA query_only=ON")
 
 
@@ -328,6 +377,7 @@ class SQLite:
         """
         check_version()
         self._file = None  # a former try may have found another one
+        self._refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
@@ -342,11 +392,11 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
-        found = os.stat(self.path)
-        self._file = found.st_dev, found.st_ino
+        self._file = _identity(self.path)
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
+        self._refuse_inherited()
         engine = self._guarded(_reading_engine(self.path))
         with self.faults.translated(), engine.connect() as connection:
             return work(connection)
@@ -438,7 +488,10 @@ class SQLite:
         engine = create_async_engine(
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
-            connect_args=_options(_WriteConnection if write else _ReadConnection),
+            connect_args={
+                "async_creator_fn": _connect,
+                **_options(_WriteConnection if write else _ReadConnection),
+            },
             **options,
         )
         self._guarded(engine.sync_engine)
@@ -536,6 +589,19 @@ class SQLite:
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
+    def _refuse_inherited(self) -> None:
+        """Refuse a file that was open when this process was forked.
+
+        SQLite keeps a process's locks in its memory, so here it would go by locks that only the
+        parent has: when that closed the file, what is written here would be lost.
+        """
+        with suppress(OSError):
+            if _inherited and _identity(self.path) in _inherited:
+                raise UnavailableError(
+                    f"{self.path} was open when this process was forked, and SQLite does not stand "
+                    "that: start the process by spawn, or fork before the file is opened"
+                )
+
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
         self._require_file()
@@ -559,8 +625,7 @@ class SQLite:
         if self._file is None:
             return
         try:
-            found = os.stat(self.path)
-            is_there = (found.st_dev, found.st_ino) == self._file
+            is_there = _identity(self.path) == self._file
         except (FileNotFoundError, NotADirectoryError):
             is_there = False
         except OSError:  # SQLite says what is wrong

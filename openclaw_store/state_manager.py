@@ -184,8 +184,15 @@ class StateManager:
         """Synchronise for the last time and close the database; may be called twice.
 
         Raises:
+            UnavailableError: If it is called on another event loop, as long as its own is there.
             StoreError: If something could not be written; everything is closed all the same.
         """
+        if (
+            self._thread is not None
+            and self._loop is not asyncio.get_running_loop()
+            and not self._loop.is_closed()  # else nothing runs there that could be waited for
+        ):
+            raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._shutdown())
         await asyncio.shield(self._ending)
@@ -193,10 +200,14 @@ class StateManager:
     async def _shutdown(self) -> None:
         async with self._life:
             try:
-                if self._sync_loop is not None:
-                    self._sync_loop.cancel()
-                    await asyncio.wait([self._sync_loop])
-                if self._thread is not None:
+                if self._thread is None:
+                    pass  # it never was initialized, or is the parent's
+                elif self._loop.is_closed():
+                    await self._mirror.abandon()
+                else:
+                    if self._sync_loop is not None:
+                        self._sync_loop.cancel()
+                        await asyncio.wait([self._sync_loop])
                     await self._mirror.stop()
             finally:
                 self._thread = None

@@ -102,8 +102,9 @@ class Listening:
 
     async def stop(self) -> None:
         """Tell nothing any more."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        if self._task.get_loop() is asyncio.get_running_loop():  # else that was closed
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def _run(self) -> None:
         engine = self._database.engine(write=False)

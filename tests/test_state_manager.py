@@ -2298,6 +2298,29 @@ class TestLife:
 
         assert not manager.is_initialized
 
+    async def test_shutdown_on_another_loop_is_refused(self, manager: StateManager) -> None:
+        """It waited for ever for tasks that only their own loop can end."""
+        with pytest.raises(UnavailableError, match="belongs to one event loop"):
+            await asyncio.to_thread(asyncio.run, manager.shutdown())
+
+        assert manager.is_initialized
+
+    @pytest.mark.sqlite  # nobody could close the connections to a server
+    def test_shutdown_when_its_loop_was_closed(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        """It waited for what had stopped half-way, or raised a `RuntimeError`."""
+        manager = StateManager(Database(location), auto_sync_interval=None)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(manager.initialize())
+        loop.run_until_complete(manager.add_task(make_task(), persist=False))
+        loop.close()
+
+        with pytest.raises(UnavailableError, match="1 entries and heartbeats are lost"):
+            asyncio.run(manager.shutdown())
+
+        assert not manager.is_initialized
+
     async def test_shutdown_without_initialize(self, location: Location) -> None:
         manager = StateManager(Database(location))
 
