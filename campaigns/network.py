@@ -268,7 +268,7 @@ class Lane:
             f"after {what}, the watcher has missed some or seen them twice",
         )
         await self.check_feed(what, newest)
-        await manager.refresh_from_database()
+        await self.insist(manager.refresh_from_database, f"after {what}, a refreshment")
         await self.check_cache(what)
         if not await holds(lambda: manager.db.checked_out_connections == 0):
             run.wrong(f"after {what}, connections are still in use")
