@@ -223,7 +223,7 @@ class Lane:
         if not self.proxy.struck.is_set():  # nobody has said the words
             self.proxy.strike()
         adding = asyncio.create_task(self.other.add_task(make_task(f"other-{number}", "nobody")))
-        await asyncio.sleep(self.random.choice([0, 0.05, 0.2, 0.8]))
+        await asyncio.sleep(self.random.choice([0.1, 0.2, 0.4, 0.8]))
         self.proxy.forward()
         self.is_ending = True
         try:
@@ -268,7 +268,7 @@ class Lane:
             f"after {what}, the watcher has missed some or seen them twice",
         )
         await self.check_feed(what, newest)
-        await manager.refresh_from_database()
+        await self.insist(manager.refresh_from_database, f"after {what}, a refreshment")
         await self.check_cache(what)
         if not await holds(lambda: manager.db.checked_out_connections == 0):
             run.wrong(f"after {what}, connections are still in use")

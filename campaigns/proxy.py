@@ -108,7 +108,7 @@ class Proxy:
         self.passes.set()
         self.swallow(False, False)
         for link in self._links:
-            link.resets_next = link.halves_next = False
+            link.halves_next = False
 
     def strike(self, by: _Link | None = None) -> None:
         """The moment has come, by a request on a connection or by the clock."""
