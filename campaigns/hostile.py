@@ -286,7 +286,7 @@ class Store:
     def shown(self, text: str) -> str:
         """A text without what is the store's own: places, and versions that are only in memory."""
         text = text.replace(str(self.folder), "(folder)").replace(str(self.location), "(location)")
-        text = re.sub(r"\b0x[0-9a-f]{6,}|(?<=version[ =])-\d+", "…", text)
+        text = re.sub(r"\b0x[0-9a-f]{6,}|(?<=version[ =])-\d+|(?<='version': )-\d+", "…", text)
         return text if len(text) < 10_000 else f"{text[:500]}… {len(text)} {hash(text)}"
 
     async def note_rows(self) -> bool:
