@@ -36,5 +36,6 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     migrations.CAMPAIGN,
     backups.CAMPAIGN,
     clock.CAMPAIGN,
+    clock.MACHINE,
     soak.CAMPAIGN,
 )

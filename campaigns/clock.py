@@ -435,11 +435,11 @@ def perform_on_machine(run: Run) -> None:
             machine = Machine(run, offset, past)
             for number in run.each_round():
                 with start(work_as, "dies") as mortal:
-                    machine.wait_until_known("lives", "dies")
+                    machine.wait("there", "lives", "dies")
                     machine.jump(MACHINE_JUMPS[number % len(MACHINE_JUMPS)])
-                    machine.wait_until_known("lives", "dies")
+                    machine.wait("known to live", "lives", "dies")
                     mortal.kill()
-                machine.wait_until_lost("dies")
+                machine.wait("marked lost", "dies", are_lost=True)
             machine.check_tasks()
 
 
@@ -488,18 +488,24 @@ class Machine:
         self._run.counts.operations += 1
         self._run.counts.acknowledged += 1
 
-    def wait_until_known(self, *names: str) -> None:
-        """See nodes marked as living that do, by heartbeats of their present time."""
-        self._wait("known to live", lambda: all(map(self._is_known, names)))
-
-    def wait_until_lost(self, name: str) -> None:
-        """See a node marked as lost that is."""
-        self._wait("marked lost", lambda: self._node(name)[0] == "offline")
+    def wait(self, what: str, *names: str, are_lost: bool = False) -> None:
+        """See nodes marked as lost, or as living by heartbeats of their present time."""
+        began = time.monotonic()
+        while not all((self._is_lost if are_lost else self._is_known)(name) for name in names):
+            if time.monotonic() - began > self.SLOW:
+                self._run.wrong(f"not within {self.SLOW:.0f} s of a jump: {names} are {what}")
+                return
+            time.sleep(0.02)
+        took = self._slowest[what] = max(self._slowest.get(what, 0), time.monotonic() - began)
+        self._run.notes[f"slowest {what}"] = f"{took:.1f} s"
 
     def check_tasks(self) -> None:
         """Look whether the times of tasks are in order."""
         wrong = self._past.execute(OUT_OF_ORDER).fetchall()
         self._run.check(not wrong, f"the times of {wrong[:3]} are not in order")
+
+    def _is_lost(self, name: str) -> bool:
+        return self._node(name)[0] == "offline"
 
     def _is_known(self, name: str) -> bool:
         status, at = self._node(name)
@@ -510,16 +516,6 @@ class Machine:
         query = "SELECT status, coalesce(last_heartbeat, 0) FROM nodes WHERE node_id = ?"
         found: tuple[str, int] | None = self._past.execute(query, (name,)).fetchone()
         return found or ("unknown", 0)
-
-    def _wait(self, what: str, condition: Callable[[], bool]) -> None:
-        began = time.monotonic()
-        while not condition():
-            if time.monotonic() - began > self.SLOW:
-                self._run.wrong(f"not within {self.SLOW:.0f} s after a jump: {what}")
-                return
-            time.sleep(0.02)
-        took = self._slowest[what] = max(self._slowest.get(what, 0), time.monotonic() - began)
-        self._run.notes[f"slowest {what}"] = f"{took:.1f} s"
 
 
 MACHINE = Campaign(

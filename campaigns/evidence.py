@@ -146,10 +146,9 @@ class Evidence:
         for call in (one for calls in self._calls.values() for one in calls):
             if call.name in _TELL_REVISION and isinstance(call.answer, Seen):
                 revision = call.answer.version or 0
-                if call.name not in _MAY_CHANGE_NOTHING or causes.get(revision) == (
-                    call.task_id,
-                    call.name,
-                ):
+                # To start what runs already is answered with what others have made of it since.
+                is_own = causes.get(revision) == (call.task_id, call.name)
+                if is_own or call.name not in _MAY_CHANGE_NOTHING:
                     self._writes[revision].append(call)
 
     def check(self) -> None:
@@ -183,7 +182,7 @@ class Evidence:
         for write in sorted(writes, key=attrgetter("invoked")):
             while returned and (returned[-1].returned or 0) < write.invoked:
                 newest = max(newest, returned.pop().answer.version)
-            # To start what is started already is answered with the revision that did it.
+            # To start what runs already is also answered with the revision that began it.
             if write.answer.version <= newest and write.name not in _MAY_CHANGE_NOTHING:
                 self._run.wrong(f"revision {newest} had been acknowledged before {write}")
 
@@ -252,7 +251,7 @@ class Evidence:
                         late.append((look.invoked - missed.returned) / 1e9)
         late.sort()
         shown = f"{late[len(late) * 99 // 100] * 1e3:.0f} ms, at most {late[-1] * 1e3:.0f} ms"
-        self._run.notes["old reads: p99"] = shown
+        self._run.notes["age of outdated reads from memory: p99"] = shown
         self._run.check(late[-1] < LATE_SECONDS, f"a read from memory was {late[-1]:.0f} s old")
 
     def _check_answers(self) -> None:

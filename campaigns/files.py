@@ -46,7 +46,7 @@ from campaigns.trial import (
 from openclaw_store import Database, StateManager, UnavailableError, verify
 from openclaw_store.testing import FakeClock, TaskFactory
 
-CALLS_A_STORE = 10
+CALLS_A_STORE = 5
 
 COMMITS = 12
 """In the WAL that is cut."""
@@ -259,6 +259,7 @@ class _Files:
             self._garbage_in_shm: 1,
             self._no_database: 2,
             self._damaged: 2,
+            self._locked_by_another: 1,
         }
         may_need_root = run.rounds > CAMPAIGN.quick_rounds and not os.geteuid()
         self._has_small_disk = may_need_root
@@ -410,6 +411,13 @@ class _Files:
             file.unlink()
         path.write_bytes(good)
         self.run.check(self._outcome(partial(_opens, path), f"after {kind}") is None, kind)
+
+    def _locked_by_another(self, path: Path) -> None:
+        with locked(path):
+            outcome = self._outcome(partial(_use, path), "locked")
+            self.run.check(isinstance(outcome, UnavailableError), f"locked: {outcome!r}")
+        again = self._outcome(partial(_use, path), "unlocked again")
+        self.run.check(again is None, f"unlocked again: {again!r}")
 
     def _unwritable(self, path: Path) -> None:
         with unwritable(path):

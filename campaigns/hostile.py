@@ -333,10 +333,15 @@ class _Drawing:
         return Call(name, arguments, run, self._values.is_large)
 
     def _arguments(self, method: Method) -> dict[str, Any]:
+        """Arguments of which mostly one is odd, so that it is not refused for another one."""
+        values, random = self._values, self._random
+        odd = random.choice([*method.hints, None]) if random.random() < 0.9 else None
         return {
-            name: self._values.of(hint)
+            name: values.of(hint)
+            if name == odd or random.random() < 0.1
+            else values.usual(name, hint)
             for name, hint in method.hints.items()
-            if name not in method.optional or self._random.random() < 0.5
+            if name == odd or name not in method.optional or random.random() < 0.5
         }
 
     def _of_method(self, method: Method) -> tuple[str, Mapping[str, Any], Callable[[], Any]]:

@@ -310,7 +310,7 @@ CAMPAIGN = Campaign(
     "every system call of SQLite fails in turn, once or for long, during every public call",
     ("P1", "P2"),
     perform,
-    rounds=20_000,
+    rounds=32_000,
     quick_rounds=40,
     unit="fault points",
     kinds=(SQLITE,),

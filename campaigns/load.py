@@ -8,7 +8,7 @@ said with what is left.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from itertools import count
 from random import Random
 from typing import Any
@@ -32,6 +32,12 @@ from openclaw_store.repositories import TaskRepository
 
 CLIENTS = 64
 """Coroutines that write at the same time."""
+
+VERBS = {
+    "add": 4, "add_three": 1, "update": 4, "update_two": 1, "claim": 3, "start": 3, "complete": 2,
+    "fail": 1, "remove": 1,
+}  # fmt: skip
+"""What a client does, and how often."""
 
 State = list[Any]
 """The status of a task, its attempt, and the number of its content."""
@@ -69,12 +75,14 @@ async def write(store: StateManager, tell: Tell, generation: int, seed: int) -> 
         generation: Another number for each store that is opened on a database.
     """
     random = Random(seed)
+    # Beside transactions of callers, the writer locks first on PostgreSQL; else it need not.
+    verbs = {**VERBS, "update_two": random.randint(0, 1)}
     tasks: dict[int, dict[str, State]] = {client: {} for client in range(CLIENTS)}
     for id, task in (await store.get_state()).tasks.items():  # also those of former generations
         if task.status not in FINISHED:
             tasks[int(id.split("-")[0])][id] = _state_of(task)
     clients = (
-        _Client(client, store, tell, generation, Random(random.random()), tasks[client])
+        _Client(client, store, tell, generation, Random(random.random()), verbs, tasks[client])
         for client in range(CLIENTS)
     )
     await asyncio.gather(*[client.write() for client in clients])
@@ -99,31 +107,23 @@ class _Client:
         tell: Tell,
         generation: int,
         random: Random,
+        verbs: Mapping[str, int],
         tasks: dict[str, State],
     ) -> None:
         self._number, self._store, self._tell, self._random = number, store, tell, random
         self._node = _node_of(number)
         self._prefix = f"{number}-{generation}"
         self._numbers = count(generation * 100_000 + number)
+        self._verbs = verbs
         self._tasks = tasks
 
     async def write(self) -> None:
         """Call whatever is possible, until a call fails."""
-        weights: dict[Callable[[], Awaitable[None]], int] = {
-            self._add: 4,
-            self._add_three: 1,
-            self._update: 4,
-            self._update_two: 1,
-            self._claim: 3,
-            self._start: 3,
-            self._complete: 2,
-            self._fail: 1,
-            self._remove: 1,
-        }
-        verbs = self._random.choices(list(weights), list(weights.values()), k=10_000)
+        names, weights = list(self._verbs), list(self._verbs.values())
         try:
-            for verb in verbs:
-                await verb()
+            while True:
+                [name] = self._random.choices(names, weights)
+                await getattr(self, name)()
         except OutcomeUnknownError:
             self._tell("unknown", self._number)
         except BackendError:
@@ -131,21 +131,21 @@ class _Client:
         except Exception as error:
             self._tell("failed", self._number, repr(error))
 
-    async def _add(self) -> None:
+    async def add(self) -> None:
         task = self._new()
         await self._call(self._store.add_task(task), {task.task_id: _state_of(task)})
 
-    async def _add_three(self) -> None:
+    async def add_three(self) -> None:
         tasks = [self._new() for _ in range(3)]
         await self._call(
             self._store.add_tasks(tasks), {task.task_id: _state_of(task) for task in tasks}
         )
 
-    async def _update(self) -> None:
+    async def update(self) -> None:
         for task in await self._some_rewritten(1):
             await self._call(self._store.update_task(task), {task.task_id: _state_of(task)})
 
-    async def _update_two(self) -> None:
+    async def update_two(self) -> None:
         tasks = await self._some_rewritten(2)
 
         async def update() -> None:
@@ -156,7 +156,7 @@ class _Client:
         if tasks:
             await self._call(update(), {task.task_id: _state_of(task) for task in tasks})
 
-    async def _claim(self) -> None:
+    async def claim(self) -> None:
         pending = [id for id, (status, *_) in self._tasks.items() if status == "pending"]
         limit = self._random.randint(1, 3)
 
@@ -168,24 +168,24 @@ class _Client:
         if after:
             await self._call(claim(), after, min(limit, len(pending)))
 
-    async def _start(self) -> None:
+    async def start(self) -> None:
         for task in await self._some("scheduled"):
             after = {task.task_id: self._moved(task.task_id, TaskStatus.RUNNING)}
             await self._call(self._store.start_task(task), after)
 
-    async def _complete(self) -> None:
+    async def complete(self) -> None:
         for task in await self._some("running"):
             after = {task.task_id: self._moved(task.task_id, TaskStatus.COMPLETED)}
             await self._call(self._store.complete_task(task, task.parameters), after)
 
-    async def _fail(self) -> None:
+    async def fail(self) -> None:
         for task in await self._some("running"):
             is_last = task.retry_count == task.max_retries
             status = TaskStatus.FAILED if is_last else TaskStatus.PENDING
             after = {task.task_id: self._moved(task.task_id, status)}
             await self._call(self._store.fail_task(task, "in vain"), after)
 
-    async def _remove(self) -> None:
+    async def remove(self) -> None:
         for task in await self._some(*TaskStatus):
             await self._call(self._store.remove_task(task.task_id), {task.task_id: None})
 

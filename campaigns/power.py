@@ -73,7 +73,7 @@ def new_disk(folder: Path) -> Iterator[Disk]:
         try:
             yield disk
         finally:
-            disk.unmount()
+            _run("umount", "--lazy", disk.folder)  # whoever may still be using it
 
 
 def perform(run: Run) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
-from enum import Enum, IntEnum, StrEnum
+from enum import Enum, EnumType, IntEnum, StrEnum
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -176,6 +176,22 @@ def hints_of(thing: object) -> dict[str, Any]:
 _hints_of = cache(get_type_hints)  # which takes a while
 
 
+_USUAL: Mapping[Any, Any] = {
+    int: 3,
+    float: 60.0,
+    bool: True,
+    datetime: datetime(2026, 3, 1, 12, tzinfo=UTC),
+    Any: {"a": [1, None]},
+    list[str]: ["python"],
+    Iterable[str]: ["python"],
+    dict[str, Any]: {"a": 1},
+    Mapping[str, Any]: {"a": 1},
+    TaskFilter: TaskFilter(),
+    Path: "new.db",
+    types.NoneType: None,
+}
+
+
 class Values:
     """Draws values; of the same state of `random`, the same ones."""
 
@@ -229,6 +245,20 @@ class Values:
             raise LookupError(f"how are values of {hint} drawn?")
         return self.anything() if self.random.random() < 0.08 else draw()
 
+    def usual(self, name: str, hint: Any) -> Any:
+        """A value that makes sense for something of that name, annotated so."""
+        if get_origin(hint) in (Union, types.UnionType):
+            hint = self.random.choice(get_args(hint))
+        if hint is str:
+            numbers = {"task_id": "task-{}", "node_id": "node-{}"}.get(name)
+            return numbers.format(self.random.randrange(1, 4)) if numbers else "python"
+        if hint in (Task, NodeInfo):
+            copies: Sequence[Any] = self._tasks if hint is Task else self._nodes
+            return self.random.choice(copies)
+        if hint in _USUAL:
+            return _USUAL[hint]
+        return self.random.choice(list(hint)) if isinstance(hint, EnumType) else self.of(hint)
+
     def some(self, kind: type[Any]) -> dict[str, Any]:
         """Values for one to three fields of a dataclass."""
         hints = hints_of(kind)
@@ -253,15 +283,15 @@ class Values:
     def text(self) -> Any:
         random = self.random
         chosen = random.random()
-        if chosen < 0.3:
+        if chosen < 0.05:
             return random.choice(KNOWN)
-        if chosen < 0.6:
+        if chosen < 0.4:
             return random.choice(TEXTS)
-        if chosen < 0.75:
+        if chosen < 0.5:
             return "".join(random.choices(TEXTS, k=random.randrange(2, 6)))
-        if chosen < 0.83:
+        if chosen < 0.75:
             return random.choice(BAD_TEXTS) + random.choice(TEXTS)
-        if chosen < 0.88:
+        if chosen < 0.83:
             return "".join(chr(random.randrange(0x110000)) for _ in range(random.randrange(1, 40)))
         if chosen < 0.93:
             length = random.choice((63, 64, 65, 254, 255, 256, 257, 1000))
@@ -385,7 +415,7 @@ class Values:
     def task(self) -> Any:
         if self._tasks and self.random.random() < 0.6:
             task = self.random.choice(self._tasks)
-            return task if self.random.random() < 0.4 else replace(task, **self.some(Task))
+            return replace(task, **self.some(Task))
         values = {
             "task_id": f"new-{self.random.randrange(1000)}",
             "task_type": "batch",
@@ -396,7 +426,7 @@ class Values:
     def node(self) -> Any:
         if self._nodes and self.random.random() < 0.6:
             node = self.random.choice(self._nodes)
-            return node if self.random.random() < 0.4 else replace(node, **self.some(NodeInfo))
+            return replace(node, **self.some(NodeInfo))
         values = {"node_id": f"new-{self.random.randrange(1000)}", "hostname": "x"}
         return NodeInfo(**{**values, **self.some(NodeInfo)})
 

@@ -392,8 +392,7 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
-        found = os.stat(self.path)
-        self._file = found.st_dev, found.st_ino
+        self._file = _identity(self.path)
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
@@ -626,8 +625,7 @@ class SQLite:
         if self._file is None:
             return
         try:
-            found = os.stat(self.path)
-            is_there = (found.st_dev, found.st_ino) == self._file
+            is_there = _identity(self.path) == self._file
         except (FileNotFoundError, NotADirectoryError):
             is_there = False
         except OSError:  # SQLite says what is wrong
