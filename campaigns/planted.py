@@ -231,13 +231,13 @@ def abandoned_batch() -> Iterator[None]:
 
 @bug
 def leaked_connection() -> Iterator[None]:
-    """P7: a caller who is cancelled while it reads takes its connection along."""
+    """P7: a caller who is cancelled while it reads never gives its connection back."""
     leaked: list[object] = []  # else the garbage collector would give it back
 
     async def read(self: Database, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
         session = self.session_factory()
         leaked.append(session)
-        result = await work(session)
+        result = await asyncio.shield(work(session))
         await session.close()
         return result
 
