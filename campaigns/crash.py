@@ -61,7 +61,7 @@ CAMPAIGN = Campaign(
     perform,
     rounds=1000,
     rounds_of={POSTGRESQL: 400},
-    quick_rounds=3,
+    quick_rounds=2,
     unit="kills",
     bugs=("acknowledge-before-commit", "revision-outside-transaction"),
 )

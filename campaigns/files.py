@@ -16,14 +16,21 @@ import asyncio
 import errno
 import os
 import shutil
-import signal
 import sqlite3
 import struct
 import subprocess
+import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +38,6 @@ from pathlib import Path
 from campaigns import vfs
 from campaigns.calls import CALLS
 from campaigns.campaign import SQLITE, Campaign, Run
-from campaigns.children import Child, Tell
 from campaigns.picture import Picture, differences, picture
 from campaigns.planted import planted
 from campaigns.trial import (
@@ -55,6 +61,16 @@ _WAL_HEADER, _FRAME_HEADER = 32, 24
 
 _WRITES = frozenset({"write", "pwrite", "pwrite64"})
 
+
+_KEEP_LOCKED = """
+import sqlite3, sys
+
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=5)
+connection.execute("BEGIN EXCLUSIVE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+"""Has the lock until its input ends."""
 
 FileTrouble = Callable[[Path], AbstractContextManager[object]]
 """What goes on for a while with the database at a path."""
@@ -117,26 +133,23 @@ def removed(path: Path) -> Iterator[None]:
 @contextmanager
 def replaced(path: Path) -> Iterator[None]:
     """Another database is in its place."""
+    another = path.with_name("another")
+    with closing(sqlite3.connect(another)) as connection:
+        connection.execute("CREATE TABLE tasks (task_id TEXT PRIMARY KEY)")
     with removed(path):
-        shutil.copyfile(path.with_name("away"), path)
+        another.rename(path)
         yield
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Another process keeps the write lock."""
-    with Child(keep_locked, path, errors=path.with_name("errors.txt")) as child:
-        next(iter(child.told()))
+    command = [sys.executable, "-c", _KEEP_LOCKED, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        if process.stdout.readline() != b"locked\n":
+            raise RuntimeError("the database could not be locked")
         yield
-
-
-def keep_locked(tell: Tell, path: str) -> None:
-    """Take the write lock, and have it until the process is killed."""
-    connection = sqlite3.connect(path, isolation_level=None, timeout=5)
-    connection.execute("BEGIN EXCLUSIVE")
-    tell("locked")
-    while True:
-        signal.pause()
 
 
 @contextmanager

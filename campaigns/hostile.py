@@ -75,6 +75,7 @@ NOT_CALLED = {
     "Database.read": "takes a function of the library's own",
     "Database.inspect": "takes a function of the library's own",
     "Database.write": "takes a function of the library's own",
+    "Database.read_in": "takes a function of the library's own",
     "Database.write_in": "takes a function of the library's own",
     "Database.listen": "takes a function of the library's own",
     "Database.follow": "takes a function of the library's own",
@@ -278,7 +279,8 @@ class Store:
         if isinstance(result, list) and "claim" in call.name:
             self.tasks += result
         if ".list_by_" in call.name:
-            result = sorted(map(repr, result))  # nothing orders tasks of one moment
+            # Nothing orders tasks of one moment, or says which of them are within a limit.
+            result = [vars(item).get("submitted_at", item) for item in result]
         return Outcome(self.shown(repr(result)))
 
     def shown(self, text: str) -> str:

@@ -124,6 +124,8 @@ class Sweep:
     """`None` until the calls of the system were counted."""
     left: list[Point] = field(default_factory=list)
     """Points that were not tried yet."""
+    is_finished: bool = False
+    """Whether each point was tried."""
 
     def __str__(self) -> str:
         if isinstance(self.call, Life):
@@ -160,7 +162,7 @@ class _Faults:
                 for sweep in sweeps:  # all of them once more
                     self._refill(sweep)
         begun = [sweep for sweep in sweeps if sweep.points is not None]
-        finished = sum(not sweep.left for sweep in begun)
+        finished = sum(sweep.is_finished for sweep in begun)
         points = sum(len(sweep.points or ()) for sweep in begun)
         self.run.notes["sweeps"] = f"{len(begun)} of {len(sweeps)}, {finished} of them to the end"
         self.run.notes["fault points known"] = f"{points:,}"
@@ -191,6 +193,7 @@ class _Faults:
         share = min(share, self.run.rounds - self._done)
         taken, sweep.left = sweep.left[:share], sweep.left[share:]
         self._done += len(taken)
+        sweep.is_finished |= not sweep.left
         return taken
 
     def _note(self) -> None:
@@ -310,7 +313,7 @@ CAMPAIGN = Campaign(
     "every system call of SQLite fails in turn, once or for long, during every public call",
     ("P1", "P2"),
     perform,
-    rounds=32_000,
+    rounds=34_000,
     quick_rounds=40,
     unit="fault points",
     kinds=(SQLITE,),

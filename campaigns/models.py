@@ -43,6 +43,7 @@ def _run_machines(run: Run, tests: Sequence[str], examples: int) -> int:
     report = run.folder / "report.xml"
     environment = {
         **os.environ,
+        "PYTEST_ADDOPTS": "",  # as CI's, which measure coverage: they are for the tests around this
         "OPENCLAW_STORE_TEST_EXAMPLES": str(examples),
         "OPENCLAW_STORE_TEST_SEED": str(run.random.getrandbits(64)),
     }

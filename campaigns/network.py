@@ -219,7 +219,7 @@ class Lane:
         await asyncio.sleep(self.random.uniform(0, 0.05))
         self.proxy.fail(fault)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.proxy.struck.wait(), 0.3)
+            await asyncio.wait_for(self.proxy.struck.wait(), 2)
         if not self.proxy.struck.is_set():  # nobody has said the words
             self.proxy.strike()
         adding = asyncio.create_task(self.other.add_task(make_task(f"other-{number}", "nobody")))
@@ -238,10 +238,13 @@ class Lane:
                 one.cancel()
 
     def draw(self, callers: list[Caller], number: int) -> Fault:
-        """Each kind at each moment in turn, by the words of anybody."""
+        """Each kind at each moment in turn, by anybody's words; first by those that commit."""
         kind = FAULTS[number % len(FAULTS)]
         moment = MOMENTS[number // len(FAULTS) % len(MOMENTS)]
-        words = [b"", b"COMMIT", *(caller.node_id.encode() for caller in callers)]
+        writes = [b"COMMIT", b'{"changed"']  # what commits, with the lock and mostly without it
+        words = [b"", *writes, *(caller.node_id.encode() for caller in callers)]
+        if number < len(FAULTS):
+            return Fault(kind, moment, writes[number % len(writes)])
         return Fault(kind, moment, b"" if moment == "now" else self.random.choice(words))
 
     async def check(self, what: str, number: int) -> None:

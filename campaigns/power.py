@@ -127,7 +127,7 @@ CAMPAIGN = Campaign(
     ("P1", "P2", "P5"),
     perform,
     rounds=200,
-    quick_rounds=3,
+    quick_rounds=2,
     unit="cuts",
     kinds=(SQLITE,),
     bugs=("synchronous-off",),

@@ -120,7 +120,11 @@ def _check_usage(run: Run, usage: Sequence[Usage]) -> None:
         calls, memory = zip(*((one.calls, one.memory) for one in settled), strict=True)
         slope = linear_regression(calls, memory).slope * 100_000
         run.notes["memory in 100,000 calls"] = f"{slope / 1e6:+.2f} MB"
-        run.check(slope < MEMORY_SLOPE, f"memory grows by {slope / 1e6:.2f} MB in 100,000 calls")
+        megabytes = [round(number / 1e6, 1) for number in memory]
+        run.check(
+            slope < MEMORY_SLOPE,
+            f"memory grows by {slope / 1e6:.2f} MB in 100,000 calls: {megabytes}",
+        )
 
 
 _TABLES: Final = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -94,9 +95,12 @@ async def outcome_of(run: Run, call: Callable[[], Awaitable[Any]], what: str) ->
 class Trial:
     """A store, whose calls are tried one after another."""
 
-    def __init__(self, run: Run, path: Path, store: Store, checker: sqlite3.Connection) -> None:
+    def __init__(
+        self, run: Run, path: Path, store: Store, checker: sqlite3.Connection, file: int
+    ) -> None:
         self.run, self.path, self.store = run, path, store
         self._checker = checker
+        self._file = file
 
     def picture(self) -> Picture:
         """What is in the database now."""
@@ -205,9 +209,10 @@ class Trial:
         """What there would be if the process were killed now: without what its `-shm` holds."""
         with TemporaryDirectory(dir=self.run.folder) as folder:
             copy = Path(folder, self.path.name)
-            for ending in ("", "-wal"):
-                with suppress(FileNotFoundError):
-                    shutil.copyfile(f"{self.path}{ending}", f"{copy}{ending}")
+            size = os.fstat(self._file).st_size
+            copy.write_bytes(os.pread(self._file, size, 0))
+            with suppress(FileNotFoundError):
+                shutil.copyfile(f"{self.path}-wal", f"{copy}-wal")
             return picture(copy)
 
     def report(self, what: str, found: list[str]) -> None:
@@ -255,18 +260,22 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
     folder.mkdir()
     database = Database(path, clock=clock, timeout=LOCK_SECONDS)
     state = StateManager(database, None, finished_cache_size=FINISHED_IN_MEMORY)
-    await state.initialize()
+    # Not opened and closed while the store is open, which would cost this process its locks.
+    file = os.open(path, os.O_RDONLY)
     try:
+        await state.initialize()
         with closing(sqlite3.connect(path, isolation_level=None)) as checker:
-            trial = Trial(run, path, Store(state, clock, folder), checker)
+            trial = Trial(run, path, Store(state, clock, folder), checker, file)
             yield trial
             last = trial.picture()
             trial.report("in the end", await differences(state, last, finished=True))
+        closed = await outcome_of(run, state.shutdown, "shutdown")
+        run.check(closed is None, f"shutdown: raised {closed!r}")
     except BaseException:
         await asyncio.wait([asyncio.ensure_future(state.shutdown())], timeout=DEADLINE_SECONDS)
         raise
-    closed = await outcome_of(run, state.shutdown, "shutdown")
-    run.check(closed is None, f"shutdown: raised {closed!r}")
+    finally:
+        os.close(file)
     look_at_files(run, path, last)
     async with Database(path) as reopened:
         found = await verify(reopened)

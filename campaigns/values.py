@@ -138,7 +138,7 @@ Pair = namedtuple("Pair", "first second")  # noqa: PYI024 - it is what some prog
 STRANGERS: tuple[Any, ...] = (
     None, True, False, b"bytes", b"\xff\0", bytearray(b"x"), memoryview(b"x"), 1j, Decimal(1),
     Decimal("NaN"), Fraction(1, 3), date(2026, 3, 1), timedelta(1), {1}, frozenset("a"), ...,
-    object, object(), len, NotImplemented, Other.THING, Level.HIGH, Colour.RED, Pair(1, 2), (),
+    object, object(), NotImplemented, Other.THING, Level.HIGH, Colour.RED, Pair(1, 2), (),
     range(3), ((),), types.MappingProxyType({}), Path("x"), ValueError("x"), sys, iter(()),
 )  # fmt: skip
 """What hardly anything takes. Nothing in it can be changed by whoever gets it."""

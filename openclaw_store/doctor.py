@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import shutil
 import sqlite3
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -143,7 +142,7 @@ def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"{free} of {pages} pages are free ({_size(free * size)}).",
         "run `openclaw-store vacuum` when writers can wait",
     )
-    waiting = _waiting_pages(path)
+    waiting = _waiting_pages(connection)
     yield _judge(
         "wal",
         waiting <= WAL_PAGES,
@@ -161,21 +160,13 @@ def _pragma(connection: Connection, name: str) -> Any:
     return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
 
 
-def _waiting_pages(path: Path) -> int:
-    """How many pages of the WAL a checkpoint has yet to move, by its index.
+def _waiting_pages(connection: Connection) -> int:
+    """How many pages of the WAL cannot be moved to the database now, since somebody reads them.
 
-    The first 48 bytes are a header, with the number of pages at 16; at 96 stands how many of them
-    were moved (https://sqlite.org/walformat.html).
+    SQLite is asked to move the others. To look into the `-shm` file instead would cost this process
+    all locks it has there, as soon as the file is closed (https://sqlite.org/howtocorrupt.html).
     """
-    try:
-        with path.with_name(path.name + "-shm").open("rb") as index:
-            header = index.read(100)
-    except OSError:  # nobody has the file open
-        return 0
-    if len(header) < 100:
-        return 0
-    (pages,) = struct.unpack_from("=I", header, 16)
-    (moved,) = struct.unpack_from("=I", header, 96)
+    _, pages, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
     return int(max(0, pages - moved))
 
 

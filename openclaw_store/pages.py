@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from openclaw_store.changes import ITEM, counters_of
 from openclaw_store.models import Task
+from openclaw_store.records import JSON_FIELDS
 from openclaw_store.schema import FIELDS, ChangeRow
 
 CHANGE_WIDTH = len(ChangeRow.__table__.c)
@@ -23,12 +24,10 @@ CHANGE_WIDTH = len(ChangeRow.__table__.c)
 _TEXTS = 8
 """Into so many texts SQLite puts a page, as none may be longer than a billion bytes."""
 
-_COLUMNS = ", ".join(
-    [
-        *(f"changes.{column.name}" for column in ChangeRow.__table__.c),
-        *(f"tasks.{name}" for name in FIELDS[Task]),
-    ]
-)
+_COLUMNS = [
+    *(f"changes.{column.name}" for column in ChangeRow.__table__.c),
+    *(f"tasks.{name}" for name in FIELDS[Task]),
+]
 
 # The version of a task is the revision of its last change. So the last change of a task that is in
 # the page brings it, and those before it need not.
@@ -36,13 +35,17 @@ _TASKS = f"""LEFT JOIN tasks
     ON changes.item = '{ITEM[Task]}' AND tasks.task_id = changes.item_id
     AND (tasks.version <= changes.revision OR tasks.version > %(until)s)"""
 
+# JSON as text: for each value of its own type, the driver calls a function of Python's.
+_TEXTS_OF_JSON = {f"tasks.{name}": f"tasks.{name}::text" for name in JSON_FIELDS[Task]}
+
 _AS_ROWS = f"""
-    SELECT counters.revision, beat, compacted, {_COLUMNS} FROM counters
+    SELECT counters.revision, beat, compacted,
+        {", ".join(_TEXTS_OF_JSON.get(one, one) for one in _COLUMNS)} FROM counters
     LEFT JOIN changes ON changes.revision > %(since)s AND changes.revision <= %(until)s {_TASKS}
     WHERE counters.id = 1 ORDER BY changes.revision""" % {"since": "$1", "until": "$2"}
 
 _PART = f"""(
-    SELECT json_group_array(json_array({_COLUMNS})) FROM changes {_TASKS}
+    SELECT json_group_array(json_array({", ".join(_COLUMNS)})) FROM changes {_TASKS}
     WHERE changes.revision > ?1 + ?3 * %(part)s
     AND changes.revision <= min(?1 + ?3 * (%(part)s + 1), ?2))"""
 

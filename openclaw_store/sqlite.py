@@ -376,8 +376,8 @@ class SQLite:
             StoreError: Saying which file cannot be used, and what to do.
         """
         check_version()
-        self._refuse_inherited()
         self._file = None  # a former try may have found another one
+        self._refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")

@@ -435,11 +435,11 @@ class TestTransaction:
                 node.running_tasks += 1
                 await NodeRepository(session).update(node)
 
-        await asyncio.gather(*[increment() for _ in range(50)])
+        await asyncio.gather(*[increment() for _ in range(20)])
 
         node = await NodeRepository(database).get("n")
         assert node is not None
-        assert node.running_tasks == 50
+        assert node.running_tasks == 20
 
     async def test_plain_sql_of_the_caller_is_committed_too(
         self, database: Database, make_task: MakeTask

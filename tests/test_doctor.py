@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sqlite3
 from contextlib import closing
@@ -12,8 +13,18 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute
 from sqlalchemy import text
+from test_database import run_scripts
 
-from openclaw_store import Database, Finding, Level, StateManager, diagnose, doctor, utc_now
+from openclaw_store import (
+    Database,
+    Finding,
+    Level,
+    StateManager,
+    TaskRepository,
+    diagnose,
+    doctor,
+    utc_now,
+)
 
 MOUNTS = """\
 22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
@@ -22,6 +33,13 @@ MOUNTS = """\
 32 30 0:28 / /data/over rw - ext4 /dev/vdc rw
 33 30 0:29 / /data/over rw - tmpfs none rw
 34 30 0:30 / /data/ssh rw - fuse.sshfs me@there: rw
+"""
+
+
+TAKE_THE_LOCK = """
+import sqlite3, sys
+
+sqlite3.connect(sys.argv[1], isolation_level=None, timeout=0).execute("BEGIN IMMEDIATE")
 """
 
 
@@ -160,6 +178,18 @@ class TestFile:
 
         await manager.db.vacuum()
         assert bad(await diagnose(manager.db)) == {}
+
+    async def test_locks_of_this_process_stay(
+        self, manager: StateManager, location: Path, make_task: MakeTask
+    ) -> None:
+        """Issue #7: it closed the `-shm` file, which released the lock of who was writing."""
+        async with manager.db.transaction(timeout=60) as tx:
+            await TaskRepository(tx).create(make_task())
+
+            await diagnose(manager.db)
+
+            [another] = await asyncio.to_thread(run_scripts, (TAKE_THE_LOCK, [location]))
+        assert "database is locked" in another.err
 
     async def test_reader_that_holds_the_wal_back_is_found(
         self, location: Path, manager: StateManager, make_task: MakeTask

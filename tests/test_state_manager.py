@@ -1341,14 +1341,25 @@ class TestHeartbeats:
         assert stored is not None
         assert stored.cpu_usage == 5
 
-    async def test_that_is_older_is_passed_over(
+    async def test_that_is_a_little_older_is_passed_over(
         self, manager: StateManager, node: NodeInfo, clock: FakeClock
     ) -> None:
-        clock.advance(seconds=-60)
+        """Another machine's clock may be ahead by as much."""
+        clock.advance(seconds=-1)
 
         assert await manager.update_heartbeat(node.node_id, cpu_usage=99) is True
 
         assert await manager.get_node(node.node_id) == node
+
+    async def test_that_is_much_older_is_taken_as_the_clock_was_turned_back(
+        self, manager: StateManager, node: NodeInfo, clock: FakeClock
+    ) -> None:
+        at = clock.advance(seconds=-60)
+
+        assert await manager.update_heartbeat(node.node_id, cpu_usage=99) is True
+
+        beaten = replace(node, cpu_usage=99, last_heartbeat=at)
+        assert await manager.get_node(node.node_id) == beaten
 
     async def test_reaches_other_managers(
         self, manager: StateManager, node: NodeInfo, open_manager: OpenManager
