@@ -62,7 +62,7 @@ STEPS_A_ROUND = 3
 PATIENCE_SECONDS = 20.0
 """After which something that should have happened counts as hanging."""
 
-LEAK_SECONDS = 5.0
+LEAK_SECONDS = 3.0
 """After which what is still in use counts as leaked."""
 
 Rows = dict[tuple[str, str], dict[str, Any]]
