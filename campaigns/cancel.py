@@ -574,5 +574,5 @@ CAMPAIGN = Campaign(
     rounds=20_000,
     quick_rounds=24,
     unit="calls, each at three steps",
-    bugs=("abandoned-batch", "leaked-connection"),
+    bugs=("abandoned-batch",),
 )

@@ -8,13 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
 from typing import Any
 from unittest.mock import patch
-
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store import lifecycle
 from openclaw_store.changes import Change, Ledger, Row
@@ -226,20 +224,4 @@ def abandoned_batch() -> Iterator[None]:
         future.cancel()
 
     with patch.object(Writer, "_withdraw", withdraw):
-        yield
-
-
-@bug
-def leaked_connection() -> Iterator[None]:
-    """P7: a caller who is cancelled while it reads never gives its connection back."""
-    leaked: list[object] = []  # else the garbage collector would give it back
-
-    async def read(self: Database, work: Callable[[AsyncSession], Awaitable[Any]]) -> Any:
-        session = self.session_factory()
-        leaked.append(session)
-        result = await asyncio.shield(work(session))
-        await session.close()
-        return result
-
-    with patch.object(Database, "read", read):
         yield

@@ -179,8 +179,9 @@ class Mirror:
             return record
         cache, version = self.cache, self.cache.version
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
-        if found is not None:
-            await self.reach(found.version)
+        if found is not None and found.version > self.cache.complete:
+            await self.refresh()
+            return await self.find(place)
         unmoved = self.cache is cache and cache.version == version
         if found is not None and place[0] is Task and unmoved:
             cache.remember(found)

@@ -365,7 +365,7 @@ class TestRowsWrittenByHand:
         tasks = TaskRepository(database)
         task = await tasks.get("t")
         assert task is not None
-        task.status = TaskStatus.COMPLETED
+        task.status, task.completed_at = TaskStatus.COMPLETED, clock()
         await tasks.update(task)
         clock.advance(days=31)
 

@@ -99,6 +99,8 @@ class Side:
     """The version in memory of what was unsaved last, and the one it was written with."""
     beats: dict[str, Beat] = field(default_factory=dict)
     version: int = 0
+    complete: int = 0
+    """The revision up to which memory knows all."""
     lags: bool = False
     """Whether the other one has changed something since the last refresh."""
 
@@ -241,6 +243,8 @@ class Machine(DatabaseMachine):
     def number(self, side: Side) -> int:
         self.revision += 1
         side.version = self.revision
+        if not side.lags:
+            side.complete = self.revision
         for other in self.side:
             other.lags = other.lags or other is not side
         return self.revision
@@ -250,6 +254,7 @@ class Machine(DatabaseMachine):
         side.tasks = dict(self.tasks)
         side.nodes = {id: with_beat(node, side.beats.get(id)) for id, node in self.nodes.items()}
         side.lags = False
+        side.complete = self.revision
         side.counts = Counter(task.status for task in self.tasks.values())
         side.version = max(side.version, self.revision)
 
@@ -274,8 +279,11 @@ class Machine(DatabaseMachine):
         """A task as the manager finds it: in memory, else in the database."""
         if id in side.unsaved:
             return side.unsaved[id].item
-        if id not in side.tasks and id in self.tasks and self.tasks[id].status not in LIVE:
-            side.tasks[id] = self.tasks[id]  # finished ones are remembered
+        if id not in side.tasks and id in self.tasks:
+            if self.tasks[id].version > side.complete:
+                self.catch_up(side)  # else memory could go back
+            elif self.tasks[id].status not in LIVE:
+                side.tasks[id] = self.tasks[id]  # finished ones are remembered
         return side.tasks.get(id) or self.tasks.get(id)
 
     def settle(self, side: Side, id: str) -> type[StoreError] | None:

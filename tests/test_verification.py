@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,9 @@ from conftest import (
     MakeTask,
     OpenManager,
     execute,
-    new_location,
 )
-from hypothesis import HealthCheck, settings
-from hypothesis.stateful import run_state_machine_as_test
 from sqlalchemy import insert
-from test_machine import Machine
+from test_machine import Machine, run_machine
 
 from openclaw_store import (
     Database,
@@ -40,7 +36,6 @@ from openclaw_store import (
     UnsavedConflictError,
     Verification,
     mending,
-    mirror,
     verification,
     verify,
 )
@@ -184,14 +179,9 @@ class TestSound:
 
     @pytest.mark.parametrize("kind", EACH_KIND)
     def test_whatever_else_callers_write_is_at_most_repaired(
-        self,
-        kind: str,
-        request: pytest.FixtureRequest,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, kind: str, request: pytest.FixtureRequest, tmp_path: Path
     ) -> None:
         """States without their times, counters of the callers' own: legal, and put in order."""
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)
 
         class Verified(Machine):
             def teardown(self) -> None:
@@ -211,16 +201,7 @@ class TestSound:
                     assert repaired
                     assert (await verify(database)).problems == []
 
-        Verified.new_location = partial(new_location, request, kind, tmp_path, migrated=True)
-        limits = settings(
-            max_examples=6 if kind == "sqlite" else 2,
-            stateful_step_count=20,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-
-        run_state_machine_as_test(Verified, settings=limits)
+        run_machine(Verified, kind, request, tmp_path, 6 if kind == "sqlite" else 2, steps=20)
 
 
 SAFE: dict[str, tuple[str, str, str | None]] = {
