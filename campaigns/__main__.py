@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(by_name) if options.names == ["all"] else options.names
     if unknown := [name for name in names if name not in by_name]:
         parser.error(f"no campaign {unknown[0]!r}: choose from all, {', '.join(by_name)}")
+    if options.bug and options.report:
+        parser.error("a run with a bug is no result: leave --report away")
     clean: list[bool] = []
     for campaign in map(by_name.__getitem__, names):
         for kind in campaign.kinds:

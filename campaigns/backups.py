@@ -273,8 +273,8 @@ def make_task(id: str, value: int) -> Task:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that so many percent do not exceed; 0 where there are none."""
-    return sorted(values)[(len(values) * percent - 1) // 100] if values else 0.0
+    """The value that so many percent do not exceed."""
+    return sorted(values)[(len(values) * percent - 1) // 100]
 
 
 def perform_with_programs(run: Run) -> None:

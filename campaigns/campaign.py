@@ -43,7 +43,7 @@ class Campaign:
     rounds: int
     """Of the long form, whose figures are published."""
     quick_rounds: int
-    """Of the form that the test suite runs: about two seconds, and no root needed."""
+    """Of the form that the test suite runs: about two seconds, and no root needed; 0 for none."""
     unit: str
     """What a round is, in the plural."""
     kinds: tuple[str, ...] = KINDS
@@ -88,6 +88,7 @@ class Run:
         seed: int,
         server: Server | None = None,
         bug: str | None = None,
+        is_quick: bool = False,
         report: Callable[[int], None] = lambda done: None,
     ) -> None:
         """Prepare a run.
@@ -96,9 +97,11 @@ class Run:
             folder: An empty one, for files.
             server: Where databases are made if `kind` is PostgreSQL. It may be killed.
             bug: Name of one in `planted`, to be found.
+            is_quick: Whether it runs beside other tests: then how long things take is not judged.
             report: Is told how many rounds are done.
         """
         self.kind, self.rounds, self.folder, self.seed, self.bug = kind, rounds, folder, seed, bug
+        self.is_quick = is_quick
         self.random = Random(seed)
         self.counts = Counts()
         self.findings: list[str] = []

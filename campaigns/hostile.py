@@ -281,7 +281,11 @@ class Store:
         if ".list_by_" in call.name:
             # Nothing orders tasks of one moment, or says which of them are within a limit.
             result = [vars(item).get("submitted_at", item) for item in result]
-        return Outcome(self.shown(repr(result)))
+        try:
+            text = repr(result)
+        except ValueError as error:  # a number with too many digits for Python to show
+            text = str(error)
+        return Outcome(self.shown(text))
 
     def shown(self, text: str) -> str:
         """A text without what is the store's own: places, and versions that are only in memory."""

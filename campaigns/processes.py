@@ -731,14 +731,6 @@ def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
             run.done()
 
 
-def limit() -> float:
-    """Seconds that something may take which should take a second at most.
-
-    Where more processes want to run than there are processors, so many times as long.
-    """
-    return LIMIT_SECONDS * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-
-
 def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> None:
     """Was it a good death?"""
     name, counts = death.name, run.counts
@@ -748,7 +740,8 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
     if death.left_at is not None:
         took = death.ended_at - death.left_at
         slowest["end"] = max(slowest["end"], took)
-        run.check(took < limit(), f"{name}: its end took {took:.1f} s")
+        is_soon = run.is_quick or took < LIMIT_SECONDS
+        run.check(is_soon, f"{name}: its end took {took:.1f} s")
     else:
         run.wrong(f"{name}: was never ready to end")
     if ending in ERRORS:
@@ -765,7 +758,8 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
         run.check(came == wanted and came in ("works", "refused"), f"{name}: {what}: {came}")
         if came == "refused":
             slowest["error"] = max(slowest["error"], took)
-            run.check(took < limit(), f"{name}: {what}: was refused after {took:.1f} s")
+            is_soon = run.is_quick or took < LIMIT_SECONDS
+            run.check(is_soon, f"{name}: {what}: was refused after {took:.1f} s")
 
     stored = _stored(run, death)
     counts.operations += len(death.trying)

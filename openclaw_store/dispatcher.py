@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 from openclaw_store import lifecycle
@@ -97,6 +97,7 @@ class Dispatcher:
         self._nodes = nodes
         self._backoff = backoff
         self._spares = 0
+        self._latest: datetime | None = None  # that the clock has shown to a recovery
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
         """Hand tasks to a node; see `StateManager.claim_tasks`."""
@@ -261,12 +262,15 @@ class Dispatcher:
     async def _suspects(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
         """The tasks that seem to be on nodes that are not alive, or to run or wait for too long."""
         cache, now = self._mirror.cache, self._database.clock()
-        waiting = map(cache.tasks.get, cache.ready.due_after(now + longest_wait))
-        suspects: list[str] = [
-            one["task_id"]
-            for one in waiting
-            if one is not None and lifecycle.is_put_off(one, now, longest_wait)
-        ]
+        suspects: list[str] = []
+        latest = self._latest
+        if latest is None or now < latest:  # else no clock was turned back since
+            for id in cache.ready.due_after(now + longest_wait):
+                one = cache.tasks.get(id)
+                if one is not None and lifecycle.is_put_off(one, now, longest_wait):
+                    suspects.append(id)
+                await asyncio.sleep(0)
+        self._latest = now if latest is None else max(latest, now)
         for node_id, ids in list(cache.held().items()):
             if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), now, patience):
                 suspects += ids

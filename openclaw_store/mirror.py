@@ -181,7 +181,8 @@ class Mirror:
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
         if found is not None and found.version > self.cache.complete:
             await self.refresh()
-            return await self.find(place)
+            known = self.cache.find(place)
+            return known or await self._repositories[place[0]].get_record(place[1])
         unmoved = self.cache is cache and cache.version == version
         if found is not None and place[0] is Task and unmoved:
             cache.remember(found)

@@ -121,8 +121,8 @@ class Update(OfOneRow, Generic[Item]):
 def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> datetime | None:
     """The last heartbeat of a node that is updated: it never goes back, but from the future."""
     before, after = known["last_heartbeat"], given["last_heartbeat"]
-    if after is None or (before is not None and after < before <= now):
-        after = before
+    if before is not None and (after is None or after < before):
+        after = min(before, now)  # another machine's clock may only be a little ahead
     newer: datetime | None = after
     return newer
 

@@ -21,7 +21,7 @@ from openclaw_store.schema import FIELDS, ChangeRow
 CHANGE_WIDTH = len(ChangeRow.__table__.c)
 """How many values of a row are the change; those behind it are its task."""
 
-_TEXTS = 8
+_TEXTS = 16
 """Into so many texts SQLite puts a page, as none may be longer than a billion bytes."""
 
 _COLUMNS = [

@@ -133,8 +133,9 @@ class Listening:
             def hear(_: object, process: int, __: object, counters: str) -> None:
                 if process in self._database.writers:  # it is known already
                     return
-                if counters:
-                    self._tell(*map(int, counters.split()))
+                told = counters.split()
+                if len(told) == 2 and all(map(str.isdecimal, told)):
+                    self._tell(*map(int, told))
                 else:  # whoever writes in a transaction of a session has them notified at once
                     heard.set()
 

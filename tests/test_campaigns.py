@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
+from tempfile import mkdtemp
 
 import pytest
 
@@ -25,7 +26,7 @@ SEED = 20_261_125
 
 def each(*, bugs: bool = False) -> Iterator[object]:
     """Campaigns and the kinds of database they are for, and the bugs they must find."""
-    for campaign in CAMPAIGNS:
+    for campaign in (campaign for campaign in CAMPAIGNS if campaign.quick_rounds):
         for kind in campaign.kinds:
             for bug in campaign.bugs if bugs else (None,):
                 marks = getattr(pytest.mark, kind)
@@ -34,12 +35,25 @@ def each(*, bugs: bool = False) -> Iterator[object]:
 
 
 def perform(
-    campaign: Campaign, kind: str, bug: str | None, folder: Path, request: pytest.FixtureRequest
+    campaign: Campaign,
+    kind: str,
+    bug: str | None,
+    folder: Path,
+    request: pytest.FixtureRequest,
+    seed: int = SEED,
 ) -> Run:
     if why_not := campaign.why_not():
         pytest.skip(why_not)
     server = request.getfixturevalue("own_server") if kind == POSTGRESQL else None
-    run = Run(kind, campaign.quick_rounds, folder, seed=SEED, server=server, bug=bug)
+    run = Run(
+        kind,
+        campaign.quick_rounds,
+        folder,
+        seed=seed,
+        server=server,
+        bug=bug,
+        is_quick=True,
+    )
     campaign.perform(run)
     return run
 
@@ -59,9 +73,13 @@ def test_nothing_is_lost_and_nothing_wrong(
 def test_planted_bug_is_found(
     campaign: Campaign, kind: str, bug: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    run = perform(campaign, kind, bug, tmp_path, request)
+    """Within three tries: which processes meet is not up to the seed."""
+    runs = (
+        perform(campaign, kind, bug, Path(mkdtemp(dir=tmp_path)), request, SEED + number)
+        for number in range(3)
+    )
 
-    assert run.findings
+    assert any(run.findings for run in runs)
 
 
 class TestCommand:

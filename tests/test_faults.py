@@ -354,6 +354,20 @@ class TestHeartbeats:
 
 
 class TestRowsWrittenByHand:
+    async def test_version_that_leads_ahead_is_read_once_more_and_not_for_ever(
+        self, manager: StateManager, location: Location
+    ) -> None:
+        execute(
+            location,
+            "INSERT INTO tasks (task_id, task_type, name, status, version) "
+            "VALUES ('t', 'batch', '', 'completed', 1000000)",
+        )
+
+        task = await manager.get_task("t")
+
+        assert task is not None
+        assert task.version == 1_000_000
+
     async def test_history_that_leads_in_a_circle_is_cleaned_up(
         self, database: Database, clock: FakeClock, location: Location
     ) -> None:

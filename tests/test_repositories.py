@@ -569,6 +569,23 @@ class TestSignsOfLife:
         assert stored is not None
         assert (stored.hostname, stored.last_heartbeat) == ("renamed", latest)
 
+    async def test_update_by_a_clock_that_is_behind_leaves_a_node_alive(
+        self, nodes: NodeRepository, make_node: MakeNode, clock: FakeClock
+    ) -> None:
+        """An older copy of it, and the last heartbeat by a clock that is a little ahead."""
+        node = make_node(last_heartbeat=clock())
+        await nodes.create(node)
+        clock.advance(minutes=3)
+        await nodes.update_heartbeat(node.node_id)
+        now = clock.advance(seconds=-2)
+
+        node.hostname = "renamed"
+        await nodes.update(node)
+
+        stored = await nodes.get(node.node_id)
+        assert stored is not None
+        assert stored.last_heartbeat == now
+
     async def test_usage_is_written_as_it_is_given(
         self, nodes: NodeRepository, make_node: MakeNode
     ) -> None:
