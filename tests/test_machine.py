@@ -467,6 +467,8 @@ class Machine(DatabaseMachine):
         if node is None:
             assert id not in self.nodes
             return
+        if id not in side.nodes and self.nodes[id].version > side.complete:
+            self.catch_up(side)  # else memory could go back
         in_memory = side.nodes.get(id)
         for name, value in deepcopy(content).items():
             setattr(node, name, value)
