@@ -1,6 +1,7 @@
 """`diagnose`: whether the environment is one in which the store can keep its promises.
 
-It only reads, and takes the database as it is: not opened, not migrated, or not there at all.
+It changes nothing (but may have SQLite move pages from the WAL to the file), and takes the database
+as it is: not opened, not migrated, or not there at all.
 """
 
 from __future__ import annotations
