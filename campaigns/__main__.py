@@ -72,7 +72,7 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
         run = Run(
             kind, rounds, Path(folder), seed=seed, server=server, bug=options.bug, report=report
         )
-        campaign.perform(run)
+        campaign.run(run)
     seconds = time.monotonic() - began
     for finding in run.findings:
         console.print(finding, markup=False, style="red")

@@ -29,6 +29,10 @@ SHOWN = 20
 """So many findings of a run are kept as text; all of them are counted."""
 
 
+class HangError(Exception):
+    """Something does not go on, so nothing that needs it can be tried any more."""
+
+
 @dataclass(frozen=True)
 class Campaign:
     """One kind of trouble, and the promises that must survive it."""
@@ -57,6 +61,14 @@ class Campaign:
     def rounds_on(self, kind: str) -> int:
         """How many rounds the long form has."""
         return self.rounds_of.get(kind, self.rounds)
+
+    def run(self, run: Run) -> None:
+        """Do the rounds of a run. What hangs is found to be wrong, and ends it."""
+        try:
+            self.perform(run)
+        except* HangError as hangs:
+            for hang in hangs.exceptions:
+                run.wrong(f"the rest was not tried: {hang}")
 
 
 @dataclass

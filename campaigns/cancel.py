@@ -41,7 +41,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.postgres import installed_package
-from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.campaign import POSTGRESQL, Campaign, HangError, Location, Run
 from campaigns.planted import planted
 from campaigns.scenes import (
     CALLS,
@@ -182,10 +182,6 @@ class _Book:
         """How long a write took that came next, in seconds."""
 
 
-class _StuckError(Exception):
-    """Something does not go on, so nothing else can be tried."""
-
-
 class _Pass:
     """The calls, one after another, on one database."""
 
@@ -215,8 +211,8 @@ class _Pass:
                 found = await verify(self.manager.db)
                 self.run.check(bool(found), f"verify finds {found.problems[:3]}")
             await self.judge_connections()
-        except _StuckError as stuck:
-            self.run.wrong(f"{stuck}, and the rest of the pass was not tried")
+        except HangError as hang:
+            self.run.wrong(f"the rest of the pass was not tried: {hang}")
         finally:
             await self.outside.close()
 
@@ -327,7 +323,7 @@ class _Pass:
         future = asyncio.ensure_future(work)
         await asyncio.wait([future], timeout=PATIENCE_SECONDS)
         if not future.done():
-            raise _StuckError(f"{what}: hangs")
+            raise HangError(f"{what}: hangs")
         return future.result()
 
     async def rows(self, scene: Scene, call: Call) -> Rows:
@@ -419,7 +415,7 @@ class _Pass:
         while (in_use := database.checked_out_connections) or asyncio.all_tasks() - own:
             if time.monotonic() > deadline:
                 left = asyncio.all_tasks() - own
-                raise _StuckError(f"{where}: {in_use} connections and {left} are left")
+                raise HangError(f"{where}: {in_use} connections and {left} are left")
             await asyncio.sleep(0.0005)
 
     async def judge_outcome(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import make_url
 
-from campaigns.campaign import Location
+from campaigns.campaign import HangError, Location
 
 SCHEMA_OF_POSTGRESQL = """
 SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
@@ -35,6 +35,8 @@ FROM information_schema.columns WHERE table_schema = 'public' GROUP BY table_nam
 _OTHERS = """
 SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
+
+_PATIENCE_SECONDS = 60.0
 
 _ASIDE = ("legacy_rejected", "legacy_extra")
 """What adoption leaves beside the tables of the library."""
@@ -111,6 +113,9 @@ def wait_until_alone(location: Location) -> None:
     """Wait until the server has noticed the end of those who were connected, and undone their work.
 
     A file is left at once.
+
+    Raises:
+        HangError: If it does not notice.
     """
     if isinstance(location, str):
         asyncio.run(_wait_until_alone(location))
@@ -176,8 +181,11 @@ async def _look_at_server(url: str) -> Contents:
 async def _wait_until_alone(url: str) -> None:
     connection = await connect(url)
     try:
-        while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise HangError("the server goes on with what those had begun who are gone") from None
     finally:
         await connection.close()
 

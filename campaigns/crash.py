@@ -6,12 +6,10 @@ see `audit`. And the store is open again in less than a second.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
-from importlib import import_module
 
-from benchmarks.postgres import wait_until
 from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
+from campaigns.contents import wait_until_alone
 from campaigns.workers import Blow, Worker, strike_again_and_again
 
 KILLS_A_DATABASE = 20
@@ -36,22 +34,7 @@ def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:
         elif number % 2:
             yield Blow(lambda _: run.server.kill(), run.server.start)
         else:
-            yield Blow(Worker.kill, lambda: _wait_until_alone(str(location)))
-
-
-def _wait_until_alone(url: str) -> None:
-    """Wait until the server has ended what a killed worker had begun."""
-    driver = import_module("asyncpg")
-
-    async def is_alone() -> bool:
-        connection = await driver.connect(url.replace("+asyncpg", ""))
-        try:
-            others = "datname = current_database() AND pid <> pg_backend_pid()"
-            return not await connection.fetch(f"SELECT FROM pg_stat_activity WHERE {others}")
-        finally:
-            await connection.close()
-
-    wait_until(lambda: asyncio.run(is_alone()), "the server has ended what was begun")
+            yield Blow(Worker.kill, lambda: wait_until_alone(location))
 
 
 CAMPAIGN = Campaign(

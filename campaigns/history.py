@@ -12,12 +12,12 @@ import asyncio
 import signal
 import time
 from contextlib import ExitStack
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 from campaigns.caller import work
-from campaigns.campaign import Campaign, Location, Run
+from campaigns.campaign import Campaign, HangError, Location, Run
 from campaigns.children import Child
 from campaigns.evidence import Asked, Evidence, Life
 from openclaw_store import Database, verify
@@ -30,9 +30,6 @@ ROUNDS_BETWEEN_KILLS = (5, 15)
 
 SHORT = 10
 """Rounds of a short run, in which one process is killed."""
-
-SILENT_SECONDS = 120
-"""After which the processes count as hanging."""
 
 
 def perform(run: Run) -> None:
@@ -53,7 +50,7 @@ class _Processes:
         self._errors = run.folder / "errors"
         self._lives: list[Life] = []
         self._children: list[Child] = []
-        self._messages: SimpleQueue[tuple[int, list[Any] | None]] = SimpleQueue()
+        self._messages: SimpleQueue[tuple[int, list[Any] | HangError | None]] = SimpleQueue()
         self._wanted = run.rounds * CALLS_A_ROUND
         self._answered = 0
         self._is_short = run.rounds <= SHORT
@@ -67,11 +64,9 @@ class _Processes:
             for number in range(working):
                 self._begin(stack, f"node-{number}", 0)
             while working:
-                try:
-                    number, message = self._messages.get(timeout=SILENT_SECONDS)
-                except Empty:
-                    self._run.wrong(f"no process has said anything for {SILENT_SECONDS} s")
-                    break
+                number, message = self._messages.get()
+                if isinstance(message, HangError):
+                    raise message
                 if message is not None:
                     self._take(number, message)
                 elif self._is_replaced(number):
@@ -91,9 +86,13 @@ class _Processes:
         self._lives.append(Life(node))
 
         def listen() -> None:
-            for message in child.told():
-                self._messages.put((number, message))
-            self._messages.put((number, None))
+            try:
+                for message in child.told():
+                    self._messages.put((number, message))
+            except HangError as hang:
+                self._messages.put((number, hang))
+            else:
+                self._messages.put((number, None))
 
         Thread(target=listen, daemon=True).start()
 

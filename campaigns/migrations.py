@@ -37,8 +37,8 @@ BY_TWO_EVERY = 5
 
 Look = Callable[[Location], Contents]
 
-_PATIENCE = 3600.0
-"""Seconds that one waits for another, with as many rows."""
+_PATIENCE_SECONDS = 3600.0
+"""That one waits for another, with as many rows."""
 
 
 class Work(NamedTuple):
@@ -106,7 +106,9 @@ def perform(run: Run) -> None:
 def upgrade(location: str) -> float:
     """Upgrade a database to today's schema; returns how many seconds it took."""
     began = time.monotonic()
-    database = Database(location, clock=FakeClock(NOW), timeout=_PATIENCE, legacy_timezone="UTC")
+    database = Database(
+        location, clock=FakeClock(NOW), timeout=_PATIENCE_SECONDS, legacy_timezone="UTC"
+    )
 
     async def run() -> None:
         async with database:
@@ -119,7 +121,7 @@ def upgrade(location: str) -> float:
 def downgrade(location: str, revision: str = FIRST) -> float:
     """Take a database back to an older schema; returns how many seconds it took."""
     began = time.monotonic()
-    migrations.downgrade(backend_of(location, _PATIENCE), revision)
+    migrations.downgrade(backend_of(location, _PATIENCE_SECONDS), revision)
     return time.monotonic() - began
 
 
@@ -172,7 +174,7 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
     what = f"{work.name}, killed after {delay:.3f} s,"
     errors = run.folder / "errors"
     with run.location(copy_of=work.source) as place:
-        with Child(work.child, place, errors=errors) as child:
+        with _child(work, place, errors) as child:
             told = child.told()
             run.check(next(told, None) is not None, f"{what} has not begun: {_end_of(errors)}")
             time.sleep(delay)
@@ -183,12 +185,12 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
         _count(run, what, work, look(place), is_done=is_done)
         with ExitStack() as stack:
             if by_two:
-                other = stack.enter_context(Child(work.child, place, errors=errors))
+                other = stack.enter_context(_child(work, place, errors))
             try:
                 work.do(str(place))
             except StoreError as error:
                 run.wrong(f"{what} can not be done again: {error!r}")
-            if by_two and other.wait(_PATIENCE) != 0:
+            if by_two and other.wait() != 0:
                 run.wrong(f"{work.name} by two at once: {_end_of(errors)}")
         _acknowledge(run, 1 + by_two)
         _compare(run, f"{what} and done again,", look(place), work.after)
@@ -198,6 +200,10 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
             run.check(bool(copies), f"{what} and there is no copy of the original")
             for copy in copies:
                 _compare(run, f"copied before {what}", look(copy), work.before)
+
+
+def _child(work: Work, place: Location, errors: Path) -> Child:
+    return Child(work.child, place, errors=errors, patience_seconds=_PATIENCE_SECONDS)
 
 
 def _count(run: Run, what: str, work: Work, found: Contents, *, is_done: bool) -> None:

@@ -20,15 +20,15 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from random import Random
 from typing import Any, TypeVar
 from unittest.mock import patch
 
 import asyncpg  # type: ignore[import-untyped]  # it has no types
 
-from campaigns.campaign import POSTGRESQL, Campaign, Run
+from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run
 from campaigns.planted import planted
 from campaigns.proxy import FAULTS, MOMENTS, Fault, Proxy
 from openclaw_store import (
@@ -199,8 +199,9 @@ class Lane:
             for number in numbers:
                 await self.one_fault(callers, number)
                 self.run.done()
-            await self.manager.shutdown()
-            await watching
+            async with in_time("to shut down"):
+                await self.manager.shutdown()
+                await watching
 
     async def watch(self) -> None:
         """See every change."""
@@ -275,17 +276,18 @@ class Lane:
 
     async def insist(self, call: Callable[[], Awaitable[object]], name: str) -> None:
         """Have a call work at once; where only the machine is too slow for these limits, later."""
-        while True:
-            swallowed = self.proxy.swallowed
-            try:
-                await call()
-            except DuplicateError:
-                break  # it had worked
-            except BackendError as error:
-                if self.proxy.swallowed > swallowed:
-                    self.run.wrong(f"{name} does not work: {error!r}")
-                continue
-            break
+        async with in_time(name):
+            while True:
+                swallowed = self.proxy.swallowed
+                try:
+                    await call()
+                except DuplicateError:
+                    break  # it had worked
+                except BackendError as error:
+                    if self.proxy.swallowed > swallowed:
+                        self.run.wrong(f"{name} does not work: {error!r}")
+                    continue
+                break
 
     async def change_nothing(self) -> None:
         async with self.manager.db.transaction() as tx:
@@ -476,6 +478,20 @@ class Caller:
 def make_task(id: str, skill: str) -> Task:
     """A task for the node of that name."""
     return Task.create(TaskType.BATCH, "t", task_id=id, required_skills=[skill])
+
+
+@asynccontextmanager
+async def in_time(what: str) -> AsyncIterator[None]:
+    """See that what is done in the block does not hang.
+
+    Raises:
+        HangError: If it does.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE):
+            yield
+    except TimeoutError:
+        raise HangError(f"{what} has taken {PATIENCE:g} s") from None
 
 
 async def holds(condition: Callable[[], bool]) -> bool:

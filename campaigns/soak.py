@@ -41,6 +41,9 @@ SAMPLES = 100
 WARM_UP = 5
 """The share of a run that does not count: a fifth."""
 
+SILENT_SECONDS = 3600.0
+"""The process tells nothing between two samples, of which those of a long run are far apart."""
+
 FINISHED_IN_MEMORY = 1000
 
 PATIENCE_SECONDS = 60
@@ -78,7 +81,9 @@ def perform(run: Run) -> None:
         seen: dict[str, dict[str, list[list[object]]]] = {}
         arguments = (location, run.seed, run.rounds, run.folder)
         errors = run.folder / "errors"
-        with Child(use, *arguments, errors=errors, bug=run.bug) as child:
+        with Child(
+            use, *arguments, errors=errors, bug=run.bug, patience_seconds=SILENT_SECONDS
+        ) as child:
             for message in child.told():
                 match message:
                     case ["used", *values]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
@@ -14,7 +16,7 @@ import pytest
 
 from campaigns.__main__ import main
 from campaigns.calls import CALLS, FROM_MEMORY
-from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Run
+from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run
 from campaigns.catalogue import CAMPAIGNS
 from campaigns.children import Child, Tell
 from campaigns.lives import LIVES
@@ -54,7 +56,7 @@ def perform(
         bug=bug,
         is_quick=True,
     )
-    campaign.perform(run)
+    campaign.run(run)
     return run
 
 
@@ -189,6 +191,44 @@ def test_child_that_is_killed_has_told_what_it_told(
     assert first == [[40, str(tmp_path)], [41], [42]]
     assert rest == [[43 + number] for number in range(len(rest))]
     assert child.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("wait", [lambda child: [*child.told()], Child.wait])
+def test_child_that_hangs_is_killed_with_what_it_has_forked(
+    wait: Callable[[Child], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    with Child(hang, errors=tmp_path / "errors", patience_seconds=3) as child:
+        with pytest.raises(HangError, match=r"a process of hang has .* for 3 s"):
+            wait(child)
+        list(child.told())  # which ends: nobody is left who could tell more
+
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_what_hangs_is_a_finding(tmp_path: Path) -> None:
+    async def hang_side_by_side() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(hang_in_time())
+
+    async def hang_in_time() -> None:
+        raise HangError("it has taken 60 s")
+
+    def perform(run: Run) -> None:
+        asyncio.run(hang_side_by_side())
+
+    run = Run(SQLITE, 1, tmp_path, seed=SEED)
+    Campaign("hang", "Hangs.", ("P1",), perform, 1, 1, "hangs").run(run)
+
+    assert run.findings == ["the rest was not tried: it has taken 60 s"]
+
+
+def hang(tell: Tell) -> None:
+    os.fork()
+    tell("hangs")
+    while True:
+        signal.pause()
 
 
 def count_for_ever(tell: Tell, number: int, path: str) -> None:
