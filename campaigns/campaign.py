@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -53,14 +53,22 @@ class Campaign:
     kinds: tuple[str, ...] = KINDS
     rounds_of: dict[str, int] = field(default_factory=dict)
     """Of the long form, for the kinds of database where it is another number."""
-    bugs: tuple[str, ...] = ()
-    """Names of bugs in `planted` that it must find, each within `quick_rounds`."""
+    bugs: Mapping[str, str] = field(default_factory=dict)
+    """Names of bugs in `planted` that it must find, each within `quick_rounds`, and words that are
+    in what it finds then."""
+    slow_bugs: Mapping[str, str] = field(default_factory=dict)
+    """The same of bugs that it finds within `rounds`, which no test waits for."""
     why_not: Callable[[], str | None] = lambda: None
     """Why it can not run on this machine, and what would help; `None` if it can."""
 
     def rounds_on(self, kind: str) -> int:
         """How many rounds the long form has."""
         return self.rounds_of.get(kind, self.rounds)
+
+    def has_found_bug(self, run: Run) -> bool:
+        """Whether a run has found the bug that it had, and not only something else."""
+        words = {**self.bugs, **self.slow_bugs}[run.bug or ""]
+        return any(words in finding for finding in run.findings)
 
     def run(self, run: Run) -> None:
         """Do the rounds of a run. What hangs is found to be wrong, and ends it."""

@@ -570,5 +570,5 @@ CAMPAIGN = Campaign(
     rounds=20_000,
     quick_rounds=24,
     unit="calls, each at three steps",
-    bugs=("abandoned-batch",),
+    bugs={"abandoned-batch": "was over, and then changed"},
 )

@@ -391,7 +391,10 @@ CAMPAIGN = Campaign(
     quick_rounds=4,
     unit="jumps",
     kinds=(SQLITE,),
-    bugs=("heartbeats-from-the-future", "times-as-the-clock-says"),
+    bugs={
+        "heartbeats-from-the-future": "has just beaten, and is",
+        "times-as-the-clock-says": "are not in order",
+    },
 )
 
 

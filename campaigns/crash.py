@@ -46,5 +46,8 @@ CAMPAIGN = Campaign(
     rounds_of={POSTGRESQL: 400},
     quick_rounds=2,
     unit="kills",
-    bugs=("acknowledge-before-commit", "revision-outside-transaction"),
+    bugs={
+        "acknowledge-before-commit": "lost: task",
+        "revision-outside-transaction": "by the feed",
+    },
 )

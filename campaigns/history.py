@@ -156,5 +156,9 @@ CAMPAIGN = Campaign(
     rounds=1000,
     quick_rounds=5,
     unit="hundreds of calls",
-    bugs=("no-version-in-where", "claimed-twice", "watch-ahead"),
+    bugs={
+        "no-version-in-where": "no order explains update",
+        "claimed-twice": "no order explains claim",
+        "watch-ahead": "the watcher of",
+    },
 )

@@ -207,6 +207,6 @@ CAMPAIGN = Campaign(
     quick_rounds=20,
     unit="cuts",
     kinds=(SQLITE,),
-    bugs=("synchronous-off",),
+    bugs={"synchronous-off": "lost: task"},
     why_not=why_not,
 )

@@ -513,5 +513,5 @@ CAMPAIGN = Campaign(
     quick_rounds=7,
     unit="faults",
     kinds=(POSTGRESQL,),
-    bugs=("lost-reply-is-no-doubt",),
+    bugs={"lost-reply-is-no-doubt": ", but task-"},
 )

@@ -241,5 +241,7 @@ CAMPAIGN = Campaign(
     rounds=1000,
     quick_rounds=3,
     unit="thousands of calls",
+    bugs={"descriptor-leak": "files grow"},
+    slow_bugs={"entry-leak": "memory grows"},
     why_not=_why_not,
 )

@@ -30,7 +30,7 @@ def each(*, bugs: bool = False) -> Iterator[object]:
     """Campaigns and the kinds of database they are for; or the first kind, and bugs to find."""
     for campaign in (campaign for campaign in CAMPAIGNS if campaign.quick_rounds):
         for kind in campaign.kinds[:1] if bugs else campaign.kinds:
-            for bug in campaign.bugs if bugs else (None,):
+            for bug in campaign.bugs if bugs else [None]:
                 marks = getattr(pytest.mark, kind)
                 name = "-".join(filter(None, (campaign.name, kind, bug)))
                 yield pytest.param(campaign, kind, bug, marks=marks, id=name)
@@ -81,7 +81,13 @@ def test_planted_bug_is_found(
         for number in range(3)
     )
 
-    assert any(run.findings for run in runs)
+    assert any(campaign.has_found_bug(run) for run in runs)
+
+
+def test_each_bug_is_one_that_a_campaign_finds() -> None:
+    to_be_found = [bug for campaign in CAMPAIGNS for bug in {*campaign.bugs, *campaign.slow_bugs}]
+
+    assert sorted(to_be_found) == sorted(BUGS)
 
 
 class TestCommand:
@@ -99,13 +105,15 @@ class TestCommand:
 
         def make_one(name: str, why_not: str | None = None) -> Campaign:
             return Campaign(
-                name, "Counts.", ("P1",), lose_one, 3, 1, "counts", why_not=lambda: why_not,
-                kinds=(SQLITE,),
+                name, "Counts.", ("P1",), lose_one, 3, 1, "counts", kinds=(SQLITE,),
+                bugs={"loses-tasks": "lost: a"}, slow_bugs={"loses-all": "lost: all"},
+                why_not=lambda: why_not,
             )  # fmt: skip
 
         campaigns = (make_one("count"), make_one("never", "it needs the moon"))
         monkeypatch.setattr("campaigns.__main__.CAMPAIGNS", campaigns)
-        monkeypatch.setitem(BUGS, "loses-tasks", nullcontext)
+        for bug in ("loses-tasks", "loses-all"):
+            monkeypatch.setitem(BUGS, bug, nullcontext)
 
     def test_without_a_name_lists_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 0
@@ -132,11 +140,25 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["count", "--rounds", "4"]) == 1
-        assert main(["count", "--bug", "loses-tasks"]) == 1
 
-        output = capsys.readouterr().out.splitlines()
-        assert "three" in output
-        assert "lost: a task" in output
+        assert "three" in capsys.readouterr().out.splitlines()
+
+    def test_bug_is_found_by_what_it_causes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["count", "--bug", "loses-tasks"]) == 1
+        assert main(["count", "--bug", "loses-all"]) == 1
+
+        output = capsys.readouterr().out
+        assert "lost: a task\nbug found: operations 3" in output
+        assert "lost: a task\nbug NOT FOUND: operations 3" in output
+
+    def test_bug_of_another_campaign_is_wrong_usage(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["all", "--bug", "entry-leak"])
+
+        error = "count cannot find entry-leak, but loses-tasks, loses-all"
+        assert error in capsys.readouterr().err
 
     def test_what_cannot_run_says_why(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["never"]) == 3
