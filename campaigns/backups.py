@@ -97,7 +97,6 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         await manager.db.backup(copy)
     took = time.monotonic() - began
     after = manager.version
-    run.counts.operations += 1
     run.counts.acknowledged += 1
     async with writing.measured() as undisturbed:
         await asyncio.sleep(max(UNDISTURBED, took))
@@ -211,7 +210,6 @@ class Writing:
             self.said[task.task_id, task.version] = number
 
     async def _timed(self, write: Awaitable[bool]) -> None:
-        self._run.counts.operations += 1
         began = time.perf_counter()
         await write
         if self._seconds is not None:

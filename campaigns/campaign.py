@@ -81,19 +81,26 @@ class Campaign:
 
 @dataclass
 class Counts:
-    """What came of the calls of a run."""
+    """What came of the calls of a run, each of which is counted once, by its answer."""
 
-    operations: int = 0
     acknowledged: int = 0
     """Calls that returned."""
+    refused: int = 0
+    """Calls that raised an error, but for `OutcomeUnknownError`."""
     lost: int = 0
     """Acknowledged, and not in the database afterwards."""
     unknown: int = 0
-    """Calls without an answer: `OutcomeUnknownError`, or their process was killed."""
+    """Calls without an answer: `OutcomeUnknownError`, or they were cancelled, or their process was
+    killed."""
     unknown_committed: int = 0
     """Of these, those that had taken effect."""
     wrong: int = 0
     """Whatever else a promise forbids."""
+
+    @property
+    def operations(self) -> int:
+        """All calls."""
+        return self.acknowledged + self.refused + self.unknown
 
 
 class Run:
@@ -173,7 +180,7 @@ class Run:
 
     def figures(self) -> dict[str, int | str]:
         """All that was counted, by name."""
-        return {**asdict(self.counts), **self.notes}
+        return {"operations": self.counts.operations, **asdict(self.counts), **self.notes}
 
     @contextmanager
     def location(

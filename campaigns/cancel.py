@@ -363,12 +363,12 @@ class _Pass:
     def judge_end(self, ended: Ended, where: str) -> None:
         """Has it ended with its cancellation, or because it was done?"""
         counts = self.run.counts
-        counts.operations += 1
         if ended.is_cancelled:
             counts.unknown += 1
         elif ended.error is None:
             counts.acknowledged += 1
         else:
+            counts.refused += 1
             self.run.wrong(f"{where}: raised {ended.error!r}")
         if ended.complaint is not None:
             self.run.wrong(f"{where}: {ended.complaint}")
@@ -379,11 +379,11 @@ class _Pass:
         """Have the others done what they wanted?"""
         counts = self.run.counts
         for write in writes:
-            counts.operations += 1
             try:
                 await self.within(write, f"{where}: a neighbour")
                 counts.acknowledged += 1
             except (StoreError, asyncio.CancelledError) as error:
+                counts.refused += 1
                 self.run.wrong(f"{where}: a neighbour got {error!r}")
         if len(writes) < 3 + call.is_open:
             return  # it was cancelled before it began, and nobody else began, either

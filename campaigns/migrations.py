@@ -77,7 +77,7 @@ def perform(run: Run) -> None:
         ) -> Work:
             done = stack.enter_context(run.location(copy_of=source))
             seconds = do(str(done))
-            _acknowledge(run, 1)
+            run.counts.acknowledged += 1
             _compare(run, f"after {name}", look(done), after)
             return Work(name, do, child, source, look(source), after, seconds)
 
@@ -160,7 +160,7 @@ def _up_down_up(
         run.check(left.revision is None and not left.rows, f"downgraded to nothing: {left}")
         upgrade(location)
         _compare(run, "made anew", look(place), look(empty))
-    _acknowledge(run, 5)
+    run.counts.acknowledged += 5
 
 
 async def _problems(location: str) -> Sequence[Problem]:
@@ -192,7 +192,7 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
                 run.wrong(f"{what} can not be done again: {error!r}")
             if by_two and other.wait() != 0:
                 run.wrong(f"{work.name} by two at once: {_end_of(errors)}")
-        _acknowledge(run, 1 + by_two)
+        run.counts.acknowledged += 1 + by_two
         _compare(run, f"{what} and done again,", look(place), work.after)
         if work.before.revision is None:  # an original, of which copies are kept
             assert isinstance(place, Path)
@@ -212,7 +212,6 @@ def _count(run: Run, what: str, work: Work, found: Contents, *, is_done: bool) -
     run.check(
         not_before is None or not_after is None, f"{what} is between: {not_before}; {not_after}"
     )
-    run.counts.operations += 1
     if is_done:
         run.counts.acknowledged += 1
         if not_after is not None:
@@ -225,11 +224,6 @@ def _count(run: Run, what: str, work: Work, found: Contents, *, is_done: bool) -
 def _compare(run: Run, what: str, found: Contents, expected: Contents) -> None:
     difference = expected.difference(found)
     run.check(difference is None, f"{what} it is different: {difference}")
-
-
-def _acknowledge(run: Run, calls: int) -> None:
-    run.counts.operations += calls
-    run.counts.acknowledged += calls
 
 
 def _end_of(errors: Path) -> str:

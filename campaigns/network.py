@@ -429,7 +429,6 @@ class Caller:
         self.doing = f"{id} to be {status}"
         before = await self.row(id)
         while True:
-            counts.operations += 1
             began = time.monotonic()
             error: Exception | None = None
             answer: T | None = None
@@ -451,14 +450,16 @@ class Caller:
                 counts.unknown_committed += after != before
                 is_in_doubt = True
             elif isinstance(error, BackendError):
+                counts.refused += 1
                 self.run.check(
                     after == before or is_in_doubt, f"{error!r}, but {id} is {after} now"
                 )
-            elif refused_if_done is not None and isinstance(error, refused_if_done):
-                self.run.check(is_in_doubt, f"it is not in doubt, and was refused: {error!r}")
-                return None
             else:
-                self.run.wrong(f"an error of no use: {error!r}")
+                counts.refused += 1
+                if refused_if_done is not None and isinstance(error, refused_if_done):
+                    self.run.check(is_in_doubt, f"it is not in doubt, and was refused: {error!r}")
+                else:
+                    self.run.wrong(f"an error of no use: {error!r}")
                 return None
             await asyncio.sleep(0.01)
 

@@ -753,8 +753,7 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
     for code in death.children:
         run.check(code == 0, f"{name}: its child ended with {code}")
     for what, came, wanted, took in death.tried:
-        counts.operations += 1
-        counts.acknowledged += came == "works"
+        counts.refused += came == "refused"  # what works is counted by the tasks that it adds
         run.check(came == wanted and came in ("works", "refused"), f"{name}: {what}: {came}")
         if came == "refused":
             slowest["error"] = max(slowest["error"], took)
@@ -762,7 +761,6 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
             run.check(is_soon, f"{name}: {what}: was refused after {took:.1f} s")
 
     stored = _stored(run, death)
-    counts.operations += len(death.trying)
     counts.acknowledged += len(death.acknowledged)
     for id in death.acknowledged - stored:
         run.lost(f"{name}: {id}")

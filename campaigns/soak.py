@@ -88,12 +88,11 @@ def perform(run: Run) -> None:
                 match message:
                     case ["used", *values]:
                         new = Usage(*values)
-                        run.done((new.calls - run.counts.operations) // CALLS_A_ROUND)
-                        run.counts.operations = new.calls
+                        run.done((new.calls - (usage[-1].calls if usage else 0)) // CALLS_A_ROUND)
                         usage.append(new)
                     case ["answered", number, refusals]:
                         run.counts.acknowledged = number
-                        run.notes["refused"] = f"{sum(refusals.values()):,}"
+                        run.counts.refused = sum(refusals.values())
                         if "DeadlineError" in refusals:  # the machine was busy with other things
                             run.notes["after a deadline"] = f"{refusals['DeadlineError']:,}"
                     case ["remembers", store, table, row]:

@@ -74,15 +74,18 @@ async def outcome_of(run: Run, call: Callable[[], Awaitable[Any]], what: str) ->
     """
     task = asyncio.ensure_future(call())
     await asyncio.wait([task], timeout=DEADLINE_SECONDS)
+    counts = run.counts
     if not task.done():
+        counts.unknown += 1
         raise HangError(f"{what}: no answer within {DEADLINE_SECONDS:g} s")
     error = task.exception()
-    run.counts.operations += 1
     if error is None:
-        run.counts.acknowledged += 1
+        counts.acknowledged += 1
         return task.result()
     if isinstance(error, OutcomeUnknownError):
-        run.counts.unknown += 1
+        counts.unknown += 1
+    else:
+        counts.refused += 1
     run.check(isinstance(error, StoreError), f"{what}: raised {error!r}")
     return error
 

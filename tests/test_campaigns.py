@@ -97,7 +97,7 @@ class TestCommand:
     def campaigns(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def lose_one(run: Run) -> None:
             for number in run.each_round():
-                run.counts.operations += 1
+                run.counts.acknowledged += 1
                 run.notes["drawn"] = str(run.random.random())
                 run.check(number != 3, "three")
                 if run.bug:
@@ -175,7 +175,7 @@ class TestCommand:
 
         head, rule, *rows = report.read_text().splitlines()
         assert head.startswith("| campaign | database |")
-        assert {head.count("|"), rule.count("|"), *(row.count("|") for row in rows)} == {15}
+        assert {head.count("|"), rule.count("|"), *(row.count("|") for row in rows)} == {16}
         assert [row.split(" | ")[4] for row in rows] == ["3 counts", "2 counts"]
         drawn = Random(7)
         drawn_once_more = [drawn.random() for _ in range(3)]
