@@ -73,7 +73,14 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
             progress.update(bar, completed=done)
 
         run = Run(
-            kind, rounds, Path(folder), seed=seed, server=server, bug=options.bug, report=report
+            kind,
+            rounds,
+            Path(folder),
+            seed=seed,
+            server=server,
+            bug=options.bug,
+            is_quick=campaign.is_quick(kind, rounds),
+            report=report,
         )
         campaign.run(run)
     seconds = time.monotonic() - began
@@ -130,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Try the promises of the store: without a name, list the campaigns.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a campaign, or all of them: all")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="default: as listed")
+    parser.add_argument(
+        "--rounds", type=_positive, metavar="N", help="default: as listed; of few, less is judged"
+    )
     parser.add_argument(
         "--seed", type=int, metavar="S", help="of what is drawn; default: a new one"
     )

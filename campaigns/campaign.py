@@ -28,6 +28,9 @@ Location = str | Path
 SHOWN = 20
 """So many findings of a run are kept as text; all of them are counted."""
 
+JUDGED_SHARE = 1 / 20
+"""Of the rounds of the long form; with fewer, a run is a short one."""
+
 
 class HangError(Exception):
     """Something does not go on, so nothing that needs it can be tried any more."""
@@ -64,6 +67,10 @@ class Campaign:
     def rounds_on(self, kind: str) -> int:
         """How many rounds the long form has."""
         return self.rounds_of.get(kind, self.rounds)
+
+    def is_quick(self, kind: str, rounds: int) -> bool:
+        """Whether so few rounds are a short form, which cannot judge what the long form does."""
+        return rounds < self.rounds_on(kind) * JUDGED_SHARE
 
     def has_found_bug(self, run: Run) -> bool:
         """Whether a run has found the bug that it had, and not only something else."""
@@ -124,7 +131,8 @@ class Run:
             folder: An empty one, for files.
             server: Where databases are made if `kind` is PostgreSQL. It may be killed.
             bug: Name of one in `planted`, to be found.
-            is_quick: Whether it runs beside other tests: then how long things take is not judged.
+            is_quick: Whether it is a short form, as it runs beside other tests: then it is not
+                judged how long things take, nor what only shows in many rounds.
             report: Is told how many rounds are done.
         """
         self.kind, self.rounds, self.folder, self.seed, self.bug = kind, rounds, folder, seed, bug
@@ -157,6 +165,11 @@ class Run:
         for number in range(self.rounds):
             yield number
             self.done()
+
+    def parts(self, size: int) -> Iterator[int]:
+        """The rounds in parts, where some have a database in common: how many each part has."""
+        for begun in range(0, self.rounds, size):
+            yield min(size, self.rounds - begun)
 
     def done(self, rounds: int = 1) -> None:
         """Report rounds as done, where they are not one after another."""

@@ -18,12 +18,9 @@ KILLS_A_DATABASE = 20
 
 def perform(run: Run) -> None:
     """Do so many kills."""
-    left = run.rounds
-    while left > 0:
-        kills = min(left, KILLS_A_DATABASE)
+    for kills in run.parts(KILLS_A_DATABASE):
         with run.location() as location:
             strike_again_and_again(run, location, _blows(run, location, kills))
-        left -= kills
 
 
 def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:

@@ -28,9 +28,6 @@ CALLS_A_ROUND = 100
 
 ROUNDS_BETWEEN_KILLS = (5, 15)
 
-SHORT = 10
-"""Rounds of a short run, in which one process is killed."""
-
 
 def perform(run: Run) -> None:
     """Have processes work and be killed, then look whether all they say fits together."""
@@ -53,14 +50,14 @@ class _Processes:
         self._messages: SimpleQueue[tuple[int, list[Any] | HangError | None]] = SimpleQueue()
         self._wanted = run.rounds * CALLS_A_ROUND
         self._answered = 0
-        self._is_short = run.rounds <= SHORT
-        self._next_kill = self._wanted // 3 if self._is_short else self._draw()
+        # Of a short run, one process is killed.
+        self._next_kill = self._wanted // 3 if run.is_quick else self._draw()
         self._ending: set[int] = set()
 
     def run(self) -> list[Life]:
         """Have them work; returns all that there were."""
         with ExitStack() as stack:
-            working = PROCESSES_OF_A_SHORT_RUN if self._is_short else PROCESSES
+            working = PROCESSES_OF_A_SHORT_RUN if self._run.is_quick else PROCESSES
             for number in range(working):
                 self._begin(stack, f"node-{number}", 0)
             while working:
@@ -118,7 +115,7 @@ class _Processes:
         elif self._answered >= self._next_kill:
             life.is_killed = True
             child.kill()
-            self._next_kill += self._wanted if self._is_short else self._draw()
+            self._next_kill += self._wanted if self._run.is_quick else self._draw()
 
     def _draw(self) -> int:
         """Calls until the next kill."""

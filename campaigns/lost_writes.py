@@ -131,9 +131,7 @@ def _sectors(change: Write | Truncation) -> Iterator[Write | Truncation]:
 
 def perform(run: Run) -> None:
     """Cut the power so many times."""
-    left = run.rounds
-    while left > 0:
-        cuts = min(left, CUTS_A_RECORD)
+    for cuts in run.parts(CUTS_A_RECORD):
         with run.location() as location:
             assert isinstance(location, Path)
             asyncio.run(make_nodes(location))
@@ -141,7 +139,6 @@ def perform(run: Run) -> None:
             with planted(run.bug):
                 events = asyncio.run(_record(location, run.random.getrandbits(32)))
             _cut(run, disk, events, location.name, cuts)
-        left -= cuts
 
 
 async def _record(location: Path, seed: int) -> Sequence[Event]:

@@ -33,8 +33,7 @@ _TESTS = (
 def perform(run: Run) -> None:
     """Run as many machines as there are rounds, half of them of each test."""
     machines = 0
-    for start in range(0, run.rounds, MACHINES_A_CHILD):
-        asked = min(MACHINES_A_CHILD, run.rounds - start)
+    for asked in run.parts(MACHINES_A_CHILD):
         tests = _TESTS if asked > 1 else _TESTS[:1]
         machines += _run_machines(run, tests, -(-asked // len(tests)))
         run.done(asked)

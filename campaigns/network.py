@@ -22,13 +22,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from importlib import import_module
 from random import Random
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-import asyncpg  # type: ignore[import-untyped]  # it has no types
-
 from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run
+from campaigns.contents import plain
 from campaigns.planted import planted
 from campaigns.proxy import FAULTS, MOMENTS, Fault, Proxy
 from openclaw_store import (
@@ -173,7 +173,8 @@ class Lane:
         self.proxy: Proxy
         self.manager: StateManager
         self.other: StateManager
-        self.past: asyncpg.Pool
+        self.past: Any
+        """A pool of connections past the proxy and past the library."""
         self.jobs = 0
         self.is_ending = False
         self.done: list[str] = []
@@ -185,9 +186,8 @@ class Lane:
 
     async def fail(self, numbers: Iterator[int]) -> None:
         """Have the network fail, as long as there are numbers left."""
-        self.past = await asyncpg.create_pool(
-            self.url.replace("+asyncpg", ""), min_size=1, max_size=2
-        )
+        driver = import_module("asyncpg")  # may be missing
+        self.past = await driver.create_pool(plain(self.url), min_size=1, max_size=2)
         self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT), 3600)
         self.other = StateManager(Database(self.url), None)
         async with self.past, self.other:

@@ -27,10 +27,10 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import count, product
+from itertools import count, islice, product
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -702,17 +702,19 @@ class _Death:
 def perform(run: Run) -> None:
     """Have as many processes live as there are rounds, in all ways by turns."""
     slowest = dict.fromkeys(("error", "end", "opening again"), 0.0)
-    names: list[str] = []
-    done = 0
-    while done < run.rounds:
-        if not names:
-            pairs = [name for name in LIVES if ", " in name]
-            run.random.shuffle(pairs)
-            names = [*(life.__name__ for life in OTHERS), *pairs]
-        part, names = names[:BATCH], names[BATCH:]
-        _live(run, part[: run.rounds - done], slowest)
-        done += len(part)
+    names = _names(run.random)
+    for number in run.parts(BATCH):
+        _live(run, [*islice(names, number)], slowest)
     run.notes.update({f"slowest {what}": f"{took:.2f} s" for what, took in slowest.items()})
+
+
+def _names(random: Random) -> Iterator[str]:
+    """All lives, again and again."""
+    while True:
+        pairs = [name for name in LIVES if ", " in name]
+        random.shuffle(pairs)
+        yield from (life.__name__ for life in OTHERS)
+        yield from pairs
 
 
 def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:

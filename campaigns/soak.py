@@ -55,8 +55,8 @@ MEMORY_SLOPE = 1e6
 GROWTH = 2.0
 """Of anything else, from the first quarter of what counts to the last one."""
 
-SHORT, GROWTH_OF_A_SHORT_RUN = 50, 10.0
-"""Rounds of a run in which pools are still being filled, so that it tells less."""
+GROWTH_OF_A_SHORT_RUN = 10.0
+"""The same, where pools are still being filled."""
 
 
 class Usage(NamedTuple):
@@ -112,15 +112,14 @@ def _check_usage(run: Run, usage: Sequence[Usage]) -> None:
     """Nothing grows."""
     settled = usage[len(usage) // WARM_UP :]
     quarter = -(-len(settled) // 4)
-    is_short = run.rounds < SHORT
     for name in ("files", "threads", "tasks", "connections"):
         values = [float(getattr(one, name)) for one in settled]
         grown = fmean(values[-quarter:]) - fmean(values[:quarter])
-        limit = GROWTH_OF_A_SHORT_RUN if is_short else GROWTH
+        limit = GROWTH_OF_A_SHORT_RUN if run.is_quick else GROWTH
         run.check(grown < limit, f"{name} grow: {[int(value) for value in values]}")
         run.notes[name] = f"{min(values):.0f} to {max(values):.0f}"
     run.notes["memory"] = f"{settled[0].memory / 1e6:.1f} to {settled[-1].memory / 1e6:.1f} MB"
-    if not is_short:
+    if not run.is_quick:
         calls, memory = zip(*((one.calls, one.memory) for one in settled), strict=True)
         slope = linear_regression(calls, memory).slope * 100_000
         run.notes["memory in 100,000 calls"] = f"{slope / 1e6:+.2f} MB"

