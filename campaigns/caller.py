@@ -15,6 +15,7 @@ from random import Random
 from typing import Any, Final
 
 from campaigns.children import Tell
+from campaigns.lateness import watch_lateness
 from campaigns.specification import NOT_FOUND, Seen
 from openclaw_store import (
     ConflictError,
@@ -33,6 +34,11 @@ from openclaw_store.repositories import TaskRepository
 CALLERS = 4
 """Coroutines of a process."""
 
+READER = "reader"
+"""The node of a process that only looks: what its memory has, it has from others."""
+
+READS_EVERY_SECONDS = 0.02
+
 TASKS = 4
 """That all processes work on at the same time."""
 
@@ -44,6 +50,9 @@ TASKS_A_CLAIM = 2
 
 CHANGES_A_LINE = 20
 """Of what a watcher tells."""
+
+LATE_SECONDS = 0.001
+"""By which an event loop must be late for that to be told."""
 
 END_SECONDS = 60
 """In which a watcher must have been told of all that there is."""
@@ -93,10 +102,15 @@ class Caller:
     async def work(self) -> None:
         while not self._ends.is_set():
             [verb] = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))
-            task_set = self._store.version // REVISIONS_A_SET
-            await getattr(self, verb)(f"{task_set}-{self._random.randrange(TASKS)}")
+            await getattr(self, verb)(self._some_task())
             if verb == "look":
                 await asyncio.sleep(0)  # it takes no turn of the loop by itself
+
+    async def look_again_and_again(self) -> None:
+        """Work as a process does that only looks."""
+        while not self._ends.is_set():
+            await self.look(self._some_task())
+            await asyncio.sleep(READS_EVERY_SECONDS)
 
     async def read(self, task_id: str) -> None:
         with self._asking("read", task_id) as answer:
@@ -201,6 +215,11 @@ class Caller:
             if is_last:
                 break
 
+    def be_late(self, due: float, now: float) -> None:
+        """Tell from when to when the event loop was late, if that was long."""
+        if now - due > LATE_SECONDS:
+            self._tell("late", int(due * 1e9), int(now * 1e9))
+
     @contextmanager
     def _asking(
         self, name: str, task_id: str | None, *arguments: Any
@@ -219,6 +238,10 @@ class Caller:
             return None
         self._copies[task.task_id].append(task)
         return _seen(task)
+
+    def _some_task(self) -> str:
+        task_set = self._store.version // REVISIONS_A_SET
+        return f"{task_set}-{self._random.randrange(TASKS)}"
 
     def _draw(self, tasks: deque[Task]) -> Task:
         """A copy of the newest, mostly, or of one that may be outdated."""
@@ -258,11 +281,16 @@ async def work(tell: Tell, location: str, node: str, life: int, seed: int, since
     database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
     async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
         caller = Caller(store, node, life, seed, tell, ends)
-        await caller.register()
         async with asyncio.TaskGroup() as group:
+            lateness = group.create_task(watch_lateness(caller.be_late))
+            await caller.register()
             watching = group.create_task(caller.watch(since))
-            await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
+            if node == READER:
+                await caller.look_again_and_again()
+            else:
+                await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
             async with asyncio.timeout(END_SECONDS):
                 while not watching.done():
                     await caller.register()  # one more change, for the watcher to end with
                     await asyncio.wait([watching], timeout=1)
+            lateness.cancel()

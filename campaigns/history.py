@@ -1,9 +1,10 @@
 """Processes work on a few tasks at once, some are killed, and their answers must fit one history.
 
 Four processes of four callers each read, write, claim, run, add and remove a few tasks, which are
-replaced by others as time goes by. Every now and then one of the processes is killed, and another
-one comes in its place. Each says what it asks, what it is answered, and when, by the one monotonic
-clock of the machine. `evidence` tells what is checked; the search is that of `linearizability`.
+replaced by others as time goes by; in the long form, a fifth one only looks at its memory. Every
+now and then one of the processes is killed, and another one comes in its place. Each says what it
+asks, what it is answered, and when, by the one monotonic clock of the machine. `evidence` tells
+what is checked; the search is that of `linearizability`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from campaigns.caller import work
+from campaigns.caller import READER, work
 from campaigns.campaign import Campaign, HangError, Location, Run
 from campaigns.children import Child
 from campaigns.evidence import Asked, Evidence, Life
@@ -57,9 +58,13 @@ class _Processes:
     def run(self) -> list[Life]:
         """Have them work; returns all that there were."""
         with ExitStack() as stack:
-            working = PROCESSES_OF_A_SHORT_RUN if self._run.is_quick else PROCESSES
-            for number in range(working):
-                self._begin(stack, f"node-{number}", 0)
+            number = PROCESSES_OF_A_SHORT_RUN if self._run.is_quick else PROCESSES
+            nodes = [f"node-{place}" for place in range(number)]
+            if not self._run.is_quick:
+                nodes.append(READER)
+            for node in nodes:
+                self._begin(stack, node, 0)
+            working = len(nodes)
             while working:
                 number, message = self._messages.get()
                 if isinstance(message, HangError):
@@ -104,6 +109,8 @@ class _Processes:
                 self._answered += 1
                 if self._answered <= self._wanted and self._answered % CALLS_A_ROUND == 0:
                     self._run.done()
+            case ["late", due, now]:
+                life.late.append((due, now))
             case ["watched", changes]:
                 life.watched += changes
         if life.is_killed:
@@ -158,4 +165,5 @@ CAMPAIGN = Campaign(
         "claimed-twice": "no order explains claim",
         "watch-ahead": "the watcher of",
     },
+    slow_bugs={"late-wake-ups": "reads from memory are"},
 )

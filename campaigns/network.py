@@ -29,6 +29,7 @@ from unittest.mock import patch
 
 from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run
 from campaigns.contents import plain
+from campaigns.lateness import TICK_SECONDS, watch_lateness
 from campaigns.planted import planted
 from campaigns.proxy import FAULTS, MOMENTS, Fault, Proxy
 from openclaw_store import (
@@ -123,7 +124,7 @@ def unheard(*names: str) -> Iterator[None]:
 async def fail_side_by_side(run: Run, urls: list[str]) -> None:
     """Share the faults among the lanes."""
     stall = Stall()
-    watching = asyncio.create_task(stall.watch())
+    watching = asyncio.create_task(watch_lateness(stall.note))
     numbers = iter(range(run.rounds))
 
     async def fail_again_and_again(name: int, url: str) -> None:
@@ -143,26 +144,21 @@ async def fail_side_by_side(run: Run, urls: list[str]) -> None:
 class Stall:
     """How late this event loop is: what a call has waited for that is not the store's."""
 
-    _TICK = 0.01
-
     def __init__(self) -> None:
         self.slowest_answer = 0.0
         """Of all calls."""
-        self._last = time.monotonic()
-        self._recent: deque[tuple[float, float]] = deque(maxlen=1000)
+        self._next = time.monotonic()
+        self._late: deque[tuple[float, float]] = deque(maxlen=1000)
 
-    async def watch(self) -> None:
-        """Measure it, again and again."""
-        while True:
-            await asyncio.sleep(self._TICK)
-            now = time.monotonic()
-            self._recent.append((now, now - self._last - self._TICK))
-            self._last = now
+    def note(self, due: float, now: float) -> None:
+        """Take note from when to when it was late."""
+        self._late.append((due, now))
+        self._next = now + TICK_SECONDS
 
     def since(self, moment: float) -> float:
         """All that it was late since then."""
-        late = sum(late for at, late in self._recent if at >= moment)
-        return late + max(0.0, time.monotonic() - self._last - self._TICK)
+        late = sum(now - due for due, now in self._late if now >= moment)
+        return late + max(0.0, time.monotonic() - self._next)
 
 
 class Lane:

@@ -14,7 +14,7 @@ from itertools import count
 from typing import Any
 from unittest.mock import patch
 
-from openclaw_store import lifecycle
+from openclaw_store import lifecycle, wakeups
 from openclaw_store.changes import Change, Ledger, Row
 from openclaw_store.database import Database
 from openclaw_store.errors import StoreError
@@ -139,6 +139,13 @@ def descriptor_leak() -> Iterator[None]:
         return read(self, work)
 
     with patch.object(Database, "read", leave_open):
+        yield
+
+
+@bug
+def late_wake_ups() -> Iterator[None]:
+    """P6: the file is looked at so seldom that others' changes are seen late."""
+    with patch.multiple(wakeups, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
         yield
 
 
