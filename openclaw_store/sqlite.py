@@ -119,6 +119,22 @@ class _DriverConnection(aiosqlite.Connection):
         # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
         self._tx.put_nowait((None, self._conn.rollback))
 
+    async def close(self) -> None:
+        # That it is closed is waited for, so somebody may be cancelled in it: he is so afterwards.
+        cancelled = False
+        closing = self.stop()
+        while closing is not None and not closing.done():
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError:
+                cancelled = True
+        task = asyncio.current_task()
+        if cancelled and task is not None:
+            task.uncancel()  # each cancellation is counted, and this one is made once more
+            task.cancel()
+        if closing is not None:
+            closing.result()
+
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
         # closing. The thread ends then, and whoever asks it once more would wait for ever.

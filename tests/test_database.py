@@ -1901,6 +1901,39 @@ class TestCancelledCallers:
         assert cancelled >= 3
         assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
 
+    @pytest.mark.parametrize("is_limit", [False, True], ids=["cancelled", "time over"])
+    async def test_caller_who_closes_a_file_is_cancelled_when_it_is_closed(
+        self, tmp_path: Path, is_limit: bool
+    ) -> None:
+        """Else SQLAlchemy reports an error of the connection, as at the end of `asyncio.run`."""
+        connection = await sqlite._connect(str(tmp_path / "cluster.db"))
+        go_on = threading.Event()
+        connection._tx.put_nowait((None, go_on.wait))
+        closed = []
+        limits: list[asyncio.Timeout] = []
+
+        async def close() -> None:
+            async with asyncio.timeout(None) as limit:
+                limits.append(limit)
+                await connection.close()
+                closed.append(True)
+                await asyncio.Event().wait()
+
+        caller = start(close())
+        await asyncio.sleep(0)
+        if is_limit:
+            limits[0].reschedule(asyncio.get_running_loop().time())
+        else:
+            caller.cancel()
+        await asyncio.sleep(0.01)
+        assert not caller.done()
+        go_on.set()
+        await asyncio.wait([caller], timeout=PATIENCE)
+
+        assert closed == [True]
+        assert caller.cancelled() is not is_limit
+        assert not is_limit or isinstance(caller.exception(), TimeoutError)
+
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database
     ) -> None:
