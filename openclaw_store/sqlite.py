@@ -32,6 +32,7 @@ from openclaw_store.errors import (
     OutcomeUnknownError,
     SchemaMismatchError,
     UnavailableError,
+    shown,
 )
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.writer import NothingKnown
@@ -180,11 +181,13 @@ def file_of(location: str | Path) -> Path:
             )
         location = url.database
     if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
-        raise InvalidDataError("db_path", f"must be a path or a URL, not {location!r}")
+        raise InvalidDataError("db_path", f"must be a path or a URL, not {shown(location)}")
     try:
         os.fsencode(location)
     except UnicodeEncodeError:
-        raise InvalidDataError("db_path", f"{location!r} is no name that a file can have") from None
+        raise InvalidDataError(
+            "db_path", f"{shown(location)} is no name that a file can have"
+        ) from None
     return Path(location).absolute()
 
 

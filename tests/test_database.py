@@ -67,6 +67,11 @@ from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
 
+DEEP: list[Any] = []
+"""Too deep to be shown."""
+for _ in range(sys.getrecursionlimit()):
+    DEEP = [DEEP]
+
 
 def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
     return asyncio.get_running_loop().create_task(work)
@@ -595,6 +600,8 @@ class TestLife:
             {"transaction_timeout": float("nan")},
             {"pool_size": 0},
             {"pool_size": 2.5},
+            {"pool_size": -(10**5000)},  # of too many digits to be shown
+            {"legacy_timezone": DEEP},
         ],
     )
     def test_senseless_option_is_refused_by_name(
@@ -912,8 +919,8 @@ NO_ENTRY = {
     ("FOLDER", "555", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
     ("FILE", "444", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
     ("FILE", "000", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
-    ("BACKUPS", "555", "backups/new.db"): "FOLDER/backups/new.db: it cannot be opened: check",
-    ("BACKUPS", "000", "backups/new.db"): "FOLDER/backups/new.db: it cannot be opened: check",
+    ("BACKUPS", "555", "backups/new.db"): "FOLDER/backups/new.db: Permission denied: check",
+    ("BACKUPS", "000", "backups/new.db"): "FOLDER/backups/new.db: Permission denied: check",
 }
 """What is locked, its mode and what is written to; the beginning of the error."""
 
@@ -1410,6 +1417,8 @@ class TestBackup:
             await database.backup(tmp_path / "file" / "copy.db")
         with pytest.raises(UnavailableError, match="folder"):
             await database.backup(tmp_path / "folder", overwrite=True)
+        with pytest.raises(UnavailableError, match="File name too long: check the path"):
+            await database.backup(tmp_path / ("x" * 250))
 
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(
             ["file", *(path.name for path in tmp_path.glob("cluster.db*"))]
