@@ -41,7 +41,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.postgres import installed_package
-from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.campaign import POSTGRESQL, Campaign, HangError, Location, Run
 from campaigns.planted import planted
 from campaigns.scenes import (
     CALLS,
@@ -192,10 +192,6 @@ class _Book:
         return self.rounds[pair] // self.stride(pair[0])
 
 
-class _StuckError(Exception):
-    """Something does not go on, so nothing else can be tried."""
-
-
 class _Pass:
     """The calls, one after another, on one database."""
 
@@ -224,8 +220,8 @@ class _Pass:
                 found = await verify(self.manager.db)
                 self.run.check(bool(found), f"verify finds {found.problems[:3]}")
             await self.judge_connections()
-        except _StuckError as stuck:
-            self.run.wrong(f"{stuck}, and the rest of the pass was not tried")
+        except HangError as hang:
+            self.run.wrong(f"the rest of the pass was not tried: {hang}")
         finally:
             await self.outside.close()
 
@@ -335,7 +331,7 @@ class _Pass:
         future = asyncio.ensure_future(work)
         await asyncio.wait([future], timeout=PATIENCE_SECONDS)
         if not future.done():
-            raise _StuckError(f"{what}: hangs")
+            raise HangError(f"{what}: hangs")
         return future.result()
 
     async def rows(self, scene: Scene, call: Call) -> Rows:
@@ -375,12 +371,12 @@ class _Pass:
     def judge_end(self, ended: Ended, where: str) -> None:
         """Has it ended with its cancellation, or because it was done?"""
         counts = self.run.counts
-        counts.operations += 1
         if ended.is_cancelled:
             counts.unknown += 1
         elif ended.error is None:
             counts.acknowledged += 1
         else:
+            counts.refused += 1
             self.run.wrong(f"{where}: raised {ended.error!r}")
         if ended.complaint is not None:
             self.run.wrong(f"{where}: {ended.complaint}")
@@ -391,11 +387,11 @@ class _Pass:
         """Have the others done what they wanted?"""
         counts = self.run.counts
         for write in writes:
-            counts.operations += 1
             try:
                 await self.within(write, f"{where}: a neighbour")
                 counts.acknowledged += 1
             except (StoreError, asyncio.CancelledError) as error:
+                counts.refused += 1
                 self.run.wrong(f"{where}: a neighbour got {error!r}")
         if len(writes) < 3 + call.is_open:
             return  # it was cancelled before it began, and nobody else began, either
@@ -427,7 +423,7 @@ class _Pass:
         while (in_use := database.checked_out_connections) or asyncio.all_tasks() - own:
             if time.monotonic() > deadline:
                 left = asyncio.all_tasks() - own
-                raise _StuckError(f"{where}: {in_use} connections and {left} are left")
+                raise HangError(f"{where}: {in_use} connections and {left} are left")
             await asyncio.sleep(0.0005)
 
     async def judge_outcome(
@@ -587,5 +583,5 @@ CAMPAIGN = Campaign(
     rounds=10_000,
     quick_rounds=24,
     unit="calls, each at three steps",
-    bugs=("abandoned-batch",),
+    bugs={"abandoned-batch": "was over, and then changed"},
 )
