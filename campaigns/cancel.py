@@ -34,7 +34,7 @@ import warnings
 from collections import Counter
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,8 +178,18 @@ class _Book:
         """The rows without it, and with it."""
         self.rounds: Counter[tuple[str, Manner]] = Counter()
         self.cancelled: set[tuple[str, Manner, int]] = set()
+        self.numbers = count(1)
+        """Of scenes."""
         self.slowest = 0.0
         """How long a write took that came next, in seconds."""
+
+    def stride(self, name: str) -> int:
+        """After so many rounds with a call, it was cancelled at each of its steps."""
+        return -(-self.steps.get(name, 1) // STEPS_A_ROUND)
+
+    def sweeps(self, pair: tuple[str, Manner]) -> int:
+        """How often it was so."""
+        return self.rounds[pair] // self.stride(pair[0])
 
 
 class _Pass:
@@ -187,7 +197,6 @@ class _Pass:
 
     def __init__(self, run: Run, book: _Book, noise: _Noise, steps: Steps) -> None:
         self.run, self.book, self.noise, self.steps = run, book, noise, steps
-        self.numbers = count(1)
         self.last: Scene | None = None
         self.location: Location
         self.target: Location
@@ -225,8 +234,7 @@ class _Pass:
         call, book = CALLS[name], self.book
         if name not in book.effects:
             await self.learn(name, call)
-        steps = book.steps[name]
-        stride = -(-steps // STEPS_A_ROUND)
+        steps, stride = book.steps[name], book.stride(name)
         first = 1 + (book.rounds[name, manner] + self.run.seed) % stride
         book.rounds[name, manner] += 1
         for at in range(first, steps + 1, stride):
@@ -296,7 +304,7 @@ class _Pass:
         """Make a scene, and remove the last one."""
         manager, last = self.manager, self.last
         folder = self.run.folder
-        scene = Scene(manager, next(self.numbers), self.location, self.target, folder)
+        scene = Scene(manager, next(self.book.numbers), self.location, self.target, folder)
         changes: list[Coroutine[Any, Any, Any]] = [
             *map(manager.add_node, scene.nodes.values()),
             *map(manager.add_task, scene.tasks.values()),
@@ -526,17 +534,22 @@ def perform(run: Run) -> None:
     book, noise = _Book(), _Noise()
     path = f"{installed_package() / 'pginstall' / 'bin'}{os.pathsep}{os.environ['PATH']}"
     with noise.listening(), planted(run.bug), patch.dict(os.environ, PATH=path):
+        done = 0
         for number in count():
-            plan = [
+            pairs = [
                 (name, MANNERS[(number + place) % len(MANNERS)])
                 for place, name in enumerate(sorted(CALLS))
             ]
+            fewest = min(map(book.sweeps, product(CALLS, MANNERS)))
+            plan = [pair for pair in pairs if book.sweeps(pair) == fewest]
             run.random.shuffle(plan)
             if run.kind == POSTGRESQL:
                 plan.reverse()  # so that short runs on both kinds of database make other calls
-            plan.sort(key=lambda one: CALLS[one[0]].is_slow)
-            _make_pass(run, book, noise, plan[: run.rounds - number * len(CALLS)])
-            if run.rounds <= (number + 1) * len(CALLS) or (run.bug and run.findings):
+            plan.sort(key=lambda pair: CALLS[pair[0]].is_slow)
+            if plan := plan[: run.rounds - done]:
+                _make_pass(run, book, noise, plan)
+                done += len(plan)
+            if done == run.rounds or (run.bug and run.findings):
                 break
     steps = len(MANNERS) * sum(book.steps.values())
     run.notes["steps reached"] = f"{len(book.cancelled):,} of about {steps:,}"
@@ -567,7 +580,7 @@ CAMPAIGN = Campaign(
     "every public coroutine is cancelled at every step of the event loop, beside others",
     ("P2", "P7"),
     perform,
-    rounds=20_000,
+    rounds=10_000,
     quick_rounds=24,
     unit="calls, each at three steps",
     bugs={"abandoned-batch": "was over, and then changed"},

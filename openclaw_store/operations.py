@@ -358,8 +358,8 @@ class RemoveFinished:
 def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[int]:
     """Apply `RemoveFinished` operations."""
     return [
-        len(apply(unit, [Remove(Task, id, with_history=True) for id in _finished(unit, operation)]))
-        for operation in operations
+        len(apply(unit, [Remove(Task, id, with_history=True) for id in sorted(found)]))
+        for found in (_finished(unit, operation) for operation in operations)
     ]
 
 
