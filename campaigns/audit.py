@@ -44,7 +44,7 @@ Rows = Sequence[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Unanswered:
     after: Mapping[str, Known]
     """What it makes of tasks."""
     changed: int
@@ -61,7 +61,7 @@ class Log:
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
         self._known: dict[str, Known] = {}
-        self._calls: dict[int, _Call] = {}  # that have no answer, by client
+        self._calls: dict[int, _Unanswered] = {}  # that have no answer, by client
         self._failures: list[str] = []
 
     def copy(self) -> Log:
@@ -76,7 +76,7 @@ class Log:
         match said:
             case "calls", client, after, changed:
                 known = {id: (self._changes_of(id) + 1, state) for id, state in after.items()}
-                self._calls[client] = _Call(known, changed)
+                self._calls[client] = _Unanswered(known, changed)
             case "returned", client, ids:
                 self._counts.acknowledged += 1
                 call = self._calls.pop(client)

@@ -41,8 +41,8 @@ ROUNDS_A_DATABASE = 10
 ROWS, QUICK_ROWS = 20_000, 1000
 """Tasks that are there before, which nobody changes."""
 
-UNDISTURBED = 0.2
-"""Seconds without a backup, at least."""
+UNDISTURBED_SECONDS = 0.2
+"""Without a backup, at least."""
 
 WORST = 2.0
 """How many times as long writes may take, in the 99th percentile."""
@@ -93,7 +93,7 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
     after = manager.version
     run.counts.acknowledged += 1
     async with writing.measured() as undisturbed:
-        await asyncio.sleep(max(UNDISTURBED, took))
+        await asyncio.sleep(max(UNDISTURBED_SECONDS, took))
         while not undisturbed:  # noqa: ASYNC110  # one ends soon
             await asyncio.sleep(0.01)
     async with writing.resting(), opened(run, copy) as (location, read, is_sound):

@@ -85,10 +85,22 @@ class Caller:
     """One process at its work: its callers share what they have seen."""
 
     def __init__(
-        self, store: StateManager, node: str, life: int, seed: int, tell: Tell, ends: asyncio.Event
+        self,
+        store: StateManager,
+        node: str,
+        process: int,
+        seed: int,
+        tell: Tell,
+        ends: asyncio.Event,
     ) -> None:
-        self._store, self._node, self._life, self._tell, self._ends = store, node, life, tell, ends
-        self._random = Random(f"{seed} {life}")
+        self._store, self._node, self._process, self._tell, self._ends = (
+            store,
+            node,
+            process,
+            tell,
+            ends,
+        )
+        self._random = Random(f"{seed} {process}")
         self._numbers = count()
         self._copies: dict[str, deque[Task]] = defaultdict(lambda: deque(maxlen=4))
         self._held: deque[Task] = deque(maxlen=20)
@@ -254,7 +266,7 @@ class Caller:
         return token
 
     def _token(self) -> str:
-        return f"{self._life}-{next(self._numbers)}"
+        return f"{self._process}-{next(self._numbers)}"
 
 
 def _name(task_id: str) -> str:
@@ -267,12 +279,12 @@ def _seen(task: Task) -> Seen:
     return Seen(task.version, token, task.status.value, task.assigned_node, task.attempt)
 
 
-async def work(tell: Tell, location: str, node: str, life: int, seed: int, since: int) -> None:
+async def work(tell: Tell, location: str, node: str, process: int, seed: int, since: int) -> None:
     """Be one of the processes, until SIGTERM.
 
     Args:
         node: The node for which it works.
-        life: The number of the process, of all that there were.
+        process: The number of the process, of all that there were.
         since: The revision up to which a watcher of this node has been told.
     """
     ends = asyncio.Event()
@@ -280,7 +292,7 @@ async def work(tell: Tell, location: str, node: str, life: int, seed: int, since
     logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refusals are what we want
     database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
     async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
-        caller = Caller(store, node, life, seed, tell, ends)
+        caller = Caller(store, node, process, seed, tell, ends)
         async with asyncio.TaskGroup() as group:
             lateness = group.create_task(watch_lateness(caller.be_late))
             await caller.register()

@@ -27,7 +27,7 @@ from openclaw_store import (
 )
 from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
 
-Call = Callable[[], Awaitable[Any]]
+Make = Callable[[], Awaitable[Any]]
 """The call itself, which can be repeated: it means the same thing each time."""
 
 
@@ -79,7 +79,7 @@ class Store:
         return self.folder / f"{name}-{next(self._numbers)}.db"
 
 
-Prepare = Callable[[Store], Awaitable[Call]]
+Prepare = Callable[[Store], Awaitable[Make]]
 
 
 @dataclass(frozen=True)
@@ -122,39 +122,39 @@ def rename(item: Task | NodeInfo) -> None:
 
 
 @public()
-async def _add_task(store: Store) -> Call:
+async def _add_task(store: Store) -> Make:
     task = store.make_task(parameters={"text": "x" * 6000})
     return lambda: store.state.add_task(task)
 
 
 @public()
-async def _update_task(store: Store) -> Call:
+async def _update_task(store: Store) -> Make:
     task = await store.task()
     rename(task)
     return lambda: store.state.update_task(task)
 
 
 @public()
-async def _change_task(store: Store) -> Call:
+async def _change_task(store: Store) -> Make:
     task = await store.task()
     return lambda: store.state.change_task(task.task_id, rename)
 
 
 @public()
-async def _remove_task(store: Store) -> Call:
+async def _remove_task(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.state.remove_task(task.task_id)
 
 
 @public()
-async def _submit_task(store: Store) -> Call:
+async def _submit_task(store: Store) -> Make:
     task = store.make_task()
     task.idempotency_key = task.task_id
     return lambda: store.state.submit_task(task)
 
 
 @public("submit_task, once more")
-async def _submit_task_again(store: Store) -> Call:
+async def _submit_task_again(store: Store) -> Make:
     task = store.make_task()
     task.idempotency_key = task.task_id
     await store.state.submit_task(task)
@@ -163,13 +163,13 @@ async def _submit_task_again(store: Store) -> Call:
 
 
 @public()
-async def _add_tasks(store: Store) -> Call:
+async def _add_tasks(store: Store) -> Make:
     tasks = [store.make_task() for _ in range(3)]
     return lambda: store.state.add_tasks(tasks)
 
 
 @public(in_batches=True)
-async def _cancel_tasks(store: Store) -> Call:
+async def _cancel_tasks(store: Store) -> Make:
     user = store.make_task().task_id
     for _ in range(3):
         await store.task(user_id=user)
@@ -177,43 +177,43 @@ async def _cancel_tasks(store: Store) -> Call:
 
 
 @public()
-async def _claim_tasks(store: Store) -> Call:
+async def _claim_tasks(store: Store) -> Make:
     node = await store.waiting(2)
     return lambda: store.state.claim_tasks(node.node_id, 2)
 
 
 @public()
-async def _start_task(store: Store) -> Call:
+async def _start_task(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.state.start_task(task)
 
 
 @public()
-async def _complete_task(store: Store) -> Call:
+async def _complete_task(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.state.complete_task(task, {"rows": 42})
 
 
 @public()
-async def _fail_task(store: Store) -> Call:
+async def _fail_task(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.state.fail_task(task, "it went wrong")
 
 
 @public()
-async def _cancel_task(store: Store) -> Call:
+async def _cancel_task(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.state.cancel_task(task.task_id, "nobody needs it")
 
 
 @public()
-async def _requeue_task(store: Store) -> Call:
+async def _requeue_task(store: Store) -> Make:
     task = await store.finished()
     return lambda: store.state.requeue_task(task.task_id)
 
 
 @public(in_batches=True)
-async def _recover(store: Store) -> Call:
+async def _recover(store: Store) -> Make:
     await store.state.recover(10**6)
     task = await store.claimed()
     assert task.assigned_node is not None
@@ -222,52 +222,52 @@ async def _recover(store: Store) -> Call:
 
 
 @public()
-async def _add_node(store: Store) -> Call:
+async def _add_node(store: Store) -> Make:
     node = store.make_node()
     return lambda: store.state.add_node(node)
 
 
 @public()
-async def _register_node(store: Store) -> Call:
+async def _register_node(store: Store) -> Make:
     task = await store.claimed()
     node = store.make_node(node_id=task.assigned_node)
     return lambda: store.state.register_node(node)
 
 
 @public()
-async def _update_node(store: Store) -> Call:
+async def _update_node(store: Store) -> Make:
     node = await store.node()
     rename(node)
     return lambda: store.state.update_node(node)
 
 
 @public()
-async def _change_node(store: Store) -> Call:
+async def _change_node(store: Store) -> Make:
     node = await store.node()
     return lambda: store.state.change_node(node.node_id, rename)
 
 
 @public()
-async def _remove_node(store: Store) -> Call:
+async def _remove_node(store: Store) -> Make:
     node = await store.node()
     return lambda: store.state.remove_node(node.node_id)
 
 
 @public()
-async def _update_node_status(store: Store) -> Call:
+async def _update_node_status(store: Store) -> Make:
     node = await store.node()
     return lambda: store.state.update_node_status(node.node_id, NodeStatus.ERROR)
 
 
 @public("update_heartbeat, of an OFFLINE node", is_kept=True)
-async def _update_heartbeat(store: Store) -> Call:
+async def _update_heartbeat(store: Store) -> Make:
     node = await store.node(status=NodeStatus.OFFLINE)
     store.clock.advance(1)
     return lambda: store.state.update_heartbeat(node.node_id, cpu_usage=50)
 
 
 @public(in_batches=True)
-async def _check_stale_nodes(store: Store) -> Call:
+async def _check_stale_nodes(store: Store) -> Make:
     store.clock.advance(1)
     await store.state.check_stale_nodes(0.5)
     await store.node()
@@ -276,7 +276,7 @@ async def _check_stale_nodes(store: Store) -> Call:
 
 
 @public(in_batches=True, is_kept=True)
-async def _sync_to_database(store: Store) -> Call:
+async def _sync_to_database(store: Store) -> Make:
     node = await store.node()
     store.clock.advance(1)
     await store.state.update_heartbeat(node.node_id, cpu_usage=50)
@@ -285,7 +285,7 @@ async def _sync_to_database(store: Store) -> Call:
 
 
 @public(in_batches=True)
-async def _compact_changes(store: Store) -> Call:
+async def _compact_changes(store: Store) -> Make:
     await store.task()
     store.clock.advance(1)
     await store.task()
@@ -293,7 +293,7 @@ async def _compact_changes(store: Store) -> Call:
 
 
 @public("task_repo.cleanup_old_tasks", in_batches=True)
-async def _clean_up(store: Store) -> Call:
+async def _clean_up(store: Store) -> Make:
     store.clock.advance(1)
     await store.tasks.cleanup_old_tasks(0)
     await store.finished()
@@ -302,7 +302,7 @@ async def _clean_up(store: Store) -> Call:
 
 
 @public("transaction")
-async def _in_transaction(store: Store) -> Call:
+async def _in_transaction(store: Store) -> Make:
     task, node = store.make_task(), await store.node()
     rename(node)
 
@@ -315,148 +315,148 @@ async def _in_transaction(store: Store) -> Call:
 
 
 @public("task_repo.create")
-async def _create_task(store: Store) -> Call:
+async def _create_task(store: Store) -> Make:
     task = store.make_task()
     return lambda: store.tasks.create(task)
 
 
 @public("task_repo.update")
-async def _update_task_row(store: Store) -> Call:
+async def _update_task_row(store: Store) -> Make:
     task = await store.task()
     rename(task)
     return lambda: store.tasks.update(task)
 
 
 @public("task_repo.delete")
-async def _delete_task_row(store: Store) -> Call:
+async def _delete_task_row(store: Store) -> Make:
     task = await store.task()
     return lambda: store.tasks.delete(task.task_id)
 
 
 @public("task_repo.claim")
-async def _claim_by_rows(store: Store) -> Call:
+async def _claim_by_rows(store: Store) -> Make:
     node = await store.waiting()
     return lambda: store.tasks.claim(node.node_id)
 
 
 @public("node_repo.register")
-async def _register_by_row(store: Store) -> Call:
+async def _register_by_row(store: Store) -> Make:
     task = await store.claimed()
     node = store.make_node(node_id=task.assigned_node)
     return lambda: store.nodes.register(node)
 
 
 @public("node_repo.update_status")
-async def _set_status_of_row(store: Store) -> Call:
+async def _set_status_of_row(store: Store) -> Make:
     node = await store.node()
     return lambda: store.nodes.update_status(node.node_id, NodeStatus.ERROR)
 
 
 @public("node_repo.update_heartbeat")
-async def _beat_of_row(store: Store) -> Call:
+async def _beat_of_row(store: Store) -> Make:
     node = await store.node()
     store.clock.advance(1)
     return lambda: store.nodes.update_heartbeat(node.node_id)
 
 
 @public("task_repo.start")
-async def _start_by_row(store: Store) -> Call:
+async def _start_by_row(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.tasks.start(task)
 
 
 @public("task_repo.complete")
-async def _complete_by_row(store: Store) -> Call:
+async def _complete_by_row(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.tasks.complete(task, {"rows": 42})
 
 
 @public("task_repo.fail")
-async def _fail_by_row(store: Store) -> Call:
+async def _fail_by_row(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.tasks.fail(task, "it went wrong")
 
 
 @public("task_repo.cancel")
-async def _cancel_by_row(store: Store) -> Call:
+async def _cancel_by_row(store: Store) -> Make:
     task = await store.claimed()
     return lambda: store.tasks.cancel(task.task_id)
 
 
 @public("task_repo.requeue")
-async def _requeue_by_row(store: Store) -> Call:
+async def _requeue_by_row(store: Store) -> Make:
     task = await store.finished()
     return lambda: store.tasks.requeue(task.task_id)
 
 
 @public("node_repo.create")
-async def _create_node(store: Store) -> Call:
+async def _create_node(store: Store) -> Make:
     node = store.make_node()
     return lambda: store.nodes.create(node)
 
 
 @public("node_repo.update")
-async def _update_node_row(store: Store) -> Call:
+async def _update_node_row(store: Store) -> Make:
     node = await store.node()
     rename(node)
     return lambda: store.nodes.update(node)
 
 
 @public("node_repo.delete")
-async def _delete_node_row(store: Store) -> Call:
+async def _delete_node_row(store: Store) -> Make:
     node = await store.node()
     return lambda: store.nodes.delete(node.node_id)
 
 
 @public("task_repo.get")
-async def _get_task_row(store: Store) -> Call:
+async def _get_task_row(store: Store) -> Make:
     task = await store.task()
     return lambda: store.tasks.get(task.task_id)
 
 
 @public("get_task, of one that is not in memory")
-async def _get_task(store: Store) -> Call:
+async def _get_task(store: Store) -> Make:
     tasks = [await store.finished() for _ in range(3)]
     return lambda: store.state.get_task(tasks[0].task_id)
 
 
 @public("get_node, of one that there is not")
-async def _get_node(store: Store) -> Call:
+async def _get_node(store: Store) -> Make:
     return lambda: store.state.get_node("nobody")
 
 
 @public()
-async def _list_tasks(store: Store) -> Call:
+async def _list_tasks(store: Store) -> Make:
     return lambda: store.state.list_tasks(TaskFilter(status=TaskStatus.PENDING), limit=5)
 
 
 @public()
-async def _explain_task(store: Store) -> Call:
+async def _explain_task(store: Store) -> Make:
     task = await store.task(required_skills=["nobody has it"])
     return lambda: store.state.explain_task(task.task_id)
 
 
 @public()
-async def _history(store: Store) -> Call:
+async def _history(store: Store) -> Make:
     task = await store.finished()
     return lambda: store.state.history(task.task_id)
 
 
 @public("history, of a task that was removed")
-async def _history_of_removed(store: Store) -> Call:
+async def _history_of_removed(store: Store) -> Make:
     task = await store.task()
     await store.state.remove_task(task.task_id)
     return lambda: store.state.history(task.task_id)
 
 
 @public()
-async def _wait_for_task(store: Store) -> Call:
+async def _wait_for_task(store: Store) -> Make:
     tasks = [await store.finished() for _ in range(3)]
     return lambda: store.state.wait_for_task(tasks[0].task_id, 5)
 
 
 @public()
-async def _watch(store: Store) -> Call:
+async def _watch(store: Store) -> Make:
     since = store.state.version
     await store.task()
 
@@ -468,17 +468,17 @@ async def _watch(store: Store) -> Call:
 
 
 @public()
-async def _refresh_from_database(store: Store) -> Call:
+async def _refresh_from_database(store: Store) -> Make:
     return store.state.refresh_from_database
 
 
 @public(is_exact=False)
-async def _get_stats(store: Store) -> Call:
+async def _get_stats(store: Store) -> Make:
     return store.state.get_stats
 
 
 @public("session")
-async def _in_session(store: Store) -> Call:
+async def _in_session(store: Store) -> Make:
     async def count_tasks() -> Any:
         async with store.db.session() as session:
             return await session.scalar(text("SELECT count(name) FROM tasks"))
@@ -487,12 +487,12 @@ async def _in_session(store: Store) -> Call:
 
 
 @public("verify", is_exact=False)
-async def _verified(store: Store) -> Call:
+async def _verified(store: Store) -> Make:
     return lambda: verify(store.db)
 
 
 @public("diagnose", is_exact=False)
-async def _diagnosed(store: Store) -> Call:
+async def _diagnosed(store: Store) -> Make:
     return lambda: diagnose(store.db)
 
 
@@ -504,7 +504,7 @@ FROM_MEMORY = frozenset(
 )  # fmt: skip
 """Calls that need no database."""
 
-READS: Sequence[tuple[str, Callable[[Store], Call]]] = (
+READS: Sequence[tuple[str, Callable[[Store], Make]]] = (
     ("task_repo.list_by_status", lambda s: lambda: s.tasks.list_by_status(TaskStatus.PENDING, 5)),
     ("task_repo.list_by_node", lambda s: lambda: s.tasks.list_by_node("node-0001")),
     ("task_repo.list_by_user", lambda s: lambda: s.tasks.list_by_user("nobody")),
@@ -523,8 +523,8 @@ READS: Sequence[tuple[str, Callable[[Store], Call]]] = (
 """Of the repositories, which need nothing."""
 
 
-def _prepared(call_of: Callable[[Store], Call]) -> Prepare:
-    async def prepare(store: Store) -> Call:
+def _prepared(call_of: Callable[[Store], Make]) -> Prepare:
+    async def prepare(store: Store) -> Make:
         return call_of(store)
 
     return prepare
@@ -534,18 +534,18 @@ CALLS += [PublicCall(name, _prepared(call_of)) for name, call_of in READS]
 
 
 @public()
-async def _vacuum(store: Store) -> Call:
+async def _vacuum(store: Store) -> Make:
     return store.db.vacuum
 
 
 @public(makes_copy=True)
-async def _backup(store: Store) -> Call:
+async def _backup(store: Store) -> Make:
     path = store.path("backup")
     return lambda: store.db.backup(path)
 
 
 @public("copy", is_exact=False, makes_copy=True)
-async def _copied(store: Store) -> Call:
+async def _copied(store: Store) -> Make:
     path = store.path("copy")
 
     async def to_another() -> None:

@@ -66,11 +66,11 @@ TICK = timedelta(seconds=10)
 TICKS = 20
 """A round."""
 
-PATIENCE = 40
-"""Seconds that a node may be silent."""
+PATIENCE_SECONDS = 40
+"""For which a node may be silent."""
 
-TIMEOUT = 60
-"""Seconds that a task may run, if it has a limit."""
+TIMEOUT_SECONDS = 60
+"""For which a task may run, if it has a limit."""
 
 BACKOFF = Backoff(first_seconds=15, longest_seconds=60)
 
@@ -253,7 +253,7 @@ class Cluster:
     async def recover(self, what: str, since_beat: timedelta) -> None:
         """Take back what lost nodes hold."""
         world, clock = self.world, self.clock
-        recovery = await self.coordinator.recover(timeout_seconds=PATIENCE)
+        recovery = await self.coordinator.recover(timeout_seconds=PATIENCE_SECONDS)
         self.run.counts.acknowledged += 1
         if clock.true - clock.jumped_at > since_beat:
             lost = world.alive.keys() & set(recovery.offline_nodes)
@@ -279,7 +279,7 @@ class Cluster:
                 f"task-{world.tasks}",
                 TaskType.BATCH,
                 "t",
-                timeout=self.random.choice([None, TIMEOUT]),
+                timeout=self.random.choice([None, TIMEOUT_SECONDS]),
                 submitted_at=clock.local() if self.is_naive else clock.now,
                 not_before=clock.local() if self.is_naive else None,
             )
@@ -303,7 +303,7 @@ class Cluster:
                 one.task = await self.worker.start_task(one.task)
                 one.since = self.clock.true
             elif one.hangs:
-                limit = timedelta(seconds=2 * TIMEOUT) + 2 * TICK
+                limit = timedelta(seconds=2 * TIMEOUT_SECONDS) + 2 * TICK
                 run.check(
                     self.clock.true - one.since <= limit, f"{id} hangs, and is never taken back"
                 )
@@ -340,7 +340,7 @@ class Cluster:
 
     def check_nodes(self, what: str) -> None:
         """Look whether those that have died are known to be lost, and hold nothing."""
-        limit = timedelta(seconds=2 * PATIENCE) + TICK
+        limit = timedelta(seconds=2 * PATIENCE_SECONDS) + TICK
         for node_id, died in list(self.world.died.items()):
             if self.clock.true - died > limit:
                 del self.world.died[node_id]
@@ -394,8 +394,8 @@ CAMPAIGN = Campaign(
 )
 
 
-MACHINE_PATIENCE = 1.0
-"""Seconds that a node may be silent, where it is the machine's clock that jumps."""
+MACHINE_PATIENCE_SECONDS = 1.0
+"""For which a node may be silent, where it is the machine's clock that jumps."""
 
 MACHINE_JUMPS = [timedelta(hours=-1), timedelta(days=3), timedelta(days=-3), timedelta(hours=1)]
 
@@ -462,7 +462,7 @@ async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
     working = asyncio.create_task(work_as(tell, path, name))
     async with StateManager(Database(path), 1) as manager:
         while not working.done():
-            await manager.recover(timeout_seconds=MACHINE_PATIENCE)
+            await manager.recover(timeout_seconds=MACHINE_PATIENCE_SECONDS)
             await asyncio.sleep(0.2)
     await working
 
@@ -470,8 +470,8 @@ async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
 class Machine:
     """What a process sees whose clock does not jump."""
 
-    SLOW = 120.0
-    """Seconds after which something that should have happened never will."""
+    SLOW_SECONDS = 120.0
+    """After which something that should have happened never will."""
 
     def __init__(self, run: Run, offset: Path, past: sqlite3.Connection) -> None:
         self._run, self._offset, self._past = run, offset, past
@@ -490,8 +490,10 @@ class Machine:
         """See nodes marked as lost, or as living by heartbeats of their present time."""
         began = time.monotonic()
         while not all((self._is_lost if are_lost else self._is_known)(name) for name in names):
-            if time.monotonic() - began > self.SLOW:
-                self._run.wrong(f"not within {self.SLOW:.0f} s of a jump: {names} are {what}")
+            if time.monotonic() - began > self.SLOW_SECONDS:
+                self._run.wrong(
+                    f"not within {self.SLOW_SECONDS:.0f} s of a jump: {names} are {what}"
+                )
                 return
             time.sleep(0.02)
         took = self._slowest[what] = max(self._slowest.get(what, 0), time.monotonic() - began)
@@ -508,7 +510,7 @@ class Machine:
     def _is_known(self, name: str) -> bool:
         status, at = self._node(name)
         present = time.time() + self._ahead.total_seconds()
-        return status == "online" and abs(at / 1e6 - present) < 10 * MACHINE_PATIENCE
+        return status == "online" and abs(at / 1e6 - present) < 10 * MACHINE_PATIENCE_SECONDS
 
     def _node(self, name: str) -> tuple[str, int]:
         query = "SELECT status, coalesce(last_heartbeat, 0) FROM nodes WHERE node_id = ?"

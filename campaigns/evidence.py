@@ -28,7 +28,7 @@ from campaigns.beside import ask
 from campaigns.caller import TASKS_A_CLAIM
 from campaigns.campaign import Location, Run
 from campaigns.linearizability import Operation, find_violation
-from campaigns.specification import HELD, UNKNOWN, Call, Seen, step
+from campaigns.specification import HELD, UNKNOWN, Seen, TaskCall, step
 
 FRESH_SECONDS = 0.1
 """How old what is read from memory may be, as is promised, in the 99th percentile. It does not age
@@ -66,7 +66,7 @@ _CAUSE: Final = {
 class Asked:
     """A call, as its process told."""
 
-    life: int
+    process: int
     name: str
     task_id: str | None
     arguments: Sequence[Any]
@@ -76,7 +76,7 @@ class Asked:
 
 
 @dataclass
-class Life:
+class Process:
     """A process from its start to its end, and what it told."""
 
     node: str
@@ -130,10 +130,10 @@ _TASKS: Final = (
 class Evidence:
     """What all processes said, and what the database holds at the end."""
 
-    def __init__(self, run: Run, location: Location, lives: Sequence[Life]) -> None:
+    def __init__(self, run: Run, location: Location, processes: Sequence[Process]) -> None:
         self._run = run
-        self._lives = lives
-        asked = [one for life in lives for one in life.asked.values()]
+        self._processes = processes
+        asked = [one for process in processes for one in process.asked.values()]
         run.counts.unknown = sum(one.answer is UNKNOWN for one in asked)
         run.counts.refused = sum(isinstance(one.answer, str) for one in asked)
         run.counts.acknowledged = len(asked) - run.counts.unknown - run.counts.refused
@@ -230,8 +230,9 @@ class Evidence:
 
     def _check_watchers(self) -> None:
         feed = [list(change[:-1]) for change in self._feed]
-        for node in {life.node for life in self._lives}:
-            watched = [one for life in self._lives if life.node == node for one in life.watched]
+        for node in {process.node for process in self._processes}:
+            of_node = [process for process in self._processes if process.node == node]
+            watched = [one for process in of_node for one in process.watched]
             self._run.check(bool(watched), f"the watcher of {node} was told nothing")
             if watched != feed[: len(watched)]:
                 pairs = zip(watched, [*feed, "no more"], strict=False)
@@ -255,8 +256,9 @@ class Evidence:
         """In seconds; and those without the lateness of event loops."""
         for id, calls in self._calls.items():
             spans = _spans(self._changes[id])
-            for number in {call.life for call in calls}:
-                life, own = self._lives[number], [call for call in calls if call.life == number]
+            for number in {call.process for call in calls}:
+                process = self._processes[number]
+                own = [call for call in calls if call.process == number]
                 for look, floor, span in _looks(own, spans):
                     if span is None:
                         self._run.wrong(f"there never was what {look} saw")
@@ -266,10 +268,10 @@ class Evidence:
                         since = look.invoked
                         if span.end in self._writes:
                             [missed, *_] = self._writes[span.end]
-                            since = max(missed.returned or 0, life.opened)
+                            since = max(missed.returned or 0, process.opened)
                         age = max(0, look.invoked - since)
                         ages.append(age / 1e9)
-                        own_ages.append((age and age - life.lateness(since, look.invoked)) / 1e9)
+                        own_ages.append((age and age - process.lateness(since, look.invoked)) / 1e9)
         p99, own_p99, oldest = _p99(ages), _p99(own_ages), max(ages)
         self._run.notes["age of reads from memory: p99"] = (
             f"{p99 * 1e3:.0f} ms, {own_p99 * 1e3:.0f} ms without the lateness of event loops,"
@@ -289,7 +291,7 @@ class Evidence:
             calls += [
                 one
                 for one in self._general
-                if one.name == "claim" and first < self._lives[one.life].ended
+                if one.name == "claim" and first < self._processes[one.process].ended
             ]
             nodes = {one.arguments[0] for one in calls if one.name == "claim"}
             calls += [
@@ -297,7 +299,7 @@ class Evidence:
             ]
             calls.append(Asked(-1, "read", id, [], end, end, self._end.get(id)))
             operations = [
-                Operation(one.invoked, one.returned, Call(one.name, one.arguments, one.answer))
+                Operation(one.invoked, one.returned, TaskCall(one.name, one.arguments, one.answer))
                 for one in calls
                 if one.name not in _READ or one.answer is not UNKNOWN
             ]
@@ -404,10 +406,10 @@ def _cause(call: Asked) -> str:
     return "update" if call.name == "change" else call.name
 
 
-def _precedes(one: Operation[Call], other: Operation[Call]) -> bool:
+def _precedes(one: Operation[TaskCall], other: Operation[TaskCall]) -> bool:
     return one is not other and other.returned is not None and one.invoked <= other.returned
 
 
-def _shown(call: Call) -> str:
+def _shown(call: TaskCall) -> str:
     arguments = ", ".join(map(str, call.arguments))
     return f"{call.name}({arguments}) → {'?' if call.answer is UNKNOWN else call.answer}"

@@ -76,13 +76,13 @@ FileTrouble = Callable[[Path], AbstractContextManager[object]]
 """What goes on for a while with the database at a path."""
 
 
-class Disk:
+class FailingDisk:
     """Says which system calls fail: what each trouble decides while it lasts."""
 
     def __init__(self) -> None:
         self._refuse: vfs.Hook | None = None
 
-    def __call__(self, call: vfs.Call) -> int:
+    def __call__(self, call: vfs.SystemCall) -> int:
         return 0 if self._refuse is None else self._refuse(call)
 
     @contextmanager
@@ -98,7 +98,7 @@ class Disk:
         """No file beside the database can grow."""
         sizes = {str(file): file.stat().st_size for file in path.parent.iterdir()}
 
-        def refuse(call: vfs.Call) -> int:
+        def refuse(call: vfs.SystemCall) -> int:
             grows = call.name in _WRITES or call.name == "ftruncate"
             is_over = call.offset + call.size > sizes.get(call.path, 0)
             return errno.ENOSPC if grows and is_over else 0
@@ -110,7 +110,7 @@ class Disk:
     def read_only(self, path: Path) -> Iterator[None]:
         """The file system was turned read-only, as Linux does when a disk fails."""
 
-        def refuse(call: vfs.Call) -> int:
+        def refuse(call: vfs.SystemCall) -> int:
             writes = call.name in _WRITES or call.name in ("ftruncate", "unlink")
             opens = call.name == "open" and call.offset & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             return errno.EROFS if writes or opens else 0
@@ -202,7 +202,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def perform(run: Run) -> None:
     """In each round, one call during a trouble, or one opening of files that somebody damaged."""
-    with quietly(), planted(run.bug), vfs.hooked(disk := Disk(), run.folder):
+    with quietly(), planted(run.bug), vfs.hooked(disk := FailingDisk(), run.folder):
         _Files(run, disk).perform()
 
 
@@ -256,7 +256,7 @@ def commits_of(wal: bytes) -> Iterator[int]:
 
 
 class _Files:
-    def __init__(self, run: Run, disk: Disk) -> None:
+    def __init__(self, run: Run, disk: FailingDisk) -> None:
         self.run = run
         self._troubles = {
             # How often each is drawn: who waits for a lock, waits for long.

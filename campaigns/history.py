@@ -20,7 +20,7 @@ from typing import Any
 from campaigns.caller import READER, work
 from campaigns.campaign import Campaign, HangError, Location, Run
 from campaigns.children import Child
-from campaigns.evidence import Asked, Evidence, Life
+from campaigns.evidence import Asked, Evidence, Process
 from openclaw_store import Database, verify
 
 PROCESSES, PROCESSES_OF_A_SHORT_RUN = 4, 2
@@ -33,11 +33,10 @@ ROUNDS_BETWEEN_KILLS = (5, 15)
 def perform(run: Run) -> None:
     """Have processes work and be killed, then look whether all they say fits together."""
     with run.location() as location:
-        processes = _Processes(run, location)
-        lives = processes.run()
-        Evidence(run, location, lives).check()
+        processes = _Processes(run, location).run()
+        Evidence(run, location, processes).check()
         _verify(run, location)
-    run.notes["kills"] = f"{sum(life.is_killed for life in lives):,}"
+    run.notes["kills"] = f"{sum(process.is_killed for process in processes):,}"
 
 
 class _Processes:
@@ -46,7 +45,7 @@ class _Processes:
     def __init__(self, run: Run, location: Location) -> None:
         self._run, self._location = run, location
         self._errors = run.folder / "errors"
-        self._lives: list[Life] = []
+        self._processes: list[Process] = []
         self._children: list[Child] = []
         self._messages: SimpleQueue[tuple[int, list[Any] | HangError | None]] = SimpleQueue()
         self._wanted = run.rounds * CALLS_A_ROUND
@@ -55,7 +54,7 @@ class _Processes:
         self._next_kill = self._wanted // 3 if run.is_quick else self._draw()
         self._ending: set[int] = set()
 
-    def run(self) -> list[Life]:
+    def run(self) -> list[Process]:
         """Have them work; returns all that there were."""
         with ExitStack() as stack:
             number = PROCESSES_OF_A_SHORT_RUN if self._run.is_quick else PROCESSES
@@ -72,20 +71,20 @@ class _Processes:
                 if message is not None:
                     self._take(number, message)
                 elif self._is_replaced(number):
-                    life = self._lives[number]
-                    self._begin(stack, life.node, self._watched_by(life.node))
+                    process = self._processes[number]
+                    self._begin(stack, process.node, self._watched_by(process.node))
                 else:
                     working -= 1
         noise = self._errors.read_text()
         self._run.check(not noise, f"the processes have complained: {noise[-2000:]}")
-        return self._lives
+        return self._processes
 
     def _begin(self, stack: ExitStack, node: str, since: int) -> None:
-        number = len(self._lives)
+        number = len(self._processes)
         arguments = (self._location, node, number, self._run.seed, since)
         child = Child(work, *arguments, errors=self._errors, bug=self._run.bug)
         self._children.append(stack.enter_context(child))
-        self._lives.append(Life(node))
+        self._processes.append(Process(node))
 
         def listen() -> None:
             try:
@@ -100,27 +99,27 @@ class _Processes:
 
     def _take(self, number: int, message: list[Any]) -> None:
         """Take note of what a process tells; kill it, or have it end, if it is time to."""
-        life, child = self._lives[number], self._children[number]
+        process, child = self._processes[number], self._children[number]
         match message:
             case ["asked", call, moment, name, task_id, arguments]:
-                life.asked[call] = Asked(number, name, task_id, arguments, moment)
+                process.asked[call] = Asked(number, name, task_id, arguments, moment)
             case ["answered", call, moment, answer]:
-                life.asked[call].returned, life.asked[call].answer = moment, answer
+                process.asked[call].returned, process.asked[call].answer = moment, answer
                 self._answered += 1
                 if self._answered <= self._wanted and self._answered % CALLS_A_ROUND == 0:
                     self._run.done()
             case ["late", due, now]:
-                life.late.append((due, now))
+                process.late.append((due, now))
             case ["watched", changes]:
-                life.watched += changes
-        if life.is_killed:
+                process.watched += changes
+        if process.is_killed:
             return
         if self._answered >= self._wanted:
             if number not in self._ending:
                 self._ending.add(number)
                 child.signal(signal.SIGTERM)
         elif self._answered >= self._next_kill:
-            life.is_killed = True
+            process.is_killed = True
             child.kill()
             self._next_kill += self._wanted if self._run.is_quick else self._draw()
 
@@ -130,16 +129,17 @@ class _Processes:
 
     def _is_replaced(self, number: int) -> bool:
         """Whether another process is to come in the place of one that has ended."""
-        life = self._lives[number]
-        life.ended = time.monotonic_ns()
+        process = self._processes[number]
+        process.ended = time.monotonic_ns()
         status = self._children[number].wait()
-        expected = -signal.SIGKILL if life.is_killed else 0
+        expected = -signal.SIGKILL if process.is_killed else 0
         self._run.check(status == expected, f"a process has ended with {status}")
-        return life.is_killed and self._answered < self._wanted
+        return process.is_killed and self._answered < self._wanted
 
     def _watched_by(self, node: str) -> int:
         """The last revision that the watchers of a node have told of."""
-        watched = [change for life in self._lives if life.node == node for change in life.watched]
+        of_node = [process for process in self._processes if process.node == node]
+        watched = [change for process in of_node for change in process.watched]
         return int(watched[-1][0]) if watched else 0
 
 
@@ -161,7 +161,7 @@ CAMPAIGN = Campaign(
     quick_rounds=5,
     unit="hundreds of calls",
     bugs={
-        "no-version-in-where": "no order explains update",
+        "no-version-in-where": "name='update'",
         "claimed-twice": "no order explains claim",
         "watch-ahead": "the watcher of",
     },

@@ -112,7 +112,7 @@ LIMITS: tuple[Any, ...] = (
 """What somebody might take for seconds; none of them is over soon."""
 
 
-class Call(NamedTuple):
+class Input(NamedTuple):
     """What is done to a store."""
 
     name: str
@@ -224,7 +224,7 @@ class ServerLook(Look):
         return await self._connection.fetchrow(ROWS)
 
 
-class Store:
+class PairedStore:
     """A store of one kind, and what a caller has of it."""
 
     def __init__(self, location: str | Path, folder: Path, look: Look) -> None:
@@ -261,7 +261,7 @@ class Store:
         self.tasks += await manager.claim_tasks("node-1", limit=2)
         del self.tasks[:-12], self.nodes[:-6]
 
-    async def attempt(self, call: Call) -> Outcome:
+    async def attempt(self, call: Input) -> Outcome:
         """Make a call."""
         limit = WAIT_SECONDS if call.name in WAITING_CALLS else 60
         try:
@@ -327,12 +327,14 @@ class Store:
 class _Drawing:
     """Draws a call to a store."""
 
-    def __init__(self, store: Store, known: Sequence[Method], random: Random, number: int) -> None:
+    def __init__(
+        self, store: PairedStore, known: Sequence[Method], random: Random, number: int
+    ) -> None:
         self._store, self._known, self._random = store, known, random
         self._values = Values(random, store.tasks, store.nodes)
         self._place = f"{store.folder}/{number}/a/b/c/d/e"  # from which no path gets out
 
-    def draw(self) -> Call:
+    def draw(self) -> Input:
         chosen = self._random.random()
         if chosen < 0.9:
             name, arguments, run = self._of_method(self._random.choice(self._known))
@@ -340,7 +342,7 @@ class _Drawing:
             name, arguments, run = self._of_function()
         else:
             name, arguments, run = self._of_place()
-        return Call(name, arguments, run, self._values.is_large)
+        return Input(name, arguments, run, self._values.is_large)
 
     def _arguments(self, method: Method) -> dict[str, Any]:
         """Arguments of which mostly one is odd, so that it is not refused for another one."""
@@ -468,10 +470,10 @@ async def _use_pair(
         connection = await connect(str(url))
         stack.push_async_callback(connection.close)
         file = stack.enter_context(closing(sqlite3.connect(path)))
-        stores: list[Store] = []
+        stores: list[PairedStore] = []
         for location, look in ((path, FileLook(file)), (url, ServerLook(connection))):
             folder = path.parent / f"of-{len(stores)}"
-            stores.append(Store(location, folder, look))
+            stores.append(PairedStore(location, folder, look))
             await stack.enter_async_context(stores[-1].manager)
         for number in range(inputs):
             if number % 50 == 0:
@@ -487,7 +489,9 @@ async def _use_pair(
     return number + 1
 
 
-async def _call(run: Run, known: Sequence[Method], stores: Sequence[Store], number: int) -> bool:
+async def _call(
+    run: Run, known: Sequence[Method], stores: Sequence[PairedStore], number: int
+) -> bool:
     """Make a call to both and compare; whether they are better left alone then."""
     seed = run.random.getrandbits(64)
     calls = [_Drawing(store, known, Random(seed), number).draw() for store in stores]
@@ -522,7 +526,7 @@ async def _call(run: Run, known: Sequence[Method], stores: Sequence[Store], numb
     return calls[0].is_large
 
 
-def _fields_of(call: Call) -> Mapping[str, Any] | None:
+def _fields_of(call: Input) -> Mapping[str, Any] | None:
     """The fields of the task or node that a call is to store, as they are before it."""
     item = call.arguments.get("task", call.arguments.get("node"))
     method = call.name.split()[0].rpartition(".")[2]
@@ -533,7 +537,7 @@ def _fields_of(call: Call) -> Mapping[str, Any] | None:
     )
 
 
-async def _check_kept(run: Run, what: str, store: Store, given: Mapping[str, Any]) -> None:
+async def _check_kept(run: Run, what: str, store: PairedStore, given: Mapping[str, Any]) -> None:
     """Check that what was taken comes back as itself, from memory and from the database."""
     kind: type[Any] = given[""]
     manager = store.manager

@@ -97,7 +97,7 @@ class Fault:
             for is_sticky in (False, True)
         ]
 
-    def __call__(self, call: vfs.Call) -> int:
+    def __call__(self, call: vfs.SystemCall) -> int:
         if self._below is None or not call.path.startswith(self._below):
             return 0
         self.seen[call.name] += 1
@@ -294,7 +294,7 @@ def _python_hooked(fault: Fault) -> Iterator[None]:
     def told(name: str, proceed: Callable[..., Any]) -> Callable[..., Any]:
         def call(file: Any, *arguments: Any, **options: Any) -> Any:
             path = f"/proc/self/fd/{file}" if isinstance(file, int) else os.fspath(file)
-            error = fault(vfs.Call(name, os.path.realpath(path)))
+            error = fault(vfs.SystemCall(name, os.path.realpath(path)))
             if error:
                 raise OSError(error, os.strerror(error), path)
             return proceed(file, *arguments, **options)

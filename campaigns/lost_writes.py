@@ -27,7 +27,7 @@ from campaigns.audit import Log, verify_it
 from campaigns.campaign import SQLITE, Campaign, Run
 from campaigns.load import make_nodes, open_store, write
 from campaigns.planted import planted
-from campaigns.vfs import SYNC, Call, hooked, why_not
+from campaigns.vfs import SYNC, SystemCall, hooked, why_not
 from openclaw_store.sqlite import _WriteConnection
 
 CALLS_A_RECORD = 400
@@ -90,7 +90,7 @@ class _File:
         return bytes(left)
 
 
-class Disk:
+class RecordedDisk:
     """The files in a folder, of which is known what was synced."""
 
     def __init__(self, folder: Path) -> None:
@@ -135,7 +135,7 @@ def perform(run: Run) -> None:
         with run.location() as location:
             assert isinstance(location, Path)
             asyncio.run(make_nodes(location))
-            disk = Disk(location.parent)
+            disk = RecordedDisk(location.parent)
             with planted(run.bug):
                 events = asyncio.run(_record(location, run.random.getrandbits(32)))
             _cut(run, disk, events, location.name, cuts)
@@ -146,7 +146,7 @@ async def _record(location: Path, seed: int) -> Sequence[Event]:
     events: list[Event] = []
     calls = count(1)
 
-    def hook(call: Call) -> int:
+    def hook(call: SystemCall) -> int:
         path = Path(call.path)
         if path.name.endswith("-shm"):  # which is not for the disk
             pass
@@ -176,7 +176,7 @@ async def _record(location: Path, seed: int) -> Sequence[Event]:
     return events[:end]
 
 
-def _cut(run: Run, disk: Disk, events: Sequence[Event], name: str, cuts: int) -> None:
+def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts: int) -> None:
     """Cut the power at random places of a record, and check each time what is left."""
     log = Log(run.counts)
     done = 0

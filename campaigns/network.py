@@ -60,19 +60,19 @@ LANES = 4
 CALLERS = 3
 """On each of them."""
 
-LIMIT = 0.8
-"""Seconds: `Database(timeout=…)`."""
+LIMIT_SECONDS = 0.8
+"""`Database(timeout=…)`."""
 
-ANSWER = 0.2
+ANSWER_SECONDS = 0.2
 """What the store gives a server beyond that, here; else it is a second."""
 
-DEADLINE = 2 * (LIMIT + ANSWER)
+DEADLINE_SECONDS = 2 * (LIMIT_SECONDS + ANSWER_SECONDS)
 """For the turn to write, and for the answer."""
 
-LEEWAY = 0.5
+LEEWAY_SECONDS = 0.5
 
-PATIENCE = 60.0
-"""Seconds after which something that should have happened counts as hanging."""
+PATIENCE_SECONDS = 60.0
+"""After which something that should have happened counts as hanging."""
 
 HISTORY = [
     (None, "pending"),
@@ -99,9 +99,9 @@ def perform(run: Run) -> None:
 def hurried() -> Iterator[None]:
     """Have the store's own limits be shorter than they are."""
     with (
-        patch.object(postgresql, "_CONNECT_SECONDS", LIMIT),
-        patch.object(postgresql, "_ANSWER_SECONDS", ANSWER),
-        patch.object(postgresql, "_CLOSE_SECONDS", ANSWER),
+        patch.object(postgresql, "_CONNECT_SECONDS", LIMIT_SECONDS),
+        patch.object(postgresql, "_ANSWER_SECONDS", ANSWER_SECONDS),
+        patch.object(postgresql, "_CLOSE_SECONDS", ANSWER_SECONDS),
         patch.object(wakeups, "RETRY_SECONDS", (0.01, 0.1)),
         patch.object(wakeups, "ALIVE_SECONDS", 0.1),
     ):
@@ -184,7 +184,7 @@ class Lane:
         """Have the network fail, as long as there are numbers left."""
         driver = import_module("asyncpg")  # may be missing
         self.past = await driver.create_pool(plain(self.url), min_size=1, max_size=2)
-        self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT), 3600)
+        self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
         self.other = StateManager(Database(self.url), None)
         async with self.past, self.other:
             await self.insist(self.manager.initialize, "to open it")
@@ -224,7 +224,7 @@ class Lane:
         self.proxy.forward()
         self.is_ending = True
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 await asyncio.gather(adding, *working)
                 await self.check(f"{fault.kind} at {fault.moment} of {fault.words!r}", number)
         except TimeoutError:
@@ -462,7 +462,7 @@ class Caller:
     def look_at_clock(self, began: float, error: Exception | None) -> None:
         took = time.monotonic() - began - self.lane.stall.since(began)
         self.lane.stall.slowest_answer = max(self.lane.stall.slowest_answer, took)
-        if took > DEADLINE + LEEWAY:
+        if took > DEADLINE_SECONDS + LEEWAY_SECONDS:
             self.run.wrong(f"an answer took {took:.2f} s: {error!r}")
 
     async def row(self, id: str) -> Any:
@@ -485,16 +485,16 @@ async def in_time(what: str) -> AsyncIterator[None]:
         HangError: If it does.
     """
     try:
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             yield
     except TimeoutError:
-        raise HangError(f"{what} has taken {PATIENCE:g} s") from None
+        raise HangError(f"{what} has taken {PATIENCE_SECONDS:g} s") from None
 
 
 async def holds(condition: Callable[[], bool]) -> bool:
     """Whether something comes to hold within seconds."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(PATIENCE / 4):
+        async with asyncio.timeout(PATIENCE_SECONDS / 4):
             while not condition():  # noqa: ASYNC110  # it is the condition that counts
                 await asyncio.sleep(0.002)
             return True

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
         return self.node, self.attempt
 
 
-class Call(NamedTuple):
+class TaskCall(NamedTuple):
     """A call that concerns one task."""
 
     name: str
@@ -50,7 +50,7 @@ Outcome = Seen | str | None
 """The task after a call, or the error with which it was refused."""
 
 
-def step(task: Seen | None, call: Call) -> Iterable[Seen | None]:
+def step(task: Seen | None, call: TaskCall) -> Iterable[Seen | None]:
     """What the task may be after a call with this answer; nothing if it can not be answered so."""
     if call.answer == TOO_LATE:
         yield task

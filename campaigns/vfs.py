@@ -23,7 +23,7 @@ SYNC, OPEN_FOLDER = "sync", "openDirectory"
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class SystemCall:
     """A system call that SQLite is about to make."""
 
     name: str
@@ -43,7 +43,7 @@ class Call:
         return ctypes.string_at(self.address, self.size)
 
 
-Hook = Callable[[Call], int]
+Hook = Callable[[SystemCall], int]
 """Told of each call before it is made. Returns 0 for it to be made, or the `errno` it fails with.
 
 Runs on the thread that makes the call, which may hold locks of SQLite's: it must not use SQLite,
@@ -145,7 +145,7 @@ class _Hooks:
         for name in self._replacements:
             self._set(self._address, name.encode(), None)
 
-    def _ask(self, call: Call) -> int:
+    def _ask(self, call: SystemCall) -> int:
         hook, below = self._hook, self._below
         if hook is None or not f"{call.path}/".startswith(below):
             return 0
@@ -198,7 +198,7 @@ class _Hooks:
             proceed = _Sync(methods.xSync)
 
             def sync(file: int, flags: int) -> int:
-                if self._ask(Call(SYNC, self._files.get(file, ""))):
+                if self._ask(SystemCall(SYNC, self._files.get(file, ""))):
                     return _SYNC_FAILED
                 result: int = proceed(file, flags)
                 return result
@@ -209,18 +209,18 @@ class _Hooks:
         return self._methods[address][0]
 
 
-def _call(name: str, path: str, arguments: tuple[Any, ...]) -> Call:
+def _call(name: str, path: str, arguments: tuple[Any, ...]) -> SystemCall:
     if name.startswith(("pread", "pwrite")):
         _, address, size, offset = arguments
-        return Call(name, path, offset, size, address)
+        return SystemCall(name, path, offset, size, address)
     if name in ("read", "write"):
         _, address, size = arguments
-        return Call(name, path, size=size, address=address)
+        return SystemCall(name, path, size=size, address=address)
     if name in ("open", "ftruncate"):
-        return Call(name, path, offset=arguments[1])
+        return SystemCall(name, path, offset=arguments[1])
     if name == "mmap":
-        return Call(name, path, arguments[5], arguments[1])
-    return Call(name, path)
+        return SystemCall(name, path, arguments[5], arguments[1])
+    return SystemCall(name, path)
 
 
 _hooks: _Hooks | None = None

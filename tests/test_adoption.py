@@ -645,7 +645,7 @@ class TestCopy:
             refuse_orphans(*arguments)
             is_ready = True
 
-        def fail(call: vfs.Call) -> int:
+        def fail(call: vfs.SystemCall) -> int:
             return number if is_ready and call.name.startswith(("write", "pwrite")) else 0
 
         monkeypatch.setattr(SQLite, "_refuse_orphans", then_fail)

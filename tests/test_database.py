@@ -955,7 +955,7 @@ class TestBadFiles:
         """Issue #7: the only advice was to restore a backup, though the next try may work."""
         await manager.add_task(make_task())
 
-        def fail(call: vfs.Call) -> int:
+        def fail(call: vfs.SystemCall) -> int:
             return errno.EIO if call.name.startswith(("read", "pread")) else 0
 
         with (
