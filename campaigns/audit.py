@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from campaigns.beside import UnreadableError, ask, damage
 from campaigns.campaign import Counts, Location, Run
 from campaigns.load import State, content
 from openclaw_store import Database, StoreError
@@ -34,13 +31,7 @@ _QUERIES = (
     "ORDER BY revision",
     "SELECT revision FROM counters",
 )
-_CHECK_INDEXES = """
-    SELECT bt_index_check(indexrelid, true) FROM pg_index
-    WHERE indrelid = CAST(CAST($1 AS text) AS regclass)"""
-_TABLES = ("tasks", "nodes", "changes", "counters")
 _HELD = ("scheduled", "running")
-
-Rows = Sequence[tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -135,10 +126,6 @@ def verify_it(run: Run, location: Location) -> None:
         run.wrong(f"the store cannot be opened: {error}")
 
 
-class UnreadableError(Exception):
-    """A database is broken."""
-
-
 class Contents:
     """All that is in a database at one moment.
 
@@ -148,11 +135,9 @@ class Contents:
     """
 
     def __init__(self, location: Location) -> None:
-        problems, (self._tasks, self._nodes, self._feed, [(self._revision,)]) = (
-            _ask_file(location) if isinstance(location, Path) else _ask_server(location)
-        )
-        if problems:
+        if problems := damage(location):
             raise UnreadableError(problems)
+        self._tasks, self._nodes, self._feed, [(self._revision,)] = ask(location, *_QUERIES)
 
     def tasks(self) -> dict[str, Known]:
         """What has become of each task that there ever was."""
@@ -212,46 +197,3 @@ class Contents:
             completed, failed = ended[id, True], ended[id, False]
             if counted != (tally := [held[id], completed, failed, completed + failed]):
                 yield f"node {id!r} counts {counted}, and there are {tally}"
-
-
-def _ask_file(path: Path) -> tuple[Rows, Sequence[Rows]]:
-    """What SQLite finds wrong with a file, and the answers to the queries."""
-    try:
-        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            connection.execute("BEGIN")
-            found = [
-                row
-                for pragma in ("integrity_check", "foreign_key_check")
-                for row in connection.execute(f"PRAGMA {pragma}")
-                if row != ("ok",)
-            ]
-            return found, [connection.execute(query).fetchall() for query in _QUERIES]
-    except sqlite3.Error as error:
-        raise UnreadableError(repr(error)) from error
-
-
-def _ask_server(url: str) -> tuple[Rows, Sequence[Rows]]:
-    """What amcheck finds wrong with the tables of a database, and the answers to the queries."""
-    driver = import_module("asyncpg")
-
-    async def ask() -> tuple[Rows, Sequence[Rows]]:
-        connection = await driver.connect(url.replace("+asyncpg", ""))
-        try:
-            await connection.execute("CREATE EXTENSION IF NOT EXISTS amcheck")
-            async with connection.transaction(isolation="repeatable_read"):
-                found = []
-                for table in _TABLES:
-                    await connection.fetch(_CHECK_INDEXES, table)
-                    found += await connection.fetch(
-                        "SELECT * FROM verify_heapam(CAST(CAST($1 AS text) AS regclass))", table
-                    )
-                return found, [
-                    [tuple(row) for row in await connection.fetch(query)] for query in _QUERIES
-                ]
-        finally:
-            await connection.close()
-
-    try:
-        return asyncio.run(ask())
-    except (driver.PostgresError, OSError) as error:
-        raise UnreadableError(repr(error)) from error

@@ -16,21 +16,19 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import Any
 from unittest.mock import patch
 
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import installed_package
+from campaigns.beside import Rows, ask, damage, plain
 from campaigns.campaign import SQLITE, Campaign, Location, Run
-from campaigns.contents import connect
 from openclaw_store import Database, StateManager, Task, TaskType, verify
 
 WRITERS = 64
@@ -47,11 +45,11 @@ UNDISTURBED_SECONDS = 0.2
 WORST = 2.0
 """How many times as long writes may take, in the 99th percentile."""
 
-TABLES = {
-    "tasks": "SELECT task_id, status, version, {metadata} FROM tasks",
-    "changes": "SELECT revision, item_id, to_status FROM changes ORDER BY revision",
-    "counters": "SELECT revision FROM counters",
-}
+QUERIES = (
+    "SELECT task_id, status, version, CAST(metadata AS text) FROM tasks",
+    "SELECT revision, item_id, to_status FROM changes ORDER BY revision",
+    "SELECT revision FROM counters",
+)
 """What is read of a copy."""
 
 
@@ -96,36 +94,34 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         await asyncio.sleep(max(UNDISTURBED_SECONDS, took))
         while not undisturbed:  # noqa: ASYNC110  # one ends soon
             await asyncio.sleep(0.01)
-    async with writing.resting(), opened(run, copy) as (location, read, is_sound):
-        run.check(await is_sound(), "the database says that the copy is damaged")
-        tables = {name: await read(query) for name, query in TABLES.items()}
-        look(run, tables, before, after, writing)
+    async with writing.resting(), restored(run, copy) as location:
+        found = await asyncio.to_thread(damage, location)
+        run.check(not found, f"the database says that the copy is damaged: {found}")
+        look(run, await asyncio.to_thread(ask, location, *QUERIES), before, after, writing)
         await use(run, location)
     # A small backup may be done before any write ends.
     return percentile(during or undisturbed, 99) / percentile(undisturbed, 99)
 
 
-def look(
-    run: Run, tables: dict[str, Sequence[Sequence[Any]]], before: int, after: int, writing: Writing
-) -> None:
+def look(run: Run, answers: Sequence[Rows], before: int, after: int, writing: Writing) -> None:
     """Look whether the copy is the database as it was at one moment during the backup."""
-    [[revision]] = tables["counters"]
+    tasks, changes, [[revision]] = answers
     run.check(before <= revision <= after, f"it is of {revision}, made from {before} to {after}")
-    revisions = [change[0] for change in tables["changes"]]
+    revisions = [change[0] for change in changes]
     run.check(
         revisions == list(range(1, revision + 1)), f"the feed of {revision} has a gap, or more"
     )
     followed: dict[str, tuple[int, str]] = {}
-    for number, id, status in tables["changes"]:
+    for number, id, status in changes:
         if status is None:
             followed.pop(id, None)
         else:
             followed[id] = number, status
-    rows = {id: (version, status) for id, status, version, _ in tables["tasks"]}
+    rows = {id: (version, status) for id, status, version, _ in tasks}
     differing = [id for id in rows.keys() | followed.keys() if rows.get(id) != followed.get(id)]
     for id in differing[:3]:
         run.wrong(f"{id} is {rows.get(id)} in the copy, and {followed.get(id)} by its feed")
-    for id, _, version, metadata in tables["tasks"]:
+    for id, _, version, metadata in tasks:
         said = writing.said.get((id, version))
         value = json.loads(metadata)["value"]
         run.check(said in (None, value), f"{id} of version {version} has {value}, not {said}")
@@ -211,48 +207,21 @@ class Writing:
         self._run.counts.acknowledged += 1
 
 
-Read = Callable[[str], Awaitable[Sequence[Sequence[Any]]]]
-
-
 @asynccontextmanager
-async def opened(
-    run: Run, copy: Path
-) -> AsyncIterator[tuple[Location, Read, Callable[[], Awaitable[bool]]]]:
-    """A copy's location, what reads it, and what asks the database whether it is sound."""
+async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
+    """Where the database is that was copied: a file as it is, or a database on the server."""
     if run.kind == SQLITE:
-        with closing(sqlite3.connect(copy)) as connection:
-
-            async def read(query: str) -> Sequence[Sequence[Any]]:
-                return connection.execute(query.format(metadata="metadata")).fetchall()
-
-            async def is_sound() -> bool:
-                return (
-                    await read("PRAGMA integrity_check") == [("ok",)]
-                    and await read("PRAGMA foreign_key_check") == []
-                )
-
-            yield copy, read, is_sound
+        yield copy
         return
     url = await run.server.create_database()
-    target = url.replace("+asyncpg", "")
-    program = programs() / "pg_restore"
     restoring = await asyncio.create_subprocess_exec(
-        program, "--exit-on-error", "--no-owner", f"--dbname={target}", copy
+        *(programs() / "pg_restore", "--exit-on-error", "--no-owner"),
+        *(f"--dbname={plain(url)}", copy),
     )
-    restored = await restoring.wait() == 0
-    past = await connect(url)
-
-    async def read_all(query: str) -> Sequence[Sequence[Any]]:
-        rows: Sequence[Sequence[Any]] = await past.fetch(query.format(metadata="metadata::text"))
-        return rows
-
-    async def was_restored() -> bool:
-        return restored
-
+    run.check(await restoring.wait() == 0, "the copy cannot be restored")
     try:
-        yield url, read_all, was_restored
+        yield url
     finally:
-        await past.close()
         with suppress(DBAPIError):  # somebody may still count as connected
             await run.server.drop_database(url)
 

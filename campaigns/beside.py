@@ -1,28 +1,135 @@
-"""Asking a database past the library."""
+"""A database is asked past the library: what is in it, and whether it finds itself sound."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import Location
+from sqlalchemy import make_url
+
+from campaigns.campaign import HangError, Location
+
+Rows = Sequence[tuple[Any, ...]]
+
+_CHECK_INDEXES = """
+    SELECT bt_index_check(oid, heapallindexed => true) FROM pg_class
+    WHERE relkind = 'i' AND relnamespace = 'public'::regnamespace"""
+_CHECK_TABLES = """
+    SELECT relname, msg FROM pg_class, verify_heapam(oid)
+    WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"""
+_OTHERS = """
+    SELECT count(*) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+_PATIENCE_SECONDS = 60.0
 
 
-def ask(location: Location, query: str) -> list[tuple[Any, ...]]:
-    """The rows of a query. Not to be called on a running event loop."""
+class UnreadableError(Exception):
+    """A database cannot be read."""
+
+
+def ask(location: Location, *queries: str) -> list[Rows]:
+    """The rows of each query, all of one moment; of a server, not on a running event loop.
+
+    Raises:
+        UnreadableError: If they cannot be read.
+    """
     if isinstance(location, Path):
-        with closing(sqlite3.connect(location)) as connection:
-            return connection.execute(query).fetchall()
-    return asyncio.run(_ask_server(location, query))
+        return _ask_file(location, queries)
+    return asyncio.run(_ask_server(location, queries))
 
 
-async def _ask_server(url: str, query: str) -> list[tuple[Any, ...]]:
-    connection = await import_module("asyncpg").connect(url.replace("+asyncpg", ""))
+def damage(location: Location) -> list[str]:
+    """What a database itself finds wrong with its pages and indexes, in words.
+
+    A file is checked by SQLite, a database on a server by amcheck, which is installed for that; not
+    on a running event loop.
+
+    Raises:
+        UnreadableError: If it cannot be read at all.
+    """
+    if isinstance(location, Path):
+        pragmas = ("PRAGMA integrity_check", "PRAGMA foreign_key_check")
+        found = [row for rows in _ask_file(location, pragmas) for row in rows]
+        return [", ".join(map(str, row)) for row in found if row != ("ok",)]
+    return asyncio.run(_damage_on_server(location))
+
+
+def wait_until_alone(location: Location) -> None:
+    """Wait until the server has noticed the end of those who were connected, and undone their work.
+
+    A file is left at once.
+
+    Raises:
+        HangError: If it does not notice.
+    """
+    if isinstance(location, str):
+        asyncio.run(_wait_until_alone(location))
+
+
+async def connect(url: str) -> Any:
+    """A connection of the driver's to a database on a server."""
+    return await driver().connect(plain(url))
+
+
+def driver() -> Any:
+    """The driver of PostgreSQL, which may be missing."""
+    return import_module("asyncpg")
+
+
+def plain(url: str) -> str:
+    """The URL as the driver takes it."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+def _ask_file(path: Path, queries: Sequence[str]) -> list[Rows]:
     try:
-        return [tuple(row) for row in await connection.fetch(query)]
+        with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+            connection.execute("BEGIN")
+            return [connection.execute(query).fetchall() for query in queries]
+    except sqlite3.Error as error:
+        raise UnreadableError(repr(error)) from error
+
+
+async def _ask_server(url: str, queries: Sequence[str]) -> list[Rows]:
+    try:
+        connection = await connect(url)
+        try:
+            async with connection.transaction(isolation="repeatable_read"):
+                return [[*map(tuple, await connection.fetch(query))] for query in queries]
+        finally:
+            await connection.close()
+    except (driver().PostgresError, OSError) as error:
+        raise UnreadableError(repr(error)) from error
+
+
+async def _damage_on_server(url: str) -> list[str]:
+    try:
+        connection = await connect(url)
+        try:
+            await connection.execute("CREATE EXTENSION IF NOT EXISTS amcheck")
+            await connection.execute(_CHECK_INDEXES)
+            return [": ".join(row) for row in await connection.fetch(_CHECK_TABLES)]
+        finally:
+            await connection.close()
+    except driver().PostgresError as error:
+        return [str(error)]
+    except OSError as error:
+        raise UnreadableError(repr(error)) from error
+
+
+async def _wait_until_alone(url: str) -> None:
+    connection = await connect(url)
+    try:
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise HangError("the server goes on with what those had begun who are gone") from None
     finally:
         await connection.close()

@@ -9,13 +9,11 @@ import re
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from sqlalchemy import make_url
-
-from campaigns.campaign import HangError, Location
+from campaigns.beside import connect, damage
+from campaigns.campaign import Location
 
 SCHEMA_OF_POSTGRESQL = """
 SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
@@ -31,12 +29,6 @@ _COLUMNS_OF_POSTGRESQL = """
 SELECT table_name, string_agg(quote_ident(column_name), ', ' ORDER BY column_name)
 FROM information_schema.columns WHERE table_schema = 'public' GROUP BY table_name
 """
-
-_OTHERS = """
-SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
-"""
-
-_PATIENCE_SECONDS = 60.0
 
 _ASIDE = ("legacy_rejected", "legacy_extra")
 """What adoption leaves beside the tables of the library."""
@@ -69,8 +61,10 @@ class Contents(NamedTuple):
 def look(location: Location) -> Contents:
     """All that is in a database, which nobody changes meanwhile; not on a running event loop."""
     if isinstance(location, Path):
-        return _look_into_file(location)
-    return asyncio.run(_look_at_server(location))
+        found = _look_into_file(location)
+    else:
+        found = asyncio.run(_look_at_server(location))
+    return found._replace(broken="; ".join(damage(location)[:3]) or None)
 
 
 class Reader:
@@ -100,29 +94,6 @@ def _state(path: Path) -> object:
     return found.st_mtime_ns, found.st_size
 
 
-def wait_until_alone(location: Location) -> None:
-    """Wait until the server has noticed the end of those who were connected, and undone their work.
-
-    A file is left at once.
-
-    Raises:
-        HangError: If it does not notice.
-    """
-    if isinstance(location, str):
-        asyncio.run(_wait_until_alone(location))
-
-
-async def connect(url: str) -> Any:
-    """A connection past the library."""
-    driver = import_module("asyncpg")  # may be missing
-    return await driver.connect(plain(url))
-
-
-def plain(url: str) -> str:
-    """The URL as the driver takes it."""
-    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-
-
 def _look_into_file(path: Path) -> Contents:
     with closing(sqlite3.connect(path)) as connection:
         schema = {
@@ -140,8 +111,7 @@ def _look_into_file(path: Path) -> Contents:
                 revision = found and found[0]
             else:
                 rows[table] = _checksum(connection, table)
-        found = [text for (text,) in connection.execute("PRAGMA integrity_check")]
-    return Contents(revision, schema, rows, None if found == ["ok"] else "; ".join(found[:3]))
+    return Contents(revision, schema, rows)
 
 
 def _checksum(connection: sqlite3.Connection, table: str) -> str:
@@ -169,30 +139,6 @@ async def _look_at_server(url: str) -> Contents:
                     f"SELECT count(*), sum(hashtextextended(ROW({columns})::text, 0)) FROM {table}"
                 )
                 rows[table] = "{} {}".format(*found)
-        return Contents(revision, schema, rows, await _check_indexes(connection))
+        return Contents(revision, schema, rows)
     finally:
         await connection.close()
-
-
-async def _wait_until_alone(url: str) -> None:
-    connection = await connect(url)
-    try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise HangError("the server goes on with what those had begun who are gone") from None
-    finally:
-        await connection.close()
-
-
-async def _check_indexes(connection: Any) -> str | None:
-    try:
-        await connection.execute("CREATE EXTENSION IF NOT EXISTS amcheck")
-        await connection.execute(
-            "SELECT bt_index_check(oid, heapallindexed => true) FROM pg_class"
-            " WHERE relkind = 'i' AND relnamespace = 'public'::regnamespace"
-        )
-    except import_module("asyncpg").PostgresError as error:
-        return str(error)
-    return None

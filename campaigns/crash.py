@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from campaigns.beside import wait_until_alone
 from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
-from campaigns.contents import wait_until_alone
 from campaigns.workers import Blow, Worker, strike_again_and_again
 
 KILLS_A_DATABASE = 20

@@ -137,7 +137,8 @@ class Evidence:
         run.counts.unknown = sum(one.answer is UNKNOWN for one in asked)
         run.counts.refused = sum(isinstance(one.answer, str) for one in asked)
         run.counts.acknowledged = len(asked) - run.counts.unknown - run.counts.refused
-        self._feed = [Change(*row) for row in ask(location, _FEED)]
+        feed, tasks = ask(location, _FEED, _TASKS)
+        self._feed = [Change(*row) for row in feed]
         self._changes: dict[str, list[Change]] = defaultdict(list)
         """Those of each task."""
         for change in self._feed:
@@ -145,7 +146,7 @@ class Evidence:
                 self._changes[change.id].append(change)
         self._end = {
             id: Seen(version, metadata.split('"')[3], status, node, attempt)
-            for id, version, status, node, attempt, metadata in ask(location, _TASKS)
+            for id, version, status, node, attempt, metadata in tasks
         }
         self._calls: dict[str, list[Asked]] = defaultdict(list)
         """Those about each task."""

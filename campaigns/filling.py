@@ -17,8 +17,8 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 
+from campaigns.beside import connect
 from campaigns.campaign import POSTGRESQL, SQLITE, Location
-from campaigns.contents import connect
 from campaigns.originals import make_original
 from openclaw_store import migrations
 from openclaw_store.schema import to_microseconds

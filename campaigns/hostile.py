@@ -38,8 +38,8 @@ from typing import Any, NamedTuple, get_args, get_origin
 from unittest import mock
 
 from benchmarks.postgres import installed_package
+from campaigns.beside import connect
 from campaigns.campaign import POSTGRESQL, Campaign, Run
-from campaigns.contents import connect
 from campaigns.values import Values, hints_of
 from openclaw_store import (
     Backoff,

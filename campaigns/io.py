@@ -23,10 +23,11 @@ from typing import Any
 from unittest import mock
 
 from campaigns import vfs
+from campaigns.beside import damage
 from campaigns.calls import CALLS, PublicCall
 from campaigns.campaign import SQLITE, Campaign, Run
 from campaigns.lives import LIVES, NAME, Life, original
-from campaigns.picture import Picture, damage, is_migrated, picture, task_ids
+from campaigns.picture import Picture, is_migrated, picture, task_ids
 from campaigns.planted import planted
 from campaigns.trial import abandoning, checkpointing, look_at_files, outcome_of, quietly, trial_of
 from openclaw_store import OutcomeUnknownError

@@ -20,9 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from campaigns.beside import wait_until_alone
 from campaigns.campaign import SQLITE, Campaign, Location, Run
 from campaigns.children import Child, Tell
-from campaigns.contents import Contents, Reader, wait_until_alone
+from campaigns.contents import Contents, Reader
 from campaigns.filling import NOW, fill, fill_original
 from openclaw_store import Database, Problem, StoreError, migrations, verify
 from openclaw_store.backends import backend_of

@@ -22,13 +22,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from importlib import import_module
 from random import Random
 from typing import Any, TypeVar
 from unittest.mock import patch
 
+from campaigns.beside import driver, plain
 from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run
-from campaigns.contents import plain
 from campaigns.lateness import TICK_SECONDS, watch_lateness
 from campaigns.planted import planted
 from campaigns.proxy import FAULTS, MOMENTS, Fault, Proxy
@@ -182,8 +181,7 @@ class Lane:
 
     async def fail(self, numbers: Iterator[int]) -> None:
         """Have the network fail, as long as there are numbers left."""
-        driver = import_module("asyncpg")  # may be missing
-        self.past = await driver.create_pool(plain(self.url), min_size=1, max_size=2)
+        self.past = await driver().create_pool(plain(self.url), min_size=1, max_size=2)
         self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
         self.other = StateManager(Database(self.url), None)
         async with self.past, self.other:

@@ -104,14 +104,6 @@ def _has_table(connection: sqlite3.Connection, name: str) -> bool:
     return found.fetchone() is not None
 
 
-def damage(path: Path) -> list[str]:
-    """What SQLite itself finds wrong with a file."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        sound = connection.execute("PRAGMA integrity_check").fetchall()
-        orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
-    return [text for (text,) in sound if text != "ok"] + [f"orphans: {orphans}"] * bool(orphans)
-
-
 async def differences(
     state: StateManager, picture: Picture, *, finished: bool = False
 ) -> list[str]:

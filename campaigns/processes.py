@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
 import os
 import signal
-import sqlite3
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,6 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import openclaw_store
+from campaigns.beside import ask, damage
 from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.children import Child, Tell
 from campaigns.programs import OTHERS, PROGRAMS, Program, limit_life
@@ -212,29 +211,15 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
 
 
 def _stored(run: Run, death: _Death) -> set[str]:
-    """The tasks that are there; the feed, and a file, are looked at, too."""
+    """The tasks that are there; the feed, and whether all is sound, are looked at, too."""
     tasks, counters = "SELECT task_id FROM tasks", "SELECT revision FROM counters"
     feed = "SELECT count(*), max(revision) FROM changes"
-    if isinstance(death.location, Path):
-        with closing(sqlite3.connect(death.location)) as database:
-            answers = [database.execute(one).fetchall() for one in (tasks, counters, feed)]
-            sound = database.execute("PRAGMA integrity_check").fetchall()
-            run.check(sound == [("ok",)], f"{death.name}: {sound}")
-    else:
-        answers = asyncio.run(_asked(death.location, (tasks, counters, feed)))
-    ids, [(revision,)], [(changes, newest)] = answers
+    ids, [(revision,)], [(changes, newest)] = ask(death.location, tasks, counters, feed)
+    found = damage(death.location)
+    run.check(not found, f"{death.name}: {found}")
     in_order = revision == changes == (newest or 0)
     run.check(in_order, f"{death.name}: revision {revision}, {changes} changes up to {newest}")
     return {id for (id,) in ids}
-
-
-async def _asked(location: str, statements: Sequence[str]) -> list[list[Any]]:
-    driver = importlib.import_module("asyncpg")
-    connection = await driver.connect(location.replace("+asyncpg", ""))
-    try:
-        return [await connection.fetch(statement) for statement in statements]
-    finally:
-        await connection.close()
 
 
 async def _verified(location: Location) -> list[str]:

@@ -143,8 +143,8 @@ def _check_memory(
     run: Run, location: Location, seen: dict[str, dict[str, list[list[object]]]]
 ) -> None:
     """What both stores had in memory at the end is what the database has."""
-    for table, query in _TABLES.items():
-        rows = [list(row) for row in ask(location, query)]
+    for table, answer in zip(_TABLES, ask(location, *_TABLES.values()), strict=True):
+        rows = [list(row) for row in answer]
         for store, tables in seen.items():
             remembered = tables.get(table, [])
             different = [row for row in remembered if row not in rows]

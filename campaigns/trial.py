@@ -28,9 +28,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+from campaigns.beside import damage
 from campaigns.calls import PublicCall, Store
 from campaigns.campaign import HangError, Run
-from campaigns.picture import Picture, damage, differences, picture, picture_of
+from campaigns.picture import Picture, differences, picture, picture_of
 from openclaw_store import (
     ConflictError,
     Database,
