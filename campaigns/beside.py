@@ -60,6 +60,64 @@ def damage(location: Location) -> list[str]:
     return asyncio.run(_damage_on_server(location))
 
 
+class _File:
+    """Somebody else at a file; nothing else of the event loop goes on while it is asked."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level=None, timeout=1)
+
+    async def ask(self, query: str) -> list[dict[str, Any]]:
+        """The rows of a query, by the names of columns."""
+        cursor = self._connection.execute(query)
+        columns = [name for name, *_ in cursor.description]
+        return [dict(zip(columns, row, strict=True)) for row in cursor]
+
+    async def mark(self) -> object:
+        """Something that is another one after each commit."""
+        return await self.ask("PRAGMA data_version")
+
+    async def lock(self) -> None:
+        """Take the lock of writers, within a second, and give it back."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        self._connection.execute("ROLLBACK")
+
+    async def close(self) -> None:
+        self._connection.close()
+
+
+class _Server:
+    """The same at a database on a server."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    async def ask(self, query: str) -> list[dict[str, Any]]:
+        """The rows of a query, by the names of columns."""
+        return [*map(dict, await self._connection.fetch(query))]
+
+    async def mark(self) -> object:
+        """Something that is another one after each commit."""
+        return await self.ask("SELECT pg_snapshot_xmax(pg_current_snapshot())")
+
+    async def lock(self) -> None:
+        """Take the lock of writers, within a second, and give it back."""
+        async with self._connection.transaction():
+            await self._connection.execute("SET LOCAL lock_timeout = '1s'")
+            await self._connection.execute("SELECT FROM counters FOR UPDATE")
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+Neighbour = _File | _Server
+"""Somebody else at a database, who stays connected."""
+
+
+async def neighbour_at(location: Location) -> Neighbour:
+    """Connect somebody to a database, until they close it."""
+    return _File(location) if isinstance(location, Path) else _Server(await connect(location))
+
+
 def wait_until_alone(location: Location) -> None:
     """Wait until the server has noticed the end of those who were connected, and undone their work.
 

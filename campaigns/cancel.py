@@ -23,10 +23,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib
 import logging
 import os
-import sqlite3
 import sys
 import threading
 import time
@@ -41,6 +39,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.postgres import installed_package
+from campaigns.beside import Neighbour, neighbour_at
 from campaigns.campaign import POSTGRESQL, Campaign, HangError, Location, Run
 from campaigns.planted import planted
 from campaigns.scenes import (
@@ -76,54 +75,6 @@ _BEATEN = ("cpu_usage", "last_heartbeat")
 
 _LEFT_OUT = ("version", "beat", "average_execution_time")
 """Columns that are never the same."""
-
-
-class _File:
-    """Somebody else at a file of SQLite's, past the library."""
-
-    def __init__(self, path: Path) -> None:
-        self._connection = sqlite3.connect(path, isolation_level=None, timeout=1)
-
-    async def ask(self, sql: str) -> list[dict[str, Any]]:
-        """The rows of a statement; nothing else of this loop goes on meanwhile."""
-        cursor = self._connection.execute(sql)
-        columns = [name for name, *_ in cursor.description]
-        return [dict(zip(columns, row, strict=True)) for row in cursor.fetchall()]
-
-    async def lock(self) -> None:
-        """Take the lock of writers, within a second, and give it back."""
-        self._connection.execute("BEGIN IMMEDIATE")
-        self._connection.execute("ROLLBACK")
-
-    async def close(self) -> None:
-        self._connection.close()
-
-
-class _Server:
-    """The same at a database on a server."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-
-    async def ask(self, sql: str) -> list[dict[str, Any]]:
-        """The rows of a statement."""
-        return list(map(dict, await self._connection.fetch(sql)))
-
-    async def lock(self) -> None:
-        """Take the lock of writers, within a second, and give it back."""
-        async with self._connection.transaction():
-            await self._connection.execute("SET LOCAL lock_timeout = '1s'")
-            await self._connection.execute("SELECT FROM counters FOR UPDATE")
-
-    async def close(self) -> None:
-        await self._connection.close()
-
-
-async def _outside(location: Location) -> _File | _Server:
-    if isinstance(location, Path):
-        return _File(location)
-    dsn = location.replace("+asyncpg", "")
-    return _Server(await importlib.import_module("asyncpg").connect(dsn))
 
 
 class _Noise:
@@ -201,7 +152,7 @@ class _Pass:
         self.location: Location
         self.target: Location
         self.manager: StateManager
-        self.outside: _File | _Server
+        self.outside: Neighbour
 
     async def go(
         self, location: Location, target: Location, plan: Sequence[tuple[str, Manner]]
@@ -209,7 +160,7 @@ class _Pass:
         """Do a round with each call of the plan."""
         asyncio.get_running_loop().set_exception_handler(self.noise.hear_of_loop)
         self.location, self.target = location, target
-        self.outside = await _outside(location)
+        self.outside = await neighbour_at(location)
         try:
             async with StateManager(Database(location), auto_sync_interval=None) as self.manager:
                 for name, manner in plan:

@@ -9,7 +9,6 @@ what is checked; the search is that of `linearizability`.
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import time
 from contextlib import ExitStack
@@ -17,11 +16,11 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
+from campaigns.audit import verify_it
 from campaigns.caller import READER, work
 from campaigns.campaign import Campaign, HangError, Location, Run
 from campaigns.children import Child
 from campaigns.evidence import Asked, Evidence, Process
-from openclaw_store import Database, verify
 
 PROCESSES, PROCESSES_OF_A_SHORT_RUN = 4, 2
 
@@ -35,7 +34,7 @@ def perform(run: Run) -> None:
     with run.location() as location:
         processes = _Processes(run, location).run()
         Evidence(run, location, processes).check()
-        _verify(run, location)
+        verify_it(run, location)
     run.notes["kills"] = f"{sum(process.is_killed for process in processes):,}"
 
 
@@ -141,15 +140,6 @@ class _Processes:
         of_node = [process for process in self._processes if process.node == node]
         watched = [change for process in of_node for change in process.watched]
         return int(watched[-1][0]) if watched else 0
-
-
-def _verify(run: Run, location: Location) -> None:
-    async def look() -> None:
-        async with Database(location) as database:
-            for problem in (await verify(database)).problems:
-                run.wrong(f"verify: {problem.text}")
-
-    asyncio.run(look())
 
 
 CAMPAIGN = Campaign(

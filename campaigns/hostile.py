@@ -26,10 +26,9 @@ import os
 import re
 import reprlib
 import shutil
-import sqlite3
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -38,8 +37,8 @@ from typing import Any, NamedTuple, get_args, get_origin
 from unittest import mock
 
 from benchmarks.postgres import installed_package
-from campaigns.beside import connect
-from campaigns.campaign import POSTGRESQL, Campaign, Run
+from campaigns.beside import Neighbour, neighbour_at
+from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.values import Values, hints_of
 from openclaw_store import (
     Backoff,
@@ -94,11 +93,6 @@ STORE_FIELDS = frozenset({"version", "updated_at"})
 
 
 TABLES = ("tasks", "nodes", "changes", "counters")
-
-ROWS = "SELECT {}".format(
-    ", ".join(f"(SELECT sum(hashtextextended(t::text, 0)) FROM {table} t)" for table in TABLES)
-)
-"""A checksum of each table of a server."""
 
 LOCATIONS: tuple[Any, ...] = (
     "", "\0", "sqlite://", "sqlite:///:memory:", "sqlite:///\0", "postgresql://", "mysql://u:p@h/x",
@@ -184,56 +178,16 @@ def _method(kind: type[Any], name: str, function: Callable[..., Any]) -> Method:
     )
 
 
-class Look:
-    """Sees a database past the library."""
-
-    async def token(self) -> object:
-        """Something that is another one after each commit."""
-        raise NotImplementedError
-
-    async def rows(self) -> object:
-        """Something that is another one when a row is."""
-        raise NotImplementedError
-
-
-class FileLook(Look):
-    """Sees an SQLite file."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-
-    async def token(self) -> object:
-        return self._connection.execute("PRAGMA data_version").fetchone()
-
-    async def rows(self) -> object:
-        select = "SELECT * FROM {} ORDER BY 1"
-        tables = (self._connection.execute(select.format(table)).fetchall() for table in TABLES)
-        return hash(tuple(map(tuple, tables)))
-
-
-class ServerLook(Look):
-    """Sees a database on a server."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-
-    async def token(self) -> object:
-        return await self._connection.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())")
-
-    async def rows(self) -> object:
-        return await self._connection.fetchrow(ROWS)
-
-
 class PairedStore:
     """A store of one kind, and what a caller has of it."""
 
-    def __init__(self, location: str | Path, folder: Path, look: Look) -> None:
-        self.location, self.folder, self.look = location, folder, look
+    def __init__(self, location: Location, folder: Path, neighbour: Neighbour) -> None:
+        self.location, self.folder, self.neighbour = location, folder, neighbour
         self.clock = FakeClock()
         self.tasks: list[Task] = []
         self.nodes: list[NodeInfo] = []
         self.manager = self.new_manager()
-        self.token: object = None
+        self.mark: object = None
         self.rows: object = None
 
     @property
@@ -299,10 +253,12 @@ class PairedStore:
 
     async def note_rows(self) -> bool:
         """Take note of the rows as they are now; whether they are still the same."""
-        token = await self.look.token()
-        if token == self.token:
+        mark = await self.neighbour.mark()
+        if mark == self.mark:
             return True
-        before, self.rows, self.token = self.rows, await self.look.rows(), token
+        queries = [f"SELECT * FROM {table} ORDER BY 1" for table in TABLES]
+        before, self.mark = self.rows, mark
+        self.rows = [await self.neighbour.ask(query) for query in queries]
         return self.rows == before
 
     async def contents(self) -> list[str]:
@@ -467,13 +423,12 @@ async def _use_pair(
 ) -> int:
     """Make calls to a new pair of stores, and compare them; returns how many calls."""
     async with AsyncExitStack() as stack:
-        connection = await connect(str(url))
-        stack.push_async_callback(connection.close)
-        file = stack.enter_context(closing(sqlite3.connect(path)))
         stores: list[PairedStore] = []
-        for location, look in ((path, FileLook(file)), (url, ServerLook(connection))):
+        for location in (path, url):
+            neighbour = await neighbour_at(location)
+            stack.push_async_callback(neighbour.close)
             folder = path.parent / f"of-{len(stores)}"
-            stores.append(PairedStore(location, folder, look))
+            stores.append(PairedStore(location, folder, neighbour))
             await stack.enter_async_context(stores[-1].manager)
         for number in range(inputs):
             if number % 50 == 0:
