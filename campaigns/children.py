@@ -86,7 +86,7 @@ class Child:
             selector.register(output, selectors.EVENT_READ)
             while True:
                 if not selector.select(self._patience_seconds):
-                    raise self._hang("said nothing", self._patience_seconds)
+                    raise self._hang("said nothing")
                 said = output.read(1 << 16)
                 if not said:
                     break
@@ -110,7 +110,7 @@ class Child:
         try:
             return self._process.wait(self._patience_seconds)
         except subprocess.TimeoutExpired:
-            raise self._hang("not ended", self._patience_seconds) from None
+            raise self._hang("not ended") from None
 
     def __enter__(self) -> Self:
         return self
@@ -121,10 +121,11 @@ class Child:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def _hang(self, what: str, seconds: float) -> HangError:
+    def _hang(self, what: str) -> HangError:
         self.kill()
         noise = self.errors.read_text(errors="replace")[-2000:]
-        return HangError(f"a process of {self._name} has {what} for {seconds:g} s: {noise}")
+        seconds = f"{self._patience_seconds:g} s"
+        return HangError(f"a process of {self._name} has {what} for {seconds}: {noise}")
 
 
 def main(call: str) -> None:
