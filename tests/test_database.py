@@ -535,6 +535,42 @@ class TestLife:
         assert_closed(location)
         await first
 
+    async def test_close_that_was_interrupted_is_finished_by_the_next_one(
+        self, location: Location, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was cancelled for ever after, and left open what was open."""
+
+        async def interrupt() -> None:
+            raise asyncio.CancelledError
+
+        database = Database(location)
+        await database.initialize()
+        await TaskRepository(database).create(make_task())
+        await TaskRepository(database).count_by_status()
+        (engines,) = database._engines.values()
+
+        for part in (database._writer, engines):
+            with monkeypatch.context() as patched, pytest.raises(asyncio.CancelledError):
+                patched.setattr(part, "close", interrupt)
+                await database.close()
+        for _ in range(2):
+            await database.close()
+
+        assert_closed(location)
+
+    async def test_close_that_ctrl_c_has_ended_is_finished_by_the_next_one(
+        self, location: Location
+    ) -> None:
+        """It was interrupted for ever after."""
+        database = Database(location)
+        await database.initialize()
+        database._state, database._closing = "closed", asyncio.get_running_loop().create_future()
+        database._closing.set_exception(KeyboardInterrupt())
+
+        await database.close()
+
+        assert_closed(location)
+
     async def test_close_during_initialize_is_not_undone_by_it(self, location: Location) -> None:
         database = Database(location)
         opening = start(database.initialize())
