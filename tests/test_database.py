@@ -63,6 +63,7 @@ from openclaw_store import (
     sqlite,
 )
 from openclaw_store.faults import SQLiteFaults
+from openclaw_store.gate import Gate
 from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
@@ -718,6 +719,35 @@ class TestLoops:
         await asyncio.to_thread(other.block)
 
         assert await repository.count_by_status() == 120
+
+    async def test_blocked_loop_whose_turn_it_is_to_write_costs_others_nothing(
+        self, database: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those behind it got a `DeadlineError`, though it had not even begun."""
+        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0.05)
+        repository = TaskRepository(database)
+        has_begun = threading.Event()
+
+        async def write() -> None:
+            async with database.transaction() as session:
+                await TaskRepository(session).create(make_task())
+
+        async def elsewhere() -> None:
+            async with database.transaction():
+                has_begun.set()
+                while not database._gate._waiting:
+                    await asyncio.sleep(0)
+            await repository.create(make_task())
+            await write()
+
+        other = InThread(elsewhere)
+        await asyncio.to_thread(has_begun.wait, PATIENCE)
+        waiting = start(write())
+        await asyncio.sleep(0)
+        other.block()
+        await waiting
+
+        assert await repository.count_by_status() == 3
 
     async def test_blocked_loop_with_an_open_transaction_costs_others_a_deadline_error(
         self, database: Database, make_task: MakeTask
