@@ -7,6 +7,7 @@ it returns.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import random
 import sqlite3
@@ -18,6 +19,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import aiosqlite
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
@@ -58,17 +60,19 @@ BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
-_open: dict[int, str | Path] = {}
-"""The files that this process has connections to, by connection."""
+_open: WeakKeyDictionary[sqlite3.Connection, str | Path] = WeakKeyDictionary()
+"""The connections that this process has opened, and the files they lead to."""
 
 _inherited: set[tuple[int, int]] = set()
 """The files, by device and number, that were open in the process that this one was forked from."""
 
 
 def _inherit() -> None:
-    for path in set(_open.values()):
+    for connection, path in list(_open.items()):
         with suppress(OSError):
             _inherited.add(_identity(path))
+        # Referred to for ever, so that nothing closes it: not even the end of the interpreter.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
     _open.clear()
 
 
@@ -82,12 +86,17 @@ if hasattr(os, "register_at_fork"):
 
 
 class _WriteConnection(sqlite3.Connection):
-    """A connection that is set up when it exists, on whatever thread opens it."""
+    """A connection that is set up when it exists, on whatever thread opens it.
+
+    A forked child cannot end it: to roll back would be to write into the index of the WAL, which it
+    shares with its parent, and another thread may have had a lock of SQLite's when it was forked.
+    """
 
     pragmas: Sequence[str] = _PRAGMAS
 
     def __init__(self, path: str | Path, **options: Any) -> None:
-        _open[id(self)] = path
+        self._process = os.getpid()
+        _open[self] = path
         super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
@@ -96,7 +105,13 @@ class _WriteConnection(sqlite3.Connection):
             self.close()
             raise
 
+    def rollback(self) -> None:
+        if self._process == os.getpid():
+            super().rollback()
+
     def close(self) -> None:
+        if self._process != os.getpid():
+            return
         # SQLite keeps a closed connection, with its locks, while a cursor of it is referred to,
         # and the traceback of a cancelled caller does that.
         with suppress(sqlite3.Error):
@@ -104,7 +119,7 @@ class _WriteConnection(sqlite3.Connection):
         try:
             super().close()
         finally:
-            _open.pop(id(self), None)
+            _open.pop(self, None)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -112,7 +127,18 @@ class _WriteConnection(sqlite3.Connection):
 
 
 class _DriverConnection(aiosqlite.Connection):
-    """A connection for coroutines, who may be cancelled at any time."""
+    """A connection for coroutines, who may be cancelled at any time.
+
+    A forked child has not its thread, and would wait for it for ever.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._process = os.getpid()
+
+    async def close(self) -> None:
+        if self._process == os.getpid():
+            await super().close()
 
     async def rollback(self) -> None:
         # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
@@ -122,7 +148,8 @@ class _DriverConnection(aiosqlite.Connection):
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
         # closing. The thread ends then, and whoever asks it once more would wait for ever.
-        return super().stop() if self._running else None
+        is_own = self._process == os.getpid()
+        return super().stop() if self._running and is_own else None
 
 
 def _connect(path: str, **options: Any) -> _DriverConnection:

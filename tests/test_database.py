@@ -1770,6 +1770,105 @@ asyncio.run(main(sys.argv[1]))
             assert stored == {"parent", "before", "after"}
         assert_sound(location)
 
+    CHILD_THAT_CLOSES = """
+import asyncio, gc, os, signal, sqlite3, sys, warnings, weakref
+import aiosqlite
+from openclaw_store import *
+from openclaw_store.sqlite import _ReadConnection
+
+async def close_all(used_by_nobody):
+    objects = gc.get_objects()
+    drivers = [one for one in objects if type(one).__mro__[1] is aiosqlite.Connection]
+    connections = [one for one in objects if sqlite3.Connection in type(one).__mro__]
+    del objects
+    for connection in connections:
+        connection.rollback()
+        connection.close()
+    for driver in drivers:
+        await driver.rollback()
+        await asyncio.wait_for(driver.close(), 5)
+        driver.stop()
+    print(len(drivers), len(connections))
+    del connection, connections
+    kept = weakref.ref(used_by_nobody.pop())
+    gc.collect()
+    print("kept" if kept() else "closed")
+
+async def write(tasks, name):
+    # More than SQLite keeps in memory before it writes to the WAL.
+    for number in range(9):
+        task = Task.create(TaskType.BATCH, "t", task_id=f"{name}-{number}")
+        task.result = "x" * 1_000_000
+        await tasks.create(task)
+
+async def main(path):
+    async with Database(path) as database:
+        tasks = TaskRepository(database)
+        await tasks.create(Task.create(TaskType.BATCH, "t"))
+        await tasks.count_by_status()
+        async with database.transaction() as session:
+            await write(TaskRepository(session), "before")
+            used_by_nobody = [_ReadConnection(path)]
+            sys.stdout.flush()
+            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 of fork itself
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                try:
+                    asyncio.run(close_all(used_by_nobody))
+                finally:
+                    sys.stdout.flush()
+                    os._exit(0)
+            print("child", os.waitpid(child, 0)[1])
+            await write(TaskRepository(session), "after")
+        print(await tasks.count_by_status())
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+    @pytest.mark.sqlite
+    def test_forked_child_cannot_close_what_its_parent_has_open(self, location: Location) -> None:
+        """It rolled back the parent's transaction, and waited for ever for the parent's threads."""
+        (ended,) = run_scripts((self.CHILD_THAT_CLOSES, [location]))
+
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out == ["2 4", "kept", "child 0", "19"]
+        assert_sound(location)
+
+    CHILD_THAT_ENDS = """
+import os, sys, warnings
+from openclaw_store.sqlite import _WriteConnection
+
+connection = _WriteConnection(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA journal_mode=WAL")
+connection.execute("CREATE TABLE texts (text)")
+connection.execute("BEGIN IMMEDIATE")
+insert = "INSERT INTO texts VALUES (hex(zeroblob(500000)))"
+for _ in range(9):
+    connection.execute(insert)
+warnings.simplefilter("ignore", DeprecationWarning)  # as above
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+print("child", os.waitpid(child, 0)[1])
+for _ in range(9):
+    connection.execute(insert)
+connection.execute("COMMIT")
+connection.close()
+"""
+
+    @pytest.mark.sqlite
+    def test_forked_child_that_ends_harms_nothing_that_its_parent_has_open(
+        self, location: Location
+    ) -> None:
+        """The end of its interpreter rolled the parent's transaction back."""
+        (ended,) = run_scripts((self.CHILD_THAT_ENDS, [location]))
+
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out == ["child 0"]
+        assert execute(location, "PRAGMA integrity_check") == [("ok",)]
+        assert execute(location, "SELECT count(*) FROM texts") == [(18,)]
+
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(
         self, endings: dict[str, tuple[Location, Ended]], ending: str
