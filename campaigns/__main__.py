@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no campaign {unknown[0]!r}: choose from all, {', '.join(by_name)}")
     if options.bug and options.report:
         parser.error("a run with a bug is no result: leave --report away")
+    for name in names if options.bug else ():
+        if options.bug not in (known := {**by_name[name].bugs, **by_name[name].slow_bugs}):
+            parser.error(f"{name} cannot find {options.bug}, but {', '.join(known) or 'no bug'}")
     clean: list[bool] = []
     for campaign in map(by_name.__getitem__, names):
         for kind in campaign.kinds:
@@ -70,9 +73,16 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
             progress.update(bar, completed=done)
 
         run = Run(
-            kind, rounds, Path(folder), seed=seed, server=server, bug=options.bug, report=report
+            kind,
+            rounds,
+            Path(folder),
+            seed=seed,
+            server=server,
+            bug=options.bug,
+            is_quick=campaign.is_quick(kind, rounds),
+            report=report,
         )
-        campaign.perform(run)
+        campaign.run(run)
     seconds = time.monotonic() - began
     for finding in run.findings:
         console.print(finding, markup=False, style="red")
@@ -80,7 +90,10 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
         f"{name.replace('_', ' ')} {value:,}" if isinstance(value, int) else f"{name} {value}"
         for name, value in run.figures().items()
     )
-    verdict = "[green]clean[/]" if run.is_clean else "[red]BROKEN[/]"
+    if options.bug:
+        verdict = "bug found" if campaign.has_found_bug(run) else "[red]bug NOT FOUND[/]"
+    else:
+        verdict = "[green]clean[/]" if run.is_clean else "[red]BROKEN[/]"
     console.print(f"{verdict}: {figures}; {seconds:.1f} s")
     if options.report:
         record(options.report, row(campaign, run, seconds))
@@ -124,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Try the promises of the store: without a name, list the campaigns.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a campaign, or all of them: all")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="default: as listed")
+    parser.add_argument(
+        "--rounds", type=_positive, metavar="N", help="default: as listed; of few, less is judged"
+    )
     parser.add_argument(
         "--seed", type=int, metavar="S", help="of what is drawn; default: a new one"
     )

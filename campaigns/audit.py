@@ -65,8 +65,8 @@ class Log:
         self._failures: list[str] = []
 
     def copy(self) -> Log:
-        """A log of what was said so far, which counts the calls without an answer as this one."""
-        copy = Log(self._counts)
+        """A log of what was said so far, of which nothing is counted."""
+        copy = Log(Counts())
         copy._known, copy._calls = {**self._known}, {**self._calls}
         copy._failures = self._failures  # each is found once
         return copy
@@ -75,7 +75,6 @@ class Log:
         """Take note of what a client said."""
         match said:
             case "calls", client, after, changed:
-                self._counts.operations += 1
                 known = {id: (self._changes_of(id) + 1, state) for id, state in after.items()}
                 self._calls[client] = _Call(known, changed)
             case "returned", client, ids:
@@ -85,6 +84,7 @@ class Log:
                 if len(ids) != call.changed:
                     self._failures.append(f"a call changed {ids}, not {call.changed} tasks")
             case "refused", client:
+                self._counts.refused += 1
                 del self._calls[client]
             case "failed", _, error:
                 self._failures.append(f"a call failed: {error}")

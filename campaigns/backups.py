@@ -26,19 +26,17 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import asyncpg  # type: ignore[import-untyped]  # it has no types
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import installed_package
 from campaigns.campaign import SQLITE, Campaign, Location, Run
+from campaigns.contents import connect
 from openclaw_store import Database, StateManager, Task, TaskType, verify
 
 WRITERS = 64
 
 ROUNDS_A_DATABASE = 10
 """Backups of one database, before it is too large to look through each of them."""
-
-QUICK_ROUNDS = 2
 
 ROWS, QUICK_ROWS = 20_000, 1000
 """Tasks that are there before, which nobody changes."""
@@ -60,16 +58,12 @@ TABLES = {
 def perform(run: Run) -> None:
     """Make `run.rounds` backups."""
     ratios: list[float] = []
-    made = 0
-    while made < run.rounds:
-        rounds = min(ROUNDS_A_DATABASE, run.rounds - made)
+    for rounds in run.parts(ROUNDS_A_DATABASE):
         with run.location() as location:
             asyncio.run(back_up(run, location, rounds, ratios))
-        made += rounds
-    is_judged = run.rounds > QUICK_ROUNDS
     run.notes["p99 during backups"] = f"{median(ratios):.2f} ×"
     run.check(
-        not is_judged or median(ratios) <= WORST,
+        run.is_quick or median(ratios) <= WORST,
         f"writes take {median(ratios):.1f} times as long during a backup",
     )
 
@@ -77,7 +71,7 @@ def perform(run: Run) -> None:
 async def back_up(run: Run, location: Location, rounds: int, ratios: list[float]) -> None:
     """Make backups of one database."""
     async with StateManager(Database(location), None) as manager:
-        number = ROWS if run.rounds > QUICK_ROUNDS else QUICK_ROWS
+        number = QUICK_ROWS if run.is_quick else ROWS
         refused = await manager.add_tasks(make_task(f"old-{place}", 0) for place in range(number))
         run.check(not any(refused), "tasks were refused")
         writing = Writing(run, manager)
@@ -97,7 +91,6 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         await manager.db.backup(copy)
     took = time.monotonic() - began
     after = manager.version
-    run.counts.operations += 1
     run.counts.acknowledged += 1
     async with writing.measured() as undisturbed:
         await asyncio.sleep(max(UNDISTURBED, took))
@@ -211,7 +204,6 @@ class Writing:
             self.said[task.task_id, task.version] = number
 
     async def _timed(self, write: Awaitable[bool]) -> None:
-        self._run.counts.operations += 1
         began = time.perf_counter()
         await write
         if self._seconds is not None:
@@ -248,7 +240,7 @@ async def opened(
         program, "--exit-on-error", "--no-owner", f"--dbname={target}", copy
     )
     restored = await restoring.wait() == 0
-    past = await asyncpg.connect(target)
+    past = await connect(url)
 
     async def read_all(query: str) -> Sequence[Sequence[Any]]:
         rows: Sequence[Sequence[Any]] = await past.fetch(query.format(metadata="metadata::text"))
@@ -295,6 +287,6 @@ CAMPAIGN = Campaign(
     ("P1", "P5", "P7"),
     perform_with_programs,
     rounds=100,
-    quick_rounds=QUICK_ROUNDS,
+    quick_rounds=2,
     unit="backups",
 )

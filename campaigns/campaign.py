@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
@@ -27,6 +27,13 @@ Location = str | Path
 
 SHOWN = 20
 """So many findings of a run are kept as text; all of them are counted."""
+
+JUDGED_SHARE = 1 / 20
+"""Of the rounds of the long form; with fewer, a run is a short one."""
+
+
+class HangError(Exception):
+    """Something does not go on, so nothing that needs it can be tried any more."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,11 @@ class Campaign:
     kinds: tuple[str, ...] = KINDS
     rounds_of: dict[str, int] = field(default_factory=dict)
     """Of the long form, for the kinds of database where it is another number."""
-    bugs: tuple[str, ...] = ()
-    """Names of bugs in `planted` that it must find, each within `quick_rounds`."""
+    bugs: Mapping[str, str] = field(default_factory=dict)
+    """Names of bugs in `planted` that it must find, each within `quick_rounds`, and words that are
+    in what it finds then."""
+    slow_bugs: Mapping[str, str] = field(default_factory=dict)
+    """The same of bugs that it finds within `rounds`, which no test waits for."""
     why_not: Callable[[], str | None] = lambda: None
     """Why it can not run on this machine, and what would help; `None` if it can."""
 
@@ -58,22 +68,46 @@ class Campaign:
         """How many rounds the long form has."""
         return self.rounds_of.get(kind, self.rounds)
 
+    def is_quick(self, kind: str, rounds: int) -> bool:
+        """Whether so few rounds are a short form, which cannot judge what the long form does."""
+        return rounds < self.rounds_on(kind) * JUDGED_SHARE
+
+    def has_found_bug(self, run: Run) -> bool:
+        """Whether a run has found the bug that it had, and not only something else."""
+        words = {**self.bugs, **self.slow_bugs}[run.bug or ""]
+        return any(words in finding for finding in run.findings)
+
+    def run(self, run: Run) -> None:
+        """Do the rounds of a run. What hangs is found to be wrong, and ends it."""
+        try:
+            self.perform(run)
+        except* HangError as hangs:
+            for hang in hangs.exceptions:
+                run.wrong(f"the rest was not tried: {hang}")
+
 
 @dataclass
 class Counts:
-    """What came of the calls of a run."""
+    """What came of the calls of a run, each of which is counted once, by its answer."""
 
-    operations: int = 0
     acknowledged: int = 0
     """Calls that returned."""
+    refused: int = 0
+    """Calls that raised an error, but for `OutcomeUnknownError`."""
     lost: int = 0
     """Acknowledged, and not in the database afterwards."""
     unknown: int = 0
-    """Calls without an answer: `OutcomeUnknownError`, or their process was killed."""
+    """Calls without an answer: `OutcomeUnknownError`, or they were cancelled, or their process was
+    killed."""
     unknown_committed: int = 0
     """Of these, those that had taken effect."""
     wrong: int = 0
     """Whatever else a promise forbids."""
+
+    @property
+    def operations(self) -> int:
+        """All calls."""
+        return self.acknowledged + self.refused + self.unknown
 
 
 class Run:
@@ -97,7 +131,8 @@ class Run:
             folder: An empty one, for files.
             server: Where databases are made if `kind` is PostgreSQL. It may be killed.
             bug: Name of one in `planted`, to be found.
-            is_quick: Whether it runs beside other tests: then how long things take is not judged.
+            is_quick: Whether it is a short form, as it runs beside other tests: then it is not
+                judged how long things take, nor what only shows in many rounds.
             report: Is told how many rounds are done.
         """
         self.kind, self.rounds, self.folder, self.seed, self.bug = kind, rounds, folder, seed, bug
@@ -131,6 +166,11 @@ class Run:
             yield number
             self.done()
 
+    def parts(self, size: int) -> Iterator[int]:
+        """The rounds in parts, where some have a database in common: how many each part has."""
+        for begun in range(0, self.rounds, size):
+            yield min(size, self.rounds - begun)
+
     def done(self, rounds: int = 1) -> None:
         """Report rounds as done, where they are not one after another."""
         self._done += rounds
@@ -153,7 +193,7 @@ class Run:
 
     def figures(self) -> dict[str, int | str]:
         """All that was counted, by name."""
-        return {**asdict(self.counts), **self.notes}
+        return {"operations": self.counts.operations, **asdict(self.counts), **self.notes}
 
     @contextmanager
     def location(

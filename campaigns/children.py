@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
@@ -14,10 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
+from campaigns.campaign import HangError
 from campaigns.planted import planted
 
 Tell = Callable[..., None]
 """Says values to the parent: at once, and whole or not at all, whenever the process is killed."""
+
+PATIENCE_SECONDS = 300.0
+"""A process that says nothing for so long, or does not end within that time, hangs."""
 
 _PROJECT = Path(__file__).parents[1]
 
@@ -28,7 +33,8 @@ class Child:
     The function, plain or a coroutine function, is called with `tell`, and the arguments. What it
     tells are JSON values. What it prints to the error output is kept in `errors`.
 
-    As a context manager, it is killed at the end if it still runs.
+    As a context manager, it is killed at the end if it still runs. It is killed, too, when somebody
+    has waited for it in vain.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class Child:
         errors: Path,
         bug: str | None = None,
         environment: Mapping[str, str] | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         """Start the process.
 
@@ -46,8 +53,10 @@ class Child:
             errors: The file for its error output, to which it is appended.
             bug: Name of one in `planted`.
             environment: Variables that it has besides.
+            patience_seconds: How long to wait for the next that it tells, or for its end.
         """
         self.errors = errors
+        self._name, self._patience_seconds = function.__name__, patience_seconds
         call = [function.__module__, function.__name__, bug, [*arguments]]
         with errors.open("ab") as error_output:
             self._process = subprocess.Popen(
@@ -57,6 +66,8 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=error_output,
+                bufsize=0,
+                process_group=0,
             )
 
     @property
@@ -64,32 +75,56 @@ class Child:
         return self._process.pid
 
     def told(self) -> Iterator[Any]:
-        """What it tells, waiting for more until it ends. A list for each call of `tell`."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        """What it tells, waiting for more until it ends. A list for each call of `tell`.
+
+        Raises:
+            HangError: If it says nothing for too long.
+        """
+        output, rest = self._process.stdout, b""
+        assert output is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(output, selectors.EVENT_READ)
+            while True:
+                if not selector.select(self._patience_seconds):
+                    raise self._hang("said nothing", self._patience_seconds)
+                said = output.read(1 << 16)
+                if not said:
+                    break
+                *lines, rest = (rest + said).split(b"\n")
+                yield from map(json.loads, lines)
 
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it as `kill -9` does; what it told before can still be read."""
-        self._process.send_signal(signal.SIGKILL)
+        """Kill it, and what it has forked, as `kill -9` does; what was told can still be read."""
+        if self._process.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
-    def wait(self, timeout: float = 60) -> int:
-        """Wait for its end, and return its exit status; that of a signal is negative."""
-        return self._process.wait(timeout)
+    def wait(self) -> int:
+        """Wait for its end, and return its exit status; that of a signal is negative.
+
+        Raises:
+            HangError: If it does not end.
+        """
+        try:
+            return self._process.wait(self._patience_seconds)
+        except subprocess.TimeoutExpired:
+            raise self._hang("not ended", self._patience_seconds) from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process.poll() is None:
-            self.kill()
-        self._process.wait()
+        self.kill()
+        self.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    def _hang(self, what: str, seconds: float) -> HangError:
+        self.kill()
+        noise = self.errors.read_text(errors="replace")[-2000:]
+        return HangError(f"a process of {self._name} has {what} for {seconds:g} s: {noise}")
 
 
 def main(call: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import make_url
 
-from campaigns.campaign import Location
+from campaigns.campaign import HangError, Location
 
 SCHEMA_OF_POSTGRESQL = """
 SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
@@ -36,6 +36,8 @@ _OTHERS = """
 SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
 """
 
+_PATIENCE_SECONDS = 60.0
+
 _ASIDE = ("legacy_rejected", "legacy_extra")
 """What adoption leaves beside the tables of the library."""
 
@@ -49,7 +51,7 @@ class Contents(NamedTuple):
     rows: Mapping[str, str]
     """For each table but Alembic's, how many rows it has, and a checksum of them."""
     broken: str | None = None
-    """What is wrong with the pages and indexes of a file, if anything is."""
+    """What is wrong with its pages and indexes, if anything is."""
 
     def difference(self, other: Contents) -> str | None:
         """What another has differently, in words; `None` if it is the same."""
@@ -98,19 +100,13 @@ def _state(path: Path) -> object:
     return found.st_mtime_ns, found.st_size
 
 
-def check_indexes(location: Location) -> str | None:
-    """What is wrong with a database's pages and indexes, in words; `None` if nothing is."""
-    if isinstance(location, Path):
-        with closing(sqlite3.connect(location)) as connection:
-            found = [text for (text,) in connection.execute("PRAGMA integrity_check")]
-        return None if found == ["ok"] else "; ".join(found[:3])
-    return asyncio.run(_check_on_server(location))
-
-
 def wait_until_alone(location: Location) -> None:
     """Wait until the server has noticed the end of those who were connected, and undone their work.
 
     A file is left at once.
+
+    Raises:
+        HangError: If it does not notice.
     """
     if isinstance(location, str):
         asyncio.run(_wait_until_alone(location))
@@ -118,9 +114,13 @@ def wait_until_alone(location: Location) -> None:
 
 async def connect(url: str) -> Any:
     """A connection past the library."""
-    plain = make_url(url).set(drivername="postgresql")
     driver = import_module("asyncpg")  # may be missing
-    return await driver.connect(plain.render_as_string(hide_password=False))
+    return await driver.connect(plain(url))
+
+
+def plain(url: str) -> str:
+    """The URL as the driver takes it."""
+    return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 def _look_into_file(path: Path) -> Contents:
@@ -140,7 +140,8 @@ def _look_into_file(path: Path) -> Contents:
                 revision = found and found[0]
             else:
                 rows[table] = _checksum(connection, table)
-    return Contents(revision, schema, rows, check_indexes(path))
+        found = [text for (text,) in connection.execute("PRAGMA integrity_check")]
+    return Contents(revision, schema, rows, None if found == ["ok"] else "; ".join(found[:3]))
 
 
 def _checksum(connection: sqlite3.Connection, table: str) -> str:
@@ -168,7 +169,7 @@ async def _look_at_server(url: str) -> Contents:
                     f"SELECT count(*), sum(hashtextextended(ROW({columns})::text, 0)) FROM {table}"
                 )
                 rows[table] = "{} {}".format(*found)
-        return Contents(revision, schema, rows)
+        return Contents(revision, schema, rows, await _check_indexes(connection))
     finally:
         await connection.close()
 
@@ -176,14 +177,16 @@ async def _look_at_server(url: str) -> Contents:
 async def _wait_until_alone(url: str) -> None:
     connection = await connect(url)
     try:
-        while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise HangError("the server goes on with what those had begun who are gone") from None
     finally:
         await connection.close()
 
 
-async def _check_on_server(url: str) -> str | None:
-    connection = await connect(url)
+async def _check_indexes(connection: Any) -> str | None:
     try:
         await connection.execute("CREATE EXTENSION IF NOT EXISTS amcheck")
         await connection.execute(
@@ -192,6 +195,4 @@ async def _check_on_server(url: str) -> str | None:
         )
     except import_module("asyncpg").PostgresError as error:
         return str(error)
-    finally:
-        await connection.close()
     return None

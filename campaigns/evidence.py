@@ -118,9 +118,9 @@ class Evidence:
         self._run = run
         self._lives = lives
         asked = [one for life in lives for one in life.asked.values()]
-        run.counts.operations = len(asked)
-        run.counts.acknowledged = sum(one.returned is not None for one in asked)
-        run.counts.unknown = run.counts.operations - run.counts.acknowledged
+        run.counts.unknown = sum(one.answer is UNKNOWN for one in asked)
+        run.counts.refused = sum(isinstance(one.answer, str) for one in asked)
+        run.counts.acknowledged = len(asked) - run.counts.unknown - run.counts.refused
         self._feed = [Change(*row) for row in ask(location, _FEED)]
         self._changes: dict[str, list[Change]] = defaultdict(list)
         """Those of each task."""

@@ -274,7 +274,7 @@ class _Files:
             self._damaged: 2,
             self._locked_by_another: 1,
         }
-        may_need_root = run.rounds > CAMPAIGN.quick_rounds and not os.geteuid()
+        may_need_root = not run.is_quick and not os.geteuid()
         self._has_small_disk = may_need_root
         if may_need_root or os.geteuid():
             self._openings[self._unwritable] = 1
@@ -284,10 +284,7 @@ class _Files:
         with self.run.location() as path:
             assert isinstance(path, Path)
             self._killed = killed(path)
-        left = self.run.rounds
-        while left:
-            some = min(left, CALLS_A_STORE)
-            left -= some
+        for some in self.run.parts(CALLS_A_STORE):
             if self.run.random.random() < 0.5:
                 self._use(some)
             else:

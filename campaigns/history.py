@@ -12,12 +12,12 @@ import asyncio
 import signal
 import time
 from contextlib import ExitStack
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
 from campaigns.caller import work
-from campaigns.campaign import Campaign, Location, Run
+from campaigns.campaign import Campaign, HangError, Location, Run
 from campaigns.children import Child
 from campaigns.evidence import Asked, Evidence, Life
 from openclaw_store import Database, verify
@@ -27,12 +27,6 @@ PROCESSES, PROCESSES_OF_A_SHORT_RUN = 4, 2
 CALLS_A_ROUND = 100
 
 ROUNDS_BETWEEN_KILLS = (5, 15)
-
-SHORT = 10
-"""Rounds of a short run, in which one process is killed."""
-
-SILENT_SECONDS = 120
-"""After which the processes count as hanging."""
 
 
 def perform(run: Run) -> None:
@@ -53,25 +47,23 @@ class _Processes:
         self._errors = run.folder / "errors"
         self._lives: list[Life] = []
         self._children: list[Child] = []
-        self._messages: SimpleQueue[tuple[int, list[Any] | None]] = SimpleQueue()
+        self._messages: SimpleQueue[tuple[int, list[Any] | HangError | None]] = SimpleQueue()
         self._wanted = run.rounds * CALLS_A_ROUND
         self._answered = 0
-        self._is_short = run.rounds <= SHORT
-        self._next_kill = self._wanted // 3 if self._is_short else self._draw()
+        # Of a short run, one process is killed.
+        self._next_kill = self._wanted // 3 if run.is_quick else self._draw()
         self._ending: set[int] = set()
 
     def run(self) -> list[Life]:
         """Have them work; returns all that there were."""
         with ExitStack() as stack:
-            working = PROCESSES_OF_A_SHORT_RUN if self._is_short else PROCESSES
+            working = PROCESSES_OF_A_SHORT_RUN if self._run.is_quick else PROCESSES
             for number in range(working):
                 self._begin(stack, f"node-{number}", 0)
             while working:
-                try:
-                    number, message = self._messages.get(timeout=SILENT_SECONDS)
-                except Empty:
-                    self._run.wrong(f"no process has said anything for {SILENT_SECONDS} s")
-                    break
+                number, message = self._messages.get()
+                if isinstance(message, HangError):
+                    raise message
                 if message is not None:
                     self._take(number, message)
                 elif self._is_replaced(number):
@@ -91,9 +83,13 @@ class _Processes:
         self._lives.append(Life(node))
 
         def listen() -> None:
-            for message in child.told():
-                self._messages.put((number, message))
-            self._messages.put((number, None))
+            try:
+                for message in child.told():
+                    self._messages.put((number, message))
+            except HangError as hang:
+                self._messages.put((number, hang))
+            else:
+                self._messages.put((number, None))
 
         Thread(target=listen, daemon=True).start()
 
@@ -119,7 +115,7 @@ class _Processes:
         elif self._answered >= self._next_kill:
             life.is_killed = True
             child.kill()
-            self._next_kill += self._wanted if self._is_short else self._draw()
+            self._next_kill += self._wanted if self._run.is_quick else self._draw()
 
     def _draw(self) -> int:
         """Calls until the next kill."""
@@ -157,5 +153,9 @@ CAMPAIGN = Campaign(
     rounds=1000,
     quick_rounds=5,
     unit="hundreds of calls",
-    bugs=("no-version-in-where", "claimed-twice", "watch-ahead"),
+    bugs={
+        "no-version-in-where": "no order explains update",
+        "claimed-twice": "no order explains claim",
+        "watch-ahead": "the watcher of",
+    },
 )

@@ -317,6 +317,6 @@ CAMPAIGN = Campaign(
     quick_rounds=40,
     unit="fault points",
     kinds=(SQLITE,),
-    bugs=("cache-before-commit",),
+    bugs={"cache-before-commit": "in memory"},
     why_not=vfs.why_not,
 )

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from campaigns.campaign import POSTGRESQL, Campaign, Run
+from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run
 
 MACHINES_A_CHILD = 100
 """So many run before progress is reported."""
+
+PATIENCE_SECONDS = 7200.0
+"""For these, which take minutes."""
 
 _PROJECT = Path(__file__).parents[1]
 _TESTS = (
@@ -30,8 +33,7 @@ _TESTS = (
 def perform(run: Run) -> None:
     """Run as many machines as there are rounds, half of them of each test."""
     machines = 0
-    for start in range(0, run.rounds, MACHINES_A_CHILD):
-        asked = min(MACHINES_A_CHILD, run.rounds - start)
+    for asked in run.parts(MACHINES_A_CHILD):
         tests = _TESTS if asked > 1 else _TESTS[:1]
         machines += _run_machines(run, tests, -(-asked // len(tests)))
         run.done(asked)
@@ -49,19 +51,24 @@ def _run_machines(run: Run, tests: Sequence[str], examples: int) -> int:
     }
     if run.kind == POSTGRESQL:
         environment["OPENCLAW_STORE_TEST_POSTGRES"] = run.server.url
-    ran = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"),
-            *(f"--basetemp={run.folder / 'pytest'}", f"--junitxml={report}"),
-            *(f"{test}[{run.kind}]" for test in tests),
-        ],
-        cwd=_PROJECT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    command = [
+        *(sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"),
+        *(f"--basetemp={run.folder / 'pytest'}", f"--junitxml={report}"),
+        *(f"{test}[{run.kind}]" for test in tests),
+    ]
+    try:
+        ran = subprocess.run(
+            command,
+            cwd=_PROJECT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HangError(f"{error}: {error.output}") from None
     if ran.returncode != 0:
         run.wrong(ran.stdout)
         if not report.exists():
@@ -73,7 +80,6 @@ def _run_machines(run: Run, tests: Sequence[str], examples: int) -> int:
     report.unlink()
     asked = examples * len(tests)
     run.check(figures["machines"] >= asked, f"{figures['machines']} of {asked} machines ran")
-    run.counts.operations += figures["steps"]
     run.counts.acknowledged += figures["steps"]
     return figures["machines"]
 

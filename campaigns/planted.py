@@ -118,7 +118,7 @@ def cache_before_commit() -> Iterator[None]:
 
 @bug
 def entry_leak() -> Iterator[None]:
-    """P7: each write leaves an entry in a list; found by the long form of `soak`."""
+    """P7: each write leaves an entry in a list."""
     write, entries = Database.write, list[object]()
 
     def remember(self: Database, apply: Apply, operation: Any) -> Any:
@@ -131,7 +131,7 @@ def entry_leak() -> Iterator[None]:
 
 @bug
 def descriptor_leak() -> Iterator[None]:
-    """P7: each read leaves a file open; found by `soak`."""
+    """P7: each read leaves a file open."""
     read = Database.read
 
     def leave_open(self: Database, work: Any) -> Any:

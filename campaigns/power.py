@@ -82,14 +82,11 @@ def new_disk(folder: Path) -> Iterator[Disk]:
 
 def perform(run: Run) -> None:
     """Cut the power so many times."""
-    left = run.rounds
-    while left > 0:
-        cuts = min(left, CUTS_A_DISK)
+    for cuts in run.parts(CUTS_A_DISK):
         with new_disk(run.folder) as disk:
             location = disk.folder / "cluster.db"
             create_database(location)
             strike_again_and_again(run, location, [_cut_of(disk)] * cuts)
-        left -= cuts
 
 
 def _cut_of(disk: Disk) -> Blow:

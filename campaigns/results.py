@@ -10,7 +10,7 @@ from campaigns.campaign import Campaign, Run
 
 COLUMNS = (
     "campaign", "database", "date", "commit", "rounds", "seed", "operations", "acknowledged",
-    "lost", "unknown", "… committed", "wrong", "further figures", "time",
+    "refused", "lost", "unknown", "… committed", "wrong", "further figures", "time",
 )  # fmt: skip
 """Of the table at the end of `RESULTS.md`."""
 
@@ -19,7 +19,7 @@ def row(campaign: Campaign, run: Run, seconds: float) -> str:
     """A run as a row of the table."""
     counts = run.counts
     numbers = (
-        counts.operations, counts.acknowledged, counts.lost, counts.unknown,
+        counts.operations, counts.acknowledged, counts.refused, counts.lost, counts.unknown,
         counts.unknown_committed, counts.wrong,
     )  # fmt: skip
     cells = [

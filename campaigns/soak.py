@@ -41,6 +41,9 @@ SAMPLES = 100
 WARM_UP = 5
 """The share of a run that does not count: a fifth."""
 
+SILENT_SECONDS = 3600.0
+"""The process tells nothing between two samples, of which those of a long run are far apart."""
+
 FINISHED_IN_MEMORY = 1000
 
 PATIENCE_SECONDS = 60
@@ -52,8 +55,8 @@ MEMORY_SLOPE = 1e6
 GROWTH = 2.0
 """Of anything else, from the first quarter of what counts to the last one."""
 
-SHORT, GROWTH_OF_A_SHORT_RUN = 50, 10.0
-"""Rounds of a run in which pools are still being filled, so that it tells less."""
+GROWTH_OF_A_SHORT_RUN = 10.0
+"""The same, where pools are still being filled."""
 
 
 class Usage(NamedTuple):
@@ -78,17 +81,18 @@ def perform(run: Run) -> None:
         seen: dict[str, dict[str, list[list[object]]]] = {}
         arguments = (location, run.seed, run.rounds, run.folder)
         errors = run.folder / "errors"
-        with Child(use, *arguments, errors=errors, bug=run.bug) as child:
+        with Child(
+            use, *arguments, errors=errors, bug=run.bug, patience_seconds=SILENT_SECONDS
+        ) as child:
             for message in child.told():
                 match message:
                     case ["used", *values]:
                         new = Usage(*values)
-                        run.done((new.calls - run.counts.operations) // CALLS_A_ROUND)
-                        run.counts.operations = new.calls
+                        run.done((new.calls - (usage[-1].calls if usage else 0)) // CALLS_A_ROUND)
                         usage.append(new)
                     case ["answered", number, refusals]:
                         run.counts.acknowledged = number
-                        run.notes["refused"] = f"{sum(refusals.values()):,}"
+                        run.counts.refused = sum(refusals.values())
                         if "DeadlineError" in refusals:  # the machine was busy with other things
                             run.notes["after a deadline"] = f"{refusals['DeadlineError']:,}"
                     case ["remembers", store, table, row]:
@@ -108,15 +112,14 @@ def _check_usage(run: Run, usage: Sequence[Usage]) -> None:
     """Nothing grows."""
     settled = usage[len(usage) // WARM_UP :]
     quarter = -(-len(settled) // 4)
-    is_short = run.rounds < SHORT
     for name in ("files", "threads", "tasks", "connections"):
         values = [float(getattr(one, name)) for one in settled]
         grown = fmean(values[-quarter:]) - fmean(values[:quarter])
-        limit = GROWTH_OF_A_SHORT_RUN if is_short else GROWTH
+        limit = GROWTH_OF_A_SHORT_RUN if run.is_quick else GROWTH
         run.check(grown < limit, f"{name} grow: {[int(value) for value in values]}")
         run.notes[name] = f"{min(values):.0f} to {max(values):.0f}"
     run.notes["memory"] = f"{settled[0].memory / 1e6:.1f} to {settled[-1].memory / 1e6:.1f} MB"
-    if not is_short:
+    if not run.is_quick:
         calls, memory = zip(*((one.calls, one.memory) for one in settled), strict=True)
         slope = linear_regression(calls, memory).slope * 100_000
         run.notes["memory in 100,000 calls"] = f"{slope / 1e6:+.2f} MB"
@@ -236,5 +239,7 @@ CAMPAIGN = Campaign(
     rounds=1000,
     quick_rounds=3,
     unit="thousands of calls",
+    bugs={"descriptor-leak": "files grow"},
+    slow_bugs={"entry-leak": "memory grows"},
     why_not=_why_not,
 )

@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 from campaigns.calls import PublicCall, Store
-from campaigns.campaign import Run
+from campaigns.campaign import HangError, Run
 from campaigns.picture import Picture, damage, differences, picture, picture_of
 from openclaw_store import (
     ConflictError,
@@ -58,10 +58,6 @@ Trouble = Callable[[], AbstractContextManager[object]]
 """What goes on during a call."""
 
 
-class HangError(Exception):
-    """A call does not return: its store cannot be used any more."""
-
-
 @dataclass(frozen=True)
 class Effect:
     """What a call does to the database when nothing is in its way."""
@@ -78,16 +74,18 @@ async def outcome_of(run: Run, call: Callable[[], Awaitable[Any]], what: str) ->
     """
     task = asyncio.ensure_future(call())
     await asyncio.wait([task], timeout=DEADLINE_SECONDS)
+    counts = run.counts
     if not task.done():
-        run.wrong(f"{what}: no answer within {DEADLINE_SECONDS:g} s")
-        raise HangError(what)
+        counts.unknown += 1
+        raise HangError(f"{what}: no answer within {DEADLINE_SECONDS:g} s")
     error = task.exception()
-    run.counts.operations += 1
     if error is None:
-        run.counts.acknowledged += 1
+        counts.acknowledged += 1
         return task.result()
     if isinstance(error, OutcomeUnknownError):
-        run.counts.unknown += 1
+        counts.unknown += 1
+    else:
+        counts.refused += 1
     run.check(isinstance(error, StoreError), f"{what}: raised {error!r}")
     return error
 
@@ -313,8 +311,8 @@ def abandoning(run: Run) -> Iterator[None]:
     """Go on without a store that cannot be used any more; that is wrong."""
     try:
         yield
-    except HangError:
-        pass  # it was reported
+    except HangError as hang:
+        run.wrong(str(hang))
     except Exception as error:
         run.wrong(f"the store cannot be used any more: {error!r}")
 

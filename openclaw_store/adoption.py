@@ -28,7 +28,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sqlalchemy import Connection, inspect
 
 from openclaw_store.checks import check_time
-from openclaw_store.errors import InvalidDataError
+from openclaw_store.errors import InvalidDataError, shown
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.records import Record, encode
 from openclaw_store.schema import KEY, table_of
@@ -97,7 +97,7 @@ def zone_of(name: str | None) -> tzinfo | None:
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # a folder is an OSError
         raise InvalidDataError(
             "legacy_timezone",
-            f"{name!r} is not the name of a time zone: give one such as Asia/Shanghai or UTC",
+            f"{shown(name)} is not the name of a time zone: give one such as Asia/Shanghai or UTC",
         ) from None
 
 

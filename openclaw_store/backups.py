@@ -51,6 +51,7 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch(exist_ok=False)
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())

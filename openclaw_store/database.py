@@ -30,6 +30,7 @@ from openclaw_store.errors import (
     InvalidDataError,
     StoreError,
     UnavailableError,
+    shown,
 )
 from openclaw_store.finishing import cancelled_once, ended_badly, finish, was_interrupted
 from openclaw_store.gate import Gate
@@ -96,7 +97,7 @@ class Database:
         legacy_timezone: str | None = None,
     ) -> None:
         if not isinstance(pool_size, int) or pool_size < 1:
-            raise InvalidDataError("pool_size", f"must be at least 1, not {pool_size!r}")
+            raise InvalidDataError("pool_size", f"must be at least 1, not {shown(pool_size)}")
         self._legacy_timezone = adoption.zone_of(legacy_timezone)
         self.clock = clock
         self.timeout = timeout = check_limit_seconds("timeout", timeout)

@@ -15,6 +15,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_LONGEST_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """A refused value in a message: its `repr` if it has one, and not all of it if it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, a list within itself, a caller's own class
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
 
 class StoreError(Exception):
     """Base of all errors of this library."""

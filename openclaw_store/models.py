@@ -30,7 +30,7 @@ from openclaw_store.checks import (
 )
 from openclaw_store.clock import new_id, utc_now
 from openclaw_store.dicts import JsonCheck, read_dict, to_dict
-from openclaw_store.errors import InvalidDataError
+from openclaw_store.errors import InvalidDataError, shown
 
 
 class TaskType(StrEnum):
@@ -220,7 +220,7 @@ class Task:
 
 def _listed(name: str, values: Iterable[str]) -> list[str]:
     if isinstance(values, str):
-        raise InvalidDataError(name, f"must be a list of text, not the text {values!r}")
+        raise InvalidDataError(name, f"must be a list of text, not the text {shown(values)}")
     if not isinstance(values, Iterable):
         raise InvalidDataError(name, f"must be a list of text, not {type(values).__name__}")
     return list(values)

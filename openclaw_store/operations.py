@@ -379,12 +379,13 @@ def _remove_finished(unit: Unit, operation: RemoveFinished) -> int:
     moments = (unit.now, operation.cutoff, unit.now + (unit.now - operation.cutoff))
     now, cutoff, as_far_ahead = map(sql.to_moment, moments)
     told, untold, early, astray = sql.finished(operation.keep)
-    old: list[Remove] = []
+    old: list[str] = []
     for search, *given in ((told, cutoff), (untold, cutoff), (early, now, cutoff)):
         found = unit.cursor.execute(search, (*given, operation.limit - len(old)))
-        old.extend(Remove(Task, id, with_history=True) for (id,) in found)
+        old.extend(id for (id,) in found)
     found = unit.cursor.execute(astray, (now, as_far_ahead, operation.limit))
-    apply(unit, [*old, *[Redate(id) for (id,) in found]])
+    removals = [Remove(Task, id, with_history=True) for id in sorted(old)]
+    apply(unit, [*removals, *map(Redate, sorted(id for (id,) in found))])
     return len(old)
 
 

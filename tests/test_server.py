@@ -695,6 +695,8 @@ class TestBackup:
             assert target.read_text() == "precious"
 
             await database.backup(target, overwrite=True)
+            with pytest.raises(UnavailableError, match="File name too long: check the path"):
+                await database.backup(tmp_path / ("x" * 250))
 
         assert target.read_bytes()[:5] == b"PGDMP"
 
