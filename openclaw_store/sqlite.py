@@ -7,7 +7,6 @@ it returns.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import random
 import sqlite3
@@ -19,7 +18,6 @@ from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import aiosqlite
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
@@ -28,6 +26,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from openclaw_store import forks
 from openclaw_store.backups import written_aside
 from openclaw_store.errors import (
     InvalidDataError,
@@ -61,31 +60,6 @@ BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
-_open: WeakKeyDictionary[sqlite3.Connection, str | Path] = WeakKeyDictionary()
-"""The connections that this process has opened, and the files they lead to."""
-
-_inherited: set[tuple[int, int]] = set()
-"""The files, by device and number, that were open in the process that this one was forked from."""
-
-
-def _inherit() -> None:
-    for connection, path in list(_open.items()):
-        with suppress(OSError):
-            _inherited.add(_identity(path))
-        # Referred to for ever, so that nothing closes it: not even the end of the interpreter.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
-    _open.clear()
-
-
-def _identity(path: str | Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_inherit)
-
-
 class _WriteConnection(sqlite3.Connection):
     """A connection that is set up when it exists, on whatever thread opens it.
 
@@ -97,7 +71,7 @@ class _WriteConnection(sqlite3.Connection):
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         self._process = os.getpid()
-        _open[self] = path
+        forks.opened(self, path)
         super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
@@ -120,7 +94,7 @@ class _WriteConnection(sqlite3.Connection):
         try:
             super().close()
         finally:
-            _open.pop(self, None)
+            forks.closed(self)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -434,7 +408,7 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
-        self._file = _identity(self.path)
+        self._file = forks.identity(self.path)
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
@@ -637,12 +611,11 @@ class SQLite:
         SQLite keeps a process's locks in its memory, so here it would go by locks that only the
         parent has: when that closed the file, what is written here would be lost.
         """
-        with suppress(OSError):
-            if _inherited and _identity(self.path) in _inherited:
-                raise UnavailableError(
-                    f"{self.path} was open when this process was forked, and SQLite does not stand "
-                    "that: start the process by spawn, or fork before the file is opened"
-                )
+        if forks.is_inherited(self.path):
+            raise UnavailableError(
+                f"{self.path} was open when this process was forked, and SQLite does not stand "
+                "that: start the process by spawn, or fork before the file is opened"
+            )
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
@@ -667,7 +640,7 @@ class SQLite:
         if self._file is None:
             return
         try:
-            is_there = _identity(self.path) == self._file
+            is_there = forks.identity(self.path) == self._file
         except (FileNotFoundError, NotADirectoryError):
             is_there = False
         except OSError:  # SQLite says what is wrong
