@@ -49,6 +49,7 @@ from openclaw_store.errors import (
     DuplicateError,
     OutcomeUnknownError,
     StaleVersionError,
+    StoreError,
 )
 
 T = TypeVar("T")
@@ -229,6 +230,9 @@ class Lane:
             each = zip(callers, working, strict=True)
             hanging = [caller.doing for caller, one in each if not one.done()]
             self.run.wrong(f"something hangs after {fault}: {hanging}")
+        except StoreError as error:
+            self.run.wrong(f"something does not work beside {fault}: {error!r}")
+        finally:
             for one in working:
                 one.cancel()
 

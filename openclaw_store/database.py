@@ -32,7 +32,7 @@ from openclaw_store.errors import (
     UnavailableError,
     shown,
 )
-from openclaw_store.finishing import cancelled_once, ended_badly, finish
+from openclaw_store.finishing import cancelled_once, ended_badly, finish, was_interrupted
 from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
@@ -143,10 +143,9 @@ class Database:
             UnavailableError: If the file cannot be used; says which and what to do.
         """
         self._check_process()
-        if self._state == "closed":
-            raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
         async with self._gate_held("a migration"):
-            if self._state == "ready":
+            if self._state != "new":
+                self._check_ready()  # it may be closed
                 return
             await finish(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # else it was closed meanwhile
@@ -163,12 +162,17 @@ class Database:
             migrations.require(self._backend)
 
     async def close(self) -> None:
-        """Commit what has queued, then close everything; may be called twice."""
-        if self._state != "closed" and self._forks == _forks:  # else it is the parent's
+        """Commit what has queued, then close everything; may be called twice.
+
+        If it was interrupted, the next call goes on with what is left.
+        """
+        if self._forks != _forks:
+            return  # it is the parent's
+        if self._closing is None or was_interrupted(self._closing):
             self.refuse_inside()
             self._closing = asyncio.ensure_future(self._close())
         self._state = "closed"
-        if self._closing is not None and self._closing.get_loop() is asyncio.get_running_loop():
+        if self._closing.get_loop() is asyncio.get_running_loop():
             await finish(self._closing)
 
     async def _close(self) -> None:
@@ -178,7 +182,8 @@ class Database:
         )
         await self._writer.close()
         try:
-            await self._gate.enter("closing")  # behind the transactions that are under way
+            async with self._gate_held("closing"):
+                pass  # transactions that were under way have ended, and others are refused
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
         for engines in list(self._engines.values()):

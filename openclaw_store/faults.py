@@ -51,6 +51,7 @@ _POSTGRESQL_ADVICE = {
     "25006": "this server only reads, as a standby does: name the one that writes",
     "40": "the server gave this transaction up in favour of another: try again",
     "25P03": "the transaction did nothing for too long: try again",
+    "25P04": "the transaction took too long: try again",
     "28": "the server does not let this user in: check the user name and the password",
     "3D": 'there is no such database: create it first, as with "createdb"',
     "42501": "this role may not do that: grant it what it needs, or use another role",

@@ -49,6 +49,13 @@ async def cancelled_once(work: Awaitable[Result]) -> Result:
     raise cancelled
 
 
+def was_interrupted(future: asyncio.Future[Any]) -> bool:
+    """Whether its work stopped half-way: by a cancellation, by Ctrl-C, or with its event loop."""
+    if not future.done():
+        return future.get_loop().is_closed()
+    return future.cancelled() or not isinstance(future.exception(), Exception | None)
+
+
 def ended_badly(future: asyncio.Future[Any]) -> bool:
     """Whether it has no result; an error that nobody waits for any more is not reported then."""
     return future.cancelled() or future.exception() is not None

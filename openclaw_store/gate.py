@@ -12,75 +12,80 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 
 from openclaw_store.errors import DeadlineError
+
+
+@dataclass(slots=True, eq=False)
+class _Comer:
+    """Somebody who comes to the gate."""
+
+    name: str
+    """What the errors of the others call it."""
+    home: object
+    """The event loop, or the thread, that has to go on for it to come in."""
+    came_at: float = field(default_factory=time.monotonic)
+    turn: Future[None] | None = None
+    """Done when its turn comes, if it has to wait."""
+    is_queued: bool = False
+    is_inside: bool = False
 
 
 class Gate:
     """Lets one writer of this process in at a time, first come first served.
 
-    Threads and coroutines of any event loop queue together.
+    Threads and coroutines of any event loop queue together. When it is the turn of one whose event
+    loop stands still, all of that loop are passed over, and queue again as soon as it goes on.
     """
 
-    _SLICE_SECONDS = 0.1  # how often those who wait look whether it is hopeless
-    _CLAIM_SECONDS = 2.0  # how long a waiter may take to notice that it is its turn
+    _SLICE_SECONDS = 0.1  # how often those who wait look how it stands
+    _ENTRY_SECONDS = 2.0  # how long one may take to notice that it is its turn
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._mutex = threading.Lock()
-        self._waiting: deque[tuple[Future[None], str]] = deque()
-        self._holder: str | None = None
+        self._waiting: deque[_Comer] = deque()
+        self._holder: _Comer | None = None  # whose turn it is
         self._held_since = 0.0
         self._held_until: float | None = None
 
     @contextmanager
-    def held(self, holder: str) -> Iterator[None]:
+    def held(self, name: str) -> Iterator[None]:
         """Hold the gate on this thread.
 
         Args:
-            holder: Who holds it, for the errors of those who wait.
+            name: Who holds it, for the errors of those who wait.
 
         Raises:
             DeadlineError: If whoever holds it does not let go.
         """
-        ticket = self._queue(holder)
-        if ticket is not None:
-            asked_at = time.monotonic()
-            try:
-                while True:
-                    try:
-                        ticket.result(self._SLICE_SECONDS)
-                        break
-                    except TimeoutError:
-                        self._check_hope(asked_at)
-            except BaseException:
-                self._abandon(ticket)
-                raise
-            with self._mutex:
-                self._held_until = None
+        comer = _Comer(name, threading.get_ident())
+        try:
+            while (turn := self._enter(comer)) is not None:
+                with suppress(TimeoutError):
+                    turn.result(self._SLICE_SECONDS)
+        except BaseException:
+            self._give_up(comer)
+            raise
         try:
             yield
         finally:
             self.leave()
 
-    async def enter(self, holder: str) -> None:
+    async def enter(self, name: str) -> None:
         """Hold the gate from a coroutine, until it calls `leave`; as `held` otherwise."""
-        ticket = self._queue(holder)
-        if ticket is None:
-            return
-        asked_at = time.monotonic()
-        granted = asyncio.wrap_future(ticket)
+        comer = _Comer(name, asyncio.get_running_loop())
+        granted: asyncio.Future[None] | None = None
         try:
-            while not granted.done():
+            while (turn := self._enter(comer)) is not None:
+                if granted is None or granted.done():  # at first; when it was passed over
+                    granted = asyncio.wrap_future(turn)
                 await asyncio.wait([granted], timeout=self._SLICE_SECONDS)
-                if not granted.done():
-                    self._check_hope(asked_at)
         except BaseException:
-            self._abandon(ticket)
+            self._give_up(comer)
             raise
-        with self._mutex:
-            self._held_until = None
 
     def limit(self, seconds: float) -> None:
         """Whoever holds the gate has it for so long from now; then those who wait give up."""
@@ -90,44 +95,66 @@ class Gate:
     def leave(self) -> None:
         """Let the next one in."""
         with self._mutex:
-            self._holder = None
-            if self._waiting:
-                ticket, holder = self._waiting.popleft()
-                self._let_in(holder)
-                # Its event loop may be blocked, and never come to take its turn.
-                self._held_until = self._held_since + self._CLAIM_SECONDS
-                ticket.set_result(None)
+            self._next()
 
-    def _queue(self, holder: str) -> Future[None] | None:
-        with self._mutex:
-            if self._holder is None:
-                self._let_in(holder)
-                return None
-            ticket: Future[None] = Future()
-            self._waiting.append((ticket, holder))
-            return ticket
-
-    def _let_in(self, holder: str) -> None:
-        self._holder = holder
-        self._held_since = time.monotonic()
-        self._held_until = None
-
-    def _abandon(self, ticket: Future[None]) -> None:
-        with self._mutex:
-            for place in self._waiting:
-                if place[0] is ticket:
-                    self._waiting.remove(place)
-                    return
-        self.leave()  # it was our turn just now
-
-    def _check_hope(self, asked_at: float) -> None:
+    def _enter(self, comer: _Comer) -> Future[None] | None:
+        """Go in, if it is the turn of `comer`; else returns what tells it that it is."""
         with self._mutex:
             now = time.monotonic()
-            if now < asked_at + self._timeout and not (
-                self._held_until is not None and now > self._held_until + self._SLICE_SECONDS
-            ):
-                return
-            raise DeadlineError(
-                f"waited {now - asked_at:.1f} s to write, while {self._holder} has had the "
-                f"database for {now - self._held_since:.1f} s: keep transactions short"
-            )
+            holder = self._holder
+            if holder is not None and self._is_absent(holder, now) and holder.home != comer.home:
+                self._pass_over(holder)
+            if self._holder is None:
+                self._give_turn(comer)
+            if self._holder is comer:
+                comer.is_inside = True
+                return None
+            self._check_hope(comer, now)
+            if comer.turn is None or comer.turn.done():
+                comer.turn = Future()
+            if not comer.is_queued:
+                comer.is_queued = True
+                self._waiting.append(comer)
+            return comer.turn
+
+    def _next(self) -> None:
+        self._holder = None
+        if self._waiting:
+            comer = self._waiting.popleft()
+            self._give_turn(comer)
+            if comer.turn is not None:
+                comer.turn.set_result(None)
+
+    def _give_turn(self, comer: _Comer) -> None:
+        self._holder, comer.is_queued = comer, False
+        self._held_since, self._held_until = time.monotonic(), None
+
+    def _is_absent(self, holder: _Comer, now: float) -> bool:
+        return not holder.is_inside and now > self._held_since + self._ENTRY_SECONDS
+
+    def _pass_over(self, holder: _Comer) -> None:
+        others, self._waiting = self._waiting, deque()
+        for comer in others:
+            comer.is_queued = comer.home != holder.home
+            if comer.is_queued:
+                self._waiting.append(comer)
+        self._next()
+
+    def _give_up(self, comer: _Comer) -> None:
+        with self._mutex:
+            if self._holder is comer:
+                self._next()
+            elif comer.is_queued:
+                self._waiting.remove(comer)
+
+    def _check_hope(self, comer: _Comer, now: float) -> None:
+        until = self._held_until
+        if now < comer.came_at + self._timeout and (
+            until is None or now <= until + self._SLICE_SECONDS
+        ):
+            return
+        assert self._holder is not None  # else nobody would wait
+        raise DeadlineError(
+            f"waited {now - comer.came_at:.1f} s to write, while {self._holder.name} has had the "
+            f"database for {now - self._held_since:.1f} s: keep transactions short"
+        )

@@ -65,7 +65,7 @@ OVERDUE: Final = "ran for longer than its timeout"
 """The reason why a task was taken from a node that is."""
 
 TURNED_BACK: Final = "the clock was turned back"
-"""The reason why a task is tried again sooner."""
+"""The reason why a task is tried again sooner, or cleaned up earlier."""
 
 _MOMENTS: Final = {
     TaskStatus.SCHEDULED: "scheduled_at",
@@ -410,7 +410,10 @@ def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
 
 
 def _next(task: Record[Any], now: datetime) -> datetime:
-    """Now, but not before what has become of a task already, by a clock that was turned back."""
+    """Now, but not before what has become of a task already, by a clock that was turned back.
+
+    So it may be in the future, and does not tell how long ago that was: `updated_at` does.
+    """
     before = (task["submitted_at"], task["scheduled_at"], task["started_at"])
     return max((moment for moment in before if moment is not None and moment > now), default=now)
 

@@ -139,7 +139,7 @@ class Mirror:
         self._wakeups = self._database.follow(self._told)
 
     async def stop(self) -> None:
-        """Write what is only in memory, for the last time."""
+        """Write what is only in memory, for the last time; again, if that was interrupted."""
         if self._wakeups is not None:
             await self._wakeups.stop()
         if self._follower is not None:
@@ -147,7 +147,7 @@ class Mirror:
             await asyncio.wait([self._follower])
         try:
             if self._flush is not None:
-                await self._flush
+                await asyncio.wait([self._flush])
             await self.sync()
         finally:
             if self._flush_timer is not None:

@@ -344,10 +344,24 @@ def apply_together(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequenc
 
 
 @dataclass(frozen=True, slots=True)
+class Redate(OfOneRow):
+    """Have a task count as changed now, as it was by a clock that was ahead."""
+
+    id: str
+    kind: ClassVar[type[Any]] = Task
+
+    def decide(self, row: Row) -> None:
+        task = row.content()
+        if task is not None:
+            row.write(task.evolve(), (), lifecycle.TURNED_BACK)
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveFinished:
     """Remove up to `limit` tasks that finished before `cutoff`, with their history.
 
-    Results in how many there were.
+    Results in how many there were. Those that finished as long after this moment, by a clock that
+    was ahead, count from now on: nothing else tells how old they are.
     """
 
     cutoff: datetime
@@ -357,19 +371,22 @@ class RemoveFinished:
 
 def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[int]:
     """Apply `RemoveFinished` operations."""
-    return [
-        len(apply(unit, [Remove(Task, id, with_history=True) for id in sorted(found)]))
-        for found in (_finished(unit, operation) for operation in operations)
-    ]
+    return [_remove_finished(unit, operation) for operation in operations]
 
 
-def _finished(unit: Unit, operation: RemoveFinished) -> Sequence[str]:
+def _remove_finished(unit: Unit, operation: RemoveFinished) -> int:
     sql = statements_for(unit.cursor.dialect)
-    ids: list[str] = []
-    for search in sql.finished(operation.keep):
-        limits = (sql.to_moment(operation.cutoff), operation.limit - len(ids))
-        ids.extend(id for (id,) in unit.cursor.execute(search, limits))
-    return ids
+    moments = (unit.now, operation.cutoff, unit.now + (unit.now - operation.cutoff))
+    now, cutoff, as_far_ahead = map(sql.to_moment, moments)
+    told, untold, early, astray = sql.finished(operation.keep)
+    old: list[str] = []
+    for search, *given in ((told, cutoff), (untold, cutoff), (early, now, cutoff)):
+        found = unit.cursor.execute(search, (*given, operation.limit - len(old)))
+        old.extend(id for (id,) in found)
+    found = unit.cursor.execute(astray, (now, as_far_ahead, operation.limit))
+    removals = [Remove(Task, id, with_history=True) for id in sorted(old)]
+    apply(unit, [*removals, *map(Redate, sorted(id for (id,) in found))])
+    return len(old)
 
 
 @dataclass(frozen=True, slots=True)

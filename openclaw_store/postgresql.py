@@ -46,6 +46,7 @@ _FOREIGN = """
     ORDER BY relname"""
 
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
+_TAKE_LOCK = f"UPDATE counters SET beat = beat + 1 WHERE id = 1; NOTIFY {CHANNEL}"  # noqa: S608
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
 _ANSWER_SECONDS = 1.0  # that the server's own limits, which leave a connection usable, come first
@@ -87,6 +88,7 @@ class PostgreSQL:
         """Where it is, as people may see it."""
         self.faults = PostgreSQLFaults(self.location)
         self._connector = _Connector()
+        self._version = MINIMUM_VERSION  # at least
         self._synchronous_commit: str | None = None  # what the server has, for all we know
         self.writers: set[int] = set()
         """The server's processes that writers of this object are connected to."""
@@ -111,6 +113,7 @@ class PostgreSQL:
                 f"{self.location} is PostgreSQL {version}, {MINIMUM_VERSION} or newer is needed: "
                 "upgrade the server"
             )
+        self._version = version
         self._synchronous_commit = "on" if commit == "off" else commit
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
@@ -191,13 +194,24 @@ class PostgreSQL:
     async def begin(self, session: AsyncSession) -> Connection:
         """Begin the transaction of `session`, with the write lock."""
         connection = await session.connection()
+        limits = self._limits(max(session.info["seconds"], _CONNECT_SECONDS) + 1)
+        await connection.exec_driver_sql("SELECT 1")  # after BEGIN, which comes with the first one
+        raw: Any = await connection.get_raw_connection()
         # Not only the lock: a writer that has read before must see that something was written,
         # even if the caller goes past the repositories.
-        await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1 WHERE id = 1")
-        await connection.exec_driver_sql(f"NOTIFY {CHANNEL}")  # when it is committed
-        limit = max(session.info["seconds"], _CONNECT_SECONDS) + 1
-        await connection.exec_driver_sql(f"SET LOCAL {_IDLE_LIMIT} = {_milliseconds(limit)}")
+        await raw.driver_connection.execute(f"{_TAKE_LOCK}; {limits}")
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
+
+    def _limits(self, seconds: float) -> str:
+        """SQL by which the server gives up a transaction whose client is not heard of any more.
+
+        It is sent in one message with what takes the lock: a client that vanishes between two
+        messages of a statement does not count as idle, and only servers from version 17 on have a
+        limit for that. On others the connection stays until TCP finds that there is nobody.
+        """
+        limit = _milliseconds(seconds)
+        names = (_IDLE_LIMIT, "transaction_timeout") if self._version >= 17 else (_IDLE_LIMIT,)
+        return "; ".join(f"SET LOCAL {name} = {limit}" for name in names)
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, whatever state its connection is in."""
@@ -215,7 +229,8 @@ class PostgreSQL:
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
-        return Writing(engine, self.faults, self.writers)
+        limits = self._limits(max(self._timeout, _CONNECT_SECONDS))
+        return Writing(engine, self.faults, self.writers, limits)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""

@@ -427,9 +427,12 @@ class TaskRepository(Repository[Task]):
     ) -> int:
         """Remove tasks that finished more than `days` days ago, and their history.
 
-        A finished task without `completed_at` counts from its last change. Works in batches:
-        others write in between (but not in a caller's transaction), and after an error it can
-        simply be called again (a note on the error says how many were removed).
+        A finished task whose `completed_at` is missing, or in the future (as it is not before
+        `submitted_at`, which another machine's clock may have told), counts from its last change.
+        If that is in the future as well, by more than `days`, it counts from this call.
+
+        Works in batches: others write in between (but not in a caller's transaction), and after an
+        error it can simply be called again (a note on the error says how many were removed).
 
         Args:
             days: Age in days, from 0.
@@ -464,6 +467,7 @@ class TaskRepository(Repository[Task]):
         searches = [  # each in order of an index
             TaskRow.completed_at < cutoff,
             TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
+            (TaskRow.completed_at > self._database.clock()) & (TaskRow.updated_at < cutoff),
         ]
         counts = [
             select(func.count())

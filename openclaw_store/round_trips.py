@@ -28,7 +28,6 @@ from openclaw_store.writer import NothingKnown, RedoError
 Result = TypeVar("Result")
 
 _LOCK = "SELECT 1 FROM counters WHERE id = 1 FOR UPDATE"
-_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}"
 
 _CAREFUL_AFTER_CONFLICT = 64
 """Transactions. So where several processes keep writing, little work is done in vain."""
@@ -246,10 +245,14 @@ class Writing:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
         faults: Tells what the driver's errors mean.
         writers: Is told the server's process for this connection, while it is open.
+        limits: SQL that has the server bound a transaction with the lock.
     """
 
-    def __init__(self, engine: AsyncEngine, faults: PostgreSQLFaults, writers: set[int]) -> None:
+    def __init__(
+        self, engine: AsyncEngine, faults: PostgreSQLFaults, writers: set[int], limits: str
+    ) -> None:
         self._faults = faults
+        self._begin = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}; {limits}"
         self._writers = writers
         self._loop = asyncio.new_event_loop()
         try:
@@ -269,7 +272,7 @@ class Writing:
         self.cursor.has_lock = self.cursor.lock_next > 0
         if self.cursor.has_lock:
             self.cursor.lock_next -= 1
-            self._wait(self._driver.execute(_BEGIN))
+            self._wait(self._driver.execute(self._begin))
 
     def commit(self) -> None:
         """Commit what `begin` began."""

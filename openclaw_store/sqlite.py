@@ -26,6 +26,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
+from openclaw_store import forks
 from openclaw_store.backups import written_aside
 from openclaw_store.errors import (
     InvalidDataError,
@@ -59,36 +60,18 @@ BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
 
 
-_open: dict[int, str | Path] = {}
-"""The files that this process has connections to, by connection."""
-
-_inherited: set[tuple[int, int]] = set()
-"""The files, by device and number, that were open in the process that this one was forked from."""
-
-
-def _inherit() -> None:
-    for path in set(_open.values()):
-        with suppress(OSError):
-            _inherited.add(_identity(path))
-    _open.clear()
-
-
-def _identity(path: str | Path) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_inherit)
-
-
 class _WriteConnection(sqlite3.Connection):
-    """A connection that is set up when it exists, on whatever thread opens it."""
+    """A connection that is set up when it exists, on whatever thread opens it.
+
+    A forked child cannot end it: to roll back would be to write into the index of the WAL, which it
+    shares with its parent, and another thread may have had a lock of SQLite's when it was forked.
+    """
 
     pragmas: Sequence[str] = _PRAGMAS
 
     def __init__(self, path: str | Path, **options: Any) -> None:
-        _open[id(self)] = path
+        self._process = os.getpid()
+        forks.opened(self, path)
         super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
@@ -97,7 +80,13 @@ class _WriteConnection(sqlite3.Connection):
             self.close()
             raise
 
+    def rollback(self) -> None:
+        if self._process == os.getpid():
+            super().rollback()
+
     def close(self) -> None:
+        if self._process != os.getpid():
+            return
         # SQLite keeps a closed connection, with its locks, while a cursor of it is referred to,
         # and the traceback of a cancelled caller does that.
         with suppress(sqlite3.Error):
@@ -105,7 +94,7 @@ class _WriteConnection(sqlite3.Connection):
         try:
             super().close()
         finally:
-            _open.pop(id(self), None)
+            forks.closed(self)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
@@ -113,7 +102,14 @@ class _WriteConnection(sqlite3.Connection):
 
 
 class _DriverConnection(aiosqlite.Connection):
-    """A connection for coroutines, who may be cancelled at any time."""
+    """A connection for coroutines, who may be cancelled at any time.
+
+    A forked child has not its thread, and would wait for it for ever.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._process = os.getpid()
 
     async def rollback(self) -> None:
         # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
@@ -139,7 +135,8 @@ class _DriverConnection(aiosqlite.Connection):
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
         # closing. The thread ends then, and whoever asks it once more would wait for ever.
-        return super().stop() if self._running else None
+        is_own = self._process == os.getpid()
+        return super().stop() if self._running and is_own else None
 
 
 def _connect(path: str, **options: Any) -> _DriverConnection:
@@ -411,7 +408,7 @@ class SQLite:
         with self.faults.translated():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
-        self._file = _identity(self.path)
+        self._file = forks.identity(self.path)
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
@@ -614,12 +611,11 @@ class SQLite:
         SQLite keeps a process's locks in its memory, so here it would go by locks that only the
         parent has: when that closed the file, what is written here would be lost.
         """
-        with suppress(OSError):
-            if _inherited and _identity(self.path) in _inherited:
-                raise UnavailableError(
-                    f"{self.path} was open when this process was forked, and SQLite does not stand "
-                    "that: start the process by spawn, or fork before the file is opened"
-                )
+        if forks.is_inherited(self.path):
+            raise UnavailableError(
+                f"{self.path} was open when this process was forked, and SQLite does not stand "
+                "that: start the process by spawn, or fork before the file is opened"
+            )
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
@@ -644,7 +640,7 @@ class SQLite:
         if self._file is None:
             return
         try:
-            is_there = _identity(self.path) == self._file
+            is_there = forks.identity(self.path) == self._file
         except (FileNotFoundError, NotADirectoryError):
             is_there = False
         except OSError:  # SQLite says what is wrong

@@ -41,6 +41,7 @@ from openclaw_store.errors import (
 from openclaw_store.explanations import Explanation
 from openclaw_store.feed import compact_feed, read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
+from openclaw_store.finishing import was_interrupted
 from openclaw_store.lifecycle import JOINED, Backoff
 from openclaw_store.mirror import Mirror
 from openclaw_store.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task
@@ -147,7 +148,7 @@ class StateManager:
         self._dispatcher = Dispatcher(
             database, self._mirror, self.task_repo, self.node_repo, backoff
         )
-        self._loop: asyncio.AbstractEventLoop
+        self._loop: asyncio.AbstractEventLoop | None = None  # the one it belongs to
         self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time
         self._sync_loop: asyncio.Task[None] | None = None
@@ -167,12 +168,13 @@ class StateManager:
             UnavailableError: If it cannot be opened.
         """
         async with self._life:
+            if self._ending is not None:
+                raise UnavailableError("the StateManager was shut down: make a new one")
             if self._thread is None:
-                if self._ending is not None:
-                    raise UnavailableError("the StateManager was shut down: make a new one")
+                self._loop = asyncio.get_running_loop()
                 await self.db.initialize()
                 await self._mirror.start()
-                self._loop, self._thread = asyncio.get_running_loop(), get_ident()
+                self._thread = get_ident()
                 if self._interval is not None:
                     self._sync_loop = self._loop.create_task(
                         self._sync_every(self._interval), context=Context()
@@ -184,35 +186,45 @@ class StateManager:
     async def shutdown(self) -> None:
         """Synchronise for the last time and close the database; may be called twice.
 
+        If it was interrupted, by Ctrl-C say, the next call goes on with what is left.
+
         Raises:
             UnavailableError: If it is called on another event loop, as long as its own is there.
             StoreError: If something could not be written; everything is closed all the same.
         """
-        if (
-            self._thread is not None
-            and self._loop is not asyncio.get_running_loop()
-            and not self._loop.is_closed()  # else nothing runs there that could be waited for
-        ):
-            raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
-        if self._ending is None:
+        if self._is_inherited:
+            return  # it is the parent's
+        if self._ending is None or was_interrupted(self._ending):
+            _refuse_elsewhere(self._loop)
+            if self._loop is not None and self._loop.is_closed():
+                self._life = asyncio.Lock()  # who has it there never lets go
             self._ending = asyncio.ensure_future(self._shutdown())
+        elif not self._ending.done():
+            _refuse_elsewhere(self._ending.get_loop())
         await asyncio.shield(self._ending)
 
     async def _shutdown(self) -> None:
         async with self._life:
             try:
-                if self._thread is None:
-                    pass  # it never was initialized, or is the parent's
-                elif self._loop.is_closed():
-                    await self._mirror.abandon()
-                else:
-                    if self._sync_loop is not None:
-                        self._sync_loop.cancel()
-                        await asyncio.wait([self._sync_loop])
-                    await self._mirror.stop()
-            finally:
-                self._thread = None
+                await self._stop()
+            except Exception:
                 await self.db.close()
+                raise
+            await self.db.close()
+
+    async def _stop(self) -> None:
+        try:
+            if self._loop is None:
+                return  # it never was initialized
+            if self._loop.is_closed():
+                await self._mirror.abandon()
+                return
+            if self._sync_loop is not None:
+                self._sync_loop.cancel()
+                await asyncio.wait([self._sync_loop])
+            await self._mirror.stop()
+        finally:
+            self._thread = None
 
     async def __aenter__(self) -> Self:
         try:
@@ -277,8 +289,9 @@ class StateManager:
 
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
-        if self._thread != get_ident() or not self._loop.is_running():  # without another call:
-            self._check_usable()  # this is asked most often
+        # Without another call, as this is asked most often.
+        if self._thread != get_ident() or not self._loop.is_running():  # type: ignore[union-attr]
+            self._check_usable()
         try:
             record = self._mirror.cache.tasks.entries.get(task_id)
         except TypeError:  # it has no hash, so it is no text
@@ -888,7 +901,8 @@ class StateManager:
     def _check_usable(self) -> None:
         # Asking for the running loop asks the system for the process, which costs as much as all
         # the rest of a look-up; this asks the same: of one thread, one loop runs at a time.
-        if self._thread != get_ident() or not self._loop.is_running():
+        # (Where there is a thread, there is a loop.)
+        if self._thread != get_ident() or not self._loop.is_running():  # type: ignore[union-attr]
             if self._is_inherited:
                 raise UnavailableError(
                     "the StateManager was made before fork: make a new one in the child"
@@ -898,6 +912,12 @@ class StateManager:
             if self._ending is not None:
                 raise UnavailableError("the StateManager was shut down: make a new one")
             raise UnavailableError("the StateManager is not initialized: call initialize() first")
+
+
+def _refuse_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
+    """Refuse what can only be done on an event loop that is there, but is not the running one."""
+    if loop is not None and loop is not asyncio.get_running_loop() and not loop.is_closed():
+        raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
 
 
 async def _copies(items: Sequence[T], copy: Callable[[T], Item]) -> list[Item]:

@@ -167,20 +167,23 @@ class Statements(ABC):
         return self._updates[kind, names]
 
     def finished(self, keep: Iterable[TaskStatus]) -> Sequence[str]:
-        """Two searches of one index, each for a cutoff and a limit.
+        """Four searches of one index, but for tasks whose status is to be kept.
 
-        They find tasks that finished before it, and those without `completed_at` that were
-        changed before it, but for those whose status is to be kept.
+        For a cutoff and a limit: those that finished before it, and those without `completed_at`
+        that were changed before it. For the present moment, another one and a limit: those whose
+        `completed_at` is yet to come that were changed before, and that were changed after it.
         """
         query = select(TaskRow.task_id).where(IS_FINISHED)
         for status in keep:
             query = query.where(text(f"status <> '{status.value}'"))
-        cutoff = bindparam("cutoff", type_=UtcTime())
+        now, moment = (bindparam(name, type_=UtcTime()) for name in ("now", "moment"))
         return [
-            f"{self._compile(query.where(condition))} LIMIT {self._second}"
-            for condition in (
-                TaskRow.completed_at < cutoff,
-                TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
+            f"{self._compile(query.where(*conditions))} LIMIT {self._parameter(number)}"
+            for number, *conditions in (
+                (2, TaskRow.completed_at < moment),
+                (2, TaskRow.completed_at.is_(None), TaskRow.updated_at < moment),
+                (3, TaskRow.completed_at > now, TaskRow.updated_at < moment),
+                (3, TaskRow.completed_at > now, TaskRow.updated_at > moment),
             )
         ]
 
@@ -198,12 +201,14 @@ class Statements(ABC):
     """Removes a change and all before it; for many rows as `status_since` takes."""
     beat: str
     """For many rows of usage, moment, flush, identifier, the moment again, and the present one."""
-    _second: str
-    """The second parameter of a statement."""
     _is_held: ColumnElement[bool] | TextClause = IS_HELD
     """Whether a task takes up a place on a node."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
     """The node of a task, in a search that shall not go through all tasks it ever had."""
+
+    @abstractmethod
+    def _parameter(self, number: int) -> str:
+        """What stands for a parameter, by its place from 1."""
 
     @abstractmethod
     def _has_given_key(self) -> ColumnElement[bool]:
@@ -247,7 +252,6 @@ class SQLiteStatements(Statements):
     # this, SQLite would besides keep a copy of each page that a statement for many rows changes,
     # to be able to undo that alone: a fifth of the time of an insert.
     _OR_FAIL = "OR FAIL"
-    _second = "?"
     # Behind a sign it cannot be looked up in an index, so the one on the status is used: even
     # where nearly all tasks had one and the same when they were counted.
     _is_held = func.unlikely(IS_HELD)
@@ -306,6 +310,9 @@ class SQLiteStatements(Statements):
     def elements(self, texts: Any) -> Any:
         return _each(texts).c.value
 
+    def _parameter(self, number: int) -> str:
+        return "?"
+
     def _has_given_key(self) -> ColumnElement[bool]:
         return _TASKS.c.idempotency_key.in_(select(_each(bindparam("keys")).c.value))
 
@@ -330,8 +337,6 @@ class PostgreSQLStatements(Statements):
 
     A row that is changed by hand at the same time is waited for, and found by its key again.
     """
-
-    _second = "$2"
 
     def __init__(self) -> None:
         super().__init__(_POSTGRESQL)
@@ -383,6 +388,9 @@ class PostgreSQLStatements(Statements):
 
     def elements(self, texts: Any) -> Any:
         return func.json_array_elements_text(texts).table_valued("value").c.value
+
+    def _parameter(self, number: int) -> str:
+        return f"${number}"
 
     def _has_given_key(self) -> ColumnElement[bool]:
         return _TASKS.c.idempotency_key == any_(cast(bindparam("keys"), ARRAY(Text)))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
+from threading import Event, Thread
 from typing import Protocol
 
 from sqlalchemy import Connection
@@ -28,6 +28,9 @@ Told = Callable[[int, int], object]
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.005
 """Between two looks at a file: the shorter, the more happens to it."""
+
+UNREADABLE_SECONDS = 1.0
+"""Between two tries to look at a file that is not there, or cannot be read, at most."""
 
 ALIVE_SECONDS = 10.0
 """How long a server may say nothing before it is asked whether it is still there."""
@@ -55,10 +58,9 @@ class Polling:
     def __init__(self, database: SQLite, tell: Told) -> None:
         self._database = database
         self._tell = tell
-        self._ended = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, name="openclaw-store-wakeups", daemon=True
-        )
+        self._ended = Event()
+        self._pause = LONGEST_SECONDS  # before the next try, if this one fails
+        self._thread = Thread(target=self._run, name="openclaw-store-wakeups", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
@@ -74,7 +76,8 @@ class Polling:
                 break
             except Exception as error:  # synchronisation goes on, and reports what is wrong
                 logger.debug("cannot see what others commit, for now: %r", error)
-                self._ended.wait(LONGEST_SECONDS)
+                self._ended.wait(self._pause)
+                self._pause = min(2 * self._pause, UNREADABLE_SECONDS)
 
     def _look(self, connection: Connection) -> None:
         cursor = connection.connection.cursor()
@@ -89,6 +92,7 @@ class Polling:
             seen, pause = version, SHORTEST_SECONDS
             cursor.execute(_COUNTERS)
             [counters] = cursor.fetchall()
+            self._pause = LONGEST_SECONDS
             self._tell(*counters)
 
 

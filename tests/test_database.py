@@ -63,6 +63,7 @@ from openclaw_store import (
     sqlite,
 )
 from openclaw_store.faults import SQLiteFaults
+from openclaw_store.gate import Gate
 from openclaw_store.schema import ChangeRow, TaskRow
 
 Result = TypeVar("Result")
@@ -540,6 +541,42 @@ class TestLife:
         assert_closed(location)
         await first
 
+    async def test_close_that_was_interrupted_is_finished_by_the_next_one(
+        self, location: Location, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was cancelled for ever after, and left open what was open."""
+
+        async def interrupt() -> None:
+            raise asyncio.CancelledError
+
+        database = Database(location)
+        await database.initialize()
+        await TaskRepository(database).create(make_task())
+        await TaskRepository(database).count_by_status()
+        (engines,) = database._engines.values()
+
+        for part in (database._writer, engines):
+            with monkeypatch.context() as patched, pytest.raises(asyncio.CancelledError):
+                patched.setattr(part, "close", interrupt)
+                await database.close()
+        for _ in range(2):
+            await database.close()
+
+        assert_closed(location)
+
+    async def test_close_that_ctrl_c_has_ended_is_finished_by_the_next_one(
+        self, location: Location
+    ) -> None:
+        """It was interrupted for ever after."""
+        database = Database(location)
+        await database.initialize()
+        database._state, database._closing = "closed", asyncio.get_running_loop().create_future()
+        database._closing.set_exception(KeyboardInterrupt())
+
+        await database.close()
+
+        assert_closed(location)
+
     async def test_close_during_initialize_is_not_undone_by_it(self, location: Location) -> None:
         database = Database(location)
         opening = start(database.initialize())
@@ -689,6 +726,35 @@ class TestLoops:
         await asyncio.to_thread(other.block)
 
         assert await repository.count_by_status() == 120
+
+    async def test_blocked_loop_whose_turn_it_is_to_write_costs_others_nothing(
+        self, database: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those behind it got a `DeadlineError`, though it had not even begun."""
+        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0.05)
+        repository = TaskRepository(database)
+        has_begun = threading.Event()
+
+        async def write() -> None:
+            async with database.transaction() as session:
+                await TaskRepository(session).create(make_task())
+
+        async def elsewhere() -> None:
+            async with database.transaction():
+                has_begun.set()
+                while not database._gate._waiting:
+                    await asyncio.sleep(0)
+            await repository.create(make_task())
+            await write()
+
+        other = InThread(elsewhere)
+        await asyncio.to_thread(has_begun.wait, PATIENCE)
+        waiting = start(write())
+        await asyncio.sleep(0)
+        other.block()
+        await waiting
+
+        assert await repository.count_by_status() == 3
 
     async def test_blocked_loop_with_an_open_transaction_costs_others_a_deadline_error(
         self, database: Database, make_task: MakeTask
@@ -1712,6 +1778,105 @@ asyncio.run(main(sys.argv[1]))
             assert ended.out == ["acknowledged"]
             assert stored == {"parent", "before", "after"}
         assert_sound(location)
+
+    CHILD_THAT_CLOSES = """
+import asyncio, gc, os, signal, sqlite3, sys, warnings, weakref
+import aiosqlite
+from openclaw_store import *
+from openclaw_store.sqlite import _ReadConnection
+
+async def close_all(used_by_nobody):
+    objects = gc.get_objects()
+    drivers = [one for one in objects if type(one).__mro__[1] is aiosqlite.Connection]
+    connections = [one for one in objects if sqlite3.Connection in type(one).__mro__]
+    del objects
+    for connection in connections:
+        connection.rollback()
+        connection.close()
+    for driver in drivers:
+        await driver.rollback()
+        await asyncio.wait_for(driver.close(), 5)
+        driver.stop()
+    print(len(drivers), len(connections))
+    del connection, connections
+    kept = weakref.ref(used_by_nobody.pop())
+    gc.collect()
+    print("kept" if kept() else "closed")
+
+async def write(tasks, name):
+    # More than SQLite keeps in memory before it writes to the WAL.
+    for number in range(9):
+        task = Task.create(TaskType.BATCH, "t", task_id=f"{name}-{number}")
+        task.result = "x" * 1_000_000
+        await tasks.create(task)
+
+async def main(path):
+    async with Database(path) as database:
+        tasks = TaskRepository(database)
+        await tasks.create(Task.create(TaskType.BATCH, "t"))
+        await tasks.count_by_status()
+        async with database.transaction() as session:
+            await write(TaskRepository(session), "before")
+            used_by_nobody = [_ReadConnection(path)]
+            sys.stdout.flush()
+            warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 of fork itself
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                try:
+                    asyncio.run(close_all(used_by_nobody))
+                finally:
+                    sys.stdout.flush()
+                    os._exit(0)
+            print("child", os.waitpid(child, 0)[1])
+            await write(TaskRepository(session), "after")
+        print(await tasks.count_by_status())
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+    @pytest.mark.sqlite
+    def test_forked_child_cannot_close_what_its_parent_has_open(self, location: Location) -> None:
+        """It rolled back the parent's transaction, and waited for ever for the parent's threads."""
+        (ended,) = run_scripts((self.CHILD_THAT_CLOSES, [location]))
+
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out == ["2 4", "kept", "child 0", "19"]
+        assert_sound(location)
+
+    CHILD_THAT_ENDS = """
+import os, sys, warnings
+from openclaw_store.sqlite import _WriteConnection
+
+connection = _WriteConnection(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA journal_mode=WAL")
+connection.execute("CREATE TABLE texts (text)")
+connection.execute("BEGIN IMMEDIATE")
+insert = "INSERT INTO texts VALUES (hex(zeroblob(500000)))"
+for _ in range(9):
+    connection.execute(insert)
+warnings.simplefilter("ignore", DeprecationWarning)  # as above
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+print("child", os.waitpid(child, 0)[1])
+for _ in range(9):
+    connection.execute(insert)
+connection.execute("COMMIT")
+connection.close()
+"""
+
+    @pytest.mark.sqlite
+    def test_forked_child_that_ends_harms_nothing_that_its_parent_has_open(
+        self, location: Location
+    ) -> None:
+        """The end of its interpreter rolled the parent's transaction back."""
+        (ended,) = run_scripts((self.CHILD_THAT_ENDS, [location]))
+
+        assert (ended.code, ended.err) == (0, "")
+        assert ended.out == ["child 0"]
+        assert execute(location, "PRAGMA integrity_check") == [("ok",)]
+        assert execute(location, "SELECT count(*) FROM texts") == [(18,)]
 
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(

@@ -39,6 +39,7 @@ LAYERS = [
     "writer",
     "faults",
     "backups",
+    "forks",
     "sqlite",
     "round_trips",
     "postgresql",

@@ -327,6 +327,54 @@ class TestCleanup:
         assert await tasks.get(old.task_id) is None
         assert await tasks.get(touched.task_id) == touched
 
+    async def test_task_that_was_submitted_by_a_clock_ahead_counts_from_its_last_change(
+        self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """It was kept until the moment at which it was said to be submitted."""
+        task = make_task(submitted_at=clock() + timedelta(days=3650))
+        await tasks.create(task)
+        await tasks.cancel(task.task_id)
+        cancelled = await tasks.get(task.task_id)
+        clock.advance(days=30)
+
+        assert cancelled is not None
+        assert cancelled.completed_at == cancelled.submitted_at
+        assert (await tasks.count_old_tasks(), await tasks.cleanup_old_tasks()) == (0, 0)
+        clock.advance(seconds=1)
+        assert (await tasks.count_old_tasks(), await tasks.cleanup_old_tasks()) == (1, 1)
+        assert await tasks.get(task.task_id) is None
+
+    async def test_task_that_was_finished_by_a_clock_ahead_counts_from_the_first_clean_up(
+        self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """It was kept until that moment."""
+        clock.advance(days=3650)
+        task = make_task(submitted_at=clock())
+        kept = make_task(submitted_at=clock(), status=TaskStatus.FAILED, completed_at=clock())
+        await create_all(tasks, [task, kept])
+        await tasks.cancel(task.task_id)
+        clock.advance(days=-3650)
+
+        for _ in range(2):
+            assert await tasks.cleanup_old_tasks(keep_status=TaskStatus.FAILED) == 0
+        redated = await tasks.get(task.task_id)
+        assert redated is not None
+        assert (redated.updated_at, redated.version) == (clock(), 4)
+        assert await tasks.get(kept.task_id) == kept
+        clock.advance(days=31)
+        assert await tasks.cleanup_old_tasks(keep_status=TaskStatus.FAILED) == 1
+        assert await tasks.get(task.task_id) is None
+
+    async def test_clean_up_by_a_clock_that_is_behind_removes_nothing(
+        self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        await tasks.create(make_task(status=TaskStatus.COMPLETED, completed_at=clock()))
+        clock.advance(days=-3650)
+
+        assert await tasks.cleanup_old_tasks() == 0
+        clock.advance(days=3650)
+        assert await tasks.cleanup_old_tasks() == 0
+
     @pytest.mark.parametrize(
         ("keep_status", "left"),
         [

@@ -344,11 +344,16 @@ class TestSilence:
 
             await until(lambda: follower.version == 2)
 
+    @pytest.mark.parametrize("amid_a_statement", [False, True], ids=["between two", "amid one"])
     @pytest.mark.parametrize("way", ["writer", "transaction"])
     async def test_lock_of_a_process_that_nobody_hears_of_any_more_is_given_up(
-        self, proxy: Proxy, database: Database, url: str, make_task: MakeTask, way: str
-    ) -> None:
-        """Its machine has lost its power, say; the server is not told, and waits for hours."""
+        self, proxy: Proxy, database: Database, url: str, make_task: MakeTask, way: str,
+        amid_a_statement: bool,
+    ) -> None:  # fmt: skip
+        """Its machine has lost its power, say; the server is not told, and waits for hours.
+
+        A statement is more than one message; a client that is lost amid them is not idle.
+        """
         tasks = TaskRepository(database)
         await tasks.create(make_task())
 
@@ -356,14 +361,22 @@ class TestSilence:
             if way == "writer":
                 assert isinstance(database._writing, Writing)
                 database._writing.cursor.lock_next = 1
-                proxy.swallow_after(b"FOR UPDATE")
-                await tasks.create(make_task())
+                if amid_a_statement:
+                    proxy.swallow_from(b"needle")
+                else:
+                    proxy.swallow_after(b"FOR UPDATE")
+                # By a statement that has not been prepared yet.
+                needles = [make_task(task_id=f"needle-{number}") for number in range(2)]
+                await asyncio.gather(*map(tasks.create, needles))
             else:
                 async with database.transaction(timeout=self.LIMIT) as tx:
                     await TaskRepository(tx).create(make_task())
+                    if amid_a_statement:
+                        proxy.swallow_from(b"needle")
+                        await TaskRepository(tx).get("needle")
                     proxy.swallow()
 
-        with pytest.raises(UnavailableError):
+        with pytest.raises((UnavailableError, DeadlineError)):
             await vanish()
         async with Database(url, timeout=PATIENCE) as other:
             with within(PATIENCE / 2):

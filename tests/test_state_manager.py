@@ -12,10 +12,19 @@ from contextvars import Context
 from dataclasses import FrozenInstanceError, asdict, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, execute, locked
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    execute,
+    locked,
+)
 
 from openclaw_store import (
     Database,
@@ -69,6 +78,14 @@ def meanwhile(
         return await writing
 
     monkeypatch.setattr(database, "write", write_slowly)
+
+
+async def cancel_all() -> None:
+    """Cancel all other tasks of the loop and see them end, as `asyncio.run` does after Ctrl-C."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.wait(others, timeout=PATIENCE)
 
 
 async def assert_mirrors_database(manager: StateManager) -> None:
@@ -2296,6 +2313,94 @@ class TestLife:
             await closing
         await manager.shutdown()
 
+        assert not manager.is_initialized
+
+    INTERRUPTED: ClassVar[dict[str, Callable[[StateManager], tuple[Any, str]]]] = {
+        "before anything": lambda manager: (manager, "_stop"),
+        "with unsaved entries": lambda manager: (manager._mirror, "sync"),
+        "before it closes": lambda manager: (manager.db, "close"),
+        "as the writer ends": lambda manager: (manager.db._writer, "close"),
+        "as connections close": lambda manager: (next(iter(manager.db._engines.values())), "close"),
+    }
+
+    @pytest.mark.parametrize("moment", INTERRUPTED)
+    async def test_shutdown_that_was_interrupted_is_finished_by_the_next_one(
+        self, location: Location, database: Database, make_task: MakeTask, moment: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """It was cancelled, or hung, for ever after."""
+        manager = StateManager(Database(location))
+        await manager.initialize()
+        await manager.add_node(NodeInfo("n", "host"))
+        await manager.update_heartbeat("n", cpu_usage=50)
+        await manager.add_task(make_task(), persist=False)
+        reached = asyncio.Event()
+
+        async def hang() -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(*self.INTERRUPTED[moment](manager), hang)
+            closing = asyncio.ensure_future(manager.shutdown())
+            await asyncio.wait_for(reached.wait(), PATIENCE)
+            await cancel_all()
+        assert closing.cancelled()
+        with pytest.raises(UnavailableError, match="was shut down"):
+            await manager.initialize()
+        with pytest.raises(UnavailableError, match="belongs to one event loop"):
+            await asyncio.to_thread(asyncio.run, manager.shutdown())
+        await asyncio.wait_for(manager.shutdown(), PATIENCE)
+        await asyncio.wait_for(manager.shutdown(), PATIENCE)
+        await asyncio.to_thread(asyncio.run, manager.shutdown())
+
+        assert not manager.is_initialized
+        assert await TaskRepository(database).count_by_status() == 1
+        node = await NodeRepository(database).get("n")
+        assert node is not None
+        assert node.cpu_usage == 50
+
+    @pytest.mark.sqlite  # nobody could close the connections to a server
+    @pytest.mark.parametrize("ending", ["cancelled", "left"])
+    def test_shutdown_that_its_loop_interrupted_is_finished_on_another(
+        self, location: Location, ending: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was cancelled for ever after, or waited for what had stopped half-way."""
+        manager = StateManager(Database(location), auto_sync_interval=None)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(manager.initialize())
+        loop.run_until_complete(manager.add_task(make_task()))
+        with monkeypatch.context() as patched:
+            patched.setattr(manager.db, "close", lambda: asyncio.Event().wait())
+            closing = loop.create_task(manager.shutdown())
+            for _ in range(3):
+                loop.run_until_complete(asyncio.sleep(0))
+            if ending == "cancelled":
+                loop.run_until_complete(cancel_all())
+        loop.close()
+
+        for _ in range(2):
+            asyncio.run(asyncio.wait_for(manager.shutdown(), PATIENCE))
+
+        assert not manager.is_initialized
+        assert closing.cancelled() is (ending == "cancelled")
+        assert isinstance(location, Path)
+        assert [path.name for path in location.parent.iterdir()] == [location.name]
+
+    def test_shutdown_when_initialize_was_left_by_its_loop(
+        self, location: Location, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It waited for ever for its turn."""
+        manager = StateManager(Database(location))
+        monkeypatch.setattr(manager.db, "initialize", lambda: asyncio.Event().wait())
+        loop = asyncio.new_event_loop()
+        opening = loop.create_task(manager.initialize())
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+        asyncio.run(asyncio.wait_for(manager.shutdown(), PATIENCE))
+
+        assert not opening.done()
         assert not manager.is_initialized
 
     async def test_shutdown_on_another_loop_is_refused(self, manager: StateManager) -> None:

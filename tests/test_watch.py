@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -36,6 +39,7 @@ from openclaw_store import (
     UnsavedConflictError,
     wakeups,
 )
+from openclaw_store.wakeups import LONGEST_SECONDS, wakeups_of
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -460,6 +464,34 @@ class TestWakeUps:
             await manager.add_task(make_task())
 
             await until(lambda: follower.version == 2)
+
+    @pytest.mark.sqlite
+    async def test_file_that_is_not_there_is_looked_for_less_and_less_often(
+        self, manager: StateManager, location: Path, make_task: MakeTask,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Looking for it 200 times a second took 6 % of a core."""
+        pauses: list[float | None] = []
+
+        class Impatient(Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                pauses.append(timeout)
+                return super().wait(0.001)
+
+        monkeypatch.setattr(wakeups, "Event", Impatient)
+        away, told = location.with_name("away"), Event()
+        os.rename(location, away)
+        polling = wakeups_of(manager.db._backend, lambda *_: told.set())
+        await until(lambda: 1.0 in pauses)
+        os.rename(away, location)
+        await until(told.is_set)
+        found = len(pauses)
+        await until(lambda: len(pauses) > found + 10)
+        await polling.stop()
+
+        missing = pauses[: pauses.index(1.0)]
+        assert missing == [LONGEST_SECONDS * 2**number for number in range(len(missing))]
+        assert set(pauses[found:]) <= {pause for pause in pauses if pause and pause < 0.01}
 
     @pytest.mark.sqlite
     async def test_file_that_cannot_be_read_for_a_while_is_looked_at_again(

@@ -1392,6 +1392,82 @@ class TestGate:
         assert not next_one.cancelled()
         gate.leave()
 
+    async def test_those_whose_event_loop_stands_still_are_passed_over(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those behind them got a `DeadlineError`."""
+        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0.05)
+        gate = Gate(PATIENCE)
+        order: list[str] = []
+        waits, go_on = threading.Event(), threading.Event()
+
+        async def from_coroutine(name: str) -> None:
+            await gate.enter(name)
+            order.append(name)
+            gate.leave()
+
+        def from_thread(name: str) -> None:
+            with gate.held(name):
+                order.append(name)
+
+        async def block() -> None:
+            names = ["slow", "slow, too", "slow, and cancelled"]
+            slow = [start(from_coroutine(name)) for name in names]
+            await turns()
+            waits.set()
+            go_on.wait(PATIENCE)
+            slow[2].cancel()
+            await asyncio.wait(slow)
+
+        await gate.enter("the first")
+        blocked = start(asyncio.to_thread(asyncio.run, block()))
+        await until(waits.is_set)
+        behind = [
+            start(from_coroutine("behind")),
+            start(asyncio.to_thread(from_thread, "behind, on a thread")),
+        ]
+        await until(lambda: len(gate._waiting) == 5)
+        gate.leave()
+        assert await finished(behind) == [None, None]
+        await gate.enter("who comes later")
+        go_on.set()
+        await until(lambda: len(gate._waiting) == 2)
+        order.append("who came later")
+        gate.leave()
+        await finished([blocked])
+
+        assert set(order[:2]) == {"behind", "behind, on a thread"}
+        assert order[2:] == ["who came later", "slow", "slow, too"]
+
+    async def test_one_that_was_passed_over_gets_an_error_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: it waits for ever for a turn that it has had."""
+        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0)
+        gate, came_at = Gate(0.2), time.monotonic()
+        waits, go_on = threading.Event(), threading.Event()
+
+        async def block() -> None:
+            slow = start(gate.enter("slow"))
+            await turns()
+            waits.set()
+            go_on.wait(PATIENCE)
+            await slow
+
+        await gate.enter("the first")
+        blocked = start(asyncio.to_thread(asyncio.run, block()))
+        await until(waits.is_set)
+        gate.leave()
+        await gate.enter("the second")
+        await until(lambda: time.monotonic() > came_at + 0.5)
+        go_on.set()
+
+        with pytest.raises(DeadlineError, match="while the second has had the database"):
+            await blocked
+        gate.leave()
+        await asyncio.wait_for(gate.enter("the last"), PATIENCE)
+        gate.leave()
+
     async def test_error_of_one_that_waits_in_vain_names_the_holder_and_how_long(self) -> None:
         """Planted: the error says only that time is up."""
         gate = Gate(0.01)
