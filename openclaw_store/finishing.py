@@ -49,6 +49,17 @@ async def cancelled_once(work: Awaitable[Result]) -> Result:
     raise cancelled
 
 
+def cancel_once_more() -> None:
+    """Have the cancellation that the running task has just caught come again where it next waits.
+
+    So nothing comes out of what closes a connection: SQLAlchemy would report it as an error.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()  # they are counted, and it is still the same one
+    task.cancel()
+
+
 def was_interrupted(future: asyncio.Future[Any]) -> bool:
     """Whether its work stopped half-way: by a cancellation, by Ctrl-C, or with its event loop."""
     if not future.done():

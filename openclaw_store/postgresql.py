@@ -20,7 +20,7 @@ from sqlalchemy.util import await_only
 from openclaw_store.backups import dump, written_aside
 from openclaw_store.errors import InvalidDataError, UnavailableError
 from openclaw_store.faults import PostgreSQLFaults
-from openclaw_store.finishing import finish
+from openclaw_store.finishing import cancel_once_more, finish
 from openclaw_store.round_trips import MAX_COMBINATIONS, WRITER_SETTINGS, Cursor, Writing
 from openclaw_store.statements import CHANNEL
 
@@ -334,8 +334,11 @@ def _connection_class() -> type[Any]:
 
     async def close(self: Any, *, timeout: float | None = None) -> None:
         try:
-            await base.close(self, timeout=_CLOSE_SECONDS)
-        finally:
-            await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+            try:
+                await base.close(self, timeout=_CLOSE_SECONDS)
+            finally:
+                await asyncio.sleep(0)  # the socket is closed in the loop's next turn
+        except asyncio.CancelledError:  # which has closed it, too
+            cancel_once_more()
 
     return type("Connection", (base,), {"__slots__": (), "close": close})

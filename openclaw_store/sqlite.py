@@ -36,6 +36,7 @@ from openclaw_store.errors import (
     shown,
 )
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
+from openclaw_store.finishing import cancel_once_more
 from openclaw_store.writer import NothingKnown
 
 Result = TypeVar("Result")
@@ -117,7 +118,6 @@ class _DriverConnection(aiosqlite.Connection):
         self._tx.put_nowait((None, self._conn.rollback))
 
     async def close(self) -> None:
-        # That it is closed is waited for, so somebody may be cancelled in it: he is so afterwards.
         cancelled = False
         closing = self.stop()
         while closing is not None and not closing.done():
@@ -125,10 +125,8 @@ class _DriverConnection(aiosqlite.Connection):
                 await asyncio.wait([closing])
             except asyncio.CancelledError:
                 cancelled = True
-        task = asyncio.current_task()
-        if cancelled and task is not None:
-            task.uncancel()  # each cancellation is counted, and this one is made once more
-            task.cancel()
+        if cancelled:
+            cancel_once_more()
         if closing is not None:
             closing.result()
 

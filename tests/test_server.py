@@ -344,6 +344,38 @@ class TestSilence:
 
             await until(lambda: follower.version == 2)
 
+    @pytest.mark.parametrize("is_limit", [False, True], ids=["cancelled", "time over"])
+    async def test_caller_who_closes_a_connection_is_cancelled_when_it_is_closed(
+        self, proxy: Proxy, database: Database, is_limit: bool
+    ) -> None:
+        """Else SQLAlchemy reports an error of the connection, as at the end of `asyncio.run`."""
+        engine = database.session_factory.kw["bind"]
+        pooled = await engine.raw_connection()
+        connection = pooled.driver_connection
+        proxy.swallow()  # it waits for the server to say farewell
+        closed = []
+        limits: list[asyncio.Timeout] = []
+
+        async def close() -> None:
+            async with asyncio.timeout(None) as limit:
+                limits.append(limit)
+                await connection.close()
+                closed.append(True)
+                await asyncio.Event().wait()
+
+        caller = asyncio.create_task(close())
+        await asyncio.sleep(0)
+        if is_limit:
+            limits[0].reschedule(asyncio.get_running_loop().time())
+        else:
+            caller.cancel()
+        await asyncio.wait([caller], timeout=PATIENCE)
+        pooled.invalidate()
+
+        assert closed == [True]
+        assert caller.cancelled() is not is_limit
+        assert not is_limit or isinstance(caller.exception(), TimeoutError)
+
     @pytest.mark.parametrize("amid_a_statement", [False, True], ids=["between two", "amid one"])
     @pytest.mark.parametrize("way", ["writer", "transaction"])
     async def test_lock_of_a_process_that_nobody_hears_of_any_more_is_given_up(
