@@ -23,7 +23,11 @@ from campaigns.results import record, row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; 1 if anything was lost or wrong, 3 if nothing ran."""
+    """Run what the command line asks for.
+
+    Returns:
+        1 if anything was lost or wrong, 3 if nothing ran, 130 after Ctrl-C, else 0.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(highlight=False)
@@ -49,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if why_not:
                     console.print(f"{campaign.name} on {kind} did not run: {why_not}")
                 else:
-                    clean.append(_run(campaign, kind, options, console))
+                    try:
+                        clean.append(_run(campaign, kind, options, console))
+                    except KeyboardInterrupt:
+                        return 130
     if not clean:
         return 3
     return 0 if all(clean) else 1
@@ -82,7 +89,11 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
             is_quick=campaign.is_quick(kind, rounds),
             report=report,
         )
-        campaign.run(run)
+        is_whole = True
+        try:
+            campaign.run(run)
+        except KeyboardInterrupt:  # what was done until then counts
+            is_whole = False
     seconds = time.monotonic() - began
     for finding in run.findings:
         console.print(finding, markup=False, style="red")
@@ -97,6 +108,8 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
     console.print(f"{verdict}: {figures}; {seconds:.1f} s")
     if options.report:
         record(options.report, row(campaign, run, seconds))
+    if not is_whole:
+        raise KeyboardInterrupt
     return run.is_clean
 
 

@@ -166,6 +166,11 @@ class Run:
             yield number
             self.done()
 
+    @property
+    def completed(self) -> int:
+        """How many rounds are done."""
+        return self._done
+
     def parts(self, size: int) -> Iterator[int]:
         """The rounds in parts, where some have a database in common: how many each part has."""
         for begun in range(0, self.rounds, size):

@@ -27,7 +27,7 @@ def row(campaign: Campaign, run: Run, seconds: float) -> str:
         run.kind,
         f"{datetime.now(UTC):%Y-%m-%d}",
         commit(),
-        f"{run.rounds:,} {campaign.unit}",
+        f"{run.completed:,} {campaign.unit}",
         str(run.seed),
         *(f"{number:,}" for number in numbers),
         ", ".join(f"{name} {value}" for name, value in run.notes.items()),

@@ -71,6 +71,7 @@ def test_nothing_is_lost_and_nothing_wrong(
     assert not run.findings
     assert run.is_clean
     assert run.counts.operations
+    assert run.completed == run.rounds
 
 
 @pytest.mark.parametrize(("campaign", "kind", "bug"), [*each(bugs=True)])
@@ -102,6 +103,8 @@ class TestCommand:
                 run.counts.acknowledged += 1
                 run.notes["drawn"] = str(run.random.random())
                 run.check(number != 3, "three")
+                if number == 5:
+                    raise KeyboardInterrupt
                 if run.bug:
                     run.lost("a task")
 
@@ -144,6 +147,16 @@ class TestCommand:
         assert main(["count", "--rounds", "4"]) == 1
 
         assert "three" in capsys.readouterr().out.splitlines()
+
+    def test_what_was_done_until_ctrl_c_is_recorded(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        report = tmp_path / "results.md"
+
+        assert main(["count", "--rounds", "9", "--report", str(report)]) == 130
+
+        assert "BROKEN: operations 6" in capsys.readouterr().out
+        assert "| 5 counts |" in report.read_text().splitlines()[-1]
 
     def test_bug_is_found_by_what_it_causes(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["count", "--bug", "loses-tasks"]) == 1
