@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,8 +48,9 @@ which few commits meet; with 4 nearly each does."""
 
 SWEEPS_A_STORE = 8
 
-FEWEST_A_SWEEP = 3
-"""So many of its points are tried before the next sweep begins, if there are more."""
+FEWEST_A_SWEEP, MOST_A_SWEEP = 3, 10
+"""So many of its points are tried before the next sweep begins, if there are more. What each of
+them leaves in the store is looked at by all that follow."""
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,18 @@ class _Faults:
     def perform(self) -> None:
         batches = self._batches()
         sweeps = [sweep for batch in batches for sweep in batch]
-        share = max(FEWEST_A_SWEEP, self.run.rounds // len(sweeps))
-        while self._done < self.run.rounds:
-            for batch in batches:
-                self._try(batch, share)
-            if not any(sweep.left for sweep in sweeps):
-                for sweep in sweeps:  # all of them once more
-                    self._refill(sweep)
+        share = min(max(FEWEST_A_SWEEP, self.run.rounds // len(sweeps)), MOST_A_SWEEP)
+        try:
+            while self._done < self.run.rounds:
+                for batch in batches:
+                    self._try(batch, share)
+                if not any(sweep.left for sweep in sweeps):
+                    for sweep in sweeps:  # all of them once more
+                        self._refill(sweep)
+        finally:
+            self._note_figures(sweeps)
+
+    def _note_figures(self, sweeps: Sequence[Sweep]) -> None:
         begun = [sweep for sweep in sweeps if sweep.points is not None]
         finished = sum(sweep.is_finished for sweep in begun)
         points = sum(len(sweep.points or ()) for sweep in begun)
@@ -197,7 +203,7 @@ class _Faults:
         sweep.is_finished |= not sweep.left
         return taken
 
-    def _note(self) -> None:
+    def _count(self) -> None:
         self._injected += self.fault.failed
         self.run.done()
 
@@ -229,7 +235,7 @@ class _Faults:
                         cold=sweep.is_cold,
                         may_litter=point.is_sticky,
                     )
-                    self._note()
+                    self._count()
 
     def _live(self, sweep: Sweep, life: Life, share: int) -> None:
         if sweep.points is None:
@@ -243,7 +249,7 @@ class _Faults:
         for point in self._take(sweep, share):
             with self._copy_of(template) as folder, abandoning(self.run):
                 asyncio.run(self._survive(life, folder, point, whole))
-            self._note()
+            self._count()
 
     async def _survive(self, life: Life, folder: Path, point: Point, whole: Picture) -> None:
         """Go through a life with a fault, and once more without if it was refused."""
