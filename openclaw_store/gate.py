@@ -41,7 +41,7 @@ class Gate:
     """
 
     _SLICE_SECONDS = 0.1  # how often those who wait look how it stands
-    _ENTRY_SECONDS = 2.0  # how long one may take to notice that it is its turn
+    _ENTRY_SECONDS = 2.0  # how long one may take to notice that it is its turn, at most
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -130,7 +130,9 @@ class Gate:
         self._held_since, self._held_until = time.monotonic(), None
 
     def _is_absent(self, holder: _Comer, now: float) -> bool:
-        return not holder.is_inside and now > self._held_since + self._ENTRY_SECONDS
+        return not holder.is_inside and now > self._held_since + min(
+            self._ENTRY_SECONDS, self._timeout / 4
+        )
 
     def _pass_over(self, holder: _Comer) -> None:
         others, self._waiting = self._waiting, deque()

@@ -343,25 +343,38 @@ def apply_together(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequenc
     return [apply(unit, group) for group in groups]
 
 
+_REDATED_AT_ONCE = 20
+"""Tasks that are read one by one while nobody else can write."""
+
+
 @dataclass(frozen=True, slots=True)
 class Redate(OfOneRow):
-    """Have a task count as changed now, as it was by a clock that was ahead."""
+    """Have a task count as changed now, as it was by a clock that was ahead.
+
+    Results in whether it does; one that cannot be read does not.
+    """
 
     id: str
     kind: ClassVar[type[Any]] = Task
 
-    def decide(self, row: Row) -> None:
-        task = row.content()
-        if task is not None:
-            row.write(task.evolve(), (), lifecycle.TURNED_BACK)
+    def decide(self, row: Row) -> bool:
+        try:
+            task = row.content()
+        except InvalidDataError:  # `verify` tells of it
+            return False
+        if task is None:
+            return False
+        row.write(task.evolve(), (), lifecycle.TURNED_BACK)
+        return True
 
 
 @dataclass(frozen=True, slots=True)
 class RemoveFinished:
     """Remove up to `limit` tasks that finished before `cutoff`, with their history.
 
-    Results in how many there were. Those that finished as long after this moment, by a clock that
-    was ahead, count from now on: nothing else tells how old they are.
+    Results in how many there were, and whether there may be more to do. Those that finished as long
+    after this moment, by a clock that was ahead, count from now on: nothing else tells how old they
+    are.
     """
 
     cutoff: datetime
@@ -369,12 +382,12 @@ class RemoveFinished:
     limit: int
 
 
-def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[int]:
+def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[tuple[int, bool]]:
     """Apply `RemoveFinished` operations."""
     return [_remove_finished(unit, operation) for operation in operations]
 
 
-def _remove_finished(unit: Unit, operation: RemoveFinished) -> int:
+def _remove_finished(unit: Unit, operation: RemoveFinished) -> tuple[int, bool]:
     sql = statements_for(unit.cursor.dialect)
     moments = (unit.now, operation.cutoff, unit.now + (unit.now - operation.cutoff))
     now, cutoff, as_far_ahead = map(sql.to_moment, moments)
@@ -383,10 +396,11 @@ def _remove_finished(unit: Unit, operation: RemoveFinished) -> int:
     for search, *given in ((told, cutoff), (untold, cutoff), (early, now, cutoff)):
         found = unit.cursor.execute(search, (*given, operation.limit - len(old)))
         old.extend(id for (id,) in found)
-    found = unit.cursor.execute(astray, (now, as_far_ahead, operation.limit))
+    found = unit.cursor.execute(astray, (now, as_far_ahead, _REDATED_AT_ONCE))
     removals = [Remove(Task, id, with_history=True) for id in sorted(old)]
-    apply(unit, [*removals, *map(Redate, sorted(id for (id,) in found))])
-    return len(old)
+    apply(unit, removals)
+    redated = apply(unit, [Redate(id) for (id,) in sorted(found)])
+    return len(old), len(old) == operation.limit or any(redated)
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,7 +199,11 @@ class PostgreSQL:
         raw: Any = await connection.get_raw_connection()
         # Not only the lock: a writer that has read before must see that something was written,
         # even if the caller goes past the repositories.
-        await raw.driver_connection.execute(f"{_TAKE_LOCK}; {limits}")
+        try:
+            await raw.driver_connection.execute(f"{_TAKE_LOCK}; {limits}")
+        except asyncio.CancelledError:  # SQLAlchemy does not know that it was interrupted
+            await session.invalidate()
+            raise
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 
     def _limits(self, seconds: float) -> str:
@@ -229,7 +233,7 @@ class PostgreSQL:
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
-        limits = self._limits(max(self._timeout, _CONNECT_SECONDS))
+        limits = self._limits(3 * max(self._timeout, _CONNECT_SECONDS))  # others wait: not for ever
         return Writing(engine, self.faults, self.writers, limits)
 
     def dispose(self) -> None:

@@ -443,16 +443,15 @@ class TaskRepository(Repository[Task]):
         """
         cutoff, keep = self._old_tasks(days, keep_status)
         operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
-        total = 0
-        while True:
+        total, removed, is_more = 0, 0, True
+        while is_more:
             try:
-                removed: int = await self._write(operation, remove_finished)
+                removed, is_more = await self._write(operation, remove_finished)
             except StoreError as error:
                 error.add_note(f"{total} tasks were removed before; call again for the rest")
                 raise
             total += removed
-            if removed < CLEANUP_BATCH:
-                return total
+        return total
 
     async def count_old_tasks(
         self, days: float = 30, keep_status: TaskStatus | Iterable[TaskStatus] | None = None

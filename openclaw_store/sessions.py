@@ -58,6 +58,7 @@ class Engines:
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await _on(self._home, self._dispose())
+                await asyncio.sleep(0)  # what closed a connection may have put the timeout off
         except (TimeoutError, RuntimeError) as error:
             logger.warning("connections were dropped, not closed: %s", error or "no answer")
 

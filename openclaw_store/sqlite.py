@@ -489,7 +489,7 @@ class SQLite:
     def _copy_to(self, connection: Connection, target: Path) -> None:
         source: Any = connection.connection.driver_connection
         with written_aside(target, overwrite=False, besides=BESIDES) as partial:
-            partial.touch(self.path.stat().st_mode & 0o777)  # for nobody's eyes who had not it
+            partial.chmod(self.path.stat().st_mode & 0o777)  # for nobody's eyes who had not it
             _copy(source, partial)
 
     def _refuse_orphans(self, connection: Connection) -> None:

@@ -29,7 +29,7 @@ Told = Callable[[int, int], object]
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.005
 """Between two looks at a file: the shorter, the more happens to it."""
 
-UNREADABLE_SECONDS = 1.0
+UNREADABLE_SECONDS = 0.1
 """Between two tries to look at a file that is not there, or cannot be read, at most."""
 
 ALIVE_SECONDS = 10.0

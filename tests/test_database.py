@@ -60,6 +60,7 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
+    sessions,
     sqlite,
 )
 from openclaw_store.faults import SQLiteFaults
@@ -801,6 +802,28 @@ class TestLoops:
         with warnings.catch_warnings():  # each loop has ended with the connections of its pool open
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()
+
+    @pytest.mark.sqlite
+    async def test_nobody_is_cancelled_by_a_file_that_takes_long_to_close(
+        self, location: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        """The end of the time for closing came out of `close` as a cancellation."""
+        monkeypatch.setattr(sessions, "_CLOSE_SECONDS", 0.01)
+        database = Database(location)
+        await database.initialize()
+        await TaskRepository(database).count_by_status()
+        close = sqlite._ReadConnection.close
+
+        def close_late(connection: sqlite._ReadConnection) -> None:
+            threading.Event().wait(0.1)
+            close(connection)
+
+        monkeypatch.setattr(sqlite._ReadConnection, "close", close_late)
+
+        await database.close()
+
+        assert "connections were dropped, not closed" in caplog.text
 
     async def test_close_on_another_loop_than_initialize(
         self, location: Location, make_task: MakeTask

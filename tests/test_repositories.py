@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import FakeClock, MakeNode, MakeTask
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 
 from openclaw_store import (
     Change,
@@ -364,6 +364,36 @@ class TestCleanup:
         clock.advance(days=31)
         assert await tasks.cleanup_old_tasks(keep_status=TaskStatus.FAILED) == 1
         assert await tasks.get(task.task_id) is None
+
+    async def test_all_tasks_that_were_finished_by_a_clock_ahead_count_from_the_first_clean_up(
+        self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """Only the first of them did."""
+        clock.advance(days=3650)
+        ahead = [make_task(status=TaskStatus.FAILED, completed_at=clock()) for _ in range(50)]
+        await create_all(tasks, ahead)
+        clock.advance(days=-3650)
+
+        assert await tasks.cleanup_old_tasks() == 0
+        clock.advance(days=31)
+        assert await tasks.cleanup_old_tasks() == 50
+
+    @pytest.mark.sqlite  # a server keeps times as such
+    async def test_clean_up_leaves_a_task_ahead_that_cannot_be_read(
+        self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """It could not clean up anything."""
+        old = make_task(status=TaskStatus.FAILED, completed_at=clock())
+        await tasks.create(old)
+        clock.advance(days=3650)
+        await tasks.create(make_task(status=TaskStatus.FAILED, completed_at=clock()))
+        async with database.transaction() as tx:
+            ahead = TaskRow.task_id != old.task_id
+            await tx.execute(update(TaskRow).where(ahead).values(submitted_at=text("'yesterday'")))
+        clock.advance(days=-3600)
+
+        assert await tasks.cleanup_old_tasks() == 1
+        assert await tasks.count_by_status() == 1
 
     async def test_clean_up_by_a_clock_that_is_behind_removes_nothing(
         self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock

@@ -344,6 +344,28 @@ class TestSilence:
 
             await until(lambda: follower.version == 2)
 
+    async def test_caller_cancelled_while_it_takes_the_lock_holds_up_nobody(
+        self, proxy: Proxy, make_task: MakeTask
+    ) -> None:
+        """Its connection was asked to roll back, and others waited until that was hopeless."""
+
+        async def take() -> None:
+            async with database.transaction():
+                raise AssertionError("it has the lock")
+
+        async with Database(proxy.url, timeout=PATIENCE) as database:
+            await TaskRepository(database).create(make_task())
+            proxy.swallow_from(b"UPDATE counters")
+            caller = asyncio.create_task(take())
+            await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
+            proxy.forward()
+
+            with within(PATIENCE / 2):
+                caller.cancel()
+                await asyncio.wait([caller])
+                await TaskRepository(database).create(make_task())
+            assert caller.cancelled()
+
     @pytest.mark.parametrize("is_limit", [False, True], ids=["cancelled", "time over"])
     async def test_caller_who_closes_a_connection_is_cancelled_when_it_is_closed(
         self, proxy: Proxy, database: Database, is_limit: bool

@@ -39,7 +39,7 @@ from openclaw_store import (
     UnsavedConflictError,
     wakeups,
 )
-from openclaw_store.wakeups import LONGEST_SECONDS, wakeups_of
+from openclaw_store.wakeups import LONGEST_SECONDS, UNREADABLE_SECONDS, wakeups_of
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -482,14 +482,14 @@ class TestWakeUps:
         away, told = location.with_name("away"), Event()
         os.rename(location, away)
         polling = wakeups_of(manager.db._backend, lambda *_: told.set())
-        await until(lambda: 1.0 in pauses)
+        await until(lambda: UNREADABLE_SECONDS in pauses)
         os.rename(away, location)
         await until(told.is_set)
         found = len(pauses)
         await until(lambda: len(pauses) > found + 10)
         await polling.stop()
 
-        missing = pauses[: pauses.index(1.0)]
+        missing = pauses[: pauses.index(UNREADABLE_SECONDS)]
         assert missing == [LONGEST_SECONDS * 2**number for number in range(len(missing))]
         assert set(pauses[found:]) <= {pause for pause in pauses if pause and pause < 0.01}
 

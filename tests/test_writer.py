@@ -1439,6 +1439,29 @@ class TestGate:
         assert set(order[:2]) == {"behind", "behind, on a thread"}
         assert order[2:] == ["who came later", "slow", "slow, too"]
 
+    async def test_those_who_wait_for_less_than_that_pass_over_it_in_time(self) -> None:
+        """They got a `DeadlineError`."""
+        gate = Gate(1)
+        waits, go_on = threading.Event(), threading.Event()
+
+        async def block() -> None:
+            slow = start(gate.enter("slow"))
+            await turns()
+            waits.set()
+            go_on.wait(PATIENCE)
+            slow.cancel()
+
+        await gate.enter("the first")
+        blocked = start(asyncio.to_thread(asyncio.run, block()))
+        await until(waits.is_set)
+        gate.leave()
+
+        await asyncio.wait_for(gate.enter("behind"), PATIENCE)
+
+        go_on.set()
+        await finished([blocked])
+        gate.leave()
+
     async def test_one_that_was_passed_over_gets_an_error_of_its_own(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
