@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for.
 
     Returns:
-        1 if anything was lost or wrong, 3 if nothing ran, 130 after Ctrl-C, else 0.
+        1 if anything was lost or wrong, 3 if nothing ran, 130 after Ctrl-C or SIGTERM, else 0.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -172,4 +173,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -145,4 +145,5 @@ def main(call: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     main(sys.argv[1])
