@@ -493,6 +493,7 @@ def perform(run: Run) -> None:
             ]
             fewest = min(map(book.sweeps, product(CALLS, MANNERS)))
             plan = [pair for pair in pairs if book.sweeps(pair) == fewest]
+            plan *= len(pairs) // max(1, len(plan))  # of a few long ones, several rounds each
             run.random.shuffle(plan)
             if run.kind == POSTGRESQL:
                 plan.reverse()  # so that short runs on both kinds of database make other calls
@@ -500,11 +501,11 @@ def perform(run: Run) -> None:
             if plan := plan[: run.rounds - done]:
                 _make_pass(run, book, noise, plan)
                 done += len(plan)
+            steps = len(MANNERS) * sum(book.steps.values())
+            run.notes["steps reached"] = f"{len(book.cancelled):,} of about {steps:,}"
+            run.notes["slowest next write"] = f"{book.slowest:.3f} s"
             if done == run.rounds or (run.bug and run.findings):
                 break
-    steps = len(MANNERS) * sum(book.steps.values())
-    run.notes["steps reached"] = f"{len(book.cancelled):,} of about {steps:,}"
-    run.notes["slowest next write"] = f"{book.slowest:.3f} s"
 
 
 def _make_pass(run: Run, book: _Book, noise: _Noise, plan: Sequence[tuple[str, Manner]]) -> None:
