@@ -340,7 +340,8 @@ class Cluster:
 
     def check_nodes(self, what: str) -> None:
         """Look whether those that have died are known to be lost, and hold nothing."""
-        limit = timedelta(seconds=2 * PATIENCE_SECONDS) + TICK
+        # It is silent for as long, the clock goes back by as much again and that, and all passes.
+        limit = timedelta(seconds=3 * PATIENCE_SECONDS) + TICK
         for node_id, died in list(self.world.died.items()):
             if self.clock.true - died > limit:
                 del self.world.died[node_id]

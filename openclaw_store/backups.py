@@ -58,7 +58,12 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         for ending in besides:  # of the old one; they would be read into the new one
             target.with_name(target.name + ending).unlink(missing_ok=True)
         partial.replace(target)
-        _sync_folder(target.parent)
+        try:
+            _sync_folder(target.parent)
+        except OSError:
+            if not overwrite:  # else what was there is gone already
+                target.unlink()
+            raise
     except OSError as error:
         reason = error.strerror or error
         raise UnavailableError(f"{target}: {reason}: check the path and the disk") from error

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -1495,6 +1496,24 @@ class TestBackup:
             ("old.db", "precious")
         ]
         await database.backup(folder / "new.db")
+
+    async def test_backup_whose_name_may_not_last_is_taken_back(
+        self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was left there, so that the next try was refused."""
+        sync = os.fsync
+
+        def full(file: int) -> None:
+            if stat.S_ISDIR(os.fstat(file).st_mode):
+                raise OSError(28, "No space left on device")
+            sync(file)
+
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", full)
+            with pytest.raises(UnavailableError, match="No space left on device"):
+                await database.backup(tmp_path / "copy.db")
+
+        await database.backup(tmp_path / "copy.db")
 
     async def test_backup_to_where_nothing_can_be_is_named(
         self, database: Database, tmp_path: Path
