@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check lint test demo bench clean
+.PHONY: check lint test coverage demo bench clean
 
 check: test lint
 
@@ -13,6 +13,9 @@ lint: $(BIN)/pytest
 
 test: $(BIN)/pytest
 	$(BIN)/pytest -q
+
+coverage: $(BIN)/pytest
+	$(BIN)/pytest -q --cov --cov-report=term --cov-fail-under=95
 
 demo: $(BIN)/pytest
 	$(BIN)/python examples/storage_demo.py

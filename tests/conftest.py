@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import pytest
 from hypothesis import settings
 from sqlalchemy import URL, make_url
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
@@ -199,8 +200,11 @@ def new_location(
         url = maker.make(template)
         try:
             yield url
-        finally:
-            maker.drop(url)
+        except BaseException:
+            with suppress(DBAPIError):  # what has failed may have left connections, too
+                maker.drop(url)
+            raise
+        maker.drop(url)
 
 
 @pytest.fixture
