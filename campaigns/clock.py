@@ -340,7 +340,7 @@ class Cluster:
 
     def check_nodes(self, what: str) -> None:
         """Look whether those that have died are known to be lost, and hold nothing."""
-        # It is silent for as long, the clock goes back by as much again and that, and all passes.
+        # Just before it is silent for long enough, the clock may go back by twice that time.
         limit = timedelta(seconds=3 * PATIENCE_SECONDS) + TICK
         for node_id, died in list(self.world.died.items()):
             if self.clock.true - died > limit:
