@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -325,6 +326,27 @@ class TestCompaction:
         manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
 
         assert await manager.compact_changes(days=1) == 10
+
+    @pytest.mark.parametrize("page", [1, 2, 1000])
+    async def test_change_by_a_clock_that_was_ahead_is_as_old_as_those_around_it(
+        self,
+        manager: StateManager,
+        make_task: MakeTask,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        page: int,
+    ) -> None:
+        """Planted: the first change that is not old ends it."""
+        monkeypatch.setattr("openclaw_store.feed.CHANGES_A_COMPACTION", page)
+        today = clock()
+        for days in (0, 365, 365, 0, 365, 40, 0):
+            clock.now = today + timedelta(days=days)
+            await manager.add_task(make_task())
+        clock.now = today + timedelta(days=41)
+
+        assert await manager.compact_changes(days=30) == 4
+
+        assert [one.revision for one in await first(3, manager.watch(since=4))] == [5, 6, 7]
 
     async def test_watcher_that_is_behind_it_is_told_how_far_the_feed_reaches(
         self, manager: StateManager, make_task: MakeTask, clock: FakeClock
