@@ -292,6 +292,19 @@ def installed_package() -> Path:
     return Path(spec.origin).parent
 
 
+@contextmanager
+def programs_in_path() -> Iterator[None]:
+    """Have the package's programs, if any, be found first: pg_dump must be as new as the server."""
+    before = os.environ["PATH"]
+    if is_installed():
+        programs = installed_package() / "pginstall" / "bin"
+        os.environ["PATH"] = f"{programs}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
 def output_of(*command: str) -> str:
     """What a program of the machine prints; nothing where there is no such program."""
     if shutil.which(command[0]) is None:

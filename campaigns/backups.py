@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 from statistics import median
-from unittest.mock import patch
 
 from sqlalchemy.exc import DBAPIError
 
-from benchmarks.postgres import installed_package
 from campaigns.beside import Rows, ask, damage, plain
 from campaigns.campaign import SQLITE, Campaign, Location, Run
 from openclaw_store import Database, StateManager, Task, TaskType, verify
@@ -215,8 +212,7 @@ async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
         return
     url = await run.server.create_database()
     restoring = await asyncio.create_subprocess_exec(
-        *(programs() / "pg_restore", "--exit-on-error", "--no-owner"),
-        *(f"--dbname={plain(url)}", copy),
+        "pg_restore", "--exit-on-error", "--no-owner", f"--dbname={plain(url)}", copy
     )
     run.check(await restoring.wait() == 0, "the copy cannot be restored")
     try:
@@ -224,11 +220,6 @@ async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
     finally:
         with suppress(DBAPIError):  # somebody may still count as connected
             await run.server.drop_database(url)
-
-
-def programs() -> Path:
-    """Where PostgreSQL's programs are."""
-    return installed_package() / "pginstall" / "bin"
 
 
 def make_task(id: str, value: int) -> Task:
@@ -241,20 +232,11 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return sorted(values)[(len(values) * percent - 1) // 100]
 
 
-def perform_with_programs(run: Run) -> None:
-    """Have the package's programs be found first: `pg_dump` must not be older than the server."""
-    path = os.environ["PATH"]
-    if run.kind != SQLITE:
-        path = f"{programs()}{os.pathsep}{path}"
-    with patch.dict(os.environ, PATH=path):
-        perform(run)
-
-
 CAMPAIGN = Campaign(
     "backup",
     "Backups are made while 64 callers write.",
     ("P1", "P5", "P7"),
-    perform_with_programs,
+    perform,
     rounds=100,
     quick_rounds=2,
     unit="backups",

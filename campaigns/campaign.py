@@ -7,6 +7,7 @@ and again, and checks the promises of README each time. Whatever it draws comes 
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from random import Random
 
 from sqlalchemy.exc import DBAPIError
 
-from benchmarks.postgres import Server
+from benchmarks.postgres import Server, programs_in_path
 from openclaw_store.testing import create_database
 
 SQLITE, POSTGRESQL = KINDS = ("sqlite", "postgresql")
@@ -34,6 +35,20 @@ JUDGED_SHARE = 1 / 20
 
 class HangError(Exception):
     """Something does not go on, so nothing that needs it can be tried any more."""
+
+
+@contextmanager
+def unheard(*names: str) -> Iterator[None]:
+    """Have loggers say nothing: there is trouble all the time."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,8 @@ class Campaign:
     def run(self, run: Run) -> None:
         """Do the rounds of a run. What hangs is found to be wrong, and ends it."""
         try:
-            self.perform(run)
+            with programs_in_path():
+                self.perform(run)
         except* HangError as hangs:
             for hang in hangs.exceptions:
                 run.wrong(f"the rest was not tried: {hang}")

@@ -24,7 +24,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import sys
 import threading
 import time
@@ -38,7 +37,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.postgres import installed_package
 from campaigns.beside import Neighbour, neighbour_at
 from campaigns.campaign import POSTGRESQL, Campaign, HangError, Location, Run
 from campaigns.planted import planted
@@ -483,8 +481,7 @@ def perform(run: Run) -> None:
     for name in sorted(public_coroutines() ^ known):
         run.wrong(f"there is no call of {name}" if name not in known else f"there is no {name}")
     book, noise = _Book(), _Noise()
-    path = f"{installed_package() / 'pginstall' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    with noise.listening(), planted(run.bug), patch.dict(os.environ, PATH=path):
+    with noise.listening(), planted(run.bug):
         done = 0
         for number in count():
             pairs = [

@@ -37,7 +37,7 @@ from pathlib import Path
 
 from campaigns import vfs
 from campaigns.calls import CALLS
-from campaigns.campaign import SQLITE, Campaign, Run
+from campaigns.campaign import SQLITE, Campaign, Run, unheard
 from campaigns.picture import Picture, differences, picture
 from campaigns.planted import planted
 from campaigns.trial import (
@@ -46,7 +46,6 @@ from campaigns.trial import (
     checkpointing,
     look_at_files,
     outcome_of,
-    quietly,
     trial_of,
 )
 from openclaw_store import Database, StateManager, UnavailableError, verify
@@ -202,7 +201,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def perform(run: Run) -> None:
     """In each round, one call during a trouble, or one opening of files that somebody damaged."""
-    with quietly(), planted(run.bug), vfs.hooked(disk := FailingDisk(), run.folder):
+    with unheard("openclaw_store"), planted(run.bug), vfs.hooked(disk := FailingDisk(), run.folder):
         _Files(run, disk).perform()
 
 

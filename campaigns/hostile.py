@@ -20,25 +20,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import logging
 import math
-import os
 import re
 import reprlib
 import shutil
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, get_args, get_origin
-from unittest import mock
 
-from benchmarks.postgres import installed_package
 from campaigns.beside import Neighbour, neighbour_at
-from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.campaign import POSTGRESQL, Campaign, Location, Run, unheard
 from campaigns.values import Values, hints_of
 from openclaw_store import (
     Backoff,
@@ -390,9 +386,7 @@ def perform(run: Run) -> None:
     """Make so many calls, some hundreds of them to each pair of stores."""
     known, template, done = methods(), run.folder / "template.db", 0
     create_database(template)
-    programs = installed_package() / "pginstall" / "bin"  # pg_dump, of the server's version
-    paths = f"{programs}{os.pathsep}{os.environ['PATH']}"
-    with mock.patch.dict(os.environ, PATH=paths), quiet("openclaw_store"):
+    with unheard("openclaw_store"):
         while done < run.rounds:
             folder = run.folder / "pair"
             folder.mkdir()
@@ -404,18 +398,6 @@ def perform(run: Run) -> None:
             shutil.rmtree(folder)
             run.done(calls)
             done += calls
-
-
-@contextlib.contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Have a logger say nothing: that calls are refused is no news here."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 async def _use_pair(

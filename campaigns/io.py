@@ -25,11 +25,11 @@ from unittest import mock
 from campaigns import vfs
 from campaigns.beside import damage
 from campaigns.calls import CALLS, PublicCall
-from campaigns.campaign import SQLITE, Campaign, Run
+from campaigns.campaign import SQLITE, Campaign, Run, unheard
 from campaigns.lives import LIVES, NAME, Life, original
 from campaigns.picture import Picture, is_migrated, picture, task_ids
 from campaigns.planted import planted
-from campaigns.trial import abandoning, checkpointing, look_at_files, outcome_of, quietly, trial_of
+from campaigns.trial import abandoning, checkpointing, look_at_files, outcome_of, trial_of
 from openclaw_store import OutcomeUnknownError
 
 _READS = frozenset({"read", "pread", "pread64"})
@@ -138,7 +138,7 @@ class Sweep:
 def perform(run: Run) -> None:
     """Try fault points, so many from each sweep in turn, until there are as many as rounds."""
     with (
-        quietly(),
+        unheard("openclaw_store"),
         planted(run.bug),
         vfs.hooked(fault := Fault(), run.folder),
         _python_hooked(fault),

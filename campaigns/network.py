@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 from campaigns.beside import driver, plain
-from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run
+from campaigns.campaign import POSTGRESQL, Campaign, HangError, Run, unheard
 from campaigns.lateness import TICK_SECONDS, watch_lateness
 from campaigns.planted import planted
 from campaigns.proxy import FAULTS, MOMENTS, Fault, Proxy
@@ -106,19 +105,6 @@ def hurried() -> Iterator[None]:
         patch.object(wakeups, "ALIVE_SECONDS", 0.1),
     ):
         yield
-
-
-@contextmanager
-def unheard(*names: str) -> Iterator[None]:
-    """Have nobody see what loggers say, unless somebody listens: there is trouble all the time."""
-    handler = logging.NullHandler()
-    for name in names:
-        logging.getLogger(name).addHandler(handler)
-    try:
-        yield
-    finally:
-        for name in names:
-            logging.getLogger(name).removeHandler(handler)
 
 
 async def fail_side_by_side(run: Run, urls: list[str]) -> None:

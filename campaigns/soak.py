@@ -24,7 +24,6 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import text
 
-from benchmarks.postgres import installed_package
 from campaigns.beside import ask
 from campaigns.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.children import Child, Tell
@@ -159,9 +158,6 @@ def _check_memory(
 async def use(tell: Tell, location: str, seed: int, rounds: int, folder: str) -> None:
     """Be the process."""
     logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refusals are what we want
-    if "://" in location:
-        programs = installed_package() / "pginstall" / "bin"  # a backup wants those of the server
-        os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
     async with _open(location) as store, _open(location) as follower:
         users = Users(store, seed, Path(folder))
         await users.begin()

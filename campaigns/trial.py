@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import shutil
 import sqlite3
@@ -316,19 +315,6 @@ def abandoning(run: Run) -> Iterator[None]:
         run.wrong(str(hang))
     except Exception as error:
         run.wrong(f"the store cannot be used any more: {error!r}")
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keep the log of the store, which tells of each trouble, from the error output."""
-    logger, silent = logging.getLogger("openclaw_store"), logging.NullHandler()
-    before, logger.propagate = logger.propagate, False
-    logger.addHandler(silent)
-    try:
-        yield
-    finally:
-        logger.removeHandler(silent)
-        logger.propagate = before
 
 
 @contextmanager
