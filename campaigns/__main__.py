@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for.
 
     Returns:
-        1 if anything was lost or wrong, 3 if nothing ran, 130 after Ctrl-C or SIGTERM, else 0.
+        1 if anything was lost or wrong (with `--bug`: if that was not found), 3 if nothing ran, 130
+        after Ctrl-C or SIGTERM, else 0.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names if options.bug else ():
         if options.bug not in (known := {**by_name[name].bugs, **by_name[name].slow_bugs}):
             parser.error(f"{name} cannot find {options.bug}, but {', '.join(known) or 'no bug'}")
-    clean: list[bool] = []
+    good: list[bool] = []
     for campaign in map(by_name.__getitem__, names):
         for kind in campaign.kinds:
             if options.database in (None, kind):
@@ -55,16 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     console.print(f"{campaign.name} on {kind} did not run: {why_not}")
                 else:
                     try:
-                        clean.append(_run(campaign, kind, options, console))
+                        good.append(_run(campaign, kind, options, console))
                     except KeyboardInterrupt:
                         return 130
-    if not clean:
+    if not good:
         return 3
-    return 0 if all(clean) else 1
+    return 0 if all(good) else 1
 
 
 def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Console) -> bool:
-    """Run a campaign on a kind of database, print and record what came of it; whether all held."""
+    """Run a campaign on a kind of database, show and record what came of it; whether it is good."""
     rounds = options.rounds or campaign.rounds_on(kind)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     console.print(f"[bold]{campaign.name}[/] on {kind}, {rounds:,} {campaign.unit}, seed {seed}")
@@ -103,15 +104,16 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
         for name, value in run.figures().items()
     )
     if options.bug:
-        verdict = "bug found" if campaign.has_found_bug(run) else "[red]bug NOT FOUND[/]"
+        is_good, verdicts = campaign.has_found_bug(run), ("bug found", "bug NOT FOUND")
     else:
-        verdict = "[green]clean[/]" if run.is_clean else "[red]BROKEN[/]"
+        is_good, verdicts = run.is_clean, ("clean", "BROKEN")
+    verdict = f"[green]{verdicts[0]}[/]" if is_good else f"[red]{verdicts[1]}[/]"
     console.print(f"{verdict}: {figures}; {seconds:.1f} s")
     if options.report:
         record(options.report, row(campaign, run, seconds))
     if not is_whole:
         raise KeyboardInterrupt
-    return run.is_clean
+    return is_good
 
 
 @contextmanager

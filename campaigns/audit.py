@@ -86,8 +86,8 @@ class Log:
             run.wrong(failure)
         self._failures.clear()
         try:
-            contents = Contents(location)
-            found, findings = contents.tasks(), [*contents.disagreements()]
+            there = _Found(location)
+            found, findings = there.tasks(), [*there.disagreements()]
         except (UnreadableError, ValueError) as error:
             run.wrong(f"the database cannot be read: {error!r}")
             return
@@ -126,7 +126,7 @@ def verify_it(run: Run, location: Location) -> None:
         run.wrong(f"the store cannot be opened: {error}")
 
 
-class Contents:
+class _Found:
     """All that is in a database at one moment.
 
     Raises:

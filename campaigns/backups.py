@@ -24,6 +24,7 @@ from statistics import median
 
 from sqlalchemy.exc import DBAPIError
 
+from benchmarks.measure import percentile
 from campaigns.beside import Rows, ask, damage, plain
 from campaigns.campaign import SQLITE, Campaign, Location, Run
 from openclaw_store import Database, StateManager, Task, TaskType, verify
@@ -97,7 +98,7 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         look(run, await asyncio.to_thread(ask, location, *QUERIES), before, after, writing)
         await use(run, location)
     # A small backup may be done before any write ends.
-    return percentile(during or undisturbed, 99) / percentile(undisturbed, 99)
+    return percentile(during or undisturbed, 0.99) / percentile(undisturbed, 0.99)
 
 
 def look(run: Run, answers: Sequence[Rows], before: int, after: int, writing: Writing) -> None:
@@ -225,11 +226,6 @@ async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
 def make_task(id: str, value: int) -> Task:
     """A task with a number to be found again."""
     return Task.create(TaskType.BATCH, "t", task_id=id, metadata={"value": value})
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that so many percent do not exceed."""
-    return sorted(values)[(len(values) * percent - 1) // 100]
 
 
 CAMPAIGN = Campaign(

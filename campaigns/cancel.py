@@ -245,7 +245,7 @@ class _Pass:
             changed = _differences(rows, later) + _differences(memory, await self.memory(scene))
             self.run.check(not changed, f"{where}: was over, and then changed {changed}")
         await self.judge_outcome(name, scene, ended, later, where)
-        await self.judge_memory(scene, where)
+        await self.judge_memory(where)
         self.noise.blame(self.run, where)
         return bool(ended.is_cancelled)
 
@@ -401,7 +401,7 @@ class _Pass:
             missing = _differences(whole, await self.rows(scene, call))
             self.run.check(not missing, f"{where}: again, it has not done {missing}")
 
-    async def judge_memory(self, scene: Scene, where: str) -> None:
+    async def judge_memory(self, where: str) -> None:
         """Is memory as the database is?"""
         manager, ask = self.manager, self.outside.ask
         state, stats = await manager.get_state(), await manager.get_task_stats()

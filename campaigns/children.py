@@ -55,7 +55,7 @@ class Child:
             environment: Variables that it has besides.
             patience_seconds: How long to wait for the next that it tells, or for its end.
         """
-        self.errors = errors
+        self._errors = errors
         self._name, self._patience_seconds = function.__name__, patience_seconds
         call = [function.__module__, function.__name__, bug, [*arguments]]
         with errors.open("ab") as error_output:
@@ -73,6 +73,11 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def complaint(self) -> str:
+        """The end of what is in `errors`."""
+        return self._errors.read_text(errors="replace")[-2000:]
 
     def told(self) -> Iterator[Any]:
         """What it tells, waiting for more until it ends. A list for each call of `tell`.
@@ -123,9 +128,8 @@ class Child:
 
     def _hang(self, what: str) -> HangError:
         self.kill()
-        noise = self.errors.read_text(errors="replace")[-2000:]
         seconds = f"{self._patience_seconds:g} s"
-        return HangError(f"a process of {self._name} has {what} for {seconds}: {noise}")
+        return HangError(f"a process of {self._name} has {what} for {seconds}: {self.complaint}")
 
 
 def main(call: str) -> None:

@@ -1,7 +1,7 @@
 """`kill -9` of workers under load, and of the PostgreSQL server that they write to.
 
 Checked: every call that has returned is in the database, and every other one wholly or not at all;
-see `audit`. And the store is open again in less than a second.
+see `audit`. And in the long form, the store is open again within a second, in the median.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
+from benchmarks.measure import percentile
 from campaigns.beside import ask
 from campaigns.caller import TASKS_A_CLAIM
 from campaigns.campaign import Location, Run
@@ -273,7 +274,8 @@ class Evidence:
                         age = max(0, look.invoked - since)
                         ages.append(age / 1e9)
                         own_ages.append((age and age - process.lateness(since, look.invoked)) / 1e9)
-        p99, own_p99, oldest = _p99(ages), _p99(own_ages), max(ages)
+        p99, own_p99 = percentile(ages, 0.99), percentile(own_ages, 0.99)
+        oldest = max(ages)
         self._run.notes["age of reads from memory: p99"] = (
             f"{p99 * 1e3:.0f} ms, {own_p99 * 1e3:.0f} ms without the lateness of event loops,"
             f" at most {oldest * 1e3:.0f} ms"
@@ -397,10 +399,6 @@ def _each_about_a_task(call: Asked) -> Iterator[Asked]:
         yield replace(call, arguments=[*call.arguments, before], answer=after)
     else:
         yield replace(call, answer=Seen(*answer) if isinstance(answer, list) else answer)
-
-
-def _p99(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) * 99 // 100]
 
 
 def _cause(call: Asked) -> str:

@@ -74,8 +74,8 @@ class _Processes:
                     self._begin(stack, process.node, self._watched_by(process.node))
                 else:
                     working -= 1
-        noise = self._errors.read_text()
-        self._run.check(not noise, f"the processes have complained: {noise[-2000:]}")
+        complaint = self._children[-1].complaint  # that of all: they have one file for it
+        self._run.check(not complaint, f"the processes have complained: {complaint}")
         return self._processes
 
     def _begin(self, stack: ExitStack, node: str, since: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from campaigns.originals import COLUMNS, make_original
 from campaigns.trial import LOCK_SECONDS
 from openclaw_store import Database, DuplicateError, StateManager, migrations
 from openclaw_store.backends import backend_of
@@ -79,33 +80,12 @@ def older(folder: Path) -> None:
 
 def original(folder: Path) -> None:
     """One that was made by hand, before there was this library."""
-    with closing(sqlite3.connect(folder / NAME)) as connection:
-        connection.executescript(
-            """
-            PRAGMA journal_mode=WAL;
-            CREATE TABLE tasks (task_id TEXT PRIMARY KEY, task_type TEXT NOT NULL,
-                name TEXT NOT NULL, description TEXT, required_skills TEXT NOT NULL,
-                optional_skills TEXT, status TEXT NOT NULL, priority INTEGER NOT NULL,
-                assigned_node TEXT, submitted_at TEXT, scheduled_at TEXT, started_at TEXT,
-                completed_at TEXT, parameters TEXT, timeout INTEGER,
-                retry_count INTEGER DEFAULT 0, max_retries INTEGER DEFAULT 3, user_id TEXT,
-                affinity_tags TEXT, result TEXT, error TEXT, metadata TEXT,
-                created_at TEXT DEFAULT '2026-01-01 12:00:00',
-                updated_at TEXT DEFAULT '2026-01-01 12:00:00');
-            CREATE TABLE nodes (node_id TEXT PRIMARY KEY, hostname TEXT NOT NULL,
-                platform TEXT NOT NULL, arch TEXT NOT NULL, status TEXT NOT NULL,
-                cpu_usage REAL DEFAULT 0.0, memory_usage REAL DEFAULT 0.0,
-                disk_usage REAL DEFAULT 0.0, available_skills TEXT NOT NULL,
-                max_concurrent_tasks INTEGER DEFAULT 5, running_tasks INTEGER DEFAULT 0,
-                ip_address TEXT DEFAULT '', tailscale_ip TEXT DEFAULT '',
-                port INTEGER DEFAULT 18789, total_tasks_processed INTEGER DEFAULT 0,
-                successful_tasks INTEGER DEFAULT 0, failed_tasks INTEGER DEFAULT 0,
-                average_execution_time REAL DEFAULT 0.0, registered_at TEXT, last_heartbeat TEXT,
-                tags TEXT, created_at TEXT DEFAULT '2026-01-01 12:00:00',
-                updated_at TEXT DEFAULT '2026-01-01 12:00:00');
-            CREATE INDEX idx_tasks_status ON tasks(status);
-            """
-        )
+    # The original has its time from the machine; that of the store stands in March 2026.
+    columns = {
+        table: definition.replace("CURRENT_TIMESTAMP", "'2026-01-01 12:00:00'")
+        for table, definition in COLUMNS.items()
+    }
+    with closing(make_original(folder / NAME, columns)) as connection:
         connection.executemany(
             "INSERT INTO tasks (task_id, task_type, name, required_skills, status, priority)"
             " VALUES (?, 'batch', 'a name', '[]', ?, 2)",

@@ -21,14 +21,13 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
-from unittest import mock
 
 from campaigns.audit import Log, verify_it
 from campaigns.campaign import SQLITE, Campaign, Run
 from campaigns.load import make_nodes, open_store, write
 from campaigns.planted import planted
+from campaigns.trial import checkpointing
 from campaigns.vfs import SYNC, SystemCall, hooked, why_not
-from openclaw_store.sqlite import _WriteConnection
 
 CALLS_A_RECORD = 400
 CUTS_A_RECORD = 50
@@ -36,8 +35,8 @@ CUTS_A_RECORD = 50
 SECTOR = 512
 """Bytes that a disk writes whole or not at all."""
 
-_CHECKPOINTS = "PRAGMA wal_autocheckpoint=100"
-"""Ten times as often as usual, so that each record has some."""
+PAGES_A_CHECKPOINT = 100
+"""A tenth of what is usual, so that each record has some."""
 
 
 class Write(NamedTuple):
@@ -163,11 +162,7 @@ async def _record(location: Path, seed: int) -> Sequence[Event]:
         if said[0] == "returned" and next(calls) == CALLS_A_RECORD:
             writing.cancel()
 
-    pragmas = (*_WriteConnection.pragmas, _CHECKPOINTS)
-    with (
-        hooked(hook, location.parent),
-        mock.patch.object(_WriteConnection, "pragmas", pragmas),
-    ):
+    with hooked(hook, location.parent), checkpointing(PAGES_A_CHECKPOINT):
         async with open_store(str(location)) as store:
             writing = asyncio.create_task(write(store, tell, 0, seed))
             with suppress(asyncio.CancelledError):

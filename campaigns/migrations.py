@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from campaigns.audit import verify_it
 from campaigns.beside import wait_until_alone
 from campaigns.campaign import SQLITE, Campaign, Location, Run
 from campaigns.children import Child, Tell
 from campaigns.contents import Contents, Reader
 from campaigns.filling import NOW, fill, fill_original
-from openclaw_store import Database, Problem, StoreError, migrations, verify
+from openclaw_store import Database, StoreError, migrations
 from openclaw_store.backends import backend_of
 from openclaw_store.testing import FakeClock
 
@@ -152,19 +153,13 @@ def _up_down_up(
         _compare(run, "downgraded", look(place), of_first)
         upgrade(location)
         _compare(run, "upgraded again", look(place), of_head)
-        for problem in asyncio.run(_problems(location)):
-            run.wrong(f"upgraded again: {problem}")
+        verify_it(run, place)
         downgrade(location, NOTHING)
         left = look(place)
         run.check(left.revision is None and not left.rows, f"downgraded to nothing: {left}")
         upgrade(location)
         _compare(run, "made anew", look(place), look(empty))
     run.counts.acknowledged += 5
-
-
-async def _problems(location: str) -> Sequence[Problem]:
-    async with Database(location) as database:
-        return (await verify(database)).problems
 
 
 def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
@@ -175,7 +170,7 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
     with run.location(copy_of=work.source) as place:
         with _child(work, place, errors) as child:
             told = child.told()
-            run.check(next(told, None) is not None, f"{what} has not begun: {_end_of(errors)}")
+            run.check(next(told, None) is not None, f"{what} has not begun: {child.complaint}")
             time.sleep(delay)
             child.kill()
             child.wait()
@@ -190,7 +185,7 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
             except StoreError as error:
                 run.wrong(f"{what} can not be done again: {error!r}")
             if by_two and other.wait() != 0:
-                run.wrong(f"{work.name} by two at once: {_end_of(errors)}")
+                run.wrong(f"{work.name} by two at once: {other.complaint}")
         run.counts.acknowledged += 1 + by_two
         _compare(run, f"{what} and done again,", look(place), work.after)
         if work.before.revision is None:  # an original, of which copies are kept
@@ -223,10 +218,6 @@ def _count(run: Run, what: str, work: Work, found: Contents, *, is_done: bool) -
 def _compare(run: Run, what: str, found: Contents, expected: Contents) -> None:
     difference = expected.difference(found)
     run.check(difference is None, f"{what} it is different: {difference}")
-
-
-def _end_of(errors: Path) -> str:
-    return errors.read_text(errors="replace")[-2000:]
 
 
 CAMPAIGN = Campaign(

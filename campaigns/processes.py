@@ -160,9 +160,9 @@ def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
         with Child(nurse, folder, programs, errors=errors, bug=run.bug) as child:
             for number, what, *values in child.told():
                 deaths[number].note(what, *values)
-            run.check(child.wait() == 0, f"the nurse ended: {errors.read_text()[-2000:]}")
+            run.check(child.wait() == 0, f"the nurse ended: {child.complaint}")
         for number, death in enumerate(deaths):
-            _judge(run, death, (folder / str(number)).read_text(), slowest)
+            _judge(run, death, (folder / str(number)).read_text(errors="replace"), slowest)
             run.done()
 
 

@@ -78,11 +78,6 @@ class Proxy:
         assert self._listening is not None
         return with_parts(self._url, port=self._listening.sockets[0].getsockname()[1])
 
-    @property
-    def cut(self) -> bool:
-        """Whether it swallows anything."""
-        return self.swallows_requests or self.swallows_replies
-
     def fail(self, fault: Fault) -> None:
         """Bring trouble, as soon as its moment comes; it lasts until `forward`."""
         self.awaited = fault

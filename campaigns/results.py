@@ -1,4 +1,4 @@
-"""How a run is shown, and `RESULTS.md`, where runs are recorded."""
+"""A run as a row of `RESULTS.md`."""
 
 from __future__ import annotations
 

@@ -102,9 +102,8 @@ def perform(run: Run) -> None:
                     case ["finding", finding]:
                         run.wrong(finding)
             status = child.wait()
-        run.check(status == 0, f"the process has ended with {status}: {errors.read_text()[-2000:]}")
-        noise = errors.read_text()
-        run.check(not noise, f"the process has complained: {noise[-2000:]}")
+        run.check(status == 0, f"the process has ended with {status}")
+        run.check(not child.complaint, f"the process has complained: {child.complaint}")
         if status == 0:
             _check_usage(run, usage)
             _check_memory(run, location, seen)

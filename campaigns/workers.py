@@ -60,7 +60,7 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
                 log.check(run, location)
                 run.done()
         except NotOpenError:
-            run.wrong(f"the store cannot be opened: {errors.read_text()[-400:]}")
+            run.wrong(f"the store cannot be opened: {breeder.complaint}")
             return
         finally:
             worker.end()
