@@ -229,10 +229,10 @@ def make_task(id: str, value: int) -> Task:
 
 
 CAMPAIGN = Campaign(
-    "backup",
-    "Backups are made while 64 callers write.",
-    ("P1", "P5", "P7"),
-    perform,
+    name="backup",
+    title="backups are made while 64 callers write",
+    promises=("P1", "P5", "P7"),
+    perform=perform,
     rounds=100,
     quick_rounds=2,
     unit="backups",

@@ -51,7 +51,7 @@ def unheard(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Campaign:
     """One kind of trouble, and the promises that must survive it."""
 

@@ -525,10 +525,10 @@ def _make_pass(run: Run, book: _Book, noise: _Noise, plan: Sequence[tuple[str, M
 
 
 CAMPAIGN = Campaign(
-    "cancel",
-    "every public coroutine is cancelled at every step of the event loop, beside others",
-    ("P2", "P7"),
-    perform,
+    name="cancel",
+    title="every public coroutine is cancelled at every step of the event loop, beside others",
+    promises=("P2", "P7"),
+    perform=perform,
     rounds=10_000,
     quick_rounds=24,
     unit="calls, each at three steps",

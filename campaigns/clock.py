@@ -380,10 +380,10 @@ class Cluster:
 
 
 CAMPAIGN = Campaign(
-    "clock",
-    "The clock jumps by an hour and by days, and New York changes its clocks.",
-    ("P1", "P4"),
-    perform,
+    name="clock",
+    title="the clock jumps by an hour and by days, and New York changes its clocks",
+    promises=("P1", "P4"),
+    perform=perform,
     rounds=400,
     quick_rounds=4,
     unit="jumps",
@@ -520,10 +520,10 @@ class Machine:
 
 
 MACHINE = Campaign(
-    "machine-clock",
-    "The clock of the machine jumps under processes that know nothing of it.",
-    ("P1", "P4"),
-    perform_on_machine,
+    name="machine-clock",
+    title="the clock of the machine jumps under processes that know nothing of it",
+    promises=("P1", "P4"),
+    perform=perform_on_machine,
     rounds=60,
     quick_rounds=1,
     unit="jumps",

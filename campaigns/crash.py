@@ -35,14 +35,14 @@ def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:
 
 
 CAMPAIGN = Campaign(
-    "crash",
-    "Kill -9 of a worker with 64 writers, or of the server.",
-    ("P1", "P2", "P4", "P5"),
-    perform,
+    name="crash",
+    title="kill -9 of a worker with 64 writers, or of the server",
+    promises=("P1", "P2", "P4", "P5"),
+    perform=perform,
     rounds=1000,
-    rounds_of={POSTGRESQL: 400},
     quick_rounds=2,
     unit="kills",
+    rounds_of={POSTGRESQL: 400},
     bugs={
         "acknowledge-before-commit": "lost: task",
         "revision-outside-transaction": "by the feed",

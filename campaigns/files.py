@@ -460,10 +460,10 @@ def _files_of(folder: Path) -> dict[str, bytes | None]:
 
 
 CAMPAIGN = Campaign(
-    "files",
-    "disk full, read-only, locked, removed, replaced; a cut or garbled WAL; no database at all",
-    ("P1", "P2"),
-    perform,
+    name="files",
+    title="disk full, read-only, locked, removed, replaced; a cut or garbled WAL; no database",
+    promises=("P1", "P2"),
+    perform=perform,
     rounds=5_000,
     quick_rounds=20,
     unit="troubles",

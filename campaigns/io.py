@@ -316,10 +316,10 @@ def _python_hooked(fault: Fault) -> Iterator[None]:
 
 
 CAMPAIGN = Campaign(
-    "io",
-    "every system call of SQLite fails in turn, once or for long, during every public call",
-    ("P1", "P2"),
-    perform,
+    name="io",
+    title="every system call of SQLite fails in turn, once or for long, during every public call",
+    promises=("P1", "P2"),
+    perform=perform,
     rounds=34_000,
     quick_rounds=40,
     unit="fault points",

@@ -193,10 +193,10 @@ def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts:
 
 
 CAMPAIGN = Campaign(
-    "lost-writes",
-    "Cut the power at any moment: of what was not synced, any part is gone.",
-    ("P1", "P2", "P5"),
-    perform,
+    name="lost-writes",
+    title="the power is cut at any moment: of what was not synced, any part is gone",
+    promises=("P1", "P2", "P5"),
+    perform=perform,
     rounds=2000,
     quick_rounds=20,
     unit="cuts",

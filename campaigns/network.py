@@ -490,10 +490,10 @@ async def holds(condition: Callable[[], bool]) -> bool:
 
 
 CAMPAIGN = Campaign(
-    "network",
-    "The network to the server resets, swallows, halves, holds or delays what is said.",
-    ("P1", "P2", "P3", "P4", "P5", "P6", "P7"),
-    perform,
+    name="network",
+    title="the network to the server resets, swallows, halves, holds or delays what is said",
+    promises=("P1", "P2", "P3", "P4", "P5", "P6", "P7"),
+    perform=perform,
     rounds=1000,
     quick_rounds=7,
     unit="faults",

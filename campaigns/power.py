@@ -125,10 +125,10 @@ def _run(*command: str | Path) -> None:
 
 
 CAMPAIGN = Campaign(
-    "power-cut",
-    "Cut the power of a file system while 64 writers write to it.",
-    ("P1", "P2", "P5"),
-    perform,
+    name="power-cut",
+    title="the power of a file system is cut while 64 writers write to it",
+    promises=("P1", "P2", "P5"),
+    perform=perform,
     rounds=200,
     quick_rounds=0,
     unit="cuts",

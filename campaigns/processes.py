@@ -230,10 +230,10 @@ async def _verified(location: Location) -> list[str]:
 
 
 CAMPAIGN = Campaign(
-    "processes",
-    "processes end without closing the store, fork while they use it, or have several event loops",
-    ("P1", "P2", "P7"),
-    perform,
+    name="processes",
+    title="processes end without closing the store, fork while they use it, or have several loops",
+    promises=("P1", "P2", "P7"),
+    perform=perform,
     rounds=1_000,
     quick_rounds=12,
     unit="processes",

@@ -110,7 +110,8 @@ class TestCommand:
 
         def make_one(name: str, why_not: str | None = None) -> Campaign:
             return Campaign(
-                name, "Counts.", ("P1",), lose_one, 3, 1, "counts", kinds=(SQLITE,),
+                name=name, title="it counts", promises=("P1",), perform=lose_one,
+                rounds=3, quick_rounds=1, unit="counts", kinds=(SQLITE,),
                 bugs={"loses-tasks": "lost: a"}, slow_bugs={"loses-all": "lost: all"},
                 why_not=lambda: why_not,
             )  # fmt: skip
@@ -124,7 +125,7 @@ class TestCommand:
         assert main([]) == 0
 
         [line] = [line for line in capsys.readouterr().out.splitlines() if "count " in line]
-        assert "Counts." in line
+        assert "it counts" in line
         assert "P1" in line
         assert "3 counts" in line
 
@@ -278,7 +279,10 @@ def test_what_hangs_is_a_finding(tmp_path: Path) -> None:
         asyncio.run(hang_side_by_side())
 
     run = Run(SQLITE, 1, tmp_path, seed=SEED)
-    Campaign("hang", "Hangs.", ("P1",), perform, 1, 1, "hangs").run(run)
+    Campaign(
+        name="hang", title="it hangs", promises=("P1",), perform=perform,
+        rounds=1, quick_rounds=1, unit="hangs",
+    ).run(run)  # fmt: skip
 
     assert run.findings == ["the rest was not tried: it has taken 60 s"]
 
