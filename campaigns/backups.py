@@ -18,6 +18,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import count
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -26,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 
 from benchmarks.measure import percentile
 from campaigns.beside import Rows, ask, damage, plain
-from campaigns.campaign import SQLITE, Campaign, Location, Run
+from campaigns.campaign import SQLITE, Campaign, Location, Run, within
 from openclaw_store import Database, StateManager, Task, TaskType, verify
 
 WRITERS = 64
@@ -39,6 +40,9 @@ ROWS, QUICK_ROWS = 20_000, 1000
 
 UNDISTURBED_SECONDS = 0.2
 """Without a backup, at least."""
+
+BACKUP_SECONDS = 600
+"""After which one counts as hanging, and what is done with it."""
 
 WORST = 2.0
 """How many times as long writes may take, in the 99th percentile."""
@@ -66,14 +70,15 @@ def perform(run: Run) -> None:
 
 async def back_up(run: Run, location: Location, rounds: int, ratios: list[float]) -> None:
     """Make backups of one database."""
-    async with StateManager(Database(location), None) as manager:
+    async with run.opened(StateManager(Database(location), None)) as manager:
         number = QUICK_ROWS if run.is_quick else ROWS
         refused = await manager.add_tasks(make_task(f"old-{place}", 0) for place in range(number))
         run.check(not any(refused), "tasks were refused")
         writing = Writing(run, manager)
         async with writing.going_on():
             for round_ in range(rounds):
-                ratios.append(await one_backup(run, manager, writing, round_))
+                backup = one_backup(run, manager, writing, round_)
+                ratios.append(await within(backup, "a backup", BACKUP_SECONDS))
                 run.done()
 
 
@@ -127,7 +132,7 @@ def look(run: Run, answers: Sequence[Rows], before: int, after: int, writing: Wr
 
 async def use(run: Run, location: Location) -> None:
     """Verify the copy, and write to it."""
-    async with StateManager(Database(location), None) as manager:
+    async with run.opened(StateManager(Database(location), None)) as manager:
         found = await verify(manager.db)
         run.check(bool(found), f"verify says {[one.text for one in found.problems][:3]}")
         await manager.add_task(make_task("new", 0))
@@ -178,7 +183,7 @@ class Writing:
     async def _write(self, name: int) -> None:
         random = Random(f"{self._run.seed} {name}")
         manager, task = self._manager, None
-        for number in range(10**9):
+        for number in count():
             if not self._may_write.is_set():
                 self._resting += 1
                 await self._may_write.wait()

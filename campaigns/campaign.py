@@ -9,17 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import Server, programs_in_path
+from openclaw_store import StateManager
 from openclaw_store.testing import create_database
+
+T = TypeVar("T")
 
 SQLITE, POSTGRESQL = KINDS = ("sqlite", "postgresql")
 
@@ -35,6 +39,19 @@ JUDGED_SHARE = 1 / 20
 
 class HangError(Exception):
     """Something does not go on, so nothing that needs it can be tried any more."""
+
+
+async def within(work: Awaitable[T], what: str, seconds: float = 60) -> T:
+    """What comes of `work`. What hangs is left as it is: to cancel it could hang, too.
+
+    Raises:
+        HangError: If nothing comes of it in time.
+    """
+    future = asyncio.ensure_future(work)
+    await asyncio.wait([future], timeout=seconds)
+    if not future.done():
+        raise HangError(f"not within {seconds:g} s: {what}")
+    return future.result()
 
 
 @contextmanager
@@ -236,6 +253,22 @@ class Run:
             yield location
         finally:
             self._remove(location)
+
+    @asynccontextmanager
+    async def opened(self, manager: StateManager) -> AsyncIterator[StateManager]:
+        """Open a store, and shut it down afterwards; it is wrong if that hangs.
+
+        Raises:
+            HangError: If opening hangs.
+        """
+        try:
+            await within(manager.initialize(), "to open the store")
+            yield manager
+        finally:
+            try:
+                await within(manager.shutdown(), "to shut down")
+            except HangError as hang:  # not instead of what has hung before
+                self.wrong(str(hang))
 
     def _find(self, finding: str) -> None:
         if len(self.findings) < SHOWN:

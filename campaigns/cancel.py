@@ -29,8 +29,9 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from typing import Any
 from unittest.mock import patch
 
 from campaigns.beside import Neighbour, neighbour_at
-from campaigns.campaign import POSTGRESQL, Campaign, HangError, Location, Run
+from campaigns.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
 from campaigns.planted import planted
 from campaigns.scenes import (
     CALLS,
@@ -56,8 +57,8 @@ from openclaw_store import Database, StateManager, StoreError, verify
 STEPS_A_ROUND = 3
 """At so many of its steps a call is cancelled in a round, spread over all; then at others."""
 
-PATIENCE_SECONDS = 20.0
-"""After which something that should have happened counts as hanging."""
+_within = partial(within, seconds=20)
+"""What waits for a lock that was left behind gives up later than that, and counts as hanging."""
 
 LEAK_SECONDS = 3.0
 """After which what is still in use counts as leaked."""
@@ -160,7 +161,7 @@ class _Pass:
         self.location, self.target = location, target
         self.outside = await neighbour_at(location)
         try:
-            async with StateManager(Database(location), auto_sync_interval=None) as self.manager:
+            async with self.run.opened(StateManager(Database(location), None)) as self.manager:
                 for name, manner in plan:
                     await self.round(name, manner)
                     self.run.done()
@@ -182,7 +183,7 @@ class _Pass:
         """Cancel a call at some of its steps; in several rounds, at all of them."""
         call, book = CALLS[name], self.book
         if name not in book.effects:
-            await self.learn(name, call)
+            await within(self.learn(name, call), f"{name}, not cancelled")
         steps, stride = book.steps[name], book.stride(name)
         first = 1 + (book.rounds[name, manner] + self.run.seed) % stride
         book.rounds[name, manner] += 1
@@ -233,12 +234,12 @@ class _Pass:
         """Cancel a call, beside others, and check all that must be so; whether it was cancelled."""
         scene = await self.prepare(call)
         tasks = asyncio.all_tasks()
-        ended, writes = await self.within(self.attempt(call, scene, manner, at), where)
+        ended, writes = await _within(self.attempt(call, scene, manner, at), where)
         rows, memory = await self.rows(scene, call), await self.memory(scene)
         self.judge_end(ended, where)
         await self.judge_neighbours(call, scene, writes, where)
         await self.judge_doors(scene, where)
-        await self.within(self.finish(call, scene), f"{where}: what comes after it")
+        await _within(self.finish(call, scene), f"{where}: what comes after it")
         await self.judge_leaks(tasks, where)
         later = await self.rows(scene, call)
         if not call.lingers:
@@ -261,10 +262,10 @@ class _Pass:
         if last is not None:
             changes += [manager.remove_task(last.id(role)) for role in TASK_ROLES]
             changes += [manager.remove_node(last.id(role)) for role in NODE_ROLES]
-        await self.within(asyncio.gather(*changes), "a write between two calls")
+        await _within(asyncio.gather(*changes), "a write between two calls")
         await manager.update_heartbeat(scene.id("busy"), cpu_usage=42)
         if call.before is not None:
-            await self.within(call.before(scene), "what comes before a call")
+            await _within(call.before(scene), "what comes before a call")
         self.last = scene
         return scene
 
@@ -274,14 +275,6 @@ class _Pass:
             await call.after(scene)
             await self.manager.refresh_from_database()
         await self.manager.sync_to_database()
-
-    async def within(self, work: Awaitable[Any], what: str) -> Any:
-        """What comes of `work`, which must not hang."""
-        future = asyncio.ensure_future(work)
-        await asyncio.wait([future], timeout=PATIENCE_SECONDS)
-        if not future.done():
-            raise HangError(f"{what}: hangs")
-        return future.result()
 
     async def rows(self, scene: Scene, call: Call) -> Rows:
         """What the database holds of a scene and its history, but for its neighbours."""
@@ -337,7 +330,7 @@ class _Pass:
         counts = self.run.counts
         for write in writes:
             try:
-                await self.within(write, f"{where}: a neighbour")
+                await _within(write, f"{where}: a neighbour")
                 counts.acknowledged += 1
             except (StoreError, asyncio.CancelledError) as error:
                 counts.refused += 1
@@ -358,7 +351,7 @@ class _Pass:
         """Can others write at once?"""
         began = time.monotonic()
         add = self.manager.add_task(scene.task("next"))
-        await self.within(add, f"{where}: the next write")
+        await _within(add, f"{where}: the next write")
         self.book.slowest = max(self.book.slowest, time.monotonic() - began)
         try:
             await self.outside.lock()
@@ -397,7 +390,7 @@ class _Pass:
                 found = halves or _differences(whole, rows)
                 self.run.wrong(f"{where}: was done by halves: {found}")
                 return
-            await self.within(call.make(scene), f"{where}: again")
+            await _within(call.make(scene), f"{where}: again")
             missing = _differences(whole, await self.rows(scene, call))
             self.run.check(not missing, f"{where}: again, it has not done {missing}")
 

@@ -27,7 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import SQLITE, Campaign, Run
+from campaigns.campaign import SQLITE, Campaign, HangError, Run, within
 from campaigns.children import Child, Tell
 from campaigns.planted import planted
 from openclaw_store import (
@@ -143,17 +143,19 @@ async def jump(run: Run, path: Path) -> None:
     clock = JumpingClock()
     uri = f"file:{path}?mode=ro"
     async with (
-        StateManager(Database(path, clock=clock), None, backoff=BACKOFF) as worker,
-        StateManager(Database(path, clock=clock), None, backoff=BACKOFF) as coordinator,
+        run.opened(StateManager(Database(path, clock=clock), None, backoff=BACKOFF)) as worker,
+        run.opened(StateManager(Database(path, clock=clock), None, backoff=BACKOFF)) as coordinator,
     ):
         with closing(sqlite3.connect(uri, uri=True)) as past:
             cluster = Cluster(run, clock, worker, coordinator, past)
             for number in run.each_round():
                 if number % 4 == 3:
                     with local_zone(NEW_YORK):
-                        await cluster.change_clocks(run.random.choice(CHANGES))
+                        change = cluster.change_clocks(run.random.choice(CHANGES))
+                        await within(change, "a round")
                 else:
-                    await cluster.jump(JUMPS[(number - number // 4) % len(JUMPS)])
+                    jumping = cluster.jump(JUMPS[(number - number // 4) % len(JUMPS)])
+                    await within(jumping, "a round")
         found = await verify(worker.db)
         run.check(bool(found), f"verify says {[problem.text for problem in found.problems][:3]}")
 
@@ -488,14 +490,15 @@ class Machine:
         self._run.counts.acknowledged += 1
 
     def wait(self, what: str, *names: str, are_lost: bool = False) -> None:
-        """See nodes marked as lost, or as living by heartbeats of their present time."""
+        """See nodes marked as lost, or as living by heartbeats of their present time.
+
+        Raises:
+            HangError: If they never are.
+        """
         began = time.monotonic()
         while not all((self._is_lost if are_lost else self._is_known)(name) for name in names):
             if time.monotonic() - began > self.SLOW_SECONDS:
-                self._run.wrong(
-                    f"not within {self.SLOW_SECONDS:.0f} s of a jump: {names} are {what}"
-                )
-                return
+                raise HangError(f"not within {self.SLOW_SECONDS:g} s: {names} are {what}")
             time.sleep(0.02)
         took = self._slowest[what] = max(self._slowest.get(what, 0), time.monotonic() - began)
         self._run.notes[f"slowest {what}"] = f"{took:.1f} s"
