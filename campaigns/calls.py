@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +104,25 @@ class PublicCall:
 CALLS: list[PublicCall] = []
 
 
-def public(name: str = "", **fields: bool) -> Callable[[Prepare], Prepare]:
-    """List what prepares a call, which has its name unless another is given."""
+def public(name: str = "", *, row: str = "", **fields: bool) -> Callable[[Prepare], Prepare]:
+    """List what prepares a call, which has its name unless another is given.
+
+    Args:
+        row: The method of a repository that takes the same, which is listed, too; then what is
+            prepared must be a `partial`.
+    """
 
     def listed(prepare: Prepare) -> Prepare:
         own = name or prepare.__name__.removeprefix("_")
         CALLS.append(PublicCall(own, prepare, **fields))
+
+        async def prepare_row(store: Store) -> Make:
+            made = await prepare(store)
+            assert isinstance(made, partial)
+            return partial(attrgetter(row)(store.state), *made.args)
+
+        if row:
+            CALLS.append(PublicCall(row, prepare_row, **fields))
         return prepare
 
     return listed
@@ -121,17 +136,17 @@ def rename(item: Task | NodeInfo) -> None:
         item.hostname = "renamed"
 
 
-@public()
+@public(row="task_repo.create")
 async def _add_task(store: Store) -> Make:
     task = store.make_task(parameters={"text": "x" * 6000})
-    return lambda: store.state.add_task(task)
+    return partial(store.state.add_task, task)
 
 
-@public()
+@public(row="task_repo.update")
 async def _update_task(store: Store) -> Make:
     task = await store.task()
     rename(task)
-    return lambda: store.state.update_task(task)
+    return partial(store.state.update_task, task)
 
 
 @public()
@@ -140,10 +155,10 @@ async def _change_task(store: Store) -> Make:
     return lambda: store.state.change_task(task.task_id, rename)
 
 
-@public()
+@public(row="task_repo.delete")
 async def _remove_task(store: Store) -> Make:
     task = await store.claimed()
-    return lambda: store.state.remove_task(task.task_id)
+    return partial(store.state.remove_task, task.task_id)
 
 
 @public()
@@ -176,40 +191,40 @@ async def _cancel_tasks(store: Store) -> Make:
     return lambda: store.state.cancel_tasks(TaskFilter(user=user), "nobody needs them")
 
 
-@public()
+@public(row="task_repo.claim")
 async def _claim_tasks(store: Store) -> Make:
     node = await store.waiting(2)
-    return lambda: store.state.claim_tasks(node.node_id, 2)
+    return partial(store.state.claim_tasks, node.node_id, 2)
 
 
-@public()
+@public(row="task_repo.start")
 async def _start_task(store: Store) -> Make:
     task = await store.claimed()
-    return lambda: store.state.start_task(task)
+    return partial(store.state.start_task, task)
 
 
-@public()
+@public(row="task_repo.complete")
 async def _complete_task(store: Store) -> Make:
     task = await store.claimed()
-    return lambda: store.state.complete_task(task, {"rows": 42})
+    return partial(store.state.complete_task, task, {"rows": 42})
 
 
-@public()
+@public(row="task_repo.fail")
 async def _fail_task(store: Store) -> Make:
     task = await store.claimed()
-    return lambda: store.state.fail_task(task, "it went wrong")
+    return partial(store.state.fail_task, task, "it went wrong")
 
 
-@public()
+@public(row="task_repo.cancel")
 async def _cancel_task(store: Store) -> Make:
     task = await store.claimed()
-    return lambda: store.state.cancel_task(task.task_id, "nobody needs it")
+    return partial(store.state.cancel_task, task.task_id, "nobody needs it")
 
 
-@public()
+@public(row="task_repo.requeue")
 async def _requeue_task(store: Store) -> Make:
     task = await store.finished()
-    return lambda: store.state.requeue_task(task.task_id)
+    return partial(store.state.requeue_task, task.task_id)
 
 
 @public(in_batches=True)
@@ -221,24 +236,24 @@ async def _recover(store: Store) -> Make:
     return lambda: store.state.recover(10**6)
 
 
-@public()
+@public(row="node_repo.create")
 async def _add_node(store: Store) -> Make:
     node = store.make_node()
-    return lambda: store.state.add_node(node)
+    return partial(store.state.add_node, node)
 
 
-@public()
+@public(row="node_repo.register")
 async def _register_node(store: Store) -> Make:
     task = await store.claimed()
     node = store.make_node(node_id=task.assigned_node)
-    return lambda: store.state.register_node(node)
+    return partial(store.state.register_node, node)
 
 
-@public()
+@public(row="node_repo.update")
 async def _update_node(store: Store) -> Make:
     node = await store.node()
     rename(node)
-    return lambda: store.state.update_node(node)
+    return partial(store.state.update_node, node)
 
 
 @public()
@@ -247,16 +262,16 @@ async def _change_node(store: Store) -> Make:
     return lambda: store.state.change_node(node.node_id, rename)
 
 
-@public()
+@public(row="node_repo.delete")
 async def _remove_node(store: Store) -> Make:
     node = await store.node()
-    return lambda: store.state.remove_node(node.node_id)
+    return partial(store.state.remove_node, node.node_id)
 
 
-@public()
+@public(row="node_repo.update_status")
 async def _update_node_status(store: Store) -> Make:
     node = await store.node()
-    return lambda: store.state.update_node_status(node.node_id, NodeStatus.ERROR)
+    return partial(store.state.update_node_status, node.node_id, NodeStatus.ERROR)
 
 
 @public("update_heartbeat, of an OFFLINE node", is_kept=True)
@@ -314,98 +329,11 @@ async def _in_transaction(store: Store) -> Make:
     return together
 
 
-@public("task_repo.create")
-async def _create_task(store: Store) -> Make:
-    task = store.make_task()
-    return lambda: store.tasks.create(task)
-
-
-@public("task_repo.update")
-async def _update_task_row(store: Store) -> Make:
-    task = await store.task()
-    rename(task)
-    return lambda: store.tasks.update(task)
-
-
-@public("task_repo.delete")
-async def _delete_task_row(store: Store) -> Make:
-    task = await store.task()
-    return lambda: store.tasks.delete(task.task_id)
-
-
-@public("task_repo.claim")
-async def _claim_by_rows(store: Store) -> Make:
-    node = await store.waiting()
-    return lambda: store.tasks.claim(node.node_id)
-
-
-@public("node_repo.register")
-async def _register_by_row(store: Store) -> Make:
-    task = await store.claimed()
-    node = store.make_node(node_id=task.assigned_node)
-    return lambda: store.nodes.register(node)
-
-
-@public("node_repo.update_status")
-async def _set_status_of_row(store: Store) -> Make:
-    node = await store.node()
-    return lambda: store.nodes.update_status(node.node_id, NodeStatus.ERROR)
-
-
 @public("node_repo.update_heartbeat")
 async def _beat_of_row(store: Store) -> Make:
     node = await store.node()
     store.clock.advance(1)
     return lambda: store.nodes.update_heartbeat(node.node_id)
-
-
-@public("task_repo.start")
-async def _start_by_row(store: Store) -> Make:
-    task = await store.claimed()
-    return lambda: store.tasks.start(task)
-
-
-@public("task_repo.complete")
-async def _complete_by_row(store: Store) -> Make:
-    task = await store.claimed()
-    return lambda: store.tasks.complete(task, {"rows": 42})
-
-
-@public("task_repo.fail")
-async def _fail_by_row(store: Store) -> Make:
-    task = await store.claimed()
-    return lambda: store.tasks.fail(task, "it went wrong")
-
-
-@public("task_repo.cancel")
-async def _cancel_by_row(store: Store) -> Make:
-    task = await store.claimed()
-    return lambda: store.tasks.cancel(task.task_id)
-
-
-@public("task_repo.requeue")
-async def _requeue_by_row(store: Store) -> Make:
-    task = await store.finished()
-    return lambda: store.tasks.requeue(task.task_id)
-
-
-@public("node_repo.create")
-async def _create_node(store: Store) -> Make:
-    node = store.make_node()
-    return lambda: store.nodes.create(node)
-
-
-@public("node_repo.update")
-async def _update_node_row(store: Store) -> Make:
-    node = await store.node()
-    rename(node)
-    return lambda: store.nodes.update(node)
-
-
-@public("node_repo.delete")
-async def _delete_node_row(store: Store) -> Make:
-    node = await store.node()
-    return lambda: store.nodes.delete(node.node_id)
 
 
 @public("task_repo.get")
