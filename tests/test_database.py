@@ -26,20 +26,23 @@ from contextlib import ExitStack, asynccontextmanager, closing
 from contextvars import Context
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import (
     EACH_KIND,
     PATIENCE,
     FakeClock,
+    InThread,
     Location,
     MakeNode,
     MakeTask,
+    end_while_closing,
     execute,
     locked,
     new_location,
     shown,
+    start,
 )
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -68,16 +71,10 @@ from openclaw_store.faults import SQLiteFaults
 from openclaw_store.gate import Gate
 from openclaw_store.schema import ChangeRow, TaskRow
 
-Result = TypeVar("Result")
-
 DEEP: list[Any] = []
 """Too deep to be shown."""
 for _ in range(sys.getrecursionlimit()):
     DEEP = [DEEP]
-
-
-def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-    return asyncio.get_running_loop().create_task(work)
 
 
 class Ended(NamedTuple):
@@ -139,31 +136,6 @@ def run_scripts(*scripts: tuple[str, Sequence[object]], at_once: int = 1) -> lis
     )
     assert (done.returncode, done.stderr) == (0, "")
     return [Ended(code, out.splitlines(), err) for code, out, err in json.loads(done.stdout)]
-
-
-class InThread:
-    """Runs a coroutine on an event loop of its own, in a thread of its own."""
-
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-        def run() -> None:
-            try:
-                self._result = asyncio.run(work())
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="second-loop")
-        self._thread.start()
-
-    def block(self) -> Any:
-        """Block this loop until the other one is done; returns its result."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        if self._error is not None:
-            raise self._error
-        return self._result
 
 
 async def count_tasks(session: AsyncSession) -> int:
@@ -2125,30 +2097,8 @@ class TestCancelledCallers:
         connection = await sqlite._connect(str(tmp_path / "cluster.db"))
         go_on = threading.Event()
         connection._tx.put_nowait((None, go_on.wait))
-        closed = []
-        limits: list[asyncio.Timeout] = []
 
-        async def close() -> None:
-            async with asyncio.timeout(None) as limit:
-                limits.append(limit)
-                await connection.close()
-                closed.append(True)
-                await asyncio.Event().wait()
-
-        caller = start(close())
-        await asyncio.sleep(0)
-        if is_limit:
-            limits[0].reschedule(asyncio.get_running_loop().time())
-        else:
-            caller.cancel()
-        await asyncio.sleep(0.01)
-        assert not caller.done()
-        go_on.set()
-        await asyncio.wait([caller], timeout=PATIENCE)
-
-        assert closed == [True]
-        assert caller.cancelled() is not is_limit
-        assert not is_limit or isinstance(caller.exception(), TimeoutError)
+        await end_while_closing(connection, is_limit=is_limit, go_on=go_on.set)
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database

@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -22,7 +21,9 @@ from conftest import (
     FakeClock,
     MakeNode,
     MakeTask,
+    end_while_closing,
     execute,
+    until,
 )
 from sqlalchemy import make_url, text
 
@@ -102,13 +103,6 @@ def empty_url(own_server: Server) -> Iterator[str]:
     """A database without any table."""
     with new_database(own_server) as url:
         yield url
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Let others run until it holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
-            await asyncio.sleep(0.001)
 
 
 @contextmanager
@@ -375,28 +369,9 @@ class TestSilence:
         pooled = await engine.raw_connection()
         connection = pooled.driver_connection
         proxy.swallow()  # it waits for the server to say farewell
-        closed = []
-        limits: list[asyncio.Timeout] = []
 
-        async def close() -> None:
-            async with asyncio.timeout(None) as limit:
-                limits.append(limit)
-                await connection.close()
-                closed.append(True)
-                await asyncio.Event().wait()
-
-        caller = asyncio.create_task(close())
-        await asyncio.sleep(0)
-        if is_limit:
-            limits[0].reschedule(asyncio.get_running_loop().time())
-        else:
-            caller.cancel()
-        await asyncio.wait([caller], timeout=PATIENCE)
+        await end_while_closing(connection, is_limit=is_limit)
         pooled.invalidate()
-
-        assert closed == [True]
-        assert caller.cancelled() is not is_limit
-        assert not is_limit or isinstance(caller.exception(), TimeoutError)
 
     @pytest.mark.parametrize("amid_a_statement", [False, True], ids=["between two", "amid one"])
     @pytest.mark.parametrize("way", ["writer", "transaction"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from conftest import (
     OpenManager,
     engine_of,
     execute,
+    until,
 )
 
 from openclaw_store import (
@@ -56,13 +57,6 @@ async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
 
 def complete(task: Task) -> None:
     task.status = TaskStatus.COMPLETED
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Let others run until it holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
-            await asyncio.sleep(0.001)
 
 
 class TestWatch:
