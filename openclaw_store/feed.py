@@ -28,8 +28,8 @@ from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.operations import Compact, compact
 from openclaw_store.pages import CHANGE_WIDTH, read_page
+from openclaw_store.reading import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
-from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
