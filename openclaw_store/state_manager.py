@@ -837,8 +837,9 @@ class StateManager:
     async def compact_changes(self, days: float = 30) -> int:
         """Remove what is older from the feed of changes; tasks and nodes stay as they are.
 
-        `watch` and `history` do not reach further back then. The newest change always stays. Works
-        in batches, and can be called again after an error.
+        `watch` and `history` do not reach further back then. The newest change always stays. A
+        change by a clock that was ahead is as old as those around it. Works in batches, and can be
+        called again after an error.
 
         Args:
             days: Age in days, from 0.

@@ -151,6 +151,13 @@ def assert_sound(location: Location) -> None:
     assert changes == [(revision, revision)]
 
 
+def full_for_folders(file: int, sync: Callable[[int], None] = os.fsync) -> None:
+    """Sync a file; what a folder says of it has no room on the disk."""
+    if stat.S_ISDIR(os.fstat(file).st_mode):
+        raise OSError(28, "No space left on device")
+    sync(file)
+
+
 def assert_closed(location: Location) -> None:
     """Nobody is connected, and a file is complete in itself."""
     if isinstance(location, Path):
@@ -1473,19 +1480,47 @@ class TestBackup:
         self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It was left there, so that the next try was refused."""
-        sync = os.fsync
-
-        def full(file: int) -> None:
-            if stat.S_ISDIR(os.fstat(file).st_mode):
-                raise OSError(28, "No space left on device")
-            sync(file)
-
         with monkeypatch.context() as disk:
-            disk.setattr(os, "fsync", full)
+            disk.setattr(os, "fsync", full_for_folders)
             with pytest.raises(UnavailableError, match="No space left on device"):
                 await database.backup(tmp_path / "copy.db")
 
         await database.backup(tmp_path / "copy.db")
+
+    async def test_backup_that_took_the_place_of_another_and_may_not_last_says_so(
+        self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The error was as if nothing had happened."""
+        (tmp_path / "copy.db").write_text("older")
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", full_for_folders)
+            with pytest.raises(UnavailableError, match="was replaced, which may not outlast"):
+                await database.backup(tmp_path / "copy.db", overwrite=True)
+
+        assert (tmp_path / "copy.db").read_bytes()[:5] != b"older"
+
+    @pytest.mark.parametrize("has_links", [True, False])
+    async def test_backup_does_not_take_a_name_that_somebody_has_taken_meanwhile(
+        self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+    ) -> None:
+        """It took the place of the other one."""
+        copy, link = tmp_path / "copy.db", os.link
+
+        def late(source: Path, target: Path) -> None:
+            if not has_links:
+                raise OSError(1, "Operation not permitted")
+            copy.write_text("by another")
+            link(source, target)
+
+        monkeypatch.setattr(os, "link", late)
+        if has_links:
+            with pytest.raises(InvalidDataError, match=r"copy\.db exists"):
+                await database.backup(copy)
+        else:
+            await database.backup(copy)
+
+        assert (copy.read_bytes() == b"by another") is has_links
+        assert list(tmp_path.glob(".copy.db*")) == []
 
     async def test_backup_to_where_nothing_can_be_is_named(
         self, database: Database, tmp_path: Path
