@@ -45,9 +45,7 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         UnavailableError: If it cannot be written there.
     """
     if os.path.exists(target) and not overwrite:
-        raise InvalidDataError(
-            "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
-        )
+        raise _exists(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,12 +55,19 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
             os.fsync(file.fileno())
         for ending in besides:  # of the old one; they would be read into the new one
             target.with_name(target.name + ending).unlink(missing_ok=True)
-        partial.replace(target)
+        if overwrite:
+            partial.replace(target)
+        else:
+            _name(partial, target)
         try:
             _sync_folder(target.parent)
-        except OSError:
-            if not overwrite:  # else what was there is gone already
-                target.unlink()
+        except OSError as error:
+            if overwrite:
+                raise UnavailableError(
+                    f"{target} was replaced, which may not outlast a power cut, as its folder "
+                    f"cannot be synced: {error.strerror or error}"
+                ) from error
+            target.unlink()
             raise
     except OSError as error:
         reason = error.strerror or error
@@ -71,6 +76,22 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         for ending in ("", *besides):
             with suppress(OSError):  # it was never made
                 partial.with_name(partial.name + ending).unlink()
+
+
+def _name(partial: Path, target: Path) -> None:
+    """Rename it, unless somebody else has taken the name meanwhile."""
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError:  # the file system has no such links
+        partial.replace(target)
+
+
+def _exists(target: Path) -> InvalidDataError:
+    return InvalidDataError(
+        "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
+    )
 
 
 def unused_name(path: Path, ending: str) -> Path:

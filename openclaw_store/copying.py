@@ -25,8 +25,8 @@ from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.migrations import COPYING_HEAD, HEAD
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.progress import Progress, Report
+from openclaw_store.reading import decoder_here, read_rows
 from openclaw_store.records import Decode, Raw, encode
-from openclaw_store.repositories import decoder_here, read_rows
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,

@@ -28,8 +28,8 @@ from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.operations import Compact, compact
 from openclaw_store.pages import CHANGE_WIDTH, read_page
+from openclaw_store.reading import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
-from openclaw_store.repositories import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,
@@ -246,17 +246,21 @@ async def compact_feed(database: Database, days: float) -> int:
     now = database.clock()
     cutoff = now - check_seconds("days", seconds)
     total = seen = 0
+    ends: list[int] = []
     while True:
         changes = await database.read(partial(_dated, since=seen))
         # A change by a clock that was ahead is as old as those around it.
         passed = list(takewhile(lambda one: not cutoff <= one[1] <= now, changes))
         old = [revision for revision, at in passed if at < cutoff]
         if old:
-            removed: int = await database.write(compact, Compact(old[-1]))
-            total += removed
+            for end in (*ends, old[-1]):
+                removed: int = await database.write(compact, Compact(end))
+                total += removed
+            ends = []
         if len(passed) < CHANGES_A_COMPACTION:
             return total
         seen, _ = passed[-1]
+        ends.append(seen)
 
 
 async def _dated(session: AsyncSession, since: int) -> Sequence[tuple[int, datetime]]:

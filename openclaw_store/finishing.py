@@ -10,21 +10,28 @@ Result = TypeVar("Result")
 
 
 async def finish(
-    work: Awaitable[Result], *, unwanted: Callable[[Result], object] | None = None
+    work: Awaitable[Result],
+    *,
+    unwanted: Callable[[Result], object] | None = None,
+    seconds: float | None = None,
 ) -> Result:
     """Do `work` to its end; a cancellation that comes meanwhile goes on afterwards.
 
     Args:
         work: What must not be left half-done.
         unwanted: Is given the result that the cancelled caller does not take any more.
+        seconds: How long it may go on then, before it is cancelled after all.
     """
     future = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
-            await asyncio.wait([future])
+            await asyncio.wait([future], timeout=None if cancelled is None else seconds)
         except asyncio.CancelledError as error:
             cancelled = error
+        else:
+            if not future.done():
+                future.cancel()
     if cancelled is None:
         return future.result()
     if not ended_badly(future) and unwanted is not None:

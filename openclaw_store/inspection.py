@@ -22,8 +22,8 @@ from openclaw_store.feed import read_changes, read_history
 from openclaw_store.lifecycle import are_among, has_skills
 from openclaw_store.migrations import HEAD
 from openclaw_store.models import WAITING, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.reading import read_records
 from openclaw_store.records import Record
-from openclaw_store.repositories import read_records
 from openclaw_store.schema import COLUMNS, ChangeRow, CounterRow, NodeRow, TaskRow
 from openclaw_store.watching import WATCH_SECONDS
 

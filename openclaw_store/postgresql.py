@@ -50,6 +50,7 @@ _TAKE_LOCK = f"UPDATE counters SET beat = beat + 1 WHERE id = 1; NOTIFY {CHANNEL
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _CONNECT_SECONDS = 5.0  # at least: who gives a lock less time does not mean this
 _ANSWER_SECONDS = 1.0  # that the server's own limits, which leave a connection usable, come first
+_UNWANTED_SECONDS = 1.0  # to connect a caller who does not want it any more
 _CLOSE_SECONDS = 0.5  # for the farewell; a connection that is cut off does without
 
 
@@ -194,7 +195,8 @@ class PostgreSQL:
     async def begin(self, session: AsyncSession) -> Connection:
         """Begin the transaction of `session`, with the write lock."""
         connection = await session.connection()
-        limits = self._limits(max(session.info["seconds"], _CONNECT_SECONDS) + 1)
+        seconds = max(session.info["seconds"], _CONNECT_SECONDS) + 1
+        limits = self._limits(seconds, seconds + self._timeout)  # of which the latter is to commit
         await connection.exec_driver_sql("SELECT 1")  # after BEGIN, which comes with the first one
         raw: Any = await connection.get_raw_connection()
         # Not only the lock: a writer that has read before must see that something was written,
@@ -206,16 +208,19 @@ class PostgreSQL:
             raise
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
 
-    def _limits(self, seconds: float) -> str:
+    def _limits(self, idle: float, whole: float) -> str:
         """SQL by which the server gives up a transaction whose client is not heard of any more.
+
+        It may be idle for so many seconds, and take so many as a whole.
 
         It is sent in one message with what takes the lock: a client that vanishes between two
         messages of a statement does not count as idle, and only servers from version 17 on have a
         limit for that. On others the connection stays until TCP finds that there is nobody.
         """
-        limit = _milliseconds(seconds)
-        names = (_IDLE_LIMIT, "transaction_timeout") if self._version >= 17 else (_IDLE_LIMIT,)
-        return "; ".join(f"SET LOCAL {name} = {limit}" for name in names)
+        limits = f"SET LOCAL {_IDLE_LIMIT} = {_milliseconds(idle)}"
+        if self._version < 17:
+            return limits
+        return f"{limits}; SET LOCAL transaction_timeout = {_milliseconds(whole)}"
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, whatever state its connection is in."""
@@ -233,8 +238,8 @@ class PostgreSQL:
     def writing(self) -> Writing:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
-        limits = self._limits(3 * max(self._timeout, _CONNECT_SECONDS))  # others wait: not for ever
-        return Writing(engine, self.faults, self.writers, limits)
+        seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
+        return Writing(engine, self.faults, self.writers, self._limits(seconds, seconds))
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
@@ -290,11 +295,14 @@ class _Connector:
     async def connect(self, *arguments: Any, **options: Any) -> Any:
         """Connect to the end, even when the caller is cancelled meanwhile.
 
-        Where the driver is stopped half-way, it leaves a connection that nobody closes.
+        Where the driver is stopped half-way, it may leave a connection that nobody closes; so it
+        is, if a server lets it wait: others wait for the caller.
         """
         try:
             return await finish(
-                self._connect_to_any(*arguments, **options), unwanted=lambda made: made.terminate()
+                self._connect_to_any(*arguments, **options),
+                unwanted=lambda made: made.terminate(),
+                seconds=_UNWANTED_SECONDS,
             )
         except asyncio.CancelledError:
             await asyncio.sleep(0)  # the socket is closed in the loop's next turn
@@ -344,5 +352,7 @@ def _connection_class() -> type[Any]:
                 await asyncio.sleep(0)  # the socket is closed in the loop's next turn
         except asyncio.CancelledError:  # which has closed it, too
             cancel_once_more()
+        except TimeoutError:  # likewise
+            logger.debug("a connection was closed without the server's farewell")
 
     return type("Connection", (base,), {"__slots__": (), "close": close})

@@ -8,14 +8,13 @@ session of a `Database.transaction()` joins it and commits nothing itself; with 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
-from sqlalchemy import CursorResult, Float, Select, cast, func, select
+from sqlalchemy import Float, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
 
 from openclaw_store.changes import Event, apply, place_of
 from openclaw_store.checks import (
@@ -38,7 +37,7 @@ from openclaw_store.errors import (
 from openclaw_store.filters import TaskFilter, TaskPage, behind, check_filter, cursor_of
 from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff, check_backoff, claim, free_places
-from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
+from openclaw_store.models import ALIVE, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.operations import (
     CONTENT,
     Advance,
@@ -57,16 +56,15 @@ from openclaw_store.operations import (
     requeue_of,
     start_of,
 )
-from openclaw_store.records import STAMPED, Decode, Item, Raw, Record, encode, write_back
+from openclaw_store.reading import decoder_here, read_records, read_rows, select_pending
+from openclaw_store.records import STAMPED, Item, Record, encode, write_back
 from openclaw_store.schema import (
     COLUMNS,
     IS_FINISHED,
-    IS_PENDING,
     KEY,
     ROWS,
     NodeRow,
     TaskRow,
-    decoder_of,
 )
 from openclaw_store.statements import statements_for
 from openclaw_store.writer import Apply, Unit
@@ -82,9 +80,6 @@ CLEANUP_BATCH = 200
 
 UNDONE = -MAX_INTEGER
 """The version of a copy of what was rolled back; nothing ever has it."""
-
-ROWS_A_PAGE = 250
-"""Rows read at a stretch, before other coroutines run."""
 
 _SPARE_CANDIDATES = 16
 """Of a claim, in case that others are quicker."""
@@ -620,58 +615,3 @@ async def is_known(work: Awaitable[object]) -> bool:
     except TaskNotFoundError:
         return False
     return True
-
-
-def select_pending() -> Select[Any]:
-    """Pending and scheduled tasks by priority, then time of submission, then identifier."""
-    # The term on the priority is true of every row, but it makes SQLite read this index, in order.
-    # Without it, it may read all waiting tasks through the index on the status, and sort them.
-    any_priority = TaskRow.priority.in_(TaskPriority)
-    order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
-    return select(*COLUMNS[Task]).where(IS_PENDING, any_priority).order_by(*order)
-
-
-async def read_rows(
-    session: AsyncSession, query: Select[Any], size: int | None = ROWS_A_PAGE
-) -> AsyncIterator[Sequence[Raw]]:
-    """Rows as the driver gives them: SQLAlchemy's own take longer to make than these to read.
-
-    Args:
-        size: Rows a page; `None` gives all at once, which is faster for few.
-    """
-
-    def execute(session: Session) -> CursorResult[Any]:
-        options = {"stream_results": size is not None}
-        return session.connection().execute(query, execution_options=options)
-
-    def fetch(_: Session) -> Sequence[Raw]:
-        cursor, strategy = result.cursor, result.cursor_strategy
-        rows: Sequence[Raw] = (
-            strategy.fetchall(result, cursor)
-            if size is None
-            else strategy.fetchmany(result, cursor, size)
-        )
-        # PostgreSQL's driver has a kind of row of its own.
-        return rows if not rows or type(rows[0]) is tuple else [tuple(row) for row in rows]
-
-    result = await session.run_sync(execute)
-    while rows := await session.run_sync(fetch):
-        yield rows
-
-
-async def read_records(
-    session: AsyncSession, kind: type[Any], query: Select[Any]
-) -> list[Record[Any]]:
-    """The records that a query of `COLUMNS` finds, which are few; a row of NULLs is none."""
-    decode = decoder_here(session, kind)
-    return [
-        decode(row)
-        async for rows in read_rows(session, query, None)
-        for row in rows
-        if row[0] is not None
-    ]
-
-
-def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
-    """What makes records of the rows of `read_rows`."""
-    return decoder_of(kind, session.get_bind().dialect)  # type: ignore[arg-type]  # it is hashable

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
@@ -120,7 +121,8 @@ def _set_aside(target: Path) -> Path | None:
     try:
         os.link(target, aside)  # so that there is a database at any time
     except OSError:  # the file system has no such links
-        os.replace(target, aside)
+        with written_aside(aside, overwrite=False) as copy:
+            shutil.copyfile(target, copy)
     return aside
 
 

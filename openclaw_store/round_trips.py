@@ -257,10 +257,10 @@ class Writing:
         self._loop = asyncio.new_event_loop()
         try:
             self._connection = self._wait(engine.connect())
+            raw: Any = self._wait(self._connection.get_raw_connection())
         except BaseException:
             self._close_loop()
             raise
-        raw: Any = self._wait(self._connection.get_raw_connection())
         self._driver = raw.driver_connection
         self.cursor = WriterCursor(self._driver, self._wait)
         self._process: int = self._driver.get_server_pid()

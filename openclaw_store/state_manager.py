@@ -149,6 +149,7 @@ class StateManager:
             database, self._mirror, self.task_repo, self.node_repo, backoff
         )
         self._loop: asyncio.AbstractEventLoop | None = None  # the one it belongs to
+        self._is_running: Callable[[], bool] = bool  # whether that one is: there is none yet
         self._thread: int | None = None  # in which its event loop runs, while it may be used
         self._life = asyncio.Lock()  # one begins or ends it at a time
         self._sync_loop: asyncio.Task[None] | None = None
@@ -172,6 +173,7 @@ class StateManager:
                 raise UnavailableError("the StateManager was shut down: make a new one")
             if self._thread is None:
                 self._loop = asyncio.get_running_loop()
+                self._is_running = self._loop.is_running
                 await self.db.initialize()
                 await self._mirror.start()
                 self._thread = get_ident()
@@ -290,7 +292,7 @@ class StateManager:
     async def get_task(self, task_id: str) -> Task | None:
         """A task, finished ones too; `None` if there is none."""
         # Without another call, as this is asked most often.
-        if self._thread != get_ident() or not self._loop.is_running():  # type: ignore[union-attr]
+        if self._thread != get_ident() or not self._is_running():
             self._check_usable()
         try:
             record = self._mirror.cache.tasks.entries.get(task_id)
@@ -835,8 +837,9 @@ class StateManager:
     async def compact_changes(self, days: float = 30) -> int:
         """Remove what is older from the feed of changes; tasks and nodes stay as they are.
 
-        `watch` and `history` do not reach further back then. The newest change always stays. Works
-        in batches, and can be called again after an error.
+        `watch` and `history` do not reach further back then. The newest change always stays. A
+        change by a clock that was ahead is as old as those around it. Works in batches, and can be
+        called again after an error.
 
         Args:
             days: Age in days, from 0.
@@ -901,8 +904,7 @@ class StateManager:
     def _check_usable(self) -> None:
         # Asking for the running loop asks the system for the process, which costs as much as all
         # the rest of a look-up; this asks the same: of one thread, one loop runs at a time.
-        # (Where there is a thread, there is a loop.)
-        if self._thread != get_ident() or not self._loop.is_running():  # type: ignore[union-attr]
+        if self._thread != get_ident() or not self._is_running():
             if self._is_inherited:
                 raise UnavailableError(
                     "the StateManager was made before fork: make a new one in the child"

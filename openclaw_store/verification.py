@@ -24,8 +24,8 @@ from openclaw_store.lifecycle import arrived
 from openclaw_store.mending import Announce, Bury, Raise, Recount, Repair, Stamp, mend
 from openclaw_store.models import FINISHED, NodeInfo, Task
 from openclaw_store.progress import Progress, Report
+from openclaw_store.reading import decoder_here, read_rows
 from openclaw_store.records import JSON_FIELDS, Raw, encode
-from openclaw_store.repositories import decoder_here, read_rows
 from openclaw_store.schema import (
     COLUMNS,
     FIELDS,

@@ -8,13 +8,13 @@ import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -57,8 +57,83 @@ PATIENCE = 30.0
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
 
+Result = TypeVar("Result")
+
 MakeTask = Callable[..., Task]
 MakeNode = Callable[..., NodeInfo]
+
+
+def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+    return asyncio.get_running_loop().create_task(work)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Let others run until it holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
+            await asyncio.sleep(0.001)
+
+
+class InThread:
+    """Runs a coroutine on an event loop of its own, in a thread of its own."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+        def run() -> None:
+            try:
+                self._result = asyncio.run(work())
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="second-loop")
+        self._thread.start()
+
+    def block(self) -> Any:
+        """Block this loop until the other one is done; returns its result."""
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    async def join(self) -> Any:
+        """The same without blocking this loop."""
+        return await asyncio.to_thread(self.block)
+
+
+async def end_while_closing(
+    connection: Any, *, is_limit: bool, go_on: Callable[[], object] = lambda: None
+) -> None:
+    """A caller who closes a connection is cancelled, or its time is over: first it is closed.
+
+    Args:
+        go_on: Lets it be closed, a moment later.
+    """
+    closed: list[bool] = []
+    limits: list[asyncio.Timeout] = []
+
+    async def close() -> None:
+        async with asyncio.timeout(None) as limit:
+            limits.append(limit)
+            await connection.close()
+            closed.append(True)
+            await asyncio.Event().wait()
+
+    caller = start(close())
+    await asyncio.sleep(0)
+    if is_limit:
+        limits[0].reschedule(asyncio.get_running_loop().time())
+    else:
+        caller.cancel()
+    await asyncio.sleep(0.01)
+    go_on()
+    await asyncio.wait([caller], timeout=PATIENCE)
+
+    assert closed == [True]
+    assert caller.cancelled() is not is_limit
+    assert not is_limit or isinstance(caller.exception(), TimeoutError)
 
 
 class OpenManager(Protocol):

@@ -523,6 +523,32 @@ class TestLookingAfter:
         ]  # fmt: skip
 
     @pytest.mark.sqlite
+    async def test_what_was_there_is_kept_where_files_cannot_have_two_names(
+        self, run: Run, location: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: it is renamed, and gone if the copy cannot take its place."""
+        replace = Path.replace
+
+        def refuse(*_: object) -> None:
+            raise OSError(1, "Operation not permitted")
+
+        def refuse_it(path: Path, target: Path) -> None:
+            (refuse if target == location else replace)(path, target)
+
+        await _add(location, "one")
+        monkeypatch.setattr(os, "link", refuse)
+        with monkeypatch.context() as stubborn:
+            stubborn.setattr(Path, "replace", refuse_it)
+            refused = await run("restore", copy, status=1)
+        assert "Operation not permitted" in refused.stderr
+        assert (await document(run, "status"))["tasks"]["total"] == 1
+
+        found = await document(run, "restore", copy)
+
+        assert (await document(run, "status"))["tasks"]["total"] == 0
+        assert (await document(run, "status", "-d", found["kept"]))["tasks"]["total"] == 1
+
+    @pytest.mark.sqlite
     @pytest.mark.parametrize("fault", ["damaged", "foreign", "newer", "text", "none"])
     async def test_copy_that_is_of_no_use_changes_nothing(
         self, run: Run, location: Path, copy: Path, fault: str

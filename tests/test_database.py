@@ -26,20 +26,23 @@ from contextlib import ExitStack, asynccontextmanager, closing
 from contextvars import Context
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import (
     EACH_KIND,
     PATIENCE,
     FakeClock,
+    InThread,
     Location,
     MakeNode,
     MakeTask,
+    end_while_closing,
     execute,
     locked,
     new_location,
     shown,
+    start,
 )
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -68,16 +71,10 @@ from openclaw_store.faults import SQLiteFaults
 from openclaw_store.gate import Gate
 from openclaw_store.schema import ChangeRow, TaskRow
 
-Result = TypeVar("Result")
-
 DEEP: list[Any] = []
 """Too deep to be shown."""
 for _ in range(sys.getrecursionlimit()):
     DEEP = [DEEP]
-
-
-def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-    return asyncio.get_running_loop().create_task(work)
 
 
 class Ended(NamedTuple):
@@ -141,31 +138,6 @@ def run_scripts(*scripts: tuple[str, Sequence[object]], at_once: int = 1) -> lis
     return [Ended(code, out.splitlines(), err) for code, out, err in json.loads(done.stdout)]
 
 
-class InThread:
-    """Runs a coroutine on an event loop of its own, in a thread of its own."""
-
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self._result: Any = None
-        self._error: BaseException | None = None
-
-        def run() -> None:
-            try:
-                self._result = asyncio.run(work())
-            except BaseException as error:
-                self._error = error
-
-        self._thread = threading.Thread(target=run, name="second-loop")
-        self._thread.start()
-
-    def block(self) -> Any:
-        """Block this loop until the other one is done; returns its result."""
-        self._thread.join(PATIENCE)
-        assert not self._thread.is_alive()
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
 async def count_tasks(session: AsyncSession) -> int:
     return await session.scalar(select(func.count()).select_from(TaskRow)) or 0
 
@@ -177,6 +149,13 @@ def assert_sound(location: Location) -> None:
     ((revision,),) = execute(location, "SELECT revision FROM counters")
     changes = execute(location, "SELECT count(*), coalesce(max(revision), 0) FROM changes")
     assert changes == [(revision, revision)]
+
+
+def full_for_folders(file: int, sync: Callable[[int], None] = os.fsync) -> None:
+    """Sync a file; what a folder says of it has no room on the disk."""
+    if stat.S_ISDIR(os.fstat(file).st_mode):
+        raise OSError(28, "No space left on device")
+    sync(file)
 
 
 def assert_closed(location: Location) -> None:
@@ -1501,19 +1480,47 @@ class TestBackup:
         self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It was left there, so that the next try was refused."""
-        sync = os.fsync
-
-        def full(file: int) -> None:
-            if stat.S_ISDIR(os.fstat(file).st_mode):
-                raise OSError(28, "No space left on device")
-            sync(file)
-
         with monkeypatch.context() as disk:
-            disk.setattr(os, "fsync", full)
+            disk.setattr(os, "fsync", full_for_folders)
             with pytest.raises(UnavailableError, match="No space left on device"):
                 await database.backup(tmp_path / "copy.db")
 
         await database.backup(tmp_path / "copy.db")
+
+    async def test_backup_that_took_the_place_of_another_and_may_not_last_says_so(
+        self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The error was as if nothing had happened."""
+        (tmp_path / "copy.db").write_text("older")
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "fsync", full_for_folders)
+            with pytest.raises(UnavailableError, match="was replaced, which may not outlast"):
+                await database.backup(tmp_path / "copy.db", overwrite=True)
+
+        assert (tmp_path / "copy.db").read_bytes()[:5] != b"older"
+
+    @pytest.mark.parametrize("has_links", [True, False])
+    async def test_backup_does_not_take_a_name_that_somebody_has_taken_meanwhile(
+        self, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+    ) -> None:
+        """It took the place of the other one."""
+        copy, link = tmp_path / "copy.db", os.link
+
+        def late(source: Path, target: Path) -> None:
+            if not has_links:
+                raise OSError(1, "Operation not permitted")
+            copy.write_text("by another")
+            link(source, target)
+
+        monkeypatch.setattr(os, "link", late)
+        if has_links:
+            with pytest.raises(InvalidDataError, match=r"copy\.db exists"):
+                await database.backup(copy)
+        else:
+            await database.backup(copy)
+
+        assert (copy.read_bytes() == b"by another") is has_links
+        assert list(tmp_path.glob(".copy.db*")) == []
 
     async def test_backup_to_where_nothing_can_be_is_named(
         self, database: Database, tmp_path: Path
@@ -2125,30 +2132,8 @@ class TestCancelledCallers:
         connection = await sqlite._connect(str(tmp_path / "cluster.db"))
         go_on = threading.Event()
         connection._tx.put_nowait((None, go_on.wait))
-        closed = []
-        limits: list[asyncio.Timeout] = []
 
-        async def close() -> None:
-            async with asyncio.timeout(None) as limit:
-                limits.append(limit)
-                await connection.close()
-                closed.append(True)
-                await asyncio.Event().wait()
-
-        caller = start(close())
-        await asyncio.sleep(0)
-        if is_limit:
-            limits[0].reschedule(asyncio.get_running_loop().time())
-        else:
-            caller.cancel()
-        await asyncio.sleep(0.01)
-        assert not caller.done()
-        go_on.set()
-        await asyncio.wait([caller], timeout=PATIENCE)
-
-        assert closed == [True]
-        assert caller.cancelled() is not is_limit
-        assert not is_limit or isinstance(caller.exception(), TimeoutError)
+        await end_while_closing(connection, is_limit=is_limit, go_on=go_on.set)
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database

@@ -33,6 +33,7 @@ LAYERS = [
     "lifecycle",
     "schema",
     "statements",
+    "reading",
     "finishing",
     "progress",
     "gate",

@@ -21,7 +21,7 @@ KILLED_WRITES = int(os.environ.get("OPENCLAW_STORE_TEST_WRITES", "2000"))
 """Of four processes together, one of which is killed; 10,000 take a minute."""
 
 AGREE = """
-import asyncio, json, os, random, signal, sys, time
+import asyncio, faulthandler, json, os, random, signal, sys, time
 from openclaw_store import *
 
 
@@ -161,6 +161,7 @@ for number in range(PROCESSES):
     child = os.fork()
     if child == 0:
         os.close(start)
+        faulthandler.dump_traceback_later(240, exit=True)
         asyncio.run(main(f"process{number}", sys.argv[1], started, finished, done))
         os._exit(0)
     children.append(child)
@@ -355,6 +356,7 @@ finished, done = os.pipe()
 def start(name):
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(240, exit=True)
         asyncio.run(main(name, sys.argv[1], finished, done))
         os._exit(0)
     return child

@@ -41,7 +41,7 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.feed import read_changes
-from openclaw_store.repositories import read_records
+from openclaw_store.reading import read_records
 from openclaw_store.schema import COLUMNS
 
 PENDING, SCHEDULED, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT = TaskStatus

@@ -8,12 +8,11 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -22,9 +21,13 @@ from conftest import (
     FakeClock,
     MakeNode,
     MakeTask,
+    end_while_closing,
+    engine_of,
     execute,
+    until,
 )
 from sqlalchemy import make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from benchmarks.postgres import (
     Server,
@@ -102,13 +105,6 @@ def empty_url(own_server: Server) -> Iterator[str]:
     """A database without any table."""
     with new_database(own_server) as url:
         yield url
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Let others run until it holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
-            await asyncio.sleep(0.001)
 
 
 @contextmanager
@@ -366,6 +362,63 @@ class TestSilence:
                 await TaskRepository(database).create(make_task())
             assert caller.cancelled()
 
+    async def test_caller_cancelled_while_connecting_does_not_keep_the_others_waiting(
+        self, proxy: Proxy, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Those behind its transaction waited until that was hopeless."""
+        monkeypatch.setattr(postgresql, "_UNWANTED_SECONDS", 0.2)
+
+        async def take() -> None:
+            async with database.transaction():
+                raise AssertionError("it has the lock")
+
+        async with Database(proxy.url, timeout=PATIENCE) as database:
+            await TaskRepository(database).create(make_task())
+            proxy.swallow_from(b"application_name")
+            caller = asyncio.create_task(take())
+            await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
+            proxy.forward()
+
+            with within(PATIENCE / 2):
+                caller.cancel()
+                await asyncio.wait([caller])
+                await TaskRepository(database).create(make_task())
+            assert caller.cancelled()
+
+    async def test_transaction_has_time_to_commit_when_its_block_is_over(
+        self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The server ended it a second after the time for the block."""
+        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 0.1)
+
+        async def hold(connection: AsyncConnection) -> None:
+            async with connection.begin():
+                await connection.execute(text("LOCK TABLE changes IN SHARE MODE"))
+                held.set()
+                await asyncio.sleep(1.6)
+
+        held = asyncio.Event()
+        async with Database(url, timeout=PATIENCE) as database, engine_of(url).connect() as other:
+            async with database.transaction(timeout=0.2) as tx:
+                await TaskRepository(tx).create(make_task())
+                holder = asyncio.create_task(hold(other))
+                await held.wait()
+            await holder
+
+            assert await TaskRepository(database).count_by_status() == 1
+
+    async def test_connections_whose_farewell_is_late_are_closed_without_a_word(
+        self, proxy: Proxy, url: str, make_task: MakeTask, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """SQLAlchemy reported an error of each."""
+        async with StateManager(Database(proxy.url, timeout=PATIENCE)) as manager:
+            await manager.add_task(make_task())
+            await manager.task_repo.get("t")
+            proxy.swallow(requests=False)
+        proxy.forward()
+
+        assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
+
     @pytest.mark.parametrize("is_limit", [False, True], ids=["cancelled", "time over"])
     async def test_caller_who_closes_a_connection_is_cancelled_when_it_is_closed(
         self, proxy: Proxy, database: Database, is_limit: bool
@@ -375,28 +428,9 @@ class TestSilence:
         pooled = await engine.raw_connection()
         connection = pooled.driver_connection
         proxy.swallow()  # it waits for the server to say farewell
-        closed = []
-        limits: list[asyncio.Timeout] = []
 
-        async def close() -> None:
-            async with asyncio.timeout(None) as limit:
-                limits.append(limit)
-                await connection.close()
-                closed.append(True)
-                await asyncio.Event().wait()
-
-        caller = asyncio.create_task(close())
-        await asyncio.sleep(0)
-        if is_limit:
-            limits[0].reschedule(asyncio.get_running_loop().time())
-        else:
-            caller.cancel()
-        await asyncio.wait([caller], timeout=PATIENCE)
+        await end_while_closing(connection, is_limit=is_limit)
         pooled.invalidate()
-
-        assert closed == [True]
-        assert caller.cancelled() is not is_limit
-        assert not is_limit or isinstance(caller.exception(), TimeoutError)
 
     @pytest.mark.parametrize("amid_a_statement", [False, True], ids=["between two", "amid one"])
     @pytest.mark.parametrize("way", ["writer", "transaction"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from conftest import (
     OpenManager,
     engine_of,
     execute,
+    until,
 )
 
 from openclaw_store import (
@@ -40,7 +41,9 @@ from openclaw_store import (
     UnsavedConflictError,
     wakeups,
 )
+from openclaw_store.operations import Compact, compact
 from openclaw_store.wakeups import LONGEST_SECONDS, UNREADABLE_SECONDS, wakeups_of
+from openclaw_store.writer import Unit
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -56,13 +59,6 @@ async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
 
 def complete(task: Task) -> None:
     task.status = TaskStatus.COMPLETED
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    """Let others run until it holds."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110  # it is the condition that the test is about
-            await asyncio.sleep(0.001)
 
 
 class TestWatch:
@@ -337,7 +333,14 @@ class TestCompaction:
         page: int,
     ) -> None:
         """Planted: the first change that is not old ends it."""
+        batches: list[int] = []
+
+        def noted(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
+            batches.extend(removed := compact(unit, operations))
+            return removed
+
         monkeypatch.setattr("openclaw_store.feed.CHANGES_A_COMPACTION", page)
+        monkeypatch.setattr("openclaw_store.feed.compact", noted)
         today = clock()
         for days in (0, 365, 365, 0, 365, 40, 0):
             clock.now = today + timedelta(days=days)
@@ -345,6 +348,7 @@ class TestCompaction:
         clock.now = today + timedelta(days=41)
 
         assert await manager.compact_changes(days=30) == 4
+        assert max(batches) <= page
 
         assert [one.revision for one in await first(3, manager.watch(since=4))] == [5, 6, 7]
 

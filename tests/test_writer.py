@@ -1,7 +1,5 @@
 """Group commit: its rules one by one, on a fake database, then on a real one."""
 
-# ruff: noqa: ASYNC110 - there is no event for what another thread does
-
 from __future__ import annotations
 
 import asyncio
@@ -11,19 +9,23 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import count
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import pytest
 from conftest import (
     PATIENCE,
+    InThread,
     Location,
     MakeNode,
     MakeTask,
     refuse_tasks,
+    start,
+    until,
 )
 
 from openclaw_store import (
@@ -41,8 +43,6 @@ from openclaw_store import (
 )
 from openclaw_store.gate import Gate
 from openclaw_store.writer import Cursor, Unit, Writer
-
-Result = TypeVar("Result")
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(
@@ -128,10 +128,6 @@ class LateQueue(deque[Any]):
         super().append(entry)
 
 
-def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
-    return asyncio.get_running_loop().create_task(work)
-
-
 async def entered(shelf: Shelf) -> None:
     """Wait until the writer is in the batch of a `hold`."""
     assert await asyncio.to_thread(shelf.entered.wait, PATIENCE)
@@ -154,41 +150,37 @@ def outcome(task: asyncio.Task[Any]) -> Any:
     return task.result()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread is about to do."""
-    async with asyncio.timeout(PATIENCE):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def turns(number: int = 5) -> None:
     """Let everything that is ready run."""
     for _ in range(number):
         await asyncio.sleep(0)
 
 
-class InThread:
-    """Runs a coroutine on an event loop of its own, in a thread of its own."""
+@asynccontextmanager
+async def standing_still(
+    *comers: Callable[[], Coroutine[Any, Any, None]], cancelled: int = 0
+) -> AsyncIterator[tuple[threading.Event, InThread]]:
+    """Another event loop, which stands still from when `comers` wait until the event is set.
 
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, Any]]) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
+    Then so many of the last of them are cancelled; it ends with what came of each.
+    """
+    waits, go_on = threading.Event(), threading.Event()
 
-        def run() -> None:
-            try:
-                self.result = asyncio.run(work())
-            except BaseException as error:
-                self.error = error
+    async def block() -> list[Any]:
+        slow = [start(comer()) for comer in comers]
+        await turns()
+        waits.set()
+        go_on.wait(PATIENCE)
+        for one in slow[len(slow) - cancelled :]:
+            one.cancel()
+        return await finished(slow)
 
-        self.thread = threading.Thread(target=run, name="second-loop")
-        self.thread.start()
-
-    async def join(self) -> Any:
-        await asyncio.to_thread(self.thread.join, PATIENCE)
-        assert not self.thread.is_alive()
-        if self.error is not None:
-            raise self.error
-        return self.result
+    other = InThread(block)
+    await until(waits.is_set)
+    try:
+        yield go_on, other
+    finally:
+        go_on.set()
 
 
 class TestBatches:
@@ -935,9 +927,9 @@ class TestLoops:
         await writer.submit(shelf.apply, "here first")
 
         other = InThread(lambda: writer.submit(shelf.apply, "elsewhere"))
-        other.thread.join(PATIENCE)  # blocks this loop
+        result = other.block()
 
-        assert other.result == "ELSEWHERE"
+        assert result == "ELSEWHERE"
         await writer.close()
 
     async def test_caller_is_answered_while_another_loop_has_yet_to_wake_the_thread(
@@ -945,17 +937,16 @@ class TestLoops:
     ) -> None:
         """Planted: one mark for all loops tells that the thread is about to be woken."""
         writer = shelf.writer()
-        others: list[InThread] = []
+        results: list[Any] = []
 
         def block() -> None:
-            others.append(InThread(lambda: writer.submit(shelf.apply, "elsewhere")))
-            others[0].thread.join(PATIENCE)
+            results.append(InThread(lambda: writer.submit(shelf.apply, "elsewhere")).block())
 
         here = start(writer.submit(shelf.apply, "here"))
         asyncio.get_running_loop().call_soon(block)  # before what wakes the thread
         await turns(2)
 
-        assert others[0].result == "ELSEWHERE"
+        assert results == ["ELSEWHERE"]
         assert await finished([here]) == ["HERE"]
         await writer.close()
 
@@ -1267,7 +1258,7 @@ class TestClose:
     async def test_operation_that_queues_behind_the_end_is_refused(self, shelf: Shelf) -> None:
         """Planted: what another loop puts into the queue, while it closes, is never answered."""
         writer = shelf.writer()
-        writer._queue = LateQueue(lambda: InThread(writer.close).thread.join(PATIENCE))
+        writer._queue = LateQueue(lambda: InThread(writer.close).block())
 
         [error] = await finished([start(writer.submit(shelf.apply, "late"))])
 
@@ -1399,7 +1390,6 @@ class TestGate:
         monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0.05)
         gate = Gate(PATIENCE)
         order: list[str] = []
-        waits, go_on = threading.Event(), threading.Event()
 
         async def from_coroutine(name: str) -> None:
             await gate.enter(name)
@@ -1410,31 +1400,23 @@ class TestGate:
             with gate.held(name):
                 order.append(name)
 
-        async def block() -> None:
-            names = ["slow", "slow, too", "slow, and cancelled"]
-            slow = [start(from_coroutine(name)) for name in names]
-            await turns()
-            waits.set()
-            go_on.wait(PATIENCE)
-            slow[2].cancel()
-            await asyncio.wait(slow)
-
+        names = ["slow", "slow, too", "slow, and cancelled"]
+        slow = [partial(from_coroutine, name) for name in names]
         await gate.enter("the first")
-        blocked = start(asyncio.to_thread(asyncio.run, block()))
-        await until(waits.is_set)
-        behind = [
-            start(from_coroutine("behind")),
-            start(asyncio.to_thread(from_thread, "behind, on a thread")),
-        ]
-        await until(lambda: len(gate._waiting) == 5)
-        gate.leave()
-        assert await finished(behind) == [None, None]
-        await gate.enter("who comes later")
-        go_on.set()
-        await until(lambda: len(gate._waiting) == 2)
-        order.append("who came later")
-        gate.leave()
-        await finished([blocked])
+        async with standing_still(*slow, cancelled=1) as (go_on, other):
+            behind = [
+                start(from_coroutine("behind")),
+                start(asyncio.to_thread(from_thread, "behind, on a thread")),
+            ]
+            await until(lambda: len(gate._waiting) == 5)
+            gate.leave()
+            assert await finished(behind) == [None, None]
+            await gate.enter("who comes later")
+            go_on.set()
+            await until(lambda: len(gate._waiting) == 2)
+            order.append("who came later")
+            gate.leave()
+            await other.join()
 
         assert set(order[:2]) == {"behind", "behind, on a thread"}
         assert order[2:] == ["who came later", "slow", "slow, too"]
@@ -1442,24 +1424,14 @@ class TestGate:
     async def test_those_who_wait_for_less_than_that_pass_over_it_in_time(self) -> None:
         """They got a `DeadlineError`."""
         gate = Gate(1)
-        waits, go_on = threading.Event(), threading.Event()
-
-        async def block() -> None:
-            slow = start(gate.enter("slow"))
-            await turns()
-            waits.set()
-            go_on.wait(PATIENCE)
-            slow.cancel()
-
         await gate.enter("the first")
-        blocked = start(asyncio.to_thread(asyncio.run, block()))
-        await until(waits.is_set)
-        gate.leave()
+        async with standing_still(partial(gate.enter, "slow"), cancelled=1) as (go_on, other):
+            gate.leave()
 
-        await asyncio.wait_for(gate.enter("behind"), PATIENCE)
+            await asyncio.wait_for(gate.enter("behind"), PATIENCE)
 
-        go_on.set()
-        await finished([blocked])
+            go_on.set()
+            await other.join()
         gate.leave()
 
     async def test_one_that_was_passed_over_gets_an_error_of_its_own(
@@ -1468,25 +1440,16 @@ class TestGate:
         """Planted: it waits for ever for a turn that it has had."""
         monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0)
         gate, came_at = Gate(0.2), time.monotonic()
-        waits, go_on = threading.Event(), threading.Event()
-
-        async def block() -> None:
-            slow = start(gate.enter("slow"))
-            await turns()
-            waits.set()
-            go_on.wait(PATIENCE)
-            await slow
-
         await gate.enter("the first")
-        blocked = start(asyncio.to_thread(asyncio.run, block()))
-        await until(waits.is_set)
-        gate.leave()
-        await gate.enter("the second")
-        await until(lambda: time.monotonic() > came_at + 0.5)
-        go_on.set()
+        async with standing_still(partial(gate.enter, "slow")) as (go_on, other):
+            gate.leave()
+            await gate.enter("the second")
+            await until(lambda: time.monotonic() > came_at + 0.5)
+            go_on.set()
 
-        with pytest.raises(DeadlineError, match="while the second has had the database"):
-            await blocked
+            [error] = await other.join()
+        assert isinstance(error, DeadlineError)
+        assert "while the second has had the database" in str(error)
         gate.leave()
         await asyncio.wait_for(gate.enter("the last"), PATIENCE)
         gate.leave()
