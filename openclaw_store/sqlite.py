@@ -444,7 +444,8 @@ class SQLite:
                     raise  # the copy may be all that is left of what the file was
                 except BaseException:
                     if copy is not None:
-                        copy.unlink()  # the file is still what it was
+                        with suppress(OSError):  # what went wrong first is to be told
+                            copy.unlink()  # the file is still what it was
                     raise
         self._empty_wal()
         return result

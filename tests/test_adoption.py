@@ -623,6 +623,28 @@ class TestCopy:
         await database.close()
         assert rejected(location) == []
 
+    async def test_adoption_that_fails_says_why_even_if_its_copy_cannot_be_removed(
+        self, location: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The error was the one of removing it."""
+        make_original(location).close()
+
+        def stay(path: Path, missing_ok: bool = False) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+        with monkeypatch.context() as broken:
+
+            def fail(*_: object) -> None:
+                broken.setattr(Path, "unlink", stay)
+                raise UnavailableError("by the way")
+
+            broken.setattr(SQLite, "_refuse_orphans", fail)
+            with pytest.raises(UnavailableError, match="by the way"):
+                await Database(location).initialize()
+
+        async with Database(location):
+            assert len(copies_of(location)) == 2
+
     @pytest.mark.parametrize(
         ("number", "error", "is_kept"),
         [(errno.ENOSPC, UnavailableError, False), (errno.EIO, OutcomeUnknownError, True)],
