@@ -492,7 +492,11 @@ def perform(run: Run) -> None:
                 _make_pass(run, book, noise, plan)
                 done += len(plan)
             steps = len(MANNERS) * sum(book.steps.values())
-            run.notes["steps reached"] = f"{len(book.cancelled):,} of about {steps:,}"
+            run.notes["cancelled"] = f"at {len(book.cancelled):,} of about {steps:,} steps"
+            swept = sum(book.sweeps(pair) > 0 for pair in product(CALLS, MANNERS))
+            run.notes["tried at all steps"] = (
+                f"{swept} of {len(CALLS) * len(MANNERS)} calls and ways"
+            )
             run.notes["slowest next write"] = f"{book.slowest:.3f} s"
             if done == run.rounds or (run.bug and run.findings):
                 break
