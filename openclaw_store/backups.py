@@ -44,8 +44,8 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         InvalidDataError: If `target` exists and is not to be overwritten.
         UnavailableError: If it cannot be written there.
     """
-    if os.path.exists(target) and not overwrite:
-        raise _exists(target)
+    if not overwrite:
+        _refuse_existing(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,9 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
             os.fsync(file.fileno())
         for ending in besides:  # of the old one; they would be read into the new one
             target.with_name(target.name + ending).unlink(missing_ok=True)
-        if overwrite:
-            partial.replace(target)
-        else:
-            _name(partial, target)
+        if not overwrite:  # somebody may have made it meanwhile
+            _refuse_existing(target)
+        partial.replace(target)
         try:
             _sync_folder(target.parent)
         except OSError as error:
@@ -78,20 +77,11 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
                 partial.with_name(partial.name + ending).unlink()
 
 
-def _name(partial: Path, target: Path) -> None:
-    """Rename it, unless somebody else has taken the name meanwhile."""
-    try:
-        os.link(partial, target)
-    except FileExistsError:
-        raise _exists(target) from None
-    except OSError:  # the file system has no such links
-        partial.replace(target)
-
-
-def _exists(target: Path) -> InvalidDataError:
-    return InvalidDataError(
-        "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
-    )
+def _refuse_existing(target: Path) -> None:
+    if os.path.exists(target):
+        raise InvalidDataError(
+            "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
+        )
 
 
 def unused_name(path: Path, ending: str) -> Path:
