@@ -295,8 +295,8 @@ class _Connector:
     async def connect(self, *arguments: Any, **options: Any) -> Any:
         """Connect to the end, even when the caller is cancelled meanwhile.
 
-        Where the driver is stopped half-way, it may leave a connection that nobody closes; so it
-        is, if a server lets it wait: others wait for the caller.
+        Where the driver is stopped half-way, it may leave a connection that nobody closes. It is
+        stopped all the same if a server lets it wait, as others wait for the caller.
         """
         try:
             return await finish(
