@@ -104,12 +104,12 @@ class InThread:
 
 
 async def end_while_closing(
-    connection: Any, *, is_limit: bool, go_on: Callable[[], object] = lambda: None
+    connection: Any, *, is_limit: bool, go_on: threading.Event | None = None
 ) -> None:
     """A caller who closes a connection is cancelled, or its time is over: first it is closed.
 
     Args:
-        go_on: Lets it be closed, a moment later.
+        go_on: Until it is set, the connection cannot be closed, which the caller waits for.
     """
     closed: list[bool] = []
     limits: list[asyncio.Timeout] = []
@@ -128,7 +128,9 @@ async def end_while_closing(
     else:
         caller.cancel()
     await asyncio.sleep(0.01)
-    go_on()
+    if go_on is not None:
+        assert not caller.done()
+        go_on.set()
     await asyncio.wait([caller], timeout=PATIENCE)
 
     assert closed == [True]

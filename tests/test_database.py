@@ -2127,7 +2127,7 @@ class TestCancelledCallers:
         go_on = threading.Event()
         connection._tx.put_nowait((None, go_on.wait))
 
-        await end_while_closing(connection, is_limit=is_limit, go_on=go_on.set)
+        await end_while_closing(connection, is_limit=is_limit, go_on=go_on)
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database

@@ -356,7 +356,7 @@ finished, done = os.pipe()
 def start(name):
     child = os.fork()
     if child == 0:
-        faulthandler.dump_traceback_later(240, exit=True)
+        faulthandler.dump_traceback_later(540, exit=True)
         asyncio.run(main(name, sys.argv[1], finished, done))
         os._exit(0)
     return child

@@ -340,32 +340,13 @@ class TestSilence:
 
             await until(lambda: follower.version == 2)
 
-    async def test_caller_cancelled_while_it_takes_the_lock_holds_up_nobody(
-        self, proxy: Proxy, make_task: MakeTask
+    @pytest.mark.parametrize(
+        "words", [b"UPDATE counters", b"application_name"], ids=["takes the lock", "connects"]
+    )
+    async def test_caller_cancelled_while_its_transaction_begins_holds_up_nobody(
+        self, proxy: Proxy, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, words: bytes
     ) -> None:
-        """Its connection was asked to roll back, and others waited until that was hopeless."""
-
-        async def take() -> None:
-            async with database.transaction():
-                raise AssertionError("it has the lock")
-
-        async with Database(proxy.url, timeout=PATIENCE) as database:
-            await TaskRepository(database).create(make_task())
-            proxy.swallow_from(b"UPDATE counters")
-            caller = asyncio.create_task(take())
-            await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
-            proxy.forward()
-
-            with within(PATIENCE / 2):
-                caller.cancel()
-                await asyncio.wait([caller])
-                await TaskRepository(database).create(make_task())
-            assert caller.cancelled()
-
-    async def test_caller_cancelled_while_connecting_does_not_keep_the_others_waiting(
-        self, proxy: Proxy, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Those behind its transaction waited until that was hopeless."""
+        """Others waited until that was hopeless: it was asked to roll back, or still connected."""
         monkeypatch.setattr(postgresql, "_UNWANTED_SECONDS", 0.2)
 
         async def take() -> None:
@@ -374,7 +355,7 @@ class TestSilence:
 
         async with Database(proxy.url, timeout=PATIENCE) as database:
             await TaskRepository(database).create(make_task())
-            proxy.swallow_from(b"application_name")
+            proxy.swallow_from(words)
             caller = asyncio.create_task(take())
             await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
             proxy.forward()
