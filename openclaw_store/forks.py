@@ -1,15 +1,18 @@
 """What a forked child has inherited from its parent, and must leave alone.
 
 SQLite does not stand a fork: it keeps the locks of a process in memory, where a child finds those
-that only its parent has.
+that only its parent has. And where another thread was inside SQLite at the fork, with a lock of it,
+there is nobody in the child who gives that back.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import suppress
+import sqlite3
+from contextlib import closing, suppress
 from pathlib import Path
+from threading import Lock, Thread
 from weakref import WeakKeyDictionary
 
 _opened: WeakKeyDictionary[object, str | Path] = WeakKeyDictionary()
@@ -17,6 +20,13 @@ _opened: WeakKeyDictionary[object, str | Path] = WeakKeyDictionary()
 
 _inherited: set[tuple[int, int]] = set()
 """The files that were open in the process that this one was forked from."""
+
+_TRIAL_SECONDS = 0.75
+
+_trial: Thread | None = None
+"""Tries SQLite in a forked child, until that was seen to work."""
+
+_lock = Lock()
 
 
 def opened(connection: object, path: str | Path) -> None:
@@ -36,6 +46,29 @@ def is_inherited(path: str | Path) -> bool:
     return False
 
 
+def does_sqlite_work() -> bool:
+    """Whether SQLite can be used in this process; blocks the thread for a while to say no."""
+    global _trial
+    trial = _trial
+    if trial is None:
+        return True
+    with _lock:
+        if trial.ident is None:
+            trial.start()
+    trial.join(_TRIAL_SECONDS)
+    if trial.is_alive():
+        return False
+    _trial = None
+    return True
+
+
+def _try_sqlite() -> None:
+    """Need each lock that all connections share; wait for ever if one of them is not given back."""
+    # An empty file is an empty database. Where there is none, its looking for one will do.
+    with suppress(sqlite3.Error), closing(sqlite3.connect(os.devnull)) as connection:
+        connection.execute("SELECT random(), count(*) FROM sqlite_master")
+
+
 def identity(path: str | Path) -> tuple[int, int]:
     """Which file it is, by device and number, whatever it is called; there must be one."""
     found = os.stat(path)
@@ -43,6 +76,8 @@ def identity(path: str | Path) -> tuple[int, int]:
 
 
 def _inherit() -> None:
+    global _trial, _lock
+    _trial, _lock = Thread(target=_try_sqlite, daemon=True), Lock()
     for connection, path in list(_opened.items()):
         with suppress(OSError):
             _inherited.add(identity(path))

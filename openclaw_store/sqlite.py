@@ -605,7 +605,7 @@ class SQLite:
         return sum(file.stat().st_size for file in files if file.exists())
 
     def _refuse_inherited(self) -> None:
-        """Refuse a file that was open when this process was forked.
+        """Refuse a file that was open when this process was forked, or any if SQLite hangs since.
 
         SQLite keeps a process's locks in its memory, so here it would go by locks that only the
         parent has: when that closed the file, what is written here would be lost.
@@ -614,6 +614,11 @@ class SQLite:
             raise UnavailableError(
                 f"{self.path} was open when this process was forked, and SQLite does not stand "
                 "that: start the process by spawn, or fork before the file is opened"
+            )
+        if not forks.does_sqlite_work():
+            raise UnavailableError(
+                "another thread was using SQLite when this process was forked, which now waits: "
+                "start the process by spawn, or fork before a file is opened"
             )
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:

@@ -1921,6 +1921,52 @@ connection.close()
         assert execute(location, "PRAGMA integrity_check") == [("ok",)]
         assert execute(location, "SELECT count(*) FROM texts") == [(18,)]
 
+    FORK_WITH_A_LOCK = """
+import _sqlite3, asyncio, ctypes, os, signal, sys, warnings
+from openclaw_store import *
+
+async def use(path):
+    try:
+        async with StateManager(Database(path)) as manager:
+            await manager.add_task(Task.create(TaskType.BATCH, "t"))
+        return "works"
+    except UnavailableError as error:
+        return str(error).partition(":")[0]
+
+sqlite = ctypes.CDLL(_sqlite3.__file__)
+sqlite.sqlite3_mutex_alloc.restype = ctypes.c_void_p
+sqlite.sqlite3_mutex_enter.argtypes = sqlite.sqlite3_mutex_leave.argtypes = [ctypes.c_void_p]
+warnings.simplefilter("ignore", DeprecationWarning)  # as above
+for number in range(2, 14):  # those of SQLITE_MUTEX_STATIC_...
+    lock = sqlite.sqlite3_mutex_alloc(number)
+    sqlite.sqlite3_mutex_enter(lock)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            print(number, asyncio.run(use(sys.argv[1] + ".child")), flush=True)
+        finally:
+            os._exit(0)
+    sqlite.sqlite3_mutex_leave(lock)
+    os.waitpid(child, 0)
+print(asyncio.run(use(sys.argv[1])))
+"""
+
+    @pytest.mark.sqlite
+    def test_forked_child_waits_for_no_lock_that_a_thread_of_its_parent_had(
+        self, location: Location
+    ) -> None:
+        """It waited for ever, where another thread was in SQLite at the moment of the fork."""
+        (ended,) = run_scripts((self.FORK_WITH_A_LOCK, [location]))
+
+        *children, parent = ended.out
+        outcomes = dict(line.split(maxsplit=1) for line in children)
+        refused = "another thread was using SQLite when this process was forked, which now waits"
+        assert (ended.code, ended.err, parent) == (0, "", "works")
+        assert list(outcomes) == [str(number) for number in range(2, 14)]
+        assert outcomes["11"] == refused  # it is for opening files
+        assert {*outcomes.values()} == {"works", refused}
+
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(
         self, endings: dict[str, tuple[Location, Ended]], ending: str
