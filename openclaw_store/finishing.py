@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -39,20 +39,20 @@ async def finish(
     raise cancelled
 
 
-async def cancelled_once(work: Awaitable[Result]) -> Result:
+async def cancelled_once(work: Coroutine[Any, Any, Result]) -> Result:
     """Do `work`, which is cancelled with its caller, but not again while it cleans up behind it."""
-    future = asyncio.ensure_future(work)
+    task = asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
-    while not future.done():
+    while not task.done():
         try:
-            await asyncio.wait([future])
+            await asyncio.wait([task])
         except asyncio.CancelledError as error:
-            if cancelled is None:
-                future.cancel()
+            if not task.cancelling():  # else `asyncio.run` has, at its end
+                task.cancel()
             cancelled = error
     if cancelled is None:
-        return future.result()
-    ended_badly(future)
+        return task.result()
+    ended_badly(task)
     raise cancelled
 
 

@@ -111,6 +111,15 @@ class _DriverConnection(aiosqlite.Connection):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._process = os.getpid()
+        self._stopping: asyncio.Future[Any] | None = None
+
+    async def _connect(self) -> aiosqlite.Connection:
+        try:
+            return await super()._connect()
+        except BaseException:
+            # It was stopped. Nobody but us waits for that, and the event loop may end with us.
+            await _answered(self._stopping)
+            raise
 
     async def rollback(self) -> None:
         # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
@@ -118,23 +127,29 @@ class _DriverConnection(aiosqlite.Connection):
         self._tx.put_nowait((None, self._conn.rollback))
 
     async def close(self) -> None:
-        cancelled = False
-        closing = self.stop()
-        while closing is not None and not closing.done():
-            try:
-                await asyncio.wait([closing])
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            cancel_once_more()
-        if closing is not None:
-            closing.result()
+        await _answered(self.stop())
 
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
         # closing. The thread ends then, and whoever asks it once more would wait for ever.
-        is_own = self._process == os.getpid()
-        return super().stop() if self._running and is_own else None
+        if not self._running or self._process != os.getpid():
+            return None
+        self._stopping = super().stop()
+        return self._stopping
+
+
+async def _answered(stopping: asyncio.Future[Any] | None) -> None:
+    """Wait till a connection has stopped; a cancellation meanwhile goes on afterwards."""
+    cancelled = False
+    while stopping is not None and not stopping.done():
+        try:
+            await asyncio.wait([stopping])
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        cancel_once_more()
+    if stopping is not None:
+        stopping.result()
 
 
 def _connect(path: str, **options: Any) -> _DriverConnection:

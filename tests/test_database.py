@@ -43,6 +43,7 @@ from conftest import (
     new_location,
     shown,
     start,
+    until,
 )
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -2174,6 +2175,58 @@ class TestCancelledCallers:
         connection._tx.put_nowait((None, go_on.wait))
 
         await end_while_closing(connection, is_limit=is_limit, go_on=go_on)
+
+    async def test_caller_who_opens_a_file_is_cancelled_when_it_is_closed_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else the thread that opens it complains that nobody is there, as after `asyncio.run`."""
+        is_opening, go_on = threading.Event(), threading.Event()
+
+        def open_late(*arguments: Any, **options: Any) -> sqlite3.Connection:
+            is_opening.set()
+            go_on.wait(PATIENCE)
+            return connect(*arguments, **options)
+
+        connect: Callable[..., sqlite3.Connection] = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", open_late)
+        connection = sqlite._connect(str(tmp_path / "cluster.db"))
+
+        async def open_it() -> None:
+            await connection
+
+        opening = start(open_it())
+        await until(is_opening.is_set)
+        for _ in range(2):
+            opening.cancel()
+            await asyncio.sleep(0)
+        assert not opening.done()
+        go_on.set()
+        await asyncio.wait([opening], timeout=PATIENCE)
+
+        assert opening.cancelled()
+        await until(lambda: not connection._thread.is_alive())
+
+    async def test_all_tasks_are_cancelled_at_once_and_none_is_left(
+        self, database: Database, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As `asyncio.run` does it when it ends: what closed a connection was left behind then."""
+
+        async def work() -> None:
+            async with database.transaction() as session:
+                await count_tasks(session)
+
+        for steps in range(40):
+            working = start(work())
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert working.done()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+        gc.collect()
+        assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
 
     async def test_read_goes_on_without_its_caller_and_keeps_its_connection(
         self, database: Database
