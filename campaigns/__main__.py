@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no campaign {unknown[0]!r}: choose from all, {', '.join(by_name)}")
     if options.bug and options.report:
         parser.error("a run with a bug is no result: leave --report away")
+    for name in names:
+        if options.database not in (None, *by_name[name].kinds) and options.names != ["all"]:
+            parser.error(f"{name} is for {' and '.join(by_name[name].kinds)} alone")
     for name in names if options.bug else ():
         if options.bug not in (known := {**by_name[name].bugs, **by_name[name].slow_bugs}):
             parser.error(f"{name} cannot find {options.bug}, but {', '.join(known) or 'no bug'}")

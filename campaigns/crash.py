@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from campaigns.beside import wait_until_alone
 from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
-from campaigns.workers import Blow, Worker, strike_again_and_again
+from campaigns.workers import Blow, Worker, judge_openings, strike_again_and_again
 
 KILLS_A_DATABASE = 20
 """Then a new one is begun, since checking takes the longer, the more there is."""
@@ -18,9 +18,11 @@ KILLS_A_DATABASE = 20
 
 def perform(run: Run) -> None:
     """Do so many kills."""
+    seconds: list[float] = []
     for kills in run.parts(KILLS_A_DATABASE):
         with run.location() as location:
-            strike_again_and_again(run, location, _blows(run, location, kills))
+            seconds += strike_again_and_again(run, location, _blows(run, location, kills))
+    judge_openings(run, seconds)
 
 
 def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from campaigns.campaign import SQLITE, Campaign, Run
-from campaigns.workers import Blow, Worker, strike_again_and_again
+from campaigns.workers import Blow, Worker, judge_openings, strike_again_and_again
 from openclaw_store.testing import create_database
 
 CUTS_A_DISK = 20
@@ -82,11 +82,13 @@ def new_disk(folder: Path) -> Iterator[Disk]:
 
 def perform(run: Run) -> None:
     """Cut the power so many times."""
+    seconds: list[float] = []
     for cuts in run.parts(CUTS_A_DISK):
         with new_disk(run.folder) as disk:
             location = disk.folder / "cluster.db"
             create_database(location)
-            strike_again_and_again(run, location, [_cut_of(disk)] * cuts)
+            seconds += strike_again_and_again(run, location, [_cut_of(disk)] * cuts)
+    judge_openings(run, seconds)
 
 
 def _cut_of(disk: Disk) -> Blow:
@@ -130,8 +132,9 @@ CAMPAIGN = Campaign(
     promises=("P1", "P2", "P5"),
     perform=perform,
     rounds=200,
-    quick_rounds=0,
+    quick_rounds=2,
     unit="cuts",
     kinds=(SQLITE,),
+    bugs={"synchronous-off": "lost: task"},
     why_not=why_not,
 )

@@ -88,9 +88,9 @@ def test_planted_bug_is_found(
 
 
 def test_each_bug_is_one_that_a_campaign_finds() -> None:
-    to_be_found = [bug for campaign in CAMPAIGNS for bug in {*campaign.bugs, *campaign.slow_bugs}]
+    to_be_found = {bug for campaign in CAMPAIGNS for bug in {*campaign.bugs, *campaign.slow_bugs}}
 
-    assert sorted(to_be_found) == sorted(BUGS)
+    assert to_be_found == {*BUGS}
 
 
 class TestCommand:
@@ -134,6 +134,14 @@ class TestCommand:
             main(["cuont"])
 
         assert "no campaign 'cuont': choose from all, count, never" in capsys.readouterr().err
+
+    def test_other_kind_of_database_is_wrong_usage(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["count", "--database", "postgresql"])
+
+        assert "count is for sqlite alone" in capsys.readouterr().err
 
     def test_run_says_what_was_counted(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["count", "--seed", "7"]) == 0
