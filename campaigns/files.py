@@ -58,8 +58,6 @@ COMMITS = 12
 
 _WAL_HEADER, _FRAME_HEADER = 32, 24
 
-_WRITES = frozenset({"write", "pwrite", "pwrite64"})
-
 
 _KEEP_LOCKED = """
 import sqlite3, sys
@@ -98,7 +96,7 @@ class FailingDisk:
         sizes = {str(file): file.stat().st_size for file in path.parent.iterdir()}
 
         def refuse(call: vfs.SystemCall) -> int:
-            grows = call.name in _WRITES or call.name == "ftruncate"
+            grows = call.name in vfs.WRITES or call.name == "ftruncate"
             is_over = call.offset + call.size > sizes.get(call.path, 0)
             return errno.ENOSPC if grows and is_over else 0
 
@@ -110,7 +108,7 @@ class FailingDisk:
         """The file system was turned read-only, as Linux does when a disk fails."""
 
         def refuse(call: vfs.SystemCall) -> int:
-            writes = call.name in _WRITES or call.name in ("ftruncate", "unlink")
+            writes = call.name in vfs.WRITES or call.name in ("ftruncate", "unlink")
             opens = call.name == "open" and call.offset & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             return errno.EROFS if writes or opens else 0
 
@@ -277,6 +275,8 @@ class _Files:
         self._has_small_disk = may_need_root
         if may_need_root or os.geteuid():
             self._openings[self._unwritable] = 1
+        if not run.is_quick and os.geteuid():
+            run.notes["left out"] = "small disk full, which needs root"
         self._seen: Counter[str] = Counter()
 
     def perform(self) -> None:

@@ -149,7 +149,7 @@ CAMPAIGN = Campaign(
     perform=perform,
     rounds=1000,
     quick_rounds=5,
-    unit="hundreds of calls",
+    unit="× 100 calls",
     bugs={
         "no-version-in-where": "name='update'",
         "claimed-twice": "no order explains claim",

@@ -548,13 +548,11 @@ def _plain(value: Any) -> Any:
 
 
 _short = reprlib.Repr()
-_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxstring, _short.maxother = (
-    3,
-    30,
-    8,
-    60,
-    300,
-)
+_short.maxlevel = 3
+_short.maxdict = 30
+_short.maxlist = 8
+_short.maxstring = 60
+_short.maxother = 300
 
 
 def _shown(value: Any) -> str:

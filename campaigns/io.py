@@ -33,11 +33,10 @@ from campaigns.trial import abandoning, checkpointing, look_at_files, outcome_of
 from openclaw_store import OutcomeUnknownError
 
 _READS = frozenset({"read", "pread", "pread64"})
-_WRITES = frozenset({"write", "pwrite", "pwrite64"})
 
 FITTING = {
-    errno.EIO: _READS | _WRITES | {"ftruncate", "fstat", "unlink", "mmap", "replace", vfs.SYNC},
-    errno.ENOSPC: _WRITES | {"ftruncate", "replace", vfs.SYNC},
+    errno.EIO: _READS | vfs.WRITES | {"ftruncate", "fstat", "unlink", "mmap", "replace", vfs.SYNC},
+    errno.ENOSPC: vfs.WRITES | {"ftruncate", "replace", vfs.SYNC},
     errno.EMFILE: frozenset({"open", vfs.OPEN_FOLDER}),
 }
 """The system calls that fail with an error."""

@@ -27,7 +27,7 @@ from campaigns.campaign import SQLITE, Campaign, Run
 from campaigns.load import make_nodes, open_store, write
 from campaigns.planted import planted
 from campaigns.trial import checkpointing
-from campaigns.vfs import SYNC, SystemCall, hooked, why_not
+from campaigns.vfs import SYNC, WRITES, SystemCall, hooked, why_not
 
 CALLS_A_RECORD = 400
 CUTS_A_RECORD = 50
@@ -153,7 +153,7 @@ async def _record(location: Path, seed: int) -> Sequence[Event]:
             events.append(Sync(path))
         elif call.name == "ftruncate":
             events.append(Truncation(path, call.offset))
-        elif call.name in ("write", "pwrite", "pwrite64"):
+        elif call.name in WRITES:
             events.append(Write(path, call.offset, call.data))
         return 0
 

@@ -227,7 +227,7 @@ def _compare(run: Run, what: str, found: Contents, expected: Contents) -> None:
 
 CAMPAIGN = Campaign(
     name="migration",
-    title="a database full of rows is upgraded, downgraded and adopted, and that is killed",
+    title="migrations of a full database are killed at any moment, and run by two at once",
     promises=("P2", "P9"),
     perform=perform,
     rounds=50,

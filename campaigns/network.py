@@ -491,7 +491,7 @@ async def holds(condition: Callable[[], bool]) -> bool:
 
 CAMPAIGN = Campaign(
     name="network",
-    title="the network to the server resets, swallows, halves, holds or delays what is said",
+    title="connections to the server are reset, cut, stalled or slowed, also during a commit",
     promises=("P1", "P2", "P3", "P4", "P5", "P6", "P7"),
     perform=perform,
     rounds=1000,

@@ -21,6 +21,9 @@ from typing import Any
 SYNC, OPEN_FOLDER = "sync", "openDirectory"
 """A file is put on the disk; the folder of a file is, for which alone SQLite opens it."""
 
+WRITES = frozenset({"write", "pwrite", "pwrite64"})
+"""The calls that write, of which a system has one or two."""
+
 
 @dataclass(frozen=True, slots=True)
 class SystemCall:
