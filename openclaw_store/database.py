@@ -229,8 +229,11 @@ class Database:
     async def _reading(self) -> AsyncIterator[AsyncSession]:
         sessions = self._engines_here().sessions
         with self._backend.faults.translated(own=False, reading=True):
-            async with sessions() as session:
+            session = sessions()
+            try:
                 yield session
+            finally:
+                await finish(session.close())
 
     @asynccontextmanager
     async def transaction(self, *, timeout: float | None = None) -> AsyncIterator[AsyncSession]:

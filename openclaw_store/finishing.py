@@ -23,6 +23,9 @@ async def finish(
         seconds: How long it may go on then, before it is cancelled after all.
     """
     future = asyncio.ensure_future(work)
+    if isinstance(future, asyncio.Task):
+        # When it ends, `asyncio.run` cancels all tasks that it knows: who waits here will do.
+        asyncio.tasks._unregister_task(future)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:

@@ -64,9 +64,11 @@ def does_sqlite_work() -> bool:
 
 def _try_sqlite() -> None:
     """Need each lock that all connections share; wait for ever if one of them is not given back."""
-    # An empty file is an empty database. Where there is none, its looking for one will do.
-    with suppress(sqlite3.Error), closing(sqlite3.connect(os.devnull)) as connection:
-        connection.execute("SELECT random(), count(*) FROM sqlite_master")
+    with suppress(sqlite3.Error):  # an empty file is an empty database
+        nothing = sqlite3.connect(f"file:{os.devnull}?mode=ro", uri=True, timeout=0)
+        with closing(nothing):
+            nothing.execute("SELECT random()")
+            nothing.execute("SELECT count(*) FROM sqlite_master")
 
 
 def identity(path: str | Path) -> tuple[int, int]:

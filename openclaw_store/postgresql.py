@@ -298,12 +298,9 @@ class _Connector:
         Where the driver is stopped half-way, it may leave a connection that nobody closes. It is
         stopped all the same if a server lets it wait, as others wait for the caller.
         """
-        connecting = asyncio.create_task(self._connect_to_any(*arguments, **options))
-        # `asyncio.run` cancels all tasks that it knows when it ends: the caller's will do.
-        asyncio.tasks._unregister_task(connecting)
         try:
             return await finish(
-                connecting,
+                self._connect_to_any(*arguments, **options),
                 unwanted=lambda made: made.terminate(),
                 seconds=_UNWANTED_SECONDS,
             )

@@ -60,6 +60,7 @@ def restore(
             f"then run: {_pg_restore(backend.location, source)}"
         )
     assert isinstance(backend, SQLite)
+    backend.refuse_inherited()
     target = backend.path
     if not source.is_file():
         raise UnavailableError(f"{source}: there is no such file: give the path of a backup")

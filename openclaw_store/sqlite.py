@@ -51,6 +51,9 @@ _PRAGMAS = (
 
 _READ_TIMEOUT_SECONDS = 30.0
 
+_UNWANTED_SECONDS = 1.0
+"""How long a caller who is cancelled waits for a file that is being opened for it."""
+
 _ALONE_SECONDS = 1.0
 """How long somebody may take who only looks at what is to be replaced."""
 
@@ -116,9 +119,10 @@ class _DriverConnection(aiosqlite.Connection):
     async def _connect(self) -> aiosqlite.Connection:
         try:
             return await super()._connect()
-        except BaseException:
-            # It was stopped. Nobody but us waits for that, and the event loop may end with us.
-            await _answered(self._stopping)
+        except asyncio.CancelledError:
+            if self._stopping is not None:
+                # Its thread has yet to answer to this event loop, which may end with the caller.
+                await asyncio.wait([self._stopping], timeout=_UNWANTED_SECONDS)
             raise
 
     async def rollback(self) -> None:
@@ -127,7 +131,17 @@ class _DriverConnection(aiosqlite.Connection):
         self._tx.put_nowait((None, self._conn.rollback))
 
     async def close(self) -> None:
-        await _answered(self.stop())
+        cancelled = False
+        closing = self.stop()
+        while closing is not None and not closing.done():
+            try:
+                await asyncio.wait([closing])
+            except asyncio.CancelledError:
+                cancelled = True
+        if cancelled:
+            cancel_once_more()
+        if closing is not None:
+            closing.result()
 
     def stop(self) -> asyncio.Future[Any] | None:
         # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
@@ -136,20 +150,6 @@ class _DriverConnection(aiosqlite.Connection):
             return None
         self._stopping = super().stop()
         return self._stopping
-
-
-async def _answered(stopping: asyncio.Future[Any] | None) -> None:
-    """Wait till a connection has stopped; a cancellation meanwhile goes on afterwards."""
-    cancelled = False
-    while stopping is not None and not stopping.done():
-        try:
-            await asyncio.wait([stopping])
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        cancel_once_more()
-    if stopping is not None:
-        stopping.result()
 
 
 def _connect(path: str, **options: Any) -> _DriverConnection:
@@ -406,7 +406,7 @@ class SQLite:
         """
         check_version()
         self._file = None  # a former try may have found another one
-        self._refuse_inherited()
+        self.refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
@@ -423,9 +423,26 @@ class SQLite:
             retrying(turn_on_wal, self._timeout)
         self._file = forks.identity(self.path)
 
+    def refuse_inherited(self) -> None:
+        """Refuse a file that was open when this process was forked, or any if SQLite hangs since.
+
+        SQLite keeps a process's locks in its memory, so here it would go by locks that only the
+        parent has: when that closed the file, what is written here would be lost.
+        """
+        if forks.is_inherited(self.path):
+            raise UnavailableError(
+                f"{self.path} was open when this process was forked, and SQLite does not stand "
+                "that: start the process by spawn, or fork before the file is opened"
+            )
+        if not forks.does_sqlite_work():
+            raise UnavailableError(
+                "SQLite does not answer in this process, as if a thread had used it when this was "
+                "forked: start the process by spawn, or fork before a file is opened, or try again"
+            )
+
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         """Do `work`, which reads, with a connection; blocks the thread."""
-        self._refuse_inherited()
+        self.refuse_inherited()
         engine = self._guarded(_reading_engine(self.path))
         with self.faults.translated(), engine.connect() as connection:
             return work(connection)
@@ -618,23 +635,6 @@ class SQLite:
         """Bytes on the disk, those of the WAL included."""
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
-
-    def _refuse_inherited(self) -> None:
-        """Refuse a file that was open when this process was forked, or any if SQLite hangs since.
-
-        SQLite keeps a process's locks in its memory, so here it would go by locks that only the
-        parent has: when that closed the file, what is written here would be lost.
-        """
-        if forks.is_inherited(self.path):
-            raise UnavailableError(
-                f"{self.path} was open when this process was forked, and SQLite does not stand "
-                "that: start the process by spawn, or fork before the file is opened"
-            )
-        if not forks.does_sqlite_work():
-            raise UnavailableError(
-                "another thread was using SQLite when this process was forked, which now waits: "
-                "start the process by spawn, or fork before a file is opened"
-            )
 
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
