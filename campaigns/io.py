@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import shutil
 from collections import Counter
@@ -217,6 +218,7 @@ class _Faults:
         with self.run.location() as path, checkpointing(batch[0].pages), abandoning(self.run):
             assert isinstance(path, Path)
             asyncio.run(self._call(batch, path, share))
+        gc.collect()  # which is off while there are hooks
         self._done = max(self._done, before + 1)  # whatever happens, it ends
 
     async def _call(self, batch: list[Sweep], path: Path, share: int) -> None:

@@ -24,7 +24,7 @@ async def finish(
     """
     future = asyncio.ensure_future(work)
     if isinstance(future, asyncio.Task):
-        # `asyncio.run` cancels all tasks that it knows when it ends; to cancel who waits here will do.
+        # `asyncio.run` cancels all tasks that it knows when it ends. To cancel us will do.
         asyncio.tasks._unregister_task(future)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
