@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -22,10 +22,7 @@ async def finish(
         unwanted: Is given the result that the cancelled caller does not take any more.
         seconds: How long it may go on then, before it is cancelled after all.
     """
-    future = asyncio.ensure_future(work)
-    if isinstance(future, asyncio.Task):
-        # `asyncio.run` cancels all tasks that it knows when it ends. To cancel us will do.
-        asyncio.tasks._unregister_task(future)
+    future = _begun(work)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -42,21 +39,29 @@ async def finish(
     raise cancelled
 
 
-async def cancelled_once(work: Coroutine[Any, Any, Result]) -> Result:
+async def cancelled_once(work: Awaitable[Result]) -> Result:
     """Do `work`, which is cancelled with its caller, but not again while it cleans up behind it."""
-    task = asyncio.create_task(work)
+    future = _begun(work)
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
+    while not future.done():
         try:
-            await asyncio.wait([task])
+            await asyncio.wait([future])
         except asyncio.CancelledError as error:
-            if not task.cancelling():  # else `asyncio.run` has, at its end
-                task.cancel()
+            if cancelled is None:
+                future.cancel()
             cancelled = error
     if cancelled is None:
-        return task.result()
-    ended_badly(task)
+        return future.result()
+    ended_badly(future)
     raise cancelled
+
+
+def _begun(work: Awaitable[Result]) -> asyncio.Future[Result]:
+    """Begin `work` in a task that only we cancel: at its end, `asyncio.run` cancels all others."""
+    future = asyncio.ensure_future(work)
+    if isinstance(future, asyncio.Task):
+        asyncio.tasks._unregister_task(future)
+    return future
 
 
 def cancel_once_more() -> None:
