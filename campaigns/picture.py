@@ -47,6 +47,15 @@ class Picture:
         revision: int = self.rows["counters"][1]["revision"]
         return revision
 
+    def differences(self, other: Picture) -> list[str]:
+        """The rows that another has differently, or not at all."""
+        return [
+            f"{table} {key}: {row} and {other.rows[table].get(key)}"
+            for table in self.rows
+            for key in sorted({*self.rows[table], *other.rows[table]})
+            if (row := self.rows[table].get(key)) != other.rows[table].get(key)
+        ]
+
     def flaws(self) -> list[str]:
         """What is wrong with the feed, or does not agree with it."""
         changes = self.rows["changes"]

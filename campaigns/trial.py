@@ -100,6 +100,8 @@ class Trial:
         self.run, self.path, self.store = run, path, store
         self._checker = checker
         self._file = file
+        self.tried = "nothing"
+        """The last call that was made, and what was in its way."""
 
     def picture(self) -> Picture:
         """What is in the database now."""
@@ -138,6 +140,7 @@ class Trial:
             may_litter: Whether half a backup may be left, as removing it may have failed, too.
             is_elsewhere: Whether nobody would find what is written during the trouble.
         """
+        self.tried = what
         made = await call.prepare(self.store)
         if cold:
             await self._close_connections()
@@ -286,13 +289,13 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
         raise
     finally:
         os.close(file)
-    look_at_files(run, path, last)
+    look_at_files(run, path, last, f"in the end, after {trial.tried}")
     async with Database(path) as reopened:
         found = await verify(reopened)
         run.check(bool(found), f"verify found {found.problems}")
 
 
-def look_at_files(run: Run, path: Path, last: Picture, what: str = "in the end") -> None:
+def look_at_files(run: Run, path: Path, last: Picture, what: str) -> None:
     """See that a database that nobody has open any more is sound, and holds what it did."""
     if _open_files(path):
         gc.collect()  # `vfs.hooked` has put it off
@@ -301,12 +304,12 @@ def look_at_files(run: Run, path: Path, last: Picture, what: str = "in the end")
     for flaw in damage(path):
         run.wrong(f"{what}: {path.name} is damaged: {flaw}")
     try:
-        is_whole = picture(path) == last
+        lost = last.differences(picture(path))
     except sqlite3.OperationalError as error:  # it lacks a table
         run.wrong(f"{what}: {error}")
     else:
-        if not is_whole:
-            run.lost(f"{what}: the database does not hold what it did")
+        if lost:
+            run.lost(f"{what}: the database does not hold what it did: {lost[:5]}")
 
 
 def _open_files(path: Path) -> list[str]:

@@ -113,7 +113,7 @@ class Mirror:
         self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
-        self._flushing = asyncio.Lock()  # by the timer
+        self._flushing = asyncio.Lock()  # heartbeats are written by one caller at a time
         self._loop: asyncio.AbstractEventLoop | None = None  # set while it follows
         self._wakeups: Wakeups | None = None
         self._outdated = asyncio.Event()  # others have committed what is not in memory yet
@@ -415,10 +415,11 @@ class Mirror:
         return True
 
     async def flush_beats(self) -> None:
-        """Write the heartbeats that wait."""
-        ids = self.cache.waiting_beats()
-        for start in range(0, len(ids), HEARTBEATS_A_WRITE):
-            await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
+        """Write the heartbeats that wait, behind those of another flush, which may fail."""
+        async with self._flushing:
+            ids = self.cache.waiting_beats()
+            for start in range(0, len(ids), HEARTBEATS_A_WRITE):
+                await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
 
     async def _write_beats(self, node_ids: Sequence[str]) -> None:
         beats = self.cache.take_beats(node_ids)
@@ -444,11 +445,10 @@ class Mirror:
 
     def _flush_now(self) -> None:
         async def flush() -> None:
-            async with self._flushing:
-                try:
-                    await self.flush_beats()
-                except Exception:  # nobody waits for it, and the heartbeats for the next flush
-                    logger.exception("heartbeats could not be written; they are tried again")
+            try:
+                await self.flush_beats()
+            except Exception:  # nobody waits for it, and the heartbeats for the next flush
+                logger.exception("heartbeats could not be written; they are tried again")
 
         self._flush_timer = None
         self._flush = asyncio.get_running_loop().create_task(flush())

@@ -24,6 +24,7 @@ from conftest import (
     OpenManager,
     execute,
     locked,
+    start,
 )
 
 from openclaw_store import (
@@ -1136,6 +1137,34 @@ class TestHeartbeats:
         await manager.sync_to_database()
 
         assert len(written) == 1
+        await assert_mirrors_database(manager)
+
+    async def test_synchronisation_waits_for_those_that_are_on_their_way(
+        self, manager: StateManager, make_node: MakeNode
+    ) -> None:
+        """It said that they were written, and they were not yet."""
+        node = make_node()
+        await manager.add_node(node)
+        await manager.update_heartbeat(node.node_id, cpu_usage=50)
+        held, go_on = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            async with manager.db.transaction():
+                held.set()
+                await go_on.wait()
+
+        holding = start(hold())
+        await held.wait()
+        manager._mirror._flush_now()
+        await asyncio.sleep(0)
+        syncing = start(manager.sync_to_database())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not syncing.done()
+        go_on.set()
+        await syncing
+        await holding
+
         await assert_mirrors_database(manager)
 
     async def test_many_are_written_in_slices_between_which_others_write(
