@@ -58,6 +58,8 @@ async def cancelled_once(work: Awaitable[Result]) -> Result:
 
 def _begun(work: Awaitable[Result]) -> asyncio.Future[Result]:
     """Begin `work` in a task that only we cancel: at its end, `asyncio.run` cancels all others."""
+    if isinstance(work, asyncio.Future):
+        return work  # it was begun by others
     future = asyncio.ensure_future(work)
     if isinstance(future, asyncio.Task):
         asyncio.tasks._unregister_task(future)
