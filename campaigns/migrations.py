@@ -139,7 +139,7 @@ def downgrade_child(tell: Tell, location: str) -> None:
 def _work(tell: Tell, location: str, do: Callable[[str], None]) -> None:
     # Once connected, nothing is left to be imported that takes longer than the work itself.
     backend_of(location, _PATIENCE_SECONDS).inspect(lambda connection: None)
-    asyncio.run(Database(":memory:").initialize())
+    upgrade(":memory:")
     tell("begins")
     began = time.monotonic()
     do(location)

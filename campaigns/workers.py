@@ -73,6 +73,8 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
 
 def judge_openings(run: Run, seconds: Sequence[float]) -> None:
     """Note how long the store took to open, and check that it was mostly fast."""
+    if not seconds:  # it could never be opened, which was found before
+        return
     usual = median(seconds)
     run.notes["median reopening"] = f"{usual:.2f} s"
     run.notes["slowest reopening"] = f"{max(seconds):.2f} s"

@@ -22,6 +22,7 @@ _inherited: set[tuple[int, int]] = set()
 """The files that were open in the process that this one was forked from."""
 
 _TRIAL_SECONDS = 0.75
+"""How long it may take, so that whoever waits for it has an error within a second."""
 
 _trial: Thread | None = None
 """Tries SQLite in a forked child, until that was seen to work."""
