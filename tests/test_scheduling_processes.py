@@ -80,7 +80,7 @@ BEGIN, CHOSEN, CLAIMED, END = Gate(), Gate(CLAIMERS), Gate(CLAIMERS), Gate()
 
 class Worker:
     def __init__(self, name, store):
-        self.name, self.store = name, store
+        self.name, self.store, self.is_done = name, store, False
         # What was written to it survives the process.
         self.file = os.open(f"{FOLDER}/{name}.log", os.O_WRONLY | os.O_APPEND)
 
@@ -111,12 +111,12 @@ class Worker:
         await self.store.complete_task(task, result)
 
     async def send_heartbeats(self):
-        while True:
+        while not self.is_done:
             await self.store.update_heartbeat(self.name)
             await asyncio.sleep(0.1)
 
     async def recover(self):
-        while True:
+        while not self.is_done:  # cancelled, it could not tell whom it has found out
             for name in (await self.store.recover(SILENT_SECONDS)).offline_nodes:
                 self.note("offline", name)
             async with self.store.db.session() as session:
@@ -162,11 +162,10 @@ async def main(name, path):
         worker = {"guarded": Worker, "naive": Naive}[HOW](name, store)
         await BEGIN.go_through()
         async with asyncio.TaskGroup() as group:
-            chores = [group.create_task(worker.send_heartbeats()),
-                      group.create_task(worker.recover())]
+            group.create_task(worker.send_heartbeats())
+            group.create_task(worker.recover())
             await asyncio.gather(*[worker.work() for _ in range(CLAIMERS)])
-            for chore in chores:
-                chore.cancel()
+            worker.is_done = True
         await store.sync_to_database()
         worker.note("finished", os.getpid())
         await END.go_through()
