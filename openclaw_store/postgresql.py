@@ -21,7 +21,7 @@ from openclaw_store.backups import dump, written_aside
 from openclaw_store.errors import InvalidDataError, UnavailableError
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.finishing import cancel_once_more, finish
-from openclaw_store.round_trips import MAX_COMBINATIONS, WRITER_SETTINGS, Cursor, Writing
+from openclaw_store.round_trips import MAX_COMBINATIONS, WRITER_SETTINGS, Company, Cursor, Writing
 from openclaw_store.statements import CHANNEL
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,8 @@ class PostgreSQL:
         self._connector = _Connector()
         self._version = MINIMUM_VERSION  # at least
         self._synchronous_commit: str | None = None  # what the server has, for all we know
-        self.writers: set[int] = set()
-        """The server's processes that writers of this object are connected to."""
+        self.company = Company()
+        """What its connections know of each other."""
 
     def exists(self) -> bool:
         """`True`: it is found out when something connects to it."""
@@ -239,7 +239,7 @@ class PostgreSQL:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
-        return Writing(engine, self.faults, self.writers, self._limits(seconds, seconds))
+        return Writing(engine, self.faults, self.company, self._limits(seconds, seconds))
 
     def dispose(self) -> None:
         """Forget what all connections shared."""

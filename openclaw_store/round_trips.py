@@ -50,6 +50,16 @@ WRITER_SETTINGS = {
 }
 
 
+class Company:
+    """What the connections of one `PostgreSQL` know of each other."""
+
+    def __init__(self) -> None:
+        self.writers: set[int] = set()
+        """The server's processes that its writers are connected to."""
+        self.is_first = False
+        """Whether one of them listens, and all who listen besides have it known by a lock."""
+
+
 class Cursor(NothingKnown):
     """Speaks to the driver on behalf of a unit that has the write lock.
 
@@ -108,11 +118,17 @@ class WriterCursor(Cursor):
     lock_next = 0
     """How many transactions shall begin with the lock."""
 
-    def __init__(self, connection: Any, wait: Callable[[Coroutine[Any, Any, Any]], Any]) -> None:
+    def __init__(
+        self,
+        connection: Any,
+        wait: Callable[[Coroutine[Any, Any, Any]], Any],
+        company: Company,
+    ) -> None:
         super().__init__(connection, wait)
+        self._company = company
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
-        self._combinations: dict[tuple[str, ...], str] = {}
+        self._combinations: dict[tuple[object, ...], str] = {}
         self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
         self._known: dict[Any, Any] = {}  # other rows, as they were then
         self._learned: dict[Any, Any] = {}  # by this transaction
@@ -182,7 +198,7 @@ class WriterCursor(Cursor):
         statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
         if statement is None:
             self._send_kept()
-            statement = combined(guard, [], is_single=True)
+            statement = combined(guard, [], is_single=True, is_first=False)
         for _, rows in self._kept:
             values = rows[0] if is_single else map(array, zip(*rows, strict=True))
             parameters = [*parameters, *values]
@@ -219,11 +235,14 @@ class WriterCursor(Cursor):
 
     def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
         """One statement for several; `None` if it is not worth the server's time to plan it."""
-        combination = (guard, *writes, "a row" if is_single else "rows")
+        is_first = self._company.is_first
+        combination = (is_single, is_first, guard, *writes)
         if combination not in self._combinations:
             if len(self._combinations) == MAX_COMBINATIONS:
                 return None
-            self._combinations[combination] = combined(guard, writes, is_single=is_single)
+            self._combinations[combination] = combined(
+                guard, writes, is_single=is_single, is_first=is_first
+            )
         return self._combinations[combination]
 
     def _send_kept(self) -> None:
@@ -244,16 +263,16 @@ class Writing:
     Args:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
         faults: Tells what the driver's errors mean.
-        writers: Is told the server's process for this connection, while it is open.
+        company: Is told the server's process for this connection, while it is open.
         limits: SQL that has the server bound a transaction with the lock.
     """
 
     def __init__(
-        self, engine: AsyncEngine, faults: PostgreSQLFaults, writers: set[int], limits: str
+        self, engine: AsyncEngine, faults: PostgreSQLFaults, company: Company, limits: str
     ) -> None:
         self._faults = faults
         self._begin = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}; {limits}"
-        self._writers = writers
+        self._writers = company.writers
         self._loop = asyncio.new_event_loop()
         try:
             self._connection = self._wait(engine.connect())
@@ -262,9 +281,9 @@ class Writing:
             self._close_loop()
             raise
         self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait)
+        self.cursor = WriterCursor(self._driver, self._wait, company)
         self._process: int = self._driver.get_server_pid()
-        writers.add(self._process)
+        self._writers.add(self._process)
 
     def begin(self) -> None:
         """Begin a transaction, with the write lock if the cursor has asked for it."""

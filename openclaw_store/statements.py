@@ -72,6 +72,9 @@ _POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it 
 CHANNEL = "openclaw_store"
 """On which whoever commits to PostgreSQL notifies those who listen."""
 
+FIRST_LISTENER, OTHER_LISTENERS = 0x6F70656E636C6101, 0x6F70656E636C6102
+"""Advisory locks: of those who listen, the session of the first has one, all others share one."""
+
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
 _TASKS = table_of(Task)
@@ -509,12 +512,12 @@ _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
 _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 
 
-def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
+def combined(guard: str, writes: Sequence[str], *, is_single: bool, is_first: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Those who listen are told the counters when it is committed. Each statement sees the tables as
-    they were before. For single rows it takes values in place of arrays, with which both sides are
-    done sooner.
+    Those who listen are told the counters when it is committed; by the first of them, only if there
+    are others. Each statement sees the tables as they were before. For single rows it takes values
+    in place of arrays, with which both sides are done sooner.
     """
     parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
     places = len(_PLACE.findall(guard))
@@ -526,7 +529,10 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         if is_single:
             write = _ARRAY.sub(r"::\1", write)
         parts.append(f"write_{number} AS ({write})")
-    return f"WITH {', '.join(parts)} SELECT pg_notify('{CHANNEL}', counters) FROM guard"
+    told = f"pg_notify('{CHANNEL}', counters)::text"
+    if is_first:  # till it is committed, others wait before they listen, and then see it
+        told = f"CASE WHEN pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN '' ELSE {told} END"
+    return f"WITH {', '.join(parts)} SELECT {told} FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:

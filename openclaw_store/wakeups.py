@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Event, Thread
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from openclaw_store.backends import Backend
 from openclaw_store.postgresql import PostgreSQL
 from openclaw_store.sqlite import SQLite
-from openclaw_store.statements import CHANNEL
+from openclaw_store.statements import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ RETRY_SECONDS = 0.1, 5.0
 """Before a connection that was lost is made anew, at first and at most."""
 
 _COUNTERS = "SELECT revision, beat FROM counters"
+_BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
+_JOIN_OTHERS = f"SELECT pg_advisory_lock_shared({OTHER_LISTENERS})"
 
 
 class Wakeups(Protocol):
@@ -129,13 +132,14 @@ class Listening:
     async def _listen(self, engine: AsyncEngine) -> None:
         """Tell what is heard on a connection until it is lost."""
         heard = asyncio.Event()
+        company = self._database.company
         async with engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert driver is not None
             driver.add_termination_listener(lambda _: heard.set())
 
             def hear(_: object, process: int, __: object, counters: str) -> None:
-                if process in self._database.writers:  # it is known already
+                if process in company.writers:  # it is known already
                     return
                 told = counters.split()
                 if len(told) == 2 and all(map(str.isdecimal, told)):
@@ -143,15 +147,20 @@ class Listening:
                 else:  # whoever writes in a transaction of a session has them notified at once
                     heard.set()
 
+            is_first: bool = await driver.fetchval(_BE_FIRST)
+            if not is_first:
+                await driver.fetchval(_JOIN_OTHERS)
             await driver.add_listener(CHANNEL, hear)
-            while not driver.is_closed():
-                heard.clear()
-                self._tell(*await driver.fetchrow(_COUNTERS))
-                try:
-                    async with asyncio.timeout(ALIVE_SECONDS):
-                        await heard.wait()
-                except TimeoutError:
-                    continue
+            company.is_first = is_first  # then its writer notifies nobody while there are no others
+            try:
+                while not driver.is_closed():
+                    heard.clear()
+                    self._tell(*await driver.fetchrow(_COUNTERS))
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(ALIVE_SECONDS):
+                            await heard.wait()
+            finally:
+                company.is_first = False
 
 
 def wakeups_of(database: Backend, tell: Told) -> Wakeups:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -42,6 +42,9 @@ from openclaw_store import (
     wakeups,
 )
 from openclaw_store.operations import Compact, compact
+from openclaw_store.postgresql import PostgreSQL
+from openclaw_store.round_trips import Company
+from openclaw_store.statements import CHANNEL, OTHER_LISTENERS
 from openclaw_store.wakeups import LONGEST_SECONDS, UNREADABLE_SECONDS, wakeups_of
 from openclaw_store.writer import Unit
 
@@ -55,6 +58,19 @@ async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
             if len(found) == count:
                 return found
     return found
+
+
+def company_of(manager: StateManager) -> Company:
+    """What the connections of a manager to PostgreSQL know of each other."""
+    backend = manager.db._backend
+    assert isinstance(backend, PostgreSQL)
+    return backend.company
+
+
+def others_listen(location: Location) -> bool:
+    """Whether somebody listens besides the first one."""
+    locks = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
+    return (OTHER_LISTENERS & 0xFFFFFFFF,) in execute(location, locks)
 
 
 def complete(task: Task) -> None:
@@ -490,6 +506,64 @@ class TestWakeUps:
             await manager.add_task(make_task())
 
             await until(lambda: follower.version == 2)
+
+    @pytest.mark.postgresql
+    async def test_whoever_listens_alone_is_told_nothing_until_there_are_others(
+        self, database: Database, location: Location, make_task: MakeTask
+    ) -> None:
+        """To be told of each of its own commits would take as long as half the rest of them."""
+        told: list[str] = []
+        async with engine_of(location).connect() as connection, self.following(location) as alone:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await driver.add_listener(CHANNEL, lambda *heard: told.append(heard[-1]))
+            await until(lambda: company_of(alone).is_first)
+            await alone.add_tasks([make_task(), make_task()])
+            await alone.add_task(make_task())
+            await asyncio.sleep(0.1)
+            assert told == []
+
+            async with self.following(location) as other:
+                await until(lambda: others_listen(location))
+                await alone.add_task(make_task())
+                await until(lambda: other.version == 4)
+                await until(lambda: told == ["4 0"])
+
+            await until(lambda: not others_listen(location))
+            await alone.add_task(make_task())
+            await asyncio.sleep(0.1)
+            assert told == ["4 0"]
+
+    @pytest.mark.postgresql
+    async def test_those_who_listen_hear_each_other_when_the_first_has_gone(
+        self, database: Database, location: Location, make_task: MakeTask
+    ) -> None:
+        async with AsyncExitStack() as stack:
+            first_of_all = await stack.enter_async_context(self.following(location))
+            await until(lambda: company_of(first_of_all).is_first)
+            second = await stack.enter_async_context(self.following(location))
+            await until(lambda: others_listen(location))
+            await first_of_all.shutdown()
+            third = await stack.enter_async_context(self.following(location))
+            await until(lambda: company_of(third).is_first)
+
+            await second.add_task(make_task())
+            await until(lambda: third.version == 1)
+            await third.add_task(make_task())
+            await until(lambda: second.version == 2)
+
+            assert not company_of(second).is_first
+
+    @pytest.mark.postgresql
+    async def test_what_is_committed_while_somebody_begins_to_listen_is_seen(
+        self, database: Database, location: Location, make_task: MakeTask
+    ) -> None:
+        async with self.following(location) as alone:
+            await until(lambda: company_of(alone).is_first)
+            for number in range(20):
+                async with self.following(location) as other:
+                    tasks = [make_task() for _ in range(1 + number % 3)]
+                    await asyncio.gather(*map(alone.add_task, tasks))
+                    await until(lambda other=other: other.version == alone.version)  # type: ignore[misc]
 
     @pytest.mark.sqlite
     async def test_file_that_is_not_there_is_looked_for_less_and_less_often(
