@@ -56,8 +56,8 @@ class Company:
     def __init__(self) -> None:
         self.writers: set[int] = set()
         """The server's processes that its writers are connected to."""
-        self.is_first = False
-        """Whether one of them listens, and all who listen besides have it known by a lock."""
+        self.listener: int | None = None
+        """The lock of the one that listens, if that is the first of all who do; see `wakeups`."""
 
 
 class Cursor(NothingKnown):
@@ -128,7 +128,7 @@ class WriterCursor(Cursor):
         self._company = company
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
-        self._combinations: dict[tuple[object, ...], str] = {}
+        self._combinations: dict[tuple[str, ...], str] = {}
         self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
         self._known: dict[Any, Any] = {}  # other rows, as they were then
         self._learned: dict[Any, Any] = {}  # by this transaction
@@ -198,11 +198,11 @@ class WriterCursor(Cursor):
         statement = self._combine(guard, [sql for sql, _ in self._kept], is_single=is_single)
         if statement is None:
             self._send_kept()
-            statement = combined(guard, [], is_single=True, is_first=False)
+            statement = combined(guard, [], is_single=True)
         for _, rows in self._kept:
             values = rows[0] if is_single else map(array, zip(*rows, strict=True))
             parameters = [*parameters, *values]
-        if self._is_written(statement, parameters):
+        if self._is_written(statement, [*parameters, self._company.listener]):
             self._note()
         elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
@@ -235,14 +235,11 @@ class WriterCursor(Cursor):
 
     def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
         """One statement for several; `None` if it is not worth the server's time to plan it."""
-        is_first = self._company.is_first
-        combination = (is_single, is_first, guard, *writes)
+        combination = (guard, *writes, "a row" if is_single else "rows")
         if combination not in self._combinations:
             if len(self._combinations) == MAX_COMBINATIONS:
                 return None
-            self._combinations[combination] = combined(
-                guard, writes, is_single=is_single, is_first=is_first
-            )
+            self._combinations[combination] = combined(guard, writes, is_single=is_single)
         return self._combinations[combination]
 
     def _send_kept(self) -> None:

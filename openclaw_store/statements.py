@@ -73,7 +73,7 @@ CHANNEL = "openclaw_store"
 """On which whoever commits to PostgreSQL notifies those who listen."""
 
 FIRST_LISTENER, OTHER_LISTENERS = 0x6F70656E636C6101, 0x6F70656E636C6102
-"""Advisory locks: of those who listen, the session of the first has one, all others share one."""
+"""Advisory locks of those who listen: the first one has the former, all others share the latter."""
 
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
@@ -512,12 +512,13 @@ _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
 _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 
 
-def combined(guard: str, writes: Sequence[str], *, is_single: bool, is_first: bool) -> str:
+def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Those who listen are told the counters when it is committed; by the first of them, only if there
-    are others. Each statement sees the tables as they were before. For single rows it takes values
-    in place of arrays, with which both sides are done sooner.
+    Those who listen are told the counters when it is committed. The last parameter spares it that:
+    a lock, which somebody has who need not be told, if there is nobody else. Each statement sees
+    the tables as they were before. For single rows it takes values in place of arrays, with which
+    both sides are done sooner.
     """
     parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
     places = len(_PLACE.findall(guard))
@@ -529,9 +530,11 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool, is_first: bo
         if is_single:
             write = _ARRAY.sub(r"::\1", write)
         parts.append(f"write_{number} AS ({write})")
-    told = f"pg_notify('{CHANNEL}', counters)::text"
-    if is_first:  # till it is committed, others wait before they listen, and then see it
-        told = f"CASE WHEN pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN '' ELSE {told} END"
+    tell, lock = f"pg_notify('{CHANNEL}', counters)::text", f"${places + 1}::bigint"
+    # In this order: who becomes the first meanwhile waits for the one, and then sees the commit.
+    told = f"""CASE WHEN {lock} IS NULL THEN {tell}
+        WHEN NOT pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN {tell}
+        WHEN pg_try_advisory_xact_lock_shared({lock}) THEN {tell} ELSE '' END"""
     return f"WITH {', '.join(parts)} SELECT {told} FROM guard"
 
 

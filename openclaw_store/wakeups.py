@@ -3,12 +3,20 @@
 What is told here is only a hint, and may be missed: everything it leads to is read from the
 database, and found by the next synchronisation in any case. Who listens is told where the
 counters stand, on whatever thread; its own commits may be told, too.
+
+On PostgreSQL, a process that listens alone is not woken by its own commits, which would take as
+long again as half of the rest. All who listen share an advisory lock, but for the first. That one
+has another, and a third one, whose number its own process alone knows: its writer notifies only if
+somebody has the shared lock, or nobody has the third one any more. The server looks at them in the
+statement that writes. What it could take it keeps until the commit, and who begins to listen waits
+for that, and then reads the counters.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
@@ -40,8 +48,9 @@ RETRY_SECONDS = 0.1, 5.0
 """Before a connection that was lost is made anew, at first and at most."""
 
 _COUNTERS = "SELECT revision, beat FROM counters"
-_BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
 _JOIN_OTHERS = f"SELECT pg_advisory_lock_shared({OTHER_LISTENERS})"
+_BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
+_LEAVE_OTHERS = f"SELECT pg_advisory_lock($1), pg_advisory_unlock_shared({OTHER_LISTENERS})"
 
 
 class Wakeups(Protocol):
@@ -147,20 +156,23 @@ class Listening:
                 else:  # whoever writes in a transaction of a session has them notified at once
                     heard.set()
 
-            is_first: bool = await driver.fetchval(_BE_FIRST)
-            if not is_first:
-                await driver.fetchval(_JOIN_OTHERS)
+            await driver.fetchval(_JOIN_OTHERS)
             await driver.add_listener(CHANNEL, hear)
-            company.is_first = is_first  # then its writer notifies nobody while there are no others
+            is_first = False
             try:
                 while not driver.is_closed():
+                    if not is_first and await driver.fetchval(_BE_FIRST):
+                        lock = secrets.randbits(62)
+                        await driver.fetchval(_LEAVE_OTHERS, lock)
+                        is_first, company.listener = True, lock
                     heard.clear()
                     self._tell(*await driver.fetchrow(_COUNTERS))
                     with suppress(TimeoutError):
                         async with asyncio.timeout(ALIVE_SECONDS):
                             await heard.wait()
             finally:
-                company.is_first = False
+                if is_first:
+                    company.listener = None
 
 
 def wakeups_of(database: Backend, tell: Told) -> Wakeups:

@@ -60,17 +60,31 @@ async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
     return found
 
 
-def company_of(manager: StateManager) -> Company:
-    """What the connections of a manager to PostgreSQL know of each other."""
-    backend = manager.db._backend
-    assert isinstance(backend, PostgreSQL)
-    return backend.company
+def company_of(database: Database) -> Company:
+    """What the connections of a process to PostgreSQL know of each other."""
+    assert isinstance(database._backend, PostgreSQL)
+    return database._backend.company
 
 
-def others_listen(location: Location) -> bool:
-    """Whether somebody listens besides the first one."""
-    locks = "SELECT objid FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock'"
-    return (OTHER_LISTENERS & 0xFFFFFFFF,) in execute(location, locks)
+def locks(location: Location, number: int) -> list[str]:
+    """Modes in which an advisory lock is had, or waited for."""
+    rows = execute(
+        location,
+        "SELECT mode FROM pg_locks WHERE locktype = 'advisory' AND database ="
+        " (SELECT oid FROM pg_database WHERE datname = current_database())"
+        f" AND classid::bigint << 32 | objid::bigint = {number}",
+    )
+    return [mode for (mode,) in rows]
+
+
+@asynccontextmanager
+async def listening(location: Location) -> AsyncIterator[list[str]]:
+    """What is told to those who listen, whoever they are."""
+    told: list[str] = []
+    async with engine_of(location).connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+        await driver.add_listener(CHANNEL, lambda *heard: told.append(heard[-1]))
+        yield told
 
 
 def complete(task: Task) -> None:
@@ -509,61 +523,84 @@ class TestWakeUps:
 
     @pytest.mark.postgresql
     async def test_whoever_listens_alone_is_told_nothing_until_there_are_others(
-        self, database: Database, location: Location, make_task: MakeTask
+        self, manager: StateManager, location: Location, make_task: MakeTask
     ) -> None:
-        """To be told of each of its own commits would take as long as half the rest of them."""
-        told: list[str] = []
-        async with engine_of(location).connect() as connection, self.following(location) as alone:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
-            await driver.add_listener(CHANNEL, lambda *heard: told.append(heard[-1]))
-            await until(lambda: company_of(alone).is_first)
+        """To be told of each of its own commits would take as long as half of the rest."""
+        company = company_of(manager.db)
+        async with listening(location) as told, self.following(location) as alone:
+            await until(lambda: company_of(alone.db).listener)
+            await alone.add_task(make_task())
             await alone.add_tasks([make_task(), make_task()])
-            await alone.add_task(make_task())
-            await asyncio.sleep(0.1)
-            assert told == []
+            assert company.listener is None
+            await manager.add_task(make_task())  # nobody listens there
+            await until(lambda: told == ["4 0"])
 
-            async with self.following(location) as other:
-                await until(lambda: others_listen(location))
+            async with self.following(location):
+                await until(lambda: len(locks(location, OTHER_LISTENERS)) == 1)
                 await alone.add_task(make_task())
-                await until(lambda: other.version == 4)
-                await until(lambda: told == ["4 0"])
-
-            await until(lambda: not others_listen(location))
+                await until(lambda: told == ["4 0", "5 0"])
+            await until(lambda: not locks(location, OTHER_LISTENERS))
             await alone.add_task(make_task())
-            await asyncio.sleep(0.1)
-            assert told == ["4 0"]
+            execute(location, f"NOTIFY {CHANNEL}, 'end'")
+            await until(lambda: told == ["4 0", "5 0", "end"])
+        assert company_of(alone.db).listener is None
 
     @pytest.mark.postgresql
-    async def test_those_who_listen_hear_each_other_when_the_first_has_gone(
-        self, database: Database, location: Location, make_task: MakeTask
+    async def test_next_one_is_the_first_when_that_has_gone(
+        self,
+        database: Database,
+        location: Location,
+        make_task: MakeTask,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(wakeups, "ALIVE_SECONDS", 0.01)
         async with AsyncExitStack() as stack:
-            first_of_all = await stack.enter_async_context(self.following(location))
-            await until(lambda: company_of(first_of_all).is_first)
-            second = await stack.enter_async_context(self.following(location))
-            await until(lambda: others_listen(location))
-            await first_of_all.shutdown()
-            third = await stack.enter_async_context(self.following(location))
-            await until(lambda: company_of(third).is_first)
+            one, two, three = [
+                await stack.enter_async_context(self.following(location)) for _ in range(3)
+            ]
+            await until(lambda: company_of(one.db).listener)
+            await until(lambda: len(locks(location, OTHER_LISTENERS)) == 2)
+            await one.shutdown()
 
-            await second.add_task(make_task())
-            await until(lambda: third.version == 1)
-            await third.add_task(make_task())
-            await until(lambda: second.version == 2)
+            await until(lambda: company_of(two.db).listener or company_of(three.db).listener)
+            await two.add_task(make_task())
+            await until(lambda: three.version == 1)
+            await three.add_task(make_task())
+            await until(lambda: two.version == 2)
 
-            assert not company_of(second).is_first
+            assert None in (company_of(two.db).listener, company_of(three.db).listener)
 
     @pytest.mark.postgresql
-    async def test_what_is_committed_while_somebody_begins_to_listen_is_seen(
+    async def test_whose_listener_has_gone_unnoticed_tells_all(
         self, database: Database, location: Location, make_task: MakeTask
     ) -> None:
-        async with self.following(location) as alone:
-            await until(lambda: company_of(alone).is_first)
-            for number in range(20):
-                async with self.following(location) as other:
-                    tasks = [make_task() for _ in range(1 + number % 3)]
-                    await asyncio.gather(*map(alone.add_task, tasks))
-                    await until(lambda other=other: other.version == alone.version)  # type: ignore[misc]
+        """The server knows sooner than the client, and another one may be the first by now."""
+        tasks = TaskRepository(database)
+        company_of(database).listener = 4711
+        async with listening(location) as told, engine_of(location).connect() as connection:
+            await connection.exec_driver_sql("SELECT pg_advisory_lock(4711)")
+            await tasks.create(make_task())
+            await connection.exec_driver_sql("SELECT pg_advisory_unlock(4711)")
+            await tasks.create(make_task())
+
+            await until(lambda: told == ["2 0"])
+
+    @pytest.mark.postgresql
+    async def test_who_begins_to_listen_waits_for_a_commit_that_has_found_nobody(
+        self, database: Database, location: Location
+    ) -> None:
+        told: list[tuple[int, int]] = []
+        async with engine_of(location).begin() as connection:
+            await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1")
+            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
+            follower = database.follow(lambda *counters: told.append(counters))
+            await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
+            assert not told
+
+        await until(lambda: told)
+        await follower.stop()
+
+        assert told[0] == (0, 1)
 
     @pytest.mark.sqlite
     async def test_file_that_is_not_there_is_looked_for_less_and_less_often(
