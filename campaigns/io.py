@@ -4,6 +4,10 @@ A sweep is a public call in one state of the store. Without a fault, the system 
 that are made for it; each is a fault point. There it fails, once, or with all later ones that fit
 the error until the fault is released. What must hold afterwards is in `trial`. SQLite tests itself
 in the same way, see "I/O Error Testing" in https://sqlite.org/testing.html.
+
+One thing cannot hold. A page that cannot be written may be in the WAL already, byte for byte, by an
+earlier transaction; only a file system that needs room to overwrite can refuse that. With it the
+transaction is whole, while SQLite takes it for unfinished: it is there after a kill.
 """
 
 from __future__ import annotations
@@ -74,6 +78,8 @@ class Fault:
         """Those that were made while it was armed last, by name."""
         self.failed = 0
         """How many of them have failed."""
+        self.was_there = False
+        """Whether one of them was to write to the WAL what that holds already."""
         self._below: str | None = None
         self._point = Point(0, 0, is_sticky=False)
         self._fitting = 0
@@ -83,6 +89,7 @@ class Fault:
         """Have a call fail that is about a file in a folder; without a point, none."""
         self.seen.clear()
         self.failed = self._fitting = 0
+        self.was_there = False
         self._point = point or Point(0, 0, is_sticky=False)
         self._below = f"{folder}{os.sep}"
         try:
@@ -110,7 +117,16 @@ class Fault:
         if self._fitting < point.number or (self._fitting > point.number and not point.is_sticky):
             return 0
         self.failed += 1
+        self.was_there = self.was_there or _is_there(call)
         return point.error
+
+
+def _is_there(call: vfs.SystemCall) -> bool:
+    if call.name not in vfs.WRITES or not call.path.endswith("-wal"):
+        return False  # SQLite locks the database itself, and closing it would unlock it
+    with open(call.path, "rb") as file:
+        file.seek(call.offset)
+        return file.read(call.size) == call.data
 
 
 @dataclass
@@ -149,7 +165,7 @@ def perform(run: Run) -> None:
 class _Faults:
     def __init__(self, run: Run, fault: Fault) -> None:
         self.run, self.fault = run, fault
-        self._done = self._injected = 0
+        self._done = self._injected = self._excused = 0
         self._templates: dict[str, tuple[Path, Picture]] = {}  # what lives begin and end with
         self._numbers = count()
 
@@ -174,6 +190,7 @@ class _Faults:
         self.run.notes["sweeps"] = f"{len(begun)} of {len(sweeps)}, {finished} of them to the end"
         self.run.notes["fault points known"] = f"{points:,}"
         self.run.notes["faults injected"] = f"{self._injected:,}"
+        self.run.notes["on the disk before it was full"] = f"{self._excused:,}"
 
     def _batches(self) -> list[list[Sweep]]:
         """All sweeps in some order; those of a batch share a store."""
@@ -202,6 +219,11 @@ class _Faults:
         self._done += len(taken)
         sweep.is_finished |= not sweep.left
         return taken
+
+    def _excuse(self) -> bool:
+        """Whether what was refused may be on the disk for all that SQLite can know."""
+        self._excused += self.fault.was_there
+        return self.fault.was_there
 
     def _count(self) -> None:
         self._injected += self.fault.failed
@@ -235,6 +257,7 @@ class _Faults:
                         f"{sweep}: {point}",
                         cold=sweep.is_cold,
                         may_litter=point.is_sticky,
+                        excuse=self._excuse,
                     )
                     self._count()
 

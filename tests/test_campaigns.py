@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from random import Random
 from tempfile import mkdtemp
 
 import pytest
 
+from campaigns import io, vfs
 from campaigns.__main__ import main
 from campaigns.calls import CALLS, FROM_MEMORY
 from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
@@ -243,6 +247,29 @@ def test_every_public_call_has_its_system_calls_fail() -> None:
     assert public >= FROM_MEMORY
     assert public - named == {"task_repo.get_record", "node_repo.get_record"}  # what `get` calls
     assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "adoption"}
+
+
+def test_full_disk_may_hold_what_sqlite_could_not_write(tmp_path: Path) -> None:
+    """It is why README names an exception, and `io` has an excuse for what a kill would leave."""
+    if why_not := vfs.why_not():
+        pytest.skip(why_not)
+    path, copy, fault = tmp_path / "file.db", tmp_path / "copy.db", io.Fault()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.executescript(
+            "PRAGMA journal_mode=WAL; CREATE TABLE t (x); INSERT INTO t VALUES (0);"
+            "PRAGMA wal_checkpoint(RESTART);"  # the next page is the first one in the WAL
+            "UPDATE t SET x = 1; UPDATE t SET x = 0; PRAGMA wal_checkpoint(RESTART)"
+        )
+        point = io.Point(errno.ENOSPC, 3, is_sticky=False)  # behind the WAL's header and the page's
+        refused = pytest.raises(sqlite3.OperationalError, match="full")
+        with vfs.hooked(fault, tmp_path), fault.armed(tmp_path, point), refused:
+            database.execute("UPDATE t SET x = 1")
+        assert fault.was_there
+        assert database.execute("SELECT x FROM t").fetchone() == (0,)
+        shutil.copyfile(path, copy)
+        shutil.copyfile(f"{path}-wal", f"{copy}-wal")
+    with closing(sqlite3.connect(copy)) as left_by_a_kill:
+        assert left_by_a_kill.execute("SELECT x FROM t").fetchone() == (1,)
 
 
 def test_child_that_is_killed_has_told_what_it_told(
