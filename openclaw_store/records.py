@@ -182,8 +182,12 @@ Decode = Callable[[Raw], Record[Any]]
 """Makes a record of a row."""
 
 
-def encode(item: Item) -> Record[Item]:
+def encode(item: Item, known: Record[Item] | None = None) -> Record[Item]:
     """Check a caller's object and keep a copy of it.
+
+    Args:
+        known: What is stored of it. The values of it that `item` still has need no check, and are
+            kept as they are.
 
     Raises:
         InvalidDataError: Naming the first field that cannot be stored, and why.
@@ -195,20 +199,32 @@ def encode(item: Item) -> Record[Item]:
     fields = item.__dict__.copy()  # shares its table of keys with those of all others
     if len(fields) != len(checks) + len(json_checks):
         fields = _declared(item)
+    stored = _NOTHING_STORED[kind] if known is None else known.fields
     try:
         for name, default, check in checks:
             value = fields[name]
-            if value is not default:
+            if value is not default and value is not stored[name]:
                 fields[name] = check(name, value)
         for name, empty, check_json in json_checks:
-            value = fields[name]
+            value, there = fields[name], stored[name]
             if not value and type(value) is empty:
                 fields[name] = _EMPTY[empty]
             else:
-                fields[name] = check_json(name, value)
+                fields[name] = there if _is_same(value, there) else check_json(name, value)
     except KeyError as error:
         raise InvalidDataError(str(error.args[0]), "is missing") from None
     return Record(kind, fields)
+
+
+def _is_same(value: Any, stored: Any) -> bool:
+    """Whether a value is the JSON that a record has decoded, down to its types."""
+    if type(value) is not type(stored):  # as of text that is not decoded
+        return False
+    try:
+        # Text may be the same where values are not, as of NaN and null, and the other way round.
+        return orjson.dumps(value) == orjson.dumps(stored) and bool(value == stored)
+    except (TypeError, ValueError, RecursionError):  # it is no JSON
+        return False
 
 
 def _shared(names: Iterable[str]) -> Sequence[str]:
@@ -298,6 +314,12 @@ _CHECKS = {
     )
     for kind, checks in FIELD_CHECKS.items()
 }
+
+_NOTHING_STORED: Mapping[type[Any], Mapping[str, object]] = {
+    kind: dict.fromkeys((name for checks in both for name, *_ in checks), object())
+    for kind, both in _CHECKS.items()
+}
+"""In the place of a record's fields: what no object has."""
 
 _PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in checks if name not in STORE_FIELDS)

@@ -340,7 +340,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.task_repo.encode(task)
+        record = self.task_repo.encode(task, self._mirror.cache.find)
         write_back(await self._mirror.update(record, persist), task)
         return True
 
@@ -680,7 +680,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.node_repo.encode(node)
+        record = self.node_repo.encode(node, self._mirror.cache.find)
         write_back(await self._mirror.update(record, persist), node)
         return True
 
@@ -896,7 +896,7 @@ class StateManager:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
-            return repository.encode(copy)
+            return repository.encode(copy, lambda _: known)
 
         changed = await self._mirror.change((repository.kind, id), change)
         return None if changed is None else changed.copy()

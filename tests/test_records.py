@@ -6,10 +6,12 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum
+from itertools import product
 from typing import Any
 
 import pytest
@@ -36,7 +38,7 @@ from openclaw_store.checks import (
     MAX_TEXT_LENGTH,
     encode_json,
 )
-from openclaw_store.records import JSON_FIELDS, decode, encode
+from openclaw_store.records import JSON_FIELDS, Record, decode, encode
 from openclaw_store.schema import FIELDS, decoder_of, plan_of, to_microseconds
 
 MAX = 2**63 - 1
@@ -688,6 +690,48 @@ class TestRecord:
         task.version = 7  # set by the store, so it is no difference
 
         assert set(before.differences(encode(task))) == {"parameters", "result", "error"}
+
+    @pytest.mark.parametrize(
+        ("name", "around"),
+        [
+            ("error", lambda value: value),
+            ("retry_count", lambda value: value),
+            ("timeout", lambda value: value),
+            ("result", lambda value: value),
+            ("result", lambda value: [value]),
+            ("result", lambda value: (value,)),
+            ("required_skills", lambda value: [value, value]),
+            ("parameters", lambda value: {"a": value, "b": 1}),
+            ("parameters", lambda value: {"b": 1, "a": value}),
+            ("metadata", lambda value: {value if isinstance(value, str | int) else "c": None}),
+        ],
+    )
+    def test_what_is_stored_spares_checks_and_changes_nothing(
+        self, name: str, around: Callable[[Any], Any]
+    ) -> None:
+        """Also beside values that are equal, or have the same JSON, and are not the same."""
+
+        def outcome(task: Task, of: Record[Task], known: Record[Task] | None) -> Any:
+            try:
+                record = encode(task, known)
+            except InvalidDataError as error:
+                return str(error)
+            return exactly(record.copy()), of.differences(record)
+
+        values = [
+            None, True, False, 0, 1, 0.0, -0.0, 1.0, math.nan, MAX + 1, "", "1", "\0", "\ud800",
+            Colour.RED, "red", datetime(2026, 3, 1, tzinfo=UTC), "2026-03-01T00:00:00+00:00",
+            TaskStatus.PENDING, "pending", (1,), [1], [], {}, {"a": 1}, b"1", object(),
+        ]  # fmt: skip
+        compared = 0
+        for stored, later in product(values, values):
+            with suppress(InvalidDataError):
+                known = encode(Task("t", TaskType.BATCH, "n", **{name: around(stored)}))
+                known.copy()  # else its JSON is text
+                task = Task("t", TaskType.BATCH, "n", **{name: around(later)})
+                assert outcome(task, known, known) == outcome(task, known, None)
+                compared += 1
+        assert compared >= len(values)
 
     def test_merge_takes_the_named_fields(self) -> None:
         old = encode(Task("t", TaskType.BATCH, "old", result=[1], parameters={"a": 1}))
