@@ -5,9 +5,9 @@ that are made for it; each is a fault point. There it fails, once, or with all l
 the error until the fault is released. What must hold afterwards is in `trial`. SQLite tests itself
 in the same way, see "I/O Error Testing" in https://sqlite.org/testing.html.
 
-One thing cannot hold. A page that cannot be written may be in the WAL already, byte for byte, by an
-earlier transaction; only a file system that needs room to overwrite can refuse that. With it the
-transaction is whole, while SQLite takes it for unfinished: it is there after a kill.
+One thing cannot hold. A page for which the disk has no room may be in the WAL already, byte for
+byte, by an earlier transaction; only a file system that needs room to overwrite can refuse that.
+With it the transaction is whole, while SQLite takes it for unfinished: it is there after a kill.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Fault:
         self.failed = 0
         """How many of them have failed."""
         self.was_there = False
-        """Whether one of them was to write to the WAL what that holds already."""
+        """Whether the disk was full for something that the WAL holds already."""
         self._below: str | None = None
         self._point = Point(0, 0, is_sticky=False)
         self._fitting = 0
@@ -117,12 +117,13 @@ class Fault:
         if self._fitting < point.number or (self._fitting > point.number and not point.is_sticky):
             return 0
         self.failed += 1
-        self.was_there = self.was_there or _is_there(call)
+        if point.error == errno.ENOSPC:
+            self.was_there = self.was_there or _is_there(call)
         return point.error
 
 
 def _is_there(call: vfs.SystemCall) -> bool:
-    if call.name not in vfs.WRITES or not call.path.endswith("-wal"):
+    if not call.name.startswith("pwrite") or not call.path.endswith("-wal"):
         return False  # SQLite locks the database itself, and closing it would unlock it
     with open(call.path, "rb") as file:
         file.seek(call.offset)
@@ -221,7 +222,7 @@ class _Faults:
         return taken
 
     def _excuse(self) -> bool:
-        """Whether what was refused may be on the disk for all that SQLite can know."""
+        """Whether what was refused may be on the disk for all that SQLite can know; counted."""
         self._excused += self.fault.was_there
         return self.fault.was_there
 

@@ -195,7 +195,7 @@ class Trial:
         elif not call.in_batches and not call.is_kept:
             run.check(after == before, f"{what}: raised {outcome!r}, and changed something")
         if left != after and not call.is_kept:
-            is_whole = left.revision - before.revision == effect.revisions
+            is_whole = left.revision - before.revision == effect.revisions > 0
             if isinstance(outcome, Exception) and is_whole and excuse():
                 return
             run.lost(f"{what}: a kill would leave revision {left.revision} of {after.revision}")

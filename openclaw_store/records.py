@@ -218,12 +218,21 @@ def encode(item: Item, known: Record[Item] | None = None) -> Record[Item]:
 
 def _is_same(value: Any, stored: Any) -> bool:
     """Whether a value is the JSON that a record has decoded, down to its types."""
+    items: Iterable[Any]
     if type(value) is not type(stored):  # as of text that is not decoded
+        return False
+    if type(value) is list:
+        items = value
+    elif type(value) is dict:
+        items = value.values()
+    else:
+        return False
+    if not _PLAIN.issuperset(map(type, items)):  # whose own code would be asked
         return False
     try:
         # Text may be the same where values are not, as of NaN and null, and the other way round.
         return orjson.dumps(value) == orjson.dumps(stored) and bool(value == stored)
-    except (TypeError, ValueError, RecursionError):  # it is no JSON
+    except (TypeError, ValueError):  # it is no JSON
         return False
 
 

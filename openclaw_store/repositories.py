@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from sqlalchemy import Float, Select, cast, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.changes import Event, Place, apply, place_of
+from openclaw_store.changes import Event, apply, place_of
 from openclaw_store.checks import (
     MAX_INTEGER,
     check_enum,
@@ -72,9 +72,6 @@ from openclaw_store.writer import Apply, Unit
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-
-Find = Callable[[Place], Record[Any] | None]
-"""Gives what is stored at a place, if that is known."""
 
 DEFAULT_BACKOFF = Backoff()
 
@@ -141,21 +138,17 @@ class Repository(Generic[Item]):
         removed: bool = await self._write(Remove(self.kind, check_key(KEY[self.kind], id)))
         return removed
 
-    def encode(self, item: Item, find: Find | None = None) -> Record[Item]:
+    def encode(self, item: Item, known: Record[Item] | None = None) -> Record[Item]:
         """Check an object on its way in; one without a time of its own is stamped now.
 
         Args:
-            find: Gives what is stored at a place, if that is known.
+            known: What is stored of it, which spares checks.
         """
         if not isinstance(item, self.kind):
             name = KEY[self.kind].removesuffix("_id")
             raise InvalidDataError(
                 name, f"must be a {self.kind.__name__}, not {type(item).__name__}"
             )
-        known: Record[Item] | None = None
-        if find is not None:
-            id = item.__dict__.get(KEY[self.kind])
-            known = find((self.kind, id)) if type(id) is str else None
         record = encode(item, known)
         born = "submitted_at" if self.kind is Task else "registered_at"
         return record if record[born] else record.evolve(**{born: self._database.clock()})

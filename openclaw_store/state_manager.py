@@ -65,6 +65,7 @@ from openclaw_store.repositories import (
     is_known,
     node_status,
 )
+from openclaw_store.schema import KEY
 from openclaw_store.watching import WATCH_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -340,7 +341,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.task_repo.encode(task, self._mirror.cache.find)
+        record = self.task_repo.encode(task, self._known(Task, task))
         write_back(await self._mirror.update(record, persist), task)
         return True
 
@@ -680,7 +681,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.node_repo.encode(node, self._mirror.cache.find)
+        record = self.node_repo.encode(node, self._known(NodeInfo, node))
         write_back(await self._mirror.update(record, persist), node)
         return True
 
@@ -896,10 +897,15 @@ class StateManager:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
-            return repository.encode(copy, lambda _: known)
+            return repository.encode(copy, known)
 
         changed = await self._mirror.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
+
+    def _known(self, kind: type[Item], item: Item) -> Record[Item] | None:
+        """What is in memory of an object that is given back, whatever that is."""
+        id = getattr(item, KEY[kind], None)
+        return self._mirror.cache.find((kind, id)) if type(id) is str else None
 
     def _check_usable(self) -> None:
         # Asking for the running loop asks the system for the process, which costs as much as all

@@ -531,7 +531,8 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
             write = _ARRAY.sub(r"::\1", write)
         parts.append(f"write_{number} AS ({write})")
     tell, lock = f"pg_notify('{CHANNEL}', counters)::text", f"${places + 1}::bigint"
-    # In this order: who becomes the first meanwhile waits for the one, and then sees the commit.
+    # In this order. Who becomes the first behind the one waits for it, and then sees the commit;
+    # who did so before has found the owner of our lock gone, and so is it found here.
     told = f"""CASE WHEN {lock} IS NULL THEN {tell}
         WHEN NOT pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN {tell}
         WHEN pg_try_advisory_xact_lock_shared({lock}) THEN {tell} ELSE '' END"""

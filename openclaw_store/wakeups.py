@@ -4,8 +4,8 @@ What is told here is only a hint, and may be missed: everything it leads to is r
 database, and found by the next synchronisation in any case. Who listens is told where the
 counters stand, on whatever thread; its own commits may be told, too.
 
-On PostgreSQL, a process that listens alone is not woken by its own commits, which would take as
-long again as half of the rest. All who listen share an advisory lock, but for the first. That one
+On PostgreSQL, a process that listens alone is not woken by its own commits, which would make each
+of them take a fifth longer. All who listen share an advisory lock, but for the first. That one
 has another, and a third one, whose number its own process alone knows: its writer notifies only if
 somebody has the shared lock, or nobody has the third one any more. The server looks at them in the
 statement that writes. What it could take it keeps until the commit, and who begins to listen waits
@@ -158,20 +158,22 @@ class Listening:
 
             await driver.fetchval(_JOIN_OTHERS)
             await driver.add_listener(CHANNEL, hear)
-            is_first = False
+            lock: int | None = None
+            may_be_first = True
             try:
                 while not driver.is_closed():
-                    if not is_first and await driver.fetchval(_BE_FIRST):
-                        lock = secrets.randbits(62)
-                        await driver.fetchval(_LEAVE_OTHERS, lock)
-                        is_first, company.listener = True, lock
+                    if may_be_first and lock is None and await driver.fetchval(_BE_FIRST):
+                        number = secrets.randbits(62)
+                        await driver.fetchval(_LEAVE_OTHERS, number)
+                        lock = company.listener = number
                     heard.clear()
                     self._tell(*await driver.fetchrow(_COUNTERS))
                     with suppress(TimeoutError):
                         async with asyncio.timeout(ALIVE_SECONDS):
                             await heard.wait()
+                    may_be_first = not heard.is_set()  # who has left tells nobody
             finally:
-                if is_first:
+                if company.listener == lock:
                     company.listener = None
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
-from enum import Enum
+from enum import Enum, StrEnum
 from itertools import product
 from typing import Any
 
@@ -51,6 +51,28 @@ WINTER_HOURS = {"Asia/Shanghai": 8, "America/Los_Angeles": -8, "UTC": 0}
 
 class Colour(Enum):
     RED = "red"
+
+
+class Like(Enum):
+    """What is equal to text, and is none."""
+
+    RED = "red"
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value == other)
+
+    __hash__ = Enum.__hash__
+
+
+class Quarrelsome(StrEnum):
+    """Text that cannot be compared with all other text."""
+
+    RED = "red"
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.value == other.value)  # type: ignore[attr-defined]  # that is the point
+
+    __hash__ = Enum.__hash__
 
 
 class Unprintable:
@@ -720,7 +742,8 @@ class TestRecord:
 
         values = [
             None, True, False, 0, 1, 0.0, -0.0, 1.0, math.nan, MAX + 1, "", "1", "\0", "\ud800",
-            Colour.RED, "red", datetime(2026, 3, 1, tzinfo=UTC), "2026-03-01T00:00:00+00:00",
+            Colour.RED, Like.RED, Quarrelsome.RED, "red",
+            datetime(2026, 3, 1, tzinfo=UTC), "2026-03-01T00:00:00+00:00",
             TaskStatus.PENDING, "pending", (1,), [1], [], {}, {"a": 1}, b"1", object(),
         ]  # fmt: skip
         compared = 0

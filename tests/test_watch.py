@@ -555,10 +555,12 @@ class TestWakeUps:
     ) -> None:
         monkeypatch.setattr(wakeups, "ALIVE_SECONDS", 0.01)
         async with AsyncExitStack() as stack:
-            one, two, three = [
-                await stack.enter_async_context(self.following(location)) for _ in range(3)
-            ]
+            told = await stack.enter_async_context(listening(location))
+            one = await stack.enter_async_context(self.following(location))
             await until(lambda: company_of(one.db).listener)
+            two, three = [
+                await stack.enter_async_context(self.following(location)) for _ in range(2)
+            ]
             await until(lambda: len(locks(location, OTHER_LISTENERS)) == 2)
             await one.shutdown()
 
@@ -566,7 +568,7 @@ class TestWakeUps:
             await two.add_task(make_task())
             await until(lambda: three.version == 1)
             await three.add_task(make_task())
-            await until(lambda: two.version == 2)
+            await until(lambda: told == ["1 0", "2 0"])
 
             assert None in (company_of(two.db).listener, company_of(three.db).listener)
 
@@ -596,9 +598,10 @@ class TestWakeUps:
             follower = database.follow(lambda *counters: told.append(counters))
             await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
             assert not told
-
-        await until(lambda: told)
-        await follower.stop()
+        try:
+            await until(lambda: told)
+        finally:
+            await follower.stop()
 
         assert told[0] == (0, 1)
 
