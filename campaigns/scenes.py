@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from openclaw_store import (
 )
 from openclaw_store.changes import apply
 from openclaw_store.operations import Create
+from openclaw_store.repositories import admit
 from openclaw_store.schema import TaskRow
 
 
@@ -94,7 +95,9 @@ class Scene:
 
     def creation(self) -> Create[Task]:
         """The operation that adds a task."""
-        return Create(Task, self.id("new"), self.task_repo.encode(self.task("new")))
+        return Create(
+            Task, self.id("new"), admit(Task, self.task("new"), partial(datetime.now, UTC))
+        )
 
     def _prepare(self) -> None:
         now = datetime.now(UTC)

@@ -90,6 +90,25 @@ task_status = check_enum(TaskStatus)
 node_status = check_enum(NodeStatus)
 
 
+def admit(
+    kind: type[Item], item: Item, clock: Callable[[], datetime], known: Record[Item] | None = None
+) -> Record[Item]:
+    """Check a caller's object on its way in; one without a time of its own is stamped now.
+
+    Args:
+        known: What is stored of it, which spares checks.
+
+    Raises:
+        InvalidDataError: If it is not of this kind, or naming the field that cannot be stored.
+    """
+    if not isinstance(item, kind):
+        name = KEY[kind].removesuffix("_id")
+        raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(item).__name__}")
+    record = encode(item, known)
+    born = "submitted_at" if kind is Task else "registered_at"
+    return record if record[born] else record.evolve(**{born: clock()})
+
+
 class Repository(Generic[Item]):
     """What both repositories do alike."""
 
@@ -122,13 +141,13 @@ class Repository(Generic[Item]):
         return await self._read(run)
 
     async def _create(self, item: Item) -> bool:
-        record = self.encode(item)
+        record = admit(self.kind, item, self._database.clock)
         operation = Create(self.kind, record[KEY[self.kind]], record)
         self._write_back(await self._write(operation), item)
         return True
 
     async def _update(self, item: Item) -> bool:
-        record = self.encode(item)
+        record = admit(self.kind, item, self._database.clock)
         names = CONTENT[self.kind]
         operation = Update(self.kind, record[KEY[self.kind]], record, names, record.version)
         self._write_back(await self._write(operation), item)
@@ -137,21 +156,6 @@ class Repository(Generic[Item]):
     async def _delete(self, id: str) -> bool:
         removed: bool = await self._write(Remove(self.kind, check_key(KEY[self.kind], id)))
         return removed
-
-    def encode(self, item: Item, known: Record[Item] | None = None) -> Record[Item]:
-        """Check an object on its way in; one without a time of its own is stamped now.
-
-        Args:
-            known: What is stored of it, which spares checks.
-        """
-        if not isinstance(item, self.kind):
-            name = KEY[self.kind].removesuffix("_id")
-            raise InvalidDataError(
-                name, f"must be a {self.kind.__name__}, not {type(item).__name__}"
-            )
-        record = encode(item, known)
-        born = "submitted_at" if self.kind is Task else "registered_at"
-        return record if record[born] else record.evolve(**{born: self._database.clock()})
 
     def _select(self, *conditions: Any) -> Select[Any]:
         return select(*COLUMNS[self.kind]).where(*conditions)
@@ -557,7 +561,7 @@ class NodeRepository(Repository[NodeInfo]):
         Raises:
             InvalidDataError: If a field cannot be stored.
         """
-        record = self.encode(node)
+        record = admit(NodeInfo, node, self._database.clock)
         stored = await self._write(
             Register(record["node_id"], record, check_backoff(backoff).draw())
         )

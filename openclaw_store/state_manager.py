@@ -62,6 +62,7 @@ from openclaw_store.repositories import (
     NodeRepository,
     Repository,
     TaskRepository,
+    admit,
     is_known,
     node_status,
 )
@@ -325,7 +326,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.task_repo.encode(task)
+        record = admit(Task, task, self.db.clock)
         write_back(await self._mirror.add(record, persist), task)
         return True
 
@@ -341,7 +342,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.task_repo.encode(task, self._known(Task, task))
+        record = self._encode_known(Task, task)
         write_back(await self._mirror.update(record, persist), task)
         return True
 
@@ -393,7 +394,7 @@ class StateManager:
                     raise
                 # Else the one that had the key was removed, or changed, meanwhile.
             else:
-                return self.task_repo.encode(task).copy()
+                return admit(Task, task, self.db.clock).copy()
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each receives its version and its times in UTC.
@@ -428,7 +429,7 @@ class StateManager:
         creations: dict[int, Create[Task]] = {}
         for place, task in enumerate(chunk):
             try:
-                record = self.task_repo.encode(task)
+                record = admit(Task, task, self.db.clock)
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
@@ -645,7 +646,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.node_repo.encode(node)
+        record = admit(NodeInfo, node, self.db.clock)
         write_back(await self._mirror.add(record, persist), node)
         return True
 
@@ -662,7 +663,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.node_repo.encode(node)
+        record = admit(NodeInfo, node, self.db.clock)
         write_back(await self._dispatcher.register(record), node, JOINED)
         return True
 
@@ -681,7 +682,7 @@ class StateManager:
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = self.node_repo.encode(node, self._known(NodeInfo, node))
+        record = self._encode_known(NodeInfo, node)
         write_back(await self._mirror.update(record, persist), node)
         return True
 
@@ -897,15 +898,16 @@ class StateManager:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
-            return repository.encode(copy, known)
+            return admit(repository.kind, copy, self.db.clock, known)
 
         changed = await self._mirror.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
 
-    def _known(self, kind: type[Item], item: Item) -> Record[Item] | None:
-        """What is in memory of an object that is given back, whatever that is."""
+    def _encode_known(self, kind: type[Item], item: Item) -> Record[Item]:
+        """Check what is given back beside what is in memory of it."""
         id = getattr(item, KEY[kind], None)
-        return self._mirror.cache.find((kind, id)) if type(id) is str else None
+        known = self._mirror.cache.find((kind, id)) if type(id) is str else None
+        return admit(kind, item, self.db.clock, known)
 
     def _check_usable(self) -> None:
         # Asking for the running loop asks the system for the process, which costs as much as all
