@@ -218,15 +218,10 @@ def encode(item: Item, known: Record[Item] | None = None) -> Record[Item]:
 
 def _is_same(value: Any, stored: Any) -> bool:
     """Whether a value is the JSON that a record has decoded, down to its types."""
-    items: Iterable[Any]
-    if type(value) is not type(stored):  # as of text that is not decoded
+    kind = type(value)
+    if kind is not type(stored) or kind not in (list, dict):  # as of text that is not decoded
         return False
-    if type(value) is list:
-        items = value
-    elif type(value) is dict:
-        items = value.values()
-    else:
-        return False
+    items = value.values() if kind is dict else value
     if not _PLAIN.issuperset(map(type, items)):  # whose own code would be asked
         return False
     try:

@@ -525,7 +525,7 @@ class TestWakeUps:
     async def test_whoever_listens_alone_is_told_nothing_until_there_are_others(
         self, manager: StateManager, location: Location, make_task: MakeTask
     ) -> None:
-        """To be told of each of its own commits would take as long as half of the rest."""
+        """To be told of each of its own commits would make each take a fifth longer."""
         company = company_of(manager.db)
         async with listening(location) as told, self.following(location) as alone:
             await until(lambda: company_of(alone.db).listener)
