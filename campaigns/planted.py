@@ -107,8 +107,8 @@ def cache_before_commit() -> Iterator[None]:
     transaction = Database._write_on_thread
 
     @contextmanager
-    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        with transaction(self, committed) as unit:
+    def too_soon(self: Database, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, until, committed) as unit:
             yield unit
             unit.before_commit.append(lambda: self._writer.publish(unit.committed))
 
@@ -188,8 +188,8 @@ def acknowledge_before_commit() -> Iterator[None]:
     transaction, commits = Database._write_on_thread, count()
 
     @contextmanager
-    def too_soon(self: Database, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        with transaction(self, lambda _: None) as unit:
+    def too_soon(self: Database, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, until, lambda _: None) as unit:
             yield unit
             committed(unit)
             if next(commits):

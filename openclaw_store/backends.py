@@ -26,8 +26,12 @@ class Writing(Protocol):
     @property
     def cursor(self) -> Cursor: ...
 
-    def begin(self) -> None:
-        """Begin a transaction with the write lock."""
+    def begin(self, until: float) -> None:
+        """Begin a transaction with the write lock.
+
+        Args:
+            until: When to give up what others have locked, by `time.monotonic`.
+        """
 
     def commit(self) -> None:
         """Commit what `begin` began."""

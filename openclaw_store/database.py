@@ -7,10 +7,12 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -37,7 +39,7 @@ from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
-from openclaw_store.writer import Apply, Listener, RedoError, Unit, Writer
+from openclaw_store.writer import Apply, Listener, RedoError, Transaction, Unit, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +122,7 @@ class Database:
         self._forks = _forks
         self._state = "new"
         self._gate = Gate(timeout)
-        self._writer = Writer(self._write_on_thread, self._writer_stopped, clock)
+        self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock)
         self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
@@ -467,14 +469,21 @@ class Database:
             self._gate.leave()
 
     @contextmanager
-    def _write_on_thread(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        """A transaction of the writer; `committed` is called before the next one can begin."""
-        with self._gate.held("the writer"), self._backend.faults.translated():
+    def _turn_on_thread(self) -> Iterator[Transaction]:
+        """The writer's turn: it waits `timeout` altogether, however many transactions it takes."""
+        until = time.monotonic() + self.timeout
+        with self._gate.held("the writer"):
+            yield partial(self._write_on_thread, until)
+
+    @contextmanager
+    def _write_on_thread(self, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        """A transaction of the writer, which waits until then for what others have locked."""
+        with self._backend.faults.translated():
             try:
                 if self._writing is None:
                     self._writing = self._backend.writing()
                 writing = self._writing
-                writing.begin()
+                writing.begin(until)
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()

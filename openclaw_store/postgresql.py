@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import time
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -21,7 +22,14 @@ from openclaw_store.backups import dump, written_aside
 from openclaw_store.errors import InvalidDataError, UnavailableError
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.finishing import cancel_once_more, finish
-from openclaw_store.round_trips import MAX_COMBINATIONS, WRITER_SETTINGS, Company, Cursor, Writing
+from openclaw_store.round_trips import (
+    MAX_COMBINATIONS,
+    WRITER_SETTINGS,
+    Company,
+    Cursor,
+    Writing,
+    milliseconds,
+)
 from openclaw_store.statements import CHANNEL
 
 logger = logging.getLogger(__name__)
@@ -171,7 +179,7 @@ class PostgreSQL:
             "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
                 "application_name": "openclaw_store",
-                "lock_timeout": _milliseconds(self._timeout),
+                "lock_timeout": milliseconds(self._timeout),
                 **(settings or {}),
             },
         }
@@ -180,7 +188,7 @@ class PostgreSQL:
         if write:  # a writer waits for others, and then sees what they wrote
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # where a machine goes with the lock, its connection stays, for hours
-                arguments["server_settings"][_IDLE_LIMIT] = _milliseconds(patience)
+                arguments["server_settings"][_IDLE_LIMIT] = milliseconds(patience)
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one picture, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
@@ -193,7 +201,15 @@ class PostgreSQL:
         )
 
     async def begin(self, session: AsyncSession) -> Connection:
-        """Begin the transaction of `session`, with the write lock."""
+        """Begin the transaction of `session`, with the write lock.
+
+        All of that together takes no longer than it takes at most to connect, or to wait for a
+        lock, and for the server to say so.
+        """
+        async with asyncio.timeout(max(self._timeout, _CONNECT_SECONDS) + _ANSWER_SECONDS):
+            return await self._begin(session, until=time.monotonic() + self._timeout)
+
+    async def _begin(self, session: AsyncSession, until: float) -> Connection:
         connection = await session.connection()
         seconds = max(session.info["seconds"], _CONNECT_SECONDS) + 1
         limits = self._limits(seconds, seconds + self._timeout)  # of which the latter is to commit
@@ -202,7 +218,10 @@ class PostgreSQL:
         # Not only the lock: a writer that has read before must see that something was written,
         # even if the caller goes past the repositories.
         try:
-            await raw.driver_connection.execute(f"{_TAKE_LOCK}; {limits}")
+            await raw.driver_connection.execute(
+                f"SET LOCAL lock_timeout = {milliseconds(until - time.monotonic())}; {_TAKE_LOCK}; "
+                f"SET LOCAL lock_timeout = DEFAULT; {limits}"
+            )
         except asyncio.CancelledError:  # SQLAlchemy does not know that it was interrupted
             await session.invalidate()
             raise
@@ -217,10 +236,10 @@ class PostgreSQL:
         messages of a statement does not count as idle, and only servers from version 17 on have a
         limit for that. On others the connection stays until TCP finds that there is nobody.
         """
-        limits = f"SET LOCAL {_IDLE_LIMIT} = {_milliseconds(idle)}"
+        limits = f"SET LOCAL {_IDLE_LIMIT} = {milliseconds(idle)}"
         if self._version < 17:
             return limits
-        return f"{limits}; SET LOCAL transaction_timeout = {_milliseconds(whole)}"
+        return f"{limits}; SET LOCAL transaction_timeout = {milliseconds(whole)}"
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, whatever state its connection is in."""
@@ -239,7 +258,14 @@ class PostgreSQL:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
-        return Writing(engine, self.faults, self.company, self._limits(seconds, seconds))
+        return Writing(
+            engine,
+            self.faults,
+            self.company,
+            patience=self._timeout,
+            answer=_ANSWER_SECONDS,
+            limits=self._limits(seconds, seconds),
+        )
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
@@ -333,10 +359,6 @@ class _Connector:
                 return connection
         assert reason is not None
         raise reason
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
 
 @cache

@@ -7,11 +7,15 @@ and nothing is written. That takes two round trips to the server instead of four
 nothing needs to be read: the writer knows how it left the counters and the nodes, and its callers
 mostly know the tasks, whose versions the statement makes sure of. So it does, until it meets
 another one.
+
+A batch has one deadline, however often it is done again: who has waited begins with the lock, and
+is told by the server when what is left of its time is over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -48,6 +52,11 @@ WRITER_SETTINGS = {
     # Without the lock: to wait for another writer, and then see that it was quicker.
     "default_transaction_isolation": "read committed",
 }
+
+
+def milliseconds(seconds: float) -> str:
+    """What the server's limits are given in; it takes none for no limit."""
+    return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
 
 class Company:
@@ -96,14 +105,20 @@ class Cursor(NothingKnown):
         """Write a row that nobody else can have changed."""
         self._fetch(sql, parameters)
 
+    def limit(self) -> float | None:
+        """Seconds that the server has to answer; `None` for those of the connection."""
+        return None
+
     def _fetch(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        rows: Sequence[Any] = self._wait(self._connection.fetch(sql, *parameters))
+        answer = self._connection.fetch(sql, *parameters, timeout=self.limit())
+        rows: Sequence[Any] = self._wait(answer)
         return rows
 
     def _write(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Do a statement once, with an array for each column."""
         arrays = map(array, zip(*rows, strict=True))
-        status: str = self._wait(self._connection.execute(sql, *arrays))
+        answer = self._connection.execute(sql, *arrays, timeout=self.limit())
+        status: str = self._wait(answer)
         return int(status.split()[-1])
 
 
@@ -123,9 +138,12 @@ class WriterCursor(Cursor):
         connection: Any,
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
         company: Company,
+        answer: float,
     ) -> None:
         super().__init__(connection, wait)
         self._company = company
+        self._answer = answer
+        self._until = 0.0
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
         self._combinations: dict[tuple[str, ...], str] = {}
@@ -135,11 +153,16 @@ class WriterCursor(Cursor):
         self._has_assumed = False
         self._doubtful = 0  # transactions that are to assume nothing
 
-    def begin(self) -> None:
-        """Forget the last transaction."""
+    def begin(self, until: float) -> None:
+        """Forget the last transaction; this one is to be over by then."""
+        self._until = until
         self._kept, self._guard, self._learned = [], None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
+
+    def limit(self) -> float:
+        """Seconds that the server has to answer: what is left, and a moment to say so."""
+        return max(0.0, self._until - time.monotonic()) + self._answer
 
     def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement, which may change before they are written."""
@@ -261,14 +284,24 @@ class Writing:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
         faults: Tells what the driver's errors mean.
         company: Is told the server's process for this connection, while it is open.
+        patience: Seconds that the server has a statement without the lock wait for others.
+        answer: Seconds beyond its own limits that the server has to answer.
         limits: SQL that has the server bound a transaction with the lock.
     """
 
     def __init__(
-        self, engine: AsyncEngine, faults: PostgreSQLFaults, company: Company, limits: str
+        self,
+        engine: AsyncEngine,
+        faults: PostgreSQLFaults,
+        company: Company,
+        *,
+        patience: float,
+        answer: float,
+        limits: str,
     ) -> None:
         self._faults = faults
-        self._begin = f"BEGIN ISOLATION LEVEL READ COMMITTED; {_LOCK}; {limits}"
+        self._patience, self._answer = patience, answer
+        self._limits = limits
         self._writers = company.writers
         self._loop = asyncio.new_event_loop()
         try:
@@ -278,24 +311,32 @@ class Writing:
             self._close_loop()
             raise
         self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait, company)
+        self.cursor = WriterCursor(self._driver, self._wait, company, answer)
         self._process: int = self._driver.get_server_pid()
         self._writers.add(self._process)
 
-    def begin(self) -> None:
-        """Begin a transaction, with the write lock if the cursor has asked for it."""
-        self.cursor.begin()
-        self.cursor.has_lock = self.cursor.lock_next > 0
+    def begin(self, until: float) -> None:
+        """Begin a transaction, with the write lock if the cursor has asked for it.
+
+        So it does, too, where there is not the time left to wait for others without it.
+        """
+        self.cursor.begin(until)
+        left = until - time.monotonic()
+        is_late = left < self._patience - self._answer / 2
+        self.cursor.has_lock = is_late or self.cursor.lock_next > 0
         if self.cursor.has_lock:
-            self.cursor.lock_next -= 1
-            self._wait(self._driver.execute(self._begin))
+            self.cursor.lock_next = max(0, self.cursor.lock_next - 1)
+            self._execute(
+                f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = "
+                f"{milliseconds(left)}; {_LOCK}; {self._limits}"
+            )
 
     def commit(self) -> None:
         """Commit what `begin` began."""
         if self.cursor.has_lock:
             with self._faults.translated():  # until COMMIT, the outcome is known
                 self.cursor.send()
-            self._wait(self._driver.execute("COMMIT"))
+            self._execute("COMMIT")
         else:
             self.cursor.send()
 
@@ -310,6 +351,9 @@ class Writing:
                 self._wait(self._connection.close())
         finally:
             self._close_loop()
+
+    def _execute(self, sql: str) -> None:
+        self._wait(self._driver.execute(sql, timeout=self.cursor.limit()))
 
     def _close_loop(self) -> None:
         for _ in range(3):  # sockets are closed in the loop's next turns

@@ -342,15 +342,14 @@ class Writing:
     """The writer's connection, which belongs to its thread."""
 
     def __init__(self, engine: Engine, timeout: float, require_file: Callable[[], None]) -> None:
-        self._timeout = timeout
         self._require_file = require_file
         self._connection = retrying(engine.connect, timeout)
         self.cursor: Cursor
 
-    def begin(self) -> None:
-        """Begin a transaction with the write lock."""
+    def begin(self, until: float) -> None:
+        """Begin a transaction with the write lock, which others give up until then."""
         self._require_file()
-        retrying(lambda: _begin_writing(self._connection), self._timeout)
+        retrying(lambda: _begin_writing(self._connection), until - time.monotonic())
         self.cursor = Cursor(self._connection)
 
     def commit(self) -> None:

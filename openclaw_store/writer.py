@@ -44,6 +44,14 @@ logger = logging.getLogger(__name__)
 
 Shared = TypeVar("Shared")
 
+Transaction = Callable[[Callable[["Unit"], None]], AbstractContextManager["Unit"]]
+"""Opens a transaction on the writer's thread, and calls back when it is committed.
+
+It commits at the end of the block, or rolls back and raises: a `BackendError` only when the whole
+transaction failed, `RedoError` if the same is to be done in another one, which after some of them
+has the lock; anything else is taken for the fault of one operation.
+"""
+
 Apply = Callable[["Unit", Sequence[Any]], Sequence[Any]]
 """Applies operations in order; returns a result, or an exception, for each of them.
 
@@ -225,21 +233,19 @@ class Writer:
     """Applies submitted operations on one thread, all that have queued in one transaction.
 
     Args:
-        transaction: Opens a transaction on the writer's thread; it commits at the end of the
-            block, or rolls back and raises. It passes on a `BackendError` only when the whole
-            transaction failed; after some of `RedoError` the next one has the lock; anything
-            else is taken for the fault of one operation.
+        turn: Waits, on the writer's thread, until it may write, and has it to itself for the block;
+            gives what opens as many transactions as a batch takes until one is committed.
         stopped: Is called on the thread when it ends.
         clock: Tells when a batch failed.
     """
 
     def __init__(
         self,
-        transaction: Callable[[Callable[[Unit], None]], AbstractContextManager[Unit]],
+        turn: Callable[[], AbstractContextManager[Transaction]],
         stopped: Callable[[], None],
         clock: Callable[[], datetime],
     ) -> None:
-        self._transaction = transaction
+        self._turn = turn
         self._stopped = stopped
         self._logbook = _Logbook(clock)
         self._lock = threading.Lock()
@@ -430,8 +436,9 @@ class Writer:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
         try:
-            while not self._apply(entries, began):
-                pass
+            with self._turn() as transaction:
+                while not self._apply(entries, transaction, began):
+                    pass
         except Exception as error:
             if isinstance(error, BackendError):
                 self._logbook.note_failure(error)
@@ -442,7 +449,7 @@ class Writer:
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
 
-    def _apply(self, entries: Sequence[_Entry], began: float) -> bool:
+    def _apply(self, entries: Sequence[_Entry], transaction: Transaction, began: float) -> bool:
         """Commit the entries in one transaction; returns whether that is done."""
         outcomes: list[Any] = []
 
@@ -451,7 +458,7 @@ class Writer:
             self.publish(unit.committed, entries, outcomes)
 
         try:
-            with self._transaction(publish) as unit:
+            with transaction(publish) as unit:
                 for apply, run in groupby(entries, key=itemgetter(1)):
                     outcomes.extend(apply(unit, [operation for _, _, operation in run]))
         except RedoError:

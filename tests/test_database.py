@@ -1304,6 +1304,22 @@ async def locked_file(path: Path, statement: str = "BEGIN IMMEDIATE") -> AsyncIt
 
 
 class TestLocks:
+    async def test_batch_that_has_waited_for_its_turn_has_so_much_less_time_for_the_lock(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        """Planted: each thing that a batch waits for has all of the time."""
+        async with Database(location, timeout=2) as database, locked(location):
+            loop = asyncio.get_running_loop()
+            async with database._gate_held("somebody else"):
+                write = asyncio.ensure_future(TaskRepository(database).create(make_task()))
+                began = loop.time()
+                await asyncio.sleep(1.5)
+
+            with pytest.raises(UnavailableError, match="another process keeps it locked"):
+                await write
+
+            assert loop.time() - began < 3
+
     async def test_lock_of_another_process_is_named_and_forgotten_once_it_is_gone(
         self, location: Location, make_task: MakeTask
     ) -> None:

@@ -21,6 +21,7 @@ from conftest import (
     execute,
     locked,
 )
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.postgres import Server, wait_until
@@ -33,6 +34,7 @@ from openclaw_store import (
     Task,
     TaskRepository,
     TaskStatus,
+    postgresql,
     round_trips,
 )
 from openclaw_store.changes import OfOneRow, apply
@@ -48,6 +50,7 @@ from openclaw_store.errors import (
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.heartbeats import Beat, apply_beats
 from openclaw_store.operations import Remove, Update, apply_together
+from openclaw_store.postgresql import _Connector
 from openclaw_store.records import Record
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
 from openclaw_store.writer import Unit
@@ -276,6 +279,52 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
         had_lock.append(writing.cursor.has_lock)
 
     assert had_lock == [True, True, False, False]
+
+
+async def test_batch_that_has_waited_begins_with_the_lock_and_waits_for_it_as_long_as_is_left(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: it has all of the time for each thing that it waits for."""
+
+    def ask(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+        return [unit.cursor.read("SHOW lock_timeout", ()) for _ in operations]
+
+    monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.1)
+    assert await database.write(ask, None) == [("30s",)]
+    writing = database._writing
+    assert isinstance(writing, Writing)
+    assert not writing.cursor.has_lock
+
+    async with database._gate_held("somebody else"):
+        asking = asyncio.ensure_future(database.write(ask, None))
+        await asyncio.sleep(0.2)
+    [(left,)] = await asking
+
+    assert writing.cursor.has_lock
+    assert 1000 < int(left.removesuffix("ms")) <= 29_800
+    assert await database.write(ask, None) == [("30s",)]
+
+
+async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_ever(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: it has all of the time for the lock, or the block has what was left of it."""
+    connect, sent = _Connector.connect, list[str]()
+
+    async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
+        connection = await connect(self, *arguments, **options)
+        connection.add_query_logger(lambda query: sent.append(query.query))
+        await asyncio.sleep(0.2)
+        return connection
+
+    monkeypatch.setattr(_Connector, "connect", slowly)
+    async with database.transaction() as tx:
+        assert (await tx.execute(text("SHOW lock_timeout"))).scalar_one() == "30s"
+
+    (locking,) = (sql for sql in sent if "UPDATE counters" in sql)
+    left = re.match(r"SET LOCAL lock_timeout = (\d+);", locking)
+    assert left is not None
+    assert 1000 < int(left[1]) <= 29_800
 
 
 async def test_what_is_known_need_not_be_read(

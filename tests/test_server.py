@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -57,6 +58,7 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
+from openclaw_store.postgresql import _Connector
 from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
@@ -365,6 +367,24 @@ class TestSilence:
                 await asyncio.wait([caller])
                 await TaskRepository(database).create(make_task())
             assert caller.cancelled()
+
+    async def test_transaction_begins_in_time_though_its_connection_has_taken_most_of_that(
+        self, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each of the things that begin it had all of the time."""
+        connect = _Connector.connect
+
+        async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
+            connection = await connect(self, *arguments, **options)
+            await asyncio.sleep(2)
+            proxy.swallow()
+            return connection
+
+        async with Database(proxy.url, timeout=2.2) as database:
+            monkeypatch.setattr(_Connector, "connect", slowly)
+            with within(3.8), pytest.raises(UnavailableError, match="does not answer"):
+                async with database.transaction():
+                    raise AssertionError("it has begun")
 
     async def test_transaction_has_time_to_commit_when_its_block_is_over(
         self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch

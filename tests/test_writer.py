@@ -42,7 +42,7 @@ from openclaw_store import (
     writer,
 )
 from openclaw_store.gate import Gate
-from openclaw_store.writer import Cursor, Unit, Writer
+from openclaw_store.writer import Cursor, RedoError, Transaction, Unit, Writer
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(
@@ -54,12 +54,13 @@ class Shelf:
     """A fake database: it keeps the operations that were committed, transaction by transaction.
 
     An operation is a word, and its result the word in capitals. `hold` keeps the writer in its
-    batch until `release` is set; `refuse…` is refused by itself; `explode…` raises; `exit` ends
-    the thread.
+    batch until `release` is set; `again` has the first transaction done again; `refuse…` is
+    refused by itself; `explode…` raises; `exit` ends the thread.
     """
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
+        self.turns = 0
         self.opened = 0
         self.entered = threading.Event()
         """A `hold` is in its batch."""
@@ -71,7 +72,12 @@ class Shelf:
         self.stopped = 0
 
     def writer(self) -> Writer:
-        return Writer(self.transaction, self._stop, lambda: NOON)
+        return Writer(self.turn, self._stop, lambda: NOON)
+
+    @contextmanager
+    def turn(self) -> Iterator[Transaction]:
+        self.turns += 1
+        yield self.transaction
 
     @contextmanager
     def transaction(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
@@ -96,6 +102,8 @@ class Shelf:
         if operation == "hold":
             self.entered.set()
             assert self.release.wait(PATIENCE)
+        if operation == "again" and self.opened == 1:
+            raise RedoError
         if operation == "exit":
             raise SystemExit
         if operation.startswith("explode"):
@@ -254,6 +262,15 @@ class TestBatches:
         assert shelf.batches == [["hold"], words]
         await writer.close()
 
+    async def test_batch_that_is_done_again_keeps_its_turn(self, shelf: Shelf) -> None:
+        """It queued behind those who had come meanwhile."""
+        writer = shelf.writer()
+
+        assert await writer.submit(shelf.apply, "again") == "AGAIN"
+
+        await writer.close()
+        assert (shelf.opened, shelf.turns) == (2, 1)
+
     async def test_operations_keep_their_order_whatever_applies_them(self, shelf: Shelf) -> None:
         """Planted: runs are grouped by function over the whole batch, or applied in reverse."""
         writer = shelf.writer()
@@ -388,7 +405,7 @@ class TestFailures:
                 raise RuntimeError("no time")
             return NOON
 
-        writer = Writer(shelf.transaction, shelf._stop, clock)
+        writer = Writer(shelf.turn, shelf._stop, clock)
         held = start(writer.submit(shelf.apply, "hold"))
         await entered(shelf)
         words = ("explode", "exit", "a", "b") if ending == "exit" else ("a", "b")
