@@ -91,8 +91,12 @@ class Backend(Protocol):
     def cursor(self, connection: Connection) -> Cursor:
         """What a unit writes with in the transaction of a session."""
 
-    def writing(self) -> Writing:
-        """A connection for the writer, on whose thread this is called."""
+    def writing(self, until: float) -> Writing:
+        """A connection for the writer, on whose thread this is called.
+
+        Args:
+            until: When to give up connecting, by `time.monotonic`.
+        """
 
     def dispose(self) -> None:
         """Forget what all connections shared."""

@@ -481,7 +481,7 @@ class Database:
         with self._backend.faults.translated():
             try:
                 if self._writing is None:
-                    self._writing = self._backend.writing()
+                    self._writing = self._backend.writing(until)
                 writing = self._writing
                 writing.begin(until)
                 unit = Unit(writing.cursor, self.clock())

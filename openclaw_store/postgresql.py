@@ -206,8 +206,9 @@ class PostgreSQL:
         All of that together takes no longer than it takes at most to connect, or to wait for a
         lock, and for the server to say so.
         """
-        async with asyncio.timeout(max(self._timeout, _CONNECT_SECONDS) + _ANSWER_SECONDS):
-            return await self._begin(session, until=time.monotonic() + self._timeout)
+        seconds = max(self._timeout, _CONNECT_SECONDS)
+        async with asyncio.timeout(seconds + _ANSWER_SECONDS):
+            return await self._begin(session, until=time.monotonic() + seconds)
 
     async def _begin(self, session: AsyncSession, until: float) -> Connection:
         connection = await session.connection()
@@ -217,9 +218,10 @@ class PostgreSQL:
         raw: Any = await connection.get_raw_connection()
         # Not only the lock: a writer that has read before must see that something was written,
         # even if the caller goes past the repositories.
+        wait = milliseconds(min(until - time.monotonic(), self._timeout))
         try:
             await raw.driver_connection.execute(
-                f"SET LOCAL lock_timeout = {milliseconds(until - time.monotonic())}; {_TAKE_LOCK}; "
+                f"SET LOCAL lock_timeout = {wait}; {_TAKE_LOCK}; "
                 f"SET LOCAL lock_timeout = DEFAULT; {limits}"
             )
         except asyncio.CancelledError:  # SQLAlchemy does not know that it was interrupted
@@ -254,12 +256,14 @@ class PostgreSQL:
         """What a unit writes with in the transaction of a session."""
         return Cursor(connection.connection.driver_connection, await_only)
 
-    def writing(self) -> Writing:
+    def writing(self, until: float) -> Writing:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
+        until += max(0.0, _CONNECT_SECONDS - self._timeout) + _ANSWER_SECONDS
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
         return Writing(
             engine,
+            until,
             self.faults,
             self.company,
             patience=self._timeout,

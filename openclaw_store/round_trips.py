@@ -8,8 +8,9 @@ nothing needs to be read: the writer knows how it left the counters and the node
 mostly know the tasks, whose versions the statement makes sure of. So it does, until it meets
 another one.
 
-A batch has one deadline, however often it is done again: who has waited begins with the lock, and
-is told by the server when what is left of its time is over.
+A batch has one deadline, however often it is done again. Without the lock, the server has it wait
+for others as long as ever; so who has waited before takes the lock first, for which it waits as
+long as is left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from operator import itemgetter
 from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
@@ -55,7 +56,7 @@ WRITER_SETTINGS = {
 
 
 def milliseconds(seconds: float) -> str:
-    """What the server's limits are given in; it takes none for no limit."""
+    """What the server's limits are given in; to it, 0 is no limit."""
     return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
 
@@ -138,11 +139,12 @@ class WriterCursor(Cursor):
         connection: Any,
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
         company: Company,
+        patience: float,
         answer: float,
     ) -> None:
         super().__init__(connection, wait)
         self._company = company
-        self._answer = answer
+        self._patience, self._answer = patience, answer
         self._until = 0.0
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
@@ -154,15 +156,22 @@ class WriterCursor(Cursor):
         self._doubtful = 0  # transactions that are to assume nothing
 
     def begin(self, until: float) -> None:
-        """Forget the last transaction; this one is to be over by then."""
+        """Forget the last transaction; this one waits for others until then."""
         self._until = until
+        self.has_lock = self.lock_next > 0 or self._is_late()
+        if self.lock_next:
+            self.lock_next -= 1
         self._kept, self._guard, self._learned = [], None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
 
+    def left(self) -> float:
+        """Seconds that it may still wait for others."""
+        return max(0.0, self._until - time.monotonic())
+
     def limit(self) -> float:
-        """Seconds that the server has to answer: what is left, and a moment to say so."""
-        return max(0.0, self._until - time.monotonic()) + self._answer
+        """Seconds that the server has to answer: those left, and a moment to say so."""
+        return self.left() + self._answer
 
     def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement, which may change before they are written."""
@@ -215,6 +224,8 @@ class WriterCursor(Cursor):
             elif self._has_assumed:  # nothing is written, so nobody would find out
                 self.doubt()
             return
+        if not self.has_lock and self._is_late():
+            self._need_lock(1)
         self._kept.sort(key=itemgetter(0))  # for fewer combinations
         guard, parameters = self._guard
         is_single = all(len(rows) == 1 for _, rows in self._kept)
@@ -272,6 +283,10 @@ class WriterCursor(Cursor):
             self._write(sql, rows)
         self._kept = []
 
+    def _is_late(self) -> bool:
+        """Whether the server would let it wait for so long that nobody heard of it in time."""
+        return self.left() < self._patience - self._answer / 2
+
     def _need_lock(self, transactions: int) -> NoReturn:
         self.lock_next = transactions
         raise RedoError
@@ -282,9 +297,10 @@ class Writing:
 
     Args:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
+        until: When to give up connecting, by `time.monotonic`.
         faults: Tells what the driver's errors mean.
         company: Is told the server's process for this connection, while it is open.
-        patience: Seconds that the server has a statement without the lock wait for others.
+        patience: Seconds that the server has a statement wait for others.
         answer: Seconds beyond its own limits that the server has to answer.
         limits: SQL that has the server bound a transaction with the lock.
     """
@@ -292,6 +308,7 @@ class Writing:
     def __init__(
         self,
         engine: AsyncEngine,
+        until: float,
         faults: PostgreSQLFaults,
         company: Company,
         *,
@@ -300,35 +317,27 @@ class Writing:
         limits: str,
     ) -> None:
         self._faults = faults
-        self._patience, self._answer = patience, answer
         self._limits = limits
         self._writers = company.writers
         self._loop = asyncio.new_event_loop()
         try:
-            self._connection = self._wait(engine.connect())
+            self._connection = self._wait(self._connect(engine, until))
             raw: Any = self._wait(self._connection.get_raw_connection())
         except BaseException:
             self._close_loop()
             raise
         self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait, company, answer)
+        self.cursor = WriterCursor(self._driver, self._wait, company, patience, answer)
         self._process: int = self._driver.get_server_pid()
         self._writers.add(self._process)
 
     def begin(self, until: float) -> None:
-        """Begin a transaction, with the write lock if the cursor has asked for it.
-
-        So it does, too, where there is not the time left to wait for others without it.
-        """
+        """Begin a transaction, with the write lock if the cursor needs it."""
         self.cursor.begin(until)
-        left = until - time.monotonic()
-        is_late = left < self._patience - self._answer / 2
-        self.cursor.has_lock = is_late or self.cursor.lock_next > 0
         if self.cursor.has_lock:
-            self.cursor.lock_next = max(0, self.cursor.lock_next - 1)
             self._execute(
                 f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = "
-                f"{milliseconds(left)}; {_LOCK}; {self._limits}"
+                f"{milliseconds(self.cursor.left())}; {_LOCK}; {self._limits}"
             )
 
     def commit(self) -> None:
@@ -351,6 +360,11 @@ class Writing:
                 self._wait(self._connection.close())
         finally:
             self._close_loop()
+
+    @staticmethod
+    async def _connect(engine: AsyncEngine, until: float) -> AsyncConnection:
+        async with asyncio.timeout(max(0.0, until - time.monotonic())):
+            return await engine.connect()
 
     def _execute(self, sql: str) -> None:
         self._wait(self._driver.execute(sql, timeout=self.cursor.limit()))

@@ -341,13 +341,13 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
 class Writing:
     """The writer's connection, which belongs to its thread."""
 
-    def __init__(self, engine: Engine, timeout: float, require_file: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, until: float, require_file: Callable[[], None]) -> None:
         self._require_file = require_file
-        self._connection = retrying(engine.connect, timeout)
+        self._connection = retrying(engine.connect, until - time.monotonic())
         self.cursor: Cursor
 
     def begin(self, until: float) -> None:
-        """Begin a transaction with the write lock, which others give up until then."""
+        """Begin a transaction with the write lock, for which it waits until then."""
         self._require_file()
         retrying(lambda: _begin_writing(self._connection), until - time.monotonic())
         self.cursor = Cursor(self._connection)
@@ -569,9 +569,9 @@ class SQLite:
         """What a unit writes with in the transaction of a session."""
         return Cursor(connection)
 
-    def writing(self) -> Writing:
+    def writing(self, until: float) -> Writing:
         """A connection for the writer, on whose thread this is called."""
-        return Writing(self.writing_engine, self._timeout, self._require_file)
+        return Writing(self.writing_engine, until, self._require_file)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -34,7 +35,6 @@ from openclaw_store import (
     Task,
     TaskRepository,
     TaskStatus,
-    postgresql,
     round_trips,
 )
 from openclaw_store.changes import OfOneRow, apply
@@ -53,7 +53,7 @@ from openclaw_store.operations import Remove, Update, apply_together
 from openclaw_store.postgresql import _Connector
 from openclaw_store.records import Record
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
-from openclaw_store.writer import Unit
+from openclaw_store.writer import RedoError, Unit
 
 pytestmark = pytest.mark.postgresql
 
@@ -281,28 +281,35 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
     assert had_lock == [True, True, False, False]
 
 
-async def test_batch_that_has_waited_begins_with_the_lock_and_waits_for_it_as_long_as_is_left(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("waits", ["for its turn", "before it is done again", "before it writes"])
+async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_is_left(
+    database: Database, waits: str
 ) -> None:
-    """Planted: it has all of the time for each thing that it waits for."""
+    """Planted: the server has it wait as long as ever, or as long again when it is done again."""
+    asked: list[Any] = []
 
     def ask(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
-        return [unit.cursor.read("SHOW lock_timeout", ()) for _ in operations]
+        asked.extend(unit.cursor.read("SHOW lock_timeout", ()))
+        if len(asked) == 1:
+            if waits != "for its turn":
+                time.sleep(0.7)
+            if waits == "before it is done again":
+                raise RedoError
+            unit.cursor.guard("UPDATE counters SET beat = $1 + beat * 0 WHERE id = $2", (0, 1))
+        return operations
 
-    monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.1)
-    assert await database.write(ask, None) == [("30s",)]
+    await database.write(needs_the_lock, None)  # connected by now
     writing = database._writing
     assert isinstance(writing, Writing)
-    assert not writing.cursor.has_lock
-
     async with database._gate_held("somebody else"):
         asking = asyncio.ensure_future(database.write(ask, None))
-        await asyncio.sleep(0.2)
-    [(left,)] = await asking
+        await asyncio.sleep(0.7 if waits == "for its turn" else 0)
+    await asking
 
     assert writing.cursor.has_lock
-    assert 1000 < int(left.removesuffix("ms")) <= 29_800
-    assert await database.write(ask, None) == [("30s",)]
+    *others, (left,) = asked
+    assert others == [] if waits == "for its turn" else others == [("30s",)]
+    assert 1000 < int(left.removesuffix("ms")) <= 29_900
 
 
 async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_ever(

@@ -368,6 +368,23 @@ class TestSilence:
                 await TaskRepository(database).create(make_task())
             assert caller.cancelled()
 
+    @pytest.mark.parametrize("is_connected", [True, False])
+    async def test_batch_that_has_waited_for_its_turn_has_its_answer_in_time(
+        self, proxy: Proxy, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, is_connected: bool
+    ) -> None:
+        """It had as long again to connect, and for each answer."""
+        monkeypatch.setattr(postgresql, "_UNWANTED_SECONDS", 0.1)
+        async with Database(proxy.url, timeout=3) as database:
+            if is_connected:
+                await TaskRepository(database).create(make_task())
+            with within(4.6):
+                async with database._gate_held("somebody else"):
+                    write = asyncio.ensure_future(TaskRepository(database).create(make_task()))
+                    await asyncio.sleep(2.5)
+                    proxy.swallow()
+                with pytest.raises(UnavailableError, match="does not answer"):
+                    await write
+
     async def test_transaction_begins_in_time_though_its_connection_has_taken_most_of_that(
         self, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -376,13 +393,13 @@ class TestSilence:
 
         async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
             connection = await connect(self, *arguments, **options)
-            await asyncio.sleep(2)
+            await asyncio.sleep(2.5)
             proxy.swallow()
             return connection
 
-        async with Database(proxy.url, timeout=2.2) as database:
+        async with Database(proxy.url, timeout=3) as database:
             monkeypatch.setattr(_Connector, "connect", slowly)
-            with within(3.8), pytest.raises(UnavailableError, match="does not answer"):
+            with within(4.6), pytest.raises(UnavailableError, match="does not answer"):
                 async with database.transaction():
                     raise AssertionError("it has begun")
 
