@@ -317,6 +317,8 @@ class Ledger:
         """The newest change, item and identifier of those whose history is to be removed."""
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
         self._presumed_new: list[Row] = []  # those that were not read, either
+        self.only_adds = False
+        """Whether the unit adds tasks, and has read nothing: so only its numbers may be wrong."""
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -356,6 +358,7 @@ class Ledger:
                 else:
                     self._presumed_new.append(row)
         self.count_from(*counters)
+        self.only_adds = not self.rows[NodeInfo] and all(one.is_new for one in operations)
         self._trusted = {id: record.version for id, record in tasks.items()}
         self.cursor.assume()
         return True
@@ -377,6 +380,7 @@ class Ledger:
         """Find the live tasks that have these idempotency keys."""
         missing = {key: None for key in keys if key not in self.holders}
         if missing:
+            self.only_adds = False
             self.holders.update(missing)
             given = self.sql.given(list(missing))
             for key, id in self.cursor.read(self.sql.read_live_keys, (given,)):
@@ -437,7 +441,9 @@ class Ledger:
             )
         if forgotten:
             self.cursor.write(self.sql.forget, forgotten)
-        if self._changes or self.beaten:
+        if self.only_adds:
+            self.cursor.number(len(self._changes), self._revision, self._move)
+        elif self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
             counters = (self._revision, beat, *self._counters)
             if self._trusted:
@@ -445,6 +451,14 @@ class Ledger:
                 self.cursor.guard(self.sql.write_counters_if, (*counters, *tasks))
             else:
                 self.cursor.guard(self.sql.write_counters, counters)
+
+    def _move(self, by: int) -> None:
+        """Number all that was added behind what others have committed meanwhile."""
+        committed = self.unit.committed
+        for place, event in enumerate(committed):
+            event.record.fields["version"] += by
+            change = event.change._replace(revision=event.change.revision + by)
+            committed[place] = event._replace(change=change)
 
     def _without_forgotten(self) -> tuple[list[Change], list[Forgotten]]:
         """What the feed is to be told, and where what it is to forget begins.
@@ -499,6 +513,7 @@ def counters_of(rows: Sequence[Any]) -> tuple[int, int]:
 
 def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
     sql = ledger.sql
+    ledger.only_adds = False
     found = ledger.cursor.read(*sql.read(kind, list(rows)))
     ledger.count_from(*counters_of(found))
     if kind is NodeInfo:

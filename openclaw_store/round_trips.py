@@ -6,7 +6,8 @@ were when it read, in the very statement that writes all the rest: who was quick
 and nothing is written. That takes two round trips to the server instead of four. It takes one where
 nothing needs to be read: the writer knows how it left the counters and the nodes, and its callers
 mostly know the tasks, whose versions the statement makes sure of. So it does, until it meets
-another one.
+another one. Where tasks are added and nothing else, only their numbers can be wrong; so the server
+numbers them, behind what others have written meanwhile.
 
 A batch has one deadline, however often it is done again. Without the lock, the server has it wait
 for others as long as ever; so who has waited before takes the lock first, for which it waits as
@@ -27,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
-from openclaw_store.statements import array, combined
+from openclaw_store.statements import NUMBER, array, combined
 from openclaw_store.writer import NothingKnown, RedoError
 
 Result = TypeVar("Result")
@@ -148,6 +149,7 @@ class WriterCursor(Cursor):
         self._until = 0.0
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
+        self._moved: Callable[[int], None] | None = None
         self._combinations: dict[tuple[str, ...], str] = {}
         self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
         self._known: dict[Any, Any] = {}  # other rows, as they were then
@@ -216,6 +218,10 @@ class WriterCursor(Cursor):
         """Make all that is kept back depend on a statement that writes one row."""
         self._guard = sql, parameters
 
+    def number(self, count: int, last: int, moved: Callable[[int], None]) -> None:
+        """Have the server number what is kept back."""
+        self._guard, self._moved = (NUMBER, (count, last)), moved
+
     def send(self) -> None:
         """Send what is kept back, in one statement, unless somebody else has written meanwhile."""
         if self._guard is None:
@@ -236,36 +242,47 @@ class WriterCursor(Cursor):
         for _, rows in self._kept:
             values = rows[0] if is_single else map(array, zip(*rows, strict=True))
             parameters = [*parameters, *values]
-        if self._is_written(statement, [*parameters, self._company.listener]):
-            self._note()
+        if written := self._do(statement, [*parameters, self._company.listener]):
+            self._note(*written)
         elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
+        elif guard == NUMBER:  # a row was not new
+            self.doubt()
         elif self._has_assumed:
             self._doubtful = _CAREFUL_AFTER_CONFLICT
             raise RedoError
         else:
             self._need_lock(_CAREFUL_AFTER_CONFLICT)
 
-    def _note(self) -> None:
+    def _note(self, _: str, moved: int = 0, beat: int | None = None) -> None:
         """Know the rows that were written, and forget all others if somebody else has written."""
         assert self._guard is not None
-        _, (revision, beat, *read) = self._guard
-        if self._left is None or [*self._left] != read[:2]:
+        guard, parameters = self._guard
+        left, read = tuple(parameters[:2]), tuple(parameters[2:4])
+        if guard == NUMBER:
+            count, last = parameters
+            left, read = (last + moved, beat), (last + moved - count, beat)
+        if self._left != read:
             self._known = {}
-        self._left = revision, beat
+        self._left = left
+        if moved:
+            assert self._moved is not None
+            self._moved(moved)
         for place, row in self._learned.items():
             if row is None:
                 self._known.pop(place, None)
             else:
                 self._known[place] = row
 
-    def _is_written(self, statement: str, parameters: Sequence[Any]) -> bool:
+    def _do(self, statement: str, parameters: Sequence[Any]) -> Sequence[Any] | None:
+        """What the statement gives; `None` if it has written nothing."""
         try:
-            return bool(self._fetch(statement, parameters))
+            rows = self._fetch(statement, parameters)
         except PostgreSQLFaults.raised() as error:
             if self._has_assumed and PostgreSQLFaults.code(error) == "23505":
-                return False  # a row was not new
+                return None  # a row was not new
             raise
+        return rows[0] if rows else None
 
     def _combine(self, guard: str, writes: Sequence[str], *, is_single: bool) -> str | None:
         """One statement for several; `None` if it is not worth the server's time to plan it."""

@@ -512,6 +512,16 @@ _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
 _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 
 
+NUMBER = "UPDATE counters SET revision = revision + $1 WHERE id = 1"
+"""A guard that always holds: it takes so many revisions.
+
+Behind it stands the last of them, if nobody else has taken any. By how much it is larger, those
+that are written are as well; what the statements give ends with that, and the flush of heartbeats.
+"""
+
+_NUMBERS = re.compile(r"given\.(?:version|revision)")
+
+
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
@@ -520,7 +530,12 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     the tables as they were before. For single rows it takes values in place of arrays, with which
     both sides are done sooner.
     """
-    parts = [f"guard AS ({guard} RETURNING concat_ws(' ', revision, beat) AS counters)"]
+    gives, result = "concat_ws(' ', revision, beat) AS counters", ""
+    if guard == NUMBER:
+        gives, result = f"{gives}, revision - $2 AS moved, beat", ", moved, beat"
+        writes = [_NUMBERS.sub(r"\g<0> + moved", write) for write in writes]
+    guard = f"{guard} RETURNING {gives}"
+    parts = [f"guard AS ({guard})"]
     places = len(_PLACE.findall(guard))
     for number, write in enumerate(writes):
         shift = partial(_shifted, by=places)
@@ -536,7 +551,7 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     told = f"""CASE WHEN {lock} IS NULL THEN {tell}
         WHEN NOT pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN {tell}
         WHEN pg_try_advisory_xact_lock_shared({lock}) THEN {tell} ELSE '' END"""
-    return f"WITH {', '.join(parts)} SELECT {told} FROM guard"
+    return f"WITH {', '.join(parts)} SELECT {told}{result} FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:

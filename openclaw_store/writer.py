@@ -117,6 +117,15 @@ class Cursor(Protocol):
         The first parameters are what is written to it, the next as many what was read.
         """
 
+    def number(self, count: int, last: int, moved: Callable[[int], None]) -> None:
+        """Instead of `guard`, where only numbers depend on what was assumed: write in any case.
+
+        Args:
+            count: How many numbers are taken.
+            last: The last of them, if nobody has taken any since.
+            moved: Is told by how much all of them are larger, if somebody has.
+        """
+
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement, of whatever kind."""
 
@@ -139,6 +148,9 @@ class NothingKnown:
 
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Forget them again."""
+
+    def number(self, count: int, last: int, moved: Callable[[int], None]) -> None:
+        """Never called, either."""
 
 
 class Unit:

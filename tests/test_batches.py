@@ -177,9 +177,9 @@ def granted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     written: list[bool] = []
     note = WriterCursor._note
 
-    def noted(self: WriterCursor) -> None:
+    def noted(self: WriterCursor, *row: Any) -> None:
         written.append(self._has_assumed)
-        note(self)
+        note(self, *row)
 
     monkeypatch.setattr(WriterCursor, "_note", noted)
     return written

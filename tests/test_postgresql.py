@@ -151,6 +151,39 @@ async def test_lone_creation_behind_another_takes_one_statement(
     assert counters(location) == (4, 0)
 
 
+async def test_tasks_that_are_added_are_numbered_behind_what_others_have_written(
+    manager: StateManager, other: Database, location: Location, make_task: MakeTask, sent: list[str]
+) -> None:
+    """They are not written again.
+
+    Planted: the rows, the feed, or the callers keep the numbers that were assumed; or the next ones
+    are assumed to begin where these would have ended.
+    """
+    await manager.add_task(make_task())
+    for count in (1, 3, 2):
+        await TaskRepository(other).create(make_task())
+        await TaskRepository(other).create(make_task())
+        sent.clear()
+        added = [make_task() for _ in range(count)]
+        await asyncio.gather(*map(manager.add_task, added))
+
+        assert len(sent) == 1
+        first, _ = counters(location)
+        assert [task.version for task in added] == list(range(first - count + 1, first + 1))
+        for task in added:
+            assert await manager.get_task(task.task_id) == task
+    await manager.refresh_from_database()
+    sent.clear()
+    for task in added:
+        task.error = "changed"
+        await manager.update_task(task)
+
+    assert len(sent) == len(added)
+    assert [revision for revision, *_ in feed(location)] == list(range(1, manager.version + 1))
+    stored = {task.task_id: task for task in await manager.task_repo.list_pending_tasks(None)}
+    assert (await manager.get_state()).tasks == stored
+
+
 @pytest.mark.parametrize("rival", [False, True])
 async def test_what_was_assumed_of_a_creation_and_is_wrong_is_found_out(
     database: Database,
@@ -176,9 +209,7 @@ async def test_what_was_assumed_of_a_creation_and_is_wrong_is_found_out(
 
     assert outcomes[0] is True
     assert isinstance(outcomes[1], DuplicateError)
-    assert [statement.partition(" ")[0] for statement in sent] == [
-        "WITH", "SELECT", "WITH", "SELECT", "WITH",
-    ]  # fmt: skip
+    assert [statement.partition(" ")[0] for statement in sent] == ["WITH", "SELECT", "WITH", "WITH"]
     assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
     writer = (await database.get_stats())["writer"]
     assert (writer["batches"], writer["failed_batches"]) == (3 if rival else 4, 0)
@@ -443,6 +474,7 @@ async def test_refusal_by_what_was_known_is_made_sure_of(
     assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("added", [0, 1, 4])
 async def test_node_is_not_known_any_more_once_others_have_written(
     manager: StateManager,
     other: Database,
@@ -450,6 +482,7 @@ async def test_node_is_not_known_any_more_once_others_have_written(
     make_task: MakeTask,
     make_node: MakeNode,
     monkeypatch: pytest.MonkeyPatch,
+    added: int,
 ) -> None:
     """Planted: what was known stays known when the counters have moved."""
     monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
@@ -459,7 +492,7 @@ async def test_node_is_not_known_any_more_once_others_have_written(
     [node] = await NodeRepository(other).list_online_nodes()
     node.status = NodeStatus.MAINTENANCE
     await NodeRepository(other).update(node)
-    for _ in range(4):  # until it is assumed again that nobody else writes
+    for _ in range(added):
         await manager.add_task(make_task())
 
     assert await manager.claim_tasks("n") == []
