@@ -63,6 +63,7 @@ class Change(NamedTuple):
 
     revision: int
     changed_at: datetime
+    """When its process began to write it: with several, not always in the order of revisions."""
     item: str
     """`task` or `node`."""
     item_id: str
@@ -317,8 +318,7 @@ class Ledger:
         """The newest change, item and identifier of those whose history is to be removed."""
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
         self._presumed_new: list[Row] = []  # those that were not read, either
-        self.only_adds = False
-        """Whether the unit adds tasks, and has read nothing: so only its numbers may be wrong."""
+        self._only_adds = False  # and has read nothing: so its numbers alone may be wrong
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -358,7 +358,7 @@ class Ledger:
                 else:
                     self._presumed_new.append(row)
         self.count_from(*counters)
-        self.only_adds = not self.rows[NodeInfo] and all(one.is_new for one in operations)
+        self._only_adds = all(operation.is_new for operation in operations)
         self._trusted = {id: record.version for id, record in tasks.items()}
         self.cursor.assume()
         return True
@@ -380,7 +380,7 @@ class Ledger:
         """Find the live tasks that have these idempotency keys."""
         missing = {key: None for key in keys if key not in self.holders}
         if missing:
-            self.only_adds = False
+            self._only_adds = False
             self.holders.update(missing)
             given = self.sql.given(list(missing))
             for key, id in self.cursor.read(self.sql.read_live_keys, (given,)):
@@ -441,7 +441,7 @@ class Ledger:
             )
         if forgotten:
             self.cursor.write(self.sql.forget, forgotten)
-        if self.only_adds:
+        if self._only_adds:
             self.cursor.number(len(self._changes), self._revision, self._move)
         elif self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
@@ -476,6 +476,8 @@ class Ledger:
 
 def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
     """Decide the operations in order and write what they changed."""
+    if not operations:
+        return []
     ledger = unit.part(Ledger)
     rows = ledger.rows = {kind: {} for kind in ROWS}
     targets: list[Row] = []
@@ -513,7 +515,6 @@ def counters_of(rows: Sequence[Any]) -> tuple[int, int]:
 
 def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
     sql = ledger.sql
-    ledger.only_adds = False
     found = ledger.cursor.read(*sql.read(kind, list(rows)))
     ledger.count_from(*counters_of(found))
     if kind is NodeInfo:

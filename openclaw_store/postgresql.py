@@ -259,7 +259,7 @@ class PostgreSQL:
     def writing(self, until: float) -> Writing:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
-        until += max(0.0, _CONNECT_SECONDS - self._timeout) + _ANSWER_SECONDS
+        until += max(0.0, _CONNECT_SECONDS - self._timeout)
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
         return Writing(
             engine,

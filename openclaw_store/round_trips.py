@@ -6,8 +6,9 @@ were when it read, in the very statement that writes all the rest: who was quick
 and nothing is written. That takes two round trips to the server instead of four. It takes one where
 nothing needs to be read: the writer knows how it left the counters and the nodes, and its callers
 mostly know the tasks, whose versions the statement makes sure of. So it does, until it meets
-another one. Where tasks are added and nothing else, only their numbers can be wrong; so the server
-numbers them, behind what others have written meanwhile.
+another one. Then it has the lock first for a while; but a batch that only adds needs nothing to be
+as it was but its numbers, so as long as there are no others, the server numbers it, behind what
+other processes have written meanwhile.
 
 A batch has one deadline, however often it is done again. Without the lock, the server has it wait
 for others as long as ever; so who has waited before takes the lock first, for which it waits as
@@ -163,13 +164,13 @@ class WriterCursor(Cursor):
         self.has_lock = self.lock_next > 0 or self._is_late()
         if self.lock_next:
             self.lock_next -= 1
-        self._kept, self._guard, self._learned = [], None, {}
+        self._kept, self._guard, self._moved, self._learned = [], None, None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
 
     def left(self) -> float:
         """Seconds that it may still wait for others."""
-        return max(0.0, self._until - time.monotonic())
+        return max(0.0, min(self._until - time.monotonic(), self._patience))
 
     def limit(self) -> float:
         """Seconds that the server has to answer: those left, and a moment to say so."""
@@ -246,7 +247,7 @@ class WriterCursor(Cursor):
             self._note(*written)
         elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
-        elif guard == NUMBER:  # a row was not new
+        elif self._moved is not None:  # a row was not new
             self.doubt()
         elif self._has_assumed:
             self._doubtful = _CAREFUL_AFTER_CONFLICT
@@ -254,20 +255,20 @@ class WriterCursor(Cursor):
         else:
             self._need_lock(_CAREFUL_AFTER_CONFLICT)
 
-    def _note(self, _: str, moved: int = 0, beat: int | None = None) -> None:
+    def _note(self, _: str, revision: int, beat: int) -> None:
         """Know the rows that were written, and forget all others if somebody else has written."""
         assert self._guard is not None
-        guard, parameters = self._guard
-        left, read = tuple(parameters[:2]), tuple(parameters[2:4])
-        if guard == NUMBER:
+        _, parameters = self._guard
+        if self._moved is None:
+            before = tuple(parameters[2:4])
+        else:
             count, last = parameters
-            left, read = (last + moved, beat), (last + moved - count, beat)
-        if self._left != read:
+            before = revision - count, beat
+            if revision != last:
+                self._moved(revision - last)
+        if self._left != before:
             self._known = {}
-        self._left = left
-        if moved:
-            assert self._moved is not None
-            self._moved(moved)
+        self._left = revision, beat
         for place, row in self._learned.items():
             if row is None:
                 self._known.pop(place, None)
@@ -314,7 +315,7 @@ class Writing:
 
     Args:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
-        until: When to give up connecting, by `time.monotonic`.
+        until: When the batch it is made for has waited long enough, by `time.monotonic`.
         faults: Tells what the driver's errors mean.
         company: Is told the server's process for this connection, while it is open.
         patience: Seconds that the server has a statement wait for others.
@@ -334,11 +335,11 @@ class Writing:
         limits: str,
     ) -> None:
         self._faults = faults
-        self._limits = limits
+        self._until, self._limits = until, limits
         self._writers = company.writers
         self._loop = asyncio.new_event_loop()
         try:
-            self._connection = self._wait(self._connect(engine, until))
+            self._connection = self._wait(self._connect(engine, until + answer))
             raw: Any = self._wait(self._connection.get_raw_connection())
         except BaseException:
             self._close_loop()
@@ -350,7 +351,7 @@ class Writing:
 
     def begin(self, until: float) -> None:
         """Begin a transaction, with the write lock if the cursor needs it."""
-        self.cursor.begin(until)
+        self.cursor.begin(max(until, self._until))
         if self.cursor.has_lock:
             self._execute(
                 f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = "

@@ -513,10 +513,10 @@ _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 
 
 NUMBER = "UPDATE counters SET revision = revision + $1 WHERE id = 1"
-"""A guard that always holds: it takes so many revisions.
+"""A guard that always holds: it takes so many revisions, behind those that others have taken.
 
-Behind it stands the last of them, if nobody else has taken any. By how much it is larger, those
-that are written are as well; what the statements give ends with that, and the flush of heartbeats.
+Its second parameter, which `combined` uses, is the last of them if nobody has. By how much that
+proves larger, so are all that are written.
 """
 
 _NUMBERS = re.compile(r"given\.(?:version|revision)")
@@ -525,14 +525,14 @@ _NUMBERS = re.compile(r"given\.(?:version|revision)")
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    Those who listen are told the counters when it is committed. The last parameter spares it that:
-    a lock, which somebody has who need not be told, if there is nobody else. Each statement sees
-    the tables as they were before. For single rows it takes values in place of arrays, with which
-    both sides are done sooner.
+    That ends with the counters. Those who listen are told them when it is committed. The last
+    parameter spares it that: a lock, which somebody has who need not be told, if there is nobody
+    else. Each statement sees the tables as they were before. For single rows it takes values in
+    place of arrays, with which both sides are done sooner.
     """
-    gives, result = "concat_ws(' ', revision, beat) AS counters", ""
+    gives = "concat_ws(' ', revision, beat) AS counters, revision, beat"
     if guard == NUMBER:
-        gives, result = f"{gives}, revision - $2 AS moved, beat", ", moved, beat"
+        gives += ", revision - $2 AS moved"
         writes = [_NUMBERS.sub(r"\g<0> + moved", write) for write in writes]
     guard = f"{guard} RETURNING {gives}"
     parts = [f"guard AS ({guard})"]
@@ -551,7 +551,7 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     told = f"""CASE WHEN {lock} IS NULL THEN {tell}
         WHEN NOT pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN {tell}
         WHEN pg_try_advisory_xact_lock_shared({lock}) THEN {tell} ELSE '' END"""
-    return f"WITH {', '.join(parts)} SELECT {told}{result} FROM guard"
+    return f"WITH {', '.join(parts)} SELECT {told}, revision, beat FROM guard"
 
 
 def _shifted(place: re.Match[str], by: int) -> str:

@@ -44,6 +44,9 @@ UNREADABLE_SECONDS = 0.1
 ALIVE_SECONDS = 10.0
 """How long a server may say nothing before it is asked whether it is still there."""
 
+STOP_SECONDS = 1.0
+"""For a server to answer while it is not needed any more; then it is interrupted."""
+
 RETRY_SECONDS = 0.1, 5.0
 """Before a connection that was lost is made anew, at first and at most."""
 
@@ -114,11 +117,17 @@ class Listening:
     def __init__(self, database: PostgreSQL, tell: Told) -> None:
         self._database = database
         self._tell = tell
+        self._heard, self._stopping = asyncio.Event(), asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
         """Tell nothing any more."""
         if self._task.get_loop() is asyncio.get_running_loop():  # else that was closed
+            # To interrupt a statement, the driver connects anew, in the background; a program that
+            # ends then stops it half-way, with an error in the log.
+            self._stopping.set()
+            self._heard.set()
+            await asyncio.wait([self._task], timeout=STOP_SECONDS)
             self._task.cancel()
             await asyncio.wait([self._task])
 
@@ -126,21 +135,21 @@ class Listening:
         engine = self._database.engine(write=False)
         pause, longest = RETRY_SECONDS
         try:
-            while True:
+            while not self._stopping.is_set():
                 try:
                     with self._database.faults.translated():
                         await self._listen(engine)
                     pause, _ = RETRY_SECONDS
                 except Exception as error:  # synchronisation goes on, and reports what is wrong
                     logger.warning("cannot hear what others commit, for now: %s", error)
-                await asyncio.sleep(pause)
+                await _is_set_within(pause, self._stopping)
                 pause = min(2 * pause, longest)
         finally:
             await engine.dispose()
 
     async def _listen(self, engine: AsyncEngine) -> None:
         """Tell what is heard on a connection until it is lost."""
-        heard = asyncio.Event()
+        heard = self._heard
         company = self._database.company
         async with engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
@@ -161,20 +170,26 @@ class Listening:
             lock: int | None = None
             may_be_first = True
             try:
-                while not driver.is_closed():
+                while True:
+                    heard.clear()
+                    if driver.is_closed() or self._stopping.is_set():
+                        break
                     if may_be_first and lock is None and await driver.fetchval(_BE_FIRST):
                         number = secrets.randbits(62)
                         await driver.fetchval(_LEAVE_OTHERS, number)
                         lock = company.listener = number
-                    heard.clear()
                     self._tell(*await driver.fetchrow(_COUNTERS))
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(ALIVE_SECONDS):
-                            await heard.wait()
-                    may_be_first = not heard.is_set()  # who has left tells nobody
+                    may_be_first = not await _is_set_within(ALIVE_SECONDS, heard)
             finally:
                 if company.listener == lock:
                     company.listener = None
+
+
+async def _is_set_within(seconds: float, event: asyncio.Event) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 def wakeups_of(database: Backend, tell: Told) -> Wakeups:

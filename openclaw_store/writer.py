@@ -78,8 +78,8 @@ class Cursor(Protocol):
     """The driver, as operations speak to it in one transaction.
 
     It may not have the write lock: then what was read may have changed before it is written, so
-    all that is written depends on the `guard`. Operations that `read`, decide and `write` cannot
-    tell the difference; `execute` and `count` raise `RedoError` there.
+    all that is written depends on the `guard`, if not on a `number` alone. Operations that `read`,
+    decide and `write` cannot tell the difference; `execute` and `count` raise `RedoError` there.
     """
 
     @property

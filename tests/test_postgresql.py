@@ -49,7 +49,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.heartbeats import Beat, apply_beats
-from openclaw_store.operations import Remove, Update, apply_together
+from openclaw_store.operations import Remove, SetNodeStatus, Update, apply_together
 from openclaw_store.postgresql import _Connector
 from openclaw_store.records import Record
 from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
@@ -82,9 +82,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-async def other(database: Database, location: Location) -> AsyncIterator[Database]:
+async def other(
+    database: Database, location: Location, clock: FakeClock
+) -> AsyncIterator[Database]:
     """Another process, as far as the server knows."""
-    async with Database(location) as other:
+    async with Database(location, clock=clock) as other:
         yield other
 
 
@@ -182,6 +184,38 @@ async def test_tasks_that_are_added_are_numbered_behind_what_others_have_written
     assert [revision for revision, *_ in feed(location)] == list(range(1, manager.version + 1))
     stored = {task.task_id: task for task in await manager.task_repo.list_pending_tasks(None)}
     assert (await manager.get_state()).tasks == stored
+
+
+async def test_key_that_was_free_when_it_was_looked_up_is_looked_up_again(
+    database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a task with a key is numbered by the server, though its key was read."""
+    await TaskRepository(database).create(make_task())
+    loop, fetch, looked_up = asyncio.get_running_loop(), WriterCursor._fetch, list[str]()
+
+    def fetch_and_lose(self: WriterCursor, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
+        rows = fetch(self, sql, parameters)
+        if sql.startswith("SELECT tasks.idempotency_key") and not looked_up:
+            looked_up.append(sql)
+            rival = TaskRepository(other).create(make_task(task_id="rival", idempotency_key="key"))
+            asyncio.run_coroutine_threadsafe(rival, loop).result(PATIENCE)
+        return rows
+
+    monkeypatch.setattr(WriterCursor, "_fetch", fetch_and_lose)
+    with pytest.raises(DuplicateError, match="rival"):
+        await TaskRepository(database).create(make_task(idempotency_key="key"))
+
+
+async def test_nothing_to_add_is_not_written(
+    manager: StateManager, make_task: MakeTask, sent: list[str]
+) -> None:
+    await manager.add_task(make_task())
+    sent.clear()
+
+    [outcome] = await manager.add_tasks([make_task(task_id="\0")])
+
+    assert isinstance(outcome, InvalidDataError)
+    assert sent == []
 
 
 @pytest.mark.parametrize("rival", [False, True])
@@ -343,6 +377,25 @@ async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_
     assert 1000 < int(left.removesuffix("ms")) <= 29_900
 
 
+async def test_batch_whose_connection_took_longer_than_it_may_wait_waits_all_the_same(
+    database: Database, location: Location, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had a millisecond left for the lock."""
+    connect = _Connector.connect
+
+    async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
+        connection = await connect(self, *arguments, **options)
+        await asyncio.sleep(1)
+        return connection
+
+    async with Database(location, timeout=0.9) as hasty:
+        monkeypatch.setattr(_Connector, "connect", slowly)
+        async with locked(location):
+            writing = asyncio.ensure_future(TaskRepository(hasty).create(make_task()))
+            await asyncio.sleep(1.3)
+        assert await writing
+
+
 async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_ever(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,6 +551,27 @@ async def test_node_is_not_known_any_more_once_others_have_written(
     assert await manager.claim_tasks("n") == []
 
     assert execute(location, "SELECT status, running_tasks FROM nodes") == [("maintenance", 0)]
+
+
+async def test_node_is_not_known_any_more_once_others_have_beaten_for_it(
+    manager: StateManager,
+    other: Database,
+    clock: FakeClock,
+    make_node: MakeNode,
+    make_task: MakeTask,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: the server numbers what is added, and nobody asks for the flush of heartbeats."""
+    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+    await manager.add_node(make_node(node_id="n"))
+    await manager.add_task(make_task())
+    clock.advance(seconds=200)
+    async with StateManager(other, None) as its_manager:
+        assert await its_manager.update_heartbeat("n")
+    await manager.add_task(make_task())
+
+    silent = SetNodeStatus("n", NodeStatus.OFFLINE, timedelta(seconds=120))
+    assert await manager.db.write(apply, silent) is False
 
 
 async def test_node_is_known_no_more_once_it_was_beaten(

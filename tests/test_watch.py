@@ -13,6 +13,7 @@ from threading import Event
 from typing import Any
 
 import pytest
+from asyncpg import connect_utils  # type: ignore[import-untyped]
 from conftest import (
     PATIENCE,
     FakeClock,
@@ -604,6 +605,35 @@ class TestWakeUps:
             await follower.stop()
 
         assert told[0] == (0, 1)
+
+    @pytest.mark.postgresql
+    @pytest.mark.parametrize("is_answered", [True, False])
+    async def test_statement_under_way_is_answered_before_listening_ends(
+        self,
+        database: Database,
+        location: Location,
+        monkeypatch: pytest.MonkeyPatch,
+        is_answered: bool,
+    ) -> None:
+        """A program that ended while the driver interrupted it had an error in its log."""
+        interrupt, interrupted = connect_utils._cancel, list[object]()
+
+        async def note(**options: Any) -> None:
+            interrupted.append(options)
+            await interrupt(**options)
+
+        monkeypatch.setattr(connect_utils, "_cancel", note)
+        monkeypatch.setattr(wakeups, "STOP_SECONDS", PATIENCE if is_answered else 0.1)
+        async with engine_of(location).begin() as connection:
+            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
+            follower = database.follow(lambda *_: None)
+            await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
+            stopping = asyncio.ensure_future(follower.stop())
+            if not is_answered:  # while the statement waits
+                await stopping
+        await stopping
+
+        assert bool(interrupted) is not is_answered
 
     @pytest.mark.sqlite
     async def test_file_that_is_not_there_is_looked_for_less_and_less_often(
