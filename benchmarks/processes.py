@@ -6,6 +6,7 @@ Moments are compared between processes: on Linux, `perf_counter` is one clock fo
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -83,13 +84,14 @@ async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """As many inserts by four processes, each with clients of its own, and by one.
 
-    Each of them learns what the others commit, and takes it over into memory; or does not.
+    Each of them learns what the others commit, and takes it over into memory; or does not. Or it
+    has the garbage collector leave alone what was there before, as README advises.
     """
     count = bench.scaled(25_600, 8 * CLIENTS)
 
-    async def insert(coordinators: int, *, wake_ups: bool = True) -> Sample:
+    async def insert(coordinators: int, *, wake_ups: bool = True, freezes: bool = False) -> Sample:
         async with _location(bench, kind) as location, processes(coordinators) as run:
-            work = location, count // coordinators, wake_ups
+            work = location, count // coordinators, wake_ups, freezes
             shares = [run(_insert_at_once, *work) for _ in range(coordinators)]
             spans = [span for share in await asyncio.gather(*shares) for span in share]
             if kind == "sqlite":
@@ -107,13 +109,17 @@ async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
         {
             "four": partial(insert, 4),
             "four, without wake-ups": partial(insert, 4, wake_ups=False),
+            "four, frozen": partial(insert, 4, freezes=True),
             "one": partial(insert, 1),
         }
     )
-    four, unaware, one = medians.values()
+    four, unaware, frozen, one = medians.values()
     return [
         faster(four, one),
-        Figure(four["p99_ms"], f"{four['p99_ms']:.1f} ms", f"one {one['p99_ms']:.1f} ms"),
+        *(
+            Figure(some["p99_ms"], f"{some['p99_ms']:.1f} ms", f"one {one['p99_ms']:.1f} ms")
+            for some in (four, frozen)
+        ),
         faster(unaware, one),
     ]
 
@@ -176,7 +182,7 @@ async def _add_now_and_then(location: str, count: int) -> list[Span]:
     return spans
 
 
-async def _insert_at_once(location: str, count: int, wake_ups: bool) -> list[Span]:
+async def _insert_at_once(location: str, count: int, wake_ups: bool, freezes: bool) -> list[Span]:
     spans: list[Span] = []
 
     async def add(task: Task) -> None:
@@ -186,6 +192,8 @@ async def _insert_at_once(location: str, count: int, wake_ups: bool) -> list[Spa
 
     tasks = make_tasks(count)
     async with StateManager(Database(location), wake_ups=wake_ups) as store:
+        if freezes:
+            gc.freeze()
         await asyncio.to_thread(start_together)
         await drive(CLIENTS, tasks, add)
     return spans[CLIENTS:]  # as in `drive`, the first call of each does not count
