@@ -85,7 +85,7 @@ async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """As many inserts by four processes, each with clients of its own, and by one.
 
     Each of them learns what the others commit, and takes it over into memory; or does not. Or it
-    has the garbage collector leave alone what was there before, as README advises.
+    has the garbage collector leave alone what was there before, the tasks to be added included.
     """
     count = bench.scaled(25_600, 8 * CLIENTS)
 

@@ -63,7 +63,7 @@ class Change(NamedTuple):
 
     revision: int
     changed_at: datetime
-    """When its process began to write it: with several, not always in the order of revisions."""
+    """When its process began to write it; of those that write at once, not always in order."""
     item: str
     """`task` or `node`."""
     item_id: str
@@ -318,7 +318,7 @@ class Ledger:
         """The newest change, item and identifier of those whose history is to be removed."""
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
         self._presumed_new: list[Row] = []  # those that were not read, either
-        self._only_adds = False  # and has read nothing: so its numbers alone may be wrong
+        self._only_adds = False  # rows that are presumed new: only their numbers may be wrong
         self.tell: Callable[[object], None] = unit.committed.append
         """Tells the listeners, once it is committed."""
         unit.before_commit.append(self._write)
@@ -351,14 +351,15 @@ class Ledger:
         for kind, records in ((Task, tasks), (NodeInfo, nodes)):
             if any(id not in records and (kind, id) not in new for id in self.rows[kind]):
                 return False
+        self._only_adds = all(operation.is_new for operation in operations)
         for kind, records in ((Task, tasks), (NodeInfo, nodes)):
             for id, row in self.rows[kind].items():
                 if id in records:
                     row.found(records[id])
+                    self._only_adds = False  # nobody would find out whether it is still there
                 else:
                     self._presumed_new.append(row)
         self.count_from(*counters)
-        self._only_adds = all(operation.is_new for operation in operations)
         self._trusted = {id: record.version for id, record in tasks.items()}
         self.cursor.assume()
         return True
@@ -442,7 +443,7 @@ class Ledger:
         if forgotten:
             self.cursor.write(self.sql.forget, forgotten)
         if self._only_adds:
-            self.cursor.number(len(self._changes), self._revision, self._move)
+            self.cursor.number(len(self._changes), self._revision, self._renumber)
         elif self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
             counters = (self._revision, beat, *self._counters)
@@ -452,7 +453,7 @@ class Ledger:
             else:
                 self.cursor.guard(self.sql.write_counters, counters)
 
-    def _move(self, by: int) -> None:
+    def _renumber(self, by: int) -> None:
         """Number all that was added behind what others have committed meanwhile."""
         committed = self.unit.committed
         for place, event in enumerate(committed):

@@ -76,8 +76,8 @@ class Database:
             `postgresql://user:password@host/database`. Folders are made; nothing is opened yet.
         clock: Tells the time for everything the store stamps or compares. (`Task.create` has the
             system's time, unless it is given one.)
-        timeout: Seconds a write waits for its turn, and a server may take to answer, before
-            `DeadlineError` or `UnavailableError`.
+        timeout: Seconds a write waits for its turn and its locks, and a server may take to answer,
+            before `DeadlineError` or `UnavailableError`.
         transaction_timeout: Seconds a `transaction()` may take.
         pool_size: Connections kept for reading.
         legacy_timezone: Of the times of an original hand-made database, which is adopted when it
@@ -470,14 +470,14 @@ class Database:
 
     @contextmanager
     def _turn_on_thread(self) -> Iterator[Transaction]:
-        """The writer's turn: it waits `timeout` altogether, however many transactions it takes."""
+        """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
         until = time.monotonic() + self.timeout
         with self._gate.held("the writer"):
             yield partial(self._write_on_thread, until)
 
     @contextmanager
     def _write_on_thread(self, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
-        """A transaction of the writer, which waits until then for what others have locked."""
+        """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
         with self._backend.faults.translated():
             try:
                 if self._writing is None:

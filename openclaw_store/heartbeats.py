@@ -81,6 +81,8 @@ class AfterBeat:
 
     beat: Beat
     operation: Operation
+    """Which does not create anything."""
+    is_new: ClassVar[bool] = False
 
     @property
     def kind(self) -> type[Any]:
@@ -93,10 +95,6 @@ class AfterBeat:
     @property
     def others(self) -> Iterable[Place]:
         return (*self.operation.others, (NodeInfo, self.beat.id))
-
-    @property
-    def is_new(self) -> bool:
-        return self.operation.is_new
 
     @property
     def hints(self) -> Iterable[Record[Any]]:

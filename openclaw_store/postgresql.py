@@ -203,8 +203,8 @@ class PostgreSQL:
     async def begin(self, session: AsyncSession) -> Connection:
         """Begin the transaction of `session`, with the write lock.
 
-        All of that together takes no longer than it takes at most to connect, or to wait for a
-        lock, and for the server to say so.
+        All of that together has one limit: as long as connecting or the lock may take, whichever is
+        more, and a moment for the server to say so.
         """
         seconds = max(self._timeout, _CONNECT_SECONDS)
         async with asyncio.timeout(seconds + _ANSWER_SECONDS):
@@ -259,7 +259,6 @@ class PostgreSQL:
     def writing(self, until: float) -> Writing:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
-        until += max(0.0, _CONNECT_SECONDS - self._timeout)
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
         return Writing(
             engine,
@@ -267,7 +266,8 @@ class PostgreSQL:
             self.faults,
             self.company,
             patience=self._timeout,
-            answer=_ANSWER_SECONDS,
+            extra=max(0.0, _CONNECT_SECONDS - self._timeout),
+            answer_seconds=_ANSWER_SECONDS,
             limits=self._limits(seconds, seconds),
         )
 

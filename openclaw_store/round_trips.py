@@ -1,4 +1,4 @@
-"""How a batch of writes becomes round trips to PostgreSQL: one or two alone, more beside others.
+"""How a batch of writes becomes round trips to PostgreSQL: mostly one or two.
 
 Whoever writes either locks the row of counters first, and so writes alone, as on SQLite: what it
 reads then cannot move until it has committed. Or it moves the counters only if they are as they
@@ -6,13 +6,13 @@ were when it read, in the very statement that writes all the rest: who was quick
 and nothing is written. That takes two round trips to the server instead of four. It takes one where
 nothing needs to be read: the writer knows how it left the counters and the nodes, and its callers
 mostly know the tasks, whose versions the statement makes sure of. So it does, until it meets
-another one. Then it has the lock first for a while; but a batch that only adds needs nothing to be
-as it was but its numbers, so as long as there are no others, the server numbers it, behind what
-other processes have written meanwhile.
+another one; then it reads again for a while, or has the lock first. A batch that only adds can go
+on: all that others can change of it is its numbers, and those the server gives it, behind what they
+have written.
 
 A batch has one deadline, however often it is done again. Without the lock, the server has it wait
-for others as long as ever; so who has waited before takes the lock first, for which it waits as
-long as is left.
+for `lock_timeout`, whatever is left. So a batch that has waited already takes the lock first, and
+waits for that only as long as is left.
 """
 
 from __future__ import annotations
@@ -142,15 +142,15 @@ class WriterCursor(Cursor):
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
         company: Company,
         patience: float,
-        answer: float,
+        answer_seconds: float,
     ) -> None:
         super().__init__(connection, wait)
         self._company = company
-        self._patience, self._answer = patience, answer
+        self._patience, self._answer_seconds = patience, answer_seconds
         self._until = 0.0
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
-        self._moved: Callable[[int], None] | None = None
+        self._renumber: Callable[[int], None] | None = None
         self._combinations: dict[tuple[str, ...], str] = {}
         self._left: Sequence[Any] | None = None  # the guard's row, by the last transaction
         self._known: dict[Any, Any] = {}  # other rows, as they were then
@@ -164,7 +164,7 @@ class WriterCursor(Cursor):
         self.has_lock = self.lock_next > 0 or self._is_late()
         if self.lock_next:
             self.lock_next -= 1
-        self._kept, self._guard, self._moved, self._learned = [], None, None, {}
+        self._kept, self._guard, self._renumber, self._learned = [], None, None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
 
@@ -174,7 +174,7 @@ class WriterCursor(Cursor):
 
     def limit(self) -> float:
         """Seconds that the server has to answer: those left, and a moment to say so."""
-        return self.left() + self._answer
+        return self.left() + self._answer_seconds
 
     def read(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement, which may change before they are written."""
@@ -219,9 +219,9 @@ class WriterCursor(Cursor):
         """Make all that is kept back depend on a statement that writes one row."""
         self._guard = sql, parameters
 
-    def number(self, count: int, last: int, moved: Callable[[int], None]) -> None:
+    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
         """Have the server number what is kept back."""
-        self._guard, self._moved = (NUMBER, (count, last)), moved
+        self._guard, self._renumber = (NUMBER, (count, last)), renumber
 
     def send(self) -> None:
         """Send what is kept back, in one statement, unless somebody else has written meanwhile."""
@@ -247,7 +247,7 @@ class WriterCursor(Cursor):
             self._note(*written)
         elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
-        elif self._moved is not None:  # a row was not new
+        elif self._renumber is not None:  # a row was not new
             self.doubt()
         elif self._has_assumed:
             self._doubtful = _CAREFUL_AFTER_CONFLICT
@@ -259,13 +259,13 @@ class WriterCursor(Cursor):
         """Know the rows that were written, and forget all others if somebody else has written."""
         assert self._guard is not None
         _, parameters = self._guard
-        if self._moved is None:
+        if self._renumber is None:
             before = tuple(parameters[2:4])
         else:
             count, last = parameters
             before = revision - count, beat
             if revision != last:
-                self._moved(revision - last)
+                self._renumber(revision - last)
         if self._left != before:
             self._known = {}
         self._left = revision, beat
@@ -302,8 +302,8 @@ class WriterCursor(Cursor):
         self._kept = []
 
     def _is_late(self) -> bool:
-        """Whether the server would let it wait for so long that nobody heard of it in time."""
-        return self.left() < self._patience - self._answer / 2
+        """Whether, without the lock, the server could have it wait longer than anybody listens."""
+        return self.left() < self._patience - self._answer_seconds / 2
 
     def _need_lock(self, transactions: int) -> NoReturn:
         self.lock_next = transactions
@@ -315,11 +315,12 @@ class Writing:
 
     Args:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
-        until: When the batch it is made for has waited long enough, by `time.monotonic`.
+        until: When the batch that it is made for gives up waiting, by `time.monotonic`.
+        extra: Seconds by which connecting may take longer than that.
         faults: Tells what the driver's errors mean.
         company: Is told the server's process for this connection, while it is open.
         patience: Seconds that the server has a statement wait for others.
-        answer: Seconds beyond its own limits that the server has to answer.
+        answer_seconds: What the server has beyond its own limits to answer.
         limits: SQL that has the server bound a transaction with the lock.
     """
 
@@ -331,21 +332,24 @@ class Writing:
         company: Company,
         *,
         patience: float,
-        answer: float,
+        extra: float,
+        answer_seconds: float,
         limits: str,
     ) -> None:
         self._faults = faults
-        self._until, self._limits = until, limits
+        self._limits = limits
         self._writers = company.writers
         self._loop = asyncio.new_event_loop()
         try:
-            self._connection = self._wait(self._connect(engine, until + answer))
+            self._connection = self._wait(self._connect(engine, until + extra + answer_seconds))
             raw: Any = self._wait(self._connection.get_raw_connection())
         except BaseException:
             self._close_loop()
             raise
+        now = time.monotonic()  # of what connecting has used up, the lock has something, too
+        self._until = until if now < until else min(now + patience, until + extra)
         self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait, company, patience, answer)
+        self.cursor = WriterCursor(self._driver, self._wait, company, patience, answer_seconds)
         self._process: int = self._driver.get_server_pid()
         self._writers.add(self._process)
 

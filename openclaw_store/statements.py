@@ -515,17 +515,18 @@ _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 NUMBER = "UPDATE counters SET revision = revision + $1 WHERE id = 1"
 """A guard that always holds: it takes so many revisions, behind those that others have taken.
 
-Its second parameter, which `combined` uses, is the last of them if nobody has. By how much that
-proves larger, so are all that are written.
+Its second parameter is for `combined`: the last of these revisions if no other takes any. By how
+much the last proves to be larger, all versions and revisions that are written are raised.
 """
 
-_NUMBERS = re.compile(r"given\.(?:version|revision)")
+# `previous` needs nothing: what is new has none.
+_NUMBERS = re.compile(r"given\.(?:version|revision)\b")
 
 
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
     """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
 
-    That ends with the counters. Those who listen are told them when it is committed. The last
+    The row ends with the counters: those who listen are told them when it is committed. The last
     parameter spares it that: a lock, which somebody has who need not be told, if there is nobody
     else. Each statement sees the tables as they were before. For single rows it takes values in
     place of arrays, with which both sides are done sooner.

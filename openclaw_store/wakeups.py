@@ -121,7 +121,7 @@ class Listening:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Tell nothing any more."""
+        """Tell nothing any more; what is under way is answered first, for a second at most."""
         if self._task.get_loop() is asyncio.get_running_loop():  # else that was closed
             # To interrupt a statement, the driver connects anew, in the background; a program that
             # ends then stops it half-way, with an error in the log.

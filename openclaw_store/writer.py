@@ -78,8 +78,9 @@ class Cursor(Protocol):
     """The driver, as operations speak to it in one transaction.
 
     It may not have the write lock: then what was read may have changed before it is written, so
-    all that is written depends on the `guard`, if not on a `number` alone. Operations that `read`,
-    decide and `write` cannot tell the difference; `execute` and `count` raise `RedoError` there.
+    all that is written depends on the `guard`, unless only its numbers can be wrong. Operations
+    that `read`, decide and `write` cannot tell the difference; `execute` and `count` raise
+    `RedoError` there.
     """
 
     @property
@@ -117,13 +118,13 @@ class Cursor(Protocol):
         The first parameters are what is written to it, the next as many what was read.
         """
 
-    def number(self, count: int, last: int, moved: Callable[[int], None]) -> None:
-        """Instead of `guard`, where only numbers depend on what was assumed: write in any case.
+    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
+        """In place of `guard`: write in any case, and number it behind what others have written.
 
         Args:
             count: How many numbers are taken.
             last: The last of them, if nobody has taken any since.
-            moved: Is told by how much all of them are larger, if somebody has.
+            renumber: Is called with how much larger all of them are, if somebody has.
         """
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
@@ -149,7 +150,7 @@ class NothingKnown:
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Forget them again."""
 
-    def number(self, count: int, last: int, moved: Callable[[int], None]) -> None:
+    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
         """Never called, either."""
 
 

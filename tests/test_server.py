@@ -378,7 +378,7 @@ class TestSilence:
         async with Database(proxy.url, timeout=3) as database:
             if is_connected:
                 await TaskRepository(database).create(make_task())
-            with within(4.6):
+            with within(5.2):
                 async with database._gate_held("somebody else"):
                     write = asyncio.ensure_future(TaskRepository(database).create(make_task()))
                     await asyncio.sleep(2.5)
@@ -400,7 +400,7 @@ class TestSilence:
 
         async with Database(proxy.url, timeout=3) as database:
             monkeypatch.setattr(_Connector, "connect", slowly)
-            with within(4.6), pytest.raises(UnavailableError, match="does not answer"):
+            with within(5.2), pytest.raises(UnavailableError, match="does not answer"):
                 async with database.transaction():
                     raise AssertionError("it has begun")
 
