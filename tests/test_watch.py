@@ -8,12 +8,12 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
-from asyncpg import connect_utils  # type: ignore[import-untyped]
 from conftest import (
     PATIENCE,
     FakeClock,
@@ -616,6 +616,7 @@ class TestWakeUps:
         is_answered: bool,
     ) -> None:
         """A program that ended while the driver interrupted it had an error in its log."""
+        connect_utils = import_module("asyncpg.connect_utils")  # which SQLite does without
         interrupt, interrupted = connect_utils._cancel, list[object]()
 
         async def note(**options: Any) -> None:
