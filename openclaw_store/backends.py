@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from openclaw_store import sqlite
 from openclaw_store.faults import Faults
 from openclaw_store.postgresql import PostgreSQL
-from openclaw_store.writer import Cursor
+from openclaw_store.writer import Cursor, Meanwhile
 
 Result = TypeVar("Result")
 
@@ -26,11 +26,16 @@ class Writing(Protocol):
     @property
     def cursor(self) -> Cursor: ...
 
-    def begin(self, until: float) -> None:
+    @property
+    def is_apart(self) -> bool:
+        """Whether the database works elsewhere, and would be idle while callers are answered."""
+
+    def begin(self, until: float, meanwhile: Meanwhile) -> None:
         """Begin a transaction with the write lock.
 
         Args:
             until: When to give up what others have locked, by `time.monotonic`.
+            meanwhile: To be called at the latest when the thread waits for the database.
         """
 
     def commit(self) -> None:

@@ -39,7 +39,7 @@ from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
-from openclaw_store.writer import Apply, Listener, RedoError, Transaction, Unit, Writer
+from openclaw_store.writer import Apply, Listener, Meanwhile, RedoError, Transaction, Unit, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,9 @@ class Database:
         self._forks = _forks
         self._state = "new"
         self._gate = Gate(timeout)
-        self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock)
+        self._writer = Writer(
+            self._turn_on_thread, self._writer_stopped, clock, self._is_writing_apart
+        )
         self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
@@ -469,21 +471,24 @@ class Database:
             self._gate.leave()
 
     @contextmanager
-    def _turn_on_thread(self) -> Iterator[Transaction]:
+    def _turn_on_thread(self, meanwhile: Meanwhile) -> Iterator[Transaction]:
         """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
         until = time.monotonic() + self.timeout
-        with self._gate.held("the writer"):
-            yield partial(self._write_on_thread, until)
+        with self._gate.held("the writer", meanwhile):
+            yield partial(self._write_on_thread, until, meanwhile)
 
     @contextmanager
-    def _write_on_thread(self, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+    def _write_on_thread(
+        self, until: float, meanwhile: Meanwhile, committed: Callable[[Unit], None]
+    ) -> Iterator[Unit]:
         """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
         with self._backend.faults.translated():
             try:
                 if self._writing is None:
+                    meanwhile()
                     self._writing = self._backend.writing(until)
                 writing = self._writing
-                writing.begin(until)
+                writing.begin(until, meanwhile)
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
@@ -495,6 +500,9 @@ class Database:
                 self._writer_stopped()  # the next one begins with a connection in a known state
                 raise
             committed(unit)
+
+    def _is_writing_apart(self) -> bool:
+        return self._writing is not None and self._writing.is_apart
 
     def _writer_stopped(self) -> None:
         writing, self._writing = self._writing, None

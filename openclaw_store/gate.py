@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -52,11 +52,12 @@ class Gate:
         self._held_until: float | None = None
 
     @contextmanager
-    def held(self, name: str) -> Iterator[None]:
+    def held(self, name: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Hold the gate on this thread.
 
         Args:
             name: Who holds it, for the errors of those who wait.
+            waiting: Is called when it has to wait.
 
         Raises:
             DeadlineError: If whoever holds it does not let go.
@@ -64,6 +65,7 @@ class Gate:
         comer = _Comer(name, threading.get_ident())
         try:
             while (turn := self._enter(comer)) is not None:
+                waiting()
                 with suppress(TimeoutError):
                     turn.result(self._SLICE_SECONDS)
         except BaseException:

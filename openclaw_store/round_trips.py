@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.statements import NUMBER, array, combined
-from openclaw_store.writer import NothingKnown, RedoError
+from openclaw_store.writer import Meanwhile, NothingKnown, RedoError
 
 Result = TypeVar("Result")
 
@@ -157,6 +157,7 @@ class WriterCursor(Cursor):
         self._learned: dict[Any, Any] = {}  # by this transaction
         self._has_assumed = False
         self._doubtful = 0  # transactions that are to assume nothing
+        self._accompanied = 0  # transactions for which others are taken to be writing, too
 
     def begin(self, until: float) -> None:
         """Forget the last transaction; this one waits for others until then."""
@@ -167,6 +168,12 @@ class WriterCursor(Cursor):
         self._kept, self._guard, self._renumber, self._learned = [], None, None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
+        self._accompanied = max(0, self._accompanied - 1)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else has written lately."""
+        return not self._accompanied
 
     def left(self) -> float:
         """Seconds that it may still wait for others."""
@@ -245,15 +252,16 @@ class WriterCursor(Cursor):
             parameters = [*parameters, *values]
         if written := self._do(statement, [*parameters, self._company.listener]):
             self._note(*written)
-        elif self.has_lock:
+            return
+        if self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
-        elif self._renumber is not None:  # a row was not new
+        if self._renumber is not None:  # a row was not new
             self.doubt()
-        elif self._has_assumed:
+        self._accompanied = _CAREFUL_AFTER_CONFLICT
+        if self._has_assumed:
             self._doubtful = _CAREFUL_AFTER_CONFLICT
             raise RedoError
-        else:
-            self._need_lock(_CAREFUL_AFTER_CONFLICT)
+        self._need_lock(_CAREFUL_AFTER_CONFLICT)
 
     def _note(self, _: str, revision: int, beat: int) -> None:
         """Know the rows that were written, and forget all others if somebody else has written."""
@@ -265,6 +273,7 @@ class WriterCursor(Cursor):
             count, last = parameters
             before = revision - count, beat
             if revision != last:
+                self._accompanied = _CAREFUL_AFTER_CONFLICT
                 self._renumber(revision - last)
         if self._left != before:
             self._known = {}
@@ -340,6 +349,7 @@ class Writing:
         self._limits = limits
         self._writers = company.writers
         self._loop = asyncio.new_event_loop()
+        self._meanwhile: Meanwhile | None = None
         try:
             self._connection = self._wait(self._connect(engine, until + extra + answer_seconds))
             raw: Any = self._wait(self._connection.get_raw_connection())
@@ -353,8 +363,14 @@ class Writing:
         self._process: int = self._driver.get_server_pid()
         self._writers.add(self._process)
 
-    def begin(self, until: float) -> None:
+    @property
+    def is_apart(self) -> bool:
+        """Whether the server would be idle while this process answers callers."""
+        return self.cursor.is_alone
+
+    def begin(self, until: float, meanwhile: Meanwhile) -> None:
         """Begin a transaction, with the write lock if the cursor needs it."""
+        self._meanwhile = meanwhile
         self.cursor.begin(max(until, self._until))
         if self.cursor.has_lock:
             self._execute(
@@ -397,4 +413,7 @@ class Writing:
         self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, Result] | Awaitable[Result]) -> Result:
+        meanwhile, self._meanwhile = self._meanwhile, None
+        if meanwhile is not None:  # in the loop's second turn: in the first one, `work` is sent
+            self._loop.call_soon(self._loop.call_soon, meanwhile)
         return self._loop.run_until_complete(work)

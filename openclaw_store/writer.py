@@ -6,13 +6,18 @@ store, the larger the batch and the smaller the cost of each operation. There is
 a lone caller waits for nobody. (Databases write their logs this way; see "group commit" in Gray &
 Reuter, *Transaction Processing*, 1993.)
 
+Callers who all wait for one batch leave nobody to work meanwhile. So where a server does the work,
+a batch takes half of many callers: while it is on its way, those of the batch before get their
+answers and queue again. That is why answers are kept until the next batch was sent, if there is
+one: the thread does not come to send it once their event loop has begun.
+
 What holds:
 
 - **Each operation is decided by itself.** One that is refused (stale, duplicate, not found) gets
   its own error; the rest of its batch commits.
 - **Order.** Operations are applied in the order in which they were queued.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
-  and after the listeners of that loop (the caches) were told.
+  and after the listeners of that loop (the caches) were told. They never wait for others to wait.
 - **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
   batch is waited for, and `CancelledError` goes on afterwards.
 
@@ -44,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 Shared = TypeVar("Shared")
 
+Meanwhile = Callable[[], None]
+"""To be called, any number of times, at the latest when the writer's thread waits for others."""
+
 Transaction = Callable[[Callable[["Unit"], None]], AbstractContextManager["Unit"]]
 """Opens a transaction on the writer's thread, and calls back when it is committed.
 
@@ -63,6 +71,9 @@ Listener = Callable[[Sequence[Any]], None]
 
 MAX_BATCH = 8192
 """Operations of one transaction at most; the callers of the others wait for the next one."""
+
+HALVED_FROM = 32
+"""Callers whose operations are worth two batches: each costs as much as some 20 operations."""
 
 RECENT_BATCHES = 1000
 """The figures of so many are kept."""
@@ -192,6 +203,9 @@ _Entry = tuple[asyncio.Future[Any], Apply, Any]
 _Answer = tuple[asyncio.Future[Any], Any]
 """What a caller waits for, and what it is to be answered: a result, or an exception."""
 
+_Told = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
+"""What a transaction committed, for the listeners; its entries; and their outcomes."""
+
 
 class _Logbook:
     """What the writer has done, a line for each batch."""
@@ -250,22 +264,28 @@ class Writer:
             gives what opens as many transactions as a batch takes until one is committed.
         stopped: Is called on the thread when it ends.
         clock: Tells when a batch failed.
+        halves: Whether a batch is to leave half of many callers to the next one.
     """
 
     def __init__(
         self,
-        turn: Callable[[], AbstractContextManager[Transaction]],
+        turn: Callable[[Meanwhile], AbstractContextManager[Transaction]],
         stopped: Callable[[], None],
         clock: Callable[[], datetime],
+        halves: Callable[[], bool] = lambda: False,
     ) -> None:
         self._turn = turn
         self._stopped = stopped
+        self._halves = halves
         self._logbook = _Logbook(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._withdrawn = 0  # of those in the queue, about
-        self._batch: Mapping[asyncio.Future[Any], _Entry] = {}  # what the thread is committing
-        self._gone: list[asyncio.Future[None]] = []  # of those who were cancelled in it
+        self._callers = 0  # that there were when the last batch was done, those of it included
+        self._taken: dict[asyncio.Future[Any], _Entry] = {}  # out of the queue, not answered yet
+        self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
+        self._publishing = threading.RLock()
+        self._kept: _Told | None = None  # what is yet to be published
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._kicking: set[asyncio.AbstractEventLoop] = set()
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
@@ -321,6 +341,20 @@ class Writer:
 
         To be called before the next transaction begins, so that the order is that of commits.
         """
+        with self._publishing:
+            self._publish_kept()
+            self._publish(committed, entries, outcomes)
+
+    def _publish_kept(self) -> None:
+        """Publish what was kept until the thread would have waited."""
+        with self._publishing:
+            kept, self._kept = self._kept, None
+            if kept is not None:
+                self._publish(*kept)
+
+    def _publish(
+        self, committed: Sequence[Any], entries: Sequence[_Entry], outcomes: Sequence[Any]
+    ) -> None:
         listeners: defaultdict[asyncio.AbstractEventLoop, list[Listener]] = defaultdict(list)
         answers: defaultdict[asyncio.AbstractEventLoop, list[_Answer]] = defaultdict(list)
         if committed:
@@ -333,6 +367,7 @@ class Writer:
                 loop.call_soon_threadsafe(_deliver, listeners[loop], committed, answers[loop])
             except RuntimeError:  # the loop was closed: nobody is left there to be told
                 logger.debug("an event loop closed before its writes were acknowledged")
+        self._let_go([future for future, _, _ in entries])
 
     async def close(self) -> None:
         """Commit what has queued, refuse what comes later, and end the thread."""
@@ -350,6 +385,8 @@ class Writer:
     def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have the thread look at the queue; refuse what is in it if there can be no thread."""
         self._kicking.discard(loop)
+        refused: list[_Entry] = []
+        reason: UnavailableError | None = None
         with self._lock:
             try:
                 if self._ended is None:
@@ -357,8 +394,10 @@ class Writer:
                         raise UnavailableError(_CLOSED)
                     self._start(Future())
             except UnavailableError as error:
+                reason = error
                 refused = [self._queue.popleft() for _ in range(len(self._queue))]
-                self.publish((), refused, [_own(error) for _ in refused])
+        if reason is not None:
+            self.publish((), refused, [_own(reason) for _ in refused])
         if self._tokens.empty():  # else the thread is yet to look, and will find these, too
             self._tokens.put(None)
 
@@ -377,8 +416,8 @@ class Writer:
         future.cancel()  # it is already, unless the answer came first
         done = asyncio.get_running_loop().create_future()
         with self._lock:
-            if future in self._batch:
-                self._gone.append(done)
+            if future in self._taken:
+                self._gone[future] = done
             else:  # withdrawn; or committed, and what tells the listeners is yet to run
                 self._withdrawn += 1
                 if 2 * self._withdrawn >= len(self._queue):
@@ -393,40 +432,54 @@ class Writer:
         self._queue.extendleft(entry for entry in reversed(entries) if not entry[0].cancelled())
         self._withdrawn = 0
 
-    def _take(self) -> bool:
+    def _take(self) -> tuple[list[_Entry], bool]:
         """Make a batch of what has queued, without those whose callers have gone.
 
         Returns:
-            Whether it was too much for one batch.
+            The batch, and whether something was left.
         """
-        taken = [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+        queued = limit = len(self._queue)
+        callers = max(queued, self._callers)
+        if callers >= HALVED_FROM and self._halves():
+            limit = (callers + 1) // 2
+        taken = [self._queue.popleft() for _ in range(min(queued, limit, MAX_BATCH))]
         self._withdrawn = 0
-        self._batch = {entry[0]: entry for entry in taken if not entry[0].cancelled()}
-        return len(taken) == MAX_BATCH
+        batch = [entry for entry in taken if not entry[0].cancelled()]
+        self._taken.update((entry[0], entry) for entry in batch)
+        return batch, len(taken) < queued
+
+    def _write(self) -> bool:
+        """Wait for a batch and commit it; returns whether there may be another one."""
+        if self._tokens.empty():  # else the next batch comes at once
+            self._publish_kept()
+        self._tokens.get()
+        with self._lock:
+            batch, is_left = self._take()
+            closed = self._closed
+        if batch:
+            self._commit(batch)
+            self._callers = len(batch) + len(self._queue)
+        elif closed and not is_left:
+            return False
+        if closed or is_left:
+            self._tokens.put(None)  # for what was left, or queued during the commit
+        return True
 
     def _run(self, ended: Future[None]) -> None:
         try:
-            while True:
-                self._tokens.get()
-                with self._lock:
-                    is_full = self._take()
-                    closed = self._closed
-                if self._batch:
-                    self._commit(list(self._batch.values()))
-                    self._let_go()
-                elif closed and not is_full:
-                    break
-                if closed or is_full:
-                    self._tokens.put(None)  # for what did not fit, or queued during the commit
+            while self._write():
+                pass
         except BaseException as error:
             lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
             try:
                 self._logbook.note_failure(error)
-            finally:  # those of the batch who have their answer keep it
-                self.publish((), list(self._batch.values()), [_own(lost) for _ in self._batch])
+            finally:
+                self._publish_kept()
+                entries = list(self._taken.values())
+                self.publish((), entries, [_own(lost) for _ in entries])
             raise
         finally:
-            self._let_go()
+            self._publish_kept()
             self._stopped()  # first: from the next line on there may be another thread
             with self._lock:
                 orphaned = bool(self._queue)
@@ -437,11 +490,12 @@ class Writer:
             if not orphaned:
                 ended.set_result(None)
 
-    def _let_go(self) -> None:
-        """Forget the batch, which is done, and let go those who were cancelled in it."""
+    def _let_go(self, futures: Sequence[asyncio.Future[Any]]) -> None:
+        """Forget those who were answered, and let go those of them who were cancelled."""
         with self._lock:
-            self._batch = {}
-            gone, self._gone = self._gone, []
+            for future in futures:
+                self._taken.pop(future, None)
+            gone = [self._gone.pop(future) for future in futures if future in self._gone]
         for done in gone:
             _wake(done)
 
@@ -449,7 +503,7 @@ class Writer:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
         try:
-            with self._turn() as transaction:
+            with self._turn(self._publish_kept) as transaction:
                 while not self._apply(entries, transaction, began):
                     pass
         except Exception as error:
@@ -466,12 +520,14 @@ class Writer:
         """Commit the entries in one transaction; returns whether that is done."""
         outcomes: list[Any] = []
 
-        def publish(unit: Unit) -> None:
+        def keep(unit: Unit) -> None:
             self._logbook.note_commit(len(entries), time.perf_counter() - began)
-            self.publish(unit.committed, entries, outcomes)
+            with self._publishing:
+                self._publish_kept()
+                self._kept = unit.committed, entries, outcomes
 
         try:
-            with transaction(publish) as unit:
+            with transaction(keep) as unit:
                 for apply, run in groupby(entries, key=itemgetter(1)):
                     outcomes.extend(apply(unit, [operation for _, _, operation in run]))
         except RedoError:

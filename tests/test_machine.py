@@ -292,17 +292,20 @@ class Machine(DatabaseMachine):
         if held is None:
             return None
         stored = self.tasks.get(id)
-        if stored is not None and content_of(stored) == content_of(held.item):
+        wrong: type[StoreError] | None = None
+        if held.base is None and stored is not None:
+            wrong = DuplicateError
+        elif held.base is not None and stored is None:
+            wrong = TaskNotFoundError
+        elif held.base is not None and stored is not None and stored.version != held.base.version:
+            wrong = StaleVersionError
+        if wrong is not None:
+            if stored is None or content_of(stored) != content_of(held.item):
+                return wrong
             # The other one wrote the very same: nobody can tell, and nothing is lost.
             side.tasks[id] = stored
             side.settled[id] = (held.item.version, stored.version)
             return None
-        if held.base is None and id in self.tasks:
-            return DuplicateError
-        if held.base is not None and id not in self.tasks:
-            return TaskNotFoundError
-        if held.base is not None and self.tasks[id].version != held.base.version:
-            return StaleVersionError
         stored = self.store_task(side, held.item)
         side.settled[id] = (held.item.version, stored.version)
         return None

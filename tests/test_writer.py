@@ -42,7 +42,7 @@ from openclaw_store import (
     writer,
 )
 from openclaw_store.gate import Gate
-from openclaw_store.writer import Cursor, RedoError, Transaction, Unit, Writer
+from openclaw_store.writer import Cursor, Meanwhile, RedoError, Transaction, Unit, Writer
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(
@@ -71,12 +71,13 @@ class Shelf:
         self.stopping: Callable[[], object] = lambda: None
         self.stopped = 0
 
-    def writer(self) -> Writer:
-        return Writer(self.turn, self._stop, lambda: NOON)
+    def writer(self, *, halves: bool = False) -> Writer:
+        return Writer(self.turn, self._stop, lambda: NOON, lambda: halves)
 
     @contextmanager
-    def turn(self) -> Iterator[Transaction]:
+    def turn(self, meanwhile: Meanwhile) -> Iterator[Transaction]:
         self.turns += 1
+        self.meanwhile = meanwhile
         yield self.transaction
 
     @contextmanager
@@ -101,6 +102,7 @@ class Shelf:
     def _decide(self, unit: Unit, operation: str) -> Any:
         if operation == "hold":
             self.entered.set()
+            self.meanwhile()
             assert self.release.wait(PATIENCE)
         if operation == "again" and self.opened == 1:
             raise RedoError
@@ -261,6 +263,67 @@ class TestBatches:
 
         assert shelf.batches == [["hold"], words]
         await writer.close()
+
+    async def test_batch_leaves_half_of_many_callers_to_the_next_one(self, shelf: Shelf) -> None:
+        """Planted: the next one takes half of what has queued, which is half of a half."""
+        writer = shelf.writer(halves=True)
+
+        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(64)])
+
+        assert [len(batch) for batch in shelf.batches] == [32, 32]
+        await writer.close()
+
+    async def test_few_callers_share_a_batch_all_the_same(self, shelf: Shelf) -> None:
+        writer = shelf.writer(halves=True)
+
+        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(31)])
+
+        assert len(shelf.batches) == 1
+        await writer.close()
+
+    @pytest.mark.parametrize("ends", ["committed", "explode", "exit", "refuse"])
+    @ends_the_thread
+    async def test_callers_get_their_answers_when_the_next_batch_is_on_its_way(
+        self, shelf: Shelf, ends: str
+    ) -> None:
+        """Planted: they get them at once, or only when the next batch has committed."""
+        writer = shelf.writer()
+        shelf.release.set()
+        queued, told = threading.Event(), threading.Event()
+        was_told: list[bool] = []
+
+        def wait_and_apply(unit: Unit, operations: Sequence[str]) -> list[Any]:
+            assert queued.wait(PATIENCE)
+            return shelf.apply(unit, operations)
+
+        def look_and_apply(unit: Unit, operations: Sequence[str]) -> list[Any]:
+            was_told.append(told.wait(0.05))
+            if ends == "committed":  # else nobody says that anything is on its way
+                shelf.meanwhile()
+                was_told.append(told.wait(PATIENCE))
+            return shelf.apply(unit, operations)
+
+        first = start(writer.submit(wait_and_apply, "first"))
+        first.add_done_callback(lambda _: told.set())
+        await until(lambda: writer._taken)
+        second = start(writer.submit(look_and_apply, ends))
+        await turns()
+        queued.set()
+
+        assert (await finished([first, second]))[0] == "FIRST"
+        assert was_told == [False, True] if ends == "committed" else [False]
+        await writer.close()
+
+    async def test_closing_answers_those_of_the_last_batch(self, shelf: Shelf) -> None:
+        """Planted: their answers are kept for a batch that never comes."""
+        writer = shelf.writer()
+        last = start(writer.submit(shelf.apply, "hold"))
+        await entered(shelf)
+        closing = start(writer.close())
+        await turns()
+        shelf.release.set()
+
+        assert await finished([last, closing]) == ["HOLD", None]
 
     async def test_batch_that_is_done_again_keeps_its_turn(self, shelf: Shelf) -> None:
         """It queued behind those who had come meanwhile."""
@@ -577,7 +640,7 @@ class TestCancellation:
         held.cancel()  # who wakes by this is the first to run
         shelf.release.set()
         assert shelf.published.acquire(timeout=PATIENCE)  # blocks this loop
-        while writer._batch:
+        while writer._taken:
             pass  # the thread has but to forget it
         await finished([held])
 
@@ -634,7 +697,7 @@ class TestCancellation:
 
         assert tasks[0].cancelled()
         assert told == ["a", "hold"]
-        assert writer._gone == []  # nor are those kept who were cancelled
+        assert not writer._gone  # nor are those kept who were cancelled
         await writer.close()
 
     @ends_the_thread
@@ -1719,19 +1782,20 @@ class TestOnADatabase:
     async def test_listeners_are_told_of_the_writer_and_of_transactions_in_order_of_commits(
         self, ticking: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: the writer lets the next one in before it has told of its own commit."""
+        """Planted: a transaction does not care what the writer is yet to tell of its own commit."""
         told: list[str] = []
         unlisten = ticking.listen(lambda committed: told.extend(event.id for event in committed))
         writing, committed = threading.Event(), threading.Event()
-        publish = ticking._writer.publish
+        publish = ticking._writer._publish_kept
 
-        def publish_slowly(*arguments: Any) -> None:
-            if threading.current_thread() is not threading.main_thread():
+        def publish_slowly() -> None:
+            on_its_thread = threading.current_thread() is not threading.main_thread()
+            if on_its_thread and ticking._writer._kept is not None:
                 writing.set()
-                committed.wait(0.1)  # as long as a transaction takes that was let in too early
-            publish(*arguments)
+                committed.wait(PATIENCE)
+            publish()
 
-        monkeypatch.setattr(ticking._writer, "publish", publish_slowly)
+        monkeypatch.setattr(ticking._writer, "_publish_kept", publish_slowly)
         first = start(TaskRepository(ticking).create(make_task(task_id="first")))
         assert await asyncio.to_thread(writing.wait, PATIENCE)
         async with ticking.transaction() as session:
@@ -1741,6 +1805,33 @@ class TestOnADatabase:
         unlisten()
 
         assert told == ["first", "second"]
+
+    async def test_callers_get_their_answers_while_the_next_batch_waits_for_its_turn(
+        self, database: Database, make_task: MakeTask
+    ) -> None:
+        """Planted: they wait for a transaction that has begun after their commit."""
+        tasks = TaskRepository(database)
+        end_one, let_go = asyncio.Event(), asyncio.Event()
+
+        async def hold(end: asyncio.Event) -> None:
+            async with database.transaction():
+                await end.wait()
+
+        one = start(hold(end_one))
+        await until(lambda: database._gate._holder)
+        first = start(tasks.create(make_task()))
+        await until(lambda: len(database._gate._waiting) == 1)
+        other = start(hold(let_go))
+        await until(lambda: len(database._gate._waiting) == 2)
+        second = start(tasks.create(make_task()))
+        await turns()
+        end_one.set()
+
+        assert await asyncio.wait_for(asyncio.shield(first), PATIENCE) is True
+        assert not other.done()
+        assert not second.done()
+        let_go.set()
+        await finished([one, other, second])
 
     async def test_error_of_a_writer_that_waits_in_vain_names_the_transaction(
         self, location: Location, database: Database, make_task: MakeTask
