@@ -19,7 +19,7 @@ from benchmarks.measure import Bench, Figure, Sample, percentile
 from benchmarks.work import connect, fill, ids, rows
 from openclaw_store import Database, StateManager, Task, TaskRepository
 from openclaw_store.indexes import Records
-from openclaw_store.records import encode
+from openclaw_store.records import decode, encode
 
 
 async def get_task(bench: Bench) -> Sequence[Figure]:
@@ -73,7 +73,7 @@ async def get_state(bench: Bench) -> Sequence[Figure]:
         many = await _open(bench, stack, rows(bench.scaled(100_000)))
         few = await _open(bench, stack, rows(1000))
         entries = [(task.task_id, encode(task)) for task in await many.get_pending_tasks(None)]
-        records: Records[Task] = Records()
+        records: Records[Task] = Records(partial(decode, Task))
         await write(records.put)
         records.photograph()
         await write(records.put)  # what the photograph shared is copied now

@@ -57,8 +57,9 @@ class Cache:
 
     def __init__(self, start: Start, finished_limit: int) -> None:
         self._finished_limit = finished_limit
-        self.tasks: Records[Task] = Records()
-        self.nodes: Records[NodeInfo] = Records()
+        self._decode = start.decode
+        self.tasks: Records[Task] = Records(start.decode[Task])
+        self.nodes: Records[NodeInfo] = Records(start.decode[NodeInfo])
         self.unsaved: dict[Place, Unsaved] = {}
         self.version = start.revision
         """The newest revision applied."""
@@ -91,14 +92,14 @@ class Cache:
     def load(self, page: Page) -> None:
         """Take over rows of the start."""
         if page.kind is Task:
-            self.tasks.load(page.rows, page.decode)
+            self.tasks.load(page.rows)
             self._pending.extend(page.keys)
             self.ready.extend(page.ready)
             for node_id, task_id in page.held:
                 self._held.setdefault(node_id, set()).add(task_id)
         else:
             for row in page.rows:
-                self._show((page.kind, row[0]), None, page.decode(row))
+                self._show((page.kind, row[0]), None, self._decode[page.kind](row))
 
     def keep_unsaved(self, other: Cache) -> None:
         """Take over what is only in memory, from the cache that this one replaces."""
@@ -142,7 +143,6 @@ class Cache:
         for change in news.changes:
             if self._count(change):
                 changed[KINDS[change.item], change.item_id] = None
-        self.tasks.decode = news.decode
         for place in changed:
             if place in changed_since:
                 continue
@@ -383,7 +383,7 @@ class Cache:
         if row is None:
             self._commit((Task, id), None, news.read_at)
         elif (ready := news.ready(row)) is None or not self._is_new(id):
-            self._commit((Task, id), news.decode(row), news.read_at)
+            self._commit((Task, id), self._decode[Task](row), news.read_at)
         else:  # by far the most frequent case, and nobody may ever ask for it
             self.tasks.put(id, row)
             self._pending.add(ready[0])
@@ -538,7 +538,7 @@ class Cache:
                 self._pending.add(after)
         self._show_claimable(id, old, new)
         if new is not None and new.fields["status"] not in FINISHED:
-            self.tasks.put(id, new)
+            self.tasks.put(id, new if new.row is None else tuple(new.row))
             if old is not None:
                 self._finished.pop(id, None)
             return

@@ -35,6 +35,8 @@ ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
 KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
 """The domain class of what the feed calls an item."""
 
+_VERSION = {kind: names.index("version") for kind, names in FIELDS.items()}
+
 Forgotten = tuple[int | None, str, str]
 """The revision, item and identifier of a change that goes with all before it."""
 
@@ -366,7 +368,8 @@ class Ledger:
 
     def make_sure(self) -> None:
         """Begin anew if a row was taken for new and is not added: nobody would find out."""
-        if any(row.version is None for row in self._presumed_new):
+        presumed_new, self._presumed_new = self._presumed_new, []
+        if any(row.version is None for row in presumed_new):
             self.cursor.doubt()
 
     def row(self, kind: type[Any], id: str) -> Row:
@@ -458,6 +461,7 @@ class Ledger:
         committed = self.unit.committed
         for place, event in enumerate(committed):
             event.record.fields["version"] += by
+            event.record.row[_VERSION[event.kind]] += by
             change = event.change._replace(revision=event.change.revision + by)
             committed[place] = event._replace(change=change)
 
@@ -499,6 +503,7 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
     ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
+    ledger.rows = {}  # which know it: else only the garbage collector frees all of them
     return outcomes
 
 
@@ -542,7 +547,8 @@ def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
             if row.stored and row.removed:
                 deletes.append((row.id,))
         elif not row.stored:
-            inserts.append(row.record.values(plan))
+            row.record.row = row.record.values(plan)
+            inserts.append(row.record.row)
         else:
             # One that was created again is written over: a statement cannot insert what another,
             # done together with it, deletes.

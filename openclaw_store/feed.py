@@ -28,7 +28,7 @@ from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.operations import Compact, compact
 from openclaw_store.pages import CHANGE_WIDTH, read_page
-from openclaw_store.reading import decoder_here, read_records, read_rows, select_pending
+from openclaw_store.reading import read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.schema import (
     COLUMNS,
@@ -73,6 +73,8 @@ class Start:
     """When the newest change was made."""
     task_counts: Mapping[str, int]
     """Tasks by status, finished ones included."""
+    decode: Mapping[type[Any], Decode]
+    """Makes a record of a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,6 @@ class Page:
     kind: type[Any]
     rows: Sequence[Raw]
     """Each begins with its identifier; to be decoded when somebody looks at it."""
-    decode: Decode
     keys: Sequence[PendingKey] = ()
     """Of the tasks that wait, in this order."""
     ready: Sequence[Ready] = ()
@@ -112,10 +113,8 @@ class News:
     """Nodes that had heartbeats since."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, where they cannot be derived from the changes."""
-    decode: Decode
-    """Makes a record of one of the `tasks`."""
     ready: Callable[[Raw], Ready | None]
-    """How `ReadyTasks` knows one of them; `None` if it may not be claimed."""
+    """How `ReadyTasks` knows one of the `tasks`; `None` if it may not be claimed."""
     is_compacted: bool = False
     """Whether the feed does not reach back that far any more, so that nothing else counts."""
 
@@ -124,7 +123,9 @@ async def read_start(session: AsyncSession) -> Start:
     """Where the database stands in the picture of `session`."""
     revision, beat, _ = await _counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
-    return Start(revision, beat, await session.scalar(newest), await _task_counts(session))
+    updated_at, counts = await session.scalar(newest), await _task_counts(session)
+    decode = statements_for(session.get_bind().dialect.name).decode
+    return Start(revision, beat, updated_at, counts, decode)
 
 
 async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
@@ -135,9 +136,8 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
         (Task, running.order_by(TaskRow.submitted_at)),  # else SQLite may search all tasks
     )
     for kind, query in live:
-        decode = decoder_here(session, kind)
         async for rows in read_rows(session, query):
-            yield Page(kind, rows, decode, held=_held(rows) if kind is Task else ())
+            yield Page(kind, rows, held=_held(rows) if kind is Task else ())
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
@@ -146,7 +146,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
             for key, row in zip(keys, rows, strict=True)
             if row[_STATUS] == TaskStatus.PENDING
         ]
-        yield Page(Task, rows, decode, keys, ready, _held(rows))
+        yield Page(Task, rows, keys, ready, _held(rows))
 
 
 def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
@@ -197,7 +197,6 @@ async def read_news(
         nodes=nodes,
         beaten=beaten,
         task_counts=None if is_whole or until < page.revision else await _task_counts(session),
-        decode=sql.decode[Task],
         ready=_ready_of(sql.from_moment),
         is_compacted=since < page.compacted,
     )

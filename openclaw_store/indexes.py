@@ -29,10 +29,6 @@ _BUCKETS = 1024  # a power of two
 _MASK = _BUCKETS - 1
 
 
-def _no_rows(raw: Raw) -> Record[Any]:
-    raise AssertionError("a row, though none was loaded")
-
-
 class Records(Generic[Item]):
     """Records by identifier, of which `photograph` keeps the present state in constant time.
 
@@ -40,18 +36,20 @@ class Records(Generic[Item]):
     photograph shares the buckets with the original, which copies a bucket the first time it writes
     to it afterwards: copy-on-write, as file systems do it.
 
-    Rows that were loaded stay tuples until somebody asks for them. Most are never asked for, and
-    the garbage collector leaves tuples of text and numbers alone.
+    Rows stay tuples until somebody asks for them. Most are never asked for, and the garbage
+    collector leaves tuples of text and numbers alone.
+
+    Args:
+        decode: Makes a record of a row that is asked for.
     """
 
-    __slots__ = ("_buckets", "_is_shared", "_shared", "decode", "entries")
+    __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "entries")
 
-    def __init__(self) -> None:
+    def __init__(self, decode: Decode) -> None:
         self.entries: dict[str, Record[Item] | Raw] = {}
         """To be read only; a row that nobody has asked for is still a tuple."""
         self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
-        self.decode: Decode = _no_rows
-        """Makes a record of a row that is still a tuple."""
+        self._decode = decode
         self._is_shared = bytearray(_BUCKETS)
         """For each bucket, whether the last photograph has it too."""
         self._shared = 0
@@ -66,16 +64,15 @@ class Records(Generic[Item]):
     def get(self, id: str) -> Record[Item] | None:
         found = self.entries.get(id)
         if isinstance(found, tuple):
-            found = self.decode(found)
+            found = self._decode(found)
             self.entries[id] = self._buckets[hash(id) & _MASK][id] = found
         return found
 
     def values(self) -> Iterator[Record[Item]]:
         return (record for id in self if (record := self.get(id)) is not None)
 
-    def load(self, rows: Iterable[Raw], decode: Decode) -> None:
-        """Put rows in by their first value; `decode` makes a record of one that is asked for."""
-        self.decode = decode
+    def load(self, rows: Iterable[Raw]) -> None:
+        """Put rows in by their first value."""
         for row in rows:
             self.put(row[0], row)
 
@@ -93,7 +90,7 @@ class Records(Generic[Item]):
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
-        return RecordMapping(self._buckets.copy(), self.entries, self.decode)
+        return RecordMapping(self._buckets.copy(), self.entries, self._decode)
 
     def _own_bucket_of(self, id: str) -> None:
         index = hash(id) & _MASK

@@ -59,6 +59,7 @@ from openclaw_store.operations import (
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.schema import KEY
+from openclaw_store.statements import statements_for
 from openclaw_store.wakeups import Wakeups
 from openclaw_store.watching import Watchers
 
@@ -99,7 +100,8 @@ class Mirror:
             Task: TaskRepository(database),
             NodeInfo: NodeRepository(database),
         }
-        self.cache = Cache(Start(0, 0, None, {}), finished_limit)
+        nothing = Start(0, 0, None, {}, statements_for(database.dialect).decode)
+        self.cache = Cache(nothing, finished_limit)
         """What is in memory; another object after each `load`."""
         self.last_sync_at: datetime | None = None
         """When everything that was only in memory had been written."""

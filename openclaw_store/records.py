@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 class Record(Generic[Item]):
     """An unchanging image of a task or node."""
 
-    __slots__ = ("_flat", "_nested", "fields", "kind")
+    __slots__ = ("_flat", "_nested", "fields", "kind", "row")
 
     def __init__(self, kind: type[Item], fields: dict[str, Any]) -> None:
         """Take over `fields`, which belongs to the record now.
@@ -59,6 +59,8 @@ class Record(Generic[Item]):
         """JSON fields to be copied for each copy; `None` while nobody has looked at any."""
         self._nested: Sequence[str] = ()
         """JSON fields to be decoded for each copy."""
+        self.row: list[Any] | None = None
+        """The same as the driver takes it, and would give it, once it was inserted."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
@@ -122,6 +124,7 @@ class Record(Generic[Item]):
         # another thread decodes in between must not be taken for decoded here.
         evolved._flat = self._flat
         evolved._nested = self._nested
+        evolved.row = None
         evolved.fields = fields = self.fields.copy()
         fields.update(values)
         return evolved

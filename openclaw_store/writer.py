@@ -195,6 +195,8 @@ class Unit:
         self.finished = True
         for work in self.before_commit:
             work()
+        self.before_commit.clear()  # what knows the unit, too: else only the collector frees it
+        self._parts.clear()
 
 
 _Entry = tuple[asyncio.Future[Any], Apply, Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,7 +22,6 @@ from openclaw_store.models import FINISHED
 from openclaw_store.records import Record, encode
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
-NOTHING = Start(0, 0, None, {})
 
 
 def task_record(id: str, version: int, status: TaskStatus = TaskStatus.PENDING) -> Record[Task]:
@@ -47,6 +47,15 @@ def change(
     return Change(revision, changed_at, item, id, kind, before, after, None, None)
 
 
+def decode_row(row: tuple[Any, ...]) -> Record[Any]:
+    """Of a row as `FakeDatabase` has it: an identifier, and the record."""
+    record: Record[Any] = row[1]
+    return record
+
+
+NOTHING = Start(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row})
+
+
 def node_news(
     revision: int,
     changes: Sequence[Change],
@@ -56,15 +65,7 @@ def node_news(
 ) -> News:
     """What the feed says of nodes."""
     nodes = {record["node_id"]: record for record in records}
-    return News(
-        revision, revision, beat, changes, True, {}, nodes, beaten, None, decode_row, ready_of
-    )
-
-
-def decode_row(row: tuple[Any, ...]) -> Record[Task]:
-    """Of a row as `FakeDatabase` has it: an identifier, and the record."""
-    record: Record[Task] = row[1]
-    return record
+    return News(revision, revision, beat, changes, True, {}, nodes, beaten, None, ready_of)
 
 
 def ready_of(row: tuple[Any, ...]) -> Ready | None:
@@ -113,7 +114,6 @@ class FakeDatabase:
             nodes={},
             beaten=[],
             task_counts=counts,
-            decode=decode_row,
             ready=ready_of,
         )
 
@@ -196,7 +196,7 @@ class TestRecords:
         )
     )
     def test_photographs_keep_what_was_there(self, commands: list[tuple[str, int]]) -> None:
-        records: Records[Task] = Records()
+        records: Records[Task] = Records(decode_row)
         expected: dict[str, Task] = {}
         photographs = []
 
@@ -221,7 +221,7 @@ class TestRecords:
             assert set(photograph) == set(then)
 
     def test_entries_of_a_photograph_are_copies(self) -> None:
-        records: Records[Task] = Records()
+        records: Records[Task] = Records(decode_row)
         records.put("a", encode(Task("a", "batch", "n", result=[1])))  # type: ignore[arg-type]  # a value will do
         photograph = records.photograph()
 
@@ -238,9 +238,9 @@ class TestStart:
             decoded.append(row[0])
             return task_record(row[0], 1)
 
-        cache = Cache(NOTHING, 0)
+        cache = Cache(Start(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}), 0)
 
-        cache.load(Page(Task, [("b",), ("a",)], decode_row, [(0, START, "b"), (2, START, "a")]))
+        cache.load(Page(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
 
         photograph = cache.state().tasks
         assert (len(photograph), "a" in photograph, decoded) == (2, True, [])
@@ -412,7 +412,7 @@ class TestLearning:
 
     def test_purged_history_is_recounted(self) -> None:
         database = FakeDatabase()
-        cache = Cache(Start(0, 0, None, {}), 10)
+        cache = Cache(NOTHING, 10)
         database.write("a", TaskStatus.PENDING)
         database.write("a", TaskStatus.FAILED)
         database.write("a", None, with_history=True)
@@ -675,13 +675,13 @@ class TestUnsaved:
     @pytest.mark.parametrize("kind", ["task", "node"])
     def test_update_of_what_is_gone_leaves_nothing_in_the_next_cache(self, kind: str) -> None:
         """It was removed by another process; the reload is how this one learns of it."""
-        old, new = Cache(NOTHING, 10), Cache(Start(2, 0, None, {}), 10)
+        old, new = Cache(NOTHING, 10), Cache(replace(NOTHING, revision=2), 10)
         stored: Record[Any] = task_record("a", 1) if kind == "task" else node_record("a", 1)
         held = stored.evolve(version=-1)
         place = (stored.kind, "a")
         key = (2, START, "a")
         waits = ([key], [(key, None, None)]) if kind == "task" else ((), ())
-        old.load(Page(stored.kind, [("a",)], lambda row: stored, *waits))
+        old.load(Page(stored.kind, [("a", stored)], *waits))
         old.hold(held, stored)
 
         new.keep_unsaved(old)

@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask, execute
+from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, execute
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
@@ -38,6 +38,7 @@ from openclaw_store.checks import (
     MAX_TEXT_LENGTH,
     encode_json,
 )
+from openclaw_store.models import FINISHED
 from openclaw_store.records import JSON_FIELDS, Record, decode, encode
 from openclaw_store.schema import FIELDS, decoder_of, plan_of, to_microseconds
 
@@ -821,6 +822,23 @@ class TestRow:
         assert found.copy() == task
         assert found.differences(record) == ()
         assert tuple(found.values(plan)) == row
+
+    async def test_memory_has_a_new_task_as_the_database_would_give_it(
+        self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask
+    ) -> None:
+        """Planted: the version stays what it was before others had taken that revision."""
+        await (await open_manager()).add_task(make_task())
+        tasks = [make_task(**{name: value}) for name, value in ODD_TASKS if name != "task_id"]
+        tasks = [task for task in tasks if task.status not in FINISHED]
+
+        await asyncio.gather(*map(manager.add_task, tasks))
+
+        loaded = (await open_manager())._mirror.cache.tasks.entries
+        present = manager._mirror.cache.tasks.entries
+        for task in tasks:
+            assert type(present[task.task_id]) is tuple
+            assert exactly(present[task.task_id]) == exactly(loaded[task.task_id])
+            assert await manager.get_task(task.task_id) == task
 
 
 class TestTimes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import pickle
@@ -503,6 +504,33 @@ class TestWriting:
 
         await manager.add_task(make_task())
         await assert_mirrors_database(manager)
+
+    async def test_nothing_is_left_to_the_garbage_collector(
+        self, manager: StateManager, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        """Planted: rows know what knows them, so that a pause of the collector frees them."""
+        tasks = [make_task() for _ in range(10)]
+
+        async def write() -> None:
+            await manager.add_node(make_node(max_concurrent_tasks=10))
+            await asyncio.gather(*map(manager.add_task, tasks))
+            await manager.change_task(tasks[0].task_id, lambda task: setattr(task, "name", "x"))
+            await manager.claim_tasks("node-0001", 5)
+            await manager.remove_task(tasks[0].task_id)
+
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            await write()
+            gc.collect()
+            left = [type(one) for one in gc.garbage]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+        assert [kind for kind in left if kind.__module__.startswith("openclaw_store")] == []
 
 
 class TestChanging:
