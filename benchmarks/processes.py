@@ -86,6 +86,7 @@ async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 
     Each of them learns what the others commit, and takes it over into memory; or does not. Or it
     has the garbage collector leave alone what was there before, the tasks to be added included.
+    Before it begins, each makes the full pass of the collector that its start owes.
     """
     count = bench.scaled(25_600, 8 * CLIENTS)
 
@@ -192,6 +193,7 @@ async def _insert_at_once(location: str, count: int, wake_ups: bool, freezes: bo
 
     tasks = make_tasks(count)
     async with StateManager(Database(location), wake_ups=wake_ups) as store:
+        gc.collect()
         if freezes:
             gc.freeze()
         await asyncio.to_thread(start_together)

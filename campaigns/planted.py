@@ -25,7 +25,7 @@ from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import Claim, Update
 from openclaw_store.records import Record
 from openclaw_store.sqlite import _WriteConnection
-from openclaw_store.writer import Apply, Meanwhile, Unit, Writer
+from openclaw_store.writer import Apply, Unit, Writer
 
 STALL_SECONDS = 10
 """So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
@@ -107,10 +107,8 @@ def cache_before_commit() -> Iterator[None]:
     transaction = Database._write_on_thread
 
     @contextmanager
-    def too_soon(
-        self: Database, until: float, meanwhile: Meanwhile, committed: Callable[[Unit], None]
-    ) -> Iterator[Unit]:
-        with transaction(self, until, meanwhile, committed) as unit:
+    def too_soon(self: Database, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, until, committed) as unit:
             yield unit
             unit.before_commit.append(lambda: self._writer.publish(unit.committed))
 
@@ -190,13 +188,11 @@ def acknowledge_before_commit() -> Iterator[None]:
     transaction, commits = Database._write_on_thread, count()
 
     @contextmanager
-    def too_soon(
-        self: Database, until: float, meanwhile: Meanwhile, committed: Callable[[Unit], None]
-    ) -> Iterator[Unit]:
-        with transaction(self, until, meanwhile, lambda _: None) as unit:
+    def too_soon(self: Database, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        with transaction(self, until, lambda _: None) as unit:
             yield unit
             committed(unit)
-            meanwhile()
+            self._writer.publish_kept()
             if next(commits):
                 time.sleep(STALL_SECONDS)
 

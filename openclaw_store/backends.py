@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from openclaw_store import sqlite
 from openclaw_store.faults import Faults
 from openclaw_store.postgresql import PostgreSQL
-from openclaw_store.writer import Cursor, Meanwhile
+from openclaw_store.writer import Cursor
 
 Result = TypeVar("Result")
 
@@ -27,10 +27,13 @@ class Writing(Protocol):
     def cursor(self) -> Cursor: ...
 
     @property
-    def is_apart(self) -> bool:
-        """Whether the database works elsewhere, and would be idle while callers are answered."""
+    def is_pipelined(self) -> bool:
+        """Whether a batch should leave half of many callers to the next one.
 
-    def begin(self, until: float, meanwhile: Meanwhile) -> None:
+        So it should where another process does the work, which nobody else keeps busy.
+        """
+
+    def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
         """Begin a transaction with the write lock.
 
         Args:

@@ -538,7 +538,7 @@ class Cache:
                 self._pending.add(after)
         self._show_claimable(id, old, new)
         if new is not None and new.fields["status"] not in FINISHED:
-            self.tasks.put(id, new if new.row is None else tuple(new.row))
+            self.tasks.put(id, new.row or new)  # a tuple costs the garbage collector nothing
             if old is not None:
                 self._finished.pop(id, None)
             return

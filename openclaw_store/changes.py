@@ -24,7 +24,7 @@ from openclaw_store.errors import (
     TaskNotFoundError,
 )
 from openclaw_store.models import FINISHED, HELD, NodeInfo, Task
-from openclaw_store.records import STORE_FIELDS, Record
+from openclaw_store.records import STORE_FIELDS, Raw, Record
 from openclaw_store.schema import FIELDS, KEY, ROWS
 from openclaw_store.statements import array, statements_for
 from openclaw_store.writer import Unit
@@ -36,6 +36,7 @@ KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
 """The domain class of what the feed calls an item."""
 
 _VERSION = {kind: names.index("version") for kind, names in FIELDS.items()}
+"""The place of the version in a row."""
 
 Forgotten = tuple[int | None, str, str]
 """The revision, item and identifier of a change that goes with all before it."""
@@ -266,6 +267,7 @@ class Row:
                 self._ledger.hold(self.id, record)
         change = self._ledger.add(self, kind, before, reason)
         record.fields["version"] = change.revision
+        record.row = None  # of an attempt that was not committed
         if previous is not None:
             self.names = self.names.union(names, STORE_FIELDS)
         self.version, self.record = change.revision, record
@@ -368,9 +370,12 @@ class Ledger:
 
     def make_sure(self) -> None:
         """Begin anew if a row was taken for new and is not added: nobody would find out."""
-        presumed_new, self._presumed_new = self._presumed_new, []
-        if any(row.version is None for row in presumed_new):
+        if any(row.version is None for row in self._presumed_new):
             self.cursor.doubt()
+
+    def end_run(self) -> None:
+        """Forget the rows. They refer to the ledger: such cycles only the collector frees."""
+        self.rows, self._presumed_new = {}, []
 
     def row(self, kind: type[Any], id: str) -> Row:
         """The row of this run with this identifier; a new one is yet to be read."""
@@ -461,7 +466,9 @@ class Ledger:
         committed = self.unit.committed
         for place, event in enumerate(committed):
             event.record.fields["version"] += by
-            event.record.row[_VERSION[event.kind]] += by
+            row = list(event.record.row)
+            row[_VERSION[event.kind]] += by
+            event.record.row = tuple(row)
             change = event.change._replace(revision=event.change.revision + by)
             committed[place] = event._replace(change=change)
 
@@ -503,7 +510,7 @@ def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
     for kind, touched in rows.items():
         _store(ledger, kind, touched.values())
     ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
-    ledger.rows = {}  # which know it: else only the garbage collector frees all of them
+    ledger.end_run()
     return outcomes
 
 
@@ -539,7 +546,7 @@ def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
     """Write what the operations left, each row once."""
     sql, cursor = ledger.sql, ledger.cursor
     deletes: list[tuple[str]] = []
-    inserts: list[list[Any]] = []
+    inserts: list[Raw] = []
     updates: dict[frozenset[str], list[list[Any]]] = {}
     insert, plan = sql.insert[kind]
     for row in rows:
@@ -547,7 +554,7 @@ def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
             if row.stored and row.removed:
                 deletes.append((row.id,))
         elif not row.stored:
-            row.record.row = row.record.values(plan)
+            row.record.row = tuple(row.record.values(plan))
             inserts.append(row.record.row)
         else:
             # One that was created again is written over: a statement cannot insert what another,

@@ -39,7 +39,7 @@ from openclaw_store.gate import Gate
 from openclaw_store.schema import NodeRow, TaskRow
 from openclaw_store.sessions import Engines
 from openclaw_store.wakeups import Told, Wakeups, wakeups_of
-from openclaw_store.writer import Apply, Listener, Meanwhile, RedoError, Transaction, Unit, Writer
+from openclaw_store.writer import Apply, Listener, RedoError, Transaction, Unit, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +122,7 @@ class Database:
         self._forks = _forks
         self._state = "new"
         self._gate = Gate(timeout)
-        self._writer = Writer(
-            self._turn_on_thread, self._writer_stopped, clock, self._is_writing_apart
-        )
+        self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock, self._is_pipelined)
         self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
@@ -310,8 +308,9 @@ class Database:
             ) from error
 
     async def _commit(self, session: AsyncSession, unit: Unit) -> None:
-        with self._backend.faults.translated():
-            await session.run_sync(lambda _: unit.finish())
+        async with session.info["turn"]:  # a call that the block has left behind may be writing
+            with self._backend.faults.translated():
+                await session.run_sync(lambda _: unit.finish())
         try:
             await session.commit()
         except (SQLAlchemyError, OSError) as error:
@@ -471,24 +470,22 @@ class Database:
             self._gate.leave()
 
     @contextmanager
-    def _turn_on_thread(self, meanwhile: Meanwhile) -> Iterator[Transaction]:
+    def _turn_on_thread(self) -> Iterator[Transaction]:
         """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
         until = time.monotonic() + self.timeout
-        with self._gate.held("the writer", meanwhile):
-            yield partial(self._write_on_thread, until, meanwhile)
+        with self._gate.held("the writer", self._writer.publish_kept):
+            yield partial(self._write_on_thread, until)
 
     @contextmanager
-    def _write_on_thread(
-        self, until: float, meanwhile: Meanwhile, committed: Callable[[Unit], None]
-    ) -> Iterator[Unit]:
+    def _write_on_thread(self, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
         """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
         with self._backend.faults.translated():
             try:
                 if self._writing is None:
-                    meanwhile()
+                    self._writer.publish_kept()
                     self._writing = self._backend.writing(until)
                 writing = self._writing
-                writing.begin(until, meanwhile)
+                writing.begin(until, self._writer.publish_kept)
                 unit = Unit(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
@@ -501,8 +498,8 @@ class Database:
                 raise
             committed(unit)
 
-    def _is_writing_apart(self) -> bool:
-        return self._writing is not None and self._writing.is_apart
+    def _is_pipelined(self) -> bool:
+        return self._writing is not None and self._writing.is_pipelined
 
     def _writer_stopped(self) -> None:
         writing, self._writing = self._writing, None

@@ -64,7 +64,7 @@ CHANGES_A_COMPACTION = 1000
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Where the database stands."""
+    """Where the database stands, and how its rows are read."""
 
     revision: int
     beat: int

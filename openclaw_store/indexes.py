@@ -90,7 +90,7 @@ class Records(Generic[Item]):
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
-        return RecordMapping(self._buckets.copy(), self.entries, self._decode)
+        return RecordMapping(self._buckets.copy(), len(self.entries), self._decode)
 
     def _own_bucket_of(self, id: str) -> None:
         index = hash(id) & _MASK
@@ -107,19 +107,16 @@ class RecordMapping(Mapping[str, Item]):
     it into that dict.
     """
 
-    __slots__ = ("_buckets", "_decode", "_entries", "_size")
+    __slots__ = ("_buckets", "_decode", "_size")
 
     def __init__(
         self,
         buckets: list[dict[str, Record[Item] | Raw]],
-        entries: dict[str, Record[Item] | Raw],
+        size: int,
         decode: Decode,
     ) -> None:
         self._buckets: list[dict[str, Record[Item] | Raw]] = buckets
-        self._entries: dict[str, Record[Item] | Raw] = (
-            entries  # of the original, as they go on; for what is decoded here
-        )
-        self._size = len(entries)
+        self._size = size
         self._decode = decode
 
     def __repr__(self) -> str:
@@ -129,10 +126,7 @@ class RecordMapping(Mapping[str, Item]):
         bucket = self._buckets[hash(id) & _MASK]
         found = bucket[id]
         if isinstance(found, tuple):
-            record = bucket[id] = self._decode(found)
-            if self._entries.get(id) is found:  # else it would be held twice
-                self._entries[id] = record
-            found = record
+            found = bucket[id] = self._decode(found)
         item: Item = found.copy()
         return item
 

@@ -59,8 +59,8 @@ class Record(Generic[Item]):
         """JSON fields to be copied for each copy; `None` while nobody has looked at any."""
         self._nested: Sequence[str] = ()
         """JSON fields to be decoded for each copy."""
-        self.row: list[Any] | None = None
-        """The same as the driver takes it, and would give it, once it was inserted."""
+        self.row: Raw | None = None
+        """The row that it was inserted as, which the driver would give; `None` for all others."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"

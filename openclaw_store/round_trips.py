@@ -30,7 +30,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from openclaw_store.errors import StoreError
 from openclaw_store.faults import PostgreSQLFaults
 from openclaw_store.statements import NUMBER, array, combined
-from openclaw_store.writer import Meanwhile, NothingKnown, RedoError
+from openclaw_store.writer import NothingKnown, RedoError
 
 Result = TypeVar("Result")
 
@@ -157,7 +157,7 @@ class WriterCursor(Cursor):
         self._learned: dict[Any, Any] = {}  # by this transaction
         self._has_assumed = False
         self._doubtful = 0  # transactions that are to assume nothing
-        self._accompanied = 0  # transactions for which others are taken to be writing, too
+        self._contended = 0  # transactions for which others are taken to be writing, too
 
     def begin(self, until: float) -> None:
         """Forget the last transaction; this one waits for others until then."""
@@ -168,12 +168,12 @@ class WriterCursor(Cursor):
         self._kept, self._guard, self._renumber, self._learned = [], None, None, {}
         self._has_assumed = False
         self._doubtful = max(0, self._doubtful - 1)
-        self._accompanied = max(0, self._accompanied - 1)
+        self._contended = max(0, self._contended - 1)
 
     @property
-    def is_alone(self) -> bool:
-        """Whether nobody else has written lately."""
-        return not self._accompanied
+    def is_contended(self) -> bool:
+        """Whether others have written lately."""
+        return self._contended > 0
 
     def left(self) -> float:
         """Seconds that it may still wait for others."""
@@ -252,16 +252,15 @@ class WriterCursor(Cursor):
             parameters = [*parameters, *values]
         if written := self._do(statement, [*parameters, self._company.listener]):
             self._note(*written)
-            return
-        if self.has_lock:
+        elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
-        if self._renumber is not None:  # a row was not new
+        elif self._renumber is not None:  # a row was not new
             self.doubt()
-        self._accompanied = _CAREFUL_AFTER_CONFLICT
-        if self._has_assumed:
+        elif self._has_assumed:
             self._doubtful = _CAREFUL_AFTER_CONFLICT
             raise RedoError
-        self._need_lock(_CAREFUL_AFTER_CONFLICT)
+        else:
+            self._need_lock(_CAREFUL_AFTER_CONFLICT)
 
     def _note(self, _: str, revision: int, beat: int) -> None:
         """Know the rows that were written, and forget all others if somebody else has written."""
@@ -273,10 +272,11 @@ class WriterCursor(Cursor):
             count, last = parameters
             before = revision - count, beat
             if revision != last:
-                self._accompanied = _CAREFUL_AFTER_CONFLICT
                 self._renumber(revision - last)
         if self._left != before:
             self._known = {}
+            if self._left is not None:
+                self._contended = _CAREFUL_AFTER_CONFLICT
         self._left = revision, beat
         for place, row in self._learned.items():
             if row is None:
@@ -349,7 +349,7 @@ class Writing:
         self._limits = limits
         self._writers = company.writers
         self._loop = asyncio.new_event_loop()
-        self._meanwhile: Meanwhile | None = None
+        self._meanwhile: Callable[[], None] | None = None
         try:
             self._connection = self._wait(self._connect(engine, until + extra + answer_seconds))
             raw: Any = self._wait(self._connection.get_raw_connection())
@@ -364,11 +364,11 @@ class Writing:
         self._writers.add(self._process)
 
     @property
-    def is_apart(self) -> bool:
+    def is_pipelined(self) -> bool:
         """Whether the server would be idle while this process answers callers."""
-        return self.cursor.is_alone
+        return not self.cursor.is_contended
 
-    def begin(self, until: float, meanwhile: Meanwhile) -> None:
+    def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
         """Begin a transaction, with the write lock if the cursor needs it."""
         self._meanwhile = meanwhile
         self.cursor.begin(max(until, self._until))

@@ -67,8 +67,10 @@ def from_microseconds(value: int) -> datetime:
 
 
 def _in_utc(moment: datetime) -> datetime:
-    """A moment as PostgreSQL's driver gives it: the first and the last of all without a zone."""
-    return moment if moment.tzinfo is UTC else moment.replace(tzinfo=UTC)
+    """A moment as PostgreSQL takes and gives it: the first and the last of all without a zone."""
+    if moment.tzinfo is UTC:
+        return moment
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def _optional(process: Callable[[Any], Any]) -> Callable[[Any], Any]:

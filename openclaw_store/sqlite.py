@@ -37,7 +37,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.finishing import cancel_once_more
-from openclaw_store.writer import Meanwhile, NothingKnown
+from openclaw_store.writer import NothingKnown
 
 Result = TypeVar("Result")
 
@@ -341,14 +341,14 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
 class Writing:
     """The writer's connection, which belongs to its thread."""
 
-    is_apart = False  # the thread itself does the work
+    is_pipelined = False  # the thread itself does the work
 
     def __init__(self, engine: Engine, until: float, require_file: Callable[[], None]) -> None:
         self._require_file = require_file
         self._connection = retrying(engine.connect, until - time.monotonic())
         self.cursor: Cursor
 
-    def begin(self, until: float, meanwhile: Meanwhile) -> None:
+    def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
         """Begin a transaction with the write lock, for which it waits until then."""
         meanwhile()
         self._require_file()

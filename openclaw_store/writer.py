@@ -6,10 +6,11 @@ store, the larger the batch and the smaller the cost of each operation. There is
 a lone caller waits for nobody. (Databases write their logs this way; see "group commit" in Gray &
 Reuter, *Transaction Processing*, 1993.)
 
-Callers who all wait for one batch leave nobody to work meanwhile. So where a server does the work,
-a batch takes half of many callers: while it is on its way, those of the batch before get their
-answers and queue again. That is why answers are kept until the next batch was sent, if there is
-one: the thread does not come to send it once their event loop has begun.
+Callers who all wait for one batch leave the server idle while they are answered. So where a server
+does the work, batches are *pipelined*: each takes half of many callers, and those of the batch
+before are answered while it is on its way. Their answers are kept until then, if a batch is to
+follow: once an event loop wakes them it holds the interpreter (the GIL), and the thread would be
+late to send.
 
 What holds:
 
@@ -17,7 +18,8 @@ What holds:
   its own error; the rest of its batch commits.
 - **Order.** Operations are applied in the order in which they were queued.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
-  and after the listeners of that loop (the caches) were told. They never wait for others to wait.
+  and after the listeners of that loop (the caches) were told. No
+  answer is held back while the thread waits for its turn, for a lock, or for more to write.
 - **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
   batch is waited for, and `CancelledError` goes on afterwards.
 
@@ -49,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 Shared = TypeVar("Shared")
 
-Meanwhile = Callable[[], None]
-"""To be called, any number of times, at the latest when the writer's thread waits for others."""
-
 Transaction = Callable[[Callable[["Unit"], None]], AbstractContextManager["Unit"]]
 """Opens a transaction on the writer's thread, and calls back when it is committed.
 
@@ -73,7 +72,7 @@ MAX_BATCH = 8192
 """Operations of one transaction at most; the callers of the others wait for the next one."""
 
 HALVED_FROM = 32
-"""Callers whose operations are worth two batches: each costs as much as some 20 operations."""
+"""So many callers are worth two batches: a batch costs as much as some 20 operations."""
 
 RECENT_BATCHES = 1000
 """The figures of so many are kept."""
@@ -195,7 +194,8 @@ class Unit:
         self.finished = True
         for work in self.before_commit:
             work()
-        self.before_commit.clear()  # what knows the unit, too: else only the collector frees it
+        # These refer to the unit. Such cycles only the garbage collector frees.
+        self.before_commit.clear()
         self._parts.clear()
 
 
@@ -205,7 +205,7 @@ _Entry = tuple[asyncio.Future[Any], Apply, Any]
 _Answer = tuple[asyncio.Future[Any], Any]
 """What a caller waits for, and what it is to be answered: a result, or an exception."""
 
-_Told = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
+_Kept = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
 """What a transaction committed, for the listeners; its entries; and their outcomes."""
 
 
@@ -259,26 +259,26 @@ def _percentile(in_order: Sequence[float], percent: int) -> float | None:
 
 
 class Writer:
-    """Applies submitted operations on one thread, all that have queued in one transaction.
+    """Applies submitted operations on one thread, as a rule all that have queued in a transaction.
 
     Args:
         turn: Waits, on the writer's thread, until it may write, and has it to itself for the block;
             gives what opens as many transactions as a batch takes until one is committed.
         stopped: Is called on the thread when it ends.
         clock: Tells when a batch failed.
-        halves: Whether a batch is to leave half of many callers to the next one.
+        is_pipelined: Tells whether a batch is to leave half of many callers to the next one.
     """
 
     def __init__(
         self,
-        turn: Callable[[Meanwhile], AbstractContextManager[Transaction]],
+        turn: Callable[[], AbstractContextManager[Transaction]],
         stopped: Callable[[], None],
         clock: Callable[[], datetime],
-        halves: Callable[[], bool] = lambda: False,
+        is_pipelined: Callable[[], bool],
     ) -> None:
         self._turn = turn
         self._stopped = stopped
-        self._halves = halves
+        self._is_pipelined = is_pipelined
         self._logbook = _Logbook(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
@@ -287,7 +287,7 @@ class Writer:
         self._taken: dict[asyncio.Future[Any], _Entry] = {}  # out of the queue, not answered yet
         self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
         self._publishing = threading.RLock()
-        self._kept: _Told | None = None  # what is yet to be published
+        self._kept: _Kept | None = None
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._kicking: set[asyncio.AbstractEventLoop] = set()
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
@@ -322,7 +322,7 @@ class Writer:
         return {"queued_operations": len(self._queue), **self._logbook.figures()}
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
-        """Tell `listener`, on `loop`, what is committed from now on; returns what ends it."""
+        """Tell `listener`, on `loop`, what is published from now on; returns what ends it."""
         place = (loop, listener)
         with self._lock:
             self._listeners = [*self._listeners, place]
@@ -344,15 +344,18 @@ class Writer:
         To be called before the next transaction begins, so that the order is that of commits.
         """
         with self._publishing:
-            self._publish_kept()
+            self.publish_kept()
             self._publish(committed, entries, outcomes)
 
-    def _publish_kept(self) -> None:
-        """Publish what was kept until the thread would have waited."""
+    def publish_kept(self) -> None:
+        """Publish what the last batch committed, unless that was done.
+
+        To be called at the latest before the thread waits, or once it has something sent.
+        """
         with self._publishing:
-            kept, self._kept = self._kept, None
-            if kept is not None:
-                self._publish(*kept)
+            if self._kept is not None:
+                self._publish(*self._kept)
+                self._kept = None  # last: should this be interrupted, it is done again
 
     def _publish(
         self, committed: Sequence[Any], entries: Sequence[_Entry], outcomes: Sequence[Any]
@@ -387,19 +390,16 @@ class Writer:
     def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
         """Have the thread look at the queue; refuse what is in it if there can be no thread."""
         self._kicking.discard(loop)
-        refused: list[_Entry] = []
-        reason: UnavailableError | None = None
-        with self._lock:
-            try:
+        try:
+            with self._lock:
                 if self._ended is None:
                     if self._closed:  # since they were let into the queue, on another loop
                         raise UnavailableError(_CLOSED)
                     self._start(Future())
-            except UnavailableError as error:
-                reason = error
+        except UnavailableError as error:
+            with self._lock:
                 refused = [self._queue.popleft() for _ in range(len(self._queue))]
-        if reason is not None:
-            self.publish((), refused, [_own(reason) for _ in refused])
+            self.publish((), refused, [_own(error) for _ in refused])
         if self._tokens.empty():  # else the thread is yet to look, and will find these, too
             self._tokens.put(None)
 
@@ -440,11 +440,11 @@ class Writer:
         Returns:
             The batch, and whether something was left.
         """
-        queued = limit = len(self._queue)
+        queued, limit = len(self._queue), MAX_BATCH
         callers = max(queued, self._callers)
-        if callers >= HALVED_FROM and self._halves():
-            limit = (callers + 1) // 2
-        taken = [self._queue.popleft() for _ in range(min(queued, limit, MAX_BATCH))]
+        if callers >= HALVED_FROM and self._is_pipelined():
+            limit = min(limit, (callers + 1) // 2)
+        taken = [self._queue.popleft() for _ in range(min(queued, limit))]
         self._withdrawn = 0
         batch = [entry for entry in taken if not entry[0].cancelled()]
         self._taken.update((entry[0], entry) for entry in batch)
@@ -453,7 +453,7 @@ class Writer:
     def _write(self) -> bool:
         """Wait for a batch and commit it; returns whether there may be another one."""
         if self._tokens.empty():  # else the next batch comes at once
-            self._publish_kept()
+            self.publish_kept()
         self._tokens.get()
         with self._lock:
             batch, is_left = self._take()
@@ -462,6 +462,7 @@ class Writer:
             self._commit(batch)
             self._callers = len(batch) + len(self._queue)
         elif closed and not is_left:
+            self.publish_kept()
             return False
         if closed or is_left:
             self._tokens.put(None)  # for what was left, or queued during the commit
@@ -476,12 +477,11 @@ class Writer:
             try:
                 self._logbook.note_failure(error)
             finally:
-                self._publish_kept()
+                self.publish_kept()
                 entries = list(self._taken.values())
                 self.publish((), entries, [_own(lost) for _ in entries])
             raise
         finally:
-            self._publish_kept()
             self._stopped()  # first: from the next line on there may be another thread
             with self._lock:
                 orphaned = bool(self._queue)
@@ -505,7 +505,7 @@ class Writer:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
         try:
-            with self._turn(self._publish_kept) as transaction:
+            with self._turn() as transaction:
                 while not self._apply(entries, transaction, began):
                     pass
         except Exception as error:
@@ -525,7 +525,7 @@ class Writer:
         def keep(unit: Unit) -> None:
             self._logbook.note_commit(len(entries), time.perf_counter() - began)
             with self._publishing:
-                self._publish_kept()
+                self.publish_kept()
                 self._kept = unit.committed, entries, outcomes
 
         try:

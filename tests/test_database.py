@@ -345,6 +345,24 @@ class TestTransaction:
         assert await TaskRepository(database).count_by_status() == 0
         assert told == []
 
+    async def test_call_that_the_block_leaves_behind_is_part_of_it_or_refused(
+        self, database: Database, location: Location, make_task: MakeTask
+    ) -> None:
+        """Planted: it writes its row when the transaction has written its changes, or has ended."""
+        written = 0
+        for turns in range(8):  # of the event loop, until the block ends
+            async with database.transaction() as session:
+                calls = [TaskRepository(session).create(make_task()) for _ in range(3)]
+                left = [asyncio.ensure_future(call) for call in calls]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            outcomes = await asyncio.gather(*left, return_exceptions=True)
+
+            assert {type(outcome) for outcome in outcomes} <= {bool, StoreError}
+            written += outcomes.count(True)
+        assert await TaskRepository(database).count_by_status() == written
+        assert execute(location, "SELECT count(*) FROM changes") == [(written,)]
+
     async def test_repository_of_a_transaction_that_ended_is_refused(
         self, database: Database, make_task: MakeTask
     ) -> None:

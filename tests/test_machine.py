@@ -293,11 +293,11 @@ class Machine(DatabaseMachine):
             return None
         stored = self.tasks.get(id)
         wrong: type[StoreError] | None = None
-        if held.base is None and stored is not None:
-            wrong = DuplicateError
-        elif held.base is not None and stored is None:
+        if held.base is None:
+            wrong = None if stored is None else DuplicateError
+        elif stored is None:
             wrong = TaskNotFoundError
-        elif held.base is not None and stored is not None and stored.version != held.base.version:
+        elif stored.version != held.base.version:
             wrong = StaleVersionError
         if wrong is not None:
             if stored is None or content_of(stored) != content_of(held.item):

@@ -827,6 +827,7 @@ class TestRow:
         self, manager: StateManager, open_manager: OpenManager, make_task: MakeTask
     ) -> None:
         """Planted: the version stays what it was before others had taken that revision."""
+        await manager.add_task(make_task())  # from here on it adds without reading first
         await (await open_manager()).add_task(make_task())
         tasks = [make_task(**{name: value}) for name, value in ODD_TASKS if name != "task_id"]
         tasks = [task for task in tasks if task.status not in FINISHED]

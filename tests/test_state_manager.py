@@ -505,10 +505,32 @@ class TestWriting:
         await manager.add_task(make_task())
         await assert_mirrors_database(manager)
 
+    async def test_memory_has_a_task_as_it_was_written_when_its_batch_was_tried_again(
+        self, manager: StateManager, make_task: MakeTask, clock: FakeClock
+    ) -> None:
+        """Planted: memory keeps the row that the first attempt would have inserted."""
+
+        def fail(*_: Any) -> list[None]:
+            clock.advance(1)
+            raise ValueError
+
+        task, others = make_task(), [make_task() for _ in range(5)]
+
+        await asyncio.gather(
+            *map(manager.add_task, (task, *others[:3])),
+            manager.remove_task(task.task_id),
+            *map(manager.add_task, (task, *others[3:])),
+            manager.db.write(fail, None),
+            return_exceptions=True,
+        )
+
+        assert await manager.get_task(task.task_id) == task
+        assert await manager.task_repo.get(task.task_id) == task
+
     async def test_nothing_is_left_to_the_garbage_collector(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode
     ) -> None:
-        """Planted: rows know what knows them, so that a pause of the collector frees them."""
+        """Planted: rows, ledger and unit refer to each other, so only the collector frees them."""
         tasks = [make_task() for _ in range(10)]
 
         async def write() -> None:

@@ -42,7 +42,7 @@ from openclaw_store import (
     writer,
 )
 from openclaw_store.gate import Gate
-from openclaw_store.writer import Cursor, Meanwhile, RedoError, Transaction, Unit, Writer
+from openclaw_store.writer import HALVED_FROM, Cursor, RedoError, Transaction, Unit, Writer
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(
@@ -53,9 +53,10 @@ ends_the_thread = pytest.mark.filterwarnings(
 class Shelf:
     """A fake database: it keeps the operations that were committed, transaction by transaction.
 
-    An operation is a word, and its result the word in capitals. `hold` keeps the writer in its
-    batch until `release` is set; `again` has the first transaction done again; `refuse…` is
-    refused by itself; `explode…` raises; `exit` ends the thread.
+    An operation is a word, and its result the word in capitals. `hold` has the batch before it
+    answered, and keeps the writer in its own until `release` is set; `again` has the first
+    transaction done again; `refuse…` is refused by itself; `explode…` raises; `exit` ends the
+    thread.
     """
 
     def __init__(self) -> None:
@@ -71,13 +72,16 @@ class Shelf:
         self.stopping: Callable[[], object] = lambda: None
         self.stopped = 0
 
-    def writer(self, *, halves: bool = False) -> Writer:
-        return Writer(self.turn, self._stop, lambda: NOON, lambda: halves)
+    def writer(
+        self, *, clock: Callable[[], datetime] = lambda: NOON, is_pipelined: bool = False
+    ) -> Writer:
+        writer = Writer(self.turn, self._stop, clock, lambda: is_pipelined)
+        self.sent = writer.publish_kept
+        return writer
 
     @contextmanager
-    def turn(self, meanwhile: Meanwhile) -> Iterator[Transaction]:
+    def turn(self) -> Iterator[Transaction]:
         self.turns += 1
-        self.meanwhile = meanwhile
         yield self.transaction
 
     @contextmanager
@@ -102,7 +106,7 @@ class Shelf:
     def _decide(self, unit: Unit, operation: str) -> Any:
         if operation == "hold":
             self.entered.set()
-            self.meanwhile()
+            self.sent()
             assert self.release.wait(PATIENCE)
         if operation == "again" and self.opened == 1:
             raise RedoError
@@ -266,17 +270,17 @@ class TestBatches:
 
     async def test_batch_leaves_half_of_many_callers_to_the_next_one(self, shelf: Shelf) -> None:
         """Planted: the next one takes half of what has queued, which is half of a half."""
-        writer = shelf.writer(halves=True)
+        writer, many = shelf.writer(is_pipelined=True), 2 * HALVED_FROM
 
-        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(64)])
+        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(many)])
 
-        assert [len(batch) for batch in shelf.batches] == [32, 32]
+        assert [len(batch) for batch in shelf.batches] == [HALVED_FROM, HALVED_FROM]
         await writer.close()
 
     async def test_few_callers_share_a_batch_all_the_same(self, shelf: Shelf) -> None:
-        writer = shelf.writer(halves=True)
+        writer, few = shelf.writer(is_pipelined=True), HALVED_FROM - 1
 
-        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(31)])
+        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(few)])
 
         assert len(shelf.batches) == 1
         await writer.close()
@@ -299,7 +303,7 @@ class TestBatches:
         def look_and_apply(unit: Unit, operations: Sequence[str]) -> list[Any]:
             was_told.append(told.wait(0.05))
             if ends == "committed":  # else nobody says that anything is on its way
-                shelf.meanwhile()
+                shelf.sent()
                 was_told.append(told.wait(PATIENCE))
             return shelf.apply(unit, operations)
 
@@ -311,7 +315,7 @@ class TestBatches:
         queued.set()
 
         assert (await finished([first, second]))[0] == "FIRST"
-        assert was_told == [False, True] if ends == "committed" else [False]
+        assert was_told == ([False, True] if ends == "committed" else [False])
         await writer.close()
 
     async def test_closing_answers_those_of_the_last_batch(self, shelf: Shelf) -> None:
@@ -468,7 +472,7 @@ class TestFailures:
                 raise RuntimeError("no time")
             return NOON
 
-        writer = Writer(shelf.turn, shelf._stop, clock)
+        writer = shelf.writer(clock=clock)
         held = start(writer.submit(shelf.apply, "hold"))
         await entered(shelf)
         words = ("explode", "exit", "a", "b") if ending == "exit" else ("a", "b")
@@ -1782,11 +1786,11 @@ class TestOnADatabase:
     async def test_listeners_are_told_of_the_writer_and_of_transactions_in_order_of_commits(
         self, ticking: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: a transaction does not care what the writer is yet to tell of its own commit."""
+        """Planted: a transaction publishes before what the writer has kept."""
         told: list[str] = []
         unlisten = ticking.listen(lambda committed: told.extend(event.id for event in committed))
         writing, committed = threading.Event(), threading.Event()
-        publish = ticking._writer._publish_kept
+        publish = ticking._writer.publish_kept
 
         def publish_slowly() -> None:
             on_its_thread = threading.current_thread() is not threading.main_thread()
@@ -1795,7 +1799,7 @@ class TestOnADatabase:
                 committed.wait(PATIENCE)
             publish()
 
-        monkeypatch.setattr(ticking._writer, "_publish_kept", publish_slowly)
+        monkeypatch.setattr(ticking._writer, "publish_kept", publish_slowly)
         first = start(TaskRepository(ticking).create(make_task(task_id="first")))
         assert await asyncio.to_thread(writing.wait, PATIENCE)
         async with ticking.transaction() as session:
@@ -1811,27 +1815,27 @@ class TestOnADatabase:
     ) -> None:
         """Planted: they wait for a transaction that has begun after their commit."""
         tasks = TaskRepository(database)
-        end_one, let_go = asyncio.Event(), asyncio.Event()
+        end_before, end_after = asyncio.Event(), asyncio.Event()
 
         async def hold(end: asyncio.Event) -> None:
             async with database.transaction():
                 await end.wait()
 
-        one = start(hold(end_one))
+        before = start(hold(end_before))
         await until(lambda: database._gate._holder)
         first = start(tasks.create(make_task()))
         await until(lambda: len(database._gate._waiting) == 1)
-        other = start(hold(let_go))
+        after = start(hold(end_after))
         await until(lambda: len(database._gate._waiting) == 2)
         second = start(tasks.create(make_task()))
         await turns()
-        end_one.set()
+        end_before.set()
 
         assert await asyncio.wait_for(asyncio.shield(first), PATIENCE) is True
-        assert not other.done()
+        assert not after.done()
         assert not second.done()
-        let_go.set()
-        await finished([one, other, second])
+        end_after.set()
+        await finished([before, after, second])
 
     async def test_error_of_a_writer_that_waits_in_vain_names_the_transaction(
         self, location: Location, database: Database, make_task: MakeTask
