@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
+from threading import get_ident
 from typing import Any, Generic, TypeVar
 
 import orjson
@@ -90,7 +91,7 @@ class Records(Generic[Item]):
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
-        return RecordMapping(self._buckets.copy(), len(self.entries), self._decode)
+        return RecordMapping(self._buckets.copy(), self.entries, self._decode)
 
     def _own_bucket_of(self, id: str) -> None:
         index = hash(id) & _MASK
@@ -107,16 +108,19 @@ class RecordMapping(Mapping[str, Item]):
     it into that dict.
     """
 
-    __slots__ = ("_buckets", "_decode", "_size")
+    __slots__ = ("_buckets", "_decode", "_entries", "_size", "_thread")
 
     def __init__(
         self,
         buckets: list[dict[str, Record[Item] | Raw]],
-        size: int,
+        entries: dict[str, Record[Item] | Raw],
         decode: Decode,
     ) -> None:
         self._buckets: list[dict[str, Record[Item] | Raw]] = buckets
-        self._size = size
+        # Of the original, as they go on; for what is decoded here, on the thread that changes them.
+        self._entries: dict[str, Record[Item] | Raw] = entries
+        self._thread = get_ident()
+        self._size = len(entries)
         self._decode = decode
 
     def __repr__(self) -> str:
@@ -126,7 +130,10 @@ class RecordMapping(Mapping[str, Item]):
         bucket = self._buckets[hash(id) & _MASK]
         found = bucket[id]
         if isinstance(found, tuple):
-            found = bucket[id] = self._decode(found)
+            record = bucket[id] = self._decode(found)
+            if self._thread == get_ident() and self._entries.get(id) is found:
+                self._entries[id] = record  # else it would be held twice
+            found = record
         item: Item = found.copy()
         return item
 
