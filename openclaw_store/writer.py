@@ -18,8 +18,8 @@ What holds:
   its own error; the rest of its batch commits.
 - **Order.** Operations are applied in the order in which they were queued.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
-  and after the listeners of that loop (the caches) were told. No
-  answer is held back while the thread waits for its turn, for a lock, or for more to write.
+  and after the listeners of that loop (the caches) were told. No answer is held back while the
+  thread waits for its turn, for a lock, or for more to write.
 - **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
   batch is waited for, and `CancelledError` goes on afterwards.
 

@@ -348,7 +348,7 @@ class TestTransaction:
     async def test_call_that_the_block_leaves_behind_is_part_of_it_or_refused(
         self, database: Database, location: Location, make_task: MakeTask
     ) -> None:
-        """Planted: it writes its row when the transaction has written its changes, or has ended."""
+        """Planted: it writes its row when the transaction has written its changes."""
         written = 0
         for turns in range(8):  # of the event loop, until the block ends
             async with database.transaction() as session:
