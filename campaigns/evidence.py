@@ -29,7 +29,7 @@ from campaigns.beside import ask
 from campaigns.caller import TASKS_A_CLAIM
 from campaigns.campaign import Location, Run
 from campaigns.linearizability import Operation, find_violation
-from campaigns.specification import HELD, UNKNOWN, Seen, TaskCall, step
+from campaigns.specification import HELD, READS, UNKNOWN, Seen, TaskCall, changes_nothing, step
 
 FRESH_SECONDS = 0.1
 """How old what is read from memory may be, as is promised, in the 99th percentile. It does not age
@@ -38,9 +38,6 @@ likes."""
 
 LATE_SECONDS = 10.0
 """How old it may be in any case."""
-
-_READ: Final = ("read", "find")
-"""Of the database; what the store itself finds there, memory knows from then on."""
 
 _TELL_REVISION: Final = ("add", "update", "change", "claim", "start", "complete", "fail")
 """The calls that are answered with a version of their own making."""
@@ -302,11 +299,15 @@ class Evidence:
             ]
             calls.append(Asked(-1, "read", id, [], end, end, self._end.get(id)))
             operations = [
-                Operation(one.invoked, one.returned, TaskCall(one.name, one.arguments, one.answer))
+                Operation(
+                    one.invoked,
+                    one.returned,
+                    TaskCall(one.name, tuple(one.arguments), one.answer),
+                )
                 for one in calls
-                if one.name not in _READ or one.answer is not UNKNOWN
+                if one.name not in READS or one.answer is not UNKNOWN
             ]
-            violation = find_violation(operations, None, step)
+            violation = find_violation(operations, None, step, changes_nothing)
             if violation is not None:
                 before = [one for one in operations if _precedes(one, violation)]
                 before.sort(key=attrgetter("invoked"))

@@ -6,7 +6,9 @@ TOPLAS 12(3), 1990). The search for such moments is that of Wing & Gong ("Testin
 Concurrent Objects", Journal of Parallel and Distributed Computing 17, 1993) as improved by Lowe
 ("Testing for Linearizability", Concurrency and Computation: Practice and Experience 29(4), 2017):
 no call is put in order before one that it is concurrent with must be, as it returns; and what calls
-and state have led nowhere once is not tried again.
+and state have led nowhere once is not tried again. Besides, a call that changes nothing is put in
+order as soon as it fits, as nothing is lost by that; of those that were asked the same and never
+returned, one is as good as another; and that one of them changed nothing need not be tried.
 
 Objects that do not depend on each other are best looked at one by one, which is as good (Herlihy &
 Wing prove it) and much faster.
@@ -18,7 +20,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-Call = TypeVar("Call")
+Call = TypeVar("Call", bound=Hashable)
 State = TypeVar("State", bound=Hashable)
 
 
@@ -37,6 +39,7 @@ def find_violation(
     operations: Iterable[Operation[Call]],
     initial: State,
     step: Callable[[State, Call], Iterable[State]],
+    changes_nothing: Callable[[Call], bool],
 ) -> Operation[Call] | None:
     """Look for an order of the operations that explains all answers; `None` if there is one.
 
@@ -44,6 +47,9 @@ def find_violation(
         initial: What the object held before.
         step: The states that the object may be in after a call that was answered so; none if a
             call in that state can not have been.
+        changes_nothing: Whether a call that was answered so leaves any state as it is. (It may
+            tell more of a state of which not all is known: a later call finds no less to fit
+            without that.)
 
     Returns:
         Else the first operation, by the time of its return, that no order up to then explains.
@@ -61,17 +67,35 @@ def find_violation(
         if operation in ahead:
             following = [(place + 1, state, ahead - {operation})]
         else:
-            following = [
-                (place, after, ahead | {other})
-                for other in under_way
-                if other not in ahead
-                for after in step(state, other.call)
+            candidates = _distinct(other for other in under_way if other not in ahead)
+            outcomes = [(other, [*step(state, other.call)]) for other in candidates]
+            at_once = [
+                other
+                for other, after in outcomes
+                if after == [state] and changes_nothing(other.call)
             ]
+            if at_once:
+                following = [(place, state, ahead.union(at_once))]
+            else:
+                following = [
+                    (place, one, ahead | {other})
+                    for other, after in outcomes
+                    for one in after
+                    if other.returned is not None or one != state
+                ]
         for one in following:
             if one not in tried:
                 tried.add(one)
                 reached.append(one)
     return returns[furthest][0]
+
+
+def _distinct(operations: Iterable[Operation[Call]]) -> Iterable[Operation[Call]]:
+    """Those that returned, and of those that did not the first one of each call."""
+    distinct: dict[Hashable, Operation[Call]] = {}
+    for one in operations:
+        distinct.setdefault(one.call if one.returned is None else one, one)
+    return distinct.values()
 
 
 def _returns(

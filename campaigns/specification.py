@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, NamedTuple
 
 NOT_FOUND: Final = "TaskNotFoundError"
@@ -13,6 +13,9 @@ FINISHED_OTHERWISE: Final = "InvalidTransitionError"
 
 TOO_LATE: Final = "DeadlineError"
 """What any call may be answered on a busy machine; then it has changed nothing."""
+
+READS: Final = ("read", "find")
+"""Of the database; what the store itself finds there, memory knows from then on."""
 
 HELD: Final = ("scheduled", "running")
 
@@ -37,7 +40,7 @@ class TaskCall(NamedTuple):
     """A call that concerns one task."""
 
     name: str
-    arguments: Sequence[Any]
+    arguments: tuple[Any, ...]
     answer: Seen | str | bool | None
     """The task as it was answered, `None` if there is none, the name of an error, `True` if it
     was done, or `UNKNOWN`."""
@@ -66,6 +69,11 @@ def step(task: Seen | None, call: TaskCall) -> Iterable[Seen | None]:
                 yield call.answer
         elif call.answer is None and outcome is None:
             yield None
+
+
+def changes_nothing(call: TaskCall) -> bool:
+    """Whether any task is as it was after a call with this answer."""
+    return call.name in READS or isinstance(call.answer, str)
 
 
 def is_same(task: Seen, other: Seen) -> bool:
