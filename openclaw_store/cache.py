@@ -14,6 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
 from openclaw_store.changes import ITEM, KINDS, Change, Event, Place, place_of
@@ -31,6 +32,7 @@ from openclaw_store.models import (
     Task,
     TaskStatus,
 )
+from openclaw_store.pages import STEP_WIDTH
 from openclaw_store.records import Record
 
 _TASK = ITEM[Task]
@@ -120,48 +122,56 @@ class Cache:
             InvalidDataError: If it met a row that cannot be read; it took over the rest.
         """
         unreadable: InvalidDataError | None = None
+        arrived: list[Ready] = []
         for event in events:
             if isinstance(event, Beaten):
                 self._land(event)
                 continue
             kind, id, record, change = event
-            if self._count(change):
-                try:
-                    self._commit((kind, id), record, change.revision)
-                except InvalidDataError as error:
-                    unreadable = error
+            if not self._count(change):
+                continue
+            if record is not None and record.row is not None and kind is Task and self._is_new(id):
+                ready = _claimable(record)
+                if ready is not None:
+                    self.tasks.put(id, record.row)
+                    arrived.append(ready)
+                    continue
+            self._index(arrived)  # it may be one of them
+            try:
+                self._commit((kind, id), record, change.revision)
+            except InvalidDataError as error:
+                unreadable = error
+        self._index(arrived)
         if unreadable is not None:
             raise unreadable
 
     def catch_up(self, news: News) -> None:
-        """Take over what the feed says, from this and other processes."""
+        """Take over what the feed says, from this and other processes.
+
+        Raises:
+            InvalidDataError: If it met a row that cannot be read; it took over the rest.
+        """
         later = [change for change, _ in self.ahead.values() if change.revision > news.read_at]
-        changed_since = {(KINDS[change.item], change.item_id) for change in later}
-        self.is_counted = self.is_counted and news.is_whole
         must_wait = self.complete > news.read_at  # what was committed since cannot be told apart
-        changed: dict[Place, None] = {}
-        for change in news.changes:
-            if self._count(change):
-                changed[KINDS[change.item], change.item_id] = None
-        for place in changed:
-            if place in changed_since:
-                continue
-            kind, id = place
-            if kind is Task:
-                self._take_over_task(id, news)
-            else:
-                record = self._with_landed(news.nodes.get(id), news.beat)
-                self._commit(place, record, news.read_at)
-        for record in news.beaten:
-            place = place_of(record)
+        tasks, nodes = self._count_news(news)
+        for change in later:  # what is here is newer
+            (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
+        unreadable = self._take_over_tasks(tasks, news)
+        for id in nodes:
+            node = self._with_landed(news.nodes.get(id), news.beat)
+            self._commit((NodeInfo, id), node, news.read_at)
+        for beaten in news.beaten:
+            place = place_of(beaten)
             if self._visible(place) is not None:
-                self._commit(place, self._with_landed(record, news.beat), 0)
+                self._commit(place, self._with_landed(beaten, news.beat), 0)
         self.beat = max(self.beat, news.beat)
         self._landed = {
             id: newer
             for id, landed in self._landed.items()
             if (newer := {name: it for name, it in landed.items() if it[0] > self.beat})
         }
+        if news.changes and news.changes[-1][0] > self.version:
+            self.updated_at = news.changed_at
         if news.revision > self.complete:
             self.complete = news.revision
             self.version = max(self.version, self.complete)
@@ -175,6 +185,8 @@ class Cache:
                 if change.revision in self.ahead:
                     self.ahead[change.revision] = (change, change.from_status)
             self.is_counted = True
+        if unreadable is not None:
+            raise unreadable
 
     def remember(self, record: Record[Task]) -> None:
         """Keep a finished task that was read from the database."""
@@ -377,27 +389,64 @@ class Cache:
             self._close_gap()
         return True
 
-    def _take_over_task(self, id: str, news: News) -> None:
-        """Take over what the feed says of a task that has changed."""
-        row = news.tasks.get(id)
-        if row is None:
-            self._commit((Task, id), None, news.read_at)
-        elif (ready := news.ready(row)) is None or not self._is_new(id):
-            self._commit((Task, id), self._decode[Task](row), news.read_at)
-        else:  # by far the most frequent case, and nobody may ever ask for it
-            self.tasks.put(id, row)
-            self._pending.add(ready[0])
-            self.ready.add(*ready)
+    def _count_news(self, news: News) -> tuple[dict[str, Sequence[Any]], dict[str, None]]:
+        """Count what the feed says; returns the last change of each task, and the nodes."""
+        tasks: dict[str, Sequence[Any]] = {}
+        nodes: dict[str, None] = {}
+        counts = self.task_counts
+        for change in news.changes:
+            revision, _, item, id, before, after = change[:STEP_WIDTH]
+            if revision <= self.complete or revision in self.ahead:
+                if id in tasks:
+                    tasks[id] = change
+            elif item == _TASK:
+                tasks[id] = change
+                if before is not None:
+                    counts[before] -= 1
+                if after is not None:
+                    counts[after] += 1
+            else:
+                nodes[id] = None
+        # The beginning of a row that somebody has inserted by hand was never counted.
+        self.is_counted = self.is_counted and news.is_whole and min(counts.values()) >= 0
+        return tasks, nodes
+
+    def _take_over_tasks(
+        self, tasks: Mapping[str, Sequence[Any]], news: News
+    ) -> InvalidDataError | None:
+        """Take over what their last changes brought; returns what cannot be read of them."""
+        unreadable: InvalidDataError | None = None
+        arrived: list[Ready] = []
+        for id, change in tasks.items():
+            row = tuple(change[STEP_WIDTH:])
+            is_there = row[0] is not None
+            ready = news.ready(row) if is_there and self._is_new(id) else None
+            if ready is not None:  # by far the most frequent case, and nobody may ever ask for it
+                self.tasks.put(id, row)
+                arrived.append(ready)
+                continue
+            try:
+                record = self._decode[Task](row) if is_there else None
+                self._commit((Task, id), record, news.read_at)
+            except InvalidDataError as error:
+                unreadable = error
+        self._index(arrived)
+        return unreadable
+
+    def _index(self, arrived: list[Ready]) -> None:
+        """Let new tasks be found that may be claimed; empties the list."""
+        if arrived:
+            arrived.sort(key=itemgetter(0))
+            self._pending.extend([key for key, _, _ in arrived])
+            self.ready.extend(arrived)
+            arrived.clear()
 
     def _is_new(self, id: str) -> bool:
         """Whether nothing is known of a task."""
+        if id in self.tasks.entries or id in self._finished:
+            return False
         place = (Task, id)
-        return not (
-            id in self.tasks.entries
-            or id in self._finished
-            or place in self.unsaved
-            or place in self._aliases
-        )
+        return place not in self.unsaved and place not in self._aliases
 
     def _status_here(self, change: Change) -> str | None:
         """The status that the counts have an item in."""

@@ -27,7 +27,7 @@ from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
 from openclaw_store.operations import Compact, compact
-from openclaw_store.pages import CHANGE_WIDTH, read_page
+from openclaw_store.pages import read_page
 from openclaw_store.reading import read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.schema import (
@@ -49,7 +49,6 @@ _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
     ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
 )
 
-_CHANGE_KINDS = {kind.value: kind for kind in ChangeKind}  # found so in half the time
 _PENDING = TaskStatus.PENDING.value
 
 CHANGES_A_PAGE = 400
@@ -101,12 +100,15 @@ class News:
     read_at: int
     """The revision of the picture that content is from; more pages follow if it is larger."""
     beat: int
-    changes: Sequence[Change]
-    """Those that were not known before."""
+    changes: Sequence[Sequence[Any]]
+    """Those that were not known before, and perhaps some that were: each is a `STEP`.
+
+    Behind it, the last one of a task has its content, if it was not removed; else there is `None`.
+    """
+    changed_at: datetime | None
+    """When the last of them was made, if there are any."""
     is_whole: bool
     """Whether no change is missing; clean-up removes those of removed tasks."""
-    tasks: Mapping[str, Raw]
-    """Content of the tasks that changed; what is not there was removed."""
     nodes: Mapping[str, Record[NodeInfo]]
     """Content of the nodes that changed; what is not there was removed."""
     beaten: Sequence[Record[NodeInfo]]
@@ -114,7 +116,7 @@ class News:
     task_counts: Mapping[str, int] | None
     """Tasks by status, where they cannot be derived from the changes."""
     ready: Callable[[Raw], Ready | None]
-    """How `ReadyTasks` knows one of the `tasks`; `None` if it may not be claimed."""
+    """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
     is_compacted: bool = False
     """Whether the feed does not reach back that far any more, so that nothing else counts."""
 
@@ -167,18 +169,11 @@ async def read_news(
         is_whole: Whether the pages before this one were.
         known: Revisions of changes that need not be told.
     """
-    page = await read_page(session, since, since + CHANGES_A_PAGE)
+    page = await read_page(session, since, since + CHANGES_A_PAGE, known)
     until = min(since + CHANGES_A_PAGE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
-    changes = [
-        Change(number, sql.from_moment(at), item, id, _CHANGE_KINDS[kind], *rest)
-        for number, at, item, id, kind, *rest in (
-            row[:CHANGE_WIDTH] for row in page.rows if row[0] not in known
-        )
-    ]
-    tasks = {row[3]: tuple(row[CHANGE_WIDTH:]) for row in page.rows if row[CHANGE_WIDTH]}
     nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {change.item_id for change in changes if change.item == ITEM[NodeInfo]}:
+    if ids := {row[3] for row in page.rows if row[2] == ITEM[NodeInfo]}:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record["node_id"]: record for record in found}
@@ -186,14 +181,15 @@ async def read_news(
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
         beaten = await read_records(session, NodeInfo, query)
-    is_whole = is_whole and len(page.rows) == until - since
+    asked = sum(max(0, min(end, until) - start) for start, end in page.gaps)
+    is_whole = is_whole and len(page.rows) == asked
     return News(
         revision=until,
         read_at=page.revision,
         beat=page.beat,
-        changes=changes,
+        changes=page.rows,
+        changed_at=sql.from_moment(page.rows[-1][1]) if page.rows else None,
         is_whole=is_whole,
-        tasks=tasks,
         nodes=nodes,
         beaten=beaten,
         task_counts=None if is_whole or until < page.revision else await _task_counts(session),
@@ -280,11 +276,14 @@ def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None
         if row[_STATUS] != _PENDING:
             return None
         skills, not_before = row[_SKILLS], row[_NOT_BEFORE]
-        return (
-            (row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]),
-            skills and skills.encode(),
-            not_before and moment(not_before),
-        )
+        try:
+            return (
+                (row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]),
+                skills and skills.encode(),
+                not_before and moment(not_before),
+            )
+        except (TypeError, OverflowError):  # who decodes it will say what cannot be read
+            return None
 
     return ready
 

@@ -200,32 +200,47 @@ class SortedKeys(Generic[Key]):
 
     def add(self, key: Key) -> None:
         """Add a key that is not there."""
-        if not self._chunks:
-            self._chunks.append([key])
-            self._lasts.append(key)
+        if not self._lasts or key > self._lasts[-1]:  # by far the most frequent case
+            self._append([key])
             return
-        if key > self._lasts[-1]:  # by far the most frequent case
-            place = len(self._chunks) - 1
-            self._chunks[place].append(key)
-            self._lasts[place] = key
-        else:
-            place = bisect_left(self._lasts, key)
-            insort(self._chunks[place], key)
-        chunk = self._chunks[place]
-        if len(chunk) > self._LONGEST:
-            half = len(chunk) // 2
-            self._chunks[place : place + 1] = [chunk[:half], chunk[half:]]
-            self._lasts[place : place + 1] = [chunk[half - 1], chunk[-1]]
+        place = bisect_left(self._lasts, key)
+        insort(self._chunks[place], key)
+        self._divide(place)
 
     def extend(self, keys: Sequence[Key]) -> None:
-        """Add keys that are not there, in ascending order; at once if they follow all others."""
-        if self._lasts and keys and keys[0] < self._lasts[-1]:
-            for key in keys:
-                self.add(key)
-            return
-        for start in range(0, len(keys), self._LONGEST):
-            self._chunks.append(list(keys[start : start + self._LONGEST]))
-            self._lasts.append(self._chunks[-1][-1])
+        """Add keys that are not there, in ascending order."""
+        start = 0
+        while start < len(keys):
+            place = bisect_left(self._lasts, keys[start])
+            if place == len(self._lasts):
+                self._append(keys[start:])
+                return
+            end = bisect_left(keys, self._lasts[place], start)
+            chunk, at = self._chunks[place], 0
+            for key in keys[start:end]:
+                at = bisect_left(chunk, key, at)
+                chunk.insert(at, key)
+            self._divide(place)
+            start = end
+
+    def _append(self, keys: Sequence[Key]) -> None:
+        """Add keys that follow all others."""
+        if not self._chunks:
+            self._chunks.append([])
+            self._lasts.append(keys[-1])
+        self._chunks[-1] += keys
+        self._lasts[-1] = keys[-1]
+        self._divide(len(self._chunks) - 1)
+
+    def _divide(self, place: int) -> None:
+        """Make several of a list that has become too long."""
+        chunk = self._chunks[place]
+        if len(chunk) > self._LONGEST:
+            parts = -(-len(chunk) // self._LONGEST)
+            length = -(-len(chunk) // parts)
+            chunks = [chunk[start : start + length] for start in range(0, len(chunk), length)]
+            self._chunks[place : place + 1] = chunks
+            self._lasts[place : place + 1] = [one[-1] for one in chunks]
 
     def remove(self, key: Key) -> None:
         """Remove a key that is there."""

@@ -376,8 +376,10 @@ class Mirror:
                 if news.is_compacted or news.read_at - cache.complete > RELOAD_AFTER:
                     await self._load()
                     return
-                cache.catch_up(news)
-                self.watchers.wake(change.item_id for change in news.changes)
+                try:
+                    cache.catch_up(news)
+                finally:
+                    self.watchers.wake(change[3] for change in news.changes)
             self.last_refresh_at = self._database.clock()
 
     async def changes(self, since: int) -> tuple[Sequence[Change], int]:
@@ -530,12 +532,15 @@ class Mirror:
             flushes = [event.flush for event in events if isinstance(event, Beaten)]
             self._own_beat = max(flushes, default=self._own_beat)
 
-    def _told(self, revision: int, beat: int) -> None:
+    def _told(self, revision: int, beat: int) -> bool:
         """Is told, on any thread, where the counters of the database stand."""
+        if self._outdated.is_set():
+            return False
         if self._loop is not None and (
             revision > self.cache.complete or beat > max(self.cache.beat, self._own_beat)
         ):
             self._loop.call_soon_threadsafe(self._outdated.set)
+        return True
 
     async def _follow(self) -> None:
         while True:

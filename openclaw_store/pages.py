@@ -5,7 +5,7 @@ One statement reads all of it, so following others costs little more than the ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -16,43 +16,43 @@ from sqlalchemy.orm import Session
 from openclaw_store.changes import ITEM, counters_of
 from openclaw_store.models import Task
 from openclaw_store.records import JSON_FIELDS
-from openclaw_store.schema import FIELDS, ChangeRow
-
-CHANGE_WIDTH = len(ChangeRow.__table__.c)
-"""How many values of a row are the change; those behind it are its task."""
+from openclaw_store.schema import FIELDS
 
 _TEXTS = 16
 """Into so many texts SQLite puts a page, as none may be longer than a billion bytes."""
 
-_COLUMNS = [
-    *(f"changes.{column.name}" for column in ChangeRow.__table__.c),
-    *(f"tasks.{name}" for name in FIELDS[Task]),
-]
+STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
+"""What a cache needs of a change, in this order."""
 
-# The version of a task is the revision of its last change. So the last change of a task that is in
-# the page brings it, and those before it need not.
-_TASKS = f"""LEFT JOIN tasks
+STEP_WIDTH = len(STEP)
+"""How many values of a row are the change; those behind it are its task."""
+
+_COLUMNS = [*(f"changes.{name}" for name in STEP), *(f"tasks.{name}" for name in FIELDS[Task])]
+
+# The version of a task is the revision of its last change. So the last change of a task that is
+# read brings it, and those before it need not.
+_CHANGES = f"""changes LEFT JOIN tasks
     ON changes.item = '{ITEM[Task]}' AND tasks.task_id = changes.item_id
-    AND (tasks.version <= changes.revision OR tasks.version > %(until)s)"""
+    AND (tasks.version <= changes.revision OR tasks.version > %(until)s)
+    WHERE changes.revision > %(since)s AND changes.revision <= %(until)s"""
 
 # JSON as text: for each value of its own type, the driver calls a function of Python's.
 _TEXTS_OF_JSON = {f"tasks.{name}": f"tasks.{name}::text" for name in JSON_FIELDS[Task]}
 
 _AS_ROWS = f"""
-    SELECT counters.revision, beat, compacted,
-        {", ".join(_TEXTS_OF_JSON.get(one, one) for one in _COLUMNS)} FROM counters
-    LEFT JOIN changes ON changes.revision > %(since)s AND changes.revision <= %(until)s {_TASKS}
-    WHERE counters.id = 1 ORDER BY changes.revision""" % {"since": "$1", "until": "$2"}
+    SELECT counters.revision, beat, compacted, news.* FROM counters LEFT JOIN (
+        SELECT {", ".join(_TEXTS_OF_JSON.get(one, one) for one in _COLUMNS)}
+        FROM {_CHANGES}) AS news ON true
+    WHERE counters.id = 1 ORDER BY news.revision""" % {"since": "$1", "until": "$2"}
 
-_PART = f"""(
-    SELECT json_group_array(json_array({", ".join(_COLUMNS)})) FROM changes {_TASKS}
-    WHERE changes.revision > ?1 + ?3 * %(part)s
-    AND changes.revision <= min(?1 + ?3 * (%(part)s + 1), ?2))"""
+_PART = f"(SELECT json_group_array(json_array({', '.join(_COLUMNS)})) FROM {_CHANGES})"
 
 # For each row, SQLite's driver lets other threads run, and waits for its turn again. So there is
 # one row; even without other threads, this takes two thirds of the time.
 _AS_JSON = "SELECT revision, beat, compacted, {} FROM counters WHERE id = 1".format(
-    ", ".join(_PART % {"until": "?2", "part": part} for part in range(_TEXTS))
+    ", ".join(
+        _PART % {"since": f"?{2 * part + 1}", "until": f"?{2 * part + 2}"} for part in range(_TEXTS)
+    )
 )
 
 
@@ -66,22 +66,38 @@ class FeedPage(NamedTuple):
     compacted: int
     """Up to here, changes were removed."""
     rows: Sequence[Sequence[Any]]
-    """Each a change, and behind it the task it is about, as the driver gave them.
+    """Each a change, in order, and behind it the task it is about, as the driver gave them.
 
     Of several changes of a task only the last is sure to have it. What is not there is `None`.
     """
+    gaps: Sequence[tuple[int, int]]
+    """Which changes were read: those behind the former, up to the latter."""
 
 
-async def read_page(session: AsyncSession, since: int, until: int) -> FeedPage:
-    """The changes behind `since` up to `until`, in order."""
+async def read_page(
+    session: AsyncSession, since: int, until: int, known: Container[int]
+) -> FeedPage:
+    """The changes behind `since` up to `until`, in order; most of those that are known are not."""
     if session.get_bind().dialect.name == "sqlite":
-        length = -(-(until - since) // _TEXTS)
-        found = await _fetch(session, _AS_JSON, since, until, length)
+        gaps = list(_gaps(since, until, known))
+        nothing = [(until, until)] * (_TEXTS - len(gaps))
+        found = await _fetch(session, _AS_JSON, *chain(*gaps, *nothing))
         rows = list(chain.from_iterable(map(orjson.loads, found[0][3:]))) if found else []
     else:
+        gaps = [(since, until)]
         found = await _fetch(session, _AS_ROWS, since, until)
         rows = [row[3:] for row in found if row[3] is not None]
-    return FeedPage(*counters_of(found), found[0][2], rows)
+    return FeedPage(*counters_of(found), found[0][2], rows, gaps)
+
+
+def _gaps(since: int, until: int, known: Container[int]) -> Iterator[tuple[int, int]]:
+    """A page's parts without what is known at either end: a process has many revisions in a row."""
+    length = -(-(until - since) // _TEXTS)
+    for start in range(since, until, length):
+        revisions = range(start + 1, min(start + length, until) + 1)
+        unknown = [revision for revision in revisions if revision not in known]
+        if unknown:
+            yield unknown[0] - 1, unknown[-1]
 
 
 async def _fetch(session: AsyncSession, sql: str, *parameters: int) -> Sequence[Any]:

@@ -53,6 +53,7 @@ from openclaw_store.models import (
 from openclaw_store.records import JSON_FIELDS, Decode, Plan, Raw, Record, decode
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
 
 
 def to_microseconds(moment: datetime) -> int:
@@ -63,7 +64,7 @@ def to_microseconds(moment: datetime) -> int:
 
 def from_microseconds(value: int) -> datetime:
     """The moment that is `value` microseconds after 1970, exactly."""
-    return _EPOCH + timedelta(0, 0, value)  # by name it takes half as long again
+    return _EPOCH + value * _MICROSECOND  # to make a `timedelta` takes half as long again
 
 
 def _in_utc(moment: datetime) -> datetime:

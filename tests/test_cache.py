@@ -19,6 +19,7 @@ from openclaw_store.feed import News, Page, Start
 from openclaw_store.heartbeats import Beat, Beaten
 from openclaw_store.indexes import Ready, Records, SortedKeys
 from openclaw_store.models import FINISHED
+from openclaw_store.pages import STEP
 from openclaw_store.records import Record, encode
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -64,8 +65,24 @@ def node_news(
     beaten: Sequence[Record[NodeInfo]] = (),
 ) -> News:
     """What the feed says of nodes."""
-    nodes = {record["node_id"]: record for record in records}
-    return News(revision, revision, beat, changes, True, {}, nodes, beaten, None, ready_of)
+    return News(
+        revision=revision,
+        read_at=revision,
+        beat=beat,
+        changes=[(*step_of(change), None) for change in changes],
+        changed_at=changes[-1].changed_at if changes else None,
+        is_whole=True,
+        nodes={record["node_id"]: record for record in records},
+        beaten=beaten,
+        task_counts=None,
+        ready=ready_of,
+    )
+
+
+def step_of(change: Change) -> Sequence[Any]:
+    """What a cache is told of a change."""
+    values = change._asdict()
+    return [values[name] for name in STEP]
 
 
 def ready_of(row: tuple[Any, ...]) -> Ready | None:
@@ -103,19 +120,25 @@ class FakeDatabase:
         until = changes[-1].revision if len(changes) == page else self.revision
         is_whole = is_whole and len(changes) == until - since
         counts = None if is_whole or until < self.revision else self.counts()
-        touched = {entry.item_id for entry in changes}
+        last = {one.item_id: one.revision for one in changes}
         return News(
             revision=until,
             read_at=self.revision,
             beat=0,
-            changes=changes,
+            changes=[
+                (*step_of(one), *self._row(one.item_id, one.revision in last.values()))
+                for one in changes
+            ],
+            changed_at=changes[-1].changed_at if changes else None,
             is_whole=is_whole,
-            tasks={id: (id, row) for id, row in self.rows.items() if id in touched},
             nodes={},
             beaten=[],
             task_counts=counts,
             ready=ready_of,
         )
+
+    def _row(self, id: str, is_last: bool) -> tuple[Any, ...]:
+        return (id, self.rows[id]) if is_last and id in self.rows else (None, None)
 
     def tell(self, cache: Cache, page: int = 100) -> None:
         """Bring a cache up to date."""

@@ -1937,7 +1937,60 @@ class TestTwoManagers:
         for _ in range(2):
             await other.refresh_from_database()
 
-        assert [len(news.tasks) for news in told] == [1, 0]
+        assert [len(news.changes) for news in told] == [1, 0]
+
+    async def test_refresh_takes_over_what_came_between_own_changes(
+        self, manager: StateManager, make_task: MakeTask, make_node: MakeNode,
+        open_manager: OpenManager,
+    ) -> None:  # fmt: skip
+        """Own changes need not be read again; but what they have changed was changed before."""
+        node, task = make_node(), make_task(required_skills=[])
+        await manager.add_node(node)
+        await manager.add_task(task)
+        other = await open_manager()
+        others = [make_task(priority=TaskPriority.LOW) for _ in range(40)]
+        task.name = "another one"
+        await manager.update_task(task)
+        for number, one in enumerate(others):
+            await (manager if number == 20 else other).add_task(one)
+
+        [claimed] = await other.claim_tasks(node.node_id, 1)
+        assert (claimed.task_id, claimed.name) == (task.task_id, "another one")
+        await other.refresh_from_database()
+
+        await assert_mirrors_database(other)
+
+    @pytest.mark.sqlite
+    @pytest.mark.parametrize("is_known", [True, False])
+    async def test_refresh_takes_over_all_but_what_cannot_be_read(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
+        location: Location, is_known: bool,
+    ) -> None:  # fmt: skip
+        """SQLite takes text anywhere."""
+        other = await open_manager()
+        before, broken, after = (make_task() for _ in range(3))
+        for task in (before, broken, after):
+            await manager.add_task(task)
+        if is_known:
+            await other.refresh_from_database()
+            assert await other.get_task(broken.task_id) == broken
+        for task in (before, broken, after):
+            task.name = "newer"
+            await manager.update_task(task)
+        this = f"WHERE task_id = '{broken.task_id}'"
+        [[moment]] = execute(location, f"SELECT submitted_at FROM tasks {this}")
+        execute(location, f"UPDATE tasks SET submitted_at = 'yesterday' {this}")
+
+        with pytest.raises(InvalidDataError, match=f"submitted_at: of '{broken.task_id}'"):
+            await other.refresh_from_database()
+        assert [await other.get_task(task.task_id) for task in (before, after)] == [before, after]
+        assert other.version == manager.version
+
+        await other.refresh_from_database()
+        execute(location, f"UPDATE tasks SET submitted_at = {moment} {this}")
+        await manager.update_task(broken)
+        await other.refresh_from_database()
+        await assert_mirrors_database(other)
 
     async def test_outdated_copy_of_another_manager_is_refused(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager

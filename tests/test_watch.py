@@ -46,7 +46,13 @@ from openclaw_store.operations import Compact, compact
 from openclaw_store.postgresql import PostgreSQL
 from openclaw_store.round_trips import Company
 from openclaw_store.statements import CHANNEL, OTHER_LISTENERS
-from openclaw_store.wakeups import LONGEST_SECONDS, UNREADABLE_SECONDS, wakeups_of
+from openclaw_store.wakeups import (
+    BUSY_SECONDS,
+    LONGEST_SECONDS,
+    SHORTEST_SECONDS,
+    UNREADABLE_SECONDS,
+    wakeups_of,
+)
 from openclaw_store.writer import Unit
 
 
@@ -596,7 +602,7 @@ class TestWakeUps:
         async with engine_of(location).begin() as connection:
             await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1")
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
-            follower = database.follow(lambda *counters: told.append(counters))
+            follower = database.follow(lambda *counters: not told.append(counters))  # type: ignore[func-returns-value]
             await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
             assert not told
         try:
@@ -627,7 +633,7 @@ class TestWakeUps:
         monkeypatch.setattr(wakeups, "STOP_SECONDS", PATIENCE if is_answered else 0.1)
         async with engine_of(location).begin() as connection:
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
-            follower = database.follow(lambda *_: None)
+            follower = database.follow(lambda *_: True)
             await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
             stopping = asyncio.ensure_future(follower.stop())
             if not is_answered:  # while the statement waits
@@ -652,7 +658,7 @@ class TestWakeUps:
         monkeypatch.setattr(wakeups, "Event", Impatient)
         away, told = location.with_name("away"), Event()
         os.rename(location, away)
-        polling = wakeups_of(manager.db._backend, lambda *_: told.set())
+        polling = wakeups_of(manager.db._backend, lambda *_: not told.set())  # type: ignore[func-returns-value]
         await until(lambda: UNREADABLE_SECONDS in pauses)
         os.rename(away, location)
         await until(told.is_set)
@@ -663,6 +669,35 @@ class TestWakeUps:
         missing = pauses[: pauses.index(UNREADABLE_SECONDS)]
         assert missing == [LONGEST_SECONDS * 2**number for number in range(len(missing))]
         assert set(pauses[found:]) <= {pause for pause in pauses if pause and pause < 0.01}
+
+    @pytest.mark.sqlite
+    @pytest.mark.parametrize("is_busy", [True, False])
+    async def test_who_is_busy_is_told_less_often(
+        self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch,
+        is_busy: bool,
+    ) -> None:  # fmt: skip
+        pauses: list[float | None] = []
+
+        class Noting(Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                pauses.append(timeout)
+                return super().wait(timeout)
+
+        monkeypatch.setattr(wakeups, "Event", Noting)
+        told: list[int] = []
+
+        def tell(revision: int, _: int) -> bool:
+            told.append(revision)
+            return not is_busy
+
+        polling = wakeups_of(manager.db._backend, tell)
+        for _ in range(2):
+            await manager.add_task(make_task())
+            await until(lambda: manager.version in told)
+        await polling.stop()
+
+        assert (BUSY_SECONDS in pauses) is is_busy
+        assert (SHORTEST_SECONDS in pauses) is not is_busy
 
     @pytest.mark.sqlite
     async def test_file_that_cannot_be_read_for_a_while_is_looked_at_again(
