@@ -487,7 +487,7 @@ async def compact(
 
     A program that watches from an older revision must begin anew; histories reach no further back.
     """
-    from openclaw_store.feed import compact_feed
+    from openclaw_store.retention import compact_feed
 
     async with call.opened() as database:
         with console.progress("removing"):

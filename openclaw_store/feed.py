@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache, partial
-from itertools import takewhile
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Select, func, select
@@ -21,12 +20,9 @@ from openclaw_store.changes import (
     ChangeKind,
     counters_of,
 )
-from openclaw_store.checks import check_number, check_seconds
-from openclaw_store.database import Database
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
-from openclaw_store.operations import Compact, compact
 from openclaw_store.pages import read_page
 from openclaw_store.reading import read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
@@ -56,9 +52,6 @@ CHANGES_A_PAGE = 400
 
 To read a page takes as long as to take over 100 of them, however few there are.
 """
-
-CHANGES_A_COMPACTION = 1000
-"""Changes removed at a stretch, before others write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,40 +222,6 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
         return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
     query = history_of(version, ITEM[kind], id)
     return _as_changes(await session.execute(query))[::-1]
-
-
-async def compact_feed(database: Database, days: float) -> int:
-    """Remove the changes that are older from the feed, in batches; returns how many there were.
-
-    Raises:
-        InvalidDataError: If `days` is no age.
-    """
-    seconds = check_number("days", days) * 86_400
-    now = database.clock()
-    cutoff = now - check_seconds("days", seconds)
-    total = seen = 0
-    ends: list[int] = []
-    while True:
-        changes = await database.read(partial(_dated, since=seen))
-        # A change by a clock that was ahead is as old as those around it.
-        passed = list(takewhile(lambda one: not cutoff <= one[1] <= now, changes))
-        old = [revision for revision, at in passed if at < cutoff]
-        if old:
-            for end in (*ends, old[-1]):
-                removed: int = await database.write(compact, Compact(end))
-                total += removed
-            ends = []
-        if len(passed) < CHANGES_A_COMPACTION:
-            return total
-        seen, _ = passed[-1]
-        ends.append(seen)
-
-
-async def _dated(session: AsyncSession, since: int) -> Sequence[tuple[int, datetime]]:
-    columns = ChangeRow.revision, ChangeRow.changed_at
-    query = select(*columns).where(ChangeRow.revision > since).order_by(ChangeRow.revision)
-    found = await session.execute(query.limit(CHANGES_A_COMPACTION))
-    return [(row.revision, row.changed_at) for row in found]
 
 
 async def _changes(session: AsyncSession, since: int) -> list[Change]:

@@ -9,16 +9,7 @@ from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
 from openclaw_store import lifecycle
-from openclaw_store.changes import (
-    ITEM,
-    OfOneRow,
-    Operation,
-    Place,
-    Row,
-    apply,
-    counters_of,
-    missing,
-)
+from openclaw_store.changes import ITEM, OfOneRow, Operation, Place, Row, apply, missing
 from openclaw_store.checks import check_count, check_key, check_text, encode_json
 from openclaw_store.errors import (
     DuplicateError,
@@ -30,7 +21,6 @@ from openclaw_store.lifecycle import Decision, Outcome, Step, Values, Wait
 from openclaw_store.models import ALIVE, FINISHED, HELD, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.records import Item, Record
 from openclaw_store.schema import FIELDS, KEY
-from openclaw_store.statements import statements_for
 from openclaw_store.writer import Unit
 
 CONTENT: Mapping[type[Any], Sequence[str]] = {
@@ -341,86 +331,3 @@ class Register(OfOneRow):
 def apply_together(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[Sequence[Any]]:
     """Apply groups of operations, each of which was submitted as one."""
     return [apply(unit, group) for group in groups]
-
-
-_REDATED_AT_ONCE = 20
-"""Tasks that are read one by one while nobody else can write."""
-
-
-@dataclass(frozen=True, slots=True)
-class Redate(OfOneRow):
-    """Have a task count as changed now, as it was by a clock that was ahead.
-
-    Results in whether it does; one that cannot be read does not.
-    """
-
-    id: str
-    kind: ClassVar[type[Any]] = Task
-
-    def decide(self, row: Row) -> bool:
-        try:
-            task = row.content()
-        except InvalidDataError:  # `verify` tells of it
-            return False
-        if task is None:
-            return False
-        row.write(task.evolve(), (), lifecycle.TURNED_BACK)
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveFinished:
-    """Remove up to `limit` tasks that finished before `cutoff`, with their history.
-
-    Results in how many there were, and whether there may be more to do. Those that finished as long
-    after this moment, by a clock that was ahead, count from now on: nothing else tells how old they
-    are.
-    """
-
-    cutoff: datetime
-    keep: tuple[TaskStatus, ...]
-    limit: int
-
-
-def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[tuple[int, bool]]:
-    """Apply `RemoveFinished` operations."""
-    return [_remove_finished(unit, operation) for operation in operations]
-
-
-def _remove_finished(unit: Unit, operation: RemoveFinished) -> tuple[int, bool]:
-    sql = statements_for(unit.cursor.dialect)
-    moments = (unit.now, operation.cutoff, unit.now + (unit.now - operation.cutoff))
-    now, cutoff, as_far_ahead = map(sql.to_moment, moments)
-    told, untold, early, astray = sql.finished(operation.keep)
-    old: list[str] = []
-    for search, *given in ((told, cutoff), (untold, cutoff), (early, now, cutoff)):
-        found = unit.cursor.execute(search, (*given, operation.limit - len(old)))
-        old.extend(id for (id,) in found)
-    found = unit.cursor.execute(astray, (now, as_far_ahead, _REDATED_AT_ONCE))
-    removals = [Remove(Task, id, with_history=True) for id in sorted(old)]
-    apply(unit, removals)
-    redated = apply(unit, [Redate(id) for (id,) in sorted(found)])
-    return len(old), len(old) == operation.limit or any(redated)
-
-
-@dataclass(frozen=True, slots=True)
-class Compact:
-    """Remove the changes up to a revision from the feed, but never the newest one of all.
-
-    Results in how many there were.
-    """
-
-    until: int
-
-
-def compact(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
-    """Apply `Compact` operations."""
-    sql, cursor = statements_for(unit.cursor.dialect), unit.cursor
-    newest, _ = counters_of(cursor.execute(sql.read_counters))
-    counts = []
-    for operation in operations:
-        until = min(operation.until, newest - 1)
-        counts.append(len(cursor.execute(sql.forget_until, (until,))))
-        if counts[-1]:
-            cursor.execute(sql.write_compacted, (until,))
-    return counts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -22,18 +22,12 @@ from openclaw_store.checks import (
     check_enum,
     check_key,
     check_limit,
-    check_number,
     check_seconds,
     check_some,
     check_text,
 )
 from openclaw_store.database import Database
-from openclaw_store.errors import (
-    InvalidDataError,
-    NotOwnerError,
-    StoreError,
-    TaskNotFoundError,
-)
+from openclaw_store.errors import InvalidDataError, NotOwnerError, TaskNotFoundError
 from openclaw_store.filters import TaskFilter, TaskPage, behind, check_filter, cursor_of
 from openclaw_store.heartbeats import Beat
 from openclaw_store.lifecycle import JOINED, Backoff, check_backoff, claim, free_places
@@ -46,26 +40,18 @@ from openclaw_store.operations import (
     Create,
     Register,
     Remove,
-    RemoveFinished,
     SetNodeStatus,
     Update,
     cancellation_of,
     completion_of,
     failure_of,
-    remove_finished,
     requeue_of,
     start_of,
 )
 from openclaw_store.reading import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.records import STAMPED, Item, Record, encode, write_back
-from openclaw_store.schema import (
-    COLUMNS,
-    IS_FINISHED,
-    KEY,
-    ROWS,
-    NodeRow,
-    TaskRow,
-)
+from openclaw_store.retention import count_old_tasks, old_tasks, remove_old_tasks
+from openclaw_store.schema import COLUMNS, KEY, ROWS, NodeRow, TaskRow
 from openclaw_store.statements import statements_for
 from openclaw_store.writer import Apply, Unit
 
@@ -74,9 +60,6 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 DEFAULT_BACKOFF = Backoff()
-
-CLEANUP_BATCH = 200
-"""Tasks that one transaction of `cleanup_old_tasks` removes; others write in between."""
 
 UNDONE = -MAX_INTEGER
 """The version of a copy of what was rolled back; nothing ever has it."""
@@ -444,17 +427,8 @@ class TaskRepository(Repository[Task]):
         Returns:
             How many were removed.
         """
-        cutoff, keep = self._old_tasks(days, keep_status)
-        operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
-        total, removed, is_more = 0, 0, True
-        while is_more:
-            try:
-                removed, is_more = await self._write(operation, remove_finished)
-            except StoreError as error:
-                error.add_note(f"{total} tasks were removed before; call again for the rest")
-                raise
-            total += removed
-        return total
+        cutoff, keep = old_tasks(self._database.clock(), days, keep_status)
+        return await remove_old_tasks(self._write, cutoff, keep)
 
     async def count_old_tasks(
         self, days: float = 30, keep_status: TaskStatus | Iterable[TaskStatus] | None = None
@@ -465,37 +439,9 @@ class TaskRepository(Repository[Task]):
             days: Age in days, from 0.
             keep_status: Status, or several, not to be removed.
         """
-        cutoff, keep = self._old_tasks(days, keep_status)
-        searches = [  # each in order of an index
-            TaskRow.completed_at < cutoff,
-            TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
-            (TaskRow.completed_at > self._database.clock()) & (TaskRow.updated_at < cutoff),
-        ]
-        counts = [
-            select(func.count())
-            .select_from(TaskRow)
-            .where(IS_FINISHED, search, TaskRow.status.not_in(keep))
-            .scalar_subquery()
-            for search in searches
-        ]
-
-        async def run(session: AsyncSession) -> int:
-            return sum((await session.execute(select(*counts))).one())
-
-        return await self._read(run)
-
-    def _old_tasks(
-        self, days: float, keep_status: TaskStatus | Iterable[TaskStatus] | None
-    ) -> tuple[datetime, tuple[TaskStatus, ...]]:
-        """Before when old tasks have finished, and those whose status they do not have."""
-        kept: Iterable[Any] = () if keep_status is None else [keep_status]
-        if isinstance(keep_status, Iterable) and not isinstance(keep_status, str):
-            kept = keep_status
-        keep = tuple(task_status("keep_status", status) for status in kept)
-        try:
-            return self._database.clock() - timedelta(days=check_number("days", days)), keep
-        except OverflowError as error:
-            raise InvalidDataError("days", f"is too large: {days}") from error
+        now = self._database.clock()
+        cutoff, keep = old_tasks(now, days, keep_status)
+        return await self._read(partial(count_old_tasks, cutoff=cutoff, keep=keep, now=now))
 
     async def _newest(self, condition: Any, limit: int | None) -> list[Task]:
         # Nothing orders tasks of one moment: to sort 100,000 of them by identifier for a short list

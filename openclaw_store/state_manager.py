@@ -39,7 +39,7 @@ from openclaw_store.errors import (
     shown,
 )
 from openclaw_store.explanations import Explanation
-from openclaw_store.feed import compact_feed, read_history
+from openclaw_store.feed import read_history
 from openclaw_store.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.finishing import was_interrupted
 from openclaw_store.lifecycle import JOINED, Backoff
@@ -66,6 +66,7 @@ from openclaw_store.repositories import (
     is_known,
     node_status,
 )
+from openclaw_store.retention import compact_feed
 from openclaw_store.schema import KEY
 from openclaw_store.watching import WATCH_SECONDS
 

@@ -54,6 +54,7 @@ LAYERS = [
     "operations",
     "heartbeats",
     "filters",
+    "retention",
     "repositories",
     "copying",
     "mending",
@@ -185,7 +186,8 @@ class TestLayers:
         assert own_imports("writer") <= {"errors", "finishing"}
 
     @pytest.mark.parametrize(
-        "module", ["changes", "operations", "heartbeats", "feed", "repositories", "mirror"]
+        "module",
+        ["changes", "operations", "heartbeats", "retention", "feed", "repositories", "mirror"],
     )
     def test_module_makes_no_sessions_or_engines(self, module: str) -> None:
         makers = {"create_engine", "create_async_engine", "async_sessionmaker", "sessionmaker"}
@@ -193,7 +195,7 @@ class TestLayers:
         assert {name.rsplit(".")[-1] for name in imports(module)}.isdisjoint(makers)
 
     @pytest.mark.parametrize(
-        "module", ["changes", "operations", "heartbeats", "repositories", "mirror"]
+        "module", ["changes", "operations", "heartbeats", "retention", "repositories", "mirror"]
     )
     def test_module_commits_nothing_itself(self, module: str) -> None:
         ends = re.compile(r".*\.(commit|rollback)")

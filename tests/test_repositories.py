@@ -32,8 +32,8 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
+    retention,
 )
-from openclaw_store import repositories as module
 from openclaw_store.schema import ChangeRow, TaskRow
 
 
@@ -433,7 +433,7 @@ class TestCleanup:
         self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock, number: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(module, "CLEANUP_BATCH", 2)
+        monkeypatch.setattr(retention, "CLEANUP_BATCH", 2)
         old = [make_task(status=TaskStatus.COMPLETED) for _ in range(number)]
         for task in old[::2]:
             task.completed_at = clock()
@@ -447,7 +447,7 @@ class TestCleanup:
         self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(module, "CLEANUP_BATCH", 2)
+        monkeypatch.setattr(retention, "CLEANUP_BATCH", 2)
         await create_all(tasks, [make_task(status="completed") for _ in range(5)])
         clock.advance(days=31)
         write, calls = database.write, count()

@@ -50,7 +50,7 @@ from openclaw_store import (
     UnsavedConflictError,
     feed,
     mirror,
-    repositories,
+    retention,
 )
 from openclaw_store.models import LIVE
 
@@ -2712,4 +2712,4 @@ class TestAutomaticSynchronisation:
 
 def test_constants_are_those_of_the_promises() -> None:
     assert mirror.HEARTBEAT_SECONDS < 1
-    assert repositories.CLEANUP_BATCH <= 1_000
+    assert retention.CLEANUP_BATCH <= 1_000

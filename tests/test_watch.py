@@ -42,8 +42,8 @@ from openclaw_store import (
     UnsavedConflictError,
     wakeups,
 )
-from openclaw_store.operations import Compact, compact
 from openclaw_store.postgresql import PostgreSQL
+from openclaw_store.retention import Compact, compact
 from openclaw_store.round_trips import Company
 from openclaw_store.statements import CHANNEL, OTHER_LISTENERS
 from openclaw_store.wakeups import (
@@ -354,7 +354,7 @@ class TestCompaction:
     async def test_works_in_batches(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.feed.CHANGES_A_COMPACTION", 4)
+        monkeypatch.setattr("openclaw_store.retention.CHANGES_A_COMPACTION", 4)
         await asyncio.gather(*[manager.add_task(make_task()) for _ in range(11)])
         manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
 
@@ -376,8 +376,8 @@ class TestCompaction:
             batches.extend(removed := compact(unit, operations))
             return removed
 
-        monkeypatch.setattr("openclaw_store.feed.CHANGES_A_COMPACTION", page)
-        monkeypatch.setattr("openclaw_store.feed.compact", noted)
+        monkeypatch.setattr("openclaw_store.retention.CHANGES_A_COMPACTION", page)
+        monkeypatch.setattr("openclaw_store.retention.compact", noted)
         today = clock()
         for days in (0, 365, 365, 0, 365, 40, 0):
             clock.now = today + timedelta(days=days)
