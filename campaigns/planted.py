@@ -24,7 +24,7 @@ from openclaw_store.mirror import Mirror
 from openclaw_store.models import NodeInfo, Task
 from openclaw_store.operations import Claim, Update
 from openclaw_store.records import Record
-from openclaw_store.sqlite import _WriteConnection
+from openclaw_store.sqlite_connections import WriteConnection
 from openclaw_store.writer import Apply, Unit, Writer
 
 STALL_SECONDS = 10
@@ -219,8 +219,8 @@ def revision_outside_transaction() -> Iterator[None]:
 @bug
 def synchronous_off() -> Iterator[None]:
     """P1: a commit on SQLite returns before it is on the disk."""
-    pragmas = (*_WriteConnection.pragmas, "PRAGMA synchronous=OFF")
-    with patch.object(_WriteConnection, "pragmas", pragmas):
+    pragmas = (*WriteConnection.pragmas, "PRAGMA synchronous=OFF")
+    with patch.object(WriteConnection, "pragmas", pragmas):
         yield
 
 

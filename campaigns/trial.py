@@ -40,7 +40,7 @@ from openclaw_store import (
     StateManager,
     StoreError,
     UnavailableError,
-    sqlite,
+    sqlite_connections,
     verify,
 )
 from openclaw_store.testing import FakeClock
@@ -341,7 +341,7 @@ def abandoning(run: Run) -> Iterator[None]:
 @contextmanager
 def checkpointing(pages: int) -> Iterator[None]:
     """Have connections that write move the WAL to the database after so many pages."""
-    kind = sqlite._WriteConnection
+    kind = sqlite_connections.WriteConnection
     pragmas = (*kind.pragmas, f"PRAGMA wal_autocheckpoint={pages}")
     with mock.patch.object(kind, "pragmas", pragmas):
         yield

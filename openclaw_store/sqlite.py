@@ -1,4 +1,4 @@
-"""How SQLite is opened, locked and looked after.
+"""SQLite as a backend: how a file is prepared, locked, written to and looked after.
 
 Every connection that writes is in WAL mode with `synchronous=FULL`: a commit is on the disk when
 it returns.
@@ -10,16 +10,14 @@ import asyncio
 import os
 import random
 import sqlite3
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiosqlite
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -36,139 +34,26 @@ from openclaw_store.errors import (
     shown,
 )
 from openclaw_store.faults import SQLITE_ADVICE, SQLiteFaults
-from openclaw_store.finishing import cancel_once_more
+from openclaw_store.sqlite_connections import (
+    LoneConnection,
+    ReadConnection,
+    WriteConnection,
+    connect_async,
+    options_of,
+)
 from openclaw_store.writer import NothingKnown
 
 Result = TypeVar("Result")
 
 MINIMUM_VERSION = (3, 35, 0)
 
-_PRAGMAS = (
-    "PRAGMA synchronous=FULL",
-    "PRAGMA foreign_keys=ON",
-    *(("PRAGMA fullfsync=ON",) if sys.platform == "darwin" else ()),
-)
-
-_READ_TIMEOUT_SECONDS = 30.0
-
-_UNWANTED_SECONDS = 1.0
-"""How long a caller who is cancelled waits for a file that is being opened for it."""
-
 _ALONE_SECONDS = 1.0
 """How long somebody may take who only looks at what is to be replaced."""
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
-_ROWS_A_FETCH = 64  # as the driver has it
 
 BESIDES = ("-journal", "-wal", "-shm")
 """How files end that SQLite makes beside a database."""
-
-
-class _WriteConnection(sqlite3.Connection):
-    """A connection that is set up when it exists, on whatever thread opens it.
-
-    A forked child cannot end it: to roll back would be to write into the index of the WAL, which it
-    shares with its parent, and another thread may have had a lock of SQLite's when it was forked.
-    """
-
-    pragmas: Sequence[str] = _PRAGMAS
-
-    def __init__(self, path: str | Path, **options: Any) -> None:
-        self._process = os.getpid()
-        forks.opened(self, path)
-        super().__init__(path, **options)
-        try:
-            for pragma in self.pragmas:
-                self.execute(pragma)
-        except BaseException:
-            self.close()
-            raise
-
-    def rollback(self) -> None:
-        if self._process == os.getpid():
-            super().rollback()
-
-    def close(self) -> None:
-        if self._process != os.getpid():
-            return
-        # SQLite keeps a closed connection, with its locks, while a cursor of it is referred to,
-        # and the traceback of a cancelled caller does that.
-        with suppress(sqlite3.Error):
-            self.rollback()
-        try:
-            super().close()
-        finally:
-            forks.closed(self)
-
-    def __del__(self) -> None:
-        with suppress(sqlite3.Error):
-            self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
-
-
-class _DriverConnection(aiosqlite.Connection):
-    """A connection for coroutines, who may be cancelled at any time.
-
-    A forked child has not its thread, and would wait for it for ever.
-    """
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._process = os.getpid()
-        self._stopping: asyncio.Future[Any] | None = None
-
-    async def _connect(self) -> aiosqlite.Connection:
-        try:
-            return await super()._connect()
-        except asyncio.CancelledError:
-            if self._stopping is not None:
-                # Its thread has yet to answer to this event loop, which may end with the caller.
-                await asyncio.wait([self._stopping], timeout=_UNWANTED_SECONDS)
-            raise
-
-    async def rollback(self) -> None:
-        # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
-        # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
-        self._tx.put_nowait((None, self._conn.rollback))
-
-    async def close(self) -> None:
-        cancelled = False
-        closing = self.stop()
-        while closing is not None and not closing.done():
-            try:
-                await asyncio.wait([closing])
-            except asyncio.CancelledError:
-                cancelled = True
-        if cancelled:
-            cancel_once_more()
-        if closing is not None:
-            closing.result()
-
-    def stop(self) -> asyncio.Future[Any] | None:
-        # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
-        # closing. The thread ends then, and whoever asks it once more would wait for ever.
-        if not self._running or self._process != os.getpid():
-            return None
-        self._stopping = super().stop()
-        return self._stopping
-
-
-def _connect(path: str, **options: Any) -> _DriverConnection:
-    connection = _DriverConnection(partial(sqlite3.connect, path, **options), _ROWS_A_FETCH)
-    connection._thread.daemon = True  # as SQLAlchemy has it
-    return connection
-
-
-class _LoneConnection(_WriteConnection):
-    """A connection beside which nobody can have another one, not even an idle one."""
-
-    # First of all: SQLite asks for the file as soon as it looks into it.
-    pragmas = ("PRAGMA locking_mode=EXCLUSIVE", *_PRAGMAS)
-
-
-class _ReadConnection(_WriteConnection):
-    def __init__(self, path: str | Path, **options: Any) -> None:
-        super().__init__(path, **options)
-        self.execute("PRAGMA query_only=ON")
 
 
 def file_of(location: str | Path) -> Path:
@@ -215,24 +100,10 @@ def check_version() -> None:
         )
 
 
-def _options(connection: type[sqlite3.Connection]) -> dict[str, Any]:
-    # The driver's own transactions skip BEGIN before SELECT and DDL: without `None` reads would
-    # not be repeatable and a failed migration would stay half-applied. Each engine sends our own.
-    # Python 3.12's `autocommit` must stay untouched: with it, WAL and foreign keys silently fail.
-    return {
-        "isolation_level": None,
-        # Waiting to write is ours (see `retrying`): SQLite's own busy handler starves writers. A
-        # reader waits but for a moment, while another process opens or closes the file.
-        "timeout": _READ_TIMEOUT_SECONDS if connection is _ReadConnection else 0,
-        "check_same_thread": False,
-        "factory": connection,
-    }
-
-
-def _writing_engine(path: Path, kind: type[sqlite3.Connection] = _WriteConnection) -> Engine:
+def _writing_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) -> Engine:
     """An engine for threads, whose every transaction begins with the write lock."""
     url = URL.create("sqlite", database=str(path))  # as text, % and ? would mean something
-    engine = create_engine(url, poolclass=NullPool, connect_args=_options(kind))
+    engine = create_engine(url, poolclass=NullPool, connect_args=options_of(kind))
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -244,7 +115,7 @@ def _writing_engine(path: Path, kind: type[sqlite3.Connection] = _WriteConnectio
 
 def _reading_engine(path: Path) -> Engine:
     url = URL.create("sqlite", database=str(path))
-    return create_engine(url, poolclass=NullPool, connect_args=_options(_ReadConnection))
+    return create_engine(url, poolclass=NullPool, connect_args=options_of(ReadConnection))
 
 
 def _begin_writing(connection: Connection) -> None:
@@ -417,7 +288,7 @@ class SQLite:
             raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
 
         def turn_on_wal() -> None:
-            with self._opened(_WriteConnection) as connection:
+            with self._opened(WriteConnection) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
 
         with self.faults.translated():
@@ -503,7 +374,7 @@ class SQLite:
         def connect() -> tuple[Connection, Path | None]:
             if self.inspect(copy_to) is None:
                 return _writing_engine(self.path).connect(), None
-            connection = _writing_engine(self.path, _LoneConnection).connect()
+            connection = _writing_engine(self.path, LoneConnection).connect()
             try:
                 copy = copy_to(connection)  # others may have been faster
                 connection.rollback()
@@ -538,8 +409,8 @@ class SQLite:
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
             connect_args={
-                "async_creator_fn": _connect,
-                **_options(_WriteConnection if write else _ReadConnection),
+                "async_creator_fn": connect_async,
+                **options_of(WriteConnection if write else ReadConnection),
             },
             **options,
         )
@@ -595,7 +466,7 @@ class SQLite:
         with (
             SQLiteFaults(str(target)).translated(),
             written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,
-            self._opened(_ReadConnection) as source,
+            self._opened(ReadConnection) as source,
         ):
             retrying(lambda: _copy(source, partial), self._timeout)
 
@@ -629,7 +500,7 @@ class SQLite:
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, and empty the WAL."""
-        with self.faults.translated(), self._opened(_WriteConnection) as database:
+        with self.faults.translated(), self._opened(WriteConnection) as database:
             retrying(lambda: database.execute("VACUUM"), self._timeout)
         self._empty_wal()
 
@@ -641,7 +512,7 @@ class SQLite:
     def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         """A connection of its own, past SQLAlchemy."""
         self._require_file()
-        return closing(sqlite3.connect(self.path, **_options(kind)))
+        return closing(sqlite3.connect(self.path, **options_of(kind)))
 
     def _guarded(self, engine: Engine) -> Engine:
         """Have an engine open no other file than the one there was."""
@@ -675,7 +546,7 @@ class SQLite:
     def _empty_wal(self) -> None:
         """Move what the WAL holds to the database file, as far as nobody is in the way."""
         try:
-            with self._opened(_WriteConnection) as database:
+            with self._opened(WriteConnection) as database:
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error as error:
             if not SQLiteFaults.is_busy(error):

@@ -53,7 +53,8 @@ from openclaw_store import (
 )
 from openclaw_store.backends import Backend, backend_of
 from openclaw_store.cli import app
-from openclaw_store.sqlite import SQLite, _LoneConnection
+from openclaw_store.sqlite import SQLite
+from openclaw_store.sqlite_connections import LoneConnection
 
 pytestmark = pytest.mark.sqlite
 
@@ -686,7 +687,7 @@ class TestCopy:
 
         def fails_alone(connection: Connection) -> bool:
             found = is_original(connection)
-            if isinstance(connection.connection.dbapi_connection, _LoneConnection):
+            if isinstance(connection.connection.dbapi_connection, LoneConnection):
                 raise UnavailableError("the disk reports an error")
             return found
 

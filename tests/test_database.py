@@ -67,6 +67,7 @@ from openclaw_store import (
     UnavailableError,
     sessions,
     sqlite,
+    sqlite_connections,
 )
 from openclaw_store.faults import SQLiteFaults
 from openclaw_store.gate import Gate
@@ -812,13 +813,13 @@ class TestLoops:
         database = Database(location)
         await database.initialize()
         await TaskRepository(database).count_by_status()
-        close = sqlite._ReadConnection.close
+        close = sqlite_connections.ReadConnection.close
 
-        def close_late(connection: sqlite._ReadConnection) -> None:
+        def close_late(connection: sqlite_connections.ReadConnection) -> None:
             threading.Event().wait(0.1)
             close(connection)
 
-        monkeypatch.setattr(sqlite._ReadConnection, "close", close_late)
+        monkeypatch.setattr(sqlite_connections.ReadConnection, "close", close_late)
 
         await database.close()
 
@@ -1861,7 +1862,7 @@ asyncio.run(main(sys.argv[1]))
 import asyncio, gc, os, signal, sqlite3, sys, warnings, weakref
 import aiosqlite
 from openclaw_store import *
-from openclaw_store.sqlite import _ReadConnection
+from openclaw_store.sqlite_connections import ReadConnection
 
 async def close_all(used_by_nobody):
     objects = gc.get_objects()
@@ -1895,7 +1896,7 @@ async def main(path):
         await tasks.count_by_status()
         async with database.transaction() as session:
             await write(TaskRepository(session), "before")
-            used_by_nobody = [_ReadConnection(path)]
+            used_by_nobody = [ReadConnection(path)]
             sys.stdout.flush()
             warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 of fork itself
             child = os.fork()
@@ -1924,9 +1925,9 @@ asyncio.run(main(sys.argv[1]))
 
     CHILD_THAT_ENDS = """
 import os, sys, warnings
-from openclaw_store.sqlite import _WriteConnection
+from openclaw_store.sqlite_connections import WriteConnection
 
-connection = _WriteConnection(sys.argv[1], isolation_level=None)
+connection = WriteConnection(sys.argv[1], isolation_level=None)
 connection.execute("PRAGMA journal_mode=WAL")
 connection.execute("CREATE TABLE texts (text)")
 connection.execute("BEGIN IMMEDIATE")
@@ -2215,7 +2216,7 @@ class TestCancelledCallers:
         self, tmp_path: Path, is_limit: bool
     ) -> None:
         """Else SQLAlchemy reports an error of the connection, as at the end of `asyncio.run`."""
-        connection = await sqlite._connect(str(tmp_path / "cluster.db"))
+        connection = await sqlite_connections.connect_async(str(tmp_path / "cluster.db"))
         go_on = threading.Event()
         connection._tx.put_nowait((None, go_on.wait))
 
@@ -2226,7 +2227,7 @@ class TestCancelledCallers:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
     ) -> None:
         """Else the thread that opens it complains that nobody is there, as after `asyncio.run`."""
-        monkeypatch.setattr(sqlite, "_UNWANTED_SECONDS", seconds)
+        monkeypatch.setattr(sqlite_connections, "_UNWANTED_SECONDS", seconds)
         is_opening, go_on = threading.Event(), threading.Event()
 
         def open_late(*arguments: Any, **options: Any) -> sqlite3.Connection:
@@ -2236,7 +2237,7 @@ class TestCancelledCallers:
 
         connect: Callable[..., sqlite3.Connection] = sqlite3.connect
         monkeypatch.setattr(sqlite3, "connect", open_late)
-        connection = sqlite._connect(str(tmp_path / "cluster.db"))
+        connection = sqlite_connections.connect_async(str(tmp_path / "cluster.db"))
 
         async def open_it() -> None:
             await connection

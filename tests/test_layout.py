@@ -41,6 +41,7 @@ LAYERS = [
     "faults",
     "backups",
     "forks",
+    "sqlite_connections",
     "sqlite",
     "round_trips",
     "postgresql",

@@ -26,7 +26,7 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     TaskType,
-    sqlite,
+    sqlite_connections,
 )
 from openclaw_store.feed import read_live, read_news
 
@@ -57,7 +57,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Statement]:
     def cursor(connection: sqlite3.Connection, factory: object = None) -> sqlite3.Cursor:
         return Cursor(connection)
 
-    monkeypatch.setattr(sqlite._WriteConnection, "cursor", cursor)
+    monkeypatch.setattr(sqlite_connections.WriteConnection, "cursor", cursor)
     return statements
 
 
