@@ -130,13 +130,13 @@ class Cache:
             kind, id, record, change = event
             if not self._count(change):
                 continue
+            # The row is of the last record of several in a transaction, so this is its last event.
             if record is not None and record.row is not None and kind is Task and self._is_new(id):
                 ready = _claimable(record)
                 if ready is not None:
                     self.tasks.put(id, record.row)
                     arrived.append(ready)
                     continue
-            self._index(arrived)  # it may be one of them
             try:
                 self._commit((kind, id), record, change.revision)
             except InvalidDataError as error:
@@ -434,12 +434,10 @@ class Cache:
         return unreadable
 
     def _index(self, arrived: list[Ready]) -> None:
-        """Let new tasks be found that may be claimed; empties the list."""
-        if arrived:
-            arrived.sort(key=itemgetter(0))
-            self._pending.extend([key for key, _, _ in arrived])
-            self.ready.extend(arrived)
-            arrived.clear()
+        """Let new tasks be found that may be claimed."""
+        arrived.sort(key=itemgetter(0))
+        self._pending.extend([key for key, _, _ in arrived])
+        self.ready.extend(arrived)
 
     def _is_new(self, id: str) -> bool:
         """Whether nothing is known of a task."""

@@ -82,7 +82,10 @@ FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
 long at most."""
 
 RELOAD_AFTER = 20_000
-"""So many changes behind, the cache is loaded again rather than brought up to date."""
+"""More changes behind than that, and than there are live tasks, the cache is loaded again.
+
+To take over a change takes a little longer than to load a task.
+"""
 
 
 class Mirror:
@@ -373,7 +376,8 @@ class Mirror:
                 news = await self._database.read(
                     partial(read_news, since=since, beat=beat, is_whole=is_whole, known=cache.ahead)
                 )
-                if news.is_compacted or news.read_at - cache.complete > RELOAD_AFTER:
+                behind = news.read_at - cache.complete
+                if news.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
                     await self._load()
                     return
                 try:

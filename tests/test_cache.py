@@ -144,8 +144,7 @@ class FakeDatabase:
         """Bring a cache up to date."""
         news: News | None = None
         while news is None or news.revision < news.read_at:
-            is_whole = news is None or news.is_whole
-            news = self.news(cache.complete, page, is_whole=is_whole)
+            news = self.news(cache.complete, page, is_whole=cache.is_counted)
             cache.catch_up(news)
 
     def counts(self) -> Counter[str]:
@@ -193,6 +192,7 @@ class TestSortedKeys:
             keys.extend([(number,) for number in sorted(numbers - expected)])
             expected |= numbers
             assert [number for (number,) in keys] == sorted(expected)
+            assert all(0 < len(chunk) <= self.Short._LONGEST for chunk in keys._chunks)
 
         for number in expected:
             keys.remove((number,))
@@ -375,6 +375,30 @@ class TestLearning:
         assert cache.task("a") is None
         assert counted(cache) == {}
         assert cache.version == 2
+
+    def test_news_from_before_an_own_removal_behind_a_gap_do_not_either(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        database.write("a", TaskStatus.PENDING)
+        database.write("a", TaskStatus.RUNNING)
+        before = database.news(0, 100)
+        removed = database.write("a", None)
+
+        cache.apply([removed])
+        cache.catch_up(before)
+
+        assert cache.task("a") is None
+        assert set(cache.state().tasks) == set()
+        assert counted(cache) == {}
+
+    def test_row_that_somebody_inserted_by_hand_is_counted_in_the_end(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        database.rows["a"] = task_record("a", 0, TaskStatus.RUNNING)  # of which nobody was told
+        database.write("a", TaskStatus.COMPLETED)
+
+        for _ in range(2):
+            database.tell(cache)
+
+        assert counted(cache) == {"completed": 1}
 
     def test_late_heartbeat_does_not_bring_a_removed_node_back(self) -> None:
         cache = Cache(NOTHING, 10)

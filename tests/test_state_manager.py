@@ -1938,6 +1938,7 @@ class TestTwoManagers:
             await other.refresh_from_database()
 
         assert [len(news.changes) for news in told] == [1, 0]
+        assert [news.task_counts for news in told] == [None, None]  # nobody has counted all tasks
 
     async def test_refresh_takes_over_what_came_between_own_changes(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode,
@@ -2122,6 +2123,27 @@ class TestTwoManagers:
         assert seen.cpu_usage == 50
         await other.sync_to_database()
         await assert_mirrors_database(other)
+
+    async def test_not_everything_is_loaded_again_if_it_is_more_than_what_has_changed(
+        self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Planted: a process that is 20,000 changes behind loads a million tasks."""
+        monkeypatch.setattr(mirror, "RELOAD_AFTER", 3)
+        for _ in range(6):
+            await manager.add_task(make_task())
+        other = await open_manager()
+        monkeypatch.delattr(mirror, "read_start")  # with which loading begins
+        for _ in range(6):
+            await manager.add_task(make_task())
+
+        await other.refresh_from_database()
+        await assert_mirrors_database(other)
+
+        for _ in range(13):
+            await manager.add_task(make_task())
+        with pytest.raises(NameError, match="read_start"):
+            await other.refresh_from_database()
 
     async def test_object_that_was_unsaved_once_outlives_a_reload(
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,

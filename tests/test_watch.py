@@ -670,6 +670,14 @@ class TestWakeUps:
         assert missing == [LONGEST_SECONDS * 2**number for number in range(len(missing))]
         assert set(pauses[found:]) <= {pause for pause in pauses if pause and pause < 0.01}
 
+    async def test_who_has_yet_to_read_says_so_when_told(self, location: Location) -> None:
+        async with StateManager(Database(location)) as manager:
+            follower = manager._mirror
+            assert follower._told(0, 0) is True
+            follower._outdated.set()
+            assert follower._told(1, 0) is False
+            await until(lambda: follower._told(0, 0))
+
     @pytest.mark.sqlite
     @pytest.mark.parametrize("is_busy", [True, False])
     async def test_who_is_busy_is_told_less_often(
