@@ -47,9 +47,9 @@ def find_violation(
         initial: What the object held before.
         step: The states that the object may be in after a call that was answered so; none if a
             call in that state can not have been.
-        changes_nothing: Whether a call that was answered so leaves any state as it is. (It may
-            tell more of a state of which not all is known: a later call finds no less to fit
-            without that.)
+        changes_nothing: Whether a call that was answered so leaves any state as it is. (Where a
+            state is not fully known, such a call may tell more of it. To know less never rules
+            out a later call, so it may be put in order before that.)
 
     Returns:
         Else the first operation, by the time of its return, that no order up to then explains.

@@ -32,7 +32,7 @@ from openclaw_store.models import (
     Task,
     TaskStatus,
 )
-from openclaw_store.pages import STEP_WIDTH
+from openclaw_store.pages import REVISION, STEP_WIDTH
 from openclaw_store.records import Record
 
 _TASK = ITEM[Task]
@@ -130,13 +130,13 @@ class Cache:
             kind, id, record, change = event
             if not self._count(change):
                 continue
-            # The row is of the last record of several in a transaction, so this is its last event.
             if record is not None and record.row is not None and kind is Task and self._is_new(id):
                 ready = _claimable(record)
                 if ready is not None:
                     self.tasks.put(id, record.row)
                     arrived.append(ready)
                     continue
+            self._index(arrived)  # a transaction may have added a task, and changed it, too
             try:
                 self._commit((kind, id), record, change.revision)
             except InvalidDataError as error:
@@ -170,7 +170,7 @@ class Cache:
             for id, landed in self._landed.items()
             if (newer := {name: it for name, it in landed.items() if it[0] > self.beat})
         }
-        if news.changes and news.changes[-1][0] > self.version:
+        if news.changes and news.changes[-1][REVISION] > self.version:
             self.updated_at = news.changed_at
         if news.revision > self.complete:
             self.complete = news.revision
@@ -394,21 +394,23 @@ class Cache:
         tasks: dict[str, Sequence[Any]] = {}
         nodes: dict[str, None] = {}
         counts = self.task_counts
+        # The beginning of a row that somebody inserted by hand was never counted.
+        is_counted = self.is_counted and news.is_whole
         for change in news.changes:
             revision, _, item, id, before, after = change[:STEP_WIDTH]
             if revision <= self.complete or revision in self.ahead:
-                if id in tasks:
+                if item == _TASK and id in tasks:  # only the last change of a task has its content
                     tasks[id] = change
             elif item == _TASK:
                 tasks[id] = change
                 if before is not None:
                     counts[before] -= 1
+                    is_counted = is_counted and counts[before] >= 0
                 if after is not None:
                     counts[after] += 1
             else:
                 nodes[id] = None
-        # The beginning of a row that somebody has inserted by hand was never counted.
-        self.is_counted = self.is_counted and news.is_whole and min(counts.values()) >= 0
+        self.is_counted = is_counted
         return tasks, nodes
 
     def _take_over_tasks(
@@ -434,10 +436,11 @@ class Cache:
         return unreadable
 
     def _index(self, arrived: list[Ready]) -> None:
-        """Let new tasks be found that may be claimed."""
+        """Let new tasks be found that may be claimed; empties the list."""
         arrived.sort(key=itemgetter(0))
         self._pending.extend([key for key, _, _ in arrived])
         self.ready.extend(arrived)
+        arrived.clear()
 
     def _is_new(self, id: str) -> bool:
         """Whether nothing is known of a task."""

@@ -23,7 +23,7 @@ from openclaw_store.changes import (
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
-from openclaw_store.pages import read_page
+from openclaw_store.pages import CHANGED_AT, ITEM_ID, OF_ITEM, read_page
 from openclaw_store.reading import read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.schema import (
@@ -166,7 +166,7 @@ async def read_news(
     until = min(since + CHANGES_A_PAGE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
     nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {row[3] for row in page.rows if row[2] == ITEM[NodeInfo]}:
+    if ids := {row[ITEM_ID] for row in page.rows if row[OF_ITEM] == ITEM[NodeInfo]}:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record["node_id"]: record for record in found}
@@ -174,14 +174,13 @@ async def read_news(
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
         beaten = await read_records(session, NodeInfo, query)
-    asked = sum(max(0, min(end, until) - start) for start, end in page.gaps)
-    is_whole = is_whole and len(page.rows) == asked
+    is_whole = is_whole and page.is_whole
     return News(
         revision=until,
         read_at=page.revision,
         beat=page.beat,
         changes=page.rows,
-        changed_at=sql.from_moment(page.rows[-1][1]) if page.rows else None,
+        changed_at=sql.from_moment(page.rows[-1][CHANGED_AT]) if page.rows else None,
         is_whole=is_whole,
         nodes=nodes,
         beaten=beaten,
@@ -239,7 +238,7 @@ def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None
             return (
                 (row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]),
                 skills and skills.encode(),
-                not_before and moment(not_before),
+                None if not_before is None else moment(not_before),
             )
         except (TypeError, OverflowError):  # who decodes it will say what cannot be read
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -215,7 +215,7 @@ class SortedKeys(Generic[Key]):
             if place == len(self._lasts):
                 self._append(keys[start:])
                 return
-            end = bisect_left(keys, self._lasts[place], start)
+            end = bisect_right(keys, self._lasts[place], start)  # a key too many must not hang it
             chunk, at = self._chunks[place], 0
             for key in keys[start:end]:
                 at = bisect_left(chunk, key, at)

@@ -182,11 +182,7 @@ async def watch(
     loop, woken = asyncio.get_running_loop(), asyncio.Event()
     newest = select(CounterRow.revision)
 
-    def wake(*_: int) -> bool:
-        loop.call_soon_threadsafe(woken.set)
-        return True
-
-    wakeups = database.follow(wake)
+    wakeups = database.follow(lambda *_: loop.call_soon_threadsafe(woken.set))
     try:
         if since is None:
             since = await database.read(lambda session: session.scalar(newest)) or 0

@@ -56,6 +56,7 @@ from openclaw_store.operations import (
     Update,
     newer_heartbeat,
 )
+from openclaw_store.pages import ITEM_ID
 from openclaw_store.records import Item, Record
 from openclaw_store.repositories import NodeRepository, TaskRepository
 from openclaw_store.schema import KEY
@@ -82,7 +83,7 @@ FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
 long at most."""
 
 RELOAD_AFTER = 20_000
-"""More changes behind than that, and than there are live tasks, the cache is loaded again.
+"""A cache is loaded again if it is more changes behind than this, and than it has live tasks.
 
 To take over a change takes a little longer than to load a task.
 """
@@ -383,7 +384,7 @@ class Mirror:
                 try:
                     cache.catch_up(news)
                 finally:
-                    self.watchers.wake(change[3] for change in news.changes)
+                    self.watchers.wake(change[ITEM_ID] for change in news.changes)
             self.last_refresh_at = self._database.clock()
 
     async def changes(self, since: int) -> tuple[Sequence[Change], int]:
@@ -537,14 +538,13 @@ class Mirror:
             self._own_beat = max(flushes, default=self._own_beat)
 
     def _told(self, revision: int, beat: int) -> bool:
-        """Is told, on any thread, where the counters of the database stand."""
-        if self._outdated.is_set():
-            return False
+        """Is told, on any thread, where the counters stand; `False` if it has yet to read that."""
+        is_busy = self._outdated.is_set()
         if self._loop is not None and (
             revision > self.cache.complete or beat > max(self.cache.beat, self._own_beat)
         ):
-            self._loop.call_soon_threadsafe(self._outdated.set)
-        return True
+            self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
+        return not is_busy
 
     async def _follow(self) -> None:
         while True:

@@ -27,6 +27,9 @@ STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
 STEP_WIDTH = len(STEP)
 """How many values of a row are the change; those behind it are its task."""
 
+REVISION, CHANGED_AT, OF_ITEM, ITEM_ID, *_ = range(STEP_WIDTH)
+"""Where in a row they stand."""
+
 _COLUMNS = [*(f"changes.{name}" for name in STEP), *(f"tasks.{name}" for name in FIELDS[Task])]
 
 # The version of a task is the revision of its last change. So the last change of a task that is
@@ -70,14 +73,14 @@ class FeedPage(NamedTuple):
 
     Of several changes of a task only the last is sure to have it. What is not there is `None`.
     """
-    gaps: Sequence[tuple[int, int]]
-    """Which changes were read: those behind the former, up to the latter."""
+    is_whole: bool
+    """Whether none of those that were asked for is missing."""
 
 
 async def read_page(
     session: AsyncSession, since: int, until: int, known: Container[int]
 ) -> FeedPage:
-    """The changes behind `since` up to `until`, in order; most of those that are known are not."""
+    """The changes behind `since` up to `until`, in order; on SQLite without most of the `known`."""
     if session.get_bind().dialect.name == "sqlite":
         gaps = list(_gaps(since, until, known))
         nothing = [(until, until)] * (_TEXTS - len(gaps))
@@ -87,11 +90,16 @@ async def read_page(
         gaps = [(since, until)]
         found = await _fetch(session, _AS_ROWS, since, until)
         rows = [row[3:] for row in found if row[3] is not None]
-    return FeedPage(*counters_of(found), found[0][2], rows, gaps)
+    revision, beat = counters_of(found)
+    asked = sum(max(0, min(end, revision) - start) for start, end in gaps)
+    return FeedPage(revision, beat, found[0][2], rows, len(rows) == asked)
 
 
 def _gaps(since: int, until: int, known: Container[int]) -> Iterator[tuple[int, int]]:
-    """A page's parts without what is known at either end: a process has many revisions in a row."""
+    """The parts of a page, each from its first unknown revision to its last, as (behind, up to).
+
+    A part of which all is known is left out: what a process writes itself often stands in a row.
+    """
     length = -(-(until - since) // _TEXTS)
     for start in range(since, until, length):
         revisions = range(start + 1, min(start + length, until) + 1)

@@ -50,7 +50,12 @@ from openclaw_store.operations import (
 )
 from openclaw_store.reading import decoder_here, read_records, read_rows, select_pending
 from openclaw_store.records import STAMPED, Item, Record, encode, write_back
-from openclaw_store.retention import count_old_tasks, old_tasks, remove_old_tasks
+from openclaw_store.retention import (
+    count_old_tasks,
+    cutoff_and_kept,
+    remove_old_tasks,
+    task_status,
+)
 from openclaw_store.schema import COLUMNS, KEY, ROWS, NodeRow, TaskRow
 from openclaw_store.statements import statements_for
 from openclaw_store.writer import Apply, Unit
@@ -69,7 +74,6 @@ _SPARE_CANDIDATES = 16
 
 _DECODED = 100  # so many, if they are decoded and copied at the same stretch
 
-task_status = check_enum(TaskStatus)
 node_status = check_enum(NodeStatus)
 
 
@@ -427,7 +431,7 @@ class TaskRepository(Repository[Task]):
         Returns:
             How many were removed.
         """
-        cutoff, keep = old_tasks(self._database.clock(), days, keep_status)
+        cutoff, keep = cutoff_and_kept(self._database.clock(), days, keep_status)
         return await remove_old_tasks(self._write, cutoff, keep)
 
     async def count_old_tasks(
@@ -440,7 +444,7 @@ class TaskRepository(Repository[Task]):
             keep_status: Status, or several, not to be removed.
         """
         now = self._database.clock()
-        cutoff, keep = old_tasks(now, days, keep_status)
+        cutoff, keep = cutoff_and_kept(now, days, keep_status)
         return await self._read(partial(count_old_tasks, cutoff=cutoff, keep=keep, now=now))
 
     async def _newest(self, condition: Any, limit: int | None) -> list[Task]:

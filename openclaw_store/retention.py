@@ -35,13 +35,13 @@ _REDATED_AT_ONCE = 20
 CHANGES_A_COMPACTION = 1000
 """Changes removed at a stretch, before others write."""
 
-_task_status = check_enum(TaskStatus)
+task_status = check_enum(TaskStatus)
 
 
-def old_tasks(
+def cutoff_and_kept(
     now: datetime, days: float, keep_status: TaskStatus | Iterable[TaskStatus] | None
 ) -> tuple[datetime, tuple[TaskStatus, ...]]:
-    """Before when old tasks have finished, and those whose status they do not have.
+    """The moment before which tasks must have finished to be old, and the statuses to keep.
 
     Raises:
         InvalidDataError: If `days` is no age, or there is no such status.
@@ -49,7 +49,7 @@ def old_tasks(
     kept: Iterable[Any] = () if keep_status is None else [keep_status]
     if isinstance(keep_status, Iterable) and not isinstance(keep_status, str):
         kept = keep_status
-    keep = tuple(_task_status("keep_status", status) for status in kept)
+    keep = tuple(task_status("keep_status", status) for status in kept)
     try:
         return now - timedelta(days=check_number("days", days)), keep
     except OverflowError as error:

@@ -869,6 +869,9 @@ class StateManager:
         """Take over what other processes have committed; `True`.
 
         Costs what has changed, not what is cached.
+
+        Raises:
+            InvalidDataError: If somebody wrote by hand what cannot be read; it took over the rest.
         """
         self._check_usable()
         await self._mirror.refresh()

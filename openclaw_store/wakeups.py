@@ -32,17 +32,17 @@ from openclaw_store.statements import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 
 logger = logging.getLogger(__name__)
 
-Told = Callable[[int, int], bool]
+Told = Callable[[int, int], object]
 """Is told the revision and the flush of heartbeats that were committed last.
 
-Returns whether it waits for what comes next; else it is busy, and will read that in any case.
+`False` says that it has yet to read what it was told before, and will read this with it.
 """
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.005
 """Between two looks at a file: the shorter, the more happens to it."""
 
 BUSY_SECONDS = 0.01
-"""The same, while who is told of it is busy."""
+"""Until the next look, if who was told has yet to read what it was told before."""
 
 UNREADABLE_SECONDS = 0.1
 """Between two tries to look at a file that is not there, or cannot be read, at most."""
@@ -114,7 +114,7 @@ class Polling:
             cursor.execute(_COUNTERS)
             [counters] = cursor.fetchall()
             self._pause = LONGEST_SECONDS
-            if not self._tell(*counters):
+            if self._tell(*counters) is False:
                 pause = BUSY_SECONDS
 
 

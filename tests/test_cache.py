@@ -126,7 +126,7 @@ class FakeDatabase:
             read_at=self.revision,
             beat=0,
             changes=[
-                (*step_of(one), *self._row(one.item_id, one.revision in last.values()))
+                (*step_of(one), *self._row(one.item_id, one.revision == last[one.item_id]))
                 for one in changes
             ],
             changed_at=changes[-1].changed_at if changes else None,
@@ -395,10 +395,12 @@ class TestLearning:
         database.rows["a"] = task_record("a", 0, TaskStatus.RUNNING)  # of which nobody was told
         database.write("a", TaskStatus.COMPLETED)
 
+        database.write("b", TaskStatus.RUNNING)
+
         for _ in range(2):
             database.tell(cache)
 
-        assert counted(cache) == {"completed": 1}
+        assert counted(cache) == {"completed": 1, "running": 1}
 
     def test_late_heartbeat_does_not_bring_a_removed_node_back(self) -> None:
         cache = Cache(NOTHING, 10)
@@ -508,6 +510,17 @@ class TestLearning:
 
         assert second.change is not None
         assert cache.state().updated_at == second.change.changed_at
+
+    def test_news_do_not_bring_an_older_moment_back(self) -> None:
+        database, cache = FakeDatabase(), Cache(NOTHING, 10)
+        database.write("a", TaskStatus.PENDING)
+        news = database.news(0, 100)
+        own = database.write("b", TaskStatus.PENDING)
+
+        cache.apply([own])
+        cache.catch_up(news)
+
+        assert cache.state().updated_at == own.change.changed_at
 
     def test_finished_tasks_used_last_are_kept(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, finished_limit=2)

@@ -602,7 +602,7 @@ class TestWakeUps:
         async with engine_of(location).begin() as connection:
             await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1")
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
-            follower = database.follow(lambda *counters: not told.append(counters))  # type: ignore[func-returns-value]
+            follower = database.follow(lambda *counters: told.append(counters))
             await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
             assert not told
         try:
@@ -633,7 +633,7 @@ class TestWakeUps:
         monkeypatch.setattr(wakeups, "STOP_SECONDS", PATIENCE if is_answered else 0.1)
         async with engine_of(location).begin() as connection:
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
-            follower = database.follow(lambda *_: True)
+            follower = database.follow(lambda *_: None)
             await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
             stopping = asyncio.ensure_future(follower.stop())
             if not is_answered:  # while the statement waits
@@ -658,7 +658,7 @@ class TestWakeUps:
         monkeypatch.setattr(wakeups, "Event", Impatient)
         away, told = location.with_name("away"), Event()
         os.rename(location, away)
-        polling = wakeups_of(manager.db._backend, lambda *_: not told.set())  # type: ignore[func-returns-value]
+        polling = wakeups_of(manager.db._backend, lambda *_: told.set())
         await until(lambda: UNREADABLE_SECONDS in pauses)
         os.rename(away, location)
         await until(told.is_set)
