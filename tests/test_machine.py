@@ -53,7 +53,7 @@ from openclaw_store import (
 Result = TypeVar("Result")
 
 TASKS = [f"task-{number}" for number in range(4)]
-NODES = [f"node-{number}" for number in range(3)]
+NODES = TASKS[:3]  # what is told of the one must not meet the other
 LIVE = {TaskStatus.PENDING, TaskStatus.SCHEDULED, TaskStatus.RUNNING}
 WAITING = {TaskStatus.PENDING, TaskStatus.SCHEDULED}
 ALIVE = {NodeStatus.ONLINE, NodeStatus.BUSY}
