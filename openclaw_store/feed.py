@@ -23,7 +23,7 @@ from openclaw_store.changes import (
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.indexes import PendingKey, Ready
 from openclaw_store.models import NodeInfo, Task, TaskStatus
-from openclaw_store.pages import CHANGED_AT, ITEM_ID, OF_ITEM, read_page
+from openclaw_store.pages import CHANGED_AT, ITEM_ID, OF_ITEM, REVISION, read_page
 from openclaw_store.reading import read_records, read_rows, select_pending
 from openclaw_store.records import Decode, Raw, Record
 from openclaw_store.schema import (
@@ -166,7 +166,11 @@ async def read_news(
     until = min(since + CHANGES_A_PAGE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
     nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {row[ITEM_ID] for row in page.rows if row[OF_ITEM] == ITEM[NodeInfo]}:
+    if ids := {
+        row[ITEM_ID]
+        for row in page.rows
+        if row[OF_ITEM] == ITEM[NodeInfo] and row[REVISION] not in known
+    }:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record["node_id"]: record for record in found}
