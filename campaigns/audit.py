@@ -17,7 +17,7 @@ from campaigns.beside import UnreadableError, ask, damage
 from campaigns.campaign import Counts, Location, Run
 from campaigns.load import State, content
 from openclaw_store import Database, StoreError
-from openclaw_store.verification import verify
+from openclaw_store.maintenance.verify import verify
 
 Known = tuple[int, State | None]
 """How often a task was changed, and what became of it; `None` if it was removed."""

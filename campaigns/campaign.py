@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
-from benchmarks.postgres import Server, programs_in_path
+from devtools.postgres import Server, programs_in_path
 from openclaw_store import StateManager
 from openclaw_store.testing import create_database
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from campaigns.originals import COLUMNS, make_original
 from campaigns.trial import LOCK_SECONDS
-from openclaw_store import Database, DuplicateError, StateManager, migrations
-from openclaw_store.backends import backend_of
-from openclaw_store.restoring import restore
+from openclaw_store import Database, DuplicateError, StateManager
+from openclaw_store.backends.factory import backend_of
+from openclaw_store.database import migrations
+from openclaw_store.maintenance.restore import restore
 from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
 
 NAME = "cluster.db"

@@ -27,8 +27,9 @@ from campaigns.campaign import SQLITE, Campaign, Location, Run
 from campaigns.children import Child, Tell
 from campaigns.contents import Contents, Reader
 from campaigns.filling import NOW, fill, fill_original
-from openclaw_store import Database, StoreError, migrations
-from openclaw_store.backends import backend_of
+from openclaw_store import Database, StoreError
+from openclaw_store.backends.factory import backend_of
+from openclaw_store.database import migrations
 from openclaw_store.errors import UnavailableError
 from openclaw_store.testing import FakeClock
 

@@ -39,9 +39,9 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     TaskType,
-    postgresql,
-    wakeups,
 )
+from openclaw_store.backends import notifications as wakeups
+from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.errors import (
     BackendError,
     ConflictError,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openclaw_store import StateManager
-from openclaw_store.models import FINISHED
+from openclaw_store.domain.models import FINISHED
 
 _QUERIES = {
     "tasks": "SELECT * FROM tasks",

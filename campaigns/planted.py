@@ -14,18 +14,19 @@ from itertools import count
 from typing import Any
 from unittest.mock import patch
 
-from openclaw_store import lifecycle, wakeups
-from openclaw_store.changes import Change, Ledger, Row
-from openclaw_store.database import Database
+from openclaw_store.backends import notifications
+from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.sqlite.connections import WriteConnection
+from openclaw_store.database.database import Database
+from openclaw_store.database.group_commit import Apply, Unit, Writer
+from openclaw_store.domain import lifecycle
+from openclaw_store.domain.models import NodeInfo, Task
+from openclaw_store.domain.records import Record
 from openclaw_store.errors import StoreError
-from openclaw_store.faults import PostgreSQLFaults
-from openclaw_store.heartbeats import Beat
-from openclaw_store.mirror import Mirror
-from openclaw_store.models import NodeInfo, Task
-from openclaw_store.operations import Claim, Update
-from openclaw_store.records import Record
-from openclaw_store.sqlite_connections import WriteConnection
-from openclaw_store.writer import Apply, Unit, Writer
+from openclaw_store.repositories.commands import Claim, Update
+from openclaw_store.repositories.heartbeats import Beat
+from openclaw_store.repositories.unit_of_work import Change, Ledger, Row
+from openclaw_store.state_manager.replica import Mirror
 
 STALL_SECONDS = 10
 """So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
@@ -145,7 +146,7 @@ def descriptor_leak() -> Iterator[None]:
 @bug
 def late_wake_ups() -> Iterator[None]:
     """P6: the file is looked at so seldom that others' changes are seen late."""
-    with patch.multiple(wakeups, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
+    with patch.multiple(notifications, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
         yield
 
 

@@ -32,10 +32,10 @@ from openclaw_store import (
     diagnose,
     verify,
 )
-from openclaw_store.changes import apply
-from openclaw_store.operations import Create
-from openclaw_store.repositories import admit
-from openclaw_store.schema import TaskRow
+from openclaw_store.database.schema import TaskRow
+from openclaw_store.repositories.commands import Create
+from openclaw_store.repositories.repositories import admit
+from openclaw_store.repositories.unit_of_work import apply
 
 
 class Scene:

@@ -40,11 +40,11 @@ from openclaw_store import (
     StateManager,
     StoreError,
     UnavailableError,
-    sqlite_connections,
     verify,
 )
+from openclaw_store.backends.sqlite import connections as sqlite_connections
+from openclaw_store.database.group_commit import Unit
 from openclaw_store.testing import FakeClock
-from openclaw_store.writer import Unit
 
 DEADLINE_SECONDS = 10.0
 """How long a call may take, whatever happens."""

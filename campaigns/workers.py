@@ -16,11 +16,11 @@ from statistics import median
 from threading import Timer
 from typing import Any, NamedTuple
 
-from benchmarks.postgres import wait_until
 from campaigns.audit import Log, verify_it
 from campaigns.campaign import Location, Run
 from campaigns.children import Child, Tell
 from campaigns.load import make_nodes, open_store, write
+from devtools.postgres import wait_until
 
 MOST_BATCHES = 6
 """A worker writes for so many times as long, at most, as its first call takes."""

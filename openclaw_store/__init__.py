@@ -4,12 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from openclaw_store.changes import Change, ChangeKind
-    from openclaw_store.clock import Clock, new_id, utc_now
-    from openclaw_store.copying import Copied, copy
-    from openclaw_store.database import Database
-    from openclaw_store.dispatcher import Recovery
-    from openclaw_store.doctor import Finding, Level, diagnose
+    from openclaw_store.database.database import Database
+    from openclaw_store.domain.clock import Clock, new_id, utc_now
+    from openclaw_store.domain.lifecycle import Backoff
+    from openclaw_store.domain.models import (
+        ClusterState,
+        NodeInfo,
+        NodeStatus,
+        Task,
+        TaskPriority,
+        TaskStatus,
+        TaskType,
+    )
     from openclaw_store.errors import (
         BackendError,
         CompactedError,
@@ -29,37 +35,31 @@ if TYPE_CHECKING:
         UnavailableError,
         UnsavedConflictError,
     )
-    from openclaw_store.explanations import Explanation
-    from openclaw_store.filters import TaskFilter, TaskPage
-    from openclaw_store.lifecycle import Backoff
-    from openclaw_store.models import (
-        ClusterState,
-        NodeInfo,
-        NodeStatus,
-        Task,
-        TaskPriority,
-        TaskStatus,
-        TaskType,
-    )
-    from openclaw_store.repositories import NodeRepository, TaskRepository
-    from openclaw_store.state_manager import StateManager
-    from openclaw_store.verification import Problem, Verification, verify
+    from openclaw_store.maintenance.copy import Copied, copy
+    from openclaw_store.maintenance.doctor import Finding, Level, diagnose
+    from openclaw_store.maintenance.verify import Problem, Verification, verify
+    from openclaw_store.repositories.queries import TaskFilter, TaskPage
+    from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
+    from openclaw_store.repositories.unit_of_work import Change, ChangeKind
+    from openclaw_store.state_manager.explain import Explanation
+    from openclaw_store.state_manager.manager import StateManager
+    from openclaw_store.state_manager.scheduler import Recovery
 else:
     _MODULES = (
         "errors",
-        "clock",
-        "models",
-        "lifecycle",
-        "database",
-        "changes",
-        "filters",
-        "repositories",
-        "explanations",
-        "dispatcher",
-        "state_manager",
-        "copying",
-        "verification",
-        "doctor",
+        "domain.clock",
+        "domain.models",
+        "domain.lifecycle",
+        "database.database",
+        "repositories.unit_of_work",
+        "repositories.queries",
+        "repositories.repositories",
+        "state_manager.explain",
+        "state_manager.scheduler",
+        "state_manager.manager",
+        "maintenance.copy",
+        "maintenance.verify",
+        "maintenance.doctor",
     )
 
     def __getattr__(name: str) -> object:

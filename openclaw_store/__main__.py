@@ -10,9 +10,9 @@ def main() -> None:
     """Run the command line, if what it needs is installed."""
     if not all(map(find_spec, ("typer", "rich"))):
         sys.exit('the command line needs typer and rich: pip install "openclaw-store[cli]"')
-    from openclaw_store import cli
+    from openclaw_store.cli.commands import main as run
 
-    cli.main()
+    run()
 
 
 if __name__ == "__main__":

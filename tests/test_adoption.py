@@ -48,13 +48,13 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
     UnavailableError,
-    adoption,
-    migrations,
 )
-from openclaw_store.backends import Backend, backend_of
-from openclaw_store.cli import app
-from openclaw_store.sqlite import SQLite
-from openclaw_store.sqlite_connections import LoneConnection
+from openclaw_store.backends.factory import Backend, backend_of
+from openclaw_store.backends.sqlite.backend import SQLite
+from openclaw_store.backends.sqlite.connections import LoneConnection
+from openclaw_store.cli.commands import app
+from openclaw_store.database import legacy_import as adoption
+from openclaw_store.database import migrations
 
 pytestmark = pytest.mark.sqlite
 
@@ -708,7 +708,7 @@ class TestCopy:
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("openclaw_store.sqlite._copy", full)
+        monkeypatch.setattr("openclaw_store.backends.sqlite.backend._copy", full)
         with pytest.raises(UnavailableError, match="No space left on device"):
             await Database(location).initialize()
 

@@ -14,9 +14,9 @@ from conftest import require_server
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
 from benchmarks.measure import at_least, at_most, percentile
-from benchmarks.postgres import is_installed
 from benchmarks.report import Machine, Report, Result
 from benchmarks.work import require_durable_server
+from devtools.postgres import is_installed
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
 ON_SERVER = [benchmark.name for benchmark in BENCHMARKS if benchmark.needs_server]

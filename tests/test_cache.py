@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openclaw_store import Change, ChangeKind, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
-from openclaw_store.cache import Cache
-from openclaw_store.changes import Event
-from openclaw_store.feed import News, Page, Start
-from openclaw_store.heartbeats import Beat, Beaten
-from openclaw_store.indexes import Ready, Records, SortedKeys
-from openclaw_store.models import FINISHED
-from openclaw_store.pages import STEP
-from openclaw_store.records import Record, encode
+from openclaw_store.domain.models import FINISHED
+from openclaw_store.domain.records import Record, encode
+from openclaw_store.repositories.heartbeats import Beat, Beaten
+from openclaw_store.repositories.unit_of_work import Event
+from openclaw_store.state_manager.cache import Cache
+from openclaw_store.state_manager.change_feed import News, Page, Start
+from openclaw_store.state_manager.indexes import Ready, Records, SortedKeys
+from openclaw_store.state_manager.pages import STEP
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 

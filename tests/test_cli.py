@@ -37,13 +37,13 @@ from openclaw_store import (
     TaskPriority,
     TaskStatus,
     TaskType,
-    console,
 )
-from openclaw_store.backends import backend_of
-from openclaw_store.cli import app
+from openclaw_store.backends.factory import backend_of
+from openclaw_store.cli import render as console
+from openclaw_store.cli.commands import app
+from openclaw_store.database.migrations import HEAD
 from openclaw_store.errors import UnavailableError
-from openclaw_store.migrations import HEAD
-from openclaw_store.restoring import restore
+from openclaw_store.maintenance.restore import restore
 
 PENDING, RUNNING = TaskStatus.PENDING, TaskStatus.RUNNING
 

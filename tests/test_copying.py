@@ -29,13 +29,14 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     copy,
-    copying,
 )
-from openclaw_store.schema import ChangeRow, CounterRow, NodeRow
+from openclaw_store.database.schema import ChangeRow, CounterRow, NodeRow
+from openclaw_store.maintenance import copy as copying
 
 KILLED = """
 import asyncio, os, signal, sys
-from openclaw_store import Database, copying
+from openclaw_store import Database
+from openclaw_store.maintenance import copy as copying
 
 copying.ROWS_A_BATCH = 10
 

@@ -48,8 +48,8 @@ from conftest import (
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from benchmarks.postgres import wait_until
 from campaigns import vfs
+from devtools.postgres import wait_until
 from openclaw_store import (
     BackendError,
     Database,
@@ -65,13 +65,13 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
-    sessions,
-    sqlite,
-    sqlite_connections,
 )
-from openclaw_store.faults import SQLiteFaults
-from openclaw_store.gate import Gate
-from openclaw_store.schema import ChangeRow, TaskRow
+from openclaw_store.backends.error_mapping import SQLiteFaults
+from openclaw_store.backends.sqlite import backend as sqlite
+from openclaw_store.backends.sqlite import connections as sqlite_connections
+from openclaw_store.database import sessions
+from openclaw_store.database.schema import ChangeRow, TaskRow
+from openclaw_store.database.write_queue import Gate
 
 DEEP: list[Any] = []
 """Too deep to be shown."""
@@ -944,7 +944,8 @@ class TestLocation:
 
 UNPRIVILEGED = """
 import asyncio, os, pathlib, shutil, sys, tempfile
-from openclaw_store import Database, StoreError, Task, TaskRepository, TaskType, migrations
+from openclaw_store import Database, StoreError, Task, TaskRepository, TaskType
+from openclaw_store.database import migrations
 
 
 async def write(path):
@@ -1862,7 +1863,7 @@ asyncio.run(main(sys.argv[1]))
 import asyncio, gc, os, signal, sqlite3, sys, warnings, weakref
 import aiosqlite
 from openclaw_store import *
-from openclaw_store.sqlite_connections import ReadConnection
+from openclaw_store.backends.sqlite.connections import ReadConnection
 
 async def close_all(used_by_nobody):
     objects = gc.get_objects()
@@ -1925,7 +1926,7 @@ asyncio.run(main(sys.argv[1]))
 
     CHILD_THAT_ENDS = """
 import os, sys, warnings
-from openclaw_store.sqlite_connections import WriteConnection
+from openclaw_store.backends.sqlite.connections import WriteConnection
 
 connection = WriteConnection(sys.argv[1], isolation_level=None)
 connection.execute("PRAGMA journal_mode=WAL")
@@ -1960,8 +1961,8 @@ connection.close()
     FORK_WITH_A_LOCK = """
 import _sqlite3, asyncio, ctypes, os, pathlib, signal, sys, warnings
 from openclaw_store import *
-from openclaw_store.backends import backend_of
-from openclaw_store.restoring import restore
+from openclaw_store.backends.factory import backend_of
+from openclaw_store.maintenance.restore import restore
 
 async def use(path):
     async with StateManager(Database(path)) as manager:

@@ -28,8 +28,8 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store import checks as c
-from openclaw_store.models import FIELD_CHECKS, JSON_CHECKS
+from openclaw_store.domain import validation as c
+from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS
 
 Item = Task | NodeInfo
 

@@ -15,16 +15,8 @@ from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute
 from sqlalchemy import text
 from test_database import run_scripts
 
-from openclaw_store import (
-    Database,
-    Finding,
-    Level,
-    StateManager,
-    TaskRepository,
-    diagnose,
-    doctor,
-    utc_now,
-)
+from openclaw_store import Database, Finding, Level, StateManager, TaskRepository, diagnose, utc_now
+from openclaw_store.maintenance import doctor
 
 MOUNTS = """\
 22 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw

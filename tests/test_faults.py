@@ -36,8 +36,8 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
-    mirror,
 )
+from openclaw_store.state_manager import replica as mirror
 
 
 class RefusedError(Exception):

@@ -12,10 +12,10 @@ import pytest
 from conftest import FakeClock, MakeNode
 
 from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
-from openclaw_store.changes import Event
-from openclaw_store.heartbeats import Beat, Beaten, apply_beats
-from openclaw_store.statements import USAGE
-from openclaw_store.writer import Unit
+from openclaw_store.database.group_commit import Unit
+from openclaw_store.database.statements import USAGE
+from openclaw_store.repositories.heartbeats import Beat, Beaten, apply_beats
+from openclaw_store.repositories.unit_of_work import Event
 
 
 @pytest.fixture

@@ -24,12 +24,12 @@ from openclaw_store import (
     Task,
     TaskStatus,
     TaskType,
-    lifecycle,
 )
-from openclaw_store.checks import MAX_INTEGER
-from openclaw_store.lifecycle import NODE_LOST, OVERDUE, Owner, Step
-from openclaw_store.models import FINISHED, HELD, LIVE
-from openclaw_store.records import Record, encode
+from openclaw_store.domain import lifecycle
+from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, Owner, Step
+from openclaw_store.domain.models import FINISHED, HELD, LIVE
+from openclaw_store.domain.records import Record, encode
+from openclaw_store.domain.validation import MAX_INTEGER
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 OWNER: Owner = ("node", 3)

@@ -47,8 +47,8 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
     UnsavedConflictError,
-    mirror,
 )
+from openclaw_store.state_manager import replica as mirror
 
 Result = TypeVar("Result")
 

@@ -42,11 +42,11 @@ from openclaw_store import (
     StateManager,
     TaskRepository,
     UnavailableError,
-    migrations,
-    postgresql,
 )
-from openclaw_store.backends import backend_of
-from openclaw_store.schema import Base
+from openclaw_store.backends.factory import backend_of
+from openclaw_store.backends.postgresql import backend as postgresql
+from openclaw_store.database import migrations
+from openclaw_store.database.schema import Base
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "alembic" / "versions").glob("*.py"))
@@ -587,7 +587,8 @@ class TestFailure:
         next_migration.write_text(MIGRATION.replace("THEN", "os.kill(os.getpid(), signal.SIGKILL)"))
         script = """
 import asyncio, pathlib, sys
-from openclaw_store import Database, migrations
+from openclaw_store import Database
+from openclaw_store.database import migrations
 migrations.SCRIPTS, migrations.HEAD = pathlib.Path(sys.argv[2]), "9000"
 asyncio.run(Database(sys.argv[1]).initialize())
 """

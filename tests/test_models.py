@@ -39,9 +39,9 @@ from openclaw_store import (
     new_id,
     utc_now,
 )
-from openclaw_store import clock as clock_module
-from openclaw_store.models import ALIVE, FINISHED
-from openclaw_store.schema import NodeRow, TaskRow
+from openclaw_store.database.schema import NodeRow, TaskRow
+from openclaw_store.domain import clock as clock_module
+from openclaw_store.domain.models import ALIVE, FINISHED
 
 ERRORS = [
     InvalidDataError("name", "must be text"),

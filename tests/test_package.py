@@ -65,7 +65,8 @@ class TestWheel:
     def test_wheel_carries_the_library_its_types_and_its_migrations_and_no_more(
         self, wheel: Path
     ) -> None:
-        modules = {f"openclaw_store/{file.name}" for file in (ROOT / "openclaw_store").glob("*.py")}
+        library = (ROOT / "openclaw_store").rglob("*.py")
+        modules = {file.relative_to(ROOT).as_posix() for file in library}
         scripts = {
             f"openclaw_store/_alembic/{file.relative_to(ROOT / 'alembic').as_posix()}"
             for pattern in ("*.py", "*.mako", "versions/*.py")
@@ -106,7 +107,7 @@ class TestInstalled:
 import asyncio
 import openclaw_store
 from openclaw_store import *
-from openclaw_store import migrations
+from openclaw_store.database import migrations
 
 async def main():
     async with Database("data/cluster.db") as database:

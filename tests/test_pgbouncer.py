@@ -17,7 +17,7 @@ from conftest import PATIENCE, MakeNode, MakeTask, execute, locked
 from sqlalchemy import make_url
 from test_layout import blocks
 
-from benchmarks.postgres import Server, free_port, wait_until
+from devtools.postgres import Server, free_port, wait_until
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskStatus, verify
 from openclaw_store.errors import UnavailableError
 from openclaw_store.testing import create_database

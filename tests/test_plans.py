@@ -26,9 +26,9 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     TaskType,
-    sqlite_connections,
 )
-from openclaw_store.feed import read_live, read_news
+from openclaw_store.backends.sqlite import connections as sqlite_connections
+from openclaw_store.state_manager.change_feed import read_live, read_news
 
 pytestmark = pytest.mark.sqlite
 

@@ -27,7 +27,7 @@ from conftest import (
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from benchmarks.postgres import Server, wait_until
+from devtools.postgres import Server, wait_until
 from openclaw_store import (
     Database,
     NodeInfo,
@@ -37,9 +37,13 @@ from openclaw_store import (
     Task,
     TaskRepository,
     TaskStatus,
-    round_trips,
 )
-from openclaw_store.changes import OfOneRow, apply
+from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.postgresql import write_session as round_trips
+from openclaw_store.backends.postgresql.backend import _Connector
+from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS, WriterCursor, Writing
+from openclaw_store.database.group_commit import RedoError, Unit
+from openclaw_store.domain.records import Record
 from openclaw_store.errors import (
     DuplicateError,
     InvalidDataError,
@@ -49,13 +53,9 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnavailableError,
 )
-from openclaw_store.faults import PostgreSQLFaults
-from openclaw_store.heartbeats import Beat, apply_beats
-from openclaw_store.operations import Remove, SetNodeStatus, Update, apply_together
-from openclaw_store.postgresql import _Connector
-from openclaw_store.records import Record
-from openclaw_store.round_trips import WRITER_SETTINGS, WriterCursor, Writing
-from openclaw_store.writer import RedoError, Unit
+from openclaw_store.repositories.commands import Remove, SetNodeStatus, Update, apply_together
+from openclaw_store.repositories.heartbeats import Beat, apply_beats
+from openclaw_store.repositories.unit_of_work import OfOneRow, apply
 
 pytestmark = pytest.mark.postgresql
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import FakeClock, MakeTask
 from test_layout import README, blocks
 
-from benchmarks.postgres import Databases
+from devtools.postgres import Databases
 from openclaw_store import (
     Database,
     StateManager,

@@ -31,16 +31,16 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.checks import (
+from openclaw_store.database.schema import FIELDS, decoder_of, plan_of, to_microseconds
+from openclaw_store.domain.models import FINISHED
+from openclaw_store.domain.records import JSON_FIELDS, Record, decode, encode
+from openclaw_store.domain.validation import (
     MAX_ID_LENGTH,
     MAX_JSON_BYTES,
     MAX_JSON_DEPTH,
     MAX_TEXT_LENGTH,
     encode_json,
 )
-from openclaw_store.models import FINISHED
-from openclaw_store.records import JSON_FIELDS, Record, decode, encode
-from openclaw_store.schema import FIELDS, decoder_of, plan_of, to_microseconds
 
 MAX = 2**63 - 1
 SQLITE = sqlite.dialect()

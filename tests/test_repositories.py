@@ -32,9 +32,9 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
-    retention,
 )
-from openclaw_store.schema import ChangeRow, TaskRow
+from openclaw_store.database.schema import ChangeRow, TaskRow
+from openclaw_store.repositories import retention
 
 
 @pytest.fixture

@@ -36,10 +36,10 @@ from openclaw_store import (
     TaskPriority,
     TaskStatus,
     TaskType,
-    dispatcher,
-    state_manager,
 )
-from openclaw_store.models import FINISHED, LIVE
+from openclaw_store.domain.models import FINISHED, LIVE
+from openclaw_store.state_manager import manager as state_manager
+from openclaw_store.state_manager import scheduler as dispatcher
 
 NAMES = [
     "100% done",

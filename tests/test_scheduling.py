@@ -49,12 +49,12 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     UnavailableError,
-    dispatcher,
-    mirror,
-    round_trips,
 )
-from openclaw_store.lifecycle import NODE_LOST, OVERDUE
-from openclaw_store.models import FINISHED, HELD
+from openclaw_store.backends.postgresql import write_session as round_trips
+from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
+from openclaw_store.domain.models import FINISHED, HELD
+from openclaw_store.state_manager import replica as mirror
+from openclaw_store.state_manager import scheduler as dispatcher
 
 
 class RolledBackError(Exception):

@@ -32,7 +32,7 @@ from test_database import Ended, run_scripts
 from test_processes import AGREE
 
 from openclaw_store import Database, NodeInfo, NodeStatus, StateManager, Task, TaskStatus
-from openclaw_store.lifecycle import NODE_LOST, OVERDUE, Backoff
+from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, Backoff
 
 TASKS = int(os.environ.get("OPENCLAW_STORE_TEST_TASKS", "240"))
 """Of four workers that are killed again and again; 20,000 take minutes."""
@@ -601,7 +601,7 @@ RECOVER = """
 import asyncio, json, os, signal, sys
 from datetime import datetime
 from openclaw_store import *
-from openclaw_store import lifecycle
+from openclaw_store.domain import lifecycle
 
 path, moment, processes, last = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 decide, decided = lifecycle.recover, 0

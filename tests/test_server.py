@@ -30,14 +30,14 @@ from conftest import (
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from benchmarks.postgres import (
+from campaigns.proxy import Proxy, port_of, with_parts
+from devtools.postgres import (
     Server,
     free_port,
     installed_package,
     is_installed,
     wait_until,
 )
-from campaigns.proxy import Proxy, port_of, with_parts
 from openclaw_store import (
     Change,
     Database,
@@ -46,9 +46,11 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
     TaskType,
-    postgresql,
-    wakeups,
 )
+from openclaw_store.backends import notifications as wakeups
+from openclaw_store.backends.postgresql import backend as postgresql
+from openclaw_store.backends.postgresql.backend import _Connector
+from openclaw_store.backends.postgresql.write_session import Writing
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,
@@ -58,8 +60,6 @@ from openclaw_store.errors import (
     StoreError,
     UnavailableError,
 )
-from openclaw_store.postgresql import _Connector
-from openclaw_store.round_trips import Writing
 
 pytestmark = pytest.mark.postgresql
 
@@ -958,7 +958,7 @@ class TestLocation:
 
 RUNNING = """
 import time
-from benchmarks.postgres import running_server
+from devtools.postgres import running_server
 
 with running_server() as server:
     print(server.url, server._folder, server._data, flush=True)

@@ -49,11 +49,11 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
     UnsavedConflictError,
-    feed,
-    mirror,
-    retention,
 )
-from openclaw_store.models import LIVE
+from openclaw_store.domain.models import LIVE
+from openclaw_store.repositories import retention
+from openclaw_store.state_manager import change_feed as feed
+from openclaw_store.state_manager import replica as mirror
 
 FINISHED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT]
 

@@ -14,7 +14,7 @@ from test_layout import README, blocks
 
 import pytest_openclaw_store
 from openclaw_store import Database, NodeStatus, TaskStatus, TaskType, utc_now
-from openclaw_store.checks import read_time
+from openclaw_store.domain.validation import read_time
 from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory, create_database
 
 pytest_plugins = ["pytester"]

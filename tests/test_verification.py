@@ -35,11 +35,11 @@ from openclaw_store import (
     TaskStatus,
     UnsavedConflictError,
     Verification,
-    mending,
-    verification,
     verify,
 )
-from openclaw_store.schema import TaskRow
+from openclaw_store.database.schema import TaskRow
+from openclaw_store.maintenance import repair as mending
+from openclaw_store.maintenance import verify as verification
 
 
 def named(found: Verification) -> set[tuple[str, str | None, bool]]:

@@ -40,20 +40,20 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
     UnsavedConflictError,
-    wakeups,
 )
-from openclaw_store.postgresql import PostgreSQL
-from openclaw_store.retention import Compact, compact
-from openclaw_store.round_trips import Company
-from openclaw_store.statements import CHANNEL, OTHER_LISTENERS
-from openclaw_store.wakeups import (
+from openclaw_store.backends import notifications as wakeups
+from openclaw_store.backends.notifications import (
     BUSY_SECONDS,
     LONGEST_SECONDS,
     SHORTEST_SECONDS,
     UNREADABLE_SECONDS,
     wakeups_of,
 )
-from openclaw_store.writer import Unit
+from openclaw_store.backends.postgresql.backend import PostgreSQL
+from openclaw_store.backends.postgresql.write_session import Company
+from openclaw_store.database.group_commit import Unit
+from openclaw_store.database.statements import CHANNEL, OTHER_LISTENERS
+from openclaw_store.repositories.retention import Compact, compact
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -131,7 +131,7 @@ class TestWatch:
     async def test_waiting_watcher_is_woken_by_own_commits(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.state_manager.WATCH_SECONDS", 3600)
+        monkeypatch.setattr("openclaw_store.state_manager.manager.WATCH_SECONDS", 3600)
         watcher = asyncio.create_task(first(20, manager.watch()))
 
         for _ in range(20):
@@ -146,7 +146,7 @@ class TestWatch:
         make_task: MakeTask,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("openclaw_store.state_manager.WATCH_SECONDS", 0.01)
+        monkeypatch.setattr("openclaw_store.state_manager.manager.WATCH_SECONDS", 0.01)
         other = await open_manager()
         watcher = asyncio.create_task(first(1, manager.watch()))
 
@@ -354,7 +354,7 @@ class TestCompaction:
     async def test_works_in_batches(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.retention.CHANGES_A_COMPACTION", 4)
+        monkeypatch.setattr("openclaw_store.repositories.retention.CHANGES_A_COMPACTION", 4)
         await asyncio.gather(*[manager.add_task(make_task()) for _ in range(11)])
         manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
 
@@ -376,8 +376,8 @@ class TestCompaction:
             batches.extend(removed := compact(unit, operations))
             return removed
 
-        monkeypatch.setattr("openclaw_store.retention.CHANGES_A_COMPACTION", page)
-        monkeypatch.setattr("openclaw_store.retention.compact", noted)
+        monkeypatch.setattr("openclaw_store.repositories.retention.CHANGES_A_COMPACTION", page)
+        monkeypatch.setattr("openclaw_store.repositories.retention.compact", noted)
         today = clock()
         for days in (0, 365, 365, 0, 365, 40, 0):
             clock.now = today + timedelta(days=days)

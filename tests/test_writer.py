@@ -39,10 +39,17 @@ from openclaw_store import (
     StoreError,
     TaskRepository,
     UnavailableError,
-    writer,
 )
-from openclaw_store.gate import Gate
-from openclaw_store.writer import HALVED_FROM, Cursor, RedoError, Transaction, Unit, Writer
+from openclaw_store.database import group_commit as writer
+from openclaw_store.database.group_commit import (
+    HALVED_FROM,
+    Cursor,
+    RedoError,
+    Transaction,
+    Unit,
+    Writer,
+)
+from openclaw_store.database.write_queue import Gate
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(

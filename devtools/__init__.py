@@ -1,0 +1,1 @@
+"""Tools of the developers: the PostgreSQL server of tests, benchmarks and campaigns."""

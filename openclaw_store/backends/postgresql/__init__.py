@@ -1,0 +1,1 @@
+"""PostgreSQL: connections, the write session of a batch, and backups with pg_dump."""

@@ -1,0 +1,55 @@
+"""The live view: a picture of the cluster that is drawn again as things change."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.live import Live
+
+from openclaw_store.cli import render
+from openclaw_store.database.database import Database
+from openclaw_store.maintenance.summary import summarize
+from openclaw_store.repositories.repositories import NodeRepository
+from openclaw_store.repositories.unit_of_work import Change
+
+_SECONDS = 0.25
+"""Between two pictures, at least."""
+
+_NODES = 10
+"""Shown at most."""
+
+
+async def view(database: Database, batches: AsyncIterator[Sequence[Change]]) -> None:
+    """Draw the cluster, and its newest changes, until `batches` end.
+
+    Args:
+        database: Read for each picture.
+        batches: The changes as they happen; an empty batch for a sign of life.
+    """
+    newest: deque[Change] = deque(maxlen=100)
+    drawn = 0.0
+    with Live(console=render.screen(), auto_refresh=False) as live:
+        async for batch in batches:
+            newest.extend(batch)
+            if time.monotonic() - drawn >= _SECONDS or not batch:
+                live.update(await _picture(database, newest, live.console.height), refresh=True)
+                drawn = time.monotonic()
+        live.update(await _picture(database, newest, live.console.height), refresh=True)
+
+
+async def _picture(database: Database, newest: Sequence[Change], height: int) -> Group:
+    found = await summarize(database)
+    nodes = await NodeRepository(database).get_all_nodes()
+    parts: list[RenderableType] = [
+        render.summary(found),
+        "",
+        render.nodes(nodes[:_NODES], found.read_at),
+    ]
+    if len(nodes) > _NODES:
+        parts.append(f"and {len(nodes) - _NODES} more nodes")
+    room = max(3, height - 12 - min(len(nodes), _NODES))
+    parts += ["", render.changes(list(newest)[-room:])]
+    return Group(*parts)

@@ -1,0 +1,570 @@
+"""`Database`: where the state lives, how it is opened, read, written, copied and closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
+
+from openclaw_store.backends.cancellation import (
+    cancelled_once,
+    ended_badly,
+    finish,
+    was_interrupted,
+)
+from openclaw_store.backends.factory import (
+    DEFAULT_LOCATION,
+    DEFAULT_TIMEOUT_SECONDS,
+    Writing,
+    backend_of,
+)
+from openclaw_store.backends.notifications import Told, Wakeups, wakeups_of
+from openclaw_store.backends.sqlite import backend as sqlite
+from openclaw_store.database import legacy_import, migrations
+from openclaw_store.database.group_commit import (
+    Apply,
+    Listener,
+    RedoError,
+    Transaction,
+    Unit,
+    Writer,
+)
+from openclaw_store.database.schema import NodeRow, TaskRow
+from openclaw_store.database.sessions import Engines
+from openclaw_store.database.write_queue import Gate
+from openclaw_store.domain.clock import Clock, utc_now
+from openclaw_store.domain.validation import check_limit_seconds
+from openclaw_store.errors import (
+    BackendError,
+    DeadlineError,
+    InvalidDataError,
+    StoreError,
+    UnavailableError,
+    shown,
+)
+
+logger = logging.getLogger("openclaw_store.database")
+
+Result = TypeVar("Result")
+
+_inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
+"""The transaction that the running task is in, or was made in."""
+
+_forks = 0
+"""How often this process is a child of one that had imported this module."""
+
+
+def _note_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):  # asking for the process id would cost as much as a look-up
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+class Database:
+    """One database of tasks and nodes: a SQLite file, or a database on a PostgreSQL server.
+
+    **Durability.** A write that returns is committed and on the disk.
+    **Sharing.** One instance serves any number of coroutines, and several event loops in threads
+    of their own. Writers queue, first come first served; readers never wait for writers.
+    **Processes.** Any number may open the same database. What was opened before `fork` is the
+    parent's: a child is refused it, and on SQLite the file as well, at once.
+
+    Args:
+        db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
+            gone when this object is closed; or a URL of PostgreSQL, as in
+            `postgresql://user:password@host/database`. Folders are made; nothing is opened yet.
+        clock: Tells the time for everything the store stamps or compares. (`Task.create` has the
+            system's time, unless it is given one.)
+        timeout: Seconds a write waits for its turn and its locks, and a server may take to answer,
+            before `DeadlineError` or `UnavailableError`.
+        transaction_timeout: Seconds a `transaction()` may take.
+        pool_size: Connections kept for reading.
+        legacy_timezone: Of the times of an original hand-made database, which is adopted when it
+            is opened: a name such as `Asia/Shanghai`; `None` for the local zone.
+
+    Raises:
+        InvalidDataError: If `db_path` is not one of these, or there is no such time zone.
+        UnavailableError: If the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        db_path: str | Path = DEFAULT_LOCATION,
+        *,
+        clock: Clock = utc_now,
+        timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        transaction_timeout: float = 5.0,
+        pool_size: int = 5,
+        legacy_timezone: str | None = None,
+    ) -> None:
+        if not isinstance(pool_size, int) or pool_size < 1:
+            raise InvalidDataError("pool_size", f"must be at least 1, not {shown(pool_size)}")
+        self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
+        self.clock = clock
+        self.timeout = timeout = check_limit_seconds("timeout", timeout)
+        self.transaction_timeout = check_limit_seconds("transaction_timeout", transaction_timeout)
+        self._pool_size = pool_size
+        self._remove_folder: Callable[[], object] = lambda: None
+        if db_path == ":memory:":
+            folder = tempfile.mkdtemp(prefix="openclaw_store-")
+            self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
+            location: str | Path = Path(folder, "memory.db")
+        else:
+            location = db_path
+        self._backend = backend_of(location, timeout)
+        self._backend.make_folder()
+        self.dialect = self._backend.dialect
+        """`sqlite` or `postgresql`."""
+        is_file = self.dialect == "sqlite"
+        self.db_path = str(db_path) if is_file else self._backend.location
+        """The location as it was given, but for a password."""
+        self._forks = _forks
+        self._state = "new"
+        self._gate = Gate(timeout)
+        self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock, self._is_pipelined)
+        self._writing: Writing | None = None  # belongs to the writer's thread
+        self._home: asyncio.AbstractEventLoop | None = None
+        self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._closing: asyncio.Future[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Database {self.db_path!r}, {self._state}>"
+
+    async def initialize(self, migrate: bool = True, *, is_copy_target: bool = False) -> None:
+        """Open the database; may be called twice.
+
+        Args:
+            migrate: Make or upgrade the schema; `False` refuses one that is not up to date.
+            is_copy_target: Open what an interrupted `copy` has left, too; for `copy` alone.
+
+        Raises:
+            SchemaMismatchError: If the schema is newer than the library, or older and `migrate`
+                is off; with the command to run.
+            UnavailableError: If the file cannot be used; says which and what to do.
+        """
+        self._check_process()
+        async with self._gate_held("a migration"):
+            if self._state != "new":
+                self._check_ready()  # it may be closed
+                return
+            await finish(asyncio.to_thread(self._open, migrate, is_copy_target))
+            if self._state == "new":  # else it was closed meanwhile
+                self._home = asyncio.get_running_loop()
+                self._state = "ready"
+
+    def _open(self, migrate: bool, is_copy_target: bool) -> None:
+        self._backend.prepare()
+        if is_copy_target and migrations.is_half_copied(self._backend):
+            return
+        if migrate:
+            migrations.upgrade(self._backend, self._legacy_timezone, self.clock)
+        else:
+            migrations.require(self._backend)
+
+    async def close(self) -> None:
+        """Commit what has queued, then close everything; may be called twice.
+
+        If it was interrupted, the next call goes on with what is left.
+        """
+        if self._forks != _forks:
+            return  # it is the parent's
+        if self._closing is None or was_interrupted(self._closing):
+            self.refuse_inside()
+            self._closing = asyncio.ensure_future(self._close())
+        self._state = "closed"
+        if self._closing.get_loop() is asyncio.get_running_loop():
+            await finish(self._closing)
+
+    async def _close(self) -> None:
+        loop = asyncio.get_running_loop()
+        await asyncio.gather(
+            *[unit for unit in self._background if unit.get_loop() is loop], return_exceptions=True
+        )
+        await self._writer.close()
+        try:
+            async with self._gate_held("closing"):
+                pass  # transactions that were under way have ended, and others are refused
+        except DeadlineError as error:
+            logger.warning("closing in spite of a transaction: %s", error)
+        for engines in list(self._engines.values()):
+            await engines.close()
+        self._engines.clear()
+        self._backend.dispose()
+        self._remove_folder()
+
+    async def __aenter__(self) -> Self:
+        await self.initialize()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    @property
+    def session_factory(self) -> async_sessionmaker[AsyncSession]:
+        """What makes the sessions of `session()` on the running event loop; they only read."""
+        return self._engines_here().sessions
+
+    @property
+    def checked_out_connections(self) -> int:
+        """Connections in use by sessions, on all event loops."""
+        return sum(len(engines.checked_out) for engines in list(self._engines.values()))
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[AsyncSession]:
+        """A session that reads one consistent picture and cannot write.
+
+        Raises:
+            UnavailableError: If the database is not open, or cannot be read.
+        """
+        async with self._reading() as session:
+            await cancelled_once(session.connection())
+            yield session
+
+    @asynccontextmanager
+    async def _reading(self) -> AsyncIterator[AsyncSession]:
+        sessions = self._engines_here().sessions
+        with self._backend.faults.translated(own=False, reading=True):
+            session = sessions()
+            try:
+                yield session
+            finally:
+                await finish(session.close())
+
+    @asynccontextmanager
+    async def transaction(self, *, timeout: float | None = None) -> AsyncIterator[AsyncSession]:
+        """A session that writes: committed at the end of the block, rolled back when it raises.
+
+        Waits for its turn, then holds the write lock: keep it short, and write tasks and nodes
+        with `TaskRepository(tx)` and `NodeRepository(tx)`, so that the feed and the caches learn
+        of it.
+
+        Args:
+            timeout: Seconds the block may take; `None` for `transaction_timeout`.
+
+        Raises:
+            DeadlineError: If the block took longer (it is rolled back), or its turn did not come.
+            InvalidDataError: If `timeout` is no positive number.
+            UnavailableError: If the database is not open, or cannot be written.
+            OutcomeUnknownError: If the disk failed while committing.
+        """
+        engines = self._engines_here()
+        self.refuse_inside()
+        seconds = self.transaction_timeout
+        if timeout is not None:
+            seconds = check_limit_seconds("timeout", timeout)
+        async with self._gate_held("a transaction"):
+            self._check_ready()
+            session = engines.write_sessions()
+            session.info["seconds"] = seconds
+            try:
+                with self._backend.faults.translated(own=False):
+                    with self._backend.faults.translated():
+                        connection = await cancelled_once(self._backend.begin(session))
+                    unit = Unit(self._backend.cursor(connection), self.clock())
+                    session.info.update(unit=unit, turn=asyncio.Lock())
+                    self._gate.limit(seconds)
+                    outside = _inside.get()
+                    _inside.set((self, unit))
+                    try:
+                        async with self._deadline(seconds):
+                            yield session
+                        self._gate.limit(self.timeout)
+                        if unit.failure is not None:
+                            raise StoreError(
+                                "a write in the transaction failed, so all of it was rolled back"
+                            ) from unit.failure
+                        if not unit.finished:  # else the block rolled back by itself
+                            await finish(self._commit(session, unit))
+                    finally:
+                        unit.finished = True
+                        _inside.set(outside)
+                        for restore in reversed(unit.undo):
+                            restore()
+            except BackendError:
+                await finish(session.invalidate())  # who would roll back may wait for an answer
+                raise
+            finally:
+                await finish(self._backend.end(session))
+
+    @asynccontextmanager
+    async def _deadline(self, seconds: float) -> AsyncIterator[None]:
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise DeadlineError(
+                f"the transaction took longer than {seconds:g} s and was rolled back: "
+                "do the slow part outside, or pass transaction(timeout=…)"
+            ) from error
+
+    async def _commit(self, session: AsyncSession, unit: Unit) -> None:
+        async with session.info["turn"]:  # a call that the block has left behind may be writing
+            with self._backend.faults.translated():
+                await session.run_sync(lambda _: unit.finish())
+        try:
+            await session.commit()
+        except (SQLAlchemyError, OSError) as error:
+            raise self._backend.faults.translate(error, committing=True) from error
+        unit.undo.clear()
+        self._writer.publish(unit.committed)
+        await asyncio.sleep(0)  # the caches of this loop are told first
+
+    async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+        """Do `work` with a session, in a task of its own.
+
+        So a cancelled caller does not tear the connection out of its hands.
+        """
+
+        async def unit() -> Result:
+            with self._backend.faults.translated():  # the statements are ours
+                async with self._reading() as session:
+                    return await work(session)
+
+        task = asyncio.ensure_future(unit())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(ended_badly)
+            raise
+
+    async def inspect(self, work: Callable[[Connection], Result]) -> Result:
+        """Do `work`, which reads, on a thread: whatever is there, be the database open or not.
+
+        Raises:
+            UnavailableError: If it cannot be reached.
+        """
+        self._check_process()
+        return await finish(asyncio.to_thread(self._backend.inspect, work))
+
+    def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
+        """Submit an operation to the writer; awaited, gives its result when it is committed.
+
+        Raises:
+            DeadlineError: Inside a `transaction()`: it would wait for itself.
+        """
+        self._check_ready()
+        self.refuse_inside()
+        return self._writer.submit(apply, operation)
+
+    async def read_in(
+        self, session: AsyncSession, work: Callable[[AsyncSession], Awaitable[Result]]
+    ) -> Result:
+        """Do `work`, which reads, with a session of the caller's.
+
+        There, only what stands in here is known to come from the driver: `TimeoutError`, say.
+        """
+        with self._backend.faults.translated():
+            return await work(session)
+
+    async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
+        """Apply an operation in the transaction that `session` came from; returns its result."""
+        unit = session.info.get("unit")
+        if unit is None or unit.finished:
+            raise StoreError("this session only reads: take one from `async with transaction()`")
+        async with session.info["turn"]:  # the unit has one cursor
+            try:
+                with self._backend.faults.translated():
+                    outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
+            except BaseException as error:
+                unit.failure = error  # part of it may be done: it must not be committed
+                raise
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tell `listener` on the running loop what is committed; returns what ends it."""
+        return self._writer.listen(asyncio.get_running_loop(), listener)
+
+    def follow(self, tell: Told) -> Wakeups:
+        """Have `tell` called, on any thread, when somebody may have committed; only a hint."""
+        self._check_ready()
+        return wakeups_of(self._backend, tell)
+
+    async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Copy the database, as it is at one moment, to a file of its own.
+
+        Reads and writes go on meanwhile. The copy is written aside and renamed at the end. Of
+        PostgreSQL it is an archive for `pg_restore`, written by `pg_dump`.
+
+        Raises:
+            InvalidDataError: If `path` exists and `overwrite` is off, or is the database itself.
+            UnavailableError: If it cannot be written there.
+        """
+        self._check_ready()
+        target = sqlite.file_of(path)
+        await finish(asyncio.to_thread(self._backend.backup, target, overwrite=overwrite))
+
+    async def vacuum(self) -> None:
+        """Give the space of removed rows back; writers wait meanwhile, readers do not.
+
+        Raises:
+            UnavailableError: If another process keeps the database locked, the disk is full, or
+                the role does not own the tables of a server.
+        """
+        self._check_ready()
+        self.refuse_inside()
+        async with self._gate_held("a vacuum"):
+            self._check_ready()
+            await finish(asyncio.to_thread(self._backend.vacuum))
+
+    async def get_stats(self) -> dict[str, Any]:
+        """Size and contents, and how the writing goes.
+
+        Returns:
+            `db_size` (bytes, the WAL included), `db_path`, `task_count`, `node_count`;
+            `task_stats` and `node_stats`: how many there are of each status that occurs;
+            and `writer`, which tells of this object since it was made:
+
+            - `queued_operations`: that wait for the next batch at this moment;
+            - `batches` and `operations`: committed, refused operations included;
+            - `mean_batch`, `largest_batch`: operations in one of the last 1,000 batches;
+            - `commit_seconds_p50`, `_p99` and `_max`: from the moment a batch is taken until it is
+              committed, its turn to write awaited, of the last 1,000 batches;
+            - `failed_batches`: of which nothing was committed; `last_failure`: why the last of
+              them failed; `last_failure_at`: when.
+
+            What there is nothing to tell of yet is `None`.
+        """
+
+        async def count(session: AsyncSession) -> tuple[int, list[dict[str, int]]]:
+            return await self._backend.size(session), [
+                {
+                    status.value: number
+                    for status, number in await session.execute(
+                        select(row.status, func.count()).group_by(row.status)
+                    )
+                }
+                for row in (TaskRow, NodeRow)
+            ]
+
+        size, (tasks, nodes) = await self.read(count)
+        return {
+            "db_path": self.db_path,
+            "db_size": size,
+            "task_count": sum(tasks.values()),
+            "node_count": sum(nodes.values()),
+            "task_stats": tasks,
+            "node_stats": nodes,
+            "writer": self._writer.figures(),
+        }
+
+    @asynccontextmanager
+    async def _gate_held(self, holder: str) -> AsyncIterator[None]:
+        await self._gate.enter(holder)
+        try:
+            yield
+        finally:
+            self._gate.leave()
+
+    @contextmanager
+    def _turn_on_thread(self) -> Iterator[Transaction]:
+        """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
+        until = time.monotonic() + self.timeout
+        with self._gate.held("the writer", self._writer.publish_kept):
+            yield partial(self._write_on_thread, until)
+
+    @contextmanager
+    def _write_on_thread(self, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+        """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
+        with self._backend.faults.translated():
+            try:
+                if self._writing is None:
+                    self._writer.publish_kept()
+                    self._writing = self._backend.writing(until)
+                writing = self._writing
+                writing.begin(until, self._writer.publish_kept)
+                unit = Unit(writing.cursor, self.clock())
+                yield unit
+                unit.finish()
+                with self._backend.faults.translated(committing=True):
+                    writing.commit()
+            except RedoError:
+                raise
+            except BaseException:
+                self._writer_stopped()  # the next one begins with a connection in a known state
+                raise
+            committed(unit)
+
+    def _is_pipelined(self) -> bool:
+        return self._writing is not None and self._writing.is_pipelined
+
+    def _writer_stopped(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.close()
+
+    def _engines_here(self) -> Engines:
+        self._check_ready()
+        loop = asyncio.get_running_loop()
+        if loop not in self._engines:
+            for other in list(self._engines):
+                if other.is_closed() and other is not self._home:  # whose pool `close` closes
+                    self._engines.pop(other, None)
+            # A pool cannot serve two loops; only the first one has its connections kept.
+            kept = {
+                "pool": AsyncAdaptedQueuePool,
+                "pool_size": self._pool_size,
+                "pool_timeout": self.timeout,
+            }
+            options = kept if loop is self._home else {"pool": NullPool}
+            self._engines[loop] = Engines(loop, self._backend, {"database": self}, **options)
+        return self._engines[loop]
+
+    def _check_process(self) -> None:
+        if self._forks != _forks:
+            is_file = self.dialect == "sqlite"
+            advice = "start the child by spawn" if is_file else "open a new Database in the child"
+            raise UnavailableError(f"{self.db_path} was opened before fork: {advice}")
+
+    def _check_ready(self) -> None:
+        if self._state == "ready" and self._forks == _forks:
+            return
+        self._check_process()
+        if self._state == "new":
+            raise UnavailableError(f"{self.db_path} is not open yet: call initialize() first")
+        raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
+
+    def refuse_inside(self) -> None:
+        """Raise `DeadlineError` inside a `transaction()`, where a write would wait for itself."""
+        inside = _inside.get()
+        if inside is not None and inside[0] is self and not inside[1].finished:
+            raise DeadlineError(
+                "this call would wait for the transaction it is in: use the session of the "
+                "transaction, as in TaskRepository(tx)"
+            )
+
+
+def _remove_folder(folder: str, pid: int) -> None:
+    if os.getpid() == pid:  # a forked child's end is not the parent's
+        shutil.rmtree(folder, ignore_errors=True)

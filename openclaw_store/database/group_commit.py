@@ -1,0 +1,577 @@
+"""Group commit: operations that callers submit at the same time share one transaction.
+
+Committing costs a disk flush, whatever it commits. So one thread takes *everything* that has
+queued, applies it in one transaction, and then takes what has queued meanwhile: the busier the
+store, the larger the batch and the smaller the cost of each operation. There is no timer, and
+a lone caller waits for nobody. (Databases write their logs this way; see "group commit" in Gray &
+Reuter, *Transaction Processing*, 1993.)
+
+Callers who all wait for one batch leave the server idle while they are answered. So where a server
+does the work, batches are *pipelined*: each takes half of many callers, and those of the batch
+before are answered while it is on its way. Their answers are kept until then, if a batch is to
+follow: once an event loop wakes them it holds the interpreter (the GIL), and the thread would be
+late to send.
+
+What holds:
+
+- **Each operation is decided by itself.** One that is refused (stale, duplicate, not found) gets
+  its own error; the rest of its batch commits.
+- **Order.** Operations are applied in the order in which they were queued.
+- **A write that returns is committed.** Callers wake after the commit, on their own event loop,
+  and after the listeners of that loop (the caches) were told. No answer is held back while the
+  thread waits for its turn, for a lock, or for more to write.
+- **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
+  batch is waited for, and `CancelledError` goes on afterwards.
+
+The module knows no tables: an operation is any object, and comes with the function that applies
+a run of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+from openclaw_store.backends.cancellation import finish
+from openclaw_store.errors import BackendError, UnavailableError
+
+logger = logging.getLogger("openclaw_store.writer")
+
+Shared = TypeVar("Shared")
+
+Transaction = Callable[[Callable[["Unit"], None]], AbstractContextManager["Unit"]]
+"""Opens a transaction on the writer's thread, and calls back when it is committed.
+
+It commits at the end of the block, or rolls back and raises: a `BackendError` only when the whole
+transaction failed, `RedoError` if the same is to be done in another one, which after some of them
+has the lock; anything else is taken for the fault of one operation.
+"""
+
+Apply = Callable[["Unit", Sequence[Any]], Sequence[Any]]
+"""Applies operations in order; returns a result, or an exception, for each of them.
+
+After a rollback they are applied again, and must lead to the same.
+"""
+
+Listener = Callable[[Sequence[Any]], None]
+"""Is told, on its event loop, what each transaction committed, in the order of the commits."""
+
+MAX_BATCH = 8192
+"""Operations of one transaction at most; the callers of the others wait for the next one."""
+
+HALVED_FROM = 32
+"""So many callers are worth two batches: a batch costs as much as some 20 operations."""
+
+RECENT_BATCHES = 1000
+"""The figures of so many are kept."""
+
+_CLOSED = "the database is closed: open a new Database"
+
+
+class RedoError(Exception):
+    """Nothing was written: the same again, in a transaction that takes less for granted."""
+
+
+class Cursor(Protocol):
+    """The driver, as operations speak to it in one transaction.
+
+    It may not have the write lock: then what was read may have changed before it is written, so
+    all that is written depends on the `guard`, unless only its numbers can be wrong. Operations
+    that `read`, decide and `write` cannot tell the difference; `execute` and `count` raise
+    `RedoError` there.
+    """
+
+    @property
+    def dialect(self) -> str:
+        """`sqlite` or `postgresql`."""
+
+    def read(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
+        """The rows of a statement that gives what the guard asks for, or comes behind it."""
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Do a statement for many rows, before anything else is read or the unit commits.
+
+        Statements that stand together may be done in any order, none seeing what others wrote.
+        """
+
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+        """The guard's row and what was to be remembered, if a unit may do without reading them."""
+
+    def assume(self) -> None:
+        """Take note that the unit does so.
+
+        Whether all that is still so, and whether rows that it adds are new, is seen when they are
+        written. The guard should make sure of what else it has taken for granted.
+        """
+
+    def doubt(self) -> None:
+        """Begin anew without: nobody would find out."""
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Once the guard has written, assume these rows; those that are `None` no more."""
+
+    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+        """Write the row that was read first, if it is still as it was; else nothing is written.
+
+        The first parameters are what is written to it, the next as many what was read.
+        """
+
+    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
+        """In place of `guard`: write in any case, and number it behind what others have written.
+
+        Args:
+            count: How many numbers are taken.
+            last: The last of them, if nobody has taken any since.
+            renumber: Is called with how much larger all of them are, if somebody has.
+        """
+
+    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        """The rows of a statement, of whatever kind."""
+
+    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
+        """Do a statement for many rows at once; returns how many rows of a table it wrote."""
+
+
+class NothingKnown:
+    """What a cursor is like whose units read whatever they go by."""
+
+    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+        """Nothing."""
+        return None
+
+    def assume(self) -> None:
+        """Never called, as nothing is known."""
+
+    def doubt(self) -> None:
+        """Never called, either."""
+
+    def remember(self, rows: Mapping[Any, Any]) -> None:
+        """Forget them again."""
+
+    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
+        """Never called, either."""
+
+
+class Unit:
+    """One write transaction: its cursor, its moment, and what it will have changed."""
+
+    def __init__(self, cursor: Cursor, now: datetime) -> None:
+        self.cursor = cursor
+        self.now = now
+        self.committed: list[Any] = []
+        """What the listeners are told once it has committed."""
+        self.before_commit: list[Callable[[], None]] = []
+        """To be done when all operations are applied."""
+        self.undo: list[Callable[[], None]] = []
+        """What restores the objects of callers if it does not commit."""
+        self.finished = False
+        """Whether it takes no more operations."""
+        self.failure: BaseException | None = None
+        """What went wrong half-way through an operation, so that it must not commit."""
+        self._parts: dict[Any, Any] = {}
+
+    def part(self, factory: Callable[[Unit], Shared]) -> Shared:
+        """What all operations of the unit share, made by `factory` when first asked for."""
+        if factory not in self._parts:
+            self._parts[factory] = factory(self)
+        part: Shared = self._parts[factory]
+        return part
+
+    def finish(self) -> None:
+        """Do what must be done before the commit."""
+        self.finished = True
+        for work in self.before_commit:
+            work()
+        # These refer to the unit. Such cycles only the garbage collector frees.
+        self.before_commit.clear()
+        self._parts.clear()
+
+
+_Entry = tuple[asyncio.Future[Any], Apply, Any]
+"""What a caller waits for, and its operation with the function that applies it."""
+
+_Answer = tuple[asyncio.Future[Any], Any]
+"""What a caller waits for, and what it is to be answered: a result, or an exception."""
+
+_Kept = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
+"""What a transaction committed, for the listeners; its entries; and their outcomes."""
+
+
+class _Logbook:
+    """What the writer has done, a line for each batch."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
+        self._batches = 0
+        self._operations = 0
+        self._failed_batches = 0
+        self._last_failure: str | None = None
+        self._last_failure_at: datetime | None = None
+
+    def note_commit(self, operations: int, seconds: float) -> None:
+        with self._lock:
+            self._recent.append((operations, seconds))
+            self._batches += 1
+            self._operations += operations
+
+    def note_failure(self, error: BaseException) -> None:
+        failed_at = self._clock()
+        with self._lock:
+            self._failed_batches += 1
+            self._last_failure = f"{type(error).__name__}: {error}"
+            self._last_failure_at = failed_at
+
+    def figures(self) -> dict[str, Any]:
+        with self._lock:
+            sizes, seconds = ([line[part] for line in self._recent] for part in (0, 1))
+            seconds.sort()
+            return {
+                "batches": self._batches,
+                "operations": self._operations,
+                "mean_batch": sum(sizes) / len(sizes) if sizes else None,
+                "largest_batch": max(sizes, default=None),
+                "commit_seconds_p50": _percentile(seconds, 50),
+                "commit_seconds_p99": _percentile(seconds, 99),
+                "commit_seconds_max": _percentile(seconds, 100),
+                "failed_batches": self._failed_batches,
+                "last_failure": self._last_failure,
+                "last_failure_at": self._last_failure_at,
+            }
+
+
+def _percentile(in_order: Sequence[float], percent: int) -> float | None:
+    """The value that so many percent do not exceed; `None` if there are no values."""
+    return in_order[(len(in_order) * percent - 1) // 100] if in_order else None
+
+
+class Writer:
+    """Applies submitted operations on one thread, as a rule all that have queued in a transaction.
+
+    Args:
+        turn: Waits, on the writer's thread, until it may write, and has it to itself for the block;
+            gives what opens as many transactions as a batch takes until one is committed.
+        stopped: Is called on the thread when it ends.
+        clock: Tells when a batch failed.
+        is_pipelined: Tells whether a batch is to leave half of many callers to the next one.
+    """
+
+    def __init__(
+        self,
+        turn: Callable[[], AbstractContextManager[Transaction]],
+        stopped: Callable[[], None],
+        clock: Callable[[], datetime],
+        is_pipelined: Callable[[], bool],
+    ) -> None:
+        self._turn = turn
+        self._stopped = stopped
+        self._is_pipelined = is_pipelined
+        self._logbook = _Logbook(clock)
+        self._lock = threading.Lock()
+        self._queue: deque[_Entry] = deque()
+        self._withdrawn = 0  # of those in the queue, about
+        self._callers = 0  # that there were when the last batch was done, those of it included
+        self._taken: dict[asyncio.Future[Any], _Entry] = {}  # out of the queue, not answered yet
+        self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
+        self._publishing = threading.RLock()
+        self._kept: _Kept | None = None
+        self._tokens: SimpleQueue[None] = SimpleQueue()
+        self._kicking: set[asyncio.AbstractEventLoop] = set()
+        self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
+        self._ended: Future[None] | None = None  # of the thread, while there is one
+        self._closed = False
+
+    async def submit(self, apply: Apply, operation: Any) -> Any:
+        """Apply an operation; returns its result when it is committed.
+
+        Raises:
+            StoreError: What the operation was refused with, or why the batch failed.
+            UnavailableError: If the writer is closed.
+        """
+        if self._closed:
+            raise UnavailableError(_CLOSED)
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        self._queue.append((future, apply, operation))  # without the lock, which costs more
+        if loop not in self._kicking:
+            # Not at once: callers that this turn of the loop wakes next shall be in the same
+            # batch. The callback runs behind them, without any delay for a lone one.
+            self._kicking.add(loop)
+            loop.call_soon(self._kick, loop)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            await self._withdraw(future)
+            raise
+
+    def figures(self) -> dict[str, Any]:
+        """What `Database.get_stats` tells of it."""
+        return {"queued_operations": len(self._queue), **self._logbook.figures()}
+
+    def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
+        """Tell `listener`, on `loop`, what is published from now on; returns what ends it."""
+        place = (loop, listener)
+        with self._lock:
+            self._listeners = [*self._listeners, place]
+
+        def unlisten() -> None:
+            with self._lock:
+                self._listeners = [other for other in self._listeners if other is not place]
+
+        return unlisten
+
+    def publish(
+        self,
+        committed: Sequence[Any],
+        entries: Sequence[_Entry] = (),
+        outcomes: Sequence[Any] = (),
+    ) -> None:
+        """Tell each loop's listeners what was committed, then wake its callers: one hop a loop.
+
+        To be called before the next transaction begins, so that the order is that of commits.
+        """
+        with self._publishing:
+            self.publish_kept()
+            self._publish(committed, entries, outcomes)
+
+    def publish_kept(self) -> None:
+        """Publish what the last batch committed, unless that was done.
+
+        To be called at the latest before the thread waits, or once it has something sent.
+        """
+        with self._publishing:
+            if self._kept is not None:
+                self._publish(*self._kept)
+                self._kept = None  # last: should this be interrupted, it is done again
+
+    def _publish(
+        self, committed: Sequence[Any], entries: Sequence[_Entry], outcomes: Sequence[Any]
+    ) -> None:
+        listeners: defaultdict[asyncio.AbstractEventLoop, list[Listener]] = defaultdict(list)
+        answers: defaultdict[asyncio.AbstractEventLoop, list[_Answer]] = defaultdict(list)
+        if committed:
+            for loop, listener in self._listeners:
+                listeners[loop].append(listener)
+        for (future, _, _), outcome in zip(entries, outcomes, strict=True):
+            answers[future.get_loop()].append((future, outcome))
+        for loop in {**listeners, **answers}:
+            try:
+                loop.call_soon_threadsafe(_deliver, listeners[loop], committed, answers[loop])
+            except RuntimeError:  # the loop was closed: nobody is left there to be told
+                logger.debug("an event loop closed before its writes were acknowledged")
+        self._let_go([future for future, _, _ in entries])
+
+    async def close(self) -> None:
+        """Commit what has queued, refuse what comes later, and end the thread."""
+        with self._lock:
+            self._closed = True
+            if self._ended is None and self._queue:
+                self._start(Future())
+            ended = self._ended
+        if ended is not None:
+            self._tokens.put(None)
+            done = asyncio.get_running_loop().create_future()
+            ended.add_done_callback(lambda _: _wake(done))
+            await done
+
+    def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Have the thread look at the queue; refuse what is in it if there can be no thread."""
+        self._kicking.discard(loop)
+        try:
+            with self._lock:
+                if self._ended is None:
+                    if self._closed:  # since they were let into the queue, on another loop
+                        raise UnavailableError(_CLOSED)
+                    self._start(Future())
+        except UnavailableError as error:
+            with self._lock:
+                refused = [self._queue.popleft() for _ in range(len(self._queue))]
+            self.publish((), refused, [_own(error) for _ in refused])
+        if self._tokens.empty():  # else the thread is yet to look, and will find these, too
+            self._tokens.put(None)
+
+    def _start(self, ended: Future[None]) -> None:
+        thread = threading.Thread(
+            target=self._run, args=(ended,), name="openclaw-store-writer", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more of them
+            raise UnavailableError(f"the writer's thread cannot be started: {error}") from error
+        self._ended = ended
+
+    async def _withdraw(self, future: asyncio.Future[Any]) -> None:
+        """Take a cancelled caller's operation back, or wait until its batch is done."""
+        future.cancel()  # it is already, unless the answer came first
+        done = asyncio.get_running_loop().create_future()
+        with self._lock:
+            if future in self._taken:
+                self._gone[future] = done
+            else:  # withdrawn; or committed, and what tells the listeners is yet to run
+                self._withdrawn += 1
+                if 2 * self._withdrawn >= len(self._queue):
+                    self._sweep()
+                done.get_loop().call_soon(done.set_result, None)
+        await finish(done)  # even when cancelled again: the outcome is on its way
+
+    def _sweep(self) -> None:
+        """Forget the operations of those who have gone: a slow disk may keep the queue for long."""
+        # From the left: those who queue meanwhile, without the lock, come behind.
+        entries = [self._queue.popleft() for _ in range(len(self._queue))]
+        self._queue.extendleft(entry for entry in reversed(entries) if not entry[0].cancelled())
+        self._withdrawn = 0
+
+    def _take(self) -> tuple[list[_Entry], bool]:
+        """Make a batch of what has queued, without those whose callers have gone.
+
+        Returns:
+            The batch, and whether something was left.
+        """
+        queued, limit = len(self._queue), MAX_BATCH
+        callers = max(queued, self._callers)
+        if callers >= HALVED_FROM and self._is_pipelined():
+            limit = min(limit, (callers + 1) // 2)
+        taken = [self._queue.popleft() for _ in range(min(queued, limit))]
+        self._withdrawn = 0
+        batch = [entry for entry in taken if not entry[0].cancelled()]
+        self._taken.update((entry[0], entry) for entry in batch)
+        return batch, len(taken) < queued
+
+    def _write(self) -> bool:
+        """Wait for a batch and commit it; returns whether there may be another one."""
+        if self._tokens.empty():  # else the next batch comes at once
+            self.publish_kept()
+        self._tokens.get()
+        with self._lock:
+            batch, is_left = self._take()
+            closed = self._closed
+        if batch:
+            self._commit(batch)
+            self._callers = len(batch) + len(self._queue)
+        elif closed and not is_left:
+            self.publish_kept()
+            return False
+        if closed or is_left:
+            self._tokens.put(None)  # for what was left, or queued during the commit
+        return True
+
+    def _run(self, ended: Future[None]) -> None:
+        try:
+            while self._write():
+                pass
+        except BaseException as error:
+            lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
+            try:
+                self._logbook.note_failure(error)
+            finally:
+                self.publish_kept()
+                entries = list(self._taken.values())
+                self.publish((), entries, [_own(lost) for _ in entries])
+            raise
+        finally:
+            self._stopped()  # first: from the next line on there may be another thread
+            with self._lock:
+                orphaned = bool(self._queue)
+                self._ended = None
+                if orphaned:  # they were not in its batch
+                    self._start(ended)
+                    self._tokens.put(None)
+            if not orphaned:
+                ended.set_result(None)
+
+    def _let_go(self, futures: Sequence[asyncio.Future[Any]]) -> None:
+        """Forget those who were answered, and let go those of them who were cancelled."""
+        with self._lock:
+            for future in futures:
+                self._taken.pop(future, None)
+            gone = [self._gone.pop(future) for future in futures if future in self._gone]
+        for done in gone:
+            _wake(done)
+
+    def _commit(self, entries: Sequence[_Entry]) -> None:
+        """Commit the entries in one transaction; by halves if one of them makes it fail."""
+        began = time.perf_counter()
+        try:
+            with self._turn() as transaction:
+                while not self._apply(entries, transaction, began):
+                    pass
+        except Exception as error:
+            if isinstance(error, BackendError):
+                self._logbook.note_failure(error)
+            if isinstance(error, BackendError) or len(entries) == 1:
+                self.publish((), entries, [_own(error) for _ in entries])
+            else:
+                middle = len(entries) // 2
+                self._commit(entries[:middle])
+                self._commit(entries[middle:])
+
+    def _apply(self, entries: Sequence[_Entry], transaction: Transaction, began: float) -> bool:
+        """Commit the entries in one transaction; returns whether that is done."""
+        outcomes: list[Any] = []
+
+        def keep(unit: Unit) -> None:
+            self._logbook.note_commit(len(entries), time.perf_counter() - began)
+            with self._publishing:
+                self.publish_kept()
+                self._kept = unit.committed, entries, outcomes
+
+        try:
+            with transaction(keep) as unit:
+                for apply, run in groupby(entries, key=itemgetter(1)):
+                    outcomes.extend(apply(unit, [operation for _, _, operation in run]))
+        except RedoError:
+            return False
+        return True
+
+
+def _own(error: Exception) -> Exception:
+    """An error of one caller's own: raising an error changes it."""
+    if not isinstance(error, BackendError):
+        return error
+    own = copy.copy(error)
+    own.__cause__ = error.__cause__
+    return own
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    def wake() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    try:
+        future.get_loop().call_soon_threadsafe(wake)
+    except RuntimeError:
+        logger.debug("an event loop closed while a caller waited to write")
+
+
+def _deliver(
+    listeners: Sequence[Listener], committed: Sequence[Any], answers: Sequence[_Answer]
+) -> None:
+    for listener in listeners:
+        try:
+            listener(committed)
+        except Exception as error:  # a listener's fault is not the callers'
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a listener of committed changes failed", "exception": error}
+            )
+    for future, outcome in answers:
+        if future.done():
+            if isinstance(outcome, BaseException):
+                logger.debug("a cancelled write had failed", exc_info=outcome)
+        elif isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

@@ -1,0 +1,334 @@
+"""Records: what the store keeps of a task or node, checked once, never changed, cheap to copy.
+
+`encode` checks a caller's object and makes a `Record` of it; `Record.copy` makes objects for
+callers that share nothing with it.
+
+JSON stays text until somebody looks at it. Then lists and dicts of plain values are kept
+decoded, because `copy()` of one is faster than decoding it again; nested ones stay text,
+because decoding is the fastest deep copy there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import orjson
+
+from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS, NodeInfo, Task
+from openclaw_store.errors import InvalidDataError
+
+Item = TypeVar("Item", Task, NodeInfo)
+
+_PLAIN = frozenset({str, int, float, bool, type(None)})
+_NONE = type(None)
+_EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, _NONE: None}  # shared; copies copy them
+
+_new, _loads = object.__new__, orjson.loads  # found without a detour, for each copy
+_known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+
+class Plan(NamedTuple):
+    """How `Record.values` makes the parameters of a statement."""
+
+    pick: Callable[[Mapping[str, Any]], Sequence[Any]]
+    """Takes the values of the fields out of a record's, in the order of the parameters."""
+    encoders: Sequence[tuple[int, Callable[[Any], Any]]]
+    """Places of values that the driver takes in another form, and what makes it."""
+    json: Sequence[tuple[int, str]]
+    """Places of JSON fields, which come as text, or `None` for their default."""
+
+
+class Record(Generic[Item]):
+    """An unchanging image of a task or node."""
+
+    __slots__ = ("_flat", "_nested", "fields", "kind", "row")
+
+    def __init__(self, kind: type[Item], fields: dict[str, Any]) -> None:
+        """Take over `fields`, which belongs to the record now.
+
+        Args:
+            kind: What is recorded.
+            fields: Its values by name; JSON is `bytes`, which no JSON value is, or the default.
+        """
+        self.kind: type[Item] = kind
+        self.fields = fields
+        """Values by name, to be read only; those of JSON fields come from `decoded`."""
+        self._flat: Sequence[str] | None = None
+        """JSON fields to be copied for each copy; `None` while nobody has looked at any."""
+        self._nested: Sequence[str] = ()
+        """JSON fields to be decoded for each copy."""
+        self.row: Raw | None = None
+        """The row that it was inserted as, which the driver would give; `None` for all others."""
+
+    def __repr__(self) -> str:
+        return f"Record({self.copy()!r})"
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a field that is not JSON."""
+        return self.fields[name]
+
+    @property
+    def version(self) -> int:
+        return cast(int, self.fields["version"])
+
+    def copy(self) -> Item:
+        """An object of the caller's own, equal to what was recorded."""
+        flat = self._flat
+        if flat is None:
+            flat = self._decode()
+        item: Item = _new(self.kind)
+        fields = item.__dict__ = self.fields.copy()
+        for name in flat:
+            fields[name] = fields[name].copy()
+        for name in self._nested:
+            fields[name] = _loads(fields[name])
+        return item
+
+    def decoded(self, name: str) -> Any:
+        """The value of a JSON field; not to be changed by the caller."""
+        if self._flat is None:
+            self._decode()
+        value = self.fields[name]
+        return orjson.loads(value) if type(value) is bytes else value
+
+    def encoded(self, name: str) -> bytes | None:
+        """The text of a JSON field; `None` for its default."""
+        value = self.fields[name]
+        if value is None or type(value) is bytes:
+            return value
+        if not value and type(value) is JSON_FIELDS[self.kind][name]:
+            return None
+        return orjson.dumps(value)
+
+    def values(self, plan: Plan) -> list[Any]:
+        """The values of the fields of `plan`, as the driver takes them."""
+        row = list(plan.pick(self.fields))
+        for place, encoder in plan.encoders:
+            value = row[place]
+            if value is not None:
+                row[place] = encoder(value)
+        for place, name in plan.json:
+            text = row[place]
+            if text is not None and type(text) is not bytes:
+                text = self.encoded(name)
+            row[place] = None if text is None else text.decode()
+        return row
+
+    def evolve(self, **values: Any) -> Record[Item]:
+        """A record that differs in the given fields, none of them JSON."""
+        evolved: Record[Item] = _new(Record)
+        evolved.kind = self.kind
+        # Nobody edits the lists and dicts of a record, so they are shared. Before the fields: what
+        # another thread decodes in between must not be taken for decoded here.
+        evolved._flat = self._flat
+        evolved._nested = self._nested
+        evolved.row = None
+        evolved.fields = fields = self.fields.copy()
+        fields.update(values)
+        return evolved
+
+    def replace(self, **values: Any) -> Record[Item]:
+        """A record that differs in the given fields; JSON is `bytes`, or the default."""
+        return Record(self.kind, {**self.fields, **values})
+
+    def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
+        """A record that has the named fields from `other` and the rest from this one."""
+        fields = self.fields.copy()
+        fields.update([(name, other.fields[name]) for name in names])
+        return Record(self.kind, fields)
+
+    def differences(self, other: Record[Item]) -> tuple[str, ...]:
+        """Names of the fields whose values are not the same, those set by the store aside."""
+        mine, theirs = self.fields, other.fields
+        names = [
+            name
+            for name in _PLAIN_FIELDS[self.kind]
+            if mine[name] is not theirs[name] and mine[name] != theirs[name]
+        ]
+        # Equal is not the same for JSON: 1 and True, 1 and 1.0.
+        names += [
+            name
+            for name in JSON_FIELDS[self.kind]
+            if mine[name] is not theirs[name] and self.encoded(name) != other.encoded(name)
+        ]
+        return tuple(names)
+
+    def _decode(self) -> Sequence[str]:
+        """Keep lists and dicts of plain values decoded; returns their names.
+
+        Other threads may do the same at any time: each field is decided by what is found in it.
+        """
+        flat, nested = [], []
+        for name in JSON_FIELDS[self.kind]:
+            value = self.fields[name]
+            if type(value) is bytes:
+                value = _load(self, name, value)
+                if isinstance(value, (list, dict)):
+                    items: Iterable[Any] = value if isinstance(value, list) else value.values()
+                    if not _PLAIN.issuperset(map(type, items)):
+                        nested.append(name)
+                        continue
+                self.fields[name] = value
+            if isinstance(value, (list, dict)):
+                flat.append(name)
+        self._nested = _shared(nested)
+        self._flat = _shared(flat)
+        return self._flat
+
+
+Raw = tuple[Any, ...]
+"""A row as the driver gave it, its values in the order of the fields."""
+
+Decode = Callable[[Raw], Record[Any]]
+"""Makes a record of a row."""
+
+
+def encode(item: Item, known: Record[Item] | None = None) -> Record[Item]:
+    """Check a caller's object and keep a copy of it.
+
+    Args:
+        known: What is stored of it. The values of it that `item` still has need no check, and are
+            kept as they are.
+
+    Raises:
+        InvalidDataError: Naming the first field that cannot be stored, and why.
+    """
+    kind = type(item)
+    if kind not in _CHECKS:
+        raise InvalidDataError("task or node", f"must be a Task or NodeInfo, not {kind.__name__}")
+    checks, json_checks = _CHECKS[kind]
+    fields = item.__dict__.copy()  # shares its table of keys with those of all others
+    if len(fields) != len(checks) + len(json_checks):
+        fields = _declared(item)
+    stored = _NOTHING_STORED[kind] if known is None else known.fields
+    try:
+        for name, default, check in checks:
+            value = fields[name]
+            if value is not default and value is not stored[name]:
+                fields[name] = check(name, value)
+        for name, empty, check_json in json_checks:
+            value, there = fields[name], stored[name]
+            if not value and type(value) is empty:
+                fields[name] = _EMPTY[empty]
+            else:
+                fields[name] = there if _is_same(value, there) else check_json(name, value)
+    except KeyError as error:
+        raise InvalidDataError(str(error.args[0]), "is missing") from None
+    return Record(kind, fields)
+
+
+def _is_same(value: Any, stored: Any) -> bool:
+    """Whether a value is the JSON that a record has decoded, down to its types."""
+    kind = type(value)
+    if kind is not type(stored) or kind not in (list, dict):  # as of text that is not decoded
+        return False
+    items = value.values() if kind is dict else value
+    if not _PLAIN.issuperset(map(type, items)):  # whose own code would be asked
+        return False
+    try:
+        # Text may be the same where values are not, as of NaN and null, and the other way round.
+        return orjson.dumps(value) == orjson.dumps(stored) and bool(value == stored)
+    except (TypeError, ValueError):  # it is no JSON
+        return False
+
+
+def _shared(names: Iterable[str]) -> Sequence[str]:
+    """The one tuple of these names that all records share."""
+    found = tuple(names)
+    return _known_names.setdefault(found, found)
+
+
+def _declared(item: Task | NodeInfo) -> dict[str, Any]:
+    """The fields of `item` without the attributes that somebody hung on it."""
+    given = item.__dict__
+    return {
+        field.name: given[field.name] for field in dataclass_fields(item) if field.name in given
+    }
+
+
+def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
+    """The record of a row whose columns stand in the order of the fields, JSON as text."""
+    fields = kind(*row).__dict__
+    for name, empty in JSON_FIELDS[kind].items():
+        text = fields[name]
+        try:
+            fields[name] = _EMPTY[empty] if text is None else text.encode()
+        except AttributeError as error:  # written by hand: SQLite takes a blob anywhere
+            raise InvalidDataError(name, f"of {row[0]!r} is not text") from error
+    return Record(kind, fields)
+
+
+def write_back(record: Record[Item], item: Item, names: Iterable[str] | None = None) -> None:
+    """Give the caller's object what the store has set.
+
+    Args:
+        names: The fields, none of them JSON; `None` for the version and the times.
+    """
+    fields, target = record.fields, item.__dict__
+    for name in STAMPED[record.kind] if names is None else names:
+        target[name] = fields[name]
+
+
+def _load(record: Record[Any], name: str, text: bytes) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        key = record["task_id" if record.kind is Task else "node_id"]
+        raise InvalidDataError(name, f"of {key!r} is not readable JSON: {error}") from error
+
+
+JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
+    Task: {
+        "required_skills": list,
+        "optional_skills": _NONE,
+        "parameters": dict,
+        "result": _NONE,
+        "affinity_tags": _NONE,
+        "metadata": dict,
+    },
+    NodeInfo: {"available_skills": list, "tags": list},
+}
+"""The fields that are stored as JSON, with the type of their default."""
+
+STORE_FIELDS = frozenset({"version", "updated_at"})
+"""The fields that only the store sets."""
+
+STAMPED: Mapping[type[Any], Sequence[str]] = {
+    Task: (
+        "submitted_at",
+        "scheduled_at",
+        "started_at",
+        "completed_at",
+        "not_before",
+        "updated_at",
+        "version",
+    ),
+    NodeInfo: ("registered_at", "last_heartbeat", "version"),
+}
+"""The fields that a caller's object gets back when it was written."""
+
+# A field that still is its default needs no check; so most of a task costs next to nothing.
+_CHECKS = {
+    kind: (
+        tuple(
+            (field.name, field.default, checks[field.name])
+            for field in dataclass_fields(kind)
+            if field.name in checks
+        ),
+        tuple((name, empty, JSON_CHECKS[name]) for name, empty in JSON_FIELDS[kind].items()),
+    )
+    for kind, checks in FIELD_CHECKS.items()
+}
+
+_NOTHING_STORED: Mapping[type[Any], Mapping[str, object]] = {
+    kind: dict.fromkeys((name for checks in both for name, *_ in checks), object())
+    for kind, both in _CHECKS.items()
+}
+"""In the place of a record's fields: what no object has."""
+
+_PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
+    kind: tuple(name for name in checks if name not in STORE_FIELDS)
+    for kind, checks in FIELD_CHECKS.items()
+}

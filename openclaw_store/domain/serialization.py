@@ -1,0 +1,78 @@
+"""Dataclasses as dicts of plain JSON values, and back, for whoever sends them elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields
+from datetime import datetime
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from openclaw_store.domain.validation import Check, check_time, read_time
+from openclaw_store.errors import InvalidDataError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+JsonCheck = Callable[[str, Any], bytes]
+"""Takes the name and value of a field of JSON; returns its text, or raises."""
+
+
+def to_dict(
+    item: DataclassInstance,
+    kind: type[DataclassInstance],
+    checks: Mapping[str, Check],
+    json_checks: Mapping[str, JsonCheck],
+) -> dict[str, Any]:
+    """The fields of `kind` as plain JSON values, which share nothing with `item`.
+
+    Raises:
+        InvalidDataError: If a check refuses a field.
+    """
+    data = {}
+    for field in fields(kind):
+        value = _checked(field, getattr(item, field.name), checks, json_checks)
+        if isinstance(value, Enum):
+            value = value.value
+        elif isinstance(value, datetime):
+            value = value.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+        data[field.name] = value
+    return data
+
+
+def read_dict(
+    data: Mapping[str, Any],
+    kind: type[DataclassInstance],
+    checks: Mapping[str, Check],
+    json_checks: Mapping[str, JsonCheck],
+) -> dict[str, Any]:
+    """What `data` says of the fields of `kind`, which shares nothing with it.
+
+    Raises:
+        InvalidDataError: If a check refuses a field, or one without a default is missing.
+    """
+    if not isinstance(data, Mapping):
+        raise InvalidDataError("data", f"must be a dict, not {type(data).__name__}")
+    values = {}
+    reading = {name: read_time if check is check_time else check for name, check in checks.items()}
+    for field in fields(kind):
+        if field.name in data:
+            values[field.name] = _checked(field, data[field.name], reading, json_checks)
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise InvalidDataError(field.name, "is missing")
+    return values
+
+
+def _checked(
+    field: Field[Any],
+    value: Any,
+    checks: Mapping[str, Check],
+    json_checks: Mapping[str, JsonCheck],
+) -> Any:
+    if value is field.default:  # where it is None, None is no text, time or list
+        return value
+    if field.name in json_checks:
+        return orjson.loads(json_checks[field.name](field.name, value))
+    return checks[field.name](field.name, value)

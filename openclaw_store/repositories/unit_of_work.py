@@ -1,0 +1,574 @@
+"""Changes: each write as one value, decided in order, numbered, and recorded in the feed.
+
+`apply` is handed a run of operations inside one write transaction. It reads the rows they touch
+once, lets every operation decide in turn (the rows cannot move: nobody else can write meanwhile, or
+this will not be written), and then writes each touched row once. Every change gets a **revision**:
+consecutive, without gaps, in the order of commits. A heartbeat is no change: it has no revision.
+
+The `version` of a row is the revision of its last change. So it grows, and no version ever comes
+back, not even when a row is removed and created again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from enum import StrEnum
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+from openclaw_store.database.group_commit import Unit
+from openclaw_store.database.schema import FIELDS, KEY, ROWS
+from openclaw_store.database.statements import array, statements_for
+from openclaw_store.domain.models import FINISHED, HELD, NodeInfo, Task
+from openclaw_store.domain.records import STORE_FIELDS, Raw, Record
+from openclaw_store.errors import (
+    DuplicateError,
+    NodeNotFoundError,
+    NotFoundError,
+    SchemaMismatchError,
+    TaskNotFoundError,
+)
+
+ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
+"""What the feed calls each domain class."""
+
+KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
+"""The domain class of what the feed calls an item."""
+
+_VERSION = {kind: names.index("version") for kind, names in FIELDS.items()}
+"""The place of the version in a row."""
+
+Forgotten = tuple[int | None, str, str]
+"""The revision, item and identifier of a change that goes with all before it."""
+
+Place = tuple[type[Any], str]
+"""The domain class and the identifier of a row."""
+
+
+def place_of(record: Record[Any]) -> Place:
+    """Where a record belongs."""
+    return record.kind, record[KEY[record.kind]]
+
+
+class ChangeKind(StrEnum):
+    """What happened to a task or node."""
+
+    CREATED = "created"
+    STATUS = "status"
+    """Its status changed, and perhaps more."""
+    UPDATED = "updated"
+    """It changed, but not its status."""
+    REMOVED = "removed"
+
+
+class Change(NamedTuple):
+    """One entry of the feed."""
+
+    revision: int
+    changed_at: datetime
+    """When its process began to write it; of those that write at once, not always in order."""
+    item: str
+    """`task` or `node`."""
+    item_id: str
+    kind: ChangeKind
+    from_status: str | None
+    """`None` when it was created."""
+    to_status: str | None
+    """`None` when it was removed."""
+    node: str | None
+    """The node a task was assigned to after the change; `None` for nodes."""
+    reason: str | None
+    previous: int | None = None
+    """The revision of the change before this one of the same task or node, if there was one."""
+
+
+class Event(NamedTuple):
+    """What listeners are told of one change that was committed."""
+
+    kind: type[Any]
+    id: str
+    record: Record[Any] | None
+    """What the store holds now; `None` when it was removed."""
+    change: Change
+
+
+def missing(kind: type[Any], id: str) -> NotFoundError:
+    """The error that says that there is no such row."""
+    return TaskNotFoundError(id) if kind is Task else NodeNotFoundError(id)
+
+
+class Operation(Protocol):
+    """A write of one row, and perhaps of others that go with it."""
+
+    @property
+    def kind(self) -> type[Any]: ...
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def others(self) -> Iterable[Place]:
+        """Other rows that it will probably need; they are read together with those of others."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there should be no such row yet."""
+
+    @property
+    def hints(self) -> Iterable[Record[Any]]:
+        """Tasks as they were last known, which may spare reading them."""
+
+    @property
+    def key(self) -> str | None:
+        """The idempotency key that its task is to have."""
+
+    def decide(self, row: Row) -> Any:
+        """Change `row`, or return a `StoreError` and change nothing; returns the result."""
+
+
+class OfOneRow:
+    """An operation on a row that should be there; it needs nothing else, and knows nothing."""
+
+    __slots__ = ()
+    is_new: ClassVar[bool] = False
+
+    @property
+    def others(self) -> Iterable[Place]:
+        return ()
+
+    @property
+    def hints(self) -> Iterable[Record[Any]]:
+        return ()
+
+    @property
+    def key(self) -> str | None:
+        return None
+
+
+class Row:
+    """A row as the operations of a unit have left it so far."""
+
+    stored = False
+    """Whether the database had the row before."""
+    removed = False
+    """Whether it was removed since, though perhaps created again."""
+    version: int | None = None
+    """`None` when the row does not exist (any more)."""
+    status: str | None = None
+    node: str | None = None
+    record: Record[Any] | None = None
+    """The content, where it is known: always for nodes, for tasks once they were written."""
+    names: frozenset[str] = frozenset()
+    """The columns to be written, where the row is not new."""
+
+    def __init__(self, ledger: Ledger, kind: type[Any], id: str) -> None:
+        self._ledger = ledger
+        self.kind = kind
+        self.id = id
+
+    def found(self, record: Record[Any]) -> Self:
+        """Take over what the database holds."""
+        self.stored, self.record = True, record
+        self.version, self.status = record.version, record["status"].value
+        if self.kind is Task:
+            self.node = record["assigned_node"]
+        return self
+
+    def other(self, kind: type[Any], id: str) -> Row:
+        """Another row, whether its operation has named it before or not."""
+        row = self._ledger.rows[kind].get(id)
+        if row is None:
+            row = self._ledger.row(kind, id)
+            _load(self._ledger, kind, {id: row})
+        return row
+
+    def held(self) -> list[Row]:
+        """Of a node: the tasks that take up places on it, by identifier."""
+        ledger = self._ledger
+        tasks = ledger.rows[Task]
+        for raw in ledger.cursor.read(ledger.sql.read_held, (self.id,)):
+            if raw[0] not in tasks:
+                ledger.row(Task, raw[0]).found(ledger.sql.decode[Task](raw))
+        held = [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        return sorted(held, key=lambda row: row.id)  # the same on both databases
+
+    def content(self, known: Record[Any] | None = None) -> Record[Any] | None:
+        """What the row holds; `None` if it does not exist.
+
+        Args:
+            known: What it held at some time, which may spare looking.
+        """
+        if self.version is None or self.record is not None:
+            return self.record
+        if known is not None and known.version == self.version:
+            return known
+        ledger = self._ledger
+        for raw in ledger.cursor.read(ledger.sql.read_task, (self.id,)):
+            self.record = ledger.sql.decode[Task](raw)
+        return self.record
+
+    def has_live_key(self, key: str) -> bool:
+        """Whether it still has an idempotency key that it had before this run."""
+        if self.status is None or self.status in FINISHED:
+            return False
+        return self.record is None or bool(self.record["idempotency_key"] == key)
+
+    def key_taken(self, record: Record[Any]) -> DuplicateError | None:
+        """Why a live task may not have the idempotency key that `record` has."""
+        key = record.fields["idempotency_key"]
+        if key is None or record.fields["status"] in FINISHED:
+            return None
+        self._ledger.look_up([key])
+        holder = self._ledger.holders[key]
+        return None if holder in (None, self.id) else DuplicateError(ITEM[Task], holder, key)
+
+    @property
+    def now(self) -> datetime:
+        return self._ledger.unit.now
+
+    @property
+    def flush(self) -> int:
+        """What `beat` is of a row that has a heartbeat written now."""
+        return self._ledger.beat
+
+    def status_since(self) -> datetime | None:
+        """When its status was changed last, as far as the feed knows."""
+        ledger, newest = self._ledger, self.version
+        for change in ledger.changes_of(self):  # which the feed is yet to be told
+            if change.from_status != change.to_status:
+                return self.now
+            newest = change.previous
+        place = (newest, ITEM[self.kind], self.id)
+        found = ledger.cursor.read(ledger.sql.status_since, place)
+        return ledger.sql.from_moment(found[0][0]) if found else None
+
+    def write(
+        self, record: Record[Any], names: Iterable[str], reason: str | None = None
+    ) -> Record[Any]:
+        """Give the row new content, under a new version; returns it as it is stored.
+
+        Args:
+            record: The operation's own, or made here: it is stamped as it is.
+            names: Its fields that differ from those of the row.
+            reason: Why, for the feed.
+        """
+        before, previous = self.status, self.version
+        self.status = record.fields["status"]._value_  # `value` costs a call
+        if previous is None:
+            kind = ChangeKind.CREATED
+        elif before == self.status:
+            kind = ChangeKind.UPDATED
+        else:
+            kind = ChangeKind.STATUS
+        if self.kind is Task:
+            self.node = record.fields["assigned_node"]
+            record.fields["updated_at"] = self.now
+            if self._ledger.holders:
+                self._ledger.hold(self.id, record)
+        change = self._ledger.add(self, kind, before, reason)
+        record.fields["version"] = change.revision
+        record.row = None  # of an attempt that was not committed
+        if previous is not None:
+            self.names = self.names.union(names, STORE_FIELDS)
+        self.version, self.record = change.revision, record
+        self._ledger.tell(Event(self.kind, self.id, record, change))
+        return record
+
+    def touch(self, record: Record[Any], names: Iterable[str], event: object) -> None:
+        """Write down what a heartbeat said, and tell `event`: no new version, no revision."""
+        self.record = record
+        self.names = self.names.union(names, ("beat",))
+        self._ledger.beaten = True
+        self._ledger.tell(event)
+
+    def remove(self, *, with_history: bool) -> None:
+        """End the row's life."""
+        before, self.status = self.status, None
+        if self.kind is Task:
+            self._ledger.let_go(self.id)
+        change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
+        if with_history:
+            self._ledger.forgotten.append((change.previous, change.item, self.id))
+        self.version = self.record = None
+        self.removed = True
+        self.names = frozenset()
+        self._ledger.tell(Event(self.kind, self.id, None, change))
+
+
+class Ledger:
+    """The revisions of one unit, and what it adds to the feed.
+
+    The counters are read before anything else, or with it, and tell at the end whether anybody
+    has written since: each transaction that writes moves them.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+        self.cursor = unit.cursor
+        self.sql = statements_for(unit.cursor.dialect)
+        self.rows: dict[type[Any], dict[str, Row]] = {}
+        """Those of the run of operations that is being decided."""
+        self.holders: dict[str, str | None] = {}
+        """The live task that has each idempotency key that was looked up; `None` for none."""
+        self._keys: dict[str, str] = {}  # and the key of each of these tasks
+        self._counters: tuple[int, int] | None = None  # as they were read
+        self._revision = 0
+        self.beat = 0
+        """The number of this unit's flush of heartbeats, if it has one."""
+        self.beaten = False
+        """Whether it has one."""
+        self._changes: list[Change] = []
+        self.forgotten: list[Forgotten] = []
+        """The newest change, item and identifier of those whose history is to be removed."""
+        self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
+        self._presumed_new: list[Row] = []  # those that were not read, either
+        self._only_adds = False  # rows that are presumed new: only their numbers may be wrong
+        self.tell: Callable[[object], None] = unit.committed.append
+        """Tells the listeners, once it is committed."""
+        unit.before_commit.append(self._write)
+
+    def count_from(self, revision: int, beat: int) -> None:
+        """Take note of the counters, when they are first read."""
+        if self._counters is None:
+            self._counters = revision, beat
+            self._revision, self.beat = revision, beat + 1
+
+    def trust(self, operations: Sequence[Operation]) -> bool:
+        """Take the rows for what they are known as, without reading them; `False` if some are not.
+
+        If what is known is outdated, nothing will be written. A task is what it was at that
+        version: no version ever comes back. The nodes are as the writer left them, if nobody has
+        written since. And what is to be added is not there.
+        """
+        # Only the first run of a unit: what an earlier one has written is not among what is known.
+        known = self.cursor.known() if self._counters is None else None
+        if known is None:
+            return False
+        counters, nodes = known
+        tasks = {
+            record.fields["task_id"]: record
+            for operation in operations
+            for record in operation.hints
+            if record.version > 0  # else it is in memory only
+        }
+        new = {(operation.kind, operation.id) for operation in operations if operation.is_new}
+        for kind, records in ((Task, tasks), (NodeInfo, nodes)):
+            if any(id not in records and (kind, id) not in new for id in self.rows[kind]):
+                return False
+        self._only_adds = all(operation.is_new for operation in operations)
+        for kind, records in ((Task, tasks), (NodeInfo, nodes)):
+            for id, row in self.rows[kind].items():
+                if id in records:
+                    row.found(records[id])
+                    self._only_adds = False  # nobody would find out whether it is still there
+                else:
+                    self._presumed_new.append(row)
+        self.count_from(*counters)
+        self._trusted = {id: record.version for id, record in tasks.items()}
+        self.cursor.assume()
+        return True
+
+    def make_sure(self) -> None:
+        """Begin anew if a row was taken for new and is not added: nobody would find out."""
+        if any(row.version is None for row in self._presumed_new):
+            self.cursor.doubt()
+
+    def end_run(self) -> None:
+        """Forget the rows. They refer to the ledger: such cycles only the collector frees."""
+        self.rows, self._presumed_new = {}, []
+
+    def row(self, kind: type[Any], id: str) -> Row:
+        """The row of this run with this identifier; a new one is yet to be read."""
+        rows = self.rows[kind]
+        row = rows.get(id)
+        if row is None:
+            row = rows[id] = Row(self, kind, id)
+        return row
+
+    def look_up(self, keys: Iterable[str]) -> None:
+        """Find the live tasks that have these idempotency keys."""
+        missing = {key: None for key in keys if key not in self.holders}
+        if missing:
+            self._only_adds = False
+            self.holders.update(missing)
+            given = self.sql.given(list(missing))
+            for key, id in self.cursor.read(self.sql.read_live_keys, (given,)):
+                row = self.rows[Task].get(id)
+                if row is None or row.has_live_key(key):
+                    self.holders[key], self._keys[id] = id, key
+
+    def hold(self, id: str, record: Record[Task]) -> None:
+        """Take note of the idempotency key that a task has now."""
+        self.let_go(id)
+        key = record["idempotency_key"]
+        if key in self.holders and record["status"] not in FINISHED:
+            self.holders[key], self._keys[id] = id, key
+
+    def let_go(self, id: str) -> None:
+        """Take note that a task has no idempotency key any more, or is not live."""
+        key = self._keys.pop(id, None)
+        if key is not None:
+            self.holders[key] = None
+
+    def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
+        """Number a change."""
+        self._revision += 1
+        change = Change(
+            self._revision,
+            self.unit.now,
+            ITEM[row.kind],
+            row.id,
+            kind,
+            before,
+            row.status,
+            row.node,
+            reason,
+            row.version or None,  # a row that was inserted by hand has no change to name
+        )
+        self._changes.append(change)
+        return change
+
+    def changes_of(self, row: Row) -> Iterable[Change]:
+        """Those of a row that this unit has made, newest first."""
+        place = (ITEM[row.kind], row.id)
+        return (one for one in reversed(self._changes) if (one.item, one.item_id) == place)
+
+    def _write(self) -> None:
+        if self._counters is None:
+            return
+        changes, forgotten = self._changes, self.forgotten
+        if forgotten:
+            changes, forgotten = self._without_forgotten()
+        if changes:
+            at = self.sql.to_moment(self.unit.now)
+            self.cursor.write(
+                self.sql.insert_change,
+                [
+                    (one.revision, at, one.item, one.item_id, one.kind._value_, *one[5:])
+                    for one in changes
+                ],
+            )
+        if forgotten:
+            self.cursor.write(self.sql.forget, forgotten)
+        if self._only_adds:
+            self.cursor.number(len(self._changes), self._revision, self._renumber)
+        elif self._changes or self.beaten:
+            beat = self.beat if self.beaten else self.beat - 1
+            counters = (self._revision, beat, *self._counters)
+            if self._trusted:
+                tasks = array(list(self._trusted)), array(list(self._trusted.values()))
+                self.cursor.guard(self.sql.write_counters_if, (*counters, *tasks))
+            else:
+                self.cursor.guard(self.sql.write_counters, counters)
+
+    def _renumber(self, by: int) -> None:
+        """Number all that was added behind what others have committed meanwhile."""
+        committed = self.unit.committed
+        for place, event in enumerate(committed):
+            event.record.fields["version"] += by
+            row = list(event.record.row)
+            row[_VERSION[event.kind]] += by
+            event.record.row = tuple(row)
+            change = event.change._replace(revision=event.change.revision + by)
+            committed[place] = event._replace(change=change)
+
+    def _without_forgotten(self) -> tuple[list[Change], list[Forgotten]]:
+        """What the feed is to be told, and where what it is to forget begins.
+
+        What this unit itself would have to remove again it does not write.
+        """
+        changes = {one.revision: one for one in self._changes}
+        forgotten = []
+        for newest, item, id in self.forgotten:
+            while newest is not None and newest in changes:
+                newest = changes.pop(newest).previous
+            forgotten.append((newest, item, id))
+        return list(changes.values()), forgotten
+
+
+def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
+    """Decide the operations in order and write what they changed."""
+    if not operations:
+        return []
+    ledger = unit.part(Ledger)
+    rows = ledger.rows = {kind: {} for kind in ROWS}
+    targets: list[Row] = []
+    keys: list[str] = []
+    for operation in operations:
+        targets.append(ledger.row(operation.kind, operation.id))
+        for kind, id in operation.others:
+            ledger.row(kind, id)
+        if operation.key is not None:
+            keys.append(operation.key)
+    if not ledger.trust(operations):
+        for kind, touched in rows.items():
+            if touched:
+                _load(ledger, kind, touched)
+    ledger.look_up(keys)
+    outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
+    ledger.make_sure()
+    for kind, touched in rows.items():
+        _store(ledger, kind, touched.values())
+    ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
+    ledger.end_run()
+    return outcomes
+
+
+def counters_of(rows: Sequence[Any]) -> tuple[int, int]:
+    """Revision and flush, with which each of these rows begins.
+
+    Raises:
+        SchemaMismatchError: If there are none, as nothing can be numbered then.
+    """
+    if not rows:
+        raise SchemaMismatchError("the row of `counters` is gone: restore a backup")
+    revision, beat, *_ = rows[0]
+    return revision, beat
+
+
+def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
+    sql = ledger.sql
+    found = ledger.cursor.read(*sql.read(kind, list(rows)))
+    ledger.count_from(*counters_of(found))
+    if kind is NodeInfo:
+        for values in found:
+            if values[2] is None:
+                continue
+            rows[values[2]].found(sql.decode[kind](values[2:]))
+    else:
+        for _, _, id, version, status, node in found:
+            if id is not None:
+                row = rows[id]
+                row.stored, row.version, row.status, row.node = True, version, status, node
+
+
+def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
+    """Write what the operations left, each row once."""
+    sql, cursor = ledger.sql, ledger.cursor
+    deletes: list[tuple[str]] = []
+    inserts: list[Raw] = []
+    updates: dict[frozenset[str], list[list[Any]]] = {}
+    insert, plan = sql.insert[kind]
+    for row in rows:
+        if row.version is None or row.record is None:
+            if row.stored and row.removed:
+                deletes.append((row.id,))
+        elif not row.stored:
+            row.record.row = tuple(row.record.values(plan))
+            inserts.append(row.record.row)
+        else:
+            # One that was created again is written over: a statement cannot insert what another,
+            # done together with it, deletes.
+            names = row.names.union(FIELDS[kind]) - {KEY[kind]} if row.removed else row.names
+            if not names:
+                continue
+            values = [row.id, *row.record.values(sql.update(kind, names)[1])]
+            if "beat" in names:  # the last column
+                values.append(ledger.beat)
+            updates.setdefault(names, []).append(values)
+    if deletes:
+        cursor.write(sql.delete[kind], deletes)
+    if inserts:
+        cursor.write(insert, inserts)
+    for names, parameters in updates.items():
+        cursor.write(sql.update(kind, names)[0], parameters)

@@ -1,0 +1,268 @@
+"""What the database tells a cache: where it stands, and what has happened since.
+
+Each reading is one consistent picture, made in one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Select, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.database.schema import (
+    COLUMNS,
+    FIELDS,
+    KEY,
+    ROWS,
+    ChangeRow,
+    CounterRow,
+    NodeRow,
+    TaskRow,
+)
+from openclaw_store.database.statements import history_of, statements_for
+from openclaw_store.domain.models import NodeInfo, Task, TaskStatus
+from openclaw_store.domain.records import Decode, Raw, Record
+from openclaw_store.errors import CompactedError, InvalidDataError
+from openclaw_store.repositories.row_reader import read_records, read_rows, select_pending
+from openclaw_store.repositories.unit_of_work import (
+    ITEM,
+    Change,
+    ChangeKind,
+    counters_of,
+)
+from openclaw_store.state_manager.indexes import PendingKey, Ready
+from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, REVISION, read_page
+
+_ALL = select(*ChangeRow.__table__.c)
+
+_PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
+    FIELDS[Task].index,
+    ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
+)
+
+_PENDING = TaskStatus.PENDING.value
+
+CHANGES_A_PAGE = 400
+"""Changes read at a stretch, before other coroutines run.
+
+To read a page takes as long as to take over 100 of them, however few there are.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the database stands, and how its rows are read."""
+
+    revision: int
+    beat: int
+    """The newest flush of heartbeats."""
+    updated_at: datetime | None
+    """When the newest change was made."""
+    task_counts: Mapping[str, int]
+    """Tasks by status, finished ones included."""
+    decode: Mapping[type[Any], Decode]
+    """Makes a record of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of the rows that a cache starts with."""
+
+    kind: type[Any]
+    rows: Sequence[Raw]
+    """Each begins with its identifier; to be decoded when somebody looks at it."""
+    keys: Sequence[PendingKey] = ()
+    """Of the tasks that wait, in this order."""
+    ready: Sequence[Ready] = ()
+    """Of those that may be claimed."""
+    held: Sequence[tuple[str | None, str]] = ()
+    """Node and identifier of those that are scheduled or running."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has happened since a revision."""
+
+    revision: int
+    """`changes` go up to here."""
+    read_at: int
+    """The revision of the picture that content is from; more pages follow if it is larger."""
+    beat: int
+    changes: Sequence[Sequence[Any]]
+    """Those that were not known before, and perhaps some that were: each is a `STEP`.
+
+    Behind it, the last one of a task has its content, if it was not removed; else there is `None`.
+    """
+    changed_at: datetime | None
+    """When the last of them was made, if there are any."""
+    is_whole: bool
+    """Whether no change is missing; clean-up removes those of removed tasks."""
+    nodes: Mapping[str, Record[NodeInfo]]
+    """Content of the nodes that changed; what is not there was removed."""
+    beaten: Sequence[Record[NodeInfo]]
+    """Nodes that had heartbeats since."""
+    task_counts: Mapping[str, int] | None
+    """Tasks by status, where they cannot be derived from the changes."""
+    ready: Callable[[Raw], Ready | None]
+    """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
+    is_compacted: bool = False
+    """Whether the feed does not reach back that far any more, so that nothing else counts."""
+
+
+async def read_start(session: AsyncSession) -> Start:
+    """Where the database stands in the picture of `session`."""
+    revision, beat, _ = await _counters(session)
+    newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
+    updated_at, counts = await session.scalar(newest), await _task_counts(session)
+    decode = statements_for(session.get_bind().dialect.name).decode
+    return Start(revision, beat, updated_at, counts, decode)
+
+
+async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
+    """All nodes and all live tasks, page by page; those that wait in the order of their list."""
+    running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
+    live: Sequence[tuple[type[Any], Select[Any]]] = (
+        (NodeInfo, select(*COLUMNS[NodeInfo])),
+        (Task, running.order_by(TaskRow.submitted_at)),  # else SQLite may search all tasks
+    )
+    for kind, query in live:
+        async for rows in read_rows(session, query):
+            yield Page(kind, rows, held=_held(rows) if kind is Task else ())
+    moment = statements_for(session.get_bind().dialect.name).from_moment
+    async for rows in read_rows(session, select_pending()):
+        keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
+        ready = [
+            (key, row[_SKILLS] and row[_SKILLS].encode(), moment(row[_NOT_BEFORE]))
+            for key, row in zip(keys, rows, strict=True)
+            if row[_STATUS] == TaskStatus.PENDING
+        ]
+        yield Page(Task, rows, keys, ready, _held(rows))
+
+
+def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
+    return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
+
+
+async def read_news(
+    session: AsyncSession,
+    *,
+    since: int,
+    beat: int,
+    is_whole: bool,
+    known: Container[int] = (),
+) -> News:
+    """A page of what has happened since the revision `since` and the flush `beat`.
+
+    Args:
+        is_whole: Whether the pages before this one were.
+        known: Revisions of changes that need not be told.
+    """
+    page = await read_page(session, since, since + CHANGES_A_PAGE, known)
+    until = min(since + CHANGES_A_PAGE, page.revision)
+    sql = statements_for(session.get_bind().dialect.name)
+    nodes: Mapping[str, Record[NodeInfo]] = {}
+    if ids := {
+        row[ITEM_ID]
+        for row in page.rows
+        if row[OF_ITEM] == ITEM[NodeInfo] and row[REVISION] not in known
+    }:
+        query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
+        found = await read_records(session, NodeInfo, query)
+        nodes = {record["node_id"]: record for record in found}
+    beaten: Sequence[Record[NodeInfo]] = []
+    if page.beat > beat:
+        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
+        beaten = await read_records(session, NodeInfo, query)
+    is_whole = is_whole and page.is_whole
+    return News(
+        revision=until,
+        read_at=page.revision,
+        beat=page.beat,
+        changes=page.rows,
+        changed_at=sql.from_moment(page.rows[-1][CHANGED_AT]) if page.rows else None,
+        is_whole=is_whole,
+        nodes=nodes,
+        beaten=beaten,
+        task_counts=None if is_whole or until < page.revision else await _task_counts(session),
+        ready=_ready_of(sql.from_moment),
+        is_compacted=since < page.compacted,
+    )
+
+
+async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
+    """Up to a page of the changes after a revision, and the revision they reach up to.
+
+    Changes of tasks that clean-up has removed are gone with them.
+
+    Raises:
+        CompactedError: If the feed does not reach back that far any more.
+        InvalidDataError: If there was no such revision yet.
+    """
+    read_at, _, compacted = await _counters(session)
+    if since > read_at:
+        raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
+    if since < compacted:
+        raise CompactedError(since, compacted + 1)
+    changes = await _changes(session, since)
+    return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
+
+
+async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
+    """The changes of a task or node that the feed still has, oldest first.
+
+    Its version leads to its last change, and each change to the one before; only for one that was
+    removed all changes are searched.
+    """
+    columns = ROWS[kind].__table__.c
+    version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
+    if version is None:
+        query = _ALL.where(ChangeRow.item == ITEM[kind], ChangeRow.item_id == id)
+        return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
+    query = history_of(version, ITEM[kind], id)
+    return _as_changes(await session.execute(query))[::-1]
+
+
+async def _changes(session: AsyncSession, since: int) -> list[Change]:
+    query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
+    return _as_changes(await session.execute(query.limit(CHANGES_A_PAGE)))
+
+
+@lru_cache
+def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None]:
+    def ready(row: Raw) -> Ready | None:
+        if row[_STATUS] != _PENDING:
+            return None
+        skills, not_before = row[_SKILLS], row[_NOT_BEFORE]
+        try:
+            return (
+                (row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]),
+                skills and skills.encode(),
+                None if not_before is None else moment(not_before),
+            )
+        except (TypeError, OverflowError):  # who decodes it will say what cannot be read
+            return None
+
+    return ready
+
+
+def _as_changes(rows: Iterable[Any]) -> list[Change]:
+    return [
+        Change(number, at, item, id, ChangeKind(kind), *rest)
+        for number, at, item, id, kind, *rest in rows
+    ]
+
+
+async def _task_counts(session: AsyncSession) -> dict[str, int]:
+    counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
+    return {status.value: count for status, count in await session.execute(counts)}
+
+
+async def _counters(session: AsyncSession) -> tuple[int, int, int]:
+    counters = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
+    found = (await session.execute(counters)).all()
+    return *counters_of(found), found[0].compacted

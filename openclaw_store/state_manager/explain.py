@@ -1,0 +1,85 @@
+"""Why a task waits: as data, and as a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from openclaw_store.domain.lifecycle import free_places, has_skills, is_due
+from openclaw_store.domain.models import NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.domain.records import Record
+
+FREE, FULL = "free", "full"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a task is not being run; `str` of it is a sentence."""
+
+    task_id: str
+    status: TaskStatus
+    assigned_node: str | None
+    not_before: datetime | None
+    """When it may be claimed; `None` if that is so already, or it is not pending."""
+    missing_skills: tuple[str, ...]
+    """Skills it requires and no node has."""
+    nodes: Mapping[str, str]
+    """The nodes that have all its skills: `free`, `full`, or what they are instead of online."""
+    ahead: int
+    """How many tasks those nodes will claim first."""
+
+    def __str__(self) -> str:
+        if self.status is not TaskStatus.PENDING:
+            whose = "" if self.assigned_node is None else f" on node {self.assigned_node!r}"
+            return f"Task {self.task_id!r} does not wait: it is {self.status.value}{whose}."
+        reasons: list[str] = []
+        if self.not_before is not None:
+            reasons.append(f"it is not due until {self.not_before.isoformat()}")
+        if self.missing_skills:
+            reasons.append(f"no node has the skill {' or '.join(map(repr, self.missing_skills))}")
+        elif not self.nodes:
+            reasons.append("no node has all of its skills")
+        elif FREE not in self.nodes.values():
+            states = (f"{node} is {state}" for node, state in sorted(self.nodes.items()))
+            reasons.append(f"of the nodes that have its skills, {', '.join(states)}")
+        if self.ahead:
+            tasks = "task goes" if self.ahead == 1 else "tasks go"
+            reasons.append(f"{self.ahead} {tasks} first")
+        if reasons:
+            return f"Task {self.task_id!r} waits: {'; '.join(reasons)}."
+        free = sorted(node for node, state in self.nodes.items() if state == FREE)
+        return f"Task {self.task_id!r} can be claimed now, for {', '.join(free)}."
+
+
+def explain(
+    task: Record[Task], nodes: Iterable[Record[NodeInfo]], ahead: int, now: datetime
+) -> Explanation:
+    """Why a task is where it is.
+
+    Args:
+        nodes: All nodes.
+        ahead: How many tasks are better, and can be run by a node that can run this one.
+    """
+    pending = task["status"] is TaskStatus.PENDING
+    missing = set(task.decoded("required_skills")) if pending else set()
+    states: dict[str, str] = {}
+    for node in nodes if pending else ():
+        missing.difference_update(node.decoded("available_skills"))
+        if has_skills(node, task):
+            states[node["node_id"]] = _state_of(node)
+    return Explanation(
+        task["task_id"],
+        task["status"],
+        task["assigned_node"],
+        task["not_before"] if pending and not is_due(task, now) else None,
+        tuple(sorted(missing)),
+        states,
+        ahead,
+    )
+
+
+def _state_of(node: Record[NodeInfo]) -> str:
+    if node["status"] is not NodeStatus.ONLINE:
+        return str(node["status"].value)
+    return FREE if free_places(node) else FULL

@@ -1,0 +1,567 @@
+"""A cache that is kept in step with its database: commit first, then cache."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from contextvars import Context
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.backends.cancellation import finish
+from openclaw_store.backends.notifications import Wakeups
+from openclaw_store.database.database import Database
+from openclaw_store.database.schema import KEY
+from openclaw_store.database.statements import statements_for
+from openclaw_store.domain.lifecycle import arrived, refused
+from openclaw_store.domain.models import NodeInfo, NodeStatus, Task
+from openclaw_store.domain.records import Item, Record
+from openclaw_store.errors import (
+    ConflictError,
+    DuplicateError,
+    InvalidDataError,
+    NotFoundError,
+    StaleVersionError,
+    StoreError,
+    UnavailableError,
+    UnsavedConflictError,
+)
+from openclaw_store.repositories.commands import (
+    CONTENT,
+    Create,
+    Remove,
+    Update,
+    newer_heartbeat,
+)
+from openclaw_store.repositories.heartbeats import AfterBeat, Beat, Beaten, apply_beats
+from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
+from openclaw_store.repositories.unit_of_work import (
+    ITEM,
+    Change,
+    Event,
+    Operation,
+    Place,
+    apply,
+    missing,
+    place_of,
+)
+from openclaw_store.state_manager.cache import Cache, Unsaved
+from openclaw_store.state_manager.change_feed import (
+    News,
+    Start,
+    read_changes,
+    read_live,
+    read_news,
+    read_start,
+)
+from openclaw_store.state_manager.pages import ITEM_ID
+from openclaw_store.state_manager.watchers import Watchers
+
+logger = logging.getLogger("openclaw_store.mirror")
+
+HEARTBEAT_SECONDS = 0.5
+"""How long a heartbeat waits in memory for others to share its flush."""
+
+WRITTEN_WITHIN = timedelta(seconds=1)
+"""How long a heartbeat may take to be written: what is newer by more comes from the future."""
+
+HEARTBEATS_A_WRITE = 128
+"""How many are written at a stretch, before others write."""
+
+ENTRIES_A_WRITE = 200
+"""How many of those that are only in memory are handed to the writer at a stretch."""
+
+FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
+"""How many times as long as a refreshment that others' commits led to the next one waits, and how
+long at most."""
+
+RELOAD_AFTER = 20_000
+"""A cache is loaded again if it is more changes behind than this, and than it has live tasks.
+
+To take over a change takes a little longer than to load a task.
+"""
+
+
+class Mirror:
+    """The cache of one `StateManager`, and the ways by which it and its database stay equal.
+
+    Args:
+        database: Where everything is kept.
+        finished_limit: How many finished tasks are kept in memory.
+    """
+
+    def __init__(self, database: Database, finished_limit: int) -> None:
+        self._database = database
+        self._finished_limit = finished_limit
+        self._repositories: Mapping[type[Any], TaskRepository | NodeRepository] = {
+            Task: TaskRepository(database),
+            NodeInfo: NodeRepository(database),
+        }
+        nothing = Start(0, 0, None, {}, statements_for(database.dialect).decode)
+        self.cache = Cache(nothing, finished_limit)
+        """What is in memory; another object after each `load`."""
+        self.last_sync_at: datetime | None = None
+        """When everything that was only in memory had been written."""
+        self.last_refresh_at: datetime | None = None
+        """When everything that others had committed had been read."""
+        self.watchers = Watchers()
+        """Those who wait for a change; all are woken when the mirror is stopped."""
+        self._unlisten: Callable[[], None] = lambda: None
+        self._loading: list[Sequence[Event | Beaten]] | None = None  # what was committed meanwhile
+        self._refreshing = asyncio.Lock()
+        self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._flush: asyncio.Task[None] | None = None
+        self._flushing = asyncio.Lock()  # heartbeats are written by one caller at a time
+        self._loop: asyncio.AbstractEventLoop | None = None  # set while it follows
+        self._wakeups: Wakeups | None = None
+        self._outdated = asyncio.Event()  # others have committed what is not in memory yet
+        self._follower: asyncio.Task[None] | None = None
+        self._own_beat = 0  # this process's newest flush of heartbeats, which it need not read
+        # Counted down from a place of its own: a copy from another manager must not match.
+        self._unsaved_version = -secrets.randbits(56)
+
+    async def start(self) -> None:
+        """Listen to what this process commits, and load what there is."""
+        self._unlisten = self._database.listen(self._committed)
+        try:
+            async with self._refreshing:
+                await self._load()
+        except BaseException:
+            self._unlisten()
+            raise
+
+    def follow(self) -> None:
+        """Take over what other processes commit as soon as it is known that they have."""
+        self._loop = asyncio.get_running_loop()
+        self._follower = self._loop.create_task(self._follow())
+        self._wakeups = self._database.follow(self._told)
+
+    async def stop(self) -> None:
+        """Write what is only in memory, for the last time; again, if that was interrupted."""
+        if self._wakeups is not None:
+            await self._wakeups.stop()
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.wait([self._follower])
+        try:
+            if self._flush is not None:
+                await asyncio.wait([self._flush])
+            await self.sync()
+        finally:
+            if self._flush_timer is not None:
+                self._flush_timer.cancel()
+            self._unlisten()
+            self.watchers.wake_all()
+
+    async def abandon(self) -> None:
+        """Stop without the event loop that all of this goes on, which was closed before.
+
+        Raises:
+            UnavailableError: If something was only in memory. It is lost: what was writing it may
+                have stopped half-way.
+        """
+        if self._wakeups is not None:
+            await self._wakeups.stop()
+        self._unlisten()
+        lost = len(self.cache.unsaved) + len(self.cache.waiting_beats())
+        if lost:
+            raise UnavailableError(
+                f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
+                "were only in memory: shut the StateManager down before"
+            )
+
+    async def find(self, place: Place) -> Record[Any] | None:
+        """An entry from memory, else from the database."""
+        record = self.cache.find(place)
+        if record is not None:
+            return record
+        cache, version = self.cache, self.cache.version
+        found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
+        if found is not None and found.version > self.cache.complete:
+            await self.refresh()
+            known = self.cache.find(place)
+            return known or await self._repositories[place[0]].get_record(place[1])
+        unmoved = self.cache is cache and cache.version == version
+        if found is not None and place[0] is Task and unmoved:
+            cache.remember(found)
+        return self.cache.find(place) or found
+
+    async def reach(self, revision: int) -> None:
+        """Have memory know all up to a revision of which somebody will be told.
+
+        Else it might show what was before, and what is being read for it just now might, too.
+        """
+        if revision > self.cache.complete:
+            await self.refresh()
+
+    def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
+        """Commit an operation, behind the heartbeat that its node may have waiting."""
+        if operation.kind is NodeInfo and not isinstance(operation, Create):
+            return self._submit_behind(operation, operation.id)
+        for kind, id in operation.others:
+            if kind is NodeInfo:
+                return self._submit_behind(operation, id)
+        return self._database.write(apply, operation)
+
+    async def _submit_behind(self, operation: Operation, node_id: str) -> Any:
+        # Not taken before it runs: a task that is cancelled before would never give it back.
+        beats = self.cache.take_beats([node_id])
+        if not beats:
+            return await self._database.write(apply, operation)
+        [beat] = beats
+        known: Sequence[bool] | None = None
+        try:
+            outcome = await self._database.write(apply, AfterBeat(beat, operation))
+            known = [True]
+            return outcome
+        except (ConflictError, NotFoundError):
+            known = [True]  # the operation was refused, not the heartbeat
+            raise
+        finally:
+            self._settle_beats([beat], known)
+
+    async def add(self, record: Record[Item], persist: bool) -> Record[Item]:
+        """Add an entry; returns it as it is kept.
+
+        Raises:
+            DuplicateError: If there is one with this identifier.
+        """
+        place = place_of(record)
+        persist = persist or self._takes_key(place, record)
+        if persist and place not in self.cache.unsaved:
+            stored: Record[Item] = await self.submit(Create(place[0], place[1], record))
+            return stored
+        if await self.find(place) is not None:
+            raise DuplicateError(ITEM[place[0]], place[1])
+        return self._hold(record, None)
+
+    async def update(self, record: Record[Item], persist: bool) -> Record[Item]:
+        """Replace the entry that has the version of `record`; returns it as it is kept.
+
+        Raises:
+            NotFoundError: If there is none.
+            StaleVersionError: If it has another version.
+        """
+        place = place_of(record)
+        if persist or self._takes_key(place, record):
+            if place in self.cache.unsaved:
+                _require_version(place, self.cache.find(place), record.version)
+                await self.settle(place)
+            stored: Record[Item] = await self.submit(self._update(place, record))
+            return stored
+        known = await self.find(place)
+        _require_version(place, known, self.cache.settled_version(place, record.version))
+        if place[0] is Task and known is not None:
+            refusal = refused(place[1], known["status"], record["status"])
+            if refusal is not None:
+                raise refusal
+            if known["status"] is not record["status"]:
+                record = record.evolve(**arrived(record, self._database.clock()))
+        entry = self.cache.unsaved.get(place)
+        if known is not None and record.kind is NodeInfo:
+            heartbeat = newer_heartbeat(known, record, self._database.clock())
+            record = record.evolve(last_heartbeat=heartbeat)
+        return self._hold(record, known if entry is None else entry.base)
+
+    def _takes_key(self, place: Place, record: Record[Any]) -> bool:
+        """Whether a task gets an idempotency key; who else has it, only the database knows."""
+        if place[0] is not Task or record["idempotency_key"] is None:
+            return False
+        known = self.cache.find(place)
+        return known is None or bool(known["idempotency_key"] != record["idempotency_key"])
+
+    async def change(
+        self, place: Place, fn: Callable[[Record[Item]], Record[Item]]
+    ) -> Record[Item] | None:
+        """Replace an entry by what `fn` makes of it, again if others change it meanwhile.
+
+        Returns:
+            The entry as it is stored; `None` if there is none.
+        """
+        while True:
+            await self.settle(place)
+            known = await self.find(place)
+            if known is None:
+                return None
+            changed = fn(known)
+            if place_of(changed) != place:
+                raise InvalidDataError(KEY[place[0]], f"must not be changed, from {place[1]!r}")
+            names = known.differences(changed)
+            if not names:
+                return known
+            try:
+                update = Update(*place, changed, names, known.version, known)
+                stored: Record[Item] = await self.submit(update)
+                return stored
+            except NotFoundError:
+                return None
+            except StaleVersionError:
+                if self.cache.find(place) is known:  # another process was faster
+                    await self.refresh()
+                if self.cache.find(place) is known:  # no: the row was changed by hand
+                    raise
+
+    async def remove(self, place: Place) -> bool:
+        """Remove an entry; `False` if there is none."""
+        if place[0] is Task and self.cache.unsaved:
+            task: Record[Task] | None = None
+            with suppress(InvalidDataError):  # somebody wrote by hand what cannot be read
+                task = self.cache.task(place[1])
+            if task is not None and task["assigned_node"] is not None:  # it may get a place back
+                await self.settle_or_drop((NodeInfo, task["assigned_node"]))
+        if place not in self.cache.unsaved:
+            return bool(await self.submit(Remove(*place)))
+        self._database.refuse_inside()
+        async with self._settling:  # else it might be written behind the removal
+            removed = await self.submit(Remove(*place))
+            removed = self.cache.discard(place) or bool(removed)
+            self.watchers.wake([place[1]])
+            return removed
+
+    async def settle(self, place: Place) -> None:
+        """Write an entry that is only in memory.
+
+        Raises:
+            ConflictError: If it lost to newer data; it was dropped.
+            NotFoundError: If it was to change what was removed meanwhile; it was dropped.
+        """
+        if place in self.cache.unsaved:
+            self._database.refuse_inside()  # who holds the lock may wait for that transaction
+            async with self._settling:
+                await finish(self._settle(place))
+
+    async def settle_or_drop(self, place: Place) -> None:
+        """Write what is only in memory of an entry, before the writer changes it."""
+        with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
+            await self.settle(place)
+
+    async def sync(self) -> None:
+        """Write everything that is only in memory.
+
+        Raises:
+            UnsavedConflictError: If entries lost to newer data; all others are written.
+            BackendError: If the database could not be written.
+        """
+        conflicts: list[StoreError] = []
+        self._database.refuse_inside()
+        async with self._settling:
+            places = list(self.cache.unsaved)
+            for start in range(0, len(places), ENTRIES_A_WRITE):
+                part = places[start : start + ENTRIES_A_WRITE]
+                settling = asyncio.gather(*map(self._settle, part), return_exceptions=True)
+                for outcome in await finish(settling):
+                    if isinstance(outcome, ConflictError | NotFoundError):
+                        conflicts.append(outcome)
+                    elif outcome is not None:
+                        raise outcome
+        await self.flush_beats()
+        self.last_sync_at = self._database.clock()
+        if conflicts:
+            raise UnsavedConflictError(conflicts)
+
+    async def refresh(self) -> None:
+        """Take over what other processes have committed; costs what has changed."""
+        async with self._refreshing:
+            news: News | None = None
+            while news is None or news.revision < news.read_at:
+                cache = self.cache
+                since, beat, is_whole = cache.complete, cache.beat, cache.is_counted
+                news = await self._database.read(
+                    partial(read_news, since=since, beat=beat, is_whole=is_whole, known=cache.ahead)
+                )
+                behind = news.read_at - cache.complete
+                if news.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
+                    await self._load()
+                    return
+                try:
+                    cache.catch_up(news)
+                finally:
+                    self.watchers.wake(change[ITEM_ID] for change in news.changes)
+            self.last_refresh_at = self._database.clock()
+
+    async def changes(self, since: int) -> tuple[Sequence[Change], int]:
+        """Some of the changes after a revision, and the revision they reach up to.
+
+        The cache has taken them over by then.
+
+        Raises:
+            CompactedError: If the feed does not reach back that far any more.
+            InvalidDataError: If there was no such revision yet.
+        """
+        changes, until = await self._database.read(partial(read_changes, since=since))
+        if until > self.cache.complete:
+            await self.refresh()
+        return changes, until
+
+    async def beat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
+        """Show a heartbeat now, and write it within a second; `False` if there is no such node.
+
+        One that brings its node back ONLINE is written when this returns.
+        """
+        place = (NodeInfo, node_id)
+        node = self.cache.find(place)
+        if node is None:
+            await self.refresh()
+        if node is None or node["status"] is NodeStatus.OFFLINE:
+            await self.settle(place)  # else what is unsaved would set it OFFLINE again
+            node = self.cache.find(place)
+            if node is None:
+                return False
+        beat = Beat(node_id, self._database.clock(), usage)
+        if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
+            self.cache.expect_beat(beat)
+            self._flush_later()
+            if node["status"] is NodeStatus.OFFLINE:
+                await self._write_beats([node_id])
+        return True
+
+    async def flush_beats(self) -> None:
+        """Write the heartbeats that wait, behind those of another flush, which may fail."""
+        async with self._flushing:
+            ids = self.cache.waiting_beats()
+            for start in range(0, len(ids), HEARTBEATS_A_WRITE):
+                await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
+
+    async def _write_beats(self, node_ids: Sequence[str]) -> None:
+        beats = self.cache.take_beats(node_ids)
+        if not beats:
+            return
+        known: Sequence[bool] | None = None
+        try:
+            known = await self._database.write(apply_beats, beats)
+        finally:
+            self._settle_beats(beats, known)
+
+    def _settle_beats(self, beats: Sequence[Beat], known: Sequence[bool] | None) -> None:
+        if self.cache.settle_beats(beats, known):
+            self._flush_later()
+
+    def _flush_later(self) -> None:
+        if self._flush_timer is None:
+            loop = asyncio.get_running_loop()
+            # Not in the caller's context: it may be in a transaction, which forbids writing.
+            self._flush_timer = loop.call_later(
+                HEARTBEAT_SECONDS, self._flush_now, context=Context()
+            )
+
+    def _flush_now(self) -> None:
+        async def flush() -> None:
+            try:
+                await self.flush_beats()
+            except Exception:  # nobody waits for it, and the heartbeats for the next flush
+                logger.exception("heartbeats could not be written; they are tried again")
+
+        self._flush_timer = None
+        self._flush = asyncio.get_running_loop().create_task(flush())
+
+    def _update(self, place: Place, record: Record[Item]) -> Update[Item]:
+        """Writes what differs from the copy in memory; all fields if that has another version."""
+        version = self.cache.settled_version(place, record.version)
+        known = self.cache.find(place)
+        if known is None or known.version != version:
+            return Update(*place, record, CONTENT[place[0]], version)
+        return Update(*place, record, known.differences(record), version, known)
+
+    def _hold(self, record: Record[Item], base: Record[Item] | None) -> Record[Item]:
+        """Keep an entry in memory alone, under a version that only memory knows."""
+        self._unsaved_version -= 1
+        held = record.evolve(version=self._unsaved_version)
+        self.cache.hold(held, base)
+        self.watchers.wake([place_of(held)[1]])
+        return held
+
+    async def _settle(self, place: Place) -> None:
+        entry = self.cache.unsaved.get(place)
+        if entry is None:  # another caller has written it
+            return
+        try:
+            await self._write_unsaved(place, entry)
+        finally:
+            self.watchers.wake([place[1]])
+
+    async def _write_unsaved(self, place: Place, entry: Unsaved) -> None:
+        record = entry.record.evolve()  # the one in the cache stays as it is
+        operation: Operation = Create(place[0], place[1], record)
+        if entry.base is not None:
+            names = entry.base.differences(record)
+            operation = Update(*place, record, names, entry.base.version)
+        try:
+            stored = await self.submit(operation)
+        except (ConflictError, NotFoundError) as error:
+            found = await self._repositories[place[0]].get_record(place[1])
+            if found is not None and not found.differences(entry.record):
+                self.cache.release(place, entry, found)  # it was written, and nobody could tell
+                return
+            self.cache.release(place, entry, None)
+            logger.warning("an unsaved %s was dropped: %s", ITEM[place[0]], error)
+            raise
+        self.cache.release(place, entry, stored)
+
+    async def _load(self) -> None:
+        """Fill a new cache and put it in place of the old one."""
+
+        async def read(session: AsyncSession) -> Cache:
+            cache = Cache(await read_start(session), self._finished_limit)
+            async for page in read_live(session):
+                cache.load(page)
+            return cache
+
+        self._loading = []
+        try:
+            cache = await self._database.read(read)
+            for events in self._loading:
+                cache.apply(events)
+        finally:
+            self._loading = None
+        cache.keep_unsaved(self.cache)
+        self.cache = cache
+        self.watchers.wake_all()
+        self.last_refresh_at = self._database.clock()
+
+    def _committed(self, events: Sequence[Event | Beaten]) -> None:
+        """Is told what this process has committed."""
+        if self._loading is not None:
+            self._loading.append(events)
+        try:
+            self.cache.apply(events)
+        finally:
+            self.watchers.wake(event.id for event in events if isinstance(event, Event))
+            flushes = [event.flush for event in events if isinstance(event, Beaten)]
+            self._own_beat = max(flushes, default=self._own_beat)
+
+    def _told(self, revision: int, beat: int) -> bool:
+        """Is told, on any thread, where the counters stand; `False` if it has yet to read that."""
+        is_busy = self._outdated.is_set()
+        if self._loop is not None and (
+            revision > self.cache.complete or beat > max(self.cache.beat, self._own_beat)
+        ):
+            self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
+        return not is_busy
+
+    async def _follow(self) -> None:
+        while True:
+            await self._outdated.wait()
+            self._outdated.clear()
+            began = time.monotonic()
+            try:
+                await self.refresh()
+            except Exception:  # the next wake-up or synchronisation tries again
+                logger.exception("what others have committed could not be read")
+            # The more there is to follow, the more of it at once: most of the time others run.
+            took = time.monotonic() - began
+            await asyncio.sleep(min(FOLLOWING_PAUSE * took, LONGEST_PAUSE_SECONDS))
+
+
+def _require_version(place: Place, known: Record[Any] | None, version: int) -> None:
+    if known is None:
+        raise missing(*place)
+    if known.version != version:
+        raise StaleVersionError(ITEM[place[0]], place[1], version, known.version)
