@@ -19,7 +19,7 @@ from benchmarks.measure import Bench, Figure, Sample, percentile
 from benchmarks.work import connect, fill, ids, rows
 from openclaw_store import Database, StateManager, Task, TaskRepository
 from openclaw_store.domain.records import decode, encode
-from openclaw_store.state_manager.indexes import Records
+from openclaw_store.state_manager.snapshot import Records
 
 
 async def get_task(bench: Bench) -> Sequence[Figure]:

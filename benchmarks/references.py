@@ -31,7 +31,7 @@ from benchmarks.work import (
     row_of,
 )
 from openclaw_store import Task
-from openclaw_store.database.schema import TaskRow
+from openclaw_store.database.tables import TaskRow
 
 COMMIT_EVERY = 64
 """Rows of a transaction of `executemany`."""

@@ -31,7 +31,7 @@ from benchmarks.work import (
 )
 from benchmarks.writes import faster, slower
 from openclaw_store import Database, StateManager, Task, TaskStatus
-from openclaw_store.database.schema import ChangeRow, TaskRow
+from openclaw_store.database.tables import ChangeRow, TaskRow
 
 CONNECTIONS = 10
 """Of a reference."""

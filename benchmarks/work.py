@@ -17,7 +17,8 @@ from sqlalchemy import insert, make_url
 from sqlalchemy.dialects import sqlite
 
 from openclaw_store import Database, Task, TaskPriority, TaskStatus, TaskType
-from openclaw_store.database.schema import TaskRow, UtcTime, from_microseconds, to_microseconds
+from openclaw_store.database.tables import TaskRow
+from openclaw_store.database.types import UtcTime, from_microseconds, to_microseconds
 
 Row = tuple[Any, ...]
 """A task as the driver takes it."""

@@ -28,8 +28,8 @@ from openclaw_store import (
     TaskFilter,
     TaskType,
 )
-from openclaw_store.domain.lifecycle import Backoff
-from openclaw_store.repositories.repositories import TaskRepository
+from openclaw_store.domain.backoff import Backoff
+from openclaw_store.repositories.tasks import TaskRepository
 
 CALLERS = 4
 """Coroutines of a process."""

@@ -21,7 +21,7 @@ from campaigns.beside import connect
 from campaigns.campaign import POSTGRESQL, SQLITE, Location
 from campaigns.originals import make_original
 from openclaw_store.database import migrations
-from openclaw_store.database.schema import to_microseconds
+from openclaw_store.database.types import to_microseconds
 from openclaw_store.testing import FakeClock
 
 TASKS_A_NODE = 1000

@@ -26,9 +26,9 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.domain.lifecycle import Backoff
+from openclaw_store.domain.backoff import Backoff
 from openclaw_store.domain.models import FINISHED
-from openclaw_store.repositories.repositories import TaskRepository
+from openclaw_store.repositories.tasks import TaskRepository
 
 CLIENTS = 64
 """Coroutines that write at the same time."""

@@ -18,14 +18,16 @@ from openclaw_store.backends import notifications
 from openclaw_store.backends.error_mapping import PostgreSQLFaults
 from openclaw_store.backends.sqlite.connections import WriteConnection
 from openclaw_store.database.database import Database
-from openclaw_store.database.group_commit import Apply, Unit, Writer
+from openclaw_store.database.group_commit import Apply, Writer
+from openclaw_store.database.write_transaction import Unit
 from openclaw_store.domain import lifecycle
+from openclaw_store.domain.changes import Change
 from openclaw_store.domain.models import NodeInfo, Task
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import StoreError
 from openclaw_store.repositories.commands import Claim, Update
 from openclaw_store.repositories.heartbeats import Beat
-from openclaw_store.repositories.unit_of_work import Change, Ledger, Row
+from openclaw_store.repositories.unit_of_work import Ledger, Row
 from openclaw_store.state_manager.replica import Mirror
 
 STALL_SECONDS = 10

@@ -32,9 +32,9 @@ from openclaw_store import (
     diagnose,
     verify,
 )
-from openclaw_store.database.schema import TaskRow
+from openclaw_store.database.tables import TaskRow
+from openclaw_store.repositories.base import admit
 from openclaw_store.repositories.commands import Create
-from openclaw_store.repositories.repositories import admit
 from openclaw_store.repositories.unit_of_work import apply
 
 

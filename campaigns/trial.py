@@ -43,7 +43,7 @@ from openclaw_store import (
     verify,
 )
 from openclaw_store.backends.sqlite import connections as sqlite_connections
-from openclaw_store.database.group_commit import Unit
+from openclaw_store.database.write_transaction import Unit
 from openclaw_store.testing import FakeClock
 
 DEADLINE_SECONDS = 10.0

@@ -4,17 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from openclaw_store.database.database import Database
-    from openclaw_store.domain.clock import Clock, new_id, utc_now
-    from openclaw_store.domain.lifecycle import Backoff
-    from openclaw_store.domain.models import (
+    from openclaw_store.database import Database
+    from openclaw_store.domain import (
+        Backoff,
+        Change,
+        ChangeKind,
+        Clock,
         ClusterState,
         NodeInfo,
         NodeStatus,
         Task,
+        TaskFilter,
+        TaskPage,
         TaskPriority,
         TaskStatus,
         TaskType,
+        new_id,
+        utc_now,
     )
     from openclaw_store.errors import (
         BackendError,
@@ -38,25 +44,15 @@ if TYPE_CHECKING:
     from openclaw_store.maintenance.copy import Copied, copy
     from openclaw_store.maintenance.doctor import Finding, Level, diagnose
     from openclaw_store.maintenance.verify import Problem, Verification, verify
-    from openclaw_store.repositories.queries import TaskFilter, TaskPage
-    from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
-    from openclaw_store.repositories.unit_of_work import Change, ChangeKind
-    from openclaw_store.state_manager.explain import Explanation
-    from openclaw_store.state_manager.manager import StateManager
-    from openclaw_store.state_manager.scheduler import Recovery
+    from openclaw_store.repositories import NodeRepository, TaskRepository
+    from openclaw_store.state_manager import Explanation, Recovery, StateManager
 else:
-    _MODULES = (
+    _ROOMS = (
         "errors",
-        "domain.clock",
-        "domain.models",
-        "domain.lifecycle",
-        "database.database",
-        "repositories.unit_of_work",
-        "repositories.queries",
-        "repositories.repositories",
-        "state_manager.explain",
-        "state_manager.scheduler",
-        "state_manager.manager",
+        "domain",
+        "database",
+        "repositories",
+        "state_manager",
         "maintenance.copy",
         "maintenance.verify",
         "maintenance.doctor",
@@ -65,8 +61,8 @@ else:
     def __getattr__(name: str) -> object:
         # Imported when it is asked for: all of it takes longer than the command line may.
         if name in __all__:
-            for module in _MODULES:
-                found = vars(import_module(f"{__name__}.{module}"))
+            for room in _ROOMS:
+                found = vars(import_module(f"{__name__}.{room}"))
                 if name in found:
                     return globals().setdefault(name, found[name])
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from openclaw_store.database.database import Database
-from openclaw_store.domain.clock import Clock, utc_now
-from openclaw_store.domain.models import NodeInfo, Task, TaskType
-from openclaw_store.domain.validation import check_time
+from openclaw_store.database import Database
+from openclaw_store.domain import Clock, NodeInfo, Task, TaskType, check_time, utc_now
 
 
 class FakeClock:

@@ -41,7 +41,7 @@ from openclaw_store import (
     TaskPriority,
 )
 from openclaw_store.domain.models import HELD, LIVE
-from openclaw_store.state_manager.change_feed import read_changes
+from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.testing import FakeClock as FakeClock  # for the tests
 from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 

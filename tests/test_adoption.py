@@ -49,7 +49,8 @@ from openclaw_store import (
     TaskType,
     UnavailableError,
 )
-from openclaw_store.backends.factory import Backend, backend_of
+from openclaw_store.backends.base import Backend
+from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.backends.sqlite.connections import LoneConnection
 from openclaw_store.cli.commands import app

@@ -28,6 +28,7 @@ from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.backends.postgresql.write_session import WriterCursor
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.records import Record, encode
+from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.repositories.commands import (
     CONTENT,
     Advance,
@@ -40,7 +41,6 @@ from openclaw_store.repositories.commands import (
 )
 from openclaw_store.repositories.heartbeats import AfterBeat, Beat
 from openclaw_store.repositories.unit_of_work import Operation, apply
-from openclaw_store.state_manager.change_feed import read_changes
 
 TASKS = ["task-0", "task-1", "task-2", "task-3", "both"]
 NODES = ["node-0", "node-1", "both"]

@@ -30,7 +30,7 @@ from openclaw_store import (
     TaskStatus,
     copy,
 )
-from openclaw_store.database.schema import ChangeRow, CounterRow, NodeRow
+from openclaw_store.database.tables import ChangeRow, CounterRow, NodeRow
 from openclaw_store.maintenance import copy as copying
 
 KILLED = """

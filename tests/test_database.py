@@ -70,7 +70,7 @@ from openclaw_store.backends.error_mapping import SQLiteFaults
 from openclaw_store.backends.sqlite import backend as sqlite
 from openclaw_store.backends.sqlite import connections as sqlite_connections
 from openclaw_store.database import sessions
-from openclaw_store.database.schema import ChangeRow, TaskRow
+from openclaw_store.database.tables import ChangeRow, TaskRow
 from openclaw_store.database.write_queue import Gate
 
 DEEP: list[Any] = []

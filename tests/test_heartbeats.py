@@ -12,8 +12,8 @@ import pytest
 from conftest import FakeClock, MakeNode
 
 from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
-from openclaw_store.database.group_commit import Unit
 from openclaw_store.database.statements import USAGE
+from openclaw_store.database.write_transaction import Unit
 from openclaw_store.repositories.heartbeats import Beat, Beaten, apply_beats
 from openclaw_store.repositories.unit_of_work import Event
 

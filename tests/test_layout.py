@@ -88,10 +88,10 @@ class TestLayers:
         assert not [node for node in ast.walk(tree(module)) if isinstance(node, waiting)]
         assert "open" not in {name for name, _ in calls(module)}
 
-    def test_schema_makes_no_queries(self) -> None:
+    def test_tables_make_no_queries(self) -> None:
         verbs = {f"sqlalchemy.{verb}" for verb in ("select", "insert", "update", "delete")}
 
-        assert imports("database/schema").isdisjoint(verbs)
+        assert imports("database/tables").isdisjoint(verbs)
 
     @pytest.mark.parametrize(
         "module", [m for m in MODULES if m.startswith(("repositories/", "state_manager/"))]

@@ -46,7 +46,7 @@ from openclaw_store import (
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.database import migrations
-from openclaw_store.database.schema import Base
+from openclaw_store.database.tables import Base
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "alembic" / "versions").glob("*.py"))

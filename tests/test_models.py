@@ -39,7 +39,7 @@ from openclaw_store import (
     new_id,
     utc_now,
 )
-from openclaw_store.database.schema import NodeRow, TaskRow
+from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.domain import clock as clock_module
 from openclaw_store.domain.models import ALIVE, FINISHED
 

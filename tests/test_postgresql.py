@@ -38,11 +38,12 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
 )
+from openclaw_store.backends.base import RedoError
 from openclaw_store.backends.error_mapping import PostgreSQLFaults
 from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.backends.postgresql.backend import _Connector
 from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS, WriterCursor, Writing
-from openclaw_store.database.group_commit import RedoError, Unit
+from openclaw_store.database.write_transaction import Unit
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import (
     DuplicateError,

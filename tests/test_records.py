@@ -31,7 +31,8 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.database.schema import FIELDS, decoder_of, plan_of, to_microseconds
+from openclaw_store.database.row_codec import FIELDS, decoder_of, plan_of
+from openclaw_store.database.types import to_microseconds
 from openclaw_store.domain.models import FINISHED
 from openclaw_store.domain.records import JSON_FIELDS, Record, decode, encode
 from openclaw_store.domain.validation import (

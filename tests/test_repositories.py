@@ -33,7 +33,7 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
 )
-from openclaw_store.database.schema import ChangeRow, TaskRow
+from openclaw_store.database.tables import ChangeRow, TaskRow
 from openclaw_store.repositories import retention
 
 

@@ -40,9 +40,9 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.database.schema import COLUMNS
+from openclaw_store.database.row_codec import COLUMNS
+from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.repositories.row_reader import read_records
-from openclaw_store.state_manager.change_feed import read_changes
 
 PENDING, SCHEDULED, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT = TaskStatus
 HELD = {SCHEDULED, RUNNING}

@@ -32,7 +32,8 @@ from test_database import Ended, run_scripts
 from test_processes import AGREE
 
 from openclaw_store import Database, NodeInfo, NodeStatus, StateManager, Task, TaskStatus
-from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, Backoff
+from openclaw_store.domain.backoff import Backoff
+from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
 
 TASKS = int(os.environ.get("OPENCLAW_STORE_TEST_TASKS", "240"))
 """Of four workers that are killed again and again; 20,000 take minutes."""

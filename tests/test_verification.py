@@ -37,7 +37,7 @@ from openclaw_store import (
     Verification,
     verify,
 )
-from openclaw_store.database.schema import TaskRow
+from openclaw_store.database.tables import TaskRow
 from openclaw_store.maintenance import repair as mending
 from openclaw_store.maintenance import verify as verification
 

@@ -50,9 +50,9 @@ from openclaw_store.backends.notifications import (
     wakeups_of,
 )
 from openclaw_store.backends.postgresql.backend import PostgreSQL
+from openclaw_store.backends.postgresql.batch_sql import CHANNEL, OTHER_LISTENERS
 from openclaw_store.backends.postgresql.write_session import Company
-from openclaw_store.database.group_commit import Unit
-from openclaw_store.database.statements import CHANNEL, OTHER_LISTENERS
+from openclaw_store.database.write_transaction import Unit
 from openclaw_store.repositories.retention import Compact, compact
 
 

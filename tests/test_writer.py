@@ -40,16 +40,11 @@ from openclaw_store import (
     TaskRepository,
     UnavailableError,
 )
+from openclaw_store.backends.base import Cursor, RedoError
 from openclaw_store.database import group_commit as writer
-from openclaw_store.database.group_commit import (
-    HALVED_FROM,
-    Cursor,
-    RedoError,
-    Transaction,
-    Unit,
-    Writer,
-)
+from openclaw_store.database.group_commit import HALVED_FROM, Transaction, Writer
 from openclaw_store.database.write_queue import Gate
+from openclaw_store.database.write_transaction import Unit
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(

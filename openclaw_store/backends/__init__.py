@@ -2,3 +2,25 @@
 
 Drivers, connections and error mapping live here; no table and no rule about tasks does.
 """
+
+from openclaw_store.backends.atomic_files import unused_name, written_aside
+from openclaw_store.backends.base import (
+    DEFAULT_LOCATION,
+    DEFAULT_TIMEOUT_SECONDS,
+    Backend,
+    Cursor,
+    RedoError,
+    Writing,
+)
+from openclaw_store.backends.cancellation import (
+    cancelled_once,
+    ended_badly,
+    finish,
+    was_interrupted,
+)
+from openclaw_store.backends.error_mapping import SQLiteFaults
+from openclaw_store.backends.factory import backend_of
+from openclaw_store.backends.notifications import Told, Wakeups, wakeups_of
+from openclaw_store.backends.postgresql.backend import PostgreSQL
+from openclaw_store.backends.postgresql.batch_sql import PLACEHOLDER, array, shifted
+from openclaw_store.backends.sqlite.backend import BESIDES, SQLite

@@ -25,10 +25,10 @@ from typing import Protocol
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from openclaw_store.backends.factory import Backend
+from openclaw_store.backends.base import Backend
 from openclaw_store.backends.postgresql.backend import PostgreSQL
+from openclaw_store.backends.postgresql.batch_sql import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 from openclaw_store.backends.sqlite.backend import SQLite
-from openclaw_store.database.statements import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 
 logger = logging.getLogger("openclaw_store.wakeups")
 

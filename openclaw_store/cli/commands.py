@@ -23,12 +23,12 @@ import typer
 
 from openclaw_store.cli import render
 from openclaw_store.cli.context import AsJson, Call, Location, command
-from openclaw_store.domain.models import WAITING, NodeStatus, TaskStatus, TaskType
+from openclaw_store.domain import WAITING, NodeStatus, TaskStatus, TaskType
 from openclaw_store.errors import NotFoundError
 
 if TYPE_CHECKING:
     from openclaw_store.cli.context import Part
-    from openclaw_store.database.legacy_import import Adopted
+    from openclaw_store.database import Adopted
 
 app = typer.Typer(
     name="openclaw-store",
@@ -88,7 +88,7 @@ async def nodes(
     ] = None,
 ) -> None:
     """The nodes, newest registered first."""
-    from openclaw_store.repositories.repositories import NodeRepository
+    from openclaw_store.repositories import NodeRepository
 
     async with call.opened() as database:
         repository = NodeRepository(database)
@@ -138,8 +138,8 @@ async def tasks(
 
     Times without a zone are local ones.
     """
-    from openclaw_store.repositories.queries import TaskFilter
-    from openclaw_store.repositories.repositories import TaskRepository
+    from openclaw_store.domain import TaskFilter
+    from openclaw_store.repositories import TaskRepository
 
     filter = TaskFilter(
         status=status or None,
@@ -165,9 +165,9 @@ async def tasks(
 @command(app)
 async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or a node.")]) -> None:
     """A task or a node: its fields, why it waits, and its history."""
-    from openclaw_store.domain.models import NodeInfo, Task
+    from openclaw_store.domain import NodeInfo, Task
     from openclaw_store.maintenance.summary import explain_task, history
-    from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
+    from openclaw_store.repositories import NodeRepository, TaskRepository
 
     async with call.opened() as database:
         task = await TaskRepository(database).get(id)
@@ -254,8 +254,7 @@ async def doctor(call: Call) -> None:
 
     The database may be in any state, and stays as it is. The exit status is 1 after an error.
     """
-    from openclaw_store.database import migrations
-    from openclaw_store.database.database import Database
+    from openclaw_store.database import Database, migrations
     from openclaw_store.maintenance.doctor import Level, diagnose
 
     call.existing()
@@ -420,7 +419,7 @@ async def copy(
 
     A copy that was interrupted goes on when it is started again.
     """
-    from openclaw_store.database.database import Database
+    from openclaw_store.database import Database
     from openclaw_store.maintenance.copy import copy
 
     async with Call(source, as_json=False).opened() as origin:
@@ -463,7 +462,7 @@ async def cleanup(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
 ) -> None:
     """Remove tasks that finished long ago, and their history."""
-    from openclaw_store.repositories.repositories import TaskRepository
+    from openclaw_store.repositories import TaskRepository
 
     async with call.opened() as database:
         repository = TaskRepository(database)
@@ -487,7 +486,7 @@ async def compact(
 
     A program that watches from an older revision must begin anew; histories reach no further back.
     """
-    from openclaw_store.repositories.retention import compact_feed
+    from openclaw_store.repositories import compact_feed
 
     async with call.opened() as database:
         with render.progress("removing"):

@@ -17,8 +17,8 @@ from openclaw_store.errors import StoreError, UnavailableError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from openclaw_store.backends.factory import Backend
-    from openclaw_store.database.database import Database
+    from openclaw_store.backends import Backend
+    from openclaw_store.database import Database
 
     Part = Callable[[], RenderableType] | str
 
@@ -66,8 +66,7 @@ class Call:
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Database]:
         """The database, which must be there and have the schema of this version."""
-        from openclaw_store.database import migrations
-        from openclaw_store.database.database import Database
+        from openclaw_store.database import Database, migrations
 
         backend = self.existing()
         # First of all, as opening a database turns its WAL on, and it may be somebody else's.

@@ -10,10 +10,10 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 
 from openclaw_store.cli import render
-from openclaw_store.database.database import Database
+from openclaw_store.database import Database
+from openclaw_store.domain import Change
 from openclaw_store.maintenance.summary import summarize
-from openclaw_store.repositories.repositories import NodeRepository
-from openclaw_store.repositories.unit_of_work import Change
+from openclaw_store.repositories import NodeRepository
 
 _SECONDS = 0.25
 """Between two pictures, at least."""

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from openclaw_store.domain.models import NodeInfo, Task
+    from openclaw_store.domain import Change, NodeInfo, Task
     from openclaw_store.maintenance.doctor import Finding
     from openclaw_store.maintenance.summary import Summary
     from openclaw_store.maintenance.verify import Problem, Verification
-    from openclaw_store.repositories.unit_of_work import Change
 
 _WIDEST = 1000
 """Columns of what is no terminal: a program, or a file, shall have whole lines."""

@@ -2,3 +2,25 @@
 
 This room stores rows. It knows neither what a write means nor what is cached.
 """
+
+from openclaw_store.database.database import Database
+from openclaw_store.database.group_commit import Apply
+from openclaw_store.database.legacy_import import Adopted
+from openclaw_store.database.migrations import COPYING, COPYING_HEAD, HEAD, stored
+from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
+from openclaw_store.database.statements import USAGE, history_of, statements_for
+from openclaw_store.database.tables import (
+    IS_FINISHED,
+    IS_HELD,
+    IS_LIVE,
+    IS_PENDING,
+    ROWS,
+    Base,
+    ChangeRow,
+    CounterRow,
+    NodeRow,
+    TaskRow,
+    table_of,
+)
+from openclaw_store.database.types import UtcTime, from_microseconds, to_microseconds
+from openclaw_store.database.write_transaction import Unit

@@ -22,34 +22,28 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
-from openclaw_store.backends.cancellation import (
+from openclaw_store.backends import (
+    DEFAULT_LOCATION,
+    DEFAULT_TIMEOUT_SECONDS,
+    RedoError,
+    Told,
+    Wakeups,
+    Writing,
+    backend_of,
     cancelled_once,
     ended_badly,
     finish,
+    wakeups_of,
     was_interrupted,
 )
-from openclaw_store.backends.factory import (
-    DEFAULT_LOCATION,
-    DEFAULT_TIMEOUT_SECONDS,
-    Writing,
-    backend_of,
-)
-from openclaw_store.backends.notifications import Told, Wakeups, wakeups_of
 from openclaw_store.backends.sqlite import backend as sqlite
 from openclaw_store.database import legacy_import, migrations
-from openclaw_store.database.group_commit import (
-    Apply,
-    Listener,
-    RedoError,
-    Transaction,
-    Unit,
-    Writer,
-)
-from openclaw_store.database.schema import NodeRow, TaskRow
+from openclaw_store.database.group_commit import Apply, Listener, Transaction, Writer
 from openclaw_store.database.sessions import Engines
+from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import Gate
-from openclaw_store.domain.clock import Clock, utc_now
-from openclaw_store.domain.validation import check_limit_seconds
+from openclaw_store.database.write_transaction import Unit
+from openclaw_store.domain import Clock, check_limit_seconds, utc_now
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,

@@ -35,21 +35,22 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from openclaw_store.backends.cancellation import finish
+from openclaw_store.backends import RedoError, finish
+from openclaw_store.database.metrics import _Logbook
+from openclaw_store.database.write_transaction import Unit
 from openclaw_store.errors import BackendError, UnavailableError
 
 logger = logging.getLogger("openclaw_store.writer")
 
-Shared = TypeVar("Shared")
 
 Transaction = Callable[[Callable[["Unit"], None]], AbstractContextManager["Unit"]]
 """Opens a transaction on the writer's thread, and calls back when it is committed.
@@ -59,203 +60,39 @@ transaction failed, `RedoError` if the same is to be done in another one, which 
 has the lock; anything else is taken for the fault of one operation.
 """
 
+
 Apply = Callable[["Unit", Sequence[Any]], Sequence[Any]]
 """Applies operations in order; returns a result, or an exception, for each of them.
 
 After a rollback they are applied again, and must lead to the same.
 """
 
+
 Listener = Callable[[Sequence[Any]], None]
 """Is told, on its event loop, what each transaction committed, in the order of the commits."""
+
 
 MAX_BATCH = 8192
 """Operations of one transaction at most; the callers of the others wait for the next one."""
 
+
 HALVED_FROM = 32
 """So many callers are worth two batches: a batch costs as much as some 20 operations."""
 
-RECENT_BATCHES = 1000
-"""The figures of so many are kept."""
 
 _CLOSED = "the database is closed: open a new Database"
-
-
-class RedoError(Exception):
-    """Nothing was written: the same again, in a transaction that takes less for granted."""
-
-
-class Cursor(Protocol):
-    """The driver, as operations speak to it in one transaction.
-
-    It may not have the write lock: then what was read may have changed before it is written, so
-    all that is written depends on the `guard`, unless only its numbers can be wrong. Operations
-    that `read`, decide and `write` cannot tell the difference; `execute` and `count` raise
-    `RedoError` there.
-    """
-
-    @property
-    def dialect(self) -> str:
-        """`sqlite` or `postgresql`."""
-
-    def read(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        """The rows of a statement that gives what the guard asks for, or comes behind it."""
-
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Do a statement for many rows, before anything else is read or the unit commits.
-
-        Statements that stand together may be done in any order, none seeing what others wrote.
-        """
-
-    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        """The guard's row and what was to be remembered, if a unit may do without reading them."""
-
-    def assume(self) -> None:
-        """Take note that the unit does so.
-
-        Whether all that is still so, and whether rows that it adds are new, is seen when they are
-        written. The guard should make sure of what else it has taken for granted.
-        """
-
-    def doubt(self) -> None:
-        """Begin anew without: nobody would find out."""
-
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Once the guard has written, assume these rows; those that are `None` no more."""
-
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
-        """Write the row that was read first, if it is still as it was; else nothing is written.
-
-        The first parameters are what is written to it, the next as many what was read.
-        """
-
-    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
-        """In place of `guard`: write in any case, and number it behind what others have written.
-
-        Args:
-            count: How many numbers are taken.
-            last: The last of them, if nobody has taken any since.
-            renumber: Is called with how much larger all of them are, if somebody has.
-        """
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement, of whatever kind."""
-
-    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows at once; returns how many rows of a table it wrote."""
-
-
-class NothingKnown:
-    """What a cursor is like whose units read whatever they go by."""
-
-    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        """Nothing."""
-        return None
-
-    def assume(self) -> None:
-        """Never called, as nothing is known."""
-
-    def doubt(self) -> None:
-        """Never called, either."""
-
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Forget them again."""
-
-    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
-        """Never called, either."""
-
-
-class Unit:
-    """One write transaction: its cursor, its moment, and what it will have changed."""
-
-    def __init__(self, cursor: Cursor, now: datetime) -> None:
-        self.cursor = cursor
-        self.now = now
-        self.committed: list[Any] = []
-        """What the listeners are told once it has committed."""
-        self.before_commit: list[Callable[[], None]] = []
-        """To be done when all operations are applied."""
-        self.undo: list[Callable[[], None]] = []
-        """What restores the objects of callers if it does not commit."""
-        self.finished = False
-        """Whether it takes no more operations."""
-        self.failure: BaseException | None = None
-        """What went wrong half-way through an operation, so that it must not commit."""
-        self._parts: dict[Any, Any] = {}
-
-    def part(self, factory: Callable[[Unit], Shared]) -> Shared:
-        """What all operations of the unit share, made by `factory` when first asked for."""
-        if factory not in self._parts:
-            self._parts[factory] = factory(self)
-        part: Shared = self._parts[factory]
-        return part
-
-    def finish(self) -> None:
-        """Do what must be done before the commit."""
-        self.finished = True
-        for work in self.before_commit:
-            work()
-        # These refer to the unit. Such cycles only the garbage collector frees.
-        self.before_commit.clear()
-        self._parts.clear()
 
 
 _Entry = tuple[asyncio.Future[Any], Apply, Any]
 """What a caller waits for, and its operation with the function that applies it."""
 
+
 _Answer = tuple[asyncio.Future[Any], Any]
 """What a caller waits for, and what it is to be answered: a result, or an exception."""
 
+
 _Kept = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
 """What a transaction committed, for the listeners; its entries; and their outcomes."""
-
-
-class _Logbook:
-    """What the writer has done, a line for each batch."""
-
-    def __init__(self, clock: Callable[[], datetime]) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
-        self._batches = 0
-        self._operations = 0
-        self._failed_batches = 0
-        self._last_failure: str | None = None
-        self._last_failure_at: datetime | None = None
-
-    def note_commit(self, operations: int, seconds: float) -> None:
-        with self._lock:
-            self._recent.append((operations, seconds))
-            self._batches += 1
-            self._operations += operations
-
-    def note_failure(self, error: BaseException) -> None:
-        failed_at = self._clock()
-        with self._lock:
-            self._failed_batches += 1
-            self._last_failure = f"{type(error).__name__}: {error}"
-            self._last_failure_at = failed_at
-
-    def figures(self) -> dict[str, Any]:
-        with self._lock:
-            sizes, seconds = ([line[part] for line in self._recent] for part in (0, 1))
-            seconds.sort()
-            return {
-                "batches": self._batches,
-                "operations": self._operations,
-                "mean_batch": sum(sizes) / len(sizes) if sizes else None,
-                "largest_batch": max(sizes, default=None),
-                "commit_seconds_p50": _percentile(seconds, 50),
-                "commit_seconds_p99": _percentile(seconds, 99),
-                "commit_seconds_max": _percentile(seconds, 100),
-                "failed_batches": self._failed_batches,
-                "last_failure": self._last_failure,
-                "last_failure_at": self._last_failure_at,
-            }
-
-
-def _percentile(in_order: Sequence[float], percent: int) -> float | None:
-    """The value that so many percent do not exceed; `None` if there are no values."""
-    return in_order[(len(in_order) * percent - 1) // 100] if in_order else None
 
 
 class Writer:

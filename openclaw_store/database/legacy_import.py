@@ -27,12 +27,10 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from sqlalchemy import Connection, inspect
 
-from openclaw_store.database.group_commit import Cursor
-from openclaw_store.database.schema import KEY, table_of
+from openclaw_store.backends import Cursor
 from openclaw_store.database.statements import statements_for
-from openclaw_store.domain.models import NodeInfo, Task
-from openclaw_store.domain.records import Record, encode
-from openclaw_store.domain.validation import check_time
+from openclaw_store.database.tables import table_of
+from openclaw_store.domain import KEY, NodeInfo, Record, Task, check_time, encode
 from openclaw_store.errors import InvalidDataError, shown
 
 logger = logging.getLogger("openclaw_store.adoption")

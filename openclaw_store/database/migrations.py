@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, inspect, text
 
-from openclaw_store.backends.atomic_files import unused_name
-from openclaw_store.backends.factory import DEFAULT_LOCATION, Backend, backend_of
+from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of, unused_name
 from openclaw_store.database import legacy_import
-from openclaw_store.database.schema import Base
-from openclaw_store.domain.clock import Clock, utc_now
+from openclaw_store.database.tables import Base
+from openclaw_store.domain import Clock, utc_now
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 
 if TYPE_CHECKING:

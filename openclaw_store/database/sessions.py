@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import NullPool
 
-from openclaw_store.backends.factory import Backend
+from openclaw_store.backends import Backend
 from openclaw_store.errors import StoreError
 
 logger = logging.getLogger("openclaw_store.sessions")

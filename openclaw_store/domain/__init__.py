@@ -2,3 +2,67 @@
 
 Nothing in this room performs I/O, knows SQL, awaits, or asks for the time (except `clock`).
 """
+
+from openclaw_store.domain.backoff import DEFAULT_BACKOFF, Backoff, Wait, check_backoff
+from openclaw_store.domain.changes import ITEM, KINDS, Change, ChangeKind, Place, place_of
+from openclaw_store.domain.clock import Clock, new_id, utc_now
+from openclaw_store.domain.filters import TaskFilter, TaskPage, check_filter
+from openclaw_store.domain.lifecycle import (
+    JOINED,
+    TURNED_BACK,
+    Decision,
+    Outcome,
+    Step,
+    Values,
+    are_among,
+    arrived,
+    claim,
+    free_places,
+    has_skills,
+    is_due,
+    refused,
+)
+from openclaw_store.domain.models import (
+    ALIVE,
+    FINISHED,
+    HELD,
+    LIVE,
+    WAITING,
+    ClusterState,
+    NodeInfo,
+    NodeStatus,
+    Task,
+    TaskPriority,
+    TaskStatus,
+    TaskType,
+)
+from openclaw_store.domain.records import (
+    JSON_FIELDS,
+    KEY,
+    STAMPED,
+    STORE_FIELDS,
+    Decode,
+    Item,
+    Plan,
+    Raw,
+    Record,
+    decode,
+    encode,
+    write_back,
+)
+from openclaw_store.domain.validation import (
+    MAX_ID_LENGTH,
+    MAX_INTEGER,
+    check_count,
+    check_enum,
+    check_key,
+    check_limit,
+    check_limit_seconds,
+    check_number,
+    check_percentage,
+    check_seconds,
+    check_some,
+    check_text,
+    check_time,
+    encode_json,
+)

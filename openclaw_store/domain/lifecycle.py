@@ -12,23 +12,19 @@ Nothing here reads the clock, or knows where records come from.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from functools import lru_cache, partial
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 import orjson
 
+from openclaw_store.domain.backoff import Wait
 from openclaw_store.domain.models import FINISHED, HELD, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.domain.records import Record
-from openclaw_store.domain.validation import check_number
 from openclaw_store.errors import (
     ConflictError,
-    InvalidDataError,
     InvalidTransitionError,
     NotOwnerError,
 )
@@ -36,11 +32,9 @@ from openclaw_store.errors import (
 Values = Mapping[str, Any]
 """New values of fields, by name."""
 
+
 Owner = tuple[str | None, int]
 """A node and an attempt."""
-
-Wait = Callable[[int], float]
-"""Gives the seconds before a retry, by its number, from 1."""
 
 
 class Step(NamedTuple):
@@ -55,17 +49,22 @@ class Step(NamedTuple):
 Outcome = Step | ConflictError | None
 """A step; why it may not be taken; or `None`, when there is nothing to be done."""
 
+
 Decision = Callable[[Record[Task], Record[NodeInfo] | None, datetime], Outcome]
 """Decides on a task; is given its node, if it is assigned to one that is known, and the moment."""
+
 
 NODE_LOST: Final = "node lost"
 """The reason why a task was taken from a node that is not alive."""
 
+
 OVERDUE: Final = "ran for longer than its timeout"
 """The reason why a task was taken from a node that is."""
 
+
 TURNED_BACK: Final = "the clock was turned back"
 """The reason why a task is tried again sooner, or cleaned up earlier."""
+
 
 _MOMENTS: Final = {
     TaskStatus.SCHEDULED: "scheduled_at",
@@ -74,6 +73,7 @@ _MOMENTS: Final = {
 }
 """The field that tells when a task came into a state."""
 
+
 _UNASSIGNED: Final[Values] = {
     "status": TaskStatus.PENDING,
     "assigned_node": None,
@@ -81,6 +81,7 @@ _UNASSIGNED: Final[Values] = {
     "started_at": None,
     "completed_at": None,
 }
+
 
 _TOTALS: Final = (
     "registered_at",
@@ -91,63 +92,9 @@ _TOTALS: Final = (
 )
 """What stays of a node that comes back."""
 
+
 JOINED: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
 """What the store sets of a node that joins."""
-
-
-@dataclass(frozen=True, slots=True)
-class Backoff:
-    """How long a task waits before its next try: exponentially longer, with jitter.
-
-    The first retry waits `first_seconds`, each later one `factor` times as long, `longest_seconds`
-    at most. Of that, the share `jitter` is random, so that what failed together is not tried again
-    together (Marc Brooker, *Exponential Backoff And Jitter*, AWS Architecture Blog, 2015).
-
-    Args:
-        first_seconds: Seconds; 0 for at once.
-        factor: At least 1.
-        longest_seconds: Seconds.
-        jitter: From 0 (none) to 1 (the wait is anything up to its full length).
-
-    Raises:
-        InvalidDataError: If one of them is out of range.
-    """
-
-    first_seconds: float = 1.0
-    factor: float = 2.0
-    longest_seconds: float = 300.0
-    jitter: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, greatest in (("first_seconds", 1e9), ("longest_seconds", 1e9), ("jitter", 1.0)):
-            check_number(name, getattr(self, name), greatest)
-        if check_number("factor", self.factor, 1e9) < 1:
-            raise InvalidDataError("factor", f"must be at least 1, not {self.factor!r}")
-
-    def draw(self) -> Wait:
-        """How long one task waits, by its retry; what is random of that is drawn now."""
-        return partial(self.seconds, chance=random.random())
-
-    def seconds(self, retry: int, chance: float) -> float:
-        """Seconds before a retry.
-
-        Args:
-            retry: 1 for the first.
-            chance: A random number from 0 to 1.
-        """
-        try:
-            grown = float(self.factor) ** (retry - 1)  # of a whole number it has no end
-        except OverflowError:
-            grown = sys.float_info.max
-        full = min(self.first_seconds * grown, self.longest_seconds)
-        return full * (1 - self.jitter * chance)
-
-
-def check_backoff(backoff: Any) -> Backoff:
-    """How long a task waits before its next try."""
-    if not isinstance(backoff, Backoff):
-        raise InvalidDataError("backoff", f"must be a Backoff, not {type(backoff).__name__}")
-    return backoff
 
 
 def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTransitionError | None:

@@ -12,20 +12,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
 
 import orjson
 
-from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS, NodeInfo, Task
+from openclaw_store.domain.models import (
+    FIELD_CHECKS,
+    JSON_CHECKS,
+    NodeInfo,
+    Task,
+)
 from openclaw_store.errors import InvalidDataError
 
 Item = TypeVar("Item", Task, NodeInfo)
 
+
 _PLAIN = frozenset({str, int, float, bool, type(None)})
+
+
 _NONE = type(None)
+
+
 _EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, _NONE: None}  # shared; copies copy them
 
+
 _new, _loads = object.__new__, orjson.loads  # found without a detour, for each copy
+
+
 _known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
@@ -181,6 +194,7 @@ class Record(Generic[Item]):
 Raw = tuple[Any, ...]
 """A row as the driver gave it, its values in the order of the fields."""
 
+
 Decode = Callable[[Raw], Record[Any]]
 """Makes a record of a row."""
 
@@ -292,8 +306,10 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
 }
 """The fields that are stored as JSON, with the type of their default."""
 
+
 STORE_FIELDS = frozenset({"version", "updated_at"})
 """The fields that only the store sets."""
+
 
 STAMPED: Mapping[type[Any], Sequence[str]] = {
     Task: (
@@ -309,6 +325,7 @@ STAMPED: Mapping[type[Any], Sequence[str]] = {
 }
 """The fields that a caller's object gets back when it was written."""
 
+
 # A field that still is its default needs no check; so most of a task costs next to nothing.
 _CHECKS = {
     kind: (
@@ -322,13 +339,19 @@ _CHECKS = {
     for kind, checks in FIELD_CHECKS.items()
 }
 
+
 _NOTHING_STORED: Mapping[type[Any], Mapping[str, object]] = {
     kind: dict.fromkeys((name for checks in both for name, *_ in checks), object())
     for kind, both in _CHECKS.items()
 }
 """In the place of a record's fields: what no object has."""
 
+
 _PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in checks if name not in STORE_FIELDS)
     for kind, checks in FIELD_CHECKS.items()
 }
+
+
+KEY: Final[dict[type[Any], str]] = {Task: "task_id", NodeInfo: "node_id"}
+"""The field that identifies each domain class."""

@@ -19,27 +19,26 @@ import orjson
 from sqlalchemy import Select, Table, delete, func, insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database.database import Database
-from openclaw_store.database.group_commit import Unit
-from openclaw_store.database.migrations import COPYING_HEAD, HEAD
-from openclaw_store.database.schema import (
+from openclaw_store.database import (
     COLUMNS,
+    COPYING_HEAD,
     FIELDS,
+    HEAD,
     ChangeRow,
     CounterRow,
+    Database,
     NodeRow,
+    Unit,
     UtcTime,
     from_microseconds,
+    statements_for,
     table_of,
     to_microseconds,
 )
-from openclaw_store.database.statements import statements_for
-from openclaw_store.domain.models import NodeInfo, Task
-from openclaw_store.domain.records import Decode, Raw, encode
+from openclaw_store.domain import Decode, NodeInfo, Raw, Task, encode
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.maintenance.progress import Progress, Report
-from openclaw_store.repositories.row_reader import decoder_here, read_rows
-from openclaw_store.repositories.unit_of_work import counters_of
+from openclaw_store.repositories import counters_of, decoder_here, read_rows
 
 ROWS_A_BATCH = 1000
 """Rows that are read, written and committed together."""

@@ -21,11 +21,8 @@ from sqlalchemy import Connection, inspect, select, text
 
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.sqlite import backend as sqlite
-from openclaw_store.database import legacy_import
-from openclaw_store.database.database import Database
-from openclaw_store.database.migrations import COPYING, HEAD, stored
-from openclaw_store.database.schema import Base, NodeRow
-from openclaw_store.domain.clock import Clock
+from openclaw_store.database import COPYING, HEAD, Base, Database, NodeRow, legacy_import, stored
+from openclaw_store.domain import Clock
 from openclaw_store.errors import UnavailableError
 
 MOUNTS = Path("/proc/self/mountinfo")

@@ -13,16 +13,19 @@ from typing import Any, Protocol
 from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database.database import Database
-from openclaw_store.database.schema import IS_HELD, ROWS, ChangeRow, CounterRow, TaskRow
-from openclaw_store.database.statements import history_of
-from openclaw_store.domain.lifecycle import arrived
-from openclaw_store.domain.models import NodeInfo, Task
-from openclaw_store.domain.records import Record
+from openclaw_store.database import (
+    IS_HELD,
+    ROWS,
+    ChangeRow,
+    CounterRow,
+    Database,
+    TaskRow,
+    history_of,
+)
+from openclaw_store.domain import ITEM, NodeInfo, Record, Task, arrived
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.maintenance.progress import Progress
-from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
-from openclaw_store.repositories.unit_of_work import ITEM, OfOneRow, Row, apply
+from openclaw_store.repositories import NodeRepository, OfOneRow, Row, TaskRepository, apply
 
 REASON = "repaired"
 """What the feed tells of a repair."""

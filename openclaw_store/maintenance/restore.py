@@ -16,11 +16,15 @@ from pathlib import Path
 
 from sqlalchemy import URL, make_url
 
-from openclaw_store.backends.atomic_files import unused_name, written_aside
-from openclaw_store.backends.error_mapping import SQLiteFaults
-from openclaw_store.backends.factory import Backend
-from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.sqlite.backend import BESIDES, SQLite
+from openclaw_store.backends import (
+    BESIDES,
+    Backend,
+    PostgreSQL,
+    SQLite,
+    SQLiteFaults,
+    unused_name,
+    written_aside,
+)
 from openclaw_store.database import migrations
 from openclaw_store.errors import SchemaMismatchError, UnavailableError
 from openclaw_store.maintenance.progress import Report

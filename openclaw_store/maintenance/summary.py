@@ -14,18 +14,21 @@ from typing import Any
 from sqlalchemy import Text, and_, cast, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database.database import Database
-from openclaw_store.database.migrations import HEAD
-from openclaw_store.database.schema import COLUMNS, ChangeRow, CounterRow, NodeRow, TaskRow
-from openclaw_store.domain.lifecycle import are_among, has_skills
-from openclaw_store.domain.models import WAITING, NodeInfo, NodeStatus, Task, TaskStatus
-from openclaw_store.domain.records import Record
+from openclaw_store.database import COLUMNS, HEAD, ChangeRow, CounterRow, Database, NodeRow, TaskRow
+from openclaw_store.domain import (
+    WAITING,
+    Change,
+    NodeInfo,
+    NodeStatus,
+    Record,
+    Task,
+    TaskStatus,
+    are_among,
+    has_skills,
+)
 from openclaw_store.errors import TaskNotFoundError
-from openclaw_store.repositories.row_reader import read_records
-from openclaw_store.repositories.unit_of_work import Change
-from openclaw_store.state_manager.change_feed import read_changes, read_history
-from openclaw_store.state_manager.explain import Explanation, explain
-from openclaw_store.state_manager.watchers import WATCH_SECONDS
+from openclaw_store.repositories import read_changes, read_history, read_records
+from openclaw_store.state_manager import WATCH_SECONDS, Explanation, explain
 
 
 @dataclass(frozen=True)

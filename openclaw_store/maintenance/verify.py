@@ -16,28 +16,36 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from openclaw_store.backends.error_mapping import SQLiteFaults
-from openclaw_store.database.database import Database
-from openclaw_store.database.schema import (
+from openclaw_store.backends import SQLiteFaults
+from openclaw_store.database import (
     COLUMNS,
     FIELDS,
     IS_HELD,
     IS_LIVE,
-    KEY,
     ROWS,
     ChangeRow,
     CounterRow,
+    Database,
     NodeRow,
     TaskRow,
 )
-from openclaw_store.domain.lifecycle import arrived
-from openclaw_store.domain.models import FINISHED, NodeInfo, Task
-from openclaw_store.domain.records import JSON_FIELDS, Raw, encode
+from openclaw_store.domain import (
+    FINISHED,
+    ITEM,
+    JSON_FIELDS,
+    KEY,
+    KINDS,
+    ChangeKind,
+    NodeInfo,
+    Raw,
+    Task,
+    arrived,
+    encode,
+)
 from openclaw_store.errors import InvalidDataError, UnavailableError
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import Announce, Bury, Raise, Recount, Repair, Stamp, mend
-from openclaw_store.repositories.row_reader import decoder_here, read_rows
-from openclaw_store.repositories.unit_of_work import ITEM, KINDS, ChangeKind
+from openclaw_store.repositories import decoder_here, read_rows
 
 INVARIANTS: Mapping[str, str] = {
     "file": "The database itself is sound, and so are its indexes.",

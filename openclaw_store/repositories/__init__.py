@@ -2,3 +2,48 @@
 
 This room holds the commands, the unit of work and the change log. It caches nothing.
 """
+
+from openclaw_store.repositories.base import Repository, admit
+from openclaw_store.repositories.change_log import (
+    CHANGES_A_PAGE,
+    read_changes,
+    read_counters,
+    read_history,
+)
+from openclaw_store.repositories.commands import (
+    CONTENT,
+    Advance,
+    Advanced,
+    Claim,
+    Create,
+    Register,
+    Remove,
+    SetNodeStatus,
+    Update,
+    apply_together,
+    cancellation_of,
+    completion_of,
+    failure_of,
+    newer_heartbeat,
+    requeue_of,
+    start_of,
+)
+from openclaw_store.repositories.heartbeats import AfterBeat, Beat, Beaten, apply_beats
+from openclaw_store.repositories.nodes import NodeRepository, node_status
+from openclaw_store.repositories.retention import compact_feed
+from openclaw_store.repositories.row_reader import (
+    decoder_here,
+    read_records,
+    read_rows,
+    select_pending,
+)
+from openclaw_store.repositories.tasks import TaskRepository, is_known
+from openclaw_store.repositories.unit_of_work import (
+    Event,
+    OfOneRow,
+    Operation,
+    Row,
+    apply,
+    counters_of,
+    missing,
+)

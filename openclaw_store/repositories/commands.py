@@ -8,36 +8,38 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
-from openclaw_store.database.group_commit import Unit
-from openclaw_store.database.schema import FIELDS, KEY
-from openclaw_store.domain import lifecycle
-from openclaw_store.domain.lifecycle import Decision, Outcome, Step, Values, Wait
-from openclaw_store.domain.models import (
+from openclaw_store.database import FIELDS, Unit
+from openclaw_store.domain import (
     ALIVE,
     FINISHED,
     HELD,
+    ITEM,
+    KEY,
+    Decision,
+    Item,
     NodeInfo,
     NodeStatus,
+    Outcome,
+    Place,
+    Record,
+    Step,
     Task,
     TaskStatus,
+    Values,
+    Wait,
+    check_count,
+    check_key,
+    check_text,
+    encode_json,
+    lifecycle,
 )
-from openclaw_store.domain.records import Item, Record
-from openclaw_store.domain.validation import check_count, check_key, check_text, encode_json
 from openclaw_store.errors import (
     DuplicateError,
     InvalidDataError,
     StaleVersionError,
     StoreError,
 )
-from openclaw_store.repositories.unit_of_work import (
-    ITEM,
-    OfOneRow,
-    Operation,
-    Place,
-    Row,
-    apply,
-    missing,
-)
+from openclaw_store.repositories.unit_of_work import OfOneRow, Operation, Row, apply, missing
 
 CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()

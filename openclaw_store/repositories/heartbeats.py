@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
-from openclaw_store.database.group_commit import Unit
-from openclaw_store.database.statements import USAGE
-from openclaw_store.domain.models import NodeInfo, NodeStatus
-from openclaw_store.domain.records import Record
+from openclaw_store.database import USAGE, Unit
+from openclaw_store.domain import NodeInfo, NodeStatus, Place, Record
 from openclaw_store.repositories.unit_of_work import (
     Ledger,
     OfOneRow,
     Operation,
-    Place,
     Row,
     apply,
     counters_of,

@@ -15,13 +15,23 @@ from typing import Any, ClassVar
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database.database import Database
-from openclaw_store.database.group_commit import Apply, Unit
-from openclaw_store.database.schema import IS_FINISHED, ChangeRow, TaskRow
-from openclaw_store.database.statements import statements_for
-from openclaw_store.domain.lifecycle import TURNED_BACK
-from openclaw_store.domain.models import Task, TaskStatus
-from openclaw_store.domain.validation import check_enum, check_number, check_seconds
+from openclaw_store.database import (
+    IS_FINISHED,
+    Apply,
+    ChangeRow,
+    Database,
+    TaskRow,
+    Unit,
+    statements_for,
+)
+from openclaw_store.domain import (
+    TURNED_BACK,
+    Task,
+    TaskStatus,
+    check_enum,
+    check_number,
+    check_seconds,
+)
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.repositories.commands import Remove
 from openclaw_store.repositories.unit_of_work import OfOneRow, Row, apply, counters_of

@@ -9,9 +9,8 @@ from sqlalchemy import CursorResult, Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.database.schema import COLUMNS, IS_PENDING, TaskRow, decoder_of
-from openclaw_store.domain.models import Task, TaskPriority
-from openclaw_store.domain.records import Decode, Raw, Record
+from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of
+from openclaw_store.domain import Decode, Raw, Record, Task, TaskPriority
 
 ROWS_A_PAGE = 250
 """Rows read at a stretch, before other coroutines run."""

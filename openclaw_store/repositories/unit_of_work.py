@@ -13,14 +13,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
-from openclaw_store.database.group_commit import Unit
-from openclaw_store.database.schema import FIELDS, KEY, ROWS
-from openclaw_store.database.statements import array, statements_for
-from openclaw_store.domain.models import FINISHED, HELD, NodeInfo, Task
-from openclaw_store.domain.records import STORE_FIELDS, Raw, Record
+from openclaw_store.backends import array
+from openclaw_store.database import FIELDS, ROWS, Unit, statements_for
+from openclaw_store.domain import (
+    FINISHED,
+    HELD,
+    ITEM,
+    KEY,
+    STORE_FIELDS,
+    Change,
+    ChangeKind,
+    NodeInfo,
+    Place,
+    Raw,
+    Record,
+    Task,
+)
 from openclaw_store.errors import (
     DuplicateError,
     NodeNotFoundError,
@@ -29,57 +39,12 @@ from openclaw_store.errors import (
     TaskNotFoundError,
 )
 
-ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
-"""What the feed calls each domain class."""
-
-KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
-"""The domain class of what the feed calls an item."""
-
 _VERSION = {kind: names.index("version") for kind, names in FIELDS.items()}
 """The place of the version in a row."""
 
+
 Forgotten = tuple[int | None, str, str]
 """The revision, item and identifier of a change that goes with all before it."""
-
-Place = tuple[type[Any], str]
-"""The domain class and the identifier of a row."""
-
-
-def place_of(record: Record[Any]) -> Place:
-    """Where a record belongs."""
-    return record.kind, record[KEY[record.kind]]
-
-
-class ChangeKind(StrEnum):
-    """What happened to a task or node."""
-
-    CREATED = "created"
-    STATUS = "status"
-    """Its status changed, and perhaps more."""
-    UPDATED = "updated"
-    """It changed, but not its status."""
-    REMOVED = "removed"
-
-
-class Change(NamedTuple):
-    """One entry of the feed."""
-
-    revision: int
-    changed_at: datetime
-    """When its process began to write it; of those that write at once, not always in order."""
-    item: str
-    """`task` or `node`."""
-    item_id: str
-    kind: ChangeKind
-    from_status: str | None
-    """`None` when it was created."""
-    to_status: str | None
-    """`None` when it was removed."""
-    node: str | None
-    """The node a task was assigned to after the change; `None` for nodes."""
-    reason: str | None
-    previous: int | None = None
-    """The revision of the change before this one of the same task or node, if there was one."""
 
 
 class Event(NamedTuple):

@@ -17,23 +17,29 @@ from datetime import datetime
 from operator import itemgetter
 from typing import Any
 
-from openclaw_store.domain.models import (
+from openclaw_store.domain import (
     FINISHED,
     HELD,
+    ITEM,
+    KINDS,
     WAITING,
+    Change,
     ClusterState,
     NodeInfo,
     NodeStatus,
+    Place,
+    Record,
     Task,
     TaskStatus,
+    place_of,
 )
-from openclaw_store.domain.records import Record
 from openclaw_store.errors import InvalidDataError
-from openclaw_store.repositories.heartbeats import Beat, Beaten
-from openclaw_store.repositories.unit_of_work import ITEM, KINDS, Change, Event, Place, place_of
+from openclaw_store.repositories import Beat, Beaten, Event
 from openclaw_store.state_manager.change_feed import News, Page, Start
-from openclaw_store.state_manager.indexes import PendingKey, Ready, ReadyTasks, Records, SortedKeys
+from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
 from openclaw_store.state_manager.pages import REVISION, STEP_WIDTH
+from openclaw_store.state_manager.ready_queue import Ready, ReadyTasks
+from openclaw_store.state_manager.snapshot import Records
 
 _TASK = ITEM[Task]
 

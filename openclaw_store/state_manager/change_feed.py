@@ -5,7 +5,7 @@ Each reading is one consistent picture, made in one session.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -14,44 +14,26 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database.schema import (
-    COLUMNS,
-    FIELDS,
-    KEY,
-    ROWS,
-    ChangeRow,
-    CounterRow,
-    NodeRow,
-    TaskRow,
+from openclaw_store.database import COLUMNS, FIELDS, ChangeRow, NodeRow, TaskRow, statements_for
+from openclaw_store.domain import ITEM, Decode, NodeInfo, Raw, Record, Task, TaskStatus
+from openclaw_store.repositories import (
+    CHANGES_A_PAGE,
+    read_counters,
+    read_records,
+    read_rows,
+    select_pending,
 )
-from openclaw_store.database.statements import history_of, statements_for
-from openclaw_store.domain.models import NodeInfo, Task, TaskStatus
-from openclaw_store.domain.records import Decode, Raw, Record
-from openclaw_store.errors import CompactedError, InvalidDataError
-from openclaw_store.repositories.row_reader import read_records, read_rows, select_pending
-from openclaw_store.repositories.unit_of_work import (
-    ITEM,
-    Change,
-    ChangeKind,
-    counters_of,
-)
-from openclaw_store.state_manager.indexes import PendingKey, Ready
+from openclaw_store.state_manager.indexes import PendingKey
 from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, REVISION, read_page
-
-_ALL = select(*ChangeRow.__table__.c)
+from openclaw_store.state_manager.ready_queue import Ready
 
 _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
     FIELDS[Task].index,
     ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
 )
 
+
 _PENDING = TaskStatus.PENDING.value
-
-CHANGES_A_PAGE = 400
-"""Changes read at a stretch, before other coroutines run.
-
-To read a page takes as long as to take over 100 of them, however few there are.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +98,7 @@ class News:
 
 async def read_start(session: AsyncSession) -> Start:
     """Where the database stands in the picture of `session`."""
-    revision, beat, _ = await _counters(session)
+    revision, beat, _ = await read_counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await _task_counts(session)
     decode = statements_for(session.get_bind().dialect.name).decode
@@ -194,44 +176,6 @@ async def read_news(
     )
 
 
-async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
-    """Up to a page of the changes after a revision, and the revision they reach up to.
-
-    Changes of tasks that clean-up has removed are gone with them.
-
-    Raises:
-        CompactedError: If the feed does not reach back that far any more.
-        InvalidDataError: If there was no such revision yet.
-    """
-    read_at, _, compacted = await _counters(session)
-    if since > read_at:
-        raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
-    if since < compacted:
-        raise CompactedError(since, compacted + 1)
-    changes = await _changes(session, since)
-    return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
-
-
-async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
-    """The changes of a task or node that the feed still has, oldest first.
-
-    Its version leads to its last change, and each change to the one before; only for one that was
-    removed all changes are searched.
-    """
-    columns = ROWS[kind].__table__.c
-    version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
-    if version is None:
-        query = _ALL.where(ChangeRow.item == ITEM[kind], ChangeRow.item_id == id)
-        return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
-    query = history_of(version, ITEM[kind], id)
-    return _as_changes(await session.execute(query))[::-1]
-
-
-async def _changes(session: AsyncSession, since: int) -> list[Change]:
-    query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
-    return _as_changes(await session.execute(query.limit(CHANGES_A_PAGE)))
-
-
 @lru_cache
 def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None]:
     def ready(row: Raw) -> Ready | None:
@@ -250,19 +194,6 @@ def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None
     return ready
 
 
-def _as_changes(rows: Iterable[Any]) -> list[Change]:
-    return [
-        Change(number, at, item, id, ChangeKind(kind), *rest)
-        for number, at, item, id, kind, *rest in rows
-    ]
-
-
 async def _task_counts(session: AsyncSession) -> dict[str, int]:
     counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
     return {status.value: count for status, count in await session.execute(counts)}
-
-
-async def _counters(session: AsyncSession) -> tuple[int, int, int]:
-    counters = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
-    found = (await session.execute(counters)).all()
-    return *counters_of(found), found[0].compacted

@@ -6,9 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
-from openclaw_store.domain.lifecycle import free_places, has_skills, is_due
-from openclaw_store.domain.models import NodeInfo, NodeStatus, Task, TaskStatus
-from openclaw_store.domain.records import Record
+from openclaw_store.domain import (
+    NodeInfo,
+    NodeStatus,
+    Record,
+    Task,
+    TaskStatus,
+    free_places,
+    has_skills,
+    is_due,
+)
 
 FREE, FULL = "free", "full"
 

@@ -16,20 +16,32 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from weakref import WeakSet
 
-from openclaw_store.backends.cancellation import was_interrupted
-from openclaw_store.database.database import Database
-from openclaw_store.database.schema import KEY
-from openclaw_store.domain.lifecycle import JOINED, Backoff
-from openclaw_store.domain.models import FINISHED, ClusterState, NodeInfo, NodeStatus, Task
-from openclaw_store.domain.records import Item, Record, write_back
-from openclaw_store.domain.validation import (
+from openclaw_store.backends import was_interrupted
+from openclaw_store.database import Database
+from openclaw_store.domain import (
+    DEFAULT_BACKOFF,
+    FINISHED,
+    JOINED,
+    KEY,
+    Backoff,
+    Change,
+    ClusterState,
+    Item,
+    NodeInfo,
+    NodeStatus,
+    Record,
+    Task,
+    TaskFilter,
+    TaskPage,
     check_count,
+    check_filter,
     check_key,
     check_limit,
     check_number,
     check_percentage,
     check_some,
     check_text,
+    write_back,
 )
 from openclaw_store.errors import (
     DeadlineError,
@@ -41,30 +53,25 @@ from openclaw_store.errors import (
     UnsavedConflictError,
     shown,
 )
-from openclaw_store.repositories.commands import (
+from openclaw_store.repositories import (
     Advance,
     Create,
+    NodeRepository,
+    Repository,
     SetNodeStatus,
+    TaskRepository,
+    admit,
     apply_together,
     cancellation_of,
+    compact_feed,
     completion_of,
     failure_of,
+    is_known,
+    node_status,
+    read_history,
     requeue_of,
     start_of,
 )
-from openclaw_store.repositories.queries import TaskFilter, TaskPage, check_filter
-from openclaw_store.repositories.repositories import (
-    DEFAULT_BACKOFF,
-    NodeRepository,
-    Repository,
-    TaskRepository,
-    admit,
-    is_known,
-    node_status,
-)
-from openclaw_store.repositories.retention import compact_feed
-from openclaw_store.repositories.unit_of_work import Change
-from openclaw_store.state_manager.change_feed import read_history
 from openclaw_store.state_manager.explain import Explanation
 from openclaw_store.state_manager.replica import Mirror
 from openclaw_store.state_manager.scheduler import Dispatcher, Recovery

@@ -13,10 +13,9 @@ import orjson
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.database.schema import FIELDS
-from openclaw_store.domain.models import Task
-from openclaw_store.domain.records import JSON_FIELDS
-from openclaw_store.repositories.unit_of_work import ITEM, counters_of
+from openclaw_store.database import FIELDS
+from openclaw_store.domain import ITEM, JSON_FIELDS, Task
+from openclaw_store.repositories import counters_of
 
 _TEXTS = 16
 """Into so many texts SQLite puts a page, as none may be longer than a billion bytes."""

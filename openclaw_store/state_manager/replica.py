@@ -15,14 +15,22 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends.cancellation import finish
-from openclaw_store.backends.notifications import Wakeups
-from openclaw_store.database.database import Database
-from openclaw_store.database.schema import KEY
-from openclaw_store.database.statements import statements_for
-from openclaw_store.domain.lifecycle import arrived, refused
-from openclaw_store.domain.models import NodeInfo, NodeStatus, Task
-from openclaw_store.domain.records import Item, Record
+from openclaw_store.backends import Wakeups, finish
+from openclaw_store.database import Database, statements_for
+from openclaw_store.domain import (
+    ITEM,
+    KEY,
+    Change,
+    Item,
+    NodeInfo,
+    NodeStatus,
+    Place,
+    Record,
+    Task,
+    arrived,
+    place_of,
+    refused,
+)
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
@@ -33,34 +41,26 @@ from openclaw_store.errors import (
     UnavailableError,
     UnsavedConflictError,
 )
-from openclaw_store.repositories.commands import (
+from openclaw_store.repositories import (
     CONTENT,
+    AfterBeat,
+    Beat,
+    Beaten,
     Create,
-    Remove,
-    Update,
-    newer_heartbeat,
-)
-from openclaw_store.repositories.heartbeats import AfterBeat, Beat, Beaten, apply_beats
-from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
-from openclaw_store.repositories.unit_of_work import (
-    ITEM,
-    Change,
     Event,
+    NodeRepository,
     Operation,
-    Place,
+    Remove,
+    TaskRepository,
+    Update,
     apply,
+    apply_beats,
     missing,
-    place_of,
+    newer_heartbeat,
+    read_changes,
 )
 from openclaw_store.state_manager.cache import Cache, Unsaved
-from openclaw_store.state_manager.change_feed import (
-    News,
-    Start,
-    read_changes,
-    read_live,
-    read_news,
-    read_start,
-)
+from openclaw_store.state_manager.change_feed import News, Start, read_live, read_news, read_start
 from openclaw_store.state_manager.pages import ITEM_ID
 from openclaw_store.state_manager.watchers import Watchers
 

@@ -14,12 +14,19 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 
-from openclaw_store.database.database import Database
-from openclaw_store.domain import lifecycle
-from openclaw_store.domain.lifecycle import Backoff
-from openclaw_store.domain.models import LIVE, NodeInfo, NodeStatus, Task, TaskStatus
-from openclaw_store.domain.records import Record
-from openclaw_store.domain.validation import check_seconds
+from openclaw_store.database import Database
+from openclaw_store.domain import (
+    LIVE,
+    Backoff,
+    NodeInfo,
+    NodeStatus,
+    Record,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    check_seconds,
+    lifecycle,
+)
 from openclaw_store.errors import (
     ConflictError,
     NotFoundError,
@@ -28,17 +35,17 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnsavedConflictError,
 )
-from openclaw_store.repositories.commands import (
+from openclaw_store.repositories import (
     Advance,
     Advanced,
     Claim,
+    NodeRepository,
     Register,
     SetNodeStatus,
+    TaskRepository,
     cancellation_of,
+    missing,
 )
-from openclaw_store.repositories.queries import TaskFilter
-from openclaw_store.repositories.repositories import NodeRepository, TaskRepository
-from openclaw_store.repositories.unit_of_work import missing
 from openclaw_store.state_manager.explain import Explanation, explain
 from openclaw_store.state_manager.replica import Mirror
 

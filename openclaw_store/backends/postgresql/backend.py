@@ -21,6 +21,7 @@ from sqlalchemy.util import await_only
 from openclaw_store.backends.atomic_files import dump, written_aside
 from openclaw_store.backends.cancellation import cancel_once_more, finish
 from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.postgresql.batch_sql import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
     MAX_COMBINATIONS,
     WRITER_SETTINGS,
@@ -29,7 +30,6 @@ from openclaw_store.backends.postgresql.write_session import (
     Writing,
     milliseconds,
 )
-from openclaw_store.database.statements import CHANNEL
 from openclaw_store.errors import InvalidDataError, UnavailableError
 
 logger = logging.getLogger("openclaw_store.postgresql")

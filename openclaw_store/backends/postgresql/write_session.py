@@ -27,9 +27,9 @@ from typing import Any, NoReturn, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from openclaw_store.backends.base import NothingKnown, RedoError
 from openclaw_store.backends.error_mapping import PostgreSQLFaults
-from openclaw_store.database.group_commit import NothingKnown, RedoError
-from openclaw_store.database.statements import NUMBER, array, combined
+from openclaw_store.backends.postgresql.batch_sql import NUMBER, array, combined
 from openclaw_store.errors import StoreError
 
 Result = TypeVar("Result")

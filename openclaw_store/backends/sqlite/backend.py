@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backends.atomic_files import written_aside
+from openclaw_store.backends.base import NothingKnown
 from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteFaults
 from openclaw_store.backends.sqlite import fork_safety
 from openclaw_store.backends.sqlite.connections import (
@@ -34,7 +35,6 @@ from openclaw_store.backends.sqlite.connections import (
     connect_async,
     options_of,
 )
-from openclaw_store.database.group_commit import NothingKnown
 from openclaw_store.errors import (
     InvalidDataError,
     OutcomeUnknownError,

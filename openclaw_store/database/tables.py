@@ -1,25 +1,18 @@
-"""The tables, as SQLAlchemy declarative models, and how records become their rows and back.
-
-Alembic checks itself against them, and every statement is built from them.
+"""The tables as SQLAlchemy declarative models; Alembic checks the schema against them.
 
 `TaskRow` and `NodeRow` have a column for each field of `Task` and `NodeInfo`, in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable
+from datetime import datetime
 from enum import Enum
-from functools import lru_cache
-from operator import itemgetter
 from typing import Any, Final
 
-import orjson
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
-    DateTime,
-    Dialect,
     Float,
     Index,
     Integer,
@@ -29,15 +22,11 @@ from sqlalchemy import (
     Text,
     TextClause,
     text,
-    type_coerce,
 )
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import GenericFunction
-from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
-from openclaw_store.domain.models import (
+from openclaw_store.database.types import EnumValue, Json, UtcTime, _Key, _UtcNow
+from openclaw_store.domain import (
     FINISHED,
     HELD,
     WAITING,
@@ -48,133 +37,6 @@ from openclaw_store.domain.models import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.domain.records import JSON_FIELDS, Decode, Plan, Raw, Record, decode
-from openclaw_store.domain.validation import MAX_ID_LENGTH, encode_json
-from openclaw_store.errors import InvalidDataError
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
-
-
-def to_microseconds(moment: datetime) -> int:
-    """Microseconds since 1970, exactly."""
-    delta = moment - _EPOCH
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
-
-
-def from_microseconds(value: int) -> datetime:
-    """The moment that is `value` microseconds after 1970, exactly."""
-    return _EPOCH + value * _MICROSECOND  # to make a `timedelta` takes half as long again
-
-
-def _in_utc(moment: datetime) -> datetime:
-    """A moment as PostgreSQL takes and gives it: the first and the last of all without a zone."""
-    if moment.tzinfo is UTC:
-        return moment
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-
-
-def _optional(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None else process(value)
-
-
-class UtcTime(TypeDecorator[datetime]):
-    """A moment: an integer of microseconds since 1970 on SQLite, `timestamptz` elsewhere."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        kind = BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True)
-        return dialect.type_descriptor(kind)
-
-    # The processors themselves are given, not `process_bind_param` and `process_result_value`:
-    # this halves the time to read a row.
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
-        return _optional(to_microseconds) if dialect.name == "sqlite" else None
-
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
-        return _optional(from_microseconds if dialect.name == "sqlite" else _in_utc)
-
-
-class EnumValue(TypeDecorator[Any]):
-    """A member of an enumeration, stored as its value: text people can read, or an integer."""
-
-    impl = String
-    cache_ok = True
-
-    def __init__(self, kind: type[Enum]) -> None:
-        self.kind = kind
-        super().__init__()
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if issubclass(self.kind, int):
-            return dialect.type_descriptor(Integer())
-        return dialect.type_descriptor(String(max(len(member.value) for member in self.kind)))
-
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
-        return _Translation({member: member.value for member in self.kind}, self.kind).__getitem__
-
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
-        return _Translation({member.value: member for member in self.kind}, self.kind).__getitem__
-
-
-class _Translation(dict[Any, Any]):
-    """Translates values; `None` stays itself, and an unknown one is an error."""
-
-    def __init__(self, pairs: Mapping[Any, Any], kind: type[Enum]) -> None:
-        super().__init__(pairs)
-        self[None] = None
-        self._kind = kind
-
-    def __missing__(self, value: Any) -> Any:
-        raise InvalidDataError(self._kind.__name__, f"{value!r} is not one of its values")
-
-
-class _JsonText(UserDefinedType[str]):
-    """PostgreSQL's `json`, which keeps the text as it is; `jsonb` would change numbers."""
-
-    cache_ok = True
-
-    def get_col_spec(self, **options: Any) -> str:
-        return "JSON"
-
-
-class Json(TypeDecorator[Any]):
-    """Compact JSON text; NULL is the default of the field."""
-
-    impl = Text
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        return dialect.type_descriptor(Text() if dialect.name == "sqlite" else _JsonText())
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
-        return None if value is None else encode_json("value", value).decode()
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        return None if value is None else orjson.loads(value)
-
-
-class _UtcNow(GenericFunction[datetime]):
-    """The present moment as `UtcTime` stores it, for rows that people insert by hand."""
-
-    type = UtcTime()
-    inherit_cache = True
-
-
-@compiles(_UtcNow, "sqlite")
-def _utc_now_sqlite(element: _UtcNow, compiler: SQLCompiler, **options: Any) -> str:
-    return "(CAST((julianday('now') - 2440587.5) * 86400000000 AS INTEGER))"
-
-
-@compiles(_UtcNow, "postgresql")
-def _utc_now_postgresql(element: _UtcNow, compiler: SQLCompiler, **options: Any) -> str:
-    return "now()"
-
-
-_Key = String(MAX_ID_LENGTH).with_variant(String(MAX_ID_LENGTH, collation="C"), "postgresql")
-"""An identifier; sorted by its characters' numbers on both databases."""
 
 
 def _one_of(column: str, kind: type[Enum]) -> CheckConstraint:
@@ -189,12 +51,20 @@ def _in(states: Iterable[TaskStatus]) -> TextClause:
 # SQLite uses a partial index only for queries that repeat its condition to the letter.
 IS_PENDING = _in(WAITING)
 """Whether a task waits to be run."""
+
+
 IS_FINISHED = _in(FINISHED)
 """Whether a task is done."""
+
+
 IS_LIVE = _in(WAITING | HELD)
 """Whether a task is not done yet."""
+
+
 IS_HELD = _in(HELD)
 """Whether a task takes up a place on its node."""
+
+
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
 
 
@@ -367,71 +237,6 @@ ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
 """The declarative model of each domain class."""
 
 
-KEY: Final[dict[type[Any], str]] = {Task: "task_id", NodeInfo: "node_id"}
-"""The field that identifies each domain class."""
-
-
 def table_of(kind: type[Any]) -> Table:
     """The table that rows of a domain class are in."""
     return Base.metadata.tables[ROWS[kind].__tablename__]
-
-
-FIELDS: Final = {
-    kind: tuple(column.name for column in row.__table__.columns if column.name != "beat")
-    for kind, row in ROWS.items()
-}
-"""The columns that are fields of the domain class, in its order."""
-
-COLUMNS: Final = {
-    kind: tuple(
-        type_coerce(row.__table__.c[name], Text).label(name)
-        if name in JSON_FIELDS[kind]
-        else row.__table__.c[name]
-        for name in FIELDS[kind]
-    )
-    for kind, row in ROWS.items()
-}
-"""What to select to `decode` a row into a record."""
-
-
-def plan_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> Plan:
-    """How a record's values become the parameters for the named columns."""
-    columns = table_of(kind).c
-    encoders = []
-    for place, name in enumerate(names):
-        if isinstance(columns[name].type, UtcTime | EnumValue):
-            encoder = columns[name].type.bind_processor(dialect)
-            if encoder is not None:
-                encoders.append((place, encoder))
-    json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
-    return Plan(_picker(names), encoders, json)
-
-
-def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
-    if len(names) == 1:
-        return lambda fields: (fields[names[0]],)  # `itemgetter` would give the bare value
-    return itemgetter(*names)
-
-
-@lru_cache(maxsize=32)  # making one takes longer than reading a row
-def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
-    """What makes a record of a row of `COLUMNS`, as the driver gives it."""
-    columns = table_of(kind).c
-    decoders = []
-    for place, name in enumerate(FIELDS[kind]):
-        if isinstance(columns[name].type, UtcTime | EnumValue):
-            decoder = columns[name].type.result_processor(dialect, None)
-            if decoder is not None:
-                decoders.append((place, decoder))
-
-    def decode_row(raw: Raw) -> Record[Any]:
-        values = list(raw)
-        try:
-            for place, decoder in decoders:
-                if values[place] is not None:
-                    values[place] = decoder(values[place])
-        except (TypeError, OverflowError) as error:  # written by hand: SQLite takes text anywhere
-            raise InvalidDataError(FIELDS[kind][place], f"of {raw[0]!r} cannot be read") from error
-        return decode(kind, values)
-
-    return decode_row

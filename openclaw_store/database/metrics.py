@@ -1,0 +1,61 @@
+"""Figures about the batches that group commit has written."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any
+
+RECENT_BATCHES = 1000
+"""The figures of so many are kept."""
+
+
+class _Logbook:
+    """What the writer has done, a line for each batch."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
+        self._batches = 0
+        self._operations = 0
+        self._failed_batches = 0
+        self._last_failure: str | None = None
+        self._last_failure_at: datetime | None = None
+
+    def note_commit(self, operations: int, seconds: float) -> None:
+        with self._lock:
+            self._recent.append((operations, seconds))
+            self._batches += 1
+            self._operations += operations
+
+    def note_failure(self, error: BaseException) -> None:
+        failed_at = self._clock()
+        with self._lock:
+            self._failed_batches += 1
+            self._last_failure = f"{type(error).__name__}: {error}"
+            self._last_failure_at = failed_at
+
+    def figures(self) -> dict[str, Any]:
+        with self._lock:
+            sizes, seconds = ([line[part] for line in self._recent] for part in (0, 1))
+            seconds.sort()
+            return {
+                "batches": self._batches,
+                "operations": self._operations,
+                "mean_batch": sum(sizes) / len(sizes) if sizes else None,
+                "largest_batch": max(sizes, default=None),
+                "commit_seconds_p50": _percentile(seconds, 50),
+                "commit_seconds_p99": _percentile(seconds, 99),
+                "commit_seconds_max": _percentile(seconds, 100),
+                "failed_batches": self._failed_batches,
+                "last_failure": self._last_failure,
+                "last_failure_at": self._last_failure_at,
+            }
+
+
+def _percentile(in_order: Sequence[float], percent: int) -> float | None:
+    """The value that so many percent do not exceed; `None` if there are no values."""
+    return in_order[(len(in_order) * percent - 1) // 100] if in_order else None

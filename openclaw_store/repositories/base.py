@@ -1,0 +1,181 @@
+"""Common parts of the two repositories: sessions, validation, and copies for callers.
+
+A repository made with a `Database` runs each call in a transaction of its own. One made with the
+session of a `Database.transaction()` joins it and commits nothing itself; with the session of a
+`Database.session()` it reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, ClassVar, Generic, TypeVar
+
+from sqlalchemy import Select, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.database import COLUMNS, ROWS, Apply, Database, Unit
+from openclaw_store.domain import (
+    KEY,
+    MAX_INTEGER,
+    STAMPED,
+    Item,
+    Record,
+    Task,
+    check_key,
+    encode,
+    place_of,
+    write_back,
+)
+from openclaw_store.errors import InvalidDataError, NotOwnerError
+from openclaw_store.repositories.commands import (
+    CONTENT,
+    Create,
+    Remove,
+    Update,
+)
+from openclaw_store.repositories.row_reader import (
+    decoder_here,
+    read_records,
+    read_rows,
+)
+from openclaw_store.repositories.unit_of_work import Event, apply
+
+logger = logging.getLogger("openclaw_store.repositories")
+
+
+Result = TypeVar("Result")
+
+
+UNDONE = -MAX_INTEGER
+"""The version of a copy of what was rolled back; nothing ever has it."""
+
+
+_DECODED = 100  # so many, if they are decoded and copied at the same stretch
+
+
+def admit(
+    kind: type[Item], item: Item, clock: Callable[[], datetime], known: Record[Item] | None = None
+) -> Record[Item]:
+    """Check a caller's object on its way in; one without a time of its own is stamped now.
+
+    Args:
+        known: What is stored of it, which spares checks.
+
+    Raises:
+        InvalidDataError: If it is not of this kind, or naming the field that cannot be stored.
+    """
+    if not isinstance(item, kind):
+        name = KEY[kind].removesuffix("_id")
+        raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(item).__name__}")
+    record = encode(item, known)
+    born = "submitted_at" if kind is Task else "registered_at"
+    return record if record[born] else record.evolve(**{born: clock()})
+
+
+class Repository(Generic[Item]):
+    """What both repositories do alike."""
+
+    kind: ClassVar[type[Any]]
+
+    def __init__(self, database: Database | AsyncSession) -> None:
+        self._session = database if isinstance(database, AsyncSession) else None
+        origin = database.info.get("database") if isinstance(database, AsyncSession) else database
+        if not isinstance(origin, Database):
+            raise InvalidDataError("database", "must be a Database, or a session of one")
+        self._database = origin
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self._database!r}>"
+
+    async def get(self, id: str) -> Item | None:
+        """The task or node with this identifier; `None` if there is none."""
+        record = await self.get_record(id)
+        return None if record is None else self._hand_out([record])[0]
+
+    async def get_record(self, id: str) -> Record[Item] | None:
+        """The record with this identifier; `None` if there is none."""
+        key = KEY[self.kind]
+        query = self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
+
+        async def run(session: AsyncSession) -> Record[Item] | None:
+            found = await read_records(session, self.kind, query)
+            return found[0] if found else None
+
+        return await self._read(run)
+
+    async def _create(self, item: Item) -> bool:
+        record = admit(self.kind, item, self._database.clock)
+        operation = Create(self.kind, record[KEY[self.kind]], record)
+        self._write_back(await self._write(operation), item)
+        return True
+
+    async def _update(self, item: Item) -> bool:
+        record = admit(self.kind, item, self._database.clock)
+        names = CONTENT[self.kind]
+        operation = Update(self.kind, record[KEY[self.kind]], record, names, record.version)
+        self._write_back(await self._write(operation), item)
+        return True
+
+    async def _delete(self, id: str) -> bool:
+        removed: bool = await self._write(Remove(self.kind, check_key(KEY[self.kind], id)))
+        return removed
+
+    def _select(self, *conditions: Any) -> Select[Any]:
+        return select(*COLUMNS[self.kind]).where(*conditions)
+
+    async def _list(self, query: Select[Any], limit: int | None = None) -> list[Item]:
+        async def run(session: AsyncSession) -> list[Item]:
+            decode = decoder_here(session, self.kind)
+            items: list[Item] = []
+            size = None if limit is not None and limit <= _DECODED else _DECODED
+            async for rows in read_rows(session, query.limit(limit), size):
+                items += self._hand_out(list(map(decode, rows)))
+            return items
+
+        return await self._read(run)
+
+    @property
+    def _unit(self) -> Unit | None:
+        """The write transaction that is joined."""
+        return None if self._session is None else self._session.info.get("unit")
+
+    def _write_back(
+        self, record: Record[Item], item: Item, names: Iterable[str] | None = None
+    ) -> None:
+        names = tuple(STAMPED[self.kind] if names is None else names)
+        if self._unit is not None:
+            before = {name: item.__dict__[name] for name in names}
+            self._unit.undo.append(partial(item.__dict__.update, before))
+        write_back(record, item, names)
+
+    def _hand_out(self, records: Sequence[Record[Item]]) -> list[Item]:
+        """Copies for the caller.
+
+        After a rollback, another change may get the version of one that was undone: a copy that
+        was read in between must not pass for that one, so it is made outdated for good.
+        """
+        items = [record.copy() for record in records]
+        unit = self._unit
+        if unit is not None and unit.committed:
+            changed = {(one.kind, one.id) for one in unit.committed if isinstance(one, Event)}
+            for record, item in zip(records, items, strict=True):
+                if place_of(record) in changed:
+                    unit.undo.append(partial(setattr, item, "version", UNDONE))
+        return items
+
+    async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+        if self._session is not None:
+            return await self._database.read_in(self._session, work)
+        return await self._database.read(work)
+
+    async def _write(self, operation: Any, apply: Apply = apply) -> Any:
+        try:
+            if self._session is not None:
+                return await self._database.write_in(self._session, apply, operation)
+            return await self._database.write(apply, operation)
+        except NotOwnerError as error:
+            logger.warning("refused: %s", error)
+            raise
