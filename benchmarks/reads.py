@@ -75,8 +75,8 @@ async def get_state(bench: Bench) -> Sequence[Figure]:
         entries = [(task.task_id, encode(task)) for task in await many.get_pending_tasks(None)]
         records: Records[Task] = Records(partial(decode, Task))
         await write(records.put)
-        records.photograph()
-        await write(records.put)  # what the photograph shared is copied now
+        records.snapshot()
+        await write(records.put)  # what the snapshot shared is copied now
         medians = await bench.interleave(
             {
                 "many": partial(read, many),

@@ -216,19 +216,19 @@ class TestSortedKeys:
 class TestRecords:
     @given(
         st.lists(
-            st.tuples(st.sampled_from(["put", "put", "drop", "photograph"]), st.integers(0, 3_000)),
+            st.tuples(st.sampled_from(["put", "put", "drop", "snapshot"]), st.integers(0, 3_000)),
             max_size=80,
         )
     )
     def test_photographs_keep_what_was_there(self, commands: list[tuple[str, int]]) -> None:
         records: Records[Task] = Records(decode_row)
         expected: dict[str, Task] = {}
-        photographs = []
+        snapshots = []
 
         for version, (command, number) in enumerate(commands):
             id = f"task-{number % 7}"
-            if command == "photograph":
-                photographs.append((records.photograph(), expected.copy()))
+            if command == "snapshot":
+                snapshots.append((records.snapshot(), expected.copy()))
             elif command == "put":
                 record = task_record(id, version)
                 records.put(id, record)
@@ -240,19 +240,19 @@ class TestRecords:
             assert len(records) == len(expected)
         assert {record["task_id"]: record.copy() for record in records.values()} == expected
         assert set(records) == set(expected)
-        for photograph, then in photographs:
-            assert photograph == then
-            assert len(photograph) == len(then)
-            assert set(photograph) == set(then)
+        for snapshot, then in snapshots:
+            assert snapshot == then
+            assert len(snapshot) == len(then)
+            assert set(snapshot) == set(then)
 
     def test_entries_of_a_photograph_are_copies(self) -> None:
         records: Records[Task] = Records(decode_row)
         records.put("a", encode(Task("a", "batch", "n", result=[1])))  # type: ignore[arg-type]  # a value will do
-        photograph = records.photograph()
+        snapshot = records.snapshot()
 
-        photograph["a"].result.append(2)
+        snapshot["a"].result.append(2)
 
-        assert photograph["a"].result == [1]
+        assert snapshot["a"].result == [1]
 
 
 class TestStart:
@@ -267,10 +267,10 @@ class TestStart:
 
         cache.load(Page(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
 
-        photograph = cache.state().tasks
-        assert (len(photograph), "a" in photograph, decoded) == (2, True, [])
+        snapshot = cache.state().tasks
+        assert (len(snapshot), "a" in snapshot, decoded) == (2, True, [])
         assert [record["task_id"] for record in cache.pending(None)] == ["b", "a"]
-        assert photograph["a"].version == 1
+        assert snapshot["a"].version == 1
         assert cache.task("a") is cache.task("a")
         assert decoded == ["b", "a"]
 
@@ -285,7 +285,7 @@ COMMANDS = st.one_of(
     st.tuples(st.just("purge"), st.booleans(), st.sampled_from("abc")),
     st.tuples(st.just("deliver"), st.integers(1, 4)),
     st.tuples(st.just("refresh"), st.integers(1, 4)),
-    st.tuples(st.just("photograph")),
+    st.tuples(st.just("snapshot")),
 )
 
 

@@ -230,7 +230,7 @@ class Database:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
-        """A session that reads one consistent picture and cannot write.
+        """A session that reads one consistent snapshot and cannot write.
 
         Raises:
             UnavailableError: If the database is not open, or cannot be read.

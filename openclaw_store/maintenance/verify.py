@@ -1,6 +1,6 @@
 """`verify`: whether the state is what its own rules say, an fsck of the store.
 
-All is read in pages in one consistent picture; what is remembered meanwhile is a bit for each
+All is read in pages in one consistent snapshot; what is remembered meanwhile is a bit for each
 revision, the nodes, and the problems. The feed is read backwards: then each change but the last
 one of a task or node has been named by the one behind it, and the last one by the row.
 """

@@ -368,8 +368,8 @@ class Cache:
         return ClusterState(
             version=self.version,
             updated_at=self.updated_at,
-            nodes=self.nodes.photograph(),
-            tasks=self.tasks.photograph(),
+            nodes=self.nodes.snapshot(),
+            tasks=self.tasks.snapshot(),
             total_nodes=self._node_counts.total(),
             online_nodes=self._node_counts[NodeStatus.ONLINE],
             total_tasks=sum(counts.values()),

@@ -1,6 +1,6 @@
 """What the database tells a cache: where it stands, and what has happened since.
 
-Each reading is one consistent picture, made in one session.
+Each reading is one consistent snapshot, made in one session.
 """
 
 from __future__ import annotations

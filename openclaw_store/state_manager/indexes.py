@@ -1,4 +1,4 @@
-"""Containers for the cache: a dict that can be photographed, keys that stay sorted, a queue."""
+"""Keys in ascending order, which stay sorted while keys are added and removed."""
 
 from __future__ import annotations
 

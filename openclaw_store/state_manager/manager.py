@@ -320,7 +320,7 @@ class StateManager:
         if limit is not None and limit <= _COPIES:
             return await _copies(cache.pending(limit), Record.copy)
         # All of this moment, though they are looked up and copied bit by bit.
-        tasks = cache.tasks.photograph()
+        tasks = cache.tasks.snapshot()
         return await _copies(cache.pending_keys(limit), lambda key: tasks[key[2]])
 
     async def add_task(self, task: Task, persist: bool = True) -> bool:

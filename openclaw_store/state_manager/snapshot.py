@@ -15,10 +15,10 @@ _MASK = _BUCKETS - 1
 
 
 class Records(Generic[Item]):
-    """Records by identifier, of which `photograph` keeps the present state in constant time.
+    """Records by identifier, of which `snapshot` keeps the present state in constant time.
 
     Beside one dict with all of them there are buckets (small dicts) that have them again. A
-    photograph shares the buckets with the original, which copies a bucket the first time it writes
+    snapshot shares the buckets with the original, which copies a bucket the first time it writes
     to it afterwards: copy-on-write, as file systems do it.
 
     Rows stay tuples until somebody asks for them. Most are never asked for, and the garbage
@@ -36,7 +36,7 @@ class Records(Generic[Item]):
         self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
         self._decode = decode
         self._is_shared = bytearray(_BUCKETS)
-        """For each bucket, whether the last photograph has it too."""
+        """For each bucket, whether the last snapshot has it too."""
         self._shared = 0
         """Of how many that is so; mostly of none."""
 
@@ -71,7 +71,7 @@ class Records(Generic[Item]):
         self._own_bucket_of(id)
         del self.entries[id], self._buckets[hash(id) & _MASK][id]
 
-    def photograph(self) -> RecordMapping[Item]:
+    def snapshot(self) -> RecordMapping[Item]:
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
