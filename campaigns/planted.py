@@ -28,7 +28,7 @@ from openclaw_store.errors import StoreError
 from openclaw_store.repositories.commands import Claim, Update
 from openclaw_store.repositories.heartbeats import Beat
 from openclaw_store.repositories.unit_of_work import Ledger, Row
-from openclaw_store.state_manager.replica import Mirror
+from openclaw_store.state_manager.replica import Replica
 
 STALL_SECONDS = 10
 """So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
@@ -94,13 +94,13 @@ def claimed_twice() -> Iterator[None]:
 @bug
 def watch_ahead() -> Iterator[None]:
     """P5: a watcher goes on from where memory is, though the feed was read before."""
-    changes = Mirror.changes
+    changes = Replica.changes
 
-    async def skip(self: Mirror, since: int) -> tuple[Sequence[Change], int]:
+    async def skip(self: Replica, since: int) -> tuple[Sequence[Change], int]:
         found, until = await changes(self, since)
         return found, max(until, self.cache.complete)
 
-    with patch.object(Mirror, "changes", skip):
+    with patch.object(Replica, "changes", skip):
         yield
 
 

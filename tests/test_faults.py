@@ -37,7 +37,7 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
 )
-from openclaw_store.state_manager import replica as mirror
+from openclaw_store.state_manager import replica as replica
 
 
 class RefusedError(Exception):
@@ -166,7 +166,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The timer had the context of the transaction, and so had all after it."""
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
+        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
         node = make_node()
         await manager.add_node(node)
 
@@ -186,11 +186,11 @@ class TestHeartbeats:
         async with StateManager(Database(location, timeout=0.2), None) as manager:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=9)
-            manager._mirror._flush_later()
-            assert manager._mirror._flush_timer is not None
-            manager._mirror._flush_timer.cancel()  # so that only the failed write has it
-            manager._mirror._flush_timer = None
-            monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
+            manager._replica._flush_later()
+            assert manager._replica._flush_timer is not None
+            manager._replica._flush_timer.cancel()  # so that only the failed write has it
+            manager._replica._flush_timer = None
+            monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
 
             async with locked(location):
                 with pytest.raises(UnavailableError):
@@ -223,7 +223,7 @@ class TestHeartbeats:
         await manager.add_node(node)
         await manager.update_heartbeat(node.node_id, cpu_usage=1)
         await manager.sync_to_database()
-        manager._mirror.cache.beat = 0  # as if another process had written it
+        manager._replica.cache.beat = 0  # as if another process had written it
         read = manager.db.read
 
         async def read_and_be_overtaken(work: Any) -> Any:
@@ -245,7 +245,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Else the last one is no longer the one to wait for before the database is closed."""
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)
+        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 3600)
         node = make_node()
         await manager.add_node(node)
         write, go, written = manager.db.write, asyncio.Event(), []
@@ -259,8 +259,8 @@ class TestHeartbeats:
         flushes = []
         for cpu_usage in (1, 2):
             await manager.update_heartbeat(node.node_id, cpu_usage=cpu_usage)
-            manager._mirror._flush_now()  # as the timer does
-            flushes.append(manager._mirror._flush)
+            manager._replica._flush_now()  # as the timer does
+            flushes.append(manager._replica._flush)
             await asyncio.sleep(0)
         at_first = len(written)
         go.set()
@@ -305,7 +305,7 @@ class TestHeartbeats:
         node = make_node()
         await manager.add_node(node)
         await manager.update_heartbeat(node.node_id, cpu_usage=10)
-        await manager._mirror.flush_beats()
+        await manager._replica.flush_beats()
         await manager.change_node(node.node_id, lambda node: setattr(node, "cpu_usage", 50))
         read = manager.db.read
 
@@ -313,7 +313,7 @@ class TestHeartbeats:
             news = await read(work)
             monkeypatch.undo()
             await manager.update_heartbeat(node.node_id, memory_usage=20)
-            await manager._mirror.flush_beats()  # while the news are on their way
+            await manager._replica.flush_beats()  # while the news are on their way
             return news
 
         monkeypatch.setattr(manager.db, "read", read_then_beat)
@@ -332,7 +332,7 @@ class TestHeartbeats:
 
         await asyncio.gather(
             manager.node_repo.update_status(node.node_id, NodeStatus.OFFLINE),
-            manager._mirror.flush_beats(),
+            manager._replica.flush_beats(),
         )
 
         stored = await manager.node_repo.get(node.node_id)

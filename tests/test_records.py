@@ -835,8 +835,8 @@ class TestRow:
 
         await asyncio.gather(*map(manager.add_task, tasks))
 
-        loaded = (await open_manager())._mirror.cache.tasks.entries
-        present = manager._mirror.cache.tasks.entries
+        loaded = (await open_manager())._replica.cache.tasks.entries
+        present = manager._replica.cache.tasks.entries
         for task in tasks:
             assert type(present[task.task_id]) is tuple
             assert exactly(present[task.task_id]) == exactly(loaded[task.task_id])

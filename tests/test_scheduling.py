@@ -53,7 +53,7 @@ from openclaw_store import (
 from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
 from openclaw_store.domain.models import FINISHED, HELD
-from openclaw_store.state_manager import replica as mirror
+from openclaw_store.state_manager import replica as replica
 from openclaw_store.state_manager import scheduler as dispatcher
 
 
@@ -1396,7 +1396,7 @@ class TestClockTurnedBack:
     async def test_node_that_beats_is_alive_and_its_beats_are_stored(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 3600)  # only synchronisation writes them
+        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 3600)  # only synchronisation writes them
         node = await cluster.join()
         await cluster.one.update_heartbeat(node, cpu_usage=1)
         await cluster.one.sync_to_database()

@@ -53,7 +53,7 @@ from openclaw_store import (
 from openclaw_store.domain.models import LIVE
 from openclaw_store.repositories import retention
 from openclaw_store.state_manager import change_feed as feed
-from openclaw_store.state_manager import replica as mirror
+from openclaw_store.state_manager import replica as replica
 
 FINISHED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT]
 
@@ -1061,7 +1061,7 @@ class TestUnsaved:
     async def test_of_many_pages_is_written(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(mirror, "ENTRIES_A_WRITE", 2)
+        monkeypatch.setattr(replica, "ENTRIES_A_WRITE", 2)
         for _ in range(5):
             await manager.add_task(make_task(), persist=False)
 
@@ -1133,8 +1133,8 @@ class TestHeartbeats:
         self, manager: StateManager, node: NodeInfo, clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        assert mirror.HEARTBEAT_SECONDS < 1
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
+        assert replica.HEARTBEAT_SECONDS < 1
+        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
 
         await manager.update_heartbeat(node.node_id, cpu_usage=77)
 
@@ -1150,7 +1150,7 @@ class TestHeartbeats:
         self, impatient: StateManager, make_node: MakeNode, clock: FakeClock, location: Location,
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
+        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
         node = make_node()
         await impatient.add_node(node)
 
@@ -1206,7 +1206,7 @@ class TestHeartbeats:
 
         holding = start(hold())
         await held.wait()
-        manager._mirror._flush_now()
+        manager._replica._flush_now()
         await asyncio.sleep(0)
         syncing = start(manager.sync_to_database())
         for _ in range(20):
@@ -1222,7 +1222,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, make_task: MakeTask,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(mirror, "HEARTBEATS_A_WRITE", 2)
+        monkeypatch.setattr(replica, "HEARTBEATS_A_WRITE", 2)
         for node in [make_node() for _ in range(5)]:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -1233,7 +1233,7 @@ class TestHeartbeats:
             return await write(apply, operation)
 
         monkeypatch.setattr(manager.db, "write", note)
-        await asyncio.gather(manager._mirror.flush_beats(), manager.add_task(make_task()))
+        await asyncio.gather(manager._replica.flush_beats(), manager.add_task(make_task()))
 
         assert sorted(map(str, written)) == ["1", "2", "2", "task"]
         assert written[-1] != "task"
@@ -1242,7 +1242,7 @@ class TestHeartbeats:
     async def test_that_follow_a_slice_that_could_not_be_written_are_tried_again(
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(mirror, "HEARTBEATS_A_WRITE", 2)
+        monkeypatch.setattr(replica, "HEARTBEATS_A_WRITE", 2)
         for node in [make_node() for _ in range(5)]:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -1274,11 +1274,11 @@ class TestHeartbeats:
         self, manager: StateManager, node: NodeInfo
     ) -> None:
         await manager.update_heartbeat(node.node_id, cpu_usage=50)
-        shown = manager._mirror.cache.nodes.get(node.node_id)
+        shown = manager._replica.cache.nodes.get(node.node_id)
 
         await manager.sync_to_database()
 
-        assert manager._mirror.cache.nodes.get(node.node_id) is shown
+        assert manager._replica.cache.nodes.get(node.node_id) is shown
 
     async def test_is_seen_by_other_managers_of_the_database_when_it_is_written(
         self, manager: StateManager, node: NodeInfo, clock: FakeClock
@@ -1335,9 +1335,9 @@ class TestHeartbeats:
         node.hostname = "renamed"
         await manager.update_node(node, persist=False)
         await manager.update_heartbeat(node.node_id, cpu_usage=50)
-        await manager._mirror.flush_beats()
+        await manager._replica.flush_beats()
 
-        manager._mirror.cache.discard((NodeInfo, node.node_id))
+        manager._replica.cache.discard((NodeInfo, node.node_id))
 
         seen = await manager.get_node(node.node_id)
         assert seen is not None
@@ -1580,7 +1580,7 @@ class TestHeartbeats:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Else other managers would take it for lost, when the sync interval is long."""
-        monkeypatch.setattr(mirror, "HEARTBEAT_SECONDS", 0.01)
+        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
         node.hostname = "renamed"
         await manager.update_node(node, persist=False)
 
@@ -1863,7 +1863,7 @@ class TestStats:
         self, manager: StateManager, open_manager: OpenManager, clock: FakeClock,
         make_task: MakeTask, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(mirror, "RELOAD_AFTER", 0)
+        monkeypatch.setattr(replica, "RELOAD_AFTER", 0)
         await (await open_manager()).add_task(make_task())
         loaded_at = clock.advance(seconds=10)
 
@@ -1935,7 +1935,7 @@ class TestTwoManagers:
             told.append(news := await read_news(*arguments, **options))
             return news
 
-        monkeypatch.setattr(mirror, "read_news", note)
+        monkeypatch.setattr(replica, "read_news", note)
         for _ in range(2):
             await other.refresh_from_database()
 
@@ -2130,7 +2130,7 @@ class TestTwoManagers:
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode,
         open_manager: OpenManager, monkeypatch: pytest.MonkeyPatch, clock: FakeClock,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(mirror, "RELOAD_AFTER", 3)
+        monkeypatch.setattr(replica, "RELOAD_AFTER", 3)
         saved, node = make_task(), make_node()
         await manager.add_task(saved)
         await manager.add_node(node)
@@ -2161,11 +2161,11 @@ class TestTwoManagers:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Planted: a process that is 20,000 changes behind loads a million tasks."""
-        monkeypatch.setattr(mirror, "RELOAD_AFTER", 3)
+        monkeypatch.setattr(replica, "RELOAD_AFTER", 3)
         for _ in range(6):
             await manager.add_task(make_task())
         other = await open_manager()
-        monkeypatch.delattr(mirror, "read_start")  # with which loading begins
+        monkeypatch.delattr(replica, "read_start")  # with which loading begins
         for _ in range(6):
             await manager.add_task(make_task())
 
@@ -2187,7 +2187,7 @@ class TestTwoManagers:
         await other.sync_to_database()
         for _ in range(5):
             await manager.add_task(make_task())
-        monkeypatch.setattr(mirror, "RELOAD_AFTER", 3)
+        monkeypatch.setattr(replica, "RELOAD_AFTER", 3)
         await other.refresh_from_database()
 
         task.name = "renamed"
@@ -2198,7 +2198,7 @@ class TestTwoManagers:
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(mirror, "RELOAD_AFTER", 3)
+        monkeypatch.setattr(replica, "RELOAD_AFTER", 3)
         other = await open_manager()
         read_live = feed.read_live
         for _ in range(5):
@@ -2210,7 +2210,7 @@ class TestTwoManagers:
                 yield page
                 await other.add_task(make_task())
 
-        monkeypatch.setattr(mirror, "read_live", read_slowly)
+        monkeypatch.setattr(replica, "read_live", read_slowly)
         await other.refresh_from_database()
 
         await assert_mirrors_database(other)
@@ -2249,7 +2249,7 @@ class TestTwoManagers:
             go_on.set()
             return record
 
-        monkeypatch.setattr(mirror, "read_news", read_and_wait)
+        monkeypatch.setattr(replica, "read_news", read_and_wait)
         monkeypatch.setattr(TaskRepository, "get_record", get_first)
         refreshing = asyncio.ensure_future(other.refresh_from_database())
         await has_read.wait()
@@ -2531,7 +2531,7 @@ class TestLife:
 
     INTERRUPTED: ClassVar[dict[str, Callable[[StateManager], tuple[Any, str]]]] = {
         "before anything": lambda manager: (manager, "_stop"),
-        "with unsaved entries": lambda manager: (manager._mirror, "sync"),
+        "with unsaved entries": lambda manager: (manager._replica, "sync"),
         "before it closes": lambda manager: (manager.db, "close"),
         "as the writer ends": lambda manager: (manager.db._writer, "close"),
         "as connections close": lambda manager: (next(iter(manager.db._engines.values())), "close"),
@@ -2793,5 +2793,5 @@ class TestAutomaticSynchronisation:
 
 
 def test_constants_are_those_of_the_promises() -> None:
-    assert mirror.HEARTBEAT_SECONDS < 1
+    assert replica.HEARTBEAT_SECONDS < 1
     assert retention.CLEANUP_BATCH <= 1_000

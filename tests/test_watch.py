@@ -284,7 +284,7 @@ class TestWaitForTask:
         with pytest.raises(DeadlineError, match=r"task 't' is not finished after 0\.01 s"):
             await manager.wait_for_task("t", timeout=0.01)
 
-        assert manager._mirror.watchers._of_tasks == {}
+        assert manager._replica.watchers._of_tasks == {}
 
     async def test_task_that_is_removed_is_not_found(
         self, manager: StateManager, make_task: MakeTask
@@ -460,7 +460,7 @@ class TestWakeUps:
             await until(lambda: follower.version == 3)
             await manager.update_heartbeat("n", cpu_usage=50)
             await manager.sync_to_database()
-            cache = follower._mirror.cache
+            cache = follower._replica.cache
             await until(lambda: (node := cache.nodes.get("n")) and node["cpu_usage"] == 50)
 
             async with manager.db.transaction() as tx:
@@ -487,13 +487,13 @@ class TestWakeUps:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         async with self.following(location) as follower:
-            await until(lambda: follower._mirror._wakeups is not None)
+            await until(lambda: follower._replica._wakeups is not None)
 
             async def fail() -> None:
                 raise RuntimeError("not now")
 
             with monkeypatch.context() as patch:
-                patch.setattr(follower._mirror, "refresh", fail)
+                patch.setattr(follower._replica, "refresh", fail)
                 with caplog.at_level(logging.ERROR):
                     await manager.add_task(make_task())
                     await until(lambda: "could not be read" in caplog.text)
@@ -672,7 +672,7 @@ class TestWakeUps:
 
     async def test_who_has_yet_to_read_says_so_when_told(self, location: Location) -> None:
         async with StateManager(Database(location)) as manager:
-            follower = manager._mirror
+            follower = manager._replica
             assert follower._told(0, 0) is True
             follower._outdated.set()
             assert follower._told(1, 0) is False

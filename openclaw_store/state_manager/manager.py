@@ -73,7 +73,7 @@ from openclaw_store.repositories import (
     start_of,
 )
 from openclaw_store.state_manager.explain import Explanation
-from openclaw_store.state_manager.replica import Mirror
+from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Dispatcher, Recovery
 from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
@@ -154,9 +154,9 @@ class StateManager:
         self._backoff = backoff
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
-        self._mirror = Mirror(database, check_count("finished_cache_size", finished_cache_size))
+        self._replica = Replica(database, check_count("finished_cache_size", finished_cache_size))
         self._dispatcher = Dispatcher(
-            database, self._mirror, self.task_repo, self.node_repo, backoff
+            database, self._replica, self.task_repo, self.node_repo, backoff
         )
         self._loop: asyncio.AbstractEventLoop | None = None  # the one it belongs to
         self._is_running: Callable[[], bool] = bool  # whether that one is: there is none yet
@@ -185,14 +185,14 @@ class StateManager:
                 self._loop = asyncio.get_running_loop()
                 self._is_running = self._loop.is_running
                 await self.db.initialize()
-                await self._mirror.start()
+                await self._replica.start()
                 self._thread = get_ident()
                 if self._interval is not None:
                     self._sync_loop = self._loop.create_task(
                         self._sync_every(self._interval), context=Context()
                     )
                     if self._wake_ups:
-                        Context().run(self._mirror.follow)
+                        Context().run(self._replica.follow)
         return True
 
     async def shutdown(self) -> None:
@@ -229,12 +229,12 @@ class StateManager:
             if self._loop is None:
                 return  # it never was initialized
             if self._loop.is_closed():
-                await self._mirror.abandon()
+                await self._replica.abandon()
                 return
             if self._sync_loop is not None:
                 self._sync_loop.cancel()
                 await asyncio.wait([self._sync_loop])
-            await self._mirror.stop()
+            await self._replica.stop()
         finally:
             self._thread = None
 
@@ -262,17 +262,17 @@ class StateManager:
     @property
     def version(self) -> int:
         """Revision of the newest change in memory; survives a restart."""
-        return self._mirror.cache.version
+        return self._replica.cache.version
 
     async def get_state(self) -> ClusterState:
         """The cluster at this moment, in constant time."""
         self._check_usable()
-        return self._mirror.cache.state()
+        return self._replica.cache.state()
 
     async def get_task_stats(self) -> dict[str, int]:
         """How many tasks there are in the database: `total`, and one key for each status."""
         self._check_usable()
-        counts = self._mirror.cache.task_stats()
+        counts = self._replica.cache.task_stats()
         return {"total": sum(counts.values()), **counts}
 
     async def get_node_stats(self) -> dict[str, int]:
@@ -281,7 +281,7 @@ class StateManager:
         Busy are those with the status BUSY, and those that are ONLINE and full.
         """
         self._check_usable()
-        return self._mirror.cache.node_stats()
+        return self._replica.cache.node_stats()
 
     async def get_stats(self) -> dict[str, Any]:
         """Figures for who operates it: those of `Database.get_stats`, and of what is in memory.
@@ -294,9 +294,9 @@ class StateManager:
         self._check_usable()
         return {
             **await self.db.get_stats(),
-            "last_sync_at": self._mirror.last_sync_at,
-            "last_refresh_at": self._mirror.last_refresh_at,
-            **self._mirror.cache.sizes(),
+            "last_sync_at": self._replica.last_sync_at,
+            "last_refresh_at": self._replica.last_refresh_at,
+            **self._replica.cache.sizes(),
         }
 
     async def get_task(self, task_id: str) -> Task | None:
@@ -305,18 +305,18 @@ class StateManager:
         if self._thread != get_ident() or not self._is_running():
             self._check_usable()
         try:
-            record = self._mirror.cache.tasks.entries.get(task_id)
+            record = self._replica.cache.tasks.entries.get(task_id)
         except TypeError:  # it has no hash, so it is no text
             record = None
         if type(record) is Record:  # as mostly
             return record.copy()
-        found = await self._mirror.find((Task, check_key("task_id", task_id)))
+        found = await self._replica.find((Task, check_key("task_id", task_id)))
         return None if found is None else found.copy()
 
     async def get_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Pending and scheduled tasks by priority, then time of submission, then identifier."""
         self._check_usable()
-        limit, cache = check_limit(limit), self._mirror.cache
+        limit, cache = check_limit(limit), self._replica.cache
         if limit is not None and limit <= _COPIES:
             return await _copies(cache.pending(limit), Record.copy)
         # All of this moment, though they are looked up and copied bit by bit.
@@ -335,7 +335,7 @@ class StateManager:
         """
         self._check_usable()
         record = admit(Task, task, self.db.clock)
-        write_back(await self._mirror.add(record, persist), task)
+        write_back(await self._replica.add(record, persist), task)
         return True
 
     async def update_task(self, task: Task, persist: bool = True) -> bool:
@@ -351,7 +351,7 @@ class StateManager:
         """
         self._check_usable()
         record = self._encode_known(Task, task)
-        write_back(await self._mirror.update(record, persist), task)
+        write_back(await self._replica.update(record, persist), task)
         return True
 
     async def change_task(self, task_id: str, fn: Callable[[Task], object]) -> Task | None:
@@ -372,7 +372,7 @@ class StateManager:
     async def remove_task(self, task_id: str) -> bool:
         """Remove a task; `False` if there is none. Its place on a node is free then."""
         self._check_usable()
-        return await self._mirror.remove((Task, check_key("task_id", task_id)))
+        return await self._replica.remove((Task, check_key("task_id", task_id)))
 
     delete_task = remove_task
 
@@ -396,7 +396,7 @@ class StateManager:
                 found = await self.task_repo.get(error.id)
                 key = task.idempotency_key
                 if found is not None and key is not None and found.idempotency_key == key:
-                    await self._mirror.reach(found.version)
+                    await self._replica.reach(found.version)
                     return found
                 if error.idempotency_key is None:
                     raise
@@ -441,7 +441,7 @@ class StateManager:
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            await self._mirror.settle_or_drop((Task, task.task_id))
+            await self._replica.settle_or_drop((Task, task.task_id))
             creations[place] = Create(Task, task.task_id, record)
         results = await self.db.write(apply_together, list(creations.values()))
         for place, result in zip(creations, results, strict=True):
@@ -470,7 +470,7 @@ class StateManager:
         """
         self._check_usable()
         page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
-        await self._mirror.reach(max((task.version for task in page), default=0))
+        await self._replica.reach(max((task.version for task in page), default=0))
         return page
 
     async def cancel_tasks(
@@ -618,29 +618,29 @@ class StateManager:
     async def get_node(self, node_id: str) -> NodeInfo | None:
         """A node; `None` if there is none."""
         self._check_usable()
-        record = await self._mirror.find((NodeInfo, check_key("node_id", node_id)))
+        record = await self._replica.find((NodeInfo, check_key("node_id", node_id)))
         return None if record is None else record.copy()
 
     async def get_all_nodes(self) -> list[NodeInfo]:
         """All nodes, newest registered first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.all_nodes(), Record.copy)
+        return await _copies(self._replica.cache.all_nodes(), Record.copy)
 
     async def get_online_nodes(self) -> list[NodeInfo]:
         """Nodes that are ONLINE, newest registered first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.online_nodes(), Record.copy)
+        return await _copies(self._replica.cache.online_nodes(), Record.copy)
 
     async def get_available_nodes(self) -> list[NodeInfo]:
         """ONLINE nodes with a free place, least loaded first."""
         self._check_usable()
-        return await _copies(self._mirror.cache.available_nodes(), Record.copy)
+        return await _copies(self._replica.cache.available_nodes(), Record.copy)
 
     async def find_nodes_by_skill(self, skill: str) -> list[NodeInfo]:
         """ONLINE nodes that have exactly this skill, newest registered first."""
         self._check_usable()
         return await _copies(
-            self._mirror.cache.nodes_by_skill(check_text("skill", skill)), Record.copy
+            self._replica.cache.nodes_by_skill(check_text("skill", skill)), Record.copy
         )
 
     async def add_node(self, node: NodeInfo, persist: bool = True) -> bool:
@@ -655,7 +655,7 @@ class StateManager:
         """
         self._check_usable()
         record = admit(NodeInfo, node, self.db.clock)
-        write_back(await self._mirror.add(record, persist), node)
+        write_back(await self._replica.add(record, persist), node)
         return True
 
     async def register_node(self, node: NodeInfo) -> bool:
@@ -691,7 +691,7 @@ class StateManager:
         """
         self._check_usable()
         record = self._encode_known(NodeInfo, node)
-        write_back(await self._mirror.update(record, persist), node)
+        write_back(await self._replica.update(record, persist), node)
         return True
 
     async def change_node(self, node_id: str, fn: Callable[[NodeInfo], object]) -> NodeInfo | None:
@@ -712,7 +712,7 @@ class StateManager:
     async def remove_node(self, node_id: str) -> bool:
         """Remove a node; `False` if there is none. Its tasks stay as they are."""
         self._check_usable()
-        return await self._mirror.remove((NodeInfo, check_key("node_id", node_id)))
+        return await self._replica.remove((NodeInfo, check_key("node_id", node_id)))
 
     delete_node = remove_node
 
@@ -721,8 +721,8 @@ class StateManager:
         self._check_usable()
         place = (NodeInfo, check_key("node_id", node_id))
         operation = SetNodeStatus(place[1], node_status("status", status))
-        await self._mirror.settle(place)
-        known: bool = await self._mirror.submit(operation)
+        await self._replica.settle(place)
+        known: bool = await self._replica.submit(operation)
         return known
 
     async def update_heartbeat(
@@ -755,7 +755,7 @@ class StateManager:
             usage["disk_usage"] = check_percentage("disk_usage", disk_usage)
         if running_tasks is not None:
             usage["running_tasks"] = check_count("running_tasks", running_tasks)
-        return await self._mirror.beat(check_key("node_id", node_id), usage)
+        return await self._replica.beat(check_key("node_id", node_id), usage)
 
     async def check_stale_nodes(self, timeout_seconds: float = 120) -> list[str]:
         """Set the live nodes OFFLINE that were silent for longer; a heartbeat meanwhile wins.
@@ -794,9 +794,9 @@ class StateManager:
     async def _watch(self, since: int) -> AsyncIterator[Change]:
         while self.is_initialized:
             self._check_usable()
-            with self._mirror.watchers.next_change() as woken:
+            with self._replica.watchers.next_change() as woken:
                 try:
-                    changes, until = await self._mirror.changes(since)
+                    changes, until = await self._replica.changes(since)
                 except UnavailableError:
                     if self.is_initialized:
                         raise
@@ -832,7 +832,7 @@ class StateManager:
             async with asyncio.timeout(limit):
                 while True:
                     self._check_usable()
-                    with self._mirror.watchers.next_change_of(task_id) as woken:
+                    with self._replica.watchers.next_change_of(task_id) as woken:
                         task = await self.get_task(task_id)
                         if task is None:
                             raise TaskNotFoundError(task_id)
@@ -869,7 +869,7 @@ class StateManager:
             BackendError: If the database could not be written; nothing was dropped.
         """
         self._check_usable()
-        await self._mirror.sync()
+        await self._replica.sync()
         return True
 
     async def refresh_from_database(self) -> bool:
@@ -881,13 +881,13 @@ class StateManager:
             InvalidDataError: If somebody wrote by hand what cannot be read; it took over the rest.
         """
         self._check_usable()
-        await self._mirror.refresh()
+        await self._replica.refresh()
         return True
 
     async def _sync_every(self, seconds: float) -> None:
         while True:
             await asyncio.sleep(seconds)
-            for work in (self._mirror.sync, self._mirror.refresh):
+            for work in (self._replica.sync, self._replica.refresh):
                 try:
                     await work()
                 except UnsavedConflictError:
@@ -911,13 +911,13 @@ class StateManager:
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
             return admit(repository.kind, copy, self.db.clock, known)
 
-        changed = await self._mirror.change((repository.kind, id), change)
+        changed = await self._replica.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
 
     def _encode_known(self, kind: type[Item], item: Item) -> Record[Item]:
         """Check what is given back beside what is in memory of it."""
         id = getattr(item, KEY[kind], None)
-        known = self._mirror.cache.find((kind, id)) if type(id) is str else None
+        known = self._replica.cache.find((kind, id)) if type(id) is str else None
         return admit(kind, item, self.db.clock, known)
 
     def _check_usable(self) -> None:

@@ -89,7 +89,7 @@ To take over a change takes a little longer than to load a task.
 """
 
 
-class Mirror:
+class Replica:
     """The cache of one `StateManager`, and the ways by which it and its database stay equal.
 
     Args:
@@ -112,7 +112,7 @@ class Mirror:
         self.last_refresh_at: datetime | None = None
         """When everything that others had committed had been read."""
         self.watchers = Watchers()
-        """Those who wait for a change; all are woken when the mirror is stopped."""
+        """Those who wait for a change; all are woken when the replica is stopped."""
         self._unlisten: Callable[[], None] = lambda: None
         self._loading: list[Sequence[Event | Beaten]] | None = None  # what was committed meanwhile
         self._refreshing = asyncio.Lock()

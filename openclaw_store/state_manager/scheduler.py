@@ -47,7 +47,7 @@ from openclaw_store.repositories import (
     missing,
 )
 from openclaw_store.state_manager.explain import Explanation, explain
-from openclaw_store.state_manager.replica import Mirror
+from openclaw_store.state_manager.replica import Replica
 
 logger = logging.getLogger("openclaw_store.dispatcher")
 
@@ -84,7 +84,7 @@ class Dispatcher:
 
     Args:
         database: Whose clock counts.
-        mirror: What is in memory, and the way to the writer.
+        replica: What is in memory, and the way to the writer.
         tasks: The tasks in the database.
         nodes: The nodes in the database.
         backoff: How long a task waits for its next try.
@@ -93,13 +93,13 @@ class Dispatcher:
     def __init__(
         self,
         database: Database,
-        mirror: Mirror,
+        replica: Replica,
         tasks: TaskRepository,
         nodes: NodeRepository,
         backoff: Backoff,
     ) -> None:
         self._database = database
-        self._mirror = mirror
+        self._replica = replica
         self._tasks = tasks
         self._nodes = nodes
         self._backoff = backoff
@@ -120,27 +120,27 @@ class Dispatcher:
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
-        await self._mirror.settle_or_drop(place)
+        await self._replica.settle_or_drop(place)
         taken: list[str] = []
         try:
             while True:
-                node = await self._mirror.find(place)
+                node = await self._replica.find(place)
                 if node is None:
                     raise missing(*place)
                 wanted = min(limit - len(claimed), lifecycle.free_places(node))
                 candidates = await self._take(node, wanted, taken) if wanted else []
                 if not candidates:
                     return
-                got = await self._mirror.submit(Claim(node_id, candidates, wanted))
+                got = await self._replica.submit(Claim(node_id, candidates, wanted))
                 claimed += got
                 if len(claimed) == limit:
                     self._spares //= 2
                     return
                 if len(got) < min(wanted, len(candidates)):  # others were quicker, or it is full
                     self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
-                    await self._mirror.refresh()
+                    await self._replica.refresh()
         finally:
-            self._mirror.cache.ready.put_back(taken)
+            self._replica.cache.ready.put_back(taken)
 
     async def advance(self, operation: Advance) -> Advanced:
         """Take a task a step on in its life.
@@ -149,42 +149,42 @@ class Dispatcher:
             TaskNotFoundError: If there is none.
             ConflictError: If it may not be done.
         """
-        await self._mirror.settle_or_drop((Task, operation.id))
-        known = self._mirror.cache.task(operation.id)
+        await self._replica.settle_or_drop((Task, operation.id))
+        known = self._replica.cache.task(operation.id)
         if known is not None and known["assigned_node"] is not None:
             operation.node_id = known["assigned_node"]
-            await self._mirror.settle_or_drop((NodeInfo, known["assigned_node"]))
+            await self._replica.settle_or_drop((NodeInfo, known["assigned_node"]))
         operation.known = known
         try:
-            done: Advanced = await self._mirror.submit(operation)
+            done: Advanced = await self._replica.submit(operation)
         except NotOwnerError as error:
             logger.warning("refused: %s", error)
             raise
         if not done.is_changed:  # it is as others have left it
-            await self._mirror.reach(done.record.version)
+            await self._replica.reach(done.record.version)
         return done
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
         """Add a node, or take note that it has come back as a new process."""
         register = Register(record["node_id"], record, self._backoff.draw())
-        registered: Record[NodeInfo] = await self._mirror.submit(register)
+        registered: Record[NodeInfo] = await self._replica.submit(register)
         # What is only in memory is of the former process.
-        self._mirror.cache.discard((NodeInfo, record["node_id"]))
+        self._replica.cache.discard((NodeInfo, record["node_id"]))
         return registered
 
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
         """Set the live nodes OFFLINE that were silent for longer; returns which."""
         patience = check_seconds("timeout_seconds", timeout_seconds)
-        await self._mirror.flush_beats()
+        await self._replica.flush_beats()
         reason = f"silent for more than {timeout_seconds:g} s"
         stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
         for node_id in stale:
-            await self._mirror.settle_or_drop((NodeInfo, node_id))
+            await self._replica.settle_or_drop((NodeInfo, node_id))
         operations = [
             SetNodeStatus(node_id, NodeStatus.OFFLINE, patience, reason) for node_id in stale
         ]
         # Each behind the heartbeat that may have come meanwhile.
-        outcomes = await asyncio.gather(*map(self._mirror.submit, operations))
+        outcomes = await asyncio.gather(*map(self._replica.submit, operations))
         return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
 
     async def recover(self, timeout_seconds: float) -> Recovery:
@@ -192,7 +192,7 @@ class Dispatcher:
         patience = check_seconds("timeout_seconds", timeout_seconds)
         longest_wait = timedelta(seconds=self._backoff.longest_seconds)
         recovery = Recovery(await self.set_silent_offline(timeout_seconds), [], [], [])
-        await self._mirror.refresh()
+        await self._replica.refresh()
         lists = {
             TaskStatus.PENDING: recovery.requeued_tasks,
             TaskStatus.FAILED: recovery.failed_tasks,
@@ -212,7 +212,7 @@ class Dispatcher:
         states = LIVE if filter.status is None else LIVE.intersection(filter.status)
         live = replace(filter, status=tuple(states))
         with suppress(UnsavedConflictError):  # what is only in memory cannot be found
-            await self._mirror.sync()
+            await self._replica.sync()
         cancelled: list[str] = []
         refused: list[Task] = []
         after: str | None = None
@@ -246,10 +246,10 @@ class Dispatcher:
 
     async def explain(self, task_id: str) -> Explanation:
         """Why a task is where it is."""
-        task = await self._mirror.find((Task, task_id))
+        task = await self._replica.find((Task, task_id))
         if task is None:
             raise TaskNotFoundError(task_id)
-        cache, now = self._mirror.cache, self._database.clock()
+        cache, now = self._replica.cache, self._database.clock()
         nodes = list(cache.nodes.values())
         ahead = cache.ahead_of(task, [one for one in nodes if lifecycle.has_skills(one, task)], now)
         return explain(task, nodes, ahead, now)
@@ -258,17 +258,17 @@ class Dispatcher:
         self, node: Record[NodeInfo], wanted: int, taken: list[str]
     ) -> list[Record[Task]]:
         """Set aside the best tasks for a node, and some to spare; puts them down in `taken`."""
-        cache, now = self._mirror.cache, self._database.clock()
+        cache, now = self._replica.cache, self._database.clock()
         ids = cache.ready.take(wanted + self._spares, node.encoded("available_skills"), now)
         taken += ids
         if cache.unsaved:
             for id in ids:
-                await self._mirror.settle_or_drop((Task, id))
-        return [record for id in ids if (record := self._mirror.cache.tasks.get(id)) is not None]
+                await self._replica.settle_or_drop((Task, id))
+        return [record for id in ids if (record := self._replica.cache.tasks.get(id)) is not None]
 
     async def _suspects(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
         """The tasks that seem to be on nodes that are not alive, or to run or wait for too long."""
-        cache, now = self._mirror.cache, self._database.clock()
+        cache, now = self._replica.cache, self._database.clock()
         suspects: list[str] = []
         latest = self._latest
         if latest is None or now < latest:  # else no clock was turned back since
