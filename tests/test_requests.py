@@ -39,7 +39,7 @@ from openclaw_store import (
 )
 from openclaw_store.domain.models import FINISHED, LIVE
 from openclaw_store.state_manager import manager as state_manager
-from openclaw_store.state_manager import scheduler as dispatcher
+from openclaw_store.state_manager import scheduler as scheduler
 
 NAMES = [
     "100% done",
@@ -431,7 +431,7 @@ class TestCancelTasks:
     async def test_live_tasks_that_are_meant_are_ended_and_named(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dispatcher, "TASKS_A_PAGE", 3)
+        monkeypatch.setattr(scheduler, "TASKS_A_PAGE", 3)
         node = await cluster.join(max_concurrent_tasks=9)
         for status in FINISHED:
             await cluster.add(status=status, name="train")

@@ -54,7 +54,7 @@ from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
 from openclaw_store.domain.models import FINISHED, HELD
 from openclaw_store.state_manager import replica as replica
-from openclaw_store.state_manager import scheduler as dispatcher
+from openclaw_store.state_manager import scheduler as scheduler
 
 
 class RolledBackError(Exception):
@@ -1279,7 +1279,7 @@ class TestRecover:
     async def test_ten_at_once_give_each_task_one_outcome(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(dispatcher, "TASKS_A_WRITE", 3)
+        monkeypatch.setattr(scheduler, "TASKS_A_WRITE", 3)
         nodes = [await cluster.join() for _ in range(4)]
         for node in nodes:
             for retries in (0, 0, 1, 1):

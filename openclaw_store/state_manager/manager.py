@@ -74,7 +74,7 @@ from openclaw_store.repositories import (
 )
 from openclaw_store.state_manager.explain import Explanation
 from openclaw_store.state_manager.replica import Replica
-from openclaw_store.state_manager.scheduler import Dispatcher, Recovery
+from openclaw_store.state_manager.scheduler import Recovery, Scheduler
 from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
 logger = logging.getLogger("openclaw_store.state_manager")
@@ -155,7 +155,7 @@ class StateManager:
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
         self._replica = Replica(database, check_count("finished_cache_size", finished_cache_size))
-        self._dispatcher = Dispatcher(
+        self._scheduler = Scheduler(
             database, self._replica, self.task_repo, self.node_repo, backoff
         )
         self._loop: asyncio.AbstractEventLoop | None = None  # the one it belongs to
@@ -494,7 +494,7 @@ class StateManager:
         checked = check_filter(filter)
         if reason is not None:
             check_text("reason", reason)
-        return await self._dispatcher.cancel_all(checked, reason)
+        return await self._scheduler.cancel_all(checked, reason)
 
     async def claim_tasks(self, node_id: str, limit: int = 1) -> list[Task]:
         """Hand pending tasks to a node: it owns them until it finishes them, or is lost.
@@ -516,7 +516,7 @@ class StateManager:
         """
         self._check_usable()
         node_id = check_key("node_id", node_id)
-        claimed = await self._dispatcher.claim(node_id, check_some("limit", limit))
+        claimed = await self._scheduler.claim(node_id, check_some("limit", limit))
         return list(map(Record.copy, claimed))
 
     async def start_task(self, task: Task) -> Task:
@@ -569,7 +569,7 @@ class StateManager:
             InvalidTransitionError: If it is finished otherwise.
         """
         self._check_usable()
-        return await is_known(self._dispatcher.advance(cancellation_of(task_id, reason)))
+        return await is_known(self._scheduler.advance(cancellation_of(task_id, reason)))
 
     async def requeue_task(self, task_id: str) -> bool:
         """Have a task run again, as if it never had been; `False` if there is none.
@@ -581,7 +581,7 @@ class StateManager:
             DuplicateError: If another live task has its idempotency key by now.
         """
         self._check_usable()
-        return await is_known(self._dispatcher.advance(requeue_of(task_id)))
+        return await is_known(self._scheduler.advance(requeue_of(task_id)))
 
     async def recover(self, timeout_seconds: float = 120) -> Recovery:
         """Take tasks from nodes that are not alive, and those that run for longer than they may.
@@ -600,7 +600,7 @@ class StateManager:
             All that this call has done.
         """
         self._check_usable()
-        return await self._dispatcher.recover(timeout_seconds)
+        return await self._scheduler.recover(timeout_seconds)
 
     async def explain_task(self, task_id: str) -> Explanation:
         """Why a task waits, as data; `str` of it is a sentence.
@@ -609,11 +609,11 @@ class StateManager:
             TaskNotFoundError: If there is none.
         """
         self._check_usable()
-        return await self._dispatcher.explain(check_key("task_id", task_id))
+        return await self._scheduler.explain(check_key("task_id", task_id))
 
     async def _advance(self, operation: Advance) -> Task:
         self._check_usable()
-        return (await self._dispatcher.advance(operation)).record.copy()
+        return (await self._scheduler.advance(operation)).record.copy()
 
     async def get_node(self, node_id: str) -> NodeInfo | None:
         """A node; `None` if there is none."""
@@ -672,7 +672,7 @@ class StateManager:
         """
         self._check_usable()
         record = admit(NodeInfo, node, self.db.clock)
-        write_back(await self._dispatcher.register(record), node, JOINED)
+        write_back(await self._scheduler.register(record), node, JOINED)
         return True
 
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:
@@ -769,7 +769,7 @@ class StateManager:
             Identifiers of the nodes it set OFFLINE.
         """
         self._check_usable()
-        return await self._dispatcher.set_silent_offline(timeout_seconds)
+        return await self._scheduler.set_silent_offline(timeout_seconds)
 
     def watch(self, since: int | None = None) -> AsyncIterator[Change]:
         """Every change that is committed after a revision, by this and by other processes.

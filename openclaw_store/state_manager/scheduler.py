@@ -79,7 +79,7 @@ class Recovery:
         return any(vars(self).values())
 
 
-class Dispatcher:
+class Scheduler:
     """The verbs of a task's life, for one `StateManager`.
 
     Args:
