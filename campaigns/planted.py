@@ -19,7 +19,7 @@ from openclaw_store.backends.error_mapping import PostgreSQLFaults
 from openclaw_store.backends.sqlite.connections import WriteConnection
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply, Writer
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.changes import Change
 from openclaw_store.domain.models import NodeInfo, Task
@@ -110,7 +110,9 @@ def cache_before_commit() -> Iterator[None]:
     transaction = Database._write_on_thread
 
     @contextmanager
-    def too_soon(self: Database, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+    def too_soon(
+        self: Database, until: float, committed: Callable[[WriteTransaction], None]
+    ) -> Iterator[WriteTransaction]:
         with transaction(self, until, committed) as unit:
             yield unit
             unit.before_commit.append(lambda: self._writer.publish(unit.committed))
@@ -191,7 +193,9 @@ def acknowledge_before_commit() -> Iterator[None]:
     transaction, commits = Database._write_on_thread, count()
 
     @contextmanager
-    def too_soon(self: Database, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+    def too_soon(
+        self: Database, until: float, committed: Callable[[WriteTransaction], None]
+    ) -> Iterator[WriteTransaction]:
         with transaction(self, until, lambda _: None) as unit:
             yield unit
             committed(unit)

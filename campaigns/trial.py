@@ -43,7 +43,7 @@ from openclaw_store import (
     verify,
 )
 from openclaw_store.backends.sqlite import connections as sqlite_connections
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.testing import FakeClock
 
 DEADLINE_SECONDS = 10.0
@@ -267,7 +267,7 @@ def _is_copy(file: Path, there: Picture) -> bool:
     return not damage(file) and picture(file).rows["tasks"] == there.rows["tasks"]
 
 
-def _fail(unit: Unit, operations: Sequence[Any]) -> Sequence[Any]:
+def _fail(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
     raise UnavailableError("on purpose")
 
 

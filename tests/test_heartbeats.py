@@ -13,7 +13,7 @@ from conftest import FakeClock, MakeNode
 
 from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
 from openclaw_store.database.statements import USAGE
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.heartbeats import Beat, Beaten, apply_beats
 from openclaw_store.repositories.unit_of_work import Event
 
@@ -94,7 +94,7 @@ async def test_newest_wins_in_whatever_order_they_come(
     node = nodes[0]
     first, second = clock.advance(seconds=1), clock.advance(seconds=1)
 
-    def both_at_once(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Any]:
+    def both_at_once(unit: WriteTransaction, groups: Sequence[Sequence[Beat]]) -> Sequence[Any]:
         [beats] = groups
         return [apply_beats(unit, [[beat] for beat in beats])]
 

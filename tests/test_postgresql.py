@@ -43,7 +43,7 @@ from openclaw_store.backends.error_mapping import PostgreSQLFaults
 from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.backends.postgresql.backend import _Connector
 from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS, WriterCursor, Writing
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import (
     DuplicateError,
@@ -112,7 +112,7 @@ class Hesitating(OfOneRow):
         row.remove(with_history=False)
 
 
-def needs_the_lock(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+def needs_the_lock(unit: WriteTransaction, operations: Sequence[None]) -> Sequence[Any]:
     return [unit.cursor.execute("SELECT 1") for _ in operations]
 
 
@@ -407,7 +407,7 @@ async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_
     """Planted: the server has it wait as long as ever, or as long again when it is done again."""
     asked: list[Any] = []
 
-    def ask(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+    def ask(unit: WriteTransaction, operations: Sequence[None]) -> Sequence[Any]:
         sql = "SELECT setting FROM pg_settings WHERE name = 'lock_timeout'"
         asked.extend(unit.cursor.read(sql, ()))
         if len(asked) == 1:
@@ -714,7 +714,7 @@ async def test_batch_keeps_whatever_there_is(database: Database, make_task: Make
     assert (await database.get_stats())["writer"]["largest_batch"] == len(tasks)
 
 
-NEEDING: dict[str, Callable[[Unit], Any]] = {
+NEEDING: dict[str, Callable[[WriteTransaction], Any]] = {
     "execute": lambda unit: unit.cursor.execute("SELECT task_id FROM tasks"),
     "count": lambda unit: unit.cursor.count(
         "UPDATE tasks SET error = 'x' "
@@ -727,12 +727,12 @@ NEEDING: dict[str, Callable[[Unit], Any]] = {
 
 @pytest.mark.parametrize("call", NEEDING.values(), ids=NEEDING)
 async def test_what_needs_the_lock_sees_what_stands_before_it_in_the_batch(
-    database: Database, make_task: MakeTask, call: Callable[[Unit], Any]
+    database: Database, make_task: MakeTask, call: Callable[[WriteTransaction], Any]
 ) -> None:
     """Planted: it is done without the lock, or what is kept back is not sent first."""
     tasks = TaskRepository(database)
 
-    def look(unit: Unit, operations: Sequence[None]) -> Sequence[Any]:
+    def look(unit: WriteTransaction, operations: Sequence[None]) -> Sequence[Any]:
         found = call(unit)
         assert isinstance(unit.cursor, WriterCursor)
         return [(unit.cursor.has_lock, found if isinstance(found, int) else len(found))]
@@ -748,7 +748,7 @@ async def test_what_needs_the_lock_sees_what_stands_before_it_in_the_batch(
 
 
 async def test_what_needs_the_lock_has_it_from_the_beginning(database: Database) -> None:
-    def look(unit: Unit, operations: Sequence[str]) -> Sequence[Any]:
+    def look(unit: WriteTransaction, operations: Sequence[str]) -> Sequence[Any]:
         found = []
         for name in operations:
             NEEDING[name](unit)

@@ -160,7 +160,9 @@ def client_of(app: Any) -> httpx.AsyncClient:
 
 @pytest.mark.sqlite
 async def test_units_of_systemd_clean_up(tmp_path: Path, make_task: MakeTask) -> None:
-    service, timer = [unit(block) for block in blocks("ini") if block.startswith("[Unit]")]
+    service, timer = [
+        unit(block) for block in blocks("ini") if block.startswith("[WriteTransaction]")
+    ]
     path = tmp_path / "cluster.db"
     clock = FakeClock()  # long ago
     async with Database(path, clock=clock) as db:

@@ -52,7 +52,7 @@ from openclaw_store.backends.notifications import (
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL, OTHER_LISTENERS
 from openclaw_store.backends.postgresql.write_session import Company
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.retention import Compact, compact
 
 
@@ -372,7 +372,7 @@ class TestCompaction:
         """Planted: the first change that is not old ends it."""
         batches: list[int] = []
 
-        def noted(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
+        def noted(unit: WriteTransaction, operations: Sequence[Compact]) -> Sequence[int]:
             batches.extend(removed := compact(unit, operations))
             return removed
 

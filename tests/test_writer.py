@@ -44,7 +44,7 @@ from openclaw_store.backends.base import Cursor, RedoError
 from openclaw_store.database import group_commit as writer
 from openclaw_store.database.group_commit import HALVED_FROM, Transaction, Writer
 from openclaw_store.database.write_queue import Gate
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ends_the_thread = pytest.mark.filterwarnings(
@@ -87,9 +87,11 @@ class Shelf:
         yield self.transaction
 
     @contextmanager
-    def transaction(self, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+    def transaction(
+        self, committed: Callable[[WriteTransaction], None]
+    ) -> Iterator[WriteTransaction]:
         self.opened += 1
-        unit = Unit(cast(Cursor, None), NOON)
+        unit = WriteTransaction(cast(Cursor, None), NOON)
         yield unit
         unit.finish()
         if self.commit_error is not None:
@@ -98,14 +100,14 @@ class Shelf:
         committed(unit)
         self.published.release()
 
-    def apply(self, unit: Unit, operations: Sequence[str]) -> list[Any]:
+    def apply(self, unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
         return [self._decide(unit, operation) for operation in operations]
 
-    def apply_too(self, unit: Unit, operations: Sequence[str]) -> list[Any]:
+    def apply_too(self, unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
         """Another function, so that its operations are another run of the batch."""
         return self.apply(unit, operations)
 
-    def _decide(self, unit: Unit, operation: str) -> Any:
+    def _decide(self, unit: WriteTransaction, operation: str) -> Any:
         if operation == "hold":
             self.entered.set()
             self.sent()
@@ -298,11 +300,11 @@ class TestBatches:
         queued, told = threading.Event(), threading.Event()
         was_told: list[bool] = []
 
-        def wait_and_apply(unit: Unit, operations: Sequence[str]) -> list[Any]:
+        def wait_and_apply(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
             assert queued.wait(PATIENCE)
             return shelf.apply(unit, operations)
 
-        def look_and_apply(unit: Unit, operations: Sequence[str]) -> list[Any]:
+        def look_and_apply(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
             was_told.append(told.wait(0.05))
             if ends == "committed":  # else nobody says that anything is on its way
                 shelf.sent()
@@ -497,7 +499,7 @@ class TestFailures:
         """Planted: the thread ends without looking at the queue, and they wait for ever."""
         writer = shelf.writer()
 
-        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
             shelf.apply(unit, operations)
             raise SystemExit
 
@@ -518,7 +520,7 @@ class TestFailures:
         """Planted: `close` returns when the thread it knew has ended."""
         writer = shelf.writer()
 
-        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
             shelf.apply(unit, operations)
             raise SystemExit
 
@@ -713,7 +715,7 @@ class TestCancellation:
         """Planted: only a batch that is done lets go those who were cancelled in it."""
         writer = shelf.writer()
 
-        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
             shelf.apply(unit, operations)
             raise SystemExit
 
@@ -847,7 +849,7 @@ class TestLongQueue:
         writer = shelf.writer()
         left: list[int] = []
 
-        def look(unit: Unit, operations: Sequence[str]) -> Sequence[str]:
+        def look(unit: WriteTransaction, operations: Sequence[str]) -> Sequence[str]:
             left.append(writer._tokens.qsize())
             return operations
 
@@ -938,7 +940,7 @@ class TestLongQueue:
         monkeypatch.setattr(writer, "MAX_BATCH", 1)
         writer_ = shelf.writer()
 
-        def hold_and_exit(unit: Unit, operations: Sequence[str]) -> list[Any]:
+        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
             shelf.apply(unit, operations)
             raise SystemExit
 
@@ -1210,7 +1212,7 @@ class TestFigures:
         monkeypatch.setattr(time, "perf_counter", lambda: now)
         writer_ = shelf.writer()
 
-        def take_seconds(unit: Unit, operations: Sequence[float]) -> Sequence[float]:
+        def take_seconds(unit: WriteTransaction, operations: Sequence[float]) -> Sequence[float]:
             def commit() -> None:
                 nonlocal now
                 now += sum(operations)
@@ -1734,7 +1736,7 @@ class TestOnADatabase:
         repository = TaskRepository(ticking)
         await repository.create(make_task(task_id="before"))
 
-        def end(unit: Unit, operations: Sequence[Any]) -> Sequence[Any]:
+        def end(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
             unit.cursor.execute("DELETE FROM tasks")
             raise SystemExit
 

@@ -23,4 +23,4 @@ from openclaw_store.database.tables import (
     table_of,
 )
 from openclaw_store.database.types import UtcTime, from_microseconds, to_microseconds
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction

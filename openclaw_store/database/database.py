@@ -42,7 +42,7 @@ from openclaw_store.database.group_commit import Apply, Listener, Transaction, W
 from openclaw_store.database.sessions import Engines
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import Gate
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import Clock, check_limit_seconds, utc_now
 from openclaw_store.errors import (
     BackendError,
@@ -57,7 +57,9 @@ logger = logging.getLogger("openclaw_store.database")
 
 Result = TypeVar("Result")
 
-_inside: ContextVar[tuple[Database, Unit] | None] = ContextVar("transaction", default=None)
+_inside: ContextVar[tuple[Database, WriteTransaction] | None] = ContextVar(
+    "transaction", default=None
+)
 """The transaction that the running task is in, or was made in."""
 
 _forks = 0
@@ -279,7 +281,7 @@ class Database:
                 with self._backend.faults.translated(own=False):
                     with self._backend.faults.translated():
                         connection = await cancelled_once(self._backend.begin(session))
-                    unit = Unit(self._backend.cursor(connection), self.clock())
+                    unit = WriteTransaction(self._backend.cursor(connection), self.clock())
                     session.info.update(unit=unit, turn=asyncio.Lock())
                     self._gate.limit(seconds)
                     outside = _inside.get()
@@ -319,7 +321,7 @@ class Database:
                 "do the slow part outside, or pass transaction(timeout=…)"
             ) from error
 
-    async def _commit(self, session: AsyncSession, unit: Unit) -> None:
+    async def _commit(self, session: AsyncSession, unit: WriteTransaction) -> None:
         async with session.info["turn"]:  # a call that the block has left behind may be writing
             with self._backend.faults.translated():
                 await session.run_sync(lambda _: unit.finish())
@@ -489,7 +491,9 @@ class Database:
             yield partial(self._write_on_thread, until)
 
     @contextmanager
-    def _write_on_thread(self, until: float, committed: Callable[[Unit], None]) -> Iterator[Unit]:
+    def _write_on_thread(
+        self, until: float, committed: Callable[[WriteTransaction], None]
+    ) -> Iterator[WriteTransaction]:
         """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
         with self._backend.faults.translated():
             try:
@@ -498,7 +502,7 @@ class Database:
                     self._writing = self._backend.writing(until)
                 writing = self._writing
                 writing.begin(until, self._writer.publish_kept)
-                unit = Unit(writing.cursor, self.clock())
+                unit = WriteTransaction(writing.cursor, self.clock())
                 yield unit
                 unit.finish()
                 with self._backend.faults.translated(committing=True):

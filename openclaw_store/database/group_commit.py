@@ -46,13 +46,15 @@ from typing import Any
 
 from openclaw_store.backends import RedoError, finish
 from openclaw_store.database.metrics import _Logbook
-from openclaw_store.database.write_transaction import Unit
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.errors import BackendError, UnavailableError
 
 logger = logging.getLogger("openclaw_store.writer")
 
 
-Transaction = Callable[[Callable[["Unit"], None]], AbstractContextManager["Unit"]]
+Transaction = Callable[
+    [Callable[["WriteTransaction"], None]], AbstractContextManager["WriteTransaction"]
+]
 """Opens a transaction on the writer's thread, and calls back when it is committed.
 
 It commits at the end of the block, or rolls back and raises: a `BackendError` only when the whole
@@ -61,7 +63,7 @@ has the lock; anything else is taken for the fault of one operation.
 """
 
 
-Apply = Callable[["Unit", Sequence[Any]], Sequence[Any]]
+Apply = Callable[["WriteTransaction", Sequence[Any]], Sequence[Any]]
 """Applies operations in order; returns a result, or an exception, for each of them.
 
 After a rollback they are applied again, and must lead to the same.
@@ -359,7 +361,7 @@ class Writer:
         """Commit the entries in one transaction; returns whether that is done."""
         outcomes: list[Any] = []
 
-        def keep(unit: Unit) -> None:
+        def keep(unit: WriteTransaction) -> None:
             self._logbook.note_commit(len(entries), time.perf_counter() - began)
             with self._publishing:
                 self.publish_kept()

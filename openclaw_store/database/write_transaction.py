@@ -11,7 +11,7 @@ from openclaw_store.backends import Cursor
 Shared = TypeVar("Shared")
 
 
-class Unit:
+class WriteTransaction:
     """One write transaction: its cursor, its moment, and what it will have changed."""
 
     def __init__(self, cursor: Cursor, now: datetime) -> None:
@@ -29,7 +29,7 @@ class Unit:
         """What went wrong half-way through an operation, so that it must not commit."""
         self._parts: dict[Any, Any] = {}
 
-    def part(self, factory: Callable[[Unit], Shared]) -> Shared:
+    def part(self, factory: Callable[[WriteTransaction], Shared]) -> Shared:
         """What all operations of the unit share, made by `factory` when first asked for."""
         if factory not in self._parts:
             self._parts[factory] = factory(self)

@@ -28,8 +28,8 @@ from openclaw_store.database import (
     CounterRow,
     Database,
     NodeRow,
-    Unit,
     UtcTime,
+    WriteTransaction,
     from_microseconds,
     statements_for,
     table_of,
@@ -119,7 +119,7 @@ class _Rows:
                     "again; verify finds all such rows",
                 ) from error
 
-    def write(self, unit: Unit, batches: Sequence[Sequence[Image]]) -> Sequence[None]:
+    def write(self, unit: WriteTransaction, batches: Sequence[Sequence[Image]]) -> Sequence[None]:
         """Insert rows."""
         sql = statements_for(unit.cursor.dialect)
         for batch in batches:

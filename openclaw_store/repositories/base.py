@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import COLUMNS, ROWS, Apply, Database, Unit
+from openclaw_store.database import COLUMNS, ROWS, Apply, Database, WriteTransaction
 from openclaw_store.domain import (
     KEY,
     MAX_INTEGER,
@@ -138,7 +138,7 @@ class Repository(Generic[Item]):
         return await self._read(run)
 
     @property
-    def _unit(self) -> Unit | None:
+    def _unit(self) -> WriteTransaction | None:
         """The write transaction that is joined."""
         return None if self._session is None else self._session.info.get("unit")
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
-from openclaw_store.database import FIELDS, Unit
+from openclaw_store.database import FIELDS, WriteTransaction
 from openclaw_store.domain import (
     ALIVE,
     FINISHED,
@@ -346,6 +346,8 @@ class Register(OfOneRow):
         return row.write(record, CONTENT[NodeInfo], "registered")
 
 
-def apply_together(unit: Unit, groups: Sequence[Sequence[Operation]]) -> Sequence[Sequence[Any]]:
+def apply_together(
+    unit: WriteTransaction, groups: Sequence[Sequence[Operation]]
+) -> Sequence[Sequence[Any]]:
     """Apply groups of operations, each of which was submitted as one."""
     return [apply(unit, group) for group in groups]

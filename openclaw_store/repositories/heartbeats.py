@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
-from openclaw_store.database import USAGE, Unit
+from openclaw_store.database import USAGE, WriteTransaction
 from openclaw_store.domain import NodeInfo, NodeStatus, Place, Record
 from openclaw_store.repositories.unit_of_work import (
     Ledger,
@@ -114,12 +114,14 @@ class AfterBeat:
         return self.operation.decide(row)
 
 
-def apply_beats(unit: Unit, groups: Sequence[Sequence[Beat]]) -> Sequence[Sequence[bool]]:
+def apply_beats(
+    unit: WriteTransaction, groups: Sequence[Sequence[Beat]]
+) -> Sequence[Sequence[bool]]:
     """Apply groups of heartbeats, each of which was submitted as one."""
     return [_apply(unit, group) for group in groups]
 
 
-def _apply(unit: Unit, beats: Sequence[Beat]) -> Sequence[bool]:
+def _apply(unit: WriteTransaction, beats: Sequence[Beat]) -> Sequence[bool]:
     ledger = unit.part(Ledger)
     ledger.count_from(*counters_of(unit.cursor.execute(ledger.sql.read_counters)))
     now = ledger.sql.to_moment(unit.now)

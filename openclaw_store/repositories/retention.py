@@ -21,7 +21,7 @@ from openclaw_store.database import (
     ChangeRow,
     Database,
     TaskRow,
-    Unit,
+    WriteTransaction,
     statements_for,
 )
 from openclaw_store.domain import (
@@ -122,12 +122,14 @@ class RemoveFinished:
     limit: int
 
 
-def remove_finished(unit: Unit, operations: Sequence[RemoveFinished]) -> Sequence[tuple[int, bool]]:
+def remove_finished(
+    unit: WriteTransaction, operations: Sequence[RemoveFinished]
+) -> Sequence[tuple[int, bool]]:
     """Apply `RemoveFinished` operations."""
     return [_remove_finished(unit, operation) for operation in operations]
 
 
-def _remove_finished(unit: Unit, operation: RemoveFinished) -> tuple[int, bool]:
+def _remove_finished(unit: WriteTransaction, operation: RemoveFinished) -> tuple[int, bool]:
     sql = statements_for(unit.cursor.dialect)
     moments = (unit.now, operation.cutoff, unit.now + (unit.now - operation.cutoff))
     now, cutoff, as_far_ahead = map(sql.to_moment, moments)
@@ -208,7 +210,7 @@ class Compact:
     until: int
 
 
-def compact(unit: Unit, operations: Sequence[Compact]) -> Sequence[int]:
+def compact(unit: WriteTransaction, operations: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` operations."""
     sql, cursor = statements_for(unit.cursor.dialect), unit.cursor
     newest, _ = counters_of(cursor.execute(sql.read_counters))

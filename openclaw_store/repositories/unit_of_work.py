@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from openclaw_store.backends import array
-from openclaw_store.database import FIELDS, ROWS, Unit, statements_for
+from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
 from openclaw_store.domain import (
     FINISHED,
     HELD,
@@ -267,7 +267,7 @@ class Ledger:
     has written since: each transaction that writes moves them.
     """
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: WriteTransaction) -> None:
         self.unit = unit
         self.cursor = unit.cursor
         self.sql = statements_for(unit.cursor.dialect)
@@ -451,7 +451,7 @@ class Ledger:
         return list(changes.values()), forgotten
 
 
-def apply(unit: Unit, operations: Sequence[Operation]) -> Sequence[Any]:
+def apply(unit: WriteTransaction, operations: Sequence[Operation]) -> Sequence[Any]:
     """Decide the operations in order and write what they changed."""
     if not operations:
         return []
