@@ -160,9 +160,7 @@ def client_of(app: Any) -> httpx.AsyncClient:
 
 @pytest.mark.sqlite
 async def test_units_of_systemd_clean_up(tmp_path: Path, make_task: MakeTask) -> None:
-    service, timer = [
-        unit(block) for block in blocks("ini") if block.startswith("[WriteTransaction]")
-    ]
+    service, timer = [unit(block) for block in blocks("ini") if block.startswith("[Unit]")]
     path = tmp_path / "cluster.db"
     clock = FakeClock()  # long ago
     async with Database(path, clock=clock) as db:

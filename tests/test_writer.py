@@ -42,7 +42,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.base import Cursor, RedoError
 from openclaw_store.database import group_commit as writer
-from openclaw_store.database.group_commit import HALVED_FROM, Transaction, Writer
+from openclaw_store.database.group_commit import HALVED_FROM, BeginTransaction, Writer
 from openclaw_store.database.write_queue import Gate
 from openclaw_store.database.write_transaction import WriteTransaction
 
@@ -82,7 +82,7 @@ class Shelf:
         return writer
 
     @contextmanager
-    def turn(self) -> Iterator[Transaction]:
+    def turn(self) -> Iterator[BeginTransaction]:
         self.turns += 1
         yield self.transaction
 

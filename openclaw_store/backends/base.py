@@ -97,7 +97,7 @@ class Backend(Protocol):
         """Close `session`, whatever state its connection is in."""
 
     def cursor(self, connection: Connection) -> Cursor:
-        """What a unit writes with in the transaction of a session."""
+        """What a transaction writes with in the transaction of a session."""
 
     def writing(self, until: float) -> Writing:
         """A connection for the writer, on whose thread this is called.
@@ -140,16 +140,16 @@ class Cursor(Protocol):
         """The rows of a statement that gives what the guard asks for, or comes behind it."""
 
     def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Do a statement for many rows, before anything else is read or the unit commits.
+        """Do a statement for many rows, before anything else is read or the transaction commits.
 
         Statements that stand together may be done in any order, none seeing what others wrote.
         """
 
     def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        """The guard's row and what was to be remembered, if a unit may do without reading them."""
+        """Return the expected counters and nodes; `None` if the transaction must read them."""
 
     def assume(self) -> None:
-        """Take note that the unit does so.
+        """Take note that the transaction does so.
 
         Whether all that is still so, and whether rows that it adds are new, is seen when they are
         written. The guard should make sure of what else it has taken for granted.

@@ -38,7 +38,7 @@ from openclaw_store.backends import (
 )
 from openclaw_store.backends.sqlite import backend as sqlite
 from openclaw_store.database import legacy_import, migrations
-from openclaw_store.database.group_commit import Apply, Listener, Transaction, Writer
+from openclaw_store.database.group_commit import Apply, BeginTransaction, Listener, Writer
 from openclaw_store.database.sessions import Engines
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import Gate
@@ -194,7 +194,7 @@ class Database:
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
         await asyncio.gather(
-            *[unit for unit in self._background if unit.get_loop() is loop], return_exceptions=True
+            *[task for task in self._background if task.get_loop() is loop], return_exceptions=True
         )
         await self._writer.close()
         try:
@@ -281,25 +281,25 @@ class Database:
                 with self._backend.faults.translated(own=False):
                     with self._backend.faults.translated():
                         connection = await cancelled_once(self._backend.begin(session))
-                    unit = WriteTransaction(self._backend.cursor(connection), self.clock())
-                    session.info.update(unit=unit, turn=asyncio.Lock())
+                    transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
+                    session.info.update(transaction=transaction, turn=asyncio.Lock())
                     self._gate.limit(seconds)
                     outside = _inside.get()
-                    _inside.set((self, unit))
+                    _inside.set((self, transaction))
                     try:
                         async with self._deadline(seconds):
                             yield session
                         self._gate.limit(self.timeout)
-                        if unit.failure is not None:
+                        if transaction.failure is not None:
                             raise StoreError(
                                 "a write in the transaction failed, so all of it was rolled back"
-                            ) from unit.failure
-                        if not unit.finished:  # else the block rolled back by itself
-                            await finish(self._commit(session, unit))
+                            ) from transaction.failure
+                        if not transaction.finished:  # else the block rolled back by itself
+                            await finish(self._commit(session, transaction))
                     finally:
-                        unit.finished = True
+                        transaction.finished = True
                         _inside.set(outside)
-                        for restore in reversed(unit.undo):
+                        for restore in reversed(transaction.undo):
                             restore()
             except BackendError:
                 await finish(session.invalidate())  # who would roll back may wait for an answer
@@ -321,16 +321,16 @@ class Database:
                 "do the slow part outside, or pass transaction(timeout=…)"
             ) from error
 
-    async def _commit(self, session: AsyncSession, unit: WriteTransaction) -> None:
+    async def _commit(self, session: AsyncSession, transaction: WriteTransaction) -> None:
         async with session.info["turn"]:  # a call that the block has left behind may be writing
             with self._backend.faults.translated():
-                await session.run_sync(lambda _: unit.finish())
+                await session.run_sync(lambda _: transaction.finish())
         try:
             await session.commit()
         except (SQLAlchemyError, OSError) as error:
             raise self._backend.faults.translate(error, committing=True) from error
-        unit.undo.clear()
-        self._writer.publish(unit.committed)
+        transaction.undo.clear()
+        self._writer.publish(transaction.committed)
         await asyncio.sleep(0)  # the caches of this loop are told first
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
@@ -339,12 +339,12 @@ class Database:
         So a cancelled caller does not tear the connection out of its hands.
         """
 
-        async def unit() -> Result:
+        async def in_own_task() -> Result:
             with self._backend.faults.translated():  # the statements are ours
                 async with self._reading() as session:
                     return await work(session)
 
-        task = asyncio.ensure_future(unit())
+        task = asyncio.ensure_future(in_own_task())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
         try:
@@ -384,15 +384,15 @@ class Database:
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
         """Apply an operation in the transaction that `session` came from; returns its result."""
-        unit = session.info.get("unit")
-        if unit is None or unit.finished:
+        transaction = session.info.get("transaction")
+        if transaction is None or transaction.finished:
             raise StoreError("this session only reads: take one from `async with transaction()`")
-        async with session.info["turn"]:  # the unit has one cursor
+        async with session.info["turn"]:  # the transaction has one cursor
             try:
                 with self._backend.faults.translated():
-                    outcome = (await session.run_sync(lambda _: apply(unit, [operation])))[0]
+                    outcome = (await session.run_sync(lambda _: apply(transaction, [operation])))[0]
             except BaseException as error:
-                unit.failure = error  # part of it may be done: it must not be committed
+                transaction.failure = error  # part of it may be done: it must not be committed
                 raise
         if isinstance(outcome, BaseException):
             raise outcome
@@ -484,7 +484,7 @@ class Database:
             self._gate.leave()
 
     @contextmanager
-    def _turn_on_thread(self) -> Iterator[Transaction]:
+    def _turn_on_thread(self) -> Iterator[BeginTransaction]:
         """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
         until = time.monotonic() + self.timeout
         with self._gate.held("the writer", self._writer.publish_kept):
@@ -502,9 +502,9 @@ class Database:
                     self._writing = self._backend.writing(until)
                 writing = self._writing
                 writing.begin(until, self._writer.publish_kept)
-                unit = WriteTransaction(writing.cursor, self.clock())
-                yield unit
-                unit.finish()
+                transaction = WriteTransaction(writing.cursor, self.clock())
+                yield transaction
+                transaction.finish()
                 with self._backend.faults.translated(committing=True):
                     writing.commit()
             except RedoError:
@@ -512,7 +512,7 @@ class Database:
             except BaseException:
                 self._writer_stopped()  # the next one begins with a connection in a known state
                 raise
-            committed(unit)
+            committed(transaction)
 
     def _is_pipelined(self) -> bool:
         return self._writing is not None and self._writing.is_pipelined

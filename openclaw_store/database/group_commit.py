@@ -52,7 +52,7 @@ from openclaw_store.errors import BackendError, UnavailableError
 logger = logging.getLogger("openclaw_store.writer")
 
 
-Transaction = Callable[
+BeginTransaction = Callable[
     [Callable[["WriteTransaction"], None]], AbstractContextManager["WriteTransaction"]
 ]
 """Opens a transaction on the writer's thread, and calls back when it is committed.
@@ -110,7 +110,7 @@ class Writer:
 
     def __init__(
         self,
-        turn: Callable[[], AbstractContextManager[Transaction]],
+        turn: Callable[[], AbstractContextManager[BeginTransaction]],
         stopped: Callable[[], None],
         clock: Callable[[], datetime],
         is_pipelined: Callable[[], bool],
@@ -344,8 +344,8 @@ class Writer:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
         try:
-            with self._turn() as transaction:
-                while not self._apply(entries, transaction, began):
+            with self._turn() as begin:
+                while not self._apply(entries, begin, began):
                     pass
         except Exception as error:
             if isinstance(error, BackendError):
@@ -357,20 +357,20 @@ class Writer:
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
 
-    def _apply(self, entries: Sequence[_Entry], transaction: Transaction, began: float) -> bool:
+    def _apply(self, entries: Sequence[_Entry], begin: BeginTransaction, began: float) -> bool:
         """Commit the entries in one transaction; returns whether that is done."""
         outcomes: list[Any] = []
 
-        def keep(unit: WriteTransaction) -> None:
+        def keep(transaction: WriteTransaction) -> None:
             self._logbook.note_commit(len(entries), time.perf_counter() - began)
             with self._publishing:
                 self.publish_kept()
-                self._kept = unit.committed, entries, outcomes
+                self._kept = transaction.committed, entries, outcomes
 
         try:
-            with transaction(keep) as unit:
+            with begin(keep) as transaction:
                 for apply, run in groupby(entries, key=itemgetter(1)):
-                    outcomes.extend(apply(unit, [operation for _, _, operation in run]))
+                    outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
         except RedoError:
             return False
         return True

@@ -80,8 +80,8 @@ class _WriteSession(Session):
     """A session whose transaction is ended by `Database.transaction` alone."""
 
     def commit(self) -> None:
-        unit = self.info.get("unit")
-        if unit is not None and not unit.finished:
+        transaction = self.info.get("transaction")
+        if transaction is not None and not transaction.finished:
             raise StoreError("the transaction commits at the end of its block: do not commit it")
         super().commit()
 
@@ -89,9 +89,9 @@ class _WriteSession(Session):
         raise StoreError("a transaction has no savepoints: what fails in it undoes all of it")
 
     def rollback(self) -> None:
-        unit = self.info.get("unit")
-        if unit is not None:
-            unit.finished = True
+        transaction = self.info.get("transaction")
+        if transaction is not None:
+            transaction.finished = True
         super().rollback()
 
 

@@ -30,7 +30,7 @@ class WriteTransaction:
         self._parts: dict[Any, Any] = {}
 
     def part(self, factory: Callable[[WriteTransaction], Shared]) -> Shared:
-        """What all operations of the unit share, made by `factory` when first asked for."""
+        """What all operations of the transaction share, made by `factory` when first asked for."""
         if factory not in self._parts:
             self._parts[factory] = factory(self)
         part: Shared = self._parts[factory]
@@ -41,6 +41,6 @@ class WriteTransaction:
         self.finished = True
         for work in self.before_commit:
             work()
-        # These refer to the unit. Such cycles only the garbage collector frees.
+        # These refer to the transaction. Such cycles only the garbage collector frees.
         self.before_commit.clear()
         self._parts.clear()

@@ -119,20 +119,26 @@ class _Rows:
                     "again; verify finds all such rows",
                 ) from error
 
-    def write(self, unit: WriteTransaction, batches: Sequence[Sequence[Image]]) -> Sequence[None]:
+    def write(
+        self, transaction: WriteTransaction, batches: Sequence[Sequence[Image]]
+    ) -> Sequence[None]:
         """Insert rows."""
-        sql = statements_for(unit.cursor.dialect)
+        sql = statements_for(transaction.cursor.dialect)
         for batch in batches:
-            images = batch if unit.cursor.dialect == "sqlite" else list(map(self._native, batch))
+            images = (
+                batch if transaction.cursor.dialect == "sqlite" else list(map(self._native, batch))
+            )
             if self.kind is None:
-                unit.cursor.write(sql.insert_change, images)
+                transaction.cursor.write(sql.insert_change, images)
                 continue
             insert, _ = sql.insert[self.kind]
             width = len(FIELDS[self.kind])
-            unit.cursor.write(insert, [image[:width] for image in images])
+            transaction.cursor.write(insert, [image[:width] for image in images])
             if self.kind is NodeInfo:
                 beats, _ = sql.update(NodeInfo, frozenset({"version", "beat"}))
-                unit.cursor.write(beats, [(image[0], *image[width - 1 :]) for image in images])
+                transaction.cursor.write(
+                    beats, [(image[0], *image[width - 1 :]) for image in images]
+                )
         return [None] * len(batches)
 
     def _native(self, image: Image) -> Image:

@@ -138,17 +138,17 @@ class Repository(Generic[Item]):
         return await self._read(run)
 
     @property
-    def _unit(self) -> WriteTransaction | None:
+    def _transaction(self) -> WriteTransaction | None:
         """The write transaction that is joined."""
-        return None if self._session is None else self._session.info.get("unit")
+        return None if self._session is None else self._session.info.get("transaction")
 
     def _write_back(
         self, record: Record[Item], item: Item, names: Iterable[str] | None = None
     ) -> None:
         names = tuple(STAMPED[self.kind] if names is None else names)
-        if self._unit is not None:
+        if self._transaction is not None:
             before = {name: item.__dict__[name] for name in names}
-            self._unit.undo.append(partial(item.__dict__.update, before))
+            self._transaction.undo.append(partial(item.__dict__.update, before))
         write_back(record, item, names)
 
     def _hand_out(self, records: Sequence[Record[Item]]) -> list[Item]:
@@ -158,12 +158,14 @@ class Repository(Generic[Item]):
         was read in between must not pass for that one, so it is made outdated for good.
         """
         items = [record.copy() for record in records]
-        unit = self._unit
-        if unit is not None and unit.committed:
-            changed = {(one.kind, one.id) for one in unit.committed if isinstance(one, Event)}
+        transaction = self._transaction
+        if transaction is not None and transaction.committed:
+            changed = {
+                (one.kind, one.id) for one in transaction.committed if isinstance(one, Event)
+            }
             for record, item in zip(records, items, strict=True):
                 if place_of(record) in changed:
-                    unit.undo.append(partial(setattr, item, "version", UNDONE))
+                    transaction.undo.append(partial(setattr, item, "version", UNDONE))
         return items
 
     async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:

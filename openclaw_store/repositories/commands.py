@@ -347,7 +347,7 @@ class Register(OfOneRow):
 
 
 def apply_together(
-    unit: WriteTransaction, groups: Sequence[Sequence[Operation]]
+    transaction: WriteTransaction, groups: Sequence[Sequence[Operation]]
 ) -> Sequence[Sequence[Any]]:
     """Apply groups of operations, each of which was submitted as one."""
-    return [apply(unit, group) for group in groups]
+    return [apply(transaction, group) for group in groups]

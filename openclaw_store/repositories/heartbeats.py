@@ -115,25 +115,27 @@ class AfterBeat:
 
 
 def apply_beats(
-    unit: WriteTransaction, groups: Sequence[Sequence[Beat]]
+    transaction: WriteTransaction, groups: Sequence[Sequence[Beat]]
 ) -> Sequence[Sequence[bool]]:
     """Apply groups of heartbeats, each of which was submitted as one."""
-    return [_apply(unit, group) for group in groups]
+    return [_apply(transaction, group) for group in groups]
 
 
-def _apply(unit: WriteTransaction, beats: Sequence[Beat]) -> Sequence[bool]:
-    ledger = unit.part(Ledger)
-    ledger.count_from(*counters_of(unit.cursor.execute(ledger.sql.read_counters)))
-    now = ledger.sql.to_moment(unit.now)
+def _apply(transaction: WriteTransaction, beats: Sequence[Beat]) -> Sequence[bool]:
+    ledger = transaction.part(Ledger)
+    ledger.count_from(*counters_of(transaction.cursor.execute(ledger.sql.read_counters)))
+    now = ledger.sql.to_moment(transaction.now)
     rows = []
     for beat in beats:
         at = ledger.sql.to_moment(beat.at)
         rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, at, now))
-    unit.cursor.remember(dict.fromkeys(beat.id for beat in beats))  # they are not as they were
-    if unit.cursor.count(ledger.sql.beat, rows) < len(rows):
+    transaction.cursor.remember(
+        dict.fromkeys(beat.id for beat in beats)
+    )  # they are not as they were
+    if transaction.cursor.count(ledger.sql.beat, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
         # those that were written that makes no difference.
-        known: Sequence[bool] = apply(unit, beats)
+        known: Sequence[bool] = apply(transaction, beats)
         return known
     ledger.beaten = True
     for beat in beats:

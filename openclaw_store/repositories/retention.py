@@ -123,25 +123,29 @@ class RemoveFinished:
 
 
 def remove_finished(
-    unit: WriteTransaction, operations: Sequence[RemoveFinished]
+    transaction: WriteTransaction, operations: Sequence[RemoveFinished]
 ) -> Sequence[tuple[int, bool]]:
     """Apply `RemoveFinished` operations."""
-    return [_remove_finished(unit, operation) for operation in operations]
+    return [_remove_finished(transaction, operation) for operation in operations]
 
 
-def _remove_finished(unit: WriteTransaction, operation: RemoveFinished) -> tuple[int, bool]:
-    sql = statements_for(unit.cursor.dialect)
-    moments = (unit.now, operation.cutoff, unit.now + (unit.now - operation.cutoff))
+def _remove_finished(transaction: WriteTransaction, operation: RemoveFinished) -> tuple[int, bool]:
+    sql = statements_for(transaction.cursor.dialect)
+    moments = (
+        transaction.now,
+        operation.cutoff,
+        transaction.now + (transaction.now - operation.cutoff),
+    )
     now, cutoff, as_far_ahead = map(sql.to_moment, moments)
     told, untold, early, astray = sql.finished(operation.keep)
     old: list[str] = []
     for search, *given in ((told, cutoff), (untold, cutoff), (early, now, cutoff)):
-        found = unit.cursor.execute(search, (*given, operation.limit - len(old)))
+        found = transaction.cursor.execute(search, (*given, operation.limit - len(old)))
         old.extend(id for (id,) in found)
-    found = unit.cursor.execute(astray, (now, as_far_ahead, _REDATED_AT_ONCE))
+    found = transaction.cursor.execute(astray, (now, as_far_ahead, _REDATED_AT_ONCE))
     removals = [Remove(Task, id, with_history=True) for id in sorted(old)]
-    apply(unit, removals)
-    redated = apply(unit, [Redate(id) for (id,) in sorted(found)])
+    apply(transaction, removals)
+    redated = apply(transaction, [Redate(id) for (id,) in sorted(found)])
     return len(old), len(old) == operation.limit or any(redated)
 
 
@@ -210,9 +214,9 @@ class Compact:
     until: int
 
 
-def compact(unit: WriteTransaction, operations: Sequence[Compact]) -> Sequence[int]:
+def compact(transaction: WriteTransaction, operations: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` operations."""
-    sql, cursor = statements_for(unit.cursor.dialect), unit.cursor
+    sql, cursor = statements_for(transaction.cursor.dialect), transaction.cursor
     newest, _ = counters_of(cursor.execute(sql.read_counters))
     counts = []
     for operation in operations:

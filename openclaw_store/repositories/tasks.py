@@ -118,7 +118,7 @@ class TaskRepository(Repository[Task]):
             if not wanted:
                 return found
             decode = decoder_here(session, Task)
-            now = self._database.clock() if self._unit is None else self._unit.now
+            now = self._database.clock() if self._transaction is None else self._transaction.now
             async for rows in read_rows(session, select_pending()):
                 tasks = map(decode, rows)
                 found += [task for task in tasks if claim(task, nodes[0], now) is not None]

@@ -111,7 +111,7 @@ class OfOneRow:
 
 
 class Row:
-    """A row as the operations of a unit have left it so far."""
+    """A row as the operations of a transaction have left it so far."""
 
     stored = False
     """Whether the database had the row before."""
@@ -189,7 +189,7 @@ class Row:
 
     @property
     def now(self) -> datetime:
-        return self._ledger.unit.now
+        return self._ledger.transaction.now
 
     @property
     def flush(self) -> int:
@@ -261,16 +261,16 @@ class Row:
 
 
 class Ledger:
-    """The revisions of one unit, and what it adds to the feed.
+    """The revisions of one transaction, and what it adds to the feed.
 
     The counters are read before anything else, or with it, and tell at the end whether anybody
     has written since: each transaction that writes moves them.
     """
 
-    def __init__(self, unit: WriteTransaction) -> None:
-        self.unit = unit
-        self.cursor = unit.cursor
-        self.sql = statements_for(unit.cursor.dialect)
+    def __init__(self, transaction: WriteTransaction) -> None:
+        self.transaction = transaction
+        self.cursor = transaction.cursor
+        self.sql = statements_for(transaction.cursor.dialect)
         self.rows: dict[type[Any], dict[str, Row]] = {}
         """Those of the run of operations that is being decided."""
         self.holders: dict[str, str | None] = {}
@@ -279,7 +279,7 @@ class Ledger:
         self._counters: tuple[int, int] | None = None  # as they were read
         self._revision = 0
         self.beat = 0
-        """The number of this unit's flush of heartbeats, if it has one."""
+        """The number of this transaction's flush of heartbeats, if it has one."""
         self.beaten = False
         """Whether it has one."""
         self._changes: list[Change] = []
@@ -288,9 +288,9 @@ class Ledger:
         self._trusted: dict[str, int] = {}  # the versions of tasks that were not read
         self._presumed_new: list[Row] = []  # those that were not read, either
         self._only_adds = False  # rows that are presumed new: only their numbers may be wrong
-        self.tell: Callable[[object], None] = unit.committed.append
+        self.tell: Callable[[object], None] = transaction.committed.append
         """Tells the listeners, once it is committed."""
-        unit.before_commit.append(self._write)
+        transaction.before_commit.append(self._write)
 
     def count_from(self, revision: int, beat: int) -> None:
         """Take note of the counters, when they are first read."""
@@ -305,7 +305,7 @@ class Ledger:
         version: no version ever comes back. The nodes are as the writer left them, if nobody has
         written since. And what is to be added is not there.
         """
-        # Only the first run of a unit: what an earlier one has written is not among what is known.
+        # Only in the first run of a transaction: later runs do not know what it has written.
         known = self.cursor.known() if self._counters is None else None
         if known is None:
             return False
@@ -380,7 +380,7 @@ class Ledger:
         self._revision += 1
         change = Change(
             self._revision,
-            self.unit.now,
+            self.transaction.now,
             ITEM[row.kind],
             row.id,
             kind,
@@ -394,7 +394,7 @@ class Ledger:
         return change
 
     def changes_of(self, row: Row) -> Iterable[Change]:
-        """Those of a row that this unit has made, newest first."""
+        """Those of a row that this transaction has made, newest first."""
         place = (ITEM[row.kind], row.id)
         return (one for one in reversed(self._changes) if (one.item, one.item_id) == place)
 
@@ -405,7 +405,7 @@ class Ledger:
         if forgotten:
             changes, forgotten = self._without_forgotten()
         if changes:
-            at = self.sql.to_moment(self.unit.now)
+            at = self.sql.to_moment(self.transaction.now)
             self.cursor.write(
                 self.sql.insert_change,
                 [
@@ -428,7 +428,7 @@ class Ledger:
 
     def _renumber(self, by: int) -> None:
         """Number all that was added behind what others have committed meanwhile."""
-        committed = self.unit.committed
+        committed = self.transaction.committed
         for place, event in enumerate(committed):
             event.record.fields["version"] += by
             row = list(event.record.row)
@@ -440,7 +440,7 @@ class Ledger:
     def _without_forgotten(self) -> tuple[list[Change], list[Forgotten]]:
         """What the feed is to be told, and where what it is to forget begins.
 
-        What this unit itself would have to remove again it does not write.
+        What this transaction itself would have to remove again it does not write.
         """
         changes = {one.revision: one for one in self._changes}
         forgotten = []
@@ -451,11 +451,11 @@ class Ledger:
         return list(changes.values()), forgotten
 
 
-def apply(unit: WriteTransaction, operations: Sequence[Operation]) -> Sequence[Any]:
+def apply(transaction: WriteTransaction, operations: Sequence[Operation]) -> Sequence[Any]:
     """Decide the operations in order and write what they changed."""
     if not operations:
         return []
-    ledger = unit.part(Ledger)
+    ledger = transaction.part(Ledger)
     rows = ledger.rows = {kind: {} for kind in ROWS}
     targets: list[Row] = []
     keys: list[str] = []

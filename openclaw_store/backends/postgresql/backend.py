@@ -253,7 +253,7 @@ class PostgreSQL:
             await session.invalidate()
 
     def cursor(self, connection: Connection) -> Cursor:
-        """What a unit writes with in the transaction of a session."""
+        """What a transaction writes with in the transaction of a session."""
         return Cursor(connection.connection.driver_connection, await_only)
 
     def writing(self, until: float) -> Writing:

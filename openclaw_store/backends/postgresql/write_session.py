@@ -73,7 +73,7 @@ class Company:
 
 
 class Cursor(NothingKnown):
-    """Speaks to the driver on behalf of a unit that has the write lock.
+    """Speaks to the driver on behalf of a transaction that has the write lock.
 
     It knows nothing: what is assumed here and proves wrong could not be done again.
 

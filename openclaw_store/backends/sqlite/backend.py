@@ -132,7 +132,7 @@ def _copy(source: sqlite3.Connection, target: Path) -> None:
 
 
 class Cursor(NothingKnown):
-    """Speaks to the driver on behalf of a unit, which has the write lock.
+    """Speaks to the driver on behalf of a transaction, which has the write lock.
 
     It knows nothing: to read takes less time here than to do something again.
     """
@@ -440,7 +440,7 @@ class SQLite:
         await session.close()
 
     def cursor(self, connection: Connection) -> Cursor:
-        """What a unit writes with in the transaction of a session."""
+        """What a transaction writes with in the transaction of a session."""
         return Cursor(connection)
 
     def writing(self, until: float) -> Writing:
