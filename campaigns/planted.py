@@ -27,7 +27,7 @@ from openclaw_store.domain.records import Record
 from openclaw_store.errors import StoreError
 from openclaw_store.repositories.commands import Claim, Update
 from openclaw_store.repositories.heartbeats import Beat
-from openclaw_store.repositories.unit_of_work import Ledger, Row
+from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
 
 STALL_SECONDS = 10
@@ -210,16 +210,16 @@ def acknowledge_before_commit() -> Iterator[None]:
 @bug
 def revision_outside_transaction() -> Iterator[None]:
     """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
-    write, commits = Ledger._write, count()
+    write, commits = UnitOfWork._write, count()
 
-    def write_afterwards(self: Ledger) -> None:
+    def write_afterwards(self: UnitOfWork) -> None:
         self.cursor.execute("COMMIT")
         if next(commits):
             time.sleep(STALL_SECONDS)
         self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
         write(self)
 
-    with patch.object(Ledger, "_write", write_afterwards):
+    with patch.object(UnitOfWork, "_write", write_afterwards):
         yield
 
 

@@ -531,7 +531,7 @@ class TestWriting:
     async def test_nothing_is_left_to_the_garbage_collector(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode
     ) -> None:
-        """Planted: rows, ledger and unit refer to each other, so only the collector frees them."""
+        """Planted: rows and unit refer to each other, so only the collector frees them."""
         tasks = [make_task() for _ in range(10)]
 
         async def write() -> None:

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, NamedTuple
 from openclaw_store.database import USAGE, WriteTransaction
 from openclaw_store.domain import NodeInfo, NodeStatus, Place, Record
 from openclaw_store.repositories.unit_of_work import (
-    Ledger,
     OfOneRow,
     Operation,
     Row,
+    UnitOfWork,
     apply,
     counters_of,
 )
@@ -122,22 +122,22 @@ def apply_beats(
 
 
 def _apply(transaction: WriteTransaction, beats: Sequence[Beat]) -> Sequence[bool]:
-    ledger = transaction.part(Ledger)
-    ledger.count_from(*counters_of(transaction.cursor.execute(ledger.sql.read_counters)))
-    now = ledger.sql.to_moment(transaction.now)
+    unit = transaction.part(UnitOfWork)
+    unit.count_from(*counters_of(transaction.cursor.execute(unit.sql.read_counters)))
+    now = unit.sql.to_moment(transaction.now)
     rows = []
     for beat in beats:
-        at = ledger.sql.to_moment(beat.at)
-        rows.append((*map(beat.usage.get, USAGE), at, ledger.beat, beat.id, at, now))
+        at = unit.sql.to_moment(beat.at)
+        rows.append((*map(beat.usage.get, USAGE), at, unit.beat, beat.id, at, now))
     transaction.cursor.remember(
         dict.fromkeys(beat.id for beat in beats)
     )  # they are not as they were
-    if transaction.cursor.count(ledger.sql.beat, rows) < len(rows):
+    if transaction.cursor.count(unit.sql.beat, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
         # those that were written that makes no difference.
         known: Sequence[bool] = apply(transaction, beats)
         return known
-    ledger.beaten = True
+    unit.beaten = True
     for beat in beats:
-        ledger.tell(Beaten(beat, ledger.beat))
+        unit.tell(Beaten(beat, unit.beat))
     return [True] * len(beats)

@@ -126,8 +126,8 @@ class Row:
     names: frozenset[str] = frozenset()
     """The columns to be written, where the row is not new."""
 
-    def __init__(self, ledger: Ledger, kind: type[Any], id: str) -> None:
-        self._ledger = ledger
+    def __init__(self, unit: UnitOfWork, kind: type[Any], id: str) -> None:
+        self._unit = unit
         self.kind = kind
         self.id = id
 
@@ -141,19 +141,19 @@ class Row:
 
     def other(self, kind: type[Any], id: str) -> Row:
         """Another row, whether its operation has named it before or not."""
-        row = self._ledger.rows[kind].get(id)
+        row = self._unit.rows[kind].get(id)
         if row is None:
-            row = self._ledger.row(kind, id)
-            _load(self._ledger, kind, {id: row})
+            row = self._unit.row(kind, id)
+            _load(self._unit, kind, {id: row})
         return row
 
     def held(self) -> list[Row]:
         """Of a node: the tasks that take up places on it, by identifier."""
-        ledger = self._ledger
-        tasks = ledger.rows[Task]
-        for raw in ledger.cursor.read(ledger.sql.read_held, (self.id,)):
+        unit = self._unit
+        tasks = unit.rows[Task]
+        for raw in unit.cursor.read(unit.sql.read_held, (self.id,)):
             if raw[0] not in tasks:
-                ledger.row(Task, raw[0]).found(ledger.sql.decode[Task](raw))
+                unit.row(Task, raw[0]).found(unit.sql.decode[Task](raw))
         held = [row for row in tasks.values() if row.node == self.id and row.status in HELD]
         return sorted(held, key=lambda row: row.id)  # the same on both databases
 
@@ -167,9 +167,9 @@ class Row:
             return self.record
         if known is not None and known.version == self.version:
             return known
-        ledger = self._ledger
-        for raw in ledger.cursor.read(ledger.sql.read_task, (self.id,)):
-            self.record = ledger.sql.decode[Task](raw)
+        unit = self._unit
+        for raw in unit.cursor.read(unit.sql.read_task, (self.id,)):
+            self.record = unit.sql.decode[Task](raw)
         return self.record
 
     def has_live_key(self, key: str) -> bool:
@@ -183,29 +183,29 @@ class Row:
         key = record.fields["idempotency_key"]
         if key is None or record.fields["status"] in FINISHED:
             return None
-        self._ledger.look_up([key])
-        holder = self._ledger.holders[key]
+        self._unit.look_up([key])
+        holder = self._unit.holders[key]
         return None if holder in (None, self.id) else DuplicateError(ITEM[Task], holder, key)
 
     @property
     def now(self) -> datetime:
-        return self._ledger.transaction.now
+        return self._unit.transaction.now
 
     @property
     def flush(self) -> int:
         """What `beat` is of a row that has a heartbeat written now."""
-        return self._ledger.beat
+        return self._unit.beat
 
     def status_since(self) -> datetime | None:
         """When its status was changed last, as far as the feed knows."""
-        ledger, newest = self._ledger, self.version
-        for change in ledger.changes_of(self):  # which the feed is yet to be told
+        unit, newest = self._unit, self.version
+        for change in unit.changes_of(self):  # which the feed is yet to be told
             if change.from_status != change.to_status:
                 return self.now
             newest = change.previous
         place = (newest, ITEM[self.kind], self.id)
-        found = ledger.cursor.read(ledger.sql.status_since, place)
-        return ledger.sql.from_moment(found[0][0]) if found else None
+        found = unit.cursor.read(unit.sql.status_since, place)
+        return unit.sql.from_moment(found[0][0]) if found else None
 
     def write(
         self, record: Record[Any], names: Iterable[str], reason: str | None = None
@@ -228,39 +228,39 @@ class Row:
         if self.kind is Task:
             self.node = record.fields["assigned_node"]
             record.fields["updated_at"] = self.now
-            if self._ledger.holders:
-                self._ledger.hold(self.id, record)
-        change = self._ledger.add(self, kind, before, reason)
+            if self._unit.holders:
+                self._unit.hold(self.id, record)
+        change = self._unit.add(self, kind, before, reason)
         record.fields["version"] = change.revision
         record.row = None  # of an attempt that was not committed
         if previous is not None:
             self.names = self.names.union(names, STORE_FIELDS)
         self.version, self.record = change.revision, record
-        self._ledger.tell(Event(self.kind, self.id, record, change))
+        self._unit.tell(Event(self.kind, self.id, record, change))
         return record
 
     def touch(self, record: Record[Any], names: Iterable[str], event: object) -> None:
         """Write down what a heartbeat said, and tell `event`: no new version, no revision."""
         self.record = record
         self.names = self.names.union(names, ("beat",))
-        self._ledger.beaten = True
-        self._ledger.tell(event)
+        self._unit.beaten = True
+        self._unit.tell(event)
 
     def remove(self, *, with_history: bool) -> None:
         """End the row's life."""
         before, self.status = self.status, None
         if self.kind is Task:
-            self._ledger.let_go(self.id)
-        change = self._ledger.add(self, ChangeKind.REMOVED, before, None)
+            self._unit.let_go(self.id)
+        change = self._unit.add(self, ChangeKind.REMOVED, before, None)
         if with_history:
-            self._ledger.forgotten.append((change.previous, change.item, self.id))
+            self._unit.forgotten.append((change.previous, change.item, self.id))
         self.version = self.record = None
         self.removed = True
         self.names = frozenset()
-        self._ledger.tell(Event(self.kind, self.id, None, change))
+        self._unit.tell(Event(self.kind, self.id, None, change))
 
 
-class Ledger:
+class UnitOfWork:
     """The revisions of one transaction, and what it adds to the feed.
 
     The counters are read before anything else, or with it, and tell at the end whether anybody
@@ -339,7 +339,7 @@ class Ledger:
             self.cursor.doubt()
 
     def end_run(self) -> None:
-        """Forget the rows. They refer to the ledger: such cycles only the collector frees."""
+        """Forget the rows. They refer to the unit: such cycles only the collector frees."""
         self.rows, self._presumed_new = {}, []
 
     def row(self, kind: type[Any], id: str) -> Row:
@@ -455,27 +455,27 @@ def apply(transaction: WriteTransaction, operations: Sequence[Operation]) -> Seq
     """Decide the operations in order and write what they changed."""
     if not operations:
         return []
-    ledger = transaction.part(Ledger)
-    rows = ledger.rows = {kind: {} for kind in ROWS}
+    unit = transaction.part(UnitOfWork)
+    rows = unit.rows = {kind: {} for kind in ROWS}
     targets: list[Row] = []
     keys: list[str] = []
     for operation in operations:
-        targets.append(ledger.row(operation.kind, operation.id))
+        targets.append(unit.row(operation.kind, operation.id))
         for kind, id in operation.others:
-            ledger.row(kind, id)
+            unit.row(kind, id)
         if operation.key is not None:
             keys.append(operation.key)
-    if not ledger.trust(operations):
+    if not unit.trust(operations):
         for kind, touched in rows.items():
             if touched:
-                _load(ledger, kind, touched)
-    ledger.look_up(keys)
+                _load(unit, kind, touched)
+    unit.look_up(keys)
     outcomes = [operation.decide(row) for operation, row in zip(operations, targets, strict=True)]
-    ledger.make_sure()
+    unit.make_sure()
     for kind, touched in rows.items():
-        _store(ledger, kind, touched.values())
-    ledger.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
-    ledger.end_run()
+        _store(unit, kind, touched.values())
+    unit.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
+    unit.end_run()
     return outcomes
 
 
@@ -491,10 +491,10 @@ def counters_of(rows: Sequence[Any]) -> tuple[int, int]:
     return revision, beat
 
 
-def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
-    sql = ledger.sql
-    found = ledger.cursor.read(*sql.read(kind, list(rows)))
-    ledger.count_from(*counters_of(found))
+def _load(unit: UnitOfWork, kind: type[Any], rows: Mapping[str, Row]) -> None:
+    sql = unit.sql
+    found = unit.cursor.read(*sql.read(kind, list(rows)))
+    unit.count_from(*counters_of(found))
     if kind is NodeInfo:
         for values in found:
             if values[2] is None:
@@ -507,9 +507,9 @@ def _load(ledger: Ledger, kind: type[Any], rows: Mapping[str, Row]) -> None:
                 row.stored, row.version, row.status, row.node = True, version, status, node
 
 
-def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
+def _store(unit: UnitOfWork, kind: type[Any], rows: Iterable[Row]) -> None:
     """Write what the operations left, each row once."""
-    sql, cursor = ledger.sql, ledger.cursor
+    sql, cursor = unit.sql, unit.cursor
     deletes: list[tuple[str]] = []
     inserts: list[Raw] = []
     updates: dict[frozenset[str], list[list[Any]]] = {}
@@ -529,7 +529,7 @@ def _store(ledger: Ledger, kind: type[Any], rows: Iterable[Row]) -> None:
                 continue
             values = [row.id, *row.record.values(sql.update(kind, names)[1])]
             if "beat" in names:  # the last column
-                values.append(ledger.beat)
+                values.append(unit.beat)
             updates.setdefault(names, []).append(values)
     if deletes:
         cursor.write(sql.delete[kind], deletes)
