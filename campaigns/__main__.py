@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from campaigns.campaign import KINDS, POSTGRESQL, Campaign, Run
+from campaigns.campaign import ENTITY_KINDS, POSTGRESQL, Campaign, Run
 from campaigns.catalogue import CAMPAIGNS
 from campaigns.planted import BUGS
 from campaigns.results import record, row
@@ -162,7 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, metavar="S", help="of what is drawn; default: a new one"
     )
-    parser.add_argument("--database", choices=KINDS, help="default: each that the campaign is for")
+    parser.add_argument(
+        "--database", choices=ENTITY_KINDS, help="default: each that the campaign is for"
+    )
     parser.add_argument("--bug", choices=sorted(BUGS), help="plant one, which should be found")
     parser.add_argument("--report", type=Path, metavar="FILE", help="append a row for each run")
     parser.add_argument(

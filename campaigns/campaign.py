@@ -25,7 +25,7 @@ from openclaw_store.testing import create_database
 
 T = TypeVar("T")
 
-SQLITE, POSTGRESQL = KINDS = ("sqlite", "postgresql")
+SQLITE, POSTGRESQL = ENTITY_KINDS = ("sqlite", "postgresql")
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
@@ -85,7 +85,7 @@ class Campaign:
     """Of the form that the test suite runs: about two seconds, and no root needed; 0 for none."""
     unit: str
     """What a round is, in the plural."""
-    kinds: tuple[str, ...] = KINDS
+    kinds: tuple[str, ...] = ENTITY_KINDS
     rounds_of: dict[str, int] = field(default_factory=dict)
     """Of the long form, for the kinds of database where it is another number."""
     bugs: Mapping[str, str] = field(default_factory=dict)

@@ -48,8 +48,8 @@ from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
 settings.load_profile("openclaw_store")
 
-KINDS = ("sqlite", "postgresql")
-EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in KINDS]
+ENTITY_KINDS = ("sqlite", "postgresql")
+EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in ENTITY_KINDS]
 
 PATIENCE = 30.0
 """Seconds after which something that should have happened counts as hanging."""
@@ -191,7 +191,7 @@ def pytest_configure() -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run what takes a location on a database of each kind, or of the kinds it is marked with."""
     if "location" in metafunc.fixturenames:
-        marked = [kind for kind in KINDS if metafunc.definition.get_closest_marker(kind)]
+        marked = [kind for kind in ENTITY_KINDS if metafunc.definition.get_closest_marker(kind)]
         metafunc.parametrize("location", marked or EACH_KIND, indirect=True)
 
 

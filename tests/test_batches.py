@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from conftest import KINDS, FakeClock, Location, new_location
+from conftest import ENTITY_KINDS, FakeClock, Location, new_location
 
 from openclaw_store import (
     Backoff,
@@ -166,7 +166,7 @@ class Maker:
 @pytest.fixture
 def locations(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[Location]]:
     """An empty database of each kind."""
-    places = [new_location(request, kind, tmp_path, migrated=True) for kind in KINDS]
+    places = [new_location(request, kind, tmp_path, migrated=True) for kind in ENTITY_KINDS]
     with places[0] as one, places[1] as other:
         yield [one, other]
 

@@ -31,7 +31,7 @@ from openclaw_store import (
 from openclaw_store.domain import validation as c
 from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS
 
-Item = Task | NodeInfo
+Entity = Task | NodeInfo
 
 MAX = 2**63 - 1
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -66,7 +66,7 @@ STRATEGIES: dict[object, st.SearchStrategy[Any]] = {
 TASK, NODE = Task("t", TaskType.BATCH, "n"), NodeInfo("n", "h")
 
 
-def each(item: Item, values: list[tuple[str, Any]]) -> Iterator[tuple[Item, str, Any]]:
+def each(item: Entity, values: list[tuple[str, Any]]) -> Iterator[tuple[Entity, str, Any]]:
     """The fields to try out on an item, and what to put there."""
     return ((item, name, value) for name, value in values)
 
@@ -96,7 +96,7 @@ ENCODINGS: list[Callable[[Any], Any]] = [
 
 class TestRoundTrip:
     @given(items(Task) | items(NodeInfo))
-    def test_every_field_comes_back_exactly_also_through_json(self, item: Item) -> None:
+    def test_every_field_comes_back_exactly_also_through_json(self, item: Entity) -> None:
         data = item.to_dict()
 
         assert list(data) == [field.name for field in fields(item)]
@@ -185,7 +185,7 @@ class TestFromDict:
         ("kind", "name"),
         [(Task, "task_id"), (Task, "task_type"), (Task, "name"), (NodeInfo, "hostname")],
     )
-    def test_what_has_no_default_must_be_there(self, kind: type[Item], name: str) -> None:
+    def test_what_has_no_default_must_be_there(self, kind: type[Entity], name: str) -> None:
         data = {"task_id": "t", "task_type": "batch", "name": "n", "node_id": "n", "hostname": "h"}
         del data[name]
 

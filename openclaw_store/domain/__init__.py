@@ -4,7 +4,14 @@ Nothing in this room performs I/O, knows SQL, awaits, or asks for the time (exce
 """
 
 from openclaw_store.domain.backoff import DEFAULT_BACKOFF, Backoff, Wait, check_backoff
-from openclaw_store.domain.changes import ITEM, KINDS, Change, ChangeKind, Place, place_of
+from openclaw_store.domain.changes import (
+    ENTITY_KINDS,
+    ENTITY_NAMES,
+    Change,
+    ChangeKind,
+    EntityKey,
+    key_of,
+)
 from openclaw_store.domain.clock import Clock, new_id, utc_now
 from openclaw_store.domain.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.domain.lifecycle import (
@@ -42,7 +49,7 @@ from openclaw_store.domain.records import (
     STAMPED,
     STORE_FIELDS,
     Decode,
-    Item,
+    Entity,
     Plan,
     Raw,
     Record,

@@ -10,19 +10,19 @@ from typing import Any, NamedTuple
 from openclaw_store.domain.models import NodeInfo, Task
 from openclaw_store.domain.records import KEY, Record
 
-ITEM: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
+ENTITY_NAMES: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
 """What the feed calls each domain class."""
 
 
-KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ITEM.items()}
+ENTITY_KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ENTITY_NAMES.items()}
 """The domain class of what the feed calls an item."""
 
 
-Place = tuple[type[Any], str]
+EntityKey = tuple[type[Any], str]
 """The domain class and the identifier of a row."""
 
 
-def place_of(record: Record[Any]) -> Place:
+def key_of(record: Record[Any]) -> EntityKey:
     """Where a record belongs."""
     return record.kind, record[KEY[record.kind]]
 

@@ -24,7 +24,7 @@ from openclaw_store.domain.models import (
 )
 from openclaw_store.errors import InvalidDataError
 
-Item = TypeVar("Item", Task, NodeInfo)
+Entity = TypeVar("Entity", Task, NodeInfo)
 
 
 _PLAIN = frozenset({str, int, float, bool, type(None)})
@@ -53,19 +53,19 @@ class Plan(NamedTuple):
     """Places of JSON fields, which come as text, or `None` for their default."""
 
 
-class Record(Generic[Item]):
+class Record(Generic[Entity]):
     """An unchanging image of a task or node."""
 
     __slots__ = ("_flat", "_nested", "fields", "kind", "row")
 
-    def __init__(self, kind: type[Item], fields: dict[str, Any]) -> None:
+    def __init__(self, kind: type[Entity], fields: dict[str, Any]) -> None:
         """Take over `fields`, which belongs to the record now.
 
         Args:
             kind: What is recorded.
             fields: Its values by name; JSON is `bytes`, which no JSON value is, or the default.
         """
-        self.kind: type[Item] = kind
+        self.kind: type[Entity] = kind
         self.fields = fields
         """Values by name, to be read only; those of JSON fields come from `decoded`."""
         self._flat: Sequence[str] | None = None
@@ -86,12 +86,12 @@ class Record(Generic[Item]):
     def version(self) -> int:
         return cast(int, self.fields["version"])
 
-    def copy(self) -> Item:
+    def copy(self) -> Entity:
         """An object of the caller's own, equal to what was recorded."""
         flat = self._flat
         if flat is None:
             flat = self._decode()
-        item: Item = _new(self.kind)
+        item: Entity = _new(self.kind)
         fields = item.__dict__ = self.fields.copy()
         for name in flat:
             fields[name] = fields[name].copy()
@@ -129,9 +129,9 @@ class Record(Generic[Item]):
             row[place] = None if text is None else text.decode()
         return row
 
-    def evolve(self, **values: Any) -> Record[Item]:
+    def evolve(self, **values: Any) -> Record[Entity]:
         """A record that differs in the given fields, none of them JSON."""
-        evolved: Record[Item] = _new(Record)
+        evolved: Record[Entity] = _new(Record)
         evolved.kind = self.kind
         # Nobody edits the lists and dicts of a record, so they are shared. Before the fields: what
         # another thread decodes in between must not be taken for decoded here.
@@ -142,17 +142,17 @@ class Record(Generic[Item]):
         fields.update(values)
         return evolved
 
-    def replace(self, **values: Any) -> Record[Item]:
+    def replace(self, **values: Any) -> Record[Entity]:
         """A record that differs in the given fields; JSON is `bytes`, or the default."""
         return Record(self.kind, {**self.fields, **values})
 
-    def merge(self, other: Record[Item], names: Iterable[str]) -> Record[Item]:
+    def merge(self, other: Record[Entity], names: Iterable[str]) -> Record[Entity]:
         """A record that has the named fields from `other` and the rest from this one."""
         fields = self.fields.copy()
         fields.update([(name, other.fields[name]) for name in names])
         return Record(self.kind, fields)
 
-    def differences(self, other: Record[Item]) -> tuple[str, ...]:
+    def differences(self, other: Record[Entity]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
         mine, theirs = self.fields, other.fields
         names = [
@@ -199,7 +199,7 @@ Decode = Callable[[Raw], Record[Any]]
 """Makes a record of a row."""
 
 
-def encode(item: Item, known: Record[Item] | None = None) -> Record[Item]:
+def encode(item: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
     """Check a caller's object and keep a copy of it.
 
     Args:
@@ -262,7 +262,7 @@ def _declared(item: Task | NodeInfo) -> dict[str, Any]:
     }
 
 
-def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
+def decode(kind: type[Entity], row: Sequence[Any]) -> Record[Entity]:
     """The record of a row whose columns stand in the order of the fields, JSON as text."""
     fields = kind(*row).__dict__
     for name, empty in JSON_FIELDS[kind].items():
@@ -274,7 +274,7 @@ def decode(kind: type[Item], row: Sequence[Any]) -> Record[Item]:
     return Record(kind, fields)
 
 
-def write_back(record: Record[Item], item: Item, names: Iterable[str] | None = None) -> None:
+def write_back(record: Record[Entity], item: Entity, names: Iterable[str] | None = None) -> None:
     """Give the caller's object what the store has set.
 
     Args:

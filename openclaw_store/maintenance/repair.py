@@ -22,7 +22,7 @@ from openclaw_store.database import (
     TaskRow,
     history_of,
 )
-from openclaw_store.domain import ITEM, NodeInfo, Record, Task, arrived
+from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, arrived
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.maintenance.progress import Progress
 from openclaw_store.repositories import NodeRepository, OfOneRow, Row, TaskRepository, apply
@@ -107,7 +107,9 @@ class Stamp:
         if record is None:
             return True
         since = record["updated_at"]
-        for change in await tx.execute(history_of(record.version, ITEM[Task], self.task_id)):
+        for change in await tx.execute(
+            history_of(record.version, ENTITY_NAMES[Task], self.task_id)
+        ):
             if change.from_status != change.to_status:
                 since = change.changed_at
                 break

@@ -30,11 +30,11 @@ from openclaw_store.database import (
     TaskRow,
 )
 from openclaw_store.domain import (
+    ENTITY_KINDS,
+    ENTITY_NAMES,
     FINISHED,
-    ITEM,
     JSON_FIELDS,
     KEY,
-    KINDS,
     ChangeKind,
     NodeInfo,
     Raw,
@@ -261,7 +261,7 @@ class Scan:
         )
         width = len(FIELDS[kind])
         decode = decoder_here(session, kind)
-        progress = Progress(self._report, f"{ITEM[kind]}s", self._counts[kind is Task])
+        progress = Progress(self._report, f"{ENTITY_NAMES[kind]}s", self._counts[kind is Task])
         version = FIELDS[kind].index("version")
         async for rows in read_rows(session, query):
             for raw in rows:
@@ -276,7 +276,7 @@ class Scan:
             self.found.checked[name] += progress.done
 
     def _look_at_values(self, kind: type[Any], raw: Raw, decode: Callable[[Raw], Any]) -> None:
-        place = (ITEM[kind], raw[0])
+        place = (ENTITY_NAMES[kind], raw[0])
         try:
             record = decode(raw)
             encode(record.copy())
@@ -295,7 +295,7 @@ class Scan:
             self._remark("times", sentence, place)
 
     def _look_at_version(self, kind: type[Any], raw: Raw, version: int, change: Raw) -> None:
-        place = (ITEM[kind], raw[0])
+        place = (ENTITY_NAMES[kind], raw[0])
         if version == 0:  # inserted by hand
             return
         if version > self._revision or version < 0:
@@ -324,7 +324,7 @@ class Scan:
     def _look_at_count(self, id: str, running: int, held: Counter[str]) -> None:
         holds = held.pop(id, 0)
         if running != holds:
-            place = (ITEM[NodeInfo], id)
+            place = (ENTITY_NAMES[NodeInfo], id)
             sentence = f"{_said(place)} says running_tasks={running}, but holds {holds}."
             self._add("running_tasks", sentence, place, Recount(id))
 
@@ -336,7 +336,7 @@ class Scan:
                 f"No node {id!r} is known, but {count} tasks are scheduled or running there: "
                 "recover gives them back."
             )
-            self._remark("nodes", sentence, (ITEM[NodeInfo], id))
+            self._remark("nodes", sentence, (ENTITY_NAMES[NodeInfo], id))
 
     def _remark(self, invariant: str, sentence: str, place: tuple[str, str]) -> None:
         if len(self.found.remarks) < MOST:
@@ -352,7 +352,7 @@ class Scan:
             query.group_by(key).having(func.count() > 1)
         ):
             sentence = f"{count} live tasks have the idempotency key {key_!r}, {first!r} is one."
-            self._add("idempotency_keys", sentence, (ITEM[Task], first))
+            self._add("idempotency_keys", sentence, (ENTITY_NAMES[Task], first))
         self.found.checked["idempotency_keys"] = self._counts[1]
 
     async def _look_at_feed(self, session: AsyncSession) -> None:
@@ -411,7 +411,11 @@ class Scan:
     def _look_at_change(
         self, revision: int, place: tuple[str, str], kind: str, was: str | None, status: str | None
     ) -> None:
-        if place[0] not in KINDS or kind not in _CHANGE_VALUES or kind != _kind_of(was, status):
+        if (
+            place[0] not in ENTITY_KINDS
+            or kind not in _CHANGE_VALUES
+            or kind != _kind_of(was, status)
+        ):
             sentence = (
                 f"Change {revision} of {_said(place)} is called {kind!r}, and leads from {was} "
                 f"to {status}."
@@ -423,7 +427,7 @@ class Scan:
     async def _look_at_ends(self, session: AsyncSession) -> None:
         """Look for the rows of last changes that no row has named, and the other way round."""
         for place, revision in self._ends.items():
-            kind = KINDS.get(place[0])
+            kind = ENTITY_KINDS.get(place[0])
             if kind is None:
                 continue
             columns = ROWS[kind].__table__.c
@@ -450,7 +454,7 @@ class Scan:
         for place, version in self._astray.items():
             if 0 <= version <= self._revision:
                 sentence = f"{_said(place)} has version {version}, which is no change of it."
-                repair = Announce(KINDS[place[0]], place[1], version, None)
+                repair = Announce(ENTITY_KINDS[place[0]], place[1], version, None)
                 self._add("version", sentence, place, repair)
 
 

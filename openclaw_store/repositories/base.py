@@ -21,12 +21,12 @@ from openclaw_store.domain import (
     KEY,
     MAX_INTEGER,
     STAMPED,
-    Item,
+    Entity,
     Record,
     Task,
     check_key,
     encode,
-    place_of,
+    key_of,
     write_back,
 )
 from openclaw_store.errors import InvalidDataError, NotOwnerError
@@ -57,8 +57,11 @@ _DECODED = 100  # so many, if they are decoded and copied at the same stretch
 
 
 def admit(
-    kind: type[Item], item: Item, clock: Callable[[], datetime], known: Record[Item] | None = None
-) -> Record[Item]:
+    kind: type[Entity],
+    item: Entity,
+    clock: Callable[[], datetime],
+    known: Record[Entity] | None = None,
+) -> Record[Entity]:
     """Check a caller's object on its way in; one without a time of its own is stamped now.
 
     Args:
@@ -75,7 +78,7 @@ def admit(
     return record if record[born] else record.evolve(**{born: clock()})
 
 
-class Repository(Generic[Item]):
+class Repository(Generic[Entity]):
     """What both repositories do alike."""
 
     kind: ClassVar[type[Any]]
@@ -90,29 +93,29 @@ class Repository(Generic[Item]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} of {self._database!r}>"
 
-    async def get(self, id: str) -> Item | None:
+    async def get(self, id: str) -> Entity | None:
         """The task or node with this identifier; `None` if there is none."""
         record = await self.get_record(id)
         return None if record is None else self._hand_out([record])[0]
 
-    async def get_record(self, id: str) -> Record[Item] | None:
+    async def get_record(self, id: str) -> Record[Entity] | None:
         """The record with this identifier; `None` if there is none."""
         key = KEY[self.kind]
         query = self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
 
-        async def run(session: AsyncSession) -> Record[Item] | None:
+        async def run(session: AsyncSession) -> Record[Entity] | None:
             found = await read_records(session, self.kind, query)
             return found[0] if found else None
 
         return await self._read(run)
 
-    async def _create(self, item: Item) -> bool:
+    async def _create(self, item: Entity) -> bool:
         record = admit(self.kind, item, self._database.clock)
         operation = Create(self.kind, record[KEY[self.kind]], record)
         self._write_back(await self._write(operation), item)
         return True
 
-    async def _update(self, item: Item) -> bool:
+    async def _update(self, item: Entity) -> bool:
         record = admit(self.kind, item, self._database.clock)
         names = CONTENT[self.kind]
         operation = Update(self.kind, record[KEY[self.kind]], record, names, record.version)
@@ -126,10 +129,10 @@ class Repository(Generic[Item]):
     def _select(self, *conditions: Any) -> Select[Any]:
         return select(*COLUMNS[self.kind]).where(*conditions)
 
-    async def _list(self, query: Select[Any], limit: int | None = None) -> list[Item]:
-        async def run(session: AsyncSession) -> list[Item]:
+    async def _list(self, query: Select[Any], limit: int | None = None) -> list[Entity]:
+        async def run(session: AsyncSession) -> list[Entity]:
             decode = decoder_here(session, self.kind)
-            items: list[Item] = []
+            items: list[Entity] = []
             size = None if limit is not None and limit <= _DECODED else _DECODED
             async for rows in read_rows(session, query.limit(limit), size):
                 items += self._hand_out(list(map(decode, rows)))
@@ -143,7 +146,7 @@ class Repository(Generic[Item]):
         return None if self._session is None else self._session.info.get("transaction")
 
     def _write_back(
-        self, record: Record[Item], item: Item, names: Iterable[str] | None = None
+        self, record: Record[Entity], item: Entity, names: Iterable[str] | None = None
     ) -> None:
         names = tuple(STAMPED[self.kind] if names is None else names)
         if self._transaction is not None:
@@ -151,7 +154,7 @@ class Repository(Generic[Item]):
             self._transaction.undo.append(partial(item.__dict__.update, before))
         write_back(record, item, names)
 
-    def _hand_out(self, records: Sequence[Record[Item]]) -> list[Item]:
+    def _hand_out(self, records: Sequence[Record[Entity]]) -> list[Entity]:
         """Copies for the caller.
 
         After a rollback, another change may get the version of one that was undone: a copy that
@@ -164,7 +167,7 @@ class Repository(Generic[Item]):
                 (one.kind, one.id) for one in transaction.committed if isinstance(one, Event)
             }
             for record, item in zip(records, items, strict=True):
-                if place_of(record) in changed:
+                if key_of(record) in changed:
                     transaction.undo.append(partial(setattr, item, "version", UNDONE))
         return items
 

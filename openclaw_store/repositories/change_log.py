@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import ROWS, ChangeRow, CounterRow, history_of
-from openclaw_store.domain import ITEM, KEY, Change, ChangeKind, Task
+from openclaw_store.domain import ENTITY_NAMES, KEY, Change, ChangeKind, Task
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.repositories.unit_of_work import counters_of
 
@@ -50,9 +50,9 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
     columns = ROWS[kind].__table__.c
     version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
     if version is None:
-        query = _ALL.where(ChangeRow.item == ITEM[kind], ChangeRow.item_id == id)
+        query = _ALL.where(ChangeRow.item == ENTITY_NAMES[kind], ChangeRow.item_id == id)
         return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
-    query = history_of(version, ITEM[kind], id)
+    query = history_of(version, ENTITY_NAMES[kind], id)
     return _as_changes(await session.execute(query))[::-1]
 
 

@@ -11,16 +11,16 @@ from typing import Any, ClassVar, Generic, NamedTuple
 from openclaw_store.database import FIELDS, WriteTransaction
 from openclaw_store.domain import (
     ALIVE,
+    ENTITY_NAMES,
     FINISHED,
     HELD,
-    ITEM,
     KEY,
     Decision,
-    Item,
+    Entity,
+    EntityKey,
     NodeInfo,
     NodeStatus,
     Outcome,
-    Place,
     Record,
     Step,
     Task,
@@ -49,24 +49,24 @@ CONTENT: Mapping[type[Any], Sequence[str]] = {
 
 # Not frozen, though nobody changes them: that takes twice as long to make.
 @dataclass(slots=True)
-class Create(OfOneRow, Generic[Item]):
+class Create(OfOneRow, Generic[Entity]):
     """Add a row; results in its record, or `DuplicateError`.
 
     The record is the operation's own: it is stamped when it is written.
     """
 
-    kind: type[Item]
+    kind: type[Entity]
     id: str
-    record: Record[Item]
+    record: Record[Entity]
     is_new: ClassVar[bool] = True
 
     @property
     def key(self) -> str | None:
         return self.record.fields["idempotency_key"] if self.kind is Task else None
 
-    def decide(self, row: Row) -> Record[Item] | StoreError:
+    def decide(self, row: Row) -> Record[Entity] | StoreError:
         if row.version is not None:
-            return DuplicateError(ITEM[self.kind], self.id)
+            return DuplicateError(ENTITY_NAMES[self.kind], self.id)
         if self.key is not None:
             taken = row.key_taken(self.record)
             if taken is not None:
@@ -75,19 +75,19 @@ class Create(OfOneRow, Generic[Item]):
 
 
 @dataclass(slots=True)
-class Update(OfOneRow, Generic[Item]):
+class Update(OfOneRow, Generic[Entity]):
     """Write the named fields of a row that has still this version.
 
     Results in the new record, or `StaleVersionError`, or `NotFoundError`. The record is the
     operation's own: it is stamped when it is written.
     """
 
-    kind: type[Item]
+    kind: type[Entity]
     id: str
-    record: Record[Item]
+    record: Record[Entity]
     names: Sequence[str]
     version: int
-    known: Record[Item] | None = None
+    known: Record[Entity] | None = None
     """What `names` are the differences from, if they are of a known row."""
 
     @property
@@ -98,11 +98,11 @@ class Update(OfOneRow, Generic[Item]):
     def key(self) -> str | None:
         return self.record.fields["idempotency_key"] if "idempotency_key" in self.names else None
 
-    def decide(self, row: Row) -> Record[Item] | StoreError:
+    def decide(self, row: Row) -> Record[Entity] | StoreError:
         if row.version is None:
             return missing(self.kind, self.id)
         if row.version != self.version:
-            return StaleVersionError(ITEM[self.kind], self.id, self.version, row.version)
+            return StaleVersionError(ENTITY_NAMES[self.kind], self.id, self.version, row.version)
         record: Record[Any] = self.record
         names: Sequence[str] = self.names
         if row.record is not None and row.record is not self.known:
@@ -201,7 +201,7 @@ class Claim(OfOneRow):
     kind: ClassVar[type[Any]] = NodeInfo
 
     @property
-    def others(self) -> Iterable[Place]:
+    def others(self) -> Iterable[EntityKey]:
         return [(Task, one.fields["task_id"]) for one in self.candidates]
 
     @property
@@ -253,7 +253,7 @@ class Advance(OfOneRow):
     kind: ClassVar[type[Any]] = Task
 
     @property
-    def others(self) -> Iterable[Place]:
+    def others(self) -> Iterable[EntityKey]:
         return () if self.node_id is None else ((NodeInfo, self.node_id),)
 
     @property

@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
 from openclaw_store.database import USAGE, WriteTransaction
-from openclaw_store.domain import NodeInfo, NodeStatus, Place, Record
+from openclaw_store.domain import EntityKey, NodeInfo, NodeStatus, Record
 from openclaw_store.repositories.unit_of_work import (
     OfOneRow,
     Operation,
@@ -98,7 +98,7 @@ class AfterBeat:
         return self.operation.id
 
     @property
-    def others(self) -> Iterable[Place]:
+    def others(self) -> Iterable[EntityKey]:
         return (*self.operation.others, (NodeInfo, self.beat.id))
 
     @property

@@ -18,15 +18,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from openclaw_store.backends import array
 from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
 from openclaw_store.domain import (
+    ENTITY_NAMES,
     FINISHED,
     HELD,
-    ITEM,
     KEY,
     STORE_FIELDS,
     Change,
     ChangeKind,
+    EntityKey,
     NodeInfo,
-    Place,
     Raw,
     Record,
     Task,
@@ -72,7 +72,7 @@ class Operation(Protocol):
     def id(self) -> str: ...
 
     @property
-    def others(self) -> Iterable[Place]:
+    def others(self) -> Iterable[EntityKey]:
         """Other rows that it will probably need; they are read together with those of others."""
 
     @property
@@ -98,7 +98,7 @@ class OfOneRow:
     is_new: ClassVar[bool] = False
 
     @property
-    def others(self) -> Iterable[Place]:
+    def others(self) -> Iterable[EntityKey]:
         return ()
 
     @property
@@ -185,7 +185,9 @@ class Row:
             return None
         self._unit.look_up([key])
         holder = self._unit.holders[key]
-        return None if holder in (None, self.id) else DuplicateError(ITEM[Task], holder, key)
+        return (
+            None if holder in (None, self.id) else DuplicateError(ENTITY_NAMES[Task], holder, key)
+        )
 
     @property
     def now(self) -> datetime:
@@ -203,7 +205,7 @@ class Row:
             if change.from_status != change.to_status:
                 return self.now
             newest = change.previous
-        place = (newest, ITEM[self.kind], self.id)
+        place = (newest, ENTITY_NAMES[self.kind], self.id)
         found = unit.cursor.read(unit.sql.status_since, place)
         return unit.sql.from_moment(found[0][0]) if found else None
 
@@ -381,7 +383,7 @@ class UnitOfWork:
         change = Change(
             self._revision,
             self.transaction.now,
-            ITEM[row.kind],
+            ENTITY_NAMES[row.kind],
             row.id,
             kind,
             before,
@@ -395,7 +397,7 @@ class UnitOfWork:
 
     def changes_of(self, row: Row) -> Iterable[Change]:
         """Those of a row that this transaction has made, newest first."""
-        place = (ITEM[row.kind], row.id)
+        place = (ENTITY_NAMES[row.kind], row.id)
         return (one for one in reversed(self._changes) if (one.item, one.item_id) == place)
 
     def _write(self) -> None:

@@ -18,20 +18,20 @@ from operator import itemgetter
 from typing import Any
 
 from openclaw_store.domain import (
+    ENTITY_KINDS,
+    ENTITY_NAMES,
     FINISHED,
     HELD,
-    ITEM,
-    KINDS,
     WAITING,
     Change,
     ClusterState,
+    EntityKey,
     NodeInfo,
     NodeStatus,
-    Place,
     Record,
     Task,
     TaskStatus,
-    place_of,
+    key_of,
 )
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Beat, Beaten, Event
@@ -41,7 +41,7 @@ from openclaw_store.state_manager.pages import REVISION, STEP_WIDTH
 from openclaw_store.state_manager.ready_queue import Ready, ReadyTasks
 from openclaw_store.state_manager.snapshot import Records
 
-_TASK = ITEM[Task]
+_TASK = ENTITY_NAMES[Task]
 
 
 @dataclass(slots=True)
@@ -68,7 +68,7 @@ class Cache:
         self._decode = start.decode
         self.tasks: Records[Task] = Records(start.decode[Task])
         self.nodes: Records[NodeInfo] = Records(start.decode[NodeInfo])
-        self.unsaved: dict[Place, Unsaved] = {}
+        self.unsaved: dict[EntityKey, Unsaved] = {}
         self.version = start.revision
         """The newest revision applied."""
         self.complete = start.revision
@@ -91,7 +91,7 @@ class Cache:
         self._node_counts: Counter[NodeStatus] = Counter()
         self._newest: list[str] | None = None  # identifiers of nodes in order, while it holds
         # The last version an entry had while it was unsaved, and the one that it was written under.
-        self._aliases: dict[Place, tuple[int, int]] = {}
+        self._aliases: dict[EntityKey, tuple[int, int]] = {}
         self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
         self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
         # And what they said that is written since the last `catch_up`, by field, with the flush.
@@ -167,7 +167,7 @@ class Cache:
             node = self._with_landed(news.nodes.get(id), news.beat)
             self._commit((NodeInfo, id), node, news.read_at)
         for beaten in news.beaten:
-            place = place_of(beaten)
+            place = key_of(beaten)
             if self._visible(place) is not None:
                 self._commit(place, self._with_landed(beaten, news.beat), 0)
         self.beat = max(self.beat, news.beat)
@@ -201,19 +201,19 @@ class Cache:
 
     def hold(self, record: Record[Any], base: Record[Any] | None) -> None:
         """Show an entry before it is committed."""
-        place = place_of(record)
+        place = key_of(record)
         entry = self.unsaved.get(place)
         committed = (self._visible(place) or base) if entry is None else entry.committed
         self._show_unsaved(place, Unsaved(record, base, committed))
 
-    def discard(self, place: Place) -> bool:
+    def discard(self, place: EntityKey) -> bool:
         """Forget what is only in memory of an entry; `False` if there is nothing."""
         entry = self.unsaved.get(place)
         if entry is not None:
             self.release(place, entry, None)
         return entry is not None
 
-    def release(self, place: Place, entry: Unsaved, stored: Record[Any] | None) -> None:
+    def release(self, place: EntityKey, entry: Unsaved, stored: Record[Any] | None) -> None:
         """`entry` was written as `stored`, or lost (`None`): show what the database holds."""
         present = self.unsaved.get(place)
         if present is None:
@@ -233,7 +233,7 @@ class Cache:
             if stored is not None and entry.committed.version == stored.version:
                 self._aliases[place] = (entry.record.version, stored.version)
 
-    def settled_version(self, place: Place, version: int) -> int:
+    def settled_version(self, place: EntityKey, version: int) -> int:
         """The version that a copy of an entry has, which got `version` while it was unsaved."""
         local, settled = self._aliases.get(place, (0, 0))
         return settled if version < 0 and version == local else version
@@ -287,7 +287,7 @@ class Cache:
             record = self.unsaved[Task, task_id].record
         return record
 
-    def find(self, place: Place) -> Record[Any] | None:
+    def find(self, place: EntityKey) -> Record[Any] | None:
         """An entry of either kind."""
         return self.task(place[1]) if place[0] is Task else self.nodes.get(place[1])
 
@@ -457,7 +457,7 @@ class Cache:
 
     def _status_here(self, change: Change) -> str | None:
         """The status that the counts have an item in."""
-        place = (KINDS[change.item], change.item_id)
+        place = (ENTITY_KINDS[change.item], change.item_id)
         entry = self.unsaved.get(place)
         known = self._visible(place) if entry is None else entry.committed
         if known is not None:
@@ -489,7 +489,7 @@ class Cache:
             self.complete += 1
             self._catch_up_with(self.complete)
 
-    def _commit(self, place: Place, record: Record[Any] | None, revision: int) -> None:
+    def _commit(self, place: EntityKey, record: Record[Any] | None, revision: int) -> None:
         """Take over an entry that the database held at `revision`, unless a newer one is here."""
         entry = self.unsaved.get(place) if self.unsaved else None
         known = self._visible(place) if entry is None else entry.committed
@@ -561,23 +561,23 @@ class Cache:
         if new["running_tasks"] != old["running_tasks"]:  # no index knows the rest
             self._index_free(id, new)
 
-    def _show_unsaved(self, place: Place, entry: Unsaved) -> None:
+    def _show_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
         self._hide(place)
         self.unsaved[place] = entry
         self._show(place, None, entry.record)
 
-    def _visible(self, place: Place) -> Record[Any] | None:
+    def _visible(self, place: EntityKey) -> Record[Any] | None:
         kind, id = place
         if kind is NodeInfo:
             return self.nodes.get(id)
         return self.tasks.get(id) or self._finished.get(id)
 
-    def _hide(self, place: Place) -> None:
+    def _hide(self, place: EntityKey) -> None:
         visible = self._visible(place)
         if visible is not None:
             self._show(place, visible, None)
 
-    def _show(self, place: Place, old: Record[Any] | None, new: Record[Any] | None) -> None:
+    def _show(self, place: EntityKey, old: Record[Any] | None, new: Record[Any] | None) -> None:
         """Replace what is shown of an entry, in all indexes."""
         if place[0] is Task:
             self._show_task(place[1], old, new)
@@ -664,7 +664,7 @@ class Cache:
         else:
             self._free.pop(id, None)
 
-    def _counted(self, place: Place) -> bool:
+    def _counted(self, place: EntityKey) -> bool:
         """Whether an entry is in the database, so that it counts in the totals."""
         entry = self.unsaved.get(place)
         return entry is None or entry.committed is not None

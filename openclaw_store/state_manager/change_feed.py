@@ -15,7 +15,7 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import COLUMNS, FIELDS, ChangeRow, NodeRow, TaskRow, statements_for
-from openclaw_store.domain import ITEM, Decode, NodeInfo, Raw, Record, Task, TaskStatus
+from openclaw_store.domain import ENTITY_NAMES, Decode, NodeInfo, Raw, Record, Task, TaskStatus
 from openclaw_store.repositories import (
     CHANGES_A_PAGE,
     read_counters,
@@ -151,7 +151,7 @@ async def read_news(
     if ids := {
         row[ITEM_ID]
         for row in page.rows
-        if row[OF_ITEM] == ITEM[NodeInfo] and row[REVISION] not in known
+        if row[OF_ITEM] == ENTITY_NAMES[NodeInfo] and row[REVISION] not in known
     }:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)

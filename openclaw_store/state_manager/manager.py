@@ -26,7 +26,7 @@ from openclaw_store.domain import (
     Backoff,
     Change,
     ClusterState,
-    Item,
+    Entity,
     NodeInfo,
     NodeStatus,
     Record,
@@ -896,13 +896,13 @@ class StateManager:
                     logger.exception("a synchronisation failed; the next is in %g s", seconds)
 
     async def _change(
-        self, repository: Repository[Item], id: str, fn: Callable[[Item], object]
-    ) -> Item | None:
+        self, repository: Repository[Entity], id: str, fn: Callable[[Entity], object]
+    ) -> Entity | None:
         self._check_usable()
         if not callable(fn):
             raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
-        def change(known: Record[Item]) -> Record[Item]:
+        def change(known: Record[Entity]) -> Record[Entity]:
             copy = known.copy()
             result = fn(copy)
             if inspect.isawaitable(result):
@@ -914,7 +914,7 @@ class StateManager:
         changed = await self._replica.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
 
-    def _encode_known(self, kind: type[Item], item: Item) -> Record[Item]:
+    def _encode_known(self, kind: type[Entity], item: Entity) -> Record[Entity]:
         """Check what is given back beside what is in memory of it."""
         id = getattr(item, KEY[kind], None)
         known = self._replica.cache.find((kind, id)) if type(id) is str else None
@@ -941,9 +941,9 @@ def _refuse_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
         raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
 
 
-async def _copies(items: Sequence[T], copy: Callable[[T], Item]) -> list[Item]:
+async def _copies(items: Sequence[T], copy: Callable[[T], Entity]) -> list[Entity]:
     """Copies for the caller; of a long list in slices, between which others run."""
-    copies: list[Item] = []
+    copies: list[Entity] = []
     for start in range(0, len(items), _COPIES):
         if start:
             await asyncio.sleep(0)

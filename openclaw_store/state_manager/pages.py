@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from openclaw_store.database import FIELDS
-from openclaw_store.domain import ITEM, JSON_FIELDS, Task
+from openclaw_store.domain import ENTITY_NAMES, JSON_FIELDS, Task
 from openclaw_store.repositories import counters_of
 
 _TEXTS = 16
@@ -34,7 +34,7 @@ _COLUMNS = [*(f"changes.{name}" for name in STEP), *(f"tasks.{name}" for name in
 # The version of a task is the revision of its last change. So the last change of a task that is
 # read brings it, and those before it need not.
 _CHANGES = f"""changes LEFT JOIN tasks
-    ON changes.item = '{ITEM[Task]}' AND tasks.task_id = changes.item_id
+    ON changes.item = '{ENTITY_NAMES[Task]}' AND tasks.task_id = changes.item_id
     AND (tasks.version <= changes.revision OR tasks.version > %(until)s)
     WHERE changes.revision > %(since)s AND changes.revision <= %(until)s"""
 

@@ -18,17 +18,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.backends import Wakeups, finish
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
-    ITEM,
+    ENTITY_NAMES,
     KEY,
     Change,
-    Item,
+    Entity,
+    EntityKey,
     NodeInfo,
     NodeStatus,
-    Place,
     Record,
     Task,
     arrived,
-    place_of,
+    key_of,
     refused,
 )
 from openclaw_store.errors import (
@@ -178,7 +178,7 @@ class Replica:
                 "were only in memory: shut the StateManager down before"
             )
 
-    async def find(self, place: Place) -> Record[Any] | None:
+    async def find(self, place: EntityKey) -> Record[Any] | None:
         """An entry from memory, else from the database."""
         record = self.cache.find(place)
         if record is not None:
@@ -228,34 +228,34 @@ class Replica:
         finally:
             self._settle_beats([beat], known)
 
-    async def add(self, record: Record[Item], persist: bool) -> Record[Item]:
+    async def add(self, record: Record[Entity], persist: bool) -> Record[Entity]:
         """Add an entry; returns it as it is kept.
 
         Raises:
             DuplicateError: If there is one with this identifier.
         """
-        place = place_of(record)
+        place = key_of(record)
         persist = persist or self._takes_key(place, record)
         if persist and place not in self.cache.unsaved:
-            stored: Record[Item] = await self.submit(Create(place[0], place[1], record))
+            stored: Record[Entity] = await self.submit(Create(place[0], place[1], record))
             return stored
         if await self.find(place) is not None:
-            raise DuplicateError(ITEM[place[0]], place[1])
+            raise DuplicateError(ENTITY_NAMES[place[0]], place[1])
         return self._hold(record, None)
 
-    async def update(self, record: Record[Item], persist: bool) -> Record[Item]:
+    async def update(self, record: Record[Entity], persist: bool) -> Record[Entity]:
         """Replace the entry that has the version of `record`; returns it as it is kept.
 
         Raises:
             NotFoundError: If there is none.
             StaleVersionError: If it has another version.
         """
-        place = place_of(record)
+        place = key_of(record)
         if persist or self._takes_key(place, record):
             if place in self.cache.unsaved:
                 _require_version(place, self.cache.find(place), record.version)
                 await self.settle(place)
-            stored: Record[Item] = await self.submit(self._update(place, record))
+            stored: Record[Entity] = await self.submit(self._update(place, record))
             return stored
         known = await self.find(place)
         _require_version(place, known, self.cache.settled_version(place, record.version))
@@ -271,7 +271,7 @@ class Replica:
             record = record.evolve(last_heartbeat=heartbeat)
         return self._hold(record, known if entry is None else entry.base)
 
-    def _takes_key(self, place: Place, record: Record[Any]) -> bool:
+    def _takes_key(self, place: EntityKey, record: Record[Any]) -> bool:
         """Whether a task gets an idempotency key; who else has it, only the database knows."""
         if place[0] is not Task or record["idempotency_key"] is None:
             return False
@@ -279,8 +279,8 @@ class Replica:
         return known is None or bool(known["idempotency_key"] != record["idempotency_key"])
 
     async def change(
-        self, place: Place, fn: Callable[[Record[Item]], Record[Item]]
-    ) -> Record[Item] | None:
+        self, place: EntityKey, fn: Callable[[Record[Entity]], Record[Entity]]
+    ) -> Record[Entity] | None:
         """Replace an entry by what `fn` makes of it, again if others change it meanwhile.
 
         Returns:
@@ -292,14 +292,14 @@ class Replica:
             if known is None:
                 return None
             changed = fn(known)
-            if place_of(changed) != place:
+            if key_of(changed) != place:
                 raise InvalidDataError(KEY[place[0]], f"must not be changed, from {place[1]!r}")
             names = known.differences(changed)
             if not names:
                 return known
             try:
                 update = Update(*place, changed, names, known.version, known)
-                stored: Record[Item] = await self.submit(update)
+                stored: Record[Entity] = await self.submit(update)
                 return stored
             except NotFoundError:
                 return None
@@ -309,7 +309,7 @@ class Replica:
                 if self.cache.find(place) is known:  # no: the row was changed by hand
                     raise
 
-    async def remove(self, place: Place) -> bool:
+    async def remove(self, place: EntityKey) -> bool:
         """Remove an entry; `False` if there is none."""
         if place[0] is Task and self.cache.unsaved:
             task: Record[Task] | None = None
@@ -326,7 +326,7 @@ class Replica:
             self.watchers.wake([place[1]])
             return removed
 
-    async def settle(self, place: Place) -> None:
+    async def settle(self, place: EntityKey) -> None:
         """Write an entry that is only in memory.
 
         Raises:
@@ -338,7 +338,7 @@ class Replica:
             async with self._settling:
                 await finish(self._settle(place))
 
-    async def settle_or_drop(self, place: Place) -> None:
+    async def settle_or_drop(self, place: EntityKey) -> None:
         """Write what is only in memory of an entry, before the writer changes it."""
         with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
             await self.settle(place)
@@ -462,7 +462,7 @@ class Replica:
         self._flush_timer = None
         self._flush = asyncio.get_running_loop().create_task(flush())
 
-    def _update(self, place: Place, record: Record[Item]) -> Update[Item]:
+    def _update(self, place: EntityKey, record: Record[Entity]) -> Update[Entity]:
         """Writes what differs from the copy in memory; all fields if that has another version."""
         version = self.cache.settled_version(place, record.version)
         known = self.cache.find(place)
@@ -470,15 +470,15 @@ class Replica:
             return Update(*place, record, CONTENT[place[0]], version)
         return Update(*place, record, known.differences(record), version, known)
 
-    def _hold(self, record: Record[Item], base: Record[Item] | None) -> Record[Item]:
+    def _hold(self, record: Record[Entity], base: Record[Entity] | None) -> Record[Entity]:
         """Keep an entry in memory alone, under a version that only memory knows."""
         self._unsaved_version -= 1
         held = record.evolve(version=self._unsaved_version)
         self.cache.hold(held, base)
-        self.watchers.wake([place_of(held)[1]])
+        self.watchers.wake([key_of(held)[1]])
         return held
 
-    async def _settle(self, place: Place) -> None:
+    async def _settle(self, place: EntityKey) -> None:
         entry = self.cache.unsaved.get(place)
         if entry is None:  # another caller has written it
             return
@@ -487,7 +487,7 @@ class Replica:
         finally:
             self.watchers.wake([place[1]])
 
-    async def _write_unsaved(self, place: Place, entry: Unsaved) -> None:
+    async def _write_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
         record = entry.record.evolve()  # the one in the cache stays as it is
         operation: Operation = Create(place[0], place[1], record)
         if entry.base is not None:
@@ -501,7 +501,7 @@ class Replica:
                 self.cache.release(place, entry, found)  # it was written, and nobody could tell
                 return
             self.cache.release(place, entry, None)
-            logger.warning("an unsaved %s was dropped: %s", ITEM[place[0]], error)
+            logger.warning("an unsaved %s was dropped: %s", ENTITY_NAMES[place[0]], error)
             raise
         self.cache.release(place, entry, stored)
 
@@ -560,8 +560,8 @@ class Replica:
             await asyncio.sleep(min(FOLLOWING_PAUSE * took, LONGEST_PAUSE_SECONDS))
 
 
-def _require_version(place: Place, known: Record[Any] | None, version: int) -> None:
+def _require_version(place: EntityKey, known: Record[Any] | None, version: int) -> None:
     if known is None:
         raise missing(*place)
     if known.version != version:
-        raise StaleVersionError(ITEM[place[0]], place[1], version, known.version)
+        raise StaleVersionError(ENTITY_NAMES[place[0]], place[1], version, known.version)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from threading import get_ident
 from typing import Any, Generic
 
-from openclaw_store.domain import Decode, Item, Raw, Record
+from openclaw_store.domain import Decode, Entity, Raw, Record
 
 _BUCKETS = 1024  # a power of two
 
@@ -14,7 +14,7 @@ _BUCKETS = 1024  # a power of two
 _MASK = _BUCKETS - 1
 
 
-class Records(Generic[Item]):
+class Records(Generic[Entity]):
     """Records by identifier, of which `snapshot` keeps the present state in constant time.
 
     Beside one dict with all of them there are buckets (small dicts) that have them again. A
@@ -31,9 +31,9 @@ class Records(Generic[Item]):
     __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "entries")
 
     def __init__(self, decode: Decode) -> None:
-        self.entries: dict[str, Record[Item] | Raw] = {}
+        self.entries: dict[str, Record[Entity] | Raw] = {}
         """To be read only; a row that nobody has asked for is still a tuple."""
-        self._buckets: list[dict[str, Record[Item] | Raw]] = [{} for _ in range(_BUCKETS)]
+        self._buckets: list[dict[str, Record[Entity] | Raw]] = [{} for _ in range(_BUCKETS)]
         self._decode = decode
         self._is_shared = bytearray(_BUCKETS)
         """For each bucket, whether the last snapshot has it too."""
@@ -46,14 +46,14 @@ class Records(Generic[Item]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
 
-    def get(self, id: str) -> Record[Item] | None:
+    def get(self, id: str) -> Record[Entity] | None:
         found = self.entries.get(id)
         if isinstance(found, tuple):
             found = self._decode(found)
             self.entries[id] = self._buckets[hash(id) & _MASK][id] = found
         return found
 
-    def values(self) -> Iterator[Record[Item]]:
+    def values(self) -> Iterator[Record[Entity]]:
         return (record for id in self if (record := self.get(id)) is not None)
 
     def load(self, rows: Iterable[Raw]) -> None:
@@ -61,7 +61,7 @@ class Records(Generic[Item]):
         for row in rows:
             self.put(row[0], row)
 
-    def put(self, id: str, record: Record[Item] | Raw) -> None:
+    def put(self, id: str, record: Record[Entity] | Raw) -> None:
         if self._shared:
             self._own_bucket_of(id)
         self.entries[id] = self._buckets[hash(id) & _MASK][id] = record
@@ -71,7 +71,7 @@ class Records(Generic[Item]):
         self._own_bucket_of(id)
         del self.entries[id], self._buckets[hash(id) & _MASK][id]
 
-    def snapshot(self) -> RecordMapping[Item]:
+    def snapshot(self) -> RecordMapping[Entity]:
         """The entries as they are now, for good."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
@@ -85,7 +85,7 @@ class Records(Generic[Item]):
             self._shared -= 1
 
 
-class RecordMapping(Mapping[str, Item]):
+class RecordMapping(Mapping[str, Entity]):
     """A read-only mapping of records, of which callers get copies.
 
     It equals the dict of the copies. Pickling and deep copying (so `dataclasses.asdict` too) turn
@@ -96,13 +96,13 @@ class RecordMapping(Mapping[str, Item]):
 
     def __init__(
         self,
-        buckets: list[dict[str, Record[Item] | Raw]],
-        entries: dict[str, Record[Item] | Raw],
+        buckets: list[dict[str, Record[Entity] | Raw]],
+        entries: dict[str, Record[Entity] | Raw],
         decode: Decode,
     ) -> None:
-        self._buckets: list[dict[str, Record[Item] | Raw]] = buckets
+        self._buckets: list[dict[str, Record[Entity] | Raw]] = buckets
         # Of the original, as they go on; for what is decoded here, on the thread that changes them.
-        self._entries: dict[str, Record[Item] | Raw] = entries
+        self._entries: dict[str, Record[Entity] | Raw] = entries
         self._thread = get_ident()
         self._size = len(entries)
         self._decode = decode
@@ -110,7 +110,7 @@ class RecordMapping(Mapping[str, Item]):
     def __repr__(self) -> str:
         return f"<{self._size} entries by identifier>"
 
-    def __getitem__(self, id: str) -> Item:
+    def __getitem__(self, id: str) -> Entity:
         bucket = self._buckets[hash(id) & _MASK]
         found = bucket[id]
         if isinstance(found, tuple):
@@ -118,7 +118,7 @@ class RecordMapping(Mapping[str, Item]):
             if self._thread == get_ident() and self._entries.get(id) is found:
                 self._entries[id] = record  # else it would be held twice
             found = record
-        item: Item = found.copy()
+        item: Entity = found.copy()
         return item
 
     def __contains__(self, id: object) -> bool:
@@ -130,7 +130,7 @@ class RecordMapping(Mapping[str, Item]):
     def __len__(self) -> int:
         return self._size
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Item]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Entity]:
         return dict(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
