@@ -17,7 +17,7 @@ from benchmarks.measure import Bench, Contender, Figure, Sample, drive, no_colle
 from benchmarks.work import fill, make_tasks, rows
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskStatus
 
-Beat = Callable[..., Awaitable[bool]]
+Heartbeat = Callable[..., Awaitable[bool]]
 
 _TICKS = 100  # a second
 _NOTHING, _COLLECTION = "idle", "garbage collection"
@@ -29,21 +29,21 @@ async def heartbeats(bench: Bench) -> Sequence[Figure]:
     seconds = bench.scaled(5000, 200) / 1000
     writes = bench.scaled(25_600, 640)
 
-    async def use_cpu(store: StateManager, beat: Beat) -> Sample:
+    async def use_cpu(store: StateManager, beat: Heartbeat) -> Sample:
         async with _background(_send(nodes, beat)):
             began, cpu_began = perf_counter(), process_time()
             await asyncio.sleep(seconds)
             share = (process_time() - cpu_began) / (perf_counter() - began)
         return {"core_percent": share * 100}
 
-    async def write(store: StateManager, beat: Beat) -> Sample:
+    async def write(store: StateManager, beat: Heartbeat) -> Sample:
         tasks = make_tasks(writes)
         async with _background(_send(nodes, beat)):
             with no_collections():
                 return await drive(64, tasks, store.add_task)
 
     async def with_store(
-        measure: Callable[[StateManager, Beat], Awaitable[Sample]], *, beating: bool
+        measure: Callable[[StateManager, Heartbeat], Awaitable[Sample]], *, beating: bool
     ) -> Sample:
         with bench.database() as path:
             fill(path, rows(1000), nodes=len(nodes))
@@ -70,7 +70,7 @@ async def heartbeats(bench: Bench) -> Sequence[Figure]:
     ]
 
 
-async def _send(nodes: Sequence[str], beat: Beat) -> None:
+async def _send(nodes: Sequence[str], beat: Heartbeat) -> None:
     """Each node's heartbeat once a second, spread over the second."""
     began = perf_counter()
     for tick in count(1):

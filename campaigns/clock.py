@@ -446,7 +446,7 @@ def perform_on_machine(run: Run) -> None:
 
 
 async def work_as(tell: Tell, path: str, name: str) -> None:
-    """Be a node that beats, and runs tasks of its own."""
+    """Be a node that heartbeats, and runs tasks of its own."""
     async with StateManager(Database(path), 1) as manager:
         node = NodeInfo(name, name, available_skills=[name], max_concurrent_tasks=4)
         await manager.register_node(node)

@@ -26,7 +26,7 @@ from openclaw_store.domain.models import NodeInfo, Task
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import StoreError
 from openclaw_store.repositories.commands import Claim, Update
-from openclaw_store.repositories.heartbeats import Beat
+from openclaw_store.repositories.heartbeats import Heartbeat
 from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
 
@@ -172,11 +172,11 @@ def lost_reply_is_no_doubt() -> Iterator[None]:
 def heartbeats_from_the_future() -> Iterator[None]:
     """A heartbeat never gives way to one from before it, though the clock was turned back."""
 
-    def is_news_to(self: Beat, record: Record[NodeInfo], now: object = None) -> bool:
+    def is_news_to(self: Heartbeat, record: Record[NodeInfo], now: object = None) -> bool:
         last = record["last_heartbeat"]
         return last is None or self.at >= last
 
-    with patch.object(Beat, "is_news_to", is_news_to):
+    with patch.object(Heartbeat, "is_news_to", is_news_to):
         yield
 
 

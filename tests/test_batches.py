@@ -39,7 +39,7 @@ from openclaw_store.repositories.commands import (
     SetNodeStatus,
     Update,
 )
-from openclaw_store.repositories.heartbeats import AfterBeat, Beat
+from openclaw_store.repositories.heartbeats import AfterHeartbeat, Heartbeat
 from openclaw_store.repositories.unit_of_work import Operation, apply
 
 TASKS = ["task-0", "task-1", "task-2", "task-3", "both"]
@@ -91,9 +91,9 @@ class Maker:
         task_id, node_id = self.chance.choice(TASKS), self.chance.choice(NODES)
         makers = [self.of_task] * 3 + [self.of_node] * 2
         made = self.chance.choice(makers)(task_id, node_id)
-        if isinstance(made, Create | Beat) or self.chance.random() < 0.8:
+        if isinstance(made, Create | Heartbeat) or self.chance.random() < 0.8:
             return made
-        return AfterBeat(self.beat(node_id), made)
+        return AfterHeartbeat(self.beat(node_id), made)
 
     def of_task(self, task_id: str, _: str) -> Operation:
         known = self.tasks.get(task_id)
@@ -158,9 +158,9 @@ class Maker:
                 candidates = self.chance.sample([*self.tasks.values()], len(self.tasks))
                 return Claim(node_id, candidates[:3], self.chance.randrange(1, 4))
 
-    def beat(self, node_id: str) -> Beat:
+    def beat(self, node_id: str) -> Heartbeat:
         at = self.now - timedelta(seconds=self.chance.randrange(4))
-        return Beat(node_id, at, {"cpu_usage": float(self.chance.randrange(100))})
+        return Heartbeat(node_id, at, {"cpu_usage": float(self.chance.randrange(100))})
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from openclaw_store import Change, ChangeKind, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.domain.models import FINISHED
 from openclaw_store.domain.records import Record, encode
-from openclaw_store.repositories.heartbeats import Beat, Beaten
+from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.change_feed import News, Page, Start
@@ -410,7 +410,7 @@ class TestLearning:
         cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
         cache.catch_up(node_news(2, [change(2, "n", "online", None, item="node")]))
 
-        cache.apply([Beaten(Beat("n", START, {}), 1)])
+        cache.apply([HeartbeatWritten(Heartbeat("n", START, {}), 1)])
 
         assert cache.all_nodes() == []
         assert cache.node_stats()["total"] == 0
@@ -420,17 +420,17 @@ class TestLearning:
         cache = Cache(NOTHING, 10)
         node = node_record("n", 1, last_heartbeat=START)
         cache.apply([Event(NodeInfo, "n", node, change(1, "n", None, "online", item="node"))])
-        beats = [
-            Beat("n", START + timedelta(seconds=1), {"cpu_usage": 1.0, "disk_usage": 1.0}),
-            Beat("n", START + timedelta(seconds=2), {"cpu_usage": 2.0}),
+        heartbeats = [
+            Heartbeat("n", START + timedelta(seconds=1), {"cpu_usage": 1.0, "disk_usage": 1.0}),
+            Heartbeat("n", START + timedelta(seconds=2), {"cpu_usage": 2.0}),
         ]
         renamed = change(2, "n", "online", "online", item="node")
         row = node_record("n", 2, last_heartbeat=START, hostname="renamed")
 
-        cache.apply([Beaten(beats[0], 1), Beaten(beats[1], 2)])
+        cache.apply([HeartbeatWritten(heartbeats[0], 1), HeartbeatWritten(heartbeats[1], 2)])
         cache.catch_up(node_news(2, [renamed], row))
 
-        assert copies(cache.all_nodes()) == copies([beats[1].after(beats[0]).over(row)])
+        assert copies(cache.all_nodes()) == copies([heartbeats[1].after(heartbeats[0]).over(row)])
 
     def test_row_from_after_a_heartbeat_is_taken_as_it_is(self) -> None:
         """It is of another node with the same name, which had none yet."""
@@ -443,7 +443,7 @@ class TestLearning:
         ]
         successor = node_record("n", 3)
 
-        cache.apply([Beaten(Beat("n", START, {"cpu_usage": 1.0}), 1)])
+        cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
         cache.catch_up(node_news(3, changes, successor, beat=1))
 
         assert cache.all_nodes() == [successor]
@@ -457,7 +457,7 @@ class TestLearning:
         row = node_record("n", 2, last_heartbeat=START, cpu_usage=7)
 
         cache.catch_up(node_news(2, [updated], row, beat=1, beaten=[row]))
-        cache.apply([Beaten(Beat("n", START, {"cpu_usage": 1.0}), 1)])
+        cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
 
         assert cache.all_nodes() == [row]
 
@@ -588,9 +588,9 @@ class TestNodes:
                 stored[id] = record
                 tell(id, revision, "online")
             elif command == "beat" and id in stored:
-                beat = Beat(id, START, {"running_tasks": fields["running_tasks"]})
+                beat = Heartbeat(id, START, {"running_tasks": fields["running_tasks"]})
                 stored[id] = beat.over(stored[id])
-                cache.apply([Beaten(beat, revision)])
+                cache.apply([HeartbeatWritten(beat, revision)])
             elif command == "remove" and stored.pop(id, None) is not None:
                 tell(id, revision, None)
             elif command == "hold":

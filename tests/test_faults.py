@@ -305,7 +305,7 @@ class TestHeartbeats:
         node = make_node()
         await manager.add_node(node)
         await manager.update_heartbeat(node.node_id, cpu_usage=10)
-        await manager._replica.flush_beats()
+        await manager._replica.flush_heartbeats()
         await manager.change_node(node.node_id, lambda node: setattr(node, "cpu_usage", 50))
         read = manager.db.read
 
@@ -313,7 +313,7 @@ class TestHeartbeats:
             news = await read(work)
             monkeypatch.undo()
             await manager.update_heartbeat(node.node_id, memory_usage=20)
-            await manager._replica.flush_beats()  # while the news are on their way
+            await manager._replica.flush_heartbeats()  # while the news are on their way
             return news
 
         monkeypatch.setattr(manager.db, "read", read_then_beat)
@@ -332,7 +332,7 @@ class TestHeartbeats:
 
         await asyncio.gather(
             manager.node_repo.update_status(node.node_id, NodeStatus.OFFLINE),
-            manager._replica.flush_beats(),
+            manager._replica.flush_heartbeats(),
         )
 
         stored = await manager.node_repo.get(node.node_id)

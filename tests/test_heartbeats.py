@@ -14,7 +14,7 @@ from conftest import FakeClock, MakeNode
 from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
 from openclaw_store.database.statements import USAGE
 from openclaw_store.database.write_transaction import WriteTransaction
-from openclaw_store.repositories.heartbeats import Beat, Beaten, apply_beats
+from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten, apply_heartbeats
 from openclaw_store.repositories.unit_of_work import Event
 
 
@@ -46,9 +46,11 @@ async def test_each_field_that_was_reported_is_written_and_no_other(
 ) -> None:
     at = clock.advance(seconds=1)
     reports: list[dict[str, Any]] = [{}, {"disk_usage": 0.0}, dict.fromkeys(USAGE, 3)]
-    beats = [Beat(node.node_id, at, usage) for node, usage in zip(nodes, reports, strict=True)]
+    heartbeats = [
+        Heartbeat(node.node_id, at, usage) for node, usage in zip(nodes, reports, strict=True)
+    ]
 
-    assert await database.write(apply_beats, beats) == [True, True, True]
+    assert await database.write(apply_heartbeats, heartbeats) == [True, True, True]
 
     for node, usage in zip(nodes, reports, strict=True):
         assert await stored(database, node) == replace(node, last_heartbeat=at, **usage)
@@ -61,22 +63,22 @@ async def test_those_that_need_a_decision_do_not_hinder_the_others(
     await NodeRepository(database).update_status(offline.node_id, NodeStatus.OFFLINE)
     revision, flush = await counters(database)
     before, at = clock() - timedelta(seconds=1), clock.advance(seconds=1)
-    told: list[Event | Beaten] = []
+    told: list[Event | HeartbeatWritten] = []
     unlisten = database.listen(told.extend)
-    beats = [
-        Beat(lively.node_id, at, {"cpu_usage": 50.0}),
-        Beat(older.node_id, before, {"cpu_usage": 50.0}),
-        Beat("unknown", at, {"cpu_usage": 50.0}),
-        Beat(offline.node_id, at, {"cpu_usage": 50.0}),
+    heartbeats = [
+        Heartbeat(lively.node_id, at, {"cpu_usage": 50.0}),
+        Heartbeat(older.node_id, before, {"cpu_usage": 50.0}),
+        Heartbeat("unknown", at, {"cpu_usage": 50.0}),
+        Heartbeat(offline.node_id, at, {"cpu_usage": 50.0}),
     ]
 
-    assert await database.write(apply_beats, beats) == [True, True, False, True]
+    assert await database.write(apply_heartbeats, heartbeats) == [True, True, False, True]
 
     unlisten()
     changes = [event.change for event in told if isinstance(event, Event)]
-    assert [event for event in told if isinstance(event, Beaten)] == [
-        Beaten(beats[0], flush + 1),
-        Beaten(beats[3], flush + 1),
+    assert [event for event in told if isinstance(event, HeartbeatWritten)] == [
+        HeartbeatWritten(heartbeats[0], flush + 1),
+        HeartbeatWritten(heartbeats[3], flush + 1),
     ]
     assert [(change.item_id, change.reason) for change in changes] == [
         (offline.node_id, "heartbeat")
@@ -94,21 +96,23 @@ async def test_newest_wins_in_whatever_order_they_come(
     node = nodes[0]
     first, second = clock.advance(seconds=1), clock.advance(seconds=1)
 
-    def both_at_once(unit: WriteTransaction, groups: Sequence[Sequence[Beat]]) -> Sequence[Any]:
-        [beats] = groups
-        return [apply_beats(unit, [[beat] for beat in beats])]
+    def both_at_once(
+        unit: WriteTransaction, groups: Sequence[Sequence[Heartbeat]]
+    ) -> Sequence[Any]:
+        [heartbeats] = groups
+        return [apply_heartbeats(unit, [[beat] for beat in heartbeats])]
 
-    beats = [
-        Beat(node.node_id, second, {"cpu_usage": 20.0}),
-        Beat(node.node_id, first, {"cpu_usage": 10.0, "disk_usage": 10.0}),
+    heartbeats = [
+        Heartbeat(node.node_id, second, {"cpu_usage": 20.0}),
+        Heartbeat(node.node_id, first, {"cpu_usage": 10.0, "disk_usage": 10.0}),
     ]
-    assert await database.write(both_at_once, beats) == [[True], [True]]
+    assert await database.write(both_at_once, heartbeats) == [[True], [True]]
 
     assert await stored(database, node) == replace(node, last_heartbeat=second, cpu_usage=20.0)
 
 
 async def test_those_of_unknown_nodes_are_no_flush(database: Database, clock: FakeClock) -> None:
-    assert await database.write(apply_beats, [Beat("unknown", clock(), {})]) == [False]
+    assert await database.write(apply_heartbeats, [Heartbeat("unknown", clock(), {})]) == [False]
 
     assert await counters(database) == (0, 0)
 
@@ -127,7 +131,7 @@ async def test_only_one_from_after_that_brings_a_node_back(
     renamed.hostname = "renamed"  # which is no change of its status
     await repository.update(renamed)
 
-    assert await database.write(apply_beats, [Beat(node.node_id, at, {})]) == [True]
+    assert await database.write(apply_heartbeats, [Heartbeat(node.node_id, at, {})]) == [True]
 
     found = await stored(database, node)
     assert found.last_heartbeat == at
@@ -141,9 +145,9 @@ async def test_one_of_the_future_gives_way(
     """The clock was turned back."""
     await NodeRepository(database).update_status(nodes[1].node_id, NodeStatus.OFFLINE)
     at = clock.advance(seconds=-seconds)
-    beats = [Beat(node.node_id, at, {"cpu_usage": 7.0}) for node in nodes]
+    heartbeats = [Heartbeat(node.node_id, at, {"cpu_usage": 7.0}) for node in nodes]
 
-    assert await database.write(apply_beats, beats) == [True, True, True]
+    assert await database.write(apply_heartbeats, heartbeats) == [True, True, True]
 
     for node in nodes:
         found = await stored(database, node)
@@ -152,10 +156,10 @@ async def test_one_of_the_future_gives_way(
 
 
 def test_later_one_keeps_what_only_the_earlier_reported(clock: FakeClock) -> None:
-    earlier = Beat("n", clock(), {"cpu_usage": 1.0, "disk_usage": 2.0})
-    later = Beat("n", clock.advance(seconds=1), {"cpu_usage": 3.0})
+    earlier = Heartbeat("n", clock(), {"cpu_usage": 1.0, "disk_usage": 2.0})
+    later = Heartbeat("n", clock.advance(seconds=1), {"cpu_usage": 3.0})
 
-    assert later.after(earlier) == Beat("n", clock(), {"cpu_usage": 3.0, "disk_usage": 2.0})
+    assert later.after(earlier) == Heartbeat("n", clock(), {"cpu_usage": 3.0, "disk_usage": 2.0})
 
 
 async def test_one_from_before_does_not_bring_back_a_node_that_the_batch_has_changed(
@@ -169,7 +173,7 @@ async def test_one_from_before_does_not_bring_back_a_node_that_the_batch_has_cha
 
     await asyncio.gather(
         NodeRepository(database).update(node),
-        database.write(apply_beats, [Beat(node.node_id, at, {"cpu_usage": 50.0})]),
+        database.write(apply_heartbeats, [Heartbeat(node.node_id, at, {"cpu_usage": 50.0})]),
     )
 
     assert await stored(database, node) == replace(node, cpu_usage=50.0, last_heartbeat=at)

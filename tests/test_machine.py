@@ -78,7 +78,7 @@ class Held:
 
 
 @dataclass
-class Beat:
+class Heartbeat:
     """A heartbeat that waits to be written."""
 
     at: Any
@@ -97,7 +97,7 @@ class Side:
     unsaved: dict[str, Held] = field(default_factory=dict)
     settled: dict[str, tuple[int, int]] = field(default_factory=dict)
     """The version in memory of what was unsaved last, and the one it was written with."""
-    beats: dict[str, Beat] = field(default_factory=dict)
+    heartbeats: dict[str, Heartbeat] = field(default_factory=dict)
     version: int = 0
     complete: int = 0
     """The revision up to which memory knows all."""
@@ -252,7 +252,9 @@ class Machine(DatabaseMachine):
     def catch_up(self, side: Side) -> None:
         """The manager takes over all there is."""
         side.tasks = dict(self.tasks)
-        side.nodes = {id: with_beat(node, side.beats.get(id)) for id, node in self.nodes.items()}
+        side.nodes = {
+            id: with_beat(node, side.heartbeats.get(id)) for id, node in self.nodes.items()
+        }
         side.lags = False
         side.complete = self.revision
         side.counts = Counter(task.status for task in self.tasks.values())
@@ -322,7 +324,7 @@ class Machine(DatabaseMachine):
 
     def beat_first(self, side: Side, id: str) -> None:
         """A heartbeat that waits is written before anything else happens to its node."""
-        beat = side.beats.get(id)
+        beat = side.heartbeats.get(id)
         node = self.nodes.get(id)
         if beat is None or node is None:
             return
@@ -333,9 +335,9 @@ class Machine(DatabaseMachine):
                 self.store_node(side, replace(node, status=NodeStatus.ONLINE))
 
     def flush(self, side: Side) -> None:
-        for id in list(side.beats):
+        for id in list(side.heartbeats):
             self.beat_first(side, id)
-        side.beats.clear()
+        side.heartbeats.clear()
 
     # Tasks.
 
@@ -458,7 +460,7 @@ class Machine(DatabaseMachine):
         assert self.run(call) is True
         assert node == self.store_node(side, node)
         # A heartbeat may wait for the node that the other one has removed.
-        side.nodes[id] = with_beat(side.nodes[id], side.beats.get(id))
+        side.nodes[id] = with_beat(side.nodes[id], side.heartbeats.get(id))
 
     @rule(at=sides, id=node_ids, content=node_contents, refreshed=st.booleans())
     def update_node(self, at: int, id: str, content: dict[str, Any], refreshed: bool) -> None:
@@ -482,7 +484,7 @@ class Machine(DatabaseMachine):
         ]
         version = node.version
         self.beat_first(side, id)
-        side.beats.pop(id, None)
+        side.heartbeats.pop(id, None)
         call = side.manager.update_node(node)
         stored = self.nodes.get(id)
         if stored is None:
@@ -500,7 +502,7 @@ class Machine(DatabaseMachine):
     def update_node_status(self, at: int, id: str, status: NodeStatus) -> None:
         side = self.side[at]
         self.beat_first(side, id)
-        side.beats.pop(id, None)
+        side.heartbeats.pop(id, None)
 
         known = self.run(side.manager.update_node_status(id, status))
 
@@ -534,19 +536,19 @@ class Machine(DatabaseMachine):
             assert known is False
             return
         assert known is True
-        node, waiting = side.nodes[id], side.beats.get(id)
-        beat = Beat(self.clock(), {**({} if waiting is None else waiting.usage), **usage})
-        side.beats[id] = beat
+        node, waiting = side.nodes[id], side.heartbeats.get(id)
+        beat = Heartbeat(self.clock(), {**({} if waiting is None else waiting.usage), **usage})
+        side.heartbeats[id] = beat
         side.nodes[id] = with_beat(node, beat)
         if node.status is NodeStatus.OFFLINE:
             self.beat_first(side, id)
-            del side.beats[id]
+            del side.heartbeats[id]
 
     @rule(at=sides, id=node_ids)
     def remove_node(self, at: int, id: str) -> None:
         side = self.side[at]
         self.beat_first(side, id)
-        side.beats.pop(id, None)
+        side.heartbeats.pop(id, None)
 
         known = self.run(side.manager.remove_node(id))
 
@@ -687,7 +689,7 @@ def content_of(task: Task) -> str:
     return repr(replace(task, version=0, updated_at=None))
 
 
-def with_beat(node: NodeInfo, beat: Beat | None) -> NodeInfo:
+def with_beat(node: NodeInfo, beat: Heartbeat | None) -> NodeInfo:
     """A node as the database has it, with the heartbeat that waits to be written."""
     if beat is None or (node.last_heartbeat is not None and node.last_heartbeat > beat.at):
         return node

@@ -55,7 +55,7 @@ from openclaw_store.errors import (
     UnavailableError,
 )
 from openclaw_store.repositories.commands import Remove, SetNodeStatus, Update, apply_together
-from openclaw_store.repositories.heartbeats import Beat, apply_beats
+from openclaw_store.repositories.heartbeats import Heartbeat, apply_heartbeats
 from openclaw_store.repositories.unit_of_work import OfOneRow, apply
 
 pytestmark = pytest.mark.postgresql
@@ -306,7 +306,7 @@ async def test_what_others_write_between_reading_and_writing_is_seen(
         async with other.transaction() as transaction:
             await TaskRepository(transaction).update(task)
     else:
-        assert await other.write(apply_beats, [Beat(node.node_id, clock(), {})]) == [True]
+        assert await other.write(apply_heartbeats, [Heartbeat(node.node_id, clock(), {})]) == [True]
     removal.release.set()
     await removing
     assert removal.times == 2
@@ -648,7 +648,7 @@ async def test_node_is_known_no_more_once_it_was_beaten(
     nodes, node = NodeRepository(database), make_node()
     await nodes.create(node)
     at = clock.advance(seconds=5)
-    await database.write(apply_beats, [Beat(node.node_id, at, {"cpu_usage": 5.0})])
+    await database.write(apply_heartbeats, [Heartbeat(node.node_id, at, {"cpu_usage": 5.0})])
 
     node.last_heartbeat, node.hostname = at - timedelta(seconds=1), "renamed"
     await nodes.update(node)
@@ -671,9 +671,9 @@ async def test_heartbeats_and_changes_share_a_batch(
 
     _, known, _, known_too = await asyncio.gather(
         tasks.update(task),
-        database.write(apply_beats, [Beat(node.node_id, at, {"cpu_usage": 5.0})]),
+        database.write(apply_heartbeats, [Heartbeat(node.node_id, at, {"cpu_usage": 5.0})]),
         tasks.create(make_task()),
-        database.write(apply_beats, [Beat(node.node_id, at, {"disk_usage": 6.0})]),
+        database.write(apply_heartbeats, [Heartbeat(node.node_id, at, {"disk_usage": 6.0})]),
     )
 
     found = await nodes.get(node.node_id)
@@ -857,8 +857,8 @@ async def test_plans_that_are_made_on_empty_tables_search_by_keys(
             await tasks.create(task)
             await nodes.create(node)
         await asyncio.gather(*map(tasks.update, some), *map(nodes.update, few))
-        beats = [Beat(node.node_id, clock(), {}) for node in few]
-        await database.write(apply_beats, beats)
+        heartbeats = [Heartbeat(node.node_id, clock(), {}) for node in few]
+        await database.write(apply_heartbeats, heartbeats)
         await asyncio.gather(
             *(database.write(apply, Remove(Task, one.task_id, with_history=True)) for one in some),
             *(nodes.delete(one.node_id) for one in few),

@@ -61,7 +61,7 @@ PROCESSES, ROUNDS, COUNTERS = map(int, sys.argv[2:])
 
 async def work(name, manager):
     random.seed(name)
-    log = {"increments": [0] * COUNTERS, "beats": [0] * COUNTERS, "stale": 0,
+    log = {"increments": [0] * COUNTERS, "heartbeats": [0] * COUNTERS, "stale": 0,
            "added": [], "removed": [], "unsaved": [], "refused": []}
 
     async def increment_task(n):
@@ -75,7 +75,7 @@ async def work(name, manager):
         def more(node):
             node.total_tasks_processed += 1
         await manager.change_node(f"node-{n}", more)
-        log["beats"][n] += 1
+        log["heartbeats"][n] += 1
 
     async def add(number):
         task = Task.create(TaskType.BATCH, "added", task_id=f"{name}-{number}")
@@ -214,8 +214,8 @@ class TestProcesses:
         )
 
         assert [count for (count,) in tasks] == outcome.totals("increments")
-        assert [count for (count,) in nodes] == outcome.totals("beats")
-        assert sum(outcome.totals("beats")) == PROCESSES * ROUNDS
+        assert [count for (count,) in nodes] == outcome.totals("heartbeats")
+        assert sum(outcome.totals("heartbeats")) == PROCESSES * ROUNDS
 
     def test_outdated_copies_were_really_written(self, outcome: Outcome) -> None:
         assert all(log["stale"] > 0 for log in outcome.logs)

@@ -686,7 +686,7 @@ class Side:
     manager: StateManager
     lags: bool = False
     """Whether somebody else has changed something since its last refreshment."""
-    beats: dict[str, datetime] = field(default_factory=dict)
+    heartbeats: dict[str, datetime] = field(default_factory=dict)
     """Heartbeats that wait to be written."""
     version: int = 0
 
@@ -842,7 +842,7 @@ class Machine(DatabaseMachine):
         self, one: int, verb: Verb, other: int, another_verb: Verb, is_refreshed: bool
     ) -> None:
         for at in (one, other):
-            if self.side[at].beats:
+            if self.side[at].heartbeats:
                 self.sync(at)
             if is_refreshed:
                 self.refresh(at)
@@ -850,10 +850,10 @@ class Machine(DatabaseMachine):
 
     @rule(at=sides, id=node_ids, is_flushed=st.booleans())
     def heartbeat(self, at: int, id: str, is_flushed: bool) -> None:
-        self.side[at].beats[id] = self.clock()
+        self.side[at].heartbeats[id] = self.clock()
         [is_known] = self.do((at, Heartbeat(id)))
         if not is_known:
-            del self.side[at].beats[id]
+            del self.side[at].heartbeats[id]
         if is_flushed:
             self.sync(at)
             assert id not in self.world.nodes or self.known["node", id][0] != NodeStatus.OFFLINE
@@ -964,10 +964,10 @@ class Machine(DatabaseMachine):
     def land(self, side: Side, rows: Rows, *, flushes: bool) -> None:
         """See which heartbeats were written before what came behind them."""
         world = self.world
-        for id, at in list(side.beats.items()):
+        for id, at in list(side.heartbeats.items()):
             node, row = world.nodes.get(id), rows.nodes.get(id)
             if flushes:
-                del side.beats[id]
+                del side.heartbeats[id]
             if node is None or at < last_sign(node):
                 continue
             if flushes or (row is not None and row.last_heartbeat == at):
@@ -1066,7 +1066,7 @@ class Machine(DatabaseMachine):
     def shown_nodes(self, side: Side) -> dict[str, NodeInfo]:
         """The nodes with the heartbeats that a manager shows already."""
         shown = dict(self.world.nodes)
-        for id, at in side.beats.items():
+        for id, at in side.heartbeats.items():
             if id in shown:
                 shown[id] = replace(shown[id], last_heartbeat=max(at, last_sign(shown[id])))
         return shown

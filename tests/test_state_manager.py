@@ -1233,7 +1233,7 @@ class TestHeartbeats:
             return await write(apply, operation)
 
         monkeypatch.setattr(manager.db, "write", note)
-        await asyncio.gather(manager._replica.flush_beats(), manager.add_task(make_task()))
+        await asyncio.gather(manager._replica.flush_heartbeats(), manager.add_task(make_task()))
 
         assert sorted(map(str, written)) == ["1", "2", "2", "task"]
         assert written[-1] != "task"
@@ -1335,7 +1335,7 @@ class TestHeartbeats:
         node.hostname = "renamed"
         await manager.update_node(node, persist=False)
         await manager.update_heartbeat(node.node_id, cpu_usage=50)
-        await manager._replica.flush_beats()
+        await manager._replica.flush_heartbeats()
 
         manager._replica.cache.discard((NodeInfo, node.node_id))
 

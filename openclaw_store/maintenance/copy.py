@@ -135,9 +135,9 @@ class _Rows:
             width = len(FIELDS[self.kind])
             transaction.cursor.write(insert, [image[:width] for image in images])
             if self.kind is NodeInfo:
-                beats, _ = sql.update(NodeInfo, frozenset({"version", "beat"}))
+                heartbeats, _ = sql.update(NodeInfo, frozenset({"version", "beat"}))
                 transaction.cursor.write(
-                    beats, [(image[0], *image[width - 1 :]) for image in images]
+                    heartbeats, [(image[0], *image[width - 1 :]) for image in images]
                 )
         return [None] * len(batches)
 

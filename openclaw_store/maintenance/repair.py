@@ -167,10 +167,13 @@ class Raise:
 
     async def do(self, database: Database, tx: AsyncSession) -> bool:
         """Raise them, but never lower them."""
-        beats = await tx.scalar(select(func.max(ROWS[NodeInfo].__table__.c.beat))) or 0
+        heartbeats = await tx.scalar(select(func.max(ROWS[NodeInfo].__table__.c.beat))) or 0
         newest = await tx.scalar(select(func.max(ChangeRow.revision))) or 0
         counters = (await tx.execute(select(CounterRow.revision, CounterRow.beat))).one()
-        values = {"revision": max(newest, counters.revision), "beat": max(beats, counters.beat)}
+        values = {
+            "revision": max(newest, counters.revision),
+            "beat": max(heartbeats, counters.beat),
+        }
         await tx.execute(update(CounterRow).where(text("id = 1")).values(values))
         return True
 

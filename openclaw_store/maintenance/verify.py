@@ -228,11 +228,11 @@ class Scan:
             return False
         self._revision, self._beat, self._compacted = counters[0]
         newest = await session.scalar(select(func.max(ChangeRow.revision))) or 0
-        beats = await session.scalar(select(func.max(NodeRow.beat))) or 0
-        if newest > self._revision or beats > self._beat:
+        heartbeats = await session.scalar(select(func.max(NodeRow.beat))) or 0
+        if newest > self._revision or heartbeats > self._beat:
             sentence = (
                 f"The counters are at revision {self._revision} and flush {self._beat}, but there "
-                f"are change {newest} and flush {beats}."
+                f"are change {newest} and flush {heartbeats}."
             )
             self._add("counters", sentence, repair=Raise())
             self._revision = max(self._revision, newest)

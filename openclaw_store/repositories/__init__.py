@@ -28,7 +28,12 @@ from openclaw_store.repositories.commands import (
     requeue_of,
     start_of,
 )
-from openclaw_store.repositories.heartbeats import AfterBeat, Beat, Beaten, apply_beats
+from openclaw_store.repositories.heartbeats import (
+    AfterHeartbeat,
+    Heartbeat,
+    HeartbeatWritten,
+    apply_heartbeats,
+)
 from openclaw_store.repositories.nodes import NodeRepository, node_status
 from openclaw_store.repositories.retention import compact_feed
 from openclaw_store.repositories.row_reader import (

@@ -26,7 +26,7 @@ from openclaw_store.repositories.unit_of_work import (
 
 # Not frozen, though nobody changes them: that takes twice as long to make.
 @dataclass(slots=True)
-class Beat(OfOneRow):
+class Heartbeat(OfOneRow):
     """A node's heartbeat, with the usage it reported; the newest wins, but for one in the future.
 
     As an operation it brings a node back ONLINE that was OFFLINE before, which is an ordinary
@@ -47,11 +47,11 @@ class Beat(OfOneRow):
         last: datetime | None = record["last_heartbeat"]
         return last is None or self.at >= last or (now is not None and last > now)
 
-    def after(self, earlier: Beat) -> Beat:
+    def after(self, earlier: Heartbeat) -> Heartbeat:
         """This one, with what `earlier` reported and it does not."""
         if self.usage.keys() >= earlier.usage.keys():
             return self
-        return Beat(self.id, self.at, {**earlier.usage, **self.usage})
+        return Heartbeat(self.id, self.at, {**earlier.usage, **self.usage})
 
     def over(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
         """The node with what was reported."""
@@ -63,7 +63,7 @@ class Beat(OfOneRow):
             return False
         if self.is_news_to(record, row.now):
             touched = self.over(record)
-            row.touch(touched, ("last_heartbeat", *self.usage), Beaten(self, row.flush))
+            row.touch(touched, ("last_heartbeat", *self.usage), HeartbeatWritten(self, row.flush))
             if record["status"] is NodeStatus.OFFLINE:
                 since = row.status_since()  # another process may have set it so meanwhile
                 if since is None or self.at >= since or since > row.now:
@@ -72,19 +72,19 @@ class Beat(OfOneRow):
         return True
 
 
-class Beaten(NamedTuple):
+class HeartbeatWritten(NamedTuple):
     """What listeners are told of a heartbeat that was written."""
 
-    beat: Beat
+    beat: Heartbeat
     flush: int
     """What `nodes.beat` is since then."""
 
 
 @dataclass(frozen=True, slots=True)
-class AfterBeat:
+class AfterHeartbeat:
     """An operation that writes a node, behind a heartbeat that has not been written yet."""
 
-    beat: Beat
+    beat: Heartbeat
     operation: Operation
     """Which does not create anything."""
     is_new: ClassVar[bool] = False
@@ -114,30 +114,30 @@ class AfterBeat:
         return self.operation.decide(row)
 
 
-def apply_beats(
-    transaction: WriteTransaction, groups: Sequence[Sequence[Beat]]
+def apply_heartbeats(
+    transaction: WriteTransaction, groups: Sequence[Sequence[Heartbeat]]
 ) -> Sequence[Sequence[bool]]:
     """Apply groups of heartbeats, each of which was submitted as one."""
     return [_apply(transaction, group) for group in groups]
 
 
-def _apply(transaction: WriteTransaction, beats: Sequence[Beat]) -> Sequence[bool]:
+def _apply(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Sequence[bool]:
     unit = transaction.part(UnitOfWork)
     unit.count_from(*counters_of(transaction.cursor.execute(unit.sql.read_counters)))
     now = unit.sql.to_moment(transaction.now)
     rows = []
-    for beat in beats:
+    for beat in heartbeats:
         at = unit.sql.to_moment(beat.at)
         rows.append((*map(beat.usage.get, USAGE), at, unit.beat, beat.id, at, now))
     transaction.cursor.remember(
-        dict.fromkeys(beat.id for beat in beats)
+        dict.fromkeys(beat.id for beat in heartbeats)
     )  # they are not as they were
     if transaction.cursor.count(unit.sql.beat, rows) < len(rows):
         # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
         # those that were written that makes no difference.
-        known: Sequence[bool] = apply(transaction, beats)
+        known: Sequence[bool] = apply(transaction, heartbeats)
         return known
     unit.beaten = True
-    for beat in beats:
-        unit.tell(Beaten(beat, unit.beat))
-    return [True] * len(beats)
+    for beat in heartbeats:
+        unit.tell(HeartbeatWritten(beat, unit.beat))
+    return [True] * len(heartbeats)

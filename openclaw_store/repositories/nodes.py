@@ -25,7 +25,7 @@ from openclaw_store.repositories.commands import (
     Register,
     SetNodeStatus,
 )
-from openclaw_store.repositories.heartbeats import Beat
+from openclaw_store.repositories.heartbeats import Heartbeat
 
 node_status = check_enum(NodeStatus)
 
@@ -95,7 +95,7 @@ class NodeRepository(Repository[NodeInfo]):
 
     async def update_heartbeat(self, node_id: str) -> bool:
         """Note a sign of life now; brings an OFFLINE node back ONLINE. `False` if unknown."""
-        beat = Beat(check_key("node_id", node_id), self._database.clock(), {})
+        beat = Heartbeat(check_key("node_id", node_id), self._database.clock(), {})
         known: bool = await self._write(beat)
         return known
 

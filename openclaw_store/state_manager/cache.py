@@ -34,7 +34,7 @@ from openclaw_store.domain import (
     key_of,
 )
 from openclaw_store.errors import InvalidDataError
-from openclaw_store.repositories import Beat, Beaten, Event
+from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
 from openclaw_store.state_manager.change_feed import News, Page, Start
 from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
 from openclaw_store.state_manager.pages import REVISION, STEP_WIDTH
@@ -92,8 +92,8 @@ class Cache:
         self._newest: list[str] | None = None  # identifiers of nodes in order, while it holds
         # The last version an entry had while it was unsaved, and the one that it was written under.
         self._aliases: dict[EntityKey, tuple[int, int]] = {}
-        self._waiting: dict[str, Beat] = {}  # heartbeats not handed to the writer yet
-        self._flying: dict[str, list[Beat]] = {}  # and those that it has not written yet
+        self._waiting: dict[str, Heartbeat] = {}  # heartbeats not handed to the writer yet
+        self._flying: dict[str, list[Heartbeat]] = {}  # and those that it has not written yet
         # And what they said that is written since the last `catch_up`, by field, with the flush.
         self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
 
@@ -119,9 +119,9 @@ class Cache:
         for id in {*self._waiting, *self._flying}:
             record = self.nodes.get(id)
             if record is not None:
-                self._touch(id, record, self._with_beats(record))
+                self._touch(id, record, self._with_heartbeats(record))
 
-    def apply(self, events: Iterable[Event | Beaten]) -> None:
+    def apply(self, events: Iterable[Event | HeartbeatWritten]) -> None:
         """Take over what this process has committed.
 
         Raises:
@@ -130,7 +130,7 @@ class Cache:
         unreadable: InvalidDataError | None = None
         arrived: list[Ready] = []
         for event in events:
-            if isinstance(event, Beaten):
+            if isinstance(event, HeartbeatWritten):
                 self._land(event)
                 continue
             kind, id, record, change = event
@@ -229,7 +229,7 @@ class Cache:
         ):
             entry.committed = stored
         if entry.committed is not None:
-            self._show(place, None, self._with_beats(entry.committed))
+            self._show(place, None, self._with_heartbeats(entry.committed))
             if stored is not None and entry.committed.version == stored.version:
                 self._aliases[place] = (entry.record.version, stored.version)
 
@@ -238,7 +238,7 @@ class Cache:
         local, settled = self._aliases.get(place, (0, 0))
         return settled if version < 0 and version == local else version
 
-    def expect_beat(self, beat: Beat) -> None:
+    def show_heartbeat(self, beat: Heartbeat) -> None:
         """Show a heartbeat, and keep it until it is written."""
         waiting = self._waiting.get(beat.id)
         self._waiting[beat.id] = beat if waiting is None else beat.after(waiting)
@@ -249,25 +249,27 @@ class Cache:
             if self.unsaved and (NodeInfo, beat.id) in self.unsaved:
                 self.unsaved[NodeInfo, beat.id].record = touched
 
-    def waiting_beats(self) -> list[str]:
+    def waiting_heartbeats(self) -> list[str]:
         """Identifiers of the nodes with heartbeats that are not on their way to the writer."""
         return list(self._waiting)
 
-    def take_beats(self, node_ids: Iterable[str]) -> list[Beat]:
+    def take_heartbeats(self, node_ids: Iterable[str]) -> list[Heartbeat]:
         """Those of these nodes that wait; they are on their way to the writer now."""
         taken = [self._waiting.pop(id) for id in node_ids if id in self._waiting]
         for beat in taken:
             self._flying.setdefault(beat.id, []).append(beat)
         return taken
 
-    def settle_beats(self, beats: Sequence[Beat], known: Sequence[bool] | None) -> bool:
+    def acknowledge_heartbeats(
+        self, heartbeats: Sequence[Heartbeat], known: Sequence[bool] | None
+    ) -> bool:
         """The writer is done with heartbeats of `known` nodes, or has failed (`None`).
 
         Returns:
             Whether some of them wait again. (Of what was written it was told in between.)
         """
         again = False
-        for place, beat in enumerate(beats):
+        for place, beat in enumerate(heartbeats):
             is_written = beat.id not in self._flying or not self._is_own(beat)
             # A node that is not written yet keeps its heartbeat until it is.
             if is_written or (known and (known[place] or (NodeInfo, beat.id) not in self.unsaved)):
@@ -496,7 +498,7 @@ class Cache:
         if record is not None:
             revision = record.fields["version"]
             if record.kind is NodeInfo:
-                record = self._with_beats(record)
+                record = self._with_heartbeats(record)
         if known is not None and known.fields["version"] > revision:
             return
         if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
@@ -508,14 +510,14 @@ class Cache:
         entry.committed = record
         self._show(place, None, entry.record)
 
-    def _with_beats(self, record: Record[Any]) -> Record[Any]:
+    def _with_heartbeats(self, record: Record[Any]) -> Record[Any]:
         """What was committed, with the heartbeats that are not."""
         if record.kind is NodeInfo:
             id = record["node_id"]
-            beats = self._flying.get(id, [])
+            heartbeats = self._flying.get(id, [])
             if id in self._waiting:
-                beats = [*beats, self._waiting[id]]
-            for beat in beats:
+                heartbeats = [*heartbeats, self._waiting[id]]
+            for beat in heartbeats:
                 if beat.is_news_to(record):
                     record = beat.over(record)
         return record
@@ -528,7 +530,7 @@ class Cache:
             return record.evolve(**newer) if newer else record
         return record
 
-    def _land(self, beaten: Beaten) -> None:
+    def _land(self, beaten: HeartbeatWritten) -> None:
         """Take over a heartbeat that was written."""
         beat, flush = beaten
         is_shown = self._is_own(beat)
@@ -543,9 +545,9 @@ class Cache:
         if entry is not None:
             entry.committed = beat.over(known)
         elif not is_shown:
-            self._touch(beat.id, known, self._with_beats(beat.over(known)))
+            self._touch(beat.id, known, self._with_heartbeats(beat.over(known)))
 
-    def _is_own(self, beat: Beat) -> bool:
+    def _is_own(self, beat: Heartbeat) -> bool:
         """Whether a heartbeat was on its way to the writer, on which it is no more."""
         flying = self._flying.pop(beat.id, ())
         if len(flying) == 1 and flying[0] is beat:  # as nearly always

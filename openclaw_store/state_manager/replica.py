@@ -43,18 +43,18 @@ from openclaw_store.errors import (
 )
 from openclaw_store.repositories import (
     CONTENT,
-    AfterBeat,
-    Beat,
-    Beaten,
+    AfterHeartbeat,
     Create,
     Event,
+    Heartbeat,
+    HeartbeatWritten,
     NodeRepository,
     Operation,
     Remove,
     TaskRepository,
     Update,
     apply,
-    apply_beats,
+    apply_heartbeats,
     missing,
     newer_heartbeat,
     read_changes,
@@ -114,7 +114,9 @@ class Replica:
         self.watchers = Watchers()
         """Those who wait for a change; all are woken when the replica is stopped."""
         self._unlisten: Callable[[], None] = lambda: None
-        self._loading: list[Sequence[Event | Beaten]] | None = None  # what was committed meanwhile
+        self._loading: list[Sequence[Event | HeartbeatWritten]] | None = (
+            None  # what was committed meanwhile
+        )
         self._refreshing = asyncio.Lock()
         self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -171,7 +173,7 @@ class Replica:
         if self._wakeups is not None:
             await self._wakeups.stop()
         self._unlisten()
-        lost = len(self.cache.unsaved) + len(self.cache.waiting_beats())
+        lost = len(self.cache.unsaved) + len(self.cache.waiting_heartbeats())
         if lost:
             raise UnavailableError(
                 f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
@@ -205,28 +207,28 @@ class Replica:
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         if operation.kind is NodeInfo and not isinstance(operation, Create):
-            return self._submit_behind(operation, operation.id)
+            return self._submit_after_heartbeat(operation, operation.id)
         for kind, id in operation.others:
             if kind is NodeInfo:
-                return self._submit_behind(operation, id)
+                return self._submit_after_heartbeat(operation, id)
         return self._database.write(apply, operation)
 
-    async def _submit_behind(self, operation: Operation, node_id: str) -> Any:
+    async def _submit_after_heartbeat(self, operation: Operation, node_id: str) -> Any:
         # Not taken before it runs: a task that is cancelled before would never give it back.
-        beats = self.cache.take_beats([node_id])
-        if not beats:
+        heartbeats = self.cache.take_heartbeats([node_id])
+        if not heartbeats:
             return await self._database.write(apply, operation)
-        [beat] = beats
+        [beat] = heartbeats
         known: Sequence[bool] | None = None
         try:
-            outcome = await self._database.write(apply, AfterBeat(beat, operation))
+            outcome = await self._database.write(apply, AfterHeartbeat(beat, operation))
             known = [True]
             return outcome
         except (ConflictError, NotFoundError):
             known = [True]  # the operation was refused, not the heartbeat
             raise
         finally:
-            self._settle_beats([beat], known)
+            self._acknowledge_heartbeats([beat], known)
 
     async def add(self, record: Record[Entity], persist: bool) -> Record[Entity]:
         """Add an entry; returns it as it is kept.
@@ -362,7 +364,7 @@ class Replica:
                         conflicts.append(outcome)
                     elif outcome is not None:
                         raise outcome
-        await self.flush_beats()
+        await self.flush_heartbeats()
         self.last_sync_at = self._database.clock()
         if conflicts:
             raise UnsavedConflictError(conflicts)
@@ -415,33 +417,35 @@ class Replica:
             node = self.cache.find(place)
             if node is None:
                 return False
-        beat = Beat(node_id, self._database.clock(), usage)
+        beat = Heartbeat(node_id, self._database.clock(), usage)
         if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
-            self.cache.expect_beat(beat)
+            self.cache.show_heartbeat(beat)
             self._flush_later()
             if node["status"] is NodeStatus.OFFLINE:
-                await self._write_beats([node_id])
+                await self._write_heartbeats([node_id])
         return True
 
-    async def flush_beats(self) -> None:
+    async def flush_heartbeats(self) -> None:
         """Write the heartbeats that wait, behind those of another flush, which may fail."""
         async with self._flushing:
-            ids = self.cache.waiting_beats()
+            ids = self.cache.waiting_heartbeats()
             for start in range(0, len(ids), HEARTBEATS_A_WRITE):
-                await self._write_beats(ids[start : start + HEARTBEATS_A_WRITE])
+                await self._write_heartbeats(ids[start : start + HEARTBEATS_A_WRITE])
 
-    async def _write_beats(self, node_ids: Sequence[str]) -> None:
-        beats = self.cache.take_beats(node_ids)
-        if not beats:
+    async def _write_heartbeats(self, node_ids: Sequence[str]) -> None:
+        heartbeats = self.cache.take_heartbeats(node_ids)
+        if not heartbeats:
             return
         known: Sequence[bool] | None = None
         try:
-            known = await self._database.write(apply_beats, beats)
+            known = await self._database.write(apply_heartbeats, heartbeats)
         finally:
-            self._settle_beats(beats, known)
+            self._acknowledge_heartbeats(heartbeats, known)
 
-    def _settle_beats(self, beats: Sequence[Beat], known: Sequence[bool] | None) -> None:
-        if self.cache.settle_beats(beats, known):
+    def _acknowledge_heartbeats(
+        self, heartbeats: Sequence[Heartbeat], known: Sequence[bool] | None
+    ) -> None:
+        if self.cache.acknowledge_heartbeats(heartbeats, known):
             self._flush_later()
 
     def _flush_later(self) -> None:
@@ -455,7 +459,7 @@ class Replica:
     def _flush_now(self) -> None:
         async def flush() -> None:
             try:
-                await self.flush_beats()
+                await self.flush_heartbeats()
             except Exception:  # nobody waits for it, and the heartbeats for the next flush
                 logger.exception("heartbeats could not be written; they are tried again")
 
@@ -526,7 +530,7 @@ class Replica:
         self.watchers.wake_all()
         self.last_refresh_at = self._database.clock()
 
-    def _committed(self, events: Sequence[Event | Beaten]) -> None:
+    def _committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
         """Is told what this process has committed."""
         if self._loading is not None:
             self._loading.append(events)
@@ -534,7 +538,7 @@ class Replica:
             self.cache.apply(events)
         finally:
             self.watchers.wake(event.id for event in events if isinstance(event, Event))
-            flushes = [event.flush for event in events if isinstance(event, Beaten)]
+            flushes = [event.flush for event in events if isinstance(event, HeartbeatWritten)]
             self._own_beat = max(flushes, default=self._own_beat)
 
     def _told(self, revision: int, beat: int) -> bool:

@@ -175,7 +175,7 @@ class Scheduler:
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
         """Set the live nodes OFFLINE that were silent for longer; returns which."""
         patience = check_seconds("timeout_seconds", timeout_seconds)
-        await self._replica.flush_beats()
+        await self._replica.flush_heartbeats()
         reason = f"silent for more than {timeout_seconds:g} s"
         stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
         for node_id in stale:
