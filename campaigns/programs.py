@@ -514,7 +514,7 @@ def loses_its_loop(program: Program) -> None:
 
 
 def _drop(loop: asyncio.AbstractEventLoop) -> None:
-    """Close a loop without ending what runs there; that this was so is no news to anybody."""
+    """Close a loop without ending what runs there; that this was so is no batch to anybody."""
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()

@@ -18,7 +18,7 @@ from openclaw_store.domain.records import Record, encode
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import News, Page, Start
+from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
 from openclaw_store.state_manager.indexes import SortedKeys
 from openclaw_store.state_manager.pages import STEP
 from openclaw_store.state_manager.ready_queue import Ready
@@ -56,7 +56,7 @@ def decode_row(row: tuple[Any, ...]) -> Record[Any]:
     return record
 
 
-NOTHING = Start(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row})
+NOTHING = InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row})
 
 
 def node_news(
@@ -65,9 +65,9 @@ def node_news(
     *records: Record[NodeInfo],
     beat: int = 0,
     beaten: Sequence[Record[NodeInfo]] = (),
-) -> News:
+) -> ChangeBatch:
     """What the feed says of nodes."""
-    return News(
+    return ChangeBatch(
         revision=revision,
         read_at=revision,
         beat=beat,
@@ -116,14 +116,14 @@ class FakeDatabase:
         self.changes.append(change(self.revision, id, before, after))
         return Event(Task, id, new, self.changes[-1])
 
-    def news(self, since: int, page: int, *, is_whole: bool = True) -> News:
-        """A page of the feed, as `read_news` reads it."""
+    def batch(self, since: int, page: int, *, is_whole: bool = True) -> ChangeBatch:
+        """A page of the feed, as `read_change_batch` reads it."""
         changes = [entry for entry in self.changes if entry.revision > since][:page]
         until = changes[-1].revision if len(changes) == page else self.revision
         is_whole = is_whole and len(changes) == until - since
         counts = None if is_whole or until < self.revision else self.counts()
         last = {one.item_id: one.revision for one in changes}
-        return News(
+        return ChangeBatch(
             revision=until,
             read_at=self.revision,
             beat=0,
@@ -144,10 +144,10 @@ class FakeDatabase:
 
     def tell(self, cache: Cache, page: int = 100) -> None:
         """Bring a cache up to date."""
-        news: News | None = None
-        while news is None or news.revision < news.read_at:
-            news = self.news(cache.complete, page, is_whole=cache.is_counted)
-            cache.catch_up(news)
+        batch: ChangeBatch | None = None
+        while batch is None or batch.revision < batch.read_at:
+            batch = self.batch(cache.complete, page, is_whole=cache.is_counted)
+            cache.catch_up(batch)
 
     def counts(self) -> Counter[str]:
         return Counter(str(row["status"].value) for row in self.rows.values())
@@ -263,7 +263,7 @@ class TestStart:
             decoded.append(row[0])
             return task_record(row[0], 1)
 
-        cache = Cache(Start(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}), 0)
+        cache = Cache(InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}), 0)
 
         cache.load(Page(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
 
@@ -368,7 +368,7 @@ class TestLearning:
     def test_news_older_than_a_removal_do_not_bring_a_task_back(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         created = database.write("a", TaskStatus.PENDING)
-        before = database.news(0, 100)
+        before = database.batch(0, 100)
         removed = database.write("a", None)
 
         cache.apply([created, removed])
@@ -382,7 +382,7 @@ class TestLearning:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         database.write("a", TaskStatus.PENDING)
         database.write("a", TaskStatus.RUNNING)
-        before = database.news(0, 100)
+        before = database.batch(0, 100)
         removed = database.write("a", None)
 
         cache.apply([removed])
@@ -478,11 +478,11 @@ class TestLearning:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         database.write("a", TaskStatus.FAILED)
         database.write("a", None, with_history=True)
-        news = database.news(0, 100)
+        batch = database.batch(0, 100)
         own = database.write("b", TaskStatus.PENDING)
 
         cache.apply([own])
-        cache.catch_up(news)
+        cache.catch_up(batch)
         database.tell(cache)
 
         assert counted(cache) == {"pending": 1}
@@ -516,11 +516,11 @@ class TestLearning:
     def test_news_do_not_bring_an_older_moment_back(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         database.write("a", TaskStatus.PENDING)
-        news = database.news(0, 100)
+        batch = database.batch(0, 100)
         own = database.write("b", TaskStatus.PENDING)
 
         cache.apply([own])
-        cache.catch_up(news)
+        cache.catch_up(batch)
 
         assert cache.state().updated_at == own.change.changed_at
 

@@ -227,12 +227,12 @@ class TestHeartbeats:
         read = manager.db.read
 
         async def read_and_be_overtaken(work: Any) -> Any:
-            news = await read(work)
+            batch = await read(work)
             monkeypatch.undo()
             clock.advance(seconds=1)
             await manager.update_heartbeat(node.node_id, cpu_usage=2)
             await manager.sync_to_database()
-            return news
+            return batch
 
         monkeypatch.setattr(manager.db, "read", read_and_be_overtaken)
         await manager.refresh_from_database()
@@ -310,11 +310,11 @@ class TestHeartbeats:
         read = manager.db.read
 
         async def read_then_beat(work: Any) -> Any:
-            news = await read(work)
+            batch = await read(work)
             monkeypatch.undo()
             await manager.update_heartbeat(node.node_id, memory_usage=20)
-            await manager._replica.flush_heartbeats()  # while the news are on their way
-            return news
+            await manager._replica.flush_heartbeats()  # while the batch are on their way
+            return batch
 
         monkeypatch.setattr(manager.db, "read", read_then_beat)
         await manager.refresh_from_database()

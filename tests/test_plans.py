@@ -28,7 +28,7 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.backends.sqlite import connections as sqlite_connections
-from openclaw_store.state_manager.change_feed import read_live, read_news
+from openclaw_store.state_manager.change_feed import read_change_batch, read_live
 
 pytestmark = pytest.mark.sqlite
 
@@ -133,9 +133,9 @@ async def live(database: Database) -> None:
             pass
 
 
-async def news(database: Database) -> None:
+async def batch(database: Database) -> None:
     async with database.session() as session:
-        await read_news(session, since=500, beat=0, is_whole=True)
+        await read_change_batch(session, since=500, beat=0, is_whole=True)
 
 
 async def claim(database: Database) -> None:
@@ -188,7 +188,7 @@ CALLS: dict[str, Call] = {
     "list by node": listing(node="node-0001"),
     "list by user": listing(user="user-1", status=TaskStatus.COMPLETED),
     "live": live,
-    "news": news,
+    "batch": batch,
 }
 """Everything with a limit or a selective filter.
 

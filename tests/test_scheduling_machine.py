@@ -860,7 +860,7 @@ class Machine(DatabaseMachine):
 
     @rule(at=sides, id=node_ids, seconds=st.sampled_from([0, 1]))
     def overtake_a_heartbeat(self, at: int, id: str, seconds: int) -> None:
-        """The node is set OFFLINE while its heartbeat waits, which is news only at that moment."""
+        """The node is set OFFLINE while its heartbeat waits, which is batch only at that moment."""
         self.heartbeat(at, id, is_flushed=False)
         self.clock.advance(seconds=seconds)
         self.do((1 - at, SetNodeStatus(id, NodeStatus.OFFLINE)))

@@ -1929,19 +1929,19 @@ class TestTwoManagers:
         other = await open_manager()
         await manager.update_task(tasks[0])
         await asyncio.gather(*[other.add_task(make_task()) for _ in range(60)])
-        read_news, told = feed.read_news, []
+        read_change_batch, told = feed.read_change_batch, []
 
         async def note(*arguments: Any, **options: Any) -> Any:
-            told.append(news := await read_news(*arguments, **options))
-            return news
+            told.append(batch := await read_change_batch(*arguments, **options))
+            return batch
 
-        monkeypatch.setattr(replica, "read_news", note)
+        monkeypatch.setattr(replica, "read_change_batch", note)
         for _ in range(2):
             await other.refresh_from_database()
 
         is_sqlite = manager.db.dialect == "sqlite"  # where what is known is not read again
-        assert [len(news.changes) for news in told] == [1 if is_sqlite else 61, 0]
-        assert [news.task_counts for news in told] == [None, None]  # nobody has counted all tasks
+        assert [len(batch.changes) for batch in told] == [1 if is_sqlite else 61, 0]
+        assert [batch.task_counts for batch in told] == [None, None]  # nobody has counted all tasks
 
     async def test_task_that_was_not_to_be_run_before_1970_can_be_claimed(
         self, manager: StateManager, make_task: MakeTask, make_node: MakeNode,
@@ -2165,7 +2165,7 @@ class TestTwoManagers:
         for _ in range(6):
             await manager.add_task(make_task())
         other = await open_manager()
-        monkeypatch.delattr(replica, "read_start")  # with which loading begins
+        monkeypatch.delattr(replica, "read_initial_state")  # with which loading begins
         for _ in range(6):
             await manager.add_task(make_task())
 
@@ -2174,7 +2174,7 @@ class TestTwoManagers:
 
         for _ in range(13):
             await manager.add_task(make_task())
-        with pytest.raises(NameError, match="read_start"):
+        with pytest.raises(NameError, match="read_initial_state"):
             await other.refresh_from_database()
 
     async def test_object_that_was_unsaved_once_outlives_a_reload(
@@ -2235,21 +2235,21 @@ class TestTwoManagers:
         other = await open_manager()
         task = make_task()
         await manager.add_task(task)
-        read_news, get_record = feed.read_news, TaskRepository.get_record
+        read_change_batch, get_record = feed.read_change_batch, TaskRepository.get_record
         has_read, go_on = asyncio.Event(), asyncio.Event()
 
         async def read_and_wait(*arguments: Any, **options: Any) -> Any:
-            news = await read_news(*arguments, **options)
+            batch = await read_change_batch(*arguments, **options)
             has_read.set()
             await go_on.wait()
-            return news
+            return batch
 
         async def get_first(*arguments: Any) -> Any:
             record = await get_record(*arguments)
             go_on.set()
             return record
 
-        monkeypatch.setattr(replica, "read_news", read_and_wait)
+        monkeypatch.setattr(replica, "read_change_batch", read_and_wait)
         monkeypatch.setattr(TaskRepository, "get_record", get_first)
         refreshing = asyncio.ensure_future(other.refresh_from_database())
         await has_read.wait()

@@ -35,7 +35,7 @@ from openclaw_store.domain import (
 )
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
-from openclaw_store.state_manager.change_feed import News, Page, Start
+from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
 from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
 from openclaw_store.state_manager.pages import REVISION, STEP_WIDTH
 from openclaw_store.state_manager.ready_queue import Ready, ReadyTasks
@@ -63,7 +63,7 @@ class Cache:
         finished_limit: How many finished tasks are kept.
     """
 
-    def __init__(self, start: Start, finished_limit: int) -> None:
+    def __init__(self, start: InitialState, finished_limit: int) -> None:
         self._finished_limit = finished_limit
         self._decode = start.decode
         self.tasks: Records[Task] = Records(start.decode[Task])
@@ -151,41 +151,41 @@ class Cache:
         if unreadable is not None:
             raise unreadable
 
-    def catch_up(self, news: News) -> None:
+    def catch_up(self, batch: ChangeBatch) -> None:
         """Take over what the feed says, from this and other processes.
 
         Raises:
             InvalidDataError: If it met a row that cannot be read; it took over the rest.
         """
-        later = [change for change, _ in self.ahead.values() if change.revision > news.read_at]
-        must_wait = self.complete > news.read_at  # what was committed since cannot be told apart
-        tasks, nodes = self._count_news(news)
+        later = [change for change, _ in self.ahead.values() if change.revision > batch.read_at]
+        must_wait = self.complete > batch.read_at  # what was committed since cannot be told apart
+        tasks, nodes = self._count_batch(batch)
         for change in later:  # what is here is newer
             (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
-        unreadable = self._take_over_tasks(tasks, news)
+        unreadable = self._take_over_tasks(tasks, batch)
         for id in nodes:
-            node = self._with_landed(news.nodes.get(id), news.beat)
-            self._commit((NodeInfo, id), node, news.read_at)
-        for beaten in news.beaten:
+            node = self._with_landed(batch.nodes.get(id), batch.beat)
+            self._commit((NodeInfo, id), node, batch.read_at)
+        for beaten in batch.beaten:
             place = key_of(beaten)
             if self._visible(place) is not None:
-                self._commit(place, self._with_landed(beaten, news.beat), 0)
-        self.beat = max(self.beat, news.beat)
+                self._commit(place, self._with_landed(beaten, batch.beat), 0)
+        self.beat = max(self.beat, batch.beat)
         self._landed = {
             id: newer
             for id, landed in self._landed.items()
             if (newer := {name: it for name, it in landed.items() if it[0] > self.beat})
         }
-        if news.changes and news.changes[-1][REVISION] > self.version:
-            self.updated_at = news.changed_at
-        if news.revision > self.complete:
-            self.complete = news.revision
+        if batch.changes and batch.changes[-1][REVISION] > self.version:
+            self.updated_at = batch.changed_at
+        if batch.revision > self.complete:
+            self.complete = batch.revision
             self.version = max(self.version, self.complete)
             for revision in [revision for revision in self.ahead if revision <= self.complete]:
                 self._catch_up_with(revision)
             self._close_gap()
-        if news.task_counts is not None and not must_wait:
-            self.task_counts = _of_each_status(news.task_counts)
+        if batch.task_counts is not None and not must_wait:
+            self.task_counts = _of_each_status(batch.task_counts)
             for change in later:
                 self._count_status(change.from_status, change)
                 if change.revision in self.ahead:
@@ -397,14 +397,14 @@ class Cache:
             self._close_gap()
         return True
 
-    def _count_news(self, news: News) -> tuple[dict[str, Sequence[Any]], dict[str, None]]:
+    def _count_batch(self, batch: ChangeBatch) -> tuple[dict[str, Sequence[Any]], dict[str, None]]:
         """Count what the feed says; returns the last change of each task, and the nodes."""
         tasks: dict[str, Sequence[Any]] = {}
         nodes: dict[str, None] = {}
         counts = self.task_counts
         # The beginning of a row that somebody inserted by hand was never counted.
-        is_counted = self.is_counted and news.is_whole
-        for change in news.changes:
+        is_counted = self.is_counted and batch.is_whole
+        for change in batch.changes:
             revision, _, item, id, before, after = change[:STEP_WIDTH]
             if revision <= self.complete or revision in self.ahead:
                 if item == _TASK and id in tasks:  # only the last change of a task has its content
@@ -422,7 +422,7 @@ class Cache:
         return tasks, nodes
 
     def _take_over_tasks(
-        self, tasks: Mapping[str, Sequence[Any]], news: News
+        self, tasks: Mapping[str, Sequence[Any]], batch: ChangeBatch
     ) -> InvalidDataError | None:
         """Take over what their last changes brought; returns what cannot be read of them."""
         unreadable: InvalidDataError | None = None
@@ -430,14 +430,14 @@ class Cache:
         for id, change in tasks.items():
             row = tuple(change[STEP_WIDTH:])
             is_there = row[0] is not None
-            ready = news.ready(row) if is_there and self._is_new(id) else None
+            ready = batch.ready(row) if is_there and self._is_new(id) else None
             if ready is not None:  # by far the most frequent case, and nobody may ever ask for it
                 self.tasks.put(id, row)
                 arrived.append(ready)
                 continue
             try:
                 record = self._decode[Task](row) if is_there else None
-                self._commit((Task, id), record, news.read_at)
+                self._commit((Task, id), record, batch.read_at)
             except InvalidDataError as error:
                 unreadable = error
         self._index(arrived)

@@ -37,7 +37,7 @@ _PENDING = TaskStatus.PENDING.value
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class InitialState:
     """Where the database stands, and how its rows are read."""
 
     revision: int
@@ -67,7 +67,7 @@ class Page:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class ChangeBatch:
     """What has happened since a revision."""
 
     revision: int
@@ -96,13 +96,13 @@ class News:
     """Whether the feed does not reach back that far any more, so that nothing else counts."""
 
 
-async def read_start(session: AsyncSession) -> Start:
+async def read_initial_state(session: AsyncSession) -> InitialState:
     """Where the database stands in the picture of `session`."""
     revision, beat, _ = await read_counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await _task_counts(session)
     decode = statements_for(session.get_bind().dialect.name).decode
-    return Start(revision, beat, updated_at, counts, decode)
+    return InitialState(revision, beat, updated_at, counts, decode)
 
 
 async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
@@ -130,14 +130,14 @@ def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
     return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
 
 
-async def read_news(
+async def read_change_batch(
     session: AsyncSession,
     *,
     since: int,
     beat: int,
     is_whole: bool,
     known: Container[int] = (),
-) -> News:
+) -> ChangeBatch:
     """A page of what has happened since the revision `since` and the flush `beat`.
 
     Args:
@@ -161,7 +161,7 @@ async def read_news(
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
         beaten = await read_records(session, NodeInfo, query)
     is_whole = is_whole and page.is_whole
-    return News(
+    return ChangeBatch(
         revision=until,
         read_at=page.revision,
         beat=page.beat,

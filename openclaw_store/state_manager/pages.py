@@ -42,10 +42,10 @@ _CHANGES = f"""changes LEFT JOIN tasks
 _TEXTS_OF_JSON = {f"tasks.{name}": f"tasks.{name}::text" for name in JSON_FIELDS[Task]}
 
 _AS_ROWS = f"""
-    SELECT counters.revision, beat, compacted, news.* FROM counters LEFT JOIN (
+    SELECT counters.revision, beat, compacted, batch.* FROM counters LEFT JOIN (
         SELECT {", ".join(_TEXTS_OF_JSON.get(one, one) for one in _COLUMNS)}
-        FROM {_CHANGES}) AS news ON true
-    WHERE counters.id = 1 ORDER BY news.revision""" % {"since": "$1", "until": "$2"}
+        FROM {_CHANGES}) AS batch ON true
+    WHERE counters.id = 1 ORDER BY batch.revision""" % {"since": "$1", "until": "$2"}
 
 _PART = f"(SELECT json_group_array(json_array({', '.join(_COLUMNS)})) FROM {_CHANGES})"
 
@@ -58,7 +58,7 @@ _AS_JSON = "SELECT revision, beat, compacted, {} FROM counters WHERE id = 1".for
 )
 
 
-class FeedPage(NamedTuple):
+class LogPage(NamedTuple):
     """What the feed says of some revisions."""
 
     revision: int
@@ -78,7 +78,7 @@ class FeedPage(NamedTuple):
 
 async def read_page(
     session: AsyncSession, since: int, until: int, known: Container[int]
-) -> FeedPage:
+) -> LogPage:
     """The changes behind `since` up to `until`, in order; on SQLite without most of the `known`."""
     if session.get_bind().dialect.name == "sqlite":
         gaps = list(_gaps(since, until, known))
@@ -91,7 +91,7 @@ async def read_page(
         rows = [row[3:] for row in found if row[3] is not None]
     revision, beat = counters_of(found)
     asked = sum(max(0, min(end, revision) - start) for start, end in gaps)
-    return FeedPage(revision, beat, found[0][2], rows, len(rows) == asked)
+    return LogPage(revision, beat, found[0][2], rows, len(rows) == asked)
 
 
 def _gaps(since: int, until: int, known: Container[int]) -> Iterator[tuple[int, int]]:

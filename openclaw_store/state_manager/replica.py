@@ -60,7 +60,13 @@ from openclaw_store.repositories import (
     read_changes,
 )
 from openclaw_store.state_manager.cache import Cache, Unsaved
-from openclaw_store.state_manager.change_feed import News, Start, read_live, read_news, read_start
+from openclaw_store.state_manager.change_feed import (
+    ChangeBatch,
+    InitialState,
+    read_change_batch,
+    read_initial_state,
+    read_live,
+)
 from openclaw_store.state_manager.pages import ITEM_ID
 from openclaw_store.state_manager.watchers import Watchers
 
@@ -104,7 +110,7 @@ class Replica:
             Task: TaskRepository(database),
             NodeInfo: NodeRepository(database),
         }
-        nothing = Start(0, 0, None, {}, statements_for(database.dialect).decode)
+        nothing = InitialState(0, 0, None, {}, statements_for(database.dialect).decode)
         self.cache = Cache(nothing, finished_limit)
         """What is in memory; another object after each `load`."""
         self.last_sync_at: datetime | None = None
@@ -372,21 +378,27 @@ class Replica:
     async def refresh(self) -> None:
         """Take over what other processes have committed; costs what has changed."""
         async with self._refreshing:
-            news: News | None = None
-            while news is None or news.revision < news.read_at:
+            batch: ChangeBatch | None = None
+            while batch is None or batch.revision < batch.read_at:
                 cache = self.cache
                 since, beat, is_whole = cache.complete, cache.beat, cache.is_counted
-                news = await self._database.read(
-                    partial(read_news, since=since, beat=beat, is_whole=is_whole, known=cache.ahead)
+                batch = await self._database.read(
+                    partial(
+                        read_change_batch,
+                        since=since,
+                        beat=beat,
+                        is_whole=is_whole,
+                        known=cache.ahead,
+                    )
                 )
-                behind = news.read_at - cache.complete
-                if news.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
+                behind = batch.read_at - cache.complete
+                if batch.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
                     await self._load()
                     return
                 try:
-                    cache.catch_up(news)
+                    cache.catch_up(batch)
                 finally:
-                    self.watchers.wake(change[ITEM_ID] for change in news.changes)
+                    self.watchers.wake(change[ITEM_ID] for change in batch.changes)
             self.last_refresh_at = self._database.clock()
 
     async def changes(self, since: int) -> tuple[Sequence[Change], int]:
@@ -513,7 +525,7 @@ class Replica:
         """Fill a new cache and put it in place of the old one."""
 
         async def read(session: AsyncSession) -> Cache:
-            cache = Cache(await read_start(session), self._finished_limit)
+            cache = Cache(await read_initial_state(session), self._finished_limit)
             async for page in read_live(session):
                 cache.load(page)
             return cache
