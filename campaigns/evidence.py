@@ -29,7 +29,7 @@ from campaigns.beside import ask
 from campaigns.caller import TASKS_A_CLAIM
 from campaigns.campaign import Location, Run
 from campaigns.linearizability import Operation, find_violation
-from campaigns.specification import HELD, READS, UNKNOWN, Seen, TaskCall, changes_nothing, step
+from campaigns.specification import ASSIGNED, READS, UNKNOWN, Seen, TaskCall, changes_nothing, step
 
 FRESH_SECONDS = 0.1
 """How old what is read from memory may be, as is promised, in the 99th percentile. It does not age
@@ -245,10 +245,10 @@ class Evidence:
                 if change.before != before:
                     self._run.wrong(f"{change}, though it was {before}")
                 is_given = change.cause == "claim" or change.node != owner
-                if owner is not None and change.after in HELD and is_given:
+                if owner is not None and change.after in ASSIGNED and is_given:
                     self._run.wrong(f"{change}, though {owner} had it")
                 before = change.after
-                owner = change.node if change.after in HELD else None
+                owner = change.node if change.after in ASSIGNED else None
 
     def _check_memory(self) -> None:
         ages, own_ages = [0.0], [0.0]

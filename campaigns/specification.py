@@ -17,7 +17,7 @@ TOO_LATE: Final = "DeadlineError"
 READS: Final = ("read", "find")
 """Of the database; what the store itself finds there, memory knows from then on."""
 
-HELD: Final = ("scheduled", "running")
+ASSIGNED: Final = ("scheduled", "running")
 
 
 class Seen(NamedTuple):
@@ -137,7 +137,9 @@ def _by_owner(
         return [NOT_OWNER]
     if task.status == status:  # to say so twice changes nothing
         return [task]
-    return [task._replace(version=None, status=status, **values) if _is_held(task) else NOT_OWNER]
+    return [
+        task._replace(version=None, status=status, **values) if _is_assigned(task) else NOT_OWNER
+    ]
 
 
 def _cancel(task: Seen | None) -> Iterable[Outcome]:
@@ -156,7 +158,7 @@ def _requeue(task: Seen | None) -> Iterable[Outcome]:
 
 def _register(task: Seen | None, node: str) -> Iterable[Outcome]:
     """A node comes back as a new process: what it held is pending again."""
-    is_lost = task is not None and _is_held(task) and task.node == node
+    is_lost = task is not None and _is_assigned(task) and task.node == node
     return [_back(task) if task is not None and is_lost else task]
 
 
@@ -164,8 +166,8 @@ def _back(task: Seen) -> Seen:
     return task._replace(version=None, status="pending", node=None)
 
 
-def _is_held(task: Seen) -> bool:
-    return task.status in HELD
+def _is_assigned(task: Seen) -> bool:
+    return task.status in ASSIGNED
 
 
 VERBS: Final[Mapping[str, Callable[..., Iterable[Outcome]]]] = {

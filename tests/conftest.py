@@ -40,7 +40,7 @@ from openclaw_store import (
     Task,
     TaskPriority,
 )
-from openclaw_store.domain.models import HELD, LIVE
+from openclaw_store.domain.models import ASSIGNED, LIVE
 from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.testing import FakeClock as FakeClock  # for the tests
 from openclaw_store.testing import NodeFactory, TaskFactory, create_database
@@ -451,7 +451,7 @@ async def assert_in_step(*managers: StateManager) -> None:
 async def assert_counted(manager: StateManager) -> None:
     """Each node's `running_tasks` are the tasks that it holds."""
     tasks, nodes, _ = await stored(manager)
-    held = Counter(task.assigned_node for task in tasks if task.status in HELD)
+    held = Counter(task.assigned_node for task in tasks if task.status in ASSIGNED)
     assert [node.running_tasks for node in nodes] == [held[node.node_id] for node in nodes]
 
 

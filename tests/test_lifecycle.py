@@ -27,7 +27,7 @@ from openclaw_store import (
 )
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, Owner, Step
-from openclaw_store.domain.models import FINISHED, HELD, LIVE
+from openclaw_store.domain.models import ASSIGNED, FINISHED, LIVE
 from openclaw_store.domain.records import Record, encode
 from openclaw_store.domain.validation import MAX_INTEGER
 
@@ -89,13 +89,13 @@ VERBS = {
     ),
     "complete": Verb(
         partial(lifecycle.complete, owner=OWNER, result=b"1"),
-        HELD,
+        ASSIGNED,
         frozenset({TaskStatus.COMPLETED}),
         NotOwnerError,
     ),
     "fail": Verb(
         partial(lifecycle.fail, owner=OWNER, error="no", wait=wait),
-        HELD,
+        ASSIGNED,
         frozenset({TaskStatus.FAILED}),
         NotOwnerError,
     ),
@@ -106,8 +106,8 @@ VERBS = {
         InvalidTransitionError,
     ),
     "requeue": Verb(lifecycle.requeue, ALL - {TaskStatus.PENDING}, ALL, None),
-    "give back": Verb(partial(lifecycle.give_back, wait=wait), HELD, ALL, None),
-    "recover": Verb(partial(RECOVER, patience=timedelta()), HELD, ALL, None),
+    "give back": Verb(partial(lifecycle.give_back, wait=wait), ASSIGNED, ALL, None),
+    "recover": Verb(partial(RECOVER, patience=timedelta()), ASSIGNED, ALL, None),
 }
 LOST = a_node(status=NodeStatus.OFFLINE)
 
@@ -153,11 +153,11 @@ class TestEveryVerbFromEveryState:
         outcome = decide(verb, task, node)
 
         if isinstance(outcome, Step):
-            held = lifecycle.is_held(task.replace(**outcome.task)) - lifecycle.is_held(task)
+            held = lifecycle.is_assigned(task.replace(**outcome.task)) - lifecycle.is_assigned(task)
             running = outcome.node.get("running_tasks", node["running_tasks"])
             assert running - node["running_tasks"] == held
 
-    @pytest.mark.parametrize("status", sorted(HELD))
+    @pytest.mark.parametrize("status", sorted(ASSIGNED))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
     def test_node_that_is_gone_does_not_matter(self, verb: str, status: TaskStatus) -> None:
         outcome = VERBS[verb].decide(a_task(status=status), None, NOW)
@@ -165,7 +165,7 @@ class TestEveryVerbFromEveryState:
         assert isinstance(outcome, Step)
         assert outcome.node == {}
 
-    @pytest.mark.parametrize("status", sorted(HELD))
+    @pytest.mark.parametrize("status", sorted(ASSIGNED))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
     def test_counter_that_was_written_by_hand_does_not_become_negative(
         self, verb: str, status: TaskStatus
@@ -403,11 +403,11 @@ class TestSteps:
     def test_node_that_is_alive_keeps_its_tasks(self) -> None:
         recover = partial(RECOVER, patience=timedelta(seconds=60))
 
-        for status in HELD:
+        for status in ASSIGNED:
             assert recover(a_task(status=status, timeout=5), a_node(), NOW) is None
 
     def test_task_without_a_node_is_nobodys_to_lose(self) -> None:
-        for status in HELD:
+        for status in ASSIGNED:
             assert decide("recover", a_task(status=status, assigned_node=None)) is None
 
     def test_task_without_a_node_can_run_for_too_long_all_the_same(self) -> None:

@@ -52,7 +52,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
-from openclaw_store.domain.models import FINISHED, HELD
+from openclaw_store.domain.models import ASSIGNED, FINISHED
 from openclaw_store.state_manager import replica as replica
 from openclaw_store.state_manager import scheduler as scheduler
 
@@ -73,8 +73,8 @@ def assert_legal(changes: Sequence[Change], places: Mapping[str, int]) -> None:
         if after == "scheduled" != before:
             assert before == "pending"
             owner[id] = change.node
-        elif after in HELD:
-            assert before in HELD
+        elif after in ASSIGNED:
+            assert before in ASSIGNED
             assert change.node == owner[id]
         else:
             owner[id] = None

@@ -45,7 +45,7 @@ from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.repositories.row_reader import read_records
 
 PENDING, SCHEDULED, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT = TaskStatus
-HELD = {SCHEDULED, RUNNING}
+ASSIGNED = {SCHEDULED, RUNNING}
 FINISHED = {COMPLETED, FAILED, CANCELLED, TIMEOUT}
 LEGAL_BY_VERBS = {
     PENDING: {SCHEDULED, CANCELLED},
@@ -102,7 +102,7 @@ class World:
         self.now = now
         self.changes.clear()
         self.fresh = list(self.tasks.values())
-        owners = {owner_of(task) for task in self.fresh if task.status in HELD}
+        owners = {owner_of(task) for task in self.fresh if task.status in ASSIGNED}
         self.held = [task for task in self.claimed if owner_of(task) in owners]
 
     def put(self, task: Task, reason: str | None = None, **values: Any) -> Task:
@@ -125,8 +125,8 @@ class World:
 
     def node_of(self, task: Task) -> NodeInfo | None:
         """The node on which a task takes up a place."""
-        is_held = task.status in HELD and task.assigned_node is not None
-        return self.nodes.get(task.assigned_node or "") if is_held else None
+        is_assigned = task.status in ASSIGNED and task.assigned_node is not None
+        return self.nodes.get(task.assigned_node or "") if is_assigned else None
 
     def free_place_of(self, task: Task, **totals: Any) -> None:
         node = self.node_of(task)
@@ -337,7 +337,7 @@ class ByOwner:
         done = {"start": RUNNING, "complete": COMPLETED, "fail": FAILED}[self.how]
         if is_owner and task.status is done:
             return task  # it was told before
-        if not is_owner or task.status not in HELD:
+        if not is_owner or task.status not in ASSIGNED:
             return NotOwnerError
         match self.how:
             case "start":
@@ -507,7 +507,7 @@ class Register:
 
     def expect(self, world: World, got: Any) -> Any:
         for task in list(world.tasks.values()):
-            if task.status in HELD and task.assigned_node == self.node_id:
+            if task.status in ASSIGNED and task.assigned_node == self.node_id:
                 world.try_again(task, FAILED, "node lost")
         known = world.nodes.get(self.node_id)
         stays: dict[str, Any] = {"registered_at": world.now}
@@ -598,7 +598,7 @@ class Recover:
             TIMEOUT: recovery.timed_out_tasks,
         }
         for task in list(world.tasks.values()):
-            if task.status not in HELD:
+            if task.status not in ASSIGNED:
                 continue
             node = world.nodes.get(task.assigned_node or "")
             is_gone = node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR)
@@ -817,7 +817,7 @@ class Machine(DatabaseMachine):
         """What one manager hands out, the other one takes away."""
         self.claim(1 - at, claim)
         for task in self.world.tasks.values():
-            if task.status in HELD:
+            if task.status in ASSIGNED:
                 self.do((at, take(task.task_id)))
                 break
 
@@ -1017,7 +1017,9 @@ class Machine(DatabaseMachine):
         }
         items |= {("node", id): node for id, node in rows.nodes.items()}
         assert {key: (item.status, item.version) for key, item in items.items()} == self.known
-        held = Counter(task.assigned_node for task in rows.tasks.values() if task.status in HELD)
+        held = Counter(
+            task.assigned_node for task in rows.tasks.values() if task.status in ASSIGNED
+        )
         for id, node in rows.nodes.items():
             if id not in self.by_hand:
                 assert held[id] == node.running_tasks <= node.max_concurrent_tasks

@@ -53,7 +53,7 @@ HOW, FOLDER, (TASKS, KILLS, WORKERS, PLACES) = sys.argv[2], sys.argv[3], map(int
 NAMES = [f"worker{number}" for number in range(WORKERS)]
 CLAIMERS = 4
 SILENT_SECONDS = 3  # heartbeats are stored within a second
-HELD = (
+ASSIGNED = (
     "SELECT node_id, running_tasks, max_concurrent_tasks, (SELECT count(*) FROM tasks"
     " WHERE assigned_node = node_id AND status IN ('scheduled', 'running')) FROM nodes"
 )
@@ -121,7 +121,7 @@ class Worker:
             for name in (await self.store.recover(SILENT_SECONDS)).offline_nodes:
                 self.note("offline", name)
             async with self.store.db.session() as session:
-                for name, running, most, held in await session.execute(text(HELD)):
+                for name, running, most, held in await session.execute(text(ASSIGNED)):
                     is_right = running == held <= most
                     self.note("counted" if is_right else "miscounted", name, running, held)
             await asyncio.sleep(0.2)
@@ -256,7 +256,7 @@ for file in files:
 """
 )
 
-HELD = ("scheduled", "running")
+ASSIGNED = ("scheduled", "running")
 
 EDGES = {
     (None, "pending"),
@@ -359,7 +359,7 @@ class Run:
             if step.item != "task":
                 continue
             held[owners.get(step.id)].discard(step.id)
-            if step.after in HELD:
+            if step.after in ASSIGNED:
                 owners[step.id] = step.node
                 held[step.node].add(step.id)
                 if step.node is None or len(held[step.node]) > self.nodes[step.node][0]:
@@ -413,13 +413,13 @@ def broken(history: Sequence[Step]) -> Iterator[str]:
             yield f"{step.id} was claimed by {step.node} while {owner} had it"
         elif (step.before, step.after) not in EDGES:
             yield f"{step.id} went from {step.before} to {step.after}"
-        elif step.before in HELD and step.after == "pending":
+        elif step.before in ASSIGNED and step.after == "pending":
             if (step.node, step.reason) != (None, NODE_LOST):
                 yield f"{step} gives it back"
         elif step.after not in ("pending", "scheduled") and step.node != owner:
             yield f"{step} is not by its owner {owner}"
         status, previous = step.after, step.revision
-        owner = step.node if step.after in HELD else None
+        owner = step.node if step.after in ASSIGNED else None
 
 
 def run_workers(how: str, location: Location, folder: Path, tasks: int, kills: int) -> Run:

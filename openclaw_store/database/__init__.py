@@ -10,8 +10,8 @@ from openclaw_store.database.migrations import COPYING, COPYING_HEAD, HEAD, stor
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
 from openclaw_store.database.statements import USAGE, history_of, statements_for
 from openclaw_store.database.tables import (
+    IS_ASSIGNED,
     IS_FINISHED,
-    IS_HELD,
     IS_LIVE,
     IS_PENDING,
     ROWS,

@@ -47,8 +47,8 @@ from sqlalchemy.types import Text
 from openclaw_store.backends import PLACEHOLDER, shifted
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of, plan_of
 from openclaw_store.database.tables import (
+    IS_ASSIGNED,
     IS_FINISHED,
-    IS_HELD,
     IS_LIVE,
     ROWS,
     Base,
@@ -139,8 +139,8 @@ class Statements(ABC):
             select(*COLUMNS[Task]).where(TaskRow.task_id == bindparam("id"))
         )
         """All columns of a task."""
-        self.read_held = self._compile(
-            select(*COLUMNS[Task]).where(self._is_held, self._assigned == bindparam("node"))
+        self.read_assigned = self._compile(
+            select(*COLUMNS[Task]).where(self._is_assigned, self._assigned == bindparam("node"))
         )
         """All columns of the tasks that take up places on a node."""
         self.read_live_keys = self._compile(
@@ -199,7 +199,7 @@ class Statements(ABC):
     """Removes a change and all before it; for many rows as `status_since` takes."""
     beat: str
     """For many rows of usage, moment, flush, identifier, the moment again, and the present one."""
-    _is_held: ColumnElement[bool] | TextClause = IS_HELD
+    _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
     """Whether a task takes up a place on a node."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
     """The node of a task, in a search that shall not go through all tasks it ever had."""
@@ -252,7 +252,7 @@ class SQLiteStatements(Statements):
     _OR_FAIL = "OR FAIL"
     # Behind a sign it cannot be looked up in an index, so the one on the status is used: even
     # where nearly all tasks had one and the same when they were counted.
-    _is_held = func.unlikely(IS_HELD)
+    _is_assigned = func.unlikely(IS_ASSIGNED)
     _assigned = UnaryExpression(_TASKS.c.assigned_node, operator=custom_op("+"))
 
     def __init__(self) -> None:

@@ -27,8 +27,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from openclaw_store.database.types import EnumValue, Json, UtcTime, _Key, _UtcNow
 from openclaw_store.domain import (
+    ASSIGNED,
     FINISHED,
-    HELD,
     WAITING,
     NodeInfo,
     NodeStatus,
@@ -57,11 +57,11 @@ IS_FINISHED = _in(FINISHED)
 """Whether a task is done."""
 
 
-IS_LIVE = _in(WAITING | HELD)
+IS_LIVE = _in(WAITING | ASSIGNED)
 """Whether a task is not done yet."""
 
 
-IS_HELD = _in(HELD)
+IS_ASSIGNED = _in(ASSIGNED)
 """Whether a task takes up a place on its node."""
 
 

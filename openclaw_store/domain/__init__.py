@@ -31,8 +31,8 @@ from openclaw_store.domain.lifecycle import (
 )
 from openclaw_store.domain.models import (
     ALIVE,
+    ASSIGNED,
     FINISHED,
-    HELD,
     LIVE,
     WAITING,
     ClusterState,

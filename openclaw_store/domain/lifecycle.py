@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from openclaw_store.domain.backoff import Wait
-from openclaw_store.domain.models import FINISHED, HELD, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.domain.models import ASSIGNED, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import (
     ConflictError,
@@ -148,9 +148,9 @@ def owner_of(task: Record[Task]) -> Owner:
     return task["assigned_node"], task["attempt"]
 
 
-def is_held(task: Record[Task]) -> bool:
+def is_assigned(task: Record[Task]) -> bool:
     """Whether a task takes up a place on a node."""
-    return task["assigned_node"] is not None and task.fields["status"] in HELD
+    return task["assigned_node"] is not None and task.fields["status"] in ASSIGNED
 
 
 def is_lost(node: Record[NodeInfo] | None, now: datetime, patience: timedelta) -> bool:
@@ -293,7 +293,7 @@ def give_back(
     task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, wait: Wait
 ) -> Outcome:
     """What a node has held is lost: it is tried again later, or has FAILED for good."""
-    if not is_held(task):
+    if not is_assigned(task):
         return None
     return Step(
         _tried(task, TaskStatus.FAILED, NODE_LOST, now, wait),
@@ -315,7 +315,7 @@ def recover(
 
     One whose next try was put off by a clock that was turned back is due again.
     """
-    if is_held(task) and is_lost(node, now, patience):
+    if is_assigned(task) and is_lost(node, now, patience):
         return give_back(task, node, now, wait=wait)
     if is_put_off(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
@@ -347,11 +347,11 @@ def vacated(node: Record[NodeInfo]) -> Values:
 
 def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
     """The node has a place more, if the task had taken one up."""
-    return {} if node is None or not is_held(task) else vacated(node)
+    return {} if node is None or not is_assigned(task) else vacated(node)
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
-    if task["status"] in HELD and owner == owner_of(task):
+    if task["status"] in ASSIGNED and owner == owner_of(task):
         return None
     return NotOwnerError(task["task_id"], *owner, task["status"].value, *owner_of(task))
 
@@ -387,7 +387,7 @@ def _processed(
     node: Record[NodeInfo] | None, task: Record[Task], now: datetime, outcome: str
 ) -> Values:
     """The node has tried a task, which counts in its totals: from its start, else its claim."""
-    if node is None or not is_held(task):
+    if node is None or not is_assigned(task):
         return {}
     total: int = node["total_tasks_processed"] + 1
     began: datetime = task["started_at"] or task["scheduled_at"] or now

@@ -58,10 +58,10 @@ class TaskStatus(StrEnum):
 WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
 """The states of tasks that wait to be run."""
 
-HELD = frozenset({TaskStatus.SCHEDULED, TaskStatus.RUNNING})
+ASSIGNED = frozenset({TaskStatus.SCHEDULED, TaskStatus.RUNNING})
 """The states in which a task takes up a place on its node."""
 
-LIVE = WAITING | HELD
+LIVE = WAITING | ASSIGNED
 """The states of tasks that are not done."""
 
 FINISHED = frozenset(

@@ -14,7 +14,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import (
-    IS_HELD,
+    IS_ASSIGNED,
     ROWS,
     ChangeRow,
     CounterRow,
@@ -87,7 +87,7 @@ class Recount:
     async def do(self, database: Database, tx: AsyncSession) -> bool:
         """Write the number, if it is another one."""
         record = await NodeRepository(tx).get_record(self.node_id)
-        query = select(func.count()).where(TaskRow.assigned_node == self.node_id, IS_HELD)
+        query = select(func.count()).where(TaskRow.assigned_node == self.node_id, IS_ASSIGNED)
         held = await tx.scalar(query) or 0
         if record is not None and record["running_tasks"] != held:
             operation = Rewrite(NodeInfo, self.node_id, {"running_tasks": held})

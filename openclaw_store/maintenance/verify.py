@@ -20,7 +20,7 @@ from openclaw_store.backends import SQLiteFaults
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
-    IS_HELD,
+    IS_ASSIGNED,
     IS_LIVE,
     ROWS,
     ChangeRow,
@@ -248,7 +248,7 @@ class Scan:
     async def _held(self, session: AsyncSession) -> Counter[str]:
         """How many tasks each node holds."""
         node = TaskRow.assigned_node
-        found = await session.execute(select(node, func.count()).where(IS_HELD).group_by(node))
+        found = await session.execute(select(node, func.count()).where(IS_ASSIGNED).group_by(node))
         return Counter({id: count for id, count in found if id is not None})
 
     async def _look_at_rows(

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Generic, NamedTuple
 from openclaw_store.database import FIELDS, WriteTransaction
 from openclaw_store.domain import (
     ALIVE,
+    ASSIGNED,
     ENTITY_NAMES,
     FINISHED,
-    HELD,
     KEY,
     Decision,
     Entity,
@@ -149,7 +149,7 @@ class Remove(OfOneRow):
     def decide(self, row: Row) -> bool:
         if row.version is None:
             return False
-        if row.node is not None and row.status in HELD:
+        if row.node is not None and row.status in ASSIGNED:
             node = row.other(NodeInfo, row.node)
             if node.record is not None:
                 values = lifecycle.vacated(node.record)

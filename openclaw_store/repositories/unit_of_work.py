@@ -18,9 +18,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 from openclaw_store.backends import array
 from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
 from openclaw_store.domain import (
+    ASSIGNED,
     ENTITY_NAMES,
     FINISHED,
-    HELD,
     KEY,
     STORE_FIELDS,
     Change,
@@ -151,10 +151,10 @@ class Row:
         """Of a node: the tasks that take up places on it, by identifier."""
         unit = self._unit
         tasks = unit.rows[Task]
-        for raw in unit.cursor.read(unit.sql.read_held, (self.id,)):
+        for raw in unit.cursor.read(unit.sql.read_assigned, (self.id,)):
             if raw[0] not in tasks:
                 unit.row(Task, raw[0]).found(unit.sql.decode[Task](raw))
-        held = [row for row in tasks.values() if row.node == self.id and row.status in HELD]
+        held = [row for row in tasks.values() if row.node == self.id and row.status in ASSIGNED]
         return sorted(held, key=lambda row: row.id)  # the same on both databases
 
     def content(self, known: Record[Any] | None = None) -> Record[Any] | None:

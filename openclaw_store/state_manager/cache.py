@@ -18,10 +18,10 @@ from operator import itemgetter
 from typing import Any
 
 from openclaw_store.domain import (
+    ASSIGNED,
     ENTITY_KINDS,
     ENTITY_NAMES,
     FINISHED,
-    HELD,
     WAITING,
     Change,
     ClusterState,
@@ -615,12 +615,12 @@ class Cache:
                 self.ready.remove(*before[:2])
             if after is not None:
                 self.ready.add(*after)
-        if old is not None and old.fields["status"] in HELD:
+        if old is not None and old.fields["status"] in ASSIGNED:
             held = self._held[old["assigned_node"]]
             held.remove(id)
             if not held:
                 del self._held[old["assigned_node"]]
-        if new is not None and new.fields["status"] in HELD:
+        if new is not None and new.fields["status"] in ASSIGNED:
             self._held.setdefault(new["assigned_node"], set()).add(id)
 
     def _finish(self, id: str, record: Record[Task]) -> None:
