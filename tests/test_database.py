@@ -71,7 +71,7 @@ from openclaw_store.backends.sqlite import backend as sqlite
 from openclaw_store.backends.sqlite import connections as sqlite_connections
 from openclaw_store.database import sessions
 from openclaw_store.database.tables import ChangeRow, TaskRow
-from openclaw_store.database.write_queue import Gate
+from openclaw_store.database.write_queue import FairLock
 
 DEEP: list[Any] = []
 """Too deep to be shown."""
@@ -732,7 +732,7 @@ class TestLoops:
         self, database: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Those behind it got a `DeadlineError`, though it had not even begun."""
-        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0.05)
+        monkeypatch.setattr(FairLock, "_ENTRY_SECONDS", 0.05)
         repository = TaskRepository(database)
         has_begun = threading.Event()
 
@@ -743,7 +743,7 @@ class TestLoops:
         async def elsewhere() -> None:
             async with database.transaction():
                 has_begun.set()
-                while not database._gate._waiting:
+                while not database._write_lock._waiting:
                     await asyncio.sleep(0)
             await repository.create(make_task())
             await write()
@@ -1330,7 +1330,7 @@ class TestLocks:
         """Planted: each thing that a batch waits for has all of the time."""
         async with Database(location, timeout=2) as database, locked(location):
             loop = asyncio.get_running_loop()
-            async with database._gate_held("somebody else"):
+            async with database._exclusive("somebody else"):
                 write = asyncio.ensure_future(TaskRepository(database).create(make_task()))
                 began = loop.time()
                 await asyncio.sleep(1.5)

@@ -421,7 +421,7 @@ async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_
     await database.write(needs_the_lock, None)  # connected by now
     writing = database._writing
     assert isinstance(writing, Writing)
-    async with database._gate_held("somebody else"):
+    async with database._exclusive("somebody else"):
         asking = asyncio.ensure_future(database.write(ask, None))
         await asyncio.sleep(1.2 if waits == "for its turn" else 0)
     await asking

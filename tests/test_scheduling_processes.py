@@ -59,7 +59,7 @@ ASSIGNED = (
 )
 
 
-class Gate:
+class FairLock:
     # Opens for all when it was reached by so many coroutines of each process, and the parent.
 
     def __init__(self, parties=1):
@@ -76,7 +76,7 @@ class Gate:
         await asyncio.to_thread(wait, self.read)
 
 
-BEGIN, CHOSEN, CLAIMED, END = Gate(), Gate(CLAIMERS), Gate(CLAIMERS), Gate()
+BEGIN, CHOSEN, CLAIMED, END = FairLock(), FairLock(CLAIMERS), FairLock(CLAIMERS), FairLock()
 
 
 class Worker:

@@ -379,7 +379,7 @@ class TestSilence:
             if is_connected:
                 await TaskRepository(database).create(make_task())
             with within(5.2):
-                async with database._gate_held("somebody else"):
+                async with database._exclusive("somebody else"):
                     write = asyncio.ensure_future(TaskRepository(database).create(make_task()))
                     await asyncio.sleep(2.5)
                     proxy.swallow()

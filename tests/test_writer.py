@@ -43,7 +43,7 @@ from openclaw_store import (
 from openclaw_store.backends.base import Cursor, RedoError
 from openclaw_store.database import group_commit as writer
 from openclaw_store.database.group_commit import HALVED_FROM, BeginTransaction, Writer
-from openclaw_store.database.write_queue import Gate
+from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -185,7 +185,7 @@ async def standing_still(
     waits, go_on = threading.Event(), threading.Event()
 
     async def block() -> list[Any]:
-        slow = [start(comer()) for comer in comers]
+        slow = [start(waiter()) for waiter in comers]
         await turns()
         waits.set()
         go_on.wait(PATIENCE)
@@ -1405,7 +1405,7 @@ class TestClose:
 class TestGate:
     async def test_threads_and_coroutines_are_let_in_in_the_order_in_which_they_came(self) -> None:
         """Planted: the last one that came is let in first; or threads go before coroutines."""
-        gate = Gate(PATIENCE)
+        gate = FairLock(PATIENCE)
         order: list[int] = []
         inside = 0
 
@@ -1440,7 +1440,7 @@ class TestGate:
 
     async def test_one_that_gave_up_is_passed_over(self) -> None:
         """Planted: a cancelled waiter keeps its place, and is let in though it has gone."""
-        gate = Gate(PATIENCE)
+        gate = FairLock(PATIENCE)
         await gate.enter("the first")
         gone, next_one = start(gate.enter("gone")), start(gate.enter("next"))
         await turns()
@@ -1458,7 +1458,7 @@ class TestGate:
 
     async def test_one_that_is_cancelled_as_its_turn_comes_passes_it_on(self) -> None:
         """Planted: `_abandon` only looks among those who wait, and the gate stays shut."""
-        gate = Gate(PATIENCE)
+        gate = FairLock(PATIENCE)
         await gate.enter("the first")
         gone, next_one = start(gate.enter("gone")), start(gate.enter("next"))
         await turns()
@@ -1475,8 +1475,8 @@ class TestGate:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Those behind them got a `DeadlineError`."""
-        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0.05)
-        gate = Gate(PATIENCE)
+        monkeypatch.setattr(FairLock, "_ENTRY_SECONDS", 0.05)
+        gate = FairLock(PATIENCE)
         order: list[str] = []
 
         async def from_coroutine(name: str) -> None:
@@ -1511,7 +1511,7 @@ class TestGate:
 
     async def test_those_who_wait_for_less_than_that_pass_over_it_in_time(self) -> None:
         """They got a `DeadlineError`."""
-        gate = Gate(1)
+        gate = FairLock(1)
         await gate.enter("the first")
         async with standing_still(partial(gate.enter, "slow"), cancelled=1) as (go_on, other):
             gate.leave()
@@ -1526,8 +1526,8 @@ class TestGate:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: it waits for ever for a turn that it has had."""
-        monkeypatch.setattr(Gate, "_ENTRY_SECONDS", 0)
-        gate, came_at = Gate(0.2), time.monotonic()
+        monkeypatch.setattr(FairLock, "_ENTRY_SECONDS", 0)
+        gate, came_at = FairLock(0.2), time.monotonic()
         await gate.enter("the first")
         async with standing_still(partial(gate.enter, "slow")) as (go_on, other):
             gate.leave()
@@ -1544,7 +1544,7 @@ class TestGate:
 
     async def test_error_of_one_that_waits_in_vain_names_the_holder_and_how_long(self) -> None:
         """Planted: the error says only that time is up."""
-        gate = Gate(0.01)
+        gate = FairLock(0.01)
         await gate.enter("a vacuum")
 
         with pytest.raises(DeadlineError, match=r"while a vacuum has had the database for \d+\.\d"):
@@ -1560,7 +1560,7 @@ class TestGate:
 
     async def test_one_that_waits_gives_up_once_the_holder_is_overdue(self) -> None:
         """Planted: everybody waits for the whole timeout, though the holder hangs."""
-        gate = Gate(3600)
+        gate = FairLock(3600)
         await gate.enter("a transaction")
         gate.limit(0.01)
 
@@ -1570,14 +1570,14 @@ class TestGate:
 
     async def test_limit_of_a_holder_is_not_that_of_the_next_one(self) -> None:
         """Planted: the limit stays when the gate is passed on, and those behind give up."""
-        gate = Gate(PATIENCE)
+        gate = FairLock(PATIENCE)
         await gate.enter("the first")
         gate.limit(-1)
         gate.leave()
         await gate.enter("the second")
         third = start(gate.enter("the third"))
 
-        await asyncio.wait([third], timeout=2 * Gate._SLICE_SECONDS)
+        await asyncio.wait([third], timeout=2 * FairLock._SLICE_SECONDS)
 
         assert not third.done()
         gate.leave()
@@ -1826,11 +1826,11 @@ class TestOnADatabase:
                 await end.wait()
 
         before = start(hold(end_before))
-        await until(lambda: database._gate._holder)
+        await until(lambda: database._write_lock._holder)
         first = start(tasks.create(make_task()))
-        await until(lambda: len(database._gate._waiting) == 1)
+        await until(lambda: len(database._write_lock._waiting) == 1)
         after = start(hold(end_after))
-        await until(lambda: len(database._gate._waiting) == 2)
+        await until(lambda: len(database._write_lock._waiting) == 2)
         second = start(tasks.create(make_task()))
         await turns()
         end_before.set()

@@ -41,7 +41,7 @@ from openclaw_store.database import legacy_import, migrations
 from openclaw_store.database.group_commit import Apply, BeginTransaction, Listener, Writer
 from openclaw_store.database.sessions import Engines
 from openclaw_store.database.tables import NodeRow, TaskRow
-from openclaw_store.database.write_queue import Gate
+from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import Clock, check_limit_seconds, utc_now
 from openclaw_store.errors import (
@@ -135,7 +135,7 @@ class Database:
         """The location as it was given, but for a password."""
         self._forks = _forks
         self._state = "new"
-        self._gate = Gate(timeout)
+        self._write_lock = FairLock(timeout)
         self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock, self._is_pipelined)
         self._writing: Writing | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
@@ -159,7 +159,7 @@ class Database:
             UnavailableError: If the file cannot be used; says which and what to do.
         """
         self._check_process()
-        async with self._gate_held("a migration"):
+        async with self._exclusive("a migration"):
             if self._state != "new":
                 self._check_ready()  # it may be closed
                 return
@@ -198,7 +198,7 @@ class Database:
         )
         await self._writer.close()
         try:
-            async with self._gate_held("closing"):
+            async with self._exclusive("closing"):
                 pass  # transactions that were under way have ended, and others are refused
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
@@ -273,7 +273,7 @@ class Database:
         seconds = self.transaction_timeout
         if timeout is not None:
             seconds = check_limit_seconds("timeout", timeout)
-        async with self._gate_held("a transaction"):
+        async with self._exclusive("a transaction"):
             self._check_ready()
             session = engines.write_sessions()
             session.info["seconds"] = seconds
@@ -283,13 +283,13 @@ class Database:
                         connection = await cancelled_once(self._backend.begin(session))
                     transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
                     session.info.update(transaction=transaction, turn=asyncio.Lock())
-                    self._gate.limit(seconds)
+                    self._write_lock.limit(seconds)
                     outside = _inside.get()
                     _inside.set((self, transaction))
                     try:
                         async with self._deadline(seconds):
                             yield session
-                        self._gate.limit(self.timeout)
+                        self._write_lock.limit(self.timeout)
                         if transaction.failure is not None:
                             raise StoreError(
                                 "a write in the transaction failed, so all of it was rolled back"
@@ -430,7 +430,7 @@ class Database:
         """
         self._check_ready()
         self.refuse_inside()
-        async with self._gate_held("a vacuum"):
+        async with self._exclusive("a vacuum"):
             self._check_ready()
             await finish(asyncio.to_thread(self._backend.vacuum))
 
@@ -476,18 +476,18 @@ class Database:
         }
 
     @asynccontextmanager
-    async def _gate_held(self, holder: str) -> AsyncIterator[None]:
-        await self._gate.enter(holder)
+    async def _exclusive(self, holder: str) -> AsyncIterator[None]:
+        await self._write_lock.enter(holder)
         try:
             yield
         finally:
-            self._gate.leave()
+            self._write_lock.leave()
 
     @contextmanager
     def _turn_on_thread(self) -> Iterator[BeginTransaction]:
         """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
         until = time.monotonic() + self.timeout
-        with self._gate.held("the writer", self._writer.publish_kept):
+        with self._write_lock.held("the writer", self._writer.publish_kept):
             yield partial(self._write_on_thread, until)
 
     @contextmanager

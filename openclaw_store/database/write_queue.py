@@ -19,7 +19,7 @@ from openclaw_store.errors import DeadlineError
 
 
 @dataclass(slots=True, eq=False)
-class _Comer:
+class _Waiter:
     """Somebody who comes to the gate."""
 
     name: str
@@ -33,7 +33,7 @@ class _Comer:
     is_inside: bool = False
 
 
-class Gate:
+class FairLock:
     """Lets one writer of this process in at a time, first come first served.
 
     Threads and coroutines of any event loop queue together. When it is the turn of one whose event
@@ -46,8 +46,8 @@ class Gate:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._mutex = threading.Lock()
-        self._waiting: deque[_Comer] = deque()
-        self._holder: _Comer | None = None  # whose turn it is
+        self._waiting: deque[_Waiter] = deque()
+        self._holder: _Waiter | None = None  # whose turn it is
         self._held_since = 0.0
         self._held_until: float | None = None
 
@@ -62,14 +62,14 @@ class Gate:
         Raises:
             DeadlineError: If whoever holds it does not let go.
         """
-        comer = _Comer(name, threading.get_ident())
+        waiter = _Waiter(name, threading.get_ident())
         try:
-            while (turn := self._enter(comer)) is not None:
+            while (turn := self._enter(waiter)) is not None:
                 waiting()
                 with suppress(TimeoutError):
                     turn.result(self._SLICE_SECONDS)
         except BaseException:
-            self._give_up(comer)
+            self._give_up(waiter)
             raise
         try:
             yield
@@ -78,15 +78,15 @@ class Gate:
 
     async def enter(self, name: str) -> None:
         """Hold the gate from a coroutine, until it calls `leave`; as `held` otherwise."""
-        comer = _Comer(name, asyncio.get_running_loop())
+        waiter = _Waiter(name, asyncio.get_running_loop())
         granted: asyncio.Future[None] | None = None
         try:
-            while (turn := self._enter(comer)) is not None:
+            while (turn := self._enter(waiter)) is not None:
                 if granted is None or granted.done():  # at first; when it was passed over
                     granted = asyncio.wrap_future(turn)
                 await asyncio.wait([granted], timeout=self._SLICE_SECONDS)
         except BaseException:
-            self._give_up(comer)
+            self._give_up(waiter)
             raise
 
     def limit(self, seconds: float) -> None:
@@ -99,66 +99,66 @@ class Gate:
         with self._mutex:
             self._next()
 
-    def _enter(self, comer: _Comer) -> Future[None] | None:
-        """Go in, if it is the turn of `comer`; else returns what tells it that it is."""
+    def _enter(self, waiter: _Waiter) -> Future[None] | None:
+        """Go in, if it is the turn of `waiter`; else returns what tells it that it is."""
         with self._mutex:
             now = time.monotonic()
             holder = self._holder
-            if holder is not None and self._is_absent(holder, now) and holder.home != comer.home:
+            if holder is not None and self._is_absent(holder, now) and holder.home != waiter.home:
                 self._pass_over(holder)
             if self._holder is None:
-                self._give_turn(comer)
-            if self._holder is comer:
-                comer.is_inside = True
+                self._give_turn(waiter)
+            if self._holder is waiter:
+                waiter.is_inside = True
                 return None
-            self._check_hope(comer, now)
-            if comer.turn is None or comer.turn.done():
-                comer.turn = Future()
-            if not comer.is_queued:
-                comer.is_queued = True
-                self._waiting.append(comer)
-            return comer.turn
+            self._check_hope(waiter, now)
+            if waiter.turn is None or waiter.turn.done():
+                waiter.turn = Future()
+            if not waiter.is_queued:
+                waiter.is_queued = True
+                self._waiting.append(waiter)
+            return waiter.turn
 
     def _next(self) -> None:
         self._holder = None
         if self._waiting:
-            comer = self._waiting.popleft()
-            self._give_turn(comer)
-            if comer.turn is not None:
-                comer.turn.set_result(None)
+            waiter = self._waiting.popleft()
+            self._give_turn(waiter)
+            if waiter.turn is not None:
+                waiter.turn.set_result(None)
 
-    def _give_turn(self, comer: _Comer) -> None:
-        self._holder, comer.is_queued = comer, False
+    def _give_turn(self, waiter: _Waiter) -> None:
+        self._holder, waiter.is_queued = waiter, False
         self._held_since, self._held_until = time.monotonic(), None
 
-    def _is_absent(self, holder: _Comer, now: float) -> bool:
+    def _is_absent(self, holder: _Waiter, now: float) -> bool:
         return not holder.is_inside and now > self._held_since + min(
             self._ENTRY_SECONDS, self._timeout / 4
         )
 
-    def _pass_over(self, holder: _Comer) -> None:
+    def _pass_over(self, holder: _Waiter) -> None:
         others, self._waiting = self._waiting, deque()
-        for comer in others:
-            comer.is_queued = comer.home != holder.home
-            if comer.is_queued:
-                self._waiting.append(comer)
+        for waiter in others:
+            waiter.is_queued = waiter.home != holder.home
+            if waiter.is_queued:
+                self._waiting.append(waiter)
         self._next()
 
-    def _give_up(self, comer: _Comer) -> None:
+    def _give_up(self, waiter: _Waiter) -> None:
         with self._mutex:
-            if self._holder is comer:
+            if self._holder is waiter:
                 self._next()
-            elif comer.is_queued:
-                self._waiting.remove(comer)
+            elif waiter.is_queued:
+                self._waiting.remove(waiter)
 
-    def _check_hope(self, comer: _Comer, now: float) -> None:
+    def _check_hope(self, waiter: _Waiter, now: float) -> None:
         until = self._held_until
-        if now < comer.came_at + self._timeout and (
+        if now < waiter.came_at + self._timeout and (
             until is None or now <= until + self._SLICE_SECONDS
         ):
             return
         assert self._holder is not None  # else nobody would wait
         raise DeadlineError(
-            f"waited {now - comer.came_at:.1f} s to write, while {self._holder.name} has had the "
+            f"waited {now - waiter.came_at:.1f} s to write, while {self._holder.name} has had the "
             f"database for {now - self._held_since:.1f} s: keep transactions short"
         )
