@@ -415,7 +415,9 @@ async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_
                 time.sleep(0.7)
             if waits == "before it is done again":
                 raise RedoError
-            unit.cursor.guard("UPDATE counters SET beat = $1 + beat * 0 WHERE id = $2", (0, 1))
+            unit.cursor.compare_and_set(
+                "UPDATE counters SET beat = $1 + beat * 0 WHERE id = $2", (0, 1)
+            )
         return operations
 
     await database.write(needs_the_lock, None)  # connected by now

@@ -161,7 +161,7 @@ class Cursor(Protocol):
     def remember(self, rows: Mapping[Any, Any]) -> None:
         """Once the guard has written, assume these rows; those that are `None` no more."""
 
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+    def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write the row that was read first, if it is still as it was; else nothing is written.
 
         The first parameters are what is written to it, the next as many what was read.

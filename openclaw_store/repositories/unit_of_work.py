@@ -424,9 +424,9 @@ class UnitOfWork:
             counters = (self._revision, beat, *self._counters)
             if self._trusted:
                 tasks = array(list(self._trusted)), array(list(self._trusted.values()))
-                self.cursor.guard(self.sql.write_counters_if, (*counters, *tasks))
+                self.cursor.compare_and_set(self.sql.write_counters_if, (*counters, *tasks))
             else:
-                self.cursor.guard(self.sql.write_counters, counters)
+                self.cursor.compare_and_set(self.sql.write_counters, counters)
 
     def _renumber(self, by: int) -> None:
         """Number all that was added behind what others have committed meanwhile."""

@@ -104,7 +104,7 @@ class Cursor(NothingKnown):
         """Do a statement for many rows; returns how many rows of a table it wrote."""
         return self._write(sql, rows)
 
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+    def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""
         self._fetch(sql, parameters)
 
@@ -222,7 +222,7 @@ class WriterCursor(Cursor):
         """Assume these rows once they are written."""
         self._learned.update(rows)
 
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+    def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
         """Make all that is kept back depend on a statement that writes one row."""
         self._guard = sql, parameters
 

@@ -154,7 +154,7 @@ class Cursor(NothingKnown):
 
     read = execute
 
-    def guard(self, sql: str, parameters: Sequence[Any]) -> None:
+    def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
         """Write a row that nobody else can have changed."""
         self._cursor.execute(sql, parameters)
 
