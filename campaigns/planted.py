@@ -199,7 +199,7 @@ def acknowledge_before_commit() -> Iterator[None]:
         with transaction(self, until, lambda _: None) as unit:
             yield unit
             committed(unit)
-            self._writer.publish_kept()
+            self._writer.publish_pending()
             if next(commits):
                 time.sleep(STALL_SECONDS)
 

@@ -78,7 +78,7 @@ class Shelf:
         self, *, clock: Callable[[], datetime] = lambda: NOON, is_pipelined: bool = False
     ) -> Writer:
         writer = Writer(self.turn, self._stop, clock, lambda: is_pipelined)
-        self.sent = writer.publish_kept
+        self.sent = writer.publish_pending
         return writer
 
     @contextmanager
@@ -1794,16 +1794,16 @@ class TestOnADatabase:
         told: list[str] = []
         unlisten = ticking.listen(lambda committed: told.extend(event.id for event in committed))
         writing, committed = threading.Event(), threading.Event()
-        publish = ticking._writer.publish_kept
+        publish = ticking._writer.publish_pending
 
         def publish_slowly() -> None:
             on_its_thread = threading.current_thread() is not threading.main_thread()
-            if on_its_thread and ticking._writer._kept is not None:
+            if on_its_thread and ticking._writer._pending is not None:
                 writing.set()
                 committed.wait(PATIENCE)
             publish()
 
-        monkeypatch.setattr(ticking._writer, "publish_kept", publish_slowly)
+        monkeypatch.setattr(ticking._writer, "publish_pending", publish_slowly)
         first = start(TaskRepository(ticking).create(make_task(task_id="first")))
         assert await asyncio.to_thread(writing.wait, PATIENCE)
         async with ticking.transaction() as session:

@@ -487,7 +487,7 @@ class Database:
     def _turn_on_thread(self) -> Iterator[BeginTransaction]:
         """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
         until = time.monotonic() + self.timeout
-        with self._write_lock.held("the writer", self._writer.publish_kept):
+        with self._write_lock.held("the writer", self._writer.publish_pending):
             yield partial(self._write_on_thread, until)
 
     @contextmanager
@@ -498,10 +498,10 @@ class Database:
         with self._backend.faults.translated():
             try:
                 if self._writing is None:
-                    self._writer.publish_kept()
+                    self._writer.publish_pending()
                     self._writing = self._backend.writing(until)
                 writing = self._writing
-                writing.begin(until, self._writer.publish_kept)
+                writing.begin(until, self._writer.publish_pending)
                 transaction = WriteTransaction(writing.cursor, self.clock())
                 yield transaction
                 transaction.finish()

@@ -93,7 +93,7 @@ _Answer = tuple[asyncio.Future[Any], Any]
 """What a caller waits for, and what it is to be answered: a result, or an exception."""
 
 
-_Kept = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
+_Acknowledgements = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
 """What a transaction committed, for the listeners; its entries; and their outcomes."""
 
 
@@ -126,7 +126,7 @@ class Writer:
         self._taken: dict[asyncio.Future[Any], _Entry] = {}  # out of the queue, not answered yet
         self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
         self._publishing = threading.RLock()
-        self._kept: _Kept | None = None
+        self._pending: _Acknowledgements | None = None
         self._tokens: SimpleQueue[None] = SimpleQueue()
         self._kicking: set[asyncio.AbstractEventLoop] = set()
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
@@ -183,18 +183,18 @@ class Writer:
         To be called before the next transaction begins, so that the order is that of commits.
         """
         with self._publishing:
-            self.publish_kept()
+            self.publish_pending()
             self._publish(committed, entries, outcomes)
 
-    def publish_kept(self) -> None:
+    def publish_pending(self) -> None:
         """Publish what the last batch committed, unless that was done.
 
         To be called at the latest before the thread waits, or once it has something sent.
         """
         with self._publishing:
-            if self._kept is not None:
-                self._publish(*self._kept)
-                self._kept = None  # last: should this be interrupted, it is done again
+            if self._pending is not None:
+                self._publish(*self._pending)
+                self._pending = None  # last: should this be interrupted, it is done again
 
     def _publish(
         self, committed: Sequence[Any], entries: Sequence[_Entry], outcomes: Sequence[Any]
@@ -292,7 +292,7 @@ class Writer:
     def _write(self) -> bool:
         """Wait for a batch and commit it; returns whether there may be another one."""
         if self._tokens.empty():  # else the next batch comes at once
-            self.publish_kept()
+            self.publish_pending()
         self._tokens.get()
         with self._lock:
             batch, is_left = self._take()
@@ -301,7 +301,7 @@ class Writer:
             self._commit(batch)
             self._callers = len(batch) + len(self._queue)
         elif closed and not is_left:
-            self.publish_kept()
+            self.publish_pending()
             return False
         if closed or is_left:
             self._tokens.put(None)  # for what was left, or queued during the commit
@@ -316,7 +316,7 @@ class Writer:
             try:
                 self._logbook.note_failure(error)
             finally:
-                self.publish_kept()
+                self.publish_pending()
                 entries = list(self._taken.values())
                 self.publish((), entries, [_own(lost) for _ in entries])
             raise
@@ -364,8 +364,8 @@ class Writer:
         def keep(transaction: WriteTransaction) -> None:
             self._logbook.note_commit(len(entries), time.perf_counter() - began)
             with self._publishing:
-                self.publish_kept()
-                self._kept = transaction.committed, entries, outcomes
+                self.publish_pending()
+                self._pending = transaction.committed, entries, outcomes
 
         try:
             with begin(keep) as transaction:
