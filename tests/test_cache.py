@@ -717,10 +717,10 @@ class TestUnsaved:
         cache.apply([database.write("a", TaskStatus.PENDING)])
         cache.release(place, entry, database.rows["a"])
 
-        assert cache.settled_version(place, -1) == 1
-        assert cache.settled_version(place, -2) == -2
+        assert cache.flushed_version(place, -1) == 1
+        assert cache.flushed_version(place, -2) == -2
         cache.apply([database.write("a", TaskStatus.RUNNING)])
-        assert cache.settled_version(place, -1) == -1
+        assert cache.flushed_version(place, -1) == -1
 
     @pytest.mark.parametrize("kind", ["task", "node"])
     def test_is_taken_over_by_the_next_cache(self, kind: str) -> None:

@@ -2145,7 +2145,7 @@ class TestCancelledCallers:
                     return suspension - 1
         raise AssertionError("it never got through")
 
-    async def settle(self, database: Database, make_task: MakeTask) -> None:
+    async def flush_entry(self, database: Database, make_task: MakeTask) -> None:
         """Everything that goes on in the background has ended, and all doors are open."""
         async with asyncio.timeout(PATIENCE):
             while database.checked_out_connections:
@@ -2161,7 +2161,7 @@ class TestCancelledCallers:
             lambda n: manager.add_task(make_task(task_id=f"cancelled-{n}")), turns
         )
 
-        await self.settle(manager.db, make_task)
+        await self.flush_entry(manager.db, make_task)
         assert cancelled >= 1
         stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
         assert set((await manager.get_state()).tasks) == stored
@@ -2171,7 +2171,7 @@ class TestCancelledCallers:
     async def test_get_task(self, manager: StateManager, make_task: MakeTask, turns: int) -> None:
         cancelled = await self.cancel_everywhere(lambda n: manager.get_task("unknown"), turns)
 
-        await self.settle(manager.db, make_task)
+        await self.flush_entry(manager.db, make_task)
         assert cancelled >= 1
 
     @pytest.mark.parametrize("turns", [0, 1, 3])
@@ -2186,7 +2186,7 @@ class TestCancelledCallers:
 
         cancelled = await self.cancel_everywhere(work, turns)
 
-        await self.settle(manager.db, make_task)
+        await self.flush_entry(manager.db, make_task)
         assert cancelled >= 5
         stored = {task.task_id for task in await manager.task_repo.list_pending_tasks(limit=None)}
         assert set((await manager.get_state()).tasks) == stored
@@ -2208,7 +2208,7 @@ class TestCancelledCallers:
 
         cancelled = await self.cancel_everywhere(work, turns=0, times=3)
 
-        await self.settle(database, make_task)
+        await self.flush_entry(database, make_task)
         assert cancelled >= 3
         assert [record.getMessage() for record in caplog.records if record.levelno > 20] == []
 
@@ -2323,7 +2323,7 @@ class TestCancelledCallers:
 
         cancelled = await self.cancel_everywhere(work, turns)
 
-        await self.settle(database, make_task)
+        await self.flush_entry(database, make_task)
         assert cancelled >= 2
 
     @pytest.mark.parametrize("is_let_in", [False, True], ids=["waiting", "just let in"])
@@ -2348,7 +2348,7 @@ class TestCancelledCallers:
         await asyncio.wait(waiting, timeout=PATIENCE)
 
         assert all(task.cancelled() for task in waiting)
-        await self.settle(database, make_task)
+        await self.flush_entry(database, make_task)
 
     async def test_initialize(self, location: Location, make_task: MakeTask) -> None:
         database = Database(location)
@@ -2359,7 +2359,7 @@ class TestCancelledCallers:
         await asyncio.wait([opening], timeout=PATIENCE)
         await database.initialize()
 
-        await self.settle(database, make_task)
+        await self.flush_entry(database, make_task)
         await database.close()
 
     @pytest.mark.parametrize("turns", [0, 1, 3])

@@ -288,7 +288,7 @@ class Machine(DatabaseMachine):
                 side.tasks[id] = self.tasks[id]  # finished ones are remembered
         return side.tasks.get(id) or self.tasks.get(id)
 
-    def settle(self, side: Side, id: str) -> type[StoreError] | None:
+    def flush_entry(self, side: Side, id: str) -> type[StoreError] | None:
         """Write what is only in memory; what is wrong if it lost."""
         held = side.unsaved.pop(id, None)
         if held is None:
@@ -383,7 +383,7 @@ class Machine(DatabaseMachine):
             if side.unsaved[id].item.version != version:
                 wrong = StaleVersionError
             else:
-                wrong = self.settle(side, id)
+                wrong = self.flush_entry(side, id)
                 version = self.version_of(side, copy)
         if wrong is None:
             known = self.tasks.get(id) if persist else self.find(side, id)
@@ -416,7 +416,7 @@ class Machine(DatabaseMachine):
             task.retry_count += 1
 
         call = side.manager.change_task(id, once_more)
-        wrong = self.settle(side, id)
+        wrong = self.flush_entry(side, id)
         if wrong is not None:
             self.refused(call, wrong)
             return
@@ -595,7 +595,9 @@ class Machine(DatabaseMachine):
 
     def sync_by(self, side: Side, call: Callable[[], Coroutine[Any, Any, Any]]) -> None:
         self.flush(side)
-        wrong = [error for id in list(side.unsaved) if (error := self.settle(side, id)) is not None]
+        wrong = [
+            error for id in list(side.unsaved) if (error := self.flush_entry(side, id)) is not None
+        ]
         if wrong:
             error = self.refused(call(), UnsavedConflictError)
             assert [type(conflict) for conflict in error.conflicts] == wrong

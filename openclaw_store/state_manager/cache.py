@@ -233,7 +233,7 @@ class Cache:
             if stored is not None and entry.committed.version == stored.version:
                 self._aliases[place] = (entry.record.version, stored.version)
 
-    def settled_version(self, place: EntityKey, version: int) -> int:
+    def flushed_version(self, place: EntityKey, version: int) -> int:
         """The version that a copy of an entry has, which got `version` while it was unsaved."""
         local, settled = self._aliases.get(place, (0, 0))
         return settled if version < 0 and version == local else version

@@ -441,7 +441,7 @@ class StateManager:
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            await self._replica.settle_or_drop((Task, task.task_id))
+            await self._replica.flush_or_drop((Task, task.task_id))
             creations[place] = Create(Task, task.task_id, record)
         results = await self.db.write(apply_together, list(creations.values()))
         for place, result in zip(creations, results, strict=True):
@@ -721,7 +721,7 @@ class StateManager:
         self._check_usable()
         place = (NodeInfo, check_key("node_id", node_id))
         operation = SetNodeStatus(place[1], node_status("status", status))
-        await self._replica.settle(place)
+        await self._replica.flush_entry(place)
         known: bool = await self._replica.submit(operation)
         return known
 

@@ -124,7 +124,7 @@ class Replica:
             None  # what was committed meanwhile
         )
         self._refreshing = asyncio.Lock()
-        self._settling = asyncio.Lock()  # what is unsaved is written by one caller at a time
+        self._flush_lock = asyncio.Lock()  # what is unsaved is written by one caller at a time
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()  # heartbeats are written by one caller at a time
@@ -262,11 +262,11 @@ class Replica:
         if persist or self._takes_key(place, record):
             if place in self.cache.unsaved:
                 _require_version(place, self.cache.find(place), record.version)
-                await self.settle(place)
+                await self.flush_entry(place)
             stored: Record[Entity] = await self.submit(self._update(place, record))
             return stored
         known = await self.find(place)
-        _require_version(place, known, self.cache.settled_version(place, record.version))
+        _require_version(place, known, self.cache.flushed_version(place, record.version))
         if place[0] is Task and known is not None:
             refusal = refused(place[1], known["status"], record["status"])
             if refusal is not None:
@@ -295,7 +295,7 @@ class Replica:
             The entry as it is stored; `None` if there is none.
         """
         while True:
-            await self.settle(place)
+            await self.flush_entry(place)
             known = await self.find(place)
             if known is None:
                 return None
@@ -324,17 +324,17 @@ class Replica:
             with suppress(InvalidDataError):  # somebody wrote by hand what cannot be read
                 task = self.cache.task(place[1])
             if task is not None and task["assigned_node"] is not None:  # it may get a place back
-                await self.settle_or_drop((NodeInfo, task["assigned_node"]))
+                await self.flush_or_drop((NodeInfo, task["assigned_node"]))
         if place not in self.cache.unsaved:
             return bool(await self.submit(Remove(*place)))
         self._database.refuse_inside()
-        async with self._settling:  # else it might be written behind the removal
+        async with self._flush_lock:  # else it might be written behind the removal
             removed = await self.submit(Remove(*place))
             removed = self.cache.discard(place) or bool(removed)
             self.watchers.wake([place[1]])
             return removed
 
-    async def settle(self, place: EntityKey) -> None:
+    async def flush_entry(self, place: EntityKey) -> None:
         """Write an entry that is only in memory.
 
         Raises:
@@ -343,13 +343,13 @@ class Replica:
         """
         if place in self.cache.unsaved:
             self._database.refuse_inside()  # who holds the lock may wait for that transaction
-            async with self._settling:
-                await finish(self._settle(place))
+            async with self._flush_lock:
+                await finish(self._flush_entry(place))
 
-    async def settle_or_drop(self, place: EntityKey) -> None:
+    async def flush_or_drop(self, place: EntityKey) -> None:
         """Write what is only in memory of an entry, before the writer changes it."""
         with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
-            await self.settle(place)
+            await self.flush_entry(place)
 
     async def sync(self) -> None:
         """Write everything that is only in memory.
@@ -360,12 +360,12 @@ class Replica:
         """
         conflicts: list[StoreError] = []
         self._database.refuse_inside()
-        async with self._settling:
+        async with self._flush_lock:
             places = list(self.cache.unsaved)
             for start in range(0, len(places), ENTRIES_A_WRITE):
                 part = places[start : start + ENTRIES_A_WRITE]
-                settling = asyncio.gather(*map(self._settle, part), return_exceptions=True)
-                for outcome in await finish(settling):
+                flushing = asyncio.gather(*map(self._flush_entry, part), return_exceptions=True)
+                for outcome in await finish(flushing):
                     if isinstance(outcome, ConflictError | NotFoundError):
                         conflicts.append(outcome)
                     elif outcome is not None:
@@ -425,7 +425,7 @@ class Replica:
         if node is None:
             await self.refresh()
         if node is None or node["status"] is NodeStatus.OFFLINE:
-            await self.settle(place)  # else what is unsaved would set it OFFLINE again
+            await self.flush_entry(place)  # else what is unsaved would set it OFFLINE again
             node = self.cache.find(place)
             if node is None:
                 return False
@@ -480,7 +480,7 @@ class Replica:
 
     def _update(self, place: EntityKey, record: Record[Entity]) -> Update[Entity]:
         """Writes what differs from the copy in memory; all fields if that has another version."""
-        version = self.cache.settled_version(place, record.version)
+        version = self.cache.flushed_version(place, record.version)
         known = self.cache.find(place)
         if known is None or known.version != version:
             return Update(*place, record, CONTENT[place[0]], version)
@@ -494,7 +494,7 @@ class Replica:
         self.watchers.wake([key_of(held)[1]])
         return held
 
-    async def _settle(self, place: EntityKey) -> None:
+    async def _flush_entry(self, place: EntityKey) -> None:
         entry = self.cache.unsaved.get(place)
         if entry is None:  # another caller has written it
             return

@@ -120,7 +120,7 @@ class Scheduler:
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
-        await self._replica.settle_or_drop(place)
+        await self._replica.flush_or_drop(place)
         taken: list[str] = []
         try:
             while True:
@@ -149,11 +149,11 @@ class Scheduler:
             TaskNotFoundError: If there is none.
             ConflictError: If it may not be done.
         """
-        await self._replica.settle_or_drop((Task, operation.id))
+        await self._replica.flush_or_drop((Task, operation.id))
         known = self._replica.cache.task(operation.id)
         if known is not None and known["assigned_node"] is not None:
             operation.node_id = known["assigned_node"]
-            await self._replica.settle_or_drop((NodeInfo, known["assigned_node"]))
+            await self._replica.flush_or_drop((NodeInfo, known["assigned_node"]))
         operation.known = known
         try:
             done: Advanced = await self._replica.submit(operation)
@@ -179,7 +179,7 @@ class Scheduler:
         reason = f"silent for more than {timeout_seconds:g} s"
         stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
         for node_id in stale:
-            await self._replica.settle_or_drop((NodeInfo, node_id))
+            await self._replica.flush_or_drop((NodeInfo, node_id))
         operations = [
             SetNodeStatus(node_id, NodeStatus.OFFLINE, patience, reason) for node_id in stale
         ]
@@ -263,7 +263,7 @@ class Scheduler:
         taken += ids
         if cache.unsaved:
             for id in ids:
-                await self._replica.settle_or_drop((Task, id))
+                await self._replica.flush_or_drop((Task, id))
         return [record for id in ids if (record := self._replica.cache.tasks.get(id)) is not None]
 
     async def _suspects(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
