@@ -98,7 +98,7 @@ def watch_ahead() -> Iterator[None]:
 
     async def skip(self: Replica, since: int) -> tuple[Sequence[Change], int]:
         found, until = await changes(self, since)
-        return found, max(until, self.cache.complete)
+        return found, max(until, self.cache.contiguous)
 
     with patch.object(Replica, "changes", skip):
         yield

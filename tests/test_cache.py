@@ -146,7 +146,7 @@ class FakeDatabase:
         """Bring a cache up to date."""
         batch: ChangeBatch | None = None
         while batch is None or batch.revision < batch.read_at:
-            batch = self.batch(cache.complete, page, is_whole=cache.is_counted)
+            batch = self.batch(cache.contiguous, page, is_whole=cache.is_counted)
             cache.catch_up(batch)
 
     def counts(self) -> Counter[str]:
@@ -329,7 +329,7 @@ class TestLearning:
 
         assert cache.state().tasks == database.live()
         assert counted(cache) == database.counts()
-        assert cache.version == cache.complete == database.revision
+        assert cache.version == cache.contiguous == database.revision
         assert [record["task_id"] for record in cache.pending(None)] == sorted(
             id for id, row in database.rows.items() if row["status"] in ("pending", "scheduled")
         )
@@ -359,10 +359,10 @@ class TestLearning:
         cache.apply([own])
 
         assert set(cache.state().tasks) == {"ours"}
-        assert (cache.version, cache.complete) == (2, 0)
+        assert (cache.version, cache.contiguous) == (2, 0)
         database.tell(cache)
         assert set(cache.state().tasks) == {"ours", "theirs"}
-        assert (cache.version, cache.complete) == (2, 2)
+        assert (cache.version, cache.contiguous) == (2, 2)
         assert counted(cache) == {"pending": 1, "running": 1}
 
     def test_news_older_than_a_removal_do_not_bring_a_task_back(self) -> None:
@@ -472,7 +472,7 @@ class TestLearning:
         database.tell(cache)
 
         assert counted(cache) == {"running": 1}
-        assert (cache.version, cache.complete) == (4, 4)
+        assert (cache.version, cache.contiguous) == (4, 4)
 
     def test_purged_history_is_recounted_with_what_came_after_the_reading(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
@@ -486,7 +486,7 @@ class TestLearning:
         database.tell(cache)
 
         assert counted(cache) == {"pending": 1}
-        assert cache.complete == 3
+        assert cache.contiguous == 3
 
     def test_purged_history_is_recounted_though_an_own_commit_closes_the_gap(self) -> None:
         """The first page ends right before a commit that is here already."""

@@ -71,7 +71,7 @@ class Cache:
         self.unsaved: dict[EntityKey, Unsaved] = {}
         self.version = start.revision
         """The newest revision applied."""
-        self.complete = start.revision
+        self.contiguous = start.revision
         """Up to this revision every change was applied."""
         self.beat = start.beat
         """The newest flush of heartbeats applied."""
@@ -79,7 +79,7 @@ class Cache:
         self.task_counts = _of_each_status(start.task_counts)
         self.is_counted = True
         """Whether `task_counts` are right; clean-up can remove changes before they are seen."""
-        self.ahead: dict[int, tuple[Change, str | None]] = {}
+        self.out_of_order: dict[int, tuple[Change, str | None]] = {}
         """Applied, though some before them were not; with the status they were counted from."""
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
         self._pending: SortedKeys[PendingKey] = SortedKeys()
@@ -157,8 +157,10 @@ class Cache:
         Raises:
             InvalidDataError: If it met a row that cannot be read; it took over the rest.
         """
-        later = [change for change, _ in self.ahead.values() if change.revision > batch.read_at]
-        must_wait = self.complete > batch.read_at  # what was committed since cannot be told apart
+        later = [
+            change for change, _ in self.out_of_order.values() if change.revision > batch.read_at
+        ]
+        must_wait = self.contiguous > batch.read_at  # what was committed since cannot be told apart
         tasks, nodes = self._count_batch(batch)
         for change in later:  # what is here is newer
             (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
@@ -178,18 +180,20 @@ class Cache:
         }
         if batch.changes and batch.changes[-1][REVISION] > self.version:
             self.updated_at = batch.changed_at
-        if batch.revision > self.complete:
-            self.complete = batch.revision
-            self.version = max(self.version, self.complete)
-            for revision in [revision for revision in self.ahead if revision <= self.complete]:
+        if batch.revision > self.contiguous:
+            self.contiguous = batch.revision
+            self.version = max(self.version, self.contiguous)
+            for revision in [
+                revision for revision in self.out_of_order if revision <= self.contiguous
+            ]:
                 self._catch_up_with(revision)
             self._close_gap()
         if batch.task_counts is not None and not must_wait:
             self.task_counts = _of_each_status(batch.task_counts)
             for change in later:
                 self._count_status(change.from_status, change)
-                if change.revision in self.ahead:
-                    self.ahead[change.revision] = (change, change.from_status)
+                if change.revision in self.out_of_order:
+                    self.out_of_order[change.revision] = (change, change.from_status)
             self.is_counted = True
         if unreadable is not None:
             raise unreadable
@@ -381,19 +385,19 @@ class Cache:
     def _count(self, change: Change) -> bool:
         """Count a change; `False` if it was counted before."""
         revision = change.revision
-        if revision == self.complete + 1:
+        if revision == self.contiguous + 1:
             self._count_status(change.from_status, change)
-            self.complete = revision
-        elif revision <= self.complete or revision in self.ahead:
+            self.contiguous = revision
+        elif revision <= self.contiguous or revision in self.out_of_order:
             return False
         else:  # what came before is not known yet: count from what is
             before = self._status_here(change)
             self._count_status(before, change)
-            self.ahead[revision] = (change, before)
+            self.out_of_order[revision] = (change, before)
         if revision > self.version:
             self.version = revision
             self.updated_at = change.changed_at
-        if self.ahead:
+        if self.out_of_order:
             self._close_gap()
         return True
 
@@ -406,7 +410,7 @@ class Cache:
         is_counted = self.is_counted and batch.is_whole
         for change in batch.changes:
             revision, _, item, id, before, after = change[:STEP_WIDTH]
-            if revision <= self.complete or revision in self.ahead:
+            if revision <= self.contiguous or revision in self.out_of_order:
                 if item == _TASK and id in tasks:  # only the last change of a task has its content
                     tasks[id] = change
             elif item == _TASK:
@@ -479,7 +483,7 @@ class Cache:
 
     def _catch_up_with(self, revision: int) -> None:
         """All before `revision` is counted now: count it from where that has left it."""
-        change, before = self.ahead.pop(revision)
+        change, before = self.out_of_order.pop(revision)
         if change.item == _TASK and before != change.from_status:
             if before is not None:
                 self.task_counts[before] += 1
@@ -487,9 +491,9 @@ class Cache:
                 self.task_counts[change.from_status] -= 1
 
     def _close_gap(self) -> None:
-        while self.complete + 1 in self.ahead:
-            self.complete += 1
-            self._catch_up_with(self.complete)
+        while self.contiguous + 1 in self.out_of_order:
+            self.contiguous += 1
+            self._catch_up_with(self.contiguous)
 
     def _commit(self, place: EntityKey, record: Record[Any] | None, revision: int) -> None:
         """Take over an entry that the database held at `revision`, unless a newer one is here."""

@@ -193,7 +193,7 @@ class Replica:
             return record
         cache, version = self.cache, self.cache.version
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
-        if found is not None and found.version > self.cache.complete:
+        if found is not None and found.version > self.cache.contiguous:
             await self.refresh()
             known = self.cache.find(place)
             return known or await self._repositories[place[0]].get_record(place[1])
@@ -207,7 +207,7 @@ class Replica:
 
         Else it might show what was before, and what is being read for it just now might, too.
         """
-        if revision > self.cache.complete:
+        if revision > self.cache.contiguous:
             await self.refresh()
 
     def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
@@ -381,17 +381,17 @@ class Replica:
             batch: ChangeBatch | None = None
             while batch is None or batch.revision < batch.read_at:
                 cache = self.cache
-                since, beat, is_whole = cache.complete, cache.beat, cache.is_counted
+                since, beat, is_whole = cache.contiguous, cache.beat, cache.is_counted
                 batch = await self._database.read(
                     partial(
                         read_change_batch,
                         since=since,
                         beat=beat,
                         is_whole=is_whole,
-                        known=cache.ahead,
+                        known=cache.out_of_order,
                     )
                 )
-                behind = batch.read_at - cache.complete
+                behind = batch.read_at - cache.contiguous
                 if batch.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
                     await self._load()
                     return
@@ -411,7 +411,7 @@ class Replica:
             InvalidDataError: If there was no such revision yet.
         """
         changes, until = await self._database.read(partial(read_changes, since=since))
-        if until > self.cache.complete:
+        if until > self.cache.contiguous:
             await self.refresh()
         return changes, until
 
@@ -557,7 +557,7 @@ class Replica:
         """Is told, on any thread, where the counters stand; `False` if it has yet to read that."""
         is_busy = self._outdated.is_set()
         if self._loop is not None and (
-            revision > self.cache.complete or beat > max(self.cache.beat, self._own_beat)
+            revision > self.cache.contiguous or beat > max(self.cache.beat, self._own_beat)
         ):
             self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
         return not is_busy
