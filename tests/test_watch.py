@@ -51,7 +51,7 @@ from openclaw_store.backends.notifications import (
 )
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL, OTHER_LISTENERS
-from openclaw_store.backends.postgresql.write_session import Company
+from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.retention import Compact, compact
 
@@ -67,10 +67,10 @@ async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
     return found
 
 
-def company_of(database: Database) -> Company:
+def company_of(database: Database) -> ConnectionRegistry:
     """What the connections of a process to PostgreSQL know of each other."""
     assert isinstance(database._backend, PostgreSQL)
-    return database._backend.company
+    return database._backend.registry
 
 
 def locks(location: Location, number: int) -> list[str]:
@@ -533,12 +533,12 @@ class TestWakeUps:
         self, manager: StateManager, location: Location, make_task: MakeTask
     ) -> None:
         """To be told of each of its own commits would make each take a fifth longer."""
-        company = company_of(manager.db)
+        registry = company_of(manager.db)
         async with listening(location) as told, self.following(location) as alone:
             await until(lambda: company_of(alone.db).listener)
             await alone.add_task(make_task())
             await alone.add_tasks([make_task(), make_task()])
-            assert company.listener is None
+            assert registry.listener is None
             await manager.add_task(make_task())  # nobody listens there
             await until(lambda: told == ["4 0"])
 

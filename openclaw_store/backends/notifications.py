@@ -157,14 +157,14 @@ class Listening:
     async def _listen(self, engine: AsyncEngine) -> None:
         """Tell what is heard on a connection until it is lost."""
         heard = self._heard
-        company = self._database.company
+        registry = self._database.registry
         async with engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert driver is not None
             driver.add_termination_listener(lambda _: heard.set())
 
             def hear(_: object, process: int, __: object, counters: str) -> None:
-                if process in company.writers:  # it is known already
+                if process in registry.writers:  # it is known already
                     return
                 told = counters.split()
                 if len(told) == 2 and all(map(str.isdecimal, told)):
@@ -184,12 +184,12 @@ class Listening:
                     if may_be_first and lock is None and await driver.fetchval(_BE_FIRST):
                         number = secrets.randbits(62)
                         await driver.fetchval(_LEAVE_OTHERS, number)
-                        lock = company.listener = number
+                        lock = registry.listener = number
                     self._tell(*await driver.fetchrow(_COUNTERS))
                     may_be_first = not await _is_set_within(ALIVE_SECONDS, heard)
             finally:
-                if company.listener == lock:
-                    company.listener = None
+                if registry.listener == lock:
+                    registry.listener = None
 
 
 async def _is_set_within(seconds: float, event: asyncio.Event) -> bool:

@@ -45,7 +45,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from openclaw_store.backends import RedoError, finish
-from openclaw_store.database.metrics import _Logbook
+from openclaw_store.database.metrics import WriteMetrics
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.errors import BackendError, UnavailableError
 
@@ -118,7 +118,7 @@ class Writer:
         self._turn = turn
         self._stopped = stopped
         self._is_pipelined = is_pipelined
-        self._logbook = _Logbook(clock)
+        self._metrics = WriteMetrics(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._withdrawn = 0  # of those in the queue, about
@@ -158,7 +158,7 @@ class Writer:
 
     def figures(self) -> dict[str, Any]:
         """What `Database.get_stats` tells of it."""
-        return {"queued_operations": len(self._queue), **self._logbook.figures()}
+        return {"queued_operations": len(self._queue), **self._metrics.figures()}
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
         """Tell `listener`, on `loop`, what is published from now on; returns what ends it."""
@@ -314,7 +314,7 @@ class Writer:
         except BaseException as error:
             lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
             try:
-                self._logbook.note_failure(error)
+                self._metrics.note_failure(error)
             finally:
                 self.publish_pending()
                 entries = list(self._taken.values())
@@ -349,7 +349,7 @@ class Writer:
                     pass
         except Exception as error:
             if isinstance(error, BackendError):
-                self._logbook.note_failure(error)
+                self._metrics.note_failure(error)
             if isinstance(error, BackendError) or len(entries) == 1:
                 self.publish((), entries, [_own(error) for _ in entries])
             else:
@@ -362,7 +362,7 @@ class Writer:
         outcomes: list[Any] = []
 
         def keep(transaction: WriteTransaction) -> None:
-            self._logbook.note_commit(len(entries), time.perf_counter() - began)
+            self._metrics.note_commit(len(entries), time.perf_counter() - began)
             with self._publishing:
                 self.publish_pending()
                 self._pending = transaction.committed, entries, outcomes

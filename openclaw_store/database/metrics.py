@@ -12,7 +12,7 @@ RECENT_BATCHES = 1000
 """The figures of so many are kept."""
 
 
-class _Logbook:
+class WriteMetrics:
     """What the writer has done, a line for each batch."""
 
     def __init__(self, clock: Callable[[], datetime]) -> None:

@@ -25,7 +25,7 @@ from openclaw_store.backends.postgresql.batch_sql import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
     MAX_COMBINATIONS,
     WRITER_SETTINGS,
-    Company,
+    ConnectionRegistry,
     Cursor,
     Writing,
     milliseconds,
@@ -99,7 +99,7 @@ class PostgreSQL:
         self._connector = _Connector()
         self._version = MINIMUM_VERSION  # at least
         self._synchronous_commit: str | None = None  # what the server has, for all we know
-        self.company = Company()
+        self.registry = ConnectionRegistry()
         """What its connections know of each other."""
 
     def exists(self) -> bool:
@@ -264,7 +264,7 @@ class PostgreSQL:
             engine,
             until,
             self.faults,
-            self.company,
+            self.registry,
             patience=self._timeout,
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),
             answer_seconds=_ANSWER_SECONDS,

@@ -62,7 +62,7 @@ def milliseconds(seconds: float) -> str:
     return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
 
-class Company:
+class ConnectionRegistry:
     """What the connections of one `PostgreSQL` know of each other."""
 
     def __init__(self) -> None:
@@ -140,12 +140,12 @@ class WriterCursor(Cursor):
         self,
         connection: Any,
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
-        company: Company,
+        registry: ConnectionRegistry,
         patience: float,
         answer_seconds: float,
     ) -> None:
         super().__init__(connection, wait)
-        self._company = company
+        self._registry = registry
         self._patience, self._answer_seconds = patience, answer_seconds
         self._until = 0.0
         self._kept: list[tuple[str, Sequence[Sequence[Any]]]] = []
@@ -250,7 +250,7 @@ class WriterCursor(Cursor):
         for _, rows in self._kept:
             values = rows[0] if is_single else map(array, zip(*rows, strict=True))
             parameters = [*parameters, *values]
-        if written := self._do(statement, [*parameters, self._company.listener]):
+        if written := self._do(statement, [*parameters, self._registry.listener]):
             self._note(*written)
         elif self.has_lock:
             raise StoreError("the row of counters was changed by hand: try again")
@@ -327,7 +327,7 @@ class Writing:
         until: When the batch that it is made for gives up waiting, by `time.monotonic`.
         extra: Seconds by which connecting may take longer than that.
         faults: Tells what the driver's errors mean.
-        company: Is told the server's process for this connection, while it is open.
+        registry: Is told the server's process for this connection, while it is open.
         patience: Seconds that the server has a statement wait for others.
         answer_seconds: What the server has beyond its own limits to answer.
         limits: SQL that has the server bound a transaction with the lock.
@@ -338,7 +338,7 @@ class Writing:
         engine: AsyncEngine,
         until: float,
         faults: PostgreSQLFaults,
-        company: Company,
+        registry: ConnectionRegistry,
         *,
         patience: float,
         extra: float,
@@ -347,7 +347,7 @@ class Writing:
     ) -> None:
         self._faults = faults
         self._limits = limits
-        self._writers = company.writers
+        self._writers = registry.writers
         self._loop = asyncio.new_event_loop()
         self._meanwhile: Callable[[], None] | None = None
         try:
@@ -359,7 +359,7 @@ class Writing:
         now = time.monotonic()  # of what connecting has used up, the lock has something, too
         self._until = until if now < until else min(now + patience, until + extra)
         self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait, company, patience, answer_seconds)
+        self.cursor = WriterCursor(self._driver, self._wait, registry, patience, answer_seconds)
         self._process: int = self._driver.get_server_pid()
         self._writers.add(self._process)
 
