@@ -684,15 +684,15 @@ class TestCopy:
     ) -> None:
         """Issue #7: it was locked for as long as somebody had the error."""
         make_original(location).close()
-        is_original = adoption.is_original
+        is_legacy = adoption.is_legacy
 
         def fails_alone(connection: Connection) -> bool:
-            found = is_original(connection)
+            found = is_legacy(connection)
             if isinstance(connection.connection.dbapi_connection, LoneConnection):
                 raise UnavailableError("the disk reports an error")
             return found
 
-        monkeypatch.setattr(adoption, "is_original", fails_alone)
+        monkeypatch.setattr(adoption, "is_legacy", fails_alone)
         with pytest.raises(UnavailableError) as caught:
             await Database(location).initialize()
 

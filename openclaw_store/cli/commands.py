@@ -28,7 +28,7 @@ from openclaw_store.errors import NotFoundError
 
 if TYPE_CHECKING:
     from openclaw_store.cli.context import Part
-    from openclaw_store.database import Adopted
+    from openclaw_store.database import LegacyImport
 
 app = typer.Typer(
     name="openclaw-store",
@@ -315,7 +315,7 @@ async def downgrade(
 
 
 def _show_step(
-    call: Call, before: str | None, after: str | None, adopted: Adopted | None = None
+    call: Call, before: str | None, after: str | None, adopted: LegacyImport | None = None
 ) -> None:
     location = call.backend.location
     document: dict[str, Any] = {"database": location, "before": before, "after": after}

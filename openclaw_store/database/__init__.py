@@ -5,7 +5,7 @@ This room stores rows. It knows neither what a write means nor what is cached.
 
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply
-from openclaw_store.database.legacy_import import Adopted
+from openclaw_store.database.legacy_import import LegacyImport
 from openclaw_store.database.migrations import COPYING, COPYING_HEAD, HEAD, stored
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
 from openclaw_store.database.statements import USAGE, history_of, statements_for

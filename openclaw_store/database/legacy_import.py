@@ -72,7 +72,7 @@ class Rejected(NamedTuple):
     reason: str
 
 
-class Adopted(NamedTuple):
+class LegacyImport(NamedTuple):
     """What became of the original's rows."""
 
     nodes: int
@@ -99,7 +99,7 @@ def zone_of(name: str | None) -> tzinfo | None:
         ) from None
 
 
-def is_original(connection: Connection) -> bool:
+def is_legacy(connection: Connection) -> bool:
     """Whether the database is one of the original: with its tables, and not adopted yet."""
     if connection.dialect.name != "sqlite":
         return False
@@ -138,7 +138,7 @@ def set_aside(connection: Connection) -> None:
 
 def adopt(
     connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime, copy: Path
-) -> Adopted:
+) -> LegacyImport:
     """Move the rows that were set aside to the tables of the library, nodes first.
 
     Args:
@@ -158,10 +158,10 @@ def adopt(
     finally:
         driver.text_factory = usual
     cursor.execute("UPDATE counters SET revision = ? WHERE id = 1", (nodes + tasks,))
-    return Adopted(nodes, tasks, reading.rejected, copy)
+    return LegacyImport(nodes, tasks, reading.rejected, copy)
 
 
-def report(adopted: Adopted, location: str) -> None:
+def report(adopted: LegacyImport, location: str) -> None:
     """Tell the log what became of the rows."""
     for row in adopted.rejected:
         logger.warning(

@@ -76,7 +76,7 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
     revision: str | None = None
     if "alembic_version" in tables:
         revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    elif tables & {"tasks", "nodes"} and not legacy_import.is_original(connection):
+    elif tables & {"tasks", "nodes"} and not legacy_import.is_legacy(connection):
         raise SchemaMismatchError(
             f"{backend.location} has tables that this library did not make: give another path"
         )
@@ -122,10 +122,10 @@ def require(backend: Backend) -> None:
         SchemaMismatchError: With the command to run.
     """
     if not is_current(backend):
-        is_original = backend.inspect(legacy_import.is_original)
+        is_legacy = backend.inspect(legacy_import.is_legacy)
         raise SchemaMismatchError(
             f"the schema of {backend.location} is "
-            f"{'the original one' if is_original else f'older than {HEAD}'}: call "
+            f"{'the original one' if is_legacy else f'older than {HEAD}'}: call "
             'initialize(migrate=True), or run "openclaw-store db upgrade" or, in a checkout, '
             f'"alembic -x url={backend.location} upgrade head"'
         )
@@ -138,7 +138,7 @@ def revision_of(backend: Backend) -> str | None:
 
 def upgrade(
     backend: Backend, legacy_timezone: tzinfo | None = None, clock: Clock = utc_now
-) -> legacy_import.Adopted | None:
+) -> legacy_import.LegacyImport | None:
     """Bring the database to the schema of this version; blocks the thread.
 
     Returns what became of the rows of an original database, if it was one.
@@ -232,7 +232,7 @@ def migrate(
     clock: Clock = utc_now,
     *,
     to_head: bool = False,
-) -> legacy_import.Adopted | None:
+) -> legacy_import.LegacyImport | None:
     """Do `work` with a connection that holds the lock, and commit it; blocks the thread.
 
     Returns what became of the rows of an original database, if it was one.
@@ -251,25 +251,25 @@ def migrate(
             the original database open.
     """
     copy: Path | None = None
-    adopted: legacy_import.Adopted | None = None
+    adopted: legacy_import.LegacyImport | None = None
 
     def copy_to(connection: Connection) -> Path | None:
         nonlocal copy
-        is_original = legacy_import.is_original(connection)
-        if is_original and not to_head:
+        is_legacy = legacy_import.is_legacy(connection)
+        if is_legacy and not to_head:
             raise SchemaMismatchError(
                 f"{backend.location} is an original hand-made database: run "
                 '"openclaw-store db upgrade" or, in a checkout, '
                 f'"alembic -x url={backend.location} upgrade head" first, which adopts it'
             )
         ending = f".original-{clock():%Y%m%dT%H%M%SZ}"
-        copy = unused_name(Path(backend.location), ending) if is_original else None
+        copy = unused_name(Path(backend.location), ending) if is_legacy else None
         return copy
 
     def checked(connection: Connection) -> None:
         nonlocal adopted
         _is_current(backend, connection)
-        if not legacy_import.is_original(connection):
+        if not legacy_import.is_legacy(connection):
             work(connection)
             return
         if copy is None:

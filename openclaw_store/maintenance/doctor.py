@@ -311,7 +311,7 @@ def _look_at_schema(connection: Connection) -> Iterator[Finding]:
     if revision is None:
         if not tables & {"tasks", "nodes"}:
             yield _error(name, "There are no tables yet.", advice)
-        elif connection.dialect.name == "sqlite" and legacy_import.is_original(connection):
+        elif connection.dialect.name == "sqlite" and legacy_import.is_legacy(connection):
             yield _error(name, "It has the original, hand-made schema.", f"{advice}: it is adopted")
         else:
             yield _error(name, "Its tables are not this library's.", "give another path")
