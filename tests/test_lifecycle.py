@@ -106,7 +106,7 @@ VERBS = {
         InvalidTransitionError,
     ),
     "requeue": Verb(lifecycle.requeue, ALL - {TaskStatus.PENDING}, ALL, None),
-    "give back": Verb(partial(lifecycle.give_back, wait=wait), ASSIGNED, ALL, None),
+    "give back": Verb(partial(lifecycle.release, wait=wait), ASSIGNED, ALL, None),
     "recover": Verb(partial(RECOVER, patience=timedelta()), ASSIGNED, ALL, None),
 }
 LOST = a_node(status=NodeStatus.OFFLINE)
@@ -419,7 +419,7 @@ class TestSteps:
         assert step.reason == OVERDUE
 
     def test_retry_at_once_has_no_moment_to_wait_for(self) -> None:
-        step = lifecycle.give_back(a_task(), a_node(), NOW, wait=lambda _: 0)
+        step = lifecycle.release(a_task(), a_node(), NOW, wait=lambda _: 0)
 
         assert isinstance(step, Step)
         assert step.task["not_before"] is None

@@ -289,7 +289,7 @@ def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) ->
     return Step({**_UNASSIGNED, **values}, _freed(node, task), "requeued")
 
 
-def give_back(
+def release(
     task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, wait: Wait
 ) -> Outcome:
     """What a node has held is lost: it is tried again later, or has FAILED for good."""
@@ -316,7 +316,7 @@ def recover(
     One whose next try was put off by a clock that was turned back is due again.
     """
     if is_assigned(task) and is_lost(node, now, patience):
-        return give_back(task, node, now, wait=wait)
+        return release(task, node, now, wait=wait)
     if is_put_off(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
     if not is_overdue(task, now):

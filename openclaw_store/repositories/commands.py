@@ -341,7 +341,7 @@ class Register(OfOneRow):
         for held in row.held():
             task = held.content()
             assert task is not None  # it has a status
-            advance(held, task, partial(lifecycle.give_back, wait=self.wait))
+            advance(held, task, partial(lifecycle.release, wait=self.wait))
         record = self.record.evolve(**lifecycle.joined(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
 
