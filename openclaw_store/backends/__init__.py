@@ -13,9 +13,9 @@ from openclaw_store.backends.base import (
     Writing,
 )
 from openclaw_store.backends.cancellation import (
-    cancelled_once,
+    cancel_once,
     ended_badly,
-    finish,
+    shield_until_done,
     was_interrupted,
 )
 from openclaw_store.backends.error_mapping import SQLiteFaults

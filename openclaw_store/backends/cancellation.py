@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 Result = TypeVar("Result")
 
 
-async def finish(
+async def shield_until_done(
     work: Awaitable[Result],
     *,
     unwanted: Callable[[Result], object] | None = None,
@@ -39,7 +39,7 @@ async def finish(
     raise cancelled
 
 
-async def cancelled_once(work: Awaitable[Result]) -> Result:
+async def cancel_once(work: Awaitable[Result]) -> Result:
     """Do `work`, which is cancelled with its caller, but not again while it cleans up behind it."""
     future = _begun(work)
     cancelled: asyncio.CancelledError | None = None

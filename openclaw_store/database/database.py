@@ -30,9 +30,9 @@ from openclaw_store.backends import (
     Wakeups,
     Writing,
     backend_of,
-    cancelled_once,
+    cancel_once,
     ended_badly,
-    finish,
+    shield_until_done,
     wakeups_of,
     was_interrupted,
 )
@@ -163,7 +163,7 @@ class Database:
             if self._state != "new":
                 self._check_ready()  # it may be closed
                 return
-            await finish(asyncio.to_thread(self._open, migrate, is_copy_target))
+            await shield_until_done(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # else it was closed meanwhile
                 self._home = asyncio.get_running_loop()
                 self._state = "ready"
@@ -189,7 +189,7 @@ class Database:
             self._closing = asyncio.ensure_future(self._close())
         self._state = "closed"
         if self._closing.get_loop() is asyncio.get_running_loop():
-            await finish(self._closing)
+            await shield_until_done(self._closing)
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -238,7 +238,7 @@ class Database:
             UnavailableError: If the database is not open, or cannot be read.
         """
         async with self._reading() as session:
-            await cancelled_once(session.connection())
+            await cancel_once(session.connection())
             yield session
 
     @asynccontextmanager
@@ -249,7 +249,7 @@ class Database:
             try:
                 yield session
             finally:
-                await finish(session.close())
+                await shield_until_done(session.close())
 
     @asynccontextmanager
     async def transaction(self, *, timeout: float | None = None) -> AsyncIterator[AsyncSession]:
@@ -280,7 +280,7 @@ class Database:
             try:
                 with self._backend.faults.translated(own=False):
                     with self._backend.faults.translated():
-                        connection = await cancelled_once(self._backend.begin(session))
+                        connection = await cancel_once(self._backend.begin(session))
                     transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
                     session.info.update(transaction=transaction, turn=asyncio.Lock())
                     self._write_lock.limit(seconds)
@@ -295,17 +295,19 @@ class Database:
                                 "a write in the transaction failed, so all of it was rolled back"
                             ) from transaction.failure
                         if not transaction.finished:  # else the block rolled back by itself
-                            await finish(self._commit(session, transaction))
+                            await shield_until_done(self._commit(session, transaction))
                     finally:
                         transaction.finished = True
                         _inside.set(outside)
                         for restore in reversed(transaction.undo):
                             restore()
             except BackendError:
-                await finish(session.invalidate())  # who would roll back may wait for an answer
+                await shield_until_done(
+                    session.invalidate()
+                )  # who would roll back may wait for an answer
                 raise
             finally:
-                await finish(self._backend.end(session))
+                await shield_until_done(self._backend.end(session))
 
     @asynccontextmanager
     async def _deadline(self, seconds: float) -> AsyncIterator[None]:
@@ -360,7 +362,7 @@ class Database:
             UnavailableError: If it cannot be reached.
         """
         self._check_process()
-        return await finish(asyncio.to_thread(self._backend.inspect, work))
+        return await shield_until_done(asyncio.to_thread(self._backend.inspect, work))
 
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
         """Submit an operation to the writer; awaited, gives its result when it is committed.
@@ -419,7 +421,9 @@ class Database:
         """
         self._check_ready()
         target = sqlite.file_of(path)
-        await finish(asyncio.to_thread(self._backend.backup, target, overwrite=overwrite))
+        await shield_until_done(
+            asyncio.to_thread(self._backend.backup, target, overwrite=overwrite)
+        )
 
     async def vacuum(self) -> None:
         """Give the space of removed rows back; writers wait meanwhile, readers do not.
@@ -432,7 +436,7 @@ class Database:
         self.refuse_inside()
         async with self._exclusive("a vacuum"):
             self._check_ready()
-            await finish(asyncio.to_thread(self._backend.vacuum))
+            await shield_until_done(asyncio.to_thread(self._backend.vacuum))
 
     async def get_stats(self) -> dict[str, Any]:
         """Size and contents, and how the writing goes.

@@ -44,7 +44,7 @@ from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any
 
-from openclaw_store.backends import RedoError, finish
+from openclaw_store.backends import RedoError, shield_until_done
 from openclaw_store.database.metrics import WriteMetrics
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.errors import BackendError, UnavailableError
@@ -264,7 +264,7 @@ class Writer:
                 if 2 * self._withdrawn >= len(self._queue):
                     self._sweep()
                 done.get_loop().call_soon(done.set_result, None)
-        await finish(done)  # even when cancelled again: the outcome is on its way
+        await shield_until_done(done)  # even when cancelled again: the outcome is on its way
 
     def _sweep(self) -> None:
         """Forget the operations of those who have gone: a slow disk may keep the queue for long."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import Wakeups, finish
+from openclaw_store.backends import Wakeups, shield_until_done
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -344,7 +344,7 @@ class Replica:
         if place in self.cache.unsaved:
             self._database.refuse_inside()  # who holds the lock may wait for that transaction
             async with self._flush_lock:
-                await finish(self._flush_entry(place))
+                await shield_until_done(self._flush_entry(place))
 
     async def flush_or_drop(self, place: EntityKey) -> None:
         """Write what is only in memory of an entry, before the writer changes it."""
@@ -365,7 +365,7 @@ class Replica:
             for start in range(0, len(places), ENTRIES_A_WRITE):
                 part = places[start : start + ENTRIES_A_WRITE]
                 flushing = asyncio.gather(*map(self._flush_entry, part), return_exceptions=True)
-                for outcome in await finish(flushing):
+                for outcome in await shield_until_done(flushing):
                     if isinstance(outcome, ConflictError | NotFoundError):
                         conflicts.append(outcome)
                     elif outcome is not None:

@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import dump, written_aside
-from openclaw_store.backends.cancellation import cancel_once_more, finish
+from openclaw_store.backends.cancellation import cancel_once_more, shield_until_done
 from openclaw_store.backends.error_mapping import PostgreSQLFaults
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
@@ -329,7 +329,7 @@ class _Connector:
         stopped all the same if a server lets it wait, as others wait for the caller.
         """
         try:
-            return await finish(
+            return await shield_until_done(
                 self._connect_to_any(*arguments, **options),
                 unwanted=lambda made: made.terminate(),
                 seconds=_UNWANTED_SECONDS,
