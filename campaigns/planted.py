@@ -15,7 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from openclaw_store.backends import notifications
-from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.sqlite.connections import WriteConnection
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply, Writer
@@ -157,14 +157,14 @@ def late_wake_ups() -> Iterator[None]:
 @bug
 def lost_reply_is_no_doubt() -> Iterator[None]:
     """P2: a commit that nobody has answered is taken for one that has not happened."""
-    meaning = PostgreSQLFaults._meaning
+    meaning = PostgreSQLErrorMapping._meaning
 
     def in_no_doubt(
-        self: PostgreSQLFaults, error: Exception, *, own: bool, committing: bool
+        self: PostgreSQLErrorMapping, error: Exception, *, own: bool, committing: bool
     ) -> StoreError | None:
         return meaning(self, error, own=own, committing=False)
 
-    with patch.object(PostgreSQLFaults, "_meaning", in_no_doubt):
+    with patch.object(PostgreSQLErrorMapping, "_meaning", in_no_doubt):
         yield
 
 

@@ -66,7 +66,7 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
 )
-from openclaw_store.backends.error_mapping import SQLiteFaults
+from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.backends.sqlite import backend as sqlite
 from openclaw_store.backends.sqlite import connections as sqlite_connections
 from openclaw_store.database import sessions
@@ -1156,7 +1156,7 @@ class TestBadFiles:
             await database.backup(copy)
 
             def fail(*_: Any) -> Any:
-                raise SQLiteFaults(str(location)).translate(damaged())
+                raise SQLiteErrorMapping(str(location)).map_error(damaged())
 
             with pytest.raises(UnavailableError, match="damaged"):
                 await database.write(fail, None)
@@ -1252,8 +1252,8 @@ asyncio.run(main(sys.argv[1]))
         error = sqlite3.OperationalError("disk I/O error")
         error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
 
-        while_committing = SQLiteFaults(str(location)).translate(error, committing=True)
-        before = SQLiteFaults(str(location)).translate(error)
+        while_committing = SQLiteErrorMapping(str(location)).map_error(error, committing=True)
+        before = SQLiteErrorMapping(str(location)).map_error(error)
 
         assert isinstance(while_committing, OutcomeUnknownError)
         assert isinstance(before, UnavailableError)
@@ -1283,7 +1283,7 @@ asyncio.run(main(sys.argv[1]))
         error = sqlite3.OperationalError("what it says")
         error.sqlite_errorname = code
 
-        translated = SQLiteFaults(str(location)).translate(error)
+        translated = SQLiteErrorMapping(str(location)).map_error(error)
 
         assert type(translated) is kind
         assert advice in str(translated)

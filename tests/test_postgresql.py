@@ -39,7 +39,7 @@ from openclaw_store import (
     TaskStatus,
 )
 from openclaw_store.backends.base import RedoError
-from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.backends.postgresql.backend import _Connector
 from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS, WriterCursor, Writing
@@ -967,9 +967,9 @@ async def test_statement_that_the_server_was_told_to_end_has_not_happened(
 
 def test_connection_that_is_still_busy_with_what_was_interrupted_is_unavailable() -> None:
     """Found by the campaign of the network: it was the driver's own error."""
-    *_, internal_error = PostgreSQLFaults.raised()
+    *_, internal_error = PostgreSQLErrorMapping.raised()
 
-    translation = PostgreSQLFaults("here").translate(
+    translation = PostgreSQLErrorMapping("here").map_error(
         internal_error("another operation (2) is in …")
     )
 

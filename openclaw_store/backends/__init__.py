@@ -18,7 +18,7 @@ from openclaw_store.backends.cancellation import (
     shield_until_done,
     was_interrupted,
 )
-from openclaw_store.backends.error_mapping import SQLiteFaults
+from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.notifications import Told, Wakeups, wakeups_of
 from openclaw_store.backends.postgresql.backend import PostgreSQL

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-from openclaw_store.backends.error_mapping import Faults
+from openclaw_store.backends.error_mapping import ErrorMapping
 
 Result = TypeVar("Result")
 
@@ -60,7 +60,7 @@ class Backend(Protocol):
         """Where it is, as people may see it: without the password."""
 
     @property
-    def faults(self) -> Faults:
+    def error_mapping(self) -> ErrorMapping:
         """Tells what the driver's errors mean."""
 
     def exists(self) -> bool:

@@ -61,7 +61,7 @@ _POSTGRESQL_ADVICE = {
 """By the beginning of the code that says what is wrong."""
 
 
-class Faults(ABC):
+class ErrorMapping(ABC):
     """Tells what the errors of one database mean.
 
     Args:
@@ -75,7 +75,7 @@ class Faults(ABC):
         self.location = location
 
     @contextmanager
-    def translated(
+    def mapped(
         self, *, own: bool = True, reading: bool = False, committing: bool = False
     ) -> Iterator[None]:
         """Raise what the driver raises as the library's own errors, chained to it.
@@ -94,12 +94,12 @@ class Faults(ABC):
         except caught as error:
             if reading and self.code(error) == self.read_only:
                 raise StoreError("this session only reads: write in `transaction()`") from error
-            translation = self.translate(error, own=own, committing=committing)
+            translation = self.map_error(error, own=own, committing=committing)
             if translation is error:
                 raise
             raise translation from error
 
-    def translate(
+    def map_error(
         self, error: Exception, *, own: bool = True, committing: bool = False
     ) -> Exception:
         """The library's own error for one of the driver's; itself if it is another's fault.
@@ -133,7 +133,7 @@ class Faults(ABC):
         """The library's own error; `None` where the fault is another's."""
 
 
-class SQLiteFaults(Faults):
+class SQLiteErrorMapping(ErrorMapping):
     """Tells what the errors of SQLite mean."""
 
     read_only = "SQLITE_READONLY"
@@ -185,7 +185,7 @@ class SQLiteFaults(Faults):
         return None
 
 
-class PostgreSQLFaults(Faults):
+class PostgreSQLErrorMapping(ErrorMapping):
     """Tells what the errors of PostgreSQL and its driver mean."""
 
     read_only = "25006"

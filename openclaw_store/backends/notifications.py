@@ -144,7 +144,7 @@ class Listening:
         try:
             while not self._stopping.is_set():
                 try:
-                    with self._database.faults.translated():
+                    with self._database.error_mapping.mapped():
                         await self._listen(engine)
                     pause, _ = RETRY_SECONDS
                 except Exception as error:  # synchronisation goes on, and reports what is wrong

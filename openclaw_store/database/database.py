@@ -244,7 +244,7 @@ class Database:
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[AsyncSession]:
         sessions = self._engines_here().sessions
-        with self._backend.faults.translated(own=False, reading=True):
+        with self._backend.error_mapping.mapped(own=False, reading=True):
             session = sessions()
             try:
                 yield session
@@ -278,8 +278,8 @@ class Database:
             session = engines.write_sessions()
             session.info["seconds"] = seconds
             try:
-                with self._backend.faults.translated(own=False):
-                    with self._backend.faults.translated():
+                with self._backend.error_mapping.mapped(own=False):
+                    with self._backend.error_mapping.mapped():
                         connection = await cancel_once(self._backend.begin(session))
                     transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
                     session.info.update(transaction=transaction, turn=asyncio.Lock())
@@ -325,12 +325,12 @@ class Database:
 
     async def _commit(self, session: AsyncSession, transaction: WriteTransaction) -> None:
         async with session.info["turn"]:  # a call that the block has left behind may be writing
-            with self._backend.faults.translated():
+            with self._backend.error_mapping.mapped():
                 await session.run_sync(lambda _: transaction.finish())
         try:
             await session.commit()
         except (SQLAlchemyError, OSError) as error:
-            raise self._backend.faults.translate(error, committing=True) from error
+            raise self._backend.error_mapping.map_error(error, committing=True) from error
         transaction.undo.clear()
         self._writer.publish(transaction.committed)
         await asyncio.sleep(0)  # the caches of this loop are told first
@@ -342,7 +342,7 @@ class Database:
         """
 
         async def in_own_task() -> Result:
-            with self._backend.faults.translated():  # the statements are ours
+            with self._backend.error_mapping.mapped():  # the statements are ours
                 async with self._reading() as session:
                     return await work(session)
 
@@ -381,7 +381,7 @@ class Database:
 
         There, only what stands in here is known to come from the driver: `TimeoutError`, say.
         """
-        with self._backend.faults.translated():
+        with self._backend.error_mapping.mapped():
             return await work(session)
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
@@ -391,7 +391,7 @@ class Database:
             raise StoreError("this session only reads: take one from `async with transaction()`")
         async with session.info["turn"]:  # the transaction has one cursor
             try:
-                with self._backend.faults.translated():
+                with self._backend.error_mapping.mapped():
                     outcome = (await session.run_sync(lambda _: apply(transaction, [operation])))[0]
             except BaseException as error:
                 transaction.failure = error  # part of it may be done: it must not be committed
@@ -499,7 +499,7 @@ class Database:
         self, until: float, committed: Callable[[WriteTransaction], None]
     ) -> Iterator[WriteTransaction]:
         """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
-        with self._backend.faults.translated():
+        with self._backend.error_mapping.mapped():
             try:
                 if self._writing is None:
                     self._writer.publish_pending()
@@ -509,7 +509,7 @@ class Database:
                 transaction = WriteTransaction(writing.cursor, self.clock())
                 yield transaction
                 transaction.finish()
-                with self._backend.faults.translated(committing=True):
+                with self._backend.error_mapping.mapped(committing=True):
                     writing.commit()
             except RedoError:
                 raise

@@ -21,7 +21,7 @@ from openclaw_store.backends import (
     Backend,
     PostgreSQL,
     SQLite,
-    SQLiteFaults,
+    SQLiteErrorMapping,
     unused_name,
     written_aside,
 )
@@ -82,7 +82,7 @@ def restore(
         written_aside(target, overwrite=True, besides=BESIDES) as partial,
     ):
         with (
-            SQLiteFaults(str(source)).translated(),
+            SQLiteErrorMapping(str(source)).mapped(),
             closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as original,
             closing(sqlite3.connect(partial, isolation_level=None)) as copy,
         ):

@@ -16,7 +16,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from openclaw_store.backends import SQLiteFaults
+from openclaw_store.backends import SQLiteErrorMapping
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
@@ -176,7 +176,7 @@ class Scan:
                 await self._look_at_feed(session)
                 await self._look_at_ends(session)
         except (UnavailableError, InvalidDataError) as error:
-            if error.__cause__ is None or not SQLiteFaults.is_damage(error.__cause__):
+            if error.__cause__ is None or not SQLiteErrorMapping.is_damage(error.__cause__):
                 raise
             self._add("file", f"not all of it can be read: {error}.")
 

@@ -20,7 +20,7 @@ from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import dump, written_aside
 from openclaw_store.backends.cancellation import cancel_once_more, shield_until_done
-from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
     MAX_COMBINATIONS,
@@ -95,7 +95,7 @@ class PostgreSQL:
         self._timeout = timeout
         self.location = url.render_as_string(hide_password=True)
         """Where it is, as people may see it."""
-        self.faults = PostgreSQLFaults(self.location)
+        self.error_mapping = PostgreSQLErrorMapping(self.location)
         self._connector = _Connector()
         self._version = MINIMUM_VERSION  # at least
         self._synchronous_commit: str | None = None  # what the server has, for all we know
@@ -132,7 +132,7 @@ class PostgreSQL:
             async with self.engine(write=False).connect() as connection:
                 return await connection.run_sync(work)
 
-        with self.faults.translated():
+        with self.error_mapping.mapped():
             return asyncio.run(run())
 
     def migrate(
@@ -152,7 +152,7 @@ class PostgreSQL:
                 await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
                 return await connection.run_sync(work)
 
-        with self.faults.translated():
+        with self.error_mapping.mapped():
             return asyncio.run(run())
 
     def engine(
@@ -245,7 +245,7 @@ class PostgreSQL:
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, whatever state its connection is in."""
-        caught: tuple[type[Exception], ...] = (SQLAlchemyError, *self.faults.raised())
+        caught: tuple[type[Exception], ...] = (SQLAlchemyError, *self.error_mapping.raised())
         try:
             await session.close()
         except caught as error:
@@ -263,7 +263,7 @@ class PostgreSQL:
         return Writing(
             engine,
             until,
-            self.faults,
+            self.error_mapping,
             self.registry,
             patience=self._timeout,
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),
@@ -306,7 +306,7 @@ class PostgreSQL:
                 for table in _TABLES:
                     await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
 
-        with self.faults.translated():
+        with self.error_mapping.mapped():
             asyncio.run(run())
 
     async def size(self, session: AsyncSession) -> int:

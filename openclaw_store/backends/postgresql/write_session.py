@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from openclaw_store.backends.base import NothingKnown, RedoError
-from openclaw_store.backends.error_mapping import PostgreSQLFaults
+from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.batch_sql import NUMBER, array, combined
 from openclaw_store.errors import StoreError
 
@@ -288,8 +288,8 @@ class WriterCursor(Cursor):
         """What the statement gives; `None` if it has written nothing."""
         try:
             rows = self._fetch(statement, parameters)
-        except PostgreSQLFaults.raised() as error:
-            if self._has_assumed and PostgreSQLFaults.code(error) == "23505":
+        except PostgreSQLErrorMapping.raised() as error:
+            if self._has_assumed and PostgreSQLErrorMapping.code(error) == "23505":
                 return None  # a row was not new
             raise
         return rows[0] if rows else None
@@ -326,7 +326,7 @@ class Writing:
         engine: What connects, in autocommit, with `WRITER_SETTINGS`.
         until: When the batch that it is made for gives up waiting, by `time.monotonic`.
         extra: Seconds by which connecting may take longer than that.
-        faults: Tells what the driver's errors mean.
+        error_mapping: Tells what the driver's errors mean.
         registry: Is told the server's process for this connection, while it is open.
         patience: Seconds that the server has a statement wait for others.
         answer_seconds: What the server has beyond its own limits to answer.
@@ -337,7 +337,7 @@ class Writing:
         self,
         engine: AsyncEngine,
         until: float,
-        faults: PostgreSQLFaults,
+        error_mapping: PostgreSQLErrorMapping,
         registry: ConnectionRegistry,
         *,
         patience: float,
@@ -345,7 +345,7 @@ class Writing:
         answer_seconds: float,
         limits: str,
     ) -> None:
-        self._faults = faults
+        self._error_mapping = error_mapping
         self._limits = limits
         self._writers = registry.writers
         self._loop = asyncio.new_event_loop()
@@ -381,7 +381,7 @@ class Writing:
     def commit(self) -> None:
         """Commit what `begin` began."""
         if self.cursor.has_lock:
-            with self._faults.translated():  # until COMMIT, the outcome is known
+            with self._error_mapping.mapped():  # until COMMIT, the outcome is known
                 self.cursor.send()
             self._execute("COMMIT")
         else:
@@ -391,7 +391,7 @@ class Writing:
         """Close the connection, whatever state it is in; what was not committed is undone."""
         self._writers.discard(self._process)
         try:
-            with suppress(*PostgreSQLFaults.raised()):
+            with suppress(*PostgreSQLErrorMapping.raised()):
                 self._wait(self._driver.close())
             with suppress(SQLAlchemyError):
                 self._wait(self._connection.invalidate())

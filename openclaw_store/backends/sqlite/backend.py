@@ -26,7 +26,7 @@ from sqlalchemy.pool import NullPool
 
 from openclaw_store.backends.atomic_files import written_aside
 from openclaw_store.backends.base import NothingKnown
-from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteFaults
+from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteErrorMapping
 from openclaw_store.backends.sqlite import fork_safety
 from openclaw_store.backends.sqlite.connections import (
     LoneConnection,
@@ -203,7 +203,7 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
         try:
             return work()
         except (DBAPIError, sqlite3.Error) as error:
-            if not SQLiteFaults.is_busy(error):
+            if not SQLiteErrorMapping.is_busy(error):
                 raise
         time.sleep(delay)
     return work()
@@ -249,7 +249,7 @@ class SQLite:
         self.path = path
         self.location = str(path)
         """Where it is, as people may see it."""
-        self.faults = SQLiteFaults(self.location)
+        self.error_mapping = SQLiteErrorMapping(self.location)
         self.writing_engine = self._guarded(_writing_engine(path))
         self._timeout = timeout
         self._file: tuple[int, int] | None = None  # which one it is, as soon as it is known
@@ -291,7 +291,7 @@ class SQLite:
             with self._opened(WriteConnection) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
 
-        with self.faults.translated():
+        with self.error_mapping.mapped():
             # Of several processes on a new file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
         self._file = fork_safety.identity(self.path)
@@ -317,7 +317,7 @@ class SQLite:
         """Do `work`, which reads, with a connection; blocks the thread."""
         self.refuse_inherited()
         engine = self._guarded(_reading_engine(self.path))
-        with self.faults.translated(), engine.connect() as connection:
+        with self.error_mapping.mapped(), engine.connect() as connection:
             return work(connection)
 
     def migrate(
@@ -338,7 +338,7 @@ class SQLite:
             SchemaMismatchError: If a row refers to one that is not there afterwards.
         """
         self.prepare()
-        with self.faults.translated():
+        with self.error_mapping.mapped():
             connection, copy = self._migrating(copy_to)
             with connection:
                 if copy is not None:
@@ -362,7 +362,7 @@ class SQLite:
         with retrying(connection.begin, self._timeout) as transaction:
             result = work(connection)
             self._refuse_orphans(connection)
-            with self.faults.translated(committing=True):
+            with self.error_mapping.mapped(committing=True):
                 transaction.commit()
         return result
 
@@ -386,7 +386,7 @@ class SQLite:
         try:
             return retrying(connect, self._timeout)
         except (DBAPIError, sqlite3.Error) as error:
-            if not SQLiteFaults.is_busy(error):
+            if not SQLiteErrorMapping.is_busy(error):
                 raise
             raise UnavailableError(
                 f"{self.path}: another program has it open: end that program, then try again"
@@ -430,7 +430,7 @@ class SQLite:
                 return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
             except (SQLAlchemyError, sqlite3.Error) as error:
                 await session.rollback()
-                if not SQLiteFaults.is_busy(error):
+                if not SQLiteErrorMapping.is_busy(error):
                     raise
             await asyncio.sleep(delay)
         raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
@@ -464,7 +464,7 @@ class SQLite:
         if any(file.exists() and os.path.exists(target) and target.samefile(file) for file in own):
             raise InvalidDataError("path", f"{target} is the database itself: choose another")
         with (
-            SQLiteFaults(str(target)).translated(),
+            SQLiteErrorMapping(str(target)).mapped(),
             written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,
             self._opened(ReadConnection) as source,
         ):
@@ -482,7 +482,7 @@ class SQLite:
         if not self.exists():
             yield
             return
-        with self.faults.translated():
+        with self.error_mapping.mapped():
             connection = sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
         with closing(connection):
             try:
@@ -490,17 +490,17 @@ class SQLite:
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
                 connection.execute("BEGIN EXCLUSIVE")
             except sqlite3.Error as error:
-                if SQLiteFaults.is_busy(error):
+                if SQLiteErrorMapping.is_busy(error):
                     raise UnavailableError(
                         f"{self.path} is in use: stop all coordinators, then try again"
                     ) from error
-                if SQLiteFaults.code(error) not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
-                    raise self.faults.translate(error) from error
+                if SQLiteErrorMapping.code(error) not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+                    raise self.error_mapping.map_error(error) from error
             yield
 
     def vacuum(self) -> None:
         """Rewrite the file without its free pages, and empty the WAL."""
-        with self.faults.translated(), self._opened(WriteConnection) as database:
+        with self.error_mapping.mapped(), self._opened(WriteConnection) as database:
             retrying(lambda: database.execute("VACUUM"), self._timeout)
         self._empty_wal()
 
@@ -549,5 +549,5 @@ class SQLite:
             with self._opened(WriteConnection) as database:
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error as error:
-            if not SQLiteFaults.is_busy(error):
-                raise self.faults.translate(error) from error
+            if not SQLiteErrorMapping.is_busy(error):
+                raise self.error_mapping.map_error(error) from error
