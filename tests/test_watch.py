@@ -47,7 +47,7 @@ from openclaw_store.backends.notifications import (
     LONGEST_SECONDS,
     SHORTEST_SECONDS,
     UNREADABLE_SECONDS,
-    wakeups_of,
+    notify_of_commits,
 )
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL, OTHER_LISTENERS
@@ -487,7 +487,7 @@ class TestWakeUps:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         async with self.following(location) as follower:
-            await until(lambda: follower._replica._wakeups is not None)
+            await until(lambda: follower._replica._notifier is not None)
 
             async def fail() -> None:
                 raise RuntimeError("not now")
@@ -658,7 +658,7 @@ class TestWakeUps:
         monkeypatch.setattr(wakeups, "Event", Impatient)
         away, told = location.with_name("away"), Event()
         os.rename(location, away)
-        polling = wakeups_of(manager.db._backend, lambda *_: told.set())
+        polling = notify_of_commits(manager.db._backend, lambda *_: told.set())
         await until(lambda: UNREADABLE_SECONDS in pauses)
         os.rename(away, location)
         await until(told.is_set)
@@ -673,10 +673,10 @@ class TestWakeUps:
     async def test_who_has_yet_to_read_says_so_when_told(self, location: Location) -> None:
         async with StateManager(Database(location)) as manager:
             follower = manager._replica
-            assert follower._told(0, 0) is True
+            assert follower._on_commit(0, 0) is True
             follower._outdated.set()
-            assert follower._told(1, 0) is False
-            await until(lambda: follower._told(0, 0))
+            assert follower._on_commit(1, 0) is False
+            await until(lambda: follower._on_commit(0, 0))
 
     @pytest.mark.sqlite
     @pytest.mark.parametrize("is_busy", [True, False])
@@ -698,7 +698,7 @@ class TestWakeUps:
             told.append(revision)
             return not is_busy
 
-        polling = wakeups_of(manager.db._backend, tell)
+        polling = notify_of_commits(manager.db._backend, tell)
         for _ in range(2):
             await manager.add_task(make_task())
             await until(lambda: manager.version in told)

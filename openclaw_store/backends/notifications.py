@@ -32,7 +32,7 @@ from openclaw_store.backends.sqlite.backend import SQLite
 
 logger = logging.getLogger("openclaw_store.wakeups")
 
-Told = Callable[[int, int], object]
+OnCommit = Callable[[int, int], object]
 """Is told the revision and the flush of heartbeats that were committed last.
 
 `False` says that it has yet to read what it was told before, and will read this with it.
@@ -62,7 +62,7 @@ _BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
 _LEAVE_OTHERS = f"SELECT pg_advisory_lock($1), pg_advisory_unlock_shared({OTHER_LISTENERS})"
 
 
-class Wakeups(Protocol):
+class Notifier(Protocol):
     """Tells who listens, until it is stopped."""
 
     async def stop(self) -> None:
@@ -76,7 +76,7 @@ class Polling:
     commit of others (`PRAGMA data_version`).
     """
 
-    def __init__(self, database: SQLite, tell: Told) -> None:
+    def __init__(self, database: SQLite, tell: OnCommit) -> None:
         self._database = database
         self._tell = tell
         self._ended = Event()
@@ -121,7 +121,7 @@ class Polling:
 class Listening:
     """Listens to a PostgreSQL server; a connection that is lost is made anew."""
 
-    def __init__(self, database: PostgreSQL, tell: Told) -> None:
+    def __init__(self, database: PostgreSQL, tell: OnCommit) -> None:
         self._database = database
         self._tell = tell
         self._heard, self._stopping = asyncio.Event(), asyncio.Event()
@@ -199,7 +199,7 @@ async def _is_set_within(seconds: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
-def wakeups_of(database: Backend, tell: Told) -> Wakeups:
+def notify_of_commits(database: Backend, tell: OnCommit) -> Notifier:
     """Have `tell` called, on any thread, when somebody has committed."""
     if isinstance(database, PostgreSQL):
         return Listening(database, tell)

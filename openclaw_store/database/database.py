@@ -25,15 +25,15 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
+    Notifier,
+    OnCommit,
     RedoError,
-    Told,
-    Wakeups,
     Writing,
     backend_of,
     cancel_once,
     ended_badly,
+    notify_of_commits,
     shield_until_done,
-    wakeups_of,
     was_interrupted,
 )
 from openclaw_store.backends.sqlite import backend as sqlite
@@ -404,10 +404,10 @@ class Database:
         """Tell `listener` on the running loop what is committed; returns what ends it."""
         return self._writer.listen(asyncio.get_running_loop(), listener)
 
-    def follow(self, tell: Told) -> Wakeups:
+    def follow(self, tell: OnCommit) -> Notifier:
         """Have `tell` called, on any thread, when somebody may have committed; only a hint."""
         self._check_ready()
-        return wakeups_of(self._backend, tell)
+        return notify_of_commits(self._backend, tell)
 
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Copy the database, as it is at one moment, to a file of its own.

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import Wakeups, shield_until_done
+from openclaw_store.backends import Notifier, shield_until_done
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -129,7 +129,7 @@ class Replica:
         self._flush: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()  # heartbeats are written by one caller at a time
         self._loop: asyncio.AbstractEventLoop | None = None  # set while it follows
-        self._wakeups: Wakeups | None = None
+        self._notifier: Notifier | None = None
         self._outdated = asyncio.Event()  # others have committed what is not in memory yet
         self._follower: asyncio.Task[None] | None = None
         self._own_beat = 0  # this process's newest flush of heartbeats, which it need not read
@@ -150,12 +150,12 @@ class Replica:
         """Take over what other processes commit as soon as it is known that they have."""
         self._loop = asyncio.get_running_loop()
         self._follower = self._loop.create_task(self._follow())
-        self._wakeups = self._database.follow(self._told)
+        self._notifier = self._database.follow(self._on_commit)
 
     async def stop(self) -> None:
         """Write what is only in memory, for the last time; again, if that was interrupted."""
-        if self._wakeups is not None:
-            await self._wakeups.stop()
+        if self._notifier is not None:
+            await self._notifier.stop()
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.wait([self._follower])
@@ -176,8 +176,8 @@ class Replica:
             UnavailableError: If something was only in memory. It is lost: what was writing it may
                 have stopped half-way.
         """
-        if self._wakeups is not None:
-            await self._wakeups.stop()
+        if self._notifier is not None:
+            await self._notifier.stop()
         self._unlisten()
         lost = len(self.cache.unsaved) + len(self.cache.waiting_heartbeats())
         if lost:
@@ -553,7 +553,7 @@ class Replica:
             flushes = [event.flush for event in events if isinstance(event, HeartbeatWritten)]
             self._own_beat = max(flushes, default=self._own_beat)
 
-    def _told(self, revision: int, beat: int) -> bool:
+    def _on_commit(self, revision: int, beat: int) -> bool:
         """Is told, on any thread, where the counters stand; `False` if it has yet to read that."""
         is_busy = self._outdated.is_set()
         if self._loop is not None and (
