@@ -18,7 +18,7 @@ from typing import Any
 _LONGEST_SHOWN = 200
 
 
-def shown(value: object) -> str:
+def safe_repr(value: object) -> str:
     """A refused value in a message: its `repr` if it has one, and not all of it if it is long."""
     try:
         text = repr(value)

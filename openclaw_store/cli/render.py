@@ -81,13 +81,13 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table without lines; the last column is broken where there is no room for it."""
     from rich.table import Table
 
-    shown = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
+    safe_repr = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
     for place, header in enumerate(headers):
         is_last = place == len(headers) - 1
-        shown.add_column(header, no_wrap=not is_last, overflow="fold")
+        safe_repr.add_column(header, no_wrap=not is_last, overflow="fold")
     for row in rows:
-        shown.add_row(*(printable(str("" if cell is None else cell)) for cell in row))
-    return shown
+        safe_repr.add_row(*(printable(str("" if cell is None else cell)) for cell in row))
+    return safe_repr
 
 
 def summary(found: Summary) -> Table:
@@ -161,7 +161,7 @@ def fields(item: Task | NodeInfo) -> Table:
     """A task or a node, a field a line; what is empty is left out."""
     import orjson
 
-    def shown(value: Any) -> str:
+    def safe_repr(value: Any) -> str:
         if isinstance(value, datetime):
             return f"{when(value)} UTC"
         if isinstance(value, list | dict):
@@ -169,7 +169,7 @@ def fields(item: Task | NodeInfo) -> Table:
         return str(value)
 
     rows = [
-        (name, value.name.lower() if name == "priority" else shown(value))
+        (name, value.name.lower() if name == "priority" else safe_repr(value))
         for name, value in vars(item).items()
         if value not in (None, "", [], {})
     ]

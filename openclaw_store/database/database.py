@@ -50,7 +50,7 @@ from openclaw_store.errors import (
     InvalidDataError,
     StoreError,
     UnavailableError,
-    shown,
+    safe_repr,
 )
 
 logger = logging.getLogger("openclaw_store.database")
@@ -113,7 +113,7 @@ class Database:
         legacy_timezone: str | None = None,
     ) -> None:
         if not isinstance(pool_size, int) or pool_size < 1:
-            raise InvalidDataError("pool_size", f"must be at least 1, not {shown(pool_size)}")
+            raise InvalidDataError("pool_size", f"must be at least 1, not {safe_repr(pool_size)}")
         self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
         self.clock = clock
         self.timeout = timeout = check_limit_seconds("timeout", timeout)

@@ -31,7 +31,7 @@ from openclaw_store.backends import Cursor
 from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import table_of
 from openclaw_store.domain import KEY, NodeInfo, Record, Task, check_time, encode
-from openclaw_store.errors import InvalidDataError, shown
+from openclaw_store.errors import InvalidDataError, safe_repr
 
 logger = logging.getLogger("openclaw_store.adoption")
 
@@ -95,7 +95,7 @@ def zone_of(name: str | None) -> tzinfo | None:
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # a folder is an OSError
         raise InvalidDataError(
             "legacy_timezone",
-            f"{shown(name)} is not the name of a time zone: give one such as Asia/Shanghai or UTC",
+            f"{safe_repr(name)} is no time zone: give one such as Asia/Shanghai or UTC",
         ) from None
 
 

@@ -30,7 +30,7 @@ from openclaw_store.domain.validation import (
     encode_object,
     encode_texts,
 )
-from openclaw_store.errors import InvalidDataError, shown
+from openclaw_store.errors import InvalidDataError, safe_repr
 
 
 class TaskType(StrEnum):
@@ -220,7 +220,7 @@ class Task:
 
 def _listed(name: str, values: Iterable[str]) -> list[str]:
     if isinstance(values, str):
-        raise InvalidDataError(name, f"must be a list of text, not the text {shown(values)}")
+        raise InvalidDataError(name, f"must be a list of text, not the text {safe_repr(values)}")
     if not isinstance(values, Iterable):
         raise InvalidDataError(name, f"must be a list of text, not {type(values).__name__}")
     return list(values)

@@ -241,5 +241,5 @@ def _shown(value: object) -> str:
     try:
         text = repr(value)
     except Exception:  # too deep, too many digits, or a fault of its own
-        return f"{type(value).__name__} that cannot be shown"
+        return f"{type(value).__name__} that cannot be safe_repr"
     return text if len(text) <= 60 else f"{text[:57]}..."

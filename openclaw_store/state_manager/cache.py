@@ -562,7 +562,7 @@ class Cache:
         return len(others) < len(flying)
 
     def _touch(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:
-        """Replace what is shown of a node by what it is after a heartbeat."""
+        """Replace what is safe_repr of a node by what it is after a heartbeat."""
         self.nodes.put(id, new)
         if new["running_tasks"] != old["running_tasks"]:  # no index knows the rest
             self._index_free(id, new)
@@ -584,7 +584,7 @@ class Cache:
             self._show(place, visible, None)
 
     def _show(self, place: EntityKey, old: Record[Any] | None, new: Record[Any] | None) -> None:
-        """Replace what is shown of an entry, in all indexes."""
+        """Replace what is safe_repr of an entry, in all indexes."""
         if place[0] is Task:
             self._show_task(place[1], old, new)
         else:

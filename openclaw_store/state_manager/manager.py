@@ -51,7 +51,7 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnavailableError,
     UnsavedConflictError,
-    shown,
+    safe_repr,
 )
 from openclaw_store.repositories import (
     Advance,
@@ -146,7 +146,7 @@ class StateManager:
         ):
             raise InvalidDataError(
                 "auto_sync_interval",
-                f"must be a positive number of seconds, or None, not {shown(auto_sync_interval)}",
+                f"must be seconds above 0, or None, not {safe_repr(auto_sync_interval)}",
             )
         self.db = database
         self.task_repo = TaskRepository(database, backoff)

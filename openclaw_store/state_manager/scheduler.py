@@ -104,7 +104,7 @@ class Scheduler:
         self._nodes = nodes
         self._backoff = backoff
         self._spares = 0
-        self._latest: datetime | None = None  # that the clock has shown to a recovery
+        self._latest: datetime | None = None  # that the clock has safe_repr to a recovery
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
         """Hand tasks to a node; see `StateManager.claim_tasks`."""

@@ -89,7 +89,7 @@ class PostgreSQL:
             raise UnavailableError(
                 "PostgreSQL needs asyncpg: pip install 'openclaw-store[postgres]'"
             )
-        if "password" in url.query:  # it would be shown with the rest of the query
+        if "password" in url.query:  # it would be safe_repr with the rest of the query
             raise InvalidDataError("db_path", "has its password behind the ?: put it before the @")
         self._url = url.set(drivername="postgresql+asyncpg")
         self._timeout = timeout

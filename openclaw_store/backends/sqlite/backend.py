@@ -40,7 +40,7 @@ from openclaw_store.errors import (
     OutcomeUnknownError,
     SchemaMismatchError,
     UnavailableError,
-    shown,
+    safe_repr,
 )
 
 Result = TypeVar("Result")
@@ -76,12 +76,12 @@ def file_of(location: str | Path) -> Path:
             )
         location = url.database
     if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
-        raise InvalidDataError("db_path", f"must be a path or a URL, not {shown(location)}")
+        raise InvalidDataError("db_path", f"must be a path or a URL, not {safe_repr(location)}")
     try:
         os.fsencode(location)
     except UnicodeEncodeError:
         raise InvalidDataError(
-            "db_path", f"{shown(location)} is no name that a file can have"
+            "db_path", f"{safe_repr(location)} is no name that a file can have"
         ) from None
     return Path(location).absolute()
 
