@@ -31,7 +31,7 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.database.row_codec import FIELDS, decoder_of, plan_of
+from openclaw_store.database.row_codec import FIELDS, codec_of, decoder_of
 from openclaw_store.database.types import to_microseconds
 from openclaw_store.domain.models import FINISHED
 from openclaw_store.domain.records import JSON_FIELDS, Record, decode, encode
@@ -815,7 +815,7 @@ class TestRow:
     ) -> None:
         moment = datetime(2026, 3, 1, 12, 0, 0, 1, tzinfo=UTC)
         task = make_task(status=status, started_at=moment, parameters={"a": 1}, result=[[1]])
-        record, plan = encode(task), plan_of(Task, FIELDS[Task], SQLITE)
+        record, plan = encode(task), codec_of(Task, FIELDS[Task], SQLITE)
         row = tuple(record.values(plan))
 
         found = decoder_of(Task, SQLITE)(row)

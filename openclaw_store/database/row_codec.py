@@ -15,7 +15,7 @@ from sqlalchemy import (
 
 from openclaw_store.database.tables import ROWS, table_of
 from openclaw_store.database.types import EnumValue, UtcTime
-from openclaw_store.domain import JSON_FIELDS, Decode, Plan, Raw, Record, decode
+from openclaw_store.domain import JSON_FIELDS, Decode, Raw, Record, RowCodec, decode
 from openclaw_store.errors import InvalidDataError
 
 FIELDS: Final = {
@@ -37,17 +37,17 @@ COLUMNS: Final = {
 """What to select to `decode` a row into a record."""
 
 
-def plan_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> Plan:
+def codec_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> RowCodec:
     """How a record's values become the parameters for the named columns."""
     columns = table_of(kind).c
-    encoders = []
+    bind_processors = []
     for place, name in enumerate(names):
         if isinstance(columns[name].type, UtcTime | EnumValue):
             encoder = columns[name].type.bind_processor(dialect)
             if encoder is not None:
-                encoders.append((place, encoder))
+                bind_processors.append((place, encoder))
     json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
-    return Plan(_picker(names), encoders, json)
+    return RowCodec(_picker(names), bind_processors, json)
 
 
 def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:

@@ -45,7 +45,7 @@ from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
 from openclaw_store.backends import PLACEHOLDER, shifted
-from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of, plan_of
+from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
     IS_FINISHED,
@@ -57,7 +57,7 @@ from openclaw_store.database.tables import (
     table_of,
 )
 from openclaw_store.database.types import Json, UtcTime
-from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, Plan, Task, TaskStatus
+from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task, TaskStatus
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """What a heartbeat may report."""
@@ -106,7 +106,7 @@ class Statements(ABC):
         self.insert = {
             kind: (
                 self._insert([table_of(kind).c[name] for name in names]),
-                plan_of(kind, names, dialect),
+                codec_of(kind, names, dialect),
             )
             for kind, names in FIELDS.items()
         }
@@ -149,9 +149,9 @@ class Statements(ABC):
         """The idempotency keys among those `given` that live tasks have, and which."""
         self.status_since = self._compile(_status_since()) + " LIMIT 1"  # else it is a parameter
         """When the status changed last; for the newest change, its item and its identifier."""
-        self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, Plan]] = {}
+        self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}
 
-    def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, Plan]:
+    def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
         """For many rows of the key and the named columns, and what makes the latter of a record.
 
         It writes these columns and no others. `beat` is the last of them, and not in the plan.
@@ -161,7 +161,7 @@ class Statements(ABC):
             columns = [one for one in table.c if one.name in names]
             fields = [one.name for one in columns if one.name != "beat"]
             statement = self._update(table.c[KEY[kind]], columns)
-            self._updates[kind, names] = statement, plan_of(kind, fields, self.dialect)
+            self._updates[kind, names] = statement, codec_of(kind, fields, self.dialect)
         return self._updates[kind, names]
 
     def finished(self, keep: Iterable[TaskStatus]) -> Sequence[str]:

@@ -42,12 +42,12 @@ _new, _loads = object.__new__, orjson.loads  # found without a detour, for each 
 _known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
 
 
-class Plan(NamedTuple):
+class RowCodec(NamedTuple):
     """How `Record.values` makes the parameters of a statement."""
 
     pick: Callable[[Mapping[str, Any]], Sequence[Any]]
     """Takes the values of the fields out of a record's, in the order of the parameters."""
-    encoders: Sequence[tuple[int, Callable[[Any], Any]]]
+    bind_processors: Sequence[tuple[int, Callable[[Any], Any]]]
     """Places of values that the driver takes in another form, and what makes it."""
     json: Sequence[tuple[int, str]]
     """Places of JSON fields, which come as text, or `None` for their default."""
@@ -115,10 +115,10 @@ class Record(Generic[Entity]):
             return None
         return orjson.dumps(value)
 
-    def values(self, plan: Plan) -> list[Any]:
+    def values(self, plan: RowCodec) -> list[Any]:
         """The values of the fields of `plan`, as the driver takes them."""
         row = list(plan.pick(self.fields))
-        for place, encoder in plan.encoders:
+        for place, encoder in plan.bind_processors:
             value = row[place]
             if value is not None:
                 row[place] = encoder(value)
