@@ -38,7 +38,7 @@ import asyncio, os, signal, sys
 from openclaw_store import Database
 from openclaw_store.maintenance import copy as copying
 
-copying.ROWS_A_BATCH = 10
+copying.COPY_BATCH_SIZE = 10
 
 def report(what, done, total):
     if what == "copying tasks" and done >= 30:
@@ -78,7 +78,7 @@ def target_location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten rows are copied at a time."""
-    monkeypatch.setattr(copying, "ROWS_A_BATCH", 10)
+    monkeypatch.setattr(copying, "COPY_BATCH_SIZE", 10)
 
 
 @pytest.fixture

@@ -231,7 +231,7 @@ class TestAddTasks:
     async def test_each_task_has_an_outcome_and_a_bad_one_harms_no_other(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 4)
+        monkeypatch.setattr(state_manager, "ADD_BATCH_SIZE", 4)
         make = cluster.make_task
         there = await cluster.add(task_id="there")
         unsaved = make(task_id="unsaved")
@@ -284,7 +284,7 @@ class TestAddTasks:
     async def test_others_write_between_its_chunks(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 10)
+        monkeypatch.setattr(state_manager, "ADD_BATCH_SIZE", 10)
         tasks = [cluster.make_task() for _ in range(35)]
         other = cluster.make_task()
 
@@ -297,7 +297,7 @@ class TestAddTasks:
     async def test_chunk_that_the_database_refuses_is_undone_and_those_before_it_stay(
         self, cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "TASKS_A_CHUNK", 3)
+        monkeypatch.setattr(state_manager, "ADD_BATCH_SIZE", 3)
         refuse_tasks(location, "bad")
         tasks = [cluster.make_task() for _ in range(8)]
         tasks[4].name = "bad"
@@ -431,7 +431,7 @@ class TestCancelTasks:
     async def test_live_tasks_that_are_meant_are_ended_and_named(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scheduler, "TASKS_A_PAGE", 3)
+        monkeypatch.setattr(scheduler, "TASK_PAGE_SIZE", 3)
         node = await cluster.join(max_concurrent_tasks=9)
         for status in FINISHED:
             await cluster.add(status=status, name="train")

@@ -1061,7 +1061,7 @@ class TestUnsaved:
     async def test_of_many_pages_is_written(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(replica, "ENTRIES_A_WRITE", 2)
+        monkeypatch.setattr(replica, "FLUSH_BATCH_SIZE", 2)
         for _ in range(5):
             await manager.add_task(make_task(), persist=False)
 
@@ -1222,7 +1222,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, make_task: MakeTask,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(replica, "HEARTBEATS_A_WRITE", 2)
+        monkeypatch.setattr(replica, "HEARTBEAT_BATCH_SIZE", 2)
         for node in [make_node() for _ in range(5)]:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -1242,7 +1242,7 @@ class TestHeartbeats:
     async def test_that_follow_a_slice_that_could_not_be_written_are_tried_again(
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(replica, "HEARTBEATS_A_WRITE", 2)
+        monkeypatch.setattr(replica, "HEARTBEAT_BATCH_SIZE", 2)
         for node in [make_node() for _ in range(5)]:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -2083,7 +2083,7 @@ class TestTwoManagers:
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(feed, "CHANGES_A_PAGE", 2)
+        monkeypatch.setattr(feed, "CHANGE_BATCH_SIZE", 2)
         other = await open_manager()
         tasks = [make_task() for _ in range(5)]
         for task in tasks:
@@ -2102,7 +2102,7 @@ class TestTwoManagers:
         self, manager: StateManager, make_task: MakeTask, open_manager: OpenManager,
         clock: FakeClock, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(feed, "CHANGES_A_PAGE", 2)
+        monkeypatch.setattr(feed, "CHANGE_BATCH_SIZE", 2)
         other = await open_manager()
         task = make_task()
         await manager.add_task(task)

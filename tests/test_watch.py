@@ -354,7 +354,7 @@ class TestCompaction:
     async def test_works_in_batches(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("openclaw_store.repositories.retention.CHANGES_A_COMPACTION", 4)
+        monkeypatch.setattr("openclaw_store.repositories.retention.COMPACTION_BATCH_SIZE", 4)
         await asyncio.gather(*[manager.add_task(make_task()) for _ in range(11)])
         manager.db.clock = FakeClock(manager.db.clock().replace(year=2030))
 
@@ -376,7 +376,7 @@ class TestCompaction:
             batches.extend(removed := compact(unit, operations))
             return removed
 
-        monkeypatch.setattr("openclaw_store.repositories.retention.CHANGES_A_COMPACTION", page)
+        monkeypatch.setattr("openclaw_store.repositories.retention.COMPACTION_BATCH_SIZE", page)
         monkeypatch.setattr("openclaw_store.repositories.retention.compact", noted)
         today = clock()
         for days in (0, 365, 365, 0, 365, 40, 0):

@@ -40,7 +40,7 @@ from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.repositories import counters_of, decoder_here, read_rows
 
-ROWS_A_BATCH = 1000
+COPY_BATCH_SIZE = 1000
 """Rows that are read, written and committed together."""
 
 _BATCH_SECONDS = 60.0
@@ -96,7 +96,7 @@ class _Rows:
             checked: Whether to refuse those that no task or node can be made of.
         """
         sql = statements_for(session.get_bind().dialect.name)
-        async for rows in read_rows(session, self.query, ROWS_A_BATCH):
+        async for rows in read_rows(session, self.query, COPY_BATCH_SIZE):
             if checked and self.kind is not None:
                 self._check(rows, self.kind, decoder_here(session, self.kind))
             images = [list(row) for row in rows]

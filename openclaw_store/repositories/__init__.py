@@ -5,7 +5,7 @@ This room holds the commands, the unit of work and the change log. It caches not
 
 from openclaw_store.repositories.base import Repository, admit
 from openclaw_store.repositories.change_log import (
-    CHANGES_A_PAGE,
+    CHANGE_BATCH_SIZE,
     read_changes,
     read_counters,
     read_history,

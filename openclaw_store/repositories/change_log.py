@@ -16,7 +16,7 @@ from openclaw_store.repositories.unit_of_work import counters_of
 _ALL = select(*ChangeRow.__table__.c)
 
 
-CHANGES_A_PAGE = 400
+CHANGE_BATCH_SIZE = 400
 """Changes read at a stretch, before other coroutines run.
 
 To read a page takes as long as to take over 100 of them, however few there are.
@@ -38,7 +38,7 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
     if since < compacted:
         raise CompactedError(since, compacted + 1)
     changes = await _changes(session, since)
-    return changes, changes[-1].revision if len(changes) == CHANGES_A_PAGE else read_at
+    return changes, changes[-1].revision if len(changes) == CHANGE_BATCH_SIZE else read_at
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
@@ -58,7 +58,7 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
 
 async def _changes(session: AsyncSession, since: int) -> list[Change]:
     query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
-    return _as_changes(await session.execute(query.limit(CHANGES_A_PAGE)))
+    return _as_changes(await session.execute(query.limit(CHANGE_BATCH_SIZE)))
 
 
 def _as_changes(rows: Iterable[Any]) -> list[Change]:

@@ -42,7 +42,7 @@ CLEANUP_BATCH = 200
 _REDATED_AT_ONCE = 20
 """Tasks that are read one by one while nobody else can write."""
 
-CHANGES_A_COMPACTION = 1000
+COMPACTION_BATCH_SIZE = 1000
 """Changes removed at a stretch, before others write."""
 
 task_status = check_enum(TaskStatus)
@@ -191,7 +191,7 @@ async def compact_feed(database: Database, days: float) -> int:
                 removed: int = await database.write(compact, Compact(end))
                 total += removed
             ends = []
-        if len(passed) < CHANGES_A_COMPACTION:
+        if len(passed) < COMPACTION_BATCH_SIZE:
             return total
         seen, _ = passed[-1]
         ends.append(seen)
@@ -200,7 +200,7 @@ async def compact_feed(database: Database, days: float) -> int:
 async def _dated(session: AsyncSession, since: int) -> Sequence[tuple[int, datetime]]:
     columns = ChangeRow.revision, ChangeRow.changed_at
     query = select(*columns).where(ChangeRow.revision > since).order_by(ChangeRow.revision)
-    found = await session.execute(query.limit(CHANGES_A_COMPACTION))
+    found = await session.execute(query.limit(COMPACTION_BATCH_SIZE))
     return [(row.revision, row.changed_at) for row in found]
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of
 from openclaw_store.domain import Decode, Raw, Record, Task, TaskPriority
 
-ROWS_A_PAGE = 250
+FETCH_SIZE = 250
 """Rows read at a stretch, before other coroutines run."""
 
 
@@ -26,7 +26,7 @@ def select_pending() -> Select[Any]:
 
 
 async def read_rows(
-    session: AsyncSession, query: Select[Any], size: int | None = ROWS_A_PAGE
+    session: AsyncSession, query: Select[Any], size: int | None = FETCH_SIZE
 ) -> AsyncIterator[Sequence[Raw]]:
     """Rows as the driver gives them: SQLAlchemy's own take longer to make than these to read.
 

@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.database import COLUMNS, FIELDS, ChangeRow, NodeRow, TaskRow, statements_for
 from openclaw_store.domain import ENTITY_NAMES, Decode, NodeInfo, Raw, Record, Task, TaskStatus
 from openclaw_store.repositories import (
-    CHANGES_A_PAGE,
+    CHANGE_BATCH_SIZE,
     read_counters,
     read_records,
     read_rows,
@@ -144,8 +144,8 @@ async def read_change_batch(
         is_whole: Whether the pages before this one were.
         known: Revisions of changes that need not be told.
     """
-    page = await read_page(session, since, since + CHANGES_A_PAGE, known)
-    until = min(since + CHANGES_A_PAGE, page.revision)
+    page = await read_page(session, since, since + CHANGE_BATCH_SIZE, known)
+    until = min(since + CHANGE_BATCH_SIZE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
     nodes: Mapping[str, Record[NodeInfo]] = {}
     if ids := {

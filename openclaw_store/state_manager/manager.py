@@ -81,7 +81,7 @@ logger = logging.getLogger("openclaw_store.state_manager")
 
 T = TypeVar("T")
 
-TASKS_A_CHUNK = 1000
+ADD_BATCH_SIZE = 1000
 """Tasks that one transaction adds at most; others write in between."""
 
 _COPIES = 100  # copied at a stretch, before other coroutines run
@@ -424,7 +424,7 @@ class StateManager:
             raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
         remaining = iter(tasks)
-        while chunk := list(islice(remaining, TASKS_A_CHUNK)):
+        while chunk := list(islice(remaining, ADD_BATCH_SIZE)):
             try:
                 outcomes += await self._add_chunk(chunk)
             except StoreError as error:

@@ -78,10 +78,10 @@ HEARTBEAT_SECONDS = 0.5
 WRITTEN_WITHIN = timedelta(seconds=1)
 """How long a heartbeat may take to be written: what is newer by more comes from the future."""
 
-HEARTBEATS_A_WRITE = 128
+HEARTBEAT_BATCH_SIZE = 128
 """How many are written at a stretch, before others write."""
 
-ENTRIES_A_WRITE = 200
+FLUSH_BATCH_SIZE = 200
 """How many of those that are only in memory are handed to the writer at a stretch."""
 
 FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
@@ -362,8 +362,8 @@ class Replica:
         self._database.refuse_inside()
         async with self._flush_lock:
             places = list(self.cache.unsaved)
-            for start in range(0, len(places), ENTRIES_A_WRITE):
-                part = places[start : start + ENTRIES_A_WRITE]
+            for start in range(0, len(places), FLUSH_BATCH_SIZE):
+                part = places[start : start + FLUSH_BATCH_SIZE]
                 flushing = asyncio.gather(*map(self._flush_entry, part), return_exceptions=True)
                 for outcome in await shield_until_done(flushing):
                     if isinstance(outcome, ConflictError | NotFoundError):
@@ -441,8 +441,8 @@ class Replica:
         """Write the heartbeats that wait, behind those of another flush, which may fail."""
         async with self._flushing:
             ids = self.cache.waiting_heartbeats()
-            for start in range(0, len(ids), HEARTBEATS_A_WRITE):
-                await self._write_heartbeats(ids[start : start + HEARTBEATS_A_WRITE])
+            for start in range(0, len(ids), HEARTBEAT_BATCH_SIZE):
+                await self._write_heartbeats(ids[start : start + HEARTBEAT_BATCH_SIZE])
 
     async def _write_heartbeats(self, node_ids: Sequence[str]) -> None:
         heartbeats = self.cache.take_heartbeats(node_ids)

@@ -51,10 +51,10 @@ from openclaw_store.state_manager.replica import Replica
 
 logger = logging.getLogger("openclaw_store.dispatcher")
 
-TASKS_A_WRITE = 200
+ADVANCE_BATCH_SIZE = 200
 """How many tasks are handed to the writer at a stretch, before others write."""
 
-TASKS_A_PAGE = 1000
+TASK_PAGE_SIZE = 1000
 """How many of the tasks that a filter means are read at a stretch."""
 
 _MOST_SPARES = 64
@@ -217,7 +217,7 @@ class Scheduler:
         refused: list[Task] = []
         after: str | None = None
         while True:
-            page = await self._tasks.list_tasks(live, after=after, limit=TASKS_A_PAGE)
+            page = await self._tasks.list_tasks(live, after=after, limit=TASK_PAGE_SIZE)
             operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
             done = [one async for one in self.advance_all(operations)]
             cancelled += [one.record["task_id"] for one in done]
@@ -234,8 +234,8 @@ class Scheduler:
         Raises:
             BackendError: If the database could not be written; what is done by then is done.
         """
-        for start in range(0, len(operations), TASKS_A_WRITE):
-            part = operations[start : start + TASKS_A_WRITE]
+        for start in range(0, len(operations), ADVANCE_BATCH_SIZE):
+            part = operations[start : start + ADVANCE_BATCH_SIZE]
             outcomes = await asyncio.gather(*map(self.advance, part), return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, Advanced):
