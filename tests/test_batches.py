@@ -40,7 +40,7 @@ from openclaw_store.repositories.commands import (
     Update,
 )
 from openclaw_store.repositories.heartbeats import AfterHeartbeat, Heartbeat
-from openclaw_store.repositories.unit_of_work import Operation, apply
+from openclaw_store.repositories.unit_of_work import Command, apply
 
 TASKS = ["task-0", "task-1", "task-2", "task-3", "both"]
 NODES = ["node-0", "node-1", "both"]
@@ -84,10 +84,10 @@ class Maker:
         self.tasks = {id: encode(task) for id, task in tasks.items()}
         self.nodes = {id: encode(node) for id, node in nodes.items()}
 
-    def batch(self) -> list[Operation]:
+    def batch(self) -> list[Command]:
         return [self.operation() for _ in range(self.chance.choice((1, 2, 3, 8)))]
 
-    def operation(self) -> Operation:
+    def operation(self) -> Command:
         task_id, node_id = self.chance.choice(TASKS), self.chance.choice(NODES)
         makers = [self.of_task] * 3 + [self.of_node] * 2
         made = self.chance.choice(makers)(task_id, node_id)
@@ -95,7 +95,7 @@ class Maker:
             return made
         return AfterHeartbeat(self.beat(node_id), made)
 
-    def of_task(self, task_id: str, _: str) -> Operation:
+    def of_task(self, task_id: str, _: str) -> Command:
         known = self.tasks.get(task_id)
         key = self.chance.choice((None, "key"))
         task = Task(
@@ -114,7 +114,7 @@ class Maker:
             case _:
                 return self.step(task_id, known)
 
-    def step(self, task_id: str, known: Record[Task] | None) -> Operation:
+    def step(self, task_id: str, known: Record[Task] | None) -> Command:
         owner = ("node-0", 1) if known is None else lifecycle.owner_of(known)
         decisions: list[Any] = [
             partial(lifecycle.start, owner=owner),
@@ -132,7 +132,7 @@ class Maker:
         hint = known if self.chance.random() < 0.9 else None
         return Advance(task_id, self.chance.choice(decisions), hint, owner[0])
 
-    def of_node(self, _: str, node_id: str) -> Operation:
+    def of_node(self, _: str, node_id: str) -> Command:
         node = encode(
             NodeInfo(
                 node_id, str(self.chance.random()), registered_at=self.now,

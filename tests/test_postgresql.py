@@ -42,7 +42,11 @@ from openclaw_store.backends.base import RedoError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.backends.postgresql.backend import _Connector
-from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS, WriterCursor, Writing
+from openclaw_store.backends.postgresql.write_session import (
+    WRITER_SETTINGS,
+    WriterCursor,
+    WriteSession,
+)
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import (
@@ -56,7 +60,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.repositories.commands import Remove, SetNodeStatus, Update, apply_together
 from openclaw_store.repositories.heartbeats import Heartbeat, apply_heartbeats
-from openclaw_store.repositories.unit_of_work import OfOneRow, apply
+from openclaw_store.repositories.unit_of_work import SingleRowCommand, apply
 
 pytestmark = pytest.mark.postgresql
 
@@ -93,7 +97,7 @@ async def other(
         yield other
 
 
-class Hesitating(OfOneRow):
+class Hesitating(SingleRowCommand):
     """The removal of a task, which waits between reading and writing."""
 
     kind = Task
@@ -343,7 +347,7 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
             await TaskRepository(other).create(make_task())
         await tasks.create(make_task())
         writing = database._writing
-        assert isinstance(writing, Writing)
+        assert isinstance(writing, WriteSession)
         had_lock.append(writing.cursor.has_lock)
 
     assert had_lock == [True, True, False, False]
@@ -356,15 +360,15 @@ async def test_callers_get_their_answers_while_the_next_batch_waits_for_the_lock
     tasks = TaskRepository(database)
     await tasks.create(make_task())  # connected by now
     begun, queued, committed, is_locked = (threading.Event() for _ in range(4))
-    begin = Writing.begin
+    begin = WriteSession.begin
 
-    def begin_later(self: Writing, *arguments: Any) -> None:
+    def begin_later(self: WriteSession, *arguments: Any) -> None:
         is_first = not begun.is_set()
         (begun if is_first else committed).set()
         assert (queued if is_first else is_locked).wait(PATIENCE)
         begin(self, *arguments)
 
-    monkeypatch.setattr(Writing, "begin", begin_later)
+    monkeypatch.setattr(WriteSession, "begin", begin_later)
     first = start(tasks.create(make_task()))
     await until(begun.is_set)
     second = start(tasks.create(make_task()))
@@ -422,7 +426,7 @@ async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_
 
     await database.write(needs_the_lock, None)  # connected by now
     writing = database._writing
-    assert isinstance(writing, Writing)
+    assert isinstance(writing, WriteSession)
     async with database._exclusive("somebody else"):
         asking = asyncio.ensure_future(database.write(ask, None))
         await asyncio.sleep(1.2 if waits == "for its turn" else 0)
@@ -909,7 +913,7 @@ async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
     async with Database(url) as database:
         tasks, task = TaskRepository(database), make_task()
         await tasks.create(task)
-        assert isinstance(database._writing, Writing)
+        assert isinstance(database._writing, WriteSession)
         database._writing.cursor.lock_next = int(has_lock)
         with suppress(DBAPIError):  # the lock, too, is lost
             async with locked(url, lock):

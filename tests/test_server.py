@@ -50,7 +50,7 @@ from openclaw_store import (
 from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.postgresql.backend import _Connector
-from openclaw_store.backends.postgresql.write_session import Writing
+from openclaw_store.backends.postgresql.write_session import WriteSession
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,
@@ -220,7 +220,7 @@ class TestSilence:
         async with StateManager(Database(proxy.url, timeout=self.LIMIT), None) as manager:
             await manager.add_task(make_task())
             writing = manager.db._writing
-            assert isinstance(writing, Writing)
+            assert isinstance(writing, WriteSession)
             writing.cursor.lock_next = int(has_lock)
             task = make_task(task_id="t", name="of no return")
             # The statement that writes the row is the one that commits, or the last one before.
@@ -466,7 +466,7 @@ class TestSilence:
 
         async def vanish() -> None:
             if way == "writer":
-                assert isinstance(database._writing, Writing)
+                assert isinstance(database._writing, WriteSession)
                 database._writing.cursor.lock_next = 1
                 if amid_a_statement:
                     proxy.swallow_from(b"needle")

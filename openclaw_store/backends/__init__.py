@@ -10,7 +10,7 @@ from openclaw_store.backends.base import (
     Backend,
     Cursor,
     RedoError,
-    Writing,
+    WriteSession,
 )
 from openclaw_store.backends.cancellation import (
     cancel_once,

@@ -20,7 +20,7 @@ DEFAULT_LOCATION = "./data/cluster.db"
 DEFAULT_TIMEOUT_SECONDS = 30.0
 
 
-class Writing(Protocol):
+class WriteSession(Protocol):
     """The writer's connection; all of it is called on the writer's thread."""
 
     @property
@@ -99,7 +99,7 @@ class Backend(Protocol):
     def cursor(self, connection: Connection) -> Cursor:
         """What a transaction writes with in the transaction of a session."""
 
-    def writing(self, until: float) -> Writing:
+    def writing(self, until: float) -> WriteSession:
         """A connection for the writer, on whose thread this is called.
 
         Args:

@@ -28,7 +28,7 @@ from openclaw_store.backends import (
     Notifier,
     OnCommit,
     RedoError,
-    Writing,
+    WriteSession,
     backend_of,
     cancel_once,
     ended_badly,
@@ -137,7 +137,7 @@ class Database:
         self._state = "new"
         self._write_lock = FairLock(timeout)
         self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock, self._is_pipelined)
-        self._writing: Writing | None = None  # belongs to the writer's thread
+        self._writing: WriteSession | None = None  # belongs to the writer's thread
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
         self._background: set[asyncio.Task[Any]] = set()

@@ -25,7 +25,7 @@ from openclaw_store.database import (
 from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, arrived
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.maintenance.progress import Progress
-from openclaw_store.repositories import NodeRepository, OfOneRow, Row, TaskRepository, apply
+from openclaw_store.repositories import NodeRepository, Row, SingleRowCommand, TaskRepository, apply
 
 REASON = "repaired"
 """What the feed tells of a repair."""
@@ -35,7 +35,7 @@ REPAIRS_A_BATCH = 50
 
 
 @dataclass(slots=True)
-class Rewrite(OfOneRow):
+class Rewrite(SingleRowCommand):
     """Write values into a row that was read in the same transaction."""
 
     kind: type[Any]
@@ -55,7 +55,7 @@ class Rewrite(OfOneRow):
 
 
 @dataclass(slots=True)
-class Farewell(OfOneRow):
+class Farewell(SingleRowCommand):
     """Tell the feed that a row is gone, which nobody has told it."""
 
     kind: type[Any]

@@ -44,10 +44,10 @@ from openclaw_store.repositories.row_reader import (
 )
 from openclaw_store.repositories.tasks import TaskRepository, is_known
 from openclaw_store.repositories.unit_of_work import (
+    Command,
     Event,
-    OfOneRow,
-    Operation,
     Row,
+    SingleRowCommand,
     apply,
     counters_of,
     missing,

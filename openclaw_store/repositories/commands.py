@@ -39,7 +39,7 @@ from openclaw_store.errors import (
     StaleVersionError,
     StoreError,
 )
-from openclaw_store.repositories.unit_of_work import OfOneRow, Operation, Row, apply, missing
+from openclaw_store.repositories.unit_of_work import Command, Row, SingleRowCommand, apply, missing
 
 CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
@@ -49,7 +49,7 @@ CONTENT: Mapping[type[Any], Sequence[str]] = {
 
 # Not frozen, though nobody changes them: that takes twice as long to make.
 @dataclass(slots=True)
-class Create(OfOneRow, Generic[Entity]):
+class Create(SingleRowCommand, Generic[Entity]):
     """Add a row; results in its record, or `DuplicateError`.
 
     The record is the operation's own: it is stamped when it is written.
@@ -75,7 +75,7 @@ class Create(OfOneRow, Generic[Entity]):
 
 
 @dataclass(slots=True)
-class Update(OfOneRow, Generic[Entity]):
+class Update(SingleRowCommand, Generic[Entity]):
     """Write the named fields of a row that has still this version.
 
     Results in the new record, or `StaleVersionError`, or `NotFoundError`. The record is the
@@ -136,7 +136,7 @@ def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> da
 
 
 @dataclass(frozen=True, slots=True)
-class Remove(OfOneRow):
+class Remove(SingleRowCommand):
     """Remove a row, and with `with_history` its older changes; results in whether it existed.
 
     A task gives back the place that it has taken up.
@@ -159,7 +159,7 @@ class Remove(OfOneRow):
 
 
 @dataclass(frozen=True, slots=True)
-class SetNodeStatus(OfOneRow):
+class SetNodeStatus(SingleRowCommand):
     """Change a node's status; ONLINE and BUSY count as a sign of life.
 
     With `patience` only a live node that was silent for longer is changed. Results in whether it
@@ -188,7 +188,7 @@ class SetNodeStatus(OfOneRow):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim(OfOneRow):
+class Claim(SingleRowCommand):
     """Hand tasks to a node; results in the records of those that it may have, best first.
 
     Of the candidates, those are left out that the node may not claim by now.
@@ -238,7 +238,7 @@ class Advanced(NamedTuple):
 
 
 @dataclass(slots=True)
-class Advance(OfOneRow):
+class Advance(SingleRowCommand):
     """Take a task a step on in its life, and the counters of its node with it.
 
     Results in `Advanced`, or why not.
@@ -326,7 +326,7 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
 
 
 @dataclass(slots=True)
-class Register(OfOneRow):
+class Register(SingleRowCommand):
     """Add a node, or have it come back as a new process that holds nothing.
 
     What the former one held is given back. Results in the node's record.
@@ -347,7 +347,7 @@ class Register(OfOneRow):
 
 
 def apply_together(
-    transaction: WriteTransaction, groups: Sequence[Sequence[Operation]]
+    transaction: WriteTransaction, groups: Sequence[Sequence[Command]]
 ) -> Sequence[Sequence[Any]]:
     """Apply groups of operations, each of which was submitted as one."""
     return [apply(transaction, group) for group in groups]

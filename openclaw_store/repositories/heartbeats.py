@@ -15,9 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 from openclaw_store.database import USAGE, WriteTransaction
 from openclaw_store.domain import EntityKey, NodeInfo, NodeStatus, Record
 from openclaw_store.repositories.unit_of_work import (
-    OfOneRow,
-    Operation,
+    Command,
     Row,
+    SingleRowCommand,
     UnitOfWork,
     apply,
     counters_of,
@@ -26,7 +26,7 @@ from openclaw_store.repositories.unit_of_work import (
 
 # Not frozen, though nobody changes them: that takes twice as long to make.
 @dataclass(slots=True)
-class Heartbeat(OfOneRow):
+class Heartbeat(SingleRowCommand):
     """A node's heartbeat, with the usage it reported; the newest wins, but for one in the future.
 
     As an operation it brings a node back ONLINE that was OFFLINE before, which is an ordinary
@@ -85,7 +85,7 @@ class AfterHeartbeat:
     """An operation that writes a node, behind a heartbeat that has not been written yet."""
 
     beat: Heartbeat
-    operation: Operation
+    operation: Command
     """Which does not create anything."""
     is_new: ClassVar[bool] = False
 

@@ -34,7 +34,7 @@ from openclaw_store.domain import (
 )
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.repositories.commands import Remove
-from openclaw_store.repositories.unit_of_work import OfOneRow, Row, apply, counters_of
+from openclaw_store.repositories.unit_of_work import Row, SingleRowCommand, apply, counters_of
 
 CLEANUP_BATCH = 200
 """Tasks that one transaction of `cleanup_old_tasks` removes; others write in between."""
@@ -150,7 +150,7 @@ def _remove_finished(transaction: WriteTransaction, operation: RemoveFinished) -
 
 
 @dataclass(frozen=True, slots=True)
-class Redate(OfOneRow):
+class Redate(SingleRowCommand):
     """Have a task count as changed now, as it was by a clock that was ahead.
 
     Results in whether it does; one that cannot be read does not.

@@ -62,7 +62,7 @@ def missing(kind: type[Any], id: str) -> NotFoundError:
     return TaskNotFoundError(id) if kind is Task else NodeNotFoundError(id)
 
 
-class Operation(Protocol):
+class Command(Protocol):
     """A write of one row, and perhaps of others that go with it."""
 
     @property
@@ -91,7 +91,7 @@ class Operation(Protocol):
         """Change `row`, or return a `StoreError` and change nothing; returns the result."""
 
 
-class OfOneRow:
+class SingleRowCommand:
     """An operation on a row that should be there; it needs nothing else, and knows nothing."""
 
     __slots__ = ()
@@ -300,7 +300,7 @@ class UnitOfWork:
             self._counters = revision, beat
             self._revision, self.beat = revision, beat + 1
 
-    def trust(self, operations: Sequence[Operation]) -> bool:
+    def trust(self, operations: Sequence[Command]) -> bool:
         """Take the rows for what they are known as, without reading them; `False` if some are not.
 
         If what is known is outdated, nothing will be written. A task is what it was at that
@@ -453,7 +453,7 @@ class UnitOfWork:
         return list(changes.values()), forgotten
 
 
-def apply(transaction: WriteTransaction, operations: Sequence[Operation]) -> Sequence[Any]:
+def apply(transaction: WriteTransaction, operations: Sequence[Command]) -> Sequence[Any]:
     """Decide the operations in order and write what they changed."""
     if not operations:
         return []

@@ -44,12 +44,12 @@ from openclaw_store.errors import (
 from openclaw_store.repositories import (
     CONTENT,
     AfterHeartbeat,
+    Command,
     Create,
     Event,
     Heartbeat,
     HeartbeatWritten,
     NodeRepository,
-    Operation,
     Remove,
     TaskRepository,
     Update,
@@ -210,7 +210,7 @@ class Replica:
         if revision > self.cache.contiguous:
             await self.refresh()
 
-    def submit(self, operation: Operation) -> Coroutine[Any, Any, Any]:
+    def submit(self, operation: Command) -> Coroutine[Any, Any, Any]:
         """Commit an operation, behind the heartbeat that its node may have waiting."""
         if operation.kind is NodeInfo and not isinstance(operation, Create):
             return self._submit_after_heartbeat(operation, operation.id)
@@ -219,7 +219,7 @@ class Replica:
                 return self._submit_after_heartbeat(operation, id)
         return self._database.write(apply, operation)
 
-    async def _submit_after_heartbeat(self, operation: Operation, node_id: str) -> Any:
+    async def _submit_after_heartbeat(self, operation: Command, node_id: str) -> Any:
         # Not taken before it runs: a task that is cancelled before would never give it back.
         heartbeats = self.cache.take_heartbeats([node_id])
         if not heartbeats:
@@ -505,7 +505,7 @@ class Replica:
 
     async def _write_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
         record = entry.record.evolve()  # the one in the cache stays as it is
-        operation: Operation = Create(place[0], place[1], record)
+        operation: Command = Create(place[0], place[1], record)
         if entry.base is not None:
             names = entry.base.differences(record)
             operation = Update(*place, record, names, entry.base.version)

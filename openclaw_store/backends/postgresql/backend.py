@@ -27,7 +27,7 @@ from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
     ConnectionRegistry,
     Cursor,
-    Writing,
+    WriteSession,
     milliseconds,
 )
 from openclaw_store.errors import InvalidDataError, UnavailableError
@@ -256,11 +256,11 @@ class PostgreSQL:
         """What a transaction writes with in the transaction of a session."""
         return Cursor(connection.connection.driver_connection, await_only)
 
-    def writing(self, until: float) -> Writing:
+    def writing(self, until: float) -> WriteSession:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever
-        return Writing(
+        return WriteSession(
             engine,
             until,
             self.error_mapping,

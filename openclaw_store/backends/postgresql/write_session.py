@@ -319,7 +319,7 @@ class WriterCursor(Cursor):
         raise RedoError
 
 
-class Writing:
+class WriteSession:
     """The writer's connection, which belongs to its thread, with an event loop of its own.
 
     Args:

@@ -209,7 +209,7 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
     return work()
 
 
-class Writing:
+class WriteSession:
     """The writer's connection, which belongs to its thread."""
 
     is_pipelined = False  # the thread itself does the work
@@ -443,9 +443,9 @@ class SQLite:
         """What a transaction writes with in the transaction of a session."""
         return Cursor(connection)
 
-    def writing(self, until: float) -> Writing:
+    def writing(self, until: float) -> WriteSession:
         """A connection for the writer, on whose thread this is called."""
-        return Writing(self.writing_engine, until, self._require_file)
+        return WriteSession(self.writing_engine, until, self._require_file)
 
     def dispose(self) -> None:
         """Forget what all connections shared."""
