@@ -1,9 +1,9 @@
 """The Hypothesis machines of the tests, for longer than the tests let them run.
 
-`tests/test_machine.py` drives two managers on one database against plain dictionaries, and
-`tests/test_scheduling_machine.py` several of them, at the same time, against a model of the life of
-a task. Both are run by pytest in a process of its own; a failure is kept with all that it prints,
-the shortest steps to it among them. The tests themselves are the short form.
+`test_machine.py` of the tests drives two managers on one database against plain dictionaries, and
+`test_scheduler_machine.py` several of them, at the same time, against a model of the life of a
+task. Both are run by pytest in a process of its own; a failure is kept with all that it prints, the
+shortest steps to it among them. The tests themselves are the short form.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PATIENCE_SECONDS = 7200.0
 
 _PROJECT = Path(__file__).parents[1]
 _TESTS = (
-    "tests/test_machine.py::test_two_managers_on_one_database_behave_as_dictionaries",
-    "tests/test_scheduling_machine.py::test_tasks_live_as_the_model_does",
+    "tests/state_manager/test_machine.py::test_two_managers_on_one_database_behave_as_dictionaries",
+    "tests/state_manager/test_scheduler_machine.py::test_tasks_live_as_the_model_does",
 )
 
 

@@ -26,6 +26,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 from devtools.postgres import (
     Databases,
     Server,
+    installed_package,
     is_available,
     is_installed,
     running_databases,
@@ -44,6 +45,8 @@ from openclaw_store.domain.models import ASSIGNED, LIVE
 from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.testing import FakeClock as FakeClock  # for the tests
 from openclaw_store.testing import NodeFactory, TaskFactory, create_database
+
+pytest.register_assert_rewrite("support.machines")
 
 settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
 settings.load_profile("openclaw_store")
@@ -210,6 +213,14 @@ def own_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     other = request.getfixturevalue("server")
     with running_server(like=other if isinstance(other, Server) else None) as server:
         yield server
+
+
+@pytest.fixture
+def pg_dump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the server's programs found: `pg_dump` and `pg_restore`."""
+    if is_installed():
+        programs = installed_package() / "pginstall" / "bin"
+        monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
 
 
 class Maker:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import EACH_KIND, Location, execute, new_location
-from test_database import Ended, run_scripts
+from support.scripts import Ended, run_scripts
 
 PROCESSES = 3
 ROUNDS = 150

@@ -28,7 +28,7 @@ from conftest import (
     execute,
     new_location,
 )
-from test_database import Ended, run_scripts
+from support.scripts import Ended, run_scripts
 from test_processes import AGREE
 
 from openclaw_store import Database, NodeInfo, NodeStatus, StateManager, Task, TaskStatus

@@ -33,7 +33,7 @@ from conftest import (
     shown,
 )
 from sqlalchemy import Connection
-from test_database import Ended, run_scripts
+from support.scripts import Ended, run_scripts
 
 from campaigns.contents import SCHEMA_OF_POSTGRESQL
 from openclaw_store import (
@@ -48,7 +48,7 @@ from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.database import migrations
 from openclaw_store.database.tables import Base
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "alembic" / "versions").glob("*.py"))
 
 COMMAND = """

@@ -17,7 +17,7 @@ from conftest import EACH_KIND
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from sqlalchemy import select
-from test_machine import ALIVE, LIVE, DatabaseMachine, assert_shows, run_machine
+from support.machines import ALIVE, LIVE, DatabaseMachine, assert_shows, run_machine
 
 from openclaw_store import (
     Backoff,

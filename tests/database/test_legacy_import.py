@@ -25,7 +25,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from conftest import FakeClock
 from sqlalchemy import Connection
-from test_database import run_scripts
+from support.scripts import run_scripts
 from test_layout import blocks
 from test_migrations import alembic, alembic_script
 from typer.testing import CliRunner

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import gc
-import json
 import math
 import os
 import re
@@ -21,12 +20,12 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing
 from contextvars import Context
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from conftest import (
@@ -47,6 +46,7 @@ from conftest import (
 )
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from support.scripts import Ended, run_scripts
 
 from campaigns import vfs
 from devtools.postgres import wait_until
@@ -77,67 +77,6 @@ DEEP: list[Any] = []
 """Too deep to be shown."""
 for _ in range(sys.getrecursionlimit()):
     DEEP = [DEEP]
-
-
-class Ended(NamedTuple):
-    """How an interpreter ended."""
-
-    code: int
-    out: list[str]
-    err: str
-
-
-RUNNER = """
-import asyncio, json, os, signal, sys, tempfile
-import openclaw_store
-
-async def warm_up():  # Alembic reads more modules when it is first used
-    async with openclaw_store.Database(":memory:"):
-        pass
-
-def end(child, files):
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    results.append([code, *(os.pread(file, 1 << 20, 0).decode() for file, _ in files)])
-    for _, name in files:
-        os.unlink(name)
-
-asyncio.run(warm_up())
-results, running = [], []
-for script, arguments in json.load(sys.stdin):
-    files = [tempfile.mkstemp() for _ in range(2)]
-    child = os.fork()
-    if child == 0:
-        signal.alarm(300)
-        for number, (file, _) in enumerate(files, 1):
-            os.dup2(file, number)
-        sys.argv[:] = [sys.argv[0], *arguments]
-        exec(script, {"__name__": "__main__"})
-        break
-    running.append((child, files))
-    if len(running) == int(sys.argv[1]):
-        end(*running.pop(0))
-else:
-    for one in running:
-        end(*one)
-    json.dump(results, sys.stdout)
-"""
-
-
-def run_scripts(*scripts: tuple[str, Sequence[object]], at_once: int = 1) -> list[Ended]:
-    """Run scripts, with their arguments, each in an interpreter of its own.
-
-    They are forks of one that has imported the library, which takes longer than all the rest.
-    One that hangs is ended after five minutes, which is told by its code.
-    """
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUNNER, str(at_once)],
-        input=json.dumps([[script, [*map(str, arguments)]] for script, arguments in scripts]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return [Ended(code, out.splitlines(), err) for code, out, err in json.loads(done.stdout)]
 
 
 async def count_tasks(session: AsyncSession) -> int:

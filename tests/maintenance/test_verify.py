@@ -21,7 +21,7 @@ from conftest import (
     execute,
 )
 from sqlalchemy import insert
-from test_machine import Machine, run_machine
+from support.machines import Machine, run_machine
 
 from openclaw_store import (
     Database,

@@ -26,7 +26,6 @@ import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, execute, shown
 from test_examples import DEMO
 from test_layout import README
-from test_server import PROGRAMS
 from typer.testing import CliRunner, Result
 
 from openclaw_store import (
@@ -628,14 +627,13 @@ class TestLookingAfter:
         await run("status")
 
     @pytest.mark.postgresql
+    @pytest.mark.usefixtures("pg_dump")
     async def test_archive_of_postgresql_is_restored_by_the_command_that_is_told(
         self,
         run: Run,
         cluster: StateManager,
         tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
         await run("backup", tmp_path / "a copy.dump")
         await cluster.remove_task("task-0001")
         await cluster.db.close()

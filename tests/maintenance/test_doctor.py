@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of, execute
 from sqlalchemy import text
-from test_database import run_scripts
+from support.scripts import run_scripts
 
 from openclaw_store import Database, Finding, Level, StateManager, TaskRepository, diagnose, utc_now
 from openclaw_store.maintenance import doctor

@@ -34,8 +34,6 @@ from campaigns.proxy import Proxy, port_of, with_parts
 from devtools.postgres import (
     Server,
     free_port,
-    installed_package,
-    is_installed,
     wait_until,
 )
 from openclaw_store import (
@@ -68,9 +66,7 @@ LEEWAY = 1.5
 
 REVISIONS = "SELECT revision FROM changes ORDER BY revision"
 
-ROOT = Path(__file__).parent.parent
-
-PROGRAMS = installed_package() / "pginstall" / "bin" if is_installed() else Path()
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -765,10 +761,6 @@ class TestBackup:
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
         return folder
 
-    @pytest.fixture
-    def pg_dump(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
-
     @pytest.mark.usefixtures("pg_dump")
     @pytest.mark.parametrize("several", [False, True], ids=["one host", "several hosts"])
     async def test_archive_can_be_restored_into_a_new_database(
@@ -792,7 +784,7 @@ class TestBackup:
 
         restored = empty_url.replace("+asyncpg", "")
         restore = await asyncio.create_subprocess_exec(
-            PROGRAMS / "pg_restore", "--no-owner", f"--dbname={restored}", archive
+            "pg_restore", "--no-owner", f"--dbname={restored}", archive
         )
         assert await restore.wait() == 0
 
