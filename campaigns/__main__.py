@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from campaigns.campaign import ENTITY_KINDS, POSTGRESQL, Campaign, Run
-from campaigns.catalogue import CAMPAIGNS
-from campaigns.planted import BUGS
-from campaigns.results import record, row
+from campaigns.faults.planted import BUGS
+from campaigns.harness.campaign import ENTITY_KINDS, POSTGRESQL, Campaign, Run
+from campaigns.harness.results import record, row
+from campaigns.scenarios.catalogue import CAMPAIGNS
 from devtools.postgres import Server, is_installed, running_server
 
 

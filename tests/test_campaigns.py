@@ -19,14 +19,15 @@ from tempfile import mkdtemp
 
 import pytest
 
-from campaigns import io, vfs
 from campaigns.__main__ import main
-from campaigns.calls import CALLS, FROM_MEMORY
-from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
-from campaigns.catalogue import CAMPAIGNS
-from campaigns.children import Child, Tell
-from campaigns.lives import LIVES
-from campaigns.planted import BUGS
+from campaigns.faults import vfs
+from campaigns.faults.children import Child, Tell
+from campaigns.faults.planted import BUGS
+from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
+from campaigns.scenarios import io
+from campaigns.scenarios.catalogue import CAMPAIGNS
+from campaigns.scenarios.lives import LIVES
+from campaigns.workloads.calls import CALLS, FROM_MEMORY
 from openclaw_store import NodeRepository, StateManager, TaskRepository
 
 SEED = 20_261_125

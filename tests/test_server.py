@@ -30,7 +30,7 @@ from conftest import (
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from campaigns.proxy import Proxy, port_of, with_parts
+from campaigns.faults.proxy import Proxy, port_of, with_parts
 from devtools.postgres import (
     Server,
     free_port,

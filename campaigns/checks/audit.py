@@ -1,0 +1,199 @@
+"""Whether what is in a database is what the clients of `load` were told.
+
+It is read past the library. A task must be what the last call that returned has made of it; a call
+that has no answer has taken effect wholly, or not at all. Tasks, nodes and the feed must agree.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from campaigns.harness.beside import UnreadableError, ask, damage
+from campaigns.harness.campaign import Counts, Location, Run
+from campaigns.workloads.load import State, content
+from openclaw_store import Database, StoreError
+from openclaw_store.maintenance.verify import verify
+
+Known = tuple[int, State | None]
+"""How often a task was changed, and what became of it; `None` if it was removed."""
+
+_QUERIES = (
+    "SELECT task_id, status, assigned_node, version, attempt, name, description, priority, "
+    "parameters, result FROM tasks",
+    "SELECT node_id, status, version, running_tasks, successful_tasks, failed_tasks, "
+    "total_tasks_processed FROM nodes",
+    "SELECT revision, item, item_id, from_status, to_status, node, previous FROM changes "
+    "ORDER BY revision",
+    "SELECT revision FROM counters",
+)
+_HELD = ("scheduled", "running")
+
+
+@dataclass(frozen=True)
+class _Unanswered:
+    after: Mapping[str, Known]
+    """What it makes of tasks."""
+    changed: int
+    """How many of these."""
+
+
+class Log:
+    """What the clients said, and so what must be in the database.
+
+    Args:
+        counts: Where the calls are counted.
+    """
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+        self._known: dict[str, Known] = {}
+        self._calls: dict[int, _Unanswered] = {}  # that have no answer, by client
+        self._failures: list[str] = []
+
+    def copy(self) -> Log:
+        """A log of what was said so far, of which nothing is counted."""
+        copy = Log(Counts())
+        copy._known, copy._calls = {**self._known}, {**self._calls}
+        copy._failures = self._failures  # each is found once
+        return copy
+
+    def note(self, said: Sequence[Any]) -> None:
+        """Take note of what a client said."""
+        match said:
+            case "calls", client, after, changed:
+                known = {id: (self._changes_of(id) + 1, state) for id, state in after.items()}
+                self._calls[client] = _Unanswered(known, changed)
+            case "returned", client, ids:
+                self._counts.acknowledged += 1
+                call = self._calls.pop(client)
+                self._known.update({id: call.after[id] for id in ids})
+                if len(ids) != call.changed:
+                    self._failures.append(f"a call changed {ids}, not {call.changed} tasks")
+            case "refused", client:
+                self._counts.refused += 1
+                del self._calls[client]
+            case "failed", _, error:
+                self._failures.append(f"a call failed: {error}")
+
+    def check(self, run: Run, location: Location) -> None:
+        """Find in the database what is lost and what is wrong; go on from what is there."""
+        for failure in self._failures:
+            run.wrong(failure)
+        self._failures.clear()
+        try:
+            there = _Found(location)
+            found, findings = there.tasks(), [*there.disagreements()]
+        except (UnreadableError, ValueError) as error:
+            run.wrong(f"the database cannot be read: {error!r}")
+            return
+        for finding in findings:
+            run.wrong(finding)
+        for call in self._calls.values():
+            taken = {id: known for id, known in call.after.items() if found.get(id) == known}
+            self._known.update(taken)
+            self._counts.unknown += 1
+            self._counts.unknown_committed += bool(taken)
+            if len(taken) not in (0, call.changed):
+                run.wrong(f"half of a call took effect: {sorted(taken)} of {call}")
+        self._calls.clear()
+        for id in self._known.keys() | found.keys():
+            if found.get(id) != self._known.get(id):
+                is_behind = found.get(id, (0,))[0] < self._changes_of(id)
+                report = run.lost if is_behind else run.wrong
+                report(f"task {id!r} is {found.get(id)}, and should be {self._known.get(id)}")
+        self._known = found
+
+    def _changes_of(self, id: str) -> int:
+        return self._known[id][0] if id in self._known else 0
+
+
+def verify_it(run: Run, location: Location) -> None:
+    """Have the library open a database, and say itself whether it is sound."""
+
+    async def problems() -> list[str]:
+        async with Database(location) as database:
+            return [problem.text for problem in (await verify(database)).problems]
+
+    try:
+        for problem in asyncio.run(problems()):
+            run.wrong(problem)
+    except StoreError as error:
+        run.wrong(f"the store cannot be opened: {error}")
+
+
+class _Found:
+    """All that is in a database at one moment.
+
+    Raises:
+        UnreadableError: If it cannot be read, or its own checks find it broken.
+        ValueError: If a value of it cannot be understood.
+    """
+
+    def __init__(self, location: Location) -> None:
+        if problems := damage(location):
+            raise UnreadableError(problems)
+        self._tasks, self._nodes, self._feed, [(self._revision,)] = ask(location, *_QUERIES)
+
+    def tasks(self) -> dict[str, Known]:
+        """What has become of each task that there ever was."""
+        changes = Counter(id for _, item, id, *_ in self._feed if item == "task")
+        known: dict[str, Known] = {id: (number, None) for id, number in changes.items()}
+        for id, status, _, _, attempt, _, _, _, parameters, _ in self._tasks:
+            known[id] = changes[id], [status, attempt, json.loads(parameters)["number"]]
+        return known
+
+    def disagreements(self) -> Iterator[str]:
+        """What does not fit together."""
+        yield from self._halves()
+        yield from self._gaps()
+        yield from self._strangers()
+        yield from self._miscounts()
+
+    def _halves(self) -> Iterator[str]:
+        """Tasks of which only a part was written."""
+        for id, status, _, _, _, name, description, priority, parameters, result in self._tasks:
+            given = json.loads(parameters)
+            if [name, description, priority, given] != [*content(given["number"]).values()]:
+                yield f"of task {id!r}, only a part was written: {name!r}, {parameters[:40]}"
+            if (json.loads(result or "null") == given) != (status == "completed"):
+                yield f"task {id!r} is {status}, and has the result {result}"
+
+    def _gaps(self) -> Iterator[str]:
+        """Revisions that are not where they should be."""
+        revisions = [change[0] for change in self._feed]
+        if revisions != [*range(1, self._revision + 1)]:
+            missing = sorted({*range(1, self._revision + 1)} ^ {*revisions})
+            yield f"of {self._revision} revisions, these are missing or too many: {missing[:9]}"
+
+    def _strangers(self) -> Iterator[str]:
+        """Rows and changes that do not go together."""
+        last: dict[tuple[str, str], tuple[int | None, str | None, str | None]] = {}
+        for revision, item, id, was, status, node, previous in self._feed:
+            if last.get((item, id), (None, None))[:2] != (previous, was):
+                yield f"change {revision} of {item} {id!r} does not follow the one before"
+            last[item, id] = revision, status, node
+        there = {place: end for place, end in last.items() if end[1] is not None}
+        rows = {("node", id): (version, status, None) for id, status, version, *_ in self._nodes}
+        rows |= {("task", id): (version, *at) for id, *at, version in (t[:4] for t in self._tasks)}
+        for place in there.keys() | rows.keys():
+            if rows.get(place) != there.get(place):
+                yield f"{place} is {rows.get(place)}, and by the feed {there.get(place)}"
+
+    def _miscounts(self) -> Iterator[str]:
+        """Nodes that count other tasks than they have, or had."""
+        held = Counter(task[2] for task in self._tasks if task[1] in _HELD)
+        ended: Counter[tuple[str | None, bool]] = Counter()
+        holder: dict[str, str | None] = {}
+        for _, item, id, was, status, node, _ in self._feed:
+            if item == "task" and was in _HELD and status not in (None, *_HELD):
+                ended[holder[id], status == "completed"] += 1
+            holder[id] = node
+        for id, _, _, *counted in self._nodes:
+            completed, failed = ended[id, True], ended[id, False]
+            if counted != (tally := [held[id], completed, failed, completed + failed]):
+                yield f"node {id!r} counts {counted}, and there are {tally}"

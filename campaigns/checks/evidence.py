@@ -1,0 +1,423 @@
+"""What processes said they asked and were answered, held against each other and the database.
+
+- What was asked of the database is linearizable, task by task (`specification` has what may be
+  answered).
+- What was read from memory never went back, showed the process's own writes at once, and those of
+  others in time: in the long form, 100 ms after they returned, but for what the reader's event loop
+  was late.
+- Revisions are consecutive. Each write that was acknowledged has one of its own; and of two writes
+  of which one had returned before the other was asked for, it has the smaller one.
+- Nothing has changed that nobody had asked for.
+- Every watcher was told the whole feed, each change once and in order, also across the deaths of
+  its process.
+- No task had two owners.
+
+What a killed process was not answered may have been done, or not. The database is read past the
+library.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
+
+from benchmarks.measure import percentile
+from campaigns.checks.linearizability import Operation, find_violation
+from campaigns.harness.beside import ask
+from campaigns.harness.campaign import Location, Run
+from campaigns.workloads.caller import TASKS_A_CLAIM
+from campaigns.workloads.specification import (
+    ASSIGNED,
+    READS,
+    UNKNOWN,
+    Seen,
+    TaskCall,
+    changes_nothing,
+    step,
+)
+
+FRESH_SECONDS = 0.1
+"""How old what is read from memory may be, as is promised, in the 99th percentile. It does not age
+while the event loop of the reader is late: a machine that is busy with other things adds what it
+likes."""
+
+LATE_SECONDS = 10.0
+"""How old it may be in any case."""
+
+_TELL_REVISION: Final = ("add", "update", "change", "claim", "start", "complete", "fail")
+"""The calls that are answered with a version of their own making."""
+
+_MAY_CHANGE_NOTHING: Final = ("start", "complete")
+"""Those of them that are answered with the task as it is if it was so before."""
+
+_CAUSE: Final = {
+    "created": "add",
+    "updated": "update",
+    "removed": "remove",
+    "scheduled": "claim",
+    "running": "start",
+    "completed": "complete",
+    "cancelled": "cancel",
+    "requeued": "requeue",
+    "failed": "fail",
+    "node lost": "register",
+}
+"""What somebody has asked for when the feed has this kind, status or reason."""
+
+
+@dataclass(slots=True, eq=False)
+class Asked:
+    """A call, as its process told."""
+
+    process: int
+    name: str
+    task_id: str | None
+    arguments: Sequence[Any]
+    invoked: int
+    returned: int | None = None
+    answer: Any = UNKNOWN
+
+
+@dataclass
+class Process:
+    """A process from its start to its end, and what it told."""
+
+    node: str
+    asked: dict[int, Asked] = field(default_factory=dict)
+    watched: list[list[Any]] = field(default_factory=list)
+    late: list[tuple[int, int]] = field(default_factory=list)
+    """From when to when its event loop was late."""
+    is_killed: bool = False
+    ended: int = 0
+    """A moment when it did not run any more."""
+
+    @property
+    def opened(self) -> int:
+        """When it had opened the store."""
+        return next((one.invoked for one in self.asked.values()), 0)
+
+    def lateness(self, since: int, until: int) -> int:
+        """How long its event loop was late in this time."""
+        return sum(max(0, min(now, until) - max(due, since)) for due, now in self.late)
+
+
+class Change(NamedTuple):
+    """A row of the feed."""
+
+    revision: int
+    item: str
+    id: str
+    kind: str
+    before: str | None
+    after: str | None
+    node: str | None
+    reason: str | None
+
+    @property
+    def cause(self) -> str:
+        """The call that leads to such a change."""
+        if self.kind != "status":
+            return _CAUSE[self.kind]
+        return _CAUSE.get(str(self.reason if self.after == "pending" else self.after), "nobody")
+
+
+_FEED: Final = (
+    "SELECT revision, item, item_id, kind, from_status, to_status, node, reason"
+    " FROM changes ORDER BY revision"
+)
+_TASKS: Final = (
+    "SELECT task_id, version, status, assigned_node, attempt, CAST(metadata AS text) FROM tasks"
+)
+
+
+class Evidence:
+    """What all processes said, and what the database holds at the end."""
+
+    def __init__(self, run: Run, location: Location, processes: Sequence[Process]) -> None:
+        self._run = run
+        self._processes = processes
+        asked = [one for process in processes for one in process.asked.values()]
+        run.counts.unknown = sum(one.answer is UNKNOWN for one in asked)
+        run.counts.refused = sum(isinstance(one.answer, str) for one in asked)
+        run.counts.acknowledged = len(asked) - run.counts.unknown - run.counts.refused
+        feed, tasks = ask(location, _FEED, _TASKS)
+        self._feed = [Change(*row) for row in feed]
+        self._changes: dict[str, list[Change]] = defaultdict(list)
+        """Those of each task."""
+        for change in self._feed:
+            if change.item == "task":
+                self._changes[change.id].append(change)
+        self._end = {
+            id: Seen(version, metadata.split('"')[3], status, node, attempt)
+            for id, version, status, node, attempt, metadata in tasks
+        }
+        self._calls: dict[str, list[Asked]] = defaultdict(list)
+        """Those about each task."""
+        self._general: list[Asked] = []
+        """Those that may be about any."""
+        for one in (about for call in asked for about in _each_about_a_task(call)):
+            if one.task_id is None:
+                self._general.append(one)
+            else:
+                self._calls[one.task_id].append(one)
+        self._writes: dict[int, list[Asked]] = defaultdict(list)
+        """Those that were acknowledged, by revision."""
+        causes = {change.revision: (change.id, change.cause) for change in self._feed}
+        for call in (one for calls in self._calls.values() for one in calls):
+            if call.name in _TELL_REVISION and isinstance(call.answer, Seen):
+                revision = call.answer.version or 0
+                # To start what runs already is answered with what others have made of it since.
+                is_own = causes.get(revision) == (call.task_id, call.name)
+                if is_own or call.name not in _MAY_CHANGE_NOTHING:
+                    self._writes[revision].append(call)
+
+    def check(self) -> None:
+        """Find what contradicts the promises."""
+        self._check_revisions()
+        self._check_order()
+        self._check_causes()
+        self._check_watchers()
+        self._check_owners()
+        self._check_memory()
+        self._check_answers()
+
+    def _check_revisions(self) -> None:
+        revisions = [change.revision for change in self._feed]
+        consecutive = list(range(1, len(revisions) + 1))
+        self._run.check(revisions == consecutive, "the feed is not consecutive")
+        changes = {change.revision: change for change in self._feed}
+        for revision, writes in self._writes.items():
+            change = changes.get(revision)
+            for write in writes:
+                told = (write.task_id, write.answer.status, write.answer.node, _cause(write))
+                if change is None or told != (change.id, change.after, change.node, change.cause):
+                    self._run.lost(f"{write}, which the feed has as {change}")
+            if any(write.name not in _MAY_CHANGE_NOTHING for write in writes[1:]):
+                self._run.wrong(f"they have the same revision: {writes}")
+
+    def _check_order(self) -> None:
+        writes = [one for writes in self._writes.values() for one in writes]
+        returned = sorted(writes, key=attrgetter("returned"), reverse=True)
+        newest = 0
+        for write in sorted(writes, key=attrgetter("invoked")):
+            while returned and (returned[-1].returned or 0) < write.invoked:
+                newest = max(newest, returned.pop().answer.version)
+            # To start what runs already is also answered with the revision that began it.
+            if write.answer.version <= newest and write.name not in _MAY_CHANGE_NOTHING:
+                self._run.wrong(f"revision {newest} had been acknowledged before {write}")
+
+    def _check_causes(self) -> None:
+        """Nothing has changed that nobody had asked for; count what was done unanswered."""
+        answered: Counter[tuple[str, str | None]] = Counter()
+        unknown: Counter[tuple[str, str | None]] = Counter()
+        changed: Counter[tuple[str, str | None]] = Counter()
+        for call in self._all():
+            if call.name == "claim" and call.answer is UNKNOWN:
+                unknown["claim", call.arguments[0]] += TASKS_A_CLAIM
+            elif call.answer is UNKNOWN:
+                unknown[_cause(call), call.task_id] += 1
+            elif call.answer is True:
+                answered[call.name, call.task_id] += 1
+        for changes in self._changes.values():
+            for change in changes:
+                if change.revision not in self._writes and change.cause != "register":
+                    subject = change.node if change.cause == "claim" else change.id
+                    changed[change.cause, subject] += 1
+        for place, number in (changed - answered).items():
+            self._run.counts.unknown_committed += number
+            self._run.check(
+                number <= unknown[place], f"{number} changes that nobody had asked for: {place}"
+            )
+        for place, number in answered.items():
+            if place[0] == "remove" and changed[place] < number:
+                self._run.lost(f"the feed has {changed[place]} of {number} removals of {place[1]}")
+
+    def _check_watchers(self) -> None:
+        feed = [list(change[:-1]) for change in self._feed]
+        for node in {process.node for process in self._processes}:
+            of_node = [process for process in self._processes if process.node == node]
+            watched = [one for process in of_node for one in process.watched]
+            self._run.check(bool(watched), f"the watcher of {node} was told nothing")
+            if watched != feed[: len(watched)]:
+                pairs = zip(watched, [*feed, "no more"], strict=False)
+                told, change = next(pair for pair in pairs if pair[0] != pair[1])
+                self._run.wrong(f"the watcher of {node} was told {told}; the feed has {change}")
+
+    def _check_owners(self) -> None:
+        for changes in self._changes.values():
+            before, owner = None, None
+            for change in changes:
+                if change.before != before:
+                    self._run.wrong(f"{change}, though it was {before}")
+                is_given = change.cause == "claim" or change.node != owner
+                if owner is not None and change.after in ASSIGNED and is_given:
+                    self._run.wrong(f"{change}, though {owner} had it")
+                before = change.after
+                owner = change.node if change.after in ASSIGNED else None
+
+    def _check_memory(self) -> None:
+        ages, own_ages = [0.0], [0.0]
+        """In seconds; and those without the lateness of event loops."""
+        for id, calls in self._calls.items():
+            spans = _spans(self._changes[id])
+            for number in {call.process for call in calls}:
+                process = self._processes[number]
+                own = [call for call in calls if call.process == number]
+                for look, floor, span in _looks(own, spans):
+                    if span is None:
+                        self._run.wrong(f"there never was what {look} saw")
+                    elif span.end is not None and span.end <= floor.revision:
+                        self._run.wrong(f"{look}, after {floor.call} in the same process")
+                    elif look.answer is not None:
+                        since = look.invoked
+                        if span.end in self._writes:
+                            [missed, *_] = self._writes[span.end]
+                            since = max(missed.returned or 0, process.opened)
+                        age = max(0, look.invoked - since)
+                        ages.append(age / 1e9)
+                        own_ages.append((age and age - process.lateness(since, look.invoked)) / 1e9)
+        p99, own_p99 = percentile(ages, 0.99), percentile(own_ages, 0.99)
+        oldest = max(ages)
+        self._run.notes["age of reads from memory: p99"] = (
+            f"{p99 * 1e3:.0f} ms, {own_p99 * 1e3:.0f} ms without the lateness of event loops,"
+            f" at most {oldest * 1e3:.0f} ms"
+        )
+        self._run.check(oldest < LATE_SECONDS, f"a read from memory was {oldest:.0f} s old")
+        is_fresh = self._run.is_quick or own_p99 < FRESH_SECONDS
+        self._run.check(is_fresh, f"reads from memory are {own_p99 * 1e3:.0f} ms old")
+
+    def _check_answers(self) -> None:
+        end = 1 + max(max(one.invoked, one.returned or 0) for one in self._all())
+        for id in {*self._calls, *self._end}:
+            calls = [one for one in self._calls[id] if one.name != "look"]
+            first = min((one.invoked for one in calls), default=0)
+            # What a killed process may have claimed had been added before it was killed. And a
+            # node that may never have had a task has nothing to give back.
+            calls += [
+                one
+                for one in self._general
+                if one.name == "claim" and first < self._processes[one.process].ended
+            ]
+            nodes = {one.arguments[0] for one in calls if one.name == "claim"}
+            calls += [
+                one for one in self._general if one.name == "register" and one.arguments[0] in nodes
+            ]
+            calls.append(Asked(-1, "read", id, [], end, end, self._end.get(id)))
+            operations = [
+                Operation(
+                    one.invoked,
+                    one.returned,
+                    TaskCall(one.name, tuple(one.arguments), one.answer),
+                )
+                for one in calls
+                if one.name not in READS or one.answer is not UNKNOWN
+            ]
+            violation = find_violation(operations, None, step, changes_nothing)
+            if violation is not None:
+                before = [one for one in operations if _precedes(one, violation)]
+                before.sort(key=attrgetter("invoked"))
+                shown = "; ".join(_shown(one.call) for one in before[-8:])
+                self._run.wrong(
+                    f"of {id}, no order explains {_shown(violation.call)} after {shown}"
+                )
+
+    def _all(self) -> Iterator[Asked]:
+        yield from self._general
+        for calls in self._calls.values():
+            yield from calls
+
+
+class _Floor(NamedTuple):
+    """A revision that memory has reached, and the call that tells."""
+
+    revision: int
+    call: Asked | None
+
+
+class _Span(NamedTuple):
+    """While a task had a version, or there was none."""
+
+    begin: int
+    """The revision that began it."""
+    end: int | None
+    """The one that ended it."""
+    is_there: bool
+
+
+def _spans(changes: Sequence[Change]) -> list[_Span]:
+    ends = [*(change.revision for change in changes), None]
+    spans = [_Span(0, ends[0], is_there=False)]
+    for change, end in zip(changes, ends[1:], strict=True):
+        spans.append(_Span(change.revision, end, is_there=change.kind != "removed"))
+    return spans
+
+
+def _looks(
+    calls: Iterable[Asked], spans: Sequence[_Span]
+) -> Iterator[tuple[Asked, _Floor, _Span | None]]:
+    """When a process has looked at a task in memory, and the span in which that was so.
+
+    With them comes how new memory must have been when it was asked for, by what the process had
+    seen there, or had done.
+    """
+    answered = [call for call in calls if call.returned is not None]
+    moments = [(call.invoked, 0, call) for call in answered]
+    moments += [(call.returned or 0, 1, call) for call in answered]
+    floor, floors = _Floor(0, None), dict[Asked, _Floor]()
+    for _, is_return, call in sorted(moments, key=lambda moment: moment[:2]):
+        if not is_return:
+            floors[call] = floor
+            continue
+        revision = 0
+        if call.name == "look":
+            span = _span_of(call.answer, floors[call].revision, spans)
+            yield call, floors[call], span
+            revision = span.begin if span is not None else 0
+        elif call.name in ("find", *_TELL_REVISION) and isinstance(call.answer, Seen):
+            revision = call.answer.version or 0
+        elif call.name == "remove" and call.answer is True:
+            removals = (one.begin for one in spans[1:] if not one.is_there)
+            revision = next((one for one in removals if one > floors[call].revision), 0)
+        if revision > floor.revision:
+            floor = _Floor(revision, call)
+
+
+def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | None:
+    """The first one, not over before `since`, in which a task was so; else one that was over."""
+    fit = [
+        span
+        for span in spans
+        if (span.begin == task.version if task is not None else not span.is_there)
+    ]
+    return next(
+        (one for one in fit if one.end is None or one.end > since), fit[-1] if fit else None
+    )
+
+
+def _each_about_a_task(call: Asked) -> Iterator[Asked]:
+    """A call as one about each task that it was answered with."""
+    answer = call.answer
+    if call.name == "claim" and answer is not UNKNOWN:
+        for id, task in answer if isinstance(answer, list) else ():  # else it was too late
+            yield replace(call, task_id=id, answer=Seen(*task))
+    elif call.name == "change" and isinstance(answer, list):
+        before, after = (Seen(*task) for task in answer)
+        yield replace(call, arguments=[*call.arguments, before], answer=after)
+    else:
+        yield replace(call, answer=Seen(*answer) if isinstance(answer, list) else answer)
+
+
+def _cause(call: Asked) -> str:
+    return "update" if call.name == "change" else call.name
+
+
+def _precedes(one: Operation[TaskCall], other: Operation[TaskCall]) -> bool:
+    return one is not other and other.returned is not None and one.invoked <= other.returned
+
+
+def _shown(call: TaskCall) -> str:
+    arguments = ", ".join(map(str, call.arguments))
+    return f"{call.name}({arguments}) → {'?' if call.answer is UNKNOWN else call.answer}"

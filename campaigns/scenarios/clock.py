@@ -1,0 +1,535 @@
+"""The clock jumps, forward and back, while nodes beat and tasks are run.
+
+One process keeps nodes alive and runs tasks on them, another one takes back what lost nodes hold;
+both go by a clock that jumps by seconds, an hour, days or months. Each round one of the nodes dies.
+Some rounds go through the hours in which New York changes its clocks, with times that have no zone.
+
+What is true is kept beside, by a time that does not jump, and compared with the rows as SQLite has
+them: after its next beat, no node that lives is marked lost, and the beat is stored; one that has
+died is marked so, and its tasks are taken back, after twice the time it is allowed; a task that
+waits for its next try waits no longer than twice as long as it may; the times of each task are in
+order.
+
+In `MACHINE` it is the machine's own clock that jumps, by libfaketime, under processes that know
+nothing of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from campaigns.faults.children import Child, Tell
+from campaigns.faults.planted import planted
+from campaigns.harness.campaign import SQLITE, Campaign, HangError, Run, within
+from openclaw_store import (
+    Backoff,
+    Database,
+    NodeInfo,
+    StateManager,
+    Task,
+    TaskType,
+    verify,
+)
+from openclaw_store.errors import NotOwnerError
+
+JUMPS = [
+    sign * jump
+    for jump in (
+        timedelta(hours=1),
+        timedelta(days=3),
+        *(timedelta(seconds=one) for one in (0.3, 20, 70)),
+    )
+    for sign in (-1, 1)
+]
+"""One after another."""
+
+NEW_YORK = "America/New_York"
+
+CHANGES = (
+    datetime(2026, 3, 8, 7, tzinfo=UTC),  # 02:00 becomes 03:00
+    datetime(2026, 11, 1, 6, tzinfo=UTC),  # 02:00 becomes 01:00
+)
+"""When New York changes its clocks."""
+
+TICK = timedelta(seconds=10)
+"""All nodes beat once in it, and lost ones are looked for."""
+
+TICKS = 20
+"""A round."""
+
+PATIENCE_SECONDS = 40
+"""For which a node may be silent."""
+
+TIMEOUT_SECONDS = 60
+"""For which a task may run, if it has a limit."""
+
+BACKOFF = Backoff(first_seconds=15, longest_seconds=60)
+
+NODES = 3
+
+OUT_OF_ORDER = """
+    SELECT task_id, submitted_at, scheduled_at, started_at, completed_at FROM tasks
+    WHERE scheduled_at < submitted_at OR started_at < scheduled_at
+    OR completed_at < coalesce(started_at, scheduled_at, submitted_at)"""
+"""The tasks whose times are not in order."""
+
+
+class JumpingClock:
+    """A clock that can be set, and beside it the time that has really passed."""
+
+    def __init__(self) -> None:
+        self.true = timedelta()
+        self.now = datetime(2026, 6, 1, tzinfo=UTC)
+        self.jumped_at = timedelta(-1)
+        """When it has jumped last, in true time."""
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def tick(self) -> None:
+        self.true += TICK
+        self.now += TICK
+
+    def set(self, now: datetime) -> None:
+        self.now, self.jumped_at = now, self.true
+
+    def local(self) -> datetime:
+        """What `datetime.now()` would say: without a zone."""
+        return datetime.fromtimestamp(self.now.timestamp())
+
+
+@dataclass
+class Held:
+    """A task that a node has, and what is true of it."""
+
+    task: Task
+    since: timedelta
+    hangs: bool
+
+
+@dataclass
+class World:
+    """What is true."""
+
+    alive: dict[str, list[Held]] = field(default_factory=dict)
+    """What each node that lives has."""
+    died: dict[str, timedelta] = field(default_factory=dict)
+    """When a node died that was not told to have been noticed."""
+    failed: dict[str, timedelta] = field(default_factory=dict)
+    """When a task began to wait for its next try."""
+    completed: set[str] = field(default_factory=set)
+    tasks: int = 0
+    nodes: int = 0
+    cpu: float = 0.0
+
+
+def perform(run: Run) -> None:
+    """Have the clock jump once a round."""
+    with run.location() as location, planted(run.bug):
+        asyncio.run(jump(run, Path(location)))
+
+
+async def jump(run: Run, path: Path) -> None:
+    """Have two processes live by a clock that jumps; a quarter of the rounds is New York's."""
+    clock = JumpingClock()
+    uri = f"file:{path}?mode=ro"
+    async with (
+        run.opened(StateManager(Database(path, clock=clock), None, backoff=BACKOFF)) as worker,
+        run.opened(StateManager(Database(path, clock=clock), None, backoff=BACKOFF)) as coordinator,
+    ):
+        with closing(sqlite3.connect(uri, uri=True)) as past:
+            cluster = Cluster(run, clock, worker, coordinator, past)
+            for number in run.each_round():
+                if number % 4 == 3:
+                    with local_zone(NEW_YORK):
+                        change = cluster.change_clocks(run.random.choice(CHANGES))
+                        await within(change, "a round")
+                else:
+                    jumping = cluster.jump(JUMPS[(number - number // 4) % len(JUMPS)])
+                    await within(jumping, "a round")
+        found = await verify(worker.db)
+        run.check(bool(found), f"verify says {[problem.text for problem in found.problems][:3]}")
+
+
+@contextmanager
+def local_zone(name: str) -> Iterator[None]:
+    """Have this process live in a time zone."""
+    before = os.environ.get("TZ")
+    try:
+        os.environ["TZ"] = name
+        time.tzset()
+        yield
+    finally:
+        if before is None:
+            del os.environ["TZ"]
+        else:
+            os.environ["TZ"] = before
+        time.tzset()
+
+
+class Cluster:
+    """Nodes that run tasks, one process that speaks for them, and one that looks after them."""
+
+    def __init__(
+        self,
+        run: Run,
+        clock: JumpingClock,
+        worker: StateManager,
+        coordinator: StateManager,
+        past: sqlite3.Connection,
+    ) -> None:
+        self.run, self.clock, self.random = run, clock, run.random
+        self.worker, self.coordinator = worker, coordinator
+        self.past = past
+        self.world = World()
+        self.is_naive = False
+        """Whether it speaks in times without a zone."""
+
+    async def jump(self, by: timedelta) -> None:
+        """Have the clock jump in the middle of a round."""
+        at = self.random.randrange(2, 8)
+        await self.go_through(at, self.clock.now + at * TICK + by, f"a jump of {by}")
+
+    async def change_clocks(self, moment: datetime) -> None:
+        """Go through the moment at which the local zone changes its clocks."""
+        self.is_naive = True
+        await self.go_through(1, moment - (TICKS // 2) * TICK, f"the change of {moment:%B}")
+        self.is_naive = False
+
+    async def go_through(self, at: int, now: datetime, what: str) -> None:
+        """A round, in which the clock is set to `now` at a tick."""
+        while len(self.world.alive) < NODES:
+            await self.join()
+        dies_at = self.random.randrange(TICKS // 2)
+        for tick in range(TICKS):
+            self.clock.tick()
+            if tick == at:
+                self.clock.set(now)
+            if tick == dies_at:
+                node_id = self.random.choice(list(self.world.alive))
+                del self.world.alive[node_id]
+                self.world.died[node_id] = self.clock.true
+            recovers_first = self.random.random() < 0.5
+            if recovers_first:
+                await self.recover(what, since_beat=TICK)
+            await self.beat()
+            if not recovers_first:
+                await self.recover(what, since_beat=timedelta())
+            await self.work()
+            self.check_nodes(what)
+            self.check_waiting(what)
+        self.check_tasks(what)
+
+    async def join(self) -> None:
+        self.world.nodes += 1
+        node_id = f"node-{self.world.nodes}"
+        await self.worker.register_node(NodeInfo(node_id, node_id, max_concurrent_tasks=3))
+        self.run.counts.acknowledged += 1
+        self.world.alive[node_id] = []
+
+    async def beat(self) -> None:
+        """Have each node that lives say so, and see to it that it is stored."""
+        self.world.cpu = self.random.randrange(100)
+        for node_id in self.world.alive:
+            if self.is_naive and self.random.random() < 0.5:  # as the specification does it
+                node = await self.worker.node_repo.get(node_id)
+                assert node is not None
+                node.last_heartbeat, node.cpu_usage = self.clock.local(), self.world.cpu
+                await self.worker.node_repo.update(node)
+                await self.worker.refresh_from_database()
+            if not await self.worker.update_heartbeat(node_id, cpu_usage=self.world.cpu):
+                self.run.wrong(f"{node_id} is not known")
+            self.run.counts.acknowledged += 1
+        await self.worker.sync_to_database()
+        self.check_beats()
+
+    async def recover(self, what: str, since_beat: timedelta) -> None:
+        """Take back what lost nodes hold."""
+        world, clock = self.world, self.clock
+        recovery = await self.coordinator.recover(timeout_seconds=PATIENCE_SECONDS)
+        self.run.counts.acknowledged += 1
+        if clock.true - clock.jumped_at > since_beat:
+            lost = world.alive.keys() & set(recovery.offline_nodes)
+            self.run.check(not lost, f"{lost} are marked lost though they live, after {what}")
+        taken = {*recovery.requeued_tasks, *recovery.failed_tasks, *recovery.timed_out_tasks}
+        for held in world.alive.values():
+            for one in [one for one in held if one.task.task_id in taken]:
+                held.remove(one)
+                ran, limit = clock.true - one.since, one.task.timeout or 10**9
+                is_wrong = one.since > clock.jumped_at and ran < timedelta(seconds=limit)
+                self.run.check(
+                    not is_wrong, f"{one.task.task_id} was taken from a node that lives after {ran}"
+                )
+        self.world.failed.update(dict.fromkeys(recovery.requeued_tasks, clock.true))
+        await self.worker.refresh_from_database()
+
+    async def work(self) -> None:
+        """Have nodes start, complete or fail what they have, and take something new."""
+        world, clock, run = self.world, self.clock, self.run
+        for _ in range(2):
+            world.tasks += 1
+            task = Task(
+                f"task-{world.tasks}",
+                TaskType.BATCH,
+                "t",
+                timeout=self.random.choice([None, TIMEOUT_SECONDS]),
+                submitted_at=clock.local() if self.is_naive else clock.now,
+                not_before=clock.local() if self.is_naive else None,
+            )
+            await self.worker.add_task(task)
+            run.counts.acknowledged += 1
+            run.check(task.submitted_at == clock.now, f"{clock.local()} became {task.submitted_at}")
+        for node_id, held in world.alive.items():
+            for one in list(held):
+                await self.go_on(one, held)
+            for task in await self.worker.claim_tasks(node_id, limit=2):
+                world.failed.pop(task.task_id, None)
+                hangs = task.timeout is not None and self.random.random() < 0.4
+                held.append(Held(task, clock.true, hangs))
+            run.counts.acknowledged += 1
+
+    async def go_on(self, one: Held, held: list[Held]) -> None:
+        """Have a task be started, completed, or fail."""
+        run, id = self.run, one.task.task_id
+        try:
+            if one.task.started_at is None:
+                one.task = await self.worker.start_task(one.task)
+                one.since = self.clock.true
+            elif one.hangs:
+                limit = timedelta(seconds=2 * TIMEOUT_SECONDS) + 2 * TICK
+                run.check(
+                    self.clock.true - one.since <= limit, f"{id} hangs, and is never taken back"
+                )
+                return
+            elif self.random.random() < 0.7:
+                held.remove(one)
+                await self.worker.complete_task(one.task)
+                self.world.completed.add(id)
+            else:
+                held.remove(one)
+                await self.worker.fail_task(one.task, "no")
+                self.world.failed[id] = self.clock.true
+            run.counts.acknowledged += 1
+        except NotOwnerError as error:  # what `recover` takes is no longer here
+            run.counts.refused += 1
+            run.wrong(f"{id} was taken away, and nobody has said so: {error}")
+
+    def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """What the file has, past the library."""
+        return self.past.execute(query, parameters).fetchall()
+
+    def check_beats(self) -> None:
+        """Look whether those that live are known to, by their last heartbeats."""
+        now = (self.clock.now - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+        nodes = self.rows("SELECT node_id, status, last_heartbeat, cpu_usage FROM nodes")
+        for node_id, status, at, cpu in nodes:
+            if node_id in self.world.alive:
+                early = (at - now) / 1e6
+                # One from the last second before the clock was turned back may stand for so long.
+                self.run.check(
+                    status == "online" and 0 <= early <= 1 and (early or cpu == self.world.cpu),
+                    f"{node_id} has just beaten, and is {status}, its last beat {early} s later",
+                )
+
+    def check_nodes(self, what: str) -> None:
+        """Look whether those that have died are known to be lost, and hold nothing."""
+        # Just before it is silent for long enough, the clock may go back by twice that time.
+        limit = timedelta(seconds=3 * PATIENCE_SECONDS) + TICK
+        for node_id, died in list(self.world.died.items()):
+            if self.clock.true - died > limit:
+                del self.world.died[node_id]
+                [(status,)] = self.rows("SELECT status FROM nodes WHERE node_id = ?", node_id)
+                self.run.check(status == "offline", f"{node_id} has died and is {status}: {what}")
+                held = self.rows(
+                    "SELECT task_id FROM tasks WHERE status IN ('scheduled', 'running')"
+                    " AND assigned_node = ?",
+                    node_id,
+                )
+                self.run.check(not held, f"{node_id} has died and holds {held}: {what}")
+
+    def check_waiting(self, what: str) -> None:
+        """Look whether what has failed is tried again."""
+        limit = timedelta(seconds=2 * BACKOFF.longest_seconds) + 2 * TICK
+        now = self.clock.now.timestamp() * 1e6
+        late = [id for id, at in self.world.failed.items() if self.clock.true - at > limit]
+        for id in late:
+            del self.world.failed[id]
+            found = self.rows(
+                "SELECT datetime(not_before / 1e6, 'unixepoch') FROM tasks WHERE status = 'pending'"
+                " AND task_id = ? AND not_before > ?",
+                id,
+                now,
+            )
+            self.run.check(not found, f"{id} waits until {found} after {what}")
+
+    def check_tasks(self, what: str) -> None:
+        """Look whether the times of all tasks are in order, and what was completed is."""
+        wrong = self.rows(OUT_OF_ORDER)
+        self.run.check(not wrong, f"the times of {wrong[:3]} are not in order after {what}")
+        stored = {id for (id,) in self.rows("SELECT task_id FROM tasks WHERE status = 'completed'")}
+        for id in self.world.completed - stored:
+            self.run.lost(f"the completion of {id}")
+        self.world.completed.clear()
+
+
+CAMPAIGN = Campaign(
+    name="clock",
+    title="the clock jumps by an hour and by days, and New York changes its clocks",
+    promises=("P1", "P4"),
+    perform=perform,
+    rounds=400,
+    quick_rounds=4,
+    unit="jumps",
+    kinds=(SQLITE,),
+    bugs={
+        "heartbeats-from-the-future": "has just beaten, and is",
+        "times-as-the-clock-says": "are not in order",
+    },
+)
+
+
+MACHINE_PATIENCE_SECONDS = 1.0
+"""For which a node may be silent, where it is the machine's clock that jumps."""
+
+MACHINE_JUMPS = [timedelta(hours=-1), timedelta(days=3), timedelta(days=-3), timedelta(hours=1)]
+
+FAKETIME = next(
+    (
+        path
+        for folder in ("/usr/lib", "/usr/local/lib", "/opt/homebrew/lib")
+        for path in sorted(Path(folder).glob("**/faketime/libfaketimeMT.so.1"))
+    ),
+    None,
+)
+"""What has programs believe in another time (https://github.com/wolfcw/libfaketime)."""
+
+
+def perform_on_machine(run: Run) -> None:
+    """Have the clock of the processes jump; each time, one of them is killed and replaced."""
+    with run.location() as location:
+        offset = run.folder / "offset"
+        offset.write_text("+0")
+        environment = {
+            "LD_PRELOAD": str(FAKETIME),
+            "FAKETIME_TIMESTAMP_FILE": str(offset),
+            "FAKETIME_CACHE_DURATION": "1",  # seconds
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+        }
+
+        def start(function: Callable[..., Any], *arguments: str) -> Child:
+            errors = run.folder / "errors"
+            return Child(function, location, *arguments, errors=errors, environment=environment)
+
+        with (
+            start(look_after_nodes, "lives"),
+            closing(sqlite3.connect(f"file:{location}?mode=ro", uri=True)) as past,
+        ):
+            machine = Machine(run, offset, past)
+            for number in run.each_round():
+                with start(work_as, "dies") as mortal:
+                    machine.wait("there", "lives", "dies")
+                    machine.jump(MACHINE_JUMPS[number % len(MACHINE_JUMPS)])
+                    machine.wait("known to live", "lives", "dies")
+                    mortal.kill()
+                machine.wait("marked lost", "dies", are_lost=True)
+            machine.check_tasks()
+
+
+async def work_as(tell: Tell, path: str, name: str) -> None:
+    """Be a node that heartbeats, and runs tasks of its own."""
+    async with StateManager(Database(path), 1) as manager:
+        node = NodeInfo(name, name, available_skills=[name], max_concurrent_tasks=4)
+        await manager.register_node(node)
+        while True:
+            await manager.add_task(Task.create(TaskType.BATCH, "t", required_skills=[name]))
+            await manager.update_heartbeat(name)
+            for task in await manager.claim_tasks(name, limit=4):
+                with suppress(NotOwnerError):  # the clock has jumped, so it was taken away
+                    await manager.start_task(task)
+                    await manager.complete_task(task)
+            await asyncio.sleep(0.2)
+
+
+async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
+    """Be the coordinator that finds out which nodes are lost, and a node besides."""
+    working = asyncio.create_task(work_as(tell, path, name))
+    async with StateManager(Database(path), 1) as manager:
+        while not working.done():
+            await manager.recover(timeout_seconds=MACHINE_PATIENCE_SECONDS)
+            await asyncio.sleep(0.2)
+    await working
+
+
+class Machine:
+    """What a process sees whose clock does not jump."""
+
+    SLOW_SECONDS = 120.0
+    """After which something that should have happened never will."""
+
+    def __init__(self, run: Run, offset: Path, past: sqlite3.Connection) -> None:
+        self._run, self._offset, self._past = run, offset, past
+        self._ahead = timedelta()
+        self._slowest: dict[str, float] = {}
+
+    def jump(self, by: timedelta) -> None:
+        """Set the clock that the others have."""
+        self._ahead += by
+        aside = self._offset.with_suffix(".aside")
+        aside.write_text(f"{self._ahead.total_seconds():+.0f}")
+        aside.replace(self._offset)  # whoever reads it finds the old one or the new one
+        self._run.counts.acknowledged += 1
+
+    def wait(self, what: str, *names: str, are_lost: bool = False) -> None:
+        """See nodes marked as lost, or as living by heartbeats of their present time.
+
+        Raises:
+            HangError: If they never are.
+        """
+        began = time.monotonic()
+        while not all((self._is_lost if are_lost else self._is_known)(name) for name in names):
+            if time.monotonic() - began > self.SLOW_SECONDS:
+                raise HangError(f"not within {self.SLOW_SECONDS:g} s: {names} are {what}")
+            time.sleep(0.02)
+        took = self._slowest[what] = max(self._slowest.get(what, 0), time.monotonic() - began)
+        self._run.notes[f"slowest {what}"] = f"{took:.1f} s"
+
+    def check_tasks(self) -> None:
+        """Look whether the times of tasks are in order."""
+        wrong = self._past.execute(OUT_OF_ORDER).fetchall()
+        self._run.check(not wrong, f"the times of {wrong[:3]} are not in order")
+
+    def _is_lost(self, name: str) -> bool:
+        return self._node(name)[0] == "offline"
+
+    def _is_known(self, name: str) -> bool:
+        status, at = self._node(name)
+        present = time.time() + self._ahead.total_seconds()
+        return status == "online" and abs(at / 1e6 - present) < 10 * MACHINE_PATIENCE_SECONDS
+
+    def _node(self, name: str) -> tuple[str, int]:
+        query = "SELECT status, coalesce(last_heartbeat, 0) FROM nodes WHERE node_id = ?"
+        found: tuple[str, int] | None = self._past.execute(query, (name,)).fetchone()
+        return found or ("unknown", 0)
+
+
+MACHINE = Campaign(
+    name="machine-clock",
+    title="the clock of the machine jumps under processes that know nothing of it",
+    promises=("P1", "P4"),
+    perform=perform_on_machine,
+    rounds=60,
+    quick_rounds=1,
+    unit="jumps",
+    kinds=(SQLITE,),
+    why_not=lambda: None if FAKETIME else "no libfaketime: apt-get install faketime",
+)

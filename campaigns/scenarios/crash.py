@@ -1,0 +1,52 @@
+"""`kill -9` of workers under load, and of the PostgreSQL server that they write to.
+
+Checked: every call that has returned is in the database, and every other one wholly or not at all;
+see `audit`. And in the long form, the store is open again within a second, in the median.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from campaigns.harness.beside import wait_until_alone
+from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
+from campaigns.scenarios.workers import Blow, Worker, judge_openings, strike_again_and_again
+
+KILLS_A_DATABASE = 20
+"""Then a new one is begun, since checking takes the longer, the more there is."""
+
+
+def perform(run: Run) -> None:
+    """Do so many kills."""
+    seconds: list[float] = []
+    for kills in run.parts(KILLS_A_DATABASE):
+        with run.location() as location:
+            seconds += strike_again_and_again(run, location, _blows(run, location, kills))
+    judge_openings(run, seconds)
+
+
+def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:
+    """On SQLite, kills of the worker; on PostgreSQL, in turn of the worker and of the server."""
+    for number in range(kills):
+        if run.kind == SQLITE:
+            yield Blow(Worker.kill)
+        elif number % 2:
+            yield Blow(lambda _: run.server.kill(), run.server.start)
+        else:
+            yield Blow(Worker.kill, lambda: wait_until_alone(location))
+
+
+CAMPAIGN = Campaign(
+    name="crash",
+    title="kill -9 of a worker with 64 writers, or of the server",
+    promises=("P1", "P2", "P4", "P5"),
+    perform=perform,
+    rounds=1000,
+    quick_rounds=2,
+    unit="kills",
+    rounds_of={POSTGRESQL: 400},
+    bugs={
+        "acknowledge-before-commit": "lost: task",
+        "revision-outside-transaction": "by the feed",
+    },
+)

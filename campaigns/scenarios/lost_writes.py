@@ -1,0 +1,206 @@
+"""Power cuts that need no root: of what SQLite wrote and never synced, any part may be gone.
+
+SQLite's writes and syncs are recorded in process (see `vfs`), in one order with what the clients
+say. A cut is a place in that record. What was synced before it is in the files afterwards; of what
+was written since, sectors are drawn that are there, too. (That a file was made or removed counts
+as synced.) Of each record, many cuts are tried. (To rebuild from a record of system calls what a
+crash may leave is how Pillai et al. found programs that rely on more than file systems promise:
+"All File Systems Are Not Created Equal", OSDI 2014.)
+
+Checked is what `power` checks, and that a store can be opened on the files, and finds them sound.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import count, pairwise
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from campaigns.checks.audit import Log, verify_it
+from campaigns.checks.trial import checkpointing
+from campaigns.faults.planted import planted
+from campaigns.faults.vfs import SYNC, WRITES, SystemCall, hooked, why_not
+from campaigns.harness.campaign import SQLITE, Campaign, Run
+from campaigns.workloads.load import make_nodes, open_store, write
+
+CALLS_A_RECORD = 400
+CUTS_A_RECORD = 50
+
+SECTOR = 512
+"""Bytes that a disk writes whole or not at all."""
+
+PAGES_A_CHECKPOINT = 100
+"""A tenth of what is usual, so that each record has some."""
+
+
+class Write(NamedTuple):
+    """Bytes that are written to a file."""
+
+    path: Path
+    offset: int
+    data: bytes
+
+
+class Truncation(NamedTuple):
+    """A file gets another length."""
+
+    path: Path
+    length: int
+
+
+class Sync(NamedTuple):
+    """All that was written to a file is on the disk."""
+
+    path: Path
+
+
+Event = Write | Truncation | Sync | list[Any]
+"""What happens to a file, or what a client says."""
+
+
+class _File:
+    """What of a file is on the disk, and what only may be."""
+
+    def __init__(self, synced: bytes) -> None:
+        self._synced = bytearray(synced)
+        self._since: list[Write | Truncation] = []
+
+    def note(self, event: Write | Truncation | Sync) -> None:
+        if isinstance(event, Sync):
+            for change in self._since:
+                _apply(change, self._synced)
+            self._since.clear()
+        else:
+            self._since.append(event)
+
+    def after_cut(self, random: Random, share: float) -> bytes:
+        """What is left: of what was written since the last sync, about this share."""
+        left = bytearray(self._synced)
+        for change in self._since:
+            for part in _sectors(change):
+                if random.random() < share:
+                    _apply(part, left)
+        return bytes(left)
+
+
+class RecordedDisk:
+    """The files in a folder, of which is known what was synced."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = defaultdict(lambda: _File(b""))
+        for path in folder.iterdir():
+            self._files[path.name] = _File(path.read_bytes())
+
+    def note(self, event: Write | Truncation | Sync) -> None:
+        """Take note of what happens to a file."""
+        self._files[event.path.name].note(event)
+
+    def leave(self, folder: Path, random: Random) -> None:
+        """Write to a folder what is left of the files when the power is cut now."""
+        share = random.choice((0, random.random(), 1))
+        for name, file in self._files.items():
+            (folder / name).write_bytes(file.after_cut(random, share))
+
+
+def _apply(change: Write | Truncation, content: bytearray) -> None:
+    length = change.offset if isinstance(change, Write) else change.length
+    content.extend(bytes(max(0, length - len(content))))
+    if isinstance(change, Write):
+        content[length : length + len(change.data)] = change.data
+    else:
+        del content[length:]
+
+
+def _sectors(change: Write | Truncation) -> Iterator[Write | Truncation]:
+    """The parts of a change that are on the disk or not, each by itself."""
+    if isinstance(change, Truncation):
+        yield change
+        return
+    end = change.offset + len(change.data)
+    starts = [change.offset, *range((change.offset // SECTOR + 1) * SECTOR, end, SECTOR)]
+    for start, stop in pairwise([*starts, end]):
+        yield Write(change.path, start, change.data[start - change.offset : stop - change.offset])
+
+
+def perform(run: Run) -> None:
+    """Cut the power so many times."""
+    for cuts in run.parts(CUTS_A_RECORD):
+        with run.location() as location:
+            assert isinstance(location, Path)
+            asyncio.run(make_nodes(location))
+            disk = RecordedDisk(location.parent)
+            with planted(run.bug):
+                events = asyncio.run(_record(location, run.random.getrandbits(32)))
+            _cut(run, disk, events, location.name, cuts)
+
+
+async def _record(location: Path, seed: int) -> Sequence[Event]:
+    """Have clients write for a while; returns what has happened."""
+    events: list[Event] = []
+    calls = count(1)
+
+    def hook(call: SystemCall) -> int:
+        path = Path(call.path)
+        if path.name.endswith("-shm"):  # which is not for the disk
+            pass
+        elif call.name == SYNC:
+            events.append(Sync(path))
+        elif call.name == "ftruncate":
+            events.append(Truncation(path, call.offset))
+        elif call.name in WRITES:
+            events.append(Write(path, call.offset, call.data))
+        return 0
+
+    def tell(*said: Any) -> None:
+        events.append([*said])
+        if said[0] == "returned" and next(calls) == CALLS_A_RECORD:
+            writing.cancel()
+
+    with hooked(hook, location.parent), checkpointing(PAGES_A_CHECKPOINT):
+        async with open_store(str(location)) as store:
+            writing = asyncio.create_task(write(store, tell, 0, seed))
+            with suppress(asyncio.CancelledError):
+                await writing
+            end = len(events)  # what follows is said by nobody
+    return events[:end]
+
+
+def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts: int) -> None:
+    """Cut the power at random places of a record, and check each time what is left."""
+    log = Log(run.counts)
+    done = 0
+    places = run.random.choices(range(len(events)), k=cuts - 1)
+    for place in [*sorted(places), len(events)]:
+        for event in events[done:place]:
+            if isinstance(event, list):
+                log.note(event)
+            else:
+                disk.note(event)
+        done = place
+        with TemporaryDirectory(dir=run.folder) as folder:
+            disk.leave(Path(folder), run.random)
+            # After the last cut, it is counted what has no answer.
+            there = log if done == len(events) else log.copy()
+            there.check(run, Path(folder, name))
+            verify_it(run, Path(folder, name))
+        run.done()
+
+
+CAMPAIGN = Campaign(
+    name="lost-writes",
+    title="the power is cut at any moment: of what was not synced, any part is gone",
+    promises=("P1", "P2", "P5"),
+    perform=perform,
+    rounds=2000,
+    quick_rounds=20,
+    unit="cuts",
+    kinds=(SQLITE,),
+    bugs={"synchronous-off": "lost: task"},
+    why_not=why_not,
+)

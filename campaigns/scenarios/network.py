@@ -1,0 +1,502 @@
+"""The network between the store and a PostgreSQL server fails, at every kind of moment.
+
+Callers add tasks, change them, claim them, start and complete them through a proxy, each of them
+again and again until it has been told that it is done, and then the next one. Meanwhile the
+network fails: connections are reset or refused, requests and replies vanish, messages arrive by
+halves, late, or a few bytes at a time. It does so at any time, or in place of one request, or of
+its reply, a commit's among them.
+
+What they were told is compared with what the server has, which is asked past the proxy and past
+the library: after each error (one other than `OutcomeUnknownError` must have changed nothing), and
+after each fault: each task once, with one change for each thing that was done to it. Every answer
+must come in time and be typed. With the network back, the next calls work, the cache equals the
+database, others' changes are heard, and a watcher has missed none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from random import Random
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+from campaigns.faults.planted import planted
+from campaigns.faults.proxy import FAULTS, MOMENTS, Fault, Proxy
+from campaigns.harness.beside import driver, plain
+from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, unheard
+from campaigns.harness.lateness import TICK_SECONDS, watch_lateness
+from openclaw_store import (
+    Database,
+    NodeInfo,
+    StateManager,
+    Task,
+    TaskFilter,
+    TaskRepository,
+    TaskStatus,
+    TaskType,
+)
+from openclaw_store.backends import notifications as wakeups
+from openclaw_store.backends.postgresql import backend as postgresql
+from openclaw_store.errors import (
+    BackendError,
+    ConflictError,
+    DuplicateError,
+    OutcomeUnknownError,
+    StaleVersionError,
+    StoreError,
+)
+
+T = TypeVar("T")
+
+LANES = 4
+"""Networks that fail side by side, each with a database of its own; most of the time all wait."""
+
+CALLERS = 3
+"""On each of them."""
+
+LIMIT_SECONDS = 0.8
+"""`Database(timeout=…)`."""
+
+ANSWER_SECONDS = 0.2
+"""What the store gives a server beyond that, here; else it is a second."""
+
+DEADLINE_SECONDS = 2 * (LIMIT_SECONDS + ANSWER_SECONDS)
+"""For the turn to write, and for the answer."""
+
+LEEWAY_SECONDS = 0.5
+
+PATIENCE_SECONDS = 60.0
+"""After which something that should have happened counts as hanging."""
+
+HISTORY = [
+    (None, "pending"),
+    ("pending", "pending"),
+    ("pending", "scheduled"),
+    ("scheduled", "running"),
+    ("running", "completed"),
+]
+"""All that is done to a task."""
+
+
+def perform(run: Run) -> None:
+    """Have the network fail `run.rounds` times."""
+    lanes = min(LANES, run.rounds)
+    with ExitStack() as stack:
+        stack.enter_context(hurried())
+        stack.enter_context(unheard("openclaw_store", "sqlalchemy"))
+        stack.enter_context(planted(run.bug))
+        urls = [str(stack.enter_context(run.location())) for _ in range(lanes)]
+        asyncio.run(fail_side_by_side(run, urls))
+
+
+@contextmanager
+def hurried() -> Iterator[None]:
+    """Have the store's own limits be shorter than they are."""
+    with (
+        patch.object(postgresql, "_CONNECT_SECONDS", LIMIT_SECONDS),
+        patch.object(postgresql, "_ANSWER_SECONDS", ANSWER_SECONDS),
+        patch.object(postgresql, "_CLOSE_SECONDS", ANSWER_SECONDS),
+        patch.object(wakeups, "RETRY_SECONDS", (0.01, 0.1)),
+        patch.object(wakeups, "ALIVE_SECONDS", 0.1),
+    ):
+        yield
+
+
+async def fail_side_by_side(run: Run, urls: list[str]) -> None:
+    """Share the faults among the lanes."""
+    stall = Stall()
+    watching = asyncio.create_task(watch_lateness(stall.note))
+    numbers = iter(range(run.rounds))
+
+    async def fail_again_and_again(name: int, url: str) -> None:
+        lane = Lane(run, stall, Random(f"{run.seed} {name}"), url)
+        async with Proxy(url) as lane.proxy:
+            await lane.fail(numbers)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for name, url in enumerate(urls):
+                group.create_task(fail_again_and_again(name, url))
+    finally:
+        watching.cancel()
+    run.notes["slowest answer"] = f"{stall.slowest_answer:.2f} s"
+
+
+class Stall:
+    """How late this event loop is: what a call has waited for that is not the store's."""
+
+    def __init__(self) -> None:
+        self.slowest_answer = 0.0
+        """Of all calls."""
+        self._next = time.monotonic()
+        self._late: deque[tuple[float, float]] = deque(maxlen=1000)
+
+    def note(self, due: float, now: float) -> None:
+        """Take note from when to when it was late."""
+        self._late.append((due, now))
+        self._next = now + TICK_SECONDS
+
+    def since(self, moment: float) -> float:
+        """All that it was late since then."""
+        late = sum(now - due for due, now in self._late if now >= moment)
+        return late + max(0.0, time.monotonic() - self._next)
+
+
+class Lane:
+    """One network, and the callers on it."""
+
+    def __init__(self, run: Run, stall: Stall, random: Random, url: str) -> None:
+        self.run, self.stall, self.random, self.url = run, stall, random, url
+        self.proxy: Proxy
+        self.manager: StateManager
+        self.other: StateManager
+        self.past: Any
+        """A pool of connections past the proxy and past the library."""
+        self.jobs = 0
+        self.is_ending = False
+        self.done: list[str] = []
+        """The tasks that were completed since the last fault."""
+        self.seen: list[int] = []
+        """Revisions, by a watcher that goes on from the last one when it is interrupted."""
+        self.checked = 0
+        """The revision up to which the feed was looked at."""
+
+    async def fail(self, numbers: Iterator[int]) -> None:
+        """Have the network fail, as long as there are numbers left."""
+        self.past = await driver().create_pool(plain(self.url), min_size=1, max_size=2)
+        self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
+        self.other = StateManager(Database(self.url), None)
+        async with self.past, self.other:
+            await self.insist(self.manager.initialize, "to open it")
+            watching = asyncio.create_task(self.watch())
+            callers = [Caller(self, f"node-{number}") for number in range(CALLERS)]
+            for caller in callers:
+                await caller.register()
+            for number in numbers:
+                await self.one_fault(callers, number)
+                self.run.done()
+            async with in_time("to shut down"):
+                await self.manager.shutdown()
+                await watching
+
+    async def watch(self) -> None:
+        """See every change."""
+        while self.manager.is_initialized:
+            try:
+                async for change in self.manager.watch(since=self.seen[-1] if self.seen else 0):
+                    self.seen.append(change.revision)
+            except BackendError:
+                await asyncio.sleep(0.01)
+
+    async def one_fault(self, callers: list[Caller], number: int) -> None:
+        """Have the network fail while the callers work, bring it back, and look what came of it."""
+        fault = self.draw(callers, number)
+        self.done, self.is_ending = [], False
+        working = [asyncio.create_task(caller.work()) for caller in callers]
+        await asyncio.sleep(self.random.uniform(0, 0.05))
+        self.proxy.fail(fault)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.proxy.struck.wait(), 2)
+        if not self.proxy.struck.is_set():  # nobody has said the words
+            self.proxy.strike()
+        adding = asyncio.create_task(self.other.add_task(make_task(f"other-{number}", "nobody")))
+        await asyncio.sleep(self.random.choice([0.1, 0.2, 0.4, 0.8]))
+        self.proxy.forward()
+        self.is_ending = True
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await asyncio.gather(adding, *working)
+                await self.check(f"{fault.kind} at {fault.moment} of {fault.words!r}", number)
+        except TimeoutError:
+            each = zip(callers, working, strict=True)
+            hanging = [caller.doing for caller, one in each if not one.done()]
+            self.run.wrong(f"something hangs after {fault}: {hanging}")
+        except StoreError as error:
+            self.run.wrong(f"something does not work beside {fault}: {error!r}")
+        finally:
+            for one in working:
+                one.cancel()
+
+    def draw(self, callers: list[Caller], number: int) -> Fault:
+        """Each kind at each moment in turn, by anybody's words; first by those that commit."""
+        kind = FAULTS[number % len(FAULTS)]
+        moment = MOMENTS[number // len(FAULTS) % len(MOMENTS)]
+        writes = [b"COMMIT", b'{"changed"']  # what commits, with the lock and mostly without it
+        words = [b"", *writes, *(caller.node_id.encode() for caller in callers)]
+        if number < len(FAULTS):
+            return Fault(kind, moment, writes[number % len(writes)])
+        return Fault(kind, moment, b"" if moment == "now" else self.random.choice(words))
+
+    async def check(self, what: str, number: int) -> None:
+        """Look whether all is as it was said, with the network back."""
+        run, manager = self.run, self.manager
+        # Without trying again: the trouble is over, and all callers have seen to that.
+        for name, call in (
+            ("a write", lambda: manager.add_task(make_task(f"after-{number}", "nobody"))),
+            ("a read", lambda: manager.task_repo.get(f"after-{number}")),
+            ("a transaction", lambda: self.change_nothing()),
+        ):
+            await self.insist(call, f"after {what}, {name}")
+        await self.other.add_task(make_task(f"heard-{number}", "nobody"))
+        newest = await self.past.fetchval("SELECT revision FROM counters")
+        if not await holds(lambda: manager.version == newest):
+            run.wrong(f"after {what}, others' changes are not heard")
+        if not await holds(lambda: bool(self.seen) and self.seen[-1] == newest):
+            run.wrong(f"after {what}, the watcher has stopped at {self.seen[-1:]} of {newest}")
+        run.check(
+            self.seen[self.checked :] == list(range(self.checked + 1, newest + 1)),
+            f"after {what}, the watcher has missed some or seen them twice",
+        )
+        await self.check_feed(what, newest)
+        await self.insist(manager.refresh_from_database, f"after {what}, a refreshment")
+        await self.check_cache(what)
+        if not await holds(lambda: manager.db.checked_out_connections == 0):
+            run.wrong(f"after {what}, connections are still in use")
+
+    async def insist(self, call: Callable[[], Awaitable[object]], name: str) -> None:
+        """Have a call work at once; where only the machine is too slow for these limits, later."""
+        async with in_time(name):
+            while True:
+                swallowed = self.proxy.swallowed
+                try:
+                    await call()
+                except DuplicateError:
+                    break  # it had worked
+                except BackendError as error:
+                    if self.proxy.swallowed > swallowed:
+                        self.run.wrong(f"{name} does not work: {error!r}")
+                    continue
+                break
+
+    async def change_nothing(self) -> None:
+        async with self.manager.db.transaction() as tx:
+            await TaskRepository(tx).get("nothing")
+
+    async def check_feed(self, what: str, newest: int) -> None:
+        """Look whether everything that was done to a task was done once."""
+        changes = await self.past.fetch(
+            "SELECT revision, item_id, from_status, to_status FROM changes"
+            " WHERE revision > $1 ORDER BY revision",
+            self.checked,
+        )
+        self.run.check(
+            [change[0] for change in changes] == list(range(self.checked + 1, newest + 1)),
+            f"after {what}, the feed has a gap",
+        )
+        self.checked = newest
+        histories: dict[str, list[tuple[str | None, str | None]]] = {}
+        for _, id, *statuses in changes:
+            histories.setdefault(id, []).append((statuses[0], statuses[1]))
+        for id in self.done:
+            history = histories.get(id)
+            if history is None:
+                self.run.lost(f"{id}, after {what}")
+            else:
+                self.run.check(
+                    history == HISTORY, f"after {what}, the changes of {id} are {history}"
+                )
+
+    async def check_cache(self, what: str) -> None:
+        """Look whether the database has what was acknowledged, and the cache what it has."""
+        rows = await self.past.fetch(
+            "SELECT task_id, status, version, result::text, assigned_node, attempt FROM tasks"
+            " WHERE task_id = ANY($1)",
+            self.done,
+        )
+        stored = {row["task_id"]: row for row in rows}
+        for id in self.done:
+            cached, row = await self.manager.get_task(id), stored.get(id)
+            if row is None:
+                self.run.lost(f"{id}, after {what}")
+                continue
+            if row["status"] != "completed" or json.loads(row["result"]) != id:
+                self.run.lost(f"the completion of {id}, after {what}")
+            assert cached is not None
+            same = (cached.status, cached.version, cached.assigned_node, cached.attempt)
+            self.run.check(
+                same == (row["status"], row["version"], row["assigned_node"], row["attempt"]),
+                f"after {what}, {id} is {same} in memory, and {tuple(row)} in the database",
+            )
+        for row in await self.past.fetch(
+            "SELECT node_id, version, running_tasks, successful_tasks FROM nodes"
+        ):
+            node = await self.manager.get_node(row["node_id"])
+            assert node is not None
+            known = (node.node_id, node.version, node.running_tasks, node.successful_tasks)
+            self.run.check(
+                known == tuple(row) and node.running_tasks == 0,
+                f"after {what}, a node is {known} in memory, and {tuple(row)} in the database",
+            )
+
+
+class Caller:
+    """Takes tasks through their lives, one after another, whatever the network does."""
+
+    def __init__(self, lane: Lane, node_id: str) -> None:
+        self.lane, self.node_id, self.run = lane, node_id, lane.run
+        self.doing = ""
+        """What it is at, for who wants to know why it hangs."""
+
+    async def register(self) -> None:
+        """Be the only one who may run its tasks."""
+        node = NodeInfo(self.node_id, self.node_id, available_skills=[self.node_id])
+        await self.lane.insist(lambda: self.lane.manager.register_node(node), "to register")
+
+    async def work(self) -> None:
+        """Until the trouble is over."""
+        while True:
+            await self.do_one()
+            if self.lane.is_ending:
+                break
+
+    async def do_one(self) -> None:
+        """Add, change, claim, start and complete a task."""
+        lane, manager = self.lane, self.lane.manager
+        lane.jobs += 1
+        id = f"task-{lane.jobs}-of-{self.node_id}"
+        task = make_task(id, self.node_id)
+        add = manager.add_task if lane.random.random() < 0.8 else self.add_in_transaction
+        await self.until_done(id, "pending", lambda: add(task), DuplicateError)
+        await self.until_done(id, None, lambda: manager.task_repo.get(id))
+        # As it is stored, whoever has got the answer to that.
+        task.version = await lane.past.fetchval("SELECT version FROM tasks WHERE task_id = $1", id)
+        task.metadata = {"changed": True}
+        await self.until_done(id, "pending", lambda: manager.update_task(task), StaleVersionError)
+        claimed = await self.claim(id)
+        await self.until_done(id, "running", lambda: manager.start_task(claimed))
+        await self.until_done(id, "completed", lambda: manager.complete_task(claimed, result=id))
+        lane.done.append(id)
+
+    async def add_in_transaction(self, task: Task) -> None:
+        async with self.lane.manager.db.transaction() as tx:
+            if await TaskRepository(tx).get(task.task_id) is None:
+                await TaskRepository(tx).create(task)
+            else:
+                raise DuplicateError("task", task.task_id)
+
+    async def claim(self, id: str) -> Task:
+        """Claim the only task that there is for this node."""
+        manager = self.lane.manager
+        mine = TaskFilter(node=self.node_id, status=TaskStatus.SCHEDULED)
+        while True:
+            tasks = await self.until_done(
+                id, "scheduled", lambda: manager.claim_tasks(self.node_id)
+            )
+            if not tasks:  # it may be its own all the same, and memory not know it yet
+                page = await self.until_done(id, None, lambda: manager.list_tasks(mine))
+                tasks = page.tasks if page else []
+            for task in tasks:
+                self.run.check(task.task_id == id, f"{self.node_id} was given {task.task_id}")
+                return task
+            await asyncio.sleep(0.01)
+
+    async def until_done(
+        self,
+        id: str,
+        status: str | None,
+        call: Callable[[], Awaitable[T]],
+        refused_if_done: type[ConflictError] | None = None,
+    ) -> T | None:
+        """Repeat a call until it returns, or is refused since it is done; returns its answer.
+
+        Args:
+            id: The task that it is about.
+            status: The one that the task has when it is done; `None` if the call only reads.
+            refused_if_done: What it is refused with then.
+        """
+        counts, is_in_doubt = self.run.counts, False
+        self.doing = f"{id} to be {status}"
+        before = await self.row(id)
+        while True:
+            began = time.monotonic()
+            error: Exception | None = None
+            answer: T | None = None
+            try:
+                answer = await call()
+            except Exception as raised:
+                error = raised
+            self.look_at_clock(began, error)
+            if error is None:
+                counts.acknowledged += 1
+                if status is not None and answer != []:
+                    after = await self.row(id)
+                    if after is None or after["status"] != status or after == before:
+                        self.run.lost(f"what was done to {id}, to be {status}: it is {after}")
+                return answer
+            after = await self.row(id)
+            if isinstance(error, OutcomeUnknownError) and status is not None:
+                counts.unknown += 1
+                counts.unknown_committed += after != before
+                is_in_doubt = True
+            elif isinstance(error, BackendError):
+                counts.refused += 1
+                self.run.check(
+                    after == before or is_in_doubt, f"{error!r}, but {id} is {after} now"
+                )
+            else:
+                counts.refused += 1
+                if refused_if_done is not None and isinstance(error, refused_if_done):
+                    self.run.check(is_in_doubt, f"it is not in doubt, and was refused: {error!r}")
+                else:
+                    self.run.wrong(f"an error of no use: {error!r}")
+                return None
+            await asyncio.sleep(0.01)
+
+    def look_at_clock(self, began: float, error: Exception | None) -> None:
+        took = time.monotonic() - began - self.lane.stall.since(began)
+        self.lane.stall.slowest_answer = max(self.lane.stall.slowest_answer, took)
+        if took > DEADLINE_SECONDS + LEEWAY_SECONDS:
+            self.run.wrong(f"an answer took {took:.2f} s: {error!r}")
+
+    async def row(self, id: str) -> Any:
+        """What the server has of a task."""
+        return await self.lane.past.fetchrow(
+            "SELECT status, version FROM tasks WHERE task_id = $1", id
+        )
+
+
+def make_task(id: str, skill: str) -> Task:
+    """A task for the node of that name."""
+    return Task.create(TaskType.BATCH, "t", task_id=id, required_skills=[skill])
+
+
+@asynccontextmanager
+async def in_time(what: str) -> AsyncIterator[None]:
+    """See that what is done in the block does not hang.
+
+    Raises:
+        HangError: If it does.
+    """
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            yield
+    except TimeoutError:
+        raise HangError(f"{what} has taken {PATIENCE_SECONDS:g} s") from None
+
+
+async def holds(condition: Callable[[], bool]) -> bool:
+    """Whether something comes to hold within seconds."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(PATIENCE_SECONDS / 4):
+            while not condition():  # noqa: ASYNC110  # it is the condition that counts
+                await asyncio.sleep(0.002)
+            return True
+    return False
+
+
+CAMPAIGN = Campaign(
+    name="network",
+    title="connections to the server are reset, cut, stalled or slowed, also during a commit",
+    promises=("P1", "P2", "P3", "P4", "P5", "P6", "P7"),
+    perform=perform,
+    rounds=1000,
+    quick_rounds=7,
+    unit="faults",
+    kinds=(POSTGRESQL,),
+    bugs={"lost-reply-is-no-doubt": ", but task-"},
+)

@@ -1,0 +1,241 @@
+"""Processes that end without closing the store, fork while they use it, or have several loops.
+
+A round is the life of a process. It opens the store, has something under way (writes, a watcher,
+heartbeats, a transaction, ...) and ends in one of the ways in which programs end, closing nothing;
+or it forks, and the child goes on with what it has inherited; or it uses the store from another
+event loop. Then it must be so:
+
+- It ends, and within a second. What may not be used is refused with an error of the library's,
+  within a second, too; what may be used works. A process that hangs is killed, which is seen.
+- What was acknowledged is in the database, what was one transaction is there as a whole or not at
+  all, nothing is damaged, no revision is missing, and the database opens again.
+- Nothing is on the error output but the traceback of the program's own error.
+
+What they do is in `programs`. The processes are forks of one that has imported the library: that
+takes longer than all the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import openclaw_store
+from campaigns.faults.children import Child, Tell
+from campaigns.harness.beside import ask, damage
+from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.workloads.programs import OTHERS, PROGRAMS, Program, limit_life
+from openclaw_store import Database, StateManager, Task, TaskRepository, TaskType, verify
+
+LIMIT_SECONDS = 1.0
+"""How long an error, or the end of a process, may take."""
+
+AT_ONCE = 2
+"""So many processes live at the same time."""
+
+BATCH = 24
+"""So many databases there are at the same time."""
+
+LIBRARY = str(Path(openclaw_store.__file__).parent)
+"""In no traceback of a program's own error."""
+
+CODES = {
+    "raises": 1,
+    "is_interrupted": -signal.SIGINT,
+    "is_terminated": -signal.SIGTERM,
+    "exits": 3,
+    "exits_in_a_task": 3,
+    "exits_at_once": 3,
+}
+"""How processes end that do not end with 0."""
+
+ERRORS = {"raises": "CrashError", "is_interrupted": "KeyboardInterrupt"}
+"""Of what there is a traceback."""
+
+
+def nurse(tell: Tell, folder: str, programs: Sequence[tuple[str, str, int]]) -> None:
+    """Have programs run, a few at a time, and tell how they end.
+
+    Args:
+        folder: Where their error output goes, each to a file with its number.
+        programs: Their names, the locations of their databases, and their seeds.
+    """
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    asyncio.run(_warm_up())
+    gc.freeze()  # or each of them looks through all that was imported when it ends: 0.4 s
+    running: dict[int, int] = {}
+    for number, (name, location, seed) in enumerate(programs):
+        errors = os.open(f"{folder}/{number}", os.O_CREAT | os.O_WRONLY)
+        child = os.fork()
+        if child == 0:
+            for output in (1, 2):
+                os.dup2(errors, output)
+            limit_life()
+            PROGRAMS[name](Program(partial(tell, number), location, Random(seed)))
+            return  # the interpreter ends, as it is
+        os.close(errors)
+        running[child] = number
+        if len(running) == AT_ONCE:
+            _bury(tell, running)
+    while running:
+        _bury(tell, running)
+
+
+def _bury(tell: Tell, running: dict[int, int]) -> None:
+    child, status = os.wait()
+    tell(running.pop(child), "ended", os.waitstatus_to_exitcode(status), time.monotonic())
+
+
+async def _warm_up() -> None:
+    """Have all of the library imported: Alembic reads more modules when it is first used."""
+    async with Database(":memory:") as database:
+        await TaskRepository(database).count_by_status()
+
+
+class _Death:
+    """How a process lived and ended."""
+
+    def __init__(self, name: str, location: Location) -> None:
+        self.name, self.location = name, location
+        self.trying: set[str] = set()
+        self.acknowledged: set[str] = set()
+        self.tried: list[tuple[str, str, str, float]] = []
+        self.children: list[int] = []
+        """How they ended."""
+        self.left_at: float | None = None
+        self.ended_at = 0.0
+        self.code: int | None = None
+
+    def note(self, what: str, *values: Any) -> None:
+        """Take note of what was told."""
+        if what in ("trying", "acknowledged"):
+            getattr(self, what).add(*values)
+        elif what == "tried":
+            self.tried.append(values)
+        elif what == "child ended":
+            self.children += values
+        elif what == "leaving":
+            [self.left_at] = values
+        else:
+            self.code, self.ended_at = values
+
+
+def perform(run: Run) -> None:
+    """Have as many processes live as there are rounds, in all ways by turns."""
+    slowest = dict.fromkeys(("error", "end", "opening again"), 0.0)
+    names = _names(run.random)
+    for number in run.parts(BATCH):
+        _live(run, [*islice(names, number)], slowest)
+    run.notes.update({f"slowest {what}": f"{took:.2f} s" for what, took in slowest.items()})
+
+
+def _names(random: Random) -> Iterator[str]:
+    """Those of all programs, again and again."""
+    while True:
+        pairs = [name for name in PROGRAMS if ", " in name]
+        random.shuffle(pairs)
+        yield from (program.__name__ for program in OTHERS)
+        yield from pairs
+
+
+def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
+    """Have processes live, and judge them."""
+    with ExitStack() as places:
+        folder = Path(places.enter_context(TemporaryDirectory(dir=run.folder)))
+        deaths = [_Death(name, places.enter_context(run.location())) for name in names]
+        programs = [(one.name, str(one.location), run.random.randrange(2**32)) for one in deaths]
+        errors = folder / "errors"
+        with Child(nurse, folder, programs, errors=errors, bug=run.bug) as child:
+            for number, what, *values in child.told():
+                deaths[number].note(what, *values)
+            run.check(child.wait() == 0, f"the nurse ended: {child.complaint}")
+        for number, death in enumerate(deaths):
+            _judge(run, death, (folder / str(number)).read_text(errors="replace"), slowest)
+            run.done()
+
+
+def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> None:
+    """Was it a good death?"""
+    name, counts = death.name, run.counts
+    ending = name.partition(",")[0]
+    code = CODES.get(ending, 0)
+    run.check(death.code == code, f"{name}: ended with {death.code} instead of {code}: {errors}")
+    if death.left_at is not None:
+        took = death.ended_at - death.left_at
+        slowest["end"] = max(slowest["end"], took)
+        is_soon = run.is_quick or took < LIMIT_SECONDS
+        run.check(is_soon, f"{name}: its end took {took:.1f} s")
+    else:
+        run.wrong(f"{name}: was never ready to end")
+    if ending in ERRORS:
+        last = errors.rstrip().rpartition("\n")[2]
+        is_own = errors.startswith("Traceback") and ERRORS[ending] in last
+        run.check(is_own and LIBRARY not in errors, f"{name}: {errors}")
+    elif ending not in ("closes_its_loop", "loses_its_loop"):  # where Python itself complains
+        run.check(not errors, f"{name}: {errors}")
+    for code in death.children:
+        run.check(code == 0, f"{name}: its child ended with {code}")
+    for what, came, wanted, took in death.tried:
+        counts.refused += came == "refused"  # what works is counted by the tasks that it adds
+        run.check(came == wanted and came in ("works", "refused"), f"{name}: {what}: {came}")
+        if came == "refused":
+            slowest["error"] = max(slowest["error"], took)
+            is_soon = run.is_quick or took < LIMIT_SECONDS
+            run.check(is_soon, f"{name}: {what}: was refused after {took:.1f} s")
+
+    stored = _stored(run, death)
+    counts.acknowledged += len(death.acknowledged)
+    for id in death.acknowledged - stored:
+        run.lost(f"{name}: {id}")
+    unknown = death.trying - death.acknowledged
+    counts.unknown += len(unknown)
+    counts.unknown_committed += len(unknown & stored)
+    run.check(len(stored & {"left", "right"}) != 1, f"{name}: half of a transaction is there")
+    began = time.monotonic()
+    problems = asyncio.run(_verified(death.location))
+    took = time.monotonic() - began
+    slowest["opening again"] = max(slowest["opening again"], took)
+    run.check(not problems, f"{name}: {problems}")
+
+
+def _stored(run: Run, death: _Death) -> set[str]:
+    """The tasks that are there; the feed, and whether all is sound, are looked at, too."""
+    tasks, counters = "SELECT task_id FROM tasks", "SELECT revision FROM counters"
+    feed = "SELECT count(*), max(revision) FROM changes"
+    ids, [(revision,)], [(changes, newest)] = ask(death.location, tasks, counters, feed)
+    found = damage(death.location)
+    run.check(not found, f"{death.name}: {found}")
+    in_order = revision == changes == (newest or 0)
+    run.check(in_order, f"{death.name}: revision {revision}, {changes} changes up to {newest}")
+    return {id for (id,) in ids}
+
+
+async def _verified(location: Location) -> list[str]:
+    """What the library itself finds in it, which opens again."""
+    async with StateManager(Database(location)) as manager:
+        await manager.add_task(Task("after", TaskType.BATCH, "t"))
+        return [problem.text for problem in (await verify(manager.db)).problems]
+
+
+CAMPAIGN = Campaign(
+    name="processes",
+    title="processes end without closing the store, fork while they use it, or have several loops",
+    promises=("P1", "P2", "P7"),
+    perform=perform,
+    rounds=1_000,
+    quick_rounds=12,
+    unit="processes",
+    rounds_of={POSTGRESQL: 500},
+)
