@@ -27,7 +27,7 @@ _NO_SERVER = Skipped("no PostgreSQL: pip install 'openclaw-store[bench]'")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for, and report it.
+    """Run the command line, and print the figures.
 
     Returns:
         1 if `--against` cannot measure a commit, else 0.
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     names = options.only or [benchmark.name for benchmark in BENCHMARKS]
     if options.plot and PLOTTED not in names:
-        parser.error(f"the picture shows {PLOTTED}: add it to --only")
+        parser.error(f"the plot shows {PLOTTED}: add it to --only")
     if options.plot and not find_spec("matplotlib"):
-        parser.error("the picture needs matplotlib: pip install 'openclaw-store[bench]'")
+        parser.error("the plot needs matplotlib: pip install 'openclaw-store[bench]'")
     divisor = 10**options.quick
     rounds = options.rounds or (2 if options.quick else 5)
     console = Console(highlight=False)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.width = max(console.width, 140)
     if options.against:
         if options.markdown or options.plot:
-            parser.error("--against writes --json only: leave --markdown and --plot away")
+            parser.error("--against writes --json only: remove --markdown and --plot")
         try:
             comparisons = _compare(options, names, rounds)
         except subprocess.CalledProcessError as error:
@@ -143,11 +143,11 @@ def _run(
 
 @contextmanager
 def _running_server(folder: Path, url: str | None) -> Iterator[Databases | None]:
-    """The server at `url`, else one in `folder`; `None` where that is not installed."""
+    """Provide the server at `url`, or a new one in `folder`; `None` if none is installed."""
     if url is not None:
         yield Databases(url)
     elif is_installed():
-        folder.chmod(0o711)  # if we are root, the server runs as somebody else
+        folder.chmod(0o711)  # as root, the server runs as another user
         with running_server(folder) as server:
             yield server
     else:
@@ -156,7 +156,7 @@ def _running_server(folder: Path, url: str | None) -> Iterator[Databases | None]
 
 @contextmanager
 def _empty_database(server: Databases) -> Iterator[str]:
-    """A migrated database without rows, to be copied."""
+    """Provide a migrated database without rows, to be copied."""
     url = asyncio.run(server.create_database())
     try:
         asyncio.run(make_empty(url))
@@ -175,7 +175,7 @@ async def _version(url: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure the store beside other ways to do the same.",
+        description="Measure the store beside other libraries.",
     )
     names = [benchmark.name for benchmark in BENCHMARKS]
     parser.add_argument(
@@ -194,12 +194,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw writes per second")
     parser.add_argument(
-        "--folder", type=Path, help="where databases are made; default: the system's for such"
+        "--folder", type=Path, help="folder for databases; default: the system's temporary folder"
     )
     parser.add_argument(
         "--server",
         metavar="URL",
-        help="the PostgreSQL server to make databases on; default: one of its own in the folder",
+        help="PostgreSQL server for databases; default: a new one in the folder",
     )
     return parser
 

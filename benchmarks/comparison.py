@@ -1,7 +1,7 @@
 """The library's own figures at two commits: `python -m benchmarks --against REVISION`.
 
 Each commit runs its own `benchmarks` package in its own checkout, one process per sample, in turns.
-Figures of other libraries are left out: they are the same code on both sides.
+Figures of other libraries are left out: their code is the same on both sides.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _REFERENCES = (
     "dict",
     "tuples",
 )
-"""Beginnings of the names of contenders that are not the library."""
+"""Prefixes of contender names that are not the library."""
 
 Measure = Callable[[Path, str], Samples]
 """Runs one round of a benchmark in a checkout."""
@@ -56,12 +56,12 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """How many times as bad the median is now: above 1, it is worse."""
+        """Ratio of the medians, above 1 if the figure is worse now."""
         return self._ratio(median(self.before), median(self.now))
 
     @property
     def ratios(self) -> list[float]:
-        """The same of each round; their range shows the noise."""
+        """Ratios of all rounds; their range shows the noise."""
         return list(map(self._ratio, self.before, self.now))
 
     def _ratio(self, before: float, now: float) -> float:
@@ -72,7 +72,7 @@ class Comparison:
         return now / before
 
     def as_json(self) -> dict[str, Any]:
-        """The samples, and the ratio of their medians."""
+        """Return the samples, and the ratio of their medians."""
         names = ("benchmark", "contender", "quantity", "before", "now", "ratio")
         return {name: getattr(self, name) for name in names}
 
@@ -96,7 +96,7 @@ def checked_out(revision: str) -> Iterator[Path]:
 def compare(
     before: Path, now: Path, names: Sequence[str], rounds: int, measure: Measure
 ) -> list[Comparison]:
-    """Measure both checkouts in turns; the one that begins alternates."""
+    """Measure both checkouts in turns; the first one alternates."""
     found: dict[tuple[str, str, str], Comparison] = {}
     for name in names:
         for number in range(rounds):

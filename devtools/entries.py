@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     """A call from one file into a module of the library."""
 
     caller: str
-    """Path of the calling file below the library; `-` for any other file."""
+    """Path of the calling file inside the library; `-` for any other file."""
     module: str
     function: str
 

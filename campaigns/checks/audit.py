@@ -1,7 +1,8 @@
-"""Whether what is in a database is what the clients of `load` were told.
+"""An audit of a database against the recorded calls of the clients of `load`.
 
-It is read past the library. A task must be what the last call that returned has made of it; a call
-that has no answer has taken effect wholly, or not at all. Tasks, nodes and the feed must agree.
+The database is read without the library. A task must have the state of its last acknowledged call;
+a call without an answer has taken effect as a whole, or not at all. Tasks, nodes and the feed must
+agree.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from openclaw_store import Database, StoreError
 from openclaw_store.maintenance.verify import verify
 
 Known = tuple[int, State | None]
-"""How often a task was changed, and what became of it; `None` if it was removed."""
+"""The number of changes of a task, and its state; `None` if it was removed."""
 
 _QUERIES = (
     "SELECT task_id, status, assigned_node, version, attempt, name, description, priority, "
@@ -37,33 +38,33 @@ _HELD = ("scheduled", "running")
 @dataclass(frozen=True)
 class _Unanswered:
     after: Mapping[str, Known]
-    """What it makes of tasks."""
+    """Expected states of tasks."""
     changed: int
-    """How many of these."""
+    """How many of these change."""
 
 
 class Log:
-    """What the clients said, and so what must be in the database.
+    """The recorded calls of the clients, and the expected content of the database.
 
     Args:
-        counts: Where the calls are counted.
+        counts: The counts of the calls.
     """
 
     def __init__(self, counts: Counts) -> None:
         self._counts = counts
         self._known: dict[str, Known] = {}
-        self._calls: dict[int, _Unanswered] = {}  # that have no answer, by client
+        self._calls: dict[int, _Unanswered] = {}  # calls without an answer, by client
         self._failures: list[str] = []
 
     def copy(self) -> Log:
-        """A log of what was said so far, of which nothing is counted."""
+        """Return a copy of the log; the calls in it are not counted again."""
         copy = Log(Counts())
         copy._known, copy._calls = {**self._known}, {**self._calls}
-        copy._failures = self._failures  # each is found once
+        copy._failures = self._failures  # so that each is reported once
         return copy
 
     def note(self, said: Sequence[Any]) -> None:
-        """Take note of what a client said."""
+        """Record a message of a client."""
         match said:
             case "calls", client, after, changed:
                 known = {id: (self._changes_of(id) + 1, state) for id, state in after.items()}
@@ -81,7 +82,7 @@ class Log:
                 self._failures.append(f"a call failed: {error}")
 
     def check(self, run: Run, location: Location) -> None:
-        """Find in the database what is lost and what is wrong; go on from what is there."""
+        """Compare the database with the log, and continue from its content."""
         for failure in self._failures:
             run.wrong(failure)
         self._failures.clear()
@@ -113,7 +114,7 @@ class Log:
 
 
 def verify_it(run: Run, location: Location) -> None:
-    """Have the library open a database, and say itself whether it is sound."""
+    """Open a database with the library, and run the library's own verification."""
 
     async def problems() -> list[str]:
         async with Database(location) as database:
@@ -127,11 +128,11 @@ def verify_it(run: Run, location: Location) -> None:
 
 
 class _Found:
-    """All that is in a database at one moment.
+    """All content of a database at one moment.
 
     Raises:
-        UnreadableError: If it cannot be read, or its own checks find it broken.
-        ValueError: If a value of it cannot be understood.
+        UnreadableError: If it cannot be read, or the engine's own checks find damage.
+        ValueError: If it contains a malformed value.
     """
 
     def __init__(self, location: Location) -> None:
@@ -140,7 +141,7 @@ class _Found:
         self._tasks, self._nodes, self._feed, [(self._revision,)] = ask(location, *_QUERIES)
 
     def tasks(self) -> dict[str, Known]:
-        """What has become of each task that there ever was."""
+        """Return the state of each task that has ever existed."""
         changes = Counter(id for _, item, id, *_ in self._feed if item == "task")
         known: dict[str, Known] = {id: (number, None) for id, number in changes.items()}
         for id, status, _, _, attempt, _, _, _, parameters, _ in self._tasks:
@@ -148,14 +149,14 @@ class _Found:
         return known
 
     def disagreements(self) -> Iterator[str]:
-        """What does not fit together."""
+        """Yield all inconsistencies."""
         yield from self._halves()
         yield from self._gaps()
         yield from self._strangers()
         yield from self._miscounts()
 
     def _halves(self) -> Iterator[str]:
-        """Tasks of which only a part was written."""
+        """Yield tasks that were written in part."""
         for id, status, _, _, _, name, description, priority, parameters, result in self._tasks:
             given = json.loads(parameters)
             if [name, description, priority, given] != [*content(given["number"]).values()]:
@@ -164,14 +165,14 @@ class _Found:
                 yield f"task {id!r} is {status}, and has the result {result}"
 
     def _gaps(self) -> Iterator[str]:
-        """Revisions that are not where they should be."""
+        """Yield missing and surplus revisions."""
         revisions = [change[0] for change in self._feed]
         if revisions != [*range(1, self._revision + 1)]:
             missing = sorted({*range(1, self._revision + 1)} ^ {*revisions})
             yield f"of {self._revision} revisions, these are missing or too many: {missing[:9]}"
 
     def _strangers(self) -> Iterator[str]:
-        """Rows and changes that do not go together."""
+        """Yield rows and changes that do not match."""
         last: dict[tuple[str, str], tuple[int | None, str | None, str | None]] = {}
         for revision, item, id, was, status, node, previous in self._feed:
             if last.get((item, id), (None, None))[:2] != (previous, was):
@@ -185,7 +186,7 @@ class _Found:
                 yield f"{place} is {rows.get(place)}, and by the feed {there.get(place)}"
 
     def _miscounts(self) -> Iterator[str]:
-        """Nodes that count other tasks than they have, or had."""
+        """Yield nodes with counters that do not match their tasks."""
         held = Counter(task[2] for task in self._tasks if task[1] in _HELD)
         ended: Counter[tuple[str | None, bool]] = Counter()
         holder: dict[str, str | None] = {}

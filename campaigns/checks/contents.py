@@ -1,4 +1,4 @@
-"""What a database holds, looked at past the library: its schema, and checksums of all its rows."""
+"""The content of a database, read without the library: its schema, and checksums of all rows."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ FROM information_schema.columns WHERE table_schema = 'public' GROUP BY table_nam
 """
 
 _ASIDE = ("legacy_rejected", "legacy_extra")
-"""What adoption leaves beside the tables of the library."""
+"""Tables that an import leaves beside the library's own."""
 
 
 class Contents(NamedTuple):
-    """All that a database is made of."""
+    """The whole content of a database."""
 
     revision: str | None
     schema: Mapping[str, str]
     """Definitions by name."""
     rows: Mapping[str, str]
-    """For each table but Alembic's, how many rows it has, and a checksum of them."""
+    """The number of rows and a checksum, for each table except Alembic's."""
     broken: str | None = None
-    """What is wrong with its pages and indexes, if anything is."""
+    """Damage to pages and indexes, if any."""
 
     def difference(self, other: Contents) -> str | None:
-        """What another has differently, in words; `None` if it is the same."""
+        """Describe the first difference from another content; `None` if they are equal."""
         if self.revision != other.revision:
             return f"revision {other.revision}, not {self.revision}"
         if other.broken is not None:
@@ -59,7 +59,7 @@ class Contents(NamedTuple):
 
 
 def look(location: Location) -> Contents:
-    """All that is in a database, which nobody changes meanwhile; not on a running event loop."""
+    """Read the content of a database without concurrent writers; not on a running event loop."""
     if isinstance(location, Path):
         found = _look_into_file(location)
     else:
@@ -68,13 +68,13 @@ def look(location: Location) -> Contents:
 
 
 class Reader:
-    """Looks at databases; a file with the same bytes as an earlier one is not read again."""
+    """Reads contents, and reads a file with the same bytes as an earlier one only once."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, Contents]] = {}
 
     def look(self, location: Location) -> Contents:
-        """All that is in a database, which nobody changes meanwhile."""
+        """Read the content of a database without concurrent writers."""
         if not isinstance(location, Path):
             return look(location)
         with closing(sqlite3.connect(location)) as connection:
@@ -89,7 +89,7 @@ class Reader:
 
 
 def _state(path: Path) -> object:
-    """What tells whether somebody has written to a file."""
+    """Return a value that changes with each write to a file."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size
 

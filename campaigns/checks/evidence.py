@@ -1,19 +1,18 @@
-"""What processes said they asked and were answered, held against each other and the database.
+"""Checks of the recorded calls of several processes, against each other and the database.
 
-- What was asked of the database is linearizable, task by task (`specification` has what may be
-  answered).
-- What was read from memory never went back, showed the process's own writes at once, and those of
-  others in time: in the long form, 100 ms after they returned, but for what the reader's event loop
-  was late.
-- Revisions are consecutive. Each write that was acknowledged has one of its own; and of two writes
-  of which one had returned before the other was asked for, it has the smaller one.
-- Nothing has changed that nobody had asked for.
-- Every watcher was told the whole feed, each change once and in order, also across the deaths of
+- Calls that use the database are linearizable, task by task (`specification` has the allowed
+  answers).
+- Reads from memory never go back, show the process's own writes at once, and foreign writes in
+  time: in the long form, 100 ms after their return, minus the delay of the reader's event loop.
+- Revisions are consecutive. Each acknowledged write has a revision of its own. If a write returned
+  before another was called, it has the smaller revision.
+- Each change has a call that asked for it.
+- Every watcher received the whole feed, each change once and in order, also across the deaths of
   its process.
 - No task had two owners.
 
-What a killed process was not answered may have been done, or not. The database is read past the
-library.
+An unanswered call of a killed process may have taken effect, or not. The database is read without
+the library.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ from campaigns.workloads.specification import (
 )
 
 FRESH_SECONDS = 0.1
-"""How old what is read from memory may be, as is promised, in the 99th percentile. It does not age
-while the event loop of the reader is late: a machine that is busy with other things adds what it
-likes."""
+"""Maximum age of a read from memory, in seconds, in the 99th percentile, as promised. The delay of
+the reader's event loop is subtracted: a busy machine adds to it without limit.
+"""
 
 LATE_SECONDS = 10.0
-"""How old it may be in any case."""
+"""Maximum age of any read from memory, in seconds."""
 
 _TELL_REVISION: Final = ("add", "update", "change", "claim", "start", "complete", "fail")
-"""The calls that are answered with a version of their own making."""
+"""Calls that return the revision of their own change."""
 
 _MAY_CHANGE_NOTHING: Final = ("start", "complete")
-"""Those of them that are answered with the task as it is if it was so before."""
+"""Calls among them that return an unchanged task if it already has the state."""
 
 _CAUSE: Final = {
     "created": "add",
@@ -65,12 +64,12 @@ _CAUSE: Final = {
     "failed": "fail",
     "node lost": "register",
 }
-"""What somebody has asked for when the feed has this kind, status or reason."""
+"""The call that causes a change of this kind, status or reason."""
 
 
 @dataclass(slots=True, eq=False)
 class Asked:
-    """A call, as its process told."""
+    """A call, as recorded by its process."""
 
     process: int
     name: str
@@ -83,24 +82,24 @@ class Asked:
 
 @dataclass
 class Process:
-    """A process from its start to its end, and what it told."""
+    """A process from start to end, and its records."""
 
     node: str
     asked: dict[int, Asked] = field(default_factory=dict)
     watched: list[list[Any]] = field(default_factory=list)
     late: list[tuple[int, int]] = field(default_factory=list)
-    """From when to when its event loop was late."""
+    """The begin and end of each delay of its event loop."""
     is_killed: bool = False
     ended: int = 0
-    """A moment when it did not run any more."""
+    """A time at which it had ended."""
 
     @property
     def opened(self) -> int:
-        """When it had opened the store."""
+        """The time at which it had opened the store."""
         return next((one.invoked for one in self.asked.values()), 0)
 
     def lateness(self, since: int, until: int) -> int:
-        """How long its event loop was late in this time."""
+        """Return the delay of its event loop within a period."""
         return sum(max(0, min(now, until) - max(due, since)) for due, now in self.late)
 
 
@@ -134,7 +133,7 @@ _TASKS: Final = (
 
 
 class Evidence:
-    """What all processes said, and what the database holds at the end."""
+    """The records of all processes, and the final content of the database."""
 
     def __init__(self, run: Run, location: Location, processes: Sequence[Process]) -> None:
         self._run = run
@@ -146,7 +145,7 @@ class Evidence:
         feed, tasks = ask(location, _FEED, _TASKS)
         self._feed = [Change(*row) for row in feed]
         self._changes: dict[str, list[Change]] = defaultdict(list)
-        """Those of each task."""
+        """The changes of each task."""
         for change in self._feed:
             if change.item == "task":
                 self._changes[change.id].append(change)
@@ -155,27 +154,27 @@ class Evidence:
             for id, version, status, node, attempt, metadata in tasks
         }
         self._calls: dict[str, list[Asked]] = defaultdict(list)
-        """Those about each task."""
+        """The calls about each task."""
         self._general: list[Asked] = []
-        """Those that may be about any."""
+        """The calls that may be about any task."""
         for one in (about for call in asked for about in _each_about_a_task(call)):
             if one.task_id is None:
                 self._general.append(one)
             else:
                 self._calls[one.task_id].append(one)
         self._writes: dict[int, list[Asked]] = defaultdict(list)
-        """Those that were acknowledged, by revision."""
+        """The acknowledged writes, by revision."""
         causes = {change.revision: (change.id, change.cause) for change in self._feed}
         for call in (one for calls in self._calls.values() for one in calls):
             if call.name in _TELL_REVISION and isinstance(call.answer, Seen):
                 revision = call.answer.version or 0
-                # To start what runs already is answered with what others have made of it since.
+                # The start of a running task returns its newest version, by any caller.
                 is_own = causes.get(revision) == (call.task_id, call.name)
                 if is_own or call.name not in _MAY_CHANGE_NOTHING:
                     self._writes[revision].append(call)
 
     def check(self) -> None:
-        """Find what contradicts the promises."""
+        """Report every contradiction to the promises."""
         self._check_revisions()
         self._check_order()
         self._check_causes()
@@ -196,7 +195,7 @@ class Evidence:
                 if change is None or told != (change.id, change.after, change.node, change.cause):
                     self._run.lost(f"{write}, which the feed has as {change}")
             if any(write.name not in _MAY_CHANGE_NOTHING for write in writes[1:]):
-                self._run.wrong(f"they have the same revision: {writes}")
+                self._run.wrong(f"several writes have the same revision: {writes}")
 
     def _check_order(self) -> None:
         writes = [one for writes in self._writes.values() for one in writes]
@@ -205,12 +204,12 @@ class Evidence:
         for write in sorted(writes, key=attrgetter("invoked")):
             while returned and (returned[-1].returned or 0) < write.invoked:
                 newest = max(newest, returned.pop().answer.version)
-            # To start what runs already is also answered with the revision that began it.
+            # The start of a running task may return the revision of its first start.
             if write.answer.version <= newest and write.name not in _MAY_CHANGE_NOTHING:
                 self._run.wrong(f"revision {newest} had been acknowledged before {write}")
 
     def _check_causes(self) -> None:
-        """Nothing has changed that nobody had asked for; count what was done unanswered."""
+        """Report changes without a call; count unanswered calls that took effect."""
         answered: Counter[tuple[str, str | None]] = Counter()
         unknown: Counter[tuple[str, str | None]] = Counter()
         changed: Counter[tuple[str, str | None]] = Counter()
@@ -228,9 +227,7 @@ class Evidence:
                     changed[change.cause, subject] += 1
         for place, number in (changed - answered).items():
             self._run.counts.unknown_committed += number
-            self._run.check(
-                number <= unknown[place], f"{number} changes that nobody had asked for: {place}"
-            )
+            self._run.check(number <= unknown[place], f"{number} changes without a call: {place}")
         for place, number in answered.items():
             if place[0] == "remove" and changed[place] < number:
                 self._run.lost(f"the feed has {changed[place]} of {number} removals of {place[1]}")
@@ -240,11 +237,11 @@ class Evidence:
         for node in {process.node for process in self._processes}:
             of_node = [process for process in self._processes if process.node == node]
             watched = [one for process in of_node for one in process.watched]
-            self._run.check(bool(watched), f"the watcher of {node} was told nothing")
+            self._run.check(bool(watched), f"the watcher of {node} received nothing")
             if watched != feed[: len(watched)]:
                 pairs = zip(watched, [*feed, "no more"], strict=False)
                 told, change = next(pair for pair in pairs if pair[0] != pair[1])
-                self._run.wrong(f"the watcher of {node} was told {told}; the feed has {change}")
+                self._run.wrong(f"the watcher of {node} received {told}; the feed has {change}")
 
     def _check_owners(self) -> None:
         for changes in self._changes.values():
@@ -260,7 +257,7 @@ class Evidence:
 
     def _check_memory(self) -> None:
         ages, own_ages = [0.0], [0.0]
-        """In seconds; and those without the lateness of event loops."""
+        """Ages in seconds, with and without the delays of event loops."""
         for id, calls in self._calls.items():
             spans = _spans(self._changes[id])
             for number in {call.process for call in calls}:
@@ -268,7 +265,7 @@ class Evidence:
                 own = [call for call in calls if call.process == number]
                 for look, floor, span in _looks(own, spans):
                     if span is None:
-                        self._run.wrong(f"there never was what {look} saw")
+                        self._run.wrong(f"no version of the task matches {look}")
                     elif span.end is not None and span.end <= floor.revision:
                         self._run.wrong(f"{look}, after {floor.call} in the same process")
                     elif look.answer is not None:
@@ -294,8 +291,8 @@ class Evidence:
         for id in {*self._calls, *self._end}:
             calls = [one for one in self._calls[id] if one.name != "look"]
             first = min((one.invoked for one in calls), default=0)
-            # What a killed process may have claimed had been added before it was killed. And a
-            # node that may never have had a task has nothing to give back.
+            # A killed process can only have claimed tasks added before its death. And a
+            # node that never had a task has none to release.
             calls += [
                 one
                 for one in self._general
@@ -331,19 +328,19 @@ class Evidence:
 
 
 class _Floor(NamedTuple):
-    """A revision that memory has reached, and the call that tells."""
+    """The revision that the cache has reached, and the call that proves it."""
 
     revision: int
     call: Asked | None
 
 
 class _Span(NamedTuple):
-    """While a task had a version, or there was none."""
+    """The revisions between which a task had one version, or did not exist."""
 
     begin: int
     """The revision that began it."""
     end: int | None
-    """The one that ended it."""
+    """The revision that ended it."""
     is_there: bool
 
 
@@ -358,10 +355,10 @@ def _spans(changes: Sequence[Change]) -> list[_Span]:
 def _looks(
     calls: Iterable[Asked], spans: Sequence[_Span]
 ) -> Iterator[tuple[Asked, _Floor, _Span | None]]:
-    """When a process has looked at a task in memory, and the span in which that was so.
+    """Yield each read of a task from memory by a process, with the span of the observed version.
 
-    With them comes how new memory must have been when it was asked for, by what the process had
-    seen there, or had done.
+    Each comes with the minimum revision of the cache at the time of the read, known from earlier
+    reads and writes of the process.
     """
     answered = [call for call in calls if call.returned is not None]
     moments = [(call.invoked, 0, call) for call in answered]
@@ -386,7 +383,7 @@ def _looks(
 
 
 def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | None:
-    """The first one, not over before `since`, in which a task was so; else one that was over."""
+    """Return the first span of a version that ends after `since`; else the last one before."""
     fit = [
         span
         for span in spans
@@ -398,10 +395,10 @@ def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | N
 
 
 def _each_about_a_task(call: Asked) -> Iterator[Asked]:
-    """A call as one about each task that it was answered with."""
+    """Yield the call once for each task in its answer."""
     answer = call.answer
     if call.name == "claim" and answer is not UNKNOWN:
-        for id, task in answer if isinstance(answer, list) else ():  # else it was too late
+        for id, task in answer if isinstance(answer, list) else ():  # else a deadline passed
             yield replace(call, task_id=id, answer=Seen(*task))
     elif call.name == "change" and isinstance(answer, list):
         before, after = (Seen(*task) for task in answer)

@@ -1,17 +1,17 @@
-"""Whether what concurrent callers were answered can have come from one call after another.
+"""A linearizability checker: could the answers of concurrent callers come from a serial order?
 
 An object is linearizable if each call seems to take effect at one moment between its invocation and
 its return (Herlihy & Wing, "Linearizability: A Correctness Condition for Concurrent Objects", ACM
 TOPLAS 12(3), 1990). The search for such moments is that of Wing & Gong ("Testing and Verifying
 Concurrent Objects", Journal of Parallel and Distributed Computing 17, 1993) as improved by Lowe
-("Testing for Linearizability", Concurrency and Computation: Practice and Experience 29(4), 2017):
-no call is put in order before one that it is concurrent with must be, as it returns; and what calls
-and state have led nowhere once is not tried again. Besides, a call that changes nothing is put in
-order as soon as it fits, as nothing is lost by that; of those that were asked the same and never
-returned, one is as good as another; and that one of them changed nothing need not be tried.
+("Testing for Linearizability", Concurrency and Computation: Practice and Experience 29(4), 2017): a
+call is placed only when it must be, at the return of a call that it overlaps; and a set of placed
+calls and a state that have failed once are not tried again. Three rules are added. A call that
+changes nothing is placed as soon as it fits, since that loses no solution. Unreturned calls with
+equal arguments are interchangeable. An unreturned call that changes nothing is never placed.
 
-Objects that do not depend on each other are best looked at one by one, which is as good (Herlihy &
-Wing prove it) and much faster.
+Check independent objects one by one: the result is the same (Herlihy & Wing prove it), and the
+search is much faster.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ State = TypeVar("State", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation(Generic[Call]):
-    """A call that somebody made, and when, by a clock that all callers share."""
+    """A call with its times, by a clock that all callers share."""
 
     invoked: int
     returned: int | None
-    """`None` if nobody knows what came of it: it took effect at any moment since, or never."""
+    """`None` for a call without an answer: it took effect at any later moment, or never."""
     call: Call
-    """What was asked, and answered."""
+    """The arguments and the answer."""
 
 
 def find_violation(
@@ -41,18 +41,18 @@ def find_violation(
     step: Callable[[State, Call], Iterable[State]],
     changes_nothing: Callable[[Call], bool],
 ) -> Operation[Call] | None:
-    """Look for an order of the operations that explains all answers; `None` if there is one.
+    """Search for an order of the operations that explains all answers; `None` if there is one.
 
     Args:
-        initial: What the object held before.
-        step: The states that the object may be in after a call that was answered so; none if a
-            call in that state can not have been.
-        changes_nothing: Whether a call that was answered so leaves any state as it is. (Where a
-            state is not fully known, such a call may tell more of it. To know less never rules
-            out a later call, so it may be put in order before that.)
+        initial: The state before the first call.
+        step: Returns the possible states after a call with its answer; empty if the answer is
+            impossible in that state.
+        changes_nothing: Returns true if a call with its answer leaves any state unchanged. (If a
+            state is partly unknown, such a call may determine more of it. Less knowledge never
+            rules out a later call, so the call may still be placed before that.)
 
     Returns:
-        Else the first operation, by the time of its return, that no order up to then explains.
+        The first operation, by the time of its return, that no order up to then explains.
     """
     returns = _returns(operations)
     start = (0, initial, frozenset[Operation[Call]]())
@@ -91,7 +91,7 @@ def find_violation(
 
 
 def _distinct(operations: Iterable[Operation[Call]]) -> Iterable[Operation[Call]]:
-    """Those that returned, and of those that did not the first one of each call."""
+    """Yield the returned operations, and the first one of each set of equal unreturned calls."""
     distinct: dict[Hashable, Operation[Call]] = {}
     for one in operations:
         distinct.setdefault(one.call if one.returned is None else one, one)
@@ -101,7 +101,7 @@ def _distinct(operations: Iterable[Operation[Call]]) -> Iterable[Operation[Call]
 def _returns(
     operations: Iterable[Operation[Call]],
 ) -> Sequence[tuple[Operation[Call], Sequence[Operation[Call]]]]:
-    """The operations in the order of their returns, with those under way then, itself the last."""
+    """Return the operations by time of return, each with the operations under way, itself last."""
     events = [(one.invoked, False, one) for one in operations]
     events += [(one.returned, True, one) for _, _, one in events if one.returned is not None]
     returns = []

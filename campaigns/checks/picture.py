@@ -1,4 +1,4 @@
-"""What a database file holds, seen past the library, and whether a store shows the same."""
+"""Snapshots of a database file, read without the library, and their comparison with a store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _QUERIES = {
     "counters": "SELECT * FROM counters",
     "alembic_version": "SELECT * FROM alembic_version",
 }
-"""Of all tables of the store; the first column is the key."""
+"""Queries for all tables of the store; the first column is the key."""
 
 _SHOWN = {
     "tasks": (
@@ -30,7 +30,7 @@ _SHOWN = {
         "hostname", "status", "running_tasks", "total_tasks_processed", "failed_tasks", "version",
     ),
 }  # fmt: skip
-"""Columns that an object has, too, as they are."""
+"""Columns that an object has with the same values."""
 
 Row = dict[str, Any]
 
@@ -43,12 +43,12 @@ class Picture:
 
     @property
     def revision(self) -> int:
-        """Of the newest change."""
+        """The revision of the newest change."""
         revision: int = self.rows["counters"][1]["revision"]
         return revision
 
     def differences(self, other: Picture) -> list[str]:
-        """The rows that another has differently, or not at all."""
+        """List the rows that differ from another snapshot."""
         return [
             f"{table} {key}: {row} and {other.rows[table].get(key)}"
             for table in self.rows
@@ -57,7 +57,7 @@ class Picture:
         ]
 
     def flaws(self) -> list[str]:
-        """What is wrong with the feed, or does not agree with it."""
+        """List gaps in the feed, and disagreements with it."""
         changes = self.rows["changes"]
         newest = max(changes, default=0)
         found = [] if newest == self.revision else [f"the feed ends at {newest}"]
@@ -73,7 +73,7 @@ class Picture:
 
 
 def picture_of(connection: sqlite3.Connection) -> Picture:
-    """What a connection sees now."""
+    """Take a snapshot through a connection."""
     rows = {}
     connection.execute("BEGIN")
     try:
@@ -87,13 +87,13 @@ def picture_of(connection: sqlite3.Connection) -> Picture:
 
 
 def picture(path: Path) -> Picture:
-    """What a file holds, whoever else has it open."""
+    """Take a snapshot of a file, which other connections may have open."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         return picture_of(connection)
 
 
 def task_ids(path: Path) -> set[str]:
-    """The tasks in a file, whatever its schema; none if there is no table of them, or no file."""
+    """Return the ids of the tasks in a file of any schema; none without a table or a file."""
     if not path.exists():
         return set()
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -103,7 +103,7 @@ def task_ids(path: Path) -> set[str]:
 
 
 def is_migrated(path: Path) -> bool:
-    """Whether a file has a schema of the library."""
+    """Return true if a file has a schema of the library."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         return _has_table(connection, "alembic_version")
 
@@ -116,10 +116,10 @@ def _has_table(connection: sqlite3.Connection, name: str) -> bool:
 async def differences(
     state: StateManager, picture: Picture, *, finished: bool = False
 ) -> list[str]:
-    """Where what a store answers from memory is not what is in the database.
+    """List differences between the answers of a store from memory and the database.
 
     Args:
-        finished: Whether to look at each finished task, too, most of which it may have to read.
+        finished: True to compare each finished task, too; most of them are read from the database.
     """
     found = []
     for table, get in (("tasks", state.get_task), ("nodes", state.get_node)):

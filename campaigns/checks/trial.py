@@ -1,9 +1,9 @@
-"""A public call during some trouble, and all that must hold afterwards.
+"""A public call during a fault, and the checks that must hold afterwards.
 
-The caller has its answer in time, and an error is a `StoreError`; a refused call has changed
-nothing, and one that returned is in the database, whole, even if the process were killed now;
-memory shows what is in the database; when the trouble is over, the same call works. At the end the
-file is sound, a reopened store has all of it, and nothing was left open.
+The caller gets an answer in time, and every error is a `StoreError`. A refused call has changed
+nothing, and an acknowledged one is complete in the database, even if the process were killed now.
+The cache equals the database. After the fault, the same call works. At the end the file is sound, a
+reopened store has all content, and no file stays open.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.testing import FakeClock
 
 DEADLINE_SECONDS = 10.0
-"""How long a call may take, whatever happens."""
+"""Maximum seconds of a call during any fault."""
 
 LOCK_SECONDS = 0.5
-"""How long the store waits for a lock."""
+"""Seconds for which the store waits for a lock."""
 
 FINISHED_IN_MEMORY = 2
-"""So few that reading a finished task mostly needs the database."""
+"""So few that a read of a finished task mostly needs the database."""
 
 Trouble = Callable[[], AbstractContextManager[object]]
-"""What goes on during a call."""
+"""Provides a fault that lasts for a call."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a call does to the database when nothing is in its way."""
+    """The effect of a call on the database without a fault."""
 
     changes_rows: bool
     revisions: int
 
 
 async def outcome_of(run: Run, call: Callable[[], Awaitable[Any]], what: str) -> Any:
-    """What a call returns, or the error it raises; counted.
+    """Return the result of a call, or its error, and count it.
 
     Raises:
-        HangError: If it does neither in time.
+        HangError: If there is neither in time.
     """
     task = asyncio.ensure_future(call())
     await asyncio.wait([task], timeout=DEADLINE_SECONDS)
@@ -92,7 +92,7 @@ async def outcome_of(run: Run, call: Callable[[], Awaitable[Any]], what: str) ->
 
 
 class Trial:
-    """A store, whose calls are tried one after another."""
+    """A store, and calls that are tried on it one after another."""
 
     def __init__(
         self, run: Run, path: Path, store: Store, checker: sqlite3.Connection, file: int
@@ -101,14 +101,14 @@ class Trial:
         self._checker = checker
         self._file = file
         self.tried = "nothing"
-        """The last call that was made, and what was in its way."""
+        """The last call, and its fault."""
 
     def picture(self) -> Picture:
-        """What is in the database now."""
+        """Take a snapshot of the database."""
         return picture_of(self._checker)
 
     async def effect(self, call: PublicCall, trouble: Trouble, *, cold: bool = False) -> Effect:
-        """What a call does, made during something that is no trouble."""
+        """Return the effect of a call, made in a context that is no fault."""
         made = await call.prepare(self.store)
         if cold:
             await self._close_connections()
@@ -132,15 +132,15 @@ class Trial:
         is_elsewhere: bool = False,
         excuse: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Make a call during trouble, and once more when it is over.
+        """Make a call during a fault, and once more afterwards.
 
         Args:
-            effect: What it does without.
-            what: Names it in findings.
-            cold: Whether the store must open its connections for it.
-            may_litter: Whether half a backup may be left, as removing it may have failed, too.
-            is_elsewhere: Whether nobody would find what is written during the trouble.
-            excuse: Whether a refused call may take effect if the process is killed.
+            effect: Its effect without a fault.
+            what: Its name in findings.
+            cold: True if the store must open its connections for it.
+            may_litter: True if a partial backup may stay, since its removal may have failed, too.
+            is_elsewhere: True if writes during the fault go to a file that no reader finds.
+            excuse: Returns true if a refused call may take effect after a kill of the process.
         """
         self.tried = what
         made = await call.prepare(self.store)
@@ -152,14 +152,14 @@ class Trial:
         after = self.picture()
         self._check_outcome(call, effect, outcome, before, after, what, excuse)
         if is_elsewhere and effect.changes_rows and not isinstance(outcome, Exception):
-            self.run.lost(f"{what}: returned, and wrote where nobody looks")
+            self.run.lost(f"{what}: returned, and wrote to a file that no reader finds")
         if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
             self.report(what, await differences(self.store.state, after))
         self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
         if isinstance(outcome, Exception):
             again = await outcome_of(self.run, made, f"{what}, once more")
             is_done = after != before and isinstance(again, ConflictError | NotFoundError)
-            # It is the last step that failed, and what would have taken it back.
+            # The last step failed, and its rollback, too.
             is_done |= may_litter and isinstance(again, InvalidDataError) and self._has_copy(after)
             is_fine = is_done or not isinstance(again, Exception)
             self.run.check(is_fine, f"{what}, once more: raised {again!r}")
@@ -180,7 +180,7 @@ class Trial:
         what: str,
         excuse: Callable[[], bool],
     ) -> None:
-        """See that what a call says is what it did, now and if the process were killed."""
+        """Check that the answer of a call matches its effect, now and after a kill."""
         run, revisions = self.run, after.revision - before.revision
         left = self._left_by_a_kill()
         if isinstance(outcome, OutcomeUnknownError):
@@ -203,7 +203,7 @@ class Trial:
     async def _check_in_the_end(
         self, call: PublicCall, effect: Effect, before: Picture, what: str
     ) -> None:
-        """See that a call that was repeated has been done once, and memory shows it."""
+        """Check that a repeated call has taken effect once, and that the cache shows it."""
         await self.store.state.refresh_from_database()
         await self.store.state.sync_to_database()
         final = self.picture()
@@ -216,7 +216,7 @@ class Trial:
         self.report(what, [*final.flaws(), *await differences(self.store.state, final)])
 
     def _left_by_a_kill(self) -> Picture:
-        """What there would be if the process were killed now: without what its `-shm` holds."""
+        """Take a snapshot of the files after a kill: without the content of the `-shm` file."""
         with TemporaryDirectory(dir=self.run.folder) as folder:
             copy = Path(folder, self.path.name)
             size = os.fstat(self._file).st_size
@@ -226,27 +226,27 @@ class Trial:
             return picture(copy)
 
     def report(self, what: str, found: list[str]) -> None:
-        """Count what was found as wrong."""
+        """Count findings as violations."""
         for flaw in found:
             self.run.wrong(f"{what}: {flaw}")
 
     async def _close_connections(self) -> None:
-        """Have the next call open connections of its own."""
+        """Close the connections, so that the next call opens new ones."""
         database = self.store.db
         await database.session_factory.kw["bind"].dispose()
         with suppress(UnavailableError):
-            await database.write(_fail, None)  # with which the writer gives up its connection
+            await database.write(_fail, None)  # after an error, the writer closes its connection
 
     def _look_at_copies(
         self, call: PublicCall, there: Picture, outcome: Any, what: str, *, may_litter: bool
     ) -> None:
-        """Look at the file that a call has made beside the database, or was to make."""
+        """Check the file that a call has created beside the database, or was to create."""
         is_refused = isinstance(outcome, Exception)
         copies = self._copies()
         if call.makes_copy and not is_refused:
             self.run.check(len(copies) == 1, f"{what}: returned, and there is no copy")
         for file in copies:
-            if not is_refused or call.name == "backup":  # `copy` goes on with the half it has made
+            if not is_refused or call.name == "backup":  # `copy` continues a partial copy
                 self.run.check(_is_copy(file, there), f"{what}: the copy is not what was copied")
         litter = [file.name for file in self.store.folder.glob(".*")]
         self.run.check(may_litter or not litter, f"{what}: left {litter}")
@@ -273,13 +273,13 @@ def _fail(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
 
 @asynccontextmanager
 async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
-    """Open a database to try calls on it; at the end it is closed, and looked at as a whole."""
+    """Open a database for trials; check the whole of it at the end."""
     clock = FakeClock()
     folder = path.parent / "copies"
     folder.mkdir()
     database = Database(path, clock=clock, timeout=LOCK_SECONDS)
     state = StateManager(database, None, finished_cache_size=FINISHED_IN_MEMORY)
-    # Not opened and closed while the store is open, which would cost this process its locks.
+    # Opening and closing it beside the open store would release this process's locks.
     file = os.open(path, os.O_RDONLY)
     try:
         await state.initialize()
@@ -302,16 +302,16 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
 
 
 def look_at_files(run: Run, path: Path, last: Picture, what: str) -> None:
-    """See that a database that nobody has open any more is sound, and holds what it did."""
+    """Check that a closed database is sound, and has the expected content."""
     if _open_files(path):
-        gc.collect()  # `vfs.hooked` has put it off
+        gc.collect()  # `vfs.hooked` has postponed it
     left = _open_files(path)
     run.check(not left, f"{what}: {left} are still open")
     for flaw in damage(path):
         run.wrong(f"{what}: {path.name} is damaged: {flaw}")
     try:
         lost = last.differences(picture(path))
-    except sqlite3.OperationalError as error:  # it lacks a table
+    except sqlite3.OperationalError as error:  # a table is missing
         run.wrong(f"{what}: {error}")
     else:
         if lost:
@@ -319,17 +319,17 @@ def look_at_files(run: Run, path: Path, last: Picture, what: str) -> None:
 
 
 def _open_files(path: Path) -> list[str]:
-    """What this process has open of a database."""
+    """List the files of a database that this process has open."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # it was that of the folder itself, closed by now
+        with suppress(FileNotFoundError):  # the descriptor of the folder, closed by now
             found.append(str(link.readlink()))
     return [target for target in found if target.startswith(str(path))]
 
 
 @contextmanager
 def abandoning(run: Run) -> Iterator[None]:
-    """Go on without a store that cannot be used any more; that is wrong."""
+    """Count an unusable store as a violation, and continue without it."""
     try:
         yield
     except HangError as hang:
@@ -340,7 +340,7 @@ def abandoning(run: Run) -> Iterator[None]:
 
 @contextmanager
 def checkpointing(pages: int) -> Iterator[None]:
-    """Have connections that write move the WAL to the database after so many pages."""
+    """Let writing connections checkpoint the WAL after so many pages."""
     kind = sqlite_connections.WriteConnection
     pragmas = (*kind.pragmas, f"PRAGMA wal_autocheckpoint={pages}")
     with mock.patch.object(kind, "pragmas", pragmas):

@@ -1,4 +1,4 @@
-"""Processes that a campaign starts, listens to, and kills."""
+"""Child processes of a campaign, which can be killed at any moment."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from campaigns.faults.planted import planted
 from campaigns.harness.campaign import HangError
 
 Tell = Callable[..., None]
-"""Says values to the parent: at once, and whole or not at all, whenever the process is killed."""
+"""Sends values to the parent at once; a kill never leaves half a message."""
 
 PATIENCE_SECONDS = 300.0
-"""A process that says nothing for so long, or does not end within that time, hangs."""
+"""Seconds of silence, or of waiting for the end, after which a process counts as hanging."""
 
 _PROJECT = Path(__file__).parents[2]
 
@@ -30,11 +30,10 @@ _PROJECT = Path(__file__).parents[2]
 class Child:
     """A process that runs a function of a campaign.
 
-    The function, plain or a coroutine function, is called with `tell`, and the arguments. What it
-    tells are JSON values. What it prints to the error output is kept in `errors`.
+    The function, plain or a coroutine function, receives `send` and the arguments. It sends JSON
+    values. Its error output goes to the file `errors`.
 
-    As a context manager, it is killed at the end if it still runs. It is killed, too, when somebody
-    has waited for it in vain.
+    The context manager kills a process that still runs at the end, also after a timeout.
     """
 
     def __init__(
@@ -50,10 +49,10 @@ class Child:
 
         Args:
             arguments: JSON values, and paths, which arrive as text.
-            errors: The file for its error output, to which it is appended.
-            bug: Name of one in `planted`.
-            environment: Variables that it has besides.
-            patience_seconds: How long to wait for the next that it tells, or for its end.
+            errors: The file for its error output, which is appended.
+            bug: Name of a planted bug.
+            environment: Additional environment variables.
+            patience_seconds: Time limit for the next message, and for the end.
         """
         self._errors = errors
         self._name, self._patience_seconds = function.__name__, patience_seconds
@@ -76,14 +75,14 @@ class Child:
 
     @property
     def complaint(self) -> str:
-        """The end of what is in `errors`."""
+        """The last lines of `errors`."""
         return self._errors.read_text(errors="replace")[-2000:]
 
     def told(self) -> Iterator[Any]:
-        """What it tells, waiting for more until it ends. A list for each call of `tell`.
+        """Yield the messages until the process ends: a list of values for each call of `send`.
 
         Raises:
-            HangError: If it says nothing for too long.
+            HangError: If it is silent for too long.
         """
         output, rest = self._process.stdout, b""
         assert output is not None
@@ -102,12 +101,12 @@ class Child:
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """Kill it, and what it has forked, as `kill -9` does; what was told can still be read."""
+        """Kill the process and its forks as `kill -9` does; sent messages stay readable."""
         if self._process.poll() is None:
             os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Wait for its end, and return its exit status; that of a signal is negative.
+        """Wait for the end, and return the exit status; that of a signal is negative.
 
         Raises:
             HangError: If it does not end.
@@ -133,11 +132,11 @@ class Child:
 
 
 def main(call: str) -> None:
-    """Run what the parent wants to be run."""
+    """Run the call that the parent has described."""
     module, name, bug, arguments = json.loads(call)
     function = getattr(import_module(module), name)
     output = os.dup(1)
-    os.dup2(2, 1)  # what a library may print is no answer
+    os.dup2(2, 1)  # output of a library must not mix with messages
 
     def tell(*values: Any) -> None:
         os.write(output, json.dumps(values).encode() + b"\n")

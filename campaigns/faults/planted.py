@@ -1,6 +1,6 @@
-"""Bugs to be found: each breaks a promise of the store, and a campaign must see it.
+"""Planted bugs: each breaks a promise of the store, and a campaign must find it.
 
-They are planted from outside: nothing in the library knows of them.
+They are patched in from outside; the library contains no hook for them.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
 
 STALL_SECONDS = 10
-"""So long the disk stalls where a bug leaves the door open: so what happens, happens then."""
+"""Seconds for which the disk stalls at a vulnerable point, so that the fault falls into it."""
 
 
 Bug = Callable[[], AbstractContextManager[None]]
-"""Has the bug in the library while it is entered."""
+"""A context manager that keeps the bug in the library while it is active."""
 
 BUGS: dict[str, Bug] = {}
-"""By name."""
+"""All planted bugs by name."""
 
 
 @contextmanager
 def planted(name: str | None) -> Iterator[None]:
-    """Have a bug in the library of this process; `None` for none.
+    """Plant a bug in the library of this process; `None` for no bug.
 
     Raises:
-        KeyError: If there is none of that name.
+        KeyError: If there is no bug of that name.
     """
     if name is None:
         yield
@@ -56,7 +56,7 @@ def planted(name: str | None) -> Iterator[None]:
 
 
 def bug(plant: Callable[[], Iterator[None]]) -> Bug:
-    """Make a bug of a function, and name it like that."""
+    """Turn a function into a bug with the same name, and register it."""
     found = contextmanager(plant)
     BUGS[plant.__name__.replace("_", "-")] = found
     return found
@@ -64,7 +64,7 @@ def bug(plant: Callable[[], Iterator[None]]) -> Bug:
 
 @bug
 def no_version_in_where() -> Iterator[None]:
-    """P3: a write from an outdated copy goes through, and what was written meanwhile is lost."""
+    """P3: a write from an outdated copy succeeds, and the concurrent write is lost."""
     decide = Update.decide
 
     def overwrite(self: Update[Any], row: Row) -> Any:
@@ -77,7 +77,7 @@ def no_version_in_where() -> Iterator[None]:
 
 @bug
 def claimed_twice() -> Iterator[None]:
-    """P4: a claim takes the word of memory that a task is pending, and does not look again."""
+    """P4: a claim trusts the cached status of a task and does not check the row again."""
     decide = Claim.decide
 
     def believe(self: Claim, row: Row) -> Any:
@@ -93,7 +93,7 @@ def claimed_twice() -> Iterator[None]:
 
 @bug
 def watch_ahead() -> Iterator[None]:
-    """P5: a watcher goes on from where memory is, though the feed was read before."""
+    """P5: a watcher continues at the revision of the cache, though the feed was read before."""
     changes = Replica.changes
 
     async def skip(self: Replica, since: int) -> tuple[Sequence[Change], int]:
@@ -149,14 +149,14 @@ def descriptor_leak() -> Iterator[None]:
 
 @bug
 def late_wake_ups() -> Iterator[None]:
-    """P6: the file is looked at so seldom that others' changes are seen late."""
+    """P6: the file is polled so rarely that foreign changes arrive late."""
     with patch.multiple(notifications, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
         yield
 
 
 @bug
 def lost_reply_is_no_doubt() -> Iterator[None]:
-    """P2: a commit that nobody has answered is taken for one that has not happened."""
+    """P2: a commit without a reply is treated as a commit that has not happened."""
     meaning = PostgreSQLErrorMapping._meaning
 
     def in_no_doubt(
@@ -170,7 +170,7 @@ def lost_reply_is_no_doubt() -> Iterator[None]:
 
 @bug
 def heartbeats_from_the_future() -> Iterator[None]:
-    """A heartbeat never gives way to one from before it, though the clock was turned back."""
+    """A heartbeat never replaces an earlier one with a later time, though the clock went back."""
 
     def is_news_to(self: Heartbeat, record: Record[NodeInfo], now: object = None) -> bool:
         last = record["last_heartbeat"]
@@ -182,14 +182,14 @@ def heartbeats_from_the_future() -> Iterator[None]:
 
 @bug
 def times_as_the_clock_says() -> Iterator[None]:
-    """What becomes of a task is stamped with the present time, though that was turned back."""
+    """A change of a task is stamped with the present time, though the clock went back."""
     with patch.object(lifecycle, "_next", lambda _, now: now):
         yield
 
 
 @bug
 def acknowledge_before_commit() -> Iterator[None]:
-    """P1: the writer gives its callers their answers, and commits afterwards."""
+    """P1: the writer answers its callers first, and commits afterwards."""
     transaction, commits = Database._write_on_thread, count()
 
     @contextmanager
@@ -209,7 +209,7 @@ def acknowledge_before_commit() -> Iterator[None]:
 
 @bug
 def revision_outside_transaction() -> Iterator[None]:
-    """P2, P5: rows are committed first, and then in another transaction the feed of changes."""
+    """P2, P5: rows are committed first, and the feed of changes in a second transaction."""
     write, commits = UnitOfWork._write, count()
 
     def write_afterwards(self: UnitOfWork) -> None:
@@ -233,7 +233,7 @@ def synchronous_off() -> Iterator[None]:
 
 @bug
 def abandoned_batch() -> Iterator[None]:
-    """P2: a caller who is cancelled while its batch is under way does not wait for it."""
+    """P2: a caller that is cancelled while its batch is in progress does not wait for it."""
 
     async def withdraw(self: Writer, future: asyncio.Future[Any]) -> None:
         future.cancel()

@@ -1,4 +1,4 @@
-"""A network that can be made to fail: what stands between clients and a PostgreSQL server."""
+"""A TCP proxy between clients and a PostgreSQL server, which can fail like a network."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any, Self
 from sqlalchemy import make_url
 
 FAULTS = ("reset", "refuse", "swallow", "swallow replies", "half", "hold", "drip")
-"""What can happen:
+"""The kinds of fault:
 
 - `reset`: all connections are reset; new ones can be made at once.
 - `refuse`: they are reset, and so is every new one until the network is back.
-- `swallow`: nothing gets through, either way, and nobody is told.
-- `swallow replies`: the server still hears what it is asked.
-- `half`: half of the next message gets through, and then both sides are told that it is over.
-- `hold`: replies come when the network is back, all that was held.
-- `drip`: replies come a few bytes at a time.
+- `swallow`: nothing passes in either direction, and no side is notified.
+- `swallow replies`: requests still reach the server, replies are lost.
+- `half`: half of the next message passes, then both sides see the end of the connection.
+- `hold`: all held replies arrive when the network is back.
+- `drip`: replies arrive a few bytes at a time.
 """
 
 MOMENTS = ("reply", "request", "now")
-"""When: in place of passing on the reply to a request, or the request; or at once."""
+"""The moment of a fault: in place of the reply to a request, or of the request; or at once."""
 
 _DROP, _DRIP_SECONDS = 16, 0.002
 
@@ -33,21 +33,20 @@ _NO_FAREWELL = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Fault:
-    """Trouble, and when it begins."""
+    """A kind of fault, and its moment."""
 
     kind: str
     """One of `FAULTS`."""
     moment: str = "now"
     """One of `MOMENTS`."""
     words: bytes = b""
-    """What is in the request that brings it on."""
+    """Bytes of the request that triggers it."""
 
 
 class Proxy:
-    """Stands between clients and a server; what it does to them can be told.
+    """A proxy between clients and a server, with faults on demand.
 
-    A connection from which something was swallowed stays so: neither side is even told that the
-    other one has gone.
+    A connection that has lost data stays broken: no side even sees the other one close.
     """
 
     def __init__(self, url: str) -> None:
@@ -57,29 +56,29 @@ class Proxy:
         self._links: set[_Link] = set()
         self._url = url
         self.taken = 0
-        """Connections so far."""
+        """Number of connections accepted so far."""
         self.swallowed = 0
-        """Requests so far that it did not pass on, or whose replies it would not."""
+        """Number of requests so far that were lost, or had to lose their replies."""
         self.awaited: Fault | None = None
-        """The fault whose moment has not come yet."""
+        """The fault that waits for its moment."""
         self.struck = asyncio.Event()
-        """The last fault has begun."""
+        """Set when the last fault has begun."""
         self.swallows_requests = False
         self.swallows_replies = False
         self.refuses = False
         self.drips = False
         self.passes = asyncio.Event()
-        """Unset, replies are held."""
+        """Cleared while replies are held."""
         self.passes.set()
 
     @property
     def url(self) -> str:
-        """Where the database is, by this way."""
+        """The URL of the database through this proxy."""
         assert self._listening is not None
         return with_parts(self._url, port=self._listening.sockets[0].getsockname()[1])
 
     def fail(self, fault: Fault) -> None:
-        """Bring trouble, as soon as its moment comes; it lasts until `forward`."""
+        """Begin a fault at its moment; it lasts until `forward`."""
         self.awaited = fault
         self.struck.clear()
         if fault.moment == "now":
@@ -89,15 +88,15 @@ class Proxy:
         self.swallows_requests, self.swallows_replies = requests, replies
 
     def swallow_after(self, words: bytes) -> None:
-        """Pass on the request with these words, and from then on nothing."""
+        """Pass on the request with these bytes, and lose all data afterwards."""
         self.fail(Fault("swallow", "reply", words))
 
     def swallow_from(self, words: bytes) -> None:
-        """Pass on everything before the request with these words."""
+        """Pass on all data before the request with these bytes."""
         self.fail(Fault("swallow", "request", words))
 
     def forward(self) -> None:
-        """Pass everything on, but for connections from which something was swallowed."""
+        """Pass on all data again, except on connections that have lost some."""
         self.awaited = None
         self.refuses = self.drips = False
         self.passes.set()
@@ -106,7 +105,7 @@ class Proxy:
             link.halves_next = False
 
     def strike(self, by: _Link | None = None) -> None:
-        """The moment has come, by a request on a connection or by the clock."""
+        """Begin the fault, triggered by a request on a connection or by the clock."""
         fault, self.awaited = self.awaited, None
         assert fault is not None
         self.struck.set()
@@ -134,7 +133,7 @@ class Proxy:
         await self.end_connections()
 
     async def end_connections(self) -> None:
-        """Have both sides learn at last that there is nobody."""
+        """Close both sides of all connections, also after lost data."""
         for task in self._serving:
             task.cancel()
         await asyncio.gather(*self._serving, return_exceptions=True)
@@ -157,7 +156,7 @@ class Proxy:
 
 
 class _Link:
-    """One connection of a client, and the one to the server that goes with it."""
+    """A connection of a client, with its connection to the server."""
 
     def __init__(
         self, proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -166,14 +165,14 @@ class _Link:
         self._reader, self._writer = reader, writer
         self._writers = [writer]
         self.resets_next = False
-        """Whether it is reset in place of passing on the next reply."""
+        """True if a reset replaces the next reply."""
         self.halves_next = False
-        """Whether half of the next message is its end."""
+        """True if the connection ends after half of the next message."""
         self.loses_replies = False
-        """Whether some of them were swallowed, and so will be all others."""
+        """True if a reply was lost, so all later ones are, too."""
 
     async def serve(self, port: int) -> None:
-        """Pass on what both sides say, until one of them ends it."""
+        """Pass on the data of both sides until one of them closes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         self._writers.append(writer)
         await asyncio.gather(
@@ -181,7 +180,7 @@ class _Link:
         )
 
     def reset(self) -> None:
-        """End both sides by a reset, as a machine on the way does that has forgotten them."""
+        """Reset both sides, as a router does that has lost its state."""
         for writer in self._writers:
             if not writer.is_closing():
                 writer.get_extra_info("socket").setsockopt(
@@ -190,7 +189,7 @@ class _Link:
                 writer.transport.abort()
 
     async def close(self) -> None:
-        """End both sides."""
+        """Close both sides."""
         for one in self._writers:
             one.close()
         for one in self._writers:
@@ -252,12 +251,12 @@ class _Link:
 
 
 def port_of(url: str) -> int:
-    """The port in a URL."""
+    """Return the port in a URL."""
     port = make_url(url).port
     assert port is not None
     return port
 
 
 def with_parts(url: str, **parts: Any) -> str:
-    """The URL with another port, user or password."""
+    """Return the URL with another port, user or password."""
     return make_url(url).set(**parts).render_as_string(hide_password=False)

@@ -1,10 +1,10 @@
-"""The steps of an event loop, and a call that is cancelled at one of them.
+"""Cancellation of a call at a step of the event loop.
 
-A turn of a loop runs what is due and then, if nothing is due, sleeps until a thread, a socket or a
-timer wakes it. What a call does on other threads goes on while its loop sleeps. So these are the
-steps: the moment before each turn, and of a turn that sleeps two more: a moment later, if it sleeps
-still, and when it was woken and has not yet run what it was woken for. How many there are of a call
-differs a little from one time to the next, as its threads are faster or slower.
+An iteration of a loop runs all ready callbacks and then, if there are none, sleeps until a thread,
+a socket or a timer wakes it. Work on other threads continues while the loop sleeps. These are the
+steps: the moment before each iteration, and two more if the iteration sleeps: a moment later, if it
+still sleeps, and after the wake-up, before any callback runs. The number of steps of a call varies
+a little between runs, because its threads are faster or slower.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from selectors import DefaultSelector, SelectorKey
 from typing import Any
 
 NAP_SECONDS = 0.001
-"""How long a loop sleeps at most before the step that comes while it sleeps."""
+"""Longest sleep of a loop, in seconds, before the step that comes during the sleep."""
 
 Make = Callable[[], Coroutine[Any, Any, Any]]
-"""Makes the call."""
+"""Creates the coroutine of the call."""
 
 
 class Steps(DefaultSelector):
-    """What a loop sleeps in: counts its steps, and does something at one of them."""
+    """A selector for an event loop that counts its steps and runs a callback at some of them."""
 
     def __init__(self, luck: Random) -> None:
         super().__init__()
         self._luck = luck
         self.passed = 0
-        """The steps since it was last set."""
+        """Number of steps since the last `set`."""
         self._at: tuple[int, ...] = ()
         self._act: Callable[[], object] = lambda: None
 
     def set(self, *at: int, act: Callable[[], object] = lambda: None) -> None:
-        """Begin to count, and do `act` at these steps."""
+        """Restart the count, and run `act` at these steps."""
         self.passed, self._at, self._act = 0, at, act
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
-        """Sleep as the loop asks for, if nothing is done before."""
+        """Sleep as the loop requests, unless a step comes first."""
         if self._step():
             timeout = 0
         if timeout is not None and timeout <= 0:
@@ -55,7 +55,7 @@ class Steps(DefaultSelector):
         return events
 
     def _step(self) -> bool:
-        """Do what is to be done at the next step; whether there was anything."""
+        """Run the callback if it is due at the next step; return true if it ran."""
         self.passed += 1
         if self.passed in self._at:
             self._act()
@@ -65,15 +65,15 @@ class Steps(DefaultSelector):
 
 @dataclass
 class Ended:
-    """How a call ended."""
+    """The end of a call."""
 
     steps: int
-    """How many it had."""
+    """Number of its steps."""
     is_cancelled: bool = False
     error: BaseException | None = None
-    """What it raised otherwise."""
+    """The error that it raised otherwise."""
     complaint: str | None = None
-    """What is wrong about how its cancellation ended."""
+    """The reason that its end is wrong."""
 
 
 class _SiblingError(Exception):
@@ -81,12 +81,12 @@ class _SiblingError(Exception):
 
 
 async def cancelled_once(make: Make, steps: Steps, at: int) -> Ended:
-    """Its task is cancelled."""
+    """Cancel the task of the call."""
     return await _cancelled(make, steps, at)
 
 
 async def cancelled_again(make: Make, steps: Steps, at: int) -> Ended:
-    """Its task is cancelled, and twice more while it ends."""
+    """Cancel the task of the call, and twice more while it ends."""
     return await _cancelled(make, steps, at, at + 1, at + 2)
 
 
@@ -101,12 +101,12 @@ async def _cancelled(make: Make, steps: Steps, *at: int) -> Ended:
     steps.set(*at, act=cancel)
     ended = await _end_of(task, steps)
     if asked and not ended.is_cancelled:
-        ended.complaint = f"its cancellation got lost: {ended.error!r}"
+        ended.complaint = f"its cancellation was lost: {ended.error!r}"
     return ended
 
 
 async def timed_out(make: Make, steps: Steps, at: int) -> Ended:
-    """The time of an `asyncio.timeout` around it is over."""
+    """Let an `asyncio.timeout` around the call expire."""
     inner = Ended(0)
 
     async def limited() -> None:
@@ -130,12 +130,12 @@ async def timed_out(make: Make, steps: Steps, at: int) -> Ended:
     outer = await _end_of(task, steps)
     inner.error = None if inner.is_cancelled else outer.error
     if inner.is_cancelled and not isinstance(outer.error, TimeoutError):
-        inner.complaint = f"its time was over, and it ended with {outer.error!r}"
+        inner.complaint = f"its timeout expired, and it ended with {outer.error!r}"
     return inner
 
 
 async def group_failed(make: Make, steps: Steps, at: int) -> Ended:
-    """Another task of its `TaskGroup` fails."""
+    """Let a sibling in the `TaskGroup` of the call fail."""
     failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def fail() -> None:
@@ -168,13 +168,13 @@ async def group_failed(make: Make, steps: Steps, at: int) -> Ended:
         type(one) for one in error.exceptions
     ] == [_SiblingError]
     if inner.is_cancelled and not is_siblings:
-        inner.complaint = f"its group failed, and ended with {error!r}"
+        inner.complaint = f"its group failed with {error!r}"
     inner.error = None if is_siblings else error
     return inner
 
 
 async def wait_for(future: asyncio.Future[None]) -> None:
-    """What the sibling does."""
+    """Wait for the failure of the sibling."""
     await future
 
 
@@ -192,4 +192,4 @@ async def _end_of(task: asyncio.Future[Any], steps: Steps) -> Ended:
 Manner = Callable[[Make, Steps, int], Coroutine[Any, Any, Ended]]
 
 MANNERS: tuple[Manner, ...] = (cancelled_once, cancelled_again, timed_out, group_failed)
-"""The ways in which a call is cancelled."""
+"""All ways to cancel a call."""

@@ -1,8 +1,8 @@
-"""The system calls of SQLite in this process: each can be seen, recorded, or made to fail.
+"""Hooks for the system calls of SQLite in this process, to record them or to let them fail.
 
-SQLite lets its calls of the operating system be replaced one by one (`xSetSystemCall` of a VFS),
-which its own tests do, too. `fsync` is not among them, so what asks for it, `xSync` of an open
-file, is replaced instead. See https://sqlite.org/c3ref/vfs.html.
+SQLite lets a program replace its system calls one by one (`xSetSystemCall` of a VFS), as its own
+tests do. `fsync` is not among them; its caller, `xSync` of an open file, is replaced instead. See
+https://sqlite.org/c3ref/vfs.html.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 SYNC, OPEN_FOLDER = "sync", "openDirectory"
-"""A file is put on the disk; the folder of a file is, for which alone SQLite opens it."""
+"""The sync of a file, and the opening of its folder, which SQLite does only to sync it."""
 
 WRITES = frozenset({"write", "pwrite", "pwrite64"})
-"""The calls that write, of which a system has one or two."""
+"""The write calls; a system has one or two of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,31 +30,31 @@ class SystemCall:
     """A system call that SQLite is about to make."""
 
     name: str
-    """As the system calls it: `pwrite64`; or `SYNC`, or `OPEN_FOLDER`."""
+    """The name in the system, such as `pwrite64`; or `SYNC`, or `OPEN_FOLDER`."""
     path: str
-    """Of the file; with `OPEN_FOLDER`, of one that was made in the folder, or removed from it."""
+    """The path of the file; for `OPEN_FOLDER`, of the file created or removed in the folder."""
     offset: int = 0
-    """Where it reads or writes; the new length of `ftruncate`; the flags of `open`."""
+    """The offset of a read or write; the new length of `ftruncate`; the flags of `open`."""
     size: int = 0
-    """How much it reads, writes or maps."""
+    """Number of bytes to read, write or map."""
     address: int = 0
-    """Where in memory it reads to, or writes from."""
+    """Memory address of the buffer."""
 
     @property
     def data(self) -> bytes:
-        """What a call that writes will write; not to be asked for afterwards."""
+        """The bytes that a write call will write; valid only before the call."""
         return ctypes.string_at(self.address, self.size)
 
 
 Hook = Callable[[SystemCall], int]
-"""Told of each call before it is made. Returns 0 for it to be made, or the `errno` it fails with.
+"""Called before each system call. Returns 0 to let it pass, or the `errno` of its failure.
 
-Runs on the thread that makes the call, which may hold locks of SQLite's: it must not use SQLite,
-and must not raise.
+It runs on the thread of the call, which may hold locks of SQLite: it must not use SQLite, and must
+not raise.
 """
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    # The result, then the arguments. Those that SQLite does not have are not looked for.
+    # The result, then the arguments. Calls that this SQLite lacks are skipped.
     "open": (c_int, c_char_p, c_int, c_int),
     "close": (c_int, c_int),
     "stat": (c_int, c_char_p, c_void_p),
@@ -74,7 +74,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 
 _CANNOT_OPEN = 14
 _SYNC_FAILED = 1034
-"""SQLite's own codes: SQLITE_CANTOPEN, SQLITE_IOERR_FSYNC."""
+"""Error codes of SQLite: SQLITE_CANTOPEN, SQLITE_IOERR_FSYNC."""
 
 _FUNCTION = ctypes.CFUNCTYPE
 _Set = _FUNCTION(c_int, c_void_p, c_char_p, c_void_p)
@@ -84,7 +84,7 @@ _Sync = _FUNCTION(c_int, c_void_p, c_int)
 
 
 class _VFS(ctypes.Structure):
-    """`sqlite3_vfs`, of version 3."""
+    """The structure `sqlite3_vfs`, version 3."""
 
     _fields_ = (
         *[(name, c_int) for name in ("iVersion", "szOsFile", "mxPathname")],
@@ -98,7 +98,7 @@ class _VFS(ctypes.Structure):
 
 
 class _Methods(ctypes.Structure):
-    """`sqlite3_io_methods`, of version 3."""
+    """The structure `sqlite3_io_methods`, version 3."""
 
     _fields_ = (
         ("iVersion", c_int),
@@ -111,10 +111,10 @@ class _Methods(ctypes.Structure):
 
 
 class _Hooks:
-    """What stands in for SQLite's calls; kept for good, since SQLite may be within one."""
+    """The replacements of SQLite's calls; never freed, since a thread may be inside one."""
 
     def __init__(self) -> None:
-        library: Any = ctypes.CDLL(getattr(_sqlite3, "__file__", None))  # as this Python has it
+        library: Any = ctypes.CDLL(getattr(_sqlite3, "__file__", None))  # the SQLite of this Python
         library.sqlite3_vfs_find.restype = POINTER(_VFS)
         self._vfs = library.sqlite3_vfs_find(None)
         self._address = ctypes.cast(self._vfs, c_void_p)
@@ -126,7 +126,7 @@ class _Hooks:
         self._below = ""
         self._paths: dict[int, str] = {}  # of descriptors
         self._files: dict[int, str] = {}  # of SQLite's own objects
-        self._methods: dict[int, tuple[_Methods, Any]] = {}  # by whose place they take
+        self._methods: dict[int, tuple[_Methods, Any]] = {}  # by the address of the originals
         self._replacements = {
             name: self._replacement(name, signature, original)
             for name, signature in _SIGNATURES.items()
@@ -159,13 +159,13 @@ class _Hooks:
         if path is None:  # it was open before
             try:
                 path = os.readlink(f"/proc/self/fd/{descriptor}")
-            except OSError:  # there is none, as with a map of no file
+            except OSError:  # no descriptor, such as a map without a file
                 return ""
             self._paths[descriptor] = path
         return path
 
     def _replacement(self, name: str, signature: tuple[Any, ...], original: int) -> Any:
-        kind = _FUNCTION(*signature, use_errno=True)  # so that SQLite finds what went wrong
+        kind = _FUNCTION(*signature, use_errno=True)  # SQLite reads the `errno`
         proceed = kind(original)
         place = 4 if name == "mmap" else 0  # of the file
 
@@ -177,7 +177,7 @@ class _Hooks:
                 ctypes.set_errno(error)
                 return _CANNOT_OPEN if name == OPEN_FOLDER else -1
             if name == "close":
-                self._paths.pop(file, None)  # before another thread is given the number
+                self._paths.pop(file, None)  # before another thread gets the same number
             result: int = proceed(*arguments)
             if name == "open" and result >= 0:
                 self._paths[result] = path
@@ -186,7 +186,7 @@ class _Hooks:
         return kind(replacement)
 
     def _open_file(self, vfs: int, name: int | None, file: int, flags: int, out: int | None) -> int:
-        """Open a file as SQLite does, and have its syncs told."""
+        """Open a file as SQLite does, with a hook on its syncs."""
         result: int = self._original_open(vfs, name, file, flags, out)
         methods = ctypes.cast(file, POINTER(c_void_p))
         if methods[0]:
@@ -195,7 +195,7 @@ class _Hooks:
         return result
 
     def _with_sync(self, address: int) -> _Methods:
-        """Methods like those at an address, whose sync is told."""
+        """Copy the methods at an address, with a hook on their sync."""
         if address not in self._methods:
             methods = _Methods.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(_Methods)))
             proceed = _Sync(methods.xSync)
@@ -231,12 +231,12 @@ _hooks: _Hooks | None = None
 
 @contextmanager
 def hooked(hook: Hook, below: Path) -> Iterator[None]:
-    """Have SQLite's system calls told to a hook, on all threads of this process.
+    """Pass the system calls of SQLite to a hook, on all threads of this process.
 
-    Reading, writing and the like of files that were open before are told, too, but for syncs.
+    Calls on files that were open before are included, except their syncs.
 
     Args:
-        below: The folder whose files it is about.
+        below: The folder of the files to watch.
     """
     global _hooks
     if _hooks is None:
@@ -255,7 +255,7 @@ def hooked(hook: Hook, below: Path) -> Iterator[None]:
 
 
 def why_not() -> str | None:
-    """Why SQLite's system calls can not be hooked here; `None` if they can."""
+    """Return the reason that prevents hooks on this machine; `None` if they work."""
     if not Path("/proc/self/fd").is_dir():
         return "SQLite's system calls are hooked on Linux alone"
     try:

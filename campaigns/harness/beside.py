@@ -1,4 +1,4 @@
-"""A database is asked past the library: what is in it, and whether it finds itself sound."""
+"""Direct access to a database, without the library: queries, checks for damage, a second client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class UnreadableError(Exception):
 
 
 def ask(location: Location, *queries: str) -> list[Rows]:
-    """The rows of each query, all of one moment; of a server, not on a running event loop.
+    """Return the rows of each query, all read in one transaction; not on a running event loop.
 
     Raises:
         UnreadableError: If they cannot be read.
@@ -45,13 +45,13 @@ def ask(location: Location, *queries: str) -> list[Rows]:
 
 
 def damage(location: Location) -> list[str]:
-    """What a database itself finds wrong with its pages and indexes, in words.
+    """List the damage that the database engine finds in its pages and indexes.
 
-    A file is checked by SQLite, a database on a server by amcheck, which is installed for that; not
-    on a running event loop.
+    SQLite checks a file; amcheck, which is installed for it, checks a database on a server. Do not
+    call it on a running event loop.
 
     Raises:
-        UnreadableError: If it cannot be read at all.
+        UnreadableError: If the database cannot be read at all.
     """
     if isinstance(location, Path):
         pragmas = ("PRAGMA integrity_check", "PRAGMA foreign_key_check")
@@ -61,23 +61,23 @@ def damage(location: Location) -> list[str]:
 
 
 class _File:
-    """Somebody else at a file; nothing else of the event loop goes on while it is asked."""
+    """A second client of a file; its calls block the event loop."""
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None, timeout=1)
 
     async def ask(self, query: str) -> list[dict[str, Any]]:
-        """The rows of a query, by the names of columns."""
+        """Return the rows of a query, keyed by column name."""
         cursor = self._connection.execute(query)
         columns = [name for name, *_ in cursor.description]
         return [dict(zip(columns, row, strict=True)) for row in cursor]
 
     async def mark(self) -> object:
-        """Something that is another one after each commit."""
+        """Return a value that changes with each commit."""
         return await self.ask("PRAGMA data_version")
 
     async def lock(self) -> None:
-        """Take the lock of writers, within a second, and give it back."""
+        """Take the write lock within a second, and release it."""
         self._connection.execute("BEGIN IMMEDIATE")
         self._connection.execute("ROLLBACK")
 
@@ -86,21 +86,21 @@ class _File:
 
 
 class _Server:
-    """The same at a database on a server."""
+    """A second client of a database on a server."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
     async def ask(self, query: str) -> list[dict[str, Any]]:
-        """The rows of a query, by the names of columns."""
+        """Return the rows of a query, keyed by column name."""
         return [*map(dict, await self._connection.fetch(query))]
 
     async def mark(self) -> object:
-        """Something that is another one after each commit."""
+        """Return a value that changes with each commit."""
         return await self.ask("SELECT pg_snapshot_xmax(pg_current_snapshot())")
 
     async def lock(self) -> None:
-        """Take the lock of writers, within a second, and give it back."""
+        """Take the write lock within a second, and release it."""
         async with self._connection.transaction():
             await self._connection.execute("SET LOCAL lock_timeout = '1s'")
             await self._connection.execute("SELECT FROM counters FOR UPDATE")
@@ -110,38 +110,38 @@ class _Server:
 
 
 Neighbour = _File | _Server
-"""Somebody else at a database, who stays connected."""
+"""A second client of a database, which stays connected."""
 
 
 async def neighbour_at(location: Location) -> Neighbour:
-    """Connect somebody to a database, until they close it."""
+    """Connect a second client to a database."""
     return _File(location) if isinstance(location, Path) else _Server(await connect(location))
 
 
 def wait_until_alone(location: Location) -> None:
-    """Wait until the server has noticed the end of those who were connected, and undone their work.
+    """Wait until the server has closed all other connections and rolled back their work.
 
-    A file is left at once.
+    A file needs no waiting.
 
     Raises:
-        HangError: If it does not notice.
+        HangError: If a connection stays.
     """
     if isinstance(location, str):
         asyncio.run(_wait_until_alone(location))
 
 
 async def connect(url: str) -> Any:
-    """A connection of the driver's to a database on a server."""
+    """Connect to a database on a server with the driver alone."""
     return await driver().connect(plain(url))
 
 
 def driver() -> Any:
-    """The driver of PostgreSQL, which may be missing."""
+    """Return the driver of PostgreSQL, which may be missing."""
     return import_module("asyncpg")
 
 
 def plain(url: str) -> str:
-    """The URL as the driver takes it."""
+    """Return the URL in the form that the driver takes."""
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
@@ -185,9 +185,9 @@ async def _wait_until_alone(url: str) -> None:
     connection = await connect(url)
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server tells nobody
+            while await connection.fetchval(_OTHERS):  # noqa: ASYNC110 - the server sends no event
                 await asyncio.sleep(0.01)
     except TimeoutError:
-        raise HangError("the server goes on with what those had begun who are gone") from None
+        raise HangError("the server still has connections of closed clients") from None
     finally:
         await connection.close()

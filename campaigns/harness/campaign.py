@@ -1,7 +1,7 @@
-"""What a campaign is, and one run of it: where its databases are, what it counts, what it found.
+"""A campaign, and one run of it: its databases, its counts and its findings.
 
-A campaign does something to the store that a machine, a network or a program could do to it, again
-and again, and checks the promises of README each time. Whatever it draws comes from its seed.
+A campaign exposes the store to faults of the machine, of the network or of a program, again and
+again, and checks the promises of the README each time. All random choices come from its seed.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from openclaw_store.testing import create_database
 
 T = TypeVar("T")
 
-SQLITE, POSTGRESQL = ENTITY_KINDS = ("sqlite", "postgresql")
+SQLITE, POSTGRESQL = DATABASE_KINDS = ("sqlite", "postgresql")
 
 Location = str | Path
-"""Where a database is: the path of a file, or the URL of one on a server."""
+"""The location of a database: the path of a file, or a URL on a server."""
 
 SHOWN = 20
-"""So many findings of a run are kept as text; all of them are counted."""
+"""Number of findings of a run that are kept as text; all of them are counted."""
 
 JUDGED_SHARE = 1 / 20
-"""Of the rounds of the long form; with fewer, a run is a short one."""
+"""Share of the rounds of the long form; a run with fewer is a short run."""
 
 
 class HangError(Exception):
-    """Something does not go on, so nothing that needs it can be tried any more."""
+    """A call or process hangs, so the steps that need it cannot run."""
 
 
 async def within(work: Awaitable[T], what: str, seconds: float = 60) -> T:
-    """What comes of `work`. What hangs is left as it is: to cancel it could hang, too.
+    """Return the result of `work`; on a timeout, leave it running, as a cancellation may hang.
 
     Raises:
-        HangError: If nothing comes of it in time.
+        HangError: If there is no result in time.
     """
     future = asyncio.ensure_future(work)
     await asyncio.wait([future], timeout=seconds)
@@ -56,7 +56,7 @@ async def within(work: Awaitable[T], what: str, seconds: float = 60) -> T:
 
 @contextmanager
 def unheard(*names: str) -> Iterator[None]:
-    """Have loggers say nothing: there is trouble all the time."""
+    """Silence loggers during faults that make them log all the time."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -70,47 +70,48 @@ def unheard(*names: str) -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Campaign:
-    """One kind of trouble, and the promises that must survive it."""
+    """A kind of fault, and the promises that must survive it."""
 
     name: str
     title: str
-    """What is done to the store, in a line."""
+    """The fault, in one line."""
     promises: tuple[str, ...]
-    """Those of README that it checks, as `P1`."""
+    """The checked promises of the README, such as `P1`."""
     perform: Callable[[Run], None]
-    """Does `run.rounds` rounds of it."""
+    """Performs `run.rounds` rounds."""
     rounds: int
-    """Of the long form, whose figures are published."""
+    """Rounds of the long form, for published figures."""
     quick_rounds: int
-    """Of the form that the test suite runs: about two seconds, and no root needed; 0 for none."""
+    """Rounds of the short form for the test suite: about two seconds, without root; 0 for none."""
     unit: str
-    """What a round is, in the plural."""
-    kinds: tuple[str, ...] = ENTITY_KINDS
+    """The name of a round, in the plural."""
+    kinds: tuple[str, ...] = DATABASE_KINDS
     rounds_of: dict[str, int] = field(default_factory=dict)
-    """Of the long form, for the kinds of database where it is another number."""
+    """Rounds of the long form on kinds of database with another number."""
     bugs: Mapping[str, str] = field(default_factory=dict)
-    """Names of bugs in `planted` that it must find, each within `quick_rounds`, and words that are
-    in what it finds then."""
+    """Names of bugs in `planted_bugs` that a run must find within `quick_rounds`, each with words
+    from the finding.
+    """
     slow_bugs: Mapping[str, str] = field(default_factory=dict)
-    """The same of bugs that it finds within `rounds`, which no test waits for."""
+    """Bugs that a run must find within `rounds`; no test waits for them."""
     why_not: Callable[[], str | None] = lambda: None
-    """Why it can not run on this machine, and what would help; `None` if it can."""
+    """Returns the reason that prevents a run on this machine, with a remedy; else `None`."""
 
     def rounds_on(self, kind: str) -> int:
-        """How many rounds the long form has."""
+        """Return the rounds of the long form."""
         return self.rounds_of.get(kind, self.rounds)
 
     def is_quick(self, kind: str, rounds: int) -> bool:
-        """Whether so few rounds are a short form, which cannot judge what the long form does."""
+        """Return true if so few rounds make a short run, which judges no times or rare events."""
         return rounds < self.rounds_on(kind) * JUDGED_SHARE
 
     def has_found_bug(self, run: Run) -> bool:
-        """Whether a run has found the bug that it had, and not only something else."""
+        """Return true if a run has found its planted bug, not only another problem."""
         words = {**self.bugs, **self.slow_bugs}[run.bug or ""]
         return any(words in finding for finding in run.findings)
 
     def run(self, run: Run) -> None:
-        """Do the rounds of a run. What hangs is found to be wrong, and ends it."""
+        """Perform the rounds of a run; a hang is a finding and ends it."""
         try:
             with programs_in_path():
                 self.perform(run)
@@ -121,25 +122,24 @@ class Campaign:
 
 @dataclass
 class Counts:
-    """What came of the calls of a run, each of which is counted once, by its answer."""
+    """Outcomes of the calls of a run, each counted once, by its answer."""
 
     acknowledged: int = 0
     """Calls that returned."""
     refused: int = 0
-    """Calls that raised an error, but for `OutcomeUnknownError`."""
+    """Calls that raised an error other than `OutcomeUnknownError`."""
     lost: int = 0
-    """Acknowledged, and not in the database afterwards."""
+    """Acknowledged changes that are missing from the database."""
     unknown: int = 0
-    """Calls without an answer: `OutcomeUnknownError`, or they were cancelled, or their process was
-    killed."""
+    """Calls without an answer: `OutcomeUnknownError`, a cancellation, or a killed process."""
     unknown_committed: int = 0
-    """Of these, those that had taken effect."""
+    """Unknown calls that had taken effect."""
     wrong: int = 0
-    """Whatever else a promise forbids."""
+    """All other violations of a promise."""
 
     @property
     def operations(self) -> int:
-        """All calls."""
+        """Number of all calls."""
         return self.acknowledged + self.refused + self.unknown
 
 
@@ -161,21 +161,21 @@ class Run:
         """Prepare a run.
 
         Args:
-            folder: An empty one, for files.
-            server: Where databases are made if `kind` is PostgreSQL. It may be killed.
-            bug: Name of one in `planted`, to be found.
-            is_quick: Whether it is a short form, as it runs beside other tests: then it is not
-                judged how long things take, nor what only shows in many rounds.
-            report: Is told how many rounds are done.
+            folder: An empty folder for files.
+            server: The server for databases if `kind` is PostgreSQL. It may be killed.
+            bug: Name of a planted bug that the run must find.
+            is_quick: True for a short form beside other tests; then durations and events that need
+                many rounds are not judged.
+            report: Called with the number of finished rounds.
         """
         self.kind, self.rounds, self.folder, self.seed, self.bug = kind, rounds, folder, seed, bug
         self.is_quick = is_quick
         self.random = Random(seed)
         self.counts = Counts()
         self.findings: list[str] = []
-        """The first that was lost or wrong, in words."""
+        """The first losses and violations, in words."""
         self.notes: dict[str, str] = {}
-        """Further figures, as `{"slowest reopening": "0.31 s"}`."""
+        """Further figures, such as `{"slowest reopening": "0.31 s"}`."""
         self._server = server
         self._report = report
         self._done = 0
@@ -184,64 +184,64 @@ class Run:
 
     @property
     def server(self) -> Server:
-        """The PostgreSQL server, which may be killed and started again."""
+        """The PostgreSQL server; a campaign may kill it and start it again."""
         assert self._server is not None
         return self._server
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was lost and nothing wrong."""
+        """True if nothing is lost and no promise is broken."""
         return not (self.counts.lost or self.counts.wrong)
 
     def each_round(self) -> Iterator[int]:
-        """The numbers of the rounds; those that are done are reported."""
+        """Yield the numbers of the rounds, and report each finished one."""
         for number in range(self.rounds):
             yield number
             self.done()
 
     @property
     def completed(self) -> int:
-        """How many rounds are done."""
+        """Number of finished rounds."""
         return self._done
 
     def parts(self, size: int) -> Iterator[int]:
-        """The rounds in parts, where some have a database in common: how many each part has."""
+        """Yield the size of each part, where the rounds of a part share a database."""
         for begun in range(0, self.rounds, size):
             yield min(size, self.rounds - begun)
 
     def done(self, rounds: int = 1) -> None:
-        """Report rounds as done, where they are not one after another."""
+        """Report finished rounds that do not run one after another."""
         self._done += rounds
         self._report(self._done)
 
     def lost(self, finding: str) -> None:
-        """Count something that was acknowledged, and is not there."""
+        """Count an acknowledged change that is missing."""
         self.counts.lost += 1
         self._find(f"lost: {finding}")
 
     def wrong(self, finding: str) -> None:
-        """Count something that a promise forbids."""
+        """Count a violation of a promise."""
         self.counts.wrong += 1
         self._find(finding)
 
     def check(self, holds: bool, finding: str) -> None:
-        """Count `finding` as wrong unless something holds."""
+        """Count `finding` as a violation unless the condition holds."""
         if not holds:
             self.wrong(finding)
 
     def figures(self) -> dict[str, int | str]:
-        """All that was counted, by name."""
+        """Return all counts and notes by name."""
         return {"operations": self.counts.operations, **asdict(self.counts), **self.notes}
 
     @contextmanager
     def location(
         self, *, migrated: bool = True, copy_of: Location | None = None
     ) -> Iterator[Location]:
-        """A place for a database, gone afterwards. Not to be entered on a running event loop.
+        """Provide a location for a database, removed afterwards; not on a running event loop.
 
         Args:
-            migrated: Whether there is an empty database with all tables; else there is nothing.
-            copy_of: A database that nobody is connected to, of which there is a copy.
+            migrated: True for an empty database with all tables, else there is none.
+            copy_of: A database without connections, to be copied.
         """
         if migrated and copy_of is None:
             if self._template is None:
@@ -256,7 +256,7 @@ class Run:
 
     @asynccontextmanager
     async def opened(self, manager: StateManager) -> AsyncIterator[StateManager]:
-        """Open a store, and shut it down afterwards; it is wrong if that hangs.
+        """Open a store, and shut it down afterwards; a hanging shutdown is a violation.
 
         Raises:
             HangError: If opening hangs.
@@ -267,7 +267,7 @@ class Run:
         finally:
             try:
                 await within(manager.shutdown(), "to shut down")
-            except HangError as hang:  # not instead of what has hung before
+            except HangError as hang:  # must not replace an earlier hang
                 self.wrong(str(hang))
 
     def _find(self, finding: str) -> None:
@@ -288,5 +288,5 @@ class Run:
         if isinstance(location, Path):
             shutil.rmtree(location.parent)
         else:
-            with suppress(DBAPIError):  # somebody killed may still count as connected
+            with suppress(DBAPIError):  # the server may still list a killed client
                 asyncio.run(self.server.drop_database(location))

@@ -1,4 +1,4 @@
-"""How late an event loop is: what its callers wait for that is no fault of the store's."""
+"""The delay of an event loop: waiting time of its callers that the store does not cause."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ TICK_SECONDS = 0.01
 
 
 async def watch_lateness(note: Callable[[float, float], object]) -> None:
-    """Measure it, for ever.
+    """Measure the delay of the running event loop until cancelled.
 
     Args:
-        note: Is told after each tick when the loop should have gone on, and when it did, by
-            `time.monotonic`.
+        note: Called after each tick with the due time and the actual time, by `time.monotonic`.
     """
     while True:
         due = time.monotonic() + TICK_SECONDS

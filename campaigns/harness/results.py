@@ -1,4 +1,4 @@
-"""A run as a row of `RESULTS.md`."""
+"""The row of a run in `RESULTS.md`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COLUMNS = (
     "campaign", "database", "date", "commit", "rounds", "seed", "operations", "acknowledged",
     "refused", "lost", "unknown", "… committed", "wrong", "further figures", "time",
 )  # fmt: skip
-"""Of the table at the end of `RESULTS.md`."""
+"""Columns of the table at the end of `RESULTS.md`."""
 
 
 def row(campaign: Campaign, run: Run, seconds: float) -> str:
-    """A run as a row of the table."""
+    """Format a run as a row of the table."""
     counts = run.counts
     numbers = (
         counts.operations, counts.acknowledged, counts.refused, counts.lost, counts.unknown,
@@ -37,7 +37,7 @@ def row(campaign: Campaign, run: Run, seconds: float) -> str:
 
 
 def record(file: Path, line: str) -> None:
-    """Append a row to the table at the end of a file, which is begun if it is not there."""
+    """Append a row to the table at the end of a file, and create the file if it is missing."""
     if not file.exists():
         dashes = " | ".join("---" for _ in COLUMNS)
         file.write_text(f"| {' | '.join(COLUMNS)} |\n| {dashes} |\n", encoding="utf-8")
@@ -46,7 +46,7 @@ def record(file: Path, line: str) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out here, with a `+` if files differ from it."""
+    """Return the commit of this checkout, with a `+` if files differ from it."""
     git = ("git", "describe", "--always", "--dirty=+", "--exclude=*")
     ran = subprocess.run(
         git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False

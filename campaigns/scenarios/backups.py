@@ -1,14 +1,14 @@
-"""Backups are made while 64 callers write.
+"""Backups during the writes of 64 callers.
 
-They add tasks, change them and remove them, without a pause. Each round measures how long their
-writes take for a while without a backup, and then during one; in the long form the 99th percentile
-during backups must not be twice that of the time without, in the median of the rounds.
+The callers add, change and remove tasks without a pause. Each round measures the duration of their
+writes for a while without a backup, and then during one; in the long form the 99th percentile
+during backups must be less than twice the one without, in the median of the rounds.
 
-The copy is opened past the library (PostgreSQL's is restored by `pg_restore` first). It must be
-complete to one revision, which is not before that of the moment at which the backup began, and not
-behind that of its end: the feed has each one up to it, and followed from its beginning it leads to
-the very rows there are, in the versions they have, with what was written with these versions. The
-database's own check and `verify` have nothing to say, and the store works with it.
+The copy is opened without the library (PostgreSQL's is restored by `pg_restore` first). It must be
+complete up to one revision, between those at the begin and at the end of the backup: the feed
+contains each revision up to it, and a replay of the feed gives exactly the rows of the copy, with
+their versions and the content that was written with these versions. The database's own check and
+`verify` must find nothing, and the store must work with the copy.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from openclaw_store import Database, StateManager, Task, TaskType, verify
 WRITERS = 64
 
 ROUNDS_A_DATABASE = 10
-"""Backups of one database, before it is too large to look through each of them."""
+"""Backups of one database, before it is too large to check each of them."""
 
 ROWS, QUICK_ROWS = 20_000, 1000
-"""Tasks that are there before, which nobody changes."""
+"""Tasks that exist before, and do not change."""
 
 UNDISTURBED_SECONDS = 0.2
-"""Without a backup, at least."""
+"""Minimum seconds of the measurement without a backup."""
 
 BACKUP_SECONDS = 600
-"""After which one counts as hanging, and what is done with it."""
+"""Seconds after which a backup counts as hanging."""
 
 WORST = 2.0
-"""How many times as long writes may take, in the 99th percentile."""
+"""Maximum ratio of write durations, in the 99th percentile."""
 
 QUERIES = (
     "SELECT task_id, status, version, CAST(metadata AS text) FROM tasks",
     "SELECT revision, item_id, to_status FROM changes ORDER BY revision",
     "SELECT revision FROM counters",
 )
-"""What is read of a copy."""
+"""Queries on a copy."""
 
 
 def perform(run: Run) -> None:
@@ -83,7 +83,7 @@ async def back_up(run: Run, location: Location, rounds: int, ratios: list[float]
 
 
 async def one_backup(run: Run, manager: StateManager, writing: Writing, number: int) -> float:
-    """Make one, look at it, and return how much longer others' writes took meanwhile."""
+    """Make a backup, check it, and return the slowdown of concurrent writes."""
     copy = run.folder / f"copy-{number}"
     copy.unlink(missing_ok=True)
     before = manager.version
@@ -95,7 +95,7 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
     run.counts.acknowledged += 1
     async with writing.measured() as undisturbed:
         await asyncio.sleep(max(UNDISTURBED_SECONDS, took))
-        while not undisturbed:  # noqa: ASYNC110  # one ends soon
+        while not undisturbed:  # noqa: ASYNC110  # a write ends soon
             await asyncio.sleep(0.01)
     async with writing.resting(), restored(run, copy) as location:
         found = await asyncio.to_thread(damage, location)
@@ -107,12 +107,15 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
 
 
 def look(run: Run, answers: Sequence[Rows], before: int, after: int, writing: Writing) -> None:
-    """Look whether the copy is the database as it was at one moment during the backup."""
+    """Check that the copy is the database at one moment during the backup."""
     tasks, changes, [[revision]] = answers
-    run.check(before <= revision <= after, f"it is of {revision}, made from {before} to {after}")
+    run.check(
+        before <= revision <= after,
+        f"the copy has revision {revision}, outside {before} to {after}",
+    )
     revisions = [change[0] for change in changes]
     run.check(
-        revisions == list(range(1, revision + 1)), f"the feed of {revision} has a gap, or more"
+        revisions == list(range(1, revision + 1)), f"the feed of {revision} has a gap, or too many"
     )
     followed: dict[str, tuple[int, str]] = {}
     for number, id, status in changes:
@@ -123,7 +126,7 @@ def look(run: Run, answers: Sequence[Rows], before: int, after: int, writing: Wr
     rows = {id: (version, status) for id, status, version, _ in tasks}
     differing = [id for id in rows.keys() | followed.keys() if rows.get(id) != followed.get(id)]
     for id in differing[:3]:
-        run.wrong(f"{id} is {rows.get(id)} in the copy, and {followed.get(id)} by its feed")
+        run.wrong(f"{id} is {rows.get(id)} in the copy, but {followed.get(id)} in its feed")
     for id, _, version, metadata in tasks:
         said = writing.said.get((id, version))
         value = json.loads(metadata)["value"]
@@ -144,7 +147,7 @@ class Writing:
     def __init__(self, run: Run, manager: StateManager) -> None:
         self._run, self._manager = run, manager
         self.said: dict[tuple[str, int], int] = {}
-        """What was written, by task and version; only of writes that were acknowledged."""
+        """The values of acknowledged writes, by task and version."""
         self._seconds: list[float] | None = None
         self._may_write = asyncio.Event()
         self._may_write.set()
@@ -153,7 +156,7 @@ class Writing:
 
     @asynccontextmanager
     async def going_on(self) -> AsyncIterator[None]:
-        """Have them write during the block."""
+        """Let them write during the block."""
         async with asyncio.TaskGroup() as group:
             for name in range(WRITERS):
                 group.create_task(self._write(name))
@@ -165,7 +168,7 @@ class Writing:
 
     @asynccontextmanager
     async def measured(self) -> AsyncIterator[list[float]]:
-        """Gives how many seconds each write takes that ends in the block."""
+        """Provide a list of the durations, in seconds, of all writes that end in the block."""
         seconds: list[float] = []
         self._seconds = seconds
         yield seconds
@@ -173,9 +176,9 @@ class Writing:
 
     @asynccontextmanager
     async def resting(self) -> AsyncIterator[None]:
-        """Have all of them wait during the block."""
+        """Let all of them pause during the block."""
         self._may_write.clear()
-        while self._resting < WRITERS:  # noqa: ASYNC110  # each ends its write
+        while self._resting < WRITERS:  # noqa: ASYNC110  # each finishes its write first
             await asyncio.sleep(0.001)
         yield
         self._may_write.set()
@@ -212,7 +215,7 @@ class Writing:
 
 @asynccontextmanager
 async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
-    """Where the database is that was copied: a file as it is, or a database on the server."""
+    """Provide the location of a copy: the file itself, or a restored database on the server."""
     if run.kind == SQLITE:
         yield copy
         return
@@ -224,18 +227,18 @@ async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
     try:
         yield url
     finally:
-        with suppress(DBAPIError):  # somebody may still count as connected
+        with suppress(DBAPIError):  # the server may still list a closed connection
             await run.server.drop_database(url)
 
 
 def make_task(id: str, value: int) -> Task:
-    """A task with a number to be found again."""
+    """Return a task that contains a number."""
     return Task.create(TaskType.BATCH, "t", task_id=id, metadata={"value": value})
 
 
 CAMPAIGN = Campaign(
     name="backup",
-    title="backups are made while 64 callers write",
+    title="backups during the writes of 64 callers",
     promises=("P1", "P5", "P7"),
     perform=perform,
     rounds=100,

@@ -1,22 +1,22 @@
 """Every public coroutine, cancelled at every step of the event loop.
 
-A call is made again and again, each time on tasks and nodes of its own, and each time cancelled at
-another of its steps (`steps.py` says what these are): by `Task.cancel`, by that three times in a
-row, by an `asyncio.timeout` around it, and by another task of its `TaskGroup` that fails. Others
-write at the same moment, mostly in the same batch. Then it must be so:
+A call is made again and again, each time on new tasks and nodes, and is cancelled at a different
+step each time (see `faults/steps.py`): by `Task.cancel`, by three of them in a row, by an
+`asyncio.timeout` around it, and by the failure of a sibling in its `TaskGroup`. Concurrent callers
+write at the same moment, mostly in the same batch. These conditions must hold:
 
-- The call has ended with its cancellation, and has changed nothing or all that it does when it is
-  not cancelled, in the database as in memory (a call that works in batches: some of it, and again
-  it does the rest). That is so when it ends: nothing of it happens later.
-- The others have done what they wanted.
-- The next write works at once, here and on a connection of somebody else's.
-- No connection is in use, no task of the call is left; at the end of a pass no thread, no file and
-  no connection to the server.
-- Nothing was logged above INFO, no warning given, and no event loop told of an error.
+- The call ends with its cancellation, and has changed nothing or all that it changes without a
+  cancellation, in the database as in memory (a call that works in batches may be done in part, and
+  a repetition does the rest). This is so when it ends: no part of it happens later.
+- The concurrent callers succeed.
+- The next write works at once, here and on the connection of a second client.
+- No connection is in use and no task of the call is left; at the end of a pass no thread, no file
+  and no connection to the server is left.
+- There is no log record above INFO, no warning, and no error passed to an event loop.
 
-What a call changes is not written down here: it is taken from what it does uncancelled. The
-database is read past the library. Which coroutines there are is found by looking, so that one that
-has no call in `scenes.py` is found to be missing.
+The expected changes of a call are recorded from a call without a cancellation. The database is read
+without the library. The public coroutines are found by inspection, so that a coroutine without a
+call in `scenes.py` is reported.
 """
 
 from __future__ import annotations
@@ -55,36 +55,36 @@ from campaigns.workloads.scenes import (
 from openclaw_store import Database, StateManager, StoreError, verify
 
 STEPS_A_ROUND = 3
-"""At so many of its steps a call is cancelled in a round, spread over all; then at others."""
+"""Number of steps of a call that a round cancels, spread over all; each round takes new ones."""
 
 _within = partial(within, seconds=20)
-"""What waits for a lock that was left behind gives up later than that, and counts as hanging."""
+"""Waits longer than the timeout for a lock, so that a lock left behind counts as a hang."""
 
 LEAK_SECONDS = 3.0
-"""After which what is still in use counts as leaked."""
+"""Seconds after which an object still in use counts as leaked."""
 
 Rows = dict[tuple[str, str], dict[str, Any]]
-"""What there is of a scene, by table and role; of the feed, by role and place."""
+"""Rows of a fixture, by table and role; rows of the feed, by role and position."""
 
 _UNWRITTEN = ("unsaved",)
-"""Roles of what is only in memory before the call, and is written after it in any case."""
+"""Roles of tasks that are only in memory before the call, and written after it in any case."""
 
 _BEATEN = ("cpu_usage", "last_heartbeat")
-"""Columns that heartbeats write, at any time."""
+"""Columns that heartbeats write at any time."""
 
 _LEFT_OUT = ("version", "beat", "average_execution_time")
-"""Columns that are never the same."""
+"""Columns with different values in each call."""
 
 
 class _Noise:
-    """What should not be heard: errors that nobody handles, warnings, and logs above INFO."""
+    """Unwanted output: unhandled errors, warnings, and log records above INFO."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear all there is in this process."""
+        """Record all output in this process."""
         heard = self.heard
 
         class Ear(logging.Handler):
@@ -108,37 +108,37 @@ class _Noise:
             root.removeHandler(ear)
 
     def hear_of_loop(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Hear what an event loop is told of."""
+        """Record an error passed to an event loop."""
         self.heard.append(f"the loop was told: {context['message']} {context.get('exception')!r}")
 
     def blame(self, run: Run, where: str) -> None:
-        """Whatever was heard is the fault of what was done last."""
+        """Report the recorded output as a violation by the last call."""
         for heard in self.heard:
             run.wrong(f"{where}: {heard}")
         self.heard.clear()
 
 
 class _Book:
-    """What is known of the calls so far."""
+    """The results of the calls so far."""
 
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
-        """How many each has when it is not cancelled."""
+        """Number of steps of each call without a cancellation."""
         self.effects: dict[str, tuple[Rows, Rows]] = {}
-        """The rows without it, and with it."""
+        """The rows before and after each call."""
         self.rounds: Counter[tuple[str, Manner]] = Counter()
         self.cancelled: set[tuple[str, Manner, int]] = set()
         self.numbers = count(1)
-        """Of scenes."""
+        """Numbers of fixtures."""
         self.slowest = 0.0
-        """How long a write took that came next, in seconds."""
+        """Seconds of the slowest write after a cancelled call."""
 
     def stride(self, name: str) -> int:
-        """After so many rounds with a call, it was cancelled at each of its steps."""
+        """Return the number of rounds that cancel a call at each of its steps."""
         return -(-self.steps.get(name, 1) // STEPS_A_ROUND)
 
     def sweeps(self, pair: tuple[str, Manner]) -> int:
-        """How often it was so."""
+        """Return how often all steps of a call were tried."""
         return self.rounds[pair] // self.stride(pair[0])
 
 
@@ -156,7 +156,7 @@ class _Pass:
     async def go(
         self, location: Location, target: Location, plan: Sequence[tuple[str, Manner]]
     ) -> None:
-        """Do a round with each call of the plan."""
+        """Perform a round with each call of the plan."""
         asyncio.get_running_loop().set_exception_handler(self.noise.hear_of_loop)
         self.location, self.target = location, target
         self.outside = await neighbour_at(location)
@@ -176,11 +176,11 @@ class _Pass:
             await self.outside.close()
 
     def is_found(self) -> bool:
-        """Whether a bug was to be found, and something is."""
+        """True if a planted bug is to be found, and there is a finding."""
         return bool(self.run.bug and self.run.findings)
 
     async def round(self, name: str, manner: Manner) -> None:
-        """Cancel a call at some of its steps; in several rounds, at all of them."""
+        """Cancel a call at some of its steps; several rounds cover all of them."""
         call, book = CALLS[name], self.book
         if name not in book.effects:
             await within(self.learn(name, call), f"{name}, not cancelled")
@@ -195,7 +195,7 @@ class _Pass:
                 return
 
     async def learn(self, name: str, call: Call) -> None:
-        """See what a call does that is not cancelled, and how many steps it has."""
+        """Record the effect and the number of steps of a call without a cancellation."""
         scene = await self.prepare(call)
         if call.before is hold_unsaved:
             await self.manager.sync_to_database()
@@ -213,7 +213,7 @@ class _Pass:
     async def attempt(
         self, call: Call, scene: Scene, manner: Manner, at: int
     ) -> tuple[Ended, Sequence[asyncio.Future[Any]]]:
-        """Make a call, cancelled at a step, and see how it ends; and what its neighbours write."""
+        """Make a call, cancel it at a step, and return its end and the concurrent writes."""
         loop = asyncio.get_running_loop()
         writes: list[asyncio.Future[Any]] = []
 
@@ -231,7 +231,7 @@ class _Pass:
         return await manner(make, self.steps, at), writes
 
     async def cancel(self, name: str, call: Call, manner: Manner, at: int, where: str) -> bool:
-        """Cancel a call, beside others, and check all that must be so; whether it was cancelled."""
+        """Cancel a call beside concurrent writes, and check all; true if it was cancelled."""
         scene = await self.prepare(call)
         tasks = asyncio.all_tasks()
         ended, writes = await _within(self.attempt(call, scene, manner, at), where)
@@ -239,19 +239,19 @@ class _Pass:
         self.judge_end(ended, where)
         await self.judge_neighbours(call, scene, writes, where)
         await self.judge_doors(scene, where)
-        await _within(self.finish(call, scene), f"{where}: what comes after it")
+        await _within(self.finish(call, scene), f"{where}: its clean-up")
         await self.judge_leaks(tasks, where)
         later = await self.rows(scene, call)
         if not call.lingers:
             changed = _differences(rows, later) + _differences(memory, await self.memory(scene))
-            self.run.check(not changed, f"{where}: was over, and then changed {changed}")
+            self.run.check(not changed, f"{where}: had ended, and then changed {changed}")
         await self.judge_outcome(name, scene, ended, later, where)
         await self.judge_memory(where)
         self.noise.blame(self.run, where)
         return bool(ended.is_cancelled)
 
     async def prepare(self, call: Call) -> Scene:
-        """Make a scene, and remove the last one."""
+        """Create a fixture, and remove the last one."""
         manager, last = self.manager, self.last
         folder = self.run.folder
         scene = Scene(manager, next(self.book.numbers), self.location, self.target, folder)
@@ -265,19 +265,19 @@ class _Pass:
         await _within(asyncio.gather(*changes), "a write between two calls")
         await manager.update_heartbeat(scene.id("busy"), cpu_usage=42)
         if call.before is not None:
-            await _within(call.before(scene), "what comes before a call")
+            await _within(call.before(scene), "the preparation of a call")
         self.last = scene
         return scene
 
     async def finish(self, call: Call, scene: Scene) -> None:
-        """Clean up behind a call, and write what is only in memory."""
+        """Clean up after a call, and write the changes that are only in memory."""
         if call.after is not None:
             await call.after(scene)
             await self.manager.refresh_from_database()
         await self.manager.sync_to_database()
 
     async def rows(self, scene: Scene, call: Call) -> Rows:
-        """What the database holds of a scene and its history, but for its neighbours."""
+        """Return the rows of a fixture and their history, without rows of concurrent callers."""
         ids = {
             scene.id(role): role for role in (*TASK_ROLES, *NODE_ROLES) if role not in NEIGHBOURS
         }
@@ -297,7 +297,7 @@ class _Pass:
         return rows
 
     async def memory(self, scene: Scene) -> Rows:
-        """What is in memory of a scene, but for its neighbours."""
+        """Return a fixture's content of memory, without that of concurrent callers."""
         state = await self.manager.get_state()
         found: Rows = {}
         for kind, items, roles in (
@@ -311,7 +311,7 @@ class _Pass:
         return found
 
     def judge_end(self, ended: Ended, where: str) -> None:
-        """Has it ended with its cancellation, or because it was done?"""
+        """Check that the call ended with its cancellation, or because it was done."""
         counts = self.run.counts
         if ended.is_cancelled:
             counts.unknown += 1
@@ -326,17 +326,17 @@ class _Pass:
     async def judge_neighbours(
         self, call: Call, scene: Scene, writes: Sequence[asyncio.Future[Any]], where: str
     ) -> None:
-        """Have the others done what they wanted?"""
+        """Check that the concurrent callers have succeeded."""
         counts = self.run.counts
         for write in writes:
             try:
-                await _within(write, f"{where}: a neighbour")
+                await _within(write, f"{where}: a concurrent call")
                 counts.acknowledged += 1
             except (StoreError, asyncio.CancelledError) as error:
                 counts.refused += 1
-                self.run.wrong(f"{where}: a neighbour got {error!r}")
+                self.run.wrong(f"{where}: a concurrent call got {error!r}")
         if len(writes) < 3 + call.is_open:
-            return  # it was cancelled before it began, and nobody else began, either
+            return  # the call never began, and neither did the concurrent ones
         wanted = {scene.id(role) for role in ("neighbour", "second", "ending")}
         wanted |= {scene.id("third")} if call.is_open else set()
         listed = ", ".join(f"'{id}'" for id in wanted)
@@ -345,10 +345,10 @@ class _Pass:
             f"SELECT task_id FROM tasks WHERE task_id IN ({listed}) AND ({there})"
         )
         for id in wanted.difference(row["task_id"] for row in found):
-            self.run.lost(f"{where}: {id} of a neighbour")
+            self.run.lost(f"{where}: {id} of a concurrent call")
 
     async def judge_doors(self, scene: Scene, where: str) -> None:
-        """Can others write at once?"""
+        """Check that the next writes succeed at once."""
         began = time.monotonic()
         add = self.manager.add_task(scene.task("next"))
         await _within(add, f"{where}: the next write")
@@ -356,10 +356,10 @@ class _Pass:
         try:
             await self.outside.lock()
         except Exception as error:
-            self.run.wrong(f"{where}: somebody else cannot write: {error!r}")
+            self.run.wrong(f"{where}: a second client cannot write: {error!r}")
 
     async def judge_leaks(self, before: set[asyncio.Task[Any]], where: str) -> None:
-        """Is everything given back?"""
+        """Check that all resources are released."""
         database, deadline = self.manager.db, time.monotonic() + LEAK_SECONDS
         own = {*before, asyncio.current_task()}
         while (in_use := database.checked_out_connections) or asyncio.all_tasks() - own:
@@ -371,7 +371,7 @@ class _Pass:
     async def judge_outcome(
         self, name: str, scene: Scene, ended: Ended, rows: Rows, where: str
     ) -> None:
-        """Has it changed nothing, or all that it does?"""
+        """Check that the call has changed nothing, or all that it should."""
         call, (without, whole) = CALLS[name], self.book.effects[name]
         if not ended.is_cancelled:
             missing = _differences(whole, rows)
@@ -388,14 +388,14 @@ class _Pass:
             ]
             if not call.in_parts or halves:
                 found = halves or _differences(whole, rows)
-                self.run.wrong(f"{where}: was done by halves: {found}")
+                self.run.wrong(f"{where}: was done in part: {found}")
                 return
             await _within(call.make(scene), f"{where}: again")
             missing = _differences(whole, await self.rows(scene, call))
             self.run.check(not missing, f"{where}: again, it has not done {missing}")
 
     async def judge_memory(self, where: str) -> None:
-        """Is memory as the database is?"""
+        """Check that memory equals the database."""
         manager, ask = self.manager, self.outside.ask
         state, stats = await manager.get_state(), await manager.get_task_stats()
         [counters] = await ask("SELECT revision FROM counters")
@@ -413,10 +413,10 @@ class _Pass:
         here["stats"] = {name: stats[name] for name in stats if stats[name] and name != "total"}
         there["stats"] = dict(statuses)
         wrong = [(here.get(key), there.get(key)) for key in here if here[key] != there.get(key)]
-        self.run.check(not wrong, f"{where}: is in memory and in the database: {wrong}")
+        self.run.check(not wrong, f"{where}: memory and the database differ: {wrong}")
 
     async def judge_connections(self) -> None:
-        """Is nobody connected to the server any more?"""
+        """Check that no connection to the server is left."""
         if self.run.kind == POSTGRESQL:
             deadline = time.monotonic() + LEAK_SECONDS
             others = "datname = current_database() AND pid <> pg_backend_pid()"
@@ -431,22 +431,22 @@ _COMPARED = (
     "version", "status", "name", "assigned_node", "attempt", "retry_count", "error", "priority",
     "hostname", "running_tasks", "completed_tasks", "cpu_usage", "memory_usage",
 )  # fmt: skip
-"""Columns whose values are the same in memory."""
+"""Columns that have the same values in memory."""
 
 
 def _seen(item: Any, row: dict[str, Any]) -> dict[str, Any] | None:
-    """What of a row is compared, as it is in an object."""
+    """Return the compared columns of a row, with the values of its object."""
     return item and {name: getattr(item, name) for name in _COMPARED if name in row}
 
 
 async def _made(call: Call, scene: Scene) -> Any:
     if call.is_open:
-        await asyncio.sleep(0)  # its neighbours come first: what it closes refuses later ones
+        await asyncio.sleep(0)  # concurrent calls go first: after a close they would be refused
     return await call.make(scene)
 
 
 def _plain(scene: Scene, row: dict[str, Any]) -> dict[str, Any]:
-    """A row that is the same for each scene: of moments, only whether they are there."""
+    """Return a row without the differences between fixtures: of times, only their presence."""
     plain = {name: value for name, value in row.items() if name not in _LEFT_OUT}
     for name, value in plain.items():
         if isinstance(value, str):
@@ -457,7 +457,7 @@ def _plain(scene: Scene, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differences(one: Rows, other: Rows) -> list[str]:
-    """Where they differ, but for what is written in any case."""
+    """Return the differences, without tasks that are written in any case."""
     return [
         f"{table} {role}: {mine.get(name)!r} → {yours.get(name)!r} ({name})"
         for table, role in sorted({*one, *other})
@@ -469,7 +469,7 @@ def _differences(one: Rows, other: Rows) -> list[str]:
 
 
 def perform(run: Run) -> None:
-    """Make a pass over the calls, and another one, until all rounds are done."""
+    """Make passes over the calls until all rounds are done."""
     known = {name.partition(",")[0] for name in CALLS}
     for name in sorted(public_coroutines() ^ known):
         run.wrong(f"there is no call of {name}" if name not in known else f"there is no {name}")
@@ -483,10 +483,12 @@ def perform(run: Run) -> None:
             ]
             fewest = min(map(book.sweeps, product(CALLS, MANNERS)))
             plan = [pair for pair in pairs if book.sweeps(pair) == fewest]
-            plan *= len(pairs) // max(1, len(plan))  # of a few long ones, several rounds each
+            plan *= len(pairs) // max(
+                1, len(plan)
+            )  # a plan of few long calls gives each several rounds
             run.random.shuffle(plan)
             if run.kind == POSTGRESQL:
-                plan.reverse()  # so that short runs on both kinds of database make other calls
+                plan.reverse()  # so that short runs on both databases make different calls
             plan.sort(key=lambda pair: CALLS[pair[0]].is_slow)
             if plan := plan[: run.rounds - done]:
                 _make_pass(run, book, noise, plan)
@@ -523,11 +525,11 @@ def _make_pass(run: Run, book: _Book, noise: _Noise, plan: Sequence[tuple[str, M
 
 CAMPAIGN = Campaign(
     name="cancel",
-    title="every public coroutine is cancelled at every step of the event loop, beside others",
+    title="every public coroutine is cancelled at every step of the event loop",
     promises=("P2", "P7"),
     perform=perform,
     rounds=10_000,
     quick_rounds=24,
     unit="calls, each at three steps",
-    bugs={"abandoned-batch": "was over, and then changed"},
+    bugs={"abandoned-batch": "had ended, and then changed"},
 )

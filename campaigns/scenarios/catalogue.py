@@ -1,4 +1,4 @@
-"""All campaigns, in the order in which they are listed and run."""
+"""All campaigns, in the order of the list and of a run of all."""
 
 from __future__ import annotations
 

@@ -1,17 +1,15 @@
-"""The clock jumps, forward and back, while nodes beat and tasks are run.
+"""Jumps of the clock, forward and back, during heartbeats and tasks.
 
-One process keeps nodes alive and runs tasks on them, another one takes back what lost nodes hold;
-both go by a clock that jumps by seconds, an hour, days or months. Each round one of the nodes dies.
+One process keeps nodes alive and runs tasks on them, another one requeues the tasks of lost nodes;
+both use a clock that jumps by seconds, an hour, days or months. Each round one of the nodes dies.
 Some rounds go through the hours in which New York changes its clocks, with times that have no zone.
 
-What is true is kept beside, by a time that does not jump, and compared with the rows as SQLite has
-them: after its next beat, no node that lives is marked lost, and the beat is stored; one that has
-died is marked so, and its tasks are taken back, after twice the time it is allowed; a task that
-waits for its next try waits no longer than twice as long as it may; the times of each task are in
-order.
+The true state is recorded by a time that does not jump, and compared with the rows in SQLite: after
+its next heartbeat, no living node is marked lost, and the heartbeat is stored; a dead node is
+marked lost, and its tasks are requeued, within twice the time it is allowed; a task that waits for
+a retry waits at most twice as long as configured; the times of each task are in order.
 
-In `MACHINE` it is the machine's own clock that jumps, by libfaketime, under processes that know
-nothing of it.
+In `MACHINE` the clock of the machine jumps, by libfaketime, under processes that are unaware of it.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ JUMPS = [
     )
     for sign in (-1, 1)
 ]
-"""One after another."""
+"""The jumps, one after another."""
 
 NEW_YORK = "America/New_York"
 
@@ -58,19 +56,19 @@ CHANGES = (
     datetime(2026, 3, 8, 7, tzinfo=UTC),  # 02:00 becomes 03:00
     datetime(2026, 11, 1, 6, tzinfo=UTC),  # 02:00 becomes 01:00
 )
-"""When New York changes its clocks."""
+"""The times at which New York changes its clocks."""
 
 TICK = timedelta(seconds=10)
-"""All nodes beat once in it, and lost ones are looked for."""
+"""Interval in which each node sends one heartbeat, and lost nodes are searched."""
 
 TICKS = 20
-"""A round."""
+"""Ticks of a round."""
 
 PATIENCE_SECONDS = 40
-"""For which a node may be silent."""
+"""Seconds for which a node may be silent."""
 
 TIMEOUT_SECONDS = 60
-"""For which a task may run, if it has a limit."""
+"""Time limit of a task, in seconds, if it has one."""
 
 BACKOFF = Backoff(first_seconds=15, longest_seconds=60)
 
@@ -80,17 +78,17 @@ OUT_OF_ORDER = """
     SELECT task_id, submitted_at, scheduled_at, started_at, completed_at FROM tasks
     WHERE scheduled_at < submitted_at OR started_at < scheduled_at
     OR completed_at < coalesce(started_at, scheduled_at, submitted_at)"""
-"""The tasks whose times are not in order."""
+"""The tasks with times that are not in order."""
 
 
 class JumpingClock:
-    """A clock that can be set, and beside it the time that has really passed."""
+    """A clock that can be set, with the true elapsed time beside it."""
 
     def __init__(self) -> None:
         self.true = timedelta()
         self.now = datetime(2026, 6, 1, tzinfo=UTC)
         self.jumped_at = timedelta(-1)
-        """When it has jumped last, in true time."""
+        """True time of the last jump."""
 
     def __call__(self) -> datetime:
         return self.now
@@ -103,13 +101,13 @@ class JumpingClock:
         self.now, self.jumped_at = now, self.true
 
     def local(self) -> datetime:
-        """What `datetime.now()` would say: without a zone."""
+        """Return the result of `datetime.now()`: without a zone."""
         return datetime.fromtimestamp(self.now.timestamp())
 
 
 @dataclass
 class Held:
-    """A task that a node has, and what is true of it."""
+    """A task that is assigned to a node, and its true state."""
 
     task: Task
     since: timedelta
@@ -118,14 +116,14 @@ class Held:
 
 @dataclass
 class World:
-    """What is true."""
+    """The true state of the cluster."""
 
     alive: dict[str, list[Held]] = field(default_factory=dict)
-    """What each node that lives has."""
+    """Tasks of each living node."""
     died: dict[str, timedelta] = field(default_factory=dict)
-    """When a node died that was not told to have been noticed."""
+    """Time of death of each node that is not marked lost yet."""
     failed: dict[str, timedelta] = field(default_factory=dict)
-    """When a task began to wait for its next try."""
+    """Time at which each task began to wait for its retry."""
     completed: set[str] = field(default_factory=set)
     tasks: int = 0
     nodes: int = 0
@@ -133,13 +131,13 @@ class World:
 
 
 def perform(run: Run) -> None:
-    """Have the clock jump once a round."""
+    """Make the clock jump once a round."""
     with run.location() as location, planted(run.bug):
         asyncio.run(jump(run, Path(location)))
 
 
 async def jump(run: Run, path: Path) -> None:
-    """Have two processes live by a clock that jumps; a quarter of the rounds is New York's."""
+    """Run two processes by a clock that jumps; a quarter of the rounds is New York's."""
     clock = JumpingClock()
     uri = f"file:{path}?mode=ro"
     async with (
@@ -162,7 +160,7 @@ async def jump(run: Run, path: Path) -> None:
 
 @contextmanager
 def local_zone(name: str) -> Iterator[None]:
-    """Have this process live in a time zone."""
+    """Set the time zone of this process."""
     before = os.environ.get("TZ")
     try:
         os.environ["TZ"] = name
@@ -177,7 +175,7 @@ def local_zone(name: str) -> Iterator[None]:
 
 
 class Cluster:
-    """Nodes that run tasks, one process that speaks for them, and one that looks after them."""
+    """Nodes that run tasks, one process that works for them, and one for recovery."""
 
     def __init__(
         self,
@@ -192,10 +190,10 @@ class Cluster:
         self.past = past
         self.world = World()
         self.is_naive = False
-        """Whether it speaks in times without a zone."""
+        """True if it uses times without a zone."""
 
     async def jump(self, by: timedelta) -> None:
-        """Have the clock jump in the middle of a round."""
+        """Let the clock jump in the middle of a round."""
         at = self.random.randrange(2, 8)
         await self.go_through(at, self.clock.now + at * TICK + by, f"a jump of {by}")
 
@@ -206,7 +204,7 @@ class Cluster:
         self.is_naive = False
 
     async def go_through(self, at: int, now: datetime, what: str) -> None:
-        """A round, in which the clock is set to `now` at a tick."""
+        """Perform a round, in which the clock is set to `now` at a tick."""
         while len(self.world.alive) < NODES:
             await self.join()
         dies_at = self.random.randrange(TICKS // 2)
@@ -237,10 +235,10 @@ class Cluster:
         self.world.alive[node_id] = []
 
     async def beat(self) -> None:
-        """Have each node that lives say so, and see to it that it is stored."""
+        """Send a heartbeat for each living node, and check that it is stored."""
         self.world.cpu = self.random.randrange(100)
         for node_id in self.world.alive:
-            if self.is_naive and self.random.random() < 0.5:  # as the specification does it
+            if self.is_naive and self.random.random() < 0.5:  # as in the specification
                 node = await self.worker.node_repo.get(node_id)
                 assert node is not None
                 node.last_heartbeat, node.cpu_usage = self.clock.local(), self.world.cpu
@@ -253,7 +251,7 @@ class Cluster:
         self.check_beats()
 
     async def recover(self, what: str, since_beat: timedelta) -> None:
-        """Take back what lost nodes hold."""
+        """Requeue the tasks of lost nodes."""
         world, clock = self.world, self.clock
         recovery = await self.coordinator.recover(timeout_seconds=PATIENCE_SECONDS)
         self.run.counts.acknowledged += 1
@@ -273,7 +271,7 @@ class Cluster:
         await self.worker.refresh_from_database()
 
     async def work(self) -> None:
-        """Have nodes start, complete or fail what they have, and take something new."""
+        """Let nodes start, complete or fail their tasks, and claim new ones."""
         world, clock, run = self.world, self.clock, self.run
         for _ in range(2):
             world.tasks += 1
@@ -298,7 +296,7 @@ class Cluster:
             run.counts.acknowledged += 1
 
     async def go_on(self, one: Held, held: list[Held]) -> None:
-        """Have a task be started, completed, or fail."""
+        """Let a task start, complete or fail."""
         run, id = self.run, one.task.task_id
         try:
             if one.task.started_at is None:
@@ -319,30 +317,30 @@ class Cluster:
                 await self.worker.fail_task(one.task, "no")
                 self.world.failed[id] = self.clock.true
             run.counts.acknowledged += 1
-        except NotOwnerError as error:  # what `recover` takes is no longer here
+        except NotOwnerError as error:  # `recover` removes the tasks that it takes
             run.counts.refused += 1
-            run.wrong(f"{id} was taken away, and nobody has said so: {error}")
+            run.wrong(f"{id} was taken away, and `recover` did not report it: {error}")
 
     def rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
-        """What the file has, past the library."""
+        """Query the file without the library."""
         return self.past.execute(query, parameters).fetchall()
 
     def check_beats(self) -> None:
-        """Look whether those that live are known to, by their last heartbeats."""
+        """Check that living nodes are known to live, by their last heartbeats."""
         now = (self.clock.now - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
         nodes = self.rows("SELECT node_id, status, last_heartbeat, cpu_usage FROM nodes")
         for node_id, status, at, cpu in nodes:
             if node_id in self.world.alive:
                 early = (at - now) / 1e6
-                # One from the last second before the clock was turned back may stand for so long.
+                # A heartbeat from the last second before the clock went back may stay for so long.
                 self.run.check(
                     status == "online" and 0 <= early <= 1 and (early or cpu == self.world.cpu),
-                    f"{node_id} has just beaten, and is {status}, its last beat {early} s later",
+                    f"{node_id} has just sent a heartbeat, and is {status}, the last one {early} s",
                 )
 
     def check_nodes(self, what: str) -> None:
-        """Look whether those that have died are known to be lost, and hold nothing."""
-        # Just before it is silent for long enough, the clock may go back by twice that time.
+        """Check that dead nodes are marked lost, and hold no task."""
+        # Just before a node is silent for long enough, the clock may go back by twice that time.
         limit = timedelta(seconds=3 * PATIENCE_SECONDS) + TICK
         for node_id, died in list(self.world.died.items()):
             if self.clock.true - died > limit:
@@ -357,7 +355,7 @@ class Cluster:
                 self.run.check(not held, f"{node_id} has died and holds {held}: {what}")
 
     def check_waiting(self, what: str) -> None:
-        """Look whether what has failed is tried again."""
+        """Check that failed tasks are tried again."""
         limit = timedelta(seconds=2 * BACKOFF.longest_seconds) + 2 * TICK
         now = self.clock.now.timestamp() * 1e6
         late = [id for id, at in self.world.failed.items() if self.clock.true - at > limit]
@@ -372,7 +370,7 @@ class Cluster:
             self.run.check(not found, f"{id} waits until {found} after {what}")
 
     def check_tasks(self, what: str) -> None:
-        """Look whether the times of all tasks are in order, and what was completed is."""
+        """Check that the times of all tasks are in order, and that completed tasks are stored."""
         wrong = self.rows(OUT_OF_ORDER)
         self.run.check(not wrong, f"the times of {wrong[:3]} are not in order after {what}")
         stored = {id for (id,) in self.rows("SELECT task_id FROM tasks WHERE status = 'completed'")}
@@ -391,14 +389,14 @@ CAMPAIGN = Campaign(
     unit="jumps",
     kinds=(SQLITE,),
     bugs={
-        "heartbeats-from-the-future": "has just beaten, and is",
+        "heartbeats-from-the-future": "has just sent a heartbeat, and is",
         "times-as-the-clock-says": "are not in order",
     },
 )
 
 
 MACHINE_PATIENCE_SECONDS = 1.0
-"""For which a node may be silent, where it is the machine's clock that jumps."""
+"""Seconds for which a node may be silent, where the clock of the machine jumps."""
 
 MACHINE_JUMPS = [timedelta(hours=-1), timedelta(days=3), timedelta(days=-3), timedelta(hours=1)]
 
@@ -410,11 +408,11 @@ FAKETIME = next(
     ),
     None,
 )
-"""What has programs believe in another time (https://github.com/wolfcw/libfaketime)."""
+"""The library that sets another time for a program (https://github.com/wolfcw/libfaketime)."""
 
 
 def perform_on_machine(run: Run) -> None:
-    """Have the clock of the processes jump; each time, one of them is killed and replaced."""
+    """Make the clock of the processes jump; each time, one of them is killed and replaced."""
     with run.location() as location:
         offset = run.folder / "offset"
         offset.write_text("+0")
@@ -446,7 +444,7 @@ def perform_on_machine(run: Run) -> None:
 
 
 async def work_as(tell: Tell, path: str, name: str) -> None:
-    """Be a node that heartbeats, and runs tasks of its own."""
+    """Run a node that sends heartbeats, and works on its own tasks."""
     async with StateManager(Database(path), 1) as manager:
         node = NodeInfo(name, name, available_skills=[name], max_concurrent_tasks=4)
         await manager.register_node(node)
@@ -454,14 +452,14 @@ async def work_as(tell: Tell, path: str, name: str) -> None:
             await manager.add_task(Task.create(TaskType.BATCH, "t", required_skills=[name]))
             await manager.update_heartbeat(name)
             for task in await manager.claim_tasks(name, limit=4):
-                with suppress(NotOwnerError):  # the clock has jumped, so it was taken away
+                with suppress(NotOwnerError):  # after a jump, the task was requeued
                     await manager.start_task(task)
                     await manager.complete_task(task)
             await asyncio.sleep(0.2)
 
 
 async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
-    """Be the coordinator that finds out which nodes are lost, and a node besides."""
+    """Run the coordinator that finds lost nodes, and a node as well."""
     working = asyncio.create_task(work_as(tell, path, name))
     async with StateManager(Database(path), 1) as manager:
         while not working.done():
@@ -471,10 +469,10 @@ async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
 
 
 class Machine:
-    """What a process sees whose clock does not jump."""
+    """The view of a process with a steady clock."""
 
     SLOW_SECONDS = 120.0
-    """After which something that should have happened never will."""
+    """Seconds after which an expected event counts as missing."""
 
     def __init__(self, run: Run, offset: Path, past: sqlite3.Connection) -> None:
         self._run, self._offset, self._past = run, offset, past
@@ -482,18 +480,18 @@ class Machine:
         self._slowest: dict[str, float] = {}
 
     def jump(self, by: timedelta) -> None:
-        """Set the clock that the others have."""
+        """Set the clock of the other processes."""
         self._ahead += by
         aside = self._offset.with_suffix(".aside")
         aside.write_text(f"{self._ahead.total_seconds():+.0f}")
-        aside.replace(self._offset)  # whoever reads it finds the old one or the new one
+        aside.replace(self._offset)  # a reader finds the old file or the new one
         self._run.counts.acknowledged += 1
 
     def wait(self, what: str, *names: str, are_lost: bool = False) -> None:
-        """See nodes marked as lost, or as living by heartbeats of their present time.
+        """Wait until nodes are marked lost, or alive by heartbeats of their present time.
 
         Raises:
-            HangError: If they never are.
+            HangError: If it takes too long.
         """
         began = time.monotonic()
         while not all((self._is_lost if are_lost else self._is_known)(name) for name in names):
@@ -504,7 +502,7 @@ class Machine:
         self._run.notes[f"slowest {what}"] = f"{took:.1f} s"
 
     def check_tasks(self) -> None:
-        """Look whether the times of tasks are in order."""
+        """Check that the times of tasks are in order."""
         wrong = self._past.execute(OUT_OF_ORDER).fetchall()
         self._run.check(not wrong, f"the times of {wrong[:3]} are not in order")
 
@@ -524,7 +522,7 @@ class Machine:
 
 MACHINE = Campaign(
     name="machine-clock",
-    title="the clock of the machine jumps under processes that know nothing of it",
+    title="the clock of the machine jumps under processes that are unaware of it",
     promises=("P1", "P4"),
     perform=perform_on_machine,
     rounds=60,

@@ -1,7 +1,7 @@
-"""`kill -9` of workers under load, and of the PostgreSQL server that they write to.
+"""`kill -9` of workers under load, and of their PostgreSQL server.
 
-Checked: every call that has returned is in the database, and every other one wholly or not at all;
-see `audit`. And in the long form, the store is open again within a second, in the median.
+Every acknowledged call must be in the database, and every other one as a whole or not at all; see
+`audit`. In the long form, the store must be open again within a second, in the median.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, Location, R
 from campaigns.scenarios.workers import Blow, Worker, judge_openings, strike_again_and_again
 
 KILLS_A_DATABASE = 20
-"""Then a new one is begun, since checking takes the longer, the more there is."""
+"""Kills before a new database is begun, since the check of a larger one takes longer."""
 
 
 def perform(run: Run) -> None:
-    """Do so many kills."""
+    """Make `run.rounds` kills."""
     seconds: list[float] = []
     for kills in run.parts(KILLS_A_DATABASE):
         with run.location() as location:
@@ -26,7 +26,7 @@ def perform(run: Run) -> None:
 
 
 def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:
-    """On SQLite, kills of the worker; on PostgreSQL, in turn of the worker and of the server."""
+    """Yield kills of the worker on SQLite; on PostgreSQL, of the worker and the server in turn."""
     for number in range(kills):
         if run.kind == SQLITE:
             yield Blow(Worker.kill)

@@ -1,13 +1,13 @@
-"""The file of a database, and its folder, fail the store: while it is open, or before.
+"""Faults of the file of a database, or of its folder, while it is open, or before.
 
-While it is open: the disk is full, or turns read-only; another process keeps the database locked;
-its file is removed, or replaced by another one. What must hold is in `trial`.
+While it is open: the disk is full, or becomes read-only; another process keeps the database locked;
+its file is removed, or replaced. `trial` has the checks.
 
-Before: the WAL that a killed process has left was cut, at the end of each frame and within, or a
-byte of it is another one, so that the store must open with what was committed up to there, and
-nothing else; the `-shm` file is garbage, or there is none; the file is no database at all, or a
-damaged or an unreadable one, which is refused with an error that says so, and left as it is.
-The format of the WAL: https://sqlite.org/fileformat2.html#the_write_ahead_log.
+Before: the WAL of a killed process was truncated, at the end of each frame and within one, or has a
+changed byte, so that the store must open with all commits up to there, and no more; the `-shm` file
+is garbage, or missing; the file is no database at all, or a damaged or an unreadable one, which
+must be refused with a clear error, and left unchanged. The format of the WAL:
+https://sqlite.org/fileformat2.html#the_write_ahead_log.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from openclaw_store.testing import FakeClock, TaskFactory
 CALLS_A_STORE = 5
 
 COMMITS = 12
-"""In the WAL that is cut."""
+"""Number of commits in the WAL that is cut."""
 
 _WAL_HEADER, _FRAME_HEADER = 32, 24
 
@@ -67,14 +67,14 @@ connection.execute("BEGIN EXCLUSIVE")
 print("locked", flush=True)
 sys.stdin.read()
 """
-"""Has the lock until its input ends."""
+"""A program that holds the write lock until the end of its input."""
 
 FileTrouble = Callable[[Path], AbstractContextManager[object]]
-"""What goes on for a while with the database at a path."""
+"""Provides a fault of the database at a path."""
 
 
 class FailingDisk:
-    """Says which system calls fail: what each trouble decides while it lasts."""
+    """The system calls that fail, by the active fault."""
 
     def __init__(self) -> None:
         self._refuse: vfs.Hook | None = None
@@ -92,7 +92,7 @@ class FailingDisk:
 
     @contextmanager
     def full(self, path: Path) -> Iterator[None]:
-        """No file beside the database can grow."""
+        """Refuse to let any file of the database grow."""
         sizes = {str(file): file.stat().st_size for file in path.parent.iterdir()}
 
         def refuse(call: vfs.SystemCall) -> int:
@@ -105,7 +105,7 @@ class FailingDisk:
 
     @contextmanager
     def read_only(self, path: Path) -> Iterator[None]:
-        """The file system was turned read-only, as Linux does when a disk fails."""
+        """Refuse writes with EROFS, as Linux does after a disk error."""
 
         def refuse(call: vfs.SystemCall) -> int:
             writes = call.name in vfs.WRITES or call.name in ("ftruncate", "unlink")
@@ -118,7 +118,7 @@ class FailingDisk:
 
 @contextmanager
 def removed(path: Path) -> Iterator[None]:
-    """The database is elsewhere."""
+    """Move the database away."""
     away = path.with_name("away")
     path.rename(away)
     try:
@@ -129,7 +129,7 @@ def removed(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[None]:
-    """Another database is in its place."""
+    """Replace the database by another one."""
     another = path.with_name("another")
     with closing(sqlite3.connect(another)) as connection:
         connection.execute("CREATE TABLE tasks (task_id TEXT PRIMARY KEY)")
@@ -140,7 +140,7 @@ def replaced(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Another process keeps the write lock."""
+    """Let another process hold the write lock."""
     command = [sys.executable, "-c", _KEEP_LOCKED, str(path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -151,9 +151,9 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def unwritable(path: Path) -> Iterator[None]:
-    """Neither the file nor its folder may be written.
+    """Make the file and its folder read-only.
 
-    To root, modes mean nothing; there it is an attribute that some file systems have.
+    Modes have no effect for root; there, an attribute of some file systems is set.
     """
     places = (path, path.parent)
     if os.geteuid():
@@ -175,7 +175,7 @@ def unwritable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def no_space(path: Path) -> Iterator[None]:
-    """A file takes all the space that is left on a small disk."""
+    """Fill all free space of a small disk with a file."""
     ballast = path.with_name("ballast")
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
@@ -188,7 +188,7 @@ def no_space(path: Path) -> Iterator[None]:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A disk of 1 MB, which takes root to make."""
+    """Mount a disk of 1 MB, which needs root."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], check=True)
     try:
@@ -198,29 +198,29 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 
 def perform(run: Run) -> None:
-    """In each round, one call during a trouble, or one opening of files that somebody damaged."""
+    """In each round, make one call during a fault, or open damaged files once."""
     with unheard("openclaw_store"), planted(run.bug), vfs.hooked(disk := FailingDisk(), run.folder):
         _Files(run, disk).perform()
 
 
 @dataclass(frozen=True)
 class Killed:
-    """What a process leaves that was killed: all of its commits are in the WAL."""
+    """The files of a killed process, with all commits in the WAL."""
 
     database: bytes
     wal: bytes
     pictures: Sequence[Picture]
-    """What was in the database before the first commit, and after each."""
+    """Snapshots before the first commit, and after each."""
     ends: Sequence[int]
-    """Where in the WAL each commit ends."""
+    """The end of each commit in the WAL."""
 
     def at(self, end: int) -> Picture:
-        """What there is if the WAL is good up to some byte."""
+        """Return the snapshot for a WAL that is valid up to some byte."""
         return self.pictures[bisect_right(self.ends, end)]
 
 
 def killed(path: Path) -> Killed:
-    """Make a database with some commits in its WAL, and take it as it is then."""
+    """Create a database with some commits in its WAL, and copy its files."""
     wal = path.with_name(f"{path.name}-wal")
 
     async def write() -> Killed:
@@ -239,13 +239,13 @@ def killed(path: Path) -> Killed:
 
 
 def frame_size(wal: bytes) -> int:
-    """How many bytes each frame of a WAL has: a header, and a page."""
+    """Return the size of a WAL frame in bytes: a header, and a page."""
     page_size: int = struct.unpack_from(">I", wal, 8)[0]
     return _FRAME_HEADER + page_size
 
 
 def commits_of(wal: bytes) -> Iterator[int]:
-    """Where the commits of a WAL end; the last frame of each tells the size of the database."""
+    """Yield the ends of the commits in a WAL; the last frame of each holds the database size."""
     size = frame_size(wal)
     for start in range(_WAL_HEADER, len(wal), size):
         if struct.unpack_from(">I", wal, start + 4)[0]:
@@ -256,7 +256,7 @@ class _Files:
     def __init__(self, run: Run, disk: FailingDisk) -> None:
         self.run = run
         self._troubles = {
-            # How often each is drawn: who waits for a lock, waits for long.
+            # Weights: a call that waits for a lock is slow.
             "disk full": (disk.full, 4),
             "read-only": (disk.read_only, 4),
             "removed": (removed, 2),
@@ -292,7 +292,7 @@ class _Files:
         self.run.notes.update({name: str(number) for name, number in sorted(self._seen.items())})
 
     def _use(self, rounds: int) -> None:
-        """Make some calls of one store during troubles."""
+        """Make some calls of one store during faults."""
         random = self.run.random
         with ExitStack() as stack:
             location = stack.enter_context(self.run.location())
@@ -326,7 +326,7 @@ class _Files:
                 self._done(name)
 
     def _open(self) -> None:
-        """Open the files of a killed process, which were tampered with."""
+        """Open the files of a killed process after a modification."""
         [tamper] = self.run.random.choices([*self._openings], [*self._openings.values()])
         folder = self.run.folder / "tampered"
         folder.mkdir()
@@ -363,7 +363,7 @@ class _Files:
         self._check_opens(path, self._killed.pictures[-1], "garbage in the -shm")
 
     def _check_opens(self, path: Path, expected: Picture, what: str) -> None:
-        """See that a store opens with what there is, and goes on from there."""
+        """Check that a store opens with the expected content, and can be used."""
 
         async def use() -> None:
             async with StateManager(Database(path), None) as state:
@@ -376,7 +376,7 @@ class _Files:
         before = expected.rows["tasks"]
         self.run.check(self._outcome(use, what) is None, f"{what}: it does not open")
         if picture(path).rows["tasks"] != before:
-            self.run.lost(f"{what}: what was good is not there")
+            self.run.lost(f"{what}: valid commits are missing")
         look_at_files(self.run, path, picture(path), what)
 
     def _no_database(self, path: Path) -> None:
@@ -413,8 +413,8 @@ class _Files:
             "garbage": good[:place] + random.randbytes(4096) + good[place + 4096 :],
         }[kind]
         path.write_bytes(bad)
-        outcome = self._outcome(partial(_use, path), f"{kind} at {place}")  # or it works
-        if kind == "nothing left":  # to SQLite, that is a new database
+        outcome = self._outcome(partial(_use, path), f"{kind} at {place}")  # it may also work
+        if kind == "nothing left":  # SQLite takes it for a new database
             self.run.check(outcome is None, f"{kind}: {outcome!r}")
         for file in path.parent.iterdir():
             file.unlink()
@@ -447,7 +447,7 @@ async def _opens(path: Path) -> None:
 
 
 async def _use(path: Path) -> None:
-    """Open a store, look at all that it holds, and write to it."""
+    """Open a store, read all of it, and write to it."""
     async with StateManager(Database(path, timeout=LOCK_SECONDS), None) as state:
         await verify(state.db)
         await state.list_tasks()

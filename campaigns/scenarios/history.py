@@ -1,10 +1,9 @@
-"""Processes work on a few tasks at once, some are killed, and their answers must fit one history.
+"""Several processes on the same few tasks, some of them killed: all answers must fit one history.
 
 Four processes of four callers each read, write, claim, run, add and remove a few tasks, which are
-replaced by others as time goes by; in the long form, a fifth one only looks at its memory. Every
-now and then one of the processes is killed, and another one comes in its place. Each says what it
-asks, what it is answered, and when, by the one monotonic clock of the machine. `evidence` tells
-what is checked; the search is that of `linearizability`.
+replaced over time; in the long form, a fifth one only reads its memory. From time to time a process
+is killed and replaced. Each records its calls, their answers and times, by the one monotonic clock
+of the machine. `evidence` lists the checks, and `linearizability` has the search.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ROUNDS_BETWEEN_KILLS = (5, 15)
 
 
 def perform(run: Run) -> None:
-    """Have processes work and be killed, then look whether all they say fits together."""
+    """Let processes work, kill some, then check all their records together."""
     with run.location() as location:
         processes = _Processes(run, location).run()
         Evidence(run, location, processes).check()
@@ -39,7 +38,7 @@ def perform(run: Run) -> None:
 
 
 class _Processes:
-    """Those that work, those that were killed, and what all of them tell."""
+    """The running and the killed processes, and all their messages."""
 
     def __init__(self, run: Run, location: Location) -> None:
         self._run, self._location = run, location
@@ -49,12 +48,12 @@ class _Processes:
         self._messages: SimpleQueue[tuple[int, list[Any] | HangError | None]] = SimpleQueue()
         self._wanted = run.rounds * CALLS_A_ROUND
         self._answered = 0
-        # Of a short run, one process is killed.
+        # A short run kills one process.
         self._next_kill = self._wanted // 3 if run.is_quick else self._draw()
         self._ending: set[int] = set()
 
     def run(self) -> list[Process]:
-        """Have them work; returns all that there were."""
+        """Let them work, and return all of them."""
         with ExitStack() as stack:
             number = PROCESSES_OF_A_SHORT_RUN if self._run.is_quick else PROCESSES
             nodes = [f"node-{place}" for place in range(number)]
@@ -74,8 +73,10 @@ class _Processes:
                     self._begin(stack, process.node, self._watched_by(process.node))
                 else:
                     working -= 1
-        complaint = self._children[-1].complaint  # that of all: they have one file for it
-        self._run.check(not complaint, f"the processes have complained: {complaint}")
+        complaint = self._children[-1].complaint  # all of them share one file
+        self._run.check(
+            not complaint, f"the processes have written to their error output: {complaint}"
+        )
         return self._processes
 
     def _begin(self, stack: ExitStack, node: str, since: int) -> None:
@@ -97,7 +98,7 @@ class _Processes:
         Thread(target=listen, daemon=True).start()
 
     def _take(self, number: int, message: list[Any]) -> None:
-        """Take note of what a process tells; kill it, or have it end, if it is time to."""
+        """Record a message of a process; kill it, or end it, when it is due."""
         process, child = self._processes[number], self._children[number]
         match message:
             case ["asked", call, moment, name, task_id, arguments]:
@@ -123,11 +124,11 @@ class _Processes:
             self._next_kill += self._wanted if self._run.is_quick else self._draw()
 
     def _draw(self) -> int:
-        """Calls until the next kill."""
+        """Return the number of calls until the next kill."""
         return CALLS_A_ROUND * self._run.random.randint(*ROUNDS_BETWEEN_KILLS)
 
     def _is_replaced(self, number: int) -> bool:
-        """Whether another process is to come in the place of one that has ended."""
+        """Return true if another process replaces an ended one."""
         process = self._processes[number]
         process.ended = time.monotonic_ns()
         status = self._children[number].wait()
@@ -136,7 +137,7 @@ class _Processes:
         return process.is_killed and self._answered < self._wanted
 
     def _watched_by(self, node: str) -> int:
-        """The last revision that the watchers of a node have told of."""
+        """Return the last revision that the watchers of a node have sent."""
         of_node = [process for process in self._processes if process.node == node]
         watched = [change for process in of_node for change in process.watched]
         return int(watched[-1][0]) if watched else 0
@@ -144,7 +145,7 @@ class _Processes:
 
 CAMPAIGN = Campaign(
     name="history",
-    title="processes work on the same tasks and are killed: their answers fit one history",
+    title="processes on the same tasks are killed: all answers must fit one history",
     promises=("P1", "P3", "P4", "P5", "P6"),
     perform=perform,
     rounds=1000,

@@ -1,18 +1,18 @@
 """Hostile values in every field and argument, on both kinds of database side by side.
 
-Each input is one call of a public method, or a write of a task or node with odd values in it, and
-is made twice from its own seed: once for a store in an SQLite file, once for one on PostgreSQL,
-which have begun alike. So it is one run for both. What the methods and fields are, and what they
-take, is read from their signatures; one that nobody knows values for is a finding.
+Each input is a call of a public method, or a write of a task or node with odd values in it. It is
+made twice from the same seed: for a store in an SQLite file and for one on PostgreSQL, which have
+begun alike, so both belong to one run. The methods and fields, and their types, are read from their
+signatures; a type without known values is a finding.
 
 - Both stores must give the same outcome: the same result, or the same error with the same message.
-- What goes wrong must be a `StoreError`.
-- A refused call must have changed nothing: all rows, the feed and the counters are compared, past
-  the library.
-- A value that was taken must come back as itself, from memory and from the database.
+- Each error must be a `StoreError`.
+- A refused call must have changed nothing: all rows, the feed and the counters are compared,
+  without the library.
+- An accepted value must come back unchanged, from memory and from the database.
 
-After some hundreds of inputs, both stores must hold the same, a new manager must be able to read
-it, and a new pair begins.
+After some hundreds of inputs, both stores must have the same content, a new manager must be able to
+read it, and a new pair begins.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ from openclaw_store.testing import FakeClock, create_database
 INPUTS_A_PAIR = 250
 
 WAIT_SECONDS = 0.3
-"""How long a call may take that waits for something to happen."""
+"""Time limit, in seconds, of a call that waits for an event."""
 
 WAITING_CALLS = ("StateManager.watch", "StateManager.wait_for_task")
 
 NOT_CALLED = {
     "StateManager.initialize": "takes nothing; each pair begins with it",
     "StateManager.shutdown": "takes nothing; each pair ends with it",
-    "StateManager.get_stats": "takes nothing, and tells sizes and times",
+    "StateManager.get_stats": "takes nothing, and returns sizes and times",
     "Database.initialize": "is what each pair begins with",
     "Database.close": "takes nothing; each pair ends with it",
     "Database.session": "takes nothing",
-    "Database.get_stats": "takes nothing, and tells sizes and times",
+    "Database.get_stats": "takes nothing, and returns sizes and times",
     "Database.vacuum": "takes nothing",
     "Database.refuse_inside": "takes nothing",
     "Database.read": "takes a function of the library's own",
@@ -77,15 +77,15 @@ NOT_CALLED = {
     "Database.backup": "is called with hostile paths, now and then",
     "Database.transaction": "is called with hostile limits, now and then",
 }
-"""Public methods that are not called like the others, and why."""
+"""Public methods that are not called like the rest, with the reason."""
 
 WRITES = frozenset(
     ("add_task", "update_task", "submit_task", "add_node", "update_node", "create", "update")
 )
-"""Methods that store what they are given as it is."""
+"""Methods that store their argument unchanged."""
 
 STORE_FIELDS = frozenset({"version", "updated_at"})
-"""Fields that the store sets, whatever it is given."""
+"""Fields that the store sets itself."""
 
 
 TABLES = ("tasks", "nodes", "changes", "counters")
@@ -94,44 +94,44 @@ LOCATIONS: tuple[Any, ...] = (
     "", "\0", "sqlite://", "sqlite:///:memory:", "sqlite:///\0", "postgresql://", "mysql://u:p@h/x",
     "postgresql://[::1", "postgresql://h:port/x", "http://x", "://", "a://b", 5, None, b"x", True,
 )  # fmt: skip
-"""Where no database can be; none of them names a file."""
+"""Paths where no database can be; none of them names a file."""
 
 LIMITS: tuple[Any, ...] = (
     -1, 0, -0.0, math.nan, math.inf, "5", None, True, b"5", 1e9, 1e308, 2**63, 10**400, (),
 )  # fmt: skip
-"""What somebody might take for seconds; none of them is over soon."""
+"""Values that look like seconds; none of them expires soon."""
 
 
 class Input(NamedTuple):
-    """What is done to a store."""
+    """A call to a store."""
 
     name: str
     arguments: Mapping[str, Any]
     run: Callable[[], Any]
-    """Gives the result, or what is to be awaited for it."""
+    """Returns the result, or an awaitable of it."""
     is_large: bool
-    """Whether a value is so large that the store is left alone afterwards."""
+    """True if a value is so large that the store is replaced afterwards."""
 
 
 class Outcome(NamedTuple):
-    """What came of a call."""
+    """The outcome of a call."""
 
     text: str
-    """In words that are the same for both stores."""
+    """A text that is the same for both stores."""
     error: Exception | None = None
 
 
 WAITS = Outcome("waits")
-"""Of a call that was cancelled, as nothing happened for which it waits."""
+"""The outcome of a call that was cancelled while it waited."""
 
 
 class Method(NamedTuple):
-    """A public method and what it takes."""
+    """A public method and its parameters."""
 
     kind: type[Any]
     name: str
     hints: dict[str, Any]
-    """Of its parameters, without those that are left out as they may be."""
+    """Annotations of the parameters, without the optional ones."""
     optional: frozenset[str]
 
     @property
@@ -140,7 +140,7 @@ class Method(NamedTuple):
 
 
 def methods() -> list[Method]:
-    """The methods that are called; those that take a task or node several times."""
+    """Return the methods to call, and repeat the methods that take a task or node."""
     found = []
     for kind in (StateManager, TaskRepository, NodeRepository, Database):
         for name, function in inspect.getmembers(kind, inspect.isfunction):
@@ -175,7 +175,7 @@ def _method(kind: type[Any], name: str, function: Callable[..., Any]) -> Method:
 
 
 class PairedStore:
-    """A store of one kind, and what a caller has of it."""
+    """A store of one kind, and the objects that its caller has."""
 
     def __init__(self, location: Location, folder: Path, neighbour: Neighbour) -> None:
         self.location, self.folder, self.neighbour = location, folder, neighbour
@@ -191,12 +191,12 @@ class PairedStore:
         return self.manager.db
 
     def new_manager(self) -> StateManager:
-        """A manager that does nothing by itself, and nothing by chance."""
+        """Return a manager without background work and random choices."""
         database = Database(self.location, clock=self.clock)
         return StateManager(database, None, backoff=Backoff(jitter=0))
 
     async def fill(self) -> None:
-        """Add what the calls are about, where it is missing."""
+        """Add missing rows for the calls."""
         manager = self.manager
         for number in range(1, 4):
             node = NodeInfo(f"node-{number}", f"host-{number}", available_skills=["python"])
@@ -228,12 +228,12 @@ class PairedStore:
             if not timer.expired():
                 raise
             return WAITS
-        except Exception as error:  # all of them are judged
+        except Exception as error:  # every error is judged
             return Outcome(self.shown(f"{type(error).__name__}: {error}"), error)
         if isinstance(result, list) and "claim" in call.name:
             self.tasks += result
         if ".list_by_" in call.name:
-            # Nothing orders tasks of one moment, or says which of them are within a limit.
+            # The order of tasks of one moment is undefined, also within a limit.
             result = [vars(item).get("submitted_at", item) for item in result]
         try:
             text = repr(result)
@@ -242,13 +242,13 @@ class PairedStore:
         return Outcome(self.shown(text))
 
     def shown(self, text: str) -> str:
-        """A text without what is the store's own: places, and versions that are only in memory."""
+        """Return a text without store-specific parts: paths, and versions only in memory."""
         text = text.replace(str(self.folder), "(folder)").replace(str(self.location), "(location)")
         text = re.sub(r"\b0x[0-9a-f]{6,}|(?<=version[ =])-\d+|(?<='version': )-\d+", "…", text)
         return text if len(text) < 10_000 else f"{text[:500]}… {len(text)} {hash(text)}"
 
     async def note_rows(self) -> bool:
-        """Take note of the rows as they are now; whether they are still the same."""
+        """Record the rows as they are now; true if they are unchanged."""
         mark = await self.neighbour.mark()
         if mark == self.mark:
             return True
@@ -258,7 +258,7 @@ class PairedStore:
         return self.rows == before
 
     async def contents(self) -> list[str]:
-        """All that a new manager reads, and the feed."""
+        """Return all content that a new manager reads, and the feed."""
         texts = []
         async with self.new_manager() as manager:
             state = await manager.get_state()
@@ -284,7 +284,7 @@ class _Drawing:
     ) -> None:
         self._store, self._known, self._random = store, known, random
         self._values = Values(random, store.tasks, store.nodes)
-        self._place = f"{store.folder}/{number}/a/b/c/d/e"  # from which no path gets out
+        self._place = f"{store.folder}/{number}/a/b/c/d/e"  # deep enough for all relative paths
 
     def draw(self) -> Input:
         chosen = self._random.random()
@@ -297,7 +297,7 @@ class _Drawing:
         return Input(name, arguments, run, self._values.is_large)
 
     def _arguments(self, method: Method) -> dict[str, Any]:
-        """Arguments of which mostly one is odd, so that it is not refused for another one."""
+        """Draw arguments, mostly with one odd value, so that only that one can be refused."""
         values, random = self._values, self._random
         odd = random.choice([*method.hints, None]) if random.random() < 0.9 else None
         return {
@@ -403,7 +403,7 @@ def perform(run: Run) -> None:
 async def _use_pair(
     run: Run, known: Sequence[Method], path: Path, url: str | Path, inputs: int
 ) -> int:
-    """Make calls to a new pair of stores, and compare them; returns how many calls."""
+    """Make calls to a new pair of stores, and compare them; return the number of calls."""
     async with AsyncExitStack() as stack:
         stores: list[PairedStore] = []
         for location in (path, url):
@@ -422,14 +422,16 @@ async def _use_pair(
         contents = [await store.contents() for store in stores]
         for mine, theirs in zip(*contents, strict=False):
             run.check(mine == theirs, f"they hold {mine[:500]} and {theirs[:500]}")
-        run.check(len(contents[0]) == len(contents[1]), "they do not hold as much as each other")
+        run.check(
+            len(contents[0]) == len(contents[1]), "the stores differ in the number of objects"
+        )
     return number + 1
 
 
 async def _call(
     run: Run, known: Sequence[Method], stores: Sequence[PairedStore], number: int
 ) -> bool:
-    """Make a call to both and compare; whether they are better left alone then."""
+    """Make a call to both stores and compare; true if both should be replaced then."""
     seed = run.random.getrandbits(64)
     calls = [_Drawing(store, known, Random(seed), number).draw() for store in stores]
     name = calls[0].name
@@ -464,7 +466,7 @@ async def _call(
 
 
 def _fields_of(call: Input) -> Mapping[str, Any] | None:
-    """The fields of the task or node that a call is to store, as they are before it."""
+    """Return the fields of the task or node that a call is to store, before the call."""
     item = call.arguments.get("task", call.arguments.get("node"))
     method = call.name.split()[0].rpartition(".")[2]
     return (
@@ -475,7 +477,7 @@ def _fields_of(call: Input) -> Mapping[str, Any] | None:
 
 
 async def _check_kept(run: Run, what: str, store: PairedStore, given: Mapping[str, Any]) -> None:
-    """Check that what was taken comes back as itself, from memory and from the database."""
+    """Check that an accepted value comes back unchanged, from memory and from the database."""
     kind: type[Any] = given[""]
     manager = store.manager
     if kind is Task:
@@ -494,7 +496,11 @@ async def _check_kept(run: Run, what: str, store: PairedStore, given: Mapping[st
             kept = getattr(item, name, None)
             try:
                 expected = as_kept(hints[name], value)
-            except (TypeError, ValueError, AttributeError) as error:  # it should have been refused
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+            ) as error:  # the value should have been refused
                 expected = error
             if not _is_same(kept, expected):
                 run.wrong(
@@ -504,7 +510,7 @@ async def _check_kept(run: Run, what: str, store: PairedStore, given: Mapping[st
 
 
 def _is_same(kept: Any, expected: Any) -> bool:
-    """Whether a value is the very one, not only an equal one: 1 is not True."""
+    """Return true if a value is the same in type and value: 1 is not True."""
     if type(kept) is not type(expected):
         return False
     if isinstance(kept, datetime):  # of UTC, `fold` says nothing
@@ -513,7 +519,7 @@ def _is_same(kept: Any, expected: Any) -> bool:
 
 
 def as_kept(hint: Any, value: Any) -> Any:
-    """A value that a field takes, as it is read back."""
+    """Return the stored form of a field's value, as it is read back."""
     if value is None:
         return None
     if get_origin(hint) is types.UnionType:
@@ -533,7 +539,7 @@ def as_kept(hint: Any, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value as it is read back."""
+    """Return the stored form of a JSON value, as it is read back."""
     if isinstance(value, Enum):
         return _plain(value.value)
     if isinstance(value, (list, tuple)):
@@ -556,14 +562,14 @@ _short.maxother = 300
 
 
 def _shown(value: Any) -> str:
-    """A value in words, if there are any for it."""
+    """Return a value as text, if its `repr` works."""
     try:
         if type(value) in (Task, NodeInfo):
             value = vars(value)
         if isinstance(value, Mapping):
             return ", ".join(f"{key}={_shown(item)}" for key, item in value.items())
         return _short.repr(value)
-    except Exception:  # as its own `repr` goes wrong
+    except Exception:  # its own `repr` may raise
         return f"a {type(value).__name__} that cannot be shown"
 
 

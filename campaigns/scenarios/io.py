@@ -1,13 +1,13 @@
 """Every I/O call of SQLite fails in turn, during every public call of the store.
 
-A sweep is a public call in one state of the store. Without a fault, the system calls are counted
-that are made for it; each is a fault point. There it fails, once, or with all later ones that fit
-the error until the fault is released. What must hold afterwards is in `trial`. SQLite tests itself
-in the same way, see "I/O Error Testing" in https://sqlite.org/testing.html.
+A sweep is a public call in one state of the store. A call without a fault counts its system calls;
+each is a fault point. There it fails, once, or with all later ones that fit the error until the
+fault ends. `trial` has the checks. SQLite tests itself in the same way, see "I/O Error Testing" in
+https://sqlite.org/testing.html.
 
-One thing cannot hold. A page for which the disk has no room may be in the WAL already, byte for
-byte, by an earlier transaction; only a file system that needs room to overwrite can refuse that.
-With it the transaction is whole, while SQLite takes it for unfinished: it is there after a kill.
+There is one exception. A page for which the disk has no room may already be in the WAL, byte for
+byte, from an earlier transaction; only a file system that needs room to overwrite can refuse that.
+Then the transaction is complete, while SQLite takes it for unfinished, and it exists after a kill.
 """
 
 from __future__ import annotations
@@ -44,26 +44,28 @@ FITTING = {
     errno.ENOSPC: vfs.WRITES | {"ftruncate", "replace", vfs.SYNC},
     errno.EMFILE: frozenset({"open", vfs.OPEN_FOLDER}),
 }
-"""The system calls that fail with an error."""
+"""System calls that fail with an error."""
 
 CHECKPOINTS = (4, 1000)
-"""After so many pages in the WAL a commit moves them to the database. SQLite's default is 1,000,
-which few commits meet; with 4 nearly each does."""
+"""Pages in the WAL after which a commit checkpoints it. SQLite's default is 1,000, which few
+commits reach; with 4 nearly each does.
+"""
 
 SWEEPS_A_STORE = 8
 
 FEWEST_A_SWEEP, MOST_A_SWEEP = 3, 10
-"""So many of its points are tried before the next sweep begins, if there are more. What each of
-them leaves in the store is looked at by all that follow."""
+"""Number of points of a sweep that are tried before the next sweep, if there are more. All later
+points run on the store that the earlier ones have left.
+"""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One system call among those of a sweep that fit an error."""
+    """One system call of a sweep that fits an error."""
 
     error: int
     number: int
-    """From 1."""
+    """Number, from 1."""
     is_sticky: bool
 
     def __str__(self) -> str:
@@ -71,22 +73,22 @@ class Point:
 
 
 class Fault:
-    """Has system calls fail while it is armed, and counts them."""
+    """Lets system calls fail while it is armed, and counts them."""
 
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
-        """Those that were made while it was armed last, by name."""
+        """Calls since it was armed, by name."""
         self.failed = 0
-        """How many of them have failed."""
+        """Number of failed calls."""
         self.was_there = False
-        """Whether the disk was full for something that the WAL holds already."""
+        """True if the disk was full for a page that the WAL already contains."""
         self._below: str | None = None
         self._point = Point(0, 0, is_sticky=False)
         self._fitting = 0
 
     @contextmanager
     def armed(self, folder: Path, point: Point | None = None) -> Iterator[None]:
-        """Have a call fail that is about a file in a folder; without a point, none."""
+        """Let a call on a file in a folder fail; without a point, only count."""
         self.seen.clear()
         self.failed = self._fitting = 0
         self.was_there = False
@@ -98,7 +100,7 @@ class Fault:
             self._below = None
 
     def points(self) -> list[Point]:
-        """Where a call like the last one can fail."""
+        """Return the points at which a call like the last one can fail."""
         return [
             Point(error, number + 1, is_sticky)
             for error, names in FITTING.items()
@@ -136,15 +138,15 @@ class Sweep:
 
     call: PublicCall | Life
     pages: int = 0
-    """Of `CHECKPOINTS`."""
+    """One of `CHECKPOINTS`."""
     is_cold: bool = False
-    """Whether the store opens its connections for it."""
+    """True if the store opens its connections for it."""
     points: list[Point] | None = None
-    """`None` until the calls of the system were counted."""
+    """`None` until the system calls were counted."""
     left: list[Point] = field(default_factory=list)
-    """Points that were not tried yet."""
+    """Points not tried yet."""
     is_finished: bool = False
-    """Whether each point was tried."""
+    """True if each point was tried."""
 
     def __str__(self) -> str:
         if isinstance(self.call, Life):
@@ -153,7 +155,7 @@ class Sweep:
 
 
 def perform(run: Run) -> None:
-    """Try fault points, so many from each sweep in turn, until there are as many as rounds."""
+    """Try fault points, some of each sweep in turn, until the rounds are used up."""
     with (
         unheard("openclaw_store"),
         planted(run.bug),
@@ -167,7 +169,9 @@ class _Faults:
     def __init__(self, run: Run, fault: Fault) -> None:
         self.run, self.fault = run, fault
         self._done = self._injected = self._excused = 0
-        self._templates: dict[str, tuple[Path, Picture]] = {}  # what lives begin and end with
+        self._templates: dict[
+            str, tuple[Path, Picture]
+        ] = {}  # the files before a lifecycle call, and the snapshot after it
         self._numbers = count()
 
     def perform(self) -> None:
@@ -179,7 +183,7 @@ class _Faults:
                 for batch in batches:
                     self._try(batch, share)
                 if not any(sweep.left for sweep in sweeps):
-                    for sweep in sweeps:  # all of them once more
+                    for sweep in sweeps:  # try all of them again
                         self._refill(sweep)
         finally:
             self._note_figures(sweeps)
@@ -194,7 +198,7 @@ class _Faults:
         self.run.notes["on the disk before it was full"] = f"{self._excused:,}"
 
     def _batches(self) -> list[list[Sweep]]:
-        """All sweeps in some order; those of a batch share a store."""
+        """Return all sweeps in random order; those of a batch share a store."""
         batches = [[Sweep(life)] for life in LIVES]
         for pages in CHECKPOINTS:
             sweeps = [Sweep(call, pages, is_cold) for call in CALLS for is_cold in (False, True)]
@@ -211,7 +215,7 @@ class _Faults:
         self.run.random.shuffle(sweep.left)
 
     def _take(self, sweep: Sweep, share: int) -> list[Point]:
-        """Some of the points of a sweep that are left; those of the last call if it is new."""
+        """Take some of the remaining points of a sweep; those of the last call if it is new."""
         if sweep.points is None:
             sweep.points = self.fault.points()
             self._refill(sweep)
@@ -222,7 +226,7 @@ class _Faults:
         return taken
 
     def _excuse(self) -> bool:
-        """Whether what was refused may be on the disk for all that SQLite can know; counted."""
+        """Return true, and count it, if a refused change may be on the disk unknown to SQLite."""
         self._excused += self.fault.was_there
         return self.fault.was_there
 
@@ -241,8 +245,8 @@ class _Faults:
         with self.run.location() as path, checkpointing(batch[0].pages), abandoning(self.run):
             assert isinstance(path, Path)
             asyncio.run(self._call(batch, path, share))
-        gc.collect()  # which is off while there are hooks
-        self._done = max(self._done, before + 1)  # whatever happens, it ends
+        gc.collect()  # it is off while hooks are active
+        self._done = max(self._done, before + 1)  # so that the loop ends in any case
 
     async def _call(self, batch: list[Sweep], path: Path, share: int) -> None:
         async with trial_of(self.run, path) as trial:
@@ -277,19 +281,19 @@ class _Faults:
             self._count()
 
     async def _survive(self, life: Life, folder: Path, point: Point, whole: Picture) -> None:
-        """Go through a life with a fault, and once more without if it was refused."""
+        """Make a lifecycle call with a fault, and once more without it after a refusal."""
         run, what, path = self.run, f"{life.name}: {point}", folder / NAME
         before, after = task_ids(path), {*whole.rows["tasks"]}
         fault = self.fault.armed(folder, point)
         refusal = await self._refusal(life, folder, fault, what)
         if refusal is not None:
-            with self._copy_of(folder) as copy:  # looking would put right what is not finished
+            with self._copy_of(folder) as copy:  # opening the original would recover it
                 found = task_ids(copy / NAME)
                 run.check(found in (before, after), f"{what}: left {found} of {before}")
                 run.check(not damage(copy / NAME), f"{what}: left a damaged file")
                 left = [name for name in os.listdir(copy) if ".original" in name]
                 may_be = is_migrated(copy / NAME) or refusal is OutcomeUnknownError
-                may_be = may_be or point.is_sticky  # to remove it may have failed, too
+                may_be = may_be or point.is_sticky  # its removal may have failed, too
                 run.check(may_be or not left, f"{what}: left {left}, and adopted nothing")
             what = f"{what}, once more"
             again = await self._refusal(life, folder, nullcontext(), what)
@@ -305,14 +309,14 @@ class _Faults:
     async def _refusal(
         self, life: Life, folder: Path, trouble: AbstractContextManager[object], what: str
     ) -> type | None:
-        """What a life raises; `None` if it returns."""
+        """Return the error type that a lifecycle call raises; `None` if it returns."""
         outcome = await outcome_of(self.run, partial(life.perform, folder, trouble), what)
-        # Not the error itself: it refers to cursors, which keep their file open.
+        # Not the error itself: it refers to cursors, which keep the file open.
         return type(outcome) if isinstance(outcome, Exception) else None
 
     @contextmanager
     def _copy_of(self, folder: Path) -> Iterator[Path]:
-        """A folder with the same files, gone afterwards."""
+        """Copy a folder; the copy is removed afterwards."""
         copy = self.run.folder / f"life-{next(self._numbers)}"
         shutil.copytree(folder, copy)
         try:
@@ -322,7 +326,7 @@ class _Faults:
 
 
 def _is_whole(file: Path, ids: set[str]) -> bool:
-    """Whether it holds these tasks; what of a copy could not be removed may be no database."""
+    """Return true if the file contains these tasks; part of a copy may be no database."""
     try:
         return not damage(file) and task_ids(file) == ids
     except UnreadableError:
@@ -331,7 +335,7 @@ def _is_whole(file: Path, ids: set[str]) -> bool:
 
 @contextmanager
 def _python_hooked(fault: Fault) -> Iterator[None]:
-    """Have the system calls told that the store makes itself, as for a backup."""
+    """Pass the system calls of the store itself to the fault, as for a backup."""
 
     def told(name: str, proceed: Callable[..., Any]) -> Callable[..., Any]:
         def call(file: Any, *arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Calls that begin or end the use of a database, each with the files it finds."""
+"""A catalogue of the calls that begin or end the use of a database, with the files they find."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
 
 NAME = "cluster.db"
 BACKUP = "backup.db"
-"""Of the files in the folder of a life."""
+"""Name of the backup in the folder of a call."""
 
 Trouble = AbstractContextManager[object]
 
@@ -32,9 +32,9 @@ class Life:
 
     name: str
     make: Callable[[Path], object]
-    """Puts what there is before in a folder."""
+    """Creates the files in a folder."""
     perform: Callable[[Path, Trouble], Coroutine[Any, Any, object]]
-    """Makes the call on what is in a folder, with the trouble. It can be repeated."""
+    """Makes the call on the files in a folder, with the fault. It can be repeated."""
 
 
 def _database(folder: Path) -> Database:
@@ -42,11 +42,11 @@ def _database(folder: Path) -> Database:
 
 
 def nothing(folder: Path) -> None:
-    """There is no database yet."""
+    """Leave the folder empty."""
 
 
 def filled(folder: Path) -> None:
-    """A database with some tasks and a node."""
+    """Create a database with some tasks and a node."""
 
     async def fill() -> None:
         async with StateManager(_database(folder), None) as state:
@@ -60,7 +60,7 @@ def filled(folder: Path) -> None:
 
 
 def killed(folder: Path) -> None:
-    """The same, as a process leaves it that was killed: all of it is in the WAL."""
+    """Create the same files as a killed process leaves: all content is in the WAL."""
     filled(folder)
     path = folder / NAME
     with closing(sqlite3.connect(path)) as connection:
@@ -74,14 +74,14 @@ def killed(folder: Path) -> None:
 
 
 def older(folder: Path) -> None:
-    """One with the schema of a former version."""
+    """Create a database with the schema of an earlier version."""
     filled(folder)
     migrations.downgrade(backend_of(folder / NAME, LOCK_SECONDS), "0001")
 
 
 def original(folder: Path) -> None:
-    """One that was made by hand, before there was this library."""
-    # The original has its time from the machine; that of the store stands in March 2026.
+    """Create a database with the legacy hand-made schema."""
+    # The legacy file takes the machine's time; the time of the store stands in March 2026.
     columns = {
         table: definition.replace("CURRENT_TIMESTAMP", "'2026-01-01 12:00:00'")
         for table, definition in COLUMNS.items()
@@ -100,7 +100,7 @@ def original(folder: Path) -> None:
 
 
 def backed_up(folder: Path) -> None:
-    """A database that was changed since its backup was made."""
+    """Create a database that has changed since its backup."""
 
     async def change() -> None:
         async with StateManager(_database(folder), None) as state:
@@ -120,7 +120,7 @@ async def _open_and_close(folder: Path, trouble: Trouble) -> None:
 async def _shut_down(folder: Path, trouble: Trouble) -> None:
     state = StateManager(_database(folder), None)
     await state.initialize()
-    with suppress(DuplicateError):  # the call before has written it
+    with suppress(DuplicateError):  # an earlier call has written it
         await state.add_task(TaskFactory(FakeClock())(task_id="unsaved"), persist=False)
     with trouble:
         await state.shutdown()

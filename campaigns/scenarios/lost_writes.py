@@ -1,13 +1,12 @@
-"""Power cuts that need no root: of what SQLite wrote and never synced, any part may be gone.
+"""Power cuts without root: any part of the data that SQLite wrote and never synced may be lost.
 
-SQLite's writes and syncs are recorded in process (see `vfs`), in one order with what the clients
-say. A cut is a place in that record. What was synced before it is in the files afterwards; of what
-was written since, sectors are drawn that are there, too. (That a file was made or removed counts
-as synced.) Of each record, many cuts are tried. (To rebuild from a record of system calls what a
-crash may leave is how Pillai et al. found programs that rely on more than file systems promise:
-"All File Systems Are Not Created Equal", OSDI 2014.)
+SQLite's writes and syncs are recorded in process (see `vfs`), in one order with the messages of the
+clients. A cut is a position in that record. Data synced before it is in the files afterwards; of
+the data written since, random sectors are kept. (The creation or removal of a file counts as
+synced.) Each record gets many cuts. (The method, to rebuild crash states from a record of system
+calls, is that of Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014.)
 
-Checked is what `power` checks, and that a store can be opened on the files, and finds them sound.
+The checks are those of `power`; also, a store must open the files and find them sound.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ CALLS_A_RECORD = 400
 CUTS_A_RECORD = 50
 
 SECTOR = 512
-"""Bytes that a disk writes whole or not at all."""
+"""Bytes that a disk writes atomically."""
 
 PAGES_A_CHECKPOINT = 100
-"""A tenth of what is usual, so that each record has some."""
+"""A tenth of the default, so that each record contains some checkpoints."""
 
 
 class Write(NamedTuple):
-    """Bytes that are written to a file."""
+    """Bytes written to a file."""
 
     path: Path
     offset: int
@@ -48,24 +47,24 @@ class Write(NamedTuple):
 
 
 class Truncation(NamedTuple):
-    """A file gets another length."""
+    """A new length of a file."""
 
     path: Path
     length: int
 
 
 class Sync(NamedTuple):
-    """All that was written to a file is on the disk."""
+    """The sync of all data written to a file."""
 
     path: Path
 
 
 Event = Write | Truncation | Sync | list[Any]
-"""What happens to a file, or what a client says."""
+"""A change of a file, or a message of a client."""
 
 
 class _File:
-    """What of a file is on the disk, and what only may be."""
+    """The content of a file that is on the disk, and the changes that may be."""
 
     def __init__(self, synced: bytes) -> None:
         self._synced = bytearray(synced)
@@ -80,7 +79,7 @@ class _File:
             self._since.append(event)
 
     def after_cut(self, random: Random, share: float) -> bytes:
-        """What is left: of what was written since the last sync, about this share."""
+        """Return the content after a cut; about this share of the unsynced data is kept."""
         left = bytearray(self._synced)
         for change in self._since:
             for part in _sectors(change):
@@ -90,7 +89,7 @@ class _File:
 
 
 class RecordedDisk:
-    """The files in a folder, of which is known what was synced."""
+    """The files in a folder, with their synced and unsynced data."""
 
     def __init__(self, folder: Path) -> None:
         self._files = defaultdict(lambda: _File(b""))
@@ -98,11 +97,11 @@ class RecordedDisk:
             self._files[path.name] = _File(path.read_bytes())
 
     def note(self, event: Write | Truncation | Sync) -> None:
-        """Take note of what happens to a file."""
+        """Record a change of a file."""
         self._files[event.path.name].note(event)
 
     def leave(self, folder: Path, random: Random) -> None:
-        """Write to a folder what is left of the files when the power is cut now."""
+        """Write the files to a folder as they are after a power cut now."""
         share = random.choice((0, random.random(), 1))
         for name, file in self._files.items():
             (folder / name).write_bytes(file.after_cut(random, share))
@@ -118,7 +117,7 @@ def _apply(change: Write | Truncation, content: bytearray) -> None:
 
 
 def _sectors(change: Write | Truncation) -> Iterator[Write | Truncation]:
-    """The parts of a change that are on the disk or not, each by itself."""
+    """Split a change into the parts that are on the disk or not, independently."""
     if isinstance(change, Truncation):
         yield change
         return
@@ -129,7 +128,7 @@ def _sectors(change: Write | Truncation) -> Iterator[Write | Truncation]:
 
 
 def perform(run: Run) -> None:
-    """Cut the power so many times."""
+    """Cut the power `run.rounds` times."""
     for cuts in run.parts(CUTS_A_RECORD):
         with run.location() as location:
             assert isinstance(location, Path)
@@ -141,13 +140,13 @@ def perform(run: Run) -> None:
 
 
 async def _record(location: Path, seed: int) -> Sequence[Event]:
-    """Have clients write for a while; returns what has happened."""
+    """Let clients write for a while, and return the recorded events."""
     events: list[Event] = []
     calls = count(1)
 
     def hook(call: SystemCall) -> int:
         path = Path(call.path)
-        if path.name.endswith("-shm"):  # which is not for the disk
+        if path.name.endswith("-shm"):  # never synced, and rebuilt on opening
             pass
         elif call.name == SYNC:
             events.append(Sync(path))
@@ -167,12 +166,12 @@ async def _record(location: Path, seed: int) -> Sequence[Event]:
             writing = asyncio.create_task(write(store, tell, 0, seed))
             with suppress(asyncio.CancelledError):
                 await writing
-            end = len(events)  # what follows is said by nobody
+            end = len(events)  # later events are not from clients
     return events[:end]
 
 
 def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts: int) -> None:
-    """Cut the power at random places of a record, and check each time what is left."""
+    """Cut the power at random positions of a record, and check the files each time."""
     log = Log(run.counts)
     done = 0
     places = run.random.choices(range(len(events)), k=cuts - 1)
@@ -185,7 +184,7 @@ def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts:
         done = place
         with TemporaryDirectory(dir=run.folder) as folder:
             disk.leave(Path(folder), run.random)
-            # After the last cut, it is counted what has no answer.
+            # The last cut counts the unanswered calls.
             there = log if done == len(events) else log.copy()
             there.check(run, Path(folder, name))
             verify_it(run, Path(folder, name))
@@ -194,7 +193,7 @@ def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts:
 
 CAMPAIGN = Campaign(
     name="lost-writes",
-    title="the power is cut at any moment: of what was not synced, any part is gone",
+    title="the power is cut at any moment: any part of the unsynced data is lost",
     promises=("P1", "P2", "P5"),
     perform=perform,
     rounds=2000,

@@ -1,15 +1,16 @@
-"""Migrations of a database that is full, killed at random moments, and tried by several at once.
+"""Migrations of a full database, killed at random moments, and run by several processes at once.
 
-A database of the first schema, one of today's, and (SQLite) one of the original hand-made schema
-are filled by SQL with tasks, nodes and a feed. One goes up, down, up, down to nothing, and up
-again. Then, in each round, a process upgrades, downgrades or adopts a copy, and is killed at a
-random moment; the copy must be at the one revision or at the other, and never between. Then the
-same is done to the end, now and then by two processes at once. With fewer than 50 rounds, the
-databases are smaller: of 400 tasks times the square of the rounds.
+A database with the first schema, one with today's, and (SQLite) one with the legacy hand-made
+schema are filled by SQL with tasks, nodes and a feed. One is upgraded, downgraded, upgraded,
+downgraded to nothing, and upgraded again. Then, in each round, a process upgrades, downgrades or
+imports a copy, and is killed at a random moment; the copy must be at the one revision or at the
+other, never between. Then the migration runs to its end, from time to time by two processes at
+once. With fewer than 50 rounds, the databases are smaller: 400 tasks times the square of the
+rounds.
 
-What must be there is told by databases that were made at their revision directly, and filled with
-the same rows. Tables, indexes, constraints and all rows are compared, past the library; SQLite's
-`integrity_check` and PostgreSQL's `amcheck` tell that the indexes have every row.
+The expected content comes from databases that were created at their revision directly, and filled
+with the same rows. Tables, indexes, constraints and all rows are compared, without the library;
+SQLite's `integrity_check` and PostgreSQL's `amcheck` check that the indexes contain every row.
 """
 
 from __future__ import annotations
@@ -38,29 +39,30 @@ MOST_TASKS = 1_000_000
 FIRST, HEAD, NOTHING = "0001", migrations.HEAD, "base"
 
 BY_TWO_EVERY = 3
-"""Of so many rounds, one has the migration done to the end by two processes at once. It has no
-factor in common with the numbers of turns, so that each kind of migration is among them."""
+"""Every so many rounds, two processes finish the migration at once. The number has no factor in
+common with the number of turns, so that each kind of migration is among them.
+"""
 
 Look = Callable[[Location], Contents]
 
 _PATIENCE_SECONDS = 3600.0
-"""That one waits for another, with as many rows."""
+"""Seconds for which a migration waits for another one, with as many rows."""
 
 
 class Work(NamedTuple):
-    """A migration that is to be killed."""
+    """A migration to be killed."""
 
     name: str
     do: Callable[[str], None]
-    """Does it to the database at a location."""
+    """Runs it on the database at a location."""
     child: Callable[[Tell, str], None]
-    """Does it in a process of its own."""
+    """Runs it in a child process."""
     source: Location
-    """The database of which a copy is migrated."""
+    """The database to copy and migrate."""
     before: Contents
     after: Contents
     seconds: float
-    """It took in a process of its own, with nobody in the way."""
+    """Seconds that it takes in a child process, undisturbed."""
 
 
 def perform(run: Run) -> None:
@@ -94,7 +96,7 @@ def perform(run: Run) -> None:
             migrated("upgrade", upgrade, upgrade_child, first, of_head),
             migrated("downgrade", downgrade, downgrade_child, lived, of_first),
         ]
-        turns = [*works, *works]  # they are fast; adoption takes a minute for a million rows
+        turns = [*works, *works]  # these are fast; an import takes a minute for a million rows
         if run.kind == SQLITE:
             original = stack.enter_context(run.location(migrated=False))
             fill_original(Path(original), tasks)
@@ -124,23 +126,23 @@ def upgrade(location: str) -> None:
 
 
 def downgrade(location: str, revision: str = FIRST) -> None:
-    """Take a database back to an older schema."""
+    """Downgrade a database to an older schema."""
     migrations.downgrade(backend_of(location, _PATIENCE_SECONDS), revision)
 
 
 def upgrade_child(tell: Tell, location: str) -> None:
-    """Upgrade; tell when it begins, and when it is done, with the seconds it took."""
+    """Upgrade; send a message at the begin, and the duration at the end."""
     _work(tell, location, upgrade)
 
 
 def downgrade_child(tell: Tell, location: str) -> None:
-    """The same with a downgrade."""
+    """Downgrade; send a message at the begin, and the duration at the end."""
     _work(tell, location, downgrade)
 
 
 def _work(tell: Tell, location: str, do: Callable[[str], None]) -> None:
-    # Once connected, nothing is left to be imported that takes longer than the work itself.
-    with suppress(UnavailableError):  # another one keeps the file locked, and adopts it
+    # After a connection, no module is left to import that takes longer than the work itself.
+    with suppress(UnavailableError):  # another process holds the lock, and imports it
         backend_of(location, _PATIENCE_SECONDS).inspect(lambda connection: None)
     upgrade(":memory:")
     tell("begins")
@@ -171,7 +173,7 @@ def _up_down_up(
 
 
 def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
-    """Kill a migration at a random moment, look, and do it to the end."""
+    """Kill a migration at a random moment, check the copy, and finish the migration."""
     delay = run.random.uniform(0, 1.1 * work.seconds)
     what = f"{work.name}, killed after {delay:.3f} s,"
     errors = run.folder / "errors"
@@ -196,7 +198,7 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
                 run.wrong(f"{work.name} by two at once: {other.complaint}")
         run.counts.acknowledged += 1 + by_two
         _compare(run, f"{what} and done again,", look(place), work.after)
-        if work.before.revision is None:  # an original, of which copies are kept
+        if work.before.revision is None:  # a legacy file, whose copy is kept
             assert isinstance(place, Path)
             copies = list(place.parent.glob(f"{place.name}.original-*Z*"))
             run.check(bool(copies), f"{what} and there is no copy of the original")
@@ -209,7 +211,7 @@ def _child(work: Callable[[Tell, str], None], place: Location, errors: Path) -> 
 
 
 def _count(run: Run, what: str, work: Work, found: Contents, *, is_done: bool) -> None:
-    """Check that it is at one revision or the other, and count what came of the killed one."""
+    """Check that the copy is at one revision or the other, and count the outcome of the kill."""
     not_before, not_after = work.before.difference(found), work.after.difference(found)
     run.check(
         not_before is None or not_after is None, f"{what} is between: {not_before}; {not_after}"

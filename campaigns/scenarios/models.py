@@ -1,9 +1,9 @@
-"""The Hypothesis machines of the tests, for longer than the tests let them run.
+"""The Hypothesis state machines of the tests, run for longer than in the tests.
 
 `tests/test_machine.py` drives two managers on one database against plain dictionaries, and
 `tests/test_scheduling_machine.py` several of them, at the same time, against a model of the life of
-a task. Both are run by pytest in a process of its own; a failure is kept with all that it prints,
-the shortest steps to it among them. The tests themselves are the short form.
+a task. pytest runs both in a child process; a failure is kept with its whole output, including the
+shortest steps to it. The tests themselves are the short form.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from xml.etree import ElementTree
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run
 
 MACHINES_A_CHILD = 100
-"""So many run before progress is reported."""
+"""Number of machines between two reports of progress."""
 
 PATIENCE_SECONDS = 7200.0
-"""For these, which take minutes."""
+"""Time limit, in seconds, of a child process."""
 
 _PROJECT = Path(__file__).parents[1]
 _TESTS = (
@@ -41,11 +41,11 @@ def perform(run: Run) -> None:
 
 
 def _run_machines(run: Run, tests: Sequence[str], examples: int) -> int:
-    """Run so many of each test; returns how many that were in all."""
+    """Run so many machines of each test; return their total number."""
     report = run.folder / "report.xml"
     environment = {
         **os.environ,
-        "PYTEST_ADDOPTS": "",  # as CI's, which measure coverage: they are for the tests around this
+        "PYTEST_ADDOPTS": "",  # options of CI, such as coverage, are for the outer tests
         "OPENCLAW_STORE_TEST_EXAMPLES": str(examples),
         "OPENCLAW_STORE_TEST_SEED": str(run.random.getrandbits(64)),
     }
@@ -86,7 +86,7 @@ def _run_machines(run: Run, tests: Sequence[str], examples: int) -> int:
 
 CAMPAIGN = Campaign(
     name="model",
-    title="Hypothesis drives managers at random against a model of what they promise",
+    title="Hypothesis drives managers at random against a model of their promises",
     promises=("P2", "P3", "P4", "P5", "P6", "P8"),
     perform=perform,
     rounds=2000,

@@ -1,16 +1,15 @@
 """The network between the store and a PostgreSQL server fails, at every kind of moment.
 
-Callers add tasks, change them, claim them, start and complete them through a proxy, each of them
-again and again until it has been told that it is done, and then the next one. Meanwhile the
-network fails: connections are reset or refused, requests and replies vanish, messages arrive by
-halves, late, or a few bytes at a time. It does so at any time, or in place of one request, or of
-its reply, a commit's among them.
+Callers add, change, claim, start and complete tasks through a proxy. Each repeats a call until it
+is acknowledged, and then makes the next one. Meanwhile the network fails: connections are reset or
+refused, requests and replies are lost, messages arrive in part, late, or a few bytes at a time. A
+fault comes at any time, or in place of one request, or of its reply, including those of a commit.
 
-What they were told is compared with what the server has, which is asked past the proxy and past
-the library: after each error (one other than `OutcomeUnknownError` must have changed nothing), and
-after each fault: each task once, with one change for each thing that was done to it. Every answer
-must come in time and be typed. With the network back, the next calls work, the cache equals the
-database, others' changes are heard, and a watcher has missed none.
+The answers are compared with the rows on the server, read without the proxy and the library: after
+each error (any except `OutcomeUnknownError` must have changed nothing), and after each fault: each
+task exists once, with one change for each step of its life. Every answer must come in time and be
+typed. When the network is back, the next calls work, the cache equals the database, foreign changes
+arrive, and a watcher has missed none.
 """
 
 from __future__ import annotations
@@ -54,24 +53,24 @@ from openclaw_store.errors import (
 T = TypeVar("T")
 
 LANES = 4
-"""Networks that fail side by side, each with a database of its own; most of the time all wait."""
+"""Networks that fail side by side, each with its own database; most of the time all wait."""
 
 CALLERS = 3
-"""On each of them."""
+"""Callers on each network."""
 
 LIMIT_SECONDS = 0.8
 """`Database(timeout=…)`."""
 
 ANSWER_SECONDS = 0.2
-"""What the store gives a server beyond that, here; else it is a second."""
+"""Additional seconds that the store allows a server, here; the default is one second."""
 
 DEADLINE_SECONDS = 2 * (LIMIT_SECONDS + ANSWER_SECONDS)
-"""For the turn to write, and for the answer."""
+"""Maximum wait for the write lock, and for the answer."""
 
 LEEWAY_SECONDS = 0.5
 
 PATIENCE_SECONDS = 60.0
-"""After which something that should have happened counts as hanging."""
+"""Seconds after which an expected event counts as hanging."""
 
 HISTORY = [
     (None, "pending"),
@@ -80,11 +79,11 @@ HISTORY = [
     ("scheduled", "running"),
     ("running", "completed"),
 ]
-"""All that is done to a task."""
+"""The changes of each task."""
 
 
 def perform(run: Run) -> None:
-    """Have the network fail `run.rounds` times."""
+    """Let the network fail `run.rounds` times."""
     lanes = min(LANES, run.rounds)
     with ExitStack() as stack:
         stack.enter_context(hurried())
@@ -96,7 +95,7 @@ def perform(run: Run) -> None:
 
 @contextmanager
 def hurried() -> Iterator[None]:
-    """Have the store's own limits be shorter than they are."""
+    """Shorten the store's own time limits."""
     with (
         patch.object(postgresql, "_CONNECT_SECONDS", LIMIT_SECONDS),
         patch.object(postgresql, "_ANSWER_SECONDS", ANSWER_SECONDS),
@@ -108,7 +107,7 @@ def hurried() -> Iterator[None]:
 
 
 async def fail_side_by_side(run: Run, urls: list[str]) -> None:
-    """Share the faults among the lanes."""
+    """Distribute the faults over the lanes."""
     stall = Stall()
     watching = asyncio.create_task(watch_lateness(stall.note))
     numbers = iter(range(run.rounds))
@@ -128,27 +127,27 @@ async def fail_side_by_side(run: Run, urls: list[str]) -> None:
 
 
 class Stall:
-    """How late this event loop is: what a call has waited for that is not the store's."""
+    """The delays of this event loop, which are not the store's."""
 
     def __init__(self) -> None:
         self.slowest_answer = 0.0
-        """Of all calls."""
+        """Seconds of the slowest answer."""
         self._next = time.monotonic()
         self._late: deque[tuple[float, float]] = deque(maxlen=1000)
 
     def note(self, due: float, now: float) -> None:
-        """Take note from when to when it was late."""
+        """Record the begin and end of a delay."""
         self._late.append((due, now))
         self._next = now + TICK_SECONDS
 
     def since(self, moment: float) -> float:
-        """All that it was late since then."""
+        """Return the total delay since a moment."""
         late = sum(now - due for due, now in self._late if now >= moment)
         return late + max(0.0, time.monotonic() - self._next)
 
 
 class Lane:
-    """One network, and the callers on it."""
+    """A network, and its callers."""
 
     def __init__(self, run: Run, stall: Stall, random: Random, url: str) -> None:
         self.run, self.stall, self.random, self.url = run, stall, random, url
@@ -156,18 +155,18 @@ class Lane:
         self.manager: StateManager
         self.other: StateManager
         self.past: Any
-        """A pool of connections past the proxy and past the library."""
+        """A pool of connections without the proxy and the library."""
         self.jobs = 0
         self.is_ending = False
         self.done: list[str] = []
-        """The tasks that were completed since the last fault."""
+        """Tasks completed since the last fault."""
         self.seen: list[int] = []
-        """Revisions, by a watcher that goes on from the last one when it is interrupted."""
+        """Revisions seen by a watcher, which continues after an interruption."""
         self.checked = 0
-        """The revision up to which the feed was looked at."""
+        """The revision up to which the feed was checked."""
 
     async def fail(self, numbers: Iterator[int]) -> None:
-        """Have the network fail, as long as there are numbers left."""
+        """Let the network fail, as long as there are numbers left."""
         self.past = await driver().create_pool(plain(self.url), min_size=1, max_size=2)
         self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
         self.other = StateManager(Database(self.url), None)
@@ -185,7 +184,7 @@ class Lane:
                 await watching
 
     async def watch(self) -> None:
-        """See every change."""
+        """Watch every change."""
         while self.manager.is_initialized:
             try:
                 async for change in self.manager.watch(since=self.seen[-1] if self.seen else 0):
@@ -194,7 +193,7 @@ class Lane:
                 await asyncio.sleep(0.01)
 
     async def one_fault(self, callers: list[Caller], number: int) -> None:
-        """Have the network fail while the callers work, bring it back, and look what came of it."""
+        """Let the network fail while the callers work, restore it, and check the result."""
         fault = self.draw(callers, number)
         self.done, self.is_ending = [], False
         working = [asyncio.create_task(caller.work()) for caller in callers]
@@ -202,7 +201,7 @@ class Lane:
         self.proxy.fail(fault)
         with suppress(TimeoutError):
             await asyncio.wait_for(self.proxy.struck.wait(), 2)
-        if not self.proxy.struck.is_set():  # nobody has said the words
+        if not self.proxy.struck.is_set():  # no request with these bytes came
             self.proxy.strike()
         adding = asyncio.create_task(self.other.add_task(make_task(f"other-{number}", "nobody")))
         await asyncio.sleep(self.random.choice([0.1, 0.2, 0.4, 0.8]))
@@ -223,19 +222,19 @@ class Lane:
                 one.cancel()
 
     def draw(self, callers: list[Caller], number: int) -> Fault:
-        """Each kind at each moment in turn, by anybody's words; first by those that commit."""
+        """Draw a fault: each kind at each moment in turn, at any request; commits come first."""
         kind = FAULTS[number % len(FAULTS)]
         moment = MOMENTS[number // len(FAULTS) % len(MOMENTS)]
-        writes = [b"COMMIT", b'{"changed"']  # what commits, with the lock and mostly without it
+        writes = [b"COMMIT", b'{"changed"']  # commits with the write lock, and mostly without it
         words = [b"", *writes, *(caller.node_id.encode() for caller in callers)]
         if number < len(FAULTS):
             return Fault(kind, moment, writes[number % len(writes)])
         return Fault(kind, moment, b"" if moment == "now" else self.random.choice(words))
 
     async def check(self, what: str, number: int) -> None:
-        """Look whether all is as it was said, with the network back."""
+        """Check all promises, with the network back."""
         run, manager = self.run, self.manager
-        # Without trying again: the trouble is over, and all callers have seen to that.
+        # Without a repetition: the fault is over, as all callers have checked.
         for name, call in (
             ("a write", lambda: manager.add_task(make_task(f"after-{number}", "nobody"))),
             ("a read", lambda: manager.task_repo.get(f"after-{number}")),
@@ -245,7 +244,7 @@ class Lane:
         await self.other.add_task(make_task(f"heard-{number}", "nobody"))
         newest = await self.past.fetchval("SELECT revision FROM counters")
         if not await holds(lambda: manager.version == newest):
-            run.wrong(f"after {what}, others' changes are not heard")
+            run.wrong(f"after {what}, foreign changes do not arrive")
         if not await holds(lambda: bool(self.seen) and self.seen[-1] == newest):
             run.wrong(f"after {what}, the watcher has stopped at {self.seen[-1:]} of {newest}")
         run.check(
@@ -259,14 +258,14 @@ class Lane:
             run.wrong(f"after {what}, connections are still in use")
 
     async def insist(self, call: Callable[[], Awaitable[object]], name: str) -> None:
-        """Have a call work at once; where only the machine is too slow for these limits, later."""
+        """Check that a call works at once; repeat it only if the machine is too slow."""
         async with in_time(name):
             while True:
                 swallowed = self.proxy.swallowed
                 try:
                     await call()
                 except DuplicateError:
-                    break  # it had worked
+                    break  # an earlier attempt had worked
                 except BackendError as error:
                     if self.proxy.swallowed > swallowed:
                         self.run.wrong(f"{name} does not work: {error!r}")
@@ -278,7 +277,7 @@ class Lane:
             await TaskRepository(tx).get("nothing")
 
     async def check_feed(self, what: str, newest: int) -> None:
-        """Look whether everything that was done to a task was done once."""
+        """Check that each step of each task happened once."""
         changes = await self.past.fetch(
             "SELECT revision, item_id, from_status, to_status FROM changes"
             " WHERE revision > $1 ORDER BY revision",
@@ -302,7 +301,7 @@ class Lane:
                 )
 
     async def check_cache(self, what: str) -> None:
-        """Look whether the database has what was acknowledged, and the cache what it has."""
+        """Check that all acknowledged changes are stored, and that the cache equals them."""
         rows = await self.past.fetch(
             "SELECT task_id, status, version, result::text, assigned_node, attempt FROM tasks"
             " WHERE task_id = ANY($1)",
@@ -320,7 +319,7 @@ class Lane:
             same = (cached.status, cached.version, cached.assigned_node, cached.attempt)
             self.run.check(
                 same == (row["status"], row["version"], row["assigned_node"], row["attempt"]),
-                f"after {what}, {id} is {same} in memory, and {tuple(row)} in the database",
+                f"after {what}, {id} is {same} in memory, but {tuple(row)} in the database",
             )
         for row in await self.past.fetch(
             "SELECT node_id, version, running_tasks, successful_tasks FROM nodes"
@@ -335,20 +334,20 @@ class Lane:
 
 
 class Caller:
-    """Takes tasks through their lives, one after another, whatever the network does."""
+    """Takes tasks through their lives, one after another, during all faults."""
 
     def __init__(self, lane: Lane, node_id: str) -> None:
         self.lane, self.node_id, self.run = lane, node_id, lane.run
         self.doing = ""
-        """What it is at, for who wants to know why it hangs."""
+        """The current call, to be named if it hangs."""
 
     async def register(self) -> None:
-        """Be the only one who may run its tasks."""
+        """Register the node that alone can run its tasks."""
         node = NodeInfo(self.node_id, self.node_id, available_skills=[self.node_id])
         await self.lane.insist(lambda: self.lane.manager.register_node(node), "to register")
 
     async def work(self) -> None:
-        """Until the trouble is over."""
+        """Work until the fault is over."""
         while True:
             await self.do_one()
             if self.lane.is_ending:
@@ -363,7 +362,7 @@ class Caller:
         add = manager.add_task if lane.random.random() < 0.8 else self.add_in_transaction
         await self.until_done(id, "pending", lambda: add(task), DuplicateError)
         await self.until_done(id, None, lambda: manager.task_repo.get(id))
-        # As it is stored, whoever has got the answer to that.
+        # The stored version; the answer with it may be lost.
         task.version = await lane.past.fetchval("SELECT version FROM tasks WHERE task_id = $1", id)
         task.metadata = {"changed": True}
         await self.until_done(id, "pending", lambda: manager.update_task(task), StaleVersionError)
@@ -380,14 +379,14 @@ class Caller:
                 raise DuplicateError("task", task.task_id)
 
     async def claim(self, id: str) -> Task:
-        """Claim the only task that there is for this node."""
+        """Claim the only task for this node."""
         manager = self.lane.manager
         mine = TaskFilter(node=self.node_id, status=TaskStatus.SCHEDULED)
         while True:
             tasks = await self.until_done(
                 id, "scheduled", lambda: manager.claim_tasks(self.node_id)
             )
-            if not tasks:  # it may be its own all the same, and memory not know it yet
+            if not tasks:  # it may own the task already, before the cache knows it
                 page = await self.until_done(id, None, lambda: manager.list_tasks(mine))
                 tasks = page.tasks if page else []
             for task in tasks:
@@ -402,12 +401,12 @@ class Caller:
         call: Callable[[], Awaitable[T]],
         refused_if_done: type[ConflictError] | None = None,
     ) -> T | None:
-        """Repeat a call until it returns, or is refused since it is done; returns its answer.
+        """Repeat a call until it returns, or is refused because it is done; return its answer.
 
         Args:
-            id: The task that it is about.
-            status: The one that the task has when it is done; `None` if the call only reads.
-            refused_if_done: What it is refused with then.
+            id: The task of the call.
+            status: The status of the task when it is done; `None` if the call only reads.
+            refused_if_done: The error of a repeated call.
         """
         counts, is_in_doubt = self.run.counts, False
         self.doing = f"{id} to be {status}"
@@ -426,7 +425,7 @@ class Caller:
                 if status is not None and answer != []:
                     after = await self.row(id)
                     if after is None or after["status"] != status or after == before:
-                        self.run.lost(f"what was done to {id}, to be {status}: it is {after}")
+                        self.run.lost(f"the change of {id} to {status}: it is {after}")
                 return answer
             after = await self.row(id)
             if isinstance(error, OutcomeUnknownError) and status is not None:
@@ -441,9 +440,11 @@ class Caller:
             else:
                 counts.refused += 1
                 if refused_if_done is not None and isinstance(error, refused_if_done):
-                    self.run.check(is_in_doubt, f"it is not in doubt, and was refused: {error!r}")
+                    self.run.check(
+                        is_in_doubt, f"refused without a reason, though not unknown: {error!r}"
+                    )
                 else:
-                    self.run.wrong(f"an error of no use: {error!r}")
+                    self.run.wrong(f"an untyped error: {error!r}")
                 return None
             await asyncio.sleep(0.01)
 
@@ -454,20 +455,20 @@ class Caller:
             self.run.wrong(f"an answer took {took:.2f} s: {error!r}")
 
     async def row(self, id: str) -> Any:
-        """What the server has of a task."""
+        """Return the row of a task on the server."""
         return await self.lane.past.fetchrow(
             "SELECT status, version FROM tasks WHERE task_id = $1", id
         )
 
 
 def make_task(id: str, skill: str) -> Task:
-    """A task for the node of that name."""
+    """Return a task for the node of that name."""
     return Task.create(TaskType.BATCH, "t", task_id=id, required_skills=[skill])
 
 
 @asynccontextmanager
 async def in_time(what: str) -> AsyncIterator[None]:
-    """See that what is done in the block does not hang.
+    """Check that the block does not hang.
 
     Raises:
         HangError: If it does.
@@ -480,10 +481,10 @@ async def in_time(what: str) -> AsyncIterator[None]:
 
 
 async def holds(condition: Callable[[], bool]) -> bool:
-    """Whether something comes to hold within seconds."""
+    """Wait some seconds for a condition; return true if it holds."""
     with suppress(TimeoutError):
         async with asyncio.timeout(PATIENCE_SECONDS / 4):
-            while not condition():  # noqa: ASYNC110  # it is the condition that counts
+            while not condition():  # noqa: ASYNC110  # there is no event to wait for
                 await asyncio.sleep(0.002)
             return True
     return False

@@ -1,14 +1,14 @@
-"""Power cuts: the file system stops under load, and what was not on its disk by then is gone.
+"""Power cuts: the file system stops under load, and all data that is not on its disk is lost.
 
-The file system is ext4 in a file of its own. Asked to shut down without writing its log, it fails
-every call from then on, and never writes what only memory holds; mounted again, it recovers as
-after a power cut. (The file-system tests of Linux do that, too: see `src/godown.c` of xfstests.)
+The file system is ext4 in a file of its own. After a shutdown without a flush of its log, every
+call fails, and data in memory is never written; the next mount recovers it as after a power cut.
+(The file-system tests of Linux do the same: see `src/godown.c` of xfstests.)
 
-What is being synced at that moment may be told to be on the disk though it is not: of plain
-`pwrite` and `fdatasync` at the end of a file, one in six lost what it had said to have written
-(Linux 6.18). After a power cut, nobody is told anything. So the worker is stopped first.
+A sync at that moment may report success though its data is not on the disk: of plain `pwrite` and
+`fdatasync` at the end of a file, one in six lost its acknowledged data (Linux 6.18). After a real
+power cut, no program gets such an answer. So the worker is stopped first.
 
-Checked is what `crash` checks: no call that has returned is lost, and nothing is corrupt.
+The checks are those of `crash`: no acknowledged call is lost, and nothing is corrupt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from campaigns.scenarios.workers import Blow, Worker, judge_openings, strike_aga
 from openclaw_store.testing import create_database
 
 CUTS_A_DISK = 20
-"""Then a new one is begun, since checking takes the longer, the more there is."""
+"""Cuts before a new disk is begun, since the check of a larger database takes longer."""
 
 _SIZE = 64 * 2**20
 _SHUTDOWN = 0x8004587D
@@ -53,11 +53,11 @@ class Disk:
         self.mount()
 
     def mount(self) -> None:
-        """Put it into use, after whatever recovery it needs."""
+        """Mount it, with the recovery that it needs."""
         _run("mount", "-o", "loop", self._file, self.folder)
 
     def unmount(self) -> None:
-        """Put it out of use, and free the file."""
+        """Unmount it, and release the file."""
         _run("umount", self.folder)
 
     def cut(self) -> None:
@@ -71,17 +71,17 @@ class Disk:
 
 @contextmanager
 def new_disk(folder: Path) -> Iterator[Disk]:
-    """A disk of its own; unmounted, and its file gone, afterwards."""
+    """Create and mount a disk; both it and its file are removed afterwards."""
     with TemporaryDirectory(dir=folder) as place:
         disk = Disk(Path(place))
         try:
             yield disk
         finally:
-            _run("umount", "--lazy", disk.folder)  # whoever may still be using it
+            _run("umount", "--lazy", disk.folder)  # a process may still use it
 
 
 def perform(run: Run) -> None:
-    """Cut the power so many times."""
+    """Cut the power `run.rounds` times."""
     seconds: list[float] = []
     for cuts in run.parts(CUTS_A_DISK):
         with new_disk(run.folder) as disk:
@@ -106,7 +106,7 @@ def _cut_of(disk: Disk) -> Blow:
 
 @cache
 def why_not() -> str | None:
-    """Why no file system can be mounted here, and what would help; `None` if one can."""
+    """Return the reason that prevents a mount on this machine, with a remedy; else `None`."""
     if sys.platform != "linux":
         return "only Linux can cut the power of a file system"
     if os.geteuid():

@@ -1,18 +1,18 @@
-"""Processes that end without closing the store, fork while they use it, or have several loops.
+"""Processes that end without closing the store, fork while they use it, or use several event loops.
 
-A round is the life of a process. It opens the store, has something under way (writes, a watcher,
+A round is the life of a process. It opens the store, leaves work in progress (writes, a watcher,
 heartbeats, a transaction, ...) and ends in one of the ways in which programs end, closing nothing;
-or it forks, and the child goes on with what it has inherited; or it uses the store from another
-event loop. Then it must be so:
+or it forks, and the child continues with the inherited objects; or it uses the store from another
+event loop. These conditions must hold:
 
-- It ends, and within a second. What may not be used is refused with an error of the library's,
-  within a second, too; what may be used works. A process that hangs is killed, which is seen.
-- What was acknowledged is in the database, what was one transaction is there as a whole or not at
-  all, nothing is damaged, no revision is missing, and the database opens again.
-- Nothing is on the error output but the traceback of the program's own error.
+- It ends, and within a second. Forbidden uses are refused with an error of the library, within a
+  second, too; allowed ones work. A process that hangs is killed and reported.
+- Acknowledged changes are in the database, a transaction is there as a whole or not at all, nothing
+  is damaged, no revision is missing, and the database opens again.
+- The error output has only the traceback of the program's own error.
 
-What they do is in `programs`. The processes are forks of one that has imported the library: that
-takes longer than all the rest.
+`programs` has the programs. The processes are forks of one that has imported the library, since the
+import takes longer than all the rest.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from campaigns.workloads.programs import OTHERS, PROGRAMS, Program, limit_life
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskType, verify
 
 LIMIT_SECONDS = 1.0
-"""How long an error, or the end of a process, may take."""
+"""Time limit, in seconds, for an error, or for the end of a process."""
 
 AT_ONCE = 2
-"""So many processes live at the same time."""
+"""Number of processes at a time."""
 
 BATCH = 24
-"""So many databases there are at the same time."""
+"""Number of databases at a time."""
 
 LIBRARY = str(Path(openclaw_store.__file__).parent)
-"""In no traceback of a program's own error."""
+"""Path of the library, which must not appear in the traceback of a program's own error."""
 
 CODES = {
     "raises": 1,
@@ -59,22 +59,22 @@ CODES = {
     "exits_in_a_task": 3,
     "exits_at_once": 3,
 }
-"""How processes end that do not end with 0."""
+"""Exit statuses of the processes that do not end with 0."""
 
 ERRORS = {"raises": "CrashError", "is_interrupted": "KeyboardInterrupt"}
-"""Of what there is a traceback."""
+"""Errors with a traceback."""
 
 
 def nurse(tell: Tell, folder: str, programs: Sequence[tuple[str, str, int]]) -> None:
-    """Have programs run, a few at a time, and tell how they end.
+    """Fork a process for each program, a few at a time, and report how they end.
 
     Args:
-        folder: Where their error output goes, each to a file with its number.
+        folder: The folder for error output, in a file per program.
         programs: Their names, the locations of their databases, and their seeds.
     """
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     asyncio.run(_warm_up())
-    gc.freeze()  # or each of them looks through all that was imported when it ends: 0.4 s
+    gc.freeze()  # else each fork collects all imported objects at its end: 0.4 s
     running: dict[int, int] = {}
     for number, (name, location, seed) in enumerate(programs):
         errors = os.open(f"{folder}/{number}", os.O_CREAT | os.O_WRONLY)
@@ -84,7 +84,7 @@ def nurse(tell: Tell, folder: str, programs: Sequence[tuple[str, str, int]]) -> 
                 os.dup2(errors, output)
             limit_life()
             PROGRAMS[name](Program(partial(tell, number), location, Random(seed)))
-            return  # the interpreter ends, as it is
+            return  # the interpreter of the fork ends
         os.close(errors)
         running[child] = number
         if len(running) == AT_ONCE:
@@ -99,13 +99,13 @@ def _bury(tell: Tell, running: dict[int, int]) -> None:
 
 
 async def _warm_up() -> None:
-    """Have all of the library imported: Alembic reads more modules when it is first used."""
+    """Import all of the library: Alembic loads more modules at its first use."""
     async with Database(":memory:") as database:
         await TaskRepository(database).count_by_status()
 
 
 class _Death:
-    """How a process lived and ended."""
+    """The records of a process from start to end."""
 
     def __init__(self, name: str, location: Location) -> None:
         self.name, self.location = name, location
@@ -113,13 +113,13 @@ class _Death:
         self.acknowledged: set[str] = set()
         self.tried: list[tuple[str, str, str, float]] = []
         self.children: list[int] = []
-        """How they ended."""
+        """Exit statuses of its children."""
         self.left_at: float | None = None
         self.ended_at = 0.0
         self.code: int | None = None
 
     def note(self, what: str, *values: Any) -> None:
-        """Take note of what was told."""
+        """Record a message."""
         if what in ("trying", "acknowledged"):
             getattr(self, what).add(*values)
         elif what == "tried":
@@ -133,7 +133,7 @@ class _Death:
 
 
 def perform(run: Run) -> None:
-    """Have as many processes live as there are rounds, in all ways by turns."""
+    """Run as many processes as there are rounds, through all programs in turn."""
     slowest = dict.fromkeys(("error", "end", "opening again"), 0.0)
     names = _names(run.random)
     for number in run.parts(BATCH):
@@ -142,7 +142,7 @@ def perform(run: Run) -> None:
 
 
 def _names(random: Random) -> Iterator[str]:
-    """Those of all programs, again and again."""
+    """Yield the names of all programs, again and again."""
     while True:
         pairs = [name for name in PROGRAMS if ", " in name]
         random.shuffle(pairs)
@@ -151,7 +151,7 @@ def _names(random: Random) -> Iterator[str]:
 
 
 def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
-    """Have processes live, and judge them."""
+    """Run processes, and judge them."""
     with ExitStack() as places:
         folder = Path(places.enter_context(TemporaryDirectory(dir=run.folder)))
         deaths = [_Death(name, places.enter_context(run.location())) for name in names]
@@ -160,14 +160,14 @@ def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
         with Child(nurse, folder, programs, errors=errors, bug=run.bug) as child:
             for number, what, *values in child.told():
                 deaths[number].note(what, *values)
-            run.check(child.wait() == 0, f"the nurse ended: {child.complaint}")
+            run.check(child.wait() == 0, f"the supervisor ended: {child.complaint}")
         for number, death in enumerate(deaths):
             _judge(run, death, (folder / str(number)).read_text(errors="replace"), slowest)
             run.done()
 
 
 def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> None:
-    """Was it a good death?"""
+    """Judge a process by its records."""
     name, counts = death.name, run.counts
     ending = name.partition(",")[0]
     code = CODES.get(ending, 0)
@@ -183,12 +183,12 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
         last = errors.rstrip().rpartition("\n")[2]
         is_own = errors.startswith("Traceback") and ERRORS[ending] in last
         run.check(is_own and LIBRARY not in errors, f"{name}: {errors}")
-    elif ending not in ("closes_its_loop", "loses_its_loop"):  # where Python itself complains
+    elif ending not in ("closes_its_loop", "loses_its_loop"):  # Python itself warns there
         run.check(not errors, f"{name}: {errors}")
     for code in death.children:
         run.check(code == 0, f"{name}: its child ended with {code}")
     for what, came, wanted, took in death.tried:
-        counts.refused += came == "refused"  # what works is counted by the tasks that it adds
+        counts.refused += came == "refused"  # successful calls are counted by their tasks
         run.check(came == wanted and came in ("works", "refused"), f"{name}: {what}: {came}")
         if came == "refused":
             slowest["error"] = max(slowest["error"], took)
@@ -202,7 +202,7 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
     unknown = death.trying - death.acknowledged
     counts.unknown += len(unknown)
     counts.unknown_committed += len(unknown & stored)
-    run.check(len(stored & {"left", "right"}) != 1, f"{name}: half of a transaction is there")
+    run.check(len(stored & {"left", "right"}) != 1, f"{name}: a transaction is stored in part")
     began = time.monotonic()
     problems = asyncio.run(_verified(death.location))
     took = time.monotonic() - began
@@ -211,7 +211,7 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
 
 
 def _stored(run: Run, death: _Death) -> set[str]:
-    """The tasks that are there; the feed, and whether all is sound, are looked at, too."""
+    """Return the stored tasks; check the feed and the integrity, too."""
     tasks, counters = "SELECT task_id FROM tasks", "SELECT revision FROM counters"
     feed = "SELECT count(*), max(revision) FROM changes"
     ids, [(revision,)], [(changes, newest)] = ask(death.location, tasks, counters, feed)
@@ -223,7 +223,7 @@ def _stored(run: Run, death: _Death) -> set[str]:
 
 
 async def _verified(location: Location) -> list[str]:
-    """What the library itself finds in it, which opens again."""
+    """Return the findings of the library in a database, which must open again."""
     async with StateManager(Database(location)) as manager:
         await manager.add_task(Task("after", TaskType.BATCH, "t"))
         return [problem.text for problem in (await verify(manager.db)).problems]
@@ -231,7 +231,7 @@ async def _verified(location: Location) -> list[str]:
 
 CAMPAIGN = Campaign(
     name="processes",
-    title="processes end without closing the store, fork while they use it, or have several loops",
+    title="processes end without closing the store, fork while they use it, or use several loops",
     promises=("P1", "P2", "P7"),
     perform=perform,
     rounds=1_000,

@@ -1,12 +1,12 @@
-"""All verbs of the store for a long time: nothing grows, and memory equals the database at the end.
+"""All methods of the store for a long time: nothing grows, and memory equals the database.
 
-A process has many callers use all of one store (`users`), while another store follows its changes,
-and a watcher reads the feed there. Every now and then no call is under way for a moment, and it is
-counted what the process uses. The callers keep the number of tasks and the length of the feed
-within bounds, so what grows has been forgotten somewhere.
+A process has many callers that use all of one store (`users`), while another store follows its
+changes, with a watcher on the feed. From time to time all calls pause, and the resources of the
+process are counted. The callers keep the number of tasks and the length of the feed within bounds,
+so growth means a leak.
 
 In the long form, a leak of one file, thread or task in 300,000 calls shows. The slope of the memory
-is that of the line with the least squares, from the moment on when caches have filled.
+comes from a least-squares line, after the warm-up of the caches.
 """
 
 from __future__ import annotations
@@ -35,49 +35,49 @@ CALLERS = 128
 CALLS_A_ROUND = 1000
 
 SAMPLES = 100
-"""Of a run, where it is long enough."""
+"""Number of samples, if the run is long enough."""
 
 WARM_UP = 1 / 5
-"""The share of a run that does not count."""
+"""Share of the run that is not judged."""
 
 SILENT_SECONDS = 3600.0
-"""The process tells nothing between two samples, of which those of a long run are far apart."""
+"""Maximum seconds between two messages; samples of a long run are far apart."""
 
 FINISHED_IN_MEMORY = 1000
 
 PATIENCE_SECONDS = 60
-"""For a turn to write: no deadline is to pass because the machine is busy with other things."""
+"""Wait for the write lock, in seconds: no deadline may pass only because the machine is busy."""
 
 MEMORY_SLOPE = 1e6
-"""Bytes in 100,000 calls, at most."""
+"""Maximum growth in bytes per 100,000 calls."""
 
 SLOPE_ROUNDS = 250
-"""With fewer, caches are still filling, and it is not judged."""
+"""Rounds below which the slope is not judged, because caches are still filling."""
 
 GROWTH = 2.0
-"""Of anything else, from the first quarter of what counts to the last one."""
+"""Maximum growth of other resources, from the first quarter of the judged samples to the last."""
 
 GROWTH_OF_A_SHORT_RUN = 10.0
-"""The same, where pools are still being filled."""
+"""The same for a short run, in which pools are still filling."""
 
 
 class Usage(NamedTuple):
-    """What the process uses at a moment when it does nothing."""
+    """Resources of the process at a moment without calls."""
 
     calls: int
     memory: int
-    """Bytes of it that are in RAM."""
+    """Bytes in RAM."""
     files: int
     """Open file descriptors."""
     threads: int
     tasks: int
-    """Of asyncio."""
+    """Tasks of asyncio."""
     connections: int
-    """That the server has for this database."""
+    """Connections of the server to this database."""
 
 
 def perform(run: Run) -> None:
-    """Have a process use the store, and look at what it has used, and left."""
+    """Let a process use the store, and check its resources and its final state."""
     with run.location() as location:
         usage: list[Usage] = []
         seen: dict[str, dict[str, list[list[object]]]] = {}
@@ -95,7 +95,7 @@ def perform(run: Run) -> None:
                     case ["answered", number, refusals]:
                         run.counts.acknowledged = number
                         run.counts.refused = sum(refusals.values())
-                        if "DeadlineError" in refusals:  # the machine was busy with other things
+                        if "DeadlineError" in refusals:  # the machine was busy
                             run.notes["after a deadline"] = f"{refusals['DeadlineError']:,}"
                     case ["remembers", store, table, row]:
                         seen.setdefault(store, {}).setdefault(table, []).append(row)
@@ -103,14 +103,16 @@ def perform(run: Run) -> None:
                         run.wrong(finding)
             status = child.wait()
         run.check(status == 0, f"the process has ended with {status}")
-        run.check(not child.complaint, f"the process has complained: {child.complaint}")
+        run.check(
+            not child.complaint, f"the process has written to its error output: {child.complaint}"
+        )
         if status == 0:
             _check_usage(run, usage)
             _check_memory(run, location, seen)
 
 
 def _check_usage(run: Run, usage: Sequence[Usage]) -> None:
-    """Nothing grows."""
+    """Check that no resource grows."""
     settled = usage[int(len(usage) * WARM_UP) :]
     quarter = -(-len(settled) // 4)
     for name in ("files", "threads", "tasks", "connections"):
@@ -143,7 +145,7 @@ _TABLES: Final = {
 def _check_memory(
     run: Run, location: Location, seen: dict[str, dict[str, list[list[object]]]]
 ) -> None:
-    """What both stores had in memory at the end is what the database has."""
+    """Check that the final memory of both stores equals the database."""
     for table, answer in zip(_TABLES, ask(location, *_TABLES.values()), strict=True):
         rows = [list(row) for row in answer]
         for store, tables in seen.items():
@@ -151,12 +153,12 @@ def _check_memory(
             different = [row for row in remembered if row not in rows]
             different += [row for row in rows if row not in remembered]
             run.check(not different, f"{store} and the database differ in {different[:5]}")
-    run.check(len(seen) == 2, f"of the two stores, {len(seen)} told what it remembered")
+    run.check(len(seen) == 2, f"of the two stores, {len(seen)} reported its memory")
 
 
 async def use(tell: Tell, location: str, seed: int, rounds: int, folder: str) -> None:
-    """Be the process."""
-    logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refusals are what we want
+    """Run the process."""
+    logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refused calls are expected
     async with _open(location) as store, _open(location) as follower:
         users = Users(store, seed, Path(folder))
         await users.begin()
@@ -168,7 +170,7 @@ async def use(tell: Tell, location: str, seed: int, rounds: int, folder: str) ->
                 tell("used", *await _usage(users.calls, store))
             watching.cancel()
         tell("answered", users.calls - users.refusals.total(), users.refusals)
-        for one in (store, follower):  # what callers have left in memory is written first
+        for one in (store, follower):  # changes that are only in memory are written first
             await one.sync_to_database()
         for name, one in (("the store", store), ("its follower", follower)):
             await _remember(tell, name, one)
@@ -183,7 +185,7 @@ def _open(location: str) -> StateManager:
 
 async def _watch(store: StateManager) -> None:
     while True:
-        with suppress(CompactedError):  # it was slower than the callers who compact the feed
+        with suppress(CompactedError):  # slower than the callers that compact the feed
             async for _ in store.watch():
                 pass
 
@@ -195,13 +197,13 @@ async def _usage(calls: int, store: StateManager) -> Usage:
             count = text("SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()")
             connections = await session.scalar(count) or 0
     gc.collect()
-    for _ in range(10):  # what was dropped is closed in the next turns of the loop
+    for _ in range(10):  # dropped objects are closed in the next iterations
         await asyncio.sleep(0)
     return Usage(calls, *_used_of_the_system(), len(asyncio.all_tasks()), connections)
 
 
 def _used_of_the_system() -> tuple[int, int, int]:
-    """Memory, files and threads."""
+    """Return memory, files and threads."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     places = (Path("/proc/self/fd"), Path("/proc/self/task"))
     files, threads = (len(list(place.iterdir())) for place in places)
@@ -209,7 +211,7 @@ def _used_of_the_system() -> tuple[int, int, int]:
 
 
 async def _remember(tell: Tell, name: str, store: StateManager) -> None:
-    """Tell all that a store has in memory, as `_TABLES` has it."""
+    """Send all content of a store's memory, in the form of `_TABLES`."""
     await store.refresh_from_database()
     state, stats = await store.get_state(), await store.get_task_stats()
     for task in state.tasks.values():
@@ -225,13 +227,13 @@ async def _remember(tell: Tell, name: str, store: StateManager) -> None:
 
 def _why_not() -> str | None:
     if sys.platform != "linux":
-        return "what a process uses is read from /proc, which Linux has"
+        return "the resources of a process are read from /proc, on Linux only"
     return None
 
 
 CAMPAIGN = Campaign(
     name="soak",
-    title="all verbs for a long time: nothing grows, and memory equals the database",
+    title="all methods for a long time: nothing grows, and memory equals the database",
     promises=("P2", "P6", "P7"),
     perform=perform,
     rounds=1000,

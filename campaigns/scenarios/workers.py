@@ -1,4 +1,4 @@
-"""Processes with the clients of `load`, whose store is taken from under them again and again."""
+"""Worker processes with the clients of `load`, interrupted again and again."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from campaigns.workloads.load import make_nodes, open_store, write
 from devtools.postgres import wait_until
 
 MOST_BATCHES = 6
-"""A worker writes for so many times as long, at most, as its first call takes."""
+"""Maximum time for which a worker writes, as a multiple of the duration of its first call."""
 
 REOPENING_SECONDS = 1.0
-"""Within that time the store is mostly open again, on a machine that has nothing else to do."""
+"""Maximum seconds until the store is open again, in the median, on an idle machine."""
 
 PATIENCE_SECONDS = 60.0
-"""Within that time all clients have stopped."""
+"""Seconds within which all clients must stop."""
 
 
 class Blow(NamedTuple):
-    """Something that happens to a worker, or to what it needs."""
+    """An interruption of a worker, or of a resource that it needs."""
 
     strike: Callable[[Worker], None]
-    """Deals it."""
+    """Interrupts it."""
     mend: Callable[[], None] = lambda: None
-    """Makes it possible to open the store again, when the worker is dead."""
+    """Makes it possible to open the store again, after the worker has died."""
 
 
 def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) -> list[float]:
-    """Have workers write to an empty database, deal each a blow, and check what is left.
+    """Let workers write to an empty database, interrupt each, and check the database.
 
     Returns:
         The seconds that each of them took to open it.
@@ -72,8 +72,8 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
 
 
 def judge_openings(run: Run, seconds: Sequence[float]) -> None:
-    """Note how long the store took to open, and check that it was mostly fast."""
-    if not seconds:  # it could never be opened, which was found before
+    """Record the opening times of the store, and check that they were mostly short."""
+    if not seconds:  # it was never open, which is reported already
         return
     usual = median(seconds)
     run.notes["median reopening"] = f"{usual:.2f} s"
@@ -83,14 +83,14 @@ def judge_openings(run: Run, seconds: Sequence[float]) -> None:
 
 
 class NotOpenError(Exception):
-    """A worker has died of opening the store."""
+    """A worker has died while it opened the store."""
 
 
 class Worker:
-    """A process that opens the store when it is told to, and then writes when it is told to.
+    """A process that opens the store on request, and then writes on request.
 
     Args:
-        said: What it says, and those after it.
+        said: Its messages, and those of its successors.
     """
 
     def __init__(self, run: Run, said: Iterator[Any]) -> None:
@@ -98,12 +98,12 @@ class Worker:
         [self._pid] = next(said)
 
     def kill(self) -> None:
-        """Kill it, if it lives; there will be another one."""
+        """Kill the worker, if it lives; another one follows."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        """Have it stand still: it says nothing from then on."""
+        """Stop the worker: it sends nothing from then on."""
         with suppress(ProcessLookupError, FileNotFoundError):
             os.kill(self._pid, signal.SIGSTOP)
             state = Path(f"/proc/{self._pid}/stat")
@@ -113,14 +113,14 @@ class Worker:
             )
 
     def end(self) -> None:
-        """End it, and wait until it is gone; it was the last one."""
+        """End the last worker, and wait until it is gone."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGTERM)
         for _ in self._said:
             pass
 
     def open(self) -> float:
-        """Have it open the store; returns the seconds that this took.
+        """Let the worker open the store, and return the seconds that this took.
 
         Raises:
             NotOpenError: If it cannot.
@@ -132,7 +132,7 @@ class Worker:
         return float(seconds)
 
     def write(self, log: Log, blow: Blow) -> None:
-        """Have its clients write, until they are dealt a blow and the worker is dead."""
+        """Let the clients write, until the interruption has come and the worker is dead."""
         batches = self._run.random.uniform(0, MOST_BATCHES)
         striking: Timer | None = None
         patience = Timer(PATIENCE_SECONDS, self.kill)
@@ -158,7 +158,7 @@ class Worker:
 
 
 def breed(tell: Tell, location: str, seed: int) -> None:
-    """Have a worker, and when it is dead another one, which has nothing left to import."""
+    """Fork a worker, and after its death another one, without an import of its own."""
     import_module("asyncpg" if "://" in location else "aiosqlite")
     random = Random(seed)
     for generation in count():
@@ -169,12 +169,14 @@ def breed(tell: Tell, location: str, seed: int) -> None:
             return
         _, status = os.waitpid(worker, 0)
         tell("dead")
-        if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:  # it failed, or was the last one
+        if (
+            os.waitstatus_to_exitcode(status) != -signal.SIGKILL
+        ):  # it has failed, or was the last one
             return
 
 
 async def work(tell: Tell, location: str, generation: int, seed: int) -> None:
-    """Be a worker; when all clients have stopped, wait to be killed."""
+    """Run a worker; after all clients have stopped, wait for the kill."""
     signalled = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, signalled.set)
     tell(os.getpid())

@@ -1,4 +1,4 @@
-"""A process that works on a few tasks, and tells what it asks, what it is answered, and when."""
+"""A process that works on a few tasks, and records its calls, their answers and their times."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ CALLERS = 4
 """Coroutines of a process."""
 
 READER = "reader"
-"""The node of a process that only looks: what its memory has, it has from others."""
+"""The node of a process that only reads: its cache gets every change from other processes."""
 
 READS_EVERY_SECONDS = 0.02
 
 TASKS = 4
-"""That all processes work on at the same time."""
+"""Number of tasks that all processes share at a time."""
 
 REVISIONS_A_SET = 400
-"""So many changes later they work on others: the history of each task is short."""
+"""Number of changes after which the processes take a new set of tasks, to keep histories short."""
 
 TASKS_A_CLAIM = 2
-"""At most."""
+"""Maximum number of tasks in a claim."""
 
 CHANGES_A_LINE = 20
-"""Of what a watcher tells."""
+"""Number of changes in a message of a watcher."""
 
 LATE_SECONDS = 0.001
-"""By which an event loop must be late for that to be told."""
+"""Minimum delay of an event loop, in seconds, that is recorded."""
 
 END_SECONDS = 60
-"""In which a watcher must have been told of all that there is."""
+"""Seconds within which a watcher must have received the whole feed."""
 
 PATIENCE_SECONDS = 60
-"""For a turn to write: no deadline is to pass because the machine is busy with other things."""
+"""Wait for the write lock, in seconds: no deadline may pass only because the machine is busy."""
 
 NEVER = 2**31 - 1
 
@@ -78,11 +78,11 @@ WEIGHTS: Final = {
     "cancel": 2,
     "requeue": 4,
 }
-"""How often callers do what."""
+"""Weights of the calls."""
 
 
 class Caller:
-    """One process at its work: its callers share what they have seen."""
+    """A working process; its callers share the tasks that they have seen."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ class Caller:
             [verb] = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))
             await getattr(self, verb)(self._some_task())
             if verb == "look":
-                await asyncio.sleep(0)  # it takes no turn of the loop by itself
+                await asyncio.sleep(0)  # the call itself never yields to the loop
 
     async def look_again_and_again(self) -> None:
-        """Work as a process does that only looks."""
+        """Only read from memory, until the process ends."""
         while not self._ends.is_set():
             await self.look(self._some_task())
             await asyncio.sleep(READS_EVERY_SECONDS)
@@ -208,14 +208,14 @@ class Caller:
             answer(await self._store.requeue_task(task_id) or NOT_FOUND)
 
     async def _advance(self, name: str, verb: Callable[[Task], Any]) -> None:
-        """Take a task a step on that this process has, or had: of that, nothing is forgotten."""
+        """Advance a task that this process holds or has held; no such task is forgotten."""
         if self._held:
             task = self._draw(self._held)
             with self._asking(name, task.task_id, task.assigned_node, task.attempt) as answer:
                 answer(self._see(await verb(task)))
 
     async def watch(self, since: int) -> None:
-        """Tell every change; to the last one that this process knew of when it was to end."""
+        """Send every change, up to the last one known at the end of the process."""
         changes: list[list[Any]] = []
         async for change in self._store.watch(since):
             kind = (change.kind, change.from_status, change.to_status)
@@ -228,7 +228,7 @@ class Caller:
                 break
 
     def be_late(self, due: float, now: float) -> None:
-        """Tell from when to when the event loop was late, if that was long."""
+        """Record the begin and end of a long delay of the event loop."""
         if now - due > LATE_SECONDS:
             self._tell("late", int(due * 1e9), int(now * 1e9))
 
@@ -236,7 +236,7 @@ class Caller:
     def _asking(
         self, name: str, task_id: str | None, *arguments: Any
     ) -> Iterator[Callable[[Any], None]]:
-        """Tell of a call, and of its answer, or the refusal that it raises."""
+        """Record a call, and its answer or its error."""
         number, answers = next(self._numbers), list[Any]()
         self._tell("asked", number, time.monotonic_ns(), name, task_id, arguments)
         try:
@@ -256,7 +256,7 @@ class Caller:
         return f"{task_set}-{self._random.randrange(TASKS)}"
 
     def _draw(self, tasks: deque[Task]) -> Task:
-        """A copy of the newest, mostly, or of one that may be outdated."""
+        """Return a copy of the newest version, mostly, or of an outdated one."""
         task = tasks[-1] if self._random.random() < 0.7 else self._random.choice(tasks)
         return replace(task)
 
@@ -270,7 +270,7 @@ class Caller:
 
 
 def _name(task_id: str) -> str:
-    """A name that is in no other's."""
+    """Return a name that no other task has."""
     return f"<{task_id}>"
 
 
@@ -280,16 +280,16 @@ def _seen(task: Task) -> Seen:
 
 
 async def work(tell: Tell, location: str, node: str, process: int, seed: int, since: int) -> None:
-    """Be one of the processes, until SIGTERM.
+    """Run one of the processes, until SIGTERM.
 
     Args:
-        node: The node for which it works.
-        process: The number of the process, of all that there were.
-        since: The revision up to which a watcher of this node has been told.
+        node: The node of the process.
+        process: The number of the process, among all that have run.
+        since: The revision up to which a watcher of this node has sent the feed.
     """
     ends = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ends.set)
-    logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refusals are what we want
+    logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refused calls are expected
     database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
     async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
         caller = Caller(store, node, process, seed, tell, ends)
@@ -303,6 +303,6 @@ async def work(tell: Tell, location: str, node: str, process: int, seed: int, si
                 await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
             async with asyncio.timeout(END_SECONDS):
                 while not watching.done():
-                    await caller.register()  # one more change, for the watcher to end with
+                    await caller.register()  # one more change, which ends the watcher
                     await asyncio.wait([watching], timeout=1)
             lateness.cancel()

@@ -1,4 +1,4 @@
-"""Every public call that reads or writes an open store, each with what must be there for it."""
+"""A catalogue of the public calls that read or write an open store, each with its preparation."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from openclaw_store import (
 from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
 
 Make = Callable[[], Awaitable[Any]]
-"""The call itself, which can be repeated: it means the same thing each time."""
+"""Makes the call; it can be repeated and has the same meaning each time."""
 
 
 class Store:
-    """An open store, and what makes rows for it."""
+    """An open store, with methods that create rows for a call."""
 
     def __init__(self, state: StateManager, clock: FakeClock, folder: Path) -> None:
         self.state, self.clock, self.folder = state, clock, folder
@@ -43,13 +43,13 @@ class Store:
         self._numbers = count(1)
 
     async def task(self, **fields: Any) -> Task:
-        """A task that is in the database."""
+        """Create a task in the database."""
         task = self.make_task(**fields)
         await self.state.add_task(task)
         return task
 
     async def node(self, **fields: Any) -> NodeInfo:
-        """A node that is in the database; it has a skill that no other one has."""
+        """Create a node in the database, with a skill that no other node has."""
         number = next(self._numbers)
         fields = {"available_skills": [f"skill-{number}"], "last_heartbeat": self.clock(), **fields}
         node = self.make_node(**fields)
@@ -57,27 +57,27 @@ class Store:
         return node
 
     async def waiting(self, how_many: int = 1) -> NodeInfo:
-        """A node for which that many tasks wait, and for no other node."""
+        """Create a node for which that many tasks wait; no other node can run them."""
         node = await self.node()
         for _ in range(how_many):
             await self.task(required_skills=node.available_skills)
         return node
 
     async def claimed(self, **fields: Any) -> Task:
-        """A task that a node has claimed."""
+        """Create a task that a node has claimed."""
         node = await self.node()
         await self.task(required_skills=node.available_skills, **fields)
         [task] = await self.state.claim_tasks(node.node_id)
         return task
 
     async def finished(self, **fields: Any) -> Task:
-        """A task that is completed."""
+        """Create a completed task."""
         task = await self.claimed(**fields)
         await self.state.start_task(task)
         return await self.state.complete_task(task, {"rows": 42})
 
     def path(self, name: str) -> Path:
-        """One where nothing is yet."""
+        """Return a path where no file is yet."""
         return self.folder / f"{name}-{next(self._numbers)}.db"
 
 
@@ -86,30 +86,30 @@ Prepare = Callable[[Store], Awaitable[Make]]
 
 @dataclass(frozen=True)
 class PublicCall:
-    """A call that people may make."""
+    """A public call, and its properties."""
 
     name: str
     prepare: Prepare
-    """Makes what the call needs, and returns the call."""
+    """Creates the rows that the call needs, and returns the call."""
     in_batches: bool = False
-    """Whether it may be done in part when it raises; then it can be repeated."""
+    """True if it may be done in part when it raises; then it can be repeated."""
     is_exact: bool = True
-    """Whether it answers the same when it is asked again and nothing was written."""
+    """True if it gives the same answer when repeated without a write in between."""
     is_kept: bool = False
-    """Whether what it could not write is shown by memory, and written later all the same."""
+    """True if the cache shows a change that could not be written, and a later call writes it."""
     makes_copy: bool = False
-    """Whether it makes a file that holds the same."""
+    """True if it creates a file with the same content."""
 
 
 CALLS: list[PublicCall] = []
 
 
 def public(name: str = "", *, row: str = "", **fields: bool) -> Callable[[Prepare], Prepare]:
-    """List what prepares a call, which has its name unless another is given.
+    """Register the preparation of a call, named after it by default.
 
     Args:
-        row: The method of a repository that takes the same, which is listed, too; then what is
-            prepared must be a `partial`.
+        row: The method of a repository with the same arguments, which is registered, too; then the
+            preparation must return a `partial`.
     """
 
     def listed(prepare: Prepare) -> Prepare:
@@ -129,7 +129,7 @@ def public(name: str = "", *, row: str = "", **fields: bool) -> Callable[[Prepar
 
 
 def rename(item: Task | NodeInfo) -> None:
-    """Change something of an item that no rule depends on."""
+    """Change a field that no rule depends on."""
     if isinstance(item, Task):
         item.name = "renamed"
     else:
@@ -188,7 +188,7 @@ async def _cancel_tasks(store: Store) -> Make:
     user = store.make_task().task_id
     for _ in range(3):
         await store.task(user_id=user)
-    return lambda: store.state.cancel_tasks(TaskFilter(user=user), "nobody needs them")
+    return lambda: store.state.cancel_tasks(TaskFilter(user=user), "not needed any more")
 
 
 @public(row="task_repo.claim")
@@ -218,7 +218,7 @@ async def _fail_task(store: Store) -> Make:
 @public(row="task_repo.cancel")
 async def _cancel_task(store: Store) -> Make:
     task = await store.claimed()
-    return partial(store.state.cancel_task, task.task_id, "nobody needs it")
+    return partial(store.state.cancel_task, task.task_id, "not needed any more")
 
 
 @public(row="task_repo.requeue")
@@ -360,7 +360,7 @@ async def _list_tasks(store: Store) -> Make:
 
 @public()
 async def _explain_task(store: Store) -> Make:
-    task = await store.task(required_skills=["nobody has it"])
+    task = await store.task(required_skills=["missing skill"])
     return lambda: store.state.explain_task(task.task_id)
 
 
@@ -448,7 +448,7 @@ READS: Sequence[tuple[str, Callable[[Store], Make]]] = (
     ("node_repo.find_by_skill", lambda s: lambda: s.nodes.find_by_skill("skill-1")),
     ("node_repo.get_available_nodes", lambda s: s.nodes.get_available_nodes),
 )
-"""Of the repositories, which need nothing."""
+"""Methods of the repositories that need no rows."""
 
 
 def _prepared(call_of: Callable[[Store], Make]) -> Prepare:

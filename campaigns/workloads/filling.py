@@ -1,7 +1,7 @@
-"""Databases full of tasks, nodes and their first changes, written by a few statements of SQL.
+"""Databases full of tasks, nodes and their first changes, written by a few SQL statements.
 
 The same rows can be written to the schema of each revision, on both kinds of database, and to the
-original hand-made schema. So what becomes of them there can be compared.
+legacy hand-made schema, so that the results of migrations can be compared.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from openclaw_store.testing import FakeClock
 TASKS_A_NODE = 1000
 
 NOW = FakeClock().now
-"""When original rows are adopted."""
+"""The time at which legacy rows are imported."""
 
 _BEGIN = 1_767_225_600_000_000
-"""The moment of the first task, in microseconds since 1970."""
+"""The submission of the first task, in microseconds since 1970."""
 
 
 def fill_original(path: Path, tasks: int) -> None:
-    """Make a file of the original schema, with so many tasks."""
+    """Create a file with the legacy schema and so many tasks."""
     with closing(make_original(path)) as connection:
         connection.executescript(";".join(_Rows("original").statements(tasks)))
 
@@ -42,11 +42,11 @@ def fill_original(path: Path, tasks: int) -> None:
 def fill(
     location: Location, revision: str, tasks: int, *, lived: bool = False, adopted: bool = False
 ) -> None:
-    """Make a database of a revision, with so many tasks; not on a running event loop.
+    """Create a database at a revision, with so many tasks; not on a running event loop.
 
     Args:
-        lived: Whether tasks have in the fields of 0002 what the library would have written.
-        adopted: Whether the rows are as adoption makes them of those of `fill_original`.
+        lived: True if the fields of revision 0002 hold the values that the library writes.
+        adopted: True if the rows are those of `fill_original` after the import.
     """
     _make(location, revision)
     kind = SQLITE if isinstance(location, Path) else POSTGRESQL
@@ -73,7 +73,7 @@ async def _execute(url: str, script: str) -> None:
 
 
 class _Rows:
-    """The statements that write rows. Each value is computed of the row's number, `n`."""
+    """The statements that write rows. Each value is an expression of the row's number, `n`."""
 
     def __init__(self, kind: str, *, lived: bool = False, adopted: bool = False) -> None:
         """Choose the rows.
@@ -84,7 +84,7 @@ class _Rows:
         self._kind, self._lived, self._adopted = kind, lived, adopted
 
     def statements(self, tasks: int) -> list[str]:
-        """All of them, the nodes first."""
+        """Return all statements, the nodes first."""
         nodes = tasks // TASKS_A_NODE + 1
         statements = [
             self._insert("nodes", self._nodes(), nodes),
@@ -168,7 +168,7 @@ class _Rows:
         return columns
 
     def _changes(self, item: str, nodes: int) -> dict[str, str]:
-        """The first change of each task or node, of which its version is the number."""
+        """Return the first change of each task or node, numbered by its version."""
         is_task = item == "task"
         at = f"{_BEGIN} + n * {1000037 if is_task else 333}"
         now = f"{to_microseconds(NOW)}"
@@ -192,7 +192,7 @@ class _Rows:
         return f"{seconds} || printf('.%06d', ({microseconds}) % 1000000)"
 
     def _list(self, text: str) -> str:
-        """JSON of a list, of which the original kept the empty one."""
+        """Return JSON of a list; the legacy schema also stores the empty list."""
         return f"coalesce({text}, '[]')" if self._kind == "original" else self._json(text)
 
     def _json(self, text: str) -> str:

@@ -1,8 +1,8 @@
-"""What a store is kept busy with while something happens to it: clients that say what they do.
+"""Clients that keep a store busy during a fault, and record their calls.
 
-Each of many coroutines has a node and tasks of its own, so it knows what a call is to make of them.
-It says so before the call, and afterwards that the call has returned; `audit` compares what was
-said with what is left.
+Each of many coroutines has its own node and tasks, so it knows the effect of each call. It sends
+the expected effect before the call, and a second message after the return; `audit` compares the
+messages with the database.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ VERBS = {
     "add": 4, "add_three": 1, "update": 4, "update_two": 1, "claim": 3, "start": 3, "complete": 2,
     "fail": 1, "remove": 1,
 }  # fmt: skip
-"""What a client does, and how often."""
+"""The calls of a client, and their weights."""
 
 State = list[Any]
 """The status of a task, its attempt, and the number of its content."""
 
 
 def open_store(location: str) -> StateManager:
-    """The store as the clients want it: what has failed may be claimed again at once."""
+    """Return the store of the clients, where a failed task can be claimed again at once."""
     return StateManager(Database(location), backoff=Backoff(first_seconds=0))
 
 
 async def make_nodes(location: Location) -> None:
-    """Make the nodes of the clients in an empty database."""
+    """Create the nodes of the clients in an empty database."""
     async with open_store(str(location)) as store:
         for client in range(CLIENTS):
             name = _node_of(client)
@@ -58,7 +58,7 @@ async def make_nodes(location: Location) -> None:
 
 
 def content(number: int) -> dict[str, Any]:
-    """Fields of a task that are always written together, so that a half of them would show."""
+    """Return fields of a task that are always written together, so that a partial write shows."""
     text = chr(ord("a") + number % 26) * (number * 37 % 2000)
     return {
         "name": f"content {number}",
@@ -69,16 +69,16 @@ def content(number: int) -> dict[str, Any]:
 
 
 async def write(store: StateManager, tell: Tell, generation: int, seed: int) -> None:
-    """Have all clients write until none can; each stops when a call fails.
+    """Let all clients write until none can; a client stops at its first failed call.
 
     Args:
-        generation: Another number for each store that is opened on a database.
+        generation: A number that differs for each store that is opened on a database.
     """
     random = Random(seed)
-    # Beside transactions of callers, the writer locks first on PostgreSQL; else it need not.
+    # With callers' transactions beside it, the writer on PostgreSQL locks first, else not.
     verbs = {**VERBS, "update_two": random.randint(0, 1)}
     tasks: dict[int, dict[str, State]] = {client: {} for client in range(CLIENTS)}
-    for id, task in (await store.get_state()).tasks.items():  # also those of former generations
+    for id, task in (await store.get_state()).tasks.items():  # also tasks of former generations
         if task.status not in FINISHED:
             tasks[int(id.split("-")[0])][id] = _state_of(task)
     clients = (
@@ -91,12 +91,12 @@ async def write(store: StateManager, tell: Tell, generation: int, seed: int) -> 
 class _Client:
     """Calls, one after another, that change the tasks of one node.
 
-    It says:
+    It sends:
 
-    - `calls`, its number, what becomes of which tasks, and how many of these;
-    - `returned`, its number, and which tasks were changed;
-    - `refused` and its number, if it was told that nothing has changed;
-    - `failed`, its number and an error, which should not be.
+    - `calls`, its number, the expected states of tasks, and how many of them change;
+    - `returned`, its number, and the tasks that were changed;
+    - `refused` and its number, if the error says that nothing has changed;
+    - `failed`, its number and an error that must not occur.
     """
 
     def __init__(
@@ -117,14 +117,14 @@ class _Client:
         self._tasks = tasks
 
     async def write(self) -> None:
-        """Call whatever is possible, until a call fails."""
+        """Call methods at random until a call fails."""
         names, weights = list(self._verbs), list(self._verbs.values())
         try:
             while True:
                 [name] = self._random.choices(names, weights)
                 await getattr(self, name)()
         except OutcomeUnknownError:
-            pass  # its call stays without an answer
+            pass  # the call stays without an answer
         except BackendError:
             self._tell("refused", self._number)
         except Exception as error:
@@ -191,11 +191,11 @@ class _Client:
     async def _call(
         self, call: Awaitable[Any], after: Mapping[str, State | None], changed: int | None = None
     ) -> None:
-        """Call, and say so.
+        """Make a call, with the messages before and after it.
 
         Args:
-            after: What the call makes of tasks.
-            changed: How many of these are changed, if not all; then the call returns which.
+            after: The states of tasks after the call.
+            changed: How many of these are changed, if not all; then the call returns their ids.
         """
         self._tell("calls", self._number, after, len(after) if changed is None else changed)
         result = await call
@@ -215,13 +215,13 @@ class _Client:
         return Task.create(TaskType.BATCH, task_id=id, **fields)
 
     async def _some(self, *statuses: str, most: int = 1) -> list[Task]:
-        """Tasks of these states, drawn and read."""
+        """Draw tasks with these statuses, and read them."""
         ids = [id for id, (status, *_) in self._tasks.items() if status in statuses]
         drawn = self._random.sample(ids, min(most, len(ids)))
         return [task for id in drawn if (task := await self._store.get_task(id))]
 
     async def _some_rewritten(self, most: int) -> list[Task]:
-        """Live tasks with another content, which is yet to be stored."""
+        """Draw live tasks, and give them new content to be stored."""
         tasks = await self._some("pending", "scheduled", "running", most=most)
         for task in tasks:
             vars(task).update(content(next(self._numbers)))

@@ -1,4 +1,4 @@
-"""Files of the original hand-made schema, which the library adopts."""
+"""Files with the legacy hand-made schema, which the library imports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KEYS = {"tasks": "task_id", "nodes": "node_id"}
 
 
 def make_original(path: Path, columns: Mapping[str, str] = COLUMNS) -> sqlite3.Connection:
-    """A file with the tables, indexes and triggers of the original, and a connection to it."""
+    """Create a file with the legacy tables, indexes and triggers, and return a connection to it."""
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA journal_mode=WAL")
     for table, definition in columns.items():

@@ -1,11 +1,11 @@
-"""Programs that end without closing the store, fork while they use it, or have several loops.
+"""Programs that end without closing the store, fork while they use it, or use several event loops.
 
-Each is called in a process of its own, and does not return where that is how it ends. It tells:
+Each runs in a process of its own, and does not return if it ends the process. It sends:
 
 - `trying` and `acknowledged`, with a task that it adds;
-- `tried`, with what it has tried, what came of that, what should have, and the seconds it took;
-- `child ended`, with the exit status of a process that it has forked;
-- `leaving`, with the time, when it is about to end.
+- `tried`, with the attempt, its outcome, the expected outcome, and the seconds it took;
+- `child ended`, with the exit status of a forked process;
+- `leaving`, with the time, just before it ends.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ from openclaw_store import (
 )
 
 HANGS_SECONDS = 60
-"""After which something that should have happened counts as hanging."""
+"""Seconds after which an expected event counts as hanging."""
 
 
 class Program:
-    """What a program has, and how it says what happens.
+    """The tools of a program, which report its actions.
 
     Args:
-        tell: Says something to whoever watches.
-        location: Of a migrated, empty database.
-        luck: For what is drawn.
+        tell: Sends a message to the parent.
+        location: A migrated, empty database.
+        luck: The source of random choices.
     """
 
     def __init__(self, tell: Tell, location: str, luck: Random) -> None:
         self.tell, self.location, self.luck = tell, location, luck
         self.numbers = count(1)
         self.going_on: list[asyncio.Future[Any]] = []
-        """What is under way, and nobody waits for."""
+        """Work in progress that the program does not wait for."""
 
     def task(self) -> Task:
-        """A new task."""
+        """Return a new task."""
         return Task(f"task-{os.getpid()}-{next(self.numbers)}", TaskType.BATCH, "t")
 
     async def add(self, add: Callable[[Task], Awaitable[object]]) -> None:
-        """Add a task, and tell when that is acknowledged."""
+        """Add a task, and report the acknowledgement."""
         task = self.task()
         self.tell("trying", task.task_id)
         await add(task)
         self.tell("acknowledged", task.task_id)
 
     async def add_pair(self, database: Database, wait: Callable[[], Awaitable[object]]) -> None:
-        """Add two tasks, which must both be there or neither."""
+        """Add two tasks in one transaction; both must exist afterwards, or neither."""
         async with database.transaction() as tx:
             for half in ("left", "right"):
                 await TaskRepository(tx).create(Task(half, TaskType.BATCH, "t"))
@@ -74,13 +74,13 @@ class Program:
         self.tell("acknowledged", "left")
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Have something under way, which may fail."""
+        """Start work in the background, which may fail."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.going_on.append(task)
 
     async def open(self) -> StateManager:
-        """A manager that is used already: it has a pool, a writer and a thread that polls."""
+        """Return a manager in use: it has a pool, a writer and a polling thread."""
         manager = StateManager(Database(self.location), auto_sync_interval=0.05)
         await manager.initialize()
         await manager.register_node(NodeInfo("node", "host"))
@@ -89,15 +89,15 @@ class Program:
         return manager
 
     async def refused(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Try what must be refused."""
+        """Try a call that must be refused."""
         await self._try(what, work, "refused")
 
     async def works(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Try what must work."""
+        """Try a call that must work."""
         await self._try(what, work, "works")
 
     async def answered(self, what: str, work: Callable[[], Awaitable[object]]) -> None:
-        """Try what must work, or be refused."""
+        """Try a call that must work, or be refused."""
         await self._try(what, work, "")
 
     async def _try(self, what: str, work: Callable[[], Awaitable[object]], wanted: str) -> None:
@@ -115,30 +115,30 @@ class Program:
         self.tell("tried", what, came, wanted or came, time.monotonic() - began)
 
     def leave(self) -> None:
-        """Tell that it is about to end."""
+        """Report that the program is about to end."""
         self.tell("leaving", time.monotonic())
 
 
 async def nothing(program: Program, manager: StateManager) -> None:
-    """Nothing at all."""
+    """Leave no work in progress."""
 
 
 async def writes(program: Program, manager: StateManager) -> None:
-    """Many writes, of which some may be acknowledged yet."""
+    """Leave many writes in progress, some of which may be acknowledged."""
     for _ in range(50):
         program.begin(program.add(manager.add_task))
     await _a_moment(program)
 
 
 async def reads(program: Program, manager: StateManager) -> None:
-    """Many reads."""
+    """Leave many reads in progress."""
     for _ in range(20):
         program.begin(manager.get_stats())
     await _a_moment(program)
 
 
 async def watcher(program: Program, manager: StateManager) -> None:
-    """Somebody watches, and somebody waits for a task."""
+    """Leave a watcher and a waiter for a task running."""
 
     async def watch() -> None:
         async for change in manager.watch():
@@ -151,42 +151,42 @@ async def watcher(program: Program, manager: StateManager) -> None:
 
 
 async def heartbeats(program: Program, manager: StateManager) -> None:
-    """Heartbeats wait to be written, and so does an entry that is only in memory."""
+    """Leave heartbeats to be written, and an entry that is only in memory."""
     await manager.update_heartbeat("node", cpu_usage=1)
     await manager.add_task(program.task(), persist=False)
     await _a_moment(program)
 
 
 async def transaction(program: Program, manager: StateManager) -> None:
-    """Half of a transaction is done."""
+    """Leave a transaction half done."""
     program.begin(program.add_pair(manager.db, asyncio.Event().wait))
     await _a_moment(program)
-    program.begin(program.add(manager.add_task))  # waits for its turn
+    program.begin(program.add(manager.add_task))  # waits for the write lock
     await _a_moment(program)
 
 
 async def ending_transaction(program: Program, manager: StateManager) -> None:
-    """A transaction is just done, or not yet."""
+    """Leave a transaction at its end, just committed or not yet."""
     program.begin(program.add_pair(manager.db, partial(asyncio.sleep, 0)))
     await _a_moment(program)
 
 
 async def looking_after(program: Program, manager: StateManager) -> None:
-    """A backup and a vacuum are under way."""
-    if manager.db.dialect == "sqlite":  # else it needs a program
+    """Leave a backup and a vacuum in progress."""
+    if manager.db.dialect == "sqlite":  # PostgreSQL needs `pg_dump`
         program.begin(manager.db.backup(f"{program.location}.backup"))
     program.begin(manager.db.vacuum())
     await _a_moment(program)
 
 
 async def opening(program: Program, manager: StateManager) -> None:
-    """Another manager is being opened."""
+    """Leave another manager opening."""
     program.begin(StateManager(Database(program.location)).initialize())
     await _a_moment(program)
 
 
 async def closing_down(program: Program, manager: StateManager) -> None:
-    """It is being closed, behind writes."""
+    """Leave the manager closing, behind writes."""
     for _ in range(20):
         program.begin(program.add(manager.add_task))
     await asyncio.sleep(0)
@@ -202,11 +202,11 @@ UNDER_WAY = (
     nothing, writes, reads, watcher, heartbeats, transaction, ending_transaction, looking_after,
     opening, closing_down,
 )  # fmt: skip
-"""What is under way when a program ends."""
+"""Work that is in progress when a program ends."""
 
 
 class CrashError(Exception):
-    """The program's own."""
+    """The program's own error."""
 
 
 Begin = Callable[[Program, StateManager], Awaitable[None]]
@@ -218,12 +218,12 @@ async def _begun(program: Program, begin: Begin) -> None:
 
 
 def returns(program: Program, begin: Begin) -> None:
-    """The main coroutine returns."""
+    """Return from the main coroutine."""
     asyncio.run(_begun(program, begin))
 
 
 def raises(program: Program, begin: Begin) -> None:
-    """The main coroutine raises an error of its own."""
+    """Raise an error of the program's own."""
 
     async def main() -> None:
         await _begun(program, begin)
@@ -233,7 +233,7 @@ def raises(program: Program, begin: Begin) -> None:
 
 
 def is_interrupted(program: Program, begin: Begin) -> None:
-    """Somebody presses Ctrl-C."""
+    """Receive Ctrl-C."""
 
     async def main() -> None:
         await _begun(program, begin)
@@ -244,7 +244,7 @@ def is_interrupted(program: Program, begin: Begin) -> None:
 
 
 def is_terminated(program: Program, begin: Begin) -> None:
-    """Somebody ends it by a signal."""
+    """Receive a signal that ends the process."""
 
     async def main() -> None:
         await _begun(program, begin)
@@ -255,7 +255,7 @@ def is_terminated(program: Program, begin: Begin) -> None:
 
 
 def exits(program: Program, begin: Begin) -> None:
-    """The main coroutine calls `sys.exit`."""
+    """Call `sys.exit` in the main coroutine."""
 
     async def main() -> None:
         await _begun(program, begin)
@@ -265,7 +265,7 @@ def exits(program: Program, begin: Begin) -> None:
 
 
 def exits_in_a_task(program: Program, begin: Begin) -> None:
-    """Another task calls `sys.exit`."""
+    """Call `sys.exit` in another task."""
 
     async def leave() -> None:
         sys.exit(3)
@@ -279,7 +279,7 @@ def exits_in_a_task(program: Program, begin: Begin) -> None:
 
 
 def exits_at_once(program: Program, begin: Begin) -> None:
-    """It calls `os._exit`, which cleans up nothing."""
+    """Call `os._exit`, which cleans up nothing."""
 
     async def main() -> None:
         await _begun(program, begin)
@@ -289,14 +289,14 @@ def exits_at_once(program: Program, begin: Begin) -> None:
 
 
 def closes_its_loop(program: Program, begin: Begin) -> None:
-    """It closes its event loop without ending what runs there."""
+    """Close the event loop without ending its tasks."""
     loop = asyncio.new_event_loop()
     loop.run_until_complete(_begun(program, begin))
     _drop(loop)
 
 
 def leaves_a_thread(program: Program, begin: Begin) -> None:
-    """All that was in a daemon thread, and the main one ends."""
+    """Run the store in a daemon thread, and end the main thread."""
     begun = threading.Event()
 
     async def main() -> None:
@@ -312,11 +312,11 @@ ENDINGS = (
     returns, raises, is_interrupted, is_terminated, exits, exits_in_a_task, exits_at_once,
     closes_its_loop, leaves_a_thread,
 )  # fmt: skip
-"""How a program ends."""
+"""Ways for a program to end."""
 
 
 async def _inherited(program: Program, manager: StateManager) -> None:
-    """Use what was opened before the fork, and then something of one's own."""
+    """Use objects that were opened before the fork, and then a new database."""
     database, tasks = manager.db, manager.task_repo
 
     async def read() -> None:
@@ -356,7 +356,7 @@ async def _inherited(program: Program, manager: StateManager) -> None:
 
 
 def _fork(program: Program, manager: StateManager) -> None:
-    """Fork, have the child try what it has inherited, and wait for it."""
+    """Fork, let the child use the inherited objects, and wait for it."""
     child = os.fork()
     if child == 0:
         limit_life()
@@ -370,7 +370,7 @@ def _fork(program: Program, manager: StateManager) -> None:
 
 
 def forks(program: Program) -> None:
-    """It forks on the thread of its event loop, which stands still meanwhile."""
+    """Fork on the thread of the event loop, which stops meanwhile."""
 
     async def main() -> None:
         manager = await program.open()
@@ -385,7 +385,7 @@ def forks(program: Program) -> None:
 
 
 def forks_in_a_thread(program: Program) -> None:
-    """It forks on another thread, while its loop and its writer go on."""
+    """Fork on another thread, while the loop and the writer continue."""
 
     async def main() -> None:
         manager = await program.open()
@@ -399,7 +399,7 @@ def forks_in_a_thread(program: Program) -> None:
 
 
 def forks_in_a_transaction(program: Program) -> None:
-    """It forks while it holds the lock of writers."""
+    """Fork while holding the write lock."""
 
     async def main() -> None:
         manager = await program.open()
@@ -418,7 +418,7 @@ def forks_in_a_transaction(program: Program) -> None:
 
 
 def has_workers(program: Program) -> None:
-    """It has processes of `multiprocessing`, which are forks, too, and end on their own."""
+    """Use processes of `multiprocessing`, which are also forks, and end by themselves."""
 
     async def main() -> None:
         manager = await program.open()
@@ -440,7 +440,7 @@ def _work(program: Program, manager: StateManager) -> None:
 
 
 def keeps_a_memory(program: Program) -> None:
-    """It forks with a private database, which is still there when the child has ended."""
+    """Fork with a database in memory, which still exists after the end of the child."""
 
     async def main() -> None:
         manager = StateManager(Database(":memory:"))
@@ -457,7 +457,7 @@ def keeps_a_memory(program: Program) -> None:
 
 
 def runs_loop_after_loop(program: Program) -> None:
-    """It uses one database from loops that follow each other, and a manager from the wrong one."""
+    """Use one database from successive loops, and a manager from the wrong loop."""
     database = Database(program.location)
     managers: list[StateManager] = []
 
@@ -484,7 +484,7 @@ def runs_loop_after_loop(program: Program) -> None:
 
 
 def loses_its_loop(program: Program) -> None:
-    """It closes a loop while writes of it are under way, and goes on with another one."""
+    """Close a loop with writes in progress, and continue on another loop."""
     database = Database(program.location)
     managers: list[StateManager] = []
 
@@ -514,14 +514,14 @@ def loses_its_loop(program: Program) -> None:
 
 
 def _drop(loop: asyncio.AbstractEventLoop) -> None:
-    """Close a loop without ending what runs there; that this was so is no batch to anybody."""
+    """Close a loop without ending its tasks, and without a warning about them."""
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()
 
 
 def has_two_loops(program: Program) -> None:
-    """It uses one database from two loops at the same time, and a manager from the wrong one."""
+    """Use one database from two loops at the same time, and a manager from the wrong one."""
     database = Database(program.location)
     managers: list[StateManager] = []
     opened, done = threading.Event(), threading.Event()
@@ -573,7 +573,7 @@ OTHERS = (
     forks, forks_in_a_thread, forks_in_a_transaction, has_workers, keeps_a_memory,
     runs_loop_after_loop, loses_its_loop, has_two_loops,
 )  # fmt: skip
-"""What else a program may do."""
+"""Other things that a program may do."""
 
 PROGRAMS: dict[str, Callable[[Program], None]] = {
     **{
@@ -582,10 +582,10 @@ PROGRAMS: dict[str, Callable[[Program], None]] = {
     },
     **{program.__name__: program for program in OTHERS},
 }
-"""By name; each is called in a process of its own."""
+"""All programs by name; each runs in a process of its own."""
 
 
 def limit_life() -> None:
-    """Have this process killed if it hangs; it says before where it does."""
+    """Kill this process if it hangs, after a traceback of all threads."""
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(HANGS_SECONDS)

@@ -1,4 +1,4 @@
-"""A call of each public coroutine of the store, on things that are there for it alone."""
+"""A catalogue with a call of each public coroutine, each on rows of its own."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from openclaw_store.repositories.unit_of_work import apply
 
 
 class Scene:
-    """The tasks and nodes that a call is about; each call has others.
+    """The tasks and nodes of one call.
 
     Args:
-        manager: Whose calls are made.
-        number: The scene's own, with which all its identifiers end.
-        location: Of the manager's database.
-        target: Where there is an empty database, or a copy that was begun.
-        folder: For files; empty.
+        manager: The manager of the call.
+        number: A unique number, which ends all identifiers of the fixture.
+        location: The database of the manager.
+        target: A location with an empty database, or with an interrupted copy.
+        folder: An empty folder for files.
     """
 
     def __init__(
@@ -60,41 +60,41 @@ class Scene:
         self.manager, self.number = manager, number
         self.location, self.target, self.folder = location, target, folder
         self.revision = manager.version
-        """Before anything of the scene was there."""
+        """The revision before the fixture was created."""
         self.db = manager.db
         self.task_repo, self.node_repo = manager.task_repo, manager.node_repo
         self.tasks: dict[str, Task] = {}
-        """Those that are there before the call, by role."""
+        """Tasks that exist before the call, by role."""
         self.nodes: dict[str, NodeInfo] = {}
         self._prepare()
 
     @cached_property
     def other(self) -> StateManager:
-        """A further manager on the same database, which has not been opened."""
+        """A second manager on the same database, not opened yet."""
         return StateManager(Database(self.location))
 
     def id(self, role: str) -> str:
-        """The identifier of what has this role."""
+        """Return the identifier for a role."""
         return f"{role}-{self.number}"
 
     def task(self, role: str, **fields: Any) -> Task:
-        """A new task."""
+        """Return a new task."""
         return Task(self.id(role), TaskType.BATCH, "as it was", **fields)
 
     def node(self, role: str, **fields: Any) -> NodeInfo:
-        """A new node."""
+        """Return a new node."""
         return NodeInfo(self.id(role), "host", **fields)
 
     def changed(self, role: str) -> Task:
-        """A task that is there, with another name."""
+        """Return an existing task with another name."""
         return replace(self.tasks[role], name="changed")
 
     def changed_node(self, role: str) -> NodeInfo:
-        """A node that is there, with another name."""
+        """Return an existing node with another name."""
         return replace(self.nodes[role], hostname="changed")
 
     def creation(self) -> Create[Task]:
-        """The operation that adds a task."""
+        """Return the operation that adds a task."""
         return Create(
             Task, self.id("new"), admit(Task, self.task("new"), partial(datetime.now, UTC))
         )
@@ -133,43 +133,43 @@ class Scene:
 
 
 NEIGHBOURS = ("ending", "neighbour", "second", "third", "next")
-"""The tasks that others write, at the same moment as the call, and next."""
+"""Tasks that other callers write, at the same moment as the call, and next."""
 
 TASK_ROLES = (
     "waiting", "spare", "keyed", "held", "running", "late", "done", "unsaved", "new", "another",
     *NEIGHBOURS,
 )  # fmt: skip
-"""The tasks of a scene that are there, or may be."""
+"""Tasks of a fixture that exist, or may exist."""
 
 NODE_ROLES = ("busy", "lost", "silent", "gone", "newcomer")
-"""The nodes."""
+"""Nodes of a fixture."""
 
 Work = Callable[[Scene], Awaitable[object]]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call, and what is special about it."""
+    """A call, and its properties."""
 
     make: Work
     before: Work | None = None
-    """Done first, and not cancelled."""
+    """Work before the call, never cancelled."""
     after: Work | None = None
-    """Done afterwards, whether the call was cancelled or not."""
+    """Work after the call, cancelled or not."""
     in_parts: bool = False
-    """Whether it has several transactions, and can be repeated for the rest."""
+    """True if it uses several transactions, and can be repeated for the rest."""
     keeps_feed: bool = True
-    """Whether the feed tells what it has done."""
+    """True if the feed contains its changes."""
     lingers: bool = False
-    """Whether what it is about may be only in memory at first, and be written later."""
+    """True if its changes may be only in memory at first, and be written later."""
     is_slow: bool = False
-    """Whether it takes so long that a short run does without it."""
+    """True if it is so slow that a short run leaves it out."""
     is_open: bool = False
-    """Whether `Scene.other` is open, so that it has neighbours there, too."""
+    """True if `Fixture.other` is open, so that concurrent callers use it, too."""
 
 
 def public_coroutines() -> set[str]:
-    """All that the library offers to be awaited, entered or iterated over, found by looking."""
+    """Find all public coroutines, context managers and iterators of the library by inspection."""
     found: set[str] = set()
     for name in openclaw_store.__all__:
         thing = getattr(openclaw_store, name)
@@ -210,13 +210,13 @@ def _rename(item: Task | NodeInfo) -> None:
 
 
 async def hold_unsaved(scene: Scene) -> None:
-    """Have a task that is only in memory."""
+    """Create a task that is only in memory."""
     scene.tasks["unsaved"] = scene.task("unsaved", user_id=scene.id("user"))
     await scene.manager.add_task(scene.tasks["unsaved"], persist=False)
 
 
 async def _open_and_close(scene: Scene) -> None:
-    """Whatever became of its opening, it can be opened and written to; and closed."""
+    """Open and close the manager; it must be usable, however an earlier opening ended."""
     await scene.other.initialize()
     await scene.other.add_task(scene.task("elsewhere"))
     await scene.other.remove_task(scene.id("elsewhere"))
@@ -273,7 +273,7 @@ async def _watch(scene: Scene) -> None:
 
 
 async def _empty_target(scene: Scene) -> None:
-    """Have nothing where a copy is to be, unless it is the half of one."""
+    """Empty the target of a copy, unless it holds an interrupted copy."""
     async with AsyncExitStack() as stack:
         try:
             target = await stack.enter_async_context(Database(scene.target))
@@ -486,4 +486,4 @@ CALLS: dict[str, Call] = {
     "diagnose": Call(lambda scene: diagnose(scene.db)),
     "verify": Call(lambda scene: verify(scene.db)),
 }
-"""By the name of the coroutine, and if need be what is special about this call of it."""
+"""All calls, by the name of the coroutine and, if needed, of the special case."""

@@ -1,4 +1,4 @@
-"""What a task is to its callers: what each call may make of it, and be answered."""
+"""The sequential specification of a task: the states and answers that each call allows."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ NOT_OWNER: Final = "NotOwnerError"
 FINISHED_OTHERWISE: Final = "InvalidTransitionError"
 
 TOO_LATE: Final = "DeadlineError"
-"""What any call may be answered on a busy machine; then it has changed nothing."""
+"""An answer that any call may get on a busy machine; the call has changed nothing."""
 
 READS: Final = ("read", "find")
-"""Of the database; what the store itself finds there, memory knows from then on."""
+"""Reads of the database; the cache contains their results afterwards."""
 
 ASSIGNED: Final = ("scheduled", "running")
 
 
 class Seen(NamedTuple):
-    """A task as somebody has seen it."""
+    """A version of a task, as observed by a caller."""
 
     version: int | None
-    """`None` while nobody has seen it since it was written by a call that did not tell."""
+    """`None` for a version that no caller has observed since an unanswered write."""
     token: str
-    """Its content: each write gives it a new one."""
+    """Its content: each write sets a new token."""
     status: str
     node: str | None
     attempt: int
@@ -42,19 +42,20 @@ class TaskCall(NamedTuple):
     name: str
     arguments: tuple[Any, ...]
     answer: Seen | str | bool | None
-    """The task as it was answered, `None` if there is none, the name of an error, `True` if it
-    was done, or `UNKNOWN`."""
+    """The answer: the task, `None` if there is none, the name of an error, `True` for success, or
+    `UNKNOWN`.
+    """
 
 
 UNKNOWN: Final = False
-"""The answer that nobody got."""
+"""The answer of a call that did not return."""
 
 Outcome = Seen | str | None
-"""The task after a call, or the error with which it was refused."""
+"""The task after a call, or the error that refused it."""
 
 
 def step(task: Seen | None, call: TaskCall) -> Iterable[Seen | None]:
-    """What the task may be after a call with this answer; nothing if it can not be answered so."""
+    """Return the possible states of the task after a call with this answer; empty if impossible."""
     if call.answer == TOO_LATE:
         yield task
         return
@@ -72,12 +73,12 @@ def step(task: Seen | None, call: TaskCall) -> Iterable[Seen | None]:
 
 
 def changes_nothing(call: TaskCall) -> bool:
-    """Whether any task is as it was after a call with this answer."""
+    """Return true if a call with this answer leaves any task unchanged."""
     return call.name in READS or isinstance(call.answer, str)
 
 
 def is_same(task: Seen, other: Seen) -> bool:
-    """Whether both may be the same version of a task."""
+    """Return true if both may be the same version of a task."""
     return task[1:] == other[1:] and (task.version is None or task.version == other.version)
 
 
@@ -135,7 +136,7 @@ def _by_owner(
         return [NOT_FOUND]
     if task.owner != owner:
         return [NOT_OWNER]
-    if task.status == status:  # to say so twice changes nothing
+    if task.status == status:  # a repetition changes nothing
         return [task]
     return [
         task._replace(version=None, status=status, **values) if _is_assigned(task) else NOT_OWNER
@@ -157,7 +158,7 @@ def _requeue(task: Seen | None) -> Iterable[Outcome]:
 
 
 def _register(task: Seen | None, node: str) -> Iterable[Outcome]:
-    """A node comes back as a new process: what it held is pending again."""
+    """Register the node again as a new process: its tasks are pending again."""
     is_lost = task is not None and _is_assigned(task) and task.node == node
     return [_back(task) if task is not None and is_lost else task]
 
@@ -185,4 +186,4 @@ VERBS: Final[Mapping[str, Callable[..., Iterable[Outcome]]]] = {
     "requeue": _requeue,
     "register": _register,
 }
-"""What may come of each call of a task, with its arguments; its retries never end."""
+"""The outcomes of each call of a task, with its arguments; retries are unlimited."""

@@ -1,4 +1,4 @@
-"""Callers who use all of a store, each verb as often as it is used, and keep it at one size."""
+"""Clients that use all methods of a store with realistic weights, and keep it at one size."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from openclaw_store import (
 )
 
 LIVE_TASKS = 1000
-"""At most, nearly: then callers remove tasks instead of adding some."""
+"""Approximate maximum: above it, clients remove tasks instead of adding some."""
 
 KEPT_SECONDS = 1.0
-"""For which finished tasks, and the feed, are kept."""
+"""Seconds for which finished tasks, and the feed, are kept."""
 
 NODES = tuple(f"node-{number:02}" for number in range(16))
 PLACES = 50
@@ -86,40 +86,40 @@ WEIGHTS: Final = {
     "compact": 0.5,
     "back_up": 0.01,
 }
-"""How often callers do what."""
+"""Weights of the calls."""
 
 INTERRUPTED = ("add", "change", "claim", "start", "get", "list_some", "history", "transact")
 
 
 class Users:
-    """Callers of one store; what they know, they share."""
+    """Clients of one store, which share their knowledge of it."""
 
     def __init__(self, store: StateManager, seed: int, folder: Path) -> None:
-        """Prepare them.
+        """Prepare the clients.
 
         Args:
-            folder: Where backups go.
+            folder: The folder for backups.
         """
         self._store, self._folder = store, folder
         self._random = Random(seed)
         self._verbs = [getattr(self, name) for name in WEIGHTS]
         self._weights = list(accumulate(WEIGHTS.values()))
         self._numbers = count()
-        self._ids: list[str] = []  # of tasks that there are, as far as they know
+        self._ids: list[str] = []  # of tasks that exist, as far as known
         self._held: deque[Task] = deque(maxlen=len(NODES) * PLACES)
         self._completed: deque[str] = deque(maxlen=100)
         self.calls = 0
-        """How many there were."""
+        """Number of calls so far."""
         self.refusals: Counter[str] = Counter()
-        """How many of them were refused, by error."""
+        """Number of refused calls, by error."""
 
     async def begin(self) -> None:
-        """Make the nodes."""
+        """Create the nodes."""
         for node_id in NODES:
             await self._store.add_node(self._node(node_id))
 
     async def work(self, until: int) -> None:
-        """Be one of them, until there were so many calls."""
+        """Run one client, until the given number of calls in all."""
         while self.calls < until:
             self.calls += 1
             [verb] = self._random.choices(self._verbs, cum_weights=self._weights)
@@ -302,7 +302,7 @@ class Users:
         await self._store.remove_node(node_id)
 
     async def interrupt(self) -> None:
-        """Cancel a call somewhere on its way."""
+        """Cancel a call at a random moment."""
         call = asyncio.ensure_future(getattr(self, self._random.choice(INTERRUPTED))())
         for _ in range(self._random.randrange(20)):
             await asyncio.sleep(0)
@@ -351,7 +351,7 @@ class Users:
         return NodeInfo(node_id, "host", available_skills=list(SKILLS), max_concurrent_tasks=PLACES)
 
     async def _id(self) -> str:
-        """Of some live task, nearly always; those of others are forgotten."""
+        """Return the id of some live task, nearly always; finished tasks are forgotten."""
         live = (await self._store.get_state()).tasks
         while self._ids:
             place = self._random.randrange(len(self._ids))

@@ -1,7 +1,7 @@
-"""Values that a program might pass by mistake, or somebody on purpose, by the type that is wanted.
+"""Hostile values by type, as a program may pass them by mistake or on purpose.
 
-What is drawn for a type is mostly of that type and at its edges, often of a neighbouring one (a
-subclass, a bool for an int, a number as text), and sometimes anything at all.
+A value for a type is mostly of that type and near its limits, often of a related type (a subclass,
+a bool for an int, a number as text), and sometimes of any type at all.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ TEXTS = (
     "../../etc/passwd", "a/../b", "C:\\x", "con", "file:x?mode=memory", "pending", "batch", ".",
     "1.", "2026-03-01T12:00:00Z", "5.task-1", "-62135596800000000.x", "99999999999999999999.x",
 )  # fmt: skip
-"""Text that any field might take."""
+"""Text that any field may accept."""
 
 BAD_TEXTS = ("\0", "a\0b", "\\\0", "\ud800", "half \ud83d", "\udc80", "\udfff\ud800")
-"""Text that no database takes."""
+"""Text that no database accepts."""
 
 KNOWN = ("task-1", "task-2", "task-3", "node-1", "node-2", "python", "anna")
-"""Text that means something to the stores."""
+"""Text with a meaning in the stores."""
 
 ZONES: tuple[tzinfo | None, ...] = (
     None, UTC, timezone(timedelta(hours=5, minutes=45)), timezone(timedelta(seconds=-86_399)),
@@ -64,7 +64,7 @@ INTEGERS = (
 )  # fmt: skip
 
 TOO_LONG = 10**5000
-"""A whole number that Python does not make text of."""
+"""An integer that Python refuses to convert to text."""
 
 NUMBERS = (
     0.0, -0.0, 0.5, 1.0, 50.0, 100.0, math.nextafter(100, 101), 0.1 + 0.2, 1e-7, 1e16, 1e300, 1e9,
@@ -74,7 +74,7 @@ NUMBERS = (
 
 
 class Shouted(str):
-    """Text that shows itself otherwise than it is."""
+    """Text with a `str` that differs from its content."""
 
     __slots__ = ()
 
@@ -83,7 +83,7 @@ class Shouted(str):
 
 
 class Liar(str):
-    """Text that says it is short, and has nothing in it."""
+    """Text that claims to be short and to contain no character."""
 
     __slots__ = ()
 
@@ -98,7 +98,7 @@ class Liar(str):
 
 
 class Count(int):
-    """A whole number that shows itself otherwise than it is."""
+    """An integer with a `repr` that differs from its value."""
 
     def __repr__(self) -> str:
         return "many"
@@ -109,7 +109,7 @@ class Figure(float):
 
 
 class Moment(datetime):
-    """A moment of another type, as some libraries have."""
+    """A point in time of another type, as some libraries have."""
 
 
 class Colour(StrEnum):
@@ -127,12 +127,12 @@ class Level(IntEnum):
 
 
 class Other(Enum):
-    """Another enumeration, which is neither."""
+    """Another enumeration, neither of text nor of numbers."""
 
     THING = "thing"
 
 
-Pair = namedtuple("Pair", "first second")  # noqa: PYI024 - it is what some programs pass
+Pair = namedtuple("Pair", "first second")  # noqa: PYI024 - some programs pass them
 
 
 STRANGERS: tuple[Any, ...] = (
@@ -141,7 +141,7 @@ STRANGERS: tuple[Any, ...] = (
     object, object(), NotImplemented, Other.THING, Level.HIGH, Colour.RED, Pair(1, 2), (),
     range(3), ((),), types.MappingProxyType({}), Path("x"), ValueError("x"), sys, iter(()),
 )  # fmt: skip
-"""What hardly anything takes. Nothing in it can be changed by whoever gets it."""
+"""Values that hardly any field accepts, all immutable."""
 
 NO_MEMBERS = (
     Colour.PENDING,
@@ -156,7 +156,7 @@ NO_MEMBERS = (
     GREATEST + 1,
     b"batch",
 )
-"""What is no member of an enumeration of the store, or passes for one."""
+"""Values that are no member of an enumeration of the store, or only look like one."""
 
 OBJECTS: tuple[Any, ...] = (
     {"é": 1, "e\u0301": 2, "E\u0301": 3}, {"ß": 1, "ss": 2, "SS": 3}, {"1": 1, "01": 2, "1.0": 3},
@@ -165,15 +165,15 @@ OBJECTS: tuple[Any, ...] = (
     OrderedDict(b=1, a=2), defaultdict(list, a=[1]), {Shouted("key"): 1}, {Colour.RED: 1}, (), None,
     {"\0": 1}, {"": {"": {"": [{}]}}}, {"\ud800": 1}, {"a": "\udfff"}, "{}", (("a", 1),),
 )  # fmt: skip
-"""JSON objects whose keys are odd, and what is no JSON object."""
+"""JSON objects with odd keys, and values that are no JSON object."""
 
 
 def hints_of(thing: object) -> dict[str, Any]:
-    """How the fields of a class, or the parameters of a function, are annotated."""
+    """Return the annotations of the fields of a class, or of the parameters of a function."""
     return _hints_of(thing)
 
 
-_hints_of = cache(get_type_hints)  # which takes a while
+_hints_of = cache(get_type_hints)  # it is slow
 
 
 _USUAL: Mapping[Any, Any] = {
@@ -193,18 +193,18 @@ _USUAL: Mapping[Any, Any] = {
 
 
 class Values:
-    """Draws values; of the same state of `random`, the same ones."""
+    """Draws values; the same state of `random` gives the same values."""
 
     def __init__(self, random: Random, tasks: Sequence[Task], nodes: Sequence[NodeInfo]) -> None:
         """Draw from `random`.
 
         Args:
-            tasks, nodes: Copies that the caller has got from the store, outdated ones among them.
+            tasks, nodes: Copies that the caller has got from the store, also outdated ones.
         """
         self.random = random
         self._tasks, self._nodes = tasks, nodes
         self.is_large = False
-        """Whether one of them was large."""
+        """True if a drawn value was large."""
         self._by_type: Mapping[Any, Callable[[], Any]] = {
             str: self.text,
             int: self.integer,
@@ -228,10 +228,10 @@ class Values:
         }
 
     def of(self, hint: Any) -> Any:
-        """A value for something that is annotated so.
+        """Draw a value for an annotation.
 
         Raises:
-            LookupError: If nobody has said how.
+            LookupError: If no rule covers the annotation.
         """
         if get_origin(hint) in (Union, types.UnionType):
             hint = self.random.choice(get_args(hint))
@@ -246,7 +246,7 @@ class Values:
         return self.anything() if self.random.random() < 0.08 else draw()
 
     def usual(self, name: str, hint: Any) -> Any:
-        """A value that makes sense for something of that name, annotated so."""
+        """Return a normal value for a parameter of that name and annotation."""
         if get_origin(hint) in (Union, types.UnionType):
             hint = self.random.choice(get_args(hint))
         if hint is str:
@@ -260,14 +260,14 @@ class Values:
         return self.random.choice(list(hint)) if isinstance(hint, EnumType) else self.of(hint)
 
     def some(self, kind: type[Any]) -> dict[str, Any]:
-        """Values for one to three fields of a dataclass."""
+        """Draw values for one to three fields of a dataclass."""
         hints = hints_of(kind)
         names = [field.name for field in fields(kind)]
         chosen = self.random.sample(names, self.random.choice((1, 1, 1, 2, 3)))
         return {name: self.of(hints[name]) for name in chosen}
 
     def anything(self) -> Any:
-        """A value of any type."""
+        """Draw a value of any type."""
         draws = (
             self.text,
             self.integer,
@@ -435,7 +435,7 @@ class Values:
         return self.random.choice((tasks, tasks, tasks, tuple(tasks), iter(tasks), [*tasks, None]))
 
     def change(self, kind: type[Any]) -> Any:
-        """A function that changes a task or node."""
+        """Draw a function that changes a task or node."""
         values = self.some(kind)
 
         def change(item: Any) -> None:
