@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from campaigns.harness.beside import UnreadableError, ask, damage
 from campaigns.harness.campaign import Counts, Location, Run
+from campaigns.harness.direct_access import UnreadableError, fetch, find_damage
 from campaigns.workloads.load import State, content
 from openclaw_store import Database, StoreError
 from openclaw_store.maintenance.verify import verify
@@ -131,14 +131,14 @@ class _Found:
     """All content of a database at one moment.
 
     Raises:
-        UnreadableError: If it cannot be read, or the engine's own checks find damage.
+        UnreadableError: If it cannot be read, or the engine's own checks find find_damage.
         ValueError: If it contains a malformed value.
     """
 
     def __init__(self, location: Location) -> None:
-        if problems := damage(location):
+        if problems := find_damage(location):
             raise UnreadableError(problems)
-        self._tasks, self._nodes, self._feed, [(self._revision,)] = ask(location, *_QUERIES)
+        self._tasks, self._nodes, self._feed, [(self._revision,)] = fetch(location, *_QUERIES)
 
     def tasks(self) -> dict[str, Known]:
         """Return the state of each task that has ever existed."""

@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from campaigns.harness.beside import connect, damage
 from campaigns.harness.campaign import Location
+from campaigns.harness.direct_access import connect, find_damage
 
 SCHEMA_OF_POSTGRESQL = """
 SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
@@ -64,7 +64,7 @@ def look(location: Location) -> Contents:
         found = _look_into_file(location)
     else:
         found = asyncio.run(_look_at_server(location))
-    return found._replace(broken="; ".join(damage(location)[:3]) or None)
+    return found._replace(broken="; ".join(find_damage(location)[:3]) or None)
 
 
 class Reader:

@@ -25,8 +25,8 @@ from typing import Any, Final, NamedTuple
 
 from benchmarks.measure import percentile
 from campaigns.checks.linearizability import Operation, find_violation
-from campaigns.harness.beside import ask
 from campaigns.harness.campaign import Location, Run
+from campaigns.harness.direct_access import fetch
 from campaigns.workloads.caller import TASKS_A_CLAIM
 from campaigns.workloads.specification import (
     ASSIGNED,
@@ -142,7 +142,7 @@ class Evidence:
         run.counts.unknown = sum(one.answer is UNKNOWN for one in asked)
         run.counts.refused = sum(isinstance(one.answer, str) for one in asked)
         run.counts.acknowledged = len(asked) - run.counts.unknown - run.counts.refused
-        feed, tasks = ask(location, _FEED, _TASKS)
+        feed, tasks = fetch(location, _FEED, _TASKS)
         self._feed = [Change(*row) for row in feed]
         self._changes: dict[str, list[Change]] = defaultdict(list)
         """The changes of each task."""

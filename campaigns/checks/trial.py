@@ -28,8 +28,8 @@ from typing import Any
 from unittest import mock
 
 from campaigns.checks.picture import Picture, differences, picture, picture_of
-from campaigns.harness.beside import damage
 from campaigns.harness.campaign import HangError, Run
+from campaigns.harness.direct_access import find_damage
 from campaigns.workloads.calls import PublicCall, Store
 from openclaw_store import (
     ConflictError,
@@ -264,7 +264,7 @@ class Trial:
 
 
 def _is_copy(file: Path, there: Picture) -> bool:
-    return not damage(file) and picture(file).rows["tasks"] == there.rows["tasks"]
+    return not find_damage(file) and picture(file).rows["tasks"] == there.rows["tasks"]
 
 
 def _fail(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
@@ -307,7 +307,7 @@ def look_at_files(run: Run, path: Path, last: Picture, what: str) -> None:
         gc.collect()  # `vfs.hooked` has postponed it
     left = _open_files(path)
     run.check(not left, f"{what}: {left} are still open")
-    for flaw in damage(path):
+    for flaw in find_damage(path):
         run.wrong(f"{what}: {path.name} is damaged: {flaw}")
     try:
         lost = last.differences(picture(path))

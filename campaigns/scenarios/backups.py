@@ -26,8 +26,8 @@ from statistics import median
 from sqlalchemy.exc import DBAPIError
 
 from benchmarks.measure import percentile
-from campaigns.harness.beside import Rows, ask, damage, plain
 from campaigns.harness.campaign import SQLITE, Campaign, Location, Run, within
+from campaigns.harness.direct_access import Rows, driver_url, fetch, find_damage
 from openclaw_store import Database, StateManager, Task, TaskType, verify
 
 WRITERS = 64
@@ -98,9 +98,9 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         while not undisturbed:  # noqa: ASYNC110  # a write ends soon
             await asyncio.sleep(0.01)
     async with writing.resting(), restored(run, copy) as location:
-        found = await asyncio.to_thread(damage, location)
+        found = await asyncio.to_thread(find_damage, location)
         run.check(not found, f"the database says that the copy is damaged: {found}")
-        look(run, await asyncio.to_thread(ask, location, *QUERIES), before, after, writing)
+        look(run, await asyncio.to_thread(fetch, location, *QUERIES), before, after, writing)
         await use(run, location)
     # A small backup may be done before any write ends.
     return percentile(during or undisturbed, 0.99) / percentile(undisturbed, 0.99)
@@ -221,7 +221,7 @@ async def restored(run: Run, copy: Path) -> AsyncIterator[Location]:
         return
     url = await run.server.create_database()
     restoring = await asyncio.create_subprocess_exec(
-        "pg_restore", "--exit-on-error", "--no-owner", f"--dbname={plain(url)}", copy
+        "pg_restore", "--exit-on-error", "--no-owner", f"--dbname={driver_url(url)}", copy
     )
     run.check(await restoring.wait() == 0, "the copy cannot be restored")
     try:

@@ -40,8 +40,8 @@ from unittest.mock import patch
 
 from campaigns.faults.planted import planted
 from campaigns.faults.steps import MANNERS, Ended, Manner, Steps
-from campaigns.harness.beside import Neighbour, neighbour_at
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
+from campaigns.harness.direct_access import SecondClient, connect_client
 from campaigns.workloads.scenes import (
     CALLS,
     NEIGHBOURS,
@@ -151,7 +151,7 @@ class _Pass:
         self.location: Location
         self.target: Location
         self.manager: StateManager
-        self.outside: Neighbour
+        self.outside: SecondClient
 
     async def go(
         self, location: Location, target: Location, plan: Sequence[tuple[str, Manner]]
@@ -159,7 +159,7 @@ class _Pass:
         """Perform a round with each call of the plan."""
         asyncio.get_running_loop().set_exception_handler(self.noise.hear_of_loop)
         self.location, self.target = location, target
-        self.outside = await neighbour_at(location)
+        self.outside = await connect_client(location)
         try:
             async with self.run.opened(StateManager(Database(location), None)) as self.manager:
                 for name, manner in plan:
@@ -284,10 +284,10 @@ class _Pass:
         listed = ", ".join(f"'{id}'" for id in ids)
         rows: Rows = {}
         for table, key in (("tasks", "task_id"), ("nodes", "node_id")):
-            for row in await self.outside.ask(f"SELECT * FROM {table} WHERE {key} IN ({listed})"):
+            for row in await self.outside.fetch(f"SELECT * FROM {table} WHERE {key} IN ({listed})"):
                 rows[table, ids[row[key]]] = _plain(scene, row)
         if call.keeps_feed:
-            for row in await self.outside.ask(
+            for row in await self.outside.fetch(
                 "SELECT item_id, kind, from_status, to_status, node, reason FROM changes "
                 f"WHERE revision > {scene.revision} ORDER BY revision"
             ):
@@ -341,7 +341,7 @@ class _Pass:
         wanted |= {scene.id("third")} if call.is_open else set()
         listed = ", ".join(f"'{id}'" for id in wanted)
         there = "status = 'cancelled' OR task_id NOT LIKE 'ending-%'"
-        found = await self.outside.ask(
+        found = await self.outside.fetch(
             f"SELECT task_id FROM tasks WHERE task_id IN ({listed}) AND ({there})"
         )
         for id in wanted.difference(row["task_id"] for row in found):
@@ -396,17 +396,17 @@ class _Pass:
 
     async def judge_memory(self, where: str) -> None:
         """Check that memory equals the database."""
-        manager, ask = self.manager, self.outside.ask
+        manager, fetch = self.manager, self.outside.fetch
         state, stats = await manager.get_state(), await manager.get_task_stats()
-        [counters] = await ask("SELECT revision FROM counters")
+        [counters] = await fetch("SELECT revision FROM counters")
         here: dict[str, object] = {"revision": manager.version}
         there: dict[str, object] = dict(counters)
         statuses: Counter[str] = Counter()
-        for row in await ask("SELECT * FROM tasks"):
+        for row in await fetch("SELECT * FROM tasks"):
             here[row["task_id"]] = _seen(await manager.get_task(row["task_id"]), row)
             there[row["task_id"]] = _seen(SimpleNamespace(**row), row)
             statuses[row["status"]] += 1
-        for row in await ask("SELECT * FROM nodes"):
+        for row in await fetch("SELECT * FROM nodes"):
             here[row["node_id"]] = _seen(await manager.get_node(row["node_id"]), row)
             there[row["node_id"]] = _seen(SimpleNamespace(**row), row)
         here |= {id: "unknown" for id in {*state.tasks, *state.nodes} if id not in here}
@@ -420,7 +420,9 @@ class _Pass:
         if self.run.kind == POSTGRESQL:
             deadline = time.monotonic() + LEAK_SECONDS
             others = "datname = current_database() AND pid <> pg_backend_pid()"
-            while left := await self.outside.ask(f"SELECT * FROM pg_stat_activity WHERE {others}"):
+            while left := await self.outside.fetch(
+                f"SELECT * FROM pg_stat_activity WHERE {others}"
+            ):
                 if time.monotonic() > deadline:
                     self.run.wrong(f"connections are left: {left}")
                     break

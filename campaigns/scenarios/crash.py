@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from campaigns.harness.beside import wait_until_alone
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
+from campaigns.harness.direct_access import wait_until_alone
 from campaigns.scenarios.workers import Blow, Worker, judge_openings, strike_again_and_again
 
 KILLS_A_DATABASE = 20

@@ -33,8 +33,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, get_args, get_origin
 
-from campaigns.harness.beside import Neighbour, neighbour_at
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run, unheard
+from campaigns.harness.direct_access import SecondClient, connect_client
 from campaigns.workloads.values import Values, hints_of
 from openclaw_store import (
     Backoff,
@@ -177,8 +177,8 @@ def _method(kind: type[Any], name: str, function: Callable[..., Any]) -> Method:
 class PairedStore:
     """A store of one kind, and the objects that its caller has."""
 
-    def __init__(self, location: Location, folder: Path, neighbour: Neighbour) -> None:
-        self.location, self.folder, self.neighbour = location, folder, neighbour
+    def __init__(self, location: Location, folder: Path, client: SecondClient) -> None:
+        self.location, self.folder, self.client = location, folder, client
         self.clock = FakeClock()
         self.tasks: list[Task] = []
         self.nodes: list[NodeInfo] = []
@@ -249,12 +249,12 @@ class PairedStore:
 
     async def note_rows(self) -> bool:
         """Record the rows as they are now; true if they are unchanged."""
-        mark = await self.neighbour.mark()
+        mark = await self.client.mark()
         if mark == self.mark:
             return True
         queries = [f"SELECT * FROM {table} ORDER BY 1" for table in TABLES]
         before, self.mark = self.rows, mark
-        self.rows = [await self.neighbour.ask(query) for query in queries]
+        self.rows = [await self.client.fetch(query) for query in queries]
         return self.rows == before
 
     async def contents(self) -> list[str]:
@@ -407,10 +407,10 @@ async def _use_pair(
     async with AsyncExitStack() as stack:
         stores: list[PairedStore] = []
         for location in (path, url):
-            neighbour = await neighbour_at(location)
-            stack.push_async_callback(neighbour.close)
+            client = await connect_client(location)
+            stack.push_async_callback(client.close)
             folder = path.parent / f"of-{len(stores)}"
-            stores.append(PairedStore(location, folder, neighbour))
+            stores.append(PairedStore(location, folder, client))
             await stack.enter_async_context(stores[-1].manager)
         for number in range(inputs):
             if number % 50 == 0:

@@ -31,8 +31,8 @@ from campaigns.checks.picture import Picture, is_migrated, picture, task_ids
 from campaigns.checks.trial import abandoning, checkpointing, look_at_files, outcome_of, trial_of
 from campaigns.faults import vfs
 from campaigns.faults.planted import planted
-from campaigns.harness.beside import UnreadableError, damage
 from campaigns.harness.campaign import SQLITE, Campaign, Run, unheard
+from campaigns.harness.direct_access import UnreadableError, find_damage
 from campaigns.scenarios.lives import LIVES, NAME, Life, original
 from campaigns.workloads.calls import CALLS, PublicCall
 from openclaw_store import OutcomeUnknownError
@@ -290,7 +290,7 @@ class _Faults:
             with self._copy_of(folder) as copy:  # opening the original would recover it
                 found = task_ids(copy / NAME)
                 run.check(found in (before, after), f"{what}: left {found} of {before}")
-                run.check(not damage(copy / NAME), f"{what}: left a damaged file")
+                run.check(not find_damage(copy / NAME), f"{what}: left a damaged file")
                 left = [name for name in os.listdir(copy) if ".original" in name]
                 may_be = is_migrated(copy / NAME) or refusal is OutcomeUnknownError
                 may_be = may_be or point.is_sticky  # its removal may have failed, too
@@ -328,7 +328,7 @@ class _Faults:
 def _is_whole(file: Path, ids: set[str]) -> bool:
     """Return true if the file contains these tasks; part of a copy may be no database."""
     try:
-        return not damage(file) and task_ids(file) == ids
+        return not find_damage(file) and task_ids(file) == ids
     except UnreadableError:
         return False
 

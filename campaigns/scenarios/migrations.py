@@ -25,8 +25,8 @@ from typing import NamedTuple
 from campaigns.checks.audit import verify_it
 from campaigns.checks.contents import Contents, Reader
 from campaigns.faults.children import Child, Tell
-from campaigns.harness.beside import wait_until_alone
 from campaigns.harness.campaign import SQLITE, Campaign, Location, Run
+from campaigns.harness.direct_access import wait_until_alone
 from campaigns.workloads.filling import NOW, fill, fill_original
 from openclaw_store import Database, StoreError
 from openclaw_store.backends.factory import backend_of

@@ -26,8 +26,8 @@ from unittest.mock import patch
 
 from campaigns.faults.planted import planted
 from campaigns.faults.proxy import FAULTS, MOMENTS, Fault, Proxy
-from campaigns.harness.beside import driver, plain
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, unheard
+from campaigns.harness.direct_access import driver, driver_url
 from campaigns.harness.lateness import TICK_SECONDS, watch_lateness
 from openclaw_store import (
     Database,
@@ -167,7 +167,7 @@ class Lane:
 
     async def fail(self, numbers: Iterator[int]) -> None:
         """Let the network fail, as long as there are numbers left."""
-        self.past = await driver().create_pool(plain(self.url), min_size=1, max_size=2)
+        self.past = await driver().create_pool(driver_url(self.url), min_size=1, max_size=2)
         self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
         self.other = StateManager(Database(self.url), None)
         async with self.past, self.other:

@@ -34,8 +34,8 @@ from typing import Any
 
 import openclaw_store
 from campaigns.faults.children import Child, Tell
-from campaigns.harness.beside import ask, damage
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.harness.direct_access import fetch, find_damage
 from campaigns.workloads.programs import OTHERS, PROGRAMS, Program, limit_life
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskType, verify
 
@@ -214,8 +214,8 @@ def _stored(run: Run, death: _Death) -> set[str]:
     """Return the stored tasks; check the feed and the integrity, too."""
     tasks, counters = "SELECT task_id FROM tasks", "SELECT revision FROM counters"
     feed = "SELECT count(*), max(revision) FROM changes"
-    ids, [(revision,)], [(changes, newest)] = ask(death.location, tasks, counters, feed)
-    found = damage(death.location)
+    ids, [(revision,)], [(changes, newest)] = fetch(death.location, tasks, counters, feed)
+    found = find_damage(death.location)
     run.check(not found, f"{death.name}: {found}")
     in_order = revision == changes == (newest or 0)
     run.check(in_order, f"{death.name}: revision {revision}, {changes} changes up to {newest}")

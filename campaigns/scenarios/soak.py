@@ -25,8 +25,8 @@ from typing import Final, NamedTuple
 from sqlalchemy import text
 
 from campaigns.faults.children import Child, Tell
-from campaigns.harness.beside import ask
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
+from campaigns.harness.direct_access import fetch
 from campaigns.workloads.users import Users
 from openclaw_store import CompactedError, Database, StateManager, verify
 
@@ -146,7 +146,7 @@ def _check_memory(
     run: Run, location: Location, seen: dict[str, dict[str, list[list[object]]]]
 ) -> None:
     """Check that the final memory of both stores equals the database."""
-    for table, answer in zip(_TABLES, ask(location, *_TABLES.values()), strict=True):
+    for table, answer in zip(_TABLES, fetch(location, *_TABLES.values()), strict=True):
         rows = [list(row) for row in answer]
         for store, tables in seen.items():
             remembered = tables.get(table, [])

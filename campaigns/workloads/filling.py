@@ -17,8 +17,8 @@ from pathlib import Path
 from alembic import command
 from alembic.config import Config
 
-from campaigns.harness.beside import connect
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Location
+from campaigns.harness.direct_access import connect
 from campaigns.workloads.originals import make_original
 from openclaw_store.database import migrations
 from openclaw_store.database.types import to_microseconds

@@ -33,18 +33,18 @@ class UnreadableError(Exception):
     """A database cannot be read."""
 
 
-def ask(location: Location, *queries: str) -> list[Rows]:
+def fetch(location: Location, *queries: str) -> list[Rows]:
     """Return the rows of each query, all read in one transaction; not on a running event loop.
 
     Raises:
         UnreadableError: If they cannot be read.
     """
     if isinstance(location, Path):
-        return _ask_file(location, queries)
-    return asyncio.run(_ask_server(location, queries))
+        return _fetch_from_file(location, queries)
+    return asyncio.run(_fetch_from_server(location, queries))
 
 
-def damage(location: Location) -> list[str]:
+def find_damage(location: Location) -> list[str]:
     """List the damage that the database engine finds in its pages and indexes.
 
     SQLite checks a file; amcheck, which is installed for it, checks a database on a server. Do not
@@ -55,9 +55,9 @@ def damage(location: Location) -> list[str]:
     """
     if isinstance(location, Path):
         pragmas = ("PRAGMA integrity_check", "PRAGMA foreign_key_check")
-        found = [row for rows in _ask_file(location, pragmas) for row in rows]
+        found = [row for rows in _fetch_from_file(location, pragmas) for row in rows]
         return [", ".join(map(str, row)) for row in found if row != ("ok",)]
-    return asyncio.run(_damage_on_server(location))
+    return asyncio.run(_find_damage_on_server(location))
 
 
 class _File:
@@ -66,7 +66,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None, timeout=1)
 
-    async def ask(self, query: str) -> list[dict[str, Any]]:
+    async def fetch(self, query: str) -> list[dict[str, Any]]:
         """Return the rows of a query, keyed by column name."""
         cursor = self._connection.execute(query)
         columns = [name for name, *_ in cursor.description]
@@ -74,7 +74,7 @@ class _File:
 
     async def mark(self) -> object:
         """Return a value that changes with each commit."""
-        return await self.ask("PRAGMA data_version")
+        return await self.fetch("PRAGMA data_version")
 
     async def lock(self) -> None:
         """Take the write lock within a second, and release it."""
@@ -91,13 +91,13 @@ class _Server:
     def __init__(self, connection: Any) -> None:
         self._connection = connection
 
-    async def ask(self, query: str) -> list[dict[str, Any]]:
+    async def fetch(self, query: str) -> list[dict[str, Any]]:
         """Return the rows of a query, keyed by column name."""
         return [*map(dict, await self._connection.fetch(query))]
 
     async def mark(self) -> object:
         """Return a value that changes with each commit."""
-        return await self.ask("SELECT pg_snapshot_xmax(pg_current_snapshot())")
+        return await self.fetch("SELECT pg_snapshot_xmax(pg_current_snapshot())")
 
     async def lock(self) -> None:
         """Take the write lock within a second, and release it."""
@@ -109,11 +109,11 @@ class _Server:
         await self._connection.close()
 
 
-Neighbour = _File | _Server
+SecondClient = _File | _Server
 """A second client of a database, which stays connected."""
 
 
-async def neighbour_at(location: Location) -> Neighbour:
+async def connect_client(location: Location) -> SecondClient:
     """Connect a second client to a database."""
     return _File(location) if isinstance(location, Path) else _Server(await connect(location))
 
@@ -132,7 +132,7 @@ def wait_until_alone(location: Location) -> None:
 
 async def connect(url: str) -> Any:
     """Connect to a database on a server with the driver alone."""
-    return await driver().connect(plain(url))
+    return await driver().connect(driver_url(url))
 
 
 def driver() -> Any:
@@ -140,12 +140,12 @@ def driver() -> Any:
     return import_module("asyncpg")
 
 
-def plain(url: str) -> str:
+def driver_url(url: str) -> str:
     """Return the URL in the form that the driver takes."""
     return make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
-def _ask_file(path: Path, queries: Sequence[str]) -> list[Rows]:
+def _fetch_from_file(path: Path, queries: Sequence[str]) -> list[Rows]:
     try:
         with closing(sqlite3.connect(path, isolation_level=None)) as connection:
             connection.execute("BEGIN")
@@ -154,7 +154,7 @@ def _ask_file(path: Path, queries: Sequence[str]) -> list[Rows]:
         raise UnreadableError(repr(error)) from error
 
 
-async def _ask_server(url: str, queries: Sequence[str]) -> list[Rows]:
+async def _fetch_from_server(url: str, queries: Sequence[str]) -> list[Rows]:
     try:
         connection = await connect(url)
         try:
@@ -166,7 +166,7 @@ async def _ask_server(url: str, queries: Sequence[str]) -> list[Rows]:
         raise UnreadableError(repr(error)) from error
 
 
-async def _damage_on_server(url: str) -> list[str]:
+async def _find_damage_on_server(url: str) -> list[str]:
     try:
         connection = await connect(url)
         try:
