@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from campaigns.faults.planted import BUGS
+from campaigns.faults.planted_bugs import BUGS
 from campaigns.harness.campaign import DATABASE_KINDS, POSTGRESQL, Campaign, Run
 from campaigns.harness.results import record, row
 from campaigns.scenarios.catalogue import CAMPAIGNS

@@ -22,7 +22,7 @@ import pytest
 from campaigns.__main__ import main
 from campaigns.faults import vfs
 from campaigns.faults.children import Child, Tell
-from campaigns.faults.planted import BUGS
+from campaigns.faults.planted_bugs import BUGS
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
 from campaigns.scenarios import io
 from campaigns.scenarios.catalogue import CAMPAIGNS

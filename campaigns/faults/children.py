@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import HangError
 
 Tell = Callable[..., None]

@@ -38,7 +38,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.faults.steps import MANNERS, Ended, Manner, Steps
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
 from campaigns.harness.direct_access import SecondClient, connect_client

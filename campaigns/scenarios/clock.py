@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.faults.children import Child, Tell
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import SQLITE, Campaign, HangError, Run, within
 from openclaw_store import (
     Backoff,

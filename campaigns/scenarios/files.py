@@ -45,7 +45,7 @@ from campaigns.checks.trial import (
     trial_of,
 )
 from campaigns.faults import vfs
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import SQLITE, Campaign, Run, unheard
 from campaigns.workloads.calls import CALLS
 from openclaw_store import Database, StateManager, UnavailableError, verify

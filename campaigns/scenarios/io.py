@@ -30,7 +30,7 @@ from unittest import mock
 from campaigns.checks.picture import Picture, is_migrated, picture, task_ids
 from campaigns.checks.trial import abandoning, checkpointing, look_at_files, outcome_of, trial_of
 from campaigns.faults import vfs
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import SQLITE, Campaign, Run, unheard
 from campaigns.harness.direct_access import UnreadableError, find_damage
 from campaigns.scenarios.lives import LIVES, NAME, Life, original

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from campaigns.checks.audit import Log, verify_it
 from campaigns.checks.trial import checkpointing
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.faults.vfs import SYNC, WRITES, SystemCall, hooked, why_not
 from campaigns.harness.campaign import SQLITE, Campaign, Run
 from campaigns.workloads.load import make_nodes, open_store, write

@@ -24,7 +24,7 @@ from random import Random
 from typing import Any, TypeVar
 from unittest.mock import patch
 
-from campaigns.faults.planted import planted
+from campaigns.faults.planted_bugs import planted
 from campaigns.faults.proxy import FAULTS, MOMENTS, Fault, Proxy
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, unheard
 from campaigns.harness.direct_access import driver, driver_url
