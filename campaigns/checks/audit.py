@@ -63,9 +63,9 @@ class Log:
         copy._failures = self._failures  # so that each is reported once
         return copy
 
-    def note(self, said: Sequence[Any]) -> None:
+    def note(self, message: Sequence[Any]) -> None:
         """Record a message of a client."""
-        match said:
+        match message:
             case "calls", client, after, changed:
                 known = {id: (self._changes_of(id) + 1, state) for id, state in after.items()}
                 self._calls[client] = _Unanswered(known, changed)

@@ -191,8 +191,8 @@ class Evidence:
         for revision, writes in self._writes.items():
             change = changes.get(revision)
             for write in writes:
-                told = (write.task_id, write.answer.status, write.answer.node, _cause(write))
-                if change is None or told != (change.id, change.after, change.node, change.cause):
+                sent = (write.task_id, write.answer.status, write.answer.node, _cause(write))
+                if change is None or sent != (change.id, change.after, change.node, change.cause):
                     self._run.lost(f"{write}, which the feed has as {change}")
             if any(write.name not in _MAY_CHANGE_NOTHING for write in writes[1:]):
                 self._run.wrong(f"several writes have the same revision: {writes}")
@@ -240,8 +240,8 @@ class Evidence:
             self._run.check(bool(watched), f"the watcher of {node} received nothing")
             if watched != feed[: len(watched)]:
                 pairs = zip(watched, [*feed, "no more"], strict=False)
-                told, change = next(pair for pair in pairs if pair[0] != pair[1])
-                self._run.wrong(f"the watcher of {node} received {told}; the feed has {change}")
+                sent, change = next(pair for pair in pairs if pair[0] != pair[1])
+                self._run.wrong(f"the watcher of {node} received {sent}; the feed has {change}")
 
     def _check_owners(self) -> None:
         for changes in self._changes.values():

@@ -18,7 +18,7 @@ from typing import Any, Self
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import HangError
 
-Tell = Callable[..., None]
+Send = Callable[..., None]
 """Sends values to the parent at once; a kill never leaves half a message."""
 
 PATIENCE_SECONDS = 300.0
@@ -78,7 +78,7 @@ class Child:
         """The last lines of `errors`."""
         return self._errors.read_text(errors="replace")[-2000:]
 
-    def told(self) -> Iterator[Any]:
+    def messages(self) -> Iterator[Any]:
         """Yield the messages until the process ends: a list of values for each call of `send`.
 
         Raises:
@@ -138,11 +138,11 @@ def main(call: str) -> None:
     output = os.dup(1)
     os.dup2(2, 1)  # output of a library must not mix with messages
 
-    def tell(*values: Any) -> None:
+    def send(*values: Any) -> None:
         os.write(output, json.dumps(values).encode() + b"\n")
 
     with planted(bug):
-        answer = function(tell, *arguments)
+        answer = function(send, *arguments)
         if inspect.iscoroutine(answer):
             asyncio.run(answer)
 

@@ -109,7 +109,7 @@ class _Noise:
 
     def hear_of_loop(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Record an error passed to an event loop."""
-        self.heard.append(f"the loop was told: {context['message']} {context.get('exception')!r}")
+        self.heard.append(f"the loop reported: {context['message']} {context.get('exception')!r}")
 
     def blame(self, run: Run, where: str) -> None:
         """Report the recorded output as a violation by the last call."""

@@ -25,7 +25,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from campaigns.faults.children import Child, Tell
+from campaigns.faults.children import Child, Send
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import SQLITE, Campaign, HangError, Run, within
 from openclaw_store import (
@@ -443,7 +443,7 @@ def perform_on_machine(run: Run) -> None:
             machine.check_tasks()
 
 
-async def work_as(tell: Tell, path: str, name: str) -> None:
+async def work_as(send: Send, path: str, name: str) -> None:
     """Run a node that sends heartbeats, and works on its own tasks."""
     async with StateManager(Database(path), 1) as manager:
         node = NodeInfo(name, name, available_skills=[name], max_concurrent_tasks=4)
@@ -458,9 +458,9 @@ async def work_as(tell: Tell, path: str, name: str) -> None:
             await asyncio.sleep(0.2)
 
 
-async def look_after_nodes(tell: Tell, path: str, name: str) -> None:
+async def look_after_nodes(send: Send, path: str, name: str) -> None:
     """Run the coordinator that finds lost nodes, and a node as well."""
-    working = asyncio.create_task(work_as(tell, path, name))
+    working = asyncio.create_task(work_as(send, path, name))
     async with StateManager(Database(path), 1) as manager:
         while not working.done():
             await manager.recover(timeout_seconds=MACHINE_PATIENCE_SECONDS)

@@ -88,7 +88,7 @@ class _Processes:
 
         def listen() -> None:
             try:
-                for message in child.told():
+                for message in child.messages():
                     self._messages.put((number, message))
             except HangError as hang:
                 self._messages.put((number, hang))

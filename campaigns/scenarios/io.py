@@ -337,7 +337,7 @@ def _is_whole(file: Path, ids: set[str]) -> bool:
 def _python_hooked(fault: Fault) -> Iterator[None]:
     """Pass the system calls of the store itself to the fault, as for a backup."""
 
-    def told(name: str, proceed: Callable[..., Any]) -> Callable[..., Any]:
+    def hooked(name: str, proceed: Callable[..., Any]) -> Callable[..., Any]:
         def call(file: Any, *arguments: Any, **options: Any) -> Any:
             path = f"/proc/self/fd/{file}" if isinstance(file, int) else os.fspath(file)
             error = fault(vfs.SystemCall(name, os.path.realpath(path)))
@@ -350,7 +350,9 @@ def _python_hooked(fault: Fault) -> Iterator[None]:
     names = {"open": "open", "fsync": vfs.SYNC, "unlink": "unlink", "replace": "replace"}
     with ExitStack() as stack:
         for function, name in names.items():
-            stack.enter_context(mock.patch.object(os, function, told(name, getattr(os, function))))
+            stack.enter_context(
+                mock.patch.object(os, function, hooked(name, getattr(os, function)))
+            )
         yield
 
 

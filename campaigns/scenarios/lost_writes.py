@@ -156,14 +156,14 @@ async def _record(location: Path, seed: int) -> Sequence[Event]:
             events.append(Write(path, call.offset, call.data))
         return 0
 
-    def tell(*said: Any) -> None:
-        events.append([*said])
-        if said[0] == "returned" and next(calls) == CALLS_A_RECORD:
+    def send(*message: Any) -> None:
+        events.append([*message])
+        if message[0] == "returned" and next(calls) == CALLS_A_RECORD:
             writing.cancel()
 
     with hooked(hook, location.parent), checkpointing(PAGES_A_CHECKPOINT):
         async with open_store(str(location)) as store:
-            writing = asyncio.create_task(write(store, tell, 0, seed))
+            writing = asyncio.create_task(write(store, send, 0, seed))
             with suppress(asyncio.CancelledError):
                 await writing
             end = len(events)  # later events are not from clients

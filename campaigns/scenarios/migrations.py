@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from campaigns.checks.audit import verify_it
 from campaigns.checks.contents import Contents, Reader
-from campaigns.faults.children import Child, Tell
+from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import SQLITE, Campaign, Location, Run
 from campaigns.harness.direct_access import wait_until_alone
 from campaigns.workloads.filling import NOW, fill, fill_original
@@ -55,7 +55,7 @@ class Work(NamedTuple):
     name: str
     do: Callable[[str], None]
     """Runs it on the database at a location."""
-    child: Callable[[Tell, str], None]
+    child: Callable[[Send, str], None]
     """Runs it in a child process."""
     source: Location
     """The database to copy and migrate."""
@@ -79,13 +79,13 @@ def perform(run: Run) -> None:
         def migrated(
             name: str,
             do: Callable[[str], None],
-            child: Callable[[Tell, str], None],
+            child: Callable[[Send, str], None],
             source: Location,
             after: Contents,
         ) -> Work:
             done = stack.enter_context(run.location(copy_of=source))
             with _child(child, done, run.folder / "errors") as process:
-                _, (_, seconds) = process.told()
+                _, (_, seconds) = process.messages()
             run.counts.acknowledged += 1
             _compare(run, f"after {name}", look(done), after)
             return Work(name, do, child, source, look(source), after, seconds)
@@ -130,25 +130,25 @@ def downgrade(location: str, revision: str = FIRST) -> None:
     migrations.downgrade(backend_of(location, _PATIENCE_SECONDS), revision)
 
 
-def upgrade_child(tell: Tell, location: str) -> None:
+def upgrade_child(send: Send, location: str) -> None:
     """Upgrade; send a message at the begin, and the duration at the end."""
-    _work(tell, location, upgrade)
+    _work(send, location, upgrade)
 
 
-def downgrade_child(tell: Tell, location: str) -> None:
+def downgrade_child(send: Send, location: str) -> None:
     """Downgrade; send a message at the begin, and the duration at the end."""
-    _work(tell, location, downgrade)
+    _work(send, location, downgrade)
 
 
-def _work(tell: Tell, location: str, do: Callable[[str], None]) -> None:
+def _work(send: Send, location: str, do: Callable[[str], None]) -> None:
     # After a connection, no module is left to import that takes longer than the work itself.
     with suppress(UnavailableError):  # another process holds the lock, and imports it
         backend_of(location, _PATIENCE_SECONDS).inspect(lambda connection: None)
     upgrade(":memory:")
-    tell("begins")
+    send("begins")
     began = time.monotonic()
     do(location)
-    tell("done", time.monotonic() - began)
+    send("done", time.monotonic() - began)
 
 
 def _up_down_up(
@@ -179,12 +179,12 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
     errors = run.folder / "errors"
     with run.location(copy_of=work.source) as place:
         with _child(work.child, place, errors) as child:
-            told = child.told()
-            run.check(next(told, None) is not None, f"{what} has not begun: {child.complaint}")
+            messages = child.messages()
+            run.check(next(messages, None) is not None, f"{what} has not begun: {child.complaint}")
             time.sleep(delay)
             child.kill()
             child.wait()
-            is_done = next(told, None) is not None
+            is_done = next(messages, None) is not None
         wait_until_alone(place)
         _count(run, what, work, look(place), is_done=is_done)
         with ExitStack() as stack:
@@ -206,7 +206,7 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
                 _compare(run, f"copied before {what}", look(copy), work.before)
 
 
-def _child(work: Callable[[Tell, str], None], place: Location, errors: Path) -> Child:
+def _child(work: Callable[[Send, str], None], place: Location, errors: Path) -> Child:
     return Child(work, place, errors=errors, patience_seconds=_PATIENCE_SECONDS)
 
 

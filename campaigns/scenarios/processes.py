@@ -33,7 +33,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import openclaw_store
-from campaigns.faults.children import Child, Tell
+from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.harness.direct_access import fetch, find_damage
 from campaigns.workloads.programs import OTHERS, PROGRAMS, Program, limit_life
@@ -65,7 +65,7 @@ ERRORS = {"raises": "CrashError", "is_interrupted": "KeyboardInterrupt"}
 """Errors with a traceback."""
 
 
-def nurse(tell: Tell, folder: str, programs: Sequence[tuple[str, str, int]]) -> None:
+def nurse(send: Send, folder: str, programs: Sequence[tuple[str, str, int]]) -> None:
     """Fork a process for each program, a few at a time, and report how they end.
 
     Args:
@@ -83,19 +83,19 @@ def nurse(tell: Tell, folder: str, programs: Sequence[tuple[str, str, int]]) -> 
             for output in (1, 2):
                 os.dup2(errors, output)
             limit_life()
-            PROGRAMS[name](Program(partial(tell, number), location, Random(seed)))
+            PROGRAMS[name](Program(partial(send, number), location, Random(seed)))
             return  # the interpreter of the fork ends
         os.close(errors)
         running[child] = number
         if len(running) == AT_ONCE:
-            _bury(tell, running)
+            _bury(send, running)
     while running:
-        _bury(tell, running)
+        _bury(send, running)
 
 
-def _bury(tell: Tell, running: dict[int, int]) -> None:
+def _bury(send: Send, running: dict[int, int]) -> None:
     child, status = os.wait()
-    tell(running.pop(child), "ended", os.waitstatus_to_exitcode(status), time.monotonic())
+    send(running.pop(child), "ended", os.waitstatus_to_exitcode(status), time.monotonic())
 
 
 async def _warm_up() -> None:
@@ -158,7 +158,7 @@ def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
         programs = [(one.name, str(one.location), run.random.randrange(2**32)) for one in deaths]
         errors = folder / "errors"
         with Child(nurse, folder, programs, errors=errors, bug=run.bug) as child:
-            for number, what, *values in child.told():
+            for number, what, *values in child.messages():
                 deaths[number].note(what, *values)
             run.check(child.wait() == 0, f"the supervisor ended: {child.complaint}")
         for number, death in enumerate(deaths):

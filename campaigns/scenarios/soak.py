@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from sqlalchemy import text
 
-from campaigns.faults.children import Child, Tell
+from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.harness.direct_access import fetch
 from campaigns.workloads.users import Users
@@ -86,7 +86,7 @@ def perform(run: Run) -> None:
         with Child(
             use, *arguments, errors=errors, bug=run.bug, patience_seconds=SILENT_SECONDS
         ) as child:
-            for message in child.told():
+            for message in child.messages():
                 match message:
                     case ["used", *values]:
                         new = Usage(*values)
@@ -156,7 +156,7 @@ def _check_memory(
     run.check(len(seen) == 2, f"of the two stores, {len(seen)} reported its memory")
 
 
-async def use(tell: Tell, location: str, seed: int, rounds: int, folder: str) -> None:
+async def use(send: Send, location: str, seed: int, rounds: int, folder: str) -> None:
     """Run the process."""
     logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refused calls are expected
     async with _open(location) as store, _open(location) as follower:
@@ -167,15 +167,15 @@ async def use(tell: Tell, location: str, seed: int, rounds: int, folder: str) ->
             for number in range(1, (samples := min(SAMPLES, rounds)) + 1):
                 until = rounds * number // samples * CALLS_A_ROUND
                 await asyncio.gather(*(users.work(until) for _ in range(CALLERS)))
-                tell("used", *await _usage(users.calls, store))
+                send("used", *await _usage(users.calls, store))
             watching.cancel()
-        tell("answered", users.calls - users.refusals.total(), users.refusals)
+        send("answered", users.calls - users.refusals.total(), users.refusals)
         for one in (store, follower):  # changes that are only in memory are written first
             await one.sync_to_database()
         for name, one in (("the store", store), ("its follower", follower)):
-            await _remember(tell, name, one)
+            await _remember(send, name, one)
         for problem in (await verify(store.db)).problems:
-            tell("finding", f"verify: {problem.text}")
+            send("finding", f"verify: {problem.text}")
 
 
 def _open(location: str) -> StateManager:
@@ -210,19 +210,19 @@ def _used_of_the_system() -> tuple[int, int, int]:
     return pages * os.sysconf("SC_PAGE_SIZE"), files, threads
 
 
-async def _remember(tell: Tell, name: str, store: StateManager) -> None:
+async def _remember(send: Send, name: str, store: StateManager) -> None:
     """Send all content of a store's memory, in the form of `_TABLES`."""
     await store.refresh_from_database()
     state, stats = await store.get_state(), await store.get_task_stats()
     for task in state.tasks.values():
-        tell("remembers", name, "tasks", [task.task_id, task.version, task.status])
+        send("remembers", name, "tasks", [task.task_id, task.version, task.status])
     for node in state.nodes.values():
         row = [node.node_id, node.version, node.status, node.running_tasks]
-        tell("remembers", name, "nodes", row)
+        send("remembers", name, "nodes", row)
     for status, count in stats.items():
         if count and status != "total":
-            tell("remembers", name, "counts", [status, count])
-    tell("remembers", name, "version", [state.version])
+            send("remembers", name, "counts", [status, count])
+    send("remembers", name, "version", [state.version])
 
 
 def _why_not() -> str | None:

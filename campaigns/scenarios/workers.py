@@ -17,7 +17,7 @@ from threading import Timer
 from typing import Any, NamedTuple
 
 from campaigns.checks.audit import Log, verify_it
-from campaigns.faults.children import Child, Tell
+from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import Location, Run
 from campaigns.workloads.load import make_nodes, open_store, write
 from devtools.postgres import wait_until
@@ -51,14 +51,14 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
     log, seed, errors = Log(run.counts), run.random.getrandbits(32), run.folder / "errors"
     seconds: list[float] = []
     with Child(breed, location, seed, errors=errors, bug=run.bug) as breeder:
-        said = breeder.told()
-        worker = Worker(run, said)
+        message = breeder.messages()
+        worker = Worker(run, message)
         try:
             seconds.append(worker.open())
             for blow in blows:
                 worker.write(log, blow)
                 blow.mend()
-                worker = Worker(run, said)
+                worker = Worker(run, message)
                 seconds.append(worker.open())
                 log.check(run, location)
                 run.done()
@@ -90,12 +90,12 @@ class Worker:
     """A process that opens the store on request, and then writes on request.
 
     Args:
-        said: Its messages, and those of its successors.
+        message: Its messages, and those of its successors.
     """
 
-    def __init__(self, run: Run, said: Iterator[Any]) -> None:
-        self._run, self._said = run, said
-        [self._pid] = next(said)
+    def __init__(self, run: Run, message: Iterator[Any]) -> None:
+        self._run, self._said = run, message
+        [self._pid] = next(message)
 
     def kill(self) -> None:
         """Kill the worker, if it lives; another one follows."""
@@ -140,13 +140,13 @@ class Worker:
         began = time.monotonic()
         os.kill(self._pid, signal.SIGUSR1)
         try:
-            for said in self._said:
-                if said == ["dead"]:
+            for message in self._said:
+                if message == ["dead"]:
                     break
-                if said == ["stopped"]:
+                if message == ["stopped"]:
                     self.kill()
-                log.note(said)
-                if said[0] == "returned" and striking is None:
+                log.note(message)
+                if message[0] == "returned" and striking is None:
                     striking = Timer(batches * (time.monotonic() - began), blow.strike, [self])
                     striking.start()
             self._run.check(patience.is_alive(), "calls have no answer within a minute")
@@ -157,7 +157,7 @@ class Worker:
         self._run.check(striking is not None, "not a single call has returned")
 
 
-def breed(tell: Tell, location: str, seed: int) -> None:
+def breed(send: Send, location: str, seed: int) -> None:
     """Fork a worker, and after its death another one, without an import of its own."""
     import_module("asyncpg" if "://" in location else "aiosqlite")
     random = Random(seed)
@@ -165,28 +165,28 @@ def breed(tell: Tell, location: str, seed: int) -> None:
         seed = random.getrandbits(32)
         worker = os.fork()
         if not worker:
-            asyncio.run(work(tell, location, generation, seed))
+            asyncio.run(work(send, location, generation, seed))
             return
         _, status = os.waitpid(worker, 0)
-        tell("dead")
+        send("dead")
         if (
             os.waitstatus_to_exitcode(status) != -signal.SIGKILL
         ):  # it has failed, or was the last one
             return
 
 
-async def work(tell: Tell, location: str, generation: int, seed: int) -> None:
+async def work(send: Send, location: str, generation: int, seed: int) -> None:
     """Run a worker; after all clients have stopped, wait for the kill."""
     signalled = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, signalled.set)
-    tell(os.getpid())
+    send(os.getpid())
     await signalled.wait()
     signalled.clear()
     began = time.monotonic()
     store = open_store(location)
     await store.initialize()
-    tell(time.monotonic() - began)
+    send(time.monotonic() - began)
     await signalled.wait()
-    await write(store, tell, generation, seed)
-    tell("stopped")
+    await write(store, send, generation, seed)
+    send("stopped")
     await asyncio.Event().wait()

@@ -14,7 +14,7 @@ from itertools import count
 from random import Random
 from typing import Any, Final
 
-from campaigns.faults.children import Tell
+from campaigns.faults.children import Send
 from campaigns.harness.lateness import watch_lateness
 from campaigns.workloads.specification import NOT_FOUND, Seen
 from openclaw_store import (
@@ -90,14 +90,14 @@ class Caller:
         node: str,
         process: int,
         seed: int,
-        tell: Tell,
+        send: Send,
         ends: asyncio.Event,
     ) -> None:
-        self._store, self._node, self._process, self._tell, self._ends = (
+        self._store, self._node, self._process, self._send, self._ends = (
             store,
             node,
             process,
-            tell,
+            send,
             ends,
         )
         self._random = Random(f"{seed} {process}")
@@ -222,7 +222,7 @@ class Caller:
             changes.append([change.revision, change.item, change.item_id, *kind, change.node])
             is_last = self._ends.is_set() and change.revision >= self._store.version
             if len(changes) == CHANGES_A_LINE or is_last:
-                self._tell("watched", changes)
+                self._send("watched", changes)
                 changes = []
             if is_last:
                 break
@@ -230,7 +230,7 @@ class Caller:
     def be_late(self, due: float, now: float) -> None:
         """Record the begin and end of a long delay of the event loop."""
         if now - due > LATE_SECONDS:
-            self._tell("late", int(due * 1e9), int(now * 1e9))
+            self._send("late", int(due * 1e9), int(now * 1e9))
 
     @contextmanager
     def _asking(
@@ -238,12 +238,12 @@ class Caller:
     ) -> Iterator[Callable[[Any], None]]:
         """Record a call, and its answer or its error."""
         number, answers = next(self._numbers), list[Any]()
-        self._tell("asked", number, time.monotonic_ns(), name, task_id, arguments)
+        self._send("asked", number, time.monotonic_ns(), name, task_id, arguments)
         try:
             yield answers.append
         except (ConflictError, NotFoundError, DeadlineError) as error:
             answers.append(type(error).__name__)
-        self._tell("answered", number, time.monotonic_ns(), *answers)
+        self._send("answered", number, time.monotonic_ns(), *answers)
 
     def _see(self, task: Task | None) -> Seen | None:
         if task is None:
@@ -279,7 +279,7 @@ def _seen(task: Task) -> Seen:
     return Seen(task.version, token, task.status.value, task.assigned_node, task.attempt)
 
 
-async def work(tell: Tell, location: str, node: str, process: int, seed: int, since: int) -> None:
+async def work(send: Send, location: str, node: str, process: int, seed: int, since: int) -> None:
     """Run one of the processes, until SIGTERM.
 
     Args:
@@ -292,7 +292,7 @@ async def work(tell: Tell, location: str, node: str, process: int, seed: int, si
     logging.getLogger("openclaw_store").setLevel(logging.ERROR)  # refused calls are expected
     database = Database(location, timeout=PATIENCE_SECONDS, transaction_timeout=PATIENCE_SECONDS)
     async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
-        caller = Caller(store, node, process, seed, tell, ends)
+        caller = Caller(store, node, process, seed, send, ends)
         async with asyncio.TaskGroup() as group:
             lateness = group.create_task(watch_lateness(caller.be_late))
             await caller.register()

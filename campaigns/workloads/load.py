@@ -13,7 +13,7 @@ from itertools import count
 from random import Random
 from typing import Any
 
-from campaigns.faults.children import Tell
+from campaigns.faults.children import Send
 from campaigns.harness.campaign import Location
 from openclaw_store import (
     BackendError,
@@ -68,7 +68,7 @@ def content(number: int) -> dict[str, Any]:
     }
 
 
-async def write(store: StateManager, tell: Tell, generation: int, seed: int) -> None:
+async def write(store: StateManager, send: Send, generation: int, seed: int) -> None:
     """Let all clients write until none can; a client stops at its first failed call.
 
     Args:
@@ -82,7 +82,7 @@ async def write(store: StateManager, tell: Tell, generation: int, seed: int) -> 
         if task.status not in FINISHED:
             tasks[int(id.split("-")[0])][id] = _state_of(task)
     clients = (
-        _Client(client, store, tell, generation, Random(random.random()), verbs, tasks[client])
+        _Client(client, store, send, generation, Random(random.random()), verbs, tasks[client])
         for client in range(CLIENTS)
     )
     await asyncio.gather(*[client.write() for client in clients])
@@ -103,13 +103,13 @@ class _Client:
         self,
         number: int,
         store: StateManager,
-        tell: Tell,
+        send: Send,
         generation: int,
         random: Random,
         verbs: Mapping[str, int],
         tasks: dict[str, State],
     ) -> None:
-        self._number, self._store, self._tell, self._random = number, store, tell, random
+        self._number, self._store, self._send, self._random = number, store, send, random
         self._node = _node_of(number)
         self._prefix = f"{number}-{generation}"
         self._numbers = count(generation * 100_000 + number)
@@ -126,9 +126,9 @@ class _Client:
         except OutcomeUnknownError:
             pass  # the call stays without an answer
         except BackendError:
-            self._tell("refused", self._number)
+            self._send("refused", self._number)
         except Exception as error:
-            self._tell("failed", self._number, repr(error))
+            self._send("failed", self._number, repr(error))
 
     async def add(self) -> None:
         task = self._new()
@@ -197,10 +197,10 @@ class _Client:
             after: The states of tasks after the call.
             changed: How many of these are changed, if not all; then the call returns their ids.
         """
-        self._tell("calls", self._number, after, len(after) if changed is None else changed)
+        self._send("calls", self._number, after, len(after) if changed is None else changed)
         result = await call
         ids = list(after) if changed is None else result
-        self._tell("returned", self._number, ids)
+        self._send("returned", self._number, ids)
         for id in ids:
             state = after[id]
             if state is None:

@@ -24,7 +24,7 @@ from itertools import count, product
 from random import Random
 from typing import Any
 
-from campaigns.faults.children import Tell
+from campaigns.faults.children import Send
 from openclaw_store import (
     Database,
     NodeInfo,
@@ -43,13 +43,13 @@ class Program:
     """The tools of a program, which report its actions.
 
     Args:
-        tell: Sends a message to the parent.
+        send: Sends a message to the parent.
         location: A migrated, empty database.
         luck: The source of random choices.
     """
 
-    def __init__(self, tell: Tell, location: str, luck: Random) -> None:
-        self.tell, self.location, self.luck = tell, location, luck
+    def __init__(self, send: Send, location: str, luck: Random) -> None:
+        self.send, self.location, self.luck = send, location, luck
         self.numbers = count(1)
         self.going_on: list[asyncio.Future[Any]] = []
         """Work in progress that the program does not wait for."""
@@ -61,9 +61,9 @@ class Program:
     async def add(self, add: Callable[[Task], Awaitable[object]]) -> None:
         """Add a task, and report the acknowledgement."""
         task = self.task()
-        self.tell("trying", task.task_id)
+        self.send("trying", task.task_id)
         await add(task)
-        self.tell("acknowledged", task.task_id)
+        self.send("acknowledged", task.task_id)
 
     async def add_pair(self, database: Database, wait: Callable[[], Awaitable[object]]) -> None:
         """Add two tasks in one transaction; both must exist afterwards, or neither."""
@@ -71,7 +71,7 @@ class Program:
             for half in ("left", "right"):
                 await TaskRepository(tx).create(Task(half, TaskType.BATCH, "t"))
             await wait()
-        self.tell("acknowledged", "left")
+        self.send("acknowledged", "left")
 
     def begin(self, work: Coroutine[Any, Any, Any]) -> None:
         """Start work in the background, which may fail."""
@@ -112,11 +112,11 @@ class Program:
             came = "hangs"
         except Exception as error:
             came = repr(error)
-        self.tell("tried", what, came, wanted or came, time.monotonic() - began)
+        self.send("tried", what, came, wanted or came, time.monotonic() - began)
 
     def leave(self) -> None:
         """Report that the program is about to end."""
-        self.tell("leaving", time.monotonic())
+        self.send("leaving", time.monotonic())
 
 
 async def nothing(program: Program, manager: StateManager) -> None:
@@ -366,7 +366,7 @@ def _fork(program: Program, manager: StateManager) -> None:
             status = 0
         finally:
             os._exit(status)
-    program.tell("child ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    program.send("child ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def forks(program: Program) -> None:
@@ -426,7 +426,7 @@ def has_workers(program: Program) -> None:
         worker = multiprocessing.get_context("fork").Process(target=_work, args=(program, manager))
         worker.start()
         await asyncio.to_thread(worker.join, HANGS_SECONDS)
-        program.tell("child ended", -signal.SIGALRM if worker.exitcode is None else worker.exitcode)
+        program.send("child ended", -signal.SIGALRM if worker.exitcode is None else worker.exitcode)
         await program.works("add_task beside a worker", lambda: program.add(manager.add_task))
         await program.works("shutdown beside a worker", manager.shutdown)
         program.leave()
@@ -448,7 +448,7 @@ def keeps_a_memory(program: Program) -> None:
         worker = multiprocessing.get_context("fork").Process(target=_work, args=(program, manager))
         worker.start()
         await asyncio.to_thread(worker.join, HANGS_SECONDS)
-        program.tell("child ended", worker.exitcode)
+        program.send("child ended", worker.exitcode)
         await program.works("add_task", lambda: manager.add_task(program.task()))
         await program.works("shutdown", manager.shutdown)
         program.leave()
