@@ -10,7 +10,12 @@ from collections.abc import Iterator
 
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
 from campaigns.harness.direct_access import wait_until_alone
-from campaigns.scenarios.workers import Blow, Worker, judge_openings, strike_again_and_again
+from campaigns.scenarios.workers import (
+    Interruption,
+    Worker,
+    check_opening_times,
+    interrupt_repeatedly,
+)
 
 KILLS_A_DATABASE = 20
 """Kills before a new database is begun, since the check of a larger one takes longer."""
@@ -21,19 +26,19 @@ def perform(run: Run) -> None:
     seconds: list[float] = []
     for kills in run.parts(KILLS_A_DATABASE):
         with run.location() as location:
-            seconds += strike_again_and_again(run, location, _blows(run, location, kills))
-    judge_openings(run, seconds)
+            seconds += interrupt_repeatedly(run, location, _interruptions(run, location, kills))
+    check_opening_times(run, seconds)
 
 
-def _blows(run: Run, location: Location, kills: int) -> Iterator[Blow]:
+def _interruptions(run: Run, location: Location, kills: int) -> Iterator[Interruption]:
     """Yield kills of the worker on SQLite; on PostgreSQL, of the worker and the server in turn."""
     for number in range(kills):
         if run.kind == SQLITE:
-            yield Blow(Worker.kill)
+            yield Interruption(Worker.kill)
         elif number % 2:
-            yield Blow(lambda _: run.server.kill(), run.server.start)
+            yield Interruption(lambda _: run.server.kill(), run.server.start)
         else:
-            yield Blow(Worker.kill, lambda: wait_until_alone(location))
+            yield Interruption(Worker.kill, lambda: wait_until_alone(location))
 
 
 CAMPAIGN = Campaign(

@@ -26,7 +26,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from campaigns.harness.campaign import SQLITE, Campaign, Run
-from campaigns.scenarios.workers import Blow, Worker, judge_openings, strike_again_and_again
+from campaigns.scenarios.workers import (
+    Interruption,
+    Worker,
+    check_opening_times,
+    interrupt_repeatedly,
+)
 from openclaw_store.testing import create_database
 
 CUTS_A_DISK = 20
@@ -87,21 +92,21 @@ def perform(run: Run) -> None:
         with new_disk(run.folder) as disk:
             location = disk.folder / "cluster.db"
             create_database(location)
-            seconds += strike_again_and_again(run, location, [_cut_of(disk)] * cuts)
-    judge_openings(run, seconds)
+            seconds += interrupt_repeatedly(run, location, [_cut_of(disk)] * cuts)
+    check_opening_times(run, seconds)
 
 
-def _cut_of(disk: Disk) -> Blow:
-    def strike(worker: Worker) -> None:
+def _cut_of(disk: Disk) -> Interruption:
+    def interrupt(worker: Worker) -> None:
         worker.stop()
         disk.cut()
         worker.kill()
 
-    def mend() -> None:
+    def repair() -> None:
         disk.unmount()
         disk.mount()
 
-    return Blow(strike, mend)
+    return Interruption(interrupt, repair)
 
 
 @cache

@@ -32,16 +32,18 @@ PATIENCE_SECONDS = 60.0
 """Seconds within which all clients must stop."""
 
 
-class Blow(NamedTuple):
+class Interruption(NamedTuple):
     """An interruption of a worker, or of a resource that it needs."""
 
-    strike: Callable[[Worker], None]
+    interrupt: Callable[[Worker], None]
     """Interrupts it."""
-    mend: Callable[[], None] = lambda: None
+    repair: Callable[[], None] = lambda: None
     """Makes it possible to open the store again, after the worker has died."""
 
 
-def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) -> list[float]:
+def interrupt_repeatedly(
+    run: Run, location: Location, interruptions: Iterable[Interruption]
+) -> list[float]:
     """Let workers write to an empty database, interrupt each, and check the database.
 
     Returns:
@@ -50,20 +52,20 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
     asyncio.run(make_nodes(location))
     log, seed, errors = Log(run.counts), run.random.getrandbits(32), run.folder / "errors"
     seconds: list[float] = []
-    with Child(breed, location, seed, errors=errors, bug=run.bug) as breeder:
-        message = breeder.messages()
-        worker = Worker(run, message)
+    with Child(spawn, location, seed, errors=errors, bug=run.bug) as spawner:
+        messages = spawner.messages()
+        worker = Worker(run, messages)
         try:
             seconds.append(worker.open())
-            for blow in blows:
-                worker.write(log, blow)
-                blow.mend()
-                worker = Worker(run, message)
+            for interruption in interruptions:
+                worker.write(log, interruption)
+                interruption.repair()
+                worker = Worker(run, messages)
                 seconds.append(worker.open())
                 log.check(run, location)
                 run.done()
         except NotOpenError:
-            run.wrong(f"the store cannot be opened: {breeder.complaint}")
+            run.wrong(f"the store cannot be opened: {spawner.complaint}")
             return seconds
         finally:
             worker.end()
@@ -71,7 +73,7 @@ def strike_again_and_again(run: Run, location: Location, blows: Iterable[Blow]) 
     return seconds
 
 
-def judge_openings(run: Run, seconds: Sequence[float]) -> None:
+def check_opening_times(run: Run, seconds: Sequence[float]) -> None:
     """Record the opening times of the store, and check that they were mostly short."""
     if not seconds:  # it was never open, which is reported already
         return
@@ -90,12 +92,12 @@ class Worker:
     """A process that opens the store on request, and then writes on request.
 
     Args:
-        message: Its messages, and those of its successors.
+        messages: Its messages, and those of its successors.
     """
 
-    def __init__(self, run: Run, message: Iterator[Any]) -> None:
-        self._run, self._said = run, message
-        [self._pid] = next(message)
+    def __init__(self, run: Run, messages: Iterator[Any]) -> None:
+        self._run, self._messages = run, messages
+        [self._pid] = next(messages)
 
     def kill(self) -> None:
         """Kill the worker, if it lives; another one follows."""
@@ -116,7 +118,7 @@ class Worker:
         """End the last worker, and wait until it is gone."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGTERM)
-        for _ in self._said:
+        for _ in self._messages:
             pass
 
     def open(self) -> float:
@@ -126,38 +128,40 @@ class Worker:
             NotOpenError: If it cannot.
         """
         os.kill(self._pid, signal.SIGUSR1)
-        [seconds] = next(self._said)
+        [seconds] = next(self._messages)
         if seconds == "dead":
             raise NotOpenError
         return float(seconds)
 
-    def write(self, log: Log, blow: Blow) -> None:
+    def write(self, log: Log, interruption: Interruption) -> None:
         """Let the clients write, until the interruption has come and the worker is dead."""
         batches = self._run.random.uniform(0, MOST_BATCHES)
-        striking: Timer | None = None
+        interrupting: Timer | None = None
         patience = Timer(PATIENCE_SECONDS, self.kill)
         patience.start()
         began = time.monotonic()
         os.kill(self._pid, signal.SIGUSR1)
         try:
-            for message in self._said:
+            for message in self._messages:
                 if message == ["dead"]:
                     break
                 if message == ["stopped"]:
                     self.kill()
                 log.note(message)
-                if message[0] == "returned" and striking is None:
-                    striking = Timer(batches * (time.monotonic() - began), blow.strike, [self])
-                    striking.start()
+                if message[0] == "returned" and interrupting is None:
+                    interrupting = Timer(
+                        batches * (time.monotonic() - began), interruption.interrupt, [self]
+                    )
+                    interrupting.start()
             self._run.check(patience.is_alive(), "calls have no answer within a minute")
         finally:
             patience.cancel()
-            if striking is not None:
-                striking.join()
-        self._run.check(striking is not None, "not a single call has returned")
+            if interrupting is not None:
+                interrupting.join()
+        self._run.check(interrupting is not None, "not a single call has returned")
 
 
-def breed(send: Send, location: str, seed: int) -> None:
+def spawn(send: Send, location: str, seed: int) -> None:
     """Fork a worker, and after its death another one, without an import of its own."""
     import_module("asyncpg" if "://" in location else "aiosqlite")
     random = Random(seed)
