@@ -1,7 +1,7 @@
 """Every public coroutine, cancelled at every step of the event loop.
 
 A call is made again and again, each time on new tasks and nodes, and is cancelled at a different
-step each time (see `faults/steps.py`): by `Task.cancel`, by three of them in a row, by an
+step each time (see `faults/cancellation.py`): by `Task.cancel`, by three of them in a row, by an
 `asyncio.timeout` around it, and by the failure of a sibling in its `TaskGroup`. Concurrent callers
 write at the same moment, mostly in the same batch. These conditions must hold:
 
@@ -38,8 +38,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+from campaigns.faults.cancellation import CANCEL_MODES, CallEnd, CancelMode, Steps
 from campaigns.faults.planted_bugs import planted
-from campaigns.faults.steps import MANNERS, Ended, Manner, Steps
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
 from campaigns.harness.direct_access import SecondClient, connect_client
 from campaigns.workloads.scenes import (
@@ -126,8 +126,8 @@ class _Book:
         """Number of steps of each call without a cancellation."""
         self.effects: dict[str, tuple[Rows, Rows]] = {}
         """The rows before and after each call."""
-        self.rounds: Counter[tuple[str, Manner]] = Counter()
-        self.cancelled: set[tuple[str, Manner, int]] = set()
+        self.rounds: Counter[tuple[str, CancelMode]] = Counter()
+        self.cancelled: set[tuple[str, CancelMode, int]] = set()
         self.numbers = count(1)
         """Numbers of fixtures."""
         self.slowest = 0.0
@@ -137,7 +137,7 @@ class _Book:
         """Return the number of rounds that cancel a call at each of its steps."""
         return -(-self.steps.get(name, 1) // STEPS_A_ROUND)
 
-    def sweeps(self, pair: tuple[str, Manner]) -> int:
+    def sweeps(self, pair: tuple[str, CancelMode]) -> int:
         """Return how often all steps of a call were tried."""
         return self.rounds[pair] // self.stride(pair[0])
 
@@ -154,7 +154,7 @@ class _Pass:
         self.outside: SecondClient
 
     async def go(
-        self, location: Location, target: Location, plan: Sequence[tuple[str, Manner]]
+        self, location: Location, target: Location, plan: Sequence[tuple[str, CancelMode]]
     ) -> None:
         """Perform a round with each call of the plan."""
         asyncio.get_running_loop().set_exception_handler(self.noise.hear_of_loop)
@@ -162,8 +162,8 @@ class _Pass:
         self.outside = await connect_client(location)
         try:
             async with self.run.opened(StateManager(Database(location), None)) as self.manager:
-                for name, manner in plan:
-                    await self.round(name, manner)
+                for name, mode in plan:
+                    await self.round(name, mode)
                     self.run.done()
                     if self.is_found():
                         return
@@ -179,18 +179,18 @@ class _Pass:
         """True if a planted bug is to be found, and there is a finding."""
         return bool(self.run.bug and self.run.findings)
 
-    async def round(self, name: str, manner: Manner) -> None:
+    async def round(self, name: str, mode: CancelMode) -> None:
         """Cancel a call at some of its steps; several rounds cover all of them."""
         call, book = CALLS[name], self.book
         if name not in book.effects:
             await within(self.learn(name, call), f"{name}, not cancelled")
         steps, stride = book.steps[name], book.stride(name)
-        first = 1 + (book.rounds[name, manner] + self.run.seed) % stride
-        book.rounds[name, manner] += 1
+        first = 1 + (book.rounds[name, mode] + self.run.seed) % stride
+        book.rounds[name, mode] += 1
         for at in range(first, steps + 1, stride):
-            where = f"{name}, {manner.__name__} at step {at}"
-            if await self.cancel(name, call, manner, at, where):
-                book.cancelled.add((name, manner, at))
+            where = f"{name}, {mode.__name__} at step {at}"
+            if await self.cancel(name, call, mode, at, where):
+                book.cancelled.add((name, mode, at))
             if self.is_found():
                 return
 
@@ -202,7 +202,7 @@ class _Pass:
         before = await self.rows(scene, call)
         if call.before is hold_unsaved:
             scene = await self.prepare(call)
-        ended, writes = await self.attempt(call, scene, MANNERS[0], 0)
+        ended, writes = await self.attempt(call, scene, CANCEL_MODES[0], 0)
         await asyncio.gather(*writes)
         if ended.error is not None:
             raise ended.error
@@ -211,8 +211,8 @@ class _Pass:
         self.book.effects[name] = before, await self.rows(scene, call)
 
     async def attempt(
-        self, call: Call, scene: Scene, manner: Manner, at: int
-    ) -> tuple[Ended, Sequence[asyncio.Future[Any]]]:
+        self, call: Call, scene: Scene, mode: CancelMode, at: int
+    ) -> tuple[CallEnd, Sequence[asyncio.Future[Any]]]:
         """Make a call, cancel it at a step, and return its end and the concurrent writes."""
         loop = asyncio.get_running_loop()
         writes: list[asyncio.Future[Any]] = []
@@ -228,13 +228,13 @@ class _Pass:
             loop.call_soon(begin, self.manager.task_repo.create(scene.task("second")))
             return _made(call, scene)
 
-        return await manner(make, self.steps, at), writes
+        return await mode(make, self.steps, at), writes
 
-    async def cancel(self, name: str, call: Call, manner: Manner, at: int, where: str) -> bool:
+    async def cancel(self, name: str, call: Call, mode: CancelMode, at: int, where: str) -> bool:
         """Cancel a call beside concurrent writes, and check all; true if it was cancelled."""
         scene = await self.prepare(call)
         tasks = asyncio.all_tasks()
-        ended, writes = await _within(self.attempt(call, scene, manner, at), where)
+        ended, writes = await _within(self.attempt(call, scene, mode, at), where)
         rows, memory = await self.rows(scene, call), await self.memory(scene)
         self.judge_end(ended, where)
         await self.judge_neighbours(call, scene, writes, where)
@@ -310,7 +310,7 @@ class _Pass:
                     found[kind, role] = {"version": item.version, "status": item.status}
         return found
 
-    def judge_end(self, ended: Ended, where: str) -> None:
+    def judge_end(self, ended: CallEnd, where: str) -> None:
         """Check that the call ended with its cancellation, or because it was done."""
         counts = self.run.counts
         if ended.is_cancelled:
@@ -369,7 +369,7 @@ class _Pass:
             await asyncio.sleep(0.0005)
 
     async def judge_outcome(
-        self, name: str, scene: Scene, ended: Ended, rows: Rows, where: str
+        self, name: str, scene: Scene, ended: CallEnd, rows: Rows, where: str
     ) -> None:
         """Check that the call has changed nothing, or all that it should."""
         call, (without, whole) = CALLS[name], self.book.effects[name]
@@ -480,10 +480,10 @@ def perform(run: Run) -> None:
         done = 0
         for number in count():
             pairs = [
-                (name, MANNERS[(number + place) % len(MANNERS)])
+                (name, CANCEL_MODES[(number + place) % len(CANCEL_MODES)])
                 for place, name in enumerate(sorted(CALLS))
             ]
-            fewest = min(map(book.sweeps, product(CALLS, MANNERS)))
+            fewest = min(map(book.sweeps, product(CALLS, CANCEL_MODES)))
             plan = [pair for pair in pairs if book.sweeps(pair) == fewest]
             plan *= len(pairs) // max(
                 1, len(plan)
@@ -495,18 +495,20 @@ def perform(run: Run) -> None:
             if plan := plan[: run.rounds - done]:
                 _make_pass(run, book, noise, plan)
                 done += len(plan)
-            steps = len(MANNERS) * sum(book.steps.values())
+            steps = len(CANCEL_MODES) * sum(book.steps.values())
             run.notes["cancelled"] = f"at {len(book.cancelled):,} of about {steps:,} steps"
-            swept = sum(book.sweeps(pair) > 0 for pair in product(CALLS, MANNERS))
+            swept = sum(book.sweeps(pair) > 0 for pair in product(CALLS, CANCEL_MODES))
             run.notes["tried at all steps"] = (
-                f"{swept} of {len(CALLS) * len(MANNERS)} calls and ways"
+                f"{swept} of {len(CALLS) * len(CANCEL_MODES)} calls and ways"
             )
             run.notes["slowest next write"] = f"{book.slowest:.3f} s"
             if done == run.rounds or (run.bug and run.findings):
                 break
 
 
-def _make_pass(run: Run, book: _Book, noise: _Noise, plan: Sequence[tuple[str, Manner]]) -> None:
+def _make_pass(
+    run: Run, book: _Book, noise: _Noise, plan: Sequence[tuple[str, CancelMode]]
+) -> None:
     threads = set(threading.enumerate())
     with run.location() as location, run.location() as target:
         steps = Steps(run.random)

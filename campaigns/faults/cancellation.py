@@ -26,9 +26,9 @@ Make = Callable[[], Coroutine[Any, Any, Any]]
 class Steps(DefaultSelector):
     """A selector for an event loop that counts its steps and runs a callback at some of them."""
 
-    def __init__(self, luck: Random) -> None:
+    def __init__(self, random: Random) -> None:
         super().__init__()
-        self._luck = luck
+        self._luck = random
         self.passed = 0
         """Number of steps since the last `set`."""
         self._at: tuple[int, ...] = ()
@@ -64,7 +64,7 @@ class Steps(DefaultSelector):
 
 
 @dataclass
-class Ended:
+class CallEnd:
     """The end of a call."""
 
     steps: int
@@ -80,17 +80,17 @@ class _SiblingError(Exception):
     """Fails a group of tasks."""
 
 
-async def cancelled_once(make: Make, steps: Steps, at: int) -> Ended:
+async def cancelled_once(make: Make, steps: Steps, at: int) -> CallEnd:
     """Cancel the task of the call."""
     return await _cancelled(make, steps, at)
 
 
-async def cancelled_again(make: Make, steps: Steps, at: int) -> Ended:
+async def cancelled_again(make: Make, steps: Steps, at: int) -> CallEnd:
     """Cancel the task of the call, and twice more while it ends."""
     return await _cancelled(make, steps, at, at + 1, at + 2)
 
 
-async def _cancelled(make: Make, steps: Steps, *at: int) -> Ended:
+async def _cancelled(make: Make, steps: Steps, *at: int) -> CallEnd:
     task = asyncio.ensure_future(make())
     asked = False
 
@@ -105,9 +105,9 @@ async def _cancelled(make: Make, steps: Steps, *at: int) -> Ended:
     return ended
 
 
-async def timed_out(make: Make, steps: Steps, at: int) -> Ended:
+async def timed_out(make: Make, steps: Steps, at: int) -> CallEnd:
     """Let an `asyncio.timeout` around the call expire."""
-    inner = Ended(0)
+    inner = CallEnd(0)
 
     async def limited() -> None:
         async with asyncio.timeout(None) as limit:
@@ -134,7 +134,7 @@ async def timed_out(make: Make, steps: Steps, at: int) -> Ended:
     return inner
 
 
-async def group_failed(make: Make, steps: Steps, at: int) -> Ended:
+async def group_failed(make: Make, steps: Steps, at: int) -> CallEnd:
     """Let a sibling in the `TaskGroup` of the call fail."""
     failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -142,7 +142,7 @@ async def group_failed(make: Make, steps: Steps, at: int) -> Ended:
         if not failing.done():
             failing.set_exception(_SiblingError())
 
-    inner = Ended(0)
+    inner = CallEnd(0)
 
     async def call() -> None:
         try:
@@ -178,9 +178,9 @@ async def wait_for(future: asyncio.Future[None]) -> None:
     await future
 
 
-async def _end_of(task: asyncio.Future[Any], steps: Steps) -> Ended:
+async def _end_of(task: asyncio.Future[Any], steps: Steps) -> CallEnd:
     await asyncio.wait([task])
-    ended = Ended(steps.passed)
+    ended = CallEnd(steps.passed)
     steps.set()
     if task.cancelled():
         ended.is_cancelled = True
@@ -189,7 +189,7 @@ async def _end_of(task: asyncio.Future[Any], steps: Steps) -> Ended:
     return ended
 
 
-Manner = Callable[[Make, Steps, int], Coroutine[Any, Any, Ended]]
+CancelMode = Callable[[Make, Steps, int], Coroutine[Any, Any, CallEnd]]
 
-MANNERS: tuple[Manner, ...] = (cancelled_once, cancelled_again, timed_out, group_failed)
+CANCEL_MODES: tuple[CancelMode, ...] = (cancelled_once, cancelled_again, timed_out, group_failed)
 """All ways to cancel a call."""
