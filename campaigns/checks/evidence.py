@@ -43,7 +43,7 @@ FRESH_SECONDS = 0.1
 the reader's event loop is subtracted: a busy machine adds to it without limit.
 """
 
-LATE_SECONDS = 10.0
+STALE_SECONDS = 10.0
 """Maximum age of any read from memory, in seconds."""
 
 _TELL_REVISION: Final = ("add", "update", "change", "claim", "start", "complete", "fail")
@@ -87,7 +87,7 @@ class Process:
     node: str
     asked: dict[int, Asked] = field(default_factory=dict)
     watched: list[list[Any]] = field(default_factory=list)
-    late: list[tuple[int, int]] = field(default_factory=list)
+    delays: list[tuple[int, int]] = field(default_factory=list)
     """The begin and end of each delay of its event loop."""
     is_killed: bool = False
     ended: int = 0
@@ -98,9 +98,9 @@ class Process:
         """The time at which it had opened the store."""
         return next((one.invoked for one in self.asked.values()), 0)
 
-    def lateness(self, since: int, until: int) -> int:
+    def delay(self, since: int, until: int) -> int:
         """Return the delay of its event loop within a period."""
-        return sum(max(0, min(now, until) - max(due, since)) for due, now in self.late)
+        return sum(max(0, min(now, until) - max(due, since)) for due, now in self.delays)
 
 
 class Change(NamedTuple):
@@ -275,14 +275,14 @@ class Evidence:
                             since = max(missed.returned or 0, process.opened)
                         age = max(0, look.invoked - since)
                         ages.append(age / 1e9)
-                        own_ages.append((age and age - process.lateness(since, look.invoked)) / 1e9)
+                        own_ages.append((age and age - process.delay(since, look.invoked)) / 1e9)
         p99, own_p99 = percentile(ages, 0.99), percentile(own_ages, 0.99)
         oldest = max(ages)
         self._run.notes["age of reads from memory: p99"] = (
-            f"{p99 * 1e3:.0f} ms, {own_p99 * 1e3:.0f} ms without the lateness of event loops,"
+            f"{p99 * 1e3:.0f} ms, {own_p99 * 1e3:.0f} ms without the delay of event loops,"
             f" at most {oldest * 1e3:.0f} ms"
         )
-        self._run.check(oldest < LATE_SECONDS, f"a read from memory was {oldest:.0f} s old")
+        self._run.check(oldest < STALE_SECONDS, f"a read from memory was {oldest:.0f} s old")
         is_fresh = self._run.is_quick or own_p99 < FRESH_SECONDS
         self._run.check(is_fresh, f"reads from memory are {own_p99 * 1e3:.0f} ms old")
 

@@ -55,7 +55,7 @@ async def within(work: Awaitable[T], what: str, seconds: float = 60) -> T:
 
 
 @contextmanager
-def unheard(*names: str) -> Iterator[None]:
+def silenced(*names: str) -> Iterator[None]:
     """Silence loggers during faults that make them log all the time."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]

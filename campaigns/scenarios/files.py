@@ -46,7 +46,7 @@ from campaigns.checks.trial import (
 )
 from campaigns.faults import vfs
 from campaigns.faults.planted_bugs import planted
-from campaigns.harness.campaign import SQLITE, Campaign, Run, unheard
+from campaigns.harness.campaign import SQLITE, Campaign, Run, silenced
 from campaigns.workloads.calls import CALLS
 from openclaw_store import Database, StateManager, UnavailableError, verify
 from openclaw_store.testing import FakeClock, TaskFactory
@@ -199,7 +199,11 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
 def perform(run: Run) -> None:
     """In each round, make one call during a fault, or open damaged files once."""
-    with unheard("openclaw_store"), planted(run.bug), vfs.hooked(disk := FailingDisk(), run.folder):
+    with (
+        silenced("openclaw_store"),
+        planted(run.bug),
+        vfs.hooked(disk := FailingDisk(), run.folder),
+    ):
         _Files(run, disk).perform()
 
 

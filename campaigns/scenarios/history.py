@@ -108,8 +108,8 @@ class _Processes:
                 self._answered += 1
                 if self._answered <= self._wanted and self._answered % CALLS_A_ROUND == 0:
                     self._run.done()
-            case ["late", due, now]:
-                process.late.append((due, now))
+            case ["delayed", due, now]:
+                process.delays.append((due, now))
             case ["watched", changes]:
                 process.watched += changes
         if process.is_killed:

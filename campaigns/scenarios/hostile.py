@@ -33,7 +33,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, get_args, get_origin
 
-from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run, unheard
+from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run, silenced
 from campaigns.harness.direct_access import SecondClient, connect_client
 from campaigns.workloads.values import Values, hints_of
 from openclaw_store import (
@@ -386,7 +386,7 @@ def perform(run: Run) -> None:
     """Make so many calls, some hundreds of them to each pair of stores."""
     known, template, done = methods(), run.folder / "template.db", 0
     create_database(template)
-    with unheard("openclaw_store"):
+    with silenced("openclaw_store"):
         while done < run.rounds:
             folder = run.folder / "pair"
             folder.mkdir()

@@ -31,7 +31,7 @@ from campaigns.checks.picture import Picture, is_migrated, picture, task_ids
 from campaigns.checks.trial import abandoning, checkpointing, look_at_files, outcome_of, trial_of
 from campaigns.faults import vfs
 from campaigns.faults.planted_bugs import planted
-from campaigns.harness.campaign import SQLITE, Campaign, Run, unheard
+from campaigns.harness.campaign import SQLITE, Campaign, Run, silenced
 from campaigns.harness.direct_access import UnreadableError, find_damage
 from campaigns.scenarios.lives import LIVES, NAME, Life, original
 from campaigns.workloads.calls import CALLS, PublicCall
@@ -157,7 +157,7 @@ class Sweep:
 def perform(run: Run) -> None:
     """Try fault points, some of each sweep in turn, until the rounds are used up."""
     with (
-        unheard("openclaw_store"),
+        silenced("openclaw_store"),
         planted(run.bug),
         vfs.hooked(fault := Fault(), run.folder),
         _python_hooked(fault),

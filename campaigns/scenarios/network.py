@@ -26,9 +26,9 @@ from unittest.mock import patch
 
 from campaigns.faults.planted_bugs import planted
 from campaigns.faults.proxy import FAULTS, MOMENTS, Fault, Proxy
-from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, unheard
+from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, silenced
 from campaigns.harness.direct_access import driver, driver_url
-from campaigns.harness.lateness import TICK_SECONDS, watch_lateness
+from campaigns.harness.loop_delay import TICK_SECONDS, watch_loop_delay
 from openclaw_store import (
     Database,
     NodeInfo,
@@ -87,7 +87,7 @@ def perform(run: Run) -> None:
     lanes = min(LANES, run.rounds)
     with ExitStack() as stack:
         stack.enter_context(hurried())
-        stack.enter_context(unheard("openclaw_store", "sqlalchemy"))
+        stack.enter_context(silenced("openclaw_store", "sqlalchemy"))
         stack.enter_context(planted(run.bug))
         urls = [str(stack.enter_context(run.location())) for _ in range(lanes)]
         asyncio.run(fail_side_by_side(run, urls))
@@ -108,12 +108,12 @@ def hurried() -> Iterator[None]:
 
 async def fail_side_by_side(run: Run, urls: list[str]) -> None:
     """Distribute the faults over the lanes."""
-    stall = Stall()
-    watching = asyncio.create_task(watch_lateness(stall.note))
+    delay = LoopDelay()
+    watching = asyncio.create_task(watch_loop_delay(delay.note))
     numbers = iter(range(run.rounds))
 
     async def fail_again_and_again(name: int, url: str) -> None:
-        lane = Lane(run, stall, Random(f"{run.seed} {name}"), url)
+        lane = Lane(run, delay, Random(f"{run.seed} {name}"), url)
         async with Proxy(url) as lane.proxy:
             await lane.fail(numbers)
 
@@ -123,34 +123,34 @@ async def fail_side_by_side(run: Run, urls: list[str]) -> None:
                 group.create_task(fail_again_and_again(name, url))
     finally:
         watching.cancel()
-    run.notes["slowest answer"] = f"{stall.slowest_answer:.2f} s"
+    run.notes["slowest answer"] = f"{delay.slowest_answer:.2f} s"
 
 
-class Stall:
+class LoopDelay:
     """The delays of this event loop, which are not the store's."""
 
     def __init__(self) -> None:
         self.slowest_answer = 0.0
         """Seconds of the slowest answer."""
         self._next = time.monotonic()
-        self._late: deque[tuple[float, float]] = deque(maxlen=1000)
+        self._delays: deque[tuple[float, float]] = deque(maxlen=1000)
 
     def note(self, due: float, now: float) -> None:
         """Record the begin and end of a delay."""
-        self._late.append((due, now))
+        self._delays.append((due, now))
         self._next = now + TICK_SECONDS
 
     def since(self, moment: float) -> float:
         """Return the total delay since a moment."""
-        late = sum(now - due for due, now in self._late if now >= moment)
+        late = sum(now - due for due, now in self._delays if now >= moment)
         return late + max(0.0, time.monotonic() - self._next)
 
 
 class Lane:
     """A network, and its callers."""
 
-    def __init__(self, run: Run, stall: Stall, random: Random, url: str) -> None:
-        self.run, self.stall, self.random, self.url = run, stall, random, url
+    def __init__(self, run: Run, delay: LoopDelay, random: Random, url: str) -> None:
+        self.run, self.delay, self.random, self.url = run, delay, random, url
         self.proxy: Proxy
         self.manager: StateManager
         self.other: StateManager
@@ -449,8 +449,8 @@ class Caller:
             await asyncio.sleep(0.01)
 
     def look_at_clock(self, began: float, error: Exception | None) -> None:
-        took = time.monotonic() - began - self.lane.stall.since(began)
-        self.lane.stall.slowest_answer = max(self.lane.stall.slowest_answer, took)
+        took = time.monotonic() - began - self.lane.delay.since(began)
+        self.lane.delay.slowest_answer = max(self.lane.delay.slowest_answer, took)
         if took > DEADLINE_SECONDS + LEEWAY_SECONDS:
             self.run.wrong(f"an answer took {took:.2f} s: {error!r}")
 

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, Final
 
 from campaigns.faults.children import Send
-from campaigns.harness.lateness import watch_lateness
+from campaigns.harness.loop_delay import watch_loop_delay
 from campaigns.workloads.specification import NOT_FOUND, Seen
 from openclaw_store import (
     ConflictError,
@@ -51,7 +51,7 @@ TASKS_A_CLAIM = 2
 CHANGES_A_LINE = 20
 """Number of changes in a message of a watcher."""
 
-LATE_SECONDS = 0.001
+DELAY_SECONDS = 0.001
 """Minimum delay of an event loop, in seconds, that is recorded."""
 
 END_SECONDS = 60
@@ -227,10 +227,10 @@ class Caller:
             if is_last:
                 break
 
-    def be_late(self, due: float, now: float) -> None:
+    def record_delay(self, due: float, now: float) -> None:
         """Record the begin and end of a long delay of the event loop."""
-        if now - due > LATE_SECONDS:
-            self._send("late", int(due * 1e9), int(now * 1e9))
+        if now - due > DELAY_SECONDS:
+            self._send("delayed", int(due * 1e9), int(now * 1e9))
 
     @contextmanager
     def _asking(
@@ -294,7 +294,7 @@ async def work(send: Send, location: str, node: str, process: int, seed: int, si
     async with StateManager(database, backoff=Backoff(first_seconds=0)) as store:
         caller = Caller(store, node, process, seed, send, ends)
         async with asyncio.TaskGroup() as group:
-            lateness = group.create_task(watch_lateness(caller.be_late))
+            delay = group.create_task(watch_loop_delay(caller.record_delay))
             await caller.register()
             watching = group.create_task(caller.watch(since))
             if node == READER:
@@ -305,4 +305,4 @@ async def work(send: Send, location: str, node: str, process: int, seed: int, si
                 while not watching.done():
                     await caller.register()  # one more change, which ends the watcher
                     await asyncio.wait([watching], timeout=1)
-            lateness.cancel()
+            delay.cancel()

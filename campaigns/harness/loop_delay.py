@@ -9,7 +9,7 @@ from collections.abc import Callable
 TICK_SECONDS = 0.01
 
 
-async def watch_lateness(note: Callable[[float, float], object]) -> None:
+async def watch_loop_delay(note: Callable[[float, float], object]) -> None:
     """Measure the delay of the running event loop until cancelled.
 
     Args:
