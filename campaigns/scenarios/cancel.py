@@ -42,13 +42,13 @@ from campaigns.faults.cancellation import CANCEL_MODES, CallEnd, CancelMode, Ste
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
 from campaigns.harness.direct_access import SecondClient, connect_client
-from campaigns.workloads.scenes import (
+from campaigns.workloads.coroutine_calls import (
     CALLS,
-    NEIGHBOURS,
+    CONCURRENT_ROLES,
     NODE_ROLES,
     TASK_ROLES,
     Call,
-    Scene,
+    Fixture,
     hold_unsaved,
     public_coroutines,
 )
@@ -69,56 +69,62 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 _UNWRITTEN = ("unsaved",)
 """Roles of tasks that are only in memory before the call, and written after it in any case."""
 
-_BEATEN = ("cpu_usage", "last_heartbeat")
+_HEARTBEAT_COLUMNS = ("cpu_usage", "last_heartbeat")
 """Columns that heartbeats write at any time."""
 
-_LEFT_OUT = ("version", "beat", "average_execution_time")
+_IGNORED_COLUMNS = ("version", "beat", "average_execution_time")
 """Columns with different values in each call."""
 
 
-class _Noise:
+class _Output:
     """Unwanted output: unhandled errors, warnings, and log records above INFO."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.recorded: list[str] = []
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Record all output in this process."""
-        heard = self.heard
+        recorded = self.recorded
 
-        class Ear(logging.Handler):
+        class Recorder(logging.Handler):
             def emit(self, record: logging.LogRecord) -> None:
-                heard.append(f"logged: {record.getMessage()}")
+                recorded.append(f"logged: {record.getMessage()}")
 
-        ear, root = Ear(logging.WARNING), logging.getLogger()
+        ear, root = Recorder(logging.WARNING), logging.getLogger()
         root.addHandler(ear)
         try:
             with (
-                patch.object(sys, "unraisablehook", lambda one: heard.append(f"{one.exc_value!r}")),
                 patch.object(
-                    threading, "excepthook", lambda one: heard.append(f"{one.exc_value!r}")
+                    sys, "unraisablehook", lambda one: recorded.append(f"{one.exc_value!r}")
+                ),
+                patch.object(
+                    threading, "excepthook", lambda one: recorded.append(f"{one.exc_value!r}")
                 ),
                 warnings.catch_warnings(),
             ):
                 warnings.simplefilter("always")
-                warnings.showwarning = lambda message, *_, **__: heard.append(f"warned: {message}")
+                warnings.showwarning = lambda message, *_, **__: recorded.append(
+                    f"warned: {message}"
+                )
                 yield
         finally:
             root.removeHandler(ear)
 
-    def hear_of_loop(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def record_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Record an error passed to an event loop."""
-        self.heard.append(f"the loop reported: {context['message']} {context.get('exception')!r}")
+        self.recorded.append(
+            f"the loop reported: {context['message']} {context.get('exception')!r}"
+        )
 
-    def blame(self, run: Run, where: str) -> None:
+    def report_to(self, run: Run, where: str) -> None:
         """Report the recorded output as a violation by the last call."""
-        for heard in self.heard:
-            run.wrong(f"{where}: {heard}")
-        self.heard.clear()
+        for recorded in self.recorded:
+            run.wrong(f"{where}: {recorded}")
+        self.recorded.clear()
 
 
-class _Book:
+class _Results:
     """The results of the calls so far."""
 
     def __init__(self) -> None:
@@ -145,9 +151,9 @@ class _Book:
 class _Pass:
     """The calls, one after another, on one database."""
 
-    def __init__(self, run: Run, book: _Book, noise: _Noise, steps: Steps) -> None:
-        self.run, self.book, self.noise, self.steps = run, book, noise, steps
-        self.last: Scene | None = None
+    def __init__(self, run: Run, results: _Results, output: _Output, steps: Steps) -> None:
+        self.run, self.results, self.output, self.steps = run, results, output, steps
+        self.last: Fixture | None = None
         self.location: Location
         self.target: Location
         self.manager: StateManager
@@ -157,7 +163,7 @@ class _Pass:
         self, location: Location, target: Location, plan: Sequence[tuple[str, CancelMode]]
     ) -> None:
         """Perform a round with each call of the plan."""
-        asyncio.get_running_loop().set_exception_handler(self.noise.hear_of_loop)
+        asyncio.get_running_loop().set_exception_handler(self.output.record_loop_error)
         self.location, self.target = location, target
         self.outside = await connect_client(location)
         try:
@@ -169,7 +175,7 @@ class _Pass:
                         return
                 found = await verify(self.manager.db)
                 self.run.check(bool(found), f"verify finds {found.problems[:3]}")
-            await self.judge_connections()
+            await self.check_connections()
         except HangError as hang:
             self.run.wrong(f"the rest of the pass was not tried: {hang}")
         finally:
@@ -181,37 +187,37 @@ class _Pass:
 
     async def round(self, name: str, mode: CancelMode) -> None:
         """Cancel a call at some of its steps; several rounds cover all of them."""
-        call, book = CALLS[name], self.book
-        if name not in book.effects:
+        call, results = CALLS[name], self.results
+        if name not in results.effects:
             await within(self.learn(name, call), f"{name}, not cancelled")
-        steps, stride = book.steps[name], book.stride(name)
-        first = 1 + (book.rounds[name, mode] + self.run.seed) % stride
-        book.rounds[name, mode] += 1
+        steps, stride = results.steps[name], results.stride(name)
+        first = 1 + (results.rounds[name, mode] + self.run.seed) % stride
+        results.rounds[name, mode] += 1
         for at in range(first, steps + 1, stride):
             where = f"{name}, {mode.__name__} at step {at}"
             if await self.cancel(name, call, mode, at, where):
-                book.cancelled.add((name, mode, at))
+                results.cancelled.add((name, mode, at))
             if self.is_found():
                 return
 
     async def learn(self, name: str, call: Call) -> None:
         """Record the effect and the number of steps of a call without a cancellation."""
-        scene = await self.prepare(call)
+        fixture = await self.prepare(call)
         if call.before is hold_unsaved:
             await self.manager.sync_to_database()
-        before = await self.rows(scene, call)
+        before = await self.rows(fixture, call)
         if call.before is hold_unsaved:
-            scene = await self.prepare(call)
-        ended, writes = await self.attempt(call, scene, CANCEL_MODES[0], 0)
+            fixture = await self.prepare(call)
+        ended, writes = await self.attempt(call, fixture, CANCEL_MODES[0], 0)
         await asyncio.gather(*writes)
         if ended.error is not None:
             raise ended.error
-        await self.finish(call, scene)
-        self.book.steps[name] = ended.steps
-        self.book.effects[name] = before, await self.rows(scene, call)
+        await self.finish(call, fixture)
+        self.results.steps[name] = ended.steps
+        self.results.effects[name] = before, await self.rows(fixture, call)
 
     async def attempt(
-        self, call: Call, scene: Scene, mode: CancelMode, at: int
+        self, call: Call, fixture: Fixture, mode: CancelMode, at: int
     ) -> tuple[CallEnd, Sequence[asyncio.Future[Any]]]:
         """Make a call, cancel it at a step, and return its end and the concurrent writes."""
         loop = asyncio.get_running_loop()
@@ -222,81 +228,83 @@ class _Pass:
 
         def make() -> Coroutine[Any, Any, Any]:
             if call.is_open:
-                begin(scene.other.task_repo.create(scene.task("third")))
-            begin(self.manager.add_task(scene.task("neighbour")))
-            loop.call_soon(begin, self.manager.cancel_task(scene.id("ending")))
-            loop.call_soon(begin, self.manager.task_repo.create(scene.task("second")))
-            return _made(call, scene)
+                begin(fixture.other.task_repo.create(fixture.task("third")))
+            begin(self.manager.add_task(fixture.task("beside")))
+            loop.call_soon(begin, self.manager.cancel_task(fixture.id("ending")))
+            loop.call_soon(begin, self.manager.task_repo.create(fixture.task("second")))
+            return _made(call, fixture)
 
         return await mode(make, self.steps, at), writes
 
     async def cancel(self, name: str, call: Call, mode: CancelMode, at: int, where: str) -> bool:
         """Cancel a call beside concurrent writes, and check all; true if it was cancelled."""
-        scene = await self.prepare(call)
+        fixture = await self.prepare(call)
         tasks = asyncio.all_tasks()
-        ended, writes = await _within(self.attempt(call, scene, mode, at), where)
-        rows, memory = await self.rows(scene, call), await self.memory(scene)
-        self.judge_end(ended, where)
-        await self.judge_neighbours(call, scene, writes, where)
-        await self.judge_doors(scene, where)
-        await _within(self.finish(call, scene), f"{where}: its clean-up")
-        await self.judge_leaks(tasks, where)
-        later = await self.rows(scene, call)
+        ended, writes = await _within(self.attempt(call, fixture, mode, at), where)
+        rows, memory = await self.rows(fixture, call), await self.memory(fixture)
+        self.check_end(ended, where)
+        await self.check_concurrent_calls(call, fixture, writes, where)
+        await self.check_next_writes(fixture, where)
+        await _within(self.finish(call, fixture), f"{where}: its clean-up")
+        await self.check_leaks(tasks, where)
+        later = await self.rows(fixture, call)
         if not call.lingers:
-            changed = _differences(rows, later) + _differences(memory, await self.memory(scene))
+            changed = _differences(rows, later) + _differences(memory, await self.memory(fixture))
             self.run.check(not changed, f"{where}: had ended, and then changed {changed}")
-        await self.judge_outcome(name, scene, ended, later, where)
-        await self.judge_memory(where)
-        self.noise.blame(self.run, where)
+        await self.check_outcome(name, fixture, ended, later, where)
+        await self.check_memory(where)
+        self.output.report_to(self.run, where)
         return bool(ended.is_cancelled)
 
-    async def prepare(self, call: Call) -> Scene:
+    async def prepare(self, call: Call) -> Fixture:
         """Create a fixture, and remove the last one."""
         manager, last = self.manager, self.last
         folder = self.run.folder
-        scene = Scene(manager, next(self.book.numbers), self.location, self.target, folder)
+        fixture = Fixture(manager, next(self.results.numbers), self.location, self.target, folder)
         changes: list[Coroutine[Any, Any, Any]] = [
-            *map(manager.add_node, scene.nodes.values()),
-            *map(manager.add_task, scene.tasks.values()),
+            *map(manager.add_node, fixture.nodes.values()),
+            *map(manager.add_task, fixture.tasks.values()),
         ]
         if last is not None:
             changes += [manager.remove_task(last.id(role)) for role in TASK_ROLES]
             changes += [manager.remove_node(last.id(role)) for role in NODE_ROLES]
         await _within(asyncio.gather(*changes), "a write between two calls")
-        await manager.update_heartbeat(scene.id("busy"), cpu_usage=42)
+        await manager.update_heartbeat(fixture.id("busy"), cpu_usage=42)
         if call.before is not None:
-            await _within(call.before(scene), "the preparation of a call")
-        self.last = scene
-        return scene
+            await _within(call.before(fixture), "the preparation of a call")
+        self.last = fixture
+        return fixture
 
-    async def finish(self, call: Call, scene: Scene) -> None:
+    async def finish(self, call: Call, fixture: Fixture) -> None:
         """Clean up after a call, and write the changes that are only in memory."""
         if call.after is not None:
-            await call.after(scene)
+            await call.after(fixture)
             await self.manager.refresh_from_database()
         await self.manager.sync_to_database()
 
-    async def rows(self, scene: Scene, call: Call) -> Rows:
+    async def rows(self, fixture: Fixture, call: Call) -> Rows:
         """Return the rows of a fixture and their history, without rows of concurrent callers."""
         ids = {
-            scene.id(role): role for role in (*TASK_ROLES, *NODE_ROLES) if role not in NEIGHBOURS
+            fixture.id(role): role
+            for role in (*TASK_ROLES, *NODE_ROLES)
+            if role not in CONCURRENT_ROLES
         }
         listed = ", ".join(f"'{id}'" for id in ids)
         rows: Rows = {}
         for table, key in (("tasks", "task_id"), ("nodes", "node_id")):
             for row in await self.outside.fetch(f"SELECT * FROM {table} WHERE {key} IN ({listed})"):
-                rows[table, ids[row[key]]] = _plain(scene, row)
+                rows[table, ids[row[key]]] = _plain(fixture, row)
         if call.keeps_feed:
             for row in await self.outside.fetch(
                 "SELECT item_id, kind, from_status, to_status, node, reason FROM changes "
-                f"WHERE revision > {scene.revision} ORDER BY revision"
+                f"WHERE revision > {fixture.revision} ORDER BY revision"
             ):
                 if row["item_id"] in ids:
                     history = rows.setdefault(("changes", ids[row["item_id"]]), {})
-                    history[f"change {len(history)}"] = tuple(_plain(scene, row).values())
+                    history[f"change {len(history)}"] = tuple(_plain(fixture, row).values())
         return rows
 
-    async def memory(self, scene: Scene) -> Rows:
+    async def memory(self, fixture: Fixture) -> Rows:
         """Return a fixture's content of memory, without that of concurrent callers."""
         state = await self.manager.get_state()
         found: Rows = {}
@@ -305,12 +313,12 @@ class _Pass:
             ("nodes", state.nodes, NODE_ROLES),
         ):
             for role in roles:
-                item: Any = items.get(scene.id(role))
-                if item is not None and role not in NEIGHBOURS:
+                item: Any = items.get(fixture.id(role))
+                if item is not None and role not in CONCURRENT_ROLES:
                     found[kind, role] = {"version": item.version, "status": item.status}
         return found
 
-    def judge_end(self, ended: CallEnd, where: str) -> None:
+    def check_end(self, ended: CallEnd, where: str) -> None:
         """Check that the call ended with its cancellation, or because it was done."""
         counts = self.run.counts
         if ended.is_cancelled:
@@ -323,8 +331,8 @@ class _Pass:
         if ended.complaint is not None:
             self.run.wrong(f"{where}: {ended.complaint}")
 
-    async def judge_neighbours(
-        self, call: Call, scene: Scene, writes: Sequence[asyncio.Future[Any]], where: str
+    async def check_concurrent_calls(
+        self, call: Call, fixture: Fixture, writes: Sequence[asyncio.Future[Any]], where: str
     ) -> None:
         """Check that the concurrent callers have succeeded."""
         counts = self.run.counts
@@ -337,8 +345,8 @@ class _Pass:
                 self.run.wrong(f"{where}: a concurrent call got {error!r}")
         if len(writes) < 3 + call.is_open:
             return  # the call never began, and neither did the concurrent ones
-        wanted = {scene.id(role) for role in ("neighbour", "second", "ending")}
-        wanted |= {scene.id("third")} if call.is_open else set()
+        wanted = {fixture.id(role) for role in ("beside", "second", "ending")}
+        wanted |= {fixture.id("third")} if call.is_open else set()
         listed = ", ".join(f"'{id}'" for id in wanted)
         there = "status = 'cancelled' OR task_id NOT LIKE 'ending-%'"
         found = await self.outside.fetch(
@@ -347,18 +355,18 @@ class _Pass:
         for id in wanted.difference(row["task_id"] for row in found):
             self.run.lost(f"{where}: {id} of a concurrent call")
 
-    async def judge_doors(self, scene: Scene, where: str) -> None:
+    async def check_next_writes(self, fixture: Fixture, where: str) -> None:
         """Check that the next writes succeed at once."""
         began = time.monotonic()
-        add = self.manager.add_task(scene.task("next"))
+        add = self.manager.add_task(fixture.task("next"))
         await _within(add, f"{where}: the next write")
-        self.book.slowest = max(self.book.slowest, time.monotonic() - began)
+        self.results.slowest = max(self.results.slowest, time.monotonic() - began)
         try:
             await self.outside.lock()
         except Exception as error:
             self.run.wrong(f"{where}: a second client cannot write: {error!r}")
 
-    async def judge_leaks(self, before: set[asyncio.Task[Any]], where: str) -> None:
+    async def check_leaks(self, before: set[asyncio.Task[Any]], where: str) -> None:
         """Check that all resources are released."""
         database, deadline = self.manager.db, time.monotonic() + LEAK_SECONDS
         own = {*before, asyncio.current_task()}
@@ -368,11 +376,11 @@ class _Pass:
                 raise HangError(f"{where}: {in_use} connections and {left} are left")
             await asyncio.sleep(0.0005)
 
-    async def judge_outcome(
-        self, name: str, scene: Scene, ended: CallEnd, rows: Rows, where: str
+    async def check_outcome(
+        self, name: str, fixture: Fixture, ended: CallEnd, rows: Rows, where: str
     ) -> None:
         """Check that the call has changed nothing, or all that it should."""
-        call, (without, whole) = CALLS[name], self.book.effects[name]
+        call, (without, whole) = CALLS[name], self.results.effects[name]
         if not ended.is_cancelled:
             missing = _differences(whole, rows)
             self.run.check(not missing, f"{where}: returned, and has not done {missing}")
@@ -390,11 +398,11 @@ class _Pass:
                 found = halves or _differences(whole, rows)
                 self.run.wrong(f"{where}: was done in part: {found}")
                 return
-            await _within(call.make(scene), f"{where}: again")
-            missing = _differences(whole, await self.rows(scene, call))
+            await _within(call.make(fixture), f"{where}: again")
+            missing = _differences(whole, await self.rows(fixture, call))
             self.run.check(not missing, f"{where}: again, it has not done {missing}")
 
-    async def judge_memory(self, where: str) -> None:
+    async def check_memory(self, where: str) -> None:
         """Check that memory equals the database."""
         manager, fetch = self.manager, self.outside.fetch
         state, stats = await manager.get_state(), await manager.get_task_stats()
@@ -415,7 +423,7 @@ class _Pass:
         wrong = [(here.get(key), there.get(key)) for key in here if here[key] != there.get(key)]
         self.run.check(not wrong, f"{where}: memory and the database differ: {wrong}")
 
-    async def judge_connections(self) -> None:
+    async def check_connections(self) -> None:
         """Check that no connection to the server is left."""
         if self.run.kind == POSTGRESQL:
             deadline = time.monotonic() + LEAK_SECONDS
@@ -441,18 +449,18 @@ def _seen(item: Any, row: dict[str, Any]) -> dict[str, Any] | None:
     return item and {name: getattr(item, name) for name in _COMPARED if name in row}
 
 
-async def _made(call: Call, scene: Scene) -> Any:
+async def _made(call: Call, fixture: Fixture) -> Any:
     if call.is_open:
         await asyncio.sleep(0)  # concurrent calls go first: after a close they would be refused
-    return await call.make(scene)
+    return await call.make(fixture)
 
 
-def _plain(scene: Scene, row: dict[str, Any]) -> dict[str, Any]:
+def _plain(fixture: Fixture, row: dict[str, Any]) -> dict[str, Any]:
     """Return a row without the differences between fixtures: of times, only their presence."""
-    plain = {name: value for name, value in row.items() if name not in _LEFT_OUT}
+    plain = {name: value for name, value in row.items() if name not in _IGNORED_COLUMNS}
     for name, value in plain.items():
         if isinstance(value, str):
-            plain[name] = value.replace(f"-{scene.number}", "")
+            plain[name] = value.replace(f"-{fixture.number}", "")
         elif name.endswith("_at") or name in ("last_heartbeat", "not_before"):
             plain[name] = value is not None
     return plain
@@ -466,7 +474,7 @@ def _differences(one: Rows, other: Rows) -> list[str]:
         if role not in _UNWRITTEN
         for mine, yours in [(one.get((table, role), {}), other.get((table, role), {}))]
         for name in sorted({*mine, *yours})
-        if mine.get(name) != yours.get(name) and name not in _BEATEN
+        if mine.get(name) != yours.get(name) and name not in _HEARTBEAT_COLUMNS
     ]
 
 
@@ -475,16 +483,16 @@ def perform(run: Run) -> None:
     known = {name.partition(",")[0] for name in CALLS}
     for name in sorted(public_coroutines() ^ known):
         run.wrong(f"there is no call of {name}" if name not in known else f"there is no {name}")
-    book, noise = _Book(), _Noise()
-    with noise.listening(), planted(run.bug):
+    results, output = _Results(), _Output()
+    with output.recording(), planted(run.bug):
         done = 0
         for number in count():
             pairs = [
                 (name, CANCEL_MODES[(number + place) % len(CANCEL_MODES)])
                 for place, name in enumerate(sorted(CALLS))
             ]
-            fewest = min(map(book.sweeps, product(CALLS, CANCEL_MODES)))
-            plan = [pair for pair in pairs if book.sweeps(pair) == fewest]
+            fewest = min(map(results.sweeps, product(CALLS, CANCEL_MODES)))
+            plan = [pair for pair in pairs if results.sweeps(pair) == fewest]
             plan *= len(pairs) // max(
                 1, len(plan)
             )  # a plan of few long calls gives each several rounds
@@ -493,27 +501,27 @@ def perform(run: Run) -> None:
                 plan.reverse()  # so that short runs on both databases make different calls
             plan.sort(key=lambda pair: CALLS[pair[0]].is_slow)
             if plan := plan[: run.rounds - done]:
-                _make_pass(run, book, noise, plan)
+                _make_pass(run, results, output, plan)
                 done += len(plan)
-            steps = len(CANCEL_MODES) * sum(book.steps.values())
-            run.notes["cancelled"] = f"at {len(book.cancelled):,} of about {steps:,} steps"
-            swept = sum(book.sweeps(pair) > 0 for pair in product(CALLS, CANCEL_MODES))
+            steps = len(CANCEL_MODES) * sum(results.steps.values())
+            run.notes["cancelled"] = f"at {len(results.cancelled):,} of about {steps:,} steps"
+            swept = sum(results.sweeps(pair) > 0 for pair in product(CALLS, CANCEL_MODES))
             run.notes["tried at all steps"] = (
                 f"{swept} of {len(CALLS) * len(CANCEL_MODES)} calls and ways"
             )
-            run.notes["slowest next write"] = f"{book.slowest:.3f} s"
+            run.notes["slowest next write"] = f"{results.slowest:.3f} s"
             if done == run.rounds or (run.bug and run.findings):
                 break
 
 
 def _make_pass(
-    run: Run, book: _Book, noise: _Noise, plan: Sequence[tuple[str, CancelMode]]
+    run: Run, results: _Results, output: _Output, plan: Sequence[tuple[str, CancelMode]]
 ) -> None:
     threads = set(threading.enumerate())
     with run.location() as location, run.location() as target:
         steps = Steps(run.random)
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(steps)) as runner:
-            runner.run(_Pass(run, book, noise, steps).go(location, target, plan))
+            runner.run(_Pass(run, results, output, steps).go(location, target, plan))
         deadline = time.monotonic() + LEAK_SECONDS
         while left := set(threading.enumerate()) - threads:
             if time.monotonic() > deadline:
@@ -521,7 +529,7 @@ def _make_pass(
                 break
             time.sleep(0.001)
         gc.collect()
-        noise.blame(run, "a pass")
+        output.report_to(run, "a pass")
         if isinstance(location, Path):
             files = {file.name for file in location.parent.iterdir()}
             run.check(files == {"cluster.db"}, f"files are left: {files}")
