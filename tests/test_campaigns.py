@@ -26,7 +26,7 @@ from campaigns.faults.planted_bugs import BUGS
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
 from campaigns.scenarios import io
 from campaigns.scenarios.catalogue import CAMPAIGNS
-from campaigns.scenarios.lives import LIVES
+from campaigns.scenarios.lifecycle_calls import LIFECYCLE_CALLS
 from campaigns.workloads.calls import CALLS, FROM_MEMORY
 from openclaw_store import NodeRepository, StateManager, TaskRepository
 
@@ -235,7 +235,7 @@ def test_short_form_is_short() -> None:
 
 def test_every_public_call_has_its_system_calls_fail() -> None:
     classes = {StateManager: "", TaskRepository: "task_repo.", NodeRepository: "node_repo."}
-    tried = [*(call.name for call in CALLS), *(life.name for life in LIVES)]
+    tried = [*(call.name for call in CALLS), *(life.name for life in LIFECYCLE_CALLS)]
     named = {*FROM_MEMORY, *(name.split(",")[0] for name in tried)}
 
     public = {
@@ -247,7 +247,7 @@ def test_every_public_call_has_its_system_calls_fail() -> None:
 
     assert public >= FROM_MEMORY
     assert public - named == {"task_repo.get_record", "node_repo.get_record"}  # what `get` calls
-    assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "adoption"}
+    assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "legacy import"}
 
 
 def test_full_disk_may_hold_what_sqlite_could_not_write(tmp_path: Path) -> None:

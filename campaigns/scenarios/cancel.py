@@ -91,8 +91,8 @@ class _Output:
             def emit(self, record: logging.LogRecord) -> None:
                 recorded.append(f"logged: {record.getMessage()}")
 
-        ear, root = Recorder(logging.WARNING), logging.getLogger()
-        root.addHandler(ear)
+        recorder, root = Recorder(logging.WARNING), logging.getLogger()
+        root.addHandler(recorder)
         try:
             with (
                 patch.object(
@@ -109,7 +109,7 @@ class _Output:
                 )
                 yield
         finally:
-            root.removeHandler(ear)
+            root.removeHandler(recorder)
 
     def record_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Record an error passed to an event loop."""

@@ -33,7 +33,7 @@ from campaigns.faults import vfs
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import SQLITE, Campaign, Run, silenced
 from campaigns.harness.direct_access import UnreadableError, find_damage
-from campaigns.scenarios.lives import LIVES, NAME, Life, original
+from campaigns.scenarios.lifecycle_calls import LIFECYCLE_CALLS, NAME, LifecycleCall, original
 from campaigns.workloads.calls import CALLS, PublicCall
 from openclaw_store import OutcomeUnknownError
 
@@ -136,7 +136,7 @@ def _is_there(call: vfs.SystemCall) -> bool:
 class Sweep:
     """A public call, in a state of the store."""
 
-    call: PublicCall | Life
+    call: PublicCall | LifecycleCall
     pages: int = 0
     """One of `CHECKPOINTS`."""
     is_cold: bool = False
@@ -149,7 +149,7 @@ class Sweep:
     """True if each point was tried."""
 
     def __str__(self) -> str:
-        if isinstance(self.call, Life):
+        if isinstance(self.call, LifecycleCall):
             return self.call.name
         return f"{self.call.name}, {'cold' if self.is_cold else 'warm'}, {self.pages} pages"
 
@@ -199,7 +199,7 @@ class _Faults:
 
     def _batches(self) -> list[list[Sweep]]:
         """Return all sweeps in random order; those of a batch share a store."""
-        batches = [[Sweep(life)] for life in LIVES]
+        batches = [[Sweep(lifecycle)] for lifecycle in LIFECYCLE_CALLS]
         for pages in CHECKPOINTS:
             sweeps = [Sweep(call, pages, is_cold) for call in CALLS for is_cold in (False, True)]
             self.run.random.shuffle(sweeps)
@@ -238,8 +238,8 @@ class _Faults:
         is_over = all(sweep.points is not None and not sweep.left for sweep in batch)
         if is_over or self._done >= self.run.rounds:
             return
-        if isinstance(batch[0].call, Life):
-            self._live(batch[0], batch[0].call, share)
+        if isinstance(batch[0].call, LifecycleCall):
+            self._run_lifecycle(batch[0], batch[0].call, share)
             return
         before = self._done
         with self.run.location() as path, checkpointing(batch[0].pages), abandoning(self.run):
@@ -266,26 +266,28 @@ class _Faults:
                     )
                     self._count()
 
-    def _live(self, sweep: Sweep, life: Life, share: int) -> None:
+    def _run_lifecycle(self, sweep: Sweep, lifecycle: LifecycleCall, share: int) -> None:
         if sweep.points is None:
             template = self.run.folder / f"template-{len(self._templates)}"
             template.mkdir()
-            life.make(template)
+            lifecycle.make(template)
             with self._copy_of(template) as folder:
-                asyncio.run(life.perform(folder, self.fault.armed(folder)))
-                self._templates[life.name] = template, picture(folder / NAME)
-        template, whole = self._templates[life.name]
+                asyncio.run(lifecycle.perform(folder, self.fault.armed(folder)))
+                self._templates[lifecycle.name] = template, picture(folder / NAME)
+        template, whole = self._templates[lifecycle.name]
         for point in self._take(sweep, share):
             with self._copy_of(template) as folder, abandoning(self.run):
-                asyncio.run(self._survive(life, folder, point, whole))
+                asyncio.run(self._try_lifecycle(lifecycle, folder, point, whole))
             self._count()
 
-    async def _survive(self, life: Life, folder: Path, point: Point, whole: Picture) -> None:
+    async def _try_lifecycle(
+        self, lifecycle: LifecycleCall, folder: Path, point: Point, whole: Picture
+    ) -> None:
         """Make a lifecycle call with a fault, and once more without it after a refusal."""
-        run, what, path = self.run, f"{life.name}: {point}", folder / NAME
+        run, what, path = self.run, f"{lifecycle.name}: {point}", folder / NAME
         before, after = task_ids(path), {*whole.rows["tasks"]}
         fault = self.fault.armed(folder, point)
-        refusal = await self._refusal(life, folder, fault, what)
+        refusal = await self._refusal(lifecycle, folder, fault, what)
         if refusal is not None:
             with self._copy_of(folder) as copy:  # opening the original would recover it
                 found = task_ids(copy / NAME)
@@ -294,11 +296,11 @@ class _Faults:
                 left = [name for name in os.listdir(copy) if ".original" in name]
                 may_be = is_migrated(copy / NAME) or refusal is OutcomeUnknownError
                 may_be = may_be or point.is_sticky  # its removal may have failed, too
-                run.check(may_be or not left, f"{what}: left {left}, and adopted nothing")
+                run.check(may_be or not left, f"{what}: left {left}, and imported nothing")
             what = f"{what}, once more"
-            again = await self._refusal(life, folder, nullcontext(), what)
+            again = await self._refusal(lifecycle, folder, nullcontext(), what)
             run.check(again is None, f"{what}: raised {again}")
-        if life.make is original:
+        if lifecycle.make is original:
             copies = [folder / name for name in os.listdir(folder) if ".original-" in name]
             run.check(
                 any(_is_whole(file, before) for file in copies),
@@ -307,17 +309,21 @@ class _Faults:
         look_at_files(run, path, whole, what)
 
     async def _refusal(
-        self, life: Life, folder: Path, trouble: AbstractContextManager[object], what: str
+        self,
+        lifecycle: LifecycleCall,
+        folder: Path,
+        trouble: AbstractContextManager[object],
+        what: str,
     ) -> type | None:
         """Return the error type that a lifecycle call raises; `None` if it returns."""
-        outcome = await outcome_of(self.run, partial(life.perform, folder, trouble), what)
+        outcome = await outcome_of(self.run, partial(lifecycle.perform, folder, trouble), what)
         # Not the error itself: it refers to cursors, which keep the file open.
         return type(outcome) if isinstance(outcome, Exception) else None
 
     @contextmanager
     def _copy_of(self, folder: Path) -> Iterator[Path]:
         """Copy a folder; the copy is removed afterwards."""
-        copy = self.run.folder / f"life-{next(self._numbers)}"
+        copy = self.run.folder / f"lifecycle-{next(self._numbers)}"
         shutil.copytree(folder, copy)
         try:
             yield copy

@@ -100,8 +100,8 @@ def perform(run: Run) -> None:
         if run.kind == SQLITE:
             original = stack.enter_context(run.location(migrated=False))
             fill_original(Path(original), tasks)
-            adopted = look(filled(HEAD, adopted=True))
-            works.append(migrated("adoption", upgrade, upgrade_child, original, adopted))
+            imported = look(filled(HEAD, imported=True))
+            works.append(migrated("legacy import", upgrade, upgrade_child, original, imported))
             turns.append(works[-1])
         run.notes["tasks"] = f"{tasks:,}"
         for work in works:

@@ -40,17 +40,17 @@ def fill_original(path: Path, tasks: int) -> None:
 
 
 def fill(
-    location: Location, revision: str, tasks: int, *, lived: bool = False, adopted: bool = False
+    location: Location, revision: str, tasks: int, *, lived: bool = False, imported: bool = False
 ) -> None:
     """Create a database at a revision, with so many tasks; not on a running event loop.
 
     Args:
         lived: True if the fields of revision 0002 hold the values that the library writes.
-        adopted: True if the rows are those of `fill_original` after the import.
+        imported: True if the rows are those of `fill_original` after the import.
     """
     _make(location, revision)
     kind = SQLITE if isinstance(location, Path) else POSTGRESQL
-    script = ";".join(_Rows(kind, lived=lived, adopted=adopted).statements(tasks))
+    script = ";".join(_Rows(kind, lived=lived, imported=imported).statements(tasks))
     if isinstance(location, Path):
         with closing(sqlite3.connect(location)) as connection:
             connection.executescript(f"PRAGMA synchronous=OFF; BEGIN; {script}; COMMIT")
@@ -75,13 +75,13 @@ async def _execute(url: str, script: str) -> None:
 class _Rows:
     """The statements that write rows. Each value is an expression of the row's number, `n`."""
 
-    def __init__(self, kind: str, *, lived: bool = False, adopted: bool = False) -> None:
+    def __init__(self, kind: str, *, lived: bool = False, imported: bool = False) -> None:
         """Choose the rows.
 
         Args:
             kind: `sqlite`, `postgresql`, or `original`.
         """
-        self._kind, self._lived, self._adopted = kind, lived, adopted
+        self._kind, self._lived, self._imported = kind, lived, imported
 
     def statements(self, tasks: int) -> list[str]:
         """Return all statements, the nodes first."""
@@ -174,13 +174,13 @@ class _Rows:
         now = f"{to_microseconds(NOW)}"
         return {
             "revision": f"{nodes} + n" if is_task else "n",
-            "changed_at": self._moment(now if self._adopted else at),
+            "changed_at": self._moment(now if self._imported else at),
             "item": f"'{item}'",
             "item_id": _TASK_ID if is_task else _NODE_ID,
             "kind": "'created'",
             "to_status": _TASK_STATUS if is_task else _NODE_STATUS,
             "node": _TASK_NODE if is_task else "NULL",
-            "reason": "'adopted'" if self._adopted else "NULL",
+            "reason": "'adopted'" if self._imported else "NULL",
         }
 
     def _moment(self, microseconds: str) -> str:

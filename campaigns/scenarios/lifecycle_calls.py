@@ -27,7 +27,7 @@ Trouble = AbstractContextManager[object]
 
 
 @dataclass(frozen=True)
-class Life:
+class LifecycleCall:
     """A call that needs a database of its own."""
 
     name: str
@@ -132,12 +132,12 @@ async def _restore(folder: Path, trouble: Trouble) -> None:
         await asyncio.to_thread(restore, backend, folder / BACKUP)
 
 
-LIVES: Sequence[Life] = (
-    Life("initialize, where nothing is", nothing, _open_and_close),
-    Life("initialize", filled, _open_and_close),
-    Life("initialize, after a kill", killed, _open_and_close),
-    Life("upgrade", older, _open_and_close),
-    Life("adoption", original, _open_and_close),
-    Life("shutdown", filled, _shut_down),
-    Life("restore", backed_up, _restore),
+LIFECYCLE_CALLS: Sequence[LifecycleCall] = (
+    LifecycleCall("initialize, where nothing is", nothing, _open_and_close),
+    LifecycleCall("initialize", filled, _open_and_close),
+    LifecycleCall("initialize, after a kill", killed, _open_and_close),
+    LifecycleCall("upgrade", older, _open_and_close),
+    LifecycleCall("legacy import", original, _open_and_close),
+    LifecycleCall("shutdown", filled, _shut_down),
+    LifecycleCall("restore", backed_up, _restore),
 )
