@@ -27,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
-from campaigns.checks.picture import Picture, differences, picture, picture_of
+from campaigns.checks.snapshot import Snapshot, differences, snapshot_of, take_snapshot
 from campaigns.harness.campaign import HangError, Run
 from campaigns.harness.direct_access import find_damage
 from campaigns.workloads.calls import PublicCall, Store
@@ -103,19 +103,19 @@ class Trial:
         self.tried = "nothing"
         """The last call, and its fault."""
 
-    def picture(self) -> Picture:
+    def take_snapshot(self) -> Snapshot:
         """Take a snapshot of the database."""
-        return picture_of(self._checker)
+        return snapshot_of(self._checker)
 
     async def effect(self, call: PublicCall, trouble: Trouble, *, cold: bool = False) -> Effect:
         """Return the effect of a call, made in a context that is no fault."""
         made = await call.prepare(self.store)
         if cold:
             await self._close_connections()
-        before = self.picture()
+        before = self.take_snapshot()
         with trouble():
             await made()
-        after = self.picture()
+        after = self.take_snapshot()
         self._remove_copies()
         await self.store.state.sync_to_database()
         return Effect(after != before, after.revision - before.revision)
@@ -146,10 +146,10 @@ class Trial:
         made = await call.prepare(self.store)
         if cold:
             await self._close_connections()
-        before = self.picture()
+        before = self.take_snapshot()
         with trouble():
             outcome = await outcome_of(self.run, made, what)
-        after = self.picture()
+        after = self.take_snapshot()
         self._check_outcome(call, effect, outcome, before, after, what, excuse)
         if is_elsewhere and effect.changes_rows and not isinstance(outcome, Exception):
             self.run.lost(f"{what}: returned, and wrote to a file that no reader finds")
@@ -163,7 +163,7 @@ class Trial:
             is_done |= may_litter and isinstance(again, InvalidDataError) and self._has_copy(after)
             is_fine = is_done or not isinstance(again, Exception)
             self.run.check(is_fine, f"{what}, once more: raised {again!r}")
-            self._look_at_copies(call, self.picture(), again, what, may_litter=may_litter)
+            self._look_at_copies(call, self.take_snapshot(), again, what, may_litter=may_litter)
         elif call.is_exact and not effect.changes_rows and not call.makes_copy:
             again = await outcome_of(self.run, made, f"{what}, once more")
             self.run.check(again == outcome, f"{what}: answered {outcome!r}, and then {again!r}")
@@ -175,8 +175,8 @@ class Trial:
         call: PublicCall,
         effect: Effect,
         outcome: Any,
-        before: Picture,
-        after: Picture,
+        before: Snapshot,
+        after: Snapshot,
         what: str,
         excuse: Callable[[], bool],
     ) -> None:
@@ -201,12 +201,12 @@ class Trial:
             run.lost(f"{what}: a kill would leave revision {left.revision} of {after.revision}")
 
     async def _check_in_the_end(
-        self, call: PublicCall, effect: Effect, before: Picture, what: str
+        self, call: PublicCall, effect: Effect, before: Snapshot, what: str
     ) -> None:
         """Check that a repeated call has taken effect once, and that the cache shows it."""
         await self.store.state.refresh_from_database()
         await self.store.state.sync_to_database()
-        final = self.picture()
+        final = self.take_snapshot()
         revisions = final.revision - before.revision
         if not call.in_batches:
             is_whole = revisions == effect.revisions
@@ -215,7 +215,7 @@ class Trial:
         self.run.check(not gaps, f"{what}: changes {gaps} are not in the feed")
         self.report(what, [*final.flaws(), *await differences(self.store.state, final)])
 
-    def _left_by_a_kill(self) -> Picture:
+    def _left_by_a_kill(self) -> Snapshot:
         """Take a snapshot of the files after a kill: without the content of the `-shm` file."""
         with TemporaryDirectory(dir=self.run.folder) as folder:
             copy = Path(folder, self.path.name)
@@ -223,7 +223,7 @@ class Trial:
             copy.write_bytes(os.pread(self._file, size, 0))
             with suppress(FileNotFoundError):
                 shutil.copyfile(f"{self.path}-wal", f"{copy}-wal")
-            return picture(copy)
+            return take_snapshot(copy)
 
     def report(self, what: str, found: list[str]) -> None:
         """Count findings as violations."""
@@ -238,7 +238,7 @@ class Trial:
             await database.write(_fail, None)  # after an error, the writer closes its connection
 
     def _look_at_copies(
-        self, call: PublicCall, there: Picture, outcome: Any, what: str, *, may_litter: bool
+        self, call: PublicCall, there: Snapshot, outcome: Any, what: str, *, may_litter: bool
     ) -> None:
         """Check the file that a call has created beside the database, or was to create."""
         is_refused = isinstance(outcome, Exception)
@@ -254,7 +254,7 @@ class Trial:
     def _copies(self) -> list[Path]:
         return [file for file in self.store.folder.iterdir() if file.suffix == ".db"]
 
-    def _has_copy(self, there: Picture) -> bool:
+    def _has_copy(self, there: Snapshot) -> bool:
         copies = self._copies()
         return bool(copies) and all(_is_copy(file, there) for file in copies)
 
@@ -263,8 +263,8 @@ class Trial:
             file.unlink()
 
 
-def _is_copy(file: Path, there: Picture) -> bool:
-    return not find_damage(file) and picture(file).rows["tasks"] == there.rows["tasks"]
+def _is_copy(file: Path, there: Snapshot) -> bool:
+    return not find_damage(file) and take_snapshot(file).rows["tasks"] == there.rows["tasks"]
 
 
 def _fail(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
@@ -286,7 +286,7 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
         with closing(sqlite3.connect(path, isolation_level=None)) as checker:
             trial = Trial(run, path, Store(state, clock, folder), checker, file)
             yield trial
-            last = trial.picture()
+            last = trial.take_snapshot()
             trial.report("in the end", await differences(state, last, finished=True))
         closed = await outcome_of(run, state.shutdown, "shutdown")
         run.check(closed is None, f"shutdown: raised {closed!r}")
@@ -301,7 +301,7 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
         run.check(bool(found), f"verify found {found.problems}")
 
 
-def look_at_files(run: Run, path: Path, last: Picture, what: str) -> None:
+def look_at_files(run: Run, path: Path, last: Snapshot, what: str) -> None:
     """Check that a closed database is sound, and has the expected content."""
     if _open_files(path):
         gc.collect()  # `vfs.hooked` has postponed it
@@ -310,7 +310,7 @@ def look_at_files(run: Run, path: Path, last: Picture, what: str) -> None:
     for flaw in find_damage(path):
         run.wrong(f"{what}: {path.name} is damaged: {flaw}")
     try:
-        lost = last.differences(picture(path))
+        lost = last.differences(take_snapshot(path))
     except sqlite3.OperationalError as error:  # a table is missing
         run.wrong(f"{what}: {error}")
     else:

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from campaigns.checks.picture import Picture, differences, picture
+from campaigns.checks.snapshot import Snapshot, differences, take_snapshot
 from campaigns.checks.trial import (
     LOCK_SECONDS,
     abandoning,
@@ -213,14 +213,14 @@ class Killed:
 
     database: bytes
     wal: bytes
-    pictures: Sequence[Picture]
+    snapshots: Sequence[Snapshot]
     """Snapshots before the first commit, and after each."""
     ends: Sequence[int]
     """The end of each commit in the WAL."""
 
-    def at(self, end: int) -> Picture:
+    def at(self, end: int) -> Snapshot:
         """Return the snapshot for a WAL that is valid up to some byte."""
-        return self.pictures[bisect_right(self.ends, end)]
+        return self.snapshots[bisect_right(self.ends, end)]
 
 
 def killed(path: Path) -> Killed:
@@ -229,15 +229,15 @@ def killed(path: Path) -> Killed:
 
     async def write() -> Killed:
         async with StateManager(Database(path, clock=FakeClock()), None) as state:
-            make_task, pictures = TaskFactory(FakeClock()), [picture(path)]
+            make_task, snapshots = TaskFactory(FakeClock()), [take_snapshot(path)]
             for number in range(COMMITS):
                 await state.add_task(make_task(parameters={"text": "x" * 500 * number}))
-                pictures.append(picture(path))
-            return killed_now(pictures)
+                snapshots.append(take_snapshot(path))
+            return killed_now(snapshots)
 
-    def killed_now(pictures: Sequence[Picture]) -> Killed:
+    def killed_now(snapshots: Sequence[Snapshot]) -> Killed:
         left = wal.read_bytes()
-        return Killed(path.read_bytes(), left, pictures, [*commits_of(left)])
+        return Killed(path.read_bytes(), left, snapshots, [*commits_of(left)])
 
     return asyncio.run(write())
 
@@ -364,9 +364,9 @@ class _Files:
     def _garbage_in_shm(self, path: Path) -> None:
         path.with_name(f"{path.name}-wal").write_bytes(self._killed.wal)
         path.with_name(f"{path.name}-shm").write_bytes(self.run.random.randbytes(32_768))
-        self._check_opens(path, self._killed.pictures[-1], "garbage in the -shm")
+        self._check_opens(path, self._killed.snapshots[-1], "garbage in the -shm")
 
-    def _check_opens(self, path: Path, expected: Picture, what: str) -> None:
+    def _check_opens(self, path: Path, expected: Snapshot, what: str) -> None:
         """Check that a store opens with the expected content, and can be used."""
 
         async def use() -> None:
@@ -379,9 +379,9 @@ class _Files:
 
         before = expected.rows["tasks"]
         self.run.check(self._outcome(use, what) is None, f"{what}: it does not open")
-        if picture(path).rows["tasks"] != before:
+        if take_snapshot(path).rows["tasks"] != before:
             self.run.lost(f"{what}: valid commits are missing")
-        look_at_files(self.run, path, picture(path), what)
+        look_at_files(self.run, path, take_snapshot(path), what)
 
     def _no_database(self, path: Path) -> None:
         random = self.run.random

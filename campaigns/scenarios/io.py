@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from campaigns.checks.picture import Picture, is_migrated, picture, task_ids
+from campaigns.checks.snapshot import Snapshot, is_migrated, take_snapshot, task_ids
 from campaigns.checks.trial import abandoning, checkpointing, look_at_files, outcome_of, trial_of
 from campaigns.faults import vfs
 from campaigns.faults.planted_bugs import planted
@@ -170,7 +170,7 @@ class _Faults:
         self.run, self.fault = run, fault
         self._done = self._injected = self._excused = 0
         self._templates: dict[
-            str, tuple[Path, Picture]
+            str, tuple[Path, Snapshot]
         ] = {}  # the files before a lifecycle call, and the snapshot after it
         self._numbers = count()
 
@@ -273,7 +273,7 @@ class _Faults:
             lifecycle.make(template)
             with self._copy_of(template) as folder:
                 asyncio.run(lifecycle.perform(folder, self.fault.armed(folder)))
-                self._templates[lifecycle.name] = template, picture(folder / NAME)
+                self._templates[lifecycle.name] = template, take_snapshot(folder / NAME)
         template, whole = self._templates[lifecycle.name]
         for point in self._take(sweep, share):
             with self._copy_of(template) as folder, abandoning(self.run):
@@ -281,7 +281,7 @@ class _Faults:
             self._count()
 
     async def _try_lifecycle(
-        self, lifecycle: LifecycleCall, folder: Path, point: Point, whole: Picture
+        self, lifecycle: LifecycleCall, folder: Path, point: Point, whole: Snapshot
     ) -> None:
         """Make a lifecycle call with a fault, and once more without it after a refusal."""
         run, what, path = self.run, f"{lifecycle.name}: {point}", folder / NAME

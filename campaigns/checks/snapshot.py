@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Picture:
+class Snapshot:
     """All rows of a database at one moment, by table and key."""
 
     rows: dict[str, dict[Any, Row]]
@@ -47,7 +47,7 @@ class Picture:
         revision: int = self.rows["counters"][1]["revision"]
         return revision
 
-    def differences(self, other: Picture) -> list[str]:
+    def differences(self, other: Snapshot) -> list[str]:
         """List the rows that differ from another snapshot."""
         return [
             f"{table} {key}: {row} and {other.rows[table].get(key)}"
@@ -72,7 +72,7 @@ class Picture:
         return found
 
 
-def picture_of(connection: sqlite3.Connection) -> Picture:
+def snapshot_of(connection: sqlite3.Connection) -> Snapshot:
     """Take a snapshot through a connection."""
     rows = {}
     connection.execute("BEGIN")
@@ -83,13 +83,13 @@ def picture_of(connection: sqlite3.Connection) -> Picture:
             rows[table] = {row[0]: dict(zip(names, row, strict=True)) for row in cursor}
     finally:
         connection.execute("ROLLBACK")
-    return Picture(rows)
+    return Snapshot(rows)
 
 
-def picture(path: Path) -> Picture:
+def take_snapshot(path: Path) -> Snapshot:
     """Take a snapshot of a file, which other connections may have open."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        return picture_of(connection)
+        return snapshot_of(connection)
 
 
 def task_ids(path: Path) -> set[str]:
@@ -114,7 +114,7 @@ def _has_table(connection: sqlite3.Connection, name: str) -> bool:
 
 
 async def differences(
-    state: StateManager, picture: Picture, *, finished: bool = False
+    state: StateManager, snapshot: Snapshot, *, finished: bool = False
 ) -> list[str]:
     """List differences between the answers of a store from memory and the database.
 
@@ -123,7 +123,7 @@ async def differences(
     """
     found = []
     for table, get in (("tasks", state.get_task), ("nodes", state.get_node)):
-        for key, row in picture.rows[table].items():
+        for key, row in snapshot.rows[table].items():
             if row["status"] in FINISHED and not finished:
                 continue
             item = await get(key)
@@ -131,7 +131,7 @@ async def differences(
             there = {name: row[name] for name in _SHOWN[table]}
             if shown != there:
                 found.append(f"{key} is {there} in the database, {shown} in memory")
-    tasks, nodes = (picture.rows[table].values() for table in ("tasks", "nodes"))
+    tasks, nodes = (snapshot.rows[table].values() for table in ("tasks", "nodes"))
     stats = {name: number for name, number in (await state.get_task_stats()).items() if number}
     in_memory = {
         "revision": state.version,
@@ -142,7 +142,7 @@ async def differences(
         "states": stats,
     }
     in_database = {
-        "revision": picture.revision,
+        "revision": snapshot.revision,
         "waiting": {row["task_id"] for row in tasks if row["status"] in ("pending", "scheduled")},
         "nodes": {row["node_id"] for row in nodes},
         "online": {row["node_id"] for row in nodes if row["status"] == "online"},
