@@ -55,7 +55,7 @@ LOCK_SECONDS = 0.5
 FINISHED_IN_MEMORY = 2
 """So few that a read of a finished task mostly needs the database."""
 
-Trouble = Callable[[], AbstractContextManager[object]]
+FaultContext = Callable[[], AbstractContextManager[object]]
 """Provides a fault that lasts for a call."""
 
 
@@ -107,13 +107,13 @@ class Trial:
         """Take a snapshot of the database."""
         return snapshot_of(self._checker)
 
-    async def effect(self, call: PublicCall, trouble: Trouble, *, cold: bool = False) -> Effect:
+    async def effect(self, call: PublicCall, fault: FaultContext, *, cold: bool = False) -> Effect:
         """Return the effect of a call, made in a context that is no fault."""
         made = await call.prepare(self.store)
         if cold:
             await self._close_connections()
         before = self.take_snapshot()
-        with trouble():
+        with fault():
             await made()
         after = self.take_snapshot()
         self._remove_copies()
@@ -123,7 +123,7 @@ class Trial:
     async def make(
         self,
         call: PublicCall,
-        trouble: Trouble,
+        fault: FaultContext,
         effect: Effect,
         what: str,
         *,
@@ -147,7 +147,7 @@ class Trial:
         if cold:
             await self._close_connections()
         before = self.take_snapshot()
-        with trouble():
+        with fault():
             outcome = await outcome_of(self.run, made, what)
         after = self.take_snapshot()
         self._check_outcome(call, effect, outcome, before, after, what, excuse)

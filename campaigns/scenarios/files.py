@@ -69,7 +69,7 @@ sys.stdin.read()
 """
 """A program that holds the write lock until the end of its input."""
 
-FileTrouble = Callable[[Path], AbstractContextManager[object]]
+FileFault = Callable[[Path], AbstractContextManager[object]]
 """Provides a fault of the database at a path."""
 
 
@@ -259,7 +259,7 @@ def commits_of(wal: bytes) -> Iterator[int]:
 class _Files:
     def __init__(self, run: Run, disk: FailingDisk) -> None:
         self.run = run
-        self._troubles = {
+        self._faults = {
             # Weights: a call that waits for a lock is slow.
             "disk full": (disk.full, 4),
             "read-only": (disk.read_only, 4),
@@ -302,30 +302,30 @@ class _Files:
             location = stack.enter_context(self.run.location())
             assert isinstance(location, Path)
             names = random.choices(
-                [*self._troubles], [weight for _, weight in self._troubles.values()], k=rounds
+                [*self._faults], [weight for _, weight in self._faults.values()], k=rounds
             )
-            troubles = [(name, self._troubles[name][0]) for name in names]
+            faults = [(name, self._faults[name][0]) for name in names]
             if self._has_small_disk and random.random() < 0.3:
                 disk = stack.enter_context(small_disk(location.with_name("disk")))
                 location = Path(shutil.copyfile(location, disk / location.name))
-                troubles = [("small disk full", no_space)] * rounds
+                faults = [("small disk full", no_space)] * rounds
             stack.enter_context(checkpointing(4))
             stack.enter_context(abandoning(self.run))
-            asyncio.run(self._call(location, troubles))
+            asyncio.run(self._call(location, faults))
 
-    async def _call(self, path: Path, troubles: Sequence[tuple[str, FileTrouble]]) -> None:
+    async def _call(self, path: Path, faults: Sequence[tuple[str, FileFault]]) -> None:
         async with trial_of(self.run, path) as trial:
-            for name, trouble in troubles:
+            for name, fault in faults:
                 call, is_cold = self.run.random.choice(CALLS), self.run.random.random() < 0.5
                 effect = await trial.effect(call, nullcontext)
                 what = f"{call.name}, {'cold, ' * is_cold}{name}"
                 await trial.make(
                     call,
-                    partial(trouble, path),
+                    partial(fault, path),
                     effect,
                     what,
                     cold=is_cold,
-                    is_elsewhere=trouble in (removed, replaced),
+                    is_elsewhere=fault in (removed, replaced),
                 )
                 self._done(name)
 
@@ -470,7 +470,7 @@ CAMPAIGN = Campaign(
     perform=perform,
     rounds=5_000,
     quick_rounds=20,
-    unit="troubles",
+    unit="faults",
     kinds=(SQLITE,),
     why_not=vfs.why_not,
 )

@@ -312,11 +312,11 @@ class _Faults:
         self,
         lifecycle: LifecycleCall,
         folder: Path,
-        trouble: AbstractContextManager[object],
+        fault: AbstractContextManager[object],
         what: str,
     ) -> type | None:
         """Return the error type that a lifecycle call raises; `None` if it returns."""
-        outcome = await outcome_of(self.run, partial(lifecycle.perform, folder, trouble), what)
+        outcome = await outcome_of(self.run, partial(lifecycle.perform, folder, fault), what)
         # Not the error itself: it refers to cursors, which keep the file open.
         return type(outcome) if isinstance(outcome, Exception) else None
 

@@ -23,7 +23,7 @@ NAME = "cluster.db"
 BACKUP = "backup.db"
 """Name of the backup in the folder of a call."""
 
-Trouble = AbstractContextManager[object]
+FaultContext = AbstractContextManager[object]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LifecycleCall:
     name: str
     make: Callable[[Path], object]
     """Creates the files in a folder."""
-    perform: Callable[[Path, Trouble], Coroutine[Any, Any, object]]
+    perform: Callable[[Path, FaultContext], Coroutine[Any, Any, object]]
     """Makes the call on the files in a folder, with the fault. It can be repeated."""
 
 
@@ -111,23 +111,23 @@ def backed_up(folder: Path) -> None:
     asyncio.run(change())
 
 
-async def _open_and_close(folder: Path, trouble: Trouble) -> None:
-    with trouble:
+async def _open_and_close(folder: Path, fault: FaultContext) -> None:
+    with fault:
         async with StateManager(_database(folder), None):
             pass
 
 
-async def _shut_down(folder: Path, trouble: Trouble) -> None:
+async def _shut_down(folder: Path, fault: FaultContext) -> None:
     state = StateManager(_database(folder), None)
     await state.initialize()
     with suppress(DuplicateError):  # an earlier call has written it
         await state.add_task(TaskFactory(FakeClock())(task_id="unsaved"), persist=False)
-    with trouble:
+    with fault:
         await state.shutdown()
 
 
-async def _restore(folder: Path, trouble: Trouble) -> None:
-    with trouble:
+async def _restore(folder: Path, fault: FaultContext) -> None:
+    with fault:
         backend = backend_of(folder / NAME, LOCK_SECONDS)
         await asyncio.to_thread(restore, backend, folder / BACKUP)
 
