@@ -36,7 +36,7 @@ import openclaw_store
 from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.harness.direct_access import fetch, find_damage
-from campaigns.workloads.programs import OTHERS, PROGRAMS, Program, limit_life
+from campaigns.workloads.programs import OTHER_PROGRAMS, PROGRAMS, Program, limit_life
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskType, verify
 
 LIMIT_SECONDS = 1.0
@@ -65,7 +65,7 @@ ERRORS = {"raises": "CrashError", "is_interrupted": "KeyboardInterrupt"}
 """Errors with a traceback."""
 
 
-def nurse(send: Send, folder: str, programs: Sequence[tuple[str, str, int]]) -> None:
+def supervise(send: Send, folder: str, programs: Sequence[tuple[str, str, int]]) -> None:
     """Fork a process for each program, a few at a time, and report how they end.
 
     Args:
@@ -88,12 +88,12 @@ def nurse(send: Send, folder: str, programs: Sequence[tuple[str, str, int]]) -> 
         os.close(errors)
         running[child] = number
         if len(running) == AT_ONCE:
-            _bury(send, running)
+            _reap(send, running)
     while running:
-        _bury(send, running)
+        _reap(send, running)
 
 
-def _bury(send: Send, running: dict[int, int]) -> None:
+def _reap(send: Send, running: dict[int, int]) -> None:
     child, status = os.wait()
     send(running.pop(child), "ended", os.waitstatus_to_exitcode(status), time.monotonic())
 
@@ -104,7 +104,7 @@ async def _warm_up() -> None:
         await TaskRepository(database).count_by_status()
 
 
-class _Death:
+class _ProcessRecord:
     """The records of a process from start to end."""
 
     def __init__(self, name: str, location: Location) -> None:
@@ -137,7 +137,7 @@ def perform(run: Run) -> None:
     slowest = dict.fromkeys(("error", "end", "opening again"), 0.0)
     names = _names(run.random)
     for number in run.parts(BATCH):
-        _live(run, [*islice(names, number)], slowest)
+        _run_processes(run, [*islice(names, number)], slowest)
     run.notes.update({f"slowest {what}": f"{took:.2f} s" for what, took in slowest.items()})
 
 
@@ -146,34 +146,34 @@ def _names(random: Random) -> Iterator[str]:
     while True:
         pairs = [name for name in PROGRAMS if ", " in name]
         random.shuffle(pairs)
-        yield from (program.__name__ for program in OTHERS)
+        yield from (program.__name__ for program in OTHER_PROGRAMS)
         yield from pairs
 
 
-def _live(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
+def _run_processes(run: Run, names: Sequence[str], slowest: dict[str, float]) -> None:
     """Run processes, and judge them."""
     with ExitStack() as places:
         folder = Path(places.enter_context(TemporaryDirectory(dir=run.folder)))
-        deaths = [_Death(name, places.enter_context(run.location())) for name in names]
-        programs = [(one.name, str(one.location), run.random.randrange(2**32)) for one in deaths]
+        records = [_ProcessRecord(name, places.enter_context(run.location())) for name in names]
+        programs = [(one.name, str(one.location), run.random.randrange(2**32)) for one in records]
         errors = folder / "errors"
-        with Child(nurse, folder, programs, errors=errors, bug=run.bug) as child:
+        with Child(supervise, folder, programs, errors=errors, bug=run.bug) as child:
             for number, what, *values in child.messages():
-                deaths[number].note(what, *values)
+                records[number].note(what, *values)
             run.check(child.wait() == 0, f"the supervisor ended: {child.complaint}")
-        for number, death in enumerate(deaths):
-            _judge(run, death, (folder / str(number)).read_text(errors="replace"), slowest)
+        for number, record in enumerate(records):
+            _judge(run, record, (folder / str(number)).read_text(errors="replace"), slowest)
             run.done()
 
 
-def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> None:
+def _judge(run: Run, record: _ProcessRecord, errors: str, slowest: dict[str, float]) -> None:
     """Judge a process by its records."""
-    name, counts = death.name, run.counts
+    name, counts = record.name, run.counts
     ending = name.partition(",")[0]
     code = CODES.get(ending, 0)
-    run.check(death.code == code, f"{name}: ended with {death.code} instead of {code}: {errors}")
-    if death.left_at is not None:
-        took = death.ended_at - death.left_at
+    run.check(record.code == code, f"{name}: ended with {record.code} instead of {code}: {errors}")
+    if record.left_at is not None:
+        took = record.ended_at - record.left_at
         slowest["end"] = max(slowest["end"], took)
         is_soon = run.is_quick or took < LIMIT_SECONDS
         run.check(is_soon, f"{name}: its end took {took:.1f} s")
@@ -185,9 +185,9 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
         run.check(is_own and LIBRARY not in errors, f"{name}: {errors}")
     elif ending not in ("closes_its_loop", "loses_its_loop"):  # Python itself warns there
         run.check(not errors, f"{name}: {errors}")
-    for code in death.children:
+    for code in record.children:
         run.check(code == 0, f"{name}: its child ended with {code}")
-    for what, came, wanted, took in death.tried:
+    for what, came, wanted, took in record.tried:
         counts.refused += came == "refused"  # successful calls are counted by their tasks
         run.check(came == wanted and came in ("works", "refused"), f"{name}: {what}: {came}")
         if came == "refused":
@@ -195,30 +195,30 @@ def _judge(run: Run, death: _Death, errors: str, slowest: dict[str, float]) -> N
             is_soon = run.is_quick or took < LIMIT_SECONDS
             run.check(is_soon, f"{name}: {what}: was refused after {took:.1f} s")
 
-    stored = _stored(run, death)
-    counts.acknowledged += len(death.acknowledged)
-    for id in death.acknowledged - stored:
+    stored = _stored(run, record)
+    counts.acknowledged += len(record.acknowledged)
+    for id in record.acknowledged - stored:
         run.lost(f"{name}: {id}")
-    unknown = death.trying - death.acknowledged
+    unknown = record.trying - record.acknowledged
     counts.unknown += len(unknown)
     counts.unknown_committed += len(unknown & stored)
     run.check(len(stored & {"left", "right"}) != 1, f"{name}: a transaction is stored in part")
     began = time.monotonic()
-    problems = asyncio.run(_verified(death.location))
+    problems = asyncio.run(_verified(record.location))
     took = time.monotonic() - began
     slowest["opening again"] = max(slowest["opening again"], took)
     run.check(not problems, f"{name}: {problems}")
 
 
-def _stored(run: Run, death: _Death) -> set[str]:
+def _stored(run: Run, record: _ProcessRecord) -> set[str]:
     """Return the stored tasks; check the feed and the integrity, too."""
     tasks, counters = "SELECT task_id FROM tasks", "SELECT revision FROM counters"
     feed = "SELECT count(*), max(revision) FROM changes"
-    ids, [(revision,)], [(changes, newest)] = fetch(death.location, tasks, counters, feed)
-    found = find_damage(death.location)
-    run.check(not found, f"{death.name}: {found}")
+    ids, [(revision,)], [(changes, newest)] = fetch(record.location, tasks, counters, feed)
+    found = find_damage(record.location)
+    run.check(not found, f"{record.name}: {found}")
     in_order = revision == changes == (newest or 0)
-    run.check(in_order, f"{death.name}: revision {revision}, {changes} changes up to {newest}")
+    run.check(in_order, f"{record.name}: revision {revision}, {changes} changes up to {newest}")
     return {id for (id,) in ids}
 
 

@@ -45,13 +45,13 @@ class Program:
     Args:
         send: Sends a message to the parent.
         location: A migrated, empty database.
-        luck: The source of random choices.
+        random: The source of random choices.
     """
 
-    def __init__(self, send: Send, location: str, luck: Random) -> None:
-        self.send, self.location, self.luck = send, location, luck
+    def __init__(self, send: Send, location: str, random: Random) -> None:
+        self.send, self.location, self.random = send, location, random
         self.numbers = count(1)
-        self.going_on: list[asyncio.Future[Any]] = []
+        self.in_progress: list[asyncio.Future[Any]] = []
         """Work in progress that the program does not wait for."""
 
     def task(self) -> Task:
@@ -77,7 +77,7 @@ class Program:
         """Start work in the background, which may fail."""
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        self.going_on.append(task)
+        self.in_progress.append(task)
 
     async def open(self) -> StateManager:
         """Return a manager in use: it has a pool, a writer and a polling thread."""
@@ -195,7 +195,7 @@ async def closing_down(program: Program, manager: StateManager) -> None:
 
 
 async def _a_moment(program: Program) -> None:
-    await asyncio.sleep(program.luck.choice((0, 0.0003, 0.001, 0.003)))
+    await asyncio.sleep(program.random.choice((0, 0.0003, 0.001, 0.003)))
 
 
 UNDER_WAY = (
@@ -569,7 +569,7 @@ def has_two_loops(program: Program) -> None:
     asyncio.run(end())
 
 
-OTHERS = (
+OTHER_PROGRAMS = (
     forks, forks_in_a_thread, forks_in_a_transaction, has_workers, keeps_a_memory,
     runs_loop_after_loop, loses_its_loop, has_two_loops,
 )  # fmt: skip
@@ -580,7 +580,7 @@ PROGRAMS: dict[str, Callable[[Program], None]] = {
         f"{ending.__name__}, {begin.__name__}": partial(ending, begin=begin)
         for ending, begin in product(ENDINGS, UNDER_WAY)
     },
-    **{program.__name__: program for program in OTHERS},
+    **{program.__name__: program for program in OTHER_PROGRAMS},
 }
 """All programs by name; each runs in a process of its own."""
 
