@@ -360,7 +360,7 @@ class TestSilence:
             await TaskRepository(database).create(make_task())
             proxy.swallow_from(words)
             caller = asyncio.create_task(take())
-            await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
+            await asyncio.wait_for(proxy.fault_begun.wait(), PATIENCE)
             proxy.forward()
 
             with within(PATIENCE / 2):

@@ -39,7 +39,7 @@ class Fault:
     """One of `FAULTS`."""
     moment: str = "now"
     """One of `MOMENTS`."""
-    words: bytes = b""
+    trigger: bytes = b""
     """Bytes of the request that triggers it."""
 
 
@@ -61,7 +61,7 @@ class Proxy:
         """Number of requests so far that were lost, or had to lose their replies."""
         self.awaited: Fault | None = None
         """The fault that waits for its moment."""
-        self.struck = asyncio.Event()
+        self.fault_begun = asyncio.Event()
         """Set when the last fault has begun."""
         self.swallows_requests = False
         self.swallows_replies = False
@@ -80,20 +80,20 @@ class Proxy:
     def fail(self, fault: Fault) -> None:
         """Begin a fault at its moment; it lasts until `forward`."""
         self.awaited = fault
-        self.struck.clear()
+        self.fault_begun.clear()
         if fault.moment == "now":
-            self.strike()
+            self.begin_fault()
 
     def swallow(self, requests: bool = True, replies: bool = True) -> None:
         self.swallows_requests, self.swallows_replies = requests, replies
 
-    def swallow_after(self, words: bytes) -> None:
+    def swallow_after(self, trigger: bytes) -> None:
         """Pass on the request with these bytes, and lose all data afterwards."""
-        self.fail(Fault("swallow", "reply", words))
+        self.fail(Fault("swallow", "reply", trigger))
 
-    def swallow_from(self, words: bytes) -> None:
+    def swallow_from(self, trigger: bytes) -> None:
         """Pass on all data before the request with these bytes."""
-        self.fail(Fault("swallow", "request", words))
+        self.fail(Fault("swallow", "request", trigger))
 
     def forward(self) -> None:
         """Pass on all data again, except on connections that have lost some."""
@@ -104,11 +104,11 @@ class Proxy:
         for link in self._links:
             link.halves_next = False
 
-    def strike(self, by: _Link | None = None) -> None:
+    def begin_fault(self, by: _Link | None = None) -> None:
         """Begin the fault, triggered by a request on a connection or by the clock."""
         fault, self.awaited = self.awaited, None
         assert fault is not None
-        self.struck.set()
+        self.fault_begun.set()
         self.swallows_requests = fault.kind == "swallow"
         self.swallows_replies = fault.kind in ("swallow", "swallow replies")
         self.refuses = fault.kind == "refuse"
@@ -202,15 +202,15 @@ class _Link:
         proxy, cut = self._proxy, False
         while data := await reader.read(1 << 16):
             awaited = None if cut or proxy.swallows_requests else proxy.awaited
-            is_moment = awaited is not None and awaited.words in data
+            is_moment = awaited is not None and awaited.trigger in data
             if awaited is not None and is_moment and awaited.moment == "request":
-                proxy.strike(self)
+                proxy.begin_fault(self)
             cut = cut or proxy.swallows_requests
             if not cut:
                 self._send(data, writer)
             proxy.swallowed += cut or self.loses_replies
             if awaited is not None and is_moment and awaited.moment == "reply":
-                proxy.strike(self)
+                proxy.begin_fault(self)
         if cut or proxy.swallows_requests:
             await asyncio.Event().wait()
         writer.close()

@@ -200,9 +200,9 @@ class Lane:
         await asyncio.sleep(self.random.uniform(0, 0.05))
         self.proxy.fail(fault)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.proxy.struck.wait(), 2)
-        if not self.proxy.struck.is_set():  # no request with these bytes came
-            self.proxy.strike()
+            await asyncio.wait_for(self.proxy.fault_begun.wait(), 2)
+        if not self.proxy.fault_begun.is_set():  # no request with these bytes came
+            self.proxy.begin_fault()
         adding = asyncio.create_task(self.other.add_task(make_task(f"other-{number}", "nobody")))
         await asyncio.sleep(self.random.choice([0.1, 0.2, 0.4, 0.8]))
         self.proxy.forward()
@@ -210,7 +210,7 @@ class Lane:
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await asyncio.gather(adding, *working)
-                await self.check(f"{fault.kind} at {fault.moment} of {fault.words!r}", number)
+                await self.check(f"{fault.kind} at {fault.moment} of {fault.trigger!r}", number)
         except TimeoutError:
             each = zip(callers, working, strict=True)
             hanging = [caller.doing for caller, one in each if not one.done()]
@@ -226,10 +226,10 @@ class Lane:
         kind = FAULTS[number % len(FAULTS)]
         moment = MOMENTS[number // len(FAULTS) % len(MOMENTS)]
         writes = [b"COMMIT", b'{"changed"']  # commits with the write lock, and mostly without it
-        words = [b"", *writes, *(caller.node_id.encode() for caller in callers)]
+        triggers = [b"", *writes, *(caller.node_id.encode() for caller in callers)]
         if number < len(FAULTS):
             return Fault(kind, moment, writes[number % len(writes)])
-        return Fault(kind, moment, b"" if moment == "now" else self.random.choice(words))
+        return Fault(kind, moment, b"" if moment == "now" else self.random.choice(triggers))
 
     async def check(self, what: str, number: int) -> None:
         """Check all promises, with the network back."""
