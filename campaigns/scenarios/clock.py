@@ -106,7 +106,7 @@ class JumpingClock:
 
 
 @dataclass
-class Held:
+class AssignedTask:
     """A task that is assigned to a node, and its true state."""
 
     task: Task
@@ -115,10 +115,10 @@ class Held:
 
 
 @dataclass
-class World:
+class TrueState:
     """The true state of the cluster."""
 
-    alive: dict[str, list[Held]] = field(default_factory=dict)
+    alive: dict[str, list[AssignedTask]] = field(default_factory=dict)
     """Tasks of each living node."""
     died: dict[str, timedelta] = field(default_factory=dict)
     """Time of death of each node that is not marked lost yet."""
@@ -188,7 +188,7 @@ class Cluster:
         self.run, self.clock, self.random = run, clock, run.random
         self.worker, self.coordinator = worker, coordinator
         self.past = past
-        self.world = World()
+        self.true_state = TrueState()
         self.is_naive = False
         """True if it uses times without a zone."""
 
@@ -205,7 +205,7 @@ class Cluster:
 
     async def go_through(self, at: int, now: datetime, what: str) -> None:
         """Perform a round, in which the clock is set to `now` at a tick."""
-        while len(self.world.alive) < NODES:
+        while len(self.true_state.alive) < NODES:
             await self.join()
         dies_at = self.random.randrange(TICKS // 2)
         for tick in range(TICKS):
@@ -213,70 +213,70 @@ class Cluster:
             if tick == at:
                 self.clock.set(now)
             if tick == dies_at:
-                node_id = self.random.choice(list(self.world.alive))
-                del self.world.alive[node_id]
-                self.world.died[node_id] = self.clock.true
+                node_id = self.random.choice(list(self.true_state.alive))
+                del self.true_state.alive[node_id]
+                self.true_state.died[node_id] = self.clock.true
             recovers_first = self.random.random() < 0.5
             if recovers_first:
-                await self.recover(what, since_beat=TICK)
-            await self.beat()
+                await self.recover(what, since_heartbeat=TICK)
+            await self.send_heartbeats()
             if not recovers_first:
-                await self.recover(what, since_beat=timedelta())
+                await self.recover(what, since_heartbeat=timedelta())
             await self.work()
             self.check_nodes(what)
             self.check_waiting(what)
         self.check_tasks(what)
 
     async def join(self) -> None:
-        self.world.nodes += 1
-        node_id = f"node-{self.world.nodes}"
+        self.true_state.nodes += 1
+        node_id = f"node-{self.true_state.nodes}"
         await self.worker.register_node(NodeInfo(node_id, node_id, max_concurrent_tasks=3))
         self.run.counts.acknowledged += 1
-        self.world.alive[node_id] = []
+        self.true_state.alive[node_id] = []
 
-    async def beat(self) -> None:
+    async def send_heartbeats(self) -> None:
         """Send a heartbeat for each living node, and check that it is stored."""
-        self.world.cpu = self.random.randrange(100)
-        for node_id in self.world.alive:
+        self.true_state.cpu = self.random.randrange(100)
+        for node_id in self.true_state.alive:
             if self.is_naive and self.random.random() < 0.5:  # as in the specification
                 node = await self.worker.node_repo.get(node_id)
                 assert node is not None
-                node.last_heartbeat, node.cpu_usage = self.clock.local(), self.world.cpu
+                node.last_heartbeat, node.cpu_usage = self.clock.local(), self.true_state.cpu
                 await self.worker.node_repo.update(node)
                 await self.worker.refresh_from_database()
-            if not await self.worker.update_heartbeat(node_id, cpu_usage=self.world.cpu):
+            if not await self.worker.update_heartbeat(node_id, cpu_usage=self.true_state.cpu):
                 self.run.wrong(f"{node_id} is not known")
             self.run.counts.acknowledged += 1
         await self.worker.sync_to_database()
-        self.check_beats()
+        self.check_heartbeats()
 
-    async def recover(self, what: str, since_beat: timedelta) -> None:
+    async def recover(self, what: str, since_heartbeat: timedelta) -> None:
         """Requeue the tasks of lost nodes."""
-        world, clock = self.world, self.clock
+        true_state, clock = self.true_state, self.clock
         recovery = await self.coordinator.recover(timeout_seconds=PATIENCE_SECONDS)
         self.run.counts.acknowledged += 1
-        if clock.true - clock.jumped_at > since_beat:
-            lost = world.alive.keys() & set(recovery.offline_nodes)
+        if clock.true - clock.jumped_at > since_heartbeat:
+            lost = true_state.alive.keys() & set(recovery.offline_nodes)
             self.run.check(not lost, f"{lost} are marked lost though they live, after {what}")
         taken = {*recovery.requeued_tasks, *recovery.failed_tasks, *recovery.timed_out_tasks}
-        for held in world.alive.values():
-            for one in [one for one in held if one.task.task_id in taken]:
-                held.remove(one)
+        for assigned in true_state.alive.values():
+            for one in [one for one in assigned if one.task.task_id in taken]:
+                assigned.remove(one)
                 ran, limit = clock.true - one.since, one.task.timeout or 10**9
                 is_wrong = one.since > clock.jumped_at and ran < timedelta(seconds=limit)
                 self.run.check(
                     not is_wrong, f"{one.task.task_id} was taken from a node that lives after {ran}"
                 )
-        self.world.failed.update(dict.fromkeys(recovery.requeued_tasks, clock.true))
+        self.true_state.failed.update(dict.fromkeys(recovery.requeued_tasks, clock.true))
         await self.worker.refresh_from_database()
 
     async def work(self) -> None:
         """Let nodes start, complete or fail their tasks, and claim new ones."""
-        world, clock, run = self.world, self.clock, self.run
+        true_state, clock, run = self.true_state, self.clock, self.run
         for _ in range(2):
-            world.tasks += 1
+            true_state.tasks += 1
             task = Task(
-                f"task-{world.tasks}",
+                f"task-{true_state.tasks}",
                 TaskType.BATCH,
                 "t",
                 timeout=self.random.choice([None, TIMEOUT_SECONDS]),
@@ -286,16 +286,16 @@ class Cluster:
             await self.worker.add_task(task)
             run.counts.acknowledged += 1
             run.check(task.submitted_at == clock.now, f"{clock.local()} became {task.submitted_at}")
-        for node_id, held in world.alive.items():
-            for one in list(held):
-                await self.go_on(one, held)
+        for node_id, assigned in true_state.alive.items():
+            for one in list(assigned):
+                await self.go_on(one, assigned)
             for task in await self.worker.claim_tasks(node_id, limit=2):
-                world.failed.pop(task.task_id, None)
+                true_state.failed.pop(task.task_id, None)
                 hangs = task.timeout is not None and self.random.random() < 0.4
-                held.append(Held(task, clock.true, hangs))
+                assigned.append(AssignedTask(task, clock.true, hangs))
             run.counts.acknowledged += 1
 
-    async def go_on(self, one: Held, held: list[Held]) -> None:
+    async def go_on(self, one: AssignedTask, assigned: list[AssignedTask]) -> None:
         """Let a task start, complete or fail."""
         run, id = self.run, one.task.task_id
         try:
@@ -309,13 +309,13 @@ class Cluster:
                 )
                 return
             elif self.random.random() < 0.7:
-                held.remove(one)
+                assigned.remove(one)
                 await self.worker.complete_task(one.task)
-                self.world.completed.add(id)
+                self.true_state.completed.add(id)
             else:
-                held.remove(one)
+                assigned.remove(one)
                 await self.worker.fail_task(one.task, "no")
-                self.world.failed[id] = self.clock.true
+                self.true_state.failed[id] = self.clock.true
             run.counts.acknowledged += 1
         except NotOwnerError as error:  # `recover` removes the tasks that it takes
             run.counts.refused += 1
@@ -325,16 +325,18 @@ class Cluster:
         """Query the file without the library."""
         return self.past.execute(query, parameters).fetchall()
 
-    def check_beats(self) -> None:
+    def check_heartbeats(self) -> None:
         """Check that living nodes are known to live, by their last heartbeats."""
         now = (self.clock.now - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
         nodes = self.rows("SELECT node_id, status, last_heartbeat, cpu_usage FROM nodes")
         for node_id, status, at, cpu in nodes:
-            if node_id in self.world.alive:
+            if node_id in self.true_state.alive:
                 early = (at - now) / 1e6
                 # A heartbeat from the last second before the clock went back may stay for so long.
                 self.run.check(
-                    status == "online" and 0 <= early <= 1 and (early or cpu == self.world.cpu),
+                    status == "online"
+                    and 0 <= early <= 1
+                    and (early or cpu == self.true_state.cpu),
                     f"{node_id} has just sent a heartbeat, and is {status}, the last one {early} s",
                 )
 
@@ -342,25 +344,25 @@ class Cluster:
         """Check that dead nodes are marked lost, and hold no task."""
         # Just before a node is silent for long enough, the clock may go back by twice that time.
         limit = timedelta(seconds=3 * PATIENCE_SECONDS) + TICK
-        for node_id, died in list(self.world.died.items()):
+        for node_id, died in list(self.true_state.died.items()):
             if self.clock.true - died > limit:
-                del self.world.died[node_id]
+                del self.true_state.died[node_id]
                 [(status,)] = self.rows("SELECT status FROM nodes WHERE node_id = ?", node_id)
                 self.run.check(status == "offline", f"{node_id} has died and is {status}: {what}")
-                held = self.rows(
+                assigned = self.rows(
                     "SELECT task_id FROM tasks WHERE status IN ('scheduled', 'running')"
                     " AND assigned_node = ?",
                     node_id,
                 )
-                self.run.check(not held, f"{node_id} has died and holds {held}: {what}")
+                self.run.check(not assigned, f"{node_id} has died and still has {assigned}: {what}")
 
     def check_waiting(self, what: str) -> None:
         """Check that failed tasks are tried again."""
         limit = timedelta(seconds=2 * BACKOFF.longest_seconds) + 2 * TICK
         now = self.clock.now.timestamp() * 1e6
-        late = [id for id, at in self.world.failed.items() if self.clock.true - at > limit]
+        late = [id for id, at in self.true_state.failed.items() if self.clock.true - at > limit]
         for id in late:
-            del self.world.failed[id]
+            del self.true_state.failed[id]
             found = self.rows(
                 "SELECT datetime(not_before / 1e6, 'unixepoch') FROM tasks WHERE status = 'pending'"
                 " AND task_id = ? AND not_before > ?",
@@ -374,9 +376,9 @@ class Cluster:
         wrong = self.rows(OUT_OF_ORDER)
         self.run.check(not wrong, f"the times of {wrong[:3]} are not in order after {what}")
         stored = {id for (id,) in self.rows("SELECT task_id FROM tasks WHERE status = 'completed'")}
-        for id in self.world.completed - stored:
+        for id in self.true_state.completed - stored:
             self.run.lost(f"the completion of {id}")
-        self.world.completed.clear()
+        self.true_state.completed.clear()
 
 
 CAMPAIGN = Campaign(
