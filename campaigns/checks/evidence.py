@@ -6,7 +6,7 @@
   time: in the long form, 100 ms after their return, minus the delay of the reader's event loop.
 - Revisions are consecutive. Each acknowledged write has a revision of its own. If a write returned
   before another was called, it has the smaller revision.
-- Each change has a call that asked for it.
+- Each change has a call that calls for it.
 - Every watcher received the whole feed, each change once and in order, also across the deaths of
   its process.
 - No task had two owners.
@@ -32,7 +32,7 @@ from campaigns.workloads.specification import (
     ASSIGNED,
     READS,
     UNKNOWN,
-    Seen,
+    ObservedTask,
     TaskCall,
     changes_nothing,
     step,
@@ -68,7 +68,7 @@ _CAUSE: Final = {
 
 
 @dataclass(slots=True, eq=False)
-class Asked:
+class RecordedCall:
     """A call, as recorded by its process."""
 
     process: int
@@ -85,7 +85,7 @@ class Process:
     """A process from start to end, and its records."""
 
     node: str
-    asked: dict[int, Asked] = field(default_factory=dict)
+    calls: dict[int, RecordedCall] = field(default_factory=dict)
     watched: list[list[Any]] = field(default_factory=list)
     delays: list[tuple[int, int]] = field(default_factory=list)
     """The begin and end of each delay of its event loop."""
@@ -96,7 +96,7 @@ class Process:
     @property
     def opened(self) -> int:
         """The time at which it had opened the store."""
-        return next((one.invoked for one in self.asked.values()), 0)
+        return next((one.invoked for one in self.calls.values()), 0)
 
     def delay(self, since: int, until: int) -> int:
         """Return the delay of its event loop within a period."""
@@ -138,10 +138,10 @@ class Evidence:
     def __init__(self, run: Run, location: Location, processes: Sequence[Process]) -> None:
         self._run = run
         self._processes = processes
-        asked = [one for process in processes for one in process.asked.values()]
-        run.counts.unknown = sum(one.answer is UNKNOWN for one in asked)
-        run.counts.refused = sum(isinstance(one.answer, str) for one in asked)
-        run.counts.acknowledged = len(asked) - run.counts.unknown - run.counts.refused
+        calls = [one for process in processes for one in process.calls.values()]
+        run.counts.unknown = sum(one.answer is UNKNOWN for one in calls)
+        run.counts.refused = sum(isinstance(one.answer, str) for one in calls)
+        run.counts.acknowledged = len(calls) - run.counts.unknown - run.counts.refused
         feed, tasks = fetch(location, _FEED, _TASKS)
         self._feed = [Change(*row) for row in feed]
         self._changes: dict[str, list[Change]] = defaultdict(list)
@@ -150,23 +150,23 @@ class Evidence:
             if change.item == "task":
                 self._changes[change.id].append(change)
         self._end = {
-            id: Seen(version, metadata.split('"')[3], status, node, attempt)
+            id: ObservedTask(version, metadata.split('"')[3], status, node, attempt)
             for id, version, status, node, attempt, metadata in tasks
         }
-        self._calls: dict[str, list[Asked]] = defaultdict(list)
+        self._calls: dict[str, list[RecordedCall]] = defaultdict(list)
         """The calls about each task."""
-        self._general: list[Asked] = []
+        self._general: list[RecordedCall] = []
         """The calls that may be about any task."""
-        for one in (about for call in asked for about in _each_about_a_task(call)):
+        for one in (about for call in calls for about in _each_about_a_task(call)):
             if one.task_id is None:
                 self._general.append(one)
             else:
                 self._calls[one.task_id].append(one)
-        self._writes: dict[int, list[Asked]] = defaultdict(list)
+        self._writes: dict[int, list[RecordedCall]] = defaultdict(list)
         """The acknowledged writes, by revision."""
         causes = {change.revision: (change.id, change.cause) for change in self._feed}
         for call in (one for calls in self._calls.values() for one in calls):
-            if call.name in _TELL_REVISION and isinstance(call.answer, Seen):
+            if call.name in _TELL_REVISION and isinstance(call.answer, ObservedTask):
                 revision = call.answer.version or 0
                 # The start of a running task returns its newest version, by any caller.
                 is_own = causes.get(revision) == (call.task_id, call.name)
@@ -302,7 +302,7 @@ class Evidence:
             calls += [
                 one for one in self._general if one.name == "register" and one.arguments[0] in nodes
             ]
-            calls.append(Asked(-1, "read", id, [], end, end, self._end.get(id)))
+            calls.append(RecordedCall(-1, "read", id, [], end, end, self._end.get(id)))
             operations = [
                 Operation(
                     one.invoked,
@@ -321,7 +321,7 @@ class Evidence:
                     f"of {id}, no order explains {_shown(violation.call)} after {shown}"
                 )
 
-    def _all(self) -> Iterator[Asked]:
+    def _all(self) -> Iterator[RecordedCall]:
         yield from self._general
         for calls in self._calls.values():
             yield from calls
@@ -331,7 +331,7 @@ class _Floor(NamedTuple):
     """The revision that the cache has reached, and the call that proves it."""
 
     revision: int
-    call: Asked | None
+    call: RecordedCall | None
 
 
 class _Span(NamedTuple):
@@ -353,8 +353,8 @@ def _spans(changes: Sequence[Change]) -> list[_Span]:
 
 
 def _looks(
-    calls: Iterable[Asked], spans: Sequence[_Span]
-) -> Iterator[tuple[Asked, _Floor, _Span | None]]:
+    calls: Iterable[RecordedCall], spans: Sequence[_Span]
+) -> Iterator[tuple[RecordedCall, _Floor, _Span | None]]:
     """Yield each read of a task from memory by a process, with the span of the observed version.
 
     Each comes with the minimum revision of the cache at the time of the read, known from earlier
@@ -363,7 +363,7 @@ def _looks(
     answered = [call for call in calls if call.returned is not None]
     moments = [(call.invoked, 0, call) for call in answered]
     moments += [(call.returned or 0, 1, call) for call in answered]
-    floor, floors = _Floor(0, None), dict[Asked, _Floor]()
+    floor, floors = _Floor(0, None), dict[RecordedCall, _Floor]()
     for _, is_return, call in sorted(moments, key=lambda moment: moment[:2]):
         if not is_return:
             floors[call] = floor
@@ -373,7 +373,7 @@ def _looks(
             span = _span_of(call.answer, floors[call].revision, spans)
             yield call, floors[call], span
             revision = span.begin if span is not None else 0
-        elif call.name in ("find", *_TELL_REVISION) and isinstance(call.answer, Seen):
+        elif call.name in ("find", *_TELL_REVISION) and isinstance(call.answer, ObservedTask):
             revision = call.answer.version or 0
         elif call.name == "remove" and call.answer is True:
             removals = (one.begin for one in spans[1:] if not one.is_there)
@@ -382,7 +382,7 @@ def _looks(
             floor = _Floor(revision, call)
 
 
-def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | None:
+def _span_of(task: ObservedTask | None, since: int, spans: Sequence[_Span]) -> _Span | None:
     """Return the first span of a version that ends after `since`; else the last one before."""
     fit = [
         span
@@ -394,20 +394,20 @@ def _span_of(task: Seen | None, since: int, spans: Sequence[_Span]) -> _Span | N
     )
 
 
-def _each_about_a_task(call: Asked) -> Iterator[Asked]:
+def _each_about_a_task(call: RecordedCall) -> Iterator[RecordedCall]:
     """Yield the call once for each task in its answer."""
     answer = call.answer
     if call.name == "claim" and answer is not UNKNOWN:
         for id, task in answer if isinstance(answer, list) else ():  # else a deadline passed
-            yield replace(call, task_id=id, answer=Seen(*task))
+            yield replace(call, task_id=id, answer=ObservedTask(*task))
     elif call.name == "change" and isinstance(answer, list):
-        before, after = (Seen(*task) for task in answer)
+        before, after = (ObservedTask(*task) for task in answer)
         yield replace(call, arguments=[*call.arguments, before], answer=after)
     else:
-        yield replace(call, answer=Seen(*answer) if isinstance(answer, list) else answer)
+        yield replace(call, answer=ObservedTask(*answer) if isinstance(answer, list) else answer)
 
 
-def _cause(call: Asked) -> str:
+def _cause(call: RecordedCall) -> str:
     return "update" if call.name == "change" else call.name
 
 

@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any
 
 from campaigns.checks.audit import verify_it
-from campaigns.checks.evidence import Asked, Evidence, Process
+from campaigns.checks.evidence import Evidence, Process, RecordedCall
 from campaigns.faults.children import Child
 from campaigns.harness.campaign import Campaign, HangError, Location, Run
 from campaigns.workloads.caller import READER, work
@@ -101,10 +101,10 @@ class _Processes:
         """Record a message of a process; kill it, or end it, when it is due."""
         process, child = self._processes[number], self._children[number]
         match message:
-            case ["asked", call, moment, name, task_id, arguments]:
-                process.asked[call] = Asked(number, name, task_id, arguments, moment)
+            case ["calls", call, moment, name, task_id, arguments]:
+                process.calls[call] = RecordedCall(number, name, task_id, arguments, moment)
             case ["answered", call, moment, answer]:
-                process.asked[call].returned, process.asked[call].answer = moment, answer
+                process.calls[call].returned, process.calls[call].answer = moment, answer
                 self._answered += 1
                 if self._answered <= self._wanted and self._answered % CALLS_A_ROUND == 0:
                     self._run.done()

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from campaigns.faults.children import Send
 from campaigns.harness.loop_delay import watch_loop_delay
-from campaigns.workloads.specification import NOT_FOUND, Seen
+from campaigns.workloads.specification import NOT_FOUND, ObservedTask
 from openclaw_store import (
     ConflictError,
     Database,
@@ -148,7 +148,7 @@ class Caller:
             await self.read(task_id)
 
     async def change(self, task_id: str) -> None:
-        before: list[Seen] = []
+        before: list[ObservedTask] = []
 
         def change(task: Task) -> None:
             before[:] = [_seen(task)]
@@ -238,14 +238,14 @@ class Caller:
     ) -> Iterator[Callable[[Any], None]]:
         """Record a call, and its answer or its error."""
         number, answers = next(self._numbers), list[Any]()
-        self._send("asked", number, time.monotonic_ns(), name, task_id, arguments)
+        self._send("calls", number, time.monotonic_ns(), name, task_id, arguments)
         try:
             yield answers.append
         except (ConflictError, NotFoundError, DeadlineError) as error:
             answers.append(type(error).__name__)
         self._send("answered", number, time.monotonic_ns(), *answers)
 
-    def _see(self, task: Task | None) -> Seen | None:
+    def _see(self, task: Task | None) -> ObservedTask | None:
         if task is None:
             return None
         self._copies[task.task_id].append(task)
@@ -274,9 +274,9 @@ def _name(task_id: str) -> str:
     return f"<{task_id}>"
 
 
-def _seen(task: Task) -> Seen:
+def _seen(task: Task) -> ObservedTask:
     token = task.metadata["token"]
-    return Seen(task.version, token, task.status.value, task.assigned_node, task.attempt)
+    return ObservedTask(task.version, token, task.status.value, task.assigned_node, task.attempt)
 
 
 async def work(send: Send, location: str, node: str, process: int, seed: int, since: int) -> None:

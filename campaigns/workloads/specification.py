@@ -20,7 +20,7 @@ READS: Final = ("read", "find")
 ASSIGNED: Final = ("scheduled", "running")
 
 
-class Seen(NamedTuple):
+class ObservedTask(NamedTuple):
     """A version of a task, as observed by a caller."""
 
     version: int | None
@@ -41,7 +41,7 @@ class TaskCall(NamedTuple):
 
     name: str
     arguments: tuple[Any, ...]
-    answer: Seen | str | bool | None
+    answer: ObservedTask | str | bool | None
     """The answer: the task, `None` if there is none, the name of an error, `True` for success, or
     `UNKNOWN`.
     """
@@ -50,11 +50,11 @@ class TaskCall(NamedTuple):
 UNKNOWN: Final = False
 """The answer of a call that did not return."""
 
-Outcome = Seen | str | None
+Outcome = ObservedTask | str | None
 """The task after a call, or the error that refused it."""
 
 
-def step(task: Seen | None, call: TaskCall) -> Iterable[Seen | None]:
+def step(task: ObservedTask | None, call: TaskCall) -> Iterable[ObservedTask | None]:
     """Return the possible states of the task after a call with this answer; empty if impossible."""
     if call.answer == TOO_LATE:
         yield task
@@ -65,7 +65,7 @@ def step(task: Seen | None, call: TaskCall) -> Iterable[Seen | None]:
                 yield task
         elif call.answer is True or call.answer is UNKNOWN:
             yield outcome
-        elif isinstance(call.answer, Seen):
+        elif isinstance(call.answer, ObservedTask):
             if outcome is not None and is_same(outcome, call.answer):
                 yield call.answer
         elif call.answer is None and outcome is None:
@@ -77,20 +77,20 @@ def changes_nothing(call: TaskCall) -> bool:
     return call.name in READS or isinstance(call.answer, str)
 
 
-def is_same(task: Seen, other: Seen) -> bool:
+def is_same(task: ObservedTask, other: ObservedTask) -> bool:
     """Return true if both may be the same version of a task."""
     return task[1:] == other[1:] and (task.version is None or task.version == other.version)
 
 
-def _read(task: Seen | None) -> Iterable[Outcome]:
+def _read(task: ObservedTask | None) -> Iterable[Outcome]:
     return [task]
 
 
-def _add(task: Seen | None, token: str) -> Iterable[Outcome]:
-    return [Seen(None, token, "pending", None, 0) if task is None else DUPLICATE]
+def _add(task: ObservedTask | None, token: str) -> Iterable[Outcome]:
+    return [ObservedTask(None, token, "pending", None, 0) if task is None else DUPLICATE]
 
 
-def _update(task: Seen | None, version: int, token: str) -> Iterable[Outcome]:
+def _update(task: ObservedTask | None, version: int, token: str) -> Iterable[Outcome]:
     if task is None:
         return [NOT_FOUND]
     written = task._replace(version=None, token=token)
@@ -99,7 +99,9 @@ def _update(task: Seen | None, version: int, token: str) -> Iterable[Outcome]:
     return [written if task.version == version else STALE]
 
 
-def _change(task: Seen | None, token: str, before: Seen | None = None) -> Iterable[Outcome]:
+def _change(
+    task: ObservedTask | None, token: str, before: ObservedTask | None = None
+) -> Iterable[Outcome]:
     if task is None:
         return [NOT_FOUND]
     if before is not None and not is_same(task, before):
@@ -107,30 +109,30 @@ def _change(task: Seen | None, token: str, before: Seen | None = None) -> Iterab
     return [task._replace(version=None, token=token)]
 
 
-def _remove(task: Seen | None) -> Iterable[Outcome]:
+def _remove(task: ObservedTask | None) -> Iterable[Outcome]:
     return [NOT_FOUND if task is None else None]
 
 
-def _claim(task: Seen | None, node: str) -> Iterable[Outcome]:
+def _claim(task: ObservedTask | None, node: str) -> Iterable[Outcome]:
     if task is None or task.status != "pending":
         return []
     return [task._replace(version=None, status="scheduled", node=node, attempt=task.attempt + 1)]
 
 
-def _start(task: Seen | None, node: str, attempt: int) -> Iterable[Outcome]:
+def _start(task: ObservedTask | None, node: str, attempt: int) -> Iterable[Outcome]:
     return _by_owner(task, (node, attempt), status="running")
 
 
-def _complete(task: Seen | None, node: str, attempt: int) -> Iterable[Outcome]:
+def _complete(task: ObservedTask | None, node: str, attempt: int) -> Iterable[Outcome]:
     return _by_owner(task, (node, attempt), status="completed")
 
 
-def _fail(task: Seen | None, node: str, attempt: int) -> Iterable[Outcome]:
+def _fail(task: ObservedTask | None, node: str, attempt: int) -> Iterable[Outcome]:
     return _by_owner(task, (node, attempt), status="pending", node=None)
 
 
 def _by_owner(
-    task: Seen | None, owner: tuple[str, int], status: str, **values: Any
+    task: ObservedTask | None, owner: tuple[str, int], status: str, **values: Any
 ) -> Iterable[Outcome]:
     if task is None:
         return [NOT_FOUND]
@@ -143,7 +145,7 @@ def _by_owner(
     ]
 
 
-def _cancel(task: Seen | None) -> Iterable[Outcome]:
+def _cancel(task: ObservedTask | None) -> Iterable[Outcome]:
     if task is None:
         return [NOT_FOUND]
     if task.status == "completed":
@@ -151,23 +153,23 @@ def _cancel(task: Seen | None) -> Iterable[Outcome]:
     return [task if task.status == "cancelled" else task._replace(version=None, status="cancelled")]
 
 
-def _requeue(task: Seen | None) -> Iterable[Outcome]:
+def _requeue(task: ObservedTask | None) -> Iterable[Outcome]:
     if task is None:
         return [NOT_FOUND]
     return [task if task.status == "pending" else _back(task)]
 
 
-def _register(task: Seen | None, node: str) -> Iterable[Outcome]:
+def _register(task: ObservedTask | None, node: str) -> Iterable[Outcome]:
     """Register the node again as a new process: its tasks are pending again."""
     is_lost = task is not None and _is_assigned(task) and task.node == node
     return [_back(task) if task is not None and is_lost else task]
 
 
-def _back(task: Seen) -> Seen:
+def _back(task: ObservedTask) -> ObservedTask:
     return task._replace(version=None, status="pending", node=None)
 
 
-def _is_assigned(task: Seen) -> bool:
+def _is_assigned(task: ObservedTask) -> bool:
     return task.status in ASSIGNED
 
 
