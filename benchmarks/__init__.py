@@ -1,1 +1,1 @@
-"""How fast the store is, beside what it is compared with: run `python -m benchmarks`."""
+"""Benchmarks of the store, beside other libraries: run `python -m benchmarks`."""

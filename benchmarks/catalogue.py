@@ -1,4 +1,4 @@
-"""All benchmarks by name, and what each of their figures must and should reach."""
+"""All benchmarks by name, with the goals of their figures."""
 
 from __future__ import annotations
 
@@ -228,4 +228,4 @@ BENCHMARKS = (
         needs_server=True,
     ),
 )
-"""In the order in which they run."""
+"""All benchmarks, in the order of a run."""

@@ -1,4 +1,4 @@
-"""Claims: handing pending tasks to nodes, beside what others do it with, and as the queue grows."""
+"""Claims: the assignment of pending tasks to nodes, beside other libraries, and for long queues."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from benchmarks.writes import faster
 from openclaw_store import Database, NodeInfo, StateManager
 
 CLAIMERS = 16
-"""Each has a node of its own, or a process, or a connection."""
+"""Number of concurrent claimers; each has its own node, process or connection."""
 
 SKILLS = ["python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java"]
 
-# By the partial index, which is in this order; a task that was claimed is in it no more.
+# The partial index has this order, and contains no claimed task.
 _CLAIM = """
 UPDATE tasks SET status = 'running', assigned_node = ?, attempt = attempt + 1 WHERE task_id = (
     SELECT task_id FROM tasks WHERE status IN ('pending', 'scheduled')
@@ -49,7 +49,7 @@ Claim = Callable[[], Awaitable[object]]
 
 
 async def claims(bench: Bench) -> Sequence[Figure]:
-    """Claims of one task each, against as many processes that ask SQLite themselves."""
+    """Measure claims of one task each, against as many processes that use SQLite directly."""
     many, few = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(1600, 4 * CLAIMERS)
     with bench.database() as source:
         fill(source, rows(many))
@@ -63,7 +63,7 @@ async def claims(bench: Bench) -> Sequence[Figure]:
 
 
 async def server_claims(bench: Bench) -> Sequence[Figure]:
-    """The same on PostgreSQL, against as many connections that skip what others have locked."""
+    """Measure claims on PostgreSQL, against as many connections that skip locked rows."""
     many, few = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(1600, 4 * CLAIMERS)
     async with bench.server_database() as source:
         await fill_server(source, rows(many))
@@ -81,7 +81,7 @@ async def server_claims(bench: Bench) -> Sequence[Figure]:
 
 
 async def queues(bench: Bench) -> Sequence[Figure]:
-    """How long one claim takes, whatever waits ahead of it and behind."""
+    """Measure the duration of one claim, for different queues ahead of it and behind."""
     small, large = bench.scaled(10_000, 100), bench.scaled(1_000_000, 1000)
     claims = bench.scaled(200, 10)
 
@@ -120,7 +120,7 @@ def _slower(ours: Sample, against: Sample) -> Figure:
 
 
 async def _claim_ours(bench: Bench, source: Path, count: int) -> Sample:
-    """`StateManager.claim_tasks`, by coroutines of one process."""
+    """Claim by `StateManager.claim_tasks`, in coroutines of one process."""
     with bench.database(source) as path:
         sample = await _claim_all(str(path), count)
         require_claimed(path, count)
@@ -149,7 +149,7 @@ async def _claim_all(location: str, count: int) -> Sample:
 
 
 async def _claim_by_processes(bench: Bench, source: Path, count: int) -> Sample:
-    """`BEGIN IMMEDIATE`, `UPDATE … RETURNING`, `COMMIT`, by processes of their own."""
+    """Claim by `BEGIN IMMEDIATE`, `UPDATE … RETURNING`, `COMMIT`, in separate processes."""
     with bench.database(source) as path:
         async with processes(CLAIMERS) as run:
             work = _claim_by_process, str(path), count // CLAIMERS
@@ -176,7 +176,7 @@ async def _claim_by_process(path: str, count: int) -> list[Span]:
 async def _claim_by_connections(
     bench: Bench, source: str, count: int, prepare: Callable[[Any, str], Awaitable[Claim]]
 ) -> Sample:
-    """Coroutines of one process, each with a connection and a node of its own."""
+    """Claim in coroutines of one process, each with its own connection and node."""
     async with bench.server_database(source) as url:
         async with AsyncExitStack() as stack:
             free = []
@@ -198,7 +198,7 @@ async def _claim_by_connections(
 
 
 async def _prepared(connection: Any, node: str) -> Claim:
-    """`UPDATE … (SELECT … FOR UPDATE SKIP LOCKED) RETURNING`, which commits itself."""
+    """Prepare `UPDATE … (SELECT … FOR UPDATE SKIP LOCKED) RETURNING`, committed automatically."""
     statement = await connection.prepare(_CLAIM_ON_SERVER)
 
     async def claim() -> None:
@@ -208,7 +208,7 @@ async def _prepared(connection: Any, node: str) -> Claim:
 
 
 async def _prepared_with_feed(connection: Any, node: str) -> Claim:
-    """Lock the counter, claim, count it in the node, write both changes, commit."""
+    """Prepare a claim that locks the counter, counts in the node, and writes both changes."""
     lock, claim_task, count_in_node, insert_change, count_changes = [
         await connection.prepare(sql)
         for sql in (

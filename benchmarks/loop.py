@@ -1,4 +1,4 @@
-"""What the store does to everything else in its event loop: heartbeats, and long calls."""
+"""The effect of the store on its event loop: heartbeats, and long calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NOTHING, _COLLECTION = "idle", "garbage collection"
 
 
 async def heartbeats(bench: Bench) -> Sequence[Figure]:
-    """A thousand nodes that send a heartbeat each second: their CPU time, and who waits for it."""
+    """Measure heartbeats of a thousand nodes: their CPU time, and the delay of other clients."""
     nodes = [f"node-{number:04}" for number in range(1000)]
     seconds = bench.scaled(5000, 200) / 1000
     writes = bench.scaled(25_600, 640)
@@ -71,7 +71,7 @@ async def heartbeats(bench: Bench) -> Sequence[Figure]:
 
 
 async def _send(nodes: Sequence[str], beat: Heartbeat) -> None:
-    """Each node's heartbeat once a second, spread over the second."""
+    """Send each node's heartbeat once a second, spread over the second."""
     began = perf_counter()
     for tick in count(1):
         usage = {"cpu_usage": tick % 97, "memory_usage": tick % 89, "running_tasks": tick % 4}
@@ -95,9 +95,9 @@ async def _background(work: Any) -> AsyncIterator[None]:
 
 
 class Watch:
-    """Watches the event loop: how late a coroutine runs that only sleeps a millisecond.
+    """Measures the delay of a coroutine that only sleeps for a millisecond.
 
-    Passes of the garbage collector are counted apart: which call they fall into is chance.
+    Passes of the garbage collector are counted separately, because they hit calls at random.
     """
 
     _SLEEP = 0.001
@@ -116,7 +116,7 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await asyncio.sleep(2 * self._SLEEP)  # for a pause that has only just ended
+        await asyncio.sleep(2 * self._SLEEP)  # to include a pause that has just ended
         self._ticking.cancel()
         gc.callbacks.remove(self._collector)
 
@@ -137,7 +137,7 @@ class Watch:
 
 
 async def pauses(bench: Bench) -> Sequence[Figure]:
-    """The longest pause of the event loop in each of the long calls, with very many live tasks."""
+    """Measure the longest pause of the event loop in each long call, with very many live tasks."""
     live, finished = bench.scaled(100_000), bench.scaled(10_000)
     foreign, unsaved = bench.scaled(10_000), bench.scaled(1000)
 
@@ -152,7 +152,7 @@ async def pauses(bench: Bench) -> Sequence[Figure]:
 
         async def watch(name: str, call: Awaitable[object]) -> None:
             async with Watch() as watch:
-                result = await call  # freeing it is the caller's business
+                result = await call  # the caller pays for freeing it
             del result
             longest[name] = watch.longest * 1e3
             collections.append(watch.longest_collection * 1e3)

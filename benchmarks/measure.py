@@ -1,4 +1,4 @@
-"""What a benchmark is made of: contenders that take turns, and figures with goals."""
+"""The parts of a benchmark: contenders that take turns, and figures with goals."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from devtools.postgres import Databases
 T = TypeVar("T")
 
 Sample = Mapping[str, float]
-"""What one contender did in one round, by quantity, as in `{"rows_per_s": 1700.0}`."""
+"""The result of a contender in one round, by quantity, such as `{"rows_per_s": 1700.0}`."""
 
 Contender = Callable[[], Awaitable[Sample]]
 """Does the work once."""
 
 Samples = dict[str, dict[str, list[float]]]
-"""By contender and quantity, one value for each round."""
+"""Values by contender and quantity, one for each round."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What a figure should reach."""
+    """The goal of a figure."""
 
     sign: Literal["≥", "≤"]
     must: float
     aim: float | None = None
 
     def verdict(self, value: float) -> str:
-        """`reached` (the aim, or what must be where there is no other), `must`, or `missed`."""
+        """Return `reached` (the aim, or the minimum if there is no aim), `must`, or `missed`."""
         best = self.must if self.aim is None else self.aim
         if self._holds(value, best):
             return "reached"
@@ -57,28 +57,28 @@ class Goal:
 
 
 def at_least(must: float, aim: float | None = None) -> Goal:
-    """A goal for what should be large."""
+    """Return a goal for a value that should be large."""
     return Goal("≥", must, aim)
 
 
 def at_most(must: float, aim: float | None = None) -> Goal:
-    """A goal for what should be small."""
+    """Return a goal for a value that should be small."""
     return Goal("≤", must, aim)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the table, before anything is measured."""
+    """A line of the table, before the measurement."""
 
     text: str
     unit: str = "×"
     goal: Goal | None = None
-    """`None` for what is only told."""
+    """`None` for a value without a goal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What stands in a line of the table."""
+    """The content of a line of the table."""
 
     value: float
     ours: str
@@ -87,7 +87,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Why there is no figure."""
+    """The reason for a missing figure."""
 
     reason: str
 
@@ -98,23 +98,23 @@ class Benchmark:
 
     name: str
     measure: Callable[[Bench], Coroutine[Any, Any, Sequence[Figure | Skipped]]]
-    """Gives a figure for each of `lines`, in their order."""
+    """Returns a figure for each of `lines`, in their order."""
     lines: tuple[Line, ...]
     needs_server: bool = False
-    """Whether it runs on PostgreSQL."""
+    """True if it runs on PostgreSQL."""
 
 
 class Bench:
-    """What a benchmark is given: how much to do, how often, and where.
+    """The environment of a benchmark: amount of work, rounds, and databases.
 
     Args:
-        folder: Where databases are made; all on one file system.
+        folder: The folder for databases, so that all are on one file system.
         empty: A migrated database without rows.
-        server: Makes databases on PostgreSQL; `None` where there is no server.
-        empty_url: One of these, migrated and without rows.
-        rounds: How often each contender has its turn.
-        divisor: By how much the work is reduced, for a first impression.
-        report: Is told what is done now, and which share of the benchmark is done.
+        server: Creates databases on PostgreSQL; `None` without a server.
+        empty_url: A migrated database on the server, without rows.
+        rounds: Number of turns of each contender.
+        divisor: Divisor of the work, for a quick impression.
+        report: Called with the current step, and the finished share of the benchmark.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class Bench:
         self._numbers = count(1)
 
     def scaled(self, full: int, least: int = 1) -> int:
-        """How much to do of what is `full` in a whole run."""
+        """Scale the amount of work of a full run."""
         return max(full // self._divisor, least)
 
     @contextmanager
     def database(self, source: Path | None = None) -> Iterator[Path]:
-        """A copy of the database `source`, or an empty one; it is gone afterwards."""
+        """Provide a copy of the database `source`, or an empty one, removed afterwards."""
         path = self._folder / f"{next(self._numbers)}.db"
         copyfile(source or self._empty, path)
         try:
@@ -155,10 +155,10 @@ class Bench:
 
     @asynccontextmanager
     async def server_database(self, source: str | None = None) -> AsyncIterator[str]:
-        """The same on the server, where databases go by their URL.
+        """Provide a copy on the server, where databases have URLs.
 
         Raises:
-            DBAPIError: If somebody is still connected to it.
+            DBAPIError: If a client is still connected to it.
         """
         assert self._server is not None
         url = await self._server.create_database(source or self._empty_url)
@@ -170,7 +170,7 @@ class Bench:
     async def interleave(
         self, contenders: Mapping[str, Contender], rounds: int | None = None
     ) -> Mapping[str, Sample]:
-        """Let each contender have its turn in each round, in rotated order; returns medians."""
+        """Run each contender once per round, in rotated order, and return the medians."""
         names = list(contenders)
         rounds = rounds or self.rounds
         done = 0
@@ -178,7 +178,7 @@ class Bench:
             first = number % len(names)
             for name in names[first:] + names[:first]:
                 self._report(f"{name}, round {number + 1} of {rounds}", done / rounds / len(names))
-                gc.collect()  # nobody clears up behind another
+                gc.collect()  # each contender collects only its own garbage
                 of_name = self.samples.setdefault(name, {})
                 for quantity, value in (await contenders[name]()).items():
                     of_name.setdefault(quantity, []).append(value)
@@ -190,12 +190,12 @@ class Bench:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of all values do not exceed."""
+    """Return the smallest value that at least `share` of all values do not exceed."""
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
 
 
 async def drive(clients: int, items: Sequence[T], call: Callable[[T], Awaitable[object]]) -> Sample:
-    """Let `clients` coroutines share the items out, each making one call after the other.
+    """Distribute the items over `clients` coroutines, each making one call after another.
 
     The first call of each does not count: it opens connections and compiles statements.
     """
@@ -222,7 +222,7 @@ async def drive(clients: int, items: Sequence[T], call: Callable[[T], Awaitable[
 
 
 def drive_alone(items: Sequence[T], call: Callable[[T], object]) -> Sample:
-    """Make one call after the other, without an event loop; the first does not count."""
+    """Make one call after another, without an event loop; the first does not count."""
     call(items[0])
     began = perf_counter()
     for item in items[1:]:
@@ -232,7 +232,7 @@ def drive_alone(items: Sequence[T], call: Callable[[T], object]) -> Sample:
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Keep the garbage collector out, where it is chance what its passes fall into."""
+    """Disable the garbage collector; its passes would hit calls at random."""
     gc.disable()
     try:
         yield

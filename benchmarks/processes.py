@@ -1,6 +1,6 @@
-"""Several processes on one database: how soon one sees another's change, and their pace together.
+"""Several processes on one database: the delay of foreign changes, and their common throughput.
 
-Moments are compared between processes: on Linux, `perf_counter` is one clock for all of them.
+Times are compared between processes: on Linux, `perf_counter` is one clock for all of them.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from openclaw_store import Database, StateManager, Task
 Kind = Literal["sqlite", "postgresql"]
 
 Span = tuple[float, float]
-"""When a write was asked for, and when it was committed."""
+"""The times of the call and of the commit of a write."""
 
 CLIENTS = 64
-"""Of each coordinator."""
+"""Clients of each coordinator."""
 
 PAUSE_SECONDS = 0.01, 0.11
-"""Between two tasks that are added now and then, at least and at most."""
+"""Minimum and maximum pause between two added tasks."""
 
-_POLL_SECONDS = 0.001  # an event loop does not sleep for less
+_POLL_SECONDS = 0.001  # the shortest sleep of an event loop
 _START_SECONDS = 60.0
 
 _start: Barrier
-"""Where coordinators wait until all of them are ready."""
+"""A barrier at which coordinators wait until all of them are ready."""
 
 
 async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
-    """From `add_task` being called in one process until another one has the task in memory.
+    """Measure the time from `add_task` in one process until another one has the task in memory.
 
-    It includes the commit, and up to a millisecond in which this is not noticed.
+    It includes the commit, and up to a millisecond of polling.
     """
     count = bench.scaled(100, 5)
 
@@ -82,11 +82,11 @@ async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 
 
 async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
-    """As many inserts by four processes, each with clients of its own, and by one.
+    """Measure the same number of inserts by four processes, each with its own clients, and by one.
 
-    Each of them learns what the others commit, and takes it over into memory; or does not. Or it
-    has the garbage collector leave alone what was there before, the tasks to be added included.
-    Before it begins, each makes the full pass of the collector that its start owes.
+    The processes follow each other's changes, or do not. Or they exclude all earlier objects from
+    the garbage collector, including the tasks to be added. Before the start, each runs a full
+    collection, which its start-up owes.
     """
     count = bench.scaled(25_600, 8 * CLIENTS)
 
@@ -137,9 +137,9 @@ async def _location(bench: Bench, kind: Kind) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, Any, list[Span]]]]:
-    """What runs a coroutine function in one of so many processes, with an event loop of its own."""
+    """Provide a runner for coroutine functions in that many processes, each with an event loop."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])  # importing takes longer than the rest
+    context.set_forkserver_preload(["__main__", __name__])  # the import takes longer than the rest
     barrier = context.Barrier(count, timeout=_START_SECONDS)
     with ProcessPoolExecutor(count, context, _set_start, (barrier,)) as pool:
 
@@ -150,7 +150,7 @@ async def processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, An
 
 
 def start_together() -> None:
-    """Wait until all the processes are ready."""
+    """Wait until all processes are ready."""
     _start.wait()
 
 
@@ -164,7 +164,7 @@ def _run(work: Callable[..., Coroutine[Any, Any, list[Span]]], *given: Any) -> l
 
 
 async def _see(store: StateManager, count: int) -> list[float]:
-    """When each of the first revisions was in memory."""
+    """Return the time at which each of the first revisions was in memory."""
     seen: list[float] = []
     while len(seen) < count:
         seen += [perf_counter()] * (store.version - len(seen))

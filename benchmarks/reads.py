@@ -1,7 +1,7 @@
-"""Reads, from memory and from the database, of few rows and many; and what memory costs.
+"""Reads, from memory and from the database, of few rows and many; and the memory of tasks.
 
-What is answered from memory is timed by the clock of this thread, which stands still while other
-processes have the core.
+Answers from memory are timed by the clock of this thread, which stops while other processes have
+the core.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from openclaw_store.state_manager.snapshot import Records
 
 
 async def get_task(bench: Bench) -> Sequence[Figure]:
-    """A cached task, as an independent copy, against a look-up in a dict inside a coroutine."""
+    """Measure a cached task, as an independent copy, against a dict in a coroutine."""
     wanted = ids(100)  # asked for again and again
     seconds = bench.scaled(200) / 1000
 
@@ -54,7 +54,7 @@ async def get_task(bench: Bench) -> Sequence[Figure]:
 
 
 async def get_state(bench: Bench) -> Sequence[Figure]:
-    """The whole state, of many live tasks and of few; and what its bookkeeping adds to a write."""
+    """Measure the whole state, of many live tasks and of few; and its cost for a write."""
     calls = bench.scaled(5000)
 
     async def read(store: StateManager) -> Sample:
@@ -95,7 +95,7 @@ async def get_state(bench: Bench) -> Sequence[Figure]:
 
 
 async def list_pending(bench: Bench) -> Sequence[Figure]:
-    """The first 50 pending tasks, from databases of very different size."""
+    """Measure the first 50 pending tasks, in databases of very different size."""
     sizes = {"many": bench.scaled(1_000_000), "few": 10_000}
     calls = bench.scaled(21, 5)
 
@@ -124,7 +124,7 @@ async def list_pending(bench: Bench) -> Sequence[Figure]:
 
 
 async def start_up(bench: Bench) -> Sequence[Figure]:
-    """`StateManager.initialize`, against fetching the rows as tuples and nothing else."""
+    """Measure `StateManager.initialize`, against fetching the rows as tuples."""
     count = bench.scaled(100_000)
 
     async def initialize(path: Path) -> Sample:
@@ -154,7 +154,7 @@ async def start_up(bench: Bench) -> Sequence[Figure]:
 
 
 async def memory(bench: Bench) -> Sequence[Figure]:
-    """What a live task costs in memory, as `tracemalloc` sees it: loaded, and looked at since."""
+    """Measure the memory of a live task by `tracemalloc`: after loading, and after one read."""
     count = bench.scaled(100_000)
 
     async def measure() -> Sample:
@@ -183,7 +183,7 @@ async def _open(bench: Bench, stack: AsyncExitStack, tasks: Iterable[Any]) -> St
 
 
 def _slower(ours: Sample, reference: Sample) -> Figure:
-    """How many times as long as the reference."""
+    """Return the ratio of the durations."""
     return Figure(ours["us"] / reference["us"], _time(ours["us"]), _time(reference["us"]))
 
 

@@ -1,7 +1,7 @@
-"""What the store is compared with: the same rows, in the same tables, just as durable.
+"""Other libraries for comparison: the same rows, in the same tables, with the same durability.
 
-All of them are given rows that are ready for the driver, except SQLAlchemy's ORM, whose work it
-is to make them. None of them checks anything, numbers changes or keeps a history.
+They receive rows that are ready for the driver, except SQLAlchemy's ORM, which has to make them.
+None of them checks the input, numbers changes or keeps a history.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from openclaw_store import Task
 from openclaw_store.database.tables import TaskRow
 
 COMMIT_EVERY = 64
-"""Rows of a transaction of `executemany`."""
+"""Rows per transaction of `executemany`."""
 
 
 async def insert_plain(bench: Bench, count: int) -> Sample:
-    """Plain `sqlite3`, one commit for each row: as fast as it can, without any coroutine."""
+    """Insert by plain `sqlite3`, one commit for each row, without a coroutine."""
     rows = make_rows(count)
     with bench.database() as path, closing(connect(path)) as connection:
         sample = drive_alone(rows, partial(connection.execute, INSERT))
@@ -47,7 +47,7 @@ async def insert_plain(bench: Bench, count: int) -> Sample:
 
 
 async def insert_many(bench: Bench, count: int) -> Sample:
-    """`executemany`, one commit for `COMMIT_EVERY` rows: the limit of what SQLite can do."""
+    """Insert by `executemany`, one commit for `COMMIT_EVERY` rows: the limit of SQLite."""
     rows = make_rows(count)
     batches = [rows[start : start + COMMIT_EVERY] for start in range(0, count, COMMIT_EVERY)]
     with bench.database() as path, closing(connect(path)) as connection:
@@ -63,7 +63,7 @@ async def insert_many(bench: Bench, count: int) -> Sample:
 
 
 async def insert_aiosqlite(bench: Bench, count: int, clients: int) -> Sample:
-    """Raw aiosqlite: one connection, and a lock around each transaction."""
+    """Insert by raw aiosqlite: one connection, and a lock around each transaction."""
     rows = make_rows(count)
     lock = asyncio.Lock()
     with bench.database() as path:
@@ -82,7 +82,7 @@ async def insert_aiosqlite(bench: Bench, count: int, clients: int) -> Sample:
 
 
 async def insert_orm(bench: Bench, count: int, clients: int) -> Sample:
-    """SQLAlchemy's ORM on aiosqlite: a session and a commit for each task."""
+    """Insert by SQLAlchemy's ORM on aiosqlite: a session and a commit for each task."""
     with bench.database() as path:
         # More connections than one would fight for SQLite's only write lock.
         engine = create_async_engine(
@@ -111,7 +111,7 @@ async def insert_orm(bench: Bench, count: int, clients: int) -> Sample:
 
 
 async def insert_huey(bench: Bench, count: int) -> Sample:
-    """The queue of huey's SQLite storage, in a table of its own, flushing at each commit."""
+    """Insert by huey's SQLite storage, in a table of its own, flushed at each commit."""
     storage_class = importlib.import_module("huey.storage").SqliteStorage
     messages = [orjson.dumps(asdict(task)) for task in make_tasks(count)]
     with bench.database() as path:
@@ -120,19 +120,19 @@ async def insert_huey(bench: Bench, count: int) -> Sample:
             require_durable(storage.conn)
             sample = drive_alone(messages, storage.enqueue)
             if storage.queue_size() != count:
-                raise RuntimeError("huey lost some")
+                raise RuntimeError("huey lost rows")
         finally:
             storage.close()
     return sample
 
 
 async def update_plain(bench: Bench, source: Path, changes: Sequence[Row]) -> Sample:
-    """Plain `sqlite3`, one commit for each row, writing the two columns that change."""
+    """Update by plain `sqlite3`, one commit for each row, writing the two changed columns."""
     statement = "UPDATE tasks SET status = ?, assigned_node = ? WHERE task_id = ?"
     with bench.database(source) as path, closing(connect(path)) as connection:
         return drive_alone(changes, partial(connection.execute, statement))
 
 
 def make_rows(count: int) -> list[Row]:
-    """New tasks as rows."""
+    """Return new tasks as rows."""
     return [row_of(task) for task in make_tasks(count)]

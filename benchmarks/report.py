@@ -1,4 +1,4 @@
-"""What a run has to say: a table, a file of JSON, a picture."""
+"""The report of a run: a table, a JSON file, a plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks.measure import Benchmark, Figure, Line, Samples, Skipped
 
 PLOTTED = "insert-64"
-"""The benchmark that the picture shows."""
+"""The benchmark in the plot."""
 
 _DURABILITY = "WAL, synchronous=FULL: every commit is flushed to the disk"
 _SERVER_DURABILITY = "fsync=on, synchronous_commit=on"
@@ -41,23 +41,23 @@ _BARS = {
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """On what was measured, and when."""
+    """The machine and date of a measurement."""
 
     date: str
     cores: int
     load: float | None
-    """Processes that wanted a core in the minute before; `None` where nobody knows."""
+    """Processes that wanted a core in the minute before; `None` if the system does not tell."""
     system: str
     python: str
     sqlite: str
     flush_ms: float
     """Median time to flush 4 KB to the disk."""
     postgresql: str | None = None
-    """The server's version, where there is one."""
+    """The server's version, if there is a server."""
 
     @classmethod
     def here(cls, folder: Path, postgresql: str | None = None) -> Machine:
-        """This machine, and the disk that `folder` is on."""
+        """Describe this machine, and the disk of `folder`."""
         load = None
         with suppress(AttributeError, OSError):  # not on every system
             load = round(os.getloadavg()[0], 1)
@@ -81,7 +81,7 @@ class Machine:
 
     @property
     def durability(self) -> str:
-        """How it is seen to that a commit is not lost."""
+        """The settings that make commits durable."""
         if self.postgresql is None:
             return _DURABILITY
         return f"{_DURABILITY}; PostgreSQL likewise: {_SERVER_DURABILITY}"
@@ -89,7 +89,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a benchmark has found."""
+    """The result of a benchmark."""
 
     benchmark: Benchmark
     figures: Sequence[Figure | Skipped]
@@ -98,16 +98,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run has found."""
+    """The result of a run."""
 
     machine: Machine
     rounds: int
     divisor: int
-    """Of the work that the lines name, such a part was done."""
+    """Divisor of the work that the lines name."""
     results: Sequence[Result]
 
     def print(self, console: Console) -> None:
-        """Print all figures beside what they must and should reach."""
+        """Print all figures beside their goals."""
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         table.add_column("what", max_width=50)
         table.add_column("ours", justify="right", max_width=20)
@@ -126,7 +126,7 @@ class Report:
         console.print(table)
 
     def as_markdown(self) -> str:
-        """The same table for a page of text."""
+        """Return the table in Markdown."""
         rows = [("what", "ours", "against", "figure", "must", "aim", ""), ("---", *["--:"] * 6)]
         lines = [f"| {' | '.join(cells)} |" for cells in [*rows, *self._rows()]]
         return "\n".join([f"{self.machine}; medians of {self.rounds} rounds.", "", *lines, ""])
@@ -135,7 +135,7 @@ class Report:
         return [_cells(*found) for result in self.results for found in _lines(result)]
 
     def as_json(self) -> dict[str, Any]:
-        """All figures, and every sample behind them."""
+        """Return all figures, and every sample behind them."""
         return {
             "machine": asdict(self.machine),
             "durability": self.machine.durability,
@@ -151,7 +151,7 @@ class Report:
         }
 
     def plot(self, path: Path) -> None:
-        """Draw the writes per second of all contenders of `PLOTTED`.
+        """Plot the writes per second of all contenders of `PLOTTED`.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.

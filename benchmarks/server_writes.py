@@ -1,7 +1,7 @@
 """Writes to PostgreSQL: inserts and versioned updates, by one client and by many, beside asyncpg.
 
-The references have ten connections to themselves, which they never give back; their statements
-are prepared, and their rows are ready for the driver.
+The references keep ten connections without returning them to a pool; their statements are prepared,
+and their rows are ready for the driver.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from openclaw_store import Database, StateManager, Task, TaskStatus
 from openclaw_store.database.tables import ChangeRow, TaskRow
 
 CONNECTIONS = 10
-"""Of a reference."""
+"""Number of connections of a reference."""
 
 Write = Callable[[Row], Awaitable[object]]
-"""Writes a row, or changes one."""
+"""Inserts or updates a row."""
 
 _DIALECT = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 _INSERT = str(insert(TaskRow).compile(dialect=_DIALECT, column_keys=list(FIELDS)))
@@ -46,7 +46,7 @@ _UPDATE = "UPDATE tasks SET status = $1, assigned_node = $2 WHERE task_id = $3"
 
 
 async def insert_64(bench: Bench) -> Sequence[Figure]:
-    """Inserts by 64 clients, against asyncpg with and without what makes the store's feed."""
+    """Measure inserts by 64 clients, against asyncpg without and with the work of the feed."""
     many, some, few = bench.scaled(12_800, 128), bench.scaled(6400, 128), bench.scaled(1920, 128)
     medians = await bench.interleave(
         {
@@ -60,7 +60,7 @@ async def insert_64(bench: Bench) -> Sequence[Figure]:
 
 
 async def insert_alone(bench: Bench) -> Sequence[Figure]:
-    """Inserts by one client, who waits for each of them."""
+    """Measure inserts by one client, which waits for each of them."""
     count = bench.scaled(800, 20)
     medians = await bench.interleave(
         {
@@ -72,7 +72,7 @@ async def insert_alone(bench: Bench) -> Sequence[Figure]:
 
 
 async def update_64(bench: Bench) -> Sequence[Figure]:
-    """Whole tasks given back with two fields changed, by 64 clients: versioned and checked."""
+    """Measure updates of whole tasks with two changed fields, by 64 clients."""
     many, some = bench.scaled(12_800, 128), bench.scaled(6400, 128)
     async with bench.server_database() as source:
         await fill_server(source, rows(many))
@@ -86,7 +86,7 @@ async def update_64(bench: Bench) -> Sequence[Figure]:
 
 
 async def _insert_ours(bench: Bench, count: int, clients: int) -> Sample:
-    """`StateManager.add_task`: checked, numbered, with history, and in the cache afterwards."""
+    """Insert by `StateManager.add_task`: checked, numbered, with history, and cached."""
     tasks = make_tasks(count)
     async with bench.server_database() as url:
         async with StateManager(Database(url)) as store:
@@ -96,7 +96,7 @@ async def _insert_ours(bench: Bench, count: int, clients: int) -> Sample:
 
 
 async def _insert_plain(bench: Bench, count: int, clients: int) -> Sample:
-    """Raw asyncpg: one INSERT for each row, which commits itself; no feed, no checks."""
+    """Insert by raw asyncpg: an autocommitted INSERT for each row; no feed, no checks."""
     tasks = list(map(for_server, make_rows(count)))
     async with bench.server_database() as url:
         async with _taking_turns(url, partial(_prepared, _INSERT)) as insert:
@@ -106,7 +106,7 @@ async def _insert_plain(bench: Bench, count: int, clients: int) -> Sample:
 
 
 async def _insert_with_feed(bench: Bench, count: int, clients: int) -> Sample:
-    """Raw asyncpg that numbers each task and writes its change: a transaction for each row."""
+    """Insert by raw asyncpg with a number and a change: a transaction for each row."""
     tasks = list(map(for_server, make_rows(count)))
     async with bench.server_database() as url:
         async with _taking_turns(url, _prepared_with_feed) as insert:
@@ -116,7 +116,7 @@ async def _insert_with_feed(bench: Bench, count: int, clients: int) -> Sample:
 
 
 async def _update_ours(bench: Bench, source: str, count: int) -> Sample:
-    """`StateManager.update_task`, of tasks that were read before."""
+    """Update by `StateManager.update_task`, for tasks that were read before."""
 
     async def assign(task: Task) -> None:
         task.status, task.assigned_node = TaskStatus.SCHEDULED, "node-0042"
@@ -130,7 +130,7 @@ async def _update_ours(bench: Bench, source: str, count: int) -> Sample:
 
 
 async def _update_plain(bench: Bench, source: str, count: int) -> Sample:
-    """Raw asyncpg, one UPDATE for each row, writing the two columns that change; no feed."""
+    """Update by raw asyncpg, one UPDATE for each row, writing the two changed columns; no feed."""
     changes = [("scheduled", "node-0042", id) for id in ids(count)]
     async with (
         bench.server_database(source) as url,
@@ -143,7 +143,7 @@ async def _update_plain(bench: Bench, source: str, count: int) -> Sample:
 async def _taking_turns(
     url: str, prepare: Callable[[Any], Awaitable[Write]]
 ) -> AsyncIterator[Write]:
-    """Writes with whichever connection is free, the one that was used last before all others."""
+    """Provide a write on a free connection, preferably the last one used."""
     free: asyncio.LifoQueue[Write] = asyncio.LifoQueue()
 
     async def write(row: Row) -> None:
@@ -162,7 +162,7 @@ async def _taking_turns(
 
 
 async def _prepared(sql: str, connection: Any) -> Write:
-    """One statement a row, in a transaction of its own."""
+    """Prepare one statement per row, in a transaction of its own."""
     statement = await connection.prepare(sql)
 
     async def write(row: Row) -> None:
@@ -172,7 +172,7 @@ async def _prepared(sql: str, connection: Any) -> Write:
 
 
 async def _prepared_with_feed(connection: Any) -> Write:
-    """Lock the counter, insert the task and its change, raise the counter, commit."""
+    """Prepare a transaction per row: lock and raise the counter, insert task and change."""
     lock, insert_task, insert_change, count = [
         await connection.prepare(sql)
         for sql in (

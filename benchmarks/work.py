@@ -21,7 +21,7 @@ from openclaw_store.database.tables import TaskRow
 from openclaw_store.database.types import UtcTime, from_microseconds, to_microseconds
 
 Row = tuple[Any, ...]
-"""A task as the driver takes it."""
+"""A task in the form of the driver."""
 
 FIELDS = tuple(field.name for field in fields(Task))
 INSERT = str(insert(TaskRow).compile(dialect=sqlite.dialect(), column_keys=list(FIELDS)))
@@ -42,7 +42,7 @@ _NESTED = {
 
 
 def make_task(number: int, *, nested: bool = False) -> Task:
-    """A task with two skills, about 100 bytes of parameters, a user, a priority and a timeout."""
+    """Return a task with two skills, 100 bytes of parameters, a user, a priority and a timeout."""
     parameters = orjson.dumps(_NESTED if nested else _FLAT).decode()
     return Task.create(
         TaskType.BATCH,
@@ -58,18 +58,18 @@ def make_task(number: int, *, nested: bool = False) -> Task:
 
 
 def make_tasks(count: int) -> list[Task]:
-    """New tasks, each with an identifier of its own."""
+    """Return new tasks with unique identifiers."""
     return [make_task(number) for number in range(count)]
 
 
 def row_of(task: Task) -> Row:
-    """The row that the store would make of a task."""
+    """Return the row that the store would write for a task."""
     values = {name: _plain(getattr(task, name)) for name in FIELDS}
     return tuple({**values, "updated_at": values["submitted_at"], "version": 1}.values())
 
 
 def rows(count: int, *, pending: int = 1, of: int = 1, nested: bool = False) -> Iterator[Row]:
-    """Rows of many tasks, made fast: `pending` in every `of` of them wait, the others are done."""
+    """Yield rows of many tasks, quickly: `pending` in every `of` of them wait, the rest is done."""
     pattern = [list(row_of(make_task(number, nested=nested))) for number in range(100)]
     id, status, submitted, completed, node, version = map(
         FIELDS.index,
@@ -89,7 +89,7 @@ def rows(count: int, *, pending: int = 1, of: int = 1, nested: bool = False) -> 
 
 
 def for_server(row: Row) -> Row:
-    """The same row as PostgreSQL's driver takes it."""
+    """Convert a row to the form of PostgreSQL's driver."""
     return tuple(
         from_microseconds(value) if is_moment and value is not None else value
         for value, is_moment in zip(row, _MOMENTS, strict=True)
@@ -97,7 +97,7 @@ def for_server(row: Row) -> Row:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection in autocommit mode that is as durable as the store's own."""
+    """Open a connection in autocommit mode that is as durable as the store's own."""
     connection = sqlite3.connect(path, isolation_level=None)
     connection.execute("PRAGMA synchronous=FULL")
     require_durable(connection)
@@ -105,7 +105,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def require_durable(connection: sqlite3.Connection) -> None:
-    """Fail where a commit would not wait for the disk, which would be no fair comparison."""
+    """Fail if a commit does not wait for the disk, which would be no fair comparison."""
     settings = [
         connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("journal_mode", "synchronous")
@@ -115,7 +115,7 @@ def require_durable(connection: sqlite3.Connection) -> None:
 
 
 def require_tasks(path: Path, count: int) -> None:
-    """Fail where not all tasks were really written."""
+    """Fail unless that many tasks were written."""
     with closing(sqlite3.connect(path)) as connection:
         [found] = connection.execute("SELECT count(*) FROM tasks").fetchone()
     if found != count:
@@ -123,7 +123,7 @@ def require_tasks(path: Path, count: int) -> None:
 
 
 def require_claimed(path: Path, count: int) -> None:
-    """Fail where not so many tasks were really claimed, each once."""
+    """Fail unless that many tasks were claimed, each once."""
     with closing(sqlite3.connect(path)) as connection:
         _require_claimed(connection.execute(_CLAIMED).fetchone(), count)
 
@@ -140,8 +140,8 @@ def _require_claimed(found: Sequence[int], count: int) -> None:
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Any]:
-    """A connection of asyncpg's own to a server."""
-    driver = importlib.import_module("asyncpg")  # may be missing
+    """Open an asyncpg connection to a server."""
+    driver = importlib.import_module("asyncpg")  # it may be missing
     plain_url = make_url(url).set(drivername="postgresql")
     connection = await driver.connect(plain_url.render_as_string(hide_password=False))
     try:
@@ -151,7 +151,7 @@ async def connected(url: str) -> AsyncIterator[Any]:
 
 
 async def require_durable_server(connection: Any) -> None:
-    """Fail where a commit on the server would not wait for the disk."""
+    """Fail if a commit on the server does not wait for the disk."""
     for name in ("fsync", "synchronous_commit"):
         value = await connection.fetchval(f"SHOW {name}")
         if value != "on":
@@ -159,7 +159,7 @@ async def require_durable_server(connection: Any) -> None:
 
 
 async def require_server_tasks(url: str, count: int, *, changes: int | None = None) -> None:
-    """Fail where not all tasks, or not all of their changes, were really written."""
+    """Fail unless that many tasks, and their changes, were written."""
     async with connected(url) as connection:
         found = await connection.fetchval("SELECT count(*) FROM tasks")
         if found != count:
@@ -170,19 +170,19 @@ async def require_server_tasks(url: str, count: int, *, changes: int | None = No
 
 
 async def require_server_claimed(url: str, count: int) -> None:
-    """Fail where not so many tasks were really claimed, each once."""
+    """Fail unless that many tasks were claimed, each once."""
     async with connected(url) as connection:
         _require_claimed(await connection.fetchrow(_CLAIMED), count)
 
 
 async def make_empty(location: Path | str) -> None:
-    """Make a migrated database without rows."""
+    """Create a migrated database without rows."""
     async with Database(location):
         pass
 
 
 def fill(path: Path, tasks: Iterable[Row], nodes: int = 0) -> None:
-    """Insert rows without flushing, and make the indexes afterwards: a million takes seconds."""
+    """Insert rows without flushes, and create the indexes afterwards: a million takes seconds."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         for pragma in ("journal_mode=OFF", "synchronous=OFF"):
             connection.execute(f"PRAGMA {pragma}")
@@ -206,7 +206,7 @@ def fill(path: Path, tasks: Iterable[Row], nodes: int = 0) -> None:
 
 
 async def fill_server(url: str, tasks: Iterable[Row]) -> None:
-    """Copy rows into a database on a server, which then knows how many there are."""
+    """Copy rows into a database on a server, and update its statistics."""
     async with connected(url) as connection:
         await connection.copy_records_to_table(
             "tasks", records=map(for_server, tasks), columns=FIELDS
@@ -216,7 +216,7 @@ async def fill_server(url: str, tasks: Iterable[Row]) -> None:
 
 
 def ids(count: int) -> Sequence[str]:
-    """Identifiers of the first rows."""
+    """Return the identifiers of the first rows."""
     return [f"task-{number:09}" for number in range(count)]
 
 

@@ -24,7 +24,7 @@ _UNCOLLECTED = "openclaw_store, no gc"
 
 
 async def insert_ours(bench: Bench, count: int, clients: int, *, collect: bool = True) -> Sample:
-    """`StateManager.add_task`: checked, numbered, with history, and in the cache afterwards."""
+    """Insert by `StateManager.add_task`: checked, numbered, with history, and cached."""
     tasks = make_tasks(count)
     with bench.database() as path, nullcontext() if collect else no_collections():
         async with StateManager(Database(path)) as store:
@@ -34,7 +34,7 @@ async def insert_ours(bench: Bench, count: int, clients: int, *, collect: bool =
 
 
 async def insert_64(bench: Bench) -> Sequence[Figure | Skipped]:
-    """Inserts by 64 clients, against everything else; slower contenders get fewer rows."""
+    """Measure inserts by 64 clients, against all references; slower contenders get fewer rows."""
     many, some, few = bench.scaled(12_800, 128), bench.scaled(1920, 64), bench.scaled(960, 128)
     contenders: dict[str, Contender] = {
         "openclaw_store": partial(insert_ours, bench, many, 64),
@@ -66,7 +66,7 @@ async def insert_64(bench: Bench) -> Sequence[Figure | Skipped]:
 
 
 async def insert_few_or_many(bench: Bench, *, clients: int, count: int) -> Sequence[Figure]:
-    """Inserts by another number of clients."""
+    """Measure inserts by another number of clients."""
     count = bench.scaled(count, clients * 2)
     medians = await bench.interleave(
         {
@@ -78,7 +78,7 @@ async def insert_few_or_many(bench: Bench, *, clients: int, count: int) -> Seque
 
 
 async def insert_alone(bench: Bench) -> Sequence[Figure]:
-    """Inserts by one client, who waits for each of them."""
+    """Measure inserts by one client, which waits for each of them."""
     count = bench.scaled(800, 20)
     medians = await bench.interleave(
         {
@@ -90,7 +90,7 @@ async def insert_alone(bench: Bench) -> Sequence[Figure]:
 
 
 async def update_64(bench: Bench) -> Sequence[Figure]:
-    """Whole tasks given back with two fields changed, by 64 clients: versioned and checked."""
+    """Measure updates of whole tasks with two changed fields, by 64 clients."""
     many, some = bench.scaled(12_800, 128), bench.scaled(1920, 64)
     with bench.database() as source:
         fill(source, rows(many))
@@ -105,7 +105,7 @@ async def update_64(bench: Bench) -> Sequence[Figure]:
 
 
 async def update_ours(bench: Bench, source: Path, count: int) -> Sample:
-    """`StateManager.update_task`, of tasks that were read before."""
+    """Update by `StateManager.update_task`, for tasks that were read before."""
 
     async def assign(task: Task) -> None:
         task.status, task.assigned_node = TaskStatus.SCHEDULED, "node-0042"
@@ -121,12 +121,12 @@ async def update_ours(bench: Bench, source: Path, count: int) -> Sample:
 
 
 def faster(ours: Sample, reference: Sample) -> Figure:
-    """How many times as many a second as the reference."""
+    """Return the ratio of the rates."""
     return Figure(ours["per_s"] / reference["per_s"], _rate(ours), _rate(reference))
 
 
 def slower(ours: Sample, reference: Sample) -> Figure:
-    """How many times as long as the reference half of the calls take at most."""
+    """Return the ratio of the median durations."""
     p50, reference_p50 = ours["p50_ms"], reference["p50_ms"]
     return Figure(p50 / reference_p50, f"{p50:.2f} ms", f"{reference_p50:.2f} ms")
 
@@ -136,6 +136,6 @@ def _rate(sample: Sample) -> str:
 
 
 def _spread(sample: Sample) -> Figure:
-    """How many times as long as the median the slowest of a hundred calls takes."""
+    """Return the ratio of the 99th percentile to the median."""
     p50, p99 = sample["p50_ms"], sample["p99_ms"]
     return Figure(p99 / p50, f"p99 {p99:.1f} ms", f"p50 {p50:.1f} ms")

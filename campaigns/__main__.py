@@ -16,19 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from campaigns.campaign import ENTITY_KINDS, POSTGRESQL, Campaign, Run
-from campaigns.catalogue import CAMPAIGNS
-from campaigns.planted import BUGS
-from campaigns.results import record, row
+from campaigns.faults.planted_bugs import BUGS
+from campaigns.harness.campaign import DATABASE_KINDS, POSTGRESQL, Campaign, Run
+from campaigns.harness.results import record, row
+from campaigns.scenarios.catalogue import CAMPAIGNS
 from devtools.postgres import Server, is_installed, running_server
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for.
+    """Run the command line.
 
     Returns:
-        1 if anything was lost or wrong (with `--bug`: if that was not found), 3 if nothing ran, 130
-        after Ctrl-C or SIGTERM, else 0.
+        1 if anything was lost or wrong (with `--bug`: if the bug was not found), 3 if nothing ran,
+        130 after Ctrl-C or SIGTERM, else 0.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [name for name in names if name not in by_name]:
         parser.error(f"no campaign {unknown[0]!r}: choose from all, {', '.join(by_name)}")
     if options.bug and options.report:
-        parser.error("a run with a bug is no result: leave --report away")
+        parser.error("a run with a planted bug is no result: remove --report")
     for name in names:
         if options.database not in (None, *by_name[name].kinds) and options.names != ["all"]:
             parser.error(f"{name} is for {' and '.join(by_name[name].kinds)} alone")
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Console) -> bool:
-    """Run a campaign on a kind of database, show and record what came of it; whether it is good."""
+    """Run a campaign on a kind of database, print and record the result; true if it is good."""
     rounds = options.rounds or campaign.rounds_on(kind)
     seed = secrets.randbelow(2**32) if options.seed is None else options.seed
     console.print(f"[bold]{campaign.name}[/] on {kind}, {rounds:,} {campaign.unit}, seed {seed}")
@@ -97,7 +97,7 @@ def _run(campaign: Campaign, kind: str, options: argparse.Namespace, console: Co
         is_whole = True
         try:
             campaign.run(run)
-        except KeyboardInterrupt:  # what was done until then counts
+        except KeyboardInterrupt:  # the finished rounds count
             is_whole = False
     seconds = time.monotonic() - began
     for finding in run.findings:
@@ -135,7 +135,7 @@ def _no_server(kind: str) -> str | None:
 
 
 def _listed() -> Table:
-    table = Table("campaign", "what is done to the store", "promises", "databases", "rounds")
+    table = Table("campaign", "fault", "promises", "databases", "rounds")
     for campaign in CAMPAIGNS:
         rounds = " / ".join(
             f"{number:,}" for number in dict.fromkeys(map(campaign.rounds_on, campaign.kinds))
@@ -153,22 +153,27 @@ def _listed() -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m campaigns",
-        description="Try the promises of the store: without a name, list the campaigns.",
+        description="Check the promises of the store under faults. No NAME: list them.",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a campaign, or all of them: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="name of a campaign, or `all`")
     parser.add_argument(
-        "--rounds", type=_positive, metavar="N", help="default: as listed; of few, less is judged"
+        "--rounds",
+        type=_positive,
+        metavar="N",
+        help="default: as listed; few rounds judge less",
     )
     parser.add_argument(
-        "--seed", type=int, metavar="S", help="of what is drawn; default: a new one"
+        "--seed", type=int, metavar="S", help="seed of all random choices; default: a new one"
     )
     parser.add_argument(
-        "--database", choices=ENTITY_KINDS, help="default: each that the campaign is for"
+        "--database", choices=DATABASE_KINDS, help="default: each that the campaign supports"
     )
-    parser.add_argument("--bug", choices=sorted(BUGS), help="plant one, which should be found")
+    parser.add_argument(
+        "--bug", choices=sorted(BUGS), help="plant a bug, which the campaign must find"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="append a row for each run")
     parser.add_argument(
-        "--folder", type=Path, help="where files are made; default: the system's for such"
+        "--folder", type=Path, help="folder for files; default: the system's temporary folder"
     )
     return parser
 
@@ -180,6 +185,6 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell may have set them to be ignored
         signal.signal(number, signal.default_int_handler)
     sys.exit(main())

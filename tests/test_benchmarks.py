@@ -13,7 +13,8 @@ from conftest import require_server
 
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.measure import at_least, at_most, percentile
+from benchmarks.comparison import TOLERANCE, compare
+from benchmarks.measure import Samples, at_least, at_most, percentile
 from benchmarks.report import Machine, Report, Result
 from benchmarks.work import require_durable_server
 from devtools.postgres import is_installed
@@ -164,3 +165,49 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     report.plot(tmp_path / "figures.png")
 
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestComparison:
+    """`--against`, with a measurement that runs nothing."""
+
+    BEFORE, NOW = Path("before"), Path("now")
+
+    def test_checkouts_are_measured_in_turns(self) -> None:
+        measured: list[tuple[str, str]] = []
+
+        def measure(checkout: Path, name: str) -> Samples:
+            measured.append((name, checkout.name))
+            return {}
+
+        compare(self.BEFORE, self.NOW, ["a", "b"], 2, measure)
+
+        turns = ["before", "now", "now", "before"]
+        assert measured == [*(("a", turn) for turn in turns), *(("b", turn) for turn in turns)]
+
+    def test_medians_of_the_library_are_compared(self) -> None:
+        rounds = {self.BEFORE: iter([100.0, 300.0, 110.0]), self.NOW: iter([95.0, 100.0, 10.0])}
+
+        def measure(checkout: Path, name: str) -> Samples:
+            value = next(rounds[checkout])
+            ours = {"per_s": [value], "p50_ms": [value]}
+            return {"openclaw_store": ours, "sqlite3": {"per_s": [1.0]}}
+
+        rate, latency = compare(self.BEFORE, self.NOW, ["insert-1"], 3, measure)
+
+        assert (rate.contender, rate.quantity) == ("openclaw_store", "per_s")
+        assert rate.ratio == pytest.approx(110 / 95)
+        assert rate.ratio > TOLERANCE
+        assert latency.quantity == "p50_ms"
+        assert latency.ratio == pytest.approx(95 / 110)
+        assert latency.ratios == pytest.approx([95 / 100, 100 / 300, 10 / 110])
+
+    def test_figure_of_one_commit_alone_is_left_out(self) -> None:
+        def measure(checkout: Path, name: str) -> Samples:
+            return {"openclaw_store": {"old_us" if checkout == self.BEFORE else "us": [1.0]}}
+
+        assert compare(self.BEFORE, self.NOW, ["get-task"], 1, measure) == []
+
+    def test_unknown_commit_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--against", "no-such-commit", "--only", "memory"]) == 1
+
+        assert "no-such-commit" in capsys.readouterr().out

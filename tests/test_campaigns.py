@@ -19,14 +19,15 @@ from tempfile import mkdtemp
 
 import pytest
 
-from campaigns import io, vfs
 from campaigns.__main__ import main
-from campaigns.calls import CALLS, FROM_MEMORY
-from campaigns.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
-from campaigns.catalogue import CAMPAIGNS
-from campaigns.children import Child, Tell
-from campaigns.lives import LIVES
-from campaigns.planted import BUGS
+from campaigns.faults import vfs
+from campaigns.faults.children import Child, Send
+from campaigns.faults.planted_bugs import BUGS
+from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, HangError, Run, within
+from campaigns.scenarios import io
+from campaigns.scenarios.catalogue import CAMPAIGNS
+from campaigns.scenarios.lifecycle_calls import LIFECYCLE_CALLS
+from campaigns.workloads.calls import CALLS, FROM_MEMORY
 from openclaw_store import NodeRepository, StateManager, TaskRepository
 
 SEED = 20_261_125
@@ -234,7 +235,7 @@ def test_short_form_is_short() -> None:
 
 def test_every_public_call_has_its_system_calls_fail() -> None:
     classes = {StateManager: "", TaskRepository: "task_repo.", NodeRepository: "node_repo."}
-    tried = [*(call.name for call in CALLS), *(life.name for life in LIVES)]
+    tried = [*(call.name for call in CALLS), *(life.name for life in LIFECYCLE_CALLS)]
     named = {*FROM_MEMORY, *(name.split(",")[0] for name in tried)}
 
     public = {
@@ -246,7 +247,7 @@ def test_every_public_call_has_its_system_calls_fail() -> None:
 
     assert public >= FROM_MEMORY
     assert public - named == {"task_repo.get_record", "node_repo.get_record"}  # what `get` calls
-    assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "adoption"}
+    assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "legacy import"}
 
 
 def test_full_disk_may_hold_what_sqlite_could_not_write(tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_child_that_is_killed_has_told_what_it_told(
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     with Child(count_for_ever, 40, tmp_path, errors=tmp_path / "errors") as child:
-        told = child.told()
+        told = child.messages()
         first = [next(told) for _ in range(3)]
         child.kill()
         rest = list(told)
@@ -288,7 +289,7 @@ def test_child_that_is_killed_has_told_what_it_told(
     assert child.wait() == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("wait", [lambda child: [*child.told()], Child.wait])
+@pytest.mark.parametrize("wait", [lambda child: [*child.messages()], Child.wait])
 def test_child_that_hangs_is_killed_with_what_it_has_forked(
     wait: Callable[[Child], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,7 +298,7 @@ def test_child_that_hangs_is_killed_with_what_it_has_forked(
     with Child(hang, errors=tmp_path / "errors", patience_seconds=3) as child:
         with pytest.raises(HangError, match=r"a process of hang has .* for 3 s"):
             wait(child)
-        list(child.told())  # which ends: nobody is left who could tell more
+        list(child.messages())  # which ends: nobody is left who could tell more
 
     assert child.wait() == -signal.SIGKILL
 
@@ -322,14 +323,14 @@ def test_what_hangs_is_a_finding(tmp_path: Path) -> None:
     assert run.findings == ["the rest was not tried: not within 0.01 s: a wait"]
 
 
-def hang(tell: Tell) -> None:
+def hang(tell: Send) -> None:
     os.fork()
     tell("hangs")
     while True:
         signal.pause()
 
 
-def count_for_ever(tell: Tell, number: int, path: str) -> None:
+def count_for_ever(tell: Send, number: int, path: str) -> None:
     tell(number, path)
     while True:
         number += 1

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from campaigns.linearizability import Operation, find_violation
+from campaigns.checks.linearizability import Operation, find_violation
 
 
 class Access(NamedTuple):

@@ -30,7 +30,7 @@ from conftest import (
 from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from campaigns.proxy import Proxy, port_of, with_parts
+from campaigns.faults.proxy import Proxy, port_of, with_parts
 from devtools.postgres import (
     Server,
     free_port,
@@ -356,7 +356,7 @@ class TestSilence:
             await TaskRepository(database).create(make_task())
             proxy.swallow_from(words)
             caller = asyncio.create_task(take())
-            await asyncio.wait_for(proxy.struck.wait(), PATIENCE)
+            await asyncio.wait_for(proxy.fault_begun.wait(), PATIENCE)
             proxy.forward()
 
             with within(PATIENCE / 2):

@@ -48,7 +48,7 @@ from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from support.scripts import Ended, run_scripts
 
-from campaigns import vfs
+from campaigns.faults import vfs
 from devtools.postgres import wait_until
 from openclaw_store import (
     BackendError,

@@ -42,6 +42,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.base import Cursor, RedoError
 from openclaw_store.database import group_commit as writer
+from openclaw_store.database import metrics
 from openclaw_store.database.group_commit import HALVED_FROM, BeginTransaction, Writer
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
@@ -1233,7 +1234,7 @@ class TestFigures:
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: the writer keeps a line for every batch there ever was."""
-        monkeypatch.setattr(writer, "RECENT_BATCHES", 2)
+        monkeypatch.setattr(metrics, "RECENT_BATCHES", 2)
         writer_ = shelf.writer()
         await asyncio.gather(*[writer_.submit(shelf.apply, word) for word in "abc"])
         largest = writer_.figures()["largest_batch"]

@@ -30,8 +30,8 @@ from test_layout import blocks
 from test_migrations import alembic, alembic_script
 from typer.testing import CliRunner
 
-from campaigns import vfs
-from campaigns.originals import COLUMNS, make_original
+from campaigns.faults import vfs
+from campaigns.workloads.originals import COLUMNS, make_original
 from openclaw_store import (
     Database,
     InvalidDataError,

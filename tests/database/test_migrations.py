@@ -35,7 +35,7 @@ from conftest import (
 from sqlalchemy import Connection
 from support.scripts import Ended, run_scripts
 
-from campaigns.contents import SCHEMA_OF_POSTGRESQL
+from campaigns.checks.contents import SCHEMA_OF_POSTGRESQL
 from openclaw_store import (
     Database,
     SchemaMismatchError,

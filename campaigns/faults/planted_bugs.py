@@ -1,0 +1,242 @@
+"""Planted bugs: each breaks a promise of the store, and a campaign must find it.
+
+They are patched in from outside; the library contains no hook for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count
+from typing import Any
+from unittest.mock import patch
+
+from openclaw_store.backends import notifications
+from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
+from openclaw_store.backends.sqlite.connections import WriteConnection
+from openclaw_store.database.database import Database
+from openclaw_store.database.group_commit import Apply, Writer
+from openclaw_store.database.write_transaction import WriteTransaction
+from openclaw_store.domain import lifecycle
+from openclaw_store.domain.changes import Change
+from openclaw_store.domain.models import NodeInfo, Task
+from openclaw_store.domain.records import Record
+from openclaw_store.errors import StoreError
+from openclaw_store.repositories.commands import Claim, Update
+from openclaw_store.repositories.heartbeats import Heartbeat
+from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
+from openclaw_store.state_manager.replica import Replica
+
+STALL_SECONDS = 10
+"""Seconds for which the disk stalls at a vulnerable point, so that the fault falls into it."""
+
+
+Bug = Callable[[], AbstractContextManager[None]]
+"""A context manager that keeps the bug in the library while it is active."""
+
+BUGS: dict[str, Bug] = {}
+"""All planted bugs by name."""
+
+
+@contextmanager
+def planted(name: str | None) -> Iterator[None]:
+    """Plant a bug in the library of this process; `None` for no bug.
+
+    Raises:
+        KeyError: If there is no bug of that name.
+    """
+    if name is None:
+        yield
+    else:
+        with BUGS[name]():
+            yield
+
+
+def bug(plant: Callable[[], Iterator[None]]) -> Bug:
+    """Turn a function into a bug with the same name, and register it."""
+    found = contextmanager(plant)
+    BUGS[plant.__name__.replace("_", "-")] = found
+    return found
+
+
+@bug
+def no_version_in_where() -> Iterator[None]:
+    """P3: a write from an outdated copy succeeds, and the concurrent write is lost."""
+    decide = Update.decide
+
+    def overwrite(self: Update[Any], row: Row) -> Any:
+        self.version = row.version or self.version
+        return decide(self, row)
+
+    with patch.object(Update, "decide", overwrite):
+        yield
+
+
+@bug
+def claimed_twice() -> Iterator[None]:
+    """P4: a claim trusts the cached status of a task and does not check the row again."""
+    decide = Claim.decide
+
+    def believe(self: Claim, row: Row) -> Any:
+        for candidate in self.candidates:
+            task = row.other(Task, candidate["task_id"])
+            if task.version is not None:
+                task.status, task.record = "pending", candidate
+        return decide(self, row)
+
+    with patch.object(Claim, "decide", believe):
+        yield
+
+
+@bug
+def watch_ahead() -> Iterator[None]:
+    """P5: a watcher continues at the revision of the cache, though the feed was read before."""
+    changes = Replica.changes
+
+    async def skip(self: Replica, since: int) -> tuple[Sequence[Change], int]:
+        found, until = await changes(self, since)
+        return found, max(until, self.cache.contiguous)
+
+    with patch.object(Replica, "changes", skip):
+        yield
+
+
+@bug
+def cache_before_commit() -> Iterator[None]:
+    """P2: the cache takes changes before their commit, and keeps them when it fails."""
+    transaction = Database._write_on_thread
+
+    @contextmanager
+    def too_soon(
+        self: Database, until: float, committed: Callable[[WriteTransaction], None]
+    ) -> Iterator[WriteTransaction]:
+        with transaction(self, until, committed) as unit:
+            yield unit
+            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def entry_leak() -> Iterator[None]:
+    """P7: each write leaves an entry in a list."""
+    write, entries = Database.write, list[object]()
+
+    def remember(self: Database, apply: Apply, operation: Any) -> Any:
+        entries.append(object())
+        return write(self, apply, operation)
+
+    with patch.object(Database, "write", remember):
+        yield
+
+
+@bug
+def descriptor_leak() -> Iterator[None]:
+    """P7: each read leaves a file open."""
+    read = Database.read
+
+    def leave_open(self: Database, work: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return read(self, work)
+
+    with patch.object(Database, "read", leave_open):
+        yield
+
+
+@bug
+def late_wake_ups() -> Iterator[None]:
+    """P6: the file is polled so rarely that foreign changes arrive late."""
+    with patch.multiple(notifications, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
+        yield
+
+
+@bug
+def lost_reply_is_no_doubt() -> Iterator[None]:
+    """P2: a commit without a reply is treated as a commit that has not happened."""
+    meaning = PostgreSQLErrorMapping._meaning
+
+    def in_no_doubt(
+        self: PostgreSQLErrorMapping, error: Exception, *, own: bool, committing: bool
+    ) -> StoreError | None:
+        return meaning(self, error, own=own, committing=False)
+
+    with patch.object(PostgreSQLErrorMapping, "_meaning", in_no_doubt):
+        yield
+
+
+@bug
+def heartbeats_from_the_future() -> Iterator[None]:
+    """A heartbeat never replaces an earlier one with a later time, though the clock went back."""
+
+    def is_news_to(self: Heartbeat, record: Record[NodeInfo], now: object = None) -> bool:
+        last = record["last_heartbeat"]
+        return last is None or self.at >= last
+
+    with patch.object(Heartbeat, "is_news_to", is_news_to):
+        yield
+
+
+@bug
+def times_as_the_clock_says() -> Iterator[None]:
+    """A change of a task is stamped with the present time, though the clock went back."""
+    with patch.object(lifecycle, "_next", lambda _, now: now):
+        yield
+
+
+@bug
+def acknowledge_before_commit() -> Iterator[None]:
+    """P1: the writer answers its callers first, and commits afterwards."""
+    transaction, commits = Database._write_on_thread, count()
+
+    @contextmanager
+    def too_soon(
+        self: Database, until: float, committed: Callable[[WriteTransaction], None]
+    ) -> Iterator[WriteTransaction]:
+        with transaction(self, until, lambda _: None) as unit:
+            yield unit
+            committed(unit)
+            self._writer.publish_pending()
+            if next(commits):
+                time.sleep(STALL_SECONDS)
+
+    with patch.object(Database, "_write_on_thread", too_soon):
+        yield
+
+
+@bug
+def revision_outside_transaction() -> Iterator[None]:
+    """P2, P5: rows are committed first, and the feed of changes in a second transaction."""
+    write, commits = UnitOfWork._write, count()
+
+    def write_afterwards(self: UnitOfWork) -> None:
+        self.cursor.execute("COMMIT")
+        if next(commits):
+            time.sleep(STALL_SECONDS)
+        self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
+        write(self)
+
+    with patch.object(UnitOfWork, "_write", write_afterwards):
+        yield
+
+
+@bug
+def synchronous_off() -> Iterator[None]:
+    """P1: a commit on SQLite returns before it is on the disk."""
+    pragmas = (*WriteConnection.pragmas, "PRAGMA synchronous=OFF")
+    with patch.object(WriteConnection, "pragmas", pragmas):
+        yield
+
+
+@bug
+def abandoned_batch() -> Iterator[None]:
+    """P2: a caller that is cancelled while its batch is in progress does not wait for it."""
+
+    async def withdraw(self: Writer, future: asyncio.Future[Any]) -> None:
+        future.cancel()
+
+    with patch.object(Writer, "_withdraw", withdraw):
+        yield

@@ -1,0 +1,41 @@
+"""All campaigns, in the order of the list and of a run of all."""
+
+from __future__ import annotations
+
+from campaigns.harness.campaign import Campaign
+from campaigns.scenarios import (
+    backups,
+    cancel,
+    clock,
+    crash,
+    files,
+    history,
+    hostile,
+    io,
+    lost_writes,
+    migrations,
+    models,
+    network,
+    power,
+    processes,
+    soak,
+)
+
+CAMPAIGNS: tuple[Campaign, ...] = (
+    crash.CAMPAIGN,
+    power.CAMPAIGN,
+    lost_writes.CAMPAIGN,
+    io.CAMPAIGN,
+    history.CAMPAIGN,
+    cancel.CAMPAIGN,
+    files.CAMPAIGN,
+    processes.CAMPAIGN,
+    network.CAMPAIGN,
+    models.CAMPAIGN,
+    hostile.CAMPAIGN,
+    migrations.CAMPAIGN,
+    backups.CAMPAIGN,
+    clock.CAMPAIGN,
+    clock.MACHINE,
+    soak.CAMPAIGN,
+)

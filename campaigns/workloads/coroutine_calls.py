@@ -1,0 +1,531 @@
+"""A catalogue with a call of each public coroutine, each on rows of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, func, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
+
+import openclaw_store
+from campaigns.harness.campaign import Location
+from openclaw_store import (
+    Database,
+    NodeInfo,
+    NodeRepository,
+    NodeStatus,
+    SchemaMismatchError,
+    StateManager,
+    Task,
+    TaskFilter,
+    TaskRepository,
+    TaskStatus,
+    TaskType,
+    copy,
+    diagnose,
+    verify,
+)
+from openclaw_store.database.tables import TaskRow
+from openclaw_store.repositories.base import admit
+from openclaw_store.repositories.commands import Create
+from openclaw_store.repositories.unit_of_work import apply
+
+
+class Fixture:
+    """The tasks and nodes of one call.
+
+    Args:
+        manager: The manager of the call.
+        number: A unique number, which ends all identifiers of the fixture.
+        location: The database of the manager.
+        target: A location with an empty database, or with an interrupted copy.
+        folder: An empty folder for files.
+    """
+
+    def __init__(
+        self,
+        manager: StateManager,
+        number: int,
+        location: Location,
+        target: Location,
+        folder: Path,
+    ) -> None:
+        self.manager, self.number = manager, number
+        self.location, self.target, self.folder = location, target, folder
+        self.revision = manager.version
+        """The revision before the fixture was created."""
+        self.db = manager.db
+        self.task_repo, self.node_repo = manager.task_repo, manager.node_repo
+        self.tasks: dict[str, Task] = {}
+        """Tasks that exist before the call, by role."""
+        self.nodes: dict[str, NodeInfo] = {}
+        self._prepare()
+
+    @cached_property
+    def other(self) -> StateManager:
+        """A second manager on the same database, not opened yet."""
+        return StateManager(Database(self.location))
+
+    def id(self, role: str) -> str:
+        """Return the identifier for a role."""
+        return f"{role}-{self.number}"
+
+    def task(self, role: str, **fields: Any) -> Task:
+        """Return a new task."""
+        return Task(self.id(role), TaskType.BATCH, "as it was", **fields)
+
+    def node(self, role: str, **fields: Any) -> NodeInfo:
+        """Return a new node."""
+        return NodeInfo(self.id(role), "host", **fields)
+
+    def changed(self, role: str) -> Task:
+        """Return an existing task with another name."""
+        return replace(self.tasks[role], name="changed")
+
+    def changed_node(self, role: str) -> NodeInfo:
+        """Return an existing node with another name."""
+        return replace(self.nodes[role], hostname="changed")
+
+    def creation(self) -> Create[Task]:
+        """Return the operation that adds a task."""
+        return Create(
+            Task, self.id("new"), admit(Task, self.task("new"), partial(datetime.now, UTC))
+        )
+
+    def _prepare(self) -> None:
+        now = datetime.now(UTC)
+        before, long_ago = now - timedelta(hours=1), now - timedelta(days=40)
+        skill, user, busy, lost = map(self.id, ("skill", "user", "busy", "lost"))
+        skilled: dict[str, Any] = {"required_skills": [skill], "user_id": user}
+        held: dict[str, Any] = {"attempt": 1, "scheduled_at": before}
+        running: dict[str, Any] = {**held, "status": TaskStatus.RUNNING, "started_at": before}
+        self.nodes = {
+            "busy": self.node(
+                "busy",
+                last_heartbeat=now,
+                max_concurrent_tasks=10,
+                running_tasks=2,
+                available_skills=[skill],
+            ),
+            "lost": self.node("lost", last_heartbeat=before, running_tasks=1),
+            "silent": self.node("silent", last_heartbeat=before),
+            "gone": self.node("gone", status=NodeStatus.OFFLINE),
+        }
+        self.tasks = {
+            "waiting": self.task("waiting", **skilled),
+            "spare": self.task("spare", **skilled),
+            "keyed": self.task("keyed", required_skills=["none"], idempotency_key=self.id("key")),
+            "ending": self.task("ending", required_skills=["none"]),
+            "held": self.task("held", status=TaskStatus.SCHEDULED, assigned_node=busy, **held),
+            "running": self.task("running", assigned_node=busy, **running),
+            "late": self.task("late", assigned_node=lost, **running),
+            "done": self.task(
+                "done", status=TaskStatus.COMPLETED, submitted_at=long_ago, completed_at=long_ago
+            ),
+        }
+
+
+CONCURRENT_ROLES = ("ending", "beside", "second", "third", "next")
+"""Tasks that other callers write, at the same moment as the call, and next."""
+
+TASK_ROLES = (
+    "waiting", "spare", "keyed", "held", "running", "late", "done", "unsaved", "new", "another",
+    *CONCURRENT_ROLES,
+)  # fmt: skip
+"""Tasks of a fixture that exist, or may exist."""
+
+NODE_ROLES = ("busy", "lost", "silent", "gone", "newcomer")
+"""Nodes of a fixture."""
+
+Work = Callable[[Fixture], Awaitable[object]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, and its properties."""
+
+    make: Work
+    before: Work | None = None
+    """Work before the call, never cancelled."""
+    after: Work | None = None
+    """Work after the call, cancelled or not."""
+    in_parts: bool = False
+    """True if it uses several transactions, and can be repeated for the rest."""
+    keeps_feed: bool = True
+    """True if the feed contains its changes."""
+    lingers: bool = False
+    """True if its changes may be only in memory at first, and be written later."""
+    is_slow: bool = False
+    """True if it is so slow that a short run leaves it out."""
+    is_open: bool = False
+    """True if `Fixture.other` is open, so that concurrent callers use it, too."""
+
+
+def public_coroutines() -> set[str]:
+    """Find all public coroutines, context managers and iterators of the library by inspection."""
+    found: set[str] = set()
+    for name in openclaw_store.__all__:
+        thing = getattr(openclaw_store, name)
+        if inspect.isclass(thing):
+            for attribute, member in inspect.getmembers(thing, inspect.isfunction):
+                is_public = not attribute.startswith("_") or attribute in _ENTRANCES
+                is_alias = member.__name__ != attribute
+                if is_public and not is_alias and _is_awaited(member):
+                    found.add(f"{name}.{attribute}")
+        elif inspect.isfunction(thing) and _is_awaited(thing):
+            found.add(name)
+    return found
+
+
+_ENTRANCES = ("__aenter__", "__aexit__", "__aiter__", "__anext__", "__await__")
+
+
+def _is_awaited(function: Callable[..., Any]) -> bool:
+    if inspect.iscoroutinefunction(function):
+        return True
+    gives = str(inspect.signature(function).return_annotation)
+    return gives.startswith(("Async", "Await", "Coroutine"))
+
+
+def _count(session: AsyncSession) -> Coroutine[Any, Any, int | None]:
+    return session.scalar(select(func.count()).select_from(TaskRow))
+
+
+def _count_at_once(connection: Connection) -> int | None:
+    return connection.scalar(select(func.count()).select_from(TaskRow))
+
+
+def _rename(item: Task | NodeInfo) -> None:
+    if isinstance(item, Task):
+        item.name = "changed"
+    else:
+        item.hostname = "changed"
+
+
+async def hold_unsaved(fixture: Fixture) -> None:
+    """Create a task that is only in memory."""
+    fixture.tasks["unsaved"] = fixture.task("unsaved", user_id=fixture.id("user"))
+    await fixture.manager.add_task(fixture.tasks["unsaved"], persist=False)
+
+
+async def _open_and_close(fixture: Fixture) -> None:
+    """Open and close the manager; it must be usable, however an earlier opening ended."""
+    await fixture.other.initialize()
+    await fixture.other.add_task(fixture.task("elsewhere"))
+    await fixture.other.remove_task(fixture.id("elsewhere"))
+    await fixture.other.shutdown()
+
+
+async def _open_and_close_database(fixture: Fixture) -> None:
+    await fixture.other.db.initialize()
+    await fixture.other.task_repo.count_by_status()
+    await fixture.other.db.close()
+
+
+async def _enter(fixture: Fixture) -> None:
+    async with fixture.other:
+        await fixture.other.get_state()
+
+
+async def _enter_database(fixture: Fixture) -> None:
+    async with fixture.other.db:
+        await fixture.other.task_repo.count_by_status()
+
+
+async def _session(fixture: Fixture) -> None:
+    async with fixture.db.session() as session:
+        await _count(session)
+        await TaskRepository(session).get(fixture.id("waiting"))
+
+
+async def _read_in(fixture: Fixture) -> None:
+    async with fixture.db.session() as session:
+        await fixture.db.read_in(session, _count)
+
+
+async def _transaction(fixture: Fixture) -> None:
+    async with fixture.db.transaction() as tx:
+        await TaskRepository(tx).create(fixture.task("new"))
+        await TaskRepository(tx).update(fixture.changed("waiting"))
+        await TaskRepository(tx).complete(fixture.tasks["running"])
+        await _count(tx)
+        await NodeRepository(tx).update_status(fixture.id("gone"), NodeStatus.MAINTENANCE)
+
+
+async def _write_in(fixture: Fixture) -> None:
+    async with fixture.db.transaction() as tx:
+        await fixture.db.write_in(tx, apply, fixture.creation())
+
+
+async def _watch(fixture: Fixture) -> None:
+    changes: Any = fixture.manager.watch(since=fixture.revision)
+    async with aclosing(changes):
+        async for change in changes:
+            if change.item_id == fixture.id("ending") and change.to_status == "cancelled":
+                break
+
+
+async def _empty_target(fixture: Fixture) -> None:
+    """Empty the target of a copy, unless it holds an interrupted copy."""
+    async with AsyncExitStack() as stack:
+        try:
+            target = await stack.enter_async_context(Database(fixture.target))
+        except SchemaMismatchError:
+            return
+        tx = await stack.enter_async_context(target.transaction())
+        for table in ("tasks", "nodes", "changes"):
+            await tx.execute(text(f"DELETE FROM {table}"))
+        await tx.execute(text("UPDATE counters SET revision = 0, beat = 0, compacted = 0"))
+
+
+async def _copy(fixture: Fixture) -> None:
+    target = Database(fixture.target)
+    try:
+        await copy(fixture.db, target)
+    finally:
+        await target.close()
+
+
+CALLS: dict[str, Call] = {
+    "Database.__aenter__": Call(_enter_database, after=lambda fixture: fixture.other.db.close()),
+    "Database.__aexit__": Call(
+        lambda fixture: fixture.other.db.__aexit__(None, None, None),
+        lambda fixture: fixture.other.db.initialize(),
+        lambda fixture: fixture.other.db.close(),
+        is_open=True,
+    ),
+    "Database.backup": Call(
+        lambda fixture: fixture.db.backup(fixture.folder / fixture.id("backup")), is_slow=True
+    ),
+    "Database.close": Call(
+        lambda fixture: fixture.other.db.close(),
+        lambda fixture: fixture.other.db.initialize(),
+        lambda fixture: fixture.other.db.close(),
+        is_open=True,
+    ),
+    "Database.get_stats": Call(lambda fixture: fixture.db.get_stats()),
+    "Database.initialize": Call(
+        lambda fixture: fixture.other.db.initialize(), after=_open_and_close_database
+    ),
+    "Database.inspect": Call(lambda fixture: fixture.db.inspect(_count_at_once)),
+    "Database.read": Call(lambda fixture: fixture.db.read(_count)),
+    "Database.read_in": Call(_read_in),
+    "Database.session": Call(_session),
+    "Database.transaction": Call(_transaction),
+    "Database.vacuum": Call(lambda fixture: fixture.db.vacuum(), is_slow=True),
+    "Database.write": Call(lambda fixture: fixture.db.write(apply, fixture.creation())),
+    "Database.write_in": Call(_write_in),
+    "NodeRepository.create": Call(
+        lambda fixture: fixture.node_repo.create(fixture.node("newcomer"))
+    ),
+    "NodeRepository.delete": Call(lambda fixture: fixture.node_repo.delete(fixture.id("gone"))),
+    "NodeRepository.find_by_skill": Call(
+        lambda fixture: fixture.node_repo.find_by_skill(fixture.id("skill"))
+    ),
+    "NodeRepository.find_stale_nodes": Call(lambda fixture: fixture.node_repo.find_stale_nodes()),
+    "NodeRepository.get": Call(lambda fixture: fixture.node_repo.get(fixture.id("busy"))),
+    "NodeRepository.get_all_nodes": Call(lambda fixture: fixture.node_repo.get_all_nodes()),
+    "NodeRepository.get_available_nodes": Call(
+        lambda fixture: fixture.node_repo.get_available_nodes()
+    ),
+    "NodeRepository.get_record": Call(
+        lambda fixture: fixture.node_repo.get_record(fixture.id("busy"))
+    ),
+    "NodeRepository.list_by_status": Call(
+        lambda fixture: fixture.node_repo.list_by_status(NodeStatus.OFFLINE)
+    ),
+    "NodeRepository.list_online_nodes": Call(lambda fixture: fixture.node_repo.list_online_nodes()),
+    "NodeRepository.register": Call(
+        lambda fixture: fixture.node_repo.register(fixture.node("lost"))
+    ),
+    "NodeRepository.update": Call(
+        lambda fixture: fixture.node_repo.update(fixture.changed_node("gone"))
+    ),
+    "NodeRepository.update_heartbeat": Call(
+        lambda fixture: fixture.node_repo.update_heartbeat(fixture.id("gone"))
+    ),
+    "NodeRepository.update_status": Call(
+        lambda fixture: fixture.node_repo.update_status(fixture.id("gone"), NodeStatus.MAINTENANCE)
+    ),
+    "StateManager.__aenter__": Call(_enter, after=lambda fixture: fixture.other.shutdown()),
+    "StateManager.__aexit__": Call(
+        lambda fixture: fixture.other.__aexit__(None, None, None),
+        lambda fixture: fixture.other.initialize(),
+        lambda fixture: fixture.other.shutdown(),
+        is_open=True,
+    ),
+    "StateManager.add_node": Call(
+        lambda fixture: fixture.manager.add_node(fixture.node("newcomer"))
+    ),
+    "StateManager.add_task": Call(lambda fixture: fixture.manager.add_task(fixture.task("new"))),
+    "StateManager.add_task, of one in memory": Call(
+        lambda fixture: fixture.manager.add_task(fixture.task("new"), persist=False), lingers=True
+    ),
+    "StateManager.add_tasks": Call(
+        lambda fixture: fixture.manager.add_tasks([fixture.task("new"), fixture.task("another")])
+    ),
+    "StateManager.cancel_task": Call(
+        lambda fixture: fixture.manager.cancel_task(fixture.id("running"))
+    ),
+    "StateManager.cancel_tasks": Call(
+        lambda fixture: fixture.manager.cancel_tasks(TaskFilter(user=fixture.id("user"))),
+        hold_unsaved,
+        in_parts=True,
+    ),
+    "StateManager.change_node": Call(
+        lambda fixture: fixture.manager.change_node(fixture.id("busy"), _rename)
+    ),
+    "StateManager.change_task": Call(
+        lambda fixture: fixture.manager.change_task(fixture.id("waiting"), _rename)
+    ),
+    "StateManager.change_task, of one in memory": Call(
+        lambda fixture: fixture.manager.change_task(fixture.id("unsaved"), _rename),
+        hold_unsaved,
+    ),
+    "StateManager.check_stale_nodes": Call(
+        lambda fixture: fixture.manager.check_stale_nodes(), in_parts=True
+    ),
+    "StateManager.claim_tasks": Call(
+        lambda fixture: fixture.manager.claim_tasks(fixture.id("busy"), 2)
+    ),
+    "StateManager.compact_changes": Call(
+        lambda fixture: fixture.manager.compact_changes(days=0), in_parts=True, keeps_feed=False
+    ),
+    "StateManager.complete_task": Call(
+        lambda fixture: fixture.manager.complete_task(fixture.tasks["running"], {"rows": 1})
+    ),
+    "StateManager.explain_task": Call(
+        lambda fixture: fixture.manager.explain_task(fixture.id("done"))
+    ),
+    "StateManager.fail_task": Call(
+        lambda fixture: fixture.manager.fail_task(fixture.tasks["running"], "it broke")
+    ),
+    "StateManager.find_nodes_by_skill": Call(
+        lambda fixture: fixture.manager.find_nodes_by_skill(fixture.id("skill"))
+    ),
+    "StateManager.get_all_nodes": Call(lambda fixture: fixture.manager.get_all_nodes()),
+    "StateManager.get_available_nodes": Call(lambda fixture: fixture.manager.get_available_nodes()),
+    "StateManager.get_node": Call(lambda fixture: fixture.manager.get_node(fixture.id("nobody"))),
+    "StateManager.get_node_stats": Call(lambda fixture: fixture.manager.get_node_stats()),
+    "StateManager.get_online_nodes": Call(lambda fixture: fixture.manager.get_online_nodes()),
+    "StateManager.get_pending_tasks": Call(lambda fixture: fixture.manager.get_pending_tasks(None)),
+    "StateManager.get_state": Call(lambda fixture: fixture.manager.get_state()),
+    "StateManager.get_stats": Call(lambda fixture: fixture.manager.get_stats()),
+    "StateManager.get_task": Call(lambda fixture: fixture.manager.get_task(fixture.id("nothing"))),
+    "StateManager.get_task_stats": Call(lambda fixture: fixture.manager.get_task_stats()),
+    "StateManager.history": Call(lambda fixture: fixture.manager.history(fixture.id("waiting"))),
+    "StateManager.initialize": Call(
+        lambda fixture: fixture.other.initialize(), after=_open_and_close
+    ),
+    "StateManager.list_tasks": Call(
+        lambda fixture: fixture.manager.list_tasks(TaskFilter(user=fixture.id("user")))
+    ),
+    "StateManager.recover": Call(lambda fixture: fixture.manager.recover(), in_parts=True),
+    "StateManager.refresh_from_database": Call(
+        lambda fixture: fixture.manager.refresh_from_database()
+    ),
+    "StateManager.register_node": Call(
+        lambda fixture: fixture.manager.register_node(fixture.node("busy"))
+    ),
+    "StateManager.remove_node": Call(
+        lambda fixture: fixture.manager.remove_node(fixture.id("busy"))
+    ),
+    "StateManager.remove_task": Call(
+        lambda fixture: fixture.manager.remove_task(fixture.id("running"))
+    ),
+    "StateManager.remove_task, of one in memory": Call(
+        lambda fixture: fixture.manager.remove_task(fixture.id("unsaved")),
+        hold_unsaved,
+    ),
+    "StateManager.requeue_task": Call(
+        lambda fixture: fixture.manager.requeue_task(fixture.id("done"))
+    ),
+    "StateManager.shutdown": Call(
+        lambda fixture: fixture.other.shutdown(),
+        lambda fixture: fixture.other.initialize(),
+        lambda fixture: fixture.other.shutdown(),
+        is_open=True,
+    ),
+    "StateManager.start_task": Call(
+        lambda fixture: fixture.manager.start_task(fixture.tasks["held"])
+    ),
+    "StateManager.submit_task": Call(
+        lambda fixture: fixture.manager.submit_task(fixture.task("new"))
+    ),
+    "StateManager.submit_task, of one that is there": Call(
+        lambda fixture: fixture.manager.submit_task(
+            fixture.task("new", idempotency_key=fixture.id("key"))
+        )
+    ),
+    "StateManager.sync_to_database": Call(
+        lambda fixture: fixture.manager.sync_to_database(), hold_unsaved, lingers=True
+    ),
+    "StateManager.update_heartbeat": Call(
+        lambda fixture: fixture.manager.update_heartbeat(fixture.id("gone"), 7.0), lingers=True
+    ),
+    "StateManager.update_node": Call(
+        lambda fixture: fixture.manager.update_node(fixture.changed_node("busy"))
+    ),
+    "StateManager.update_node_status": Call(
+        lambda fixture: fixture.manager.update_node_status(
+            fixture.id("busy"), NodeStatus.MAINTENANCE
+        )
+    ),
+    "StateManager.update_task": Call(
+        lambda fixture: fixture.manager.update_task(fixture.changed("waiting"))
+    ),
+    "StateManager.update_task, of one in memory": Call(
+        lambda fixture: fixture.manager.update_task(fixture.changed("unsaved")),
+        hold_unsaved,
+    ),
+    "StateManager.wait_for_task": Call(
+        lambda fixture: fixture.manager.wait_for_task(fixture.id("ending"))
+    ),
+    "StateManager.watch": Call(_watch),
+    "TaskRepository.cancel": Call(lambda fixture: fixture.task_repo.cancel(fixture.id("running"))),
+    "TaskRepository.claim": Call(lambda fixture: fixture.task_repo.claim(fixture.id("busy"), 2)),
+    "TaskRepository.cleanup_old_tasks": Call(lambda fixture: fixture.task_repo.cleanup_old_tasks()),
+    "TaskRepository.complete": Call(
+        lambda fixture: fixture.task_repo.complete(fixture.tasks["running"])
+    ),
+    "TaskRepository.count_by_status": Call(lambda fixture: fixture.task_repo.count_by_status()),
+    "TaskRepository.count_old_tasks": Call(lambda fixture: fixture.task_repo.count_old_tasks()),
+    "TaskRepository.create": Call(lambda fixture: fixture.task_repo.create(fixture.task("new"))),
+    "TaskRepository.delete": Call(lambda fixture: fixture.task_repo.delete(fixture.id("running"))),
+    "TaskRepository.fail": Call(
+        lambda fixture: fixture.task_repo.fail(fixture.tasks["running"], "it broke")
+    ),
+    "TaskRepository.get": Call(lambda fixture: fixture.task_repo.get(fixture.id("waiting"))),
+    "TaskRepository.get_record": Call(
+        lambda fixture: fixture.task_repo.get_record(fixture.id("waiting"))
+    ),
+    "TaskRepository.list_by_node": Call(
+        lambda fixture: fixture.task_repo.list_by_node(fixture.id("busy"))
+    ),
+    "TaskRepository.list_by_status": Call(
+        lambda fixture: fixture.task_repo.list_by_status(TaskStatus.PENDING)
+    ),
+    "TaskRepository.list_by_user": Call(
+        lambda fixture: fixture.task_repo.list_by_user(fixture.id("user"))
+    ),
+    "TaskRepository.list_pending_tasks": Call(
+        lambda fixture: fixture.task_repo.list_pending_tasks()
+    ),
+    "TaskRepository.list_tasks": Call(lambda fixture: fixture.task_repo.list_tasks()),
+    "TaskRepository.requeue": Call(lambda fixture: fixture.task_repo.requeue(fixture.id("done"))),
+    "TaskRepository.start": Call(lambda fixture: fixture.task_repo.start(fixture.tasks["held"])),
+    "TaskRepository.update": Call(
+        lambda fixture: fixture.task_repo.update(fixture.changed("waiting"))
+    ),
+    "copy": Call(_copy, _empty_target, is_slow=True),
+    "diagnose": Call(lambda fixture: diagnose(fixture.db)),
+    "verify": Call(lambda fixture: verify(fixture.db)),
+}
+"""All calls, by the name of the coroutine and, if needed, of the special case."""
