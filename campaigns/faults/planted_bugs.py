@@ -82,7 +82,7 @@ def claimed_twice() -> Iterator[None]:
 
     def believe(self: Claim, row: Row) -> Any:
         for candidate in self.candidates:
-            task = row.other(Task, candidate["task_id"])
+            task = row.other(Task, candidate.task_id)
             if task.version is not None:
                 task.status, task.record = "pending", candidate
         return decide(self, row)
@@ -173,7 +173,7 @@ def heartbeats_from_the_future() -> Iterator[None]:
     """A heartbeat never replaces an earlier one with a later time, though the clock went back."""
 
     def is_news_to(self: Heartbeat, record: Record[NodeInfo], now: object = None) -> bool:
-        last = record["last_heartbeat"]
+        last = record.last_heartbeat
         return last is None or self.at >= last
 
     with patch.object(Heartbeat, "is_news_to", is_news_to):

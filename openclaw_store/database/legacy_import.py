@@ -206,8 +206,8 @@ class _Adoption:
         for row in rows:
             try:
                 record = self._read(kind, row)
-                id = record[KEY[kind]]
-                if id in seen:
+                id: str | None = record.id
+                if record.id in seen:
                     raise InvalidDataError(KEY[kind], "is that of a row before it")
             except InvalidDataError as error:
                 key = row.get(KEY[kind])
@@ -215,11 +215,11 @@ class _Adoption:
                 rejected.append(Rejected(item, id, str(error)))
                 kept.append((*rejected[-1], _json(row)))
                 continue
-            seen.add(id)
+            seen.add(record.id)
             self._revision += 1
-            record.fields["version"] = self._revision
+            record.version = self._revision
             written.append(record.values(plan))
-            status, node = record["status"].value, record.fields.get("assigned_node")
+            status, node = record.status.value, vars(record).get("assigned_node")
             changes.append(
                 (self._revision, at, item, id, "created", None, status, node, "adopted", None)
             )

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from openclaw_store.domain.models import NodeInfo, Task
-from openclaw_store.domain.records import KEY, Record
+from openclaw_store.domain.records import Record
 
 ENTITY_NAMES: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
 """What the feed calls each domain class."""
@@ -24,7 +24,7 @@ EntityKey = tuple[type[Any], str]
 
 def key_of(record: Record[Any]) -> EntityKey:
     """Where a record belongs."""
-    return record.kind, record[KEY[record.kind]]
+    return record.kind, record.id
 
 
 class ChangeKind(StrEnum):

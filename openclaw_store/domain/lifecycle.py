@@ -106,13 +106,13 @@ def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTrans
 
 def arrived(task: Record[Any], now: datetime) -> Values:
     """When a task came into the state it is in, if it does not tell."""
-    name = _MOMENTS.get(task["status"])
-    return {name: _next(task, now)} if name is not None and task[name] is None else {}
+    name = _MOMENTS.get(task.status)
+    return {name: _next(task, now)} if name is not None and getattr(task, name) is None else {}
 
 
 def is_due(task: Record[Task], now: datetime) -> bool:
     """Whether a pending task may be claimed already."""
-    not_before: datetime | None = task["not_before"]
+    not_before: datetime | None = task.not_before
     return not_before is None or not_before <= now
 
 
@@ -137,25 +137,25 @@ def are_among(required: bytes | None, available: bytes | None) -> bool:
 
 def free_places(node: Record[NodeInfo]) -> int:
     """How many more tasks a node may claim."""
-    if node["status"] is not NodeStatus.ONLINE:
+    if node.status is not NodeStatus.ONLINE:
         return 0
-    free: int = node["max_concurrent_tasks"] - node["running_tasks"]
+    free: int = node.max_concurrent_tasks - node.running_tasks
     return max(0, free)
 
 
 def owner_of(task: Record[Task]) -> Owner:
     """For which node a task was claimed last, and at which attempt."""
-    return task["assigned_node"], task["attempt"]
+    return task.assigned_node, task.attempt
 
 
 def is_assigned(task: Record[Task]) -> bool:
     """Whether a task takes up a place on a node."""
-    return task["assigned_node"] is not None and task.fields["status"] in ASSIGNED
+    return task.assigned_node is not None and task.status in ASSIGNED
 
 
 def is_lost(node: Record[NodeInfo] | None, now: datetime, patience: timedelta) -> bool:
     """Whether nothing more is to be expected from a node."""
-    if node is None or node["status"] in (NodeStatus.OFFLINE, NodeStatus.ERROR):
+    if node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR):
         return True
     return is_silent(node, now, patience)
 
@@ -165,32 +165,32 @@ def is_silent(node: Record[NodeInfo], now: datetime, patience: timedelta) -> boo
 
     One as far in the future is none: the clock was turned back since, and nobody knows when it was.
     """
-    last_sign: datetime = node["last_heartbeat"] or node["registered_at"]
+    last_sign: datetime = node.last_heartbeat or node.registered_at
     return abs(now - last_sign) > patience
 
 
 def is_overdue(task: Record[Task], now: datetime) -> bool:
     """Whether a running task has been running for longer than it may, whichever way clocks went."""
-    if task["status"] is not TaskStatus.RUNNING or None in (task["timeout"], task["started_at"]):
+    if task.status is not TaskStatus.RUNNING or None in (task.timeout, task.started_at):
         return False
-    limit: int = task["timeout"]
-    started: datetime = task["started_at"]
+    limit: int = task.timeout
+    started: datetime = task.started_at
     # Earlier only if `_next` has put its start off: the moment at which that was written.
-    began = min(started, task["updated_at"] or started)
+    began = min(started, task.updated_at or started)
     return abs((now - began).total_seconds()) > limit
 
 
 def is_put_off(task: Record[Task], now: datetime, longest: timedelta) -> bool:
     """Whether a clock that was turned back makes a task wait for its next try longer than ever."""
-    if task["status"] is not TaskStatus.PENDING or is_due(task, now) or not task["retry_count"]:
+    if task.status is not TaskStatus.PENDING or is_due(task, now) or not task.retry_count:
         return False
-    failed: datetime | None = task["updated_at"]
+    failed: datetime | None = task.updated_at
     return failed is not None and failed - now > longest
 
 
 def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | None:
     """A node takes a pending task; `None` if it may not run it now."""
-    if task["status"] is not TaskStatus.PENDING or not is_due(task, now):
+    if task.status is not TaskStatus.PENDING or not is_due(task, now):
         return None
     if not free_places(node) or not has_skills(node, task):
         return None
@@ -198,11 +198,11 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
         {
             **_UNASSIGNED,
             "status": TaskStatus.SCHEDULED,
-            "assigned_node": node["node_id"],
-            "attempt": task["attempt"] + 1,
+            "assigned_node": node.node_id,
+            "attempt": task.attempt + 1,
             "scheduled_at": _next(task, now),
         },
-        {"running_tasks": node["running_tasks"] + 1},
+        {"running_tasks": node.running_tasks + 1},
     )
 
 
@@ -210,7 +210,7 @@ def start(
     task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, owner: Owner
 ) -> Outcome:
     """The owner has begun to run the task; to say so twice changes nothing."""
-    if task["status"] is TaskStatus.RUNNING and owner == owner_of(task):
+    if task.status is TaskStatus.RUNNING and owner == owner_of(task):
         return None
     values = {"status": TaskStatus.RUNNING, "started_at": _next(task, now)}
     return _not_owned(task, owner) or Step(values)
@@ -229,7 +229,7 @@ def complete(
     Args:
         result: The text of a JSON value.
     """
-    if task["status"] is TaskStatus.COMPLETED and owner == owner_of(task):
+    if task.status is TaskStatus.COMPLETED and owner == owner_of(task):
         return None
     return _not_owned(task, owner) or Step(
         _ended(task, TaskStatus.COMPLETED, now, result=result, error=None),
@@ -247,7 +247,7 @@ def fail(
     wait: Wait,
 ) -> Outcome:
     """The owner has failed: the task is tried again later, or has FAILED for good."""
-    if task["status"] is TaskStatus.FAILED and owner == owner_of(task):
+    if task.status is TaskStatus.FAILED and owner == owner_of(task):
         return None
     return _not_owned(task, owner) or Step(
         _tried(task, TaskStatus.FAILED, error, now, wait),
@@ -270,10 +270,10 @@ def cancel(
         reason: Why, if it is known.
         version: The only one that is meant; `None` for any.
     """
-    if task["status"] is TaskStatus.CANCELLED or version not in (None, task.version):
+    if task.status is TaskStatus.CANCELLED or version not in (None, task.version):
         return None
     values = {} if reason is None else {"error": reason}
-    return refused(task["task_id"], task["status"], TaskStatus.CANCELLED) or Step(
+    return refused(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
         _ended(task, TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
     )
 
@@ -283,7 +283,7 @@ def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) ->
 
     Its attempts go on counting, so that nobody who held it before passes for its owner.
     """
-    if task["status"] is TaskStatus.PENDING:
+    if task.status is TaskStatus.PENDING:
         return None
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
     return Step({**_UNASSIGNED, **values}, _freed(node, task), "requeued")
@@ -336,13 +336,13 @@ def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
     """
     values: dict[str, Any] = {"running_tasks": 0, "last_heartbeat": now}
     if known is not None:
-        values |= {name: known[name] for name in _TOTALS}
+        values |= {name: getattr(known, name) for name in _TOTALS}
     return values
 
 
 def vacated(node: Record[NodeInfo]) -> Values:
     """The node has a place more."""
-    return {"running_tasks": max(0, node["running_tasks"] - 1)}
+    return {"running_tasks": max(0, node.running_tasks - 1)}
 
 
 def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
@@ -351,9 +351,9 @@ def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
-    if task["status"] in ASSIGNED and owner == owner_of(task):
+    if task.status in ASSIGNED and owner == owner_of(task):
         return None
-    return NotOwnerError(task["task_id"], *owner, task["status"].value, *owner_of(task))
+    return NotOwnerError(task.task_id, *owner, task.status.value, *owner_of(task))
 
 
 def _next(task: Record[Any], now: datetime) -> datetime:
@@ -361,7 +361,7 @@ def _next(task: Record[Any], now: datetime) -> datetime:
 
     So it may be in the future, and does not tell how long ago that was: `updated_at` does.
     """
-    before = (task["submitted_at"], task["scheduled_at"], task["started_at"])
+    before = (task.submitted_at, task.scheduled_at, task.started_at)
     return max((moment for moment in before if moment is not None and moment > now), default=now)
 
 
@@ -371,8 +371,8 @@ def _ended(task: Record[Task], status: TaskStatus, now: datetime, **values: Any)
 
 def _tried(task: Record[Task], status: TaskStatus, error: str, now: datetime, wait: Wait) -> Values:
     """Put a task back to pending; after its last retry it ends as `status`."""
-    retry: int = task["retry_count"] + 1
-    if retry > task["max_retries"]:
+    retry: int = task.retry_count + 1
+    if retry > task.max_retries:
         return _ended(task, status, now, error=error)
     seconds = wait(retry)
     return {
@@ -389,13 +389,13 @@ def _processed(
     """The node has tried a task, which counts in its totals: from its start, else its claim."""
     if node is None or not is_assigned(task):
         return {}
-    total: int = node["total_tasks_processed"] + 1
-    began: datetime = task["started_at"] or task["scheduled_at"] or now
-    mean: float = node["average_execution_time"]
+    total: int = node.total_tasks_processed + 1
+    began: datetime = task.started_at or task.scheduled_at or now
+    mean: float = node.average_execution_time
     seconds = max(0.0, (now - began).total_seconds())
     return {
         **_freed(node, task),
         "total_tasks_processed": total,
-        outcome: node[outcome] + 1,
+        outcome: getattr(node, outcome) + 1,
         "average_execution_time": mean + (seconds - mean) / total,
     }

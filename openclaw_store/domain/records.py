@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
-from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import orjson
 
@@ -56,7 +56,12 @@ class RowCodec(NamedTuple):
 class Record(Generic[Entity]):
     """An unchanging image of a task or node."""
 
-    __slots__ = ("_flat", "_nested", "fields", "kind", "row")
+    __slots__ = ("__dict__", "_flat", "_nested", "kind", "row")
+
+    if TYPE_CHECKING:  # a field of `kind`; JSON fields are read by `decoded`
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, kind: type[Entity], fields: dict[str, Any]) -> None:
         """Take over `fields`, which belongs to the record now.
@@ -66,8 +71,7 @@ class Record(Generic[Entity]):
             fields: Its values by name; JSON is `bytes`, which no JSON value is, or the default.
         """
         self.kind: type[Entity] = kind
-        self.fields = fields
-        """Values by name, to be read only; those of JSON fields come from `decoded`."""
+        self.__dict__ = fields
         self._flat: Sequence[str] | None = None
         """JSON fields to be copied for each copy; `None` while nobody has looked at any."""
         self._nested: Sequence[str] = ()
@@ -78,13 +82,11 @@ class Record(Generic[Entity]):
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
 
-    def __getitem__(self, name: str) -> Any:
-        """The value of a field that is not JSON."""
-        return self.fields[name]
-
     @property
-    def version(self) -> int:
-        return cast(int, self.fields["version"])
+    def id(self) -> str:
+        """Identifier of the task or node."""
+        id: str = self.__dict__[KEY[self.kind]]
+        return id
 
     def copy(self) -> Entity:
         """An object of the caller's own, equal to what was recorded."""
@@ -92,7 +94,7 @@ class Record(Generic[Entity]):
         if flat is None:
             flat = self._decode()
         item: Entity = _new(self.kind)
-        fields = item.__dict__ = self.fields.copy()
+        fields = item.__dict__ = self.__dict__.copy()
         for name in flat:
             fields[name] = fields[name].copy()
         for name in self._nested:
@@ -103,12 +105,12 @@ class Record(Generic[Entity]):
         """The value of a JSON field; not to be changed by the caller."""
         if self._flat is None:
             self._decode()
-        value = self.fields[name]
+        value = self.__dict__[name]
         return orjson.loads(value) if type(value) is bytes else value
 
     def encoded(self, name: str) -> bytes | None:
         """The text of a JSON field; `None` for its default."""
-        value = self.fields[name]
+        value = self.__dict__[name]
         if value is None or type(value) is bytes:
             return value
         if not value and type(value) is JSON_FIELDS[self.kind][name]:
@@ -117,7 +119,7 @@ class Record(Generic[Entity]):
 
     def values(self, plan: RowCodec) -> list[Any]:
         """The values of the fields of `plan`, as the driver takes them."""
-        row = list(plan.pick(self.fields))
+        row = list(plan.pick(self.__dict__))
         for place, encoder in plan.bind_processors:
             value = row[place]
             if value is not None:
@@ -138,23 +140,23 @@ class Record(Generic[Entity]):
         evolved._flat = self._flat
         evolved._nested = self._nested
         evolved.row = None
-        evolved.fields = fields = self.fields.copy()
+        evolved.__dict__ = fields = self.__dict__.copy()
         fields.update(values)
         return evolved
 
     def replace(self, **values: Any) -> Record[Entity]:
         """A record that differs in the given fields; JSON is `bytes`, or the default."""
-        return Record(self.kind, {**self.fields, **values})
+        return Record(self.kind, {**self.__dict__, **values})
 
     def merge(self, other: Record[Entity], names: Iterable[str]) -> Record[Entity]:
         """A record that has the named fields from `other` and the rest from this one."""
-        fields = self.fields.copy()
-        fields.update([(name, other.fields[name]) for name in names])
+        fields = self.__dict__.copy()
+        fields.update([(name, other.__dict__[name]) for name in names])
         return Record(self.kind, fields)
 
     def differences(self, other: Record[Entity]) -> tuple[str, ...]:
         """Names of the fields whose values are not the same, those set by the store aside."""
-        mine, theirs = self.fields, other.fields
+        mine, theirs = self.__dict__, other.__dict__
         names = [
             name
             for name in _PLAIN_FIELDS[self.kind]
@@ -175,7 +177,7 @@ class Record(Generic[Entity]):
         """
         flat, nested = [], []
         for name in JSON_FIELDS[self.kind]:
-            value = self.fields[name]
+            value = self.__dict__[name]
             if type(value) is bytes:
                 value = _load(self, name, value)
                 if isinstance(value, (list, dict)):
@@ -183,7 +185,7 @@ class Record(Generic[Entity]):
                     if not _PLAIN.issuperset(map(type, items)):
                         nested.append(name)
                         continue
-                self.fields[name] = value
+                self.__dict__[name] = value
             if isinstance(value, (list, dict)):
                 flat.append(name)
         self._nested = _shared(nested)
@@ -216,7 +218,7 @@ def encode(item: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
     fields = item.__dict__.copy()  # shares its table of keys with those of all others
     if len(fields) != len(checks) + len(json_checks):
         fields = _declared(item)
-    stored = _NOTHING_STORED[kind] if known is None else known.fields
+    stored = _NOTHING_STORED[kind] if known is None else known.__dict__
     try:
         for name, default, check in checks:
             value = fields[name]
@@ -280,7 +282,7 @@ def write_back(record: Record[Entity], item: Entity, names: Iterable[str] | None
     Args:
         names: The fields, none of them JSON; `None` for the version and the times.
     """
-    fields, target = record.fields, item.__dict__
+    fields, target = record.__dict__, item.__dict__
     for name in STAMPED[record.kind] if names is None else names:
         target[name] = fields[name]
 
@@ -289,8 +291,7 @@ def _load(record: Record[Any], name: str, text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        key = record["task_id" if record.kind is Task else "node_id"]
-        raise InvalidDataError(name, f"of {key!r} is not readable JSON: {error}") from error
+        raise InvalidDataError(name, f"of {record.id!r} is not readable JSON: {error}") from error
 
 
 JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {

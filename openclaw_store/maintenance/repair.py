@@ -89,7 +89,7 @@ class Recount:
         record = await NodeRepository(tx).get_record(self.node_id)
         query = select(func.count()).where(TaskRow.assigned_node == self.node_id, IS_ASSIGNED)
         held = await tx.scalar(query) or 0
-        if record is not None and record["running_tasks"] != held:
+        if record is not None and record.running_tasks != held:
             operation = Rewrite(NodeInfo, self.node_id, {"running_tasks": held})
             await database.write_in(tx, apply, operation)
         return True
@@ -106,7 +106,7 @@ class Stamp:
         record = await TaskRepository(tx).get_record(self.task_id)
         if record is None:
             return True
-        since = record["updated_at"]
+        since = record.updated_at
         for change in await tx.execute(
             history_of(record.version, ENTITY_NAMES[Task], self.task_id)
         ):
@@ -136,7 +136,7 @@ class Announce:
         record: Record[Any] | None = await repository.get_record(self.id)
         if record is None or record.version != self.version:
             return False
-        after: tuple[int, str | None] = (0, record["status"].value)
+        after: tuple[int, str | None] = (0, record.status.value)
         if self.last is not None:
             query = select(ChangeRow.to_status).where(ChangeRow.revision == self.last)
             after = self.last, await tx.scalar(query)

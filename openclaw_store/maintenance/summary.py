@@ -138,9 +138,9 @@ async def _ahead_of(
 ) -> int:
     """How many tasks the nodes that can run a pending one may claim before it."""
     available = {one.encoded("available_skills") for one in nodes if has_skills(one, task)}
-    if task["status"] is not TaskStatus.PENDING or not available:
+    if task.status is not TaskStatus.PENDING or not available:
         return 0
-    priority, submitted_at, id = task["priority"], task["submitted_at"], task["task_id"]
+    priority, submitted_at, id = task.priority, task.submitted_at, task.task_id
     row, skills = TaskRow, cast(TaskRow.required_skills, Text)
     sooner = or_(row.submitted_at < submitted_at, row.task_id < id)
     same = and_(row.priority == priority, row.submitted_at <= submitted_at, sooner)

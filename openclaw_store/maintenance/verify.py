@@ -286,11 +286,11 @@ class Scan:
             return
         if kind is not Task:
             return
-        missing = arrived(record, record["updated_at"])
+        missing = arrived(record, record.updated_at)
         for name in missing:
             sentence = f"{_said(place)} is {record['status'].value}, and has no {name}."
             self._add("times", sentence, place, Stamp(raw[0]))
-        if record["completed_at"] is not None and record["status"] not in FINISHED:
+        if record.completed_at is not None and record.status not in FINISHED:
             sentence = f"{_said(place)} is {record['status'].value}, and has a completed_at."
             self._remark("times", sentence, place)
 

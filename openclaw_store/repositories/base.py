@@ -75,7 +75,7 @@ def admit(
         raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(item).__name__}")
     record = encode(item, known)
     born = "submitted_at" if kind is Task else "registered_at"
-    return record if record[born] else record.evolve(**{born: clock()})
+    return record if getattr(record, born) else record.evolve(**{born: clock()})
 
 
 class Repository(Generic[Entity]):
@@ -111,14 +111,14 @@ class Repository(Generic[Entity]):
 
     async def _create(self, item: Entity) -> bool:
         record = admit(self.kind, item, self._database.clock)
-        operation = Create(self.kind, record[KEY[self.kind]], record)
+        operation = Create(self.kind, record.id, record)
         self._write_back(await self._write(operation), item)
         return True
 
     async def _update(self, item: Entity) -> bool:
         record = admit(self.kind, item, self._database.clock)
         names = CONTENT[self.kind]
-        operation = Update(self.kind, record[KEY[self.kind]], record, names, record.version)
+        operation = Update(self.kind, record.id, record, names, record.version)
         self._write_back(await self._write(operation), item)
         return True
 

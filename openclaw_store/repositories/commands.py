@@ -62,7 +62,7 @@ class Create(SingleRowCommand, Generic[Entity]):
 
     @property
     def key(self) -> str | None:
-        return self.record.fields["idempotency_key"] if self.kind is Task else None
+        return self.record.idempotency_key if self.kind is Task else None
 
     def decide(self, row: Row) -> Record[Entity] | StoreError:
         if row.version is not None:
@@ -96,7 +96,7 @@ class Update(SingleRowCommand, Generic[Entity]):
 
     @property
     def key(self) -> str | None:
-        return self.record.fields["idempotency_key"] if "idempotency_key" in self.names else None
+        return self.record.idempotency_key if "idempotency_key" in self.names else None
 
     def decide(self, row: Row) -> Record[Entity] | StoreError:
         if row.version is None:
@@ -112,8 +112,8 @@ class Update(SingleRowCommand, Generic[Entity]):
             if "last_heartbeat" in names:
                 heartbeat = newer_heartbeat(row.record, self.record, row.now)
                 record = record.evolve(last_heartbeat=heartbeat)
-        elif row.status is not None and row.status != record.fields["status"]._value_:
-            refusal = lifecycle.refused(self.id, TaskStatus(row.status), record["status"])
+        elif row.status is not None and row.status != record.status._value_:
+            refusal = lifecycle.refused(self.id, TaskStatus(row.status), record.status)
             if refusal is not None:
                 return refusal
             moments: Values = lifecycle.arrived(record, row.now)
@@ -128,7 +128,7 @@ class Update(SingleRowCommand, Generic[Entity]):
 
 def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> datetime | None:
     """The last heartbeat of a node that is updated: it never goes back, but from the future."""
-    before, after = known["last_heartbeat"], given["last_heartbeat"]
+    before, after = known.last_heartbeat, given.last_heartbeat
     if before is not None and (after is None or after < before):
         after = min(before, now)  # another machine's clock may only be a little ahead
     newer: datetime | None = after
@@ -178,7 +178,7 @@ class SetNodeStatus(SingleRowCommand):
             return False
         if self.patience is not None:
             is_silent = lifecycle.is_silent(record, row.now, self.patience)
-            if record["status"] not in ALIVE or not is_silent:
+            if record.status not in ALIVE or not is_silent:
                 return False
         values: dict[str, Any] = {"status": self.status}
         if self.status in ALIVE:
@@ -202,7 +202,7 @@ class Claim(SingleRowCommand):
 
     @property
     def others(self) -> Iterable[EntityKey]:
-        return [(Task, one.fields["task_id"]) for one in self.candidates]
+        return [(Task, one.task_id) for one in self.candidates]
 
     @property
     def hints(self) -> Iterable[Record[Task]]:
@@ -216,7 +216,7 @@ class Claim(SingleRowCommand):
         for candidate in self.candidates:
             if len(claimed) == self.limit:
                 break
-            place = row.other(Task, candidate["task_id"])
+            place = row.other(Task, candidate.task_id)
             if place.status != TaskStatus.PENDING:
                 continue
             task = place.content(candidate)
@@ -309,14 +309,14 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
 
 def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:
     """Take the task that `row` holds a step on, and the counters of its node with it."""
-    node = row.other(NodeInfo, task["assigned_node"]) if task["assigned_node"] else None
+    node = row.other(NodeInfo, task.assigned_node) if task.assigned_node else None
     step = decision(task, None if node is None else node.record, row.now)
     if step is None:
         return Advanced(task, is_changed=False)
     if not isinstance(step, Step):
         return step
     changed = task.replace(**step.task)
-    if task["status"] in FINISHED:
+    if task.status in FINISHED:
         taken = row.key_taken(changed)
         if taken is not None:
             return taken

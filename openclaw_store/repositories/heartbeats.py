@@ -44,7 +44,7 @@ class Heartbeat(SingleRowCommand):
         Args:
             now: One behind this moment is not newer: the clock was turned back since.
         """
-        last: datetime | None = record["last_heartbeat"]
+        last: datetime | None = record.last_heartbeat
         return last is None or self.at >= last or (now is not None and last > now)
 
     def after(self, earlier: Heartbeat) -> Heartbeat:
@@ -64,7 +64,7 @@ class Heartbeat(SingleRowCommand):
         if self.is_news_to(record, row.now):
             touched = self.over(record)
             row.touch(touched, ("last_heartbeat", *self.usage), HeartbeatWritten(self, row.flush))
-            if record["status"] is NodeStatus.OFFLINE:
+            if record.status is NodeStatus.OFFLINE:
                 since = row.status_since()  # another process may have set it so meanwhile
                 if since is None or self.at >= since or since > row.now:
                     back = touched.evolve(status=NodeStatus.ONLINE)

@@ -87,9 +87,7 @@ class NodeRepository(Repository[NodeInfo]):
             InvalidDataError: If a field cannot be stored.
         """
         record = admit(NodeInfo, node, self._database.clock)
-        stored = await self._write(
-            Register(record["node_id"], record, check_backoff(backoff).draw())
-        )
+        stored = await self._write(Register(record.node_id, record, check_backoff(backoff).draw()))
         self._write_back(stored, node, JOINED)
         return True
 

@@ -227,7 +227,7 @@ class TaskRepository(Repository[Task]):
                 async for rows in read_rows(session, query)
                 for row in rows
             ]
-            found.sort(key=lambda task: (task["submitted_at"], task["task_id"]), reverse=True)
+            found.sort(key=lambda task: (task.submitted_at, task.task_id), reverse=True)
             return found[: limit + 1]
 
         found = await self._read(run)

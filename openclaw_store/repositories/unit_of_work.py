@@ -134,9 +134,9 @@ class Row:
     def found(self, record: Record[Any]) -> Self:
         """Take over what the database holds."""
         self.stored, self.record = True, record
-        self.version, self.status = record.version, record["status"].value
+        self.version, self.status = record.version, record.status.value
         if self.kind is Task:
-            self.node = record["assigned_node"]
+            self.node = record.assigned_node
         return self
 
     def other(self, kind: type[Any], id: str) -> Row:
@@ -176,12 +176,12 @@ class Row:
         """Whether it still has an idempotency key that it had before this run."""
         if self.status is None or self.status in FINISHED:
             return False
-        return self.record is None or bool(self.record["idempotency_key"] == key)
+        return self.record is None or bool(self.record.idempotency_key == key)
 
     def key_taken(self, record: Record[Any]) -> DuplicateError | None:
         """Why a live task may not have the idempotency key that `record` has."""
-        key = record.fields["idempotency_key"]
-        if key is None or record.fields["status"] in FINISHED:
+        key = record.idempotency_key
+        if key is None or record.status in FINISHED:
             return None
         self._unit.look_up([key])
         holder = self._unit.holders[key]
@@ -220,7 +220,7 @@ class Row:
             reason: Why, for the feed.
         """
         before, previous = self.status, self.version
-        self.status = record.fields["status"]._value_  # `value` costs a call
+        self.status = record.status._value_  # `value` costs a call
         if previous is None:
             kind = ChangeKind.CREATED
         elif before == self.status:
@@ -228,12 +228,12 @@ class Row:
         else:
             kind = ChangeKind.STATUS
         if self.kind is Task:
-            self.node = record.fields["assigned_node"]
-            record.fields["updated_at"] = self.now
+            self.node = record.assigned_node
+            record.updated_at = self.now
             if self._unit.holders:
                 self._unit.hold(self.id, record)
         change = self._unit.add(self, kind, before, reason)
-        record.fields["version"] = change.revision
+        record.version = change.revision
         record.row = None  # of an attempt that was not committed
         if previous is not None:
             self.names = self.names.union(names, STORE_FIELDS)
@@ -313,7 +313,7 @@ class UnitOfWork:
             return False
         counters, nodes = known
         tasks = {
-            record.fields["task_id"]: record
+            record.task_id: record
             for operation in operations
             for record in operation.hints
             if record.version > 0  # else it is in memory only
@@ -367,8 +367,8 @@ class UnitOfWork:
     def hold(self, id: str, record: Record[Task]) -> None:
         """Take note of the idempotency key that a task has now."""
         self.let_go(id)
-        key = record["idempotency_key"]
-        if key in self.holders and record["status"] not in FINISHED:
+        key = record.idempotency_key
+        if key in self.holders and record.status not in FINISHED:
             self.holders[key], self._keys[id] = id, key
 
     def let_go(self, id: str) -> None:
@@ -432,7 +432,7 @@ class UnitOfWork:
         """Number all that was added behind what others have committed meanwhile."""
         committed = self.transaction.committed
         for place, event in enumerate(committed):
-            event.record.fields["version"] += by
+            event.record.version += by
             row = list(event.record.row)
             row[_VERSION[event.kind]] += by
             event.record.row = tuple(row)

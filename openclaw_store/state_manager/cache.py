@@ -200,8 +200,8 @@ class Cache:
 
     def remember(self, record: Record[Task]) -> None:
         """Keep a finished task that was read from the database."""
-        if record["status"] in FINISHED and (Task, record["task_id"]) not in self.unsaved:
-            self._finish(record["task_id"], record)
+        if record.status in FINISHED and (Task, record.task_id) not in self.unsaved:
+            self._finish(record.task_id, record)
 
     def hold(self, record: Record[Any], base: Record[Any] | None) -> None:
         """Show an entry before it is committed."""
@@ -321,14 +321,14 @@ class Cache:
     def all_nodes(self) -> list[Record[NodeInfo]]:
         """Newest registered first."""
         if self._newest is None:
-            ordered = sorted(self.nodes.values(), key=lambda record: str(record["node_id"]))
+            ordered = sorted(self.nodes.values(), key=lambda record: str(record.node_id))
             ordered.sort(key=_registered_at, reverse=True)
-            self._newest = [record["node_id"] for record in ordered]
+            self._newest = [record.node_id for record in ordered]
         return self._nodes(self._newest)
 
     def online_nodes(self) -> list[Record[NodeInfo]]:
         """ONLINE nodes, newest registered first."""
-        return [record for record in self.all_nodes() if record["status"] is NodeStatus.ONLINE]
+        return [record for record in self.all_nodes() if record.status is NodeStatus.ONLINE]
 
     def available_nodes(self) -> list[Record[NodeInfo]]:
         """ONLINE nodes with a free place, least loaded first."""
@@ -467,7 +467,7 @@ class Cache:
         entry = self.unsaved.get(place)
         known = self._visible(place) if entry is None else entry.committed
         if known is not None:
-            return str(known["status"].value)
+            return str(known.status.value)
         # Finished tasks are counted, though few of them are in memory.
         return change.from_status if change.from_status in FINISHED else None
 
@@ -500,10 +500,10 @@ class Cache:
         entry = self.unsaved.get(place) if self.unsaved else None
         known = self._visible(place) if entry is None else entry.committed
         if record is not None:
-            revision = record.fields["version"]
+            revision = record.version
             if record.kind is NodeInfo:
                 record = self._with_heartbeats(record)
-        if known is not None and known.fields["version"] > revision:
+        if known is not None and known.version > revision:
             return
         if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
             del self._aliases[place]
@@ -517,7 +517,7 @@ class Cache:
     def _with_heartbeats(self, record: Record[Any]) -> Record[Any]:
         """What was committed, with the heartbeats that are not."""
         if record.kind is NodeInfo:
-            id = record["node_id"]
+            id = record.node_id
             heartbeats = self._flying.get(id, [])
             if id in self._waiting:
                 heartbeats = [*heartbeats, self._waiting[id]]
@@ -529,7 +529,7 @@ class Cache:
     def _with_landed(self, record: Record[Any] | None, flush: int) -> Record[Any] | None:
         """What was read, with the heartbeats that this process has written behind `flush`."""
         if record is not None and record.kind is NodeInfo:
-            landed = self._landed.get(record["node_id"], {})
+            landed = self._landed.get(record.node_id, {})
             newer = {name: value for name, (at, value) in landed.items() if at > flush}
             return record.evolve(**newer) if newer else record
         return record
@@ -564,7 +564,7 @@ class Cache:
     def _touch(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:
         """Replace what is safe_repr of a node by what it is after a heartbeat."""
         self.nodes.put(id, new)
-        if new["running_tasks"] != old["running_tasks"]:  # no index knows the rest
+        if new.running_tasks != old.running_tasks:  # no index knows the rest
             self._index_free(id, new)
 
     def _show_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
@@ -599,12 +599,12 @@ class Cache:
             if after is not None:
                 self._pending.add(after)
         self._show_claimable(id, old, new)
-        if new is not None and new.fields["status"] not in FINISHED:
+        if new is not None and new.status not in FINISHED:
             self.tasks.put(id, new.row or new)  # a tuple costs the garbage collector nothing
             if old is not None:
                 self._finished.pop(id, None)
             return
-        if old is not None and old.fields["status"] not in FINISHED:
+        if old is not None and old.status not in FINISHED:
             self.tasks.drop(id)
         if new is None or (Task, id) in self.unsaved:
             self._finished.pop(id, None)
@@ -619,13 +619,13 @@ class Cache:
                 self.ready.remove(*before[:2])
             if after is not None:
                 self.ready.add(*after)
-        if old is not None and old.fields["status"] in ASSIGNED:
-            held = self._held[old["assigned_node"]]
+        if old is not None and old.status in ASSIGNED:
+            held = self._held[old.assigned_node]
             held.remove(id)
             if not held:
-                del self._held[old["assigned_node"]]
-        if new is not None and new.fields["status"] in ASSIGNED:
-            self._held.setdefault(new["assigned_node"], set()).add(id)
+                del self._held[old.assigned_node]
+        if new is not None and new.status in ASSIGNED:
+            self._held.setdefault(new.assigned_node, set()).add(id)
 
     def _finish(self, id: str, record: Record[Task]) -> None:
         self._finished[id] = record
@@ -639,17 +639,17 @@ class Cache:
     ) -> None:
         counted = self._counted((NodeInfo, id))
         if old is not None:
-            self._node_counts[old["status"]] -= counted
+            self._node_counts[old.status] -= counted
         if old is None or new is None or not _have_same_skills(old, new):
             self._index_skills(id, old, new)
         if new is not None:
-            self._node_counts[new["status"]] += counted
+            self._node_counts[new.status] += counted
             self.nodes.put(id, new)
             self._index_free(id, new)
         elif old is not None:
             self.nodes.drop(id)
             self._free.pop(id, None)
-        if old is None or new is None or old["registered_at"] != new["registered_at"]:
+        if old is None or new is None or old.registered_at != new.registered_at:
             self._newest = None
 
     def _index_skills(
@@ -664,8 +664,8 @@ class Cache:
             self._skilled.setdefault(skill, set()).add(id)
 
     def _index_free(self, id: str, record: Record[NodeInfo]) -> None:
-        running, places = record["running_tasks"], record["max_concurrent_tasks"]
-        if record["status"] is NodeStatus.ONLINE and running < places:
+        running, places = record.running_tasks, record.max_concurrent_tasks
+        if record.status is NodeStatus.ONLINE and running < places:
             self._free[id] = (running / places, running, id)
         else:
             self._free.pop(id, None)
@@ -686,25 +686,24 @@ def _of_each_status(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _pending_key(record: Record[Task]) -> PendingKey | None:
-    fields = record.fields
-    if fields["status"] in WAITING:
+    if record.status in WAITING:
         # Not the member itself: the garbage collector would go through the tuple for ever.
-        return fields["priority"]._value_, fields["submitted_at"], fields["task_id"]
+        return int(record.priority), record.submitted_at, record.task_id
     return None
 
 
 def _claimable(record: Record[Task]) -> Ready | None:
     """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
-    if record.fields["status"] is not TaskStatus.PENDING:
+    if record.status is not TaskStatus.PENDING:
         return None
     key = _pending_key(record)
     assert key is not None
-    return key, record.encoded("required_skills"), record.fields["not_before"]
+    return key, record.encoded("required_skills"), record.not_before
 
 
 def _skills(record: Record[NodeInfo] | None) -> frozenset[str]:
     """Under which skills a node is found: only while it is ONLINE."""
-    if record is None or record["status"] is not NodeStatus.ONLINE:
+    if record is None or record.status is not NodeStatus.ONLINE:
         return frozenset()
     return frozenset(record.decoded("available_skills"))
 
@@ -712,9 +711,9 @@ def _skills(record: Record[NodeInfo] | None) -> frozenset[str]:
 def _have_same_skills(one: Record[NodeInfo], other: Record[NodeInfo]) -> bool:
     """Whether two nodes are found under the same ones; found out without decoding them."""
     name = "available_skills"
-    return one["status"] is other["status"] and one.encoded(name) == other.encoded(name)
+    return one.status is other.status and one.encoded(name) == other.encoded(name)
 
 
 def _registered_at(record: Record[NodeInfo]) -> datetime:
-    moment: datetime = record["registered_at"]
+    moment: datetime = record.registered_at
     return moment

@@ -155,7 +155,7 @@ async def read_change_batch(
     }:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
-        nodes = {record["node_id"]: record for record in found}
+        nodes = {record.node_id: record for record in found}
     beaten: Sequence[Record[NodeInfo]] = []
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)

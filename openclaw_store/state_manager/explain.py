@@ -68,18 +68,18 @@ def explain(
         nodes: All nodes.
         ahead: How many tasks are better, and can be run by a node that can run this one.
     """
-    pending = task["status"] is TaskStatus.PENDING
+    pending = task.status is TaskStatus.PENDING
     missing = set(task.decoded("required_skills")) if pending else set()
     states: dict[str, str] = {}
     for node in nodes if pending else ():
         missing.difference_update(node.decoded("available_skills"))
         if has_skills(node, task):
-            states[node["node_id"]] = _state_of(node)
+            states[node.node_id] = _state_of(node)
     return Explanation(
-        task["task_id"],
-        task["status"],
-        task["assigned_node"],
-        task["not_before"] if pending and not is_due(task, now) else None,
+        task.task_id,
+        task.status,
+        task.assigned_node,
+        task.not_before if pending and not is_due(task, now) else None,
         tuple(sorted(missing)),
         states,
         ahead,
@@ -87,6 +87,6 @@ def explain(
 
 
 def _state_of(node: Record[NodeInfo]) -> str:
-    if node["status"] is not NodeStatus.ONLINE:
-        return str(node["status"].value)
+    if node.status is not NodeStatus.ONLINE:
+        return str(node.status.value)
     return FREE if free_places(node) else FULL

@@ -268,10 +268,10 @@ class Replica:
         known = await self.find(place)
         _require_version(place, known, self.cache.flushed_version(place, record.version))
         if place[0] is Task and known is not None:
-            refusal = refused(place[1], known["status"], record["status"])
+            refusal = refused(place[1], known.status, record.status)
             if refusal is not None:
                 raise refusal
-            if known["status"] is not record["status"]:
+            if known.status is not record.status:
                 record = record.evolve(**arrived(record, self._database.clock()))
         entry = self.cache.unsaved.get(place)
         if known is not None and record.kind is NodeInfo:
@@ -281,10 +281,10 @@ class Replica:
 
     def _takes_key(self, place: EntityKey, record: Record[Any]) -> bool:
         """Whether a task gets an idempotency key; who else has it, only the database knows."""
-        if place[0] is not Task or record["idempotency_key"] is None:
+        if place[0] is not Task or record.idempotency_key is None:
             return False
         known = self.cache.find(place)
-        return known is None or bool(known["idempotency_key"] != record["idempotency_key"])
+        return known is None or bool(known.idempotency_key != record.idempotency_key)
 
     async def change(
         self, place: EntityKey, fn: Callable[[Record[Entity]], Record[Entity]]
@@ -323,8 +323,8 @@ class Replica:
             task: Record[Task] | None = None
             with suppress(InvalidDataError):  # somebody wrote by hand what cannot be read
                 task = self.cache.task(place[1])
-            if task is not None and task["assigned_node"] is not None:  # it may get a place back
-                await self.flush_or_drop((NodeInfo, task["assigned_node"]))
+            if task is not None and task.assigned_node is not None:  # it may get a place back
+                await self.flush_or_drop((NodeInfo, task.assigned_node))
         if place not in self.cache.unsaved:
             return bool(await self.submit(Remove(*place)))
         self._database.refuse_inside()
@@ -424,7 +424,7 @@ class Replica:
         node = self.cache.find(place)
         if node is None:
             await self.refresh()
-        if node is None or node["status"] is NodeStatus.OFFLINE:
+        if node is None or node.status is NodeStatus.OFFLINE:
             await self.flush_entry(place)  # else what is unsaved would set it OFFLINE again
             node = self.cache.find(place)
             if node is None:
@@ -433,7 +433,7 @@ class Replica:
         if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
             self.cache.show_heartbeat(beat)
             self._flush_later()
-            if node["status"] is NodeStatus.OFFLINE:
+            if node.status is NodeStatus.OFFLINE:
                 await self._write_heartbeats([node_id])
         return True
 

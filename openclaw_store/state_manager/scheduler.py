@@ -151,9 +151,9 @@ class Scheduler:
         """
         await self._replica.flush_or_drop((Task, operation.id))
         known = self._replica.cache.task(operation.id)
-        if known is not None and known["assigned_node"] is not None:
-            operation.node_id = known["assigned_node"]
-            await self._replica.flush_or_drop((NodeInfo, known["assigned_node"]))
+        if known is not None and known.assigned_node is not None:
+            operation.node_id = known.assigned_node
+            await self._replica.flush_or_drop((NodeInfo, known.assigned_node))
         operation.known = known
         try:
             done: Advanced = await self._replica.submit(operation)
@@ -166,10 +166,10 @@ class Scheduler:
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
         """Add a node, or take note that it has come back as a new process."""
-        register = Register(record["node_id"], record, self._backoff.draw())
+        register = Register(record.node_id, record, self._backoff.draw())
         registered: Record[NodeInfo] = await self._replica.submit(register)
         # What is only in memory is of the former process.
-        self._replica.cache.discard((NodeInfo, record["node_id"]))
+        self._replica.cache.discard((NodeInfo, record.node_id))
         return registered
 
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
@@ -204,7 +204,7 @@ class Scheduler:
             for task_id in await self._suspects(patience, longest_wait)
         ]
         async for done in self.advance_all(operations):
-            lists[done.record["status"]].append(done.record["task_id"])
+            lists[done.record.status].append(done.record.task_id)
         return recovery
 
     async def cancel_all(self, filter: TaskFilter, reason: str | None) -> list[str]:
@@ -220,7 +220,7 @@ class Scheduler:
             page = await self._tasks.list_tasks(live, after=after, limit=TASK_PAGE_SIZE)
             operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
             done = [one async for one in self.advance_all(operations)]
-            cancelled += [one.record["task_id"] for one in done]
+            cancelled += [one.record.task_id for one in done]
             if len(done) < len(page) and page.tasks != refused:
                 refused = page.tasks  # for good, if they are all the same the next time
                 continue  # some were changed meanwhile: are they still meant?
@@ -284,9 +284,7 @@ class Scheduler:
                 continue
             running = (cache.tasks.get(id) for id in list(ids))
             suspects += [
-                one["task_id"]
-                for one in running
-                if one is not None and lifecycle.is_overdue(one, now)
+                one.task_id for one in running if one is not None and lifecycle.is_overdue(one, now)
             ]
             await asyncio.sleep(0)  # others run in between
         return suspects

@@ -154,8 +154,8 @@ class TestEveryVerbFromEveryState:
 
         if isinstance(outcome, Step):
             held = lifecycle.is_assigned(task.replace(**outcome.task)) - lifecycle.is_assigned(task)
-            running = outcome.node.get("running_tasks", node["running_tasks"])
-            assert running - node["running_tasks"] == held
+            running = outcome.node["get"]("running_tasks", node.running_tasks)
+            assert running - node.running_tasks == held
 
     @pytest.mark.parametrize("status", sorted(ASSIGNED))
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
@@ -469,12 +469,12 @@ class TestNodes:
             )
             node = node.evolve(**step.node)
 
-        assert node["running_tasks"] == 0
-        assert node["total_tasks_processed"] == len(spans)
-        assert node["successful_tasks"] == sum(succeeds for _, succeeds in spans)
-        assert node["failed_tasks"] == sum(not succeeds for _, succeeds in spans)
+        assert node.running_tasks == 0
+        assert node.total_tasks_processed == len(spans)
+        assert node.successful_tasks == sum(succeeds for _, succeeds in spans)
+        assert node.failed_tasks == sum(not succeeds for _, succeeds in spans)
         mean = fmean(seconds for seconds, _ in spans)
-        assert node["average_execution_time"] == pytest.approx(mean, abs=1e-5)
+        assert node.average_execution_time == pytest.approx(mean, abs=1e-5)
 
     def test_clock_that_was_put_back_takes_no_time_off(self) -> None:
         step = decide("complete", a_task(started_at=before(-60)))

@@ -667,7 +667,7 @@ class TestRecord:
         record = encode(task)
         texts = {name: record.encoded(name) for name in JSON_FIELDS[Task]}
         row = [
-            record[name] if name not in texts else (text := texts[name]) and text.decode()
+            getattr(record, name) if name not in texts else (text := texts[name]) and text.decode()
             for name in FIELDS[Task]
         ]
 
@@ -803,7 +803,7 @@ class TestRecord:
 
         task = make_task(parameters={"a": 1}, result=[[1]])
         record = encode(task)
-        record.fields = Slow(record.fields)
+        record.__dict__ = Slow(vars(record))
 
         assert record.evolve().copy() == task
 

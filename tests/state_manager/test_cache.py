@@ -74,7 +74,7 @@ def node_news(
         changes=[(*step_of(change), None) for change in changes],
         changed_at=changes[-1].changed_at if changes else None,
         is_whole=True,
-        nodes={record["node_id"]: record for record in records},
+        nodes={record.node_id: record for record in records},
         beaten=beaten,
         task_counts=None,
         ready=ready_of,
@@ -88,10 +88,10 @@ def step_of(change: Change) -> Sequence[Any]:
 
 
 def ready_of(row: tuple[Any, ...]) -> Ready | None:
-    fields = decode_row(row).fields
-    if fields["status"] is not TaskStatus.PENDING:
+    task = decode_row(row)
+    if task.status is not TaskStatus.PENDING:
         return None
-    return (fields["priority"].value, fields["submitted_at"], row[0]), None, fields["not_before"]
+    return (task.priority.value, task.submitted_at, row[0]), None, task.not_before
 
 
 class FakeDatabase:
@@ -106,7 +106,7 @@ class FakeDatabase:
         """Create, change or (`None`) remove a task; returns what the writer would tell."""
         self.revision += 1
         old = self.rows.pop(id, None)
-        before = None if old is None else str(old["status"].value)
+        before = None if old is None else str(old.status.value)
         new = None if status is None else task_record(id, self.revision, status)
         if new is not None:
             self.rows[id] = new
@@ -150,10 +150,10 @@ class FakeDatabase:
             cache.catch_up(batch)
 
     def counts(self) -> Counter[str]:
-        return Counter(str(row["status"].value) for row in self.rows.values())
+        return Counter(str(row.status.value) for row in self.rows.values())
 
     def live(self) -> dict[str, Task]:
-        return {id: row.copy() for id, row in self.rows.items() if row["status"] not in FINISHED}
+        return {id: row.copy() for id, row in self.rows.items() if row.status not in FINISHED}
 
 
 def counted(cache: Cache) -> dict[str, int]:
@@ -238,7 +238,7 @@ class TestRecords:
                 del expected[id]
 
             assert len(records) == len(expected)
-        assert {record["task_id"]: record.copy() for record in records.values()} == expected
+        assert {record.task_id: record.copy() for record in records.values()} == expected
         assert set(records) == set(expected)
         for snapshot, then in snapshots:
             assert snapshot == then
@@ -269,7 +269,7 @@ class TestStart:
 
         snapshot = cache.state().tasks
         assert (len(snapshot), "a" in snapshot, decoded) == (2, True, [])
-        assert [record["task_id"] for record in cache.pending(None)] == ["b", "a"]
+        assert [record.task_id for record in cache.pending(None)] == ["b", "a"]
         assert snapshot["a"].version == 1
         assert cache.task("a") is cache.task("a")
         assert decoded == ["b", "a"]
@@ -330,8 +330,8 @@ class TestLearning:
         assert cache.state().tasks == database.live()
         assert counted(cache) == database.counts()
         assert cache.version == cache.contiguous == database.revision
-        assert [record["task_id"] for record in cache.pending(None)] == sorted(
-            id for id, row in database.rows.items() if row["status"] in ("pending", "scheduled")
+        assert [record.task_id for record in cache.pending(None)] == sorted(
+            id for id, row in database.rows.items() if row.status in ("pending", "scheduled")
         )
         for id in "abc":
             assert cache.task(id) in (database.rows.get(id), None) or (
@@ -581,7 +581,7 @@ class TestNodes:
         for revision, (command, fields) in enumerate(commands, start=1):
             id = fields["node_id"]
             seen = held.get(id, stored.get(id))  # whose heartbeat is never taken back
-            last_heartbeat = None if seen is None else seen["last_heartbeat"]
+            last_heartbeat = None if seen is None else seen.last_heartbeat
             record = encode(NodeInfo(hostname="host", last_heartbeat=last_heartbeat, **fields))
             record = record.evolve(version=revision)
             if command == "commit":
@@ -661,12 +661,12 @@ class TestPending:
                 expected[id] = record
             elif before is not None:
                 del expected[id]
-            old = None if before is None else str(before["status"].value)
-            new = None if record is None else str(record["status"].value)
+            old = None if before is None else str(before.status.value)
+            new = None if record is None else str(record.status.value)
             cache.apply([Event(Task, id, record, change(revision, id, old, new))])
 
-        waiting = [r for r in expected.values() if r["status"] in ("pending", "scheduled")]
-        waiting.sort(key=lambda r: (r["priority"], r["submitted_at"], r["task_id"]))
+        waiting = [r for r in expected.values() if r.status in ("pending", "scheduled")]
+        waiting.sort(key=lambda r: (r.priority, r.submitted_at, r.task_id))
         assert [r.copy() for r in cache.pending(None)] == [r.copy() for r in waiting]
         assert [r.copy() for r in cache.pending(2)] == [r.copy() for r in waiting[:2]]
 

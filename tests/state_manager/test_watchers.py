@@ -461,7 +461,7 @@ class TestWakeUps:
             await manager.update_heartbeat("n", cpu_usage=50)
             await manager.sync_to_database()
             cache = follower._replica.cache
-            await until(lambda: (node := cache.nodes.get("n")) and node["cpu_usage"] == 50)
+            await until(lambda: (node := cache.nodes.get("n")) and node.cpu_usage == 50)
 
             async with manager.db.transaction() as tx:
                 await TaskRepository(tx).delete("t")
