@@ -6,7 +6,7 @@
   time: in the long form, 100 ms after their return, minus the delay of the reader's event loop.
 - Revisions are consecutive. Each acknowledged write has a revision of its own. If a write returned
   before another was called, it has the smaller revision.
-- Each change has a call that calls for it.
+- Each change has a call that caused it.
 - Every watcher received the whole feed, each change once and in order, also across the deaths of
   its process.
 - No task had two owners.

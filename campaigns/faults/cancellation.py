@@ -10,7 +10,8 @@ a little between runs, because its threads are faster or slower.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from selectors import DefaultSelector, SelectorKey
@@ -116,14 +117,8 @@ async def timed_out(make: Make, steps: Steps, at: int) -> CallEnd:
                 limit.reschedule(asyncio.get_running_loop().time())
 
             steps.set(at, act=expire)
-            try:
+            with _recording(inner, steps):
                 await make()
-            except asyncio.CancelledError:
-                inner.is_cancelled = True
-                raise
-            finally:
-                inner.steps = steps.passed
-                steps.set()
         await asyncio.sleep(0)
 
     task = asyncio.ensure_future(limited())
@@ -146,13 +141,9 @@ async def group_failed(make: Make, steps: Steps, at: int) -> CallEnd:
 
     async def call() -> None:
         try:
-            await make()
-        except asyncio.CancelledError:
-            inner.is_cancelled = True
-            raise
+            with _recording(inner, steps):
+                await make()
         finally:
-            inner.steps = steps.passed
-            steps.set()
             if not failing.done():
                 failing.set_result(None)
 
@@ -171,6 +162,19 @@ async def group_failed(make: Make, steps: Steps, at: int) -> CallEnd:
         inner.complaint = f"its group failed with {error!r}"
     inner.error = None if is_siblings else error
     return inner
+
+
+@contextmanager
+def _recording(inner: CallEnd, steps: Steps) -> Iterator[None]:
+    """Record the steps and the cancellation of a call inside another task, and stop counting."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        inner.is_cancelled = True
+        raise
+    finally:
+        inner.steps = steps.passed
+        steps.set()
 
 
 async def wait_for(future: asyncio.Future[None]) -> None:

@@ -23,35 +23,23 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
-import sys
 import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from itertools import count, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 from campaigns.faults.cancellation import CANCEL_MODES, CallEnd, CancelMode, Steps
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
+from campaigns.harness.captured_output import CapturedOutput
 from campaigns.harness.direct_access import SecondClient, connect_client
-from campaigns.workloads.coroutine_calls import (
-    CALLS,
-    CONCURRENT_ROLES,
-    NODE_ROLES,
-    TASK_ROLES,
-    Call,
-    Fixture,
-    hold_unsaved,
-    public_coroutines,
-)
+from campaigns.workloads.coroutine_calls import CALLS, Call, hold_unsaved, public_coroutines
+from campaigns.workloads.fixture import CONCURRENT_ROLES, NODE_ROLES, TASK_ROLES, Fixture
 from openclaw_store import Database, StateManager, StoreError, verify
 
 STEPS_A_ROUND = 3
@@ -74,54 +62,6 @@ _HEARTBEAT_COLUMNS = ("cpu_usage", "last_heartbeat")
 
 _IGNORED_COLUMNS = ("version", "beat", "average_execution_time")
 """Columns with different values in each call."""
-
-
-class _Output:
-    """Unwanted output: unhandled errors, warnings, and log records above INFO."""
-
-    def __init__(self) -> None:
-        self.recorded: list[str] = []
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record all output in this process."""
-        recorded = self.recorded
-
-        class Recorder(logging.Handler):
-            def emit(self, record: logging.LogRecord) -> None:
-                recorded.append(f"logged: {record.getMessage()}")
-
-        recorder, root = Recorder(logging.WARNING), logging.getLogger()
-        root.addHandler(recorder)
-        try:
-            with (
-                patch.object(
-                    sys, "unraisablehook", lambda one: recorded.append(f"{one.exc_value!r}")
-                ),
-                patch.object(
-                    threading, "excepthook", lambda one: recorded.append(f"{one.exc_value!r}")
-                ),
-                warnings.catch_warnings(),
-            ):
-                warnings.simplefilter("always")
-                warnings.showwarning = lambda message, *_, **__: recorded.append(
-                    f"warned: {message}"
-                )
-                yield
-        finally:
-            root.removeHandler(recorder)
-
-    def record_loop_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Record an error passed to an event loop."""
-        self.recorded.append(
-            f"the loop reported: {context['message']} {context.get('exception')!r}"
-        )
-
-    def report_to(self, run: Run, where: str) -> None:
-        """Report the recorded output as a violation by the last call."""
-        for recorded in self.recorded:
-            run.wrong(f"{where}: {recorded}")
-        self.recorded.clear()
 
 
 class _Results:
@@ -151,7 +91,7 @@ class _Results:
 class _Pass:
     """The calls, one after another, on one database."""
 
-    def __init__(self, run: Run, results: _Results, output: _Output, steps: Steps) -> None:
+    def __init__(self, run: Run, results: _Results, output: CapturedOutput, steps: Steps) -> None:
         self.run, self.results, self.output, self.steps = run, results, output, steps
         self.last: Fixture | None = None
         self.location: Location
@@ -483,7 +423,7 @@ def perform(run: Run) -> None:
     known = {name.partition(",")[0] for name in CALLS}
     for name in sorted(public_coroutines() ^ known):
         run.wrong(f"there is no call of {name}" if name not in known else f"there is no {name}")
-    results, output = _Results(), _Output()
+    results, output = _Results(), CapturedOutput()
     with output.recording(), planted(run.bug):
         done = 0
         for number in count():
@@ -515,7 +455,7 @@ def perform(run: Run) -> None:
 
 
 def _make_pass(
-    run: Run, results: _Results, output: _Output, plan: Sequence[tuple[str, CancelMode]]
+    run: Run, results: _Results, output: CapturedOutput, plan: Sequence[tuple[str, CancelMode]]
 ) -> None:
     threads = set(threading.enumerate())
     with run.location() as location, run.location() as target:

@@ -13,6 +13,7 @@ from campaigns.scenarios import (
     hostile,
     io,
     lost_writes,
+    machine_clock,
     migrations,
     models,
     network,
@@ -36,6 +37,6 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     migrations.CAMPAIGN,
     backups.CAMPAIGN,
     clock.CAMPAIGN,
-    clock.MACHINE,
+    machine_clock.CAMPAIGN,
     soak.CAMPAIGN,
 )

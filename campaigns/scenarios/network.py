@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from random import Random
@@ -28,7 +27,7 @@ from campaigns.faults.planted_bugs import planted
 from campaigns.faults.proxy import FAULTS, MOMENTS, Fault, Proxy
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, silenced
 from campaigns.harness.direct_access import driver, driver_url
-from campaigns.harness.loop_delay import TICK_SECONDS, watch_loop_delay
+from campaigns.harness.loop_delay import LoopDelay, watch_loop_delay
 from openclaw_store import (
     Database,
     NodeInfo,
@@ -124,26 +123,6 @@ async def fail_side_by_side(run: Run, urls: list[str]) -> None:
     finally:
         watching.cancel()
     run.notes["slowest answer"] = f"{delay.slowest_answer:.2f} s"
-
-
-class LoopDelay:
-    """The delays of this event loop, which are not the store's."""
-
-    def __init__(self) -> None:
-        self.slowest_answer = 0.0
-        """Seconds of the slowest answer."""
-        self._next = time.monotonic()
-        self._delays: deque[tuple[float, float]] = deque(maxlen=1000)
-
-    def note(self, due: float, now: float) -> None:
-        """Record the begin and end of a delay."""
-        self._delays.append((due, now))
-        self._next = now + TICK_SECONDS
-
-    def since(self, moment: float) -> float:
-        """Return the total delay since a moment."""
-        late = sum(now - due for due, now in self._delays if now >= moment)
-        return late + max(0.0, time.monotonic() - self._next)
 
 
 class Lane:

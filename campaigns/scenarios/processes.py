@@ -36,7 +36,9 @@ import openclaw_store
 from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
 from campaigns.harness.direct_access import fetch, find_damage
-from campaigns.workloads.programs import OTHER_PROGRAMS, PROGRAMS, Program, limit_life
+from campaigns.workloads.forks import OTHER_PROGRAMS
+from campaigns.workloads.program import Program, limit_life
+from campaigns.workloads.programs import PROGRAMS
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskType, verify
 
 LIMIT_SECONDS = 1.0
