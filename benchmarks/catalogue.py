@@ -7,6 +7,42 @@ from functools import partial
 from benchmarks import claims, loop, processes, reads, server_writes, writes
 from benchmarks.measure import Benchmark, Line, at_least, at_most
 
+
+def _of_processes(kind: processes.Kind) -> tuple[Benchmark, Benchmark]:
+    """Return the benchmarks of several processes on one database of a kind."""
+    prefix, title = ("", "SQLite") if kind == "sqlite" else ("pg-", "PostgreSQL")
+    return (
+        Benchmark(
+            f"{prefix}freshness",
+            partial(processes.freshness, kind=kind),
+            (
+                Line(
+                    f"{title}: a task added by another process is in memory, p50",
+                    "ms",
+                    at_most(10, 3),
+                ),
+                Line("… p99", "ms", at_most(100, 20)),
+            ),
+            needs_server=kind == "postgresql",
+        ),
+        Benchmark(
+            f"{prefix}coordinators",
+            partial(processes.coordinators, kind=kind),
+            (
+                Line(
+                    f"{title}: four processes inserting at once, 64 clients each / one",
+                    "×",
+                    at_least(1, 1.5),
+                ),
+                Line("… p99 of a write", "ms", at_most(100, 40)),
+                Line("… p99 of a write, after gc.freeze()", "ms"),
+                Line("… that do not follow each other's changes / one"),
+            ),
+            needs_server=kind == "postgresql",
+        ),
+    )
+
+
 BENCHMARKS = (
     Benchmark(
         "insert-64",
@@ -177,55 +213,7 @@ BENCHMARKS = (
         ),
         needs_server=True,
     ),
-    Benchmark(
-        "freshness",
-        partial(processes.freshness, kind="sqlite"),
-        (
-            Line("SQLite: a task added by another process is in memory, p50", "ms", at_most(10, 3)),
-            Line("… p99", "ms", at_most(100, 20)),
-        ),
-    ),
-    Benchmark(
-        "coordinators",
-        partial(processes.coordinators, kind="sqlite"),
-        (
-            Line(
-                "SQLite: four processes inserting at once, 64 clients each / one",
-                "×",
-                at_least(1, 1.5),
-            ),
-            Line("… p99 of a write", "ms", at_most(100, 40)),
-            Line("… p99 of a write, after gc.freeze()", "ms"),
-            Line("… that do not follow each other's changes / one"),
-        ),
-    ),
-    Benchmark(
-        "pg-freshness",
-        partial(processes.freshness, kind="postgresql"),
-        (
-            Line(
-                "PostgreSQL: a task added by another process is in memory, p50",
-                "ms",
-                at_most(10, 3),
-            ),
-            Line("… p99", "ms", at_most(100, 20)),
-        ),
-        needs_server=True,
-    ),
-    Benchmark(
-        "pg-coordinators",
-        partial(processes.coordinators, kind="postgresql"),
-        (
-            Line(
-                "PostgreSQL: four processes inserting at once, 64 clients each / one",
-                "×",
-                at_least(1, 1.5),
-            ),
-            Line("… p99 of a write", "ms", at_most(100, 40)),
-            Line("… p99 of a write, after gc.freeze()", "ms"),
-            Line("… that do not follow each other's changes / one"),
-        ),
-        needs_server=True,
-    ),
+    *_of_processes("sqlite"),
+    *_of_processes("postgresql"),
 )
 """All benchmarks, in the order of a run."""

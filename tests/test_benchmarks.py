@@ -1,4 +1,4 @@
-"""The benchmarks, run as quickly as they can: they say something, whatever it is."""
+"""The benchmarks, run as quickly as possible: each gives its figures, whatever their values."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_server_of_its_own_runs_in_the_folder_and_is_said_to_be_durable(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     require_server(there=is_installed())
-    with TemporaryDirectory() as folder:  # whoever the server runs as cannot reach `tmp_path`
+    with TemporaryDirectory() as folder:  # the user of the server cannot reach `tmp_path`
         Path(folder).chmod(0o711)
 
         main([*AT_ONCE, "--only", "pg-insert-1", "--folder", folder])
@@ -124,7 +124,7 @@ def test_unknown_benchmark_is_refused_with_the_known_ones(
     assert all(name in refusal for name in NAMES)
 
 
-def test_picture_without_its_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_without_its_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "memory", "--plot", "figures.png"])
 
@@ -156,7 +156,7 @@ def test_percentile_is_a_value_that_was_measured() -> None:
     assert percentile([7], 0.01) == 7
 
 
-def test_picture_is_drawn(tmp_path: Path) -> None:
+def test_plot_is_drawn(tmp_path: Path) -> None:
     [benchmark] = [benchmark for benchmark in BENCHMARKS if benchmark.name == "insert-64"]
     rates = {"sqlite3": 2000.0, "openclaw_store": 12_000.0, "aiosqlite": 1200.0}
     samples = {name: {"per_s": [rate, rate, 0.0]} for name, rate in rates.items()}
