@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for campaign in map(by_name.__getitem__, names):
         for kind in campaign.kinds:
             if options.database in (None, kind):
-                why_not = campaign.why_not() or _no_server(kind)
-                if why_not:
-                    console.print(f"{campaign.name} on {kind} did not run: {why_not}")
+                unavailable_reason = campaign.unavailable_reason() or _no_server(kind)
+                if unavailable_reason:
+                    console.print(f"{campaign.name} on {kind} did not run: {unavailable_reason}")
                 else:
                     try:
                         good.append(_run(campaign, kind, options, console))

@@ -51,8 +51,8 @@ def perform(
     request: pytest.FixtureRequest,
     seed: int = SEED,
 ) -> Run:
-    if why_not := campaign.why_not():
-        pytest.skip(why_not)
+    if unavailable_reason := campaign.unavailable_reason():
+        pytest.skip(unavailable_reason)
     server = request.getfixturevalue("own_server") if kind == POSTGRESQL else None
     run = Run(
         kind,
@@ -113,12 +113,12 @@ class TestCommand:
                 if run.bug:
                     run.lost("a task")
 
-        def make_one(name: str, why_not: str | None = None) -> Campaign:
+        def make_one(name: str, unavailable_reason: str | None = None) -> Campaign:
             return Campaign(
                 name=name, title="it counts", promises=("P1",), perform=lose_one,
                 rounds=3, quick_rounds=1, unit="counts", kinds=(SQLITE,),
                 bugs={"loses-tasks": "lost: a"}, slow_bugs={"loses-all": "lost: all"},
-                why_not=lambda: why_not,
+                unavailable_reason=lambda: unavailable_reason,
             )  # fmt: skip
 
         campaigns = (make_one("count"), make_one("never", "it needs the moon"))
@@ -193,8 +193,8 @@ class TestCommand:
         assert main(["never"]) == 3
         assert main(["all"]) == 0
 
-        why_not = "never on sqlite did not run: it needs the moon\n"
-        assert capsys.readouterr().out.count(why_not) == 2
+        unavailable_reason = "never on sqlite did not run: it needs the moon\n"
+        assert capsys.readouterr().out.count(unavailable_reason) == 2
 
     def test_report_gets_a_row_a_run(self, tmp_path: Path) -> None:
         report = tmp_path / "report.md"
@@ -252,8 +252,8 @@ def test_every_public_call_has_its_system_calls_fail() -> None:
 
 def test_full_disk_may_hold_what_sqlite_could_not_write(tmp_path: Path) -> None:
     """It is why README names an exception, and `io` has an excuse for what a kill would leave."""
-    if why_not := vfs.why_not():
-        pytest.skip(why_not)
+    if unavailable_reason := vfs.unavailable_reason():
+        pytest.skip(unavailable_reason)
     path, copy, fault = tmp_path / "file.db", tmp_path / "copy.db", io.Fault()
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.executescript(

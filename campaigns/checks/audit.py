@@ -113,7 +113,7 @@ class Log:
         return self._known[id][0] if id in self._known else 0
 
 
-def verify_it(run: Run, location: Location) -> None:
+def verify_database(run: Run, location: Location) -> None:
     """Open a database with the library, and run the library's own verification."""
 
     async def problems() -> list[str]:
@@ -150,12 +150,12 @@ class _Found:
 
     def disagreements(self) -> Iterator[str]:
         """Yield all inconsistencies."""
-        yield from self._halves()
+        yield from self._partial_writes()
         yield from self._gaps()
-        yield from self._strangers()
+        yield from self._mismatches()
         yield from self._miscounts()
 
-    def _halves(self) -> Iterator[str]:
+    def _partial_writes(self) -> Iterator[str]:
         """Yield tasks that were written in part."""
         for id, status, _, _, _, name, description, priority, parameters, result in self._tasks:
             given = json.loads(parameters)
@@ -171,7 +171,7 @@ class _Found:
             missing = sorted({*range(1, self._revision + 1)} ^ {*revisions})
             yield f"of {self._revision} revisions, these are missing or too many: {missing[:9]}"
 
-    def _strangers(self) -> Iterator[str]:
+    def _mismatches(self) -> Iterator[str]:
         """Yield rows and changes that do not match."""
         last: dict[tuple[str, str], tuple[int | None, str | None, str | None]] = {}
         for revision, item, id, was, status, node, previous in self._feed:

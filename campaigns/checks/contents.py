@@ -58,12 +58,12 @@ class Contents(NamedTuple):
         return None
 
 
-def look(location: Location) -> Contents:
+def read_contents(location: Location) -> Contents:
     """Read the content of a database without concurrent writers; not on a running event loop."""
     if isinstance(location, Path):
-        found = _look_into_file(location)
+        found = _read_file(location)
     else:
-        found = asyncio.run(_look_at_server(location))
+        found = asyncio.run(_read_server(location))
     return found._replace(broken="; ".join(find_damage(location)[:3]) or None)
 
 
@@ -73,17 +73,17 @@ class Reader:
     def __init__(self) -> None:
         self._known: dict[Path, tuple[object, Contents]] = {}
 
-    def look(self, location: Location) -> Contents:
+    def read(self, location: Location) -> Contents:
         """Read the content of a database without concurrent writers."""
         if not isinstance(location, Path):
-            return look(location)
+            return read_contents(location)
         with closing(sqlite3.connect(location)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         for path, (state, contents) in self._known.items():
             is_there = path.exists() and _state(path) == state
             if is_there and filecmp.cmp(path, location, shallow=False):
                 return contents
-        contents = look(location)
+        contents = read_contents(location)
         self._known[location] = (_state(location), contents)
         return contents
 
@@ -94,7 +94,7 @@ def _state(path: Path) -> object:
     return found.st_mtime_ns, found.st_size
 
 
-def _look_into_file(path: Path) -> Contents:
+def _read_file(path: Path) -> Contents:
     with closing(sqlite3.connect(path)) as connection:
         schema = {
             name: re.sub(r"\s+", "", sql)
@@ -126,7 +126,7 @@ def _checksum(connection: sqlite3.Connection, table: str) -> str:
     return f"{count} {checksum.hexdigest()}"
 
 
-async def _look_at_server(url: str) -> Contents:
+async def _read_server(url: str) -> Contents:
     connection = await connect(url)
     try:
         revision, rows = None, {}

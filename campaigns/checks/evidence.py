@@ -263,19 +263,19 @@ class Evidence:
             for number in {call.process for call in calls}:
                 process = self._processes[number]
                 own = [call for call in calls if call.process == number]
-                for look, floor, span in _looks(own, spans):
+                for seen, floor, span in _memory_reads(own, spans):
                     if span is None:
-                        self._run.wrong(f"no version of the task matches {look}")
+                        self._run.wrong(f"no version of the task matches {seen}")
                     elif span.end is not None and span.end <= floor.revision:
-                        self._run.wrong(f"{look}, after {floor.call} in the same process")
-                    elif look.answer is not None:
-                        since = look.invoked
+                        self._run.wrong(f"{seen}, after {floor.call} in the same process")
+                    elif seen.answer is not None:
+                        since = seen.invoked
                         if span.end in self._writes:
                             [missed, *_] = self._writes[span.end]
                             since = max(missed.returned or 0, process.opened)
-                        age = max(0, look.invoked - since)
+                        age = max(0, seen.invoked - since)
                         ages.append(age / 1e9)
-                        own_ages.append((age and age - process.delay(since, look.invoked)) / 1e9)
+                        own_ages.append((age and age - process.delay(since, seen.invoked)) / 1e9)
         p99, own_p99 = percentile(ages, 0.99), percentile(own_ages, 0.99)
         oldest = max(ages)
         self._run.notes["age of reads from memory: p99"] = (
@@ -289,7 +289,7 @@ class Evidence:
     def _check_answers(self) -> None:
         end = 1 + max(max(one.invoked, one.returned or 0) for one in self._all())
         for id in {*self._calls, *self._end}:
-            calls = [one for one in self._calls[id] if one.name != "look"]
+            calls = [one for one in self._calls[id] if one.name != "read_memory"]
             first = min((one.invoked for one in calls), default=0)
             # A killed process can only have claimed tasks added before its death. And a
             # node that never had a task has none to release.
@@ -352,7 +352,7 @@ def _spans(changes: Sequence[Change]) -> list[_Span]:
     return spans
 
 
-def _looks(
+def _memory_reads(
     calls: Iterable[RecordedCall], spans: Sequence[_Span]
 ) -> Iterator[tuple[RecordedCall, _Floor, _Span | None]]:
     """Yield each read of a task from memory by a process, with the span of the observed version.
@@ -369,7 +369,7 @@ def _looks(
             floors[call] = floor
             continue
         revision = 0
-        if call.name == "look":
+        if call.name == "read_memory":
             span = _span_of(call.answer, floors[call].revision, spans)
             yield call, floors[call], span
             revision = span.begin if span is not None else 0

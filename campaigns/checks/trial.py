@@ -155,7 +155,7 @@ class Trial:
             self.run.lost(f"{what}: returned, and wrote to a file that no reader finds")
         if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
             self.report(what, await differences(self.store.state, after))
-        self._look_at_copies(call, after, outcome, what, may_litter=may_litter)
+        self._check_copies(call, after, outcome, what, may_litter=may_litter)
         if isinstance(outcome, Exception):
             again = await outcome_of(self.run, made, f"{what}, once more")
             is_done = after != before and isinstance(again, ConflictError | NotFoundError)
@@ -163,7 +163,7 @@ class Trial:
             is_done |= may_litter and isinstance(again, InvalidDataError) and self._has_copy(after)
             is_fine = is_done or not isinstance(again, Exception)
             self.run.check(is_fine, f"{what}, once more: raised {again!r}")
-            self._look_at_copies(call, self.take_snapshot(), again, what, may_litter=may_litter)
+            self._check_copies(call, self.take_snapshot(), again, what, may_litter=may_litter)
         elif call.is_exact and not effect.changes_rows and not call.makes_copy:
             again = await outcome_of(self.run, made, f"{what}, once more")
             self.run.check(again == outcome, f"{what}: answered {outcome!r}, and then {again!r}")
@@ -237,7 +237,7 @@ class Trial:
         with suppress(UnavailableError):
             await database.write(_fail, None)  # after an error, the writer closes its connection
 
-    def _look_at_copies(
+    def _check_copies(
         self, call: PublicCall, there: Snapshot, outcome: Any, what: str, *, may_litter: bool
     ) -> None:
         """Check the file that a call has created beside the database, or was to create."""
@@ -295,13 +295,13 @@ async def trial_of(run: Run, path: Path) -> AsyncIterator[Trial]:
         raise
     finally:
         os.close(file)
-    look_at_files(run, path, last, f"in the end, after {trial.tried}")
+    check_files(run, path, last, f"in the end, after {trial.tried}")
     async with Database(path) as reopened:
         found = await verify(reopened)
         run.check(bool(found), f"verify found {found.problems}")
 
 
-def look_at_files(run: Run, path: Path, last: Snapshot, what: str) -> None:
+def check_files(run: Run, path: Path, last: Snapshot, what: str) -> None:
     """Check that a closed database is sound, and has the expected content."""
     if _open_files(path):
         gc.collect()  # `vfs.hooked` has postponed it

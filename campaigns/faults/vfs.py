@@ -254,7 +254,7 @@ def hooked(hook: Hook, below: Path) -> Iterator[None]:
             gc.enable()
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Return the reason that prevents hooks on this machine; `None` if they work."""
     if not Path("/proc/self/fd").is_dir():
         return "SQLite's system calls are hooked on Linux alone"

@@ -94,7 +94,7 @@ class Campaign:
     """
     slow_bugs: Mapping[str, str] = field(default_factory=dict)
     """Bugs that a run must find within `rounds`; no test waits for them."""
-    why_not: Callable[[], str | None] = lambda: None
+    unavailable_reason: Callable[[], str | None] = lambda: None
     """Returns the reason that prevents a run on this machine, with a remedy; else `None`."""
 
     def rounds_on(self, kind: str) -> int:

@@ -118,7 +118,7 @@ async def connect_client(location: Location) -> SecondClient:
     return _File(location) if isinstance(location, Path) else _Server(await connect(location))
 
 
-def wait_until_alone(location: Location) -> None:
+def wait_until_disconnected(location: Location) -> None:
     """Wait until the server has closed all other connections and rolled back their work.
 
     A file needs no waiting.
@@ -127,7 +127,7 @@ def wait_until_alone(location: Location) -> None:
         HangError: If a connection stays.
     """
     if isinstance(location, str):
-        asyncio.run(_wait_until_alone(location))
+        asyncio.run(_wait_until_disconnected(location))
 
 
 async def connect(url: str) -> Any:
@@ -181,7 +181,7 @@ async def _find_damage_on_server(url: str) -> list[str]:
         raise UnreadableError(repr(error)) from error
 
 
-async def _wait_until_alone(url: str) -> None:
+async def _wait_until_disconnected(url: str) -> None:
     connection = await connect(url)
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):

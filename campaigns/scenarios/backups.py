@@ -75,7 +75,7 @@ async def back_up(run: Run, location: Location, rounds: int, ratios: list[float]
         refused = await manager.add_tasks(make_task(f"old-{place}", 0) for place in range(number))
         run.check(not any(refused), "tasks were refused")
         writing = Writing(run, manager)
-        async with writing.going_on():
+        async with writing.running():
             for round_ in range(rounds):
                 backup = one_backup(run, manager, writing, round_)
                 ratios.append(await within(backup, "a backup", BACKUP_SECONDS))
@@ -97,16 +97,18 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         await asyncio.sleep(max(UNDISTURBED_SECONDS, took))
         while not undisturbed:  # noqa: ASYNC110  # a write ends soon
             await asyncio.sleep(0.01)
-    async with writing.resting(), restored(run, copy) as location:
+    async with writing.paused(), restored(run, copy) as location:
         found = await asyncio.to_thread(find_damage, location)
         run.check(not found, f"the database says that the copy is damaged: {found}")
-        look(run, await asyncio.to_thread(fetch, location, *QUERIES), before, after, writing)
+        check_copy(run, await asyncio.to_thread(fetch, location, *QUERIES), before, after, writing)
         await use(run, location)
     # A small backup may be done before any write ends.
     return percentile(during or undisturbed, 0.99) / percentile(undisturbed, 0.99)
 
 
-def look(run: Run, answers: Sequence[Rows], before: int, after: int, writing: Writing) -> None:
+def check_copy(
+    run: Run, answers: Sequence[Rows], before: int, after: int, writing: Writing
+) -> None:
     """Check that the copy is the database at one moment during the backup."""
     tasks, changes, [[revision]] = answers
     run.check(
@@ -151,11 +153,11 @@ class Writing:
         self._seconds: list[float] | None = None
         self._may_write = asyncio.Event()
         self._may_write.set()
-        self._resting = 0
+        self._paused = 0
         self._ended = False
 
     @asynccontextmanager
-    async def going_on(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """Let them write during the block."""
         async with asyncio.TaskGroup() as group:
             for name in range(WRITERS):
@@ -175,10 +177,10 @@ class Writing:
         self._seconds = None
 
     @asynccontextmanager
-    async def resting(self) -> AsyncIterator[None]:
+    async def paused(self) -> AsyncIterator[None]:
         """Let all of them pause during the block."""
         self._may_write.clear()
-        while self._resting < WRITERS:  # noqa: ASYNC110  # each finishes its write first
+        while self._paused < WRITERS:  # noqa: ASYNC110  # each finishes its write first
             await asyncio.sleep(0.001)
         yield
         self._may_write.set()
@@ -188,9 +190,9 @@ class Writing:
         manager, task = self._manager, None
         for number in count():
             if not self._may_write.is_set():
-                self._resting += 1
+                self._paused += 1
                 await self._may_write.wait()
-                self._resting -= 1
+                self._paused -= 1
             if self._ended:
                 break
             if task is None:

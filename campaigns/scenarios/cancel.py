@@ -99,7 +99,7 @@ class _Pass:
         self.manager: StateManager
         self.outside: SecondClient
 
-    async def go(
+    async def run_plan(
         self, location: Location, target: Location, plan: Sequence[tuple[str, CancelMode]]
     ) -> None:
         """Perform a round with each call of the plan."""
@@ -129,7 +129,7 @@ class _Pass:
         """Cancel a call at some of its steps; several rounds cover all of them."""
         call, results = CALLS[name], self.results
         if name not in results.effects:
-            await within(self.learn(name, call), f"{name}, not cancelled")
+            await within(self.record_effect(name, call), f"{name}, not cancelled")
         steps, stride = results.steps[name], results.stride(name)
         first = 1 + (results.rounds[name, mode] + self.run.seed) % stride
         results.rounds[name, mode] += 1
@@ -140,7 +140,7 @@ class _Pass:
             if self.is_found():
                 return
 
-    async def learn(self, name: str, call: Call) -> None:
+    async def record_effect(self, name: str, call: Call) -> None:
         """Record the effect and the number of steps of a call without a cancellation."""
         fixture = await self.prepare(call)
         if call.before is hold_unsaved:
@@ -152,7 +152,7 @@ class _Pass:
         await asyncio.gather(*writes)
         if ended.error is not None:
             raise ended.error
-        await self.finish(call, fixture)
+        await self.clean_up(call, fixture)
         self.results.steps[name] = ended.steps
         self.results.effects[name] = before, await self.rows(fixture, call)
 
@@ -185,7 +185,7 @@ class _Pass:
         self.check_end(ended, where)
         await self.check_concurrent_calls(call, fixture, writes, where)
         await self.check_next_writes(fixture, where)
-        await _within(self.finish(call, fixture), f"{where}: its clean-up")
+        await _within(self.clean_up(call, fixture), f"{where}: its clean-up")
         await self.check_leaks(tasks, where)
         later = await self.rows(fixture, call)
         if not call.lingers:
@@ -215,7 +215,7 @@ class _Pass:
         self.last = fixture
         return fixture
 
-    async def finish(self, call: Call, fixture: Fixture) -> None:
+    async def clean_up(self, call: Call, fixture: Fixture) -> None:
         """Clean up after a call, and write the changes that are only in memory."""
         if call.after is not None:
             await call.after(fixture)
@@ -461,7 +461,7 @@ def _make_pass(
     with run.location() as location, run.location() as target:
         steps = Steps(run.random)
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(steps)) as runner:
-            runner.run(_Pass(run, results, output, steps).go(location, target, plan))
+            runner.run(_Pass(run, results, output, steps).run_plan(location, target, plan))
         deadline = time.monotonic() + LEAK_SECONDS
         while left := set(threading.enumerate()) - threads:
             if time.monotonic() > deadline:

@@ -192,15 +192,15 @@ class Cluster:
     async def jump(self, by: timedelta) -> None:
         """Let the clock jump in the middle of a round."""
         at = self.random.randrange(2, 8)
-        await self.go_through(at, self.clock.now + at * TICK + by, f"a jump of {by}")
+        await self.run_round(at, self.clock.now + at * TICK + by, f"a jump of {by}")
 
     async def change_clocks(self, moment: datetime) -> None:
         """Go through the moment at which the local zone changes its clocks."""
         self.is_naive = True
-        await self.go_through(1, moment - (TICKS // 2) * TICK, f"the change of {moment:%B}")
+        await self.run_round(1, moment - (TICKS // 2) * TICK, f"the change of {moment:%B}")
         self.is_naive = False
 
-    async def go_through(self, at: int, now: datetime, what: str) -> None:
+    async def run_round(self, at: int, now: datetime, what: str) -> None:
         """Perform a round, in which the clock is set to `now` at a tick."""
         while len(self.true_state.alive) < NODES:
             await self.join()
@@ -285,14 +285,14 @@ class Cluster:
             run.check(task.submitted_at == clock.now, f"{clock.local()} became {task.submitted_at}")
         for node_id, assigned in true_state.alive.items():
             for one in list(assigned):
-                await self.go_on(one, assigned)
+                await self.advance(one, assigned)
             for task in await self.worker.claim_tasks(node_id, limit=2):
                 true_state.failed.pop(task.task_id, None)
                 hangs = task.timeout is not None and self.random.random() < 0.4
                 assigned.append(AssignedTask(task, clock.true, hangs))
             run.counts.acknowledged += 1
 
-    async def go_on(self, one: AssignedTask, assigned: list[AssignedTask]) -> None:
+    async def advance(self, one: AssignedTask, assigned: list[AssignedTask]) -> None:
         """Let a task start, complete or fail."""
         run, id = self.run, one.task.task_id
         try:

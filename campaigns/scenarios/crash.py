@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Campaign, Location, Run
-from campaigns.harness.direct_access import wait_until_alone
+from campaigns.harness.direct_access import wait_until_disconnected
 from campaigns.scenarios.workers import (
     Interruption,
     Worker,
@@ -38,7 +38,7 @@ def _interruptions(run: Run, location: Location, kills: int) -> Iterator[Interru
         elif number % 2:
             yield Interruption(lambda _: run.server.kill(), run.server.start)
         else:
-            yield Interruption(Worker.kill, lambda: wait_until_alone(location))
+            yield Interruption(Worker.kill, lambda: wait_until_disconnected(location))
 
 
 CAMPAIGN = Campaign(

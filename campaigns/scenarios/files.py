@@ -39,8 +39,8 @@ from campaigns.checks.snapshot import Snapshot, differences, take_snapshot
 from campaigns.checks.trial import (
     LOCK_SECONDS,
     abandoning,
+    check_files,
     checkpointing,
-    look_at_files,
     outcome_of,
     trial_of,
 )
@@ -381,7 +381,7 @@ class _Files:
         self.run.check(self._outcome(use, what) is None, f"{what}: it does not open")
         if take_snapshot(path).rows["tasks"] != before:
             self.run.lost(f"{what}: valid commits are missing")
-        look_at_files(self.run, path, take_snapshot(path), what)
+        check_files(self.run, path, take_snapshot(path), what)
 
     def _no_database(self, path: Path) -> None:
         random = self.run.random
@@ -472,5 +472,5 @@ CAMPAIGN = Campaign(
     quick_rounds=20,
     unit="faults",
     kinds=(SQLITE,),
-    why_not=vfs.why_not,
+    unavailable_reason=vfs.unavailable_reason,
 )

@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-from campaigns.checks.audit import verify_it
+from campaigns.checks.audit import verify_database
 from campaigns.checks.evidence import Evidence, Process, RecordedCall
 from campaigns.faults.children import Child
 from campaigns.harness.campaign import Campaign, HangError, Location, Run
@@ -33,7 +33,7 @@ def perform(run: Run) -> None:
     with run.location() as location:
         processes = _Processes(run, location).run()
         Evidence(run, location, processes).check()
-        verify_it(run, location)
+        verify_database(run, location)
     run.notes["kills"] = f"{sum(process.is_killed for process in processes):,}"
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 from campaigns.checks.snapshot import Snapshot, is_migrated, take_snapshot, task_ids
-from campaigns.checks.trial import abandoning, checkpointing, look_at_files, outcome_of, trial_of
+from campaigns.checks.trial import abandoning, check_files, checkpointing, outcome_of, trial_of
 from campaigns.faults import vfs
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import SQLITE, Campaign, Run, silenced
@@ -306,7 +306,7 @@ class _Faults:
                 any(_is_whole(file, before) for file in copies),
                 f"{what}: no copy of the original was kept",
             )
-        look_at_files(run, path, whole, what)
+        check_files(run, path, whole, what)
 
     async def _refusal(
         self,
@@ -372,5 +372,5 @@ CAMPAIGN = Campaign(
     unit="fault points",
     kinds=(SQLITE,),
     bugs={"cache-before-commit": "in memory"},
-    why_not=vfs.why_not,
+    unavailable_reason=vfs.unavailable_reason,
 )

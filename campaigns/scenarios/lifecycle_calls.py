@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.checks.trial import LOCK_SECONDS
-from campaigns.workloads.originals import COLUMNS, make_original
+from campaigns.workloads.legacy_files import COLUMNS, make_original
 from openclaw_store import Database, DuplicateError, StateManager
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.database import migrations

@@ -21,10 +21,10 @@ from random import Random
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from campaigns.checks.audit import Log, verify_it
+from campaigns.checks.audit import Log, verify_database
 from campaigns.checks.trial import checkpointing
 from campaigns.faults.planted_bugs import planted
-from campaigns.faults.vfs import SYNC, WRITES, SystemCall, hooked, why_not
+from campaigns.faults.vfs import SYNC, WRITES, SystemCall, hooked, unavailable_reason
 from campaigns.harness.campaign import SQLITE, Campaign, Run
 from campaigns.workloads.load import make_nodes, open_store, write
 
@@ -187,7 +187,7 @@ def _cut(run: Run, disk: RecordedDisk, events: Sequence[Event], name: str, cuts:
             # The last cut counts the unanswered calls.
             there = log if done == len(events) else log.copy()
             there.check(run, Path(folder, name))
-            verify_it(run, Path(folder, name))
+            verify_database(run, Path(folder, name))
         run.done()
 
 
@@ -201,5 +201,5 @@ CAMPAIGN = Campaign(
     unit="cuts",
     kinds=(SQLITE,),
     bugs={"synchronous-off": "lost: task"},
-    why_not=why_not,
+    unavailable_reason=unavailable_reason,
 )

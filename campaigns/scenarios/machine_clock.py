@@ -57,12 +57,12 @@ def perform(run: Run) -> None:
             return Child(function, location, *arguments, errors=errors, environment=environment)
 
         with (
-            start(look_after_nodes, "lives"),
+            start(recover_nodes, "lives"),
             closing(sqlite3.connect(f"file:{location}?mode=ro", uri=True)) as past,
         ):
             machine = Machine(run, offset, past)
             for number in run.each_round():
-                with start(work_as, "dies") as mortal:
+                with start(run_node, "dies") as mortal:
                     machine.wait("there", "lives", "dies")
                     machine.jump(JUMPS[number % len(JUMPS)])
                     machine.wait("known to live", "lives", "dies")
@@ -71,7 +71,7 @@ def perform(run: Run) -> None:
             machine.check_tasks()
 
 
-async def work_as(send: Send, path: str, name: str) -> None:
+async def run_node(send: Send, path: str, name: str) -> None:
     """Run a node that sends heartbeats, and works on its own tasks."""
     async with StateManager(Database(path), 1) as manager:
         node = NodeInfo(name, name, available_skills=[name], max_concurrent_tasks=4)
@@ -86,9 +86,9 @@ async def work_as(send: Send, path: str, name: str) -> None:
             await asyncio.sleep(0.2)
 
 
-async def look_after_nodes(send: Send, path: str, name: str) -> None:
+async def recover_nodes(send: Send, path: str, name: str) -> None:
     """Run the coordinator that finds lost nodes, and a node as well."""
-    working = asyncio.create_task(work_as(send, path, name))
+    working = asyncio.create_task(run_node(send, path, name))
     async with StateManager(Database(path), 1) as manager:
         while not working.done():
             await manager.recover(timeout_seconds=PATIENCE_SECONDS)
@@ -157,5 +157,5 @@ CAMPAIGN = Campaign(
     quick_rounds=1,
     unit="jumps",
     kinds=(SQLITE,),
-    why_not=lambda: None if FAKETIME else "no libfaketime: apt-get install faketime",
+    unavailable_reason=lambda: None if FAKETIME else "no libfaketime: apt-get install faketime",
 )

@@ -22,11 +22,11 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from campaigns.checks.audit import verify_it
+from campaigns.checks.audit import verify_database
 from campaigns.checks.contents import Contents, Reader
 from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import SQLITE, Campaign, Location, Run
-from campaigns.harness.direct_access import wait_until_alone
+from campaigns.harness.direct_access import wait_until_disconnected
 from campaigns.workloads.filling import NOW, fill, fill_original
 from openclaw_store import Database, StoreError
 from openclaw_store.backends.factory import backend_of
@@ -43,7 +43,7 @@ BY_TWO_EVERY = 3
 common with the number of turns, so that each kind of migration is among them.
 """
 
-Look = Callable[[Location], Contents]
+Read = Callable[[Location], Contents]
 
 _PATIENCE_SECONDS = 3600.0
 """Seconds for which a migration waits for another one, with as many rows."""
@@ -69,7 +69,7 @@ def perform(run: Run) -> None:
     """Go through all revisions once, then kill a migration in each round."""
     tasks = min(MOST_TASKS, 400 * run.rounds**2)
     with ExitStack() as stack:
-        look = Reader().look
+        read = Reader().read
 
         def filled(revision: str, **options: bool) -> Location:
             location = stack.enter_context(run.location(migrated=False))
@@ -87,11 +87,11 @@ def perform(run: Run) -> None:
             with _child(child, done, run.folder / "errors") as process:
                 _, (_, seconds) = process.messages()
             run.counts.acknowledged += 1
-            _compare(run, f"after {name}", look(done), after)
-            return Work(name, do, child, source, look(source), after, seconds)
+            _compare(run, f"after {name}", read(done), after)
+            return Work(name, do, child, source, read(source), after, seconds)
 
         first, lived = filled(FIRST), filled(HEAD, lived=True)
-        of_first, of_head = look(first), look(filled(HEAD))
+        of_first, of_head = read(first), read(filled(HEAD))
         works = [
             migrated("upgrade", upgrade, upgrade_child, first, of_head),
             migrated("downgrade", downgrade, downgrade_child, lived, of_first),
@@ -100,16 +100,16 @@ def perform(run: Run) -> None:
         if run.kind == SQLITE:
             original = stack.enter_context(run.location(migrated=False))
             fill_original(Path(original), tasks)
-            imported = look(filled(HEAD, imported=True))
+            imported = read(filled(HEAD, imported=True))
             works.append(migrated("legacy import", upgrade, upgrade_child, original, imported))
             turns.append(works[-1])
         run.notes["tasks"] = f"{tasks:,}"
         for work in works:
             run.notes[work.name] = f"{work.seconds:.2f} s"
-        _up_down_up(run, look, first, of_first, of_head)
+        _up_down_up(run, read, first, of_first, of_head)
         for number in run.each_round():
             by_two = number % BY_TWO_EVERY == BY_TWO_EVERY - 1
-            _kill(run, look, turns[number % len(turns)], by_two=by_two)
+            _kill(run, read, turns[number % len(turns)], by_two=by_two)
 
 
 def upgrade(location: str) -> None:
@@ -152,27 +152,27 @@ def _work(send: Send, location: str, do: Callable[[str], None]) -> None:
 
 
 def _up_down_up(
-    run: Run, look: Look, source: Location, of_first: Contents, of_head: Contents
+    run: Run, read: Read, source: Location, of_first: Contents, of_head: Contents
 ) -> None:
     """Go through all revisions, to nothing, and up again."""
     with run.location(copy_of=source) as place, run.location() as empty:
         location = str(place)
         upgrade(location)
-        _compare(run, "upgraded", look(place), of_head)
+        _compare(run, "upgraded", read(place), of_head)
         downgrade(location)
-        _compare(run, "downgraded", look(place), of_first)
+        _compare(run, "downgraded", read(place), of_first)
         upgrade(location)
-        _compare(run, "upgraded again", look(place), of_head)
-        verify_it(run, place)
+        _compare(run, "upgraded again", read(place), of_head)
+        verify_database(run, place)
         downgrade(location, NOTHING)
-        left = look(place)
+        left = read(place)
         run.check(left.revision is None and not left.rows, f"downgraded to nothing: {left}")
         upgrade(location)
-        _compare(run, "made anew", look(place), look(empty))
+        _compare(run, "made anew", read(place), read(empty))
     run.counts.acknowledged += 5
 
 
-def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
+def _kill(run: Run, read: Read, work: Work, *, by_two: bool) -> None:
     """Kill a migration at a random moment, check the copy, and finish the migration."""
     delay = run.random.uniform(0, 1.1 * work.seconds)
     what = f"{work.name}, killed after {delay:.3f} s,"
@@ -185,8 +185,8 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
             child.kill()
             child.wait()
             is_done = next(messages, None) is not None
-        wait_until_alone(place)
-        _count(run, what, work, look(place), is_done=is_done)
+        wait_until_disconnected(place)
+        _count(run, what, work, read(place), is_done=is_done)
         with ExitStack() as stack:
             if by_two:
                 other = stack.enter_context(_child(work.child, place, errors))
@@ -197,13 +197,13 @@ def _kill(run: Run, look: Look, work: Work, *, by_two: bool) -> None:
             if by_two and other.wait() != 0:
                 run.wrong(f"{work.name} by two at once: {other.complaint}")
         run.counts.acknowledged += 1 + by_two
-        _compare(run, f"{what} and done again,", look(place), work.after)
+        _compare(run, f"{what} and done again,", read(place), work.after)
         if work.before.revision is None:  # a legacy file, whose copy is kept
             assert isinstance(place, Path)
             copies = list(place.parent.glob(f"{place.name}.original-*Z*"))
             run.check(bool(copies), f"{what} and there is no copy of the original")
             for copy in copies:
-                _compare(run, f"copied before {what}", look(copy), work.before)
+                _compare(run, f"copied before {what}", read(copy), work.before)
 
 
 def _child(work: Callable[[Send, str], None], place: Location, errors: Path) -> Child:

@@ -85,7 +85,7 @@ def perform(run: Run) -> None:
     """Let the network fail `run.rounds` times."""
     lanes = min(LANES, run.rounds)
     with ExitStack() as stack:
-        stack.enter_context(hurried())
+        stack.enter_context(shortened_limits())
         stack.enter_context(silenced("openclaw_store", "sqlalchemy"))
         stack.enter_context(planted(run.bug))
         urls = [str(stack.enter_context(run.location())) for _ in range(lanes)]
@@ -93,7 +93,7 @@ def perform(run: Run) -> None:
 
 
 @contextmanager
-def hurried() -> Iterator[None]:
+def shortened_limits() -> Iterator[None]:
     """Shorten the store's own time limits."""
     with (
         patch.object(postgresql, "_CONNECT_SECONDS", LIMIT_SECONDS),
@@ -150,7 +150,7 @@ class Lane:
         self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
         self.other = StateManager(Database(self.url), None)
         async with self.past, self.other:
-            await self.insist(self.manager.initialize, "to open it")
+            await self.require_success(self.manager.initialize, "to open it")
             watching = asyncio.create_task(self.watch())
             callers = [Caller(self, f"node-{number}") for number in range(CALLERS)]
             for caller in callers:
@@ -158,7 +158,7 @@ class Lane:
             for number in numbers:
                 await self.one_fault(callers, number)
                 self.run.done()
-            async with in_time("to shut down"):
+            async with time_limit("to shut down"):
                 await self.manager.shutdown()
                 await watching
 
@@ -219,26 +219,26 @@ class Lane:
             ("a read", lambda: manager.task_repo.get(f"after-{number}")),
             ("a transaction", lambda: self.change_nothing()),
         ):
-            await self.insist(call, f"after {what}, {name}")
+            await self.require_success(call, f"after {what}, {name}")
         await self.other.add_task(make_task(f"heard-{number}", "nobody"))
         newest = await self.past.fetchval("SELECT revision FROM counters")
-        if not await holds(lambda: manager.version == newest):
+        if not await becomes_true(lambda: manager.version == newest):
             run.wrong(f"after {what}, foreign changes do not arrive")
-        if not await holds(lambda: bool(self.seen) and self.seen[-1] == newest):
+        if not await becomes_true(lambda: bool(self.seen) and self.seen[-1] == newest):
             run.wrong(f"after {what}, the watcher has stopped at {self.seen[-1:]} of {newest}")
         run.check(
             self.seen[self.checked :] == list(range(self.checked + 1, newest + 1)),
             f"after {what}, the watcher has missed some or seen them twice",
         )
         await self.check_feed(what, newest)
-        await self.insist(manager.refresh_from_database, f"after {what}, a refreshment")
+        await self.require_success(manager.refresh_from_database, f"after {what}, a refreshment")
         await self.check_cache(what)
-        if not await holds(lambda: manager.db.checked_out_connections == 0):
+        if not await becomes_true(lambda: manager.db.checked_out_connections == 0):
             run.wrong(f"after {what}, connections are still in use")
 
-    async def insist(self, call: Callable[[], Awaitable[object]], name: str) -> None:
+    async def require_success(self, call: Callable[[], Awaitable[object]], name: str) -> None:
         """Check that a call works at once; repeat it only if the machine is too slow."""
-        async with in_time(name):
+        async with time_limit(name):
             while True:
                 swallowed = self.proxy.swallowed
                 try:
@@ -323,16 +323,18 @@ class Caller:
     async def register(self) -> None:
         """Register the node that alone can run its tasks."""
         node = NodeInfo(self.node_id, self.node_id, available_skills=[self.node_id])
-        await self.lane.insist(lambda: self.lane.manager.register_node(node), "to register")
+        await self.lane.require_success(
+            lambda: self.lane.manager.register_node(node), "to register"
+        )
 
     async def work(self) -> None:
         """Work until the fault is over."""
         while True:
-            await self.do_one()
+            await self.run_one_task()
             if self.lane.is_ending:
                 break
 
-    async def do_one(self) -> None:
+    async def run_one_task(self) -> None:
         """Add, change, claim, start and complete a task."""
         lane, manager = self.lane, self.lane.manager
         lane.jobs += 1
@@ -398,7 +400,7 @@ class Caller:
                 answer = await call()
             except Exception as raised:
                 error = raised
-            self.look_at_clock(began, error)
+            self.check_duration(began, error)
             if error is None:
                 counts.acknowledged += 1
                 if status is not None and answer != []:
@@ -427,7 +429,7 @@ class Caller:
                 return None
             await asyncio.sleep(0.01)
 
-    def look_at_clock(self, began: float, error: Exception | None) -> None:
+    def check_duration(self, began: float, error: Exception | None) -> None:
         took = time.monotonic() - began - self.lane.delay.since(began)
         self.lane.delay.slowest_answer = max(self.lane.delay.slowest_answer, took)
         if took > DEADLINE_SECONDS + LEEWAY_SECONDS:
@@ -446,7 +448,7 @@ def make_task(id: str, skill: str) -> Task:
 
 
 @asynccontextmanager
-async def in_time(what: str) -> AsyncIterator[None]:
+async def time_limit(what: str) -> AsyncIterator[None]:
     """Check that the block does not hang.
 
     Raises:
@@ -459,7 +461,7 @@ async def in_time(what: str) -> AsyncIterator[None]:
         raise HangError(f"{what} has taken {PATIENCE_SECONDS:g} s") from None
 
 
-async def holds(condition: Callable[[], bool]) -> bool:
+async def becomes_true(condition: Callable[[], bool]) -> bool:
     """Wait some seconds for a condition; return true if it holds."""
     with suppress(TimeoutError):
         async with asyncio.timeout(PATIENCE_SECONDS / 4):

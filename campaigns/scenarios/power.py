@@ -110,7 +110,7 @@ def _cut_of(disk: Disk) -> Interruption:
 
 
 @cache
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Return the reason that prevents a mount on this machine, with a remedy; else `None`."""
     if sys.platform != "linux":
         return "only Linux can cut the power of a file system"
@@ -141,5 +141,5 @@ CAMPAIGN = Campaign(
     unit="cuts",
     kinds=(SQLITE,),
     bugs={"synchronous-off": "lost: task"},
-    why_not=why_not,
+    unavailable_reason=unavailable_reason,
 )

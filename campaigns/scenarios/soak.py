@@ -225,7 +225,7 @@ async def _remember(send: Send, name: str, store: StateManager) -> None:
     send("remembers", name, "version", [state.version])
 
 
-def _why_not() -> str | None:
+def _unavailable_reason() -> str | None:
     if sys.platform != "linux":
         return "the resources of a process are read from /proc, on Linux only"
     return None
@@ -241,5 +241,5 @@ CAMPAIGN = Campaign(
     unit="× 1,000 calls",
     bugs={"descriptor-leak": "files grow"},
     slow_bugs={"entry-leak": "memory grows"},
-    why_not=_why_not,
+    unavailable_reason=_unavailable_reason,
 )

@@ -16,7 +16,7 @@ from statistics import median
 from threading import Timer
 from typing import Any, NamedTuple
 
-from campaigns.checks.audit import Log, verify_it
+from campaigns.checks.audit import Log, verify_database
 from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import Location, Run
 from campaigns.workloads.load import make_nodes, open_store, write
@@ -69,7 +69,7 @@ def interrupt_repeatedly(
             return seconds
         finally:
             worker.end()
-    verify_it(run, location)
+    verify_database(run, location)
     return seconds
 
 

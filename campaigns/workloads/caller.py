@@ -65,7 +65,7 @@ NEVER = 2**31 - 1
 WEIGHTS: Final = {
     "read": 15,
     "find": 5,
-    "look": 20,
+    "read_memory": 20,
     "update": 15,
     "change": 8,
     "change_in_transaction": 2,
@@ -115,13 +115,13 @@ class Caller:
         while not self._ends.is_set():
             [verb] = self._random.choices(list(WEIGHTS), list(WEIGHTS.values()))
             await getattr(self, verb)(self._some_task())
-            if verb == "look":
+            if verb == "read_memory":
                 await asyncio.sleep(0)  # the call itself never yields to the loop
 
-    async def look_again_and_again(self) -> None:
+    async def read_memory_only(self) -> None:
         """Only read from memory, until the process ends."""
         while not self._ends.is_set():
-            await self.look(self._some_task())
+            await self.read_memory(self._some_task())
             await asyncio.sleep(READS_EVERY_SECONDS)
 
     async def read(self, task_id: str) -> None:
@@ -133,8 +133,8 @@ class Caller:
             page = await self._store.list_tasks(TaskFilter(name_contains=_name(task_id)))
             answer(self._see(page.tasks[0]) if page.tasks else None)
 
-    async def look(self, task_id: str) -> None:
-        with self._asking("look", task_id) as answer:
+    async def read_memory(self, task_id: str) -> None:
+        with self._asking("read_memory", task_id) as answer:
             answer(self._see(await self._store.get_task(task_id)))
 
     async def update(self, task_id: str) -> None:
@@ -298,7 +298,7 @@ async def work(send: Send, location: str, node: str, process: int, seed: int, si
             await caller.register()
             watching = group.create_task(caller.watch(since))
             if node == READER:
-                await caller.look_again_and_again()
+                await caller.read_memory_only()
             else:
                 await asyncio.gather(*(caller.work() for _ in range(CALLERS)))
             async with asyncio.timeout(END_SECONDS):

@@ -92,7 +92,7 @@ async def closing_down(program: Program, manager: StateManager) -> None:
     await program.pause()
 
 
-UNDER_WAY = (
+WORK_IN_PROGRESS = (
     nothing, writes, reads, watcher, heartbeats, transaction, ending_transaction, looking_after,
     opening, closing_down,
 )  # fmt: skip

@@ -19,7 +19,7 @@ from alembic.config import Config
 
 from campaigns.harness.campaign import POSTGRESQL, SQLITE, Location
 from campaigns.harness.direct_access import connect
-from campaigns.workloads.originals import make_original
+from campaigns.workloads.legacy_files import make_original
 from openclaw_store.database import migrations
 from openclaw_store.database.types import to_microseconds
 from openclaw_store.testing import FakeClock

@@ -142,7 +142,7 @@ def _work(program: Program, manager: StateManager) -> None:
     asyncio.run(_inherited(program, manager))
 
 
-def keeps_a_memory(program: Program) -> None:
+def forks_with_database_in_memory(program: Program) -> None:
     """Fork with a database in memory, which still exists after the end of the child."""
 
     async def main() -> None:
@@ -266,7 +266,7 @@ def has_two_loops(program: Program) -> None:
 
 
 OTHER_PROGRAMS = (
-    forks, forks_in_a_thread, forks_in_a_transaction, has_workers, keeps_a_memory,
+    forks, forks_in_a_thread, forks_in_a_transaction, has_workers, forks_with_database_in_memory,
     runs_loop_after_loop, loses_its_loop, has_two_loops,
 )  # fmt: skip
 """Other things that a program may do."""

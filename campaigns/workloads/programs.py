@@ -14,14 +14,14 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 
-from campaigns.workloads.endings import ENDINGS, UNDER_WAY
+from campaigns.workloads.endings import ENDINGS, WORK_IN_PROGRESS
 from campaigns.workloads.forks import OTHER_PROGRAMS
 from campaigns.workloads.program import Program
 
 PROGRAMS: dict[str, Callable[[Program], None]] = {
     **{
         f"{ending.__name__}, {begin.__name__}": partial(ending, begin=begin)
-        for ending, begin in product(ENDINGS, UNDER_WAY)
+        for ending, begin in product(ENDINGS, WORK_IN_PROGRESS)
     },
     **{program.__name__: program for program in OTHER_PROGRAMS},
 }

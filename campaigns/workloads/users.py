@@ -60,10 +60,10 @@ WEIGHTS: Final = {
     "cancel_many": 1,
     "requeue": 15,
     "recover": 0.2,
-    "beat": 100,
-    "look_at_all": 40,
-    "look_at_nodes": 5,
-    "look_at_pending": 3,
+    "send_heartbeat": 100,
+    "read_all": 40,
+    "read_nodes": 5,
+    "read_pending": 3,
     "explain": 2,
     "list_some": 1,
     "history": 1,
@@ -77,7 +77,7 @@ WEIGHTS: Final = {
     "change_node": 3,
     "update_node": 2,
     "set_node_status": 2,
-    "come_and_go": 2,
+    "join_and_leave": 2,
     "interrupt": 10,
     "synchronize": 1,
     "refresh": 0.5,
@@ -201,16 +201,16 @@ class Users:
         await self._store.recover(60)
         await self._store.check_stale_nodes(60)
 
-    async def beat(self) -> None:
+    async def send_heartbeat(self) -> None:
         node_id = self._some_node()
         await self._store.update_heartbeat(node_id, cpu_usage=self._random.randrange(100))
 
-    async def look_at_all(self) -> None:
+    async def read_all(self) -> None:
         state = await self._store.get_state()
         state.tasks.get(await self._id())
         await self._store.get_task_stats()
 
-    async def look_at_nodes(self) -> None:
+    async def read_nodes(self) -> None:
         await self._store.get_node(self._some_node())
         await self._store.get_all_nodes()
         await self._store.get_online_nodes()
@@ -218,7 +218,7 @@ class Users:
         await self._store.find_nodes_by_skill(SKILLS[0])
         await self._store.get_node_stats()
 
-    async def look_at_pending(self) -> None:
+    async def read_pending(self) -> None:
         await self._store.get_pending_tasks(limit=20)
 
     async def explain(self) -> None:
@@ -295,7 +295,7 @@ class Users:
         await self._store.update_node_status(node_id, NodeStatus.OFFLINE)
         await self._store.update_heartbeat(node_id)
 
-    async def come_and_go(self) -> None:
+    async def join_and_leave(self) -> None:
         node_id = f"guest-{next(self._numbers)}"
         await self._store.add_node(self._node(node_id))
         self._held.extend(await self._store.claim_tasks(node_id))

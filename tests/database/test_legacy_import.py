@@ -31,7 +31,7 @@ from test_migrations import alembic, alembic_script
 from typer.testing import CliRunner
 
 from campaigns.faults import vfs
-from campaigns.workloads.originals import COLUMNS, make_original
+from campaigns.workloads.legacy_files import COLUMNS, make_original
 from openclaw_store import (
     Database,
     InvalidDataError,
