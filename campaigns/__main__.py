@@ -153,14 +153,14 @@ def _listed() -> Table:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m campaigns",
-        description="Check the promises of the store under faults. No NAME: list them.",
+        description="Check the promises of the store under faults. Without NAME: list them.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="name of a campaign, or `all`")
     parser.add_argument(
         "--rounds",
         type=_positive,
         metavar="N",
-        help="default: as listed; few rounds judge less",
+        help="default: as listed; short runs judge no times",
     )
     parser.add_argument(
         "--seed", type=int, metavar="S", help="seed of all random choices; default: a new one"

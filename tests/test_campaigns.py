@@ -1,4 +1,4 @@
-"""Each campaign in its short form, that it finds what was planted for it, and the command line."""
+"""Each campaign in its short form, with its planted bugs; and the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import errno
 import inspect
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -273,16 +274,16 @@ def test_full_disk_may_hold_what_sqlite_could_not_write(tmp_path: Path) -> None:
         assert left_by_a_kill.execute("SELECT x FROM t").fetchone() == (1,)
 
 
-def test_child_that_is_killed_has_told_what_it_told(
+def test_killed_child_has_sent_all_its_messages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
 
     with Child(count_for_ever, 40, tmp_path, errors=tmp_path / "errors") as child:
-        told = child.messages()
-        first = [next(told) for _ in range(3)]
+        messages = child.messages()
+        first = [next(messages) for _ in range(3)]
         child.kill()
-        rest = list(told)
+        rest = list(messages)
 
     assert first == [[40, str(tmp_path)], [41], [42]]
     assert rest == [[43 + number] for number in range(len(rest))]
@@ -298,7 +299,7 @@ def test_child_that_hangs_is_killed_with_what_it_has_forked(
     with Child(hang, errors=tmp_path / "errors", patience_seconds=3) as child:
         with pytest.raises(HangError, match=r"a process of hang has .* for 3 s"):
             wait(child)
-        list(child.messages())  # which ends: nobody is left who could tell more
+        list(child.messages())  # it ends, because no process is left to send more
 
     assert child.wait() == -signal.SIGKILL
 
@@ -323,15 +324,28 @@ def test_what_hangs_is_a_finding(tmp_path: Path) -> None:
     assert run.findings == ["the rest was not tried: not within 0.01 s: a wait"]
 
 
-def hang(tell: Send) -> None:
+def hang(send: Send) -> None:
     os.fork()
-    tell("hangs")
+    send("hangs")
     while True:
         signal.pause()
 
 
-def count_for_ever(tell: Send, number: int, path: str) -> None:
-    tell(number, path)
+def count_for_ever(send: Send, number: int, path: str) -> None:
+    send(number, path)
     while True:
         number += 1
-        tell(number)
+        send(number)
+
+
+def test_tests_named_in_the_results_exist() -> None:
+    tests = Path(__file__).parent
+    results = tests.parent / "campaigns" / "RESULTS.md"
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", results.read_text(encoding="utf-8"))
+
+    assert len(named) > 40
+    assert [
+        f"{file}::{name}"
+        for file, name in named
+        if f"def {name}(" not in (tests / file).read_text(encoding="utf-8")
+    ] == []
