@@ -93,6 +93,7 @@ def compare(
     found: dict[tuple[str, str, str], Comparison] = {}
     for name in names:
         for number in range(rounds):
+            # Neighbouring samples meet the same state of a shared machine; its drift hits both.
             sides = [(before, "before"), (now, "now")]
             for checkout, side in sides if number % 2 == 0 else sides[::-1]:
                 for contender, quantity, value in _own(measure(checkout, name)):

@@ -176,6 +176,7 @@ class Bench:
         done = 0
         for number in range(rounds):
             first = number % len(names)
+            # Rotated, so that no contender always runs after the same one, or first.
             for name in names[first:] + names[:first]:
                 self._report(f"{name}, round {number + 1} of {rounds}", done / rounds / len(names))
                 gc.collect()  # each contender collects only its own garbage

@@ -144,6 +144,7 @@ async def _taking_turns(
     url: str, prepare: Callable[[Any], Awaitable[Write]]
 ) -> AsyncIterator[Write]:
     """Provide a write on a free connection, preferably the last one used."""
+    # Last in, first out: as few connections as possible are in use, with warm caches.
     free: asyncio.LifoQueue[Write] = asyncio.LifoQueue()
 
     async def write(row: Row) -> None:

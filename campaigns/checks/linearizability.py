@@ -65,6 +65,7 @@ def find_violation(
         furthest = max(furthest, place)
         operation, under_way = returns[place]
         if operation in ahead:
+            # It was placed before, so its return adds no constraint.
             following = [(place + 1, state, ahead - {operation})]
         else:
             candidates = _distinct(other for other in under_way if other not in ahead)
@@ -75,6 +76,7 @@ def find_violation(
                 if after == [state] and changes_nothing(other.call)
             ]
             if at_once:
+                # No later order can need them elsewhere: they fit here and change nothing.
                 following = [(place, state, ahead.union(at_once))]
             else:
                 following = [
@@ -84,6 +86,7 @@ def find_violation(
                     if other.returned is not None or one != state
                 ]
         for one in following:
+            # Orders with the same state and the same placed calls have the same continuations.
             if one not in tried:
                 tried.add(one)
                 reached.append(one)

@@ -153,6 +153,7 @@ class Trial:
         self._check_outcome(call, effect, outcome, before, after, what, excuse)
         if is_elsewhere and effect.changes_rows and not isinstance(outcome, Exception):
             self.run.lost(f"{what}: returned, and wrote to a file that no reader finds")
+        # After an unknown outcome, the cache may lag until the next refresh.
         if not isinstance(outcome, OutcomeUnknownError) and not call.is_kept:
             self.report(what, await differences(self.store.state, after))
         self._check_copies(call, after, outcome, what, may_litter=may_litter)
@@ -195,6 +196,7 @@ class Trial:
         elif not call.in_batches and not call.is_kept:
             run.check(after == before, f"{what}: raised {outcome!r}, and changed something")
         if left != after and not call.is_kept:
+            # Frames without a commit record are ignored after a kill, so all or nothing is left.
             is_whole = left.revision - before.revision == effect.revisions > 0
             if isinstance(outcome, Exception) and is_whole and excuse():
                 return
@@ -219,6 +221,8 @@ class Trial:
         """Take a snapshot of the files after a kill: without the content of the `-shm` file."""
         with TemporaryDirectory(dir=self.run.folder) as folder:
             copy = Path(folder, self.path.name)
+            # Read by a descriptor that stays open: closing one would release the locks of SQLite
+            # that this process has on the file.
             size = os.fstat(self._file).st_size
             copy.write_bytes(os.pread(self._file, size, 0))
             with suppress(FileNotFoundError):

@@ -29,7 +29,7 @@ class Steps(DefaultSelector):
 
     def __init__(self, random: Random) -> None:
         super().__init__()
-        self._luck = random
+        self._random = random
         self.passed = 0
         """Number of steps since the last `set`."""
         self._at: tuple[int, ...] = ()
@@ -41,15 +41,18 @@ class Steps(DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[SelectorKey, int]]:
         """Sleep as the loop requests, unless a step comes first."""
+        # The callback has scheduled work, so the loop must not sleep.
         if self._step():
             timeout = 0
         if timeout is not None and timeout <= 0:
             return super().select(timeout)
         if self.passed + 1 in self._at:
-            nap = self._luck.uniform(0, NAP_SECONDS)
+            # A short sleep, so that the step comes while other threads work for the call.
+            nap = self._random.uniform(0, NAP_SECONDS)
             events = super().select(nap if timeout is None else min(nap, timeout))
             self._step()
             return events
+        # The step during the sleep counts, though nothing is due at it.
         self.passed += 1
         events = super().select(timeout)
         self._step()
@@ -97,6 +100,7 @@ async def _cancelled(make: Make, steps: Steps, *at: int) -> CallEnd:
 
     def cancel() -> None:
         nonlocal asked
+        # A task that has already ended refuses its cancellation.
         asked = task.cancel() or asked
 
     steps.set(*at, act=cancel)

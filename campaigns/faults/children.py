@@ -65,8 +65,8 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=error_output,
-                bufsize=0,
-                process_group=0,
+                bufsize=0,  # `select` does not see data in a buffer
+                process_group=0,  # so that `kill` reaches its forks
             )
 
     @property
@@ -90,11 +90,12 @@ class Child:
             selector.register(output, selectors.EVENT_READ)
             while True:
                 if not selector.select(self._patience_seconds):
-                    raise self._hang("said nothing")
-                said = output.read(1 << 16)
-                if not said:
+                    raise self._hang("sent nothing")
+                received = output.read(1 << 16)
+                if not received:
                     break
-                *lines, rest = (rest + said).split(b"\n")
+                # A message that a kill has cut has no newline: it stays in `rest`, and is dropped.
+                *lines, rest = (rest + received).split(b"\n")
                 yield from map(json.loads, lines)
 
     def signal(self, number: int) -> None:
@@ -139,6 +140,7 @@ def main(call: str) -> None:
     os.dup2(2, 1)  # output of a library must not mix with messages
 
     def send(*values: Any) -> None:
+        # One unbuffered write: a kill afterwards cannot take the message back.
         os.write(output, json.dumps(values).encode() + b"\n")
 
     with planted(bug):

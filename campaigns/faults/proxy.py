@@ -101,6 +101,7 @@ class Proxy:
         self.refuses = self.drips = False
         self.passes.set()
         self.swallow(False, False)
+        # Lost data stays lost: only connections without a gap pass data again.
         for link in self._links:
             link.halves_next = False
 
@@ -118,6 +119,7 @@ class Proxy:
         for link in list(self._links):
             link.halves_next = fault.kind == "half"
             if fault.kind in ("reset", "refuse"):
+                # The request is already at the server: the reset must come in place of its reply.
                 if link is by and fault.moment == "reply":
                     link.resets_next = True
                 else:
@@ -201,10 +203,12 @@ class _Link:
     ) -> None:
         proxy, cut = self._proxy, False
         while data := await reader.read(1 << 16):
+            # A lost request triggers no fault: the server never sees it.
             awaited = None if cut or proxy.swallows_requests else proxy.awaited
             is_moment = awaited is not None and awaited.trigger in data
             if awaited is not None and is_moment and awaited.moment == "request":
                 proxy.begin_fault(self)
+            # `cut` stays set after `forward`: a TCP stream cannot continue after a gap.
             cut = cut or proxy.swallows_requests
             if not cut:
                 self._send(data, writer)
@@ -212,6 +216,7 @@ class _Link:
             if awaited is not None and is_moment and awaited.moment == "reply":
                 proxy.begin_fault(self)
         if cut or proxy.swallows_requests:
+            # Closing would tell the server that the client has gone.
             await asyncio.Event().wait()
         writer.close()
 
@@ -220,6 +225,7 @@ class _Link:
     ) -> None:
         proxy, cut = self._proxy, False
         while data := await reader.read(1 << 16):
+            # The same for replies: each later one would belong to another request.
             cut = cut or proxy.swallows_replies
             self.loses_replies = cut
             if cut:
@@ -236,6 +242,7 @@ class _Link:
                 if proxy.drips:
                     await asyncio.sleep(_DRIP_SECONDS)
         if cut or proxy.swallows_replies:
+            # Closing would tell the client that the server has gone.
             await asyncio.Event().wait()
         writer.close()
 

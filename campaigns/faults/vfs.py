@@ -136,6 +136,7 @@ class _Hooks:
         self._open = _Open(self._open_file)
 
     def begin(self, hook: Hook, below: str) -> None:
+        # Descriptors may have other files since the last use of hooks.
         self._paths.clear()
         self._hook, self._below = hook, f"{below}/"
         for name, replacement in self._replacements.items():

@@ -94,6 +94,7 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
     after = manager.version
     run.counts.acknowledged += 1
     async with writing.measured() as undisturbed:
+        # As long as the backup, so that both percentiles have samples of one size.
         await asyncio.sleep(max(UNDISTURBED_SECONDS, took))
         while not undisturbed:  # noqa: ASYNC110  # a write ends soon
             await asyncio.sleep(0.01)
@@ -119,6 +120,7 @@ def check_copy(
     run.check(
         revisions == list(range(1, revision + 1)), f"the feed of {revision} has a gap, or too many"
     )
+    # A replay of the feed: the version of a row is the revision of its last change.
     followed: dict[str, tuple[int, str]] = {}
     for number, id, status in changes:
         if status is None:
@@ -130,9 +132,11 @@ def check_copy(
     for id in differing[:3]:
         run.wrong(f"{id} is {rows.get(id)} in the copy, but {followed.get(id)} in its feed")
     for id, _, version, metadata in tasks:
-        said = writing.said.get((id, version))
+        expected = writing.acknowledged.get((id, version))
         value = json.loads(metadata)["value"]
-        run.check(said in (None, value), f"{id} of version {version} has {value}, not {said}")
+        run.check(
+            expected in (None, value), f"{id} of version {version} has {value}, not {expected}"
+        )
 
 
 async def use(run: Run, location: Location) -> None:
@@ -148,7 +152,7 @@ class Writing:
 
     def __init__(self, run: Run, manager: StateManager) -> None:
         self._run, self._manager = run, manager
-        self.said: dict[tuple[str, int], int] = {}
+        self.acknowledged: dict[tuple[str, int], int] = {}
         """The values of acknowledged writes, by task and version."""
         self._seconds: list[float] | None = None
         self._may_write = asyncio.Event()
@@ -205,7 +209,7 @@ class Writing:
             else:
                 task.metadata = {"value": number}
                 await self._timed(manager.update_task(task))
-            self.said[task.task_id, task.version] = number
+            self.acknowledged[task.task_id, task.version] = number
 
     async def _timed(self, write: Awaitable[bool]) -> None:
         began = time.perf_counter()

@@ -169,6 +169,7 @@ class _Pass:
         def make() -> Coroutine[Any, Any, Any]:
             if call.is_open:
                 begin(fixture.other.task_repo.create(fixture.task("third")))
+            # Writes before and after the call in the queue, so that it shares a batch with them.
             begin(self.manager.add_task(fixture.task("beside")))
             loop.call_soon(begin, self.manager.cancel_task(fixture.id("ending")))
             loop.call_soon(begin, self.manager.task_repo.create(fixture.task("second")))
@@ -187,6 +188,7 @@ class _Pass:
         await self.check_next_writes(fixture, where)
         await _within(self.clean_up(call, fixture), f"{where}: its clean-up")
         await self.check_leaks(tasks, where)
+        # A second look at the rows: no part of the call may happen after its end.
         later = await self.rows(fixture, call)
         if not call.lingers:
             changed = _differences(rows, later) + _differences(memory, await self.memory(fixture))

@@ -112,6 +112,7 @@ class _Processes:
                 process.delays.append((due, now))
             case ["watched", changes]:
                 process.watched += changes
+        # Its last messages were sent before the kill, and count.
         if process.is_killed:
             return
         if self._answered >= self._wanted:
@@ -130,6 +131,7 @@ class _Processes:
     def _is_replaced(self, number: int) -> bool:
         """Return true if another process replaces an ended one."""
         process = self._processes[number]
+        # An upper bound: its output has ended, so all its calls are before this time.
         process.ended = time.monotonic_ns()
         status = self._children[number].wait()
         expected = -signal.SIGKILL if process.is_killed else 0

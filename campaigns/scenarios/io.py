@@ -111,6 +111,7 @@ class Fault:
     def __call__(self, call: vfs.SystemCall) -> int:
         if self._below is None or not call.path.startswith(self._below):
             return 0
+        # This runs inside SQLite: it must neither call SQLite nor raise.
         self.seen[call.name] += 1
         point = self._point
         if call.name not in FITTING.get(point.error, ()):
@@ -169,9 +170,8 @@ class _Faults:
     def __init__(self, run: Run, fault: Fault) -> None:
         self.run, self.fault = run, fault
         self._done = self._injected = self._excused = 0
-        self._templates: dict[
-            str, tuple[Path, Snapshot]
-        ] = {}  # the files before a lifecycle call, and the snapshot after it
+        self._templates: dict[str, tuple[Path, Snapshot]] = {}
+        """The files before a lifecycle call, and the snapshot after it."""
         self._numbers = count()
 
     def perform(self) -> None:

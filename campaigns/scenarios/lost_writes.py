@@ -71,6 +71,7 @@ class _File:
         self._since: list[Write | Truncation] = []
 
     def note(self, event: Write | Truncation | Sync) -> None:
+        # A sync covers this file only; changes of other files stay unsynced.
         if isinstance(event, Sync):
             for change in self._since:
                 _apply(change, self._synced)
@@ -82,6 +83,7 @@ class _File:
         """Return the content after a cut; about this share of the unsynced data is kept."""
         left = bytearray(self._synced)
         for change in self._since:
+            # Any subset may be on the disk: it reorders writes between two syncs.
             for part in _sectors(change):
                 if random.random() < share:
                     _apply(part, left)
@@ -102,6 +104,7 @@ class RecordedDisk:
 
     def leave(self, folder: Path, random: Random) -> None:
         """Write the files to a folder as they are after a power cut now."""
+        # The extremes are likely in practice: none or all of the unsynced data.
         share = random.choice((0, random.random(), 1))
         for name, file in self._files.items():
             (folder / name).write_bytes(file.after_cut(random, share))

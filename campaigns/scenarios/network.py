@@ -175,6 +175,7 @@ class Lane:
         """Let the network fail while the callers work, restore it, and check the result."""
         fault = self.draw(callers, number)
         self.done, self.is_ending = [], False
+        # The callers start first, so that the fault hits calls in progress.
         working = [asyncio.create_task(caller.work()) for caller in callers]
         await asyncio.sleep(self.random.uniform(0, 0.05))
         self.proxy.fail(fault)
@@ -391,6 +392,7 @@ class Caller:
         """
         counts, is_in_doubt = self.run.counts, False
         self.doing = f"{id} to be {status}"
+        # Once, before all attempts: a repetition must not change the row a second time.
         before = await self.row(id)
         while True:
             began = time.monotonic()
@@ -422,7 +424,8 @@ class Caller:
                 counts.refused += 1
                 if refused_if_done is not None and isinstance(error, refused_if_done):
                     self.run.check(
-                        is_in_doubt, f"refused without a reason, though not unknown: {error!r}"
+                        is_in_doubt,
+                        f"refused as already done, though no attempt is in doubt: {error!r}",
                     )
                 else:
                     self.run.wrong(f"an untyped error: {error!r}")

@@ -108,16 +108,18 @@ class Worker:
         """Stop the worker: it sends nothing from then on."""
         with suppress(ProcessLookupError, FileNotFoundError):
             os.kill(self._pid, signal.SIGSTOP)
+            # The signal is asynchronous: wait until the process is stopped (T) or dead (Z).
             state = Path(f"/proc/{self._pid}/stat")
             wait_until(
                 lambda: state.read_text().rpartition(")")[2].split()[0] in "TZ",
-                "a worker stands still",
+                "a worker is stopped",
             )
 
     def end(self) -> None:
         """End the last worker, and wait until it is gone."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGTERM)
+        # The output ends with the spawner, which ends after its last worker.
         for _ in self._messages:
             pass
 
@@ -135,6 +137,7 @@ class Worker:
 
     def write(self, log: Log, interruption: Interruption) -> None:
         """Let the clients write, until the interruption has come and the worker is dead."""
+        # In units of the first call, so that the interruption falls into any of the first batches.
         batches = self._run.random.uniform(0, MOST_BATCHES)
         interrupting: Timer | None = None
         patience = Timer(PATIENCE_SECONDS, self.kill)
