@@ -17,7 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.comparison import ROOT, Comparison, as_table, checked_out, compare, measure_in
+from benchmarks.comparison import (
+    ROOT,
+    Comparison,
+    as_table,
+    checked_out,
+    compare,
+    measure_in,
+    require_own_library,
+)
 from benchmarks.measure import Bench, Samples, Skipped
 from benchmarks.report import PLOTTED, Machine, Report, Result
 from benchmarks.work import connected, make_empty, require_durable_server
@@ -80,6 +88,8 @@ def _compare(options: argparse.Namespace, names: Sequence[str], rounds: int) -> 
         if server is not None:
             arguments += ["--server", server.url]
         before = stack.enter_context(checked_out(options.against))
+        for checkout in (before, ROOT):
+            require_own_library(checkout)
 
         def measure(checkout: Path, name: str) -> Samples:
             return measure_in(checkout, name, *arguments)

@@ -78,7 +78,7 @@ def checked_out(revision: str) -> Iterator[Path]:
         CalledProcessError: If there is no such commit.
     """
     with TemporaryDirectory(prefix="openclaw-store-") as folder:
-        checkout = Path(folder, "checkout")
+        checkout = Path(folder, "checkout").resolve()
         _git("worktree", "add", "--quiet", "--detach", str(checkout), revision)
         try:
             yield checkout
@@ -102,6 +102,17 @@ def compare(
     return [one for one in found.values() if one.before and one.now]
 
 
+def require_own_library(checkout: Path) -> None:
+    """Check that a process in a checkout imports the library from there.
+
+    Raises:
+        RuntimeError: If it imports another one, such as an installed one.
+    """
+    found = Path(_python(checkout, "-c", "import openclaw_store as o; print(o.__file__)").strip())
+    if not found.is_relative_to(checkout.resolve()):
+        raise RuntimeError(f"{checkout} would be measured with the library in {found.parent}")
+
+
 def measure_in(checkout: Path, name: str, *arguments: str) -> Samples:
     """Run one round of a benchmark in a process of its own.
 
@@ -110,15 +121,8 @@ def measure_in(checkout: Path, name: str, *arguments: str) -> Samples:
     """
     with TemporaryDirectory(prefix="openclaw-store-") as folder:
         file = Path(folder, "figures.json")
-        command = [sys.executable, "-m", "benchmarks", "--only", name, "--rounds", "1"]
-        subprocess.run(  # noqa: S603 - this program, in another checkout
-            [*command, "--json", str(file), *arguments],
-            cwd=checkout,
-            env={**os.environ, "PYTHONPATH": str(checkout)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        options = ("--only", name, "--rounds", "1", "--json", str(file), *arguments)
+        _python(checkout, "-m", "benchmarks", *options)
         samples: Samples = json.loads(file.read_text("utf-8"))["benchmarks"][name]["samples"]
         return samples
 
@@ -146,6 +150,17 @@ def _own(samples: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[tuple
         if not contender.startswith(_REFERENCES):
             for quantity, values in quantities.items():
                 yield contender, quantity, median(values)
+
+
+def _python(checkout: Path, *arguments: str) -> str:
+    return subprocess.run(  # noqa: S603 - this Python, in another checkout
+        [sys.executable, *arguments],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},  # before an installed library
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
 
 
 def _git(*arguments: str) -> None:

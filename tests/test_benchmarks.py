@@ -13,7 +13,7 @@ from conftest import require_server
 
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS
-from benchmarks.comparison import TOLERANCE, compare
+from benchmarks.comparison import ROOT, TOLERANCE, compare, require_own_library
 from benchmarks.measure import Samples, at_least, at_most, percentile
 from benchmarks.report import Machine, Report, Result
 from benchmarks.work import require_durable_server
@@ -206,6 +206,11 @@ class TestComparison:
             return {"openclaw_store": {"old_us" if checkout == self.BEFORE else "us": [1.0]}}
 
         assert compare(self.BEFORE, self.NOW, ["get-task"], 1, measure) == []
+
+    def test_checkout_is_measured_with_its_own_library(self, tmp_path: Path) -> None:
+        require_own_library(ROOT)
+        with pytest.raises(RuntimeError, match="would be measured with the library in"):
+            require_own_library(tmp_path)
 
     def test_unknown_commit_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--against", "no-such-commit", "--only", "memory"]) == 1
