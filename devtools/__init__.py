@@ -1,1 +1,1 @@
-"""Tools for developers: the PostgreSQL server of tests and benchmarks, and counts of calls."""
+"""Tools for developers: the PostgreSQL server of tests, counts of calls, the picture of imports."""

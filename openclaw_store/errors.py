@@ -1,11 +1,11 @@
-"""Every error the store raises; each class stands for one thing a caller would do differently.
+"""The errors of the store: one class for each different reaction of a caller.
 
 StoreError
-├── InvalidDataError (ValueError)     refused before anything reached the database
+├── InvalidDataError (ValueError)     a value cannot be stored
 ├── NotFoundError (LookupError)       TaskNotFoundError, NodeNotFoundError
 ├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError,
 │                                     InvalidTransitionError, NotOwnerError
-├── CompactedError                    the feed no longer reaches back that far
+├── CompactedError                    the wanted part of the feed was removed
 └── BackendError                      UnavailableError, DeadlineError, SchemaMismatchError,
                                       OutcomeUnknownError
 """
@@ -28,7 +28,7 @@ def safe_repr(value: object) -> str:
 
 
 class StoreError(Exception):
-    """Base of all errors of this library."""
+    """The base of all errors of this library."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args`, which our constructors do not take:
@@ -44,7 +44,12 @@ def _restore(kind: type[StoreError], args: tuple[object, ...], state: dict[str, 
 
 
 class InvalidDataError(StoreError, ValueError):
-    """A value cannot be stored, or read back; nothing was written."""
+    """A value cannot be stored, or a stored value cannot be read; nothing was written.
+
+    Attributes:
+        field: The name of the field or argument.
+        reason: The rule that the value breaks.
+    """
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}")
@@ -53,11 +58,15 @@ class InvalidDataError(StoreError, ValueError):
 
 
 class NotFoundError(StoreError, LookupError):
-    """There is no such row."""
+    """The store has no row with this identifier."""
 
 
 class TaskNotFoundError(NotFoundError):
-    """No task has this identifier."""
+    """The store has no task with this identifier.
+
+    Attributes:
+        task_id: The identifier.
+    """
 
     def __init__(self, task_id: str) -> None:
         super().__init__(f"no task with id {task_id!r}")
@@ -65,7 +74,11 @@ class TaskNotFoundError(NotFoundError):
 
 
 class NodeNotFoundError(NotFoundError):
-    """No node has this identifier."""
+    """The store has no node with this identifier.
+
+    Attributes:
+        node_id: The identifier.
+    """
 
     def __init__(self, node_id: str) -> None:
         super().__init__(f"no node with id {node_id!r}")
@@ -73,16 +86,16 @@ class NodeNotFoundError(NotFoundError):
 
 
 class ConflictError(StoreError):
-    """What the store holds contradicts the write; the store was left as it is."""
+    """The write contradicts the content of the store; nothing was written."""
 
 
 class DuplicateError(ConflictError):
-    """A task or node with this identifier exists already, or a live task with this key.
+    """A task or node with this identifier exists, or an unfinished task with this idempotency key.
 
     Attributes:
         kind: `task` or `node`.
-        id: The identifier of the one that exists.
-        idempotency_key: The key that both have; `None` if it is the identifier.
+        id: The identifier of the existing task or node.
+        idempotency_key: The key of both tasks; `None` if they have the same identifier.
     """
 
     def __init__(self, kind: str, id: str, idempotency_key: str | None = None) -> None:
@@ -98,7 +111,14 @@ class DuplicateError(ConflictError):
 
 
 class StaleVersionError(ConflictError):
-    """The copy being written is older than what the store holds."""
+    """The written copy is older than the content of the store; the newer content stays.
+
+    Attributes:
+        kind: `task` or `node`.
+        id: The identifier.
+        version: The version of the written copy.
+        current: The version in the store.
+    """
 
     def __init__(self, kind: str, id: str, version: int, current: int) -> None:
         super().__init__(
@@ -112,7 +132,13 @@ class StaleVersionError(ConflictError):
 
 
 class InvalidTransitionError(ConflictError):
-    """A task is done, and may not change to the state that was asked for."""
+    """A finished task cannot change to the wanted state; only `requeue_task` restarts it.
+
+    Attributes:
+        task_id: The identifier.
+        before: The state of the task.
+        after: The wanted state.
+    """
 
     def __init__(self, task_id: str, before: str, after: str) -> None:
         super().__init__(
@@ -125,15 +151,15 @@ class InvalidTransitionError(ConflictError):
 
 
 class NotOwnerError(ConflictError):
-    """The caller's node does not hold this attempt of the task any more: give up on it.
+    """The node no longer owns this attempt of the task; its work on the task must stop.
 
     Attributes:
-        task_id: The task.
-        node_id: The node that the caller speaks for.
-        attempt: The attempt that the caller speaks of.
-        status: The state the task is in.
-        current_node: The node it is assigned to; `None` for none.
-        current_attempt: The attempt that is the newest.
+        task_id: The identifier of the task.
+        node_id: The node of the caller.
+        attempt: The attempt of the caller.
+        status: The state of the task.
+        current_node: The node to which the task is assigned; `None` for no node.
+        current_attempt: The newest attempt.
     """
 
     def __init__(
@@ -159,7 +185,11 @@ class NotOwnerError(ConflictError):
 
 
 class UnsavedConflictError(ConflictError):
-    """Entries kept in memory with `persist=False` lost to newer data and were dropped."""
+    """Entries of memory alone (`persist=False`) were older than the database and were dropped.
+
+    Attributes:
+        conflicts: One error for each dropped entry.
+    """
 
     def __init__(self, conflicts: Sequence[StoreError]) -> None:
         super().__init__(
@@ -170,11 +200,11 @@ class UnsavedConflictError(ConflictError):
 
 
 class CompactedError(StoreError):
-    """The feed of changes no longer reaches back that far: read the state, and go on from there.
+    """The feed of changes begins after the wanted revision; read the state, continue from there.
 
     Attributes:
-        since: The revision that was asked for.
-        oldest: The oldest revision that the feed still has.
+        since: The wanted revision.
+        oldest: The oldest revision in the feed.
     """
 
     def __init__(self, since: int, oldest: int) -> None:
@@ -187,23 +217,23 @@ class CompactedError(StoreError):
 
 
 class BackendError(StoreError):
-    """The database could not do its part."""
+    """The database failed, or is not usable."""
 
 
 class UnavailableError(BackendError):
-    """The database cannot be used now; the message says which and what to do."""
+    """The database cannot be used now; the message names it and the next step."""
 
 
 class DeadlineError(BackendError):
-    """Something took, or would take, longer than it may; nothing of it was written."""
+    """A call took longer than its limit, or would wait for itself; it has written nothing."""
 
 
 class SchemaMismatchError(BackendError):
-    """The database has another schema than this version of the library needs."""
+    """The schema of the database is not the schema of this version of the library."""
 
 
 class OutcomeUnknownError(BackendError):
-    """The commit failed half-way, so whether it took effect is not known.
+    """The commit was interrupted; the write may or may not have taken effect.
 
-    Repeating the call with the same identifiers is safe.
+    A repetition of the call with the same identifiers is safe.
     """
