@@ -22,19 +22,13 @@ from openclaw_store.domain.models import (
     NodeInfo,
     Task,
 )
+from openclaw_store.domain.validation import EMPTY, PLAIN_TYPES, check_fields
 from openclaw_store.errors import InvalidDataError
 
 Entity = TypeVar("Entity", Task, NodeInfo)
 
 
-_PLAIN = frozenset({str, int, float, bool, type(None)})
-
-
 _NONE = type(None)
-
-
-_EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, _NONE: None}  # shared; copies copy them
-
 
 _new, _loads = object.__new__, orjson.loads  # found without a detour, for each copy
 
@@ -182,7 +176,7 @@ class Record(Generic[Entity]):
                 value = _load(self, name, value)
                 if isinstance(value, (list, dict)):
                     items: Iterable[Any] = value if isinstance(value, list) else value.values()
-                    if not _PLAIN.issuperset(map(type, items)):
+                    if not PLAIN_TYPES.issuperset(map(type, items)):
                         nested.append(name)
                         continue
                 self.__dict__[name] = value
@@ -219,35 +213,8 @@ def encode(item: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
     if len(fields) != len(checks) + len(json_checks):
         fields = _declared(item)
     stored = _NOTHING_STORED[kind] if known is None else known.__dict__
-    try:
-        for name, default, check in checks:
-            value = fields[name]
-            if value is not default and value is not stored[name]:
-                fields[name] = check(name, value)
-        for name, empty, check_json in json_checks:
-            value, there = fields[name], stored[name]
-            if not value and type(value) is empty:
-                fields[name] = _EMPTY[empty]
-            else:
-                fields[name] = there if _is_same(value, there) else check_json(name, value)
-    except KeyError as error:
-        raise InvalidDataError(str(error.args[0]), "is missing") from None
+    check_fields(fields, stored, checks, json_checks)
     return Record(kind, fields)
-
-
-def _is_same(value: Any, stored: Any) -> bool:
-    """Whether a value is the JSON that a record has decoded, down to its types."""
-    kind = type(value)
-    if kind is not type(stored) or kind not in (list, dict):  # as of text that is not decoded
-        return False
-    items = value.values() if kind is dict else value
-    if not _PLAIN.issuperset(map(type, items)):  # whose own code would be asked
-        return False
-    try:
-        # Text may be the same where values are not, as of NaN and null, and the other way round.
-        return orjson.dumps(value) == orjson.dumps(stored) and bool(value == stored)
-    except (TypeError, ValueError):  # it is no JSON
-        return False
 
 
 def _shared(names: Iterable[str]) -> Sequence[str]:
@@ -270,7 +237,7 @@ def decode(kind: type[Entity], row: Sequence[Any]) -> Record[Entity]:
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
         try:
-            fields[name] = _EMPTY[empty] if text is None else text.encode()
+            fields[name] = EMPTY[empty] if text is None else text.encode()
         except AttributeError as error:  # written by hand: SQLite takes a blob anywhere
             raise InvalidDataError(name, f"of {row[0]!r} is not text") from error
     return Record(kind, fields)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -33,8 +33,60 @@ MIN_INTEGER = -(1 << 63)
 _HARMLESS = frozenset({str, bool, type(None)})
 _NUL_IN_JSON = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
+PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
+"""Types of JSON values that are immutable."""
+EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, type(None): None}
+"""The one empty value of each type that all records share; every copy replaces it."""
+
 Check = Callable[[str, Any], Any]
-"""Takes a field's name and value; returns the value as it is kept, or raises."""
+"""Takes the name and value of a field; returns the value to keep, or raises `InvalidDataError`."""
+
+
+def check_fields(
+    fields: dict[str, Any],
+    stored: Mapping[str, Any],
+    checks: Iterable[tuple[str, Any, Check]],
+    json_checks: Iterable[tuple[str, type[Any], Check]],
+) -> None:
+    """Replace the values of `fields` by the values to keep.
+
+    Args:
+        fields: Values by name, as a caller gave them.
+        stored: Values of the same entity that were checked before; equal ones are kept as they are.
+        checks: Name, default and check of each field that is not JSON.
+        json_checks: Name, type of the default and check of each JSON field.
+
+    Raises:
+        InvalidDataError: Naming the first field that is missing or cannot be stored.
+    """
+    try:
+        for name, default, check in checks:
+            value = fields[name]
+            if value is not default and value is not stored[name]:
+                fields[name] = check(name, value)
+        for name, empty, check in json_checks:
+            value, before = fields[name], stored[name]
+            if not value and type(value) is empty:
+                fields[name] = EMPTY[empty]
+            else:
+                fields[name] = before if _is_same_json(value, before) else check(name, value)
+    except KeyError as error:
+        raise InvalidDataError(str(error.args[0]), "is missing") from None
+
+
+def _is_same_json(value: Any, stored: Any) -> bool:
+    """Return whether two values are the same JSON, including the types of their elements."""
+    kind = type(value)
+    if kind is not type(stored) or kind not in (list, dict):  # `bytes` is JSON not decoded yet
+        return False
+    elements = value.values() if kind is dict else value
+    if not PLAIN_TYPES.issuperset(map(type, elements)):  # a caller's class may have its own `==`
+        return False
+    try:
+        # Both comparisons are needed: NaN and null have one text, 1 and 1.0 are equal.
+        return orjson.dumps(value) == orjson.dumps(stored) and bool(value == stored)
+    except (TypeError, ValueError):  # not JSON
+        return False
 
 
 def check_id(name: str, value: Any) -> str:
