@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import count
+from itertools import count, groupby
+from operator import itemgetter
 from typing import Any
 from unittest.mock import patch
 
@@ -107,17 +109,22 @@ def watch_ahead() -> Iterator[None]:
 @bug
 def cache_before_commit() -> Iterator[None]:
     """P2: the cache takes changes before their commit, and keeps them when it fails."""
-    transaction = Database._write_on_thread
+    apply, finish = Writer._apply, WriteTransaction.finish
+    here = threading.local()
 
-    @contextmanager
-    def too_soon(
-        self: Database, until: float, committed: Callable[[WriteTransaction], None]
-    ) -> Iterator[WriteTransaction]:
-        with transaction(self, until, committed) as unit:
-            yield unit
-            unit.before_commit.append(lambda: self._writer.publish(unit.committed))
+    def note(self: Writer, entries: Sequence[Any], until: float, began: float) -> bool:
+        here.writer = self
+        try:
+            return apply(self, entries, until, began)
+        finally:
+            del here.writer
 
-    with patch.object(Database, "_write_on_thread", too_soon):
+    def too_soon(self: WriteTransaction) -> None:
+        finish(self)
+        if hasattr(here, "writer"):
+            here.writer.publish(self.committed)
+
+    with patch.object(Writer, "_apply", note), patch.object(WriteTransaction, "finish", too_soon):
         yield
 
 
@@ -190,20 +197,23 @@ def times_as_the_clock_says() -> Iterator[None]:
 @bug
 def acknowledge_before_commit() -> Iterator[None]:
     """P1: the writer answers its callers first, and commits afterwards."""
-    transaction, commits = Database._write_on_thread, count()
+    commits = count()
 
-    @contextmanager
-    def too_soon(
-        self: Database, until: float, committed: Callable[[WriteTransaction], None]
-    ) -> Iterator[WriteTransaction]:
-        with transaction(self, until, lambda _: None) as unit:
-            yield unit
-            committed(unit)
-            self._writer.publish_pending()
-            if next(commits):
-                time.sleep(STALL_SECONDS)
+    def too_soon(self: Writer, entries: Sequence[Any], until: float, began: float) -> bool:
+        self._session = self._session or self._backend.write_session(until)
+        self._session.begin(until, self.publish_pending)
+        transaction = WriteTransaction(self._session.cursor, self._clock())
+        outcomes: list[Any] = []
+        for apply, run in groupby(entries, key=itemgetter(1)):
+            outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
+        transaction.finish()
+        self.publish(transaction.committed, entries, outcomes)
+        if next(commits):
+            time.sleep(STALL_SECONDS)
+        self._session.commit()
+        return True
 
-    with patch.object(Database, "_write_on_thread", too_soon):
+    with patch.object(Writer, "_apply", too_soon):
         yield
 
 

@@ -99,7 +99,7 @@ class Backend(Protocol):
     def cursor(self, connection: Connection) -> Cursor:
         """What a transaction writes with in the transaction of a session."""
 
-    def writing(self, until: float) -> WriteSession:
+    def write_session(self, until: float) -> WriteSession:
         """A connection for the writer, on whose thread this is called.
 
         Args:

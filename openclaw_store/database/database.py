@@ -7,12 +7,10 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,8 +25,6 @@ from openclaw_store.backends import (
     DEFAULT_TIMEOUT_SECONDS,
     Notifier,
     OnCommit,
-    RedoError,
-    WriteSession,
     backend_of,
     cancel_once,
     ended_badly,
@@ -38,7 +34,7 @@ from openclaw_store.backends import (
 )
 from openclaw_store.backends.sqlite import backend as sqlite
 from openclaw_store.database import legacy_import, migrations
-from openclaw_store.database.group_commit import Apply, BeginTransaction, Listener, Writer
+from openclaw_store.database.group_commit import Apply, Listener, Writer
 from openclaw_store.database.sessions import Engines
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import FairLock
@@ -136,8 +132,7 @@ class Database:
         self._forks = _forks
         self._state = "new"
         self._write_lock = FairLock(timeout)
-        self._writer = Writer(self._turn_on_thread, self._writer_stopped, clock, self._is_pipelined)
-        self._writing: WriteSession | None = None  # belongs to the writer's thread
+        self._writer = Writer(self._backend, self._write_lock, clock, timeout)
         self._home: asyncio.AbstractEventLoop | None = None
         self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -481,50 +476,11 @@ class Database:
 
     @asynccontextmanager
     async def _exclusive(self, holder: str) -> AsyncIterator[None]:
-        await self._write_lock.enter(holder)
+        await self._write_lock.acquire_async(holder)
         try:
             yield
         finally:
-            self._write_lock.leave()
-
-    @contextmanager
-    def _turn_on_thread(self) -> Iterator[BeginTransaction]:
-        """The writer's turn: its transactions wait no longer than `timeout`, with that for it."""
-        until = time.monotonic() + self.timeout
-        with self._write_lock.held("the writer", self._writer.publish_pending):
-            yield partial(self._write_on_thread, until)
-
-    @contextmanager
-    def _write_on_thread(
-        self, until: float, committed: Callable[[WriteTransaction], None]
-    ) -> Iterator[WriteTransaction]:
-        """A transaction of the writer; until then, by `time.monotonic`, it waits for others."""
-        with self._backend.error_mapping.mapped():
-            try:
-                if self._writing is None:
-                    self._writer.publish_pending()
-                    self._writing = self._backend.writing(until)
-                writing = self._writing
-                writing.begin(until, self._writer.publish_pending)
-                transaction = WriteTransaction(writing.cursor, self.clock())
-                yield transaction
-                transaction.finish()
-                with self._backend.error_mapping.mapped(committing=True):
-                    writing.commit()
-            except RedoError:
-                raise
-            except BaseException:
-                self._writer_stopped()  # the next one begins with a connection in a known state
-                raise
-            committed(transaction)
-
-    def _is_pipelined(self) -> bool:
-        return self._writing is not None and self._writing.is_pipelined
-
-    def _writer_stopped(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.close()
+            self._write_lock.release()
 
     def _engines_here(self) -> Engines:
         self._check_ready()

@@ -37,30 +37,21 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
-from datetime import datetime
 from itertools import groupby
 from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any
 
-from openclaw_store.backends import RedoError, shield_until_done
+from sqlalchemy.exc import SQLAlchemyError
+
+from openclaw_store.backends import Backend, RedoError, WriteSession, shield_until_done
 from openclaw_store.database.metrics import WriteMetrics
+from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
+from openclaw_store.domain import Clock
 from openclaw_store.errors import BackendError, UnavailableError
 
 logger = logging.getLogger("openclaw_store.writer")
-
-
-BeginTransaction = Callable[
-    [Callable[["WriteTransaction"], None]], AbstractContextManager["WriteTransaction"]
-]
-"""Opens a transaction on the writer's thread, and calls back when it is committed.
-
-It commits at the end of the block, or rolls back and raises: a `BackendError` only when the whole
-transaction failed, `RedoError` if the same is to be done in another one, which after some of them
-has the lock; anything else is taken for the fault of one operation.
-"""
 
 
 Apply = Callable[["WriteTransaction", Sequence[Any]], Sequence[Any]]
@@ -98,26 +89,21 @@ _Acknowledgements = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
 
 
 class Writer:
-    """Applies submitted operations on one thread, as a rule all that have queued in a transaction.
+    """Apply submitted operations on one thread; all that have queued share a transaction.
 
     Args:
-        turn: Waits, on the writer's thread, until it may write, and has it to itself for the block;
-            gives what opens as many transactions as a batch takes until one is committed.
-        stopped: Is called on the thread when it ends.
-        clock: Tells when a batch failed.
-        is_pipelined: Tells whether a batch is to leave half of many callers to the next one.
+        backend: The engine; its write session belongs to the thread.
+        turns: The lock that admits one writer of this process at a time.
+        clock: Returns the time that a transaction stamps.
+        timeout: Seconds that a batch waits for its turn and for the locks of other processes.
     """
 
-    def __init__(
-        self,
-        turn: Callable[[], AbstractContextManager[BeginTransaction]],
-        stopped: Callable[[], None],
-        clock: Callable[[], datetime],
-        is_pipelined: Callable[[], bool],
-    ) -> None:
-        self._turn = turn
-        self._stopped = stopped
-        self._is_pipelined = is_pipelined
+    def __init__(self, backend: Backend, turns: FairLock, clock: Clock, timeout: float) -> None:
+        self._backend = backend
+        self._turns = turns
+        self._clock = clock
+        self._timeout = timeout
+        self._session: WriteSession | None = None  # opened, used and closed on the thread
         self._metrics = WriteMetrics(clock)
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
@@ -281,7 +267,7 @@ class Writer:
         """
         queued, limit = len(self._queue), MAX_BATCH
         callers = max(queued, self._callers)
-        if callers >= HALVED_FROM and self._is_pipelined():
+        if callers >= HALVED_FROM and (self._session is not None and self._session.is_pipelined):
             limit = min(limit, (callers + 1) // 2)
         taken = [self._queue.popleft() for _ in range(min(queued, limit))]
         self._withdrawn = 0
@@ -321,7 +307,7 @@ class Writer:
                 self.publish((), entries, [_own(lost) for _ in entries])
             raise
         finally:
-            self._stopped()  # first: from the next line on there may be another thread
+            self._close_session()  # first: from the next line on there may be another thread
             with self._lock:
                 orphaned = bool(self._queue)
                 self._ended = None
@@ -343,10 +329,14 @@ class Writer:
     def _commit(self, entries: Sequence[_Entry]) -> None:
         """Commit the entries in one transaction; by halves if one of them makes it fail."""
         began = time.perf_counter()
+        until = time.monotonic() + self._timeout
         try:
-            with self._turn() as begin:
-                while not self._apply(entries, begin, began):
+            self._turns.acquire("the writer", self.publish_pending)
+            try:
+                while not self._apply(entries, until, began):
                     pass
+            finally:
+                self._turns.release()
         except Exception as error:
             if isinstance(error, BackendError):
                 self._metrics.note_failure(error)
@@ -357,23 +347,47 @@ class Writer:
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
 
-    def _apply(self, entries: Sequence[_Entry], begin: BeginTransaction, began: float) -> bool:
-        """Commit the entries in one transaction; returns whether that is done."""
+    def _apply(self, entries: Sequence[_Entry], until: float, began: float) -> bool:
+        """Commit the entries in one transaction.
+
+        Returns:
+            `False` if nothing was written and the same entries must be applied once more.
+        """
         outcomes: list[Any] = []
-
-        def keep(transaction: WriteTransaction) -> None:
-            self._metrics.note_commit(len(entries), time.perf_counter() - began)
-            with self._publishing:
-                self.publish_pending()
-                self._pending = transaction.committed, entries, outcomes
-
+        is_committing = False
         try:
-            with begin(keep) as transaction:
-                for apply, run in groupby(entries, key=itemgetter(1)):
-                    outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
+            if self._session is None:
+                self.publish_pending()
+                self._session = self._backend.write_session(until)
+            session = self._session
+            session.begin(until, self.publish_pending)
+            transaction = WriteTransaction(session.cursor, self._clock())
+            for apply, run in groupby(entries, key=itemgetter(1)):
+                outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
+            transaction.finish()
+            is_committing = True
+            session.commit()
         except RedoError:
             return False
+        except BaseException as error:
+            self._close_session()  # the next one begins with a connection in a known state
+            mapping = self._backend.error_mapping
+            driver_errors: tuple[type[Exception], ...] = (SQLAlchemyError, *mapping.raised())
+            if isinstance(error, driver_errors):
+                mapped = mapping.map_error(error, committing=is_committing)
+                if mapped is not error:
+                    raise mapped from error
+            raise
+        self._metrics.note_commit(len(entries), time.perf_counter() - began)
+        with self._publishing:
+            self.publish_pending()
+            self._pending = transaction.committed, entries, outcomes
         return True
+
+    def _close_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
 
 
 def _own(error: Exception) -> Exception:

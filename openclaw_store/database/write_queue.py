@@ -10,9 +10,9 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from openclaw_store.errors import DeadlineError
@@ -51,16 +51,15 @@ class FairLock:
         self._held_since = 0.0
         self._held_until: float | None = None
 
-    @contextmanager
-    def held(self, name: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Hold the gate on this thread.
+    def acquire(self, name: str, waiting: Callable[[], None] = lambda: None) -> None:
+        """Take the lock on this thread, until `release`.
 
         Args:
-            name: Who holds it, for the errors of those who wait.
-            waiting: Is called when it has to wait.
+            name: The holder, for the errors of other waiters.
+            waiting: Called each time before the thread waits.
 
         Raises:
-            DeadlineError: If whoever holds it does not let go.
+            DeadlineError: If the holder does not release it in time.
         """
         waiter = _Waiter(name, threading.get_ident())
         try:
@@ -71,13 +70,9 @@ class FairLock:
         except BaseException:
             self._give_up(waiter)
             raise
-        try:
-            yield
-        finally:
-            self.leave()
 
-    async def enter(self, name: str) -> None:
-        """Hold the gate from a coroutine, until it calls `leave`; as `held` otherwise."""
+    async def acquire_async(self, name: str) -> None:
+        """Take the lock in a coroutine, until `release`; otherwise as `acquire`."""
         waiter = _Waiter(name, asyncio.get_running_loop())
         granted: asyncio.Future[None] | None = None
         try:
@@ -94,8 +89,8 @@ class FairLock:
         with self._mutex:
             self._held_until = time.monotonic() + seconds
 
-    def leave(self) -> None:
-        """Let the next one in."""
+    def release(self) -> None:
+        """Give the lock to the next waiter."""
         with self._mutex:
             self._next()
 

@@ -346,7 +346,7 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
         if number == 0:
             await TaskRepository(other).create(make_task())
         await tasks.create(make_task())
-        writing = database._writing
+        writing = database._writer._session
         assert isinstance(writing, WriteSession)
         had_lock.append(writing.cursor.has_lock)
 
@@ -425,7 +425,7 @@ async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_
         return operations
 
     await database.write(needs_the_lock, None)  # connected by now
-    writing = database._writing
+    writing = database._writer._session
     assert isinstance(writing, WriteSession)
     async with database._exclusive("somebody else"):
         asking = asyncio.ensure_future(database.write(ask, None))
@@ -913,8 +913,8 @@ async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
     async with Database(url) as database:
         tasks, task = TaskRepository(database), make_task()
         await tasks.create(task)
-        assert isinstance(database._writing, WriteSession)
-        database._writing.cursor.lock_next = int(has_lock)
+        assert isinstance(database._writer._session, WriteSession)
+        database._writer._session.cursor.lock_next = int(has_lock)
         with suppress(DBAPIError):  # the lock, too, is lost
             async with locked(url, lock):
                 writing = asyncio.ensure_future(tasks.update(task))

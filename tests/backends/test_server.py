@@ -215,7 +215,7 @@ class TestSilence:
     ) -> None:
         async with StateManager(Database(proxy.url, timeout=self.LIMIT), None) as manager:
             await manager.add_task(make_task())
-            writing = manager.db._writing
+            writing = manager.db._writer._session
             assert isinstance(writing, WriteSession)
             writing.cursor.lock_next = int(has_lock)
             task = make_task(task_id="t", name="of no return")
@@ -462,8 +462,8 @@ class TestSilence:
 
         async def vanish() -> None:
             if way == "writer":
-                assert isinstance(database._writing, WriteSession)
-                database._writing.cursor.lock_next = 1
+                assert isinstance(database._writer._session, WriteSession)
+                database._writer._session.cursor.lock_next = 1
                 if amid_a_statement:
                     proxy.swallow_from(b"needle")
                 else:

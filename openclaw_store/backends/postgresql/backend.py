@@ -256,7 +256,7 @@ class PostgreSQL:
         """What a transaction writes with in the transaction of a session."""
         return Cursor(connection.connection.driver_connection, await_only)
 
-    def writing(self, until: float) -> WriteSession:
+    def write_session(self, until: float) -> WriteSession:
         """A connection for the writer, on whose thread this is called."""
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
         seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # others wait: not for ever

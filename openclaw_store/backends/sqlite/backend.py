@@ -443,7 +443,7 @@ class SQLite:
         """What a transaction writes with in the transaction of a session."""
         return Cursor(connection)
 
-    def writing(self, until: float) -> WriteSession:
+    def write_session(self, until: float) -> WriteSession:
         """A connection for the writer, on whose thread this is called."""
         return WriteSession(self.writing_engine, until, self._require_file)
 
