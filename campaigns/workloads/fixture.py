@@ -18,7 +18,7 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.repositories.base import admit
+from openclaw_store.domain import admit
 from openclaw_store.repositories.commands import Create
 
 

@@ -136,6 +136,10 @@ class Cursor(Protocol):
     def dialect(self) -> str:
         """`sqlite` or `postgresql`."""
 
+    @property
+    def is_speculative(self) -> bool:
+        """Whether units may do without reading the rows that they know."""
+
     def read(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
         """The rows of a statement that gives what the guard asks for, or comes behind it."""
 
@@ -185,6 +189,8 @@ class Cursor(Protocol):
 
 class NothingKnown:
     """What a cursor is like whose units read whatever they go by."""
+
+    is_speculative = False
 
     def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
         """Nothing."""

@@ -360,6 +360,8 @@ class Writer:
                 self.publish_pending()
                 self._session = self._backend.write_session(until)
             session = self._session
+            if not session.is_pipelined:
+                self.publish_pending()
             session.begin(until, self.publish_pending)
             transaction = WriteTransaction(session.cursor, self._clock())
             for apply, run in groupby(entries, key=itemgetter(1)):

@@ -1,46 +1,38 @@
-"""The write transaction that all operations of a batch share."""
+"""The write transaction that all commands of a batch share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from openclaw_store.backends import Cursor
 
-Shared = TypeVar("Shared")
-
 
 class WriteTransaction:
-    """One write transaction: its cursor, its moment, and what it will have changed."""
+    """One write transaction: its cursor, its moment, and the events to publish after its commit."""
 
     def __init__(self, cursor: Cursor, now: datetime) -> None:
         self.cursor = cursor
         self.now = now
         self.committed: list[Any] = []
-        """What the listeners are told once it has committed."""
+        """Events for the listeners, published after the commit."""
         self.before_commit: list[Callable[[], None]] = []
-        """To be done when all operations are applied."""
+        """Called when all commands are applied."""
         self.undo: list[Callable[[], None]] = []
-        """What restores the objects of callers if it does not commit."""
+        """Called, last first, if it does not commit: restore the objects of callers."""
+        self.unit_of_work: Any = None
+        """State that the commands share; made and used by the repositories."""
         self.finished = False
-        """Whether it takes no more operations."""
+        """Whether it accepts no more commands."""
         self.failure: BaseException | None = None
-        """What went wrong half-way through an operation, so that it must not commit."""
-        self._parts: dict[Any, Any] = {}
-
-    def part(self, factory: Callable[[WriteTransaction], Shared]) -> Shared:
-        """What all operations of the transaction share, made by `factory` when first asked for."""
-        if factory not in self._parts:
-            self._parts[factory] = factory(self)
-        part: Shared = self._parts[factory]
-        return part
+        """The error that interrupted a command half-way, so that it must not commit."""
 
     def finish(self) -> None:
-        """Do what must be done before the commit."""
+        """Write what the commands have left to be written; call it before the commit."""
         self.finished = True
         for work in self.before_commit:
             work()
-        # These refer to the transaction. Such cycles only the garbage collector frees.
+        # Both refer back to the transaction; only the garbage collector frees such cycles.
         self.before_commit.clear()
-        self._parts.clear()
+        self.unit_of_work = None

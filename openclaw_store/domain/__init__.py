@@ -53,6 +53,7 @@ from openclaw_store.domain.records import (
     Raw,
     Record,
     RowCodec,
+    admit,
     decode,
     encode,
     write_back,

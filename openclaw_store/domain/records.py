@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import orjson
@@ -215,6 +216,28 @@ def encode(item: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
     stored = _NOTHING_STORED[kind] if known is None else known.__dict__
     check_fields(fields, stored, checks, json_checks)
     return Record(kind, fields)
+
+
+def admit(
+    kind: type[Entity],
+    item: Entity,
+    clock: Callable[[], datetime],
+    known: Record[Entity] | None = None,
+) -> Record[Entity]:
+    """Check a caller's object on its way in; one without a time of its own is stamped now.
+
+    Args:
+        known: What is stored of it, which spares checks.
+
+    Raises:
+        InvalidDataError: If it is not of this kind, or naming the field that cannot be stored.
+    """
+    if not isinstance(item, kind):
+        name = KEY[kind].removesuffix("_id")
+        raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(item).__name__}")
+    record = encode(item, known)
+    born = "submitted_at" if kind is Task else "registered_at"
+    return record if getattr(record, born) else record.evolve(**{born: clock()})
 
 
 def _shared(names: Iterable[str]) -> Sequence[str]:

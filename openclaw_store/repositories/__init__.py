@@ -3,7 +3,7 @@
 This room holds the commands, the unit of work and the change log. It caches nothing.
 """
 
-from openclaw_store.repositories.base import Repository, admit
+from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,
     read_changes,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -23,9 +22,8 @@ from openclaw_store.domain import (
     STAMPED,
     Entity,
     Record,
-    Task,
+    admit,
     check_key,
-    encode,
     key_of,
     write_back,
 )
@@ -54,28 +52,6 @@ UNDONE = -MAX_INTEGER
 
 
 _DECODED = 100  # so many, if they are decoded and copied at the same stretch
-
-
-def admit(
-    kind: type[Entity],
-    item: Entity,
-    clock: Callable[[], datetime],
-    known: Record[Entity] | None = None,
-) -> Record[Entity]:
-    """Check a caller's object on its way in; one without a time of its own is stamped now.
-
-    Args:
-        known: What is stored of it, which spares checks.
-
-    Raises:
-        InvalidDataError: If it is not of this kind, or naming the field that cannot be stored.
-    """
-    if not isinstance(item, kind):
-        name = KEY[kind].removesuffix("_id")
-        raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(item).__name__}")
-    record = encode(item, known)
-    born = "submitted_at" if kind is Task else "registered_at"
-    return record if getattr(record, born) else record.evolve(**{born: clock()})
 
 
 class Repository(Generic[Entity]):

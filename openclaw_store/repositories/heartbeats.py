@@ -122,7 +122,7 @@ def apply_heartbeats(
 
 
 def _apply(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Sequence[bool]:
-    unit = transaction.part(UnitOfWork)
+    unit = transaction.unit_of_work or UnitOfWork(transaction)
     unit.count_from(*counters_of(transaction.cursor.execute(unit.sql.read_counters)))
     now = unit.sql.to_moment(transaction.now)
     rows = []

@@ -14,13 +14,14 @@ from openclaw_store.domain import (
     Backoff,
     NodeInfo,
     NodeStatus,
+    admit,
     check_backoff,
     check_enum,
     check_key,
     check_seconds,
     check_text,
 )
-from openclaw_store.repositories.base import Repository, admit
+from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.commands import (
     Register,
     SetNodeStatus,

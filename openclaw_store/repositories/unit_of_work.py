@@ -92,7 +92,7 @@ class Command(Protocol):
 
 
 class SingleRowCommand:
-    """An operation on a row that should be there; it needs nothing else, and knows nothing."""
+    """A command on one existing row; it needs no other row."""
 
     __slots__ = ()
     is_new: ClassVar[bool] = False
@@ -292,6 +292,7 @@ class UnitOfWork:
         self._only_adds = False  # rows that are presumed new: only their numbers may be wrong
         self.tell: Callable[[object], None] = transaction.committed.append
         """Tells the listeners, once it is committed."""
+        transaction.unit_of_work = self
         transaction.before_commit.append(self._write)
 
     def count_from(self, revision: int, beat: int) -> None:
@@ -457,7 +458,7 @@ def apply(transaction: WriteTransaction, operations: Sequence[Command]) -> Seque
     """Decide the operations in order and write what they changed."""
     if not operations:
         return []
-    unit = transaction.part(UnitOfWork)
+    unit = transaction.unit_of_work or UnitOfWork(transaction)
     rows = unit.rows = {kind: {} for kind in ROWS}
     targets: list[Row] = []
     keys: list[str] = []
@@ -467,7 +468,8 @@ def apply(transaction: WriteTransaction, operations: Sequence[Command]) -> Seque
             unit.row(kind, id)
         if operation.key is not None:
             keys.append(operation.key)
-    if not unit.trust(operations):
+    cursor = transaction.cursor
+    if not (cursor.is_speculative and unit.trust(operations)):
         for kind, touched in rows.items():
             if touched:
                 _load(unit, kind, touched)
@@ -476,7 +478,8 @@ def apply(transaction: WriteTransaction, operations: Sequence[Command]) -> Seque
     unit.make_sure()
     for kind, touched in rows.items():
         _store(unit, kind, touched.values())
-    unit.cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
+    if cursor.is_speculative:
+        cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
     unit.end_run()
     return outcomes
 

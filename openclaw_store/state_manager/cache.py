@@ -698,7 +698,10 @@ def _claimable(record: Record[Task]) -> Ready | None:
         return None
     key = _pending_key(record)
     assert key is not None
-    return key, record.encoded("required_skills"), record.not_before
+    skills = record.required_skills
+    if type(skills) is not bytes:  # it is decoded, or empty
+        skills = record.encoded("required_skills")
+    return key, skills, record.not_before
 
 
 def _skills(record: Record[NodeInfo] | None) -> frozenset[str]:

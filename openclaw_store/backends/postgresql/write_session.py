@@ -132,6 +132,7 @@ class WriterCursor(Cursor):
     have written meanwhile and does nothing.
     """
 
+    is_speculative = True
     has_lock = False
     lock_next = 0
     """How many transactions shall begin with the lock."""

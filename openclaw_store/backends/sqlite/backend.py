@@ -13,7 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,16 +141,20 @@ class Cursor(NothingKnown):
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._driver_cursor: DBAPICursor | None = None
 
-    @cached_property
+    @property
     def _cursor(self) -> DBAPICursor:
         # The driver's own: SQLAlchemy's way to it takes longer than most statements do.
-        return self._connection.connection.cursor()
+        if self._driver_cursor is None:
+            self._driver_cursor = self._connection.connection.cursor()
+        return self._driver_cursor
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """The rows of a statement."""
-        self._cursor.execute(sql, parameters)
-        return self._cursor.fetchall()
+        cursor = self._cursor
+        cursor.execute(sql, parameters)
+        return cursor.fetchall()
 
     read = execute
 
@@ -221,7 +225,6 @@ class WriteSession:
 
     def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
         """Begin a transaction with the write lock, for which it waits until then."""
-        meanwhile()
         self._require_file()
         retrying(lambda: _begin_writing(self._connection), until - time.monotonic())
         self.cursor = Cursor(self._connection)
