@@ -203,7 +203,7 @@ class Cache:
         if record.status in FINISHED and (Task, record.task_id) not in self.unsaved:
             self._finish(record.task_id, record)
 
-    def hold(self, record: Record[Any], base: Record[Any] | None) -> None:
+    def stage(self, record: Record[Any], base: Record[Any] | None) -> None:
         """Show an entry before it is committed."""
         place = key_of(record)
         entry = self.unsaved.get(place)
@@ -214,10 +214,10 @@ class Cache:
         """Forget what is only in memory of an entry; `False` if there is nothing."""
         entry = self.unsaved.get(place)
         if entry is not None:
-            self.release(place, entry, None)
+            self.unstage(place, entry, None)
         return entry is not None
 
-    def release(self, place: EntityKey, entry: Unsaved, stored: Record[Any] | None) -> None:
+    def unstage(self, place: EntityKey, entry: Unsaved, stored: Record[Any] | None) -> None:
         """`entry` was written as `stored`, or lost (`None`): show what the database holds."""
         present = self.unsaved.get(place)
         if present is None:

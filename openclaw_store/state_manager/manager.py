@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextvars import Context
 from functools import partial
 from itertools import islice
@@ -61,7 +61,6 @@ from openclaw_store.repositories import (
     Repository,
     SetNodeStatus,
     TaskRepository,
-    apply_together,
     cancellation_of,
     compact_feed,
     completion_of,
@@ -335,7 +334,7 @@ class StateManager:
         """
         self._check_usable()
         record = admit(Task, task, self.db.clock)
-        write_back(await self._replica.add(record, persist), task)
+        write_back(await self._add(record, persist), task)
         return True
 
     async def update_task(self, task: Task, persist: bool = True) -> bool:
@@ -351,7 +350,7 @@ class StateManager:
         """
         self._check_usable()
         record = self._encode_known(Task, task)
-        write_back(await self._replica.update(record, persist), task)
+        write_back(await self._update(record, persist), task)
         return True
 
     async def change_task(self, task_id: str, fn: Callable[[Task], object]) -> Task | None:
@@ -441,9 +440,8 @@ class StateManager:
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            await self._replica.flush_or_drop((Task, task.task_id))
             creations[place] = Create(Task, task.task_id, record)
-        results = await self.db.write(apply_together, list(creations.values()))
+        results = await self._replica.submit_all(list(creations.values()))
         for place, result in zip(creations, results, strict=True):
             if isinstance(result, StoreError):
                 outcomes[place] = result
@@ -655,7 +653,7 @@ class StateManager:
         """
         self._check_usable()
         record = admit(NodeInfo, node, self.db.clock)
-        write_back(await self._replica.add(record, persist), node)
+        write_back(await self._add(record, persist), node)
         return True
 
     async def register_node(self, node: NodeInfo) -> bool:
@@ -691,7 +689,7 @@ class StateManager:
         """
         self._check_usable()
         record = self._encode_known(NodeInfo, node)
-        write_back(await self._replica.update(record, persist), node)
+        write_back(await self._update(record, persist), node)
         return True
 
     async def change_node(self, node_id: str, fn: Callable[[NodeInfo], object]) -> NodeInfo | None:
@@ -719,10 +717,8 @@ class StateManager:
     async def update_node_status(self, node_id: str, status: NodeStatus) -> bool:
         """Change a node's status; ONLINE and BUSY count as a sign of life. `False` if unknown."""
         self._check_usable()
-        place = (NodeInfo, check_key("node_id", node_id))
-        operation = SetNodeStatus(place[1], node_status("status", status))
-        await self._replica.flush_entry(place)
-        known: bool = await self._replica.submit(operation)
+        command = SetNodeStatus(check_key("node_id", node_id), node_status("status", status))
+        known: bool = await self._replica.submit(command)
         return known
 
     async def update_heartbeat(
@@ -913,6 +909,16 @@ class StateManager:
 
         changed = await self._replica.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
+
+    def _add(self, record: Record[Entity], persist: bool) -> Awaitable[Record[Entity]]:
+        if persist:
+            return self._replica.submit(Create(record.kind, record.id, record))
+        return self._replica.write_behind.add(record)
+
+    def _update(self, record: Record[Entity], persist: bool) -> Awaitable[Record[Entity]]:
+        if persist:
+            return self._replica.update(record)
+        return self._replica.write_behind.update(record)
 
     def _encode_known(self, kind: type[Entity], item: Entity) -> Record[Entity]:
         """Check what is given back beside what is in memory of it."""

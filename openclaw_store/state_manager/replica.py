@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
 from contextvars import Context
 from datetime import datetime, timedelta
 from functools import partial
@@ -15,10 +13,9 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import Notifier, shield_until_done
+from openclaw_store.backends import Notifier
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
-    ENTITY_NAMES,
     KEY,
     Change,
     Entity,
@@ -27,17 +24,13 @@ from openclaw_store.domain import (
     NodeStatus,
     Record,
     Task,
-    arrived,
     key_of,
-    refused,
 )
 from openclaw_store.errors import (
     ConflictError,
-    DuplicateError,
     InvalidDataError,
     NotFoundError,
     StaleVersionError,
-    StoreError,
     UnavailableError,
     UnsavedConflictError,
 )
@@ -55,11 +48,10 @@ from openclaw_store.repositories import (
     Update,
     apply,
     apply_heartbeats,
-    missing,
-    newer_heartbeat,
+    apply_together,
     read_changes,
 )
-from openclaw_store.state_manager.cache import Cache, Unsaved
+from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.change_feed import (
     ChangeBatch,
     InitialState,
@@ -69,6 +61,7 @@ from openclaw_store.state_manager.change_feed import (
 )
 from openclaw_store.state_manager.pages import ITEM_ID
 from openclaw_store.state_manager.watchers import Watchers
+from openclaw_store.state_manager.write_behind import WriteBehind
 
 logger = logging.getLogger("openclaw_store.mirror")
 
@@ -80,9 +73,6 @@ WRITTEN_WITHIN = timedelta(seconds=1)
 
 HEARTBEAT_BATCH_SIZE = 128
 """How many are written at a stretch, before others write."""
-
-FLUSH_BATCH_SIZE = 200
-"""How many of those that are only in memory are handed to the writer at a stretch."""
 
 FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
 """How many times as long as a refreshment that others' commits led to the next one waits, and how
@@ -124,7 +114,6 @@ class Replica:
             None  # what was committed meanwhile
         )
         self._refreshing = asyncio.Lock()
-        self._flush_lock = asyncio.Lock()  # what is unsaved is written by one caller at a time
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
         self._flushing = asyncio.Lock()  # heartbeats are written by one caller at a time
@@ -133,8 +122,8 @@ class Replica:
         self._outdated = asyncio.Event()  # others have committed what is not in memory yet
         self._follower: asyncio.Task[None] | None = None
         self._own_beat = 0  # this process's newest flush of heartbeats, which it need not read
-        # Counted down from a place of its own: a copy from another manager must not match.
-        self._unsaved_version = -secrets.randbits(56)
+        self.write_behind = WriteBehind(database, self)
+        """The entries that are only in memory."""
 
     async def start(self) -> None:
         """Listen to what this process commits, and load what there is."""
@@ -210,24 +199,41 @@ class Replica:
         if revision > self.cache.contiguous:
             await self.refresh()
 
-    def submit(self, operation: Command) -> Coroutine[Any, Any, Any]:
-        """Commit an operation, behind the heartbeat that its node may have waiting."""
-        if operation.kind is NodeInfo and not isinstance(operation, Create):
-            return self._submit_after_heartbeat(operation, operation.id)
-        for kind, id in operation.others:
-            if kind is NodeInfo:
-                return self._submit_after_heartbeat(operation, id)
-        return self._database.write(apply, operation)
+    def submit(self, command: Command) -> Coroutine[Any, Any, Any]:
+        """Commit a command, after the unsaved entries of the rows that it names."""
+        if self.cache.unsaved:
+            return self._submit_after_flush(command)
+        return self.send(command)
 
-    async def _submit_after_heartbeat(self, operation: Command, node_id: str) -> Any:
+    async def _submit_after_flush(self, command: Command) -> Any:
+        await self.write_behind.flush_or_drop([(command.kind, command.id), *command.others])
+        return await self.send(command)
+
+    async def submit_all(self, commands: Sequence[Command]) -> Sequence[Any]:
+        """Commit commands in one transaction; return the result or the error of each."""
+        if self.cache.unsaved:
+            await self.write_behind.flush_or_drop([(one.kind, one.id) for one in commands])
+        outcomes: Sequence[Any] = await self._database.write(apply_together, commands)
+        return outcomes
+
+    def send(self, command: Command) -> Coroutine[Any, Any, Any]:
+        """Commit a command, after the heartbeat that waits for its node."""
+        if command.kind is NodeInfo and not isinstance(command, Create):
+            return self._send_after_heartbeat(command, command.id)
+        for kind, id in command.others:
+            if kind is NodeInfo:
+                return self._send_after_heartbeat(command, id)
+        return self._database.write(apply, command)
+
+    async def _send_after_heartbeat(self, command: Command, node_id: str) -> Any:
         # Not taken before it runs: a task that is cancelled before would never give it back.
         heartbeats = self.cache.take_heartbeats([node_id])
         if not heartbeats:
-            return await self._database.write(apply, operation)
+            return await self._database.write(apply, command)
         [beat] = heartbeats
         known: Sequence[bool] | None = None
         try:
-            outcome = await self._database.write(apply, AfterHeartbeat(beat, operation))
+            outcome = await self._database.write(apply, AfterHeartbeat(beat, command))
             known = [True]
             return outcome
         except (ConflictError, NotFoundError):
@@ -236,55 +242,18 @@ class Replica:
         finally:
             self._acknowledge_heartbeats([beat], known)
 
-    async def add(self, record: Record[Entity], persist: bool) -> Record[Entity]:
-        """Add an entry; returns it as it is kept.
-
-        Raises:
-            DuplicateError: If there is one with this identifier.
-        """
-        place = key_of(record)
-        persist = persist or self._takes_key(place, record)
-        if persist and place not in self.cache.unsaved:
-            stored: Record[Entity] = await self.submit(Create(place[0], place[1], record))
-            return stored
-        if await self.find(place) is not None:
-            raise DuplicateError(ENTITY_NAMES[place[0]], place[1])
-        return self._hold(record, None)
-
-    async def update(self, record: Record[Entity], persist: bool) -> Record[Entity]:
-        """Replace the entry that has the version of `record`; returns it as it is kept.
+    async def update(self, record: Record[Entity]) -> Record[Entity]:
+        """Replace the entity that has the version of `record`; return it as it is stored.
 
         Raises:
             NotFoundError: If there is none.
             StaleVersionError: If it has another version.
         """
-        place = key_of(record)
-        if persist or self._takes_key(place, record):
-            if place in self.cache.unsaved:
-                _require_version(place, self.cache.find(place), record.version)
-                await self.flush_entry(place)
-            stored: Record[Entity] = await self.submit(self._update(place, record))
-            return stored
-        known = await self.find(place)
-        _require_version(place, known, self.cache.flushed_version(place, record.version))
-        if place[0] is Task and known is not None:
-            refusal = refused(place[1], known.status, record.status)
-            if refusal is not None:
-                raise refusal
-            if known.status is not record.status:
-                record = record.evolve(**arrived(record, self._database.clock()))
-        entry = self.cache.unsaved.get(place)
-        if known is not None and record.kind is NodeInfo:
-            heartbeat = newer_heartbeat(known, record, self._database.clock())
-            record = record.evolve(last_heartbeat=heartbeat)
-        return self._hold(record, known if entry is None else entry.base)
-
-    def _takes_key(self, place: EntityKey, record: Record[Any]) -> bool:
-        """Whether a task gets an idempotency key; who else has it, only the database knows."""
-        if place[0] is not Task or record.idempotency_key is None:
-            return False
-        known = self.cache.find(place)
-        return known is None or bool(known.idempotency_key != record.idempotency_key)
+        key = key_of(record)
+        if key in self.cache.unsaved:
+            await self.write_behind.flush(key, record.version)
+        stored: Record[Entity] = await self.submit(self._update(key, record))
+        return stored
 
     async def change(
         self, place: EntityKey, fn: Callable[[Record[Entity]], Record[Entity]]
@@ -295,7 +264,8 @@ class Replica:
             The entry as it is stored; `None` if there is none.
         """
         while True:
-            await self.flush_entry(place)
+            if place in self.cache.unsaved:
+                await self.write_behind.flush(place)
             known = await self.find(place)
             if known is None:
                 return None
@@ -317,39 +287,11 @@ class Replica:
                 if self.cache.find(place) is known:  # no: the row was changed by hand
                     raise
 
-    async def remove(self, place: EntityKey) -> bool:
-        """Remove an entry; `False` if there is none."""
-        if place[0] is Task and self.cache.unsaved:
-            task: Record[Task] | None = None
-            with suppress(InvalidDataError):  # somebody wrote by hand what cannot be read
-                task = self.cache.task(place[1])
-            if task is not None and task.assigned_node is not None:  # it may get a place back
-                await self.flush_or_drop((NodeInfo, task.assigned_node))
-        if place not in self.cache.unsaved:
-            return bool(await self.submit(Remove(*place)))
-        self._database.refuse_inside()
-        async with self._flush_lock:  # else it might be written behind the removal
-            removed = await self.submit(Remove(*place))
-            removed = self.cache.discard(place) or bool(removed)
-            self.watchers.wake([place[1]])
-            return removed
-
-    async def flush_entry(self, place: EntityKey) -> None:
-        """Write an entry that is only in memory.
-
-        Raises:
-            ConflictError: If it lost to newer data; it was dropped.
-            NotFoundError: If it was to change what was removed meanwhile; it was dropped.
-        """
-        if place in self.cache.unsaved:
-            self._database.refuse_inside()  # who holds the lock may wait for that transaction
-            async with self._flush_lock:
-                await shield_until_done(self._flush_entry(place))
-
-    async def flush_or_drop(self, place: EntityKey) -> None:
-        """Write what is only in memory of an entry, before the writer changes it."""
-        with suppress(ConflictError, NotFoundError):  # it has lost, and the log says so
-            await self.flush_entry(place)
+    async def remove(self, key: EntityKey) -> bool:
+        """Remove an entity; `False` if there is none."""
+        if self.cache.unsaved:
+            return await self.write_behind.remove(key)
+        return bool(await self.send(Remove(*key)))
 
     async def sync(self) -> None:
         """Write everything that is only in memory.
@@ -358,18 +300,7 @@ class Replica:
             UnsavedConflictError: If entries lost to newer data; all others are written.
             BackendError: If the database could not be written.
         """
-        conflicts: list[StoreError] = []
-        self._database.refuse_inside()
-        async with self._flush_lock:
-            places = list(self.cache.unsaved)
-            for start in range(0, len(places), FLUSH_BATCH_SIZE):
-                part = places[start : start + FLUSH_BATCH_SIZE]
-                flushing = asyncio.gather(*map(self._flush_entry, part), return_exceptions=True)
-                for outcome in await shield_until_done(flushing):
-                    if isinstance(outcome, ConflictError | NotFoundError):
-                        conflicts.append(outcome)
-                    elif outcome is not None:
-                        raise outcome
+        conflicts = await self.write_behind.flush_all()
         await self.flush_heartbeats()
         self.last_sync_at = self._database.clock()
         if conflicts:
@@ -425,7 +356,8 @@ class Replica:
         if node is None:
             await self.refresh()
         if node is None or node.status is NodeStatus.OFFLINE:
-            await self.flush_entry(place)  # else what is unsaved would set it OFFLINE again
+            if place in self.cache.unsaved:  # its flush would set the node OFFLINE again
+                await self.write_behind.flush_or_drop([place])
             node = self.cache.find(place)
             if node is None:
                 return False
@@ -486,41 +418,6 @@ class Replica:
             return Update(*place, record, CONTENT[place[0]], version)
         return Update(*place, record, known.differences(record), version, known)
 
-    def _hold(self, record: Record[Entity], base: Record[Entity] | None) -> Record[Entity]:
-        """Keep an entry in memory alone, under a version that only memory knows."""
-        self._unsaved_version -= 1
-        held = record.evolve(version=self._unsaved_version)
-        self.cache.hold(held, base)
-        self.watchers.wake([key_of(held)[1]])
-        return held
-
-    async def _flush_entry(self, place: EntityKey) -> None:
-        entry = self.cache.unsaved.get(place)
-        if entry is None:  # another caller has written it
-            return
-        try:
-            await self._write_unsaved(place, entry)
-        finally:
-            self.watchers.wake([place[1]])
-
-    async def _write_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
-        record = entry.record.evolve()  # the one in the cache stays as it is
-        operation: Command = Create(place[0], place[1], record)
-        if entry.base is not None:
-            names = entry.base.differences(record)
-            operation = Update(*place, record, names, entry.base.version)
-        try:
-            stored = await self.submit(operation)
-        except (ConflictError, NotFoundError) as error:
-            found = await self._repositories[place[0]].get_record(place[1])
-            if found is not None and not found.differences(entry.record):
-                self.cache.release(place, entry, found)  # it was written, and nobody could tell
-                return
-            self.cache.release(place, entry, None)
-            logger.warning("an unsaved %s was dropped: %s", ENTITY_NAMES[place[0]], error)
-            raise
-        self.cache.release(place, entry, stored)
-
     async def _load(self) -> None:
         """Fill a new cache and put it in place of the old one."""
 
@@ -574,10 +471,3 @@ class Replica:
             # The more there is to follow, the more of it at once: most of the time others run.
             took = time.monotonic() - began
             await asyncio.sleep(min(FOLLOWING_PAUSE * took, LONGEST_PAUSE_SECONDS))
-
-
-def _require_version(place: EntityKey, known: Record[Any] | None, version: int) -> None:
-    if known is None:
-        raise missing(*place)
-    if known.version != version:
-        raise StaleVersionError(ENTITY_NAMES[place[0]], place[1], version, known.version)

@@ -120,7 +120,6 @@ class Scheduler:
     async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
         """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
         place = (NodeInfo, node_id)
-        await self._replica.flush_or_drop(place)
         taken: list[str] = []
         try:
             while True:
@@ -128,7 +127,7 @@ class Scheduler:
                 if node is None:
                     raise missing(*place)
                 wanted = min(limit - len(claimed), lifecycle.free_places(node))
-                candidates = await self._take(node, wanted, taken) if wanted else []
+                candidates = self._take(node, wanted, taken) if wanted else []
                 if not candidates:
                     return
                 got = await self._replica.submit(Claim(node_id, candidates, wanted))
@@ -149,11 +148,9 @@ class Scheduler:
             TaskNotFoundError: If there is none.
             ConflictError: If it may not be done.
         """
-        await self._replica.flush_or_drop((Task, operation.id))
         known = self._replica.cache.task(operation.id)
         if known is not None and known.assigned_node is not None:
             operation.node_id = known.assigned_node
-            await self._replica.flush_or_drop((NodeInfo, known.assigned_node))
         operation.known = known
         try:
             done: Advanced = await self._replica.submit(operation)
@@ -167,7 +164,7 @@ class Scheduler:
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
         """Add a node, or take note that it has come back as a new process."""
         register = Register(record.node_id, record, self._backoff.draw())
-        registered: Record[NodeInfo] = await self._replica.submit(register)
+        registered: Record[NodeInfo] = await self._replica.send(register)
         # What is only in memory is of the former process.
         self._replica.cache.discard((NodeInfo, record.node_id))
         return registered
@@ -178,8 +175,6 @@ class Scheduler:
         await self._replica.flush_heartbeats()
         reason = f"silent for more than {timeout_seconds:g} s"
         stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
-        for node_id in stale:
-            await self._replica.flush_or_drop((NodeInfo, node_id))
         operations = [
             SetNodeStatus(node_id, NodeStatus.OFFLINE, patience, reason) for node_id in stale
         ]
@@ -254,16 +249,11 @@ class Scheduler:
         ahead = cache.ahead_of(task, [one for one in nodes if lifecycle.has_skills(one, task)], now)
         return explain(task, nodes, ahead, now)
 
-    async def _take(
-        self, node: Record[NodeInfo], wanted: int, taken: list[str]
-    ) -> list[Record[Task]]:
+    def _take(self, node: Record[NodeInfo], wanted: int, taken: list[str]) -> list[Record[Task]]:
         """Set aside the best tasks for a node, and some to spare; puts them down in `taken`."""
         cache, now = self._replica.cache, self._database.clock()
         ids = cache.ready.take(wanted + self._spares, node.encoded("available_skills"), now)
         taken += ids
-        if cache.unsaved:
-            for id in ids:
-                await self._replica.flush_or_drop((Task, id))
         return [record for id in ids if (record := self._replica.cache.tasks.get(id)) is not None]
 
     async def _suspects(self, patience: timedelta, longest_wait: timedelta) -> list[str]:

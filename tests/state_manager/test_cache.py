@@ -595,7 +595,7 @@ class TestNodes:
                 tell(id, revision, None)
             elif command == "hold":
                 held[id] = record.evolve(version=-revision)
-                cache.hold(held[id], stored.get(id))
+                cache.stage(held[id], stored.get(id))
             elif command == "discard":
                 assert cache.discard((NodeInfo, id)) == (held.pop(id, None) is not None)
 
@@ -685,12 +685,12 @@ class TestUnsaved:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         cache.apply([database.write("a", TaskStatus.PENDING)])
         held = task_record("a", -1, TaskStatus.COMPLETED)
-        cache.hold(held, database.rows["a"])
+        cache.stage(held, database.rows["a"])
         entry = cache.unsaved[Task, "a"]
 
         assert cache.task("a") is held
         assert cache.pending(None) == []
-        cache.release((Task, "a"), entry, None)
+        cache.unstage((Task, "a"), entry, None)
 
         assert cache.task("a") is database.rows["a"]
         assert cache.pending(None) == [database.rows["a"]]
@@ -698,7 +698,7 @@ class TestUnsaved:
     def test_hides_a_commit_until_it_is_dropped(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         cache.apply([database.write("a", TaskStatus.PENDING)])
-        cache.hold(task_record("a", -1), database.rows["a"])
+        cache.stage(task_record("a", -1), database.rows["a"])
 
         cache.apply([database.write("a", TaskStatus.RUNNING)])
 
@@ -712,10 +712,10 @@ class TestUnsaved:
     def test_version_of_a_written_entry_is_translated_until_the_next_change(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
         place = (Task, "a")
-        cache.hold(task_record("a", -1), None)
+        cache.stage(task_record("a", -1), None)
         entry = cache.unsaved[place]
         cache.apply([database.write("a", TaskStatus.PENDING)])
-        cache.release(place, entry, database.rows["a"])
+        cache.unstage(place, entry, database.rows["a"])
 
         assert cache.flushed_version(place, -1) == 1
         assert cache.flushed_version(place, -2) == -2
@@ -726,7 +726,7 @@ class TestUnsaved:
     def test_is_taken_over_by_the_next_cache(self, kind: str) -> None:
         old, new = Cache(NOTHING, 10), Cache(NOTHING, 10)
         held: Record[Any] = task_record("a", -1) if kind == "task" else node_record("a", -1)
-        old.hold(held, None)
+        old.stage(held, None)
 
         new.keep_unsaved(old)
 
@@ -744,7 +744,7 @@ class TestUnsaved:
         key = (2, START, "a")
         waits = ([key], [(key, None, None)]) if kind == "task" else ((), ())
         old.load(Page(stored.kind, [("a", stored)], *waits))
-        old.hold(held, stored)
+        old.stage(held, stored)
 
         new.keep_unsaved(old)
 

@@ -1061,7 +1061,7 @@ class TestUnsaved:
     async def test_of_many_pages_is_written(
         self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(replica, "FLUSH_BATCH_SIZE", 2)
+        monkeypatch.setattr(write_behind, "FLUSH_BATCH_SIZE", 2)
         for _ in range(5):
             await manager.add_task(make_task(), persist=False)
 
