@@ -191,6 +191,12 @@ class Replica:
             cache.remember(found)
         return self.cache.find(place) or found
 
+    async def find_stored(self, key: EntityKey) -> Record[Any] | None:
+        """Return an entity as the database holds it: its unsaved entry is flushed first."""
+        if key in self.cache.unsaved:
+            await self.write_behind.flush_or_drop([key])
+        return await self.find(key)
+
     async def reach(self, revision: int) -> None:
         """Have memory know all up to a revision of which somebody will be told.
 

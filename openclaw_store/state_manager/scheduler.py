@@ -123,7 +123,7 @@ class Scheduler:
         taken: list[str] = []
         try:
             while True:
-                node = await self._replica.find(place)
+                node = await self._replica.find_stored(place)
                 if node is None:
                     raise missing(*place)
                 wanted = min(limit - len(claimed), lifecycle.free_places(node))

@@ -54,6 +54,7 @@ from openclaw_store.domain.models import LIVE
 from openclaw_store.repositories import retention
 from openclaw_store.state_manager import change_feed as feed
 from openclaw_store.state_manager import replica as replica
+from openclaw_store.state_manager import write_behind
 
 FINISHED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT]
 
