@@ -100,7 +100,7 @@ def watch_ahead() -> Iterator[None]:
 
     async def skip(self: Replica, since: int) -> tuple[Sequence[Change], int]:
         found, until = await changes(self, since)
-        return found, max(until, self.cache.contiguous)
+        return found, max(until, self.cache.applied.contiguous)
 
     with patch.object(Replica, "changes", skip):
         yield

@@ -10,19 +10,15 @@ as they are, and copied by whoever talks to callers.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from operator import itemgetter
 from typing import Any
 
 from openclaw_store.domain import (
-    ASSIGNED,
     ENTITY_KINDS,
     ENTITY_NAMES,
     FINISHED,
-    WAITING,
     Change,
     ClusterState,
     EntityKey,
@@ -35,11 +31,13 @@ from openclaw_store.domain import (
 )
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
+from openclaw_store.state_manager.applied_changes import AppliedChanges
 from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
-from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
-from openclaw_store.state_manager.pages import REVISION, STEP_WIDTH
-from openclaw_store.state_manager.ready_queue import Ready, ReadyTasks
+from openclaw_store.state_manager.node_index import NodeIndex
+from openclaw_store.state_manager.pages import STEP_WIDTH
+from openclaw_store.state_manager.ready_queue import Ready
 from openclaw_store.state_manager.snapshot import Records
+from openclaw_store.state_manager.task_index import TaskIndex, ready_of
 
 _TASK = ENTITY_NAMES[Task]
 
@@ -69,27 +67,13 @@ class Cache:
         self.tasks: Records[Task] = Records(start.decode[Task])
         self.nodes: Records[NodeInfo] = Records(start.decode[NodeInfo])
         self.unsaved: dict[EntityKey, Unsaved] = {}
-        self.version = start.revision
-        """The newest revision applied."""
-        self.contiguous = start.revision
-        """Up to this revision every change was applied."""
+        self.applied = AppliedChanges(start)
+        """Revisions applied, and the counts of tasks."""
         self.beat = start.beat
-        """The newest flush of heartbeats applied."""
-        self.updated_at = start.updated_at
-        self.task_counts = _of_each_status(start.task_counts)
-        self.is_counted = True
-        """Whether `task_counts` are right; clean-up can remove changes before they are seen."""
-        self.out_of_order: dict[int, tuple[Change, str | None]] = {}
-        """Applied, though some before them were not; with the status they were counted from."""
+        """The newest heartbeat sequence applied."""
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
-        self._pending: SortedKeys[PendingKey] = SortedKeys()
-        self.ready = ReadyTasks()
-        """What may be claimed."""
-        self._held: dict[str | None, set[str]] = {}  # scheduled and running tasks, by node
-        self._free: dict[str, tuple[float, int, str]] = {}  # nodes with a place, and their load
-        self._skilled: dict[str, set[str]] = {}  # identifiers of nodes by skill
-        self._node_counts: Counter[NodeStatus] = Counter()
-        self._newest: list[str] | None = None  # identifiers of nodes in order, while it holds
+        self.task_index = TaskIndex()
+        self.node_index = NodeIndex(self.nodes)
         # The last version an entry had while it was unsaved, and the one that it was written under.
         self._aliases: dict[EntityKey, tuple[int, int]] = {}
         self._waiting: dict[str, Heartbeat] = {}  # heartbeats not handed to the writer yet
@@ -98,13 +82,10 @@ class Cache:
         self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
 
     def load(self, page: Page) -> None:
-        """Take over rows of the start."""
+        """Take over a page of the initial state."""
         if page.kind is Task:
             self.tasks.load(page.rows)
-            self._pending.extend(page.keys)
-            self.ready.extend(page.ready)
-            for node_id, task_id in page.held:
-                self._held.setdefault(node_id, set()).add(task_id)
+            self.task_index.load(page)
         else:
             for row in page.rows:
                 self._show((page.kind, row[0]), None, self._decode[page.kind](row))
@@ -137,17 +118,17 @@ class Cache:
             if not self._count(change):
                 continue
             if record is not None and record.row is not None and kind is Task and self._is_new(id):
-                ready = _claimable(record)
+                ready = ready_of(record)
                 if ready is not None:
                     self.tasks.put(id, record.row)
                     arrived.append(ready)
                     continue
-            self._index(arrived)  # a transaction may have added a task, and changed it, too
+            self.task_index.add(arrived)  # a transaction may have added a task, and changed it, too
             try:
                 self._commit((kind, id), record, change.revision)
             except InvalidDataError as error:
                 unreadable = error
-        self._index(arrived)
+        self.task_index.add(arrived)
         if unreadable is not None:
             raise unreadable
 
@@ -157,11 +138,11 @@ class Cache:
         Raises:
             InvalidDataError: If it met a row that cannot be read; it took over the rest.
         """
-        later = [
-            change for change, _ in self.out_of_order.values() if change.revision > batch.read_at
-        ]
-        must_wait = self.contiguous > batch.read_at  # what was committed since cannot be told apart
-        tasks, nodes = self._count_batch(batch)
+        applied = self.applied
+        later = applied.later_than(batch.read_at)
+        # A change committed after the snapshot cannot be told from one that its counts contain.
+        recount = applied.contiguous <= batch.read_at
+        tasks, nodes = applied.count_batch(batch)
         for change in later:  # what is here is newer
             (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
         unreadable = self._take_over_tasks(tasks, batch)
@@ -178,23 +159,7 @@ class Cache:
             for id, landed in self._landed.items()
             if (newer := {name: it for name, it in landed.items() if it[0] > self.beat})
         }
-        if batch.changes and batch.changes[-1][REVISION] > self.version:
-            self.updated_at = batch.changed_at
-        if batch.revision > self.contiguous:
-            self.contiguous = batch.revision
-            self.version = max(self.version, self.contiguous)
-            for revision in [
-                revision for revision in self.out_of_order if revision <= self.contiguous
-            ]:
-                self._catch_up_with(revision)
-            self._close_gap()
-        if batch.task_counts is not None and not must_wait:
-            self.task_counts = _of_each_status(batch.task_counts)
-            for change in later:
-                self._count_status(change.from_status, change)
-                if change.revision in self.out_of_order:
-                    self.out_of_order[change.revision] = (change, change.from_status)
-            self.is_counted = True
+        applied.finish_batch(batch, later, recount=recount)
         if unreadable is not None:
             raise unreadable
 
@@ -298,67 +263,20 @@ class Cache:
         return self.task(place[1]) if place[0] is Task else self.nodes.get(place[1])
 
     def pending(self, limit: int | None) -> list[Record[Task]]:
-        """By priority, time of submission and identifier."""
-        found = [self.tasks.get(id) for _, _, id in self.pending_keys(limit)]
+        """Return pending and scheduled tasks by priority, time of submission and identifier."""
+        found = [self.tasks.get(id) for _, _, id in self.task_index.pending.first(limit)]
         return [record for record in found if record is not None]
-
-    def pending_keys(self, limit: int | None) -> list[PendingKey]:
-        """Priority, time of submission and identifier of each, much faster."""
-        return self._pending.first(limit)
-
-    def held(self) -> Mapping[str | None, Iterable[str]]:
-        """Identifiers of the tasks that are scheduled or running, by node; not to be changed."""
-        return self._held
-
-    def ahead_of(self, task: Record[Task], nodes: Iterable[Record[NodeInfo]], now: datetime) -> int:
-        """How many tasks these nodes may claim before one that is pending."""
-        key = _pending_key(task)
-        if key is None:
-            return 0
-        skills = {node.encoded("available_skills") for node in nodes}
-        return self.ready.ahead_of(key, skills, now)
-
-    def all_nodes(self) -> list[Record[NodeInfo]]:
-        """Newest registered first."""
-        if self._newest is None:
-            ordered = sorted(self.nodes.values(), key=lambda record: str(record.node_id))
-            ordered.sort(key=_registered_at, reverse=True)
-            self._newest = [record.node_id for record in ordered]
-        return self._nodes(self._newest)
-
-    def online_nodes(self) -> list[Record[NodeInfo]]:
-        """ONLINE nodes, newest registered first."""
-        return [record for record in self.all_nodes() if record.status is NodeStatus.ONLINE]
-
-    def available_nodes(self) -> list[Record[NodeInfo]]:
-        """ONLINE nodes with a free place, least loaded first."""
-        return self._nodes(id for _, _, id in sorted(self._free.values()))
-
-    def nodes_by_skill(self, skill: str) -> list[Record[NodeInfo]]:
-        """ONLINE nodes with exactly this skill, newest registered first."""
-        found = self._nodes(sorted(self._skilled.get(skill, ())))
-        found.sort(key=_registered_at, reverse=True)
-        return found
 
     def task_stats(self) -> dict[str, int]:
         """Tasks in the database, by status."""
         # An own change of a task that another process has changed, too, is counted from what is
         # known here; until that process's change is seen, this can be one too few.
-        return {status: max(0, count) for status, count in self.task_counts.items()}
+        return {status: max(0, count) for status, count in self.applied.task_counts.items()}
 
     def node_stats(self) -> dict[str, int]:
         """`total`, `online`, `offline`, `busy`."""
-        counts = self._node_counts
-        uncounted = sum(
-            id in self._free and not self._counted((kind, id)) for kind, id in self.unsaved
-        )
-        full = counts[NodeStatus.ONLINE] - (len(self._free) - uncounted)
-        return {
-            "total": counts.total(),
-            "online": counts[NodeStatus.ONLINE],
-            "offline": counts[NodeStatus.OFFLINE],
-            "busy": counts[NodeStatus.BUSY] + full,
-        }
+        unstored = [key for key in self.unsaved if not self._is_stored(key)]
+        return self.node_index.stats(id for kind, id in unstored if kind is NodeInfo)
 
     def sizes(self) -> dict[str, int]:
         """How much is in memory, and how much of it alone."""
@@ -372,58 +290,24 @@ class Cache:
         """The present picture, in constant time."""
         counts = self.task_stats()
         return ClusterState(
-            version=self.version,
-            updated_at=self.updated_at,
+            version=self.applied.version,
+            updated_at=self.applied.updated_at,
             nodes=self.nodes.snapshot(),
             tasks=self.tasks.snapshot(),
-            total_nodes=self._node_counts.total(),
-            online_nodes=self._node_counts[NodeStatus.ONLINE],
+            total_nodes=self.node_index.count(),
+            online_nodes=self.node_index.count(NodeStatus.ONLINE),
             total_tasks=sum(counts.values()),
             running_tasks=counts[TaskStatus.RUNNING],
         )
 
     def _count(self, change: Change) -> bool:
         """Count a change; `False` if it was counted before."""
-        revision = change.revision
-        if revision == self.contiguous + 1:
-            self._count_status(change.from_status, change)
-            self.contiguous = revision
-        elif revision <= self.contiguous or revision in self.out_of_order:
+        if self.applied.is_next(change):
+            return True
+        if self.applied.is_applied(change.revision):
             return False
-        else:  # what came before is not known yet: count from what is
-            before = self._status_here(change)
-            self._count_status(before, change)
-            self.out_of_order[revision] = (change, before)
-        if revision > self.version:
-            self.version = revision
-            self.updated_at = change.changed_at
-        if self.out_of_order:
-            self._close_gap()
+        self.applied.count_out_of_order(change, self._status_here(change))
         return True
-
-    def _count_batch(self, batch: ChangeBatch) -> tuple[dict[str, Sequence[Any]], dict[str, None]]:
-        """Count what the feed says; returns the last change of each task, and the nodes."""
-        tasks: dict[str, Sequence[Any]] = {}
-        nodes: dict[str, None] = {}
-        counts = self.task_counts
-        # The beginning of a row that somebody inserted by hand was never counted.
-        is_counted = self.is_counted and batch.is_whole
-        for change in batch.changes:
-            revision, _, item, id, before, after = change[:STEP_WIDTH]
-            if revision <= self.contiguous or revision in self.out_of_order:
-                if item == _TASK and id in tasks:  # only the last change of a task has its content
-                    tasks[id] = change
-            elif item == _TASK:
-                tasks[id] = change
-                if before is not None:
-                    counts[before] -= 1
-                    is_counted = is_counted and counts[before] >= 0
-                if after is not None:
-                    counts[after] += 1
-            else:
-                nodes[id] = None
-        self.is_counted = is_counted
-        return tasks, nodes
 
     def _take_over_tasks(
         self, tasks: Mapping[str, Sequence[Any]], batch: ChangeBatch
@@ -444,15 +328,8 @@ class Cache:
                 self._commit((Task, id), record, batch.read_at)
             except InvalidDataError as error:
                 unreadable = error
-        self._index(arrived)
+        self.task_index.add(arrived)
         return unreadable
-
-    def _index(self, arrived: list[Ready]) -> None:
-        """Let new tasks be found that may be claimed; empties the list."""
-        arrived.sort(key=itemgetter(0))
-        self._pending.extend([key for key, _, _ in arrived])
-        self.ready.extend(arrived)
-        arrived.clear()
 
     def _is_new(self, id: str) -> bool:
         """Whether nothing is known of a task."""
@@ -470,30 +347,6 @@ class Cache:
             return str(known.status.value)
         # Finished tasks are counted, though few of them are in memory.
         return change.from_status if change.from_status in FINISHED else None
-
-    def _count_status(self, before: str | None, change: Change) -> None:
-        if change.item == _TASK:
-            counts, after = self.task_counts, change.to_status
-            if before is not None:
-                counts[before] -= 1
-                if counts[before] < 0:  # a row that somebody inserted by hand
-                    self.is_counted = False
-            if after is not None:
-                counts[after] += 1
-
-    def _catch_up_with(self, revision: int) -> None:
-        """All before `revision` is counted now: count it from where that has left it."""
-        change, before = self.out_of_order.pop(revision)
-        if change.item == _TASK and before != change.from_status:
-            if before is not None:
-                self.task_counts[before] += 1
-            if change.from_status is not None:
-                self.task_counts[change.from_status] -= 1
-
-    def _close_gap(self) -> None:
-        while self.contiguous + 1 in self.out_of_order:
-            self.contiguous += 1
-            self._catch_up_with(self.contiguous)
 
     def _commit(self, place: EntityKey, record: Record[Any] | None, revision: int) -> None:
         """Take over an entry that the database held at `revision`, unless a newer one is here."""
@@ -565,7 +418,7 @@ class Cache:
         """Replace what is safe_repr of a node by what it is after a heartbeat."""
         self.nodes.put(id, new)
         if new.running_tasks != old.running_tasks:  # no index knows the rest
-            self._index_free(id, new)
+            self.node_index.index_load(id, new)
 
     def _show_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
         self._hide(place)
@@ -591,16 +444,9 @@ class Cache:
             self._show_node(place[1], old, new)
 
     def _show_task(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
-        before = None if old is None else _pending_key(old)
-        after = None if new is None else _pending_key(new)
-        if before != after:
-            if before is not None:
-                self._pending.remove(before)
-            if after is not None:
-                self._pending.add(after)
-        self._show_claimable(id, old, new)
+        self.task_index.replace(id, old, new)
         if new is not None and new.status not in FINISHED:
-            self.tasks.put(id, new.row or new)  # a tuple costs the garbage collector nothing
+            self.tasks.put(id, new.row or new)  # the garbage collector does not track a tuple
             if old is not None:
                 self._finished.pop(id, None)
             return
@@ -610,22 +456,6 @@ class Cache:
             self._finished.pop(id, None)
         else:
             self._finish(id, new)
-
-    def _show_claimable(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
-        before = None if old is None else _claimable(old)
-        after = None if new is None else _claimable(new)
-        if before != after:
-            if before is not None:
-                self.ready.remove(*before[:2])
-            if after is not None:
-                self.ready.add(*after)
-        if old is not None and old.status in ASSIGNED:
-            held = self._held[old.assigned_node]
-            held.remove(id)
-            if not held:
-                del self._held[old.assigned_node]
-        if new is not None and new.status in ASSIGNED:
-            self._held.setdefault(new.assigned_node, set()).add(id)
 
     def _finish(self, id: str, record: Record[Task]) -> None:
         self._finished[id] = record
@@ -637,86 +467,13 @@ class Cache:
     def _show_node(
         self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
     ) -> None:
-        counted = self._counted((NodeInfo, id))
-        if old is not None:
-            self._node_counts[old.status] -= counted
-        if old is None or new is None or not _have_same_skills(old, new):
-            self._index_skills(id, old, new)
         if new is not None:
-            self._node_counts[new.status] += counted
             self.nodes.put(id, new)
-            self._index_free(id, new)
         elif old is not None:
             self.nodes.drop(id)
-            self._free.pop(id, None)
-        if old is None or new is None or old.registered_at != new.registered_at:
-            self._newest = None
+        self.node_index.replace(id, old, new, is_stored=self._is_stored((NodeInfo, id)))
 
-    def _index_skills(
-        self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
-    ) -> None:
-        before, after = _skills(old), _skills(new)
-        for skill in before - after:
-            self._skilled[skill].discard(id)
-            if not self._skilled[skill]:
-                del self._skilled[skill]
-        for skill in after - before:
-            self._skilled.setdefault(skill, set()).add(id)
-
-    def _index_free(self, id: str, record: Record[NodeInfo]) -> None:
-        running, places = record.running_tasks, record.max_concurrent_tasks
-        if record.status is NodeStatus.ONLINE and running < places:
-            self._free[id] = (running / places, running, id)
-        else:
-            self._free.pop(id, None)
-
-    def _counted(self, place: EntityKey) -> bool:
-        """Whether an entry is in the database, so that it counts in the totals."""
-        entry = self.unsaved.get(place)
+    def _is_stored(self, key: EntityKey) -> bool:
+        """Return whether an entity is in the database, so that it counts in the totals."""
+        entry = self.unsaved.get(key)
         return entry is None or entry.committed is not None
-
-    def _nodes(self, ids: Iterable[str]) -> list[Record[NodeInfo]]:
-        found = map(self.nodes.get, ids)
-        return [record for record in found if record is not None]
-
-
-def _of_each_status(counts: Mapping[str, int]) -> dict[str, int]:
-    # No Counter: it takes three times as long to add one.
-    return {status.value: counts.get(status.value, 0) for status in TaskStatus}
-
-
-def _pending_key(record: Record[Task]) -> PendingKey | None:
-    if record.status in WAITING:
-        # Not the member itself: the garbage collector would go through the tuple for ever.
-        return int(record.priority), record.submitted_at, record.task_id
-    return None
-
-
-def _claimable(record: Record[Task]) -> Ready | None:
-    """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
-    if record.status is not TaskStatus.PENDING:
-        return None
-    key = _pending_key(record)
-    assert key is not None
-    skills = record.required_skills
-    if type(skills) is not bytes:  # it is decoded, or empty
-        skills = record.encoded("required_skills")
-    return key, skills, record.not_before
-
-
-def _skills(record: Record[NodeInfo] | None) -> frozenset[str]:
-    """Under which skills a node is found: only while it is ONLINE."""
-    if record is None or record.status is not NodeStatus.ONLINE:
-        return frozenset()
-    return frozenset(record.decoded("available_skills"))
-
-
-def _have_same_skills(one: Record[NodeInfo], other: Record[NodeInfo]) -> bool:
-    """Whether two nodes are found under the same ones; found out without decoding them."""
-    name = "available_skills"
-    return one.status is other.status and one.encoded(name) == other.encoded(name)
-
-
-def _registered_at(record: Record[NodeInfo]) -> datetime:
-    moment: datetime = record.registered_at
-    return moment

@@ -180,13 +180,13 @@ class Replica:
         record = self.cache.find(place)
         if record is not None:
             return record
-        cache, version = self.cache, self.cache.version
+        cache, version = self.cache, self.cache.applied.version
         found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
-        if found is not None and found.version > self.cache.contiguous:
+        if found is not None and found.version > self.cache.applied.contiguous:
             await self.refresh()
             known = self.cache.find(place)
             return known or await self._repositories[place[0]].get_record(place[1])
-        unmoved = self.cache is cache and cache.version == version
+        unmoved = self.cache is cache and cache.applied.version == version
         if found is not None and place[0] is Task and unmoved:
             cache.remember(found)
         return self.cache.find(place) or found
@@ -202,7 +202,7 @@ class Replica:
 
         Else it might show what was before, and what is being read for it just now might, too.
         """
-        if revision > self.cache.contiguous:
+        if revision > self.cache.applied.contiguous:
             await self.refresh()
 
     def submit(self, command: Command) -> Coroutine[Any, Any, Any]:
@@ -318,17 +318,16 @@ class Replica:
             batch: ChangeBatch | None = None
             while batch is None or batch.revision < batch.read_at:
                 cache = self.cache
-                since, beat, is_whole = cache.contiguous, cache.beat, cache.is_counted
-                batch = await self._database.read(
-                    partial(
-                        read_change_batch,
-                        since=since,
-                        beat=beat,
-                        is_whole=is_whole,
-                        known=cache.out_of_order,
-                    )
+                applied = cache.applied
+                read = partial(
+                    read_change_batch,
+                    since=applied.contiguous,
+                    beat=cache.beat,
+                    is_whole=applied.is_counted,
+                    known=applied.out_of_order,
                 )
-                behind = batch.read_at - cache.contiguous
+                batch = await self._database.read(read)
+                behind = batch.read_at - applied.contiguous
                 if batch.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
                     await self._load()
                     return
@@ -348,7 +347,7 @@ class Replica:
             InvalidDataError: If there was no such revision yet.
         """
         changes, until = await self._database.read(partial(read_changes, since=since))
-        if until > self.cache.contiguous:
+        if until > self.cache.applied.contiguous:
             await self.refresh()
         return changes, until
 
@@ -460,7 +459,7 @@ class Replica:
         """Is told, on any thread, where the counters stand; `False` if it has yet to read that."""
         is_busy = self._outdated.is_set()
         if self._loop is not None and (
-            revision > self.cache.contiguous or beat > max(self.cache.beat, self._own_beat)
+            revision > self.cache.applied.contiguous or beat > max(self.cache.beat, self._own_beat)
         ):
             self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
         return not is_busy

@@ -139,7 +139,7 @@ class Scheduler:
                     self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
                     await self._replica.refresh()
         finally:
-            self._replica.cache.ready.put_back(taken)
+            self._replica.cache.task_index.ready.put_back(taken)
 
     async def advance(self, operation: Advance) -> Advanced:
         """Take a task a step on in its life.
@@ -246,13 +246,17 @@ class Scheduler:
             raise TaskNotFoundError(task_id)
         cache, now = self._replica.cache, self._database.clock()
         nodes = list(cache.nodes.values())
-        ahead = cache.ahead_of(task, [one for one in nodes if lifecycle.has_skills(one, task)], now)
+        ahead = cache.task_index.ahead_of(
+            task, [one for one in nodes if lifecycle.has_skills(one, task)], now
+        )
         return explain(task, nodes, ahead, now)
 
     def _take(self, node: Record[NodeInfo], wanted: int, taken: list[str]) -> list[Record[Task]]:
         """Set aside the best tasks for a node, and some to spare; puts them down in `taken`."""
         cache, now = self._replica.cache, self._database.clock()
-        ids = cache.ready.take(wanted + self._spares, node.encoded("available_skills"), now)
+        ids = cache.task_index.ready.take(
+            wanted + self._spares, node.encoded("available_skills"), now
+        )
         taken += ids
         return [record for id in ids if (record := self._replica.cache.tasks.get(id)) is not None]
 
@@ -262,13 +266,13 @@ class Scheduler:
         suspects: list[str] = []
         latest = self._latest
         if latest is None or now < latest:  # else no clock was turned back since
-            for id in cache.ready.due_after(now + longest_wait):
+            for id in cache.task_index.ready.due_after(now + longest_wait):
                 one = cache.tasks.get(id)
                 if one is not None and lifecycle.is_put_off(one, now, longest_wait):
                     suspects.append(id)
                 await asyncio.sleep(0)
         self._latest = now if latest is None else max(latest, now)
-        for node_id, ids in list(cache.held().items()):
+        for node_id, ids in list(cache.task_index.assigned.items()):
             if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), now, patience):
                 suspects += ids
                 continue

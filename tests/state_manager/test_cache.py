@@ -146,7 +146,7 @@ class FakeDatabase:
         """Bring a cache up to date."""
         batch: ChangeBatch | None = None
         while batch is None or batch.revision < batch.read_at:
-            batch = self.batch(cache.contiguous, page, is_whole=cache.is_counted)
+            batch = self.batch(cache.applied.contiguous, page, is_whole=cache.applied.is_counted)
             cache.catch_up(batch)
 
     def counts(self) -> Counter[str]:
@@ -157,7 +157,7 @@ class FakeDatabase:
 
 
 def counted(cache: Cache) -> dict[str, int]:
-    return {status: number for status, number in cache.task_counts.items() if number}
+    return {status: number for status, number in cache.applied.task_counts.items() if number}
 
 
 class TestSortedKeys:
@@ -302,7 +302,7 @@ class TestLearning:
         pictures = []
 
         for command, *arguments in [*commands, ("deliver", 100), ("refresh", 2)]:
-            version = cache.version
+            version = cache.applied.version
             if command == "write" or command == "purge":
                 own, id, *status = arguments
                 if id not in database.rows and status in ([], [None]):
@@ -320,7 +320,7 @@ class TestLearning:
             else:
                 pictures.append((picture := cache.state(), dict(picture.tasks)))
 
-            assert cache.version >= version
+            assert cache.applied.version >= version
             for id in "abc":
                 record = cache.task(id)
                 if record is not None:
@@ -329,7 +329,7 @@ class TestLearning:
 
         assert cache.state().tasks == database.live()
         assert counted(cache) == database.counts()
-        assert cache.version == cache.contiguous == database.revision
+        assert cache.applied.version == cache.applied.contiguous == database.revision
         assert [record.task_id for record in cache.pending(None)] == sorted(
             id for id, row in database.rows.items() if row.status in ("pending", "scheduled")
         )
@@ -349,7 +349,7 @@ class TestLearning:
         database.tell(cache)
 
         assert counted(cache) == {"pending": 1}
-        assert cache.version == 1
+        assert cache.applied.version == 1
 
     def test_commit_ahead_of_a_gap_is_shown_but_the_gap_is_read_later(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
@@ -359,10 +359,10 @@ class TestLearning:
         cache.apply([own])
 
         assert set(cache.state().tasks) == {"ours"}
-        assert (cache.version, cache.contiguous) == (2, 0)
+        assert (cache.applied.version, cache.applied.contiguous) == (2, 0)
         database.tell(cache)
         assert set(cache.state().tasks) == {"ours", "theirs"}
-        assert (cache.version, cache.contiguous) == (2, 2)
+        assert (cache.applied.version, cache.applied.contiguous) == (2, 2)
         assert counted(cache) == {"pending": 1, "running": 1}
 
     def test_news_older_than_a_removal_do_not_bring_a_task_back(self) -> None:
@@ -376,7 +376,7 @@ class TestLearning:
 
         assert cache.task("a") is None
         assert counted(cache) == {}
-        assert cache.version == 2
+        assert cache.applied.version == 2
 
     def test_news_from_before_an_own_removal_behind_a_gap_do_not_either(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
@@ -412,7 +412,7 @@ class TestLearning:
 
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {}), 1)])
 
-        assert cache.all_nodes() == []
+        assert cache.node_index.all_nodes() == []
         assert cache.node_stats()["total"] == 0
 
     def test_row_from_before_a_heartbeat_does_not_take_it_back(self) -> None:
@@ -430,7 +430,9 @@ class TestLearning:
         cache.apply([HeartbeatWritten(heartbeats[0], 1), HeartbeatWritten(heartbeats[1], 2)])
         cache.catch_up(node_news(2, [renamed], row))
 
-        assert copies(cache.all_nodes()) == copies([heartbeats[1].after(heartbeats[0]).over(row)])
+        assert copies(cache.node_index.all_nodes()) == copies(
+            [heartbeats[1].after(heartbeats[0]).over(row)]
+        )
 
     def test_row_from_after_a_heartbeat_is_taken_as_it_is(self) -> None:
         """It is of another node with the same name, which had none yet."""
@@ -446,7 +448,7 @@ class TestLearning:
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
         cache.catch_up(node_news(3, changes, successor, beat=1))
 
-        assert cache.all_nodes() == [successor]
+        assert cache.node_index.all_nodes() == [successor]
 
     def test_heartbeat_that_was_read_already_is_passed_over(self) -> None:
         """Another process has changed the usage since, and that was read with it."""
@@ -459,7 +461,7 @@ class TestLearning:
         cache.catch_up(node_news(2, [updated], row, beat=1, beaten=[row]))
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
 
-        assert cache.all_nodes() == [row]
+        assert cache.node_index.all_nodes() == [row]
 
     def test_purged_history_is_recounted(self) -> None:
         database = FakeDatabase()
@@ -472,7 +474,7 @@ class TestLearning:
         database.tell(cache)
 
         assert counted(cache) == {"running": 1}
-        assert (cache.version, cache.contiguous) == (4, 4)
+        assert (cache.applied.version, cache.applied.contiguous) == (4, 4)
 
     def test_purged_history_is_recounted_with_what_came_after_the_reading(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
@@ -486,7 +488,7 @@ class TestLearning:
         database.tell(cache)
 
         assert counted(cache) == {"pending": 1}
-        assert cache.contiguous == 3
+        assert cache.applied.contiguous == 3
 
     def test_purged_history_is_recounted_though_an_own_commit_closes_the_gap(self) -> None:
         """The first page ends right before a commit that is here already."""
@@ -613,12 +615,12 @@ def assert_indexes_hold(cache: Cache, shown: dict[str, Record[NodeInfo]], stored
     full = [node for node in online if node not in free and node.node_id in stored]
     state = cache.state()
 
-    assert copies(cache.all_nodes()) == nodes
-    assert copies(cache.online_nodes()) == online
-    assert copies(cache.available_nodes()) == free
+    assert copies(cache.node_index.all_nodes()) == nodes
+    assert copies(cache.node_index.online_nodes()) == online
+    assert copies(cache.node_index.available_nodes()) == free
     for skill in ("java", "python", "unknown"):
         able = [node for node in online if skill in node.available_skills]
-        assert copies(cache.nodes_by_skill(skill)) == able
+        assert copies(cache.node_index.nodes_by_skill(skill)) == able
     assert cache.node_stats() == {
         "total": counts.total(),
         "online": counts[NodeStatus.ONLINE],
@@ -676,7 +678,7 @@ class TestPending:
 
         cache.apply([Event(Task, "a", task_record("a", 1), change(1, "a", None, "pending"))])
 
-        [key] = cache._pending
+        [key] = cache.task_index.pending
         assert [type(part) for part in key] == [int, datetime, str]
 
 
@@ -752,4 +754,4 @@ class TestUnsaved:
         new.discard(place)
         assert new.find(place) is None
         assert new.pending(None) == []
-        assert new.all_nodes() == []
+        assert new.node_index.all_nodes() == []
