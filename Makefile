@@ -1,10 +1,11 @@
-# `make check` does what must pass before a change lands; the environment is made when needed.
+# `make check` runs all that must pass before a change lands; the environment is made when needed.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check lint test coverage demo bench clean
+.PHONY: check lint test coverage demo bench docs clean
 
-check: test lint
+check:
+	@for step in test lint docs; do echo "== make $$step"; $(MAKE) --no-print-directory $$step || exit 1; done
 
 lint: $(BIN)/pytest
 	$(BIN)/ruff format --check .
@@ -16,6 +17,10 @@ test: $(BIN)/pytest
 
 coverage: $(BIN)/pytest
 	$(BIN)/pytest -q --cov --cov-report=term --cov-fail-under=95
+
+docs: $(BIN)/pytest
+	rm -rf build/docs
+	$(BIN)/sphinx-build -q -b html -W --keep-going -n docs build/docs
 
 demo: $(BIN)/pytest
 	$(BIN)/python examples/storage_demo.py

@@ -252,7 +252,7 @@ def test_every_public_call_has_its_system_calls_fail() -> None:
 
 
 def test_full_disk_may_hold_what_sqlite_could_not_write(tmp_path: Path) -> None:
-    """It is why README names an exception, and `io` has an excuse for what a kill would leave."""
+    """It is why promise P2 has an exception, and `io` excuses what a kill would leave."""
     if unavailable_reason := vfs.unavailable_reason():
         pytest.skip(unavailable_reason)
     path, copy, fault = tmp_path / "file.db", tmp_path / "copy.db", io.Fault()

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import ast
-import asyncio
-import builtins
 import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import MakeNode, MakeTask
 
 import openclaw_store
-from openclaw_store import StateManager, Task, TaskStatus, errors
+from openclaw_store import errors
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "openclaw_store"
@@ -227,128 +223,3 @@ assert Database is its_own
             named = {name for names in raised for name in names.split(", ") if "Error" in name}
 
             assert {name for name in named if not hasattr(errors, name)} == set()
-
-
-def assign_to(node_id: str) -> Callable[[Task], None]:
-    """A change that has a task run on a node."""
-
-    def change(task: Task) -> None:
-        task.status, task.assigned_node = TaskStatus.RUNNING, node_id
-
-    return change
-
-
-def blocks(language: str) -> list[str]:
-    """The fenced blocks of the README in one language."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
-
-
-@pytest.fixture
-async def names(
-    manager: StateManager,
-    make_task: MakeTask,
-    make_node: MakeNode,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> dict[str, Any]:
-    """What the README's examples have defined, after all but the first of them were run."""
-    monkeypatch.chdir(tmp_path)
-    task, node = make_task(), make_node()
-    await manager.add_task(task)
-    await manager.add_node(node)
-    names = {name: getattr(openclaw_store, name) for name in openclaw_store.__all__}
-    names |= {"task_id": task.task_id, "node_id": node.node_id}
-    for example in blocks("python")[1:]:
-        names["state"] = manager
-        code = compile(example, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        awaited = eval(code, names)
-        if awaited is not None:
-            await awaited
-    return names
-
-
-class TestReadme:
-    def test_first_example_runs(self, tmp_path: Path) -> None:
-        example = blocks("python")[0]
-
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", example],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout
-        assert [path.name for path in tmp_path.iterdir()] == ["data"]
-
-    def test_other_examples_use_what_there_is(self) -> None:
-        first, *others = blocks("python")
-        known = set(openclaw_store.__all__)
-
-        assert len(first.splitlines()) <= 25
-        for example in others:
-            for node in ast.walk(ast.parse(example)):
-                if isinstance(node, ast.ImportFrom) and node.module == "openclaw_store":
-                    assert {alias.name for alias in node.names} <= known
-
-    def test_other_examples_run(
-        self, names: dict[str, Any], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        printed = capsys.readouterr().out.splitlines()
-
-        assert {"work", "recover_again_and_again"} <= names.keys()
-        assert len(printed) == 3
-        for line in printed:  # the example says so
-            assert re.search(rf"  # {re.escape(line)}$", "".join(blocks("python")), re.MULTILINE)
-
-    async def test_worker_and_recovery_of_the_examples_get_tasks_done(
-        self, names: dict[str, Any], manager: StateManager, make_task: MakeTask
-    ) -> None:
-        async def do(task: Task) -> str:
-            if task.name == "bad":
-                raise ValueError("it is bad")
-            return "done"
-
-        names["do"] = do
-        tasks = [make_task(name=name, max_retries=0) for name in ("good", "bad", "lost")]
-        await manager.add_tasks(tasks)
-        await manager.change_task(tasks[2].task_id, assign_to("nowhere"))
-
-        loops = [
-            asyncio.create_task(names["work"](manager, "worker_007")),
-            asyncio.create_task(names["recover_again_and_again"](manager)),
-        ]
-        good, bad, lost = [await manager.wait_for_task(task.task_id, 60) for task in tasks]
-        for loop in loops:
-            loop.cancel()
-        await asyncio.wait(loops)
-
-        assert (good.status, good.result) == (TaskStatus.COMPLETED, "done")
-        assert (bad.status, bad.error) == (TaskStatus.FAILED, "it is bad")
-        assert (lost.status, lost.error) == (TaskStatus.FAILED, "node lost")
-        assert [loop.cancelled() for loop in loops] == [True, True]
-
-    def test_names_in_backticks_that_look_like_errors_exist(self) -> None:
-        named = re.findall(r"`(\w+Error)`", README.read_text(encoding="utf-8"))
-
-        known = {*vars(errors), *vars(asyncio), *vars(builtins)}
-        assert [name for name in named if name not in known] == []
-
-    def test_all_loggers_are_described(self) -> None:
-        described = re.findall(
-            r"^\| `openclaw_store\.(\w+)` \|", README.read_text("utf-8"), re.MULTILINE
-        )
-
-        assert described == sorted(
-            argument.value.removeprefix("openclaw_store.")
-            for module in MODULES
-            for node in ast.walk(tree(module))
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger"
-            for argument in node.args
-            if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
-        )

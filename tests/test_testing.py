@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_layout import README, blocks
+from support.pages import DOCS, blocks
 
 import pytest_openclaw_store
 from openclaw_store import Database, NodeStatus, TaskStatus, TaskType, utc_now
@@ -18,6 +18,8 @@ from openclaw_store.domain.validation import read_time
 from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory, create_database
 
 pytest_plugins = ["pytester"]
+
+PAGE = DOCS / "how-to" / "testing.md"
 
 USER_TESTS = """
 import asyncio
@@ -183,8 +185,8 @@ class TestPlugin:
     def test_fixtures_and_the_example_work_in_auto_mode_with_one_loop_for_all(
         self, pytester: pytest.Pytester
     ) -> None:
-        [example] = [example for example in blocks("python") if "openclaw_clock" in example]
-        pytester.makepyfile(test_example=example)
+        [example] = [block for block in blocks(PAGE, "python") if "openclaw_clock" in block.text]
+        pytester.makepyfile(test_example=example.text)
 
         self.run(pytester, USER_TESTS.replace("MARK", ""), *loops("session", "auto"), passed=8)
 
@@ -214,12 +216,12 @@ class TestPlugin:
 
         self.run(pytester, tests, *loops("function", "strict"), passed=1)
 
-    def test_readme_names_all_fixtures(self) -> None:
+    def test_page_names_all_fixtures(self) -> None:
         fixtures = [name for name in vars(pytest_openclaw_store) if name.startswith("openclaw")]
-        readme = README.read_text(encoding="utf-8")
+        page = PAGE.read_text(encoding="utf-8")
 
         assert len(fixtures) == 6
-        assert [name for name in fixtures if f"| `{name}` |" not in readme] == []
+        assert [name for name in fixtures if f"| `{name}` |" not in page] == []
 
 
 def loops(scope: str, mode: str) -> list[str]:

@@ -1,7 +1,8 @@
 """A campaign, and one run of it: its databases, its counts and its findings.
 
 A campaign exposes the store to faults of the machine, of the network or of a program, again and
-again, and checks the promises of the README each time. All random choices come from its seed.
+again, and checks the promises of `docs/explanation/promises.md` each time. All random choices
+come from its seed.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Campaign:
     title: str
     """The fault, in one line."""
     promises: tuple[str, ...]
-    """The checked promises of the README, such as `P1`."""
+    """The checked promises, such as `P1`."""
     perform: Callable[[Run], None]
     """Performs `run.rounds` rounds."""
     rounds: int

@@ -1,4 +1,4 @@
-"""Through PgBouncer, with the settings that README gives: what works, and what does not."""
+"""Through PgBouncer, with the documented settings: what works, and what does not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uuid import uuid4
 import pytest
 from conftest import PATIENCE, MakeNode, MakeTask, execute, locked
 from sqlalchemy import make_url
-from test_layout import blocks
+from support.pages import DOCS, blocks
 
 from devtools.postgres import Server, free_port, wait_until
 from openclaw_store import Database, StateManager, Task, TaskRepository, TaskStatus, verify
@@ -29,8 +29,11 @@ pytestmark = [
     pytest.mark.skipif(PROGRAM is None, reason="no PgBouncer: apt-get install pgbouncer"),
 ]
 
-[SETTINGS] = [block for block in blocks("ini") if "ignore_startup_parameters" in block]
-[ROLE] = blocks("sql")
+PAGE = DOCS / "how-to" / "postgresql.md"
+[SETTINGS] = [
+    block.text for block in blocks(PAGE, "ini") if "ignore_startup_parameters" in block.text
+]
+[ROLE] = [block.text for block in blocks(PAGE, "sql")]
 
 Bouncer = Callable[..., str]
 """Runs PgBouncer in a mode; gives the URL of the database by that way."""
@@ -38,7 +41,7 @@ Bouncer = Callable[..., str]
 
 @pytest.fixture
 def url(own_server: Server) -> Iterator[str]:
-    """A migrated, empty database of a role that has README's settings, but waits a second only."""
+    """A migrated, empty database of a role with the documented settings, but short waits."""
     role = f"role_{uuid4().hex}"
     execute(own_server.url, f"CREATE ROLE {role} LOGIN")
     for statement in ROLE.replace("scheduler", role).replace("'30s'", "'1s'").splitlines():

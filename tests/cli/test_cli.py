@@ -24,8 +24,6 @@ from typing import Any, Protocol
 
 import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, execute, shown
-from test_examples import DEMO
-from test_layout import README
 from typer.testing import CliRunner, Result
 
 from openclaw_store import (
@@ -847,58 +845,3 @@ def read_until(terminal: int, pattern: str | None) -> str:
 
 def plain(written: bytes) -> str:
     return re.sub(r"\x1b\[[\d;]*m", "", written.decode(errors="ignore"))
-
-
-ID = r"\b0[0-9a-z]{19}\b"
-VARYING = {
-    rf"\d{{16}}\.{ID}": "CURSOR",
-    ID: "ID",
-    r"\b[0-9a-f]{64}\b": "CHECKSUM",
-    r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+Z)?": "TIME",
-    r"\d+ (d|h|min|s)( \d+ (h|min|s))?\b": "AGE",
-    r"[\d.]+ [kM]B": "SIZE",
-    r" {2,}": "  ",
-    r"/\S+/": "",
-}
-"""What is another one each time."""
-
-
-class TestReadme:
-    def test_section_shows_what_the_commands_write(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """But for identifiers, times, sizes and widths."""
-        text = README.read_text(encoding="utf-8")
-        section = text.partition("\n## The command line\n")[2].partition("\n## ")[0]
-        demo, *steps = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", section, re.MULTILINE)
-        assert demo[0] == "python examples/storage_demo.py --keep data/cluster.db | tail -1"
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "data").mkdir()
-        arguments = shlex.split(demo[0])[2:4]
-        subprocess.run([sys.executable, DEMO, *arguments], capture_output=True, check=True)
-        ids: dict[str, str] = {}
-
-        for command, expected in steps:
-            program, *arguments = [ids.get(word, word) for word in shlex.split(command)]
-            written = CliRunner().invoke(app, arguments).output
-            assert program == "openclaw-store"
-            if arguments == ["doctor"]:  # it is of this machine
-                assert names(written) == names(expected)
-                continue
-            assert varying(written) == varying(expected), command
-            ids |= zip(re.findall(ID, expected), re.findall(ID, written), strict=True)
-
-        shown = {command.split()[1] for command, _ in steps}
-        assert shown >= {one.name or one.callback.__name__ for one in app.registered_commands}  # type: ignore[union-attr]
-        assert "db" in shown
-
-
-def names(text: str) -> list[str]:
-    """What `doctor` has looked at."""
-    return re.findall(r"^(?:ok|warning|error) +(\w+)", text, re.MULTILINE)
-
-
-def varying(text: str) -> list[str]:
-    for pattern, name in VARYING.items():
-        text = re.sub(pattern, name, text)
-    return text.rstrip().splitlines()

@@ -25,8 +25,8 @@ from zoneinfo import ZoneInfo
 import pytest
 from conftest import FakeClock
 from sqlalchemy import Connection
+from support.pages import DOCS, blocks
 from support.scripts import run_scripts
-from test_layout import blocks
 from test_migrations import alembic, alembic_script
 from typer.testing import CliRunner
 
@@ -967,18 +967,25 @@ class TestCommandLine:
 
         assert caught.value.field == "legacy_timezone"
 
-    async def test_example_of_the_readme_opens_an_original_database(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_documented_program_opens_an_original_database(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
-        (example,) = [block for block in blocks("python") if "legacy_timezone" in block]
+        [example] = blocks(DOCS / "how-to" / "legacy.md", "python")
         (tmp_path / "data").mkdir()
         with closing(make_original(tmp_path / "data" / "cluster.db")) as original:
             insert(original, "tasks", [plain_task("a", submitted_at="2026-02-16T12:00:00")])
         monkeypatch.chdir(tmp_path)
-        names: dict[str, Any] = {"Database": Database, "StateManager": StateManager}
 
-        exec(example, names)
-        async with names["state"] as state:
-            task = await state.get_task("a")
+        exec(compile(example.text, "legacy.md", "exec", dont_inherit=True), {})
 
+        async def read() -> Task | None:
+            async with Database("data/cluster.db") as db:
+                return await TaskRepository(db).get("a")
+
+        task = asyncio.run(read())
+        assert capsys.readouterr().out.startswith("{'total': 1, ")
+        assert task is not None
         assert task.submitted_at == datetime(2026, 2, 16, 4, tzinfo=UTC)
