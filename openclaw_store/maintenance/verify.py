@@ -288,10 +288,10 @@ class Scan:
             return
         missing = arrived(record, record.updated_at)
         for name in missing:
-            sentence = f"{_said(place)} is {record['status'].value}, and has no {name}."
+            sentence = f"{_said(place)} is {record.status.value}, and has no {name}."
             self._add("times", sentence, place, Stamp(raw[0]))
         if record.completed_at is not None and record.status not in FINISHED:
-            sentence = f"{_said(place)} is {record['status'].value}, and has a completed_at."
+            sentence = f"{_said(place)} is {record.status.value}, and has a completed_at."
             self._remark("times", sentence, place)
 
     def _look_at_version(self, kind: type[Any], raw: Raw, version: int, change: Raw) -> None:
