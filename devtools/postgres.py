@@ -94,9 +94,14 @@ class Databases:
     Args:
         poolclass: By default, each call opens its own connection, on any event loop. A pool that
             keeps connections requires all calls to be on one loop.
+        has_fast_disk: Whether to copy the files of a template. That takes half the time of writing
+            its pages to the log, but waits for a checkpoint.
     """
 
-    def __init__(self, url: str, poolclass: type[Pool] = NullPool) -> None:
+    def __init__(
+        self, url: str, poolclass: type[Pool] = NullPool, *, has_fast_disk: bool = False
+    ) -> None:
+        self._strategy = "FILE_COPY" if has_fast_disk else "WAL_LOG"
         self._url = make_url(url).set(drivername="postgresql+asyncpg")
         self.url = self._url.render_as_string(hide_password=False)
         """The URL of the server's own database, which stays unused."""
@@ -113,7 +118,9 @@ class Databases:
         """
         name = f"openclaw_store_{uuid4().hex}"
         copied = make_url(template).database if template else "template1"
-        await self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{copied}"')
+        await self._execute(
+            f'CREATE DATABASE "{name}" TEMPLATE "{copied}" STRATEGY {self._strategy}'
+        )
         return self._url.set(database=name).render_as_string(hide_password=False)
 
     async def drop_database(self, url: str) -> None:

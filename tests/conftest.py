@@ -29,6 +29,7 @@ from devtools.postgres import (
     installed_package,
     is_available,
     is_installed,
+    memory,
     running_databases,
     running_server,
 )
@@ -48,8 +49,9 @@ from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 
 pytest.register_assert_rewrite("support.machines")
 
-settings.register_profile("openclaw_store", deadline=None)  # the machine may be busy
-settings.load_profile("openclaw_store")
+settings.register_profile("full", deadline=None)  # the machine may be busy
+settings.register_profile("short", deadline=None, max_examples=40)
+settings.load_profile("short")
 
 ENTITY_KINDS = ("sqlite", "postgresql")
 EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in ENTITY_KINDS]
@@ -166,10 +168,10 @@ async def nothing_leaks() -> AsyncIterator[None]:
         ]
 
     yield
-    for _ in range(1000):  # threads that were told to end need a moment
+    for _ in range(5000):  # threads that were told to end need a moment
         if not leaks():
             break
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.001)
     assert not leaks()
     for _ in range(3):  # sockets that are being closed need a turn of their loop
         await asyncio.sleep(0)
@@ -182,13 +184,22 @@ def clock() -> FakeClock:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """No workers for files that are named: starting them would take longer than it saves."""
-    return 0 if all(".py" in argument for argument in config.args) else None
+    """Return one worker more than there are cores, since tests wait for disks and processes.
+
+    Files that are named run without workers: starting them would take longer than it saves.
+    """
+    return 0 if all(".py" in argument for argument in config.args) else (os.cpu_count() or 1) + 1
 
 
 def pytest_configure() -> None:
-    """Have all workers go through sets in one order, else they may not find the same tests."""
+    """Prepare the environment, which the workers inherit.
+
+    All workers iterate over sets in one order, else they may not find the same tests. Temporary
+    files are in memory where possible: most of the time that SQLite takes is waiting for the disk.
+    """
     os.environ.setdefault("PYTHONHASHSEED", str(random.SystemRandom().getrandbits(32)))
+    if (folder := memory()) is not None:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", folder)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -228,7 +239,9 @@ class Maker:
 
     def __init__(self, server: Databases) -> None:
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-        self._databases = Databases(server.url, poolclass=StaticPool)
+        self._databases = Databases(
+            server.url, poolclass=StaticPool, has_fast_disk=isinstance(server, Server)
+        )
 
     def make(self, template: str | None = None) -> str:
         """The URL of a new database, empty or a copy of `template`."""

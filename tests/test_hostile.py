@@ -91,8 +91,7 @@ def texts(identifier: str, fields: list[str], keys: list[str], json: list[str]) 
         empty = "must not be empty" if field == identifier else ITSELF
         yield Case(field, wrapped(field, ""), empty)
     for field in fields:
-        yield Case(field, "x" * 2**20, ITSELF)
-        yield Case(field, "é" * 2**20, ITSELF)
+        yield Case(field, "é" * 2**20, ITSELF)  # characters are counted, not bytes
         yield Case(field, "x" * (2**20 + 1), "is longer than 1048576 characters")
     for field in (identifier, *keys):
         for letter in "x", "é", "🚀":

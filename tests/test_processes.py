@@ -14,10 +14,10 @@ from conftest import EACH_KIND, Location, execute, new_location
 from support.scripts import Ended, run_scripts
 
 PROCESSES = 3
-ROUNDS = 150
+ROUNDS = 60
 COUNTERS = 8
 
-KILLED_WRITES = int(os.environ.get("OPENCLAW_STORE_TEST_WRITES", "2000"))
+KILLED_WRITES = int(os.environ.get("OPENCLAW_STORE_TEST_WRITES", "600"))
 """Of four processes together, one of which is killed; 10,000 take a minute."""
 
 AGREE = """

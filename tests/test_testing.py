@@ -173,7 +173,9 @@ class TestPlugin:
     @staticmethod
     def run(pytester: pytest.Pytester, tests: str, *options: str, **outcomes: int) -> str:
         pytester.makepyfile(tests)
-        result = pytester.runpytest_subprocess("-W", "error", "-p", "no:cacheprovider", *options)
+        unneeded = ("cacheprovider", "hypothesispytest", "pytest_cov", "xdist")  # slow to import
+        without = [f"-pno:{plugin}" for plugin in unneeded]
+        result = pytester.runpytest_subprocess("-W", "error", *without, *options)
         result.assert_outcomes(**outcomes)
         return result.stdout.str()
 

@@ -43,8 +43,7 @@ from openclaw_store import (
 from openclaw_store.backends import Backend
 from openclaw_store.backends.base import RedoError
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
-from openclaw_store.database import group_commit as writer
-from openclaw_store.database import metrics
+from openclaw_store.database import group_commit, metrics
 from openclaw_store.database.group_commit import HALVED_FROM, Writer
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
@@ -112,6 +111,11 @@ class Shelf:
         """Another function, so that its operations are another run of the batch."""
         return self.apply(unit, operations)
 
+    def apply_and_exit(self, unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
+        """End the thread when the operations have been applied."""
+        self.apply(unit, operations)
+        raise SystemExit
+
     def _decide(self, unit: WriteTransaction, operation: str) -> Any:
         if operation == "hold":
             self.entered.set()
@@ -155,6 +159,15 @@ def shelf() -> Iterator[Shelf]:
     shelf.release.set()  # a failed test must not keep the thread
 
 
+@pytest.fixture
+async def writer(shelf: Shelf) -> AsyncIterator[Writer]:
+    """A writer of `shelf`, which ends with the test."""
+    writer = shelf.writer()
+    yield writer
+    shelf.release.set()
+    await writer.close()
+
+
 class LateQueue(deque[Any]):
     """A queue that, while something is put into it, lets something else happen first."""
 
@@ -169,6 +182,13 @@ class LateQueue(deque[Any]):
 async def entered(shelf: Shelf) -> None:
     """Wait until the writer is in the batch of a `hold`."""
     assert await asyncio.to_thread(shelf.entered.wait, PATIENCE)
+
+
+async def hold(shelf: Shelf, writer: Writer) -> asyncio.Task[Any]:
+    """Keep the writer in a batch until `release` is set; return the caller of that batch."""
+    held = start(writer.submit(shelf.apply, "hold"))
+    await entered(shelf)
+    return held
 
 
 async def finished(tasks: Sequence[asyncio.Task[Any]]) -> list[Any]:
@@ -222,18 +242,16 @@ async def standing_still(
 
 
 class TestBatches:
-    async def test_lone_caller_gets_its_result_after_one_commit(self, shelf: Shelf) -> None:
-        writer = shelf.writer()
-
+    async def test_lone_caller_gets_its_result_after_one_commit(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         result = await writer.submit(shelf.apply, "alone")
 
         assert result == "ALONE"
         assert shelf.batches == [["alone"]]
-        await writer.close()
 
-    async def test_lone_caller_waits_for_no_timer(self, shelf: Shelf) -> None:
+    async def test_lone_caller_waits_for_no_timer(self, shelf: Shelf, writer: Writer) -> None:
         """Planted: the loop or the thread waits a moment to collect a batch; or it polls."""
-        writer = shelf.writer()
         seconds: list[float] = []
 
         for number in range(100):
@@ -244,11 +262,11 @@ class TestBatches:
 
         # The machine may be busy, but a timer would delay almost all of them.
         assert sorted(seconds)[10] < 0.001
-        await writer.close()
 
-    async def test_callers_of_one_turn_of_the_loop_share_one_batch(self, shelf: Shelf) -> None:
+    async def test_callers_of_one_turn_of_the_loop_share_one_batch(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: `submit` wakes the thread at once instead of behind this turn's callers."""
-        writer = shelf.writer()
         loop = asyncio.get_running_loop()
         tasks: list[asyncio.Task[Any]] = []
         first, second = (writer.submit(shelf.apply, word) for word in ("first", "second"))
@@ -262,11 +280,11 @@ class TestBatches:
         await finished(tasks)
 
         assert shelf.batches == [["the thread is there"], ["first", "second"]]
-        await writer.close()
 
-    async def test_callers_woken_together_share_the_next_batch_too(self, shelf: Shelf) -> None:
+    async def test_callers_woken_together_share_the_next_batch_too(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: each caller's outcome takes a hop of its own to the loop."""
-        writer = shelf.writer()
 
         async def write_thrice(name: str) -> None:
             for number in range(3):
@@ -275,13 +293,12 @@ class TestBatches:
         await asyncio.gather(*[write_thrice(name) for name in "abcdefgh"])
 
         assert shelf.batches == [[f"{name}{number}" for name in "abcdefgh"] for number in range(3)]
-        await writer.close()
 
-    async def test_all_that_queue_during_a_commit_are_the_next_batch(self, shelf: Shelf) -> None:
+    async def test_all_that_queue_during_a_commit_are_the_next_batch(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: a batch takes one operation, or at most a few."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
         words = [f"word{number}" for number in range(500)]
         tasks = [start(writer.submit(shelf.apply, word)) for word in words]
@@ -290,7 +307,6 @@ class TestBatches:
         await finished([held, *tasks])
 
         assert shelf.batches == [["hold"], words]
-        await writer.close()
 
     async def test_batch_leaves_half_of_many_callers_to_the_next_one(self, shelf: Shelf) -> None:
         """Planted: the next one takes half of what has queued, which is half of a half."""
@@ -313,10 +329,9 @@ class TestBatches:
     @pytest.mark.parametrize("ends", ["committed", "explode", "exit", "refuse"])
     @ends_the_thread
     async def test_callers_get_their_answers_when_the_next_batch_is_on_its_way(
-        self, shelf: Shelf, ends: str
+        self, shelf: Shelf, writer: Writer, ends: str
     ) -> None:
         """Planted: they get them at once, or only when the next batch has committed."""
-        writer = shelf.writer()
         shelf.release.set()
         queued, told = threading.Event(), threading.Event()
         was_told: list[bool] = []
@@ -341,7 +356,6 @@ class TestBatches:
 
         assert (await finished([first, second]))[0] == "FIRST"
         assert was_told == ([False, True] if ends == "committed" else [False])
-        await writer.close()
 
     async def test_closing_answers_those_of_the_last_batch(self, shelf: Shelf) -> None:
         """Planted: their answers are kept for a batch that never comes."""
@@ -363,11 +377,11 @@ class TestBatches:
         await writer.close()
         assert (shelf.opened, shelf.turns) == (2, 1)
 
-    async def test_operations_keep_their_order_whatever_applies_them(self, shelf: Shelf) -> None:
+    async def test_operations_keep_their_order_whatever_applies_them(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: runs are grouped by function over the whole batch, or applied in reverse."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
         tasks = [
             start(writer.submit(apply, word))
@@ -384,16 +398,13 @@ class TestBatches:
 
         assert results == ["HOLD", "ROW=1", "ROW=2", "ROW=3", "ROW=4"]
         assert shelf.batches[1] == ["row=1", "row=2", "row=3", "row=4"]
-        await writer.close()
 
 
 class TestFailures:
     async def test_refused_operation_leaves_the_rest_of_its_batch_committed(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: an outcome that is an error is raised on the thread, or returned."""
-        writer = shelf.writer()
-
         words = ["a", "refuse", "b", "refuse too", "c"]
         outcomes = await finished([start(writer.submit(shelf.apply, word)) for word in words])
 
@@ -401,14 +412,12 @@ class TestFailures:
         assert [type(outcomes[1]), outcomes[1].id] == [DuplicateError, "refuse"]
         assert [type(outcomes[3]), outcomes[3].id] == [DuplicateError, "refuse too"]
         assert shelf.batches == [["a", "b", "c"]]
-        await writer.close()
 
     @pytest.mark.parametrize("bad", [{0}, {6}, {3, 4}, {0, 2, 4, 6}, set(range(7))])
     async def test_exception_inside_a_batch_fails_none_but_its_own_operation(
-        self, shelf: Shelf, bad: set[int]
+        self, shelf: Shelf, writer: Writer, bad: set[int]
     ) -> None:
         """Planted: the whole batch fails; or its halves swap places; or one is applied twice."""
-        writer = shelf.writer()
         words = [f"explode{n}" if n in bad else f"word{n}" for n in range(7)]
 
         outcomes = await finished([start(writer.submit(shelf.apply, word)) for word in words])
@@ -421,13 +430,11 @@ class TestFailures:
                 assert outcome == word.upper()
         committed = [word for batch in shelf.batches for word in batch]
         assert committed == [word for word in words if not word.startswith("explode")]
-        await writer.close()
 
     async def test_batch_that_is_tried_by_halves_is_told_once_and_before_what_came_later(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: what was rolled back is told, too; or the second half queues again, behind."""
-        writer = shelf.writer()
         told: list[str] = []
         writer.listen(asyncio.get_running_loop(), told.extend)
         words = ["a", "hold", "explode", "b"]
@@ -441,13 +448,11 @@ class TestFailures:
 
         assert told == ["a", "hold", "b", "later"]
         assert [word for batch in shelf.batches for word in batch] == told
-        await writer.close()
 
     async def test_failed_transaction_fails_all_its_callers_each_with_its_own_error(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: all callers get one error, whose traceback grows; or the batch is retried."""
-        writer = shelf.writer()
         shelf.commit_error = UnavailableError("the disk is full: free some space")
         shelf.commit_error.__cause__ = cause = OSError("no space")
 
@@ -461,14 +466,13 @@ class TestFailures:
         assert shelf.opened == 1
         shelf.commit_error = None
         assert await writer.submit(shelf.apply, "again") == "AGAIN"
-        await writer.close()
 
     @ends_the_thread
-    async def test_end_of_the_thread_is_told_to_all_and_survived(self, shelf: Shelf) -> None:
+    async def test_end_of_the_thread_is_told_to_all_and_survived(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: `BaseException` passes the callers by; or no new thread is ever started."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         batch = [start(writer.submit(shelf.apply, word)) for word in ("a", "exit", "b")]
         await turns()
 
@@ -482,7 +486,6 @@ class TestFailures:
         assert again == ["AGAIN"]
         assert shelf.batches == [["hold"], ["again"]]
         assert shelf.stopped == 1
-        await writer.close()
 
     @ends_the_thread
     @pytest.mark.parametrize("ending", ["exit", "clock"])
@@ -501,8 +504,7 @@ class TestFailures:
             return NOON
 
         writer = shelf.writer(clock=clock)
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         words = ("explode", "exit", "a", "b") if ending == "exit" else ("a", "b")
         batch = [start(writer.submit(shelf.apply, word)) for word in words]
         await turns()
@@ -519,15 +521,11 @@ class TestFailures:
         await writer.close()
 
     @ends_the_thread
-    async def test_end_of_the_thread_costs_those_still_queued_nothing(self, shelf: Shelf) -> None:
+    async def test_end_of_the_thread_costs_those_still_queued_nothing(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: the thread ends without looking at the queue, and they wait for ever."""
-        writer = shelf.writer()
-
-        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
-            shelf.apply(unit, operations)
-            raise SystemExit
-
-        fatal = start(writer.submit(hold_and_exit, "hold"))
+        fatal = start(writer.submit(shelf.apply_and_exit, "hold"))
         await entered(shelf)
         queued = [start(writer.submit(shelf.apply, word)) for word in "ab"]
         await turns()
@@ -537,18 +535,13 @@ class TestFailures:
         assert isinstance(outcomes[0], UnavailableError)
         assert outcomes[1:] == ["A", "B"]
         assert shelf.batches == [["a", "b"]]
-        await writer.close()
 
     @ends_the_thread
     async def test_close_waits_for_the_thread_that_takes_over(self, shelf: Shelf) -> None:
         """Planted: `close` returns when the thread it knew has ended."""
         writer = shelf.writer()
 
-        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
-            shelf.apply(unit, operations)
-            raise SystemExit
-
-        fatal = start(writer.submit(hold_and_exit, "hold"))
+        fatal = start(writer.submit(shelf.apply_and_exit, "hold"))
         await entered(shelf)
         queued = start(writer.submit(shelf.apply, "queued"))
         await turns()
@@ -565,10 +558,9 @@ class TestFailures:
 
     @ends_the_thread
     async def test_new_thread_starts_only_when_the_old_one_has_cleaned_up(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: `stopped` is called after the place was free, and ends what is the new one's."""
-        writer = shelf.writer()
         stopping, go_on = threading.Event(), threading.Event()
 
         def stop() -> None:
@@ -590,17 +582,14 @@ class TestFailures:
         assert opened_meanwhile == 0
         assert isinstance(outcomes[0], UnavailableError)
         assert outcomes[1] == "EARLY"
-        await writer.close()
 
 
 class TestCancellation:
     async def test_operation_of_a_caller_cancelled_in_the_queue_is_withdrawn(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: a cancelled caller's operation stays in the queue and is committed."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         gone = start(writer.submit(shelf.apply, "gone"))
         stays = start(writer.submit(shelf.apply, "stays"))
         await turns()
@@ -612,17 +601,14 @@ class TestCancellation:
         shelf.release.set()
         assert await finished([held, stays]) == ["HOLD", "STAYS"]
         assert shelf.batches == [["hold"], ["stays"]]
-        await writer.close()
 
     async def test_caller_cancelled_in_a_batch_waits_for_it_and_is_cancelled_then(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: `CancelledError` goes on at once, before the commit reached the caches."""
-        writer = shelf.writer()
         told: list[str] = []
         writer.listen(asyncio.get_running_loop(), told.extend)
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
         held.cancel()
         await turns()
@@ -632,15 +618,12 @@ class TestCancellation:
         await asyncio.wait([held], timeout=PATIENCE)
         assert held.cancelled()
         assert told == ["hold"]
-        await writer.close()
 
     async def test_outcome_that_arrives_before_the_cancelled_caller_wakes_is_not_awaited_again(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: `_withdraw` does not look whether the outcome was there, and waits for ever."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
         shelf.release.set()
         assert shelf.published.acquire(timeout=PATIENCE)  # blocks this loop: it lies in the inbox
@@ -649,13 +632,11 @@ class TestCancellation:
 
         assert held.cancelled()
         assert shelf.batches == [["hold"]]
-        await writer.close()
 
     async def test_caller_cancelled_just_before_its_batch_is_done_sees_it_too(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: a caller that finds its batch done goes on before the listeners were told."""
-        writer = shelf.writer()
         told: list[str] = []
         writer.listen(asyncio.get_running_loop(), told.extend)
         seen: list[str] = []
@@ -677,13 +658,12 @@ class TestCancellation:
         await finished([held])
 
         assert seen == ["hold"]
-        await writer.close()
 
-    async def test_caller_cancelled_again_still_waits_for_its_batch(self, shelf: Shelf) -> None:
+    async def test_caller_cancelled_again_still_waits_for_its_batch(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: the second cancellation leaves `_withdraw`."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
         for _ in range(3):
             held.cancel()
@@ -694,11 +674,11 @@ class TestCancellation:
 
         assert held.cancelled()
         assert shelf.batches == [["hold"]]
-        await writer.close()
 
-    async def test_caller_cancelled_as_its_outcome_arrives_is_cancelled(self, shelf: Shelf) -> None:
+    async def test_caller_cancelled_as_its_outcome_arrives_is_cancelled(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: a caller that has its result returns it, and the cancellation is lost."""
-        writer = shelf.writer()
         loop = asyncio.get_running_loop()
         held = start(writer.submit(shelf.apply, "hold"))
         # Runs when the outcome is set, and before it wakes the caller.
@@ -710,13 +690,11 @@ class TestCancellation:
 
         assert held.cancelled()
         assert shelf.batches == [["hold"]]
-        await writer.close()
 
     async def test_operation_of_a_caller_cancelled_in_a_batch_that_is_tried_again_is_applied(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: who was cancelled meanwhile is left out when a batch is tried by halves."""
-        writer = shelf.writer()
         told: list[str] = []
         writer.listen(asyncio.get_running_loop(), told.extend)
         tasks = [start(writer.submit(shelf.apply, word)) for word in ("a", "hold", "explode")]
@@ -730,20 +708,13 @@ class TestCancellation:
         assert tasks[0].cancelled()
         assert told == ["a", "hold"]
         assert not writer._gone  # nor are those kept who were cancelled
-        await writer.close()
 
     @ends_the_thread
     async def test_caller_cancelled_in_a_batch_is_let_go_when_the_thread_ends(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: only a batch that is done lets go those who were cancelled in it."""
-        writer = shelf.writer()
-
-        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
-            shelf.apply(unit, operations)
-            raise SystemExit
-
-        held = start(writer.submit(hold_and_exit, "hold"))
+        held = start(writer.submit(shelf.apply_and_exit, "hold"))
         await entered(shelf)
         held.cancel()
         await turns()
@@ -752,15 +723,13 @@ class TestCancellation:
 
         assert held.cancelled()
         assert await finished([start(writer.submit(shelf.apply, "again"))]) == ["AGAIN"]
-        await writer.close()
 
     async def test_failure_of_a_cancelled_caller_is_nobodys_unhandled_error(
         self, shelf: Shelf, caplog: pytest.LogCaptureFixture
     ) -> None:
         """Planted: the error of the second future is never looked at, and asyncio reports it."""
         writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         shelf.commit_error = UnavailableError("the disk is full")
 
         held.cancel()
@@ -776,10 +745,9 @@ class TestCancellation:
         assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
 
     async def test_cancelled_caller_does_not_take_others_of_its_batch_along(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: the batch's outcomes are delivered only up to the first cancelled caller."""
-        writer = shelf.writer()
         held = start(writer.submit(shelf.apply, "hold"))
         others = [start(writer.submit(shelf.apply, word)) for word in "abc"]
         await entered(shelf)
@@ -791,39 +759,33 @@ class TestCancellation:
         assert (await finished([held, *others]))[1:] == ["A", "B", "C"]
         assert held.cancelled()
         assert shelf.batches == [["hold", "a", "b", "c"]]
-        await writer.close()
 
 
 class TestLongQueue:
     async def test_batch_is_bounded_and_everybody_gets_in_at_last(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: a batch grows with the callers; or nobody looks at what did not fit."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 4)
-        writer_ = shelf.writer()
-        held = start(writer_.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 4)
+        held = await hold(shelf, writer)
 
         words = [f"word{number}" for number in range(30)]
-        tasks = [start(writer_.submit(shelf.apply, word)) for word in words]
+        tasks = [start(writer.submit(shelf.apply, word)) for word in words]
         await turns()
         shelf.release.set()
         outcomes = await finished([held, *tasks])
 
         assert outcomes == ["HOLD", *[word.upper() for word in words]]
         assert [len(batch) for batch in shelf.batches] == [1, *[4] * 7, 2]
-        await writer_.close()
 
     async def test_callers_faster_than_the_disk_wait_and_none_is_refused(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: a full queue is an error, or drops the oldest, or lets its callers go on."""
-        writer_ = shelf.writer()
-        held = start(writer_.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
-        words = [f"word{number}" for number in range(2 * writer.MAX_BATCH + 1)]
-        tasks = [start(writer_.submit(shelf.apply, word)) for word in words]
+        words = [f"word{number}" for number in range(2 * group_commit.MAX_BATCH + 1)]
+        tasks = [start(writer.submit(shelf.apply, word)) for word in words]
         await turns()
         answered_meanwhile = [task for task in tasks if task.done()]
         shelf.release.set()
@@ -832,19 +794,16 @@ class TestLongQueue:
         assert answered_meanwhile == []
         assert outcomes == ["HOLD", *[word.upper() for word in words]]
         assert [word for batch in shelf.batches for word in batch] == ["hold", *words]
-        await writer_.close()
 
     async def test_operations_of_those_who_gave_up_are_forgotten_before_the_disk_is_done(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: what was withdrawn stays in the queue until the batch before it is done."""
 
         class Operation:
             pass
 
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         stays = [start(writer.submit(shelf.apply, f"early{number}")) for number in range(10)]
         kept: weakref.WeakSet[Operation] = weakref.WeakSet()
 
@@ -866,19 +825,18 @@ class TestLongQueue:
         assert kept_meanwhile <= 20  # as many as wait
         late = [f"late{number}" for number in range(0, 1000, 100)]
         assert shelf.batches[1] == [*[f"early{number}" for number in range(10)], *late]
-        await writer.close()
 
-    async def test_thread_is_not_behind_with_what_wakes_it(self, shelf: Shelf) -> None:
+    async def test_thread_is_not_behind_with_what_wakes_it(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: each commit takes one token, however many came meanwhile, and they pile up."""
-        writer = shelf.writer()
         left: list[int] = []
 
         def look(unit: WriteTransaction, operations: Sequence[str]) -> Sequence[str]:
             left.append(writer._tokens.qsize())
             return operations
 
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         tasks = []
         for number in range(10):
             tasks.append(start(writer.submit(look, f"word{number}")))
@@ -887,41 +845,40 @@ class TestLongQueue:
         await finished([held, *tasks])
 
         assert left == [0]
-        await writer.close()
 
     async def test_first_come_is_first_served(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: who does not fit into a batch asks again, and others ask before it."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 1)
-        writer_ = shelf.writer()
-        tasks = [start(writer_.submit(shelf.apply, "hold"))]
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 1)
+        tasks = [start(writer.submit(shelf.apply, "hold"))]
         await entered(shelf)
         words = [f"early{number}" for number in range(5)]
-        tasks += [start(writer_.submit(shelf.apply, word)) for word in words]
+        tasks += [start(writer.submit(shelf.apply, word)) for word in words]
         await turns()
         late = [f"late{number}" for number in range(5)]
 
         async def come_later() -> None:
             await tasks[1]
-            await finished([start(writer_.submit(shelf.apply, word)) for word in late])
+            await finished([start(writer.submit(shelf.apply, word)) for word in late])
 
         tasks.append(start(come_later()))
         shelf.release.set()
         await finished(tasks)
 
         assert [word for batch in shelf.batches for word in batch] == ["hold", *words, *late]
-        await writer_.close()
 
     async def test_caller_cancelled_behind_a_full_batch_leaves_no_trace(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self,
+        shelf: Shelf,
+        writer: Writer,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """Planted: those who do not fit are committed though they were cancelled."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 1)
-        writer_ = shelf.writer()
-        held = start(writer_.submit(shelf.apply, "hold"))
-        await entered(shelf)
-        tasks = [start(writer_.submit(shelf.apply, word)) for word in "abc"]
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 1)
+        held = await hold(shelf, writer)
+        tasks = [start(writer.submit(shelf.apply, word)) for word in "abc"]
         await turns()
 
         tasks[1].cancel()
@@ -932,18 +889,15 @@ class TestLongQueue:
         assert outcomes == ["HOLD", "A", "C"]
         assert [word for batch in shelf.batches for word in batch] == ["hold", "a", "c"]
         assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
-        await writer_.close()
 
     async def test_full_batch_of_which_all_were_cancelled_does_not_strand_those_behind(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: the thread that finds nothing to commit waits to be woken again."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 4)
-        writer_ = shelf.writer()
-        held = start(writer_.submit(shelf.apply, "hold"))
-        await entered(shelf)
-        gone = [start(writer_.submit(shelf.apply, word)) for word in "abcd"]
-        stays = start(writer_.submit(shelf.apply, "stays"))
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 4)
+        held = await hold(shelf, writer)
+        gone = [start(writer.submit(shelf.apply, word)) for word in "abcd"]
+        stays = start(writer.submit(shelf.apply, "stays"))
         await turns()
 
         for task in gone:
@@ -954,53 +908,43 @@ class TestLongQueue:
 
         assert outcomes == ["HOLD", "STAYS"]
         assert shelf.batches == [["hold"], ["stays"]]
-        await writer_.close()
 
     @ends_the_thread
     async def test_end_of_the_thread_does_not_strand_those_behind_a_full_batch(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: a thread that ends leaves those who did not fit without anybody."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 1)
-        writer_ = shelf.writer()
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 1)
 
-        def hold_and_exit(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
-            shelf.apply(unit, operations)
-            raise SystemExit
-
-        fatal = start(writer_.submit(hold_and_exit, "hold"))
+        fatal = start(writer.submit(shelf.apply_and_exit, "hold"))
         await entered(shelf)
-        tasks = [start(writer_.submit(shelf.apply, word)) for word in "abc"]
+        tasks = [start(writer.submit(shelf.apply, word)) for word in "abc"]
         await turns()
         shelf.release.set()
         outcomes = await finished([fatal, *tasks])
 
         assert isinstance(outcomes[0], UnavailableError)
         assert outcomes[1:] == ["A", "B", "C"]
-        await writer_.close()
 
     @ends_the_thread
     async def test_end_of_the_thread_does_not_strand_those_nobody_will_wake_it_for(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: the thread that takes over waits to be woken."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 1)
-        writer_ = shelf.writer()
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 1)
 
         words = ("exit", "a", "b")  # the thread is woken once for all of them
-        outcomes = await finished([start(writer_.submit(shelf.apply, word)) for word in words])
+        outcomes = await finished([start(writer.submit(shelf.apply, word)) for word in words])
 
         assert isinstance(outcomes[0], UnavailableError)
         assert outcomes[1:] == ["A", "B"]
-        await writer_.close()
 
-    async def test_batch_that_is_done_is_forgotten(self, shelf: Shelf) -> None:
+    async def test_batch_that_is_done_is_forgotten(self, shelf: Shelf, writer: Writer) -> None:
         """Planted: the thread keeps its last batch until the next one comes."""
 
         class Operation:
             pass
 
-        writer = shelf.writer()
         operation = Operation()
         is_kept = weakref.ref(operation)
 
@@ -1008,15 +952,14 @@ class TestLongQueue:
         del operation
 
         await until(lambda: is_kept() is None)
-        await writer.close()
 
 
 class TestLoops:
-    async def test_caller_on_another_loop_is_answered_on_that_loop(self, shelf: Shelf) -> None:
+    async def test_caller_on_another_loop_is_answered_on_that_loop(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: outcomes are set from the writer's thread, which wakes no loop."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
 
         async def elsewhere() -> tuple[Any, bool]:
             thread = threading.get_ident()
@@ -1029,26 +972,22 @@ class TestLoops:
 
         assert result == ("ELSEWHERE", True)
         assert await held == "HOLD"
-        await writer.close()
 
     async def test_caller_on_another_loop_is_answered_while_this_one_is_blocked(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: all callers are answered by way of the loop that came first."""
-        writer = shelf.writer()
         await writer.submit(shelf.apply, "here first")
 
         other = InThread(lambda: writer.submit(shelf.apply, "elsewhere"))
         result = other.block()
 
         assert result == "ELSEWHERE"
-        await writer.close()
 
     async def test_caller_is_answered_while_another_loop_has_yet_to_wake_the_thread(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: one mark for all loops tells that the thread is about to be woken."""
-        writer = shelf.writer()
         results: list[Any] = []
 
         def block() -> None:
@@ -1060,11 +999,11 @@ class TestLoops:
 
         assert results == ["ELSEWHERE"]
         assert await finished([here]) == ["HERE"]
-        await writer.close()
 
-    async def test_callers_of_a_loop_that_was_closed_harm_nobody(self, shelf: Shelf) -> None:
+    async def test_callers_of_a_loop_that_was_closed_harm_nobody(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: answering a closed loop raises on the thread, before the others are told."""
-        writer = shelf.writer()
         told: list[str] = []
 
         def ask_and_close() -> None:
@@ -1087,13 +1026,11 @@ class TestLoops:
         assert await finished([here]) == ["HERE"]
         assert shelf.batches == [["hold"], ["here"]]
         assert told == []
-        await writer.close()
 
     async def test_caller_cancelled_on_a_loop_that_was_closed_harms_nobody(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: letting go a caller of a closed loop raises, and the others wait for ever."""
-        writer = shelf.writer()
 
         def ask_cancel_and_close() -> None:
             loop = asyncio.new_event_loop()
@@ -1113,11 +1050,9 @@ class TestLoops:
 
         assert await finished([here]) == ["HERE"]
         assert shelf.stopped == 0  # the thread has not ended of it
-        await writer.close()
 
-    async def test_listener_is_told_on_its_own_loop(self, shelf: Shelf) -> None:
+    async def test_listener_is_told_on_its_own_loop(self, shelf: Shelf, writer: Writer) -> None:
         """Planted: all listeners are told on the loop of the caller."""
-        writer = shelf.writer()
         threads: list[int] = []
         listening, enough = threading.Event(), threading.Event()
 
@@ -1137,13 +1072,13 @@ class TestLoops:
         await writer.submit(shelf.apply, "here")
 
         assert [await other.join()] == threads
-        await writer.close()
 
 
 class TestListeners:
-    async def test_listeners_are_told_in_order_and_before_callers_wake(self, shelf: Shelf) -> None:
+    async def test_listeners_are_told_in_order_and_before_callers_wake(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: callers are answered first, and read a cache that lacks their own write."""
-        writer = shelf.writer()
         told: list[str] = []
         writer.listen(asyncio.get_running_loop(), told.extend)
         seen: list[list[str]] = []
@@ -1157,11 +1092,9 @@ class TestListeners:
 
         assert told == list("abcdefghi")
         assert seen == [[letter, letter] for letter in "abcdefghi"]
-        await writer.close()
 
-    async def test_refused_operations_are_not_told(self, shelf: Shelf) -> None:
+    async def test_refused_operations_are_not_told(self, shelf: Shelf, writer: Writer) -> None:
         """Planted: listeners are told what was submitted."""
-        writer = shelf.writer()
         told: list[Sequence[str]] = []
         writer.listen(asyncio.get_running_loop(), told.append)
 
@@ -1170,13 +1103,11 @@ class TestListeners:
         await finished([start(writer.submit(shelf.apply, "explode"))])
 
         assert told == [["a", "b"]]
-        await writer.close()
 
     async def test_listener_that_fails_harms_neither_callers_nor_listeners(
-        self, shelf: Shelf
+        self, shelf: Shelf, writer: Writer
     ) -> None:
         """Planted: what a listener raises ends the delivery."""
-        writer = shelf.writer()
         loop = asyncio.get_running_loop()
         reported: list[Any] = []
         loop.set_exception_handler(lambda _, context: reported.append(context["exception"]))
@@ -1193,11 +1124,9 @@ class TestListeners:
         assert outcomes == ["A", "B"]
         assert told == ["a", "b"]
         assert reported == [error]
-        await writer.close()
 
-    async def test_listener_that_ended_is_told_no_more(self, shelf: Shelf) -> None:
+    async def test_listener_that_ended_is_told_no_more(self, shelf: Shelf, writer: Writer) -> None:
         """Planted: `unlisten` does nothing."""
-        writer = shelf.writer()
         told: list[str] = []
         unlisten = writer.listen(asyncio.get_running_loop(), told.extend)
         writer.listen(asyncio.get_running_loop(), told.extend)
@@ -1207,15 +1136,14 @@ class TestListeners:
         await writer.submit(shelf.apply, "b")
 
         assert told == ["a", "a", "b"]
-        await writer.close()
 
 
 class TestFigures:
-    async def test_they_count_batches_and_what_was_in_them(self, shelf: Shelf) -> None:
+    async def test_they_count_batches_and_what_was_in_them(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: a batch counts as one operation; or those still queued count as committed."""
-        writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         tasks = [start(writer.submit(shelf.apply, word)) for word in ("a", "refuse", "c")]
         await turns()
         before = writer.figures()
@@ -1226,15 +1154,13 @@ class TestFigures:
         assert (before["queued_operations"], before["batches"], before["operations"]) == (3, 0, 0)
         assert (after["queued_operations"], after["batches"], after["operations"]) == (0, 2, 4)
         assert (after["mean_batch"], after["largest_batch"]) == (2.0, 3)
-        await writer.close()
 
     async def test_seconds_are_those_until_a_batch_is_committed(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: they are measured before the commit; or p50 is the mean, or p99 the maximum."""
         now = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: now)
-        writer_ = shelf.writer()
 
         def take_seconds(unit: WriteTransaction, operations: Sequence[float]) -> Sequence[float]:
             def commit() -> None:
@@ -1245,35 +1171,35 @@ class TestFigures:
             return operations
 
         for seconds in (5, *[2] * 149, *[3] * 48, 4, 1):
-            await writer_.submit(take_seconds, seconds)
-        figures = writer_.figures()
+            await writer.submit(take_seconds, seconds)
+        figures = writer.figures()
 
         assert figures["commit_seconds_p50"] == 2
         assert figures["commit_seconds_p99"] == 3
         assert figures["commit_seconds_max"] == 5
-        await writer_.close()
 
     async def test_they_forget_all_but_the_last_batches(
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: the writer keeps a line for every batch there ever was."""
         monkeypatch.setattr(metrics, "RECENT_BATCHES", 2)
-        writer_ = shelf.writer()
-        await asyncio.gather(*[writer_.submit(shelf.apply, word) for word in "abc"])
-        largest = writer_.figures()["largest_batch"]
+        writer = shelf.writer()
+        await asyncio.gather(*[writer.submit(shelf.apply, word) for word in "abc"])
+        largest = writer.figures()["largest_batch"]
         for word in "de":
-            await writer_.submit(shelf.apply, word)
+            await writer.submit(shelf.apply, word)
 
-        figures = writer_.figures()
+        figures = writer.figures()
 
         assert largest == 3
         assert (figures["mean_batch"], figures["largest_batch"]) == (1.0, 1)
         assert (figures["batches"], figures["operations"]) == (3, 5)
-        await writer_.close()
+        await writer.close()
 
-    async def test_failure_is_that_of_a_batch_not_of_an_operation(self, shelf: Shelf) -> None:
+    async def test_failure_is_that_of_a_batch_not_of_an_operation(
+        self, shelf: Shelf, writer: Writer
+    ) -> None:
         """Planted: what one caller did wrong counts as a failure of the database."""
-        writer = shelf.writer()
         await finished([start(writer.submit(shelf.apply, word)) for word in ("explode", "refuse")])
         before = writer.figures()
         shelf.commit_error = UnavailableError("the disk is full")
@@ -1285,16 +1211,13 @@ class TestFigures:
         assert after["last_failure"] == "UnavailableError: the disk is full"
         assert after["last_failure_at"] == NOON
         assert after["operations"] == before["operations"]
-        await writer.close()
 
     @ends_the_thread
-    async def test_end_of_the_thread_is_a_failure(self, shelf: Shelf) -> None:
-        writer = shelf.writer()
+    async def test_end_of_the_thread_is_a_failure(self, shelf: Shelf, writer: Writer) -> None:
 
         await finished([start(writer.submit(shelf.apply, "exit"))])
 
         assert writer.figures()["last_failure"] == "SystemExit: "
-        await writer.close()
 
 
 class TestClose:
@@ -1303,8 +1226,7 @@ class TestClose:
     ) -> None:
         """Planted: the thread ends at once and strands the queue; or it takes new operations."""
         writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         queued = start(writer.submit(shelf.apply, "queued"))
         await turns()
 
@@ -1322,14 +1244,13 @@ class TestClose:
         self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: a closing thread commits one more batch and no more."""
-        monkeypatch.setattr(writer, "MAX_BATCH", 1)
-        writer_ = shelf.writer()
-        held = start(writer_.submit(shelf.apply, "hold"))
-        await entered(shelf)
-        tasks = [start(writer_.submit(shelf.apply, word)) for word in "abc"]
+        monkeypatch.setattr(group_commit, "MAX_BATCH", 1)
+        writer = shelf.writer()
+        held = await hold(shelf, writer)
+        tasks = [start(writer.submit(shelf.apply, word)) for word in "abc"]
         await turns()
 
-        closing = start(writer_.close())
+        closing = start(writer.close())
         await turns()
         shelf.release.set()
         outcomes = await finished([held, *tasks, closing])
@@ -1379,14 +1300,13 @@ class TestClose:
         assert shelf.batches == []
 
     async def test_thread_that_cannot_be_started_is_told_to_all_and_tried_again(
-        self, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Planted: the error ends in the event loop, and the callers wait for ever."""
 
         def fail(thread: threading.Thread) -> None:
             raise RuntimeError("can't start new thread")
 
-        writer = shelf.writer()
         with monkeypatch.context() as exhausted:
             exhausted.setattr(threading.Thread, "start", fail)
             errors = await finished([start(writer.submit(shelf.apply, word)) for word in "ab"])
@@ -1395,7 +1315,6 @@ class TestClose:
         assert "can't start new thread" in str(errors[0])
         assert await writer.submit(shelf.apply, "c") == "C"
         assert shelf.batches == [["c"]]
-        await writer.close()
 
     async def test_close_twice_and_close_unused_are_harmless(self, shelf: Shelf) -> None:
         """Planted: the second `close` waits for a thread that has ended."""
@@ -1412,8 +1331,7 @@ class TestClose:
     ) -> None:
         """Planted: cancelling `close` cancels what the thread is to report its end to."""
         writer = shelf.writer()
-        held = start(writer.submit(shelf.apply, "hold"))
-        await entered(shelf)
+        held = await hold(shelf, writer)
         closing = start(writer.close())
         await turns()
 

@@ -759,7 +759,7 @@ class TestOthers:
             fill(original, some_nodes(20), some_tasks(300), ZoneInfo("Asia/Shanghai"))
             insert(original, "tasks", [plain_task("broken", priority=9)])
         before = everything(location)
-        paths = [tmp_path / str(number) / "cluster.db" for number in range(21)]
+        paths = [tmp_path / str(number) / "cluster.db" for number in range(13)]
         for path in paths:
             path.parent.mkdir()
             shutil.copyfile(location, path)
@@ -775,7 +775,7 @@ class TestOthers:
         ended = run_scripts(*[(ADOPT, [path, 0]) for path in paths], at_once=2)
 
         assert {one.code for one in killed} <= {0, -signal.SIGPROF}
-        assert [one.code for one in killed].count(-signal.SIGPROF) >= 10
+        assert [one.code for one in killed].count(-signal.SIGPROF) >= 6
         assert all(found in (before, expected) for found in between)
         assert before in between
         assert {(one.code, one.err) for one in (whole, *ended)} == {(0, "")}
@@ -911,7 +911,7 @@ class TestCommandLine:
             assert "is an original hand-made database" in ended.err
             assert "Traceback" not in ended.err
         assert unknown.code != 0
-        assert "legacy_timezone: 'Mars/Olympus' is not the name of a time zone" in unknown.err
+        assert "legacy_timezone: 'Mars/Olympus' is no time zone" in unknown.err
         assert everything(location) == before
         assert copies_of(location) == []
 
@@ -962,7 +962,7 @@ class TestCommandLine:
     def test_zone_that_does_not_exist_is_refused_by_the_name_of_the_option(
         self, tmp_path: Path, name: Any
     ) -> None:
-        with pytest.raises(InvalidDataError, match="is not the name of a time zone") as caught:
+        with pytest.raises(InvalidDataError, match="is no time zone") as caught:
             Database(tmp_path / "cluster.db", legacy_timezone=name)
 
         assert caught.value.field == "legacy_timezone"

@@ -843,6 +843,15 @@ class TestRow:
             assert await manager.get_task(task.task_id) == task
 
 
+async def everywhere(manager: StateManager, task: Task) -> list[Task]:
+    """Return a task that was added as its caller, the memory and the database have it."""
+    in_memory = await manager.get_task(task.task_id)
+    in_database = await manager.task_repo.get(task.task_id)
+    assert in_memory is not None
+    assert in_database is not None
+    return [task, in_memory, in_database]
+
+
 class TestTimes:
     @pytest.fixture(params=["Asia/Shanghai", "America/Los_Angeles", "UTC"])
     def zone(self, request: pytest.FixtureRequest) -> Iterator[str]:
@@ -870,12 +879,7 @@ class TestTimes:
 
         await manager.add_task(task)
 
-        for stored in (
-            task,
-            await manager.get_task(task.task_id),
-            await manager.task_repo.get(task.task_id),
-        ):
-            assert stored is not None
+        for stored in await everywhere(manager, task):
             assert type(stored.completed_at) is datetime
             assert stored.completed_at == moment
 
@@ -888,12 +892,7 @@ class TestTimes:
         await manager.add_task(task)
 
         expected = (naive - timedelta(hours=WINTER_HOURS[zone])).replace(tzinfo=UTC)
-        for stored in (
-            task,
-            await manager.get_task(task.task_id),
-            await manager.task_repo.get(task.task_id),
-        ):
-            assert stored is not None
+        for stored in await everywhere(manager, task):
             assert stored.submitted_at == stored.completed_at == expected
             assert stored.submitted_at is not None
             assert stored.submitted_at.tzinfo is UTC

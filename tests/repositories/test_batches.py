@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ENTITY_KINDS, FakeClock, Location, new_location
+from support.examples import in_profile
 
 from openclaw_store import (
     Backoff,
@@ -186,7 +187,7 @@ def granted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.mark.postgresql
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(in_profile(5)))
 async def test_outcome_is_the_same_on_both_databases(
     locations: list[Location],
     clock: FakeClock,

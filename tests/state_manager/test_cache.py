@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import in_profile
 
 from openclaw_store import Change, ChangeKind, NodeInfo, NodeStatus, Task, TaskPriority, TaskStatus
 from openclaw_store.domain.models import FINISHED
@@ -290,7 +291,7 @@ COMMANDS = st.one_of(
 
 
 class TestLearning:
-    @settings(max_examples=300)
+    @settings(max_examples=in_profile(300))
     @given(st.lists(COMMANDS, max_size=40), st.integers(0, 2))
     def test_whatever_crosses_it_ends_equal_and_never_goes_back(
         self, commands: list[tuple[Any, ...]], finished_limit: int
@@ -562,7 +563,7 @@ NODES = st.fixed_dictionaries(
 
 
 class TestNodes:
-    @settings(max_examples=200)
+    @settings(max_examples=in_profile(200))
     @given(
         st.lists(
             st.tuples(st.sampled_from(["commit", "hold", "beat", "remove", "discard"]), NODES),

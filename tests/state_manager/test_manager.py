@@ -92,6 +92,15 @@ async def cancel_all() -> None:
     await asyncio.wait(others, timeout=PATIENCE)
 
 
+async def leave_a_gap(manager: StateManager, task: Task, clock: FakeClock) -> None:
+    """Add a task that fails and is cleaned up, so that its changes are no longer in the feed."""
+    await manager.add_task(task)
+    task.status = TaskStatus.FAILED
+    await manager.update_task(task)
+    clock.advance(days=31)
+    await manager.task_repo.cleanup_old_tasks()
+
+
 async def assert_mirrors_database(manager: StateManager) -> None:
     """What is answered from memory is what the database holds."""
     db, tasks, nodes = manager.db, manager.task_repo, manager.node_repo
@@ -2068,12 +2077,7 @@ class TestTwoManagers:
         clock: FakeClock,
     ) -> None:  # fmt: skip
         other = await open_manager()
-        task = make_task()
-        await manager.add_task(task)
-        task.status = TaskStatus.FAILED
-        await manager.update_task(task)
-        clock.advance(days=31)
-        await manager.task_repo.cleanup_old_tasks()
+        await leave_a_gap(manager, make_task(), clock)
         await manager.add_task(make_task(status=TaskStatus.FAILED))
 
         await other.refresh_from_database()
@@ -2105,12 +2109,7 @@ class TestTwoManagers:
     ) -> None:  # fmt: skip
         monkeypatch.setattr(feed, "CHANGE_BATCH_SIZE", 2)
         other = await open_manager()
-        task = make_task()
-        await manager.add_task(task)
-        task.status = TaskStatus.FAILED
-        await manager.update_task(task)
-        clock.advance(days=31)
-        await manager.task_repo.cleanup_old_tasks()  # so that the first page has a gap
+        await leave_a_gap(manager, make_task(), clock)  # so that the first page has a gap
         for _ in range(4):
             await manager.add_task(make_task())
         read, calls = other.db.read, count()

@@ -49,6 +49,7 @@ from openclaw_store import (
     UnsavedConflictError,
 )
 from openclaw_store.state_manager import replica as replica
+from support.examples import in_profile
 
 Result = TypeVar("Result")
 
@@ -148,13 +149,14 @@ def run_machine(
     the test how many machines there were, and how many steps they took.
 
     Args:
-        examples: How often, unless `OPENCLAW_STORE_TEST_EXAMPLES` asks for another number. They
-            are the same for the same `OPENCLAW_STORE_TEST_SEED`.
+        examples: The number of them with Hypothesis' profile `full`, unless the variable
+            `OPENCLAW_STORE_TEST_EXAMPLES` asks for another one. They are the same for the same
+            `OPENCLAW_STORE_TEST_SEED`.
         steps: Of each example.
     """
     machine.new_location = partial(new_location, request, kind, folder, migrated=True)
     machine.machines = machine.steps = 0
-    examples = int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", examples))
+    examples = int(os.environ.get("OPENCLAW_STORE_TEST_EXAMPLES", in_profile(examples)))
     seed = os.environ.get("OPENCLAW_STORE_TEST_SEED")
     limits = settings(
         stateful_step_count=steps,
