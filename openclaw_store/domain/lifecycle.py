@@ -118,7 +118,10 @@ def is_due(task: Record[Task], now: datetime) -> bool:
 
 def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
     """Whether a node has all the skills that a task requires."""
-    return are_among(task.encoded("required_skills"), node.encoded("available_skills"))
+    required = task.required_skills
+    if type(required) is not bytes:  # decoded, or empty
+        required = task.encoded("required_skills")
+    return are_among(required, node.encoded("available_skills"))
 
 
 @lru_cache(maxsize=4096)

@@ -29,6 +29,7 @@ from openclaw_store.domain import (
     NodeInfo,
     Raw,
     Record,
+    RowCodec,
     Task,
 )
 from openclaw_store.errors import (
@@ -130,6 +131,7 @@ class Row:
         self._unit = unit
         self.kind = kind
         self.id = id
+        self.now = unit.transaction.now
 
     def found(self, record: Record[Any]) -> Self:
         """Take over what the database holds."""
@@ -188,10 +190,6 @@ class Row:
         return (
             None if holder in (None, self.id) else DuplicateError(ENTITY_NAMES[Task], holder, key)
         )
-
-    @property
-    def now(self) -> datetime:
-        return self._unit.transaction.now
 
     @property
     def flush(self) -> int:
@@ -517,7 +515,7 @@ def _store(unit: UnitOfWork, kind: type[Any], rows: Iterable[Row]) -> None:
     sql, cursor = unit.sql, unit.cursor
     deletes: list[tuple[str]] = []
     inserts: list[Raw] = []
-    updates: dict[frozenset[str], list[list[Any]]] = {}
+    updates: dict[frozenset[str], tuple[str, RowCodec, list[list[Any]]]] = {}
     insert, plan = sql.insert[kind]
     for row in rows:
         if row.version is None or row.record is None:
@@ -532,13 +530,16 @@ def _store(unit: UnitOfWork, kind: type[Any], rows: Iterable[Row]) -> None:
             names = row.names.union(FIELDS[kind]) - {KEY[kind]} if row.removed else row.names
             if not names:
                 continue
-            values = [row.id, *row.record.values(sql.update(kind, names)[1])]
+            if names not in updates:
+                updates[names] = (*sql.update(kind, names), [])
+            _, codec, parameters = updates[names]
+            values = [row.id, *row.record.values(codec)]
             if "beat" in names:  # the last column
                 values.append(unit.beat)
-            updates.setdefault(names, []).append(values)
+            parameters.append(values)
     if deletes:
         cursor.write(sql.delete[kind], deletes)
     if inserts:
         cursor.write(insert, inserts)
-    for names, parameters in updates.items():
-        cursor.write(sql.update(kind, names)[0], parameters)
+    for statement, _, parameters in updates.values():
+        cursor.write(statement, parameters)

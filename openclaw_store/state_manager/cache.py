@@ -76,7 +76,8 @@ class Cache:
         self.node_index = NodeIndex(self.nodes)
         # The last version an entry had while it was unsaved, and the one that it was written under.
         self._aliases: dict[EntityKey, tuple[int, int]] = {}
-        self._waiting: dict[str, Heartbeat] = {}  # heartbeats not handed to the writer yet
+        self.waiting: dict[str, Heartbeat] = {}
+        """Heartbeats that are not handed to the writer yet, by node."""
         self._flying: dict[str, list[Heartbeat]] = {}  # and those that it has not written yet
         # And what they said that is written since the last `catch_up`, by field, with the flush.
         self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
@@ -96,8 +97,8 @@ class Cache:
             entry.committed = self._visible(place)
             self._show_unsaved(place, entry)
         self._aliases.update(other._aliases)  # one that is outdated leads to a stale version
-        self._waiting, self._flying = other._waiting, other._flying
-        for id in {*self._waiting, *self._flying}:
+        self.waiting, self._flying = other.waiting, other._flying
+        for id in {*self.waiting, *self._flying}:
             record = self.nodes.get(id)
             if record is not None:
                 self._touch(id, record, self._with_heartbeats(record))
@@ -123,12 +124,14 @@ class Cache:
                     self.tasks.put(id, record.row)
                     arrived.append(ready)
                     continue
-            self.task_index.add(arrived)  # a transaction may have added a task, and changed it, too
+            if arrived:  # a transaction may have added a task, and changed it, too
+                self.task_index.add(arrived)
             try:
                 self._commit((kind, id), record, change.revision)
             except InvalidDataError as error:
                 unreadable = error
-        self.task_index.add(arrived)
+        if arrived:
+            self.task_index.add(arrived)
         if unreadable is not None:
             raise unreadable
 
@@ -209,8 +212,8 @@ class Cache:
 
     def show_heartbeat(self, beat: Heartbeat) -> None:
         """Show a heartbeat, and keep it until it is written."""
-        waiting = self._waiting.get(beat.id)
-        self._waiting[beat.id] = beat if waiting is None else beat.after(waiting)
+        waiting = self.waiting.get(beat.id)
+        self.waiting[beat.id] = beat if waiting is None else beat.after(waiting)
         record = self.nodes.get(beat.id)
         if record is not None:
             touched = beat.over(record)
@@ -218,13 +221,9 @@ class Cache:
             if self.unsaved and (NodeInfo, beat.id) in self.unsaved:
                 self.unsaved[NodeInfo, beat.id].record = touched
 
-    def waiting_heartbeats(self) -> list[str]:
-        """Identifiers of the nodes with heartbeats that are not on their way to the writer."""
-        return list(self._waiting)
-
     def take_heartbeats(self, node_ids: Iterable[str]) -> list[Heartbeat]:
         """Those of these nodes that wait; they are on their way to the writer now."""
-        taken = [self._waiting.pop(id) for id in node_ids if id in self._waiting]
+        taken = [self.waiting.pop(id) for id in node_ids if id in self.waiting]
         for beat in taken:
             self._flying.setdefault(beat.id, []).append(beat)
         return taken
@@ -243,8 +242,8 @@ class Cache:
             # A node that is not written yet keeps its heartbeat until it is.
             if is_written or (known and (known[place] or (NodeInfo, beat.id) not in self.unsaved)):
                 continue
-            newer = self._waiting.get(beat.id)
-            self._waiting[beat.id] = beat if newer is None else newer.after(beat)
+            newer = self.waiting.get(beat.id)
+            self.waiting[beat.id] = beat if newer is None else newer.after(beat)
             again = True
         return again
 
@@ -283,7 +282,7 @@ class Cache:
         return {
             "cached_tasks": len(self.tasks) + len(self._finished),
             "unsaved_entries": len(self.unsaved),
-            "unsaved_heartbeats": len({*self._waiting, *self._flying}),
+            "unsaved_heartbeats": len({*self.waiting, *self._flying}),
         }
 
     def state(self) -> ClusterState:
@@ -328,7 +327,8 @@ class Cache:
                 self._commit((Task, id), record, batch.read_at)
             except InvalidDataError as error:
                 unreadable = error
-        self.task_index.add(arrived)
+        if arrived:
+            self.task_index.add(arrived)
         return unreadable
 
     def _is_new(self, id: str) -> bool:
@@ -372,8 +372,8 @@ class Cache:
         if record.kind is NodeInfo:
             id = record.node_id
             heartbeats = self._flying.get(id, [])
-            if id in self._waiting:
-                heartbeats = [*heartbeats, self._waiting[id]]
+            if id in self.waiting:
+                heartbeats = [*heartbeats, self.waiting[id]]
             for beat in heartbeats:
                 if beat.is_news_to(record):
                     record = beat.over(record)
@@ -427,9 +427,13 @@ class Cache:
 
     def _visible(self, place: EntityKey) -> Record[Any] | None:
         kind, id = place
-        if kind is NodeInfo:
-            return self.nodes.get(id)
-        return self.tasks.get(id) or self._finished.get(id)
+        records: Records[Any] = self.nodes if kind is NodeInfo else self.tasks
+        found = records.entries.get(id)
+        if type(found) is tuple:  # nobody has asked for it yet
+            found = records.get(id)
+        if found is None and kind is Task:
+            found = self._finished.get(id)
+        return found  # type: ignore[return-value]  # a tuple was decoded
 
     def _hide(self, place: EntityKey) -> None:
         visible = self._visible(place)

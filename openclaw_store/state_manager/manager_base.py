@@ -32,7 +32,6 @@ from openclaw_store.errors import (
     safe_repr,
 )
 from openclaw_store.repositories import (
-    Create,
     NodeRepository,
     Repository,
     TaskRepository,
@@ -226,11 +225,6 @@ class ManagerBase:
 
         changed = await self._replica.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
-
-    def _add(self, record: Record[Entity], persist: bool) -> Awaitable[Record[Entity]]:
-        if persist:
-            return self._replica.submit(Create(record.kind, record.id, record))
-        return self._replica.write_behind.add(record)
 
     def _update(self, record: Record[Entity], persist: bool) -> Awaitable[Record[Entity]]:
         if persist:

@@ -17,6 +17,7 @@ from openclaw_store.domain import (
     write_back,
 )
 from openclaw_store.repositories import (
+    Create,
     SetNodeStatus,
     node_status,
 )
@@ -66,7 +67,11 @@ class NodeCalls(ManagerBase):
         """
         self._check_usable()
         record = admit(NodeInfo, node, self.db.clock)
-        write_back(await self._add(record, persist), node)
+        if persist:
+            record = await self._replica.submit(Create(NodeInfo, node.node_id, record))
+        else:
+            record = await self._replica.write_behind.add(record)
+        write_back(record, node)
         return True
 
     async def register_node(self, node: NodeInfo) -> bool:

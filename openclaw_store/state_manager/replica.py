@@ -168,7 +168,7 @@ class Replica:
         if self._notifier is not None:
             await self._notifier.stop()
         self._unlisten()
-        lost = len(self.cache.unsaved) + len(self.cache.waiting_heartbeats())
+        lost = len(self.cache.unsaved) + len(self.cache.waiting)
         if lost:
             raise UnavailableError(
                 f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
@@ -224,11 +224,11 @@ class Replica:
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, after the heartbeat that waits for its node."""
-        if command.kind is NodeInfo and not isinstance(command, Create):
-            return self._send_after_heartbeat(command, command.id)
-        for kind, id in command.others:
-            if kind is NodeInfo:
-                return self._send_after_heartbeat(command, id)
+        if self.cache.waiting and not isinstance(command, Create):
+            ids = [id for kind, id in command.others if kind is NodeInfo]
+            node_id = command.id if command.kind is NodeInfo else next(iter(ids), None)
+            if node_id in self.cache.waiting:
+                return self._send_after_heartbeat(command, node_id)
         return self._database.write(apply, command)
 
     async def _send_after_heartbeat(self, command: Command, node_id: str) -> Any:
@@ -377,7 +377,7 @@ class Replica:
     async def flush_heartbeats(self) -> None:
         """Write the heartbeats that wait, behind those of another flush, which may fail."""
         async with self._flushing:
-            ids = self.cache.waiting_heartbeats()
+            ids = list(self.cache.waiting)
             for start in range(0, len(ids), HEARTBEAT_BATCH_SIZE):
                 await self._write_heartbeats(ids[start : start + HEARTBEAT_BATCH_SIZE])
 

@@ -87,7 +87,11 @@ class TaskCalls(ManagerBase):
         """
         self._check_usable()
         record = admit(Task, task, self.db.clock)
-        write_back(await self._add(record, persist), task)
+        if persist:
+            record = await self._replica.submit(Create(Task, task.task_id, record))
+        else:
+            record = await self._replica.write_behind.add(record)
+        write_back(record, task)
         return True
 
     async def update_task(self, task: Task, persist: bool = True) -> bool:

@@ -32,11 +32,10 @@ class TaskIndex:
 
     def add(self, arrived: list[Ready]) -> None:
         """Index new tasks that may be claimed; empties the list."""
-        if arrived:
-            arrived.sort(key=itemgetter(0))
-            self.pending.extend([key for key, _, _ in arrived])
-            self.ready.extend(arrived)
-            arrived.clear()
+        arrived.sort(key=itemgetter(0))
+        self.pending.extend([key for key, _, _ in arrived])
+        self.ready.extend(arrived)
+        arrived.clear()
 
     def replace(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
         """Index what memory shows of a task instead of `old`."""
