@@ -154,7 +154,7 @@ class TestEveryVerbFromEveryState:
 
         if isinstance(outcome, Step):
             held = lifecycle.is_assigned(task.replace(**outcome.task)) - lifecycle.is_assigned(task)
-            running = outcome.node["get"]("running_tasks", node.running_tasks)
+            running = outcome.node.get("running_tasks", node.running_tasks)
             assert running - node.running_tasks == held
 
     @pytest.mark.parametrize("status", sorted(ASSIGNED))
