@@ -5,7 +5,7 @@ Each reading is one consistent snapshot, made in one session.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -24,7 +24,7 @@ from openclaw_store.repositories import (
     select_pending,
 )
 from openclaw_store.state_manager.indexes import PendingKey
-from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, REVISION, read_page
+from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, read_page
 from openclaw_store.state_manager.ready_queue import Ready
 
 _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
@@ -136,7 +136,7 @@ async def read_change_batch(
     since: int,
     beat: int,
     is_whole: bool,
-    known: Container[int] = (),
+    known: Collection[int] = (),
 ) -> ChangeBatch:
     """A page of what has happened since the revision `since` and the flush `beat`.
 
@@ -145,14 +145,9 @@ async def read_change_batch(
         known: Revisions of changes that need not be told.
     """
     page = await read_page(session, since, since + CHANGE_BATCH_SIZE, known)
-    until = min(since + CHANGE_BATCH_SIZE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
     nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {
-        row[ITEM_ID]
-        for row in page.rows
-        if row[OF_ITEM] == ENTITY_NAMES[NodeInfo] and row[REVISION] not in known
-    }:
+    if ids := {row[ITEM_ID] for row in page.rows if row[OF_ITEM] == ENTITY_NAMES[NodeInfo]}:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record.node_id: record for record in found}
@@ -160,9 +155,9 @@ async def read_change_batch(
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
         beaten = await read_records(session, NodeInfo, query)
-    is_whole = is_whole and page.is_whole
+    is_whole = is_whole and page.is_complete
     return ChangeBatch(
-        revision=until,
+        revision=page.until,
         read_at=page.revision,
         beat=page.beat,
         changes=page.rows,
@@ -170,7 +165,7 @@ async def read_change_batch(
         is_whole=is_whole,
         nodes=nodes,
         beaten=beaten,
-        task_counts=None if is_whole or until < page.revision else await _task_counts(session),
+        task_counts=None if is_whole or page.until < page.revision else await _task_counts(session),
         ready=_ready_of(sql.from_moment),
         is_compacted=since < page.compacted,
     )
