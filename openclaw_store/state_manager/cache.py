@@ -149,10 +149,10 @@ class Cache:
         for id in nodes:
             node = self._with_landed(batch.nodes.get(id), batch.beat)
             self._commit((NodeInfo, id), node, batch.read_at)
-        for beaten in batch.beaten:
-            place = key_of(beaten)
+        for node in batch.heartbeats:
+            place = key_of(node)
             if self._visible(place) is not None:
-                self._commit(place, self._with_landed(beaten, batch.beat), 0)
+                self._commit(place, self._with_landed(node, batch.beat), 0)
         self.beat = max(self.beat, batch.beat)
         self._landed = {
             id: newer

@@ -82,11 +82,11 @@ class ChangeBatch:
     """
     changed_at: datetime | None
     """When the last of them was made, if there are any."""
-    is_whole: bool
+    is_complete: bool
     """Whether no change is missing; clean-up removes those of removed tasks."""
     nodes: Mapping[str, Record[NodeInfo]]
     """Content of the nodes that changed; what is not there was removed."""
-    beaten: Sequence[Record[NodeInfo]]
+    heartbeats: Sequence[Record[NodeInfo]]
     """Nodes that had heartbeats since."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, where they cannot be derived from the changes."""
@@ -135,13 +135,13 @@ async def read_change_batch(
     *,
     since: int,
     beat: int,
-    is_whole: bool,
+    is_complete: bool,
     known: Collection[int] = (),
 ) -> ChangeBatch:
     """A page of what has happened since the revision `since` and the flush `beat`.
 
     Args:
-        is_whole: Whether the pages before this one were.
+        is_complete: Whether the pages before this one were.
         known: Revisions of changes that need not be told.
     """
     page = await read_page(session, since, since + CHANGE_BATCH_SIZE, known)
@@ -151,21 +151,23 @@ async def read_change_batch(
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record.node_id: record for record in found}
-    beaten: Sequence[Record[NodeInfo]] = []
+    heartbeats: Sequence[Record[NodeInfo]] = []
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
-        beaten = await read_records(session, NodeInfo, query)
-    is_whole = is_whole and page.is_complete
+        heartbeats = await read_records(session, NodeInfo, query)
+    is_complete = is_complete and page.is_complete
     return ChangeBatch(
         revision=page.until,
         read_at=page.revision,
         beat=page.beat,
         changes=page.rows,
         changed_at=sql.from_moment(page.rows[-1][CHANGED_AT]) if page.rows else None,
-        is_whole=is_whole,
+        is_complete=is_complete,
         nodes=nodes,
-        beaten=beaten,
-        task_counts=None if is_whole or page.until < page.revision else await _task_counts(session),
+        heartbeats=heartbeats,
+        task_counts=None
+        if is_complete or page.until < page.revision
+        else await _task_counts(session),
         ready=_ready_of(sql.from_moment),
         is_compacted=since < page.compacted,
     )
