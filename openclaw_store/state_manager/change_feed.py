@@ -62,7 +62,7 @@ class Page:
     """Of the tasks that wait, in this order."""
     ready: Sequence[Ready] = ()
     """Of those that may be claimed."""
-    held: Sequence[tuple[str | None, str]] = ()
+    assigned: Sequence[tuple[str | None, str]] = ()
     """Node and identifier of those that are scheduled or running."""
 
 
@@ -114,7 +114,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
     )
     for kind, query in live:
         async for rows in read_rows(session, query):
-            yield Page(kind, rows, held=_held(rows) if kind is Task else ())
+            yield Page(kind, rows, assigned=_assigned(rows) if kind is Task else ())
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
@@ -123,10 +123,10 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
             for key, row in zip(keys, rows, strict=True)
             if row[_STATUS] == TaskStatus.PENDING
         ]
-        yield Page(Task, rows, keys, ready, _held(rows))
+        yield Page(Task, rows, keys, ready, _assigned(rows))
 
 
-def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
+def _assigned(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
     return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
 
 

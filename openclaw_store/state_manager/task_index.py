@@ -27,7 +27,7 @@ class TaskIndex:
         """Index a page of the initial state."""
         self.pending.extend(page.keys)
         self.ready.extend(page.ready)
-        for node_id, task_id in page.held:
+        for node_id, task_id in page.assigned:
             self.assigned.setdefault(node_id, set()).add(task_id)
 
     def add(self, arrived: list[Ready]) -> None:
