@@ -32,7 +32,7 @@ from openclaw_store.domain import (
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
 from openclaw_store.state_manager.applied_changes import AppliedChanges
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
+from openclaw_store.state_manager.change_feed import ChangeBatch, InitialRows, InitialState
 from openclaw_store.state_manager.node_index import NodeIndex
 from openclaw_store.state_manager.pages import STEP_WIDTH
 from openclaw_store.state_manager.ready_queue import Ready
@@ -81,7 +81,7 @@ class Cache:
         # And what they said that is written since the last `catch_up`, by field, with the flush.
         self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
 
-    def load(self, page: Page) -> None:
+    def load(self, page: InitialRows) -> None:
         """Take over a page of the initial state."""
         if page.kind is Task:
             self.tasks.load(page.rows)

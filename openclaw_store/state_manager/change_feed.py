@@ -52,7 +52,7 @@ class InitialState:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class InitialRows:
     """Some of the rows that a cache starts with."""
 
     kind: type[Any]
@@ -105,7 +105,7 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     return InitialState(revision, beat, updated_at, counts, decode)
 
 
-async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
+async def read_live(session: AsyncSession) -> AsyncIterator[InitialRows]:
     """All nodes and all live tasks, page by page; those that wait in the order of their list."""
     running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
     live: Sequence[tuple[type[Any], Select[Any]]] = (
@@ -114,7 +114,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
     )
     for kind, query in live:
         async for rows in read_rows(session, query):
-            yield Page(kind, rows, assigned=_assigned(rows) if kind is Task else ())
+            yield InitialRows(kind, rows, assigned=_assigned(rows) if kind is Task else ())
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
@@ -123,7 +123,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
             for key, row in zip(keys, rows, strict=True)
             if row[_STATUS] == TaskStatus.PENDING
         ]
-        yield Page(Task, rows, keys, ready, _assigned(rows))
+        yield InitialRows(Task, rows, keys, ready, _assigned(rows))
 
 
 def _assigned(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:

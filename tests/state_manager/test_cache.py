@@ -19,7 +19,7 @@ from openclaw_store.domain.records import Record, encode
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
+from openclaw_store.state_manager.change_feed import ChangeBatch, InitialRows, InitialState
 from openclaw_store.state_manager.indexes import SortedKeys
 from openclaw_store.state_manager.pages import STEP
 from openclaw_store.state_manager.ready_queue import Ready
@@ -266,7 +266,7 @@ class TestStart:
 
         cache = Cache(InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}), 0)
 
-        cache.load(Page(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
+        cache.load(InitialRows(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
 
         snapshot = cache.state().tasks
         assert (len(snapshot), "a" in snapshot, decoded) == (2, True, [])
@@ -746,7 +746,7 @@ class TestUnsaved:
         place = (stored.kind, "a")
         key = (2, START, "a")
         waits = ([key], [(key, None, None)]) if kind == "task" else ((), ())
-        old.load(Page(stored.kind, [("a", stored)], *waits))
+        old.load(InitialRows(stored.kind, [("a", stored)], *waits))
         old.stage(held, stored)
 
         new.keep_unsaved(old)
