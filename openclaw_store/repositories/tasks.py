@@ -40,7 +40,7 @@ from openclaw_store.repositories.commands import (
     requeue_of,
     start_of,
 )
-from openclaw_store.repositories.queries import behind, conditions, cursor_of
+from openclaw_store.repositories.queries import after_cursor, conditions, cursor_of
 from openclaw_store.repositories.retention import (
     count_old_tasks,
     cutoff_and_kept,
@@ -134,7 +134,7 @@ class TaskRepository(Repository[Task]):
             claimed += await self._write(Claim(place, candidates, limit - len(claimed)))
             if len(claimed) == limit or len(candidates) <= _SPARE_CANDIDATES:
                 break  # else others were quicker, and there may be more
-        return self._hand_out(claimed)
+        return self._copies(claimed)
 
     async def start(self, task: Task) -> Task:
         """Its node begins to run a claimed task; returns the task as it is stored.
@@ -185,7 +185,7 @@ class TaskRepository(Repository[Task]):
 
     async def _advance(self, operation: Advance) -> Task:
         done: Advanced = await self._write(operation)
-        return self._hand_out([done.record])[0]
+        return self._copies([done.record])[0]
 
     async def list_tasks(
         self,
@@ -211,7 +211,7 @@ class TaskRepository(Repository[Task]):
         checked = check_filter(filter)
         wanted = list(conditions(checked, self._database.dialect))
         if after is not None:
-            wanted.append(behind(after))
+            wanted.append(after_cursor(after))
         queries = [
             self._select(*wanted, *states)
             .order_by(TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
@@ -231,7 +231,7 @@ class TaskRepository(Repository[Task]):
             return found[: limit + 1]
 
         found = await self._read(run)
-        tasks = self._hand_out(found[:limit])
+        tasks = self._copies(found[:limit])
         return TaskPage(tasks, cursor_of(tasks[-1]) if len(found) > limit else None)
 
     def _states_of(self, filter: TaskFilter) -> Sequence[Sequence[Any]]:
