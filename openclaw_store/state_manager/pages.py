@@ -39,7 +39,7 @@ from openclaw_store.domain import ENTITY_NAMES, JSON_FIELDS, Task
 from openclaw_store.repositories import counters_of
 
 PAGE_BYTES = 8 << 20
-"""Bytes of JSON and text that end a page; a task that is larger alone ends it as well."""
+"""Bytes of JSON and text on a page; the task that exceeds them is the last one."""
 
 STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
 """The values of a change that a cache needs, in this order."""
@@ -72,7 +72,7 @@ class LogPage(NamedTuple):
     changes of removed tasks and of nodes.
     """
     is_complete: bool
-    """True unless clean-up has removed changes of the page."""
+    """True if no change of the page was removed by clean-up."""
 
 
 async def read_page(
@@ -187,13 +187,13 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
     columns = [*(changes.c[name] for name in STEP), *(tasks.c[name] for name in FIELDS[Task])]
     state = [counters.c.revision, counters.c.beat, counters.c.compacted]
     if is_sqlite:
-        # SQLite's driver lets other threads run for each row, and waits for its turn again. So
-        # there is one row; even without other threads, this takes two thirds of the time.
+        # One row: for each row SQLite's driver releases the interpreter's lock and waits for it
+        # again. Even without other threads, one row takes two thirds of the time of many.
         texts = func.json_group_array(func.json_array(*columns))
         batch = select(texts).select_from(rows).where(is_wanted).scalar_subquery()
         query = select(*state, batch)
     else:
-        # JSON as text: for each value of its own type, the driver calls a function of Python's.
+        # JSON as text: for values of the type JSON the driver calls a Python function.
         texts_of = [
             cast(one, Text).label(one.name) if one.name in JSON_FIELDS[Task] else one
             for one in columns
@@ -207,7 +207,7 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
 
 
 def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
-    """Return whether a task fits so often into a page that it needs no look at the others."""
+    """Return the condition for tasks of which a full batch fits into a page."""
     names = JSON_FIELDS[Task]
     columns = [one for one in table_of(Task).c if one.name in names or isinstance(one.type, Text)]
     most = bindparam("small", type_=BigInteger)
@@ -216,7 +216,7 @@ def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
         is_new = sqlite3.sqlite_version_info >= (3, 43)
         length = func.octet_length if is_new else func.length
         return _sum(length(one) for one in columns) <= most
-    # The size in storage is read first, as the other one decompresses the value.
+    # The stored size comes first: to find the other one, the server decompresses the value.
     stored = _sum(func.pg_column_size(one) for one in columns)
     size = _sum(func.octet_length(cast(one, Text)) for one in columns)
     return case((stored <= most, size <= most), else_=false())
