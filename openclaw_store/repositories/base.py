@@ -32,7 +32,7 @@ logger = logging.getLogger("openclaw_store.repositories")
 Result = TypeVar("Result")
 
 UNDONE = -MAX_INTEGER
-"""The version of a copy whose row was rolled back; no row ever has it."""
+"""The version of a copy of a row that was rolled back; no row ever has it."""
 
 _DECODE_BATCH_SIZE = 100
 """Rows decoded and copied before other coroutines run."""

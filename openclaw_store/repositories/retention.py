@@ -139,6 +139,7 @@ def _remove_finished(transaction: WriteTransaction, command: RemoveFinished) -> 
         found = transaction.cursor.execute(search, (*moments, command.limit - len(old)))
         old.extend(id for (id,) in found)
     found = transaction.cursor.execute(far_future, (now, horizon, _REDATE_BATCH_SIZE))
+    # Sorted, so that both databases assign the same revisions.
     apply(transaction, [Remove(Task, id, with_history=True) for id in sorted(old)])
     redated = apply(transaction, [Redate(id) for (id,) in sorted(found)])
     return len(old), len(old) == command.limit or any(redated)
@@ -182,6 +183,7 @@ async def compact_feed(database: Database, days: float) -> int:
         passed = list(takewhile(lambda one: not cutoff <= one[1] <= now, changes))
         old = [revision for revision, at in passed if at < cutoff]
         if old:
+            # Earlier batches with dates in the future only are older than this one.
             for end in (*ends, old[-1]):
                 removed: int = await database.write(compact, Compact(end))
                 total += removed
@@ -212,6 +214,7 @@ def compact(transaction: WriteTransaction, commands: Sequence[Compact]) -> Seque
     newest, _ = counters_of(cursor.execute(sql.read_counters))
     counts = []
     for command in commands:
+        # The newest change stays: a new cache reads the time of the last update from it.
         until = min(command.until, newest - 1)
         counts.append(len(cursor.execute(sql.forget_until, (until,))))
         if counts[-1]:

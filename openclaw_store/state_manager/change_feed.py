@@ -114,6 +114,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[InitialRows]:
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
+        # The key is one tuple for both indexes: there may be a million of them.
         ready = [
             (key, row[_SKILLS] and row[_SKILLS].encode(), moment(row[_NOT_BEFORE]))
             for key, row in zip(keys, rows, strict=True)
@@ -147,6 +148,7 @@ async def read_change_batch(
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record.node_id: record for record in found}
+    # Heartbeats are not in the change log: they only raise the sequence of their node.
     heartbeats: Sequence[Record[NodeInfo]] = []
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)

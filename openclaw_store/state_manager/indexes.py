@@ -88,7 +88,7 @@ class SortedKeys(Generic[Key]):
             start = end
 
     def _append(self, keys: Sequence[Key]) -> None:
-        """Add keys after all others."""
+        """Add keys after the last one."""
         if not self._chunks:
             self._chunks.append([])
             self._lasts.append(keys[-1])

@@ -51,7 +51,7 @@ REVISION, CHANGED_AT, OF_ITEM, ITEM_ID, _, _TO_STATUS = range(STEP_WIDTH)
 """The positions of these values."""
 
 _TASK = ENTITY_NAMES[Task]
-_NO_TASK = (None,) * len(FIELDS[Task])
+_NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
 
 
 class LogPage(NamedTuple):
@@ -98,59 +98,46 @@ async def read_page(
     sql, names = _statement(dialect, is_skipping=bool(skipped))
     found = await _fetch(session, sql, *(values[name] for name in names))
     revision, beat = counters_of(found)
-    rows: Sequence[Sequence[Any]]
     if is_sqlite:
-        rows = orjson.loads(found[0][3])
+        read = orjson.loads(found[0][3])
     else:
-        rows = [row[3:] for row in found if row[3] is not None]
-    until = min(until, revision)
-    if large := await _large_tasks(session, rows):
-        whole = await _with_large_tasks(session, rows, large)
-        if len(whole) < len(rows):
-            until = whole[-1][REVISION]
-        rows = whole
+        read = [row[3:] for row in found if row[3] is not None]
+    rows = await _with_large_tasks(session, read)
+    until = min(until, revision) if len(rows) == len(read) else rows[-1][REVISION]
     is_complete = len(rows) == bisect_right(wanted, until)
     return LogPage(revision, beat, found[0][2], until, rows, is_complete)
 
 
-async def _large_tasks(session: AsyncSession, rows: Sequence[Sequence[Any]]) -> set[str]:
-    """Return the identifiers of the tasks that are too large for the first statement."""
+async def _with_large_tasks(
+    session: AsyncSession, rows: Sequence[Sequence[Any]]
+) -> Sequence[Sequence[Any]]:
+    """Add the tasks that are too large for the first statement; end with the one that is too much.
+
+    A large task is read at its first change: so the page may end after any change, and the content
+    of all its tasks is known.
+    """
     if all(row[STEP_WIDTH] is not None for row in rows):
-        return set()
+        return rows
     last = {row[ITEM_ID]: row for row in rows if row[OF_ITEM] == _TASK}
     absent = [
         id for id, row in last.items() if row[STEP_WIDTH] is None and row[_TO_STATUS] is not None
     ]
     if not absent:
-        return set()
+        return rows
     sql = statements_for(session.get_bind().dialect.name)
-    task_id = table_of(Task).c.task_id
-    found = await session.scalars(sql.by_ids(Task, [task_id], sql.given(absent)))
-    return {id for id in found if id is not None}  # the rest was removed later
-
-
-async def _with_large_tasks(
-    session: AsyncSession, rows: Sequence[Sequence[Any]], large: set[str]
-) -> Sequence[Sequence[Any]]:
-    """Return the rows up to the change that fills the page, with the content of their tasks.
-
-    A task is read at its first change, not at its last: so the page can end after any change, and
-    the content of all its tasks is known.
-    """
-    sql = statements_for(session.get_bind().dialect.name)
+    query = sql.by_ids(Task, [table_of(Task).c.task_id], sql.given(absent))
+    large = set(await session.scalars(query))  # the others were removed later
     tasks = {row[ITEM_ID]: row[STEP_WIDTH:] for row in rows if row[STEP_WIDTH] is not None}
     whole: list[Sequence[Any]] = []
     size = 0
     for row in rows:
-        id = row[ITEM_ID]
-        if row[OF_ITEM] != _TASK:
-            whole.append(row)
-            continue
-        if id in large and id not in tasks:
-            [task] = await _fetch(session, sql.read_task, id)
-            tasks[id] = task
-            size += sum(len(value) for value in task if isinstance(value, str))
-        whole.append((*row[:STEP_WIDTH], *tasks.get(id, _NO_TASK)))
+        id, task = row[ITEM_ID], _NO_TASK
+        if row[OF_ITEM] == _TASK:
+            if id in large and id not in tasks:
+                [tasks[id]] = await _fetch(session, sql.read_task, id)
+                size += sum(len(value) for value in tasks[id] if isinstance(value, str))
+            task = tasks.get(id, _NO_TASK)
+        whole.append((*row[:STEP_WIDTH], *task))
         if size > PAGE_BYTES:
             break
     return whole
@@ -162,9 +149,9 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
     tasks, changes, counters = table_of(Task), ChangeRow.__table__, CounterRow.__table__
     is_sqlite = dialect == "sqlite"
     until: BindParameter[int] = bindparam("until")
-    # The version of a task is the revision of its last change. So the last change that is read
-    # brings the content, and earlier ones need not.
-    is_last = or_(tasks.c.version <= changes.c.revision, tasks.c.version > until)
+    # The version of a task is the revision of its last change. The last change of a task that is
+    # read brings the content: the last of all, or any if the last one is not on this page.
+    brings_task = or_(tasks.c.version <= changes.c.revision, tasks.c.version > until)
     is_wanted = and_(changes.c.revision > bindparam("since"), changes.c.revision <= until)
     if is_skipping:
         known: BindParameter[Any] = bindparam("skipped")
@@ -173,14 +160,14 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
             if is_sqlite
             else select(func.unnest(cast(known, ARRAY(BigInteger))))
         )
-        is_last = or_(is_last, tasks.c.version.in_(skipped))
+        brings_task = or_(brings_task, tasks.c.version.in_(skipped))
         is_wanted = and_(is_wanted, changes.c.revision.not_in(skipped))
     rows = changes.outerjoin(
         tasks,
         and_(
             changes.c.item == literal_column(f"'{_TASK}'"),
             tasks.c.task_id == changes.c.item_id,
-            is_last,
+            brings_task,
             _is_small(is_sqlite),
         ),
     )

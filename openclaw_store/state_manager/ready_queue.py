@@ -61,6 +61,7 @@ class ReadyTasks:
 
     def remove(self, key: PendingKey, skills: bytes | None) -> None:
         """Remove a task, which must be there."""
+        # A task is in one of three places: taken, delayed, or in its group.
         self._due.pop(key[2], None)
         if self._taken.pop(key[2], None) is not None:
             return
@@ -72,7 +73,7 @@ class ReadyTasks:
 
     def take(self, count: int, skills: bytes | None, now: datetime) -> list[str]:
         """Take out the best tasks for a node with these skills; return their identifiers."""
-        self._release(now)
+        self._release_due(now)
         matching = [(group, self._groups[group]) for group in self._matching(skills)]
         taken: list[str] = []
         while len(taken) < count:
@@ -102,7 +103,7 @@ class ReadyTasks:
 
     def ahead_of(self, key: PendingKey, nodes: Iterable[bytes | None], now: datetime) -> int:
         """Count the tasks before a key that nodes with one of these skill sets may claim."""
-        self._release(now)
+        self._release_due(now)
         groups = {group for skills in nodes for group in self._matching(skills)}
         return sum(self._groups[group].count_before(key) for group in groups)
 
@@ -130,7 +131,7 @@ class ReadyTasks:
             ]
         return matches
 
-    def _release(self, now: datetime) -> None:
+    def _release_due(self, now: datetime) -> None:
         """Move the tasks that are due into their groups."""
         while self._delayed and self._delayed.smallest()[0] <= now:
             not_before, key, skills = self._delayed.smallest()

@@ -59,6 +59,7 @@ class Records(Generic[Entity]):
             self.put(row[0], row)
 
     def put(self, id: str, record: Record[Entity] | Raw) -> None:
+        # Before the write, or a snapshot would change.
         if self._shared:
             self._unshare_bucket(id)
         self.entries[id] = self._buckets[hash(id) & _MASK][id] = record
