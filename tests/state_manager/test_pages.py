@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Collection
+from contextlib import closing, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import MakeTask, OpenManager
 
-from openclaw_store import Database, StateManager, TaskRepository
+from openclaw_store import Database, InvalidDataError, StateManager, TaskRepository
 from openclaw_store.backends.sqlite import connections as sqlite_connections
 from openclaw_store.state_manager import pages
 from openclaw_store.state_manager.pages import ITEM_ID, STEP_WIDTH, LogPage, read_page
@@ -141,3 +143,23 @@ async def test_changes_of_removed_tasks_come_without_content(
 
     assert contents(page) == [("removed", False), ("removed", False)]
     assert contents(ignored) == [("removed", False)]
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("column", ["parameters", "name", "result"])
+async def test_task_that_json_cannot_hold_does_not_stop_following(
+    manager: StateManager, make_task: MakeTask, open_manager: OpenManager, location: Path,
+    column: str,
+) -> None:  # fmt: skip
+    other = await open_manager()
+    for id in ("damaged", "sound"):
+        await manager.add_task(make_task(task_id=id))
+    with closing(sqlite3.connect(location, isolation_level=None)) as connection:
+        connection.execute(f"UPDATE tasks SET {column} = x'ff' WHERE task_id = 'damaged'")
+
+    with suppress(InvalidDataError):  # it may name the damaged task, but only once
+        await other.refresh_from_database()
+    await other.refresh_from_database()
+
+    assert other.version == manager.version == 2
+    assert await other.get_task("sound") == await manager.get_task("sound")
