@@ -53,6 +53,8 @@ REVISION, CHANGED_AT, OF_ITEM, ITEM_ID, _, _TO_STATUS = range(STEP_WIDTH)
 
 _TASK = ENTITY_NAMES[Task]
 _NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
+_UNREADABLE = [b"" if name == "submitted_at" else None for name in FIELDS[Task][1:]]
+"""Columns behind the identifier that every decoder refuses, with an error that names the task."""
 
 
 class LogPage(NamedTuple):
@@ -143,13 +145,26 @@ async def _with_large_tasks(
         id, task = row[ITEM_ID], _NO_TASK
         if row[OF_ITEM] == _TASK:
             if id in large and id not in tasks:
-                [tasks[id]] = await _fetch(session, sql.read_task, id)
+                tasks[id] = await _read_task(session, id)
                 size += sum(len(value) for value in tasks[id] if isinstance(value, str))
             task = tasks.get(id, _NO_TASK)
         whole.append((*row[:STEP_WIDTH], *task))
         if size > PAGE_BYTES:
             break
     return whole
+
+
+async def _read_task(session: AsyncSession, id: str) -> Sequence[Any]:
+    sql = statements_for(session.get_bind().dialect.name)
+    try:
+        found = await _fetch(session, sql.read_task, id)
+    except DBAPIError as error:
+        # Text that is not UTF-8 is an error of SQLite's driver, without one of SQLite's codes.
+        if sql.dialect.name != "sqlite" or hasattr(error.orig, "sqlite_errorname"):
+            raise
+        return (id, *_UNREADABLE)
+    task: Sequence[Any] = found[0]
+    return task
 
 
 @cache

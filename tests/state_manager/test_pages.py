@@ -147,15 +147,16 @@ async def test_changes_of_removed_tasks_come_without_content(
 
 @pytest.mark.sqlite
 @pytest.mark.parametrize("column", ["parameters", "name", "result"])
-async def test_task_that_json_cannot_hold_does_not_stop_following(
+@pytest.mark.parametrize("value", ["x'ff'", "CAST(x'ff' AS TEXT)"])
+async def test_task_that_cannot_be_read_does_not_stop_following(
     manager: StateManager, make_task: MakeTask, open_manager: OpenManager, location: Path,
-    column: str,
+    column: str, value: str,
 ) -> None:  # fmt: skip
     other = await open_manager()
     for id in ("damaged", "sound"):
         await manager.add_task(make_task(task_id=id))
     with closing(sqlite3.connect(location, isolation_level=None)) as connection:
-        connection.execute(f"UPDATE tasks SET {column} = x'ff' WHERE task_id = 'damaged'")
+        connection.execute(f"UPDATE tasks SET {column} = {value} WHERE task_id = 'damaged'")
 
     with suppress(InvalidDataError):  # it may name the damaged task, but only once
         await other.refresh_from_database()
