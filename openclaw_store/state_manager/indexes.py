@@ -77,9 +77,8 @@ class SortedKeys(Generic[Key]):
             if position == len(self._lasts):
                 self._append(keys[start:])
                 return
-            end = bisect_right(
-                keys, self._lasts[position], start
-            )  # at least one, or it would not end
+            # To the right of an equal key, which must not be there: else it would loop for ever.
+            end = bisect_right(keys, self._lasts[position], start)
             chunk, at = self._chunks[position], 0
             for key in keys[start:end]:
                 at = bisect_left(chunk, key, at)

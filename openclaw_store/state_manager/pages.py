@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, reduce
 from operator import add
 from typing import Any, NamedTuple
@@ -122,7 +122,7 @@ async def read_page(
 async def _with_large_tasks(
     session: AsyncSession, rows: Sequence[Sequence[Any]]
 ) -> Sequence[Sequence[Any]]:
-    """Add the tasks that are too large for the first statement; end with the one that is too much.
+    """Add the large tasks, and end the rows with the one that exceeds `PAGE_BYTES`.
 
     A large task is read at its first change: so the page may end after any change, and the content
     of all its tasks is known.
@@ -222,19 +222,17 @@ def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
     names = JSON_FIELDS[Task]
     columns = [one for one in table_of(Task).c if one.name in names or isinstance(one.type, Text)]
     most = bindparam("small", type_=BigInteger)
+
+    def total(length: Callable[[Any], Any]) -> ColumnElement[int]:
+        return reduce(add, (func.coalesce(length(one), literal_column("0")) for one in columns))
+
     if is_sqlite:
         # `octet_length` does not read the value; before 3.43, `length` has to.
         is_new = sqlite3.sqlite_version_info >= (3, 43)
-        length = func.octet_length if is_new else func.length
-        return _sum(length(one) for one in columns) <= most
+        return total(func.octet_length if is_new else func.length) <= most
     # The stored size comes first: to find the other one, the server decompresses the value.
-    stored = _sum(func.pg_column_size(one) for one in columns)
-    size = _sum(func.octet_length(cast(one, Text)) for one in columns)
-    return case((stored <= most, size <= most), else_=false())
-
-
-def _sum(sizes: Iterable[ColumnElement[int]]) -> ColumnElement[int]:
-    return reduce(add, (func.coalesce(one, literal_column("0")) for one in sizes))
+    size = total(lambda one: func.octet_length(cast(one, Text)))
+    return case((total(func.pg_column_size) <= most, size <= most), else_=false())
 
 
 async def _fetch(session: AsyncSession, sql: str, *parameters: Any) -> Sequence[Any]:
