@@ -101,11 +101,10 @@ async def read_page(
     sql, names = _statement(dialect, is_skipping=bool(skipped))
     try:
         found = await _fetch(session, sql, *(values[name] for name in names))
-    except DBAPIError:
-        if not is_sqlite:
+    except DBAPIError as error:
+        if not _is_of_a_value(error):
             raise
-        # A value of a task may be written by hand, and JSON cannot hold it. So no task is small
-        # enough for the statement, and each is read alone: only its decoder refuses it.
+        # No task is small enough now, so each is read alone, and only its decoder refuses it.
         values["small"] = -1
         found = await _fetch(session, sql, *(values[name] for name in names))
     revision, beat = counters_of(found)
@@ -159,12 +158,20 @@ async def _read_task(session: AsyncSession, id: str) -> Sequence[Any]:
     try:
         found = await _fetch(session, sql.read_task, id)
     except DBAPIError as error:
-        # Text that is not UTF-8 is an error of SQLite's driver, without one of SQLite's codes.
-        if sql.dialect.name != "sqlite" or hasattr(error.orig, "sqlite_errorname"):
+        if not _is_of_a_value(error):
             raise
         return (id, *_UNREADABLE)
     task: Sequence[Any] = found[0]
     return task
+
+
+def _is_of_a_value(error: DBAPIError) -> bool:
+    """Return true if SQLite cannot read a value that was written by hand.
+
+    `json_array` refuses a BLOB; text that is not UTF-8 is an error of the driver, without a code.
+    """
+    code = getattr(error.orig, "sqlite_errorname", "SQLITE_ERROR")
+    return isinstance(error.orig, sqlite3.Error) and code == "SQLITE_ERROR"
 
 
 @cache
