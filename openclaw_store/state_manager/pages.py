@@ -121,7 +121,7 @@ async def read_page(
 async def _with_large_tasks(
     session: AsyncSession, rows: Sequence[Sequence[Any]]
 ) -> Sequence[Sequence[Any]]:
-    """Add the large tasks, and end the rows with the one that exceeds `PAGE_BYTES`.
+    """Add the large tasks, and end the rows when their size exceeds `PAGE_BYTES`.
 
     A large task is read at its first change: so the page may end after any change, and the content
     of all its tasks is known.
