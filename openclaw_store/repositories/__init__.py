@@ -1,6 +1,6 @@
-"""Repositories: read and write tasks and nodes, and number every change.
+"""Repositories: read and write tasks and nodes, and assign a revision to every change.
 
-This room holds the commands, the unit of work and the change log. It caches nothing.
+This room holds the commands, the unit of work, the change log and its retention. It caches nothing.
 """
 
 from openclaw_store.repositories.base import Repository

@@ -1,9 +1,4 @@
-"""Common parts of the two repositories: sessions, validation, and copies for callers.
-
-A repository made with a `Database` runs each call in a transaction of its own. One made with the
-session of a `Database.transaction()` joins it and commits nothing itself; with the session of a
-`Database.session()` it reads.
-"""
+"""Common parts of the two repositories: sessions, validation, and copies for callers."""
 
 from __future__ import annotations
 
@@ -28,34 +23,28 @@ from openclaw_store.domain import (
     write_back,
 )
 from openclaw_store.errors import InvalidDataError, NotOwnerError
-from openclaw_store.repositories.commands import (
-    CONTENT,
-    Create,
-    Remove,
-    Update,
-)
-from openclaw_store.repositories.row_reader import (
-    decoder_here,
-    read_records,
-    read_rows,
-)
+from openclaw_store.repositories.commands import CONTENT, Create, Remove, Update
+from openclaw_store.repositories.row_reader import decoder_here, read_records, read_rows
 from openclaw_store.repositories.unit_of_work import Event, apply
 
 logger = logging.getLogger("openclaw_store.repositories")
 
-
 Result = TypeVar("Result")
 
-
 UNDONE = -MAX_INTEGER
-"""The version of a copy of what was rolled back; nothing ever has it."""
+"""The version of a copy of a row that was rolled back; no row ever has it."""
 
-
-_DECODED = 100  # so many, if they are decoded and copied at the same stretch
+_DECODE_BATCH_SIZE = 100
+"""Rows decoded and copied before other coroutines run."""
 
 
 class Repository(Generic[Entity]):
-    """What both repositories do alike."""
+    """Read and write the rows of one kind.
+
+    A repository made with a `Database` runs each call in a transaction of its own. One made with
+    the session of a `Database.transaction()` joins it and never commits; with the session of a
+    `Database.session()` it only reads.
+    """
 
     kind: ClassVar[type[Any]]
 
@@ -70,12 +59,12 @@ class Repository(Generic[Entity]):
         return f"<{type(self).__name__} of {self._database!r}>"
 
     async def get(self, id: str) -> Entity | None:
-        """The task or node with this identifier; `None` if there is none."""
+        """Return the task or node with this identifier, or `None`."""
         record = await self.get_record(id)
-        return None if record is None else self._hand_out([record])[0]
+        return None if record is None else self._copies([record])[0]
 
     async def get_record(self, id: str) -> Record[Entity] | None:
-        """The record with this identifier; `None` if there is none."""
+        """Return the record with this identifier, or `None`."""
         key = KEY[self.kind]
         query = self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
 
@@ -85,17 +74,16 @@ class Repository(Generic[Entity]):
 
         return await self._read(run)
 
-    async def _create(self, item: Entity) -> bool:
-        record = admit(self.kind, item, self._database.clock)
-        operation = Create(self.kind, record.id, record)
-        self._write_back(await self._write(operation), item)
+    async def _create(self, entity: Entity) -> bool:
+        record = admit(self.kind, entity, self._database.clock)
+        command = Create(self.kind, record.id, record)
+        self._write_back(await self._write(command), entity)
         return True
 
-    async def _update(self, item: Entity) -> bool:
-        record = admit(self.kind, item, self._database.clock)
-        names = CONTENT[self.kind]
-        operation = Update(self.kind, record.id, record, names, record.version)
-        self._write_back(await self._write(operation), item)
+    async def _update(self, entity: Entity) -> bool:
+        record = admit(self.kind, entity, self._database.clock)
+        command = Update(self.kind, record.id, record, CONTENT[self.kind], record.version)
+        self._write_back(await self._write(command), entity)
         return True
 
     async def _delete(self, id: str) -> bool:
@@ -108,55 +96,54 @@ class Repository(Generic[Entity]):
     async def _list(self, query: Select[Any], limit: int | None = None) -> list[Entity]:
         async def run(session: AsyncSession) -> list[Entity]:
             decode = decoder_here(session, self.kind)
-            items: list[Entity] = []
-            size = None if limit is not None and limit <= _DECODED else _DECODED
+            entities: list[Entity] = []
+            is_short = limit is not None and limit <= _DECODE_BATCH_SIZE
+            size = None if is_short else _DECODE_BATCH_SIZE
             async for rows in read_rows(session, query.limit(limit), size):
-                items += self._hand_out(list(map(decode, rows)))
-            return items
+                entities += self._copies(list(map(decode, rows)))
+            return entities
 
         return await self._read(run)
 
     @property
     def _transaction(self) -> WriteTransaction | None:
-        """The write transaction that is joined."""
+        """The caller's write transaction; `None` if there is none."""
         return None if self._session is None else self._session.info.get("transaction")
 
     def _write_back(
-        self, record: Record[Entity], item: Entity, names: Iterable[str] | None = None
+        self, record: Record[Entity], entity: Entity, names: Iterable[str] | None = None
     ) -> None:
         names = tuple(STAMPED[self.kind] if names is None else names)
         if self._transaction is not None:
-            before = {name: item.__dict__[name] for name in names}
-            self._transaction.undo.append(partial(item.__dict__.update, before))
-        write_back(record, item, names)
+            before = {name: entity.__dict__[name] for name in names}
+            self._transaction.undo.append(partial(entity.__dict__.update, before))
+        write_back(record, entity, names)
 
-    def _hand_out(self, records: Sequence[Record[Entity]]) -> list[Entity]:
-        """Copies for the caller.
-
-        After a rollback, another change may get the version of one that was undone: a copy that
-        was read in between must not pass for that one, so it is made outdated for good.
-        """
-        items = [record.copy() for record in records]
+    def _copies(self, records: Sequence[Record[Entity]]) -> list[Entity]:
+        """Return copies for the caller."""
+        entities = [record.copy() for record in records]
         transaction = self._transaction
         if transaction is not None and transaction.committed:
+            # After a rollback another change may get the same version. A copy that was read
+            # before must not pass for it, so its version is made invalid then.
             changed = {
                 (one.kind, one.id) for one in transaction.committed if isinstance(one, Event)
             }
-            for record, item in zip(records, items, strict=True):
+            for record, entity in zip(records, entities, strict=True):
                 if key_of(record) in changed:
-                    transaction.undo.append(partial(setattr, item, "version", UNDONE))
-        return items
+                    transaction.undo.append(partial(setattr, entity, "version", UNDONE))
+        return entities
 
     async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         if self._session is not None:
             return await self._database.read_in(self._session, work)
         return await self._database.read(work)
 
-    async def _write(self, operation: Any, apply: Apply = apply) -> Any:
+    async def _write(self, command: Any, apply: Apply = apply) -> Any:
         try:
             if self._session is not None:
-                return await self._database.write_in(self._session, apply, operation)
-            return await self._database.write(apply, operation)
+                return await self._database.write_in(self._session, apply, command)
+            return await self._database.write(apply, command)
         except NotOwnerError as error:
             logger.warning("refused: %s", error)
             raise

@@ -15,38 +15,36 @@ from openclaw_store.repositories.unit_of_work import counters_of
 
 _ALL = select(*ChangeRow.__table__.c)
 
-
 CHANGE_BATCH_SIZE = 400
-"""Changes read at a stretch, before other coroutines run.
+"""Changes in a batch, read before other coroutines run.
 
-To read a page takes as long as to take over 100 of them, however few there are.
+The fixed cost of a batch equals the cost of applying 100 changes.
 """
 
 
 async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
-    """Up to a page of the changes after a revision, and the revision they reach up to.
+    """Return a batch of the changes after a revision, and the revision at its end.
 
-    Changes of tasks that clean-up has removed are gone with them.
+    Clean-up removes the changes of a task together with the task.
 
     Raises:
-        CompactedError: If the feed does not reach back that far any more.
-        InvalidDataError: If there was no such revision yet.
+        CompactedError: If changes after `since` were removed by compaction.
+        InvalidDataError: If `since` is newer than the newest revision.
     """
     read_at, _, compacted = await read_counters(session)
     if since > read_at:
         raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
     if since < compacted:
         raise CompactedError(since, compacted + 1)
-    changes = await _changes(session, since)
+    query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
+    changes = _as_changes(await session.execute(query.limit(CHANGE_BATCH_SIZE)))
     return changes, changes[-1].revision if len(changes) == CHANGE_BATCH_SIZE else read_at
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
-    """The changes of a task or node that the feed still has, oldest first.
-
-    Its version leads to its last change, and each change to the one before; only for one that was
-    removed all changes are searched.
-    """
+    """Return the logged changes of a task or node, oldest first."""
+    # The version of a row is its last change, and each change names the one before. Only for a
+    # removed row all changes are searched.
     columns = ROWS[kind].__table__.c
     version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
     if version is None:
@@ -56,15 +54,10 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
     return _as_changes(await session.execute(query))[::-1]
 
 
-async def _changes(session: AsyncSession, since: int) -> list[Change]:
-    query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
-    return _as_changes(await session.execute(query.limit(CHANGE_BATCH_SIZE)))
-
-
 def _as_changes(rows: Iterable[Any]) -> list[Change]:
     return [
-        Change(number, at, item, id, ChangeKind(kind), *rest)
-        for number, at, item, id, kind, *rest in rows
+        Change(revision, at, name, id, ChangeKind(kind), *rest)
+        for revision, at, name, id, kind, *rest in rows
     ]
 
 

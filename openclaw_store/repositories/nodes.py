@@ -1,4 +1,4 @@
-"""`NodeRepository`: queries and writes of the table `nodes`."""
+"""Read and write the table `nodes`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,14 @@ from openclaw_store.domain import (
     check_text,
 )
 from openclaw_store.repositories.base import Repository
-from openclaw_store.repositories.commands import (
-    Register,
-    SetNodeStatus,
-)
+from openclaw_store.repositories.commands import Register, SetNodeStatus
 from openclaw_store.repositories.heartbeats import Heartbeat
 
 node_status = check_enum(NodeStatus)
 
 
 class NodeRepository(Repository[NodeInfo]):
-    """The nodes in the database; every call reads or writes it."""
+    """The nodes in the database, without a cache."""
 
     kind = NodeInfo
 
@@ -40,7 +37,7 @@ class NodeRepository(Repository[NodeInfo]):
         """Add a node; `node` receives its version and its times in UTC.
 
         Raises:
-            DuplicateError: If there is a node with this identifier.
+            DuplicateError: If its identifier is taken.
             InvalidDataError: If a field cannot be stored.
         """
         return await self._create(node)
@@ -48,41 +45,40 @@ class NodeRepository(Repository[NodeInfo]):
     async def update(self, node: NodeInfo) -> bool:
         """Write a changed node back; `node` receives the new version and can be changed again.
 
-        Usage figures are written as they are given; `last_heartbeat` never goes back, unless it was
-        in the future.
+        `last_heartbeat` never goes back, unless it was in the future.
 
         Raises:
-            NodeNotFoundError: If it was deleted meanwhile.
-            StaleVersionError: If it was changed meanwhile; read it again first.
+            NodeNotFoundError: If it was removed.
+            StaleVersionError: If it was changed since it was read.
             InvalidDataError: If a field cannot be stored.
         """
         return await self._update(node)
 
     async def delete(self, node_id: str) -> bool:
-        """Remove a node; `False` if there is none. Its history stays."""
+        """Remove a node; its history stays. `False` if there is none."""
         return await self._delete(node_id)
 
     async def list_by_status(self, status: NodeStatus) -> list[NodeInfo]:
-        """Nodes with this status, newest registered first."""
+        """Return the nodes with this status, newest registered first."""
         return await self._newest(NodeRow.status == node_status("status", status))
 
     async def list_online_nodes(self) -> list[NodeInfo]:
-        """Nodes that are ONLINE, newest registered first."""
+        """Return the ONLINE nodes, newest registered first."""
         return await self.list_by_status(NodeStatus.ONLINE)
 
     async def get_all_nodes(self) -> list[NodeInfo]:
-        """All nodes, newest registered first."""
+        """Return all nodes, newest registered first."""
         return await self._newest()
 
     async def register(self, node: NodeInfo, backoff: Backoff = DEFAULT_BACKOFF) -> bool:
-        """Add a node, or have it come back as a new process; `node` receives what is stored.
+        """Add a node, or replace its former process; `node` receives the stored values.
 
-        What the former process held is given back at once: it is tried again later, or has FAILED
-        after its last retry. The node's totals go on.
+        Tasks assigned to the former process are released: they are PENDING again, or FAILED after
+        their last retry. The totals of the node stay.
 
         Args:
-            node: As it is now; its `version` does not matter.
-            backoff: How long these tasks wait for their next try.
+            node: The node; its `version` is ignored.
+            backoff: The delay of these tasks before their next attempt.
 
         Raises:
             InvalidDataError: If a field cannot be stored.
@@ -93,23 +89,23 @@ class NodeRepository(Repository[NodeInfo]):
         return True
 
     async def update_heartbeat(self, node_id: str) -> bool:
-        """Note a sign of life now; brings an OFFLINE node back ONLINE. `False` if unknown."""
-        beat = Heartbeat(check_key("node_id", node_id), self._database.clock(), {})
-        known: bool = await self._write(beat)
+        """Record a heartbeat; an OFFLINE node is ONLINE again. `False` if there is none."""
+        heartbeat = Heartbeat(check_key("node_id", node_id), self._database.clock(), {})
+        known: bool = await self._write(heartbeat)
         return known
 
     async def update_status(self, node_id: str, status: NodeStatus) -> bool:
-        """Change a node's status; ONLINE and BUSY count as a sign of life. `False` if unknown."""
+        """Set the status; ONLINE and BUSY count as a heartbeat. `False` if there is no node."""
         known: bool = await self._write(
             SetNodeStatus(check_key("node_id", node_id), node_status("status", status))
         )
         return known
 
     async def find_stale_nodes(self, timeout_seconds: float = 120) -> list[NodeInfo]:
-        """Nodes that are ONLINE or BUSY, but were silent for longer than `timeout_seconds`.
+        """Return ONLINE and BUSY nodes without a heartbeat for more than `timeout_seconds`.
 
-        A node that never sent a heartbeat counts from its registration. A sign of life that is as
-        far in the future counts for nothing: a clock was turned back. Newest registered first.
+        Without any heartbeat, a node counts from its registration. A heartbeat as far in the future
+        does not count: a clock was turned back. Newest registered first.
         """
         now, patience = self._database.clock(), check_seconds("timeout_seconds", timeout_seconds)
         last_sign = func.coalesce(NodeRow.last_heartbeat, NodeRow.registered_at)
@@ -117,15 +113,15 @@ class NodeRepository(Repository[NodeInfo]):
         return await self._newest(NodeRow.status.in_(ALIVE), ~is_near)
 
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
-        """ONLINE nodes that have exactly this skill, newest registered first."""
+        """Return the ONLINE nodes with exactly this skill, newest registered first."""
         skills = statements_for(self._database.dialect).elements(NodeRow.available_skills)
         has_skill = select(skills).where(skills == check_text("skill", skill)).exists()
         return await self._newest(NodeRow.status == NodeStatus.ONLINE, has_skill)
 
     async def get_available_nodes(self) -> list[NodeInfo]:
-        """ONLINE nodes with a free place, least loaded first.
+        """Return the ONLINE nodes with a free slot, least loaded first.
 
-        Load is the share of `max_concurrent_tasks` in use, then `running_tasks`; equals go by
+        The load is the used share of `max_concurrent_tasks`, then `running_tasks`, then the
         identifier.
         """
         load = cast(NodeRow.running_tasks, Float) / NodeRow.max_concurrent_tasks

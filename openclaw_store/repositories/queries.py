@@ -1,4 +1,4 @@
-"""Which tasks are meant: one filter for everything that lists or changes many of them."""
+"""SQL conditions of a `TaskFilter` and of the cursor of a list."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from openclaw_store.errors import InvalidDataError
 
 
 def cursor_of(task: Task) -> str:
-    """Where a list goes on behind a task."""
-    assert task.submitted_at is not None  # as of every stored task
+    """Return the cursor that continues a list after a task."""
+    assert task.submitted_at is not None  # every stored task has it
     return f"{to_microseconds(task.submitted_at)}.{task.task_id}"
 
 
-def behind(cursor: str) -> ColumnElement[bool]:
-    """The tasks that come behind a cursor in the order of a list.
+def after_cursor(cursor: str) -> ColumnElement[bool]:
+    """Return the condition for the tasks after a cursor, in the order of a list.
 
     Raises:
-        InvalidDataError: If no page has given such a cursor.
+        InvalidDataError: If the text is no cursor.
     """
     moment, dot, id = check_text("after", cursor).partition(".")
     try:
@@ -31,7 +31,7 @@ def behind(cursor: str) -> ColumnElement[bool]:
     if at is None or not dot:
         raise InvalidDataError("after", "must be the `after` of the page before, or None")
     row = TaskRow
-    # The first condition is implied by the second; it is the one that an index can be entered with.
+    # The second condition implies the first, but only the first can use the index.
     return and_(
         row.submitted_at <= at, or_(row.submitted_at < at, row.task_id < check_key("after", id))
     )

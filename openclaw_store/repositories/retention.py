@@ -1,6 +1,6 @@
-"""Retention: what is old is removed, be it finished tasks or changes in the feed.
+"""Retention: remove old finished tasks, and old changes from the change log.
 
-That is done in batches, so that others write in between.
+Both work in batches, so that other callers write in between.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ from openclaw_store.repositories.commands import Remove
 from openclaw_store.repositories.unit_of_work import Row, SingleRowCommand, apply, counters_of
 
 CLEANUP_BATCH = 200
-"""Tasks that one transaction of `cleanup_old_tasks` removes; others write in between."""
+"""Tasks removed in one transaction of `cleanup_old_tasks`."""
 
-_REDATED_AT_ONCE = 20
-"""Tasks that are read one by one while nobody else can write."""
+_REDATE_BATCH_SIZE = 20
+"""Tasks read one by one under the write lock."""
 
 COMPACTION_BATCH_SIZE = 1000
-"""Changes removed at a stretch, before others write."""
+"""Changes removed in one transaction."""
 
 task_status = check_enum(TaskStatus)
 
 
-def cutoff_and_kept(
+def parse_policy(
     now: datetime, days: float, keep_status: TaskStatus | Iterable[TaskStatus] | None
 ) -> tuple[datetime, tuple[TaskStatus, ...]]:
-    """The moment before which tasks must have finished to be old, and the statuses to keep.
+    """Return the moment before which a finished task is old, and the statuses to keep.
 
     Raises:
         InvalidDataError: If `days` is no age, or there is no such status.
     """
-    kept: Iterable[Any] = () if keep_status is None else [keep_status]
+    statuses: Iterable[Any] = () if keep_status is None else [keep_status]
     if isinstance(keep_status, Iterable) and not isinstance(keep_status, str):
-        kept = keep_status
-    keep = tuple(task_status("keep_status", status) for status in kept)
+        statuses = keep_status
+    keep = tuple(task_status("keep_status", status) for status in statuses)
     try:
         return now - timedelta(days=check_number("days", days)), keep
     except OverflowError as error:
@@ -69,8 +69,8 @@ def cutoff_and_kept(
 async def count_old_tasks(
     session: AsyncSession, *, cutoff: datetime, keep: Sequence[TaskStatus], now: datetime
 ) -> int:
-    """How many tasks `remove_old_tasks` would remove."""
-    searches = [  # each in order of an index
+    """Count the tasks that `remove_old_tasks` would remove."""
+    searches = [  # each uses an index
         TaskRow.completed_at < cutoff,
         TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
         (TaskRow.completed_at > now) & (TaskRow.updated_at < cutoff),
@@ -90,17 +90,17 @@ async def remove_old_tasks(
     cutoff: datetime,
     keep: tuple[TaskStatus, ...],
 ) -> int:
-    """Remove tasks that finished before `cutoff`, in batches; returns how many there were.
+    """Remove tasks that finished before `cutoff`, in batches; return their number.
 
     Args:
-        write: Does an operation in a transaction of its own, or in the caller's.
-        keep: Status of tasks not to be removed.
+        write: Runs a command in its own transaction, or in the caller's.
+        keep: Statuses to keep.
     """
-    operation = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
+    command = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
     total, removed, is_more = 0, 0, True
     while is_more:
         try:
-            removed, is_more = await write(operation, remove_finished)
+            removed, is_more = await write(command, remove_finished)
         except StoreError as error:
             error.add_note(f"{total} tasks were removed before; call again for the rest")
             raise
@@ -112,9 +112,8 @@ async def remove_old_tasks(
 class RemoveFinished:
     """Remove up to `limit` tasks that finished before `cutoff`, with their history.
 
-    Results in how many there were, and whether there may be more to do. Those that finished as long
-    after this moment, by a clock that was ahead, count from now on: nothing else tells how old they
-    are.
+    The result is their number, and true if there may be more. Tasks dated as far into the future
+    are dated again, to this moment: their age is unknown, as a clock was ahead.
     """
 
     cutoff: datetime
@@ -123,37 +122,34 @@ class RemoveFinished:
 
 
 def remove_finished(
-    transaction: WriteTransaction, operations: Sequence[RemoveFinished]
+    transaction: WriteTransaction, commands: Sequence[RemoveFinished]
 ) -> Sequence[tuple[int, bool]]:
-    """Apply `RemoveFinished` operations."""
-    return [_remove_finished(transaction, operation) for operation in operations]
+    """Apply `RemoveFinished` commands."""
+    return [_remove_finished(transaction, command) for command in commands]
 
 
-def _remove_finished(transaction: WriteTransaction, operation: RemoveFinished) -> tuple[int, bool]:
-    sql = statements_for(transaction.cursor.dialect)
-    moments = (
-        transaction.now,
-        operation.cutoff,
-        transaction.now + (transaction.now - operation.cutoff),
+def _remove_finished(transaction: WriteTransaction, command: RemoveFinished) -> tuple[int, bool]:
+    sql, present = statements_for(transaction.cursor.dialect), transaction.now
+    now, cutoff, horizon = map(
+        sql.to_moment, (present, command.cutoff, present + (present - command.cutoff))
     )
-    now, cutoff, as_far_ahead = map(sql.to_moment, moments)
-    told, untold, early, astray = sql.finished(operation.keep)
+    finished, undated, future, far_future = sql.finished(command.keep)
     old: list[str] = []
-    for search, *given in ((told, cutoff), (untold, cutoff), (early, now, cutoff)):
-        found = transaction.cursor.execute(search, (*given, operation.limit - len(old)))
+    for search, *moments in ((finished, cutoff), (undated, cutoff), (future, now, cutoff)):
+        found = transaction.cursor.execute(search, (*moments, command.limit - len(old)))
         old.extend(id for (id,) in found)
-    found = transaction.cursor.execute(astray, (now, as_far_ahead, _REDATED_AT_ONCE))
-    removals = [Remove(Task, id, with_history=True) for id in sorted(old)]
-    apply(transaction, removals)
+    found = transaction.cursor.execute(far_future, (now, horizon, _REDATE_BATCH_SIZE))
+    # Sorted, so that both databases assign the same revisions.
+    apply(transaction, [Remove(Task, id, with_history=True) for id in sorted(old)])
     redated = apply(transaction, [Redate(id) for (id,) in sorted(found)])
-    return len(old), len(old) == operation.limit or any(redated)
+    return len(old), len(old) == command.limit or any(redated)
 
 
 @dataclass(frozen=True, slots=True)
 class Redate(SingleRowCommand):
-    """Have a task count as changed now, as it was by a clock that was ahead.
+    """Set the last change of a task to this moment, as a clock was ahead.
 
-    Results in whether it does; one that cannot be read does not.
+    The result is false if the task is gone or cannot be read.
     """
 
     id: str
@@ -162,7 +158,7 @@ class Redate(SingleRowCommand):
     def decide(self, row: Row) -> bool:
         try:
             task = row.content()
-        except InvalidDataError:  # `verify` tells of it
+        except InvalidDataError:  # `verify` reports it
             return False
         if task is None:
             return False
@@ -171,7 +167,7 @@ class Redate(SingleRowCommand):
 
 
 async def compact_feed(database: Database, days: float) -> int:
-    """Remove the changes that are older from the feed, in batches; returns how many there were.
+    """Remove changes older than `days` from the change log, in batches; return their number.
 
     Raises:
         InvalidDataError: If `days` is no age.
@@ -182,11 +178,12 @@ async def compact_feed(database: Database, days: float) -> int:
     total = seen = 0
     ends: list[int] = []
     while True:
-        changes = await database.read(partial(_dated, since=seen))
-        # A change by a clock that was ahead is as old as those around it.
+        changes = await database.read(partial(_read_times, since=seen))
+        # A change dated by a clock that was ahead is as old as its neighbours.
         passed = list(takewhile(lambda one: not cutoff <= one[1] <= now, changes))
         old = [revision for revision, at in passed if at < cutoff]
         if old:
+            # Earlier batches with dates in the future only are older than this one.
             for end in (*ends, old[-1]):
                 removed: int = await database.write(compact, Compact(end))
                 total += removed
@@ -197,7 +194,7 @@ async def compact_feed(database: Database, days: float) -> int:
         ends.append(seen)
 
 
-async def _dated(session: AsyncSession, since: int) -> Sequence[tuple[int, datetime]]:
+async def _read_times(session: AsyncSession, since: int) -> Sequence[tuple[int, datetime]]:
     columns = ChangeRow.revision, ChangeRow.changed_at
     query = select(*columns).where(ChangeRow.revision > since).order_by(ChangeRow.revision)
     found = await session.execute(query.limit(COMPACTION_BATCH_SIZE))
@@ -206,21 +203,19 @@ async def _dated(session: AsyncSession, since: int) -> Sequence[tuple[int, datet
 
 @dataclass(frozen=True, slots=True)
 class Compact:
-    """Remove the changes up to a revision from the feed, but never the newest one of all.
-
-    Results in how many there were.
-    """
+    """Remove the changes up to a revision, but never the newest one; the result is their number."""
 
     until: int
 
 
-def compact(transaction: WriteTransaction, operations: Sequence[Compact]) -> Sequence[int]:
-    """Apply `Compact` operations."""
+def compact(transaction: WriteTransaction, commands: Sequence[Compact]) -> Sequence[int]:
+    """Apply `Compact` commands."""
     sql, cursor = statements_for(transaction.cursor.dialect), transaction.cursor
     newest, _ = counters_of(cursor.execute(sql.read_counters))
     counts = []
-    for operation in operations:
-        until = min(operation.until, newest - 1)
+    for command in commands:
+        # The newest change stays: a new cache reads the time of the last update from it.
+        until = min(command.until, newest - 1)
         counts.append(len(cursor.execute(sql.forget_until, (until,))))
         if counts[-1]:
             cursor.execute(sql.write_compacted, (until,))

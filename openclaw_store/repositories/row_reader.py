@@ -1,4 +1,4 @@
-"""How rows are read: page by page, as the driver gives them, or a few as records."""
+"""Read rows: in batches as the driver gives them, or a few as records."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of
 from openclaw_store.domain import Decode, Raw, Record, Task, TaskPriority
 
 FETCH_SIZE = 250
-"""Rows read at a stretch, before other coroutines run."""
+"""Rows read before other coroutines run."""
 
 
 def select_pending() -> Select[Any]:
-    """Pending and scheduled tasks by priority, then time of submission, then identifier."""
-    # The term on the priority is true of every row, but it makes SQLite read this index, in order.
-    # Without it, it may read all waiting tasks through the index on the status, and sort them.
+    """Select pending and scheduled tasks by priority, time of submission and identifier."""
+    # The condition on the priority is true for every row, but SQLite needs it to read this index
+    # in order. Without it, SQLite may read all waiting tasks by their status, and sort them.
     any_priority = TaskRow.priority.in_(TaskPriority)
     order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
     return select(*COLUMNS[Task]).where(IS_PENDING, any_priority).order_by(*order)
@@ -28,10 +28,12 @@ def select_pending() -> Select[Any]:
 async def read_rows(
     session: AsyncSession, query: Select[Any], size: int | None = FETCH_SIZE
 ) -> AsyncIterator[Sequence[Raw]]:
-    """Rows as the driver gives them: SQLAlchemy's own take longer to make than these to read.
+    """Yield batches of rows as the driver gives them, as tuples.
+
+    SQLAlchemy's rows take longer to make than these take to read.
 
     Args:
-        size: Rows a page; `None` gives all at once, which is faster for few.
+        size: Rows in a batch; `None` yields all at once, which is faster for a few.
     """
 
     def execute(session: Session) -> CursorResult[Any]:
@@ -45,7 +47,7 @@ async def read_rows(
             if size is None
             else strategy.fetchmany(result, cursor, size)
         )
-        # PostgreSQL's driver has a kind of row of its own.
+        # PostgreSQL's driver has its own type of row.
         return rows if not rows or type(rows[0]) is tuple else [tuple(row) for row in rows]
 
     result = await session.run_sync(execute)
@@ -56,7 +58,7 @@ async def read_rows(
 async def read_records(
     session: AsyncSession, kind: type[Any], query: Select[Any]
 ) -> list[Record[Any]]:
-    """The records that a query of `COLUMNS` finds, which are few; a row of NULLs is none."""
+    """Return the records of a short query of `COLUMNS`, without rows of NULLs."""
     decode = decoder_here(session, kind)
     return [
         decode(row)
@@ -67,5 +69,5 @@ async def read_records(
 
 
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
-    """What makes records of the rows of `read_rows`."""
+    """Return the decoder of the rows of `read_rows`."""
     return decoder_of(kind, session.get_bind().dialect)  # type: ignore[arg-type]  # it is hashable

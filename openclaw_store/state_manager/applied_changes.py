@@ -72,7 +72,7 @@ class AppliedChanges:
         nodes: dict[str, None] = {}
         counts, contiguous, out_of_order = self.task_counts, self.contiguous, self.out_of_order
         # A row inserted by hand was never counted under its first status.
-        is_counted = self.is_counted and batch.is_whole
+        is_counted = self.is_counted and batch.is_complete
         for change in batch.changes:
             revision, _, item, id, before, after = change[:STEP_WIDTH]
             if revision <= contiguous or revision in out_of_order:

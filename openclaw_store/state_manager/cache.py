@@ -32,7 +32,7 @@ from openclaw_store.domain import (
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
 from openclaw_store.state_manager.applied_changes import AppliedChanges
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
+from openclaw_store.state_manager.change_feed import ChangeBatch, InitialRows, InitialState
 from openclaw_store.state_manager.node_index import NodeIndex
 from openclaw_store.state_manager.pages import STEP_WIDTH
 from openclaw_store.state_manager.ready_queue import Ready
@@ -82,7 +82,7 @@ class Cache:
         # And what they said that is written since the last `catch_up`, by field, with the flush.
         self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
 
-    def load(self, page: Page) -> None:
+    def load(self, page: InitialRows) -> None:
         """Take over a page of the initial state."""
         if page.kind is Task:
             self.tasks.load(page.rows)
@@ -152,10 +152,10 @@ class Cache:
         for id in nodes:
             node = self._with_landed(batch.nodes.get(id), batch.beat)
             self._commit((NodeInfo, id), node, batch.read_at)
-        for beaten in batch.beaten:
-            place = key_of(beaten)
+        for node in batch.heartbeats:
+            place = key_of(node)
             if self._visible(place) is not None:
-                self._commit(place, self._with_landed(beaten, batch.beat), 0)
+                self._commit(place, self._with_landed(node, batch.beat), 0)
         self.beat = max(self.beat, batch.beat)
         self._landed = {
             id: newer

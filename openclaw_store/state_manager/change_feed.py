@@ -1,11 +1,11 @@
-"""What the database tells a cache: where it stands, and what has happened since.
+"""Read what a cache needs: the initial state, and batches of later changes.
 
-Each reading is one consistent snapshot, made in one session.
+Each read is one snapshot, in one session.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -24,80 +24,76 @@ from openclaw_store.repositories import (
     select_pending,
 )
 from openclaw_store.state_manager.indexes import PendingKey
-from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, REVISION, read_page
+from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, read_page
 from openclaw_store.state_manager.ready_queue import Ready
 
 _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
     FIELDS[Task].index,
     ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
 )
-
-
 _PENDING = TaskStatus.PENDING.value
 
 
 @dataclass(frozen=True, slots=True)
 class InitialState:
-    """Where the database stands, and how its rows are read."""
+    """The counters, and the decoders of rows."""
 
     revision: int
     beat: int
-    """The newest flush of heartbeats."""
+    """The newest heartbeat sequence."""
     updated_at: datetime | None
-    """When the newest change was made."""
+    """The time of the newest change."""
     task_counts: Mapping[str, int]
     """Tasks by status, finished ones included."""
     decode: Mapping[type[Any], Decode]
-    """Makes a record of a row."""
+    """Decoders of rows, by kind."""
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """Some of the rows that a cache starts with."""
+class InitialRows:
+    """A batch of the rows that a new cache loads."""
 
     kind: type[Any]
     rows: Sequence[Raw]
-    """Each begins with its identifier; to be decoded when somebody looks at it."""
+    """Rows that begin with their identifier; not decoded yet."""
     keys: Sequence[PendingKey] = ()
-    """Of the tasks that wait, in this order."""
+    """Keys of pending and scheduled tasks, in order."""
     ready: Sequence[Ready] = ()
-    """Of those that may be claimed."""
-    held: Sequence[tuple[str | None, str]] = ()
-    """Node and identifier of those that are scheduled or running."""
+    """Entries of `ReadyTasks`, in order."""
+    assigned: Sequence[tuple[str | None, str]] = ()
+    """Node and identifier of scheduled and running tasks."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeBatch:
-    """What has happened since a revision."""
+    """Changes after a revision, with the entities that they changed."""
 
     revision: int
-    """`changes` go up to here."""
+    """The batch has the changes up to this revision."""
     read_at: int
-    """The revision of the picture that content is from; more pages follow if it is larger."""
+    """The revision of the snapshot that the content is from; if it is larger, batches follow."""
     beat: int
+    """The heartbeat sequence of the snapshot."""
     changes: Sequence[Sequence[Any]]
-    """Those that were not known before, and perhaps some that were: each is a `STEP`.
-
-    Behind it, the last one of a task has its content, if it was not removed; else there is `None`.
-    """
+    """The rows of a `LogPage`."""
     changed_at: datetime | None
-    """When the last of them was made, if there are any."""
-    is_whole: bool
-    """Whether no change is missing; clean-up removes those of removed tasks."""
+    """The time of the last change, if there are any."""
+    is_complete: bool
+    """True if clean-up has removed no change of this batch and the ones before it."""
     nodes: Mapping[str, Record[NodeInfo]]
-    """Content of the nodes that changed; what is not there was removed."""
-    beaten: Sequence[Record[NodeInfo]]
-    """Nodes that had heartbeats since."""
+    """The nodes that changed, without removed ones."""
+    heartbeats: Sequence[Record[NodeInfo]]
+    """Nodes with later heartbeats."""
     task_counts: Mapping[str, int] | None
-    """Tasks by status, where they cannot be derived from the changes."""
+    """Tasks by status, if the changes are not complete."""
     ready: Callable[[Raw], Ready | None]
-    """How `ReadyTasks` knows a task; `None` if it may not be claimed."""
+    """Makes the entry of `ReadyTasks` from a row; `None` if the task is not pending."""
     is_compacted: bool = False
-    """Whether the feed does not reach back that far any more, so that nothing else counts."""
+    """True if compaction has removed changes of this batch, which is useless then."""
 
 
 async def read_initial_state(session: AsyncSession) -> InitialState:
-    """Where the database stands in the picture of `session`."""
+    """Return the initial state in the snapshot of `session`."""
     revision, beat, _ = await read_counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await _task_counts(session)
@@ -105,28 +101,29 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     return InitialState(revision, beat, updated_at, counts, decode)
 
 
-async def read_live(session: AsyncSession) -> AsyncIterator[Page]:
-    """All nodes and all live tasks, page by page; those that wait in the order of their list."""
+async def read_live(session: AsyncSession) -> AsyncIterator[InitialRows]:
+    """Yield all nodes and all live tasks; pending and scheduled ones in the order of their keys."""
     running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
     live: Sequence[tuple[type[Any], Select[Any]]] = (
         (NodeInfo, select(*COLUMNS[NodeInfo])),
-        (Task, running.order_by(TaskRow.submitted_at)),  # else SQLite may search all tasks
+        (Task, running.order_by(TaskRow.submitted_at)),  # otherwise SQLite may scan all tasks
     )
     for kind, query in live:
         async for rows in read_rows(session, query):
-            yield Page(kind, rows, held=_held(rows) if kind is Task else ())
+            yield InitialRows(kind, rows, assigned=_assigned(rows) if kind is Task else ())
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
+        # The key is one tuple for both indexes: there may be a million of them.
         ready = [
             (key, row[_SKILLS] and row[_SKILLS].encode(), moment(row[_NOT_BEFORE]))
             for key, row in zip(keys, rows, strict=True)
             if row[_STATUS] == TaskStatus.PENDING
         ]
-        yield Page(Task, rows, keys, ready, _held(rows))
+        yield InitialRows(Task, rows, keys, ready, _assigned(rows))
 
 
-def _held(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
+def _assigned(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
     return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
 
 
@@ -135,42 +132,40 @@ async def read_change_batch(
     *,
     since: int,
     beat: int,
-    is_whole: bool,
-    known: Container[int] = (),
+    is_complete: bool,
+    known: Collection[int] = (),
 ) -> ChangeBatch:
-    """A page of what has happened since the revision `since` and the flush `beat`.
+    """Return a batch of the changes after `since`, and the nodes with heartbeats after `beat`.
 
     Args:
-        is_whole: Whether the pages before this one were.
-        known: Revisions of changes that need not be told.
+        is_complete: True if the batches before this one were complete.
+        known: Revisions of changes to leave out.
     """
     page = await read_page(session, since, since + CHANGE_BATCH_SIZE, known)
-    until = min(since + CHANGE_BATCH_SIZE, page.revision)
     sql = statements_for(session.get_bind().dialect.name)
     nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {
-        row[ITEM_ID]
-        for row in page.rows
-        if row[OF_ITEM] == ENTITY_NAMES[NodeInfo] and row[REVISION] not in known
-    }:
+    if ids := {row[ITEM_ID] for row in page.rows if row[OF_ITEM] == ENTITY_NAMES[NodeInfo]}:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
         found = await read_records(session, NodeInfo, query)
         nodes = {record.node_id: record for record in found}
-    beaten: Sequence[Record[NodeInfo]] = []
+    # Heartbeats are not in the change log: they only raise the sequence of their node.
+    heartbeats: Sequence[Record[NodeInfo]] = []
     if page.beat > beat:
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
-        beaten = await read_records(session, NodeInfo, query)
-    is_whole = is_whole and page.is_whole
+        heartbeats = await read_records(session, NodeInfo, query)
+    is_complete = is_complete and page.is_complete
     return ChangeBatch(
-        revision=until,
+        revision=page.until,
         read_at=page.revision,
         beat=page.beat,
         changes=page.rows,
         changed_at=sql.from_moment(page.rows[-1][CHANGED_AT]) if page.rows else None,
-        is_whole=is_whole,
+        is_complete=is_complete,
         nodes=nodes,
-        beaten=beaten,
-        task_counts=None if is_whole or until < page.revision else await _task_counts(session),
+        heartbeats=heartbeats,
+        task_counts=None
+        if is_complete or page.until < page.revision
+        else await _task_counts(session),
         ready=_ready_of(sql.from_moment),
         is_compacted=since < page.compacted,
     )
@@ -188,7 +183,7 @@ def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None
                 skills and skills.encode(),
                 None if not_before is None else moment(not_before),
             )
-        except (TypeError, OverflowError):  # who decodes it will say what cannot be read
+        except (TypeError, OverflowError):  # the decoder will report the value
             return None
 
     return ready

@@ -1,4 +1,4 @@
-"""Why a task waits: as data, and as a sentence."""
+"""Explain as data, and in a sentence, why a task waits."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ FREE, FULL = "free", "full"
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a task is not being run; `str` of it is a sentence."""
+    """The reasons why a task is not running; `str` returns a sentence."""
 
     task_id: str
     status: TaskStatus
     assigned_node: str | None
     not_before: datetime | None
-    """When it may be claimed; `None` if that is so already, or it is not pending."""
+    """The earliest claim; `None` if the task is due, or not pending."""
     missing_skills: tuple[str, ...]
-    """Skills it requires and no node has."""
+    """Required skills that no node has."""
     nodes: Mapping[str, str]
-    """The nodes that have all its skills: `free`, `full`, or what they are instead of online."""
+    """The nodes with all its skills: `free`, `full`, or their status if not online."""
     ahead: int
-    """How many tasks those nodes will claim first."""
+    """The number of tasks that these nodes claim first."""
 
     def __str__(self) -> str:
         if self.status is not TaskStatus.PENDING:
-            whose = "" if self.assigned_node is None else f" on node {self.assigned_node!r}"
-            return f"Task {self.task_id!r} does not wait: it is {self.status.value}{whose}."
+            on_node = "" if self.assigned_node is None else f" on node {self.assigned_node!r}"
+            return f"Task {self.task_id!r} does not wait: it is {self.status.value}{on_node}."
         reasons: list[str] = []
         if self.not_before is not None:
             reasons.append(f"it is not due until {self.not_before.isoformat()}")
@@ -62,11 +62,11 @@ class Explanation:
 def explain(
     task: Record[Task], nodes: Iterable[Record[NodeInfo]], ahead: int, now: datetime
 ) -> Explanation:
-    """Why a task is where it is.
+    """Explain a task.
 
     Args:
         nodes: All nodes.
-        ahead: How many tasks are better, and can be run by a node that can run this one.
+        ahead: The number of tasks that its nodes claim first.
     """
     pending = task.status is TaskStatus.PENDING
     missing = set(task.decoded("required_skills")) if pending else set()

@@ -1,4 +1,4 @@
-"""Keys in ascending order, which stay sorted while keys are added and removed."""
+"""Sorted keys, with fast insertion and removal."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any, Generic, TypeVar
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 
-
 PendingKey = tuple[int, datetime, str]
-"""Priority, time of submission and identifier of a task: the order in which tasks are run."""
+"""Priority, time of submission and identifier of a task: the order of claims."""
 
 
 class SortedKeys(Generic[Key]):
     """Unique keys in ascending order.
 
-    A list of sorted lists of bounded length: adding and removing moves at most 1,024 keys, and one
-    entry for each list, at C speed (the idea of Grant Jenks's sortedcontainers, here without its
-    indexing, and with a shorter way for the key that is the last, which most new ones are).
+    A list of sorted chunks of bounded length: to add or remove a key moves at most 1,024 keys, and
+    one entry for each chunk (after Grant Jenks's sortedcontainers, without its indexing, and with
+    a fast path for a key after all others, as most new keys are).
     """
 
     __slots__ = ("_chunks", "_lasts")
@@ -36,16 +35,16 @@ class SortedKeys(Generic[Key]):
     def __iter__(self) -> Iterator[Key]:
         return (key for chunk in self._chunks for key in chunk)
 
-    def downwards(self) -> Iterator[Key]:
-        """All keys, the largest first."""
+    def descending(self) -> Iterator[Key]:
+        """Iterate over the keys in descending order."""
         return (key for chunk in reversed(self._chunks) for key in reversed(chunk))
 
     def smallest(self) -> Key:
-        """The smallest key; there must be one."""
+        """Return the smallest key; there must be one."""
         return self._chunks[0][0]
 
     def first(self, limit: int | None) -> list[Key]:
-        """The `limit` smallest keys; `None` for all."""
+        """Return the `limit` smallest keys; `None` for all."""
         found: list[Key] = []
         for chunk in self._chunks:
             found += chunk
@@ -54,38 +53,41 @@ class SortedKeys(Generic[Key]):
         return found
 
     def count_before(self, key: Key) -> int:
-        """How many keys are smaller."""
-        place = bisect_left(self._lasts, key)
-        before = sum(map(len, self._chunks[:place]))
-        return before + bisect_left(self._chunks[place], key) if self._chunks[place:] else before
+        """Count the smaller keys."""
+        position = bisect_left(self._lasts, key)
+        before = sum(map(len, self._chunks[:position]))
+        return (
+            before + bisect_left(self._chunks[position], key) if self._chunks[position:] else before
+        )
 
     def add(self, key: Key) -> None:
-        """Add a key that is not there."""
+        """Add a key, which must not be there."""
         if not self._lasts or key > self._lasts[-1]:  # by far the most frequent case
             self._append([key])
             return
-        place = bisect_left(self._lasts, key)
-        insort(self._chunks[place], key)
-        self._divide(place)
+        position = bisect_left(self._lasts, key)
+        insort(self._chunks[position], key)
+        self._divide(position)
 
     def extend(self, keys: Sequence[Key]) -> None:
-        """Add keys that are not there, in ascending order."""
+        """Add keys, which must not be there, in ascending order."""
         start = 0
         while start < len(keys):
-            place = bisect_left(self._lasts, keys[start])
-            if place == len(self._lasts):
+            position = bisect_left(self._lasts, keys[start])
+            if position == len(self._lasts):
                 self._append(keys[start:])
                 return
-            end = bisect_right(keys, self._lasts[place], start)  # a key too many must not hang it
-            chunk, at = self._chunks[place], 0
+            # To the right of an equal key, which must not be there: else it would loop for ever.
+            end = bisect_right(keys, self._lasts[position], start)
+            chunk, at = self._chunks[position], 0
             for key in keys[start:end]:
                 at = bisect_left(chunk, key, at)
                 chunk.insert(at, key)
-            self._divide(place)
+            self._divide(position)
             start = end
 
     def _append(self, keys: Sequence[Key]) -> None:
-        """Add keys that follow all others."""
+        """Add keys after the last one."""
         if not self._chunks:
             self._chunks.append([])
             self._lasts.append(keys[-1])
@@ -93,22 +95,22 @@ class SortedKeys(Generic[Key]):
         self._lasts[-1] = keys[-1]
         self._divide(len(self._chunks) - 1)
 
-    def _divide(self, place: int) -> None:
-        """Make several of a list that has become too long."""
-        chunk = self._chunks[place]
+    def _divide(self, position: int) -> None:
+        """Divide a chunk that has become too long."""
+        chunk = self._chunks[position]
         if len(chunk) > self._LONGEST:
             parts = -(-len(chunk) // self._LONGEST)
             length = -(-len(chunk) // parts)
             chunks = [chunk[start : start + length] for start in range(0, len(chunk), length)]
-            self._chunks[place : place + 1] = chunks
-            self._lasts[place : place + 1] = [one[-1] for one in chunks]
+            self._chunks[position : position + 1] = chunks
+            self._lasts[position : position + 1] = [one[-1] for one in chunks]
 
     def remove(self, key: Key) -> None:
-        """Remove a key that is there."""
-        place = bisect_left(self._lasts, key)
-        chunk = self._chunks[place]
+        """Remove a key, which must be there."""
+        position = bisect_left(self._lasts, key)
+        chunk = self._chunks[position]
         del chunk[bisect_left(chunk, key)]
         if not chunk:
-            del self._chunks[place], self._lasts[place]
+            del self._chunks[position], self._lasts[position]
         else:
-            self._lasts[place] = chunk[-1]
+            self._lasts[position] = chunk[-1]

@@ -323,7 +323,7 @@ class Replica:
                     read_change_batch,
                     since=applied.contiguous,
                     beat=cache.beat,
-                    is_whole=applied.is_counted,
+                    is_complete=applied.is_counted,
                     known=applied.out_of_order,
                 )
                 batch = await self._database.read(read)

@@ -1,4 +1,4 @@
-"""Records by identifier, with snapshots that take constant time."""
+"""Records by identifier, with snapshots in constant time."""
 
 from __future__ import annotations
 
@@ -9,36 +9,33 @@ from typing import Any, Generic
 from openclaw_store.domain import Decode, Entity, Raw, Record
 
 _BUCKETS = 1024  # a power of two
-
-
 _MASK = _BUCKETS - 1
 
 
 class Records(Generic[Entity]):
-    """Records by identifier, of which `snapshot` keeps the present state in constant time.
+    """Records by identifier, with copy-on-write snapshots.
 
-    Beside one dict with all of them there are buckets (small dicts) that have them again. A
-    snapshot shares the buckets with the original, which copies a bucket the first time it writes
-    to it afterwards: copy-on-write, as file systems do it.
+    The entries are in one dict, and again in buckets (small dicts). A snapshot shares the buckets;
+    a shared bucket is copied before the first write to it.
 
-    Rows stay tuples until somebody asks for them. Most are never asked for, and the garbage
-    collector leaves tuples of text and numbers alone.
+    Rows are decoded when they are read. Most never are, and the garbage collector does not track
+    tuples of text and numbers.
 
     Args:
-        decode: Makes a record of a row that is asked for.
+        decode: Makes a record of a row.
     """
 
     __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "entries")
 
     def __init__(self, decode: Decode) -> None:
         self.entries: dict[str, Record[Entity] | Raw] = {}
-        """To be read only; a row that nobody has asked for is still a tuple."""
+        """Not to be changed; a row that was never read is still a tuple."""
         self._buckets: list[dict[str, Record[Entity] | Raw]] = [{} for _ in range(_BUCKETS)]
         self._decode = decode
         self._is_shared = bytearray(_BUCKETS)
-        """For each bucket, whether the last snapshot has it too."""
+        """For each bucket, 1 if the last snapshot shares it."""
         self._shared = 0
-        """Of how many that is so; mostly of none."""
+        """The number of shared buckets; mostly zero."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -57,27 +54,28 @@ class Records(Generic[Entity]):
         return (record for id in self if (record := self.get(id)) is not None)
 
     def load(self, rows: Iterable[Raw]) -> None:
-        """Put rows in by their first value."""
+        """Add rows; the first value is the identifier."""
         for row in rows:
             self.put(row[0], row)
 
     def put(self, id: str, record: Record[Entity] | Raw) -> None:
+        # Before the write, or a snapshot would change.
         if self._shared:
-            self._own_bucket_of(id)
+            self._unshare_bucket(id)
         self.entries[id] = self._buckets[hash(id) & _MASK][id] = record
 
     def drop(self, id: str) -> None:
         """Remove an entry, which must be there."""
-        self._own_bucket_of(id)
+        self._unshare_bucket(id)
         del self.entries[id], self._buckets[hash(id) & _MASK][id]
 
     def snapshot(self) -> RecordMapping[Entity]:
-        """The entries as they are now, for good."""
+        """Return a mapping that later changes do not affect."""
         self._is_shared = bytearray(b"\1") * _BUCKETS
         self._shared = _BUCKETS
         return RecordMapping(self._buckets.copy(), self.entries, self._decode)
 
-    def _own_bucket_of(self, id: str) -> None:
+    def _unshare_bucket(self, id: str) -> None:
         index = hash(id) & _MASK
         if self._is_shared[index]:
             self._buckets[index] = self._buckets[index].copy()
@@ -86,10 +84,10 @@ class Records(Generic[Entity]):
 
 
 class RecordMapping(Mapping[str, Entity]):
-    """A read-only mapping of records, of which callers get copies.
+    """A read-only mapping that returns copies of records.
 
-    It equals the dict of the copies. Pickling and deep copying (so `dataclasses.asdict` too) turn
-    it into that dict.
+    It equals the dict of the copies. Pickling, `copy.deepcopy` and `dataclasses.asdict` turn it
+    into that dict.
     """
 
     __slots__ = ("_buckets", "_decode", "_entries", "_size", "_thread")
@@ -101,7 +99,8 @@ class RecordMapping(Mapping[str, Entity]):
         decode: Decode,
     ) -> None:
         self._buckets: list[dict[str, Record[Entity] | Raw]] = buckets
-        # Of the original, as they go on; for what is decoded here, on the thread that changes them.
+        # The current entries of the original, which only its thread may change: a row decoded here
+        # is decoded there as well.
         self._entries: dict[str, Record[Entity] | Raw] = entries
         self._thread = get_ident()
         self._size = len(entries)
@@ -116,10 +115,10 @@ class RecordMapping(Mapping[str, Entity]):
         if isinstance(found, tuple):
             record = bucket[id] = self._decode(found)
             if self._thread == get_ident() and self._entries.get(id) is found:
-                self._entries[id] = record  # else it would be held twice
+                self._entries[id] = record  # otherwise both the row and the record stay in memory
             found = record
-        item: Entity = found.copy()
-        return item
+        entity: Entity = found.copy()
+        return entity
 
     def __contains__(self, id: object) -> bool:
         return id in self._buckets[hash(id) & _MASK]

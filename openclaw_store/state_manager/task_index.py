@@ -7,7 +7,7 @@ from datetime import datetime
 from operator import itemgetter
 
 from openclaw_store.domain import ASSIGNED, WAITING, NodeInfo, Record, Task, TaskStatus
-from openclaw_store.state_manager.change_feed import Page
+from openclaw_store.state_manager.change_feed import InitialRows
 from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
 from openclaw_store.state_manager.ready_queue import Ready, ReadyTasks
 
@@ -23,11 +23,11 @@ class TaskIndex:
         self.assigned: dict[str | None, set[str]] = {}
         """Identifiers of scheduled and running tasks, by node."""
 
-    def load(self, page: Page) -> None:
+    def load(self, page: InitialRows) -> None:
         """Index a page of the initial state."""
         self.pending.extend(page.keys)
         self.ready.extend(page.ready)
-        for node_id, task_id in page.held:
+        for node_id, task_id in page.assigned:
             self.assigned.setdefault(node_id, set()).add(task_id)
 
     def add(self, arrived: list[Ready]) -> None:

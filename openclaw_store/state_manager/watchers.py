@@ -1,4 +1,4 @@
-"""Those who wait for a change, of anything or of one task."""
+"""Waiters for the next change, of any entity or of one task."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 WATCH_SECONDS = 1.0
-"""How often a watcher looks at the feed though nothing has woken it."""
+"""Seconds after which a watcher reads the change log without being woken."""
 
 
 class Watchers:
-    """Wakes, on their event loop, those who wait for a change."""
+    """Futures that are done at the next change, on one event loop."""
 
     def __init__(self) -> None:
-        self._of_all: set[asyncio.Future[None]] = set()
+        self._of_any: set[asyncio.Future[None]] = set()
         self._of_tasks: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
 
     @contextmanager
     def next_change(self) -> Iterator[asyncio.Future[None]]:
-        """Done at the next change of anything; to be waited for inside."""
+        """Yield a future that is done at the next change of any entity."""
         future = asyncio.get_running_loop().create_future()
-        self._of_all.add(future)
+        self._of_any.add(future)
         try:
             yield future
         finally:
-            self._of_all.discard(future)
+            self._of_any.discard(future)
 
     @contextmanager
     def next_change_of(self, task_id: str) -> Iterator[asyncio.Future[None]]:
-        """Done at the next change of a task; to be waited for inside."""
+        """Yield a future that is done at the next change of a task."""
         future = asyncio.get_running_loop().create_future()
         waiting = self._of_tasks[task_id]
         waiting.add(future)
@@ -38,18 +38,19 @@ class Watchers:
             yield future
         finally:
             waiting.discard(future)
+            # After `wake` another set may be there, with later waiters.
             if not waiting and self._of_tasks.get(task_id) is waiting:
                 del self._of_tasks[task_id]
 
     def wake(self, ids: Iterable[str]) -> None:
-        """Wake those who wait for a change of these tasks, or of anything."""
+        """Wake the waiters for these tasks, and for any change."""
         if self._of_tasks:
             for id in ids:
                 _finish(self._of_tasks.pop(id, ()))
-        _finish(self._of_all)
+        _finish(self._of_any)
 
     def wake_all(self) -> None:
-        """Wake everybody, whether anything has changed or not."""
+        """Wake all waiters."""
         self.wake(list(self._of_tasks))
 
 

@@ -19,7 +19,7 @@ from openclaw_store.domain.records import Record, encode
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState, Page
+from openclaw_store.state_manager.change_feed import ChangeBatch, InitialRows, InitialState
 from openclaw_store.state_manager.indexes import SortedKeys
 from openclaw_store.state_manager.pages import STEP
 from openclaw_store.state_manager.ready_queue import Ready
@@ -65,7 +65,7 @@ def node_news(
     changes: Sequence[Change],
     *records: Record[NodeInfo],
     beat: int = 0,
-    beaten: Sequence[Record[NodeInfo]] = (),
+    heartbeats: Sequence[Record[NodeInfo]] = (),
 ) -> ChangeBatch:
     """What the feed says of nodes."""
     return ChangeBatch(
@@ -74,9 +74,9 @@ def node_news(
         beat=beat,
         changes=[(*step_of(change), None) for change in changes],
         changed_at=changes[-1].changed_at if changes else None,
-        is_whole=True,
+        is_complete=True,
         nodes={record.node_id: record for record in records},
-        beaten=beaten,
+        heartbeats=heartbeats,
         task_counts=None,
         ready=ready_of,
     )
@@ -117,12 +117,12 @@ class FakeDatabase:
         self.changes.append(change(self.revision, id, before, after))
         return Event(Task, id, new, self.changes[-1])
 
-    def batch(self, since: int, page: int, *, is_whole: bool = True) -> ChangeBatch:
+    def batch(self, since: int, page: int, *, is_complete: bool = True) -> ChangeBatch:
         """A page of the feed, as `read_change_batch` reads it."""
         changes = [entry for entry in self.changes if entry.revision > since][:page]
         until = changes[-1].revision if len(changes) == page else self.revision
-        is_whole = is_whole and len(changes) == until - since
-        counts = None if is_whole or until < self.revision else self.counts()
+        is_complete = is_complete and len(changes) == until - since
+        counts = None if is_complete or until < self.revision else self.counts()
         last = {one.item_id: one.revision for one in changes}
         return ChangeBatch(
             revision=until,
@@ -133,9 +133,9 @@ class FakeDatabase:
                 for one in changes
             ],
             changed_at=changes[-1].changed_at if changes else None,
-            is_whole=is_whole,
+            is_complete=is_complete,
             nodes={},
-            beaten=[],
+            heartbeats=[],
             task_counts=counts,
             ready=ready_of,
         )
@@ -147,7 +147,7 @@ class FakeDatabase:
         """Bring a cache up to date."""
         batch: ChangeBatch | None = None
         while batch is None or batch.revision < batch.read_at:
-            batch = self.batch(cache.applied.contiguous, page, is_whole=cache.applied.is_counted)
+            batch = self.batch(cache.applied.contiguous, page, is_complete=cache.applied.is_counted)
             cache.catch_up(batch)
 
     def counts(self) -> Counter[str]:
@@ -266,7 +266,7 @@ class TestStart:
 
         cache = Cache(InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}), 0)
 
-        cache.load(Page(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
+        cache.load(InitialRows(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
 
         snapshot = cache.state().tasks
         assert (len(snapshot), "a" in snapshot, decoded) == (2, True, [])
@@ -459,7 +459,7 @@ class TestLearning:
         updated = change(2, "n", "online", "online", item="node")
         row = node_record("n", 2, last_heartbeat=START, cpu_usage=7)
 
-        cache.catch_up(node_news(2, [updated], row, beat=1, beaten=[row]))
+        cache.catch_up(node_news(2, [updated], row, beat=1, heartbeats=[row]))
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
 
         assert cache.node_index.all_nodes() == [row]
@@ -746,7 +746,7 @@ class TestUnsaved:
         place = (stored.kind, "a")
         key = (2, START, "a")
         waits = ([key], [(key, None, None)]) if kind == "task" else ((), ())
-        old.load(Page(stored.kind, [("a", stored)], *waits))
+        old.load(InitialRows(stored.kind, [("a", stored)], *waits))
         old.stage(held, stored)
 
         new.keep_unsaved(old)

@@ -1949,8 +1949,8 @@ class TestTwoManagers:
         for _ in range(2):
             await other.refresh_from_database()
 
-        is_sqlite = manager.db.dialect == "sqlite"  # where what is known is not read again
-        assert [len(batch.changes) for batch in told] == [1 if is_sqlite else 61, 0]
+        # Changes that the cache has from its own writer are not read again.
+        assert [len(batch.changes) for batch in told] == [1, 0]
         assert [batch.task_counts for batch in told] == [None, None]  # nobody has counted all tasks
 
     async def test_task_that_was_not_to_be_run_before_1970_can_be_claimed(
