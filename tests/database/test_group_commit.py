@@ -329,9 +329,10 @@ class TestBatches:
     @pytest.mark.parametrize("ends", ["committed", "explode", "exit", "refuse"])
     @ends_the_thread
     async def test_callers_get_their_answers_when_the_next_batch_is_on_its_way(
-        self, shelf: Shelf, writer: Writer, ends: str
+        self, shelf: Shelf, ends: str
     ) -> None:
         """Planted: they get them at once, or only when the next batch has committed."""
+        writer = shelf.writer(is_pipelined=True)
         shelf.release.set()
         queued, told = threading.Event(), threading.Event()
         was_told: list[bool] = []
@@ -356,6 +357,7 @@ class TestBatches:
 
         assert (await finished([first, second]))[0] == "FIRST"
         assert was_told == ([False, True] if ends == "committed" else [False])
+        await writer.close()
 
     async def test_closing_answers_those_of_the_last_batch(self, shelf: Shelf) -> None:
         """Planted: their answers are kept for a batch that never comes."""
