@@ -75,7 +75,10 @@ class TestLayers:
             "repositories/heartbeats",
             "repositories/unit_of_work",
             "state_manager/cache",
-            "state_manager/indexes",
+            "state_manager/ready_queue",
+            "state_manager/task_index",
+            "state_manager/node_index",
+            "state_manager/applied_changes",
         ],
     )
     def test_module_does_not_await(self, module: str) -> None:

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from openclaw_store.domain import ENTITY_NAMES, Change, Task, TaskStatus
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialState
-from openclaw_store.state_manager.pages import REVISION, STEP_WIDTH
+from openclaw_store.state_manager.change_feed import REVISION, STEP_WIDTH, ChangeBatch, InitialState
 
 _TASK = ENTITY_NAMES[Task]
 

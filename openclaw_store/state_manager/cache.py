@@ -32,9 +32,13 @@ from openclaw_store.domain import (
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
 from openclaw_store.state_manager.applied_changes import AppliedChanges
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialRows, InitialState
+from openclaw_store.state_manager.change_feed import (
+    STEP_WIDTH,
+    ChangeBatch,
+    InitialRows,
+    InitialState,
+)
 from openclaw_store.state_manager.node_index import NodeIndex
-from openclaw_store.state_manager.pages import STEP_WIDTH
 from openclaw_store.state_manager.ready_queue import Ready
 from openclaw_store.state_manager.snapshot import Records
 from openclaw_store.state_manager.task_index import TaskIndex, ready_of

@@ -5,32 +5,74 @@ Each read is one snapshot, in one session.
 
 from __future__ import annotations
 
+import sqlite3
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
-from typing import Any
+from functools import cache, lru_cache, reduce
+from operator import add
+from typing import Any, NamedTuple
 
-from sqlalchemy import Select, func, select
+import orjson
+from sqlalchemy import (
+    BigInteger,
+    BindParameter,
+    ColumnElement,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    case,
+    cast,
+    false,
+    func,
+    literal_column,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
-from openclaw_store.database import COLUMNS, FIELDS, ChangeRow, NodeRow, TaskRow, statements_for
-from openclaw_store.domain import ENTITY_NAMES, Decode, NodeInfo, Raw, Record, Task, TaskStatus
+from openclaw_store.database import (
+    COLUMNS,
+    FIELDS,
+    ChangeRow,
+    CounterRow,
+    NodeRow,
+    TaskRow,
+    statements_for,
+    table_of,
+)
+from openclaw_store.domain import (
+    ENTITY_NAMES,
+    JSON_FIELDS,
+    Decode,
+    NodeInfo,
+    Raw,
+    Record,
+    Task,
+    TaskStatus,
+)
 from openclaw_store.repositories import (
     CHANGE_BATCH_SIZE,
+    counters_of,
     read_counters,
     read_records,
     read_rows,
     select_pending,
 )
-from openclaw_store.state_manager.indexes import PendingKey
-from openclaw_store.state_manager.pages import CHANGED_AT, ITEM_ID, OF_ITEM, read_page
-from openclaw_store.state_manager.ready_queue import Ready
+from openclaw_store.state_manager.ready_queue import PendingKey, Ready
 
 _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
     FIELDS[Task].index,
     ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
 )
+
+
 _PENDING = TaskStatus.PENDING.value
 
 
@@ -192,3 +234,224 @@ def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None
 async def _task_counts(session: AsyncSession) -> dict[str, int]:
     counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
     return {status.value: count for status, count in await session.execute(counts)}
+
+
+PAGE_BYTES = 8 << 20
+"""Bytes of JSON and text on a page; the task that exceeds them is the last one."""
+
+
+STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
+"""The values of a change that a cache needs, in this order."""
+
+
+STEP_WIDTH = len(STEP)
+"""The number of values of a row that are the change; the task follows."""
+
+
+REVISION, CHANGED_AT, OF_ITEM, ITEM_ID, _, _TO_STATUS = range(STEP_WIDTH)
+"""The positions of these values."""
+
+
+_TASK = ENTITY_NAMES[Task]
+
+
+_NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
+
+
+_UNREADABLE = [b"" if name == "submitted_at" else None for name in FIELDS[Task][1:]]
+"""Columns behind the identifier that every decoder refuses, with an error that names the task."""
+
+
+class LogPage(NamedTuple):
+    """Some changes, read in one snapshot."""
+
+    revision: int
+    """The newest revision of the snapshot."""
+    beat: int
+    """The newest heartbeat sequence."""
+    compacted: int
+    """Changes up to this revision were removed."""
+    until: int
+    """The page has the changes up to this revision."""
+    rows: Sequence[Sequence[Any]]
+    """Changes in order: each a `STEP`, then the columns of its task as the driver gives them.
+
+    The last change of a task has its content; earlier ones may have `None` instead, as have the
+    changes of removed tasks and of nodes.
+    """
+    is_complete: bool
+    """True if no change of the page was removed by clean-up."""
+
+
+async def read_page(
+    session: AsyncSession, since: int, until: int, known: Collection[int]
+) -> LogPage:
+    """Return the changes after `since` up to `until`, except `known` ones.
+
+    The page ends earlier when `PAGE_BYTES` are read.
+    """
+    wanted: Sequence[int] = range(since + 1, until + 1)
+    skipped: list[int] = []
+    if known:
+        skipped = [revision for revision in wanted if revision in known]
+        wanted = [revision for revision in wanted if revision not in known]
+    dialect = session.get_bind().dialect.name
+    is_sqlite = dialect == "sqlite"
+    values = {
+        "since": since,
+        "until": until,
+        "skipped": orjson.dumps(skipped).decode() if is_sqlite else skipped,
+        "small": PAGE_BYTES // (until - since),
+    }
+    sql, names = _statement(dialect, is_skipping=bool(skipped))
+    try:
+        found = await _fetch(session, sql, *(values[name] for name in names))
+    except DBAPIError as error:
+        if not _is_of_a_value(error):
+            raise
+        # No task is small enough now, so each is read alone, and only its decoder refuses it.
+        values["small"] = -1
+        found = await _fetch(session, sql, *(values[name] for name in names))
+    revision, beat = counters_of(found)
+    if is_sqlite:
+        read = orjson.loads(found[0][3])
+    else:
+        read = [row[3:] for row in found if row[3] is not None]
+    rows = await _with_large_tasks(session, read)
+    until = min(until, revision) if len(rows) == len(read) else rows[-1][REVISION]
+    is_complete = len(rows) == bisect_right(wanted, until)
+    return LogPage(revision, beat, found[0][2], until, rows, is_complete)
+
+
+async def _with_large_tasks(
+    session: AsyncSession, rows: Sequence[Sequence[Any]]
+) -> Sequence[Sequence[Any]]:
+    """Add the large tasks, and end the rows when their size exceeds `PAGE_BYTES`.
+
+    A large task is read at its first change: so the page may end after any change, and the content
+    of all its tasks is known.
+    """
+    if all(row[STEP_WIDTH] is not None for row in rows):
+        return rows
+    last = {row[ITEM_ID]: row for row in rows if row[OF_ITEM] == _TASK}
+    absent = [
+        id for id, row in last.items() if row[STEP_WIDTH] is None and row[_TO_STATUS] is not None
+    ]
+    if not absent:
+        return rows
+    sql = statements_for(session.get_bind().dialect.name)
+    query = sql.by_ids(Task, [table_of(Task).c.task_id], sql.given(absent))
+    large = set(await session.scalars(query))  # the others were removed later
+    tasks = {row[ITEM_ID]: row[STEP_WIDTH:] for row in rows if row[STEP_WIDTH] is not None}
+    whole: list[Sequence[Any]] = []
+    size = 0
+    for row in rows:
+        id, task = row[ITEM_ID], _NO_TASK
+        if row[OF_ITEM] == _TASK:
+            if id in large and id not in tasks:
+                tasks[id] = await _read_task(session, id)
+                size += sum(len(value) for value in tasks[id] if isinstance(value, str))
+            task = tasks.get(id, _NO_TASK)
+        whole.append((*row[:STEP_WIDTH], *task))
+        if size > PAGE_BYTES:
+            break
+    return whole
+
+
+async def _read_task(session: AsyncSession, id: str) -> Sequence[Any]:
+    sql = statements_for(session.get_bind().dialect.name)
+    try:
+        found = await _fetch(session, sql.read_task, id)
+    except DBAPIError as error:
+        if not _is_of_a_value(error):
+            raise
+        return (id, *_UNREADABLE)
+    task: Sequence[Any] = found[0]
+    return task
+
+
+def _is_of_a_value(error: DBAPIError) -> bool:
+    """Return true if SQLite cannot read a value that was written by hand.
+
+    `json_array` refuses a BLOB; text that is not UTF-8 is an error of the driver, without a code.
+    """
+    code = getattr(error.orig, "sqlite_errorname", "SQLITE_ERROR")
+    return isinstance(error.orig, sqlite3.Error) and code == "SQLITE_ERROR"
+
+
+@cache
+def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
+    """Return the statement for a page, and the names of its parameters in order."""
+    tasks, changes, counters = table_of(Task), ChangeRow.__table__, CounterRow.__table__
+    is_sqlite = dialect == "sqlite"
+    until: BindParameter[int] = bindparam("until")
+    # The version of a task is the revision of its last change. The last change of a task that is
+    # read brings the content: the last of all, or any if the last one is not on this page.
+    brings_task = or_(tasks.c.version <= changes.c.revision, tasks.c.version > until)
+    is_wanted = and_(changes.c.revision > bindparam("since"), changes.c.revision <= until)
+    if is_skipping:
+        known: BindParameter[Any] = bindparam("skipped")
+        skipped: Select[Any] = (
+            select(func.json_each(known).table_valued("value").c.value)
+            if is_sqlite
+            else select(func.unnest(cast(known, ARRAY(BigInteger))))
+        )
+        brings_task = or_(brings_task, tasks.c.version.in_(skipped))
+        is_wanted = and_(is_wanted, changes.c.revision.not_in(skipped))
+    rows = changes.outerjoin(
+        tasks,
+        and_(
+            changes.c.item == literal_column(f"'{_TASK}'"),
+            tasks.c.task_id == changes.c.item_id,
+            brings_task,
+            _is_small(is_sqlite),
+        ),
+    )
+    columns = [*(changes.c[name] for name in STEP), *(tasks.c[name] for name in FIELDS[Task])]
+    state = [counters.c.revision, counters.c.beat, counters.c.compacted]
+    if is_sqlite:
+        # One row: for each row SQLite's driver releases the interpreter's lock and waits for it
+        # again. Even without other threads, one row takes two thirds of the time of many.
+        texts = func.json_group_array(func.json_array(*columns))
+        batch = select(texts).select_from(rows).where(is_wanted).scalar_subquery()
+        query = select(*state, batch)
+    else:
+        # JSON as text: for values of the type JSON the driver calls a Python function.
+        texts_of = [
+            cast(one, Text).label(one.name) if one.name in JSON_FIELDS[Task] else one
+            for one in columns
+        ]
+        page = select(*texts_of).select_from(rows).where(is_wanted).subquery()
+        query = select(*state, page).select_from(counters.outerjoin(page, true()))
+        query = query.order_by(page.c.revision)
+    query = query.where(counters.c.id == literal_column("1"))
+    compiled = query.compile(dialect=statements_for(dialect).dialect)
+    return str(compiled), tuple(compiled.positiontup or ())
+
+
+def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
+    """Return the condition for tasks of which a full batch fits into a page."""
+    names = JSON_FIELDS[Task]
+    columns = [one for one in table_of(Task).c if one.name in names or isinstance(one.type, Text)]
+    most = bindparam("small", type_=BigInteger)
+
+    def total(length: Callable[[Any], Any]) -> ColumnElement[int]:
+        return reduce(add, (func.coalesce(length(one), literal_column("0")) for one in columns))
+
+    if is_sqlite:
+        # `octet_length` does not read the value; before 3.43, `length` has to.
+        is_new = sqlite3.sqlite_version_info >= (3, 43)
+        return total(func.octet_length if is_new else func.length) <= most
+    # The stored size comes first: to find the other one, the server decompresses the value.
+    size = total(lambda one: func.octet_length(cast(one, Text)))
+    return case((total(func.pg_column_size) <= most, size <= most), else_=false())
+
+
+async def _fetch(session: AsyncSession, sql: str, *parameters: Any) -> Sequence[Any]:
+    def fetch(session: Session) -> Sequence[Any]:
+        result = session.connection().exec_driver_sql(sql, parameters)
+        # SQLAlchemy's own rows take longer to make than these to read.
+        rows: Sequence[Any] = result.cursor_strategy.fetchall(result, result.cursor)
+        return rows
+
+    return await session.run_sync(fetch)

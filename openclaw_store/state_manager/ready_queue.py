@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import takewhile
+from typing import Any, Generic, TypeVar
 
 import orjson
 
 from openclaw_store.domain import are_among
-from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
+
+PendingKey = tuple[int, datetime, str]
+"""Priority, time of submission and identifier of a task: the order of claims."""
 
 Ready = tuple[PendingKey, bytes | None, datetime | None]
 """A pending task: its key, the JSON of its required skills, and `not_before`."""
+
 
 _MAX_SKILL_SETS = 1000
 """Skill sets kept although no node has them any more, or no task requires them."""
@@ -148,3 +153,109 @@ def _normalized(skills: bytes | None) -> bytes | None:
     except orjson.JSONDecodeError:  # written by hand
         return skills
     return None if value is None or value == [] else orjson.dumps(value)
+
+
+Key = TypeVar("Key", bound=tuple[Any, ...])
+
+
+class SortedKeys(Generic[Key]):
+    """Unique keys in ascending order.
+
+    A list of sorted chunks of bounded length: to add or remove a key moves at most 1,024 keys, and
+    one entry for each chunk (after Grant Jenks's sortedcontainers, without its indexing, and with
+    a fast path for a key after all others, as most new keys are).
+    """
+
+    __slots__ = ("_chunks", "_lasts")
+
+    _LONGEST = 1024
+
+    def __init__(self) -> None:
+        self._chunks: list[list[Key]] = []
+        self._lasts: list[Key] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._chunks)
+
+    def __iter__(self) -> Iterator[Key]:
+        return (key for chunk in self._chunks for key in chunk)
+
+    def descending(self) -> Iterator[Key]:
+        """Iterate over the keys in descending order."""
+        return (key for chunk in reversed(self._chunks) for key in reversed(chunk))
+
+    def smallest(self) -> Key:
+        """Return the smallest key; there must be one."""
+        return self._chunks[0][0]
+
+    def first(self, limit: int | None) -> list[Key]:
+        """Return the `limit` smallest keys; `None` for all."""
+        found: list[Key] = []
+        for chunk in self._chunks:
+            found += chunk
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+        return found
+
+    def count_before(self, key: Key) -> int:
+        """Count the smaller keys."""
+        position = bisect_left(self._lasts, key)
+        before = sum(map(len, self._chunks[:position]))
+        return (
+            before + bisect_left(self._chunks[position], key) if self._chunks[position:] else before
+        )
+
+    def add(self, key: Key) -> None:
+        """Add a key, which must not be there."""
+        if not self._lasts or key > self._lasts[-1]:  # by far the most frequent case
+            self._append([key])
+            return
+        position = bisect_left(self._lasts, key)
+        insort(self._chunks[position], key)
+        self._divide(position)
+
+    def extend(self, keys: Sequence[Key]) -> None:
+        """Add keys, which must not be there, in ascending order."""
+        start = 0
+        while start < len(keys):
+            position = bisect_left(self._lasts, keys[start])
+            if position == len(self._lasts):
+                self._append(keys[start:])
+                return
+            # To the right of an equal key, which must not be there: else it would loop for ever.
+            end = bisect_right(keys, self._lasts[position], start)
+            chunk, at = self._chunks[position], 0
+            for key in keys[start:end]:
+                at = bisect_left(chunk, key, at)
+                chunk.insert(at, key)
+            self._divide(position)
+            start = end
+
+    def _append(self, keys: Sequence[Key]) -> None:
+        """Add keys after the last one."""
+        if not self._chunks:
+            self._chunks.append([])
+            self._lasts.append(keys[-1])
+        self._chunks[-1] += keys
+        self._lasts[-1] = keys[-1]
+        self._divide(len(self._chunks) - 1)
+
+    def _divide(self, position: int) -> None:
+        """Divide a chunk that has become too long."""
+        chunk = self._chunks[position]
+        if len(chunk) > self._LONGEST:
+            parts = -(-len(chunk) // self._LONGEST)
+            length = -(-len(chunk) // parts)
+            chunks = [chunk[start : start + length] for start in range(0, len(chunk), length)]
+            self._chunks[position : position + 1] = chunks
+            self._lasts[position : position + 1] = [one[-1] for one in chunks]
+
+    def remove(self, key: Key) -> None:
+        """Remove a key, which must be there."""
+        position = bisect_left(self._lasts, key)
+        chunk = self._chunks[position]
+        del chunk[bisect_left(chunk, key)]
+        if not chunk:
+            del self._chunks[position], self._lasts[position]
+        else:
+            self._lasts[position] = chunk[-1]

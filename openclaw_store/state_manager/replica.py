@@ -53,13 +53,13 @@ from openclaw_store.repositories import (
 )
 from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.change_feed import (
+    ITEM_ID,
     ChangeBatch,
     InitialState,
     read_change_batch,
     read_initial_state,
     read_live,
 )
-from openclaw_store.state_manager.pages import ITEM_ID
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 

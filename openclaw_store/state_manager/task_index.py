@@ -8,8 +8,7 @@ from operator import itemgetter
 
 from openclaw_store.domain import ASSIGNED, WAITING, NodeInfo, Record, Task, TaskStatus
 from openclaw_store.state_manager.change_feed import InitialRows
-from openclaw_store.state_manager.indexes import PendingKey, SortedKeys
-from openclaw_store.state_manager.ready_queue import Ready, ReadyTasks
+from openclaw_store.state_manager.ready_queue import PendingKey, Ready, ReadyTasks, SortedKeys
 
 
 class TaskIndex:

@@ -19,10 +19,8 @@ from openclaw_store.domain.records import Record, encode
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import ChangeBatch, InitialRows, InitialState
-from openclaw_store.state_manager.indexes import SortedKeys
-from openclaw_store.state_manager.pages import STEP
-from openclaw_store.state_manager.ready_queue import Ready
+from openclaw_store.state_manager.change_feed import STEP, ChangeBatch, InitialRows, InitialState
+from openclaw_store.state_manager.ready_queue import Ready, SortedKeys
 from openclaw_store.state_manager.snapshot import Records
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)

@@ -13,8 +13,8 @@ from conftest import MakeTask, OpenManager
 
 from openclaw_store import Database, InvalidDataError, StateManager, TaskRepository
 from openclaw_store.backends.sqlite import connections as sqlite_connections
-from openclaw_store.state_manager import pages
-from openclaw_store.state_manager.pages import ITEM_ID, STEP_WIDTH, LogPage, read_page
+from openclaw_store.state_manager import change_feed as pages
+from openclaw_store.state_manager.change_feed import ITEM_ID, STEP_WIDTH, LogPage, read_page
 
 LARGE = {"text": "x" * 500_000}
 
