@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from openclaw_store.backends.library_internals import untrack_task
+
 Result = TypeVar("Result")
 
 
@@ -62,7 +64,7 @@ def _begun(work: Awaitable[Result]) -> asyncio.Future[Result]:
         return work  # it was begun by others
     future = asyncio.ensure_future(work)
     if isinstance(future, asyncio.Task):
-        asyncio.tasks._unregister_task(future)
+        untrack_task(future)
     return future
 
 

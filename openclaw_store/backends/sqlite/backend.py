@@ -300,7 +300,7 @@ class SQLite:
         self._file = fork_safety.identity(self.path)
 
     def refuse_inherited(self) -> None:
-        """Refuse a file that was open when this process was forked, or any if SQLite hangs since.
+        """Refuse a file that was open when this process was forked.
 
         SQLite keeps a process's locks in its memory, so here it would go by locks that only the
         parent has: when that closed the file, what is written here would be lost.
@@ -309,11 +309,6 @@ class SQLite:
             raise UnavailableError(
                 f"{self.path} was open when this process was forked, and SQLite does not stand "
                 "that: start the process by spawn, or fork before the file is opened"
-            )
-        if not fork_safety.does_sqlite_work():
-            raise UnavailableError(
-                "SQLite does not answer in this process, as if a thread had used it when this was "
-                "forked: start the process by spawn, or fork before a file is opened, or try again"
             )
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
