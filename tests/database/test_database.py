@@ -493,7 +493,7 @@ class TestLife:
         await database.initialize()
         await TaskRepository(database).create(make_task())
         await TaskRepository(database).count_by_status()
-        (engines,) = database._engines.values()
+        (engines,) = database._loop_sessions.values()
 
         for part in (database._writer, engines):
             with monkeypatch.context() as patched, pytest.raises(asyncio.CancelledError):
@@ -1175,7 +1175,7 @@ asyncio.run(main(sys.argv[1]))
             backend = database._backend
             assert isinstance(backend, sqlite.SQLite)
 
-            @event.listens_for(backend.writing_engine, "connect")
+            @event.listens_for(backend.write_engine, "connect")
             def connect(connection: Any, record: object) -> None:
                 connection.execute(f"PRAGMA max_page_count={limit['pages']}")
 

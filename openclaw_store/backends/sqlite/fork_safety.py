@@ -44,6 +44,7 @@ def identity(path: str | Path) -> tuple[int, int]:
 
 
 def _inherit() -> None:
+    # Runs in the child before any other code, so no connection of the child is in the record.
     for connection, path in list(_open_connections.items()):
         with suppress(OSError):
             _inherited_files.add(identity(path))
