@@ -95,7 +95,8 @@ def zone_of(name: str | None) -> tzinfo | None:
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # a folder is an OSError
         raise InvalidDataError(
             "legacy_timezone",
-            f"{safe_repr(name)} is not the name of a time zone: give one such as Asia/Shanghai or UTC",
+            f"{safe_repr(name)} is not the name of a time zone: give one such as Asia/Shanghai or "
+            "UTC",
         ) from None
 
 
