@@ -37,12 +37,12 @@ def codec_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> RowCode
     """Return the codec that makes parameters for the named columns of a record."""
     columns = table_of(kind).c
     bind_processors = []
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         if isinstance(columns[name].type, UtcTime | EnumValue):
             encoder = columns[name].type.bind_processor(dialect)
             if encoder is not None:
-                bind_processors.append((place, encoder))
-    json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
+                bind_processors.append((index, encoder))
+    json = [(index, name) for index, name in enumerate(names) if name in JSON_FIELDS[kind]]
     return RowCodec(_picker(names), bind_processors, json)
 
 
@@ -57,23 +57,23 @@ def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
     """Return the function that makes a record of the driver's values of `COLUMNS`."""
     columns = table_of(kind).c
     decoders = []
-    for place, name in enumerate(FIELDS[kind]):
+    for index, name in enumerate(FIELDS[kind]):
         if isinstance(columns[name].type, UtcTime | EnumValue):
             decoder = columns[name].type.result_processor(dialect, None)
             if decoder is not None:
-                decoders.append((place, decoder))
+                decoders.append((index, decoder))
 
     def decode_row(raw: Raw) -> Record[Any]:
         values = list(raw)
         try:
-            for place, decoder in decoders:
-                if values[place] is not None:
-                    values[place] = decoder(values[place])
+            for index, decoder in decoders:
+                if values[index] is not None:
+                    values[index] = decoder(values[index])
         except (
             TypeError,
             OverflowError,
         ) as error:  # written by hand: SQLite stores text in any column
-            raise InvalidDataError(FIELDS[kind][place], f"of {raw[0]!r} cannot be read") from error
+            raise InvalidDataError(FIELDS[kind][index], f"of {raw[0]!r} cannot be read") from error
         return decode(kind, values)
 
     return decode_row

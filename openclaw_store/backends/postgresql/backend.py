@@ -150,11 +150,11 @@ class PostgreSQL:
             settings: Server settings of its connections.
             is_long: Let a statement take any time, once it has its locks.
         """
-        patience = max(self._timeout, _CONNECT_SECONDS)
+        connect_timeout = max(self._timeout, _CONNECT_SECONDS)
         arguments: dict[str, Any] = {
             "async_creator_fn": self._connector.connect,
             "connection_class": connection_class(),
-            "timeout": patience,
+            "timeout": connect_timeout,
             "statement_cache_size": 2 * MAX_COMBINATIONS,
             "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
@@ -168,7 +168,7 @@ class PostgreSQL:
         if write:  # a writer that waited for a lock sees the rows of its last holder
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # else the lock of a machine that vanishes is held for hours
-                arguments["server_settings"][_IDLE_LIMIT] = milliseconds(patience)
+                arguments["server_settings"][_IDLE_LIMIT] = milliseconds(connect_timeout)
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one snapshot, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
@@ -242,7 +242,7 @@ class PostgreSQL:
             until,
             self.error_mapping,
             self.registry,
-            patience=self._timeout,
+            lock_timeout=self._timeout,
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),
             answer_seconds=_ANSWER_SECONDS,
             lock=f"{counters.lock}; {self._limits(seconds, seconds)}",

@@ -131,12 +131,12 @@ class WriterCursor(Cursor):
         connection: Any,
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
         registry: ConnectionRegistry,
-        patience: float,
+        lock_timeout: float,
         answer_seconds: float,
     ) -> None:
         super().__init__(connection, wait)
         self._registry = registry
-        self._patience, self._answer_seconds = patience, answer_seconds
+        self._lock_timeout, self._answer_seconds = lock_timeout, answer_seconds
         self._until = 0.0
         self._pending: list[tuple[str, Sequence[Sequence[Any]]]] = []
         self._guard: tuple[str, Sequence[Any]] | None = None
@@ -167,7 +167,7 @@ class WriterCursor(Cursor):
 
     def left(self) -> float:
         """Return the seconds that the transaction may still wait for locks."""
-        return max(0.0, min(self._until - time.monotonic(), self._patience))
+        return max(0.0, min(self._until - time.monotonic(), self._lock_timeout))
 
     def limit(self) -> float:
         """Return the seconds left, and a moment for the server to report that they are over."""
@@ -259,11 +259,11 @@ class WriterCursor(Cursor):
             if self._counters is not None:
                 self._contended = _PESSIMISTIC_AFTER_CONFLICT
         self._counters = revision, beat
-        for place, row in self._changed.items():
+        for key, row in self._changed.items():
             if row is None:
-                self._expected.pop(place, None)
+                self._expected.pop(key, None)
             else:
-                self._expected[place] = row
+                self._expected[key] = row
 
     def _do(self, statement: str, parameters: Sequence[Any]) -> Sequence[Any] | None:
         """Return the row of the statement; `None` if it has written nothing."""
@@ -293,7 +293,7 @@ class WriterCursor(Cursor):
 
     def _is_late(self) -> bool:
         """Return `True` if the server's lock timeout is longer than the rest of the time."""
-        return self.left() < self._patience - self._answer_seconds / 2
+        return self.left() < self._lock_timeout - self._answer_seconds / 2
 
     def _need_lock(self, transactions: int) -> NoReturn:
         self.lock_next = transactions
@@ -308,7 +308,7 @@ class WriteSession:
         until: Deadline of the first batch, by `time.monotonic`.
         error_mapping: Maps the driver's errors.
         registry: Holds the server process of this connection while it is open.
-        patience: The server's lock timeout, in seconds.
+        lock_timeout: Limit of the server for waiting for locks, in seconds.
         extra: Seconds that connecting may take beyond the deadline.
         answer_seconds: Seconds for the server to answer after its own limits.
         lock: SQL that takes the lock of a pessimistic transaction, and limits that transaction.
@@ -321,7 +321,7 @@ class WriteSession:
         error_mapping: PostgreSQLErrorMapping,
         registry: ConnectionRegistry,
         *,
-        patience: float,
+        lock_timeout: float,
         extra: float,
         answer_seconds: float,
         lock: str,
@@ -338,9 +338,9 @@ class WriteSession:
             self._close_loop()
             raise
         now = time.monotonic()  # connecting may have used up the time for the lock
-        self._until = until if now < until else min(now + patience, until + extra)
+        self._until = until if now < until else min(now + lock_timeout, until + extra)
         self._driver = raw.driver_connection
-        self.cursor = WriterCursor(self._driver, self._wait, registry, patience, answer_seconds)
+        self.cursor = WriterCursor(self._driver, self._wait, registry, lock_timeout, answer_seconds)
         self._process: int = self._driver.get_server_pid()
         self._writers.add(self._process)
 
