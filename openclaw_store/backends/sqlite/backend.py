@@ -45,16 +45,19 @@ from openclaw_store.errors import (
 
 Result = TypeVar("Result")
 
-_ALONE_SECONDS = 1.0
-"""Longest wait for another process that only inspects a file that is to be replaced."""
+_ALONE_SECONDS = 1.0  # for another process that only inspects a file that is to be replaced
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
 
+def _engine(path: Path, kind: type[sqlite3.Connection]) -> Engine:
+    url = URL.create("sqlite", database=str(path))  # in the text of a URL, % and ? are special
+    return create_engine(url, poolclass=NullPool, connect_args=options_of(kind))
+
+
 def _write_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) -> Engine:
     """Return an engine for threads; each of its transactions begins with the write lock."""
-    url = URL.create("sqlite", database=str(path))  # in the text of a URL, % and ? are special
-    engine = create_engine(url, poolclass=NullPool, connect_args=options_of(kind))
+    engine = _engine(path, kind)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -62,11 +65,6 @@ def _write_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) 
             _begin_writing(connection)
 
     return engine
-
-
-def _read_engine(path: Path) -> Engine:
-    url = URL.create("sqlite", database=str(path))
-    return create_engine(url, poolclass=NullPool, connect_args=options_of(ReadConnection))
 
 
 def _begin_writing(connection: Connection) -> None:
@@ -244,7 +242,7 @@ class SQLite:
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         self.refuse_inherited()
-        engine = self._checked(_read_engine(self.path))
+        engine = self._checked(_engine(self.path, ReadConnection))
         with self.error_mapping.mapped(), engine.connect() as connection:
             return work(connection)
 
@@ -404,8 +402,7 @@ class SQLite:
     def vacuum(self) -> None:
         with self.error_mapping.mapped(), self._open(WriteConnection) as database:
             retrying(lambda: database.execute("VACUUM"), self._timeout)
-        # VACUUM writes the new pages to the WAL, so the file shrinks only now.
-        self._empty_wal()
+        self._empty_wal()  # VACUUM writes the new pages to the WAL: the file shrinks only now
 
     async def size(self, session: AsyncSession) -> int:
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
