@@ -511,8 +511,8 @@ class TestWakeUps:
     ) -> None:
         monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
         listening = (
-            "SELECT pid FROM pg_stat_activity"
-            " WHERE datname = current_database() AND query LIKE 'SELECT revision, beat%'"
+            "SELECT DISTINCT pid FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE locktype = 'advisory' AND datname = current_database()"
         )
         async with self.following(location) as follower:
             await manager.add_task(make_task())
