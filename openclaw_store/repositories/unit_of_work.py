@@ -417,7 +417,7 @@ class UnitOfWork:
         if forgotten:
             self.cursor.write(self.sql.forget, forgotten)
         if self._only_adds:
-            self.cursor.assign_revisions(len(self._changes), self._revision, self._renumber)
+            self.cursor.assign_revisions(len(self._changes), self._revision, self._rebase)
         elif self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
             counters = (self._revision, beat, *self._counters)
@@ -427,7 +427,7 @@ class UnitOfWork:
             else:
                 self.cursor.compare_and_set(self.sql.write_counters, counters)
 
-    def _renumber(self, by: int) -> None:
+    def _rebase(self, by: int) -> None:
         """Number all that was added behind what others have committed meanwhile."""
         committed = self.transaction.committed
         for place, event in enumerate(committed):
