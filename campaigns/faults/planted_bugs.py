@@ -21,6 +21,7 @@ from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.sqlite.connections import WriteConnection
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply, Writer
+from openclaw_store.database.statements import statements_for
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.changes import Change
@@ -200,7 +201,8 @@ def acknowledge_before_commit() -> Iterator[None]:
     commits = count()
 
     def too_soon(self: Writer, entries: Sequence[Any], until: float, began: float) -> bool:
-        self._session = self._session or self._backend.write_session(until)
+        counters = statements_for(self._backend.dialect).counters
+        self._session = self._session or self._backend.write_session(until, counters)
         self._session.begin(until, self.publish_pending)
         transaction = WriteTransaction(self._session.cursor, self._clock())
         outcomes: list[Any] = []

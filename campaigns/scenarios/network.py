@@ -40,6 +40,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.postgresql import backend as postgresql
+from openclaw_store.backends.postgresql import connections
 from openclaw_store.errors import (
     BackendError,
     ConflictError,
@@ -98,7 +99,7 @@ def shortened_limits() -> Iterator[None]:
     with (
         patch.object(postgresql, "_CONNECT_SECONDS", LIMIT_SECONDS),
         patch.object(postgresql, "_ANSWER_SECONDS", ANSWER_SECONDS),
-        patch.object(postgresql, "_CLOSE_SECONDS", ANSWER_SECONDS),
+        patch.object(connections, "_CLOSE_SECONDS", ANSWER_SECONDS),
         patch.object(wakeups, "RETRY_SECONDS", (0.01, 0.1)),
         patch.object(wakeups, "ALIVE_SECONDS", 0.1),
     ):

@@ -52,9 +52,7 @@ async def _inherited(program: Program, manager: StateManager) -> None:
 
     if manager.db.dialect == "sqlite" and manager.db.db_path == program.location:
         await program.refused("a database of its own", own)
-    elif manager.db.dialect == "sqlite":  # a thread may have been inside SQLite at the fork
-        await program.answered("a database of its own", own)
-    else:
+    elif manager.db.dialect != "sqlite":  # a thread may have been inside SQLite at the fork
         await program.works("a database of its own", own)
 
 

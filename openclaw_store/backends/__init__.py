@@ -1,6 +1,6 @@
-"""One module tree for each database engine, behind the interfaces of `base`.
+"""One folder for each database engine, behind the interfaces of `base`.
 
-Drivers, connections and error mapping live here; no table and no rule about tasks does.
+Drivers, connections and error mapping belong here; tables and rules about tasks do not.
 """
 
 from openclaw_store.backends.atomic_files import unused_name, written_aside
@@ -8,6 +8,7 @@ from openclaw_store.backends.base import (
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
     Backend,
+    CounterStatements,
     Cursor,
     RedoError,
     WriteSession,
@@ -20,7 +21,9 @@ from openclaw_store.backends.cancellation import (
 )
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.backends.factory import backend_of
+from openclaw_store.backends.library_internals import fetch_raw_rows
 from openclaw_store.backends.notifications import Notifier, OnCommit, notify_of_commits
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.postgresql.batch_sql import PLACEHOLDER, array, shifted
-from openclaw_store.backends.sqlite.backend import BESIDES, SQLite
+from openclaw_store.backends.postgresql.batch_sql import array
+from openclaw_store.backends.sqlite.backend import SQLite
+from openclaw_store.backends.sqlite.files import BESIDES

@@ -1,48 +1,29 @@
-"""How a copy of a database becomes a file: complete, and on the disk, or not at all."""
+"""Atomic files: a copy of a database is complete and on the disk, or does not exist."""
 
 from __future__ import annotations
 
 import os
 import secrets
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sqlalchemy import URL
-
 from openclaw_store.errors import InvalidDataError, UnavailableError
-
-_LIBPQ = {
-    "host": "PGHOST",
-    "port": "PGPORT",
-    "user": "PGUSER",
-    "password": "PGPASSWORD",
-    "database": "PGDATABASE",
-    "ssl": "PGSSLMODE",
-    "passfile": "PGPASSFILE",
-    "service": "PGSERVICE",
-    "servicefile": "PGSERVICEFILE",
-    "krbsrvname": "PGKRBSRVNAME",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-}
-"""How the programs of PostgreSQL are told what the driver is told."""
 
 
 @contextmanager
 def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ()) -> Iterator[Path]:
-    """Where to write what shall be `target`: it is renamed at the end of the block.
+    """Yield the path of a temporary file, which becomes `target` at the end of the block.
 
     Args:
-        target: Its folder is made.
-        overwrite: Whether it may exist already.
-        besides: How files end that may lie beside it, and belong to it.
+        target: The final path; its folder is made.
+        overwrite: Replace an existing file.
+        besides: Suffixes of files beside `target` that belong to it.
 
     Raises:
-        InvalidDataError: If `target` exists and is not to be overwritten.
-        UnavailableError: If it cannot be written there.
+        InvalidDataError: If `target` exists and `overwrite` is off.
+        UnavailableError: If the file cannot be written.
     """
     if not overwrite:
         _refuse_existing(target)
@@ -51,11 +32,13 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch(exist_ok=False)
         yield partial
+        # Contents first, then the name, then the folder: after a power cut in between, the target
+        # is still the old file.
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        for ending in besides:  # of the old one; they would be read into the new one
+        for ending in besides:  # the old file's would be applied to the new one
             target.with_name(target.name + ending).unlink(missing_ok=True)
-        if not overwrite:  # somebody may have made it meanwhile
+        if not overwrite:  # another process may have made it during the block
             _refuse_existing(target)
         partial.replace(target)
         try:
@@ -73,7 +56,7 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         raise UnavailableError(f"{target}: {reason}: check the path and the disk") from error
     finally:
         for ending in ("", *besides):
-            with suppress(OSError):  # it was never made
+            with suppress(OSError):  # it may not exist
                 partial.with_name(partial.name + ending).unlink()
 
 
@@ -85,7 +68,7 @@ def _refuse_existing(target: Path) -> None:
 
 
 def unused_name(path: Path, ending: str) -> Path:
-    """A name beside `path` that nothing has: with that ending, and a number if need be."""
+    """Return an unused path beside `path`: its name with the ending, and a number if necessary."""
     target, number = path.with_name(path.name + ending), 1
     while os.path.lexists(target):
         number += 1
@@ -95,41 +78,9 @@ def unused_name(path: Path, ending: str) -> Path:
 
 def _sync_folder(folder: Path) -> None:
     if sys.platform == "win32":
-        return  # a folder cannot be opened there
+        return  # Windows cannot open a folder
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def dump(url: URL, path: Path) -> None:
-    """Have pg_dump write an archive, for pg_restore, of the database as it is at one moment.
-
-    Raises:
-        UnavailableError: If there is no pg_dump, or it fails.
-    """
-    program = shutil.which("pg_dump")
-    if program is None:
-        raise UnavailableError(
-            "a backup of PostgreSQL needs pg_dump: install the package of PostgreSQL's "
-            "client programs (on Debian, postgresql-client), and see that it is in PATH"
-        )
-    command = [program, "--format=custom", f"--file={path}"]
-    # Nothing of it on the command line, which everybody can read.
-    environment = {**os.environ, **_environment(url)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        location = url.render_as_string(hide_password=True)
-        raise UnavailableError(f"{location}: pg_dump: {done.stderr.strip()}")
-
-
-def _environment(url: URL) -> dict[str, str]:
-    """What leads the programs of PostgreSQL to where the driver is led."""
-    _, arguments = url.get_dialect()().create_connect_args(url)
-    environment = {"PGSSLNEGOTIATION": "direct"} if arguments.get("direct_tls") else {}
-    for name, value in arguments.items():
-        if name in _LIBPQ:
-            values = value if isinstance(value, list) else [value]
-            environment[_LIBPQ[name]] = ",".join(map(str, values))
-    return environment

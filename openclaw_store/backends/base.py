@@ -1,10 +1,10 @@
-"""The interfaces of a database engine: what the rest of the library asks of it."""
+"""The interfaces of a database engine, with the contract of every method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -13,43 +13,51 @@ from openclaw_store.backends.error_mapping import ErrorMapping
 
 Result = TypeVar("Result")
 
-
 DEFAULT_LOCATION = "./data/cluster.db"
-
-
 DEFAULT_TIMEOUT_SECONDS = 30.0
 
 
+class CounterStatements(NamedTuple):
+    """SQL for the row of counters, compiled from its declarative model; without parameters."""
+
+    read: str
+    """Select the revision and the heartbeat sequence number."""
+    lock: str
+    """Lock the row."""
+    increment: str
+    """Increase the heartbeat sequence number, which also locks the row."""
+
+
 class WriteSession(Protocol):
-    """The writer's connection; all of it is called on the writer's thread."""
+    """The connection of the writer; all calls are made on the writer's thread."""
 
     @property
     def cursor(self) -> Cursor: ...
 
     @property
     def is_pipelined(self) -> bool:
-        """Whether a batch should leave half of many callers to the next one.
+        """Return `True` if a batch should leave half of many callers to the next batch.
 
-        So it should where another process does the work, which nobody else keeps busy.
+        That pays where another process does the work, which would be idle between batches.
         """
 
     def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
         """Begin a transaction with the write lock.
 
         Args:
-            until: When to give up what others have locked, by `time.monotonic`.
-            meanwhile: To be called at the latest when the thread waits for the database.
+            until: Deadline for locks of other processes, by `time.monotonic`.
+            meanwhile: Called at the latest when the thread waits for the database.
         """
 
     def commit(self) -> None:
-        """Commit what `begin` began."""
+        """Commit the transaction."""
 
     def close(self) -> None:
-        """Close the connection, whatever state it is in."""
+        """Close the connection in any state; an open transaction is rolled back."""
 
 
 class Backend(Protocol):
-    """A database of one kind at one place."""
+    """One database: a SQLite file, or a database on a PostgreSQL server."""
 
     @property
     def dialect(self) -> str:
@@ -57,79 +65,104 @@ class Backend(Protocol):
 
     @property
     def location(self) -> str:
-        """Where it is, as people may see it: without the password."""
+        """The path or URL without its password, for messages."""
 
     @property
-    def error_mapping(self) -> ErrorMapping:
-        """Tells what the driver's errors mean."""
+    def error_mapping(self) -> ErrorMapping: ...
 
     def exists(self) -> bool:
-        """Whether there is a file; a server is taken to be there."""
+        """Return `True` if the file exists; a server is assumed to."""
 
     def make_folder(self) -> None:
-        """Make the folder that a file will be in."""
+        """Make the folder of the file.
+
+        Raises:
+            UnavailableError: If it cannot be made.
+        """
 
     def prepare(self) -> None:
-        """Make what else can be made, and refuse what cannot be used; blocks the thread."""
+        """Make the file if necessary, and refuse an unusable database; blocks the thread.
+
+        Raises:
+            StoreError: With the location, the problem and the remedy.
+        """
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
-        """Do `work`, which reads, with a connection; blocks the thread."""
+        """Run `work`, which only reads, with a connection; blocks the thread."""
 
     def migrate(
         self,
         work: Callable[[Connection], Result],
         copy_to: Callable[[Connection], Path | None] = ...,
     ) -> Result:
-        """Do `work` in a transaction in which nobody else migrates; blocks the thread.
+        """Run `work` in a transaction that excludes all other migrations; blocks the thread.
 
         Args:
-            copy_to: Says, of what it finds, where the file is to be copied first; `None` for no
-                copy. A database on a server has no file.
+            copy_to: Return the path to copy the file to before, or `None` for no copy. It is not
+                called for a server.
+
+        Raises:
+            OutcomeUnknownError: If the disk failed while committing; the copy is kept.
+            UnavailableError: If the lock is not free within the timeout, or the file that is to be
+                copied is open elsewhere.
+            SchemaMismatchError: If the result has a row that refers to a missing row.
         """
 
     def engine(self, *, write: bool, **options: Any) -> AsyncEngine:
-        """An engine for coroutines, read-only or for transactions."""
+        """Return an engine for coroutines, read-only or for write transactions."""
 
-    async def begin(self, session: AsyncSession) -> Connection:
-        """Begin the transaction of `session`, with the write lock."""
+    async def begin(self, session: AsyncSession, counters: CounterStatements) -> Connection:
+        """Begin the transaction of `session` with the write lock."""
 
     async def end(self, session: AsyncSession) -> None:
-        """Close `session`, whatever state its connection is in."""
+        """Close `session`, in any state of its connection."""
 
     def cursor(self, connection: Connection) -> Cursor:
-        """What a transaction writes with in the transaction of a session."""
+        """Return the cursor for writes in the transaction of a session."""
 
-    def write_session(self, until: float) -> WriteSession:
-        """A connection for the writer, on whose thread this is called.
+    def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
+        """Return a connection for the writer; called on the writer's thread.
 
         Args:
-            until: When to give up connecting, by `time.monotonic`.
+            until: Deadline for connecting, by `time.monotonic`.
+            counters: Locks the row of counters, where that is the write lock.
         """
 
     def dispose(self) -> None:
-        """Forget what all connections shared."""
+        """Release the resources that all connections shared."""
 
     def backup(self, target: Path, *, overwrite: bool) -> None:
-        """Copy the database as it is at one moment; blocks the thread."""
+        """Write a consistent copy, while reads and writes go on; blocks the thread.
+
+        The copy gets its name when it is complete.
+
+        Raises:
+            InvalidDataError: If `target` exists and `overwrite` is off, or is the database itself.
+            UnavailableError: If the copy cannot be written.
+        """
 
     def vacuum(self) -> None:
-        """Give the space of removed rows back; blocks the thread."""
+        """Release the space of removed rows; blocks the thread.
+
+        Raises:
+            UnavailableError: If the database is locked, or the role lacks the privilege.
+        """
 
     async def size(self, session: AsyncSession) -> int:
-        """Bytes on the disk."""
+        """Return the bytes on the disk."""
 
 
 class RedoError(Exception):
-    """Nothing was written: the same again, in a transaction that takes less for granted."""
+    """Nothing was written: apply the batch again, in a transaction that speculates less."""
 
 
 class Cursor(Protocol):
-    """The driver, as operations speak to it in one transaction.
+    """The driver, as the operations of one transaction use it.
 
-    It may not have the write lock: then what was read may have changed before it is written, so
-    all that is written depends on the `guard`, unless only its numbers can be wrong. Operations
-    that `read`, decide and `write` cannot tell the difference; `execute` and `count` raise
-    `RedoError` there.
+    The transaction may be optimistic, without the write lock: then rows that were read may change
+    before they are written, so every write depends on `compare_and_set`, or on `assign_revisions`
+    if only its revisions can be wrong. Operations that `read`, decide and `write` need not
+    distinguish the two cases; `execute` and `count` raise `RedoError` in an optimistic one.
     """
 
     @property
@@ -138,72 +171,71 @@ class Cursor(Protocol):
 
     @property
     def is_speculative(self) -> bool:
-        """Whether units may do without reading the rows that they know."""
+        """`True` if `expected` may return rows."""
 
     def read(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        """The rows of a statement that gives what the guard asks for, or comes behind it."""
+        """Return the rows of a query that includes the counters, or that follows one."""
 
     def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Do a statement for many rows, before anything else is read or the transaction commits.
+        """Run a statement for many rows, before the next read and before the commit.
 
-        Statements that stand together may be done in any order, none seeing what others wrote.
+        Consecutive statements may run in any order, and none sees the rows of another.
         """
 
-    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
+    def expected(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
         """Return the expected counters and nodes; `None` if the transaction must read them."""
 
-    def assume(self) -> None:
-        """Take note that the transaction does so.
+    def speculate(self) -> None:
+        """Record that the transaction relies on `expected` and has not read these rows.
 
-        Whether all that is still so, and whether rows that it adds are new, is seen when they are
-        written. The guard should make sure of what else it has taken for granted.
+        The write detects wrong counters and added rows that exist. `compare_and_set` must check all
+        other expectations.
         """
 
-    def doubt(self) -> None:
-        """Begin anew without: nobody would find out."""
+    def abort(self) -> None:
+        """Raise `RedoError`: the write would not detect a wrong expectation."""
 
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Once the guard has written, assume these rows; those that are `None` no more."""
+    def expect(self, rows: Mapping[Any, Any]) -> None:
+        """Expect these rows in later transactions, once this one commits; `None` for a removal."""
 
     def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
-        """Write the row that was read first, if it is still as it was; else nothing is written.
+        """Write the counters if they are as they were read; otherwise write nothing at all.
 
-        The first parameters are what is written to it, the next as many what was read.
+        The parameters are the new values, then as many expected ones.
         """
 
-    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
-        """In place of `guard`: write in any case, and number it behind what others have written.
+    def assign_revisions(self, count: int, last: int, rebase: Callable[[int], None]) -> None:
+        """Write in any case, with revisions after the ones of concurrent writers.
 
         Args:
-            count: How many numbers are taken.
-            last: The last of them, if nobody has taken any since.
-            renumber: Is called with how much larger all of them are, if somebody has.
+            count: Number of revisions.
+            last: The last revision, if there is no concurrent writer.
+            rebase: Called with the increase of all revisions, if there is one.
         """
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        """The rows of a statement, of whatever kind."""
+        """Run any statement, and return its rows."""
 
     def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        """Do a statement for many rows at once; returns how many rows of a table it wrote."""
+        """Run a statement for many rows, and return the number of rows written."""
 
 
-class NothingKnown:
-    """What a cursor is like whose units read whatever they go by."""
+class NoSpeculation:
+    """The part of a cursor that expects no rows, so that its transactions read everything."""
 
     is_speculative = False
 
-    def known(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        """Nothing."""
+    def expected(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
         return None
 
-    def assume(self) -> None:
-        """Never called, as nothing is known."""
+    def speculate(self) -> None:
+        raise AssertionError("nothing is expected")
 
-    def doubt(self) -> None:
-        """Never called, either."""
+    def abort(self) -> None:
+        raise AssertionError("nothing is expected")
 
-    def remember(self, rows: Mapping[Any, Any]) -> None:
-        """Forget them again."""
+    def expect(self, rows: Mapping[Any, Any]) -> None:
+        pass
 
-    def number(self, count: int, last: int, renumber: Callable[[int], None]) -> None:
-        """Never called, either."""
+    def assign_revisions(self, count: int, last: int, rebase: Callable[[int], None]) -> None:
+        raise AssertionError("nothing is expected")

@@ -1,4 +1,4 @@
-"""Work that comes to its end, even when the caller who waits for it is cancelled."""
+"""Work that completes, or cleans up, although its caller is cancelled."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from openclaw_store.backends.library_internals import untrack_task
+
 Result = TypeVar("Result")
 
 
 async def shield_until_done(
     work: Awaitable[Result],
     *,
-    unwanted: Callable[[Result], object] | None = None,
+    discard: Callable[[Result], object] | None = None,
     seconds: float | None = None,
 ) -> Result:
-    """Do `work` to its end; a cancellation that comes meanwhile goes on afterwards.
+    """Complete `work`; a cancellation of the caller takes effect afterwards.
 
     Args:
-        work: What must not be left half-done.
-        unwanted: Is given the result that the cancelled caller does not take any more.
-        seconds: How long it may go on then, before it is cancelled after all.
+        work: An operation that must not stop half-way.
+        discard: Receives the result if the caller was cancelled.
+        seconds: Time for `work` after a cancellation, before it is cancelled too.
     """
     future = _begun(work)
     cancelled: asyncio.CancelledError | None = None
@@ -34,13 +36,13 @@ async def shield_until_done(
                 future.cancel()
     if cancelled is None:
         return future.result()
-    if not ended_badly(future) and unwanted is not None:
-        unwanted(future.result())
+    if not ended_badly(future) and discard is not None:
+        discard(future.result())
     raise cancelled
 
 
 async def cancel_once(work: Awaitable[Result]) -> Result:
-    """Do `work`, which is cancelled with its caller, but not again while it cleans up behind it."""
+    """Run `work`, cancel it with its caller, but not a second time while it cleans up."""
     future = _begun(work)
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
@@ -57,33 +59,33 @@ async def cancel_once(work: Awaitable[Result]) -> Result:
 
 
 def _begun(work: Awaitable[Result]) -> asyncio.Future[Result]:
-    """Begin `work` in a task that only we cancel: at its end, `asyncio.run` cancels all others."""
+    """Start `work` in a task that `asyncio.run` does not cancel at its end."""
     if isinstance(work, asyncio.Future):
-        return work  # it was begun by others
+        return work  # its owner has started it
     future = asyncio.ensure_future(work)
     if isinstance(future, asyncio.Task):
-        asyncio.tasks._unregister_task(future)
+        untrack_task(future)
     return future
 
 
 def cancel_once_more() -> None:
-    """Have the cancellation that the running task has just caught come again where it next waits.
+    """Raise the cancellation that the running task has just caught again at its next await.
 
-    So nothing comes out of what closes a connection: SQLAlchemy would report it as an error.
+    Use it where a connection is closed: SQLAlchemy reports a `CancelledError` there as an error.
     """
     task = asyncio.current_task()
     assert task is not None
-    task.uncancel()  # they are counted, and it is still the same one
+    task.uncancel()  # cancellations are counted, and this is the same one
     task.cancel()
 
 
 def was_interrupted(future: asyncio.Future[Any]) -> bool:
-    """Whether its work stopped half-way: by a cancellation, by Ctrl-C, or with its event loop."""
+    """Return `True` if the work stopped half-way: cancelled, by Ctrl-C, or with its event loop."""
     if not future.done():
         return future.get_loop().is_closed()
     return future.cancelled() or not isinstance(future.exception(), Exception | None)
 
 
 def ended_badly(future: asyncio.Future[Any]) -> bool:
-    """Whether it has no result; an error that nobody waits for any more is not reported then."""
+    """Return `True` if there is no result; asyncio then no longer reports the error as unused."""
     return future.cancelled() or future.exception() is not None

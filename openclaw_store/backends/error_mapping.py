@@ -1,4 +1,4 @@
-"""What the errors of a driver mean: each becomes one of the library's own, decided by its code."""
+"""The mapping of driver errors to the library's errors, decided by the driver's code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from openclaw_store.errors import (
 
 SQLITE_ADVICE = {
     "SQLITE_NOTADB": "it is not a SQLite database: give another path, or restore a backup",
-    # It says so, too, of a page that the disk fails to read.
+    # SQLite reports a page that the disk fails to read in the same way.
     "SQLITE_CORRUPT": "the file is damaged, or the disk is: check the disk and try again, or "
     "restore a backup",
     "SQLITE_CANTOPEN": "it cannot be opened: check that the path is a file in a writable folder",
@@ -37,7 +37,7 @@ SQLITE_ADVICE = {
     "SQLITE_NOMEM": "there is not enough memory",
     "SQLITE_NOLFS": "the file is too large for this system",
 }
-"""By the primary result code."""
+"""Advice by primary result code."""
 
 _SQLITE_REFUSED = {"SQLITE_CONSTRAINT", "SQLITE_MISMATCH", "SQLITE_TOOBIG", "SQLITE_RANGE"}
 
@@ -58,18 +58,18 @@ _POSTGRESQL_ADVICE = {
     "58": "the server's disk reports an error: see its log",
     "XX": "the server's data may be damaged: see its log",
 }
-"""By the beginning of the code that says what is wrong."""
+"""Advice by the beginning of the SQLSTATE."""
 
 
 class ErrorMapping(ABC):
-    """Tells what the errors of one database mean.
+    """Maps the errors of one database.
 
     Args:
-        location: Where it is, for the messages: without the password.
+        location: The location without a password, for messages.
     """
 
     read_only: str
-    """The code of a statement that wrote where one may only read."""
+    """The code of a write in a read-only transaction."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -78,13 +78,13 @@ class ErrorMapping(ABC):
     def mapped(
         self, *, own: bool = True, reading: bool = False, committing: bool = False
     ) -> Iterator[None]:
-        """Raise what the driver raises as the library's own errors, chained to it.
+        """Map the driver's errors in the block, and chain the library's errors to them.
 
         Args:
-            own: Whether the statements are the library's; faults in others stay as they are, and
-                so does what another driver raises.
-            reading: Whether it is the statements that must not write.
-            committing: Whether it is what commits that may fail.
+            own: The statements are the library's. Otherwise errors in SQL stay as they are, and so
+                do errors that SQLAlchemy has not wrapped.
+            reading: The statements must not write.
+            committing: The block commits.
         """
         caught: tuple[type[Exception], ...] = (SQLAlchemyError,)
         if own:
@@ -102,11 +102,11 @@ class ErrorMapping(ABC):
     def map_error(
         self, error: Exception, *, own: bool = True, committing: bool = False
     ) -> Exception:
-        """The library's own error for one of the driver's; itself if it is another's fault.
+        """Return the library's error for a driver's error, or `error` if there is none.
 
         Args:
-            own: Whether the statement was the library's own.
-            committing: Whether COMMIT raised it, so that it may have taken effect.
+            own: The statement is the library's.
+            committing: COMMIT raised the error, so it may have taken effect.
         """
         if isinstance(error, StoreError):
             return error
@@ -115,26 +115,26 @@ class ErrorMapping(ABC):
                 f"{self.location}: all reading connections are in use: close some sessions"
             )
         if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
-            return error.orig  # a value was refused on its way to the driver
+            return error.orig  # a column type refused a value
         return self._meaning(error, own=own, committing=committing) or error
 
     @staticmethod
     @abstractmethod
     def raised() -> tuple[type[Exception], ...]:
-        """What is raised where SQLAlchemy does not stand between."""
+        """Return the errors of the driver itself, which SQLAlchemy has not wrapped."""
 
     @staticmethod
     @abstractmethod
     def code(error: BaseException) -> str | None:
-        """What the database calls an error; `None` if it did not come from there."""
+        """Return the database's code of an error; `None` if the database did not raise it."""
 
     @abstractmethod
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
-        """The library's own error; `None` where the fault is another's."""
+        """Return the library's error; `None` for an error of the caller's statement."""
 
 
 class SQLiteErrorMapping(ErrorMapping):
-    """Tells what the errors of SQLite mean."""
+    """Maps the errors of SQLite."""
 
     read_only = "SQLITE_READONLY"
 
@@ -144,23 +144,23 @@ class SQLiteErrorMapping(ErrorMapping):
 
     @staticmethod
     def code(error: BaseException) -> str | None:
-        """The primary result code: `SQLITE_BUSY` for `SQLITE_BUSY_SNAPSHOT` too."""
+        """Return the primary result code: `SQLITE_BUSY` for `SQLITE_BUSY_SNAPSHOT` too."""
         name = getattr(_cause(error), "sqlite_errorname", None)
         return "_".join(name.split("_")[:2]) if name else None
 
     @classmethod
     def is_busy(cls, error: BaseException) -> bool:
-        """Whether waiting may help: another process holds a lock."""
+        """Return `True` if another process holds a lock, so that waiting may help."""
         return cls.code(error) in ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
 
     @classmethod
     def is_damage(cls, error: BaseException) -> bool:
-        """Whether what the file holds cannot be read, and never will be."""
+        """Return `True` if the contents of the file are damaged."""
         return cls.code(error) == "SQLITE_CORRUPT" or cls.is_no_text(error)
 
     @classmethod
     def is_no_text(cls, error: BaseException) -> bool:
-        """Whether text is not UTF-8: all that the driver finds wrong itself, without a code."""
+        """Return `True` if text is not UTF-8, the driver's only error without a code."""
         return type(_cause(error)) is sqlite3.OperationalError and cls.code(error) is None
 
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
@@ -186,7 +186,7 @@ class SQLiteErrorMapping(ErrorMapping):
 
 
 class PostgreSQLErrorMapping(ErrorMapping):
-    """Tells what the errors of PostgreSQL and its driver mean."""
+    """Maps the errors of PostgreSQL and asyncpg."""
 
     read_only = "25006"
 
@@ -197,7 +197,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
 
     @staticmethod
     def code(error: BaseException) -> str | None:
-        """The SQLSTATE: five characters, of which two are the class."""
+        """Return the SQLSTATE: five characters, of which two are the class."""
         code: str | None = getattr(_cause(error), "sqlstate", None)
         return code
 
@@ -212,7 +212,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
         if code is None:
             reason = f"{type(cause).__name__}: {cause}" if str(cause) else "it does not answer"
             return UnavailableError(f"{self.location}: {reason}: check the server, then try again")
-        if code == "08P01":  # so a pooler calls whatever is wrong
+        if code == "08P01":  # a pooler uses this code for every problem
             return UnavailableError(f"{self.location}: {cause}: check the pooler before the server")
         for beginning, advice in _POSTGRESQL_ADVICE.items():
             if code.startswith(beginning):
@@ -227,19 +227,19 @@ class PostgreSQLErrorMapping(ErrorMapping):
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The driver's own error; SQLAlchemy's one for asyncpg stands between."""
+    """Return the driver's error, below SQLAlchemy's and, for asyncpg, its adapter's."""
     if isinstance(error, DBAPIError) and error.orig is not None:
         return error.orig.__cause__ or error.orig
     return error
 
 
 def _is_lost(cause: BaseException) -> bool:
-    """Whether it says that there is no connection (any more), or no answer."""
+    """Return `True` if the connection failed or was lost, or the server did not answer."""
     driver = importlib.import_module("asyncpg")
     lost = (
         OSError,
         driver.InterfaceError,
-        driver.InternalClientError,  # it was interrupted, and is still busy with that
+        driver.InternalClientError,  # the connection is still busy with an interrupted call
         driver.TargetServerAttributeNotMatched,
     )
     return isinstance(cause, lost)

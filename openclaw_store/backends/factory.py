@@ -1,4 +1,4 @@
-"""Which database a location means, and what a database is to the rest of the library."""
+"""The backend of a location."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from pathlib import Path
 
 from openclaw_store.backends.base import DEFAULT_TIMEOUT_SECONDS, Backend
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.sqlite import backend as sqlite
+from openclaw_store.backends.sqlite.backend import SQLite
+from openclaw_store.backends.sqlite.files import file_of
 
 
 def backend_of(location: str | Path, timeout: float = DEFAULT_TIMEOUT_SECONDS) -> Backend:
-    """The database that a path or an SQLAlchemy URL means; nothing is opened or made.
+    """Return the backend of a path or an SQLAlchemy URL; opens and makes nothing.
 
     Args:
         timeout: Seconds to wait for locks, and for answers of a server.
 
     Raises:
-        InvalidDataError: If it means no database that is supported.
+        InvalidDataError: If the location is no supported database.
         UnavailableError: If the driver is not installed.
     """
     if isinstance(location, str) and location.startswith("postgresql"):
         return PostgreSQL(location, timeout)
-    return sqlite.SQLite(sqlite.file_of(location), timeout)
+    return SQLite(file_of(location), timeout)

@@ -1,15 +1,15 @@
-"""How a process learns at once that another one has committed.
+"""Notifications: a process learns at once that another process has committed.
 
-What is told here is only a hint, and may be missed: everything it leads to is read from the
-database, and found by the next synchronisation in any case. Who listens is told where the
-counters stand, on whatever thread; its own commits may be told, too.
+A notification is only a hint and may be lost: its receiver reads the database, and the next
+synchronisation finds the change in any case. The callback gets the counters, on any thread, and may
+also get the process's own commits.
 
-On PostgreSQL, a process that listens alone is not woken by its own commits, which would make each
-of them take a fifth longer. All who listen share an advisory lock, but for the first. That one
-has another, and a third one, whose number its own process alone knows: its writer notifies only if
-somebody has the shared lock, or nobody has the third one any more. The server looks at them in the
-statement that writes. What it could take it keeps until the commit, and who begins to listen waits
-for that, and then reads the counters.
+On PostgreSQL, a process that is the only listener is not woken by its own commits, which would make
+each of them a fifth slower. All listeners share one advisory lock, except the first. The first one
+holds another lock, and a third one whose number only its own process knows: its writer sends a
+notification only if the shared lock is held or the third one is free. The statement that writes
+tests both, and keeps what it could take until the commit; a new listener waits for that, and then
+reads the counters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Protocol
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from openclaw_store.backends.base import Backend
+from openclaw_store.backends.base import Backend, CounterStatements
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 from openclaw_store.backends.sqlite.backend import SQLite
@@ -33,74 +33,72 @@ from openclaw_store.backends.sqlite.backend import SQLite
 logger = logging.getLogger("openclaw_store.wakeups")
 
 OnCommit = Callable[[int, int], object]
-"""Is told the revision and the flush of heartbeats that were committed last.
+"""Receives the newest committed revision and heartbeat sequence number.
 
-`False` says that it has yet to read what it was told before, and will read this with it.
+`False` means that an earlier notification is still being processed, and will include this one.
 """
 
 SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.005
-"""Between two looks at a file: the shorter, the more happens to it."""
+"""Limits of the time between two polls of a file; frequent commits shorten it."""
 
 BUSY_SECONDS = 0.01
-"""Until the next look, if who was told has yet to read what it was told before."""
+"""Time to the next poll while the receiver still processes an earlier notification."""
 
 UNREADABLE_SECONDS = 0.1
-"""Between two tries to look at a file that is not there, or cannot be read, at most."""
+"""Longest time between two attempts to poll a file that is missing or unreadable."""
 
 ALIVE_SECONDS = 10.0
-"""How long a server may say nothing before it is asked whether it is still there."""
+"""Time without a notification after which the server is asked for the counters."""
 
 STOP_SECONDS = 1.0
-"""For a server to answer while it is not needed any more; then it is interrupted."""
+"""Time for the server to answer when the listener stops; then the statement is cancelled."""
 
 RETRY_SECONDS = 0.1, 5.0
-"""Before a connection that was lost is made anew, at first and at most."""
+"""First and longest time before a lost connection is made again."""
 
-_COUNTERS = "SELECT revision, beat FROM counters"
 _JOIN_OTHERS = f"SELECT pg_advisory_lock_shared({OTHER_LISTENERS})"
 _BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
 _LEAVE_OTHERS = f"SELECT pg_advisory_lock($1), pg_advisory_unlock_shared({OTHER_LISTENERS})"
 
 
 class Notifier(Protocol):
-    """Tells who listens, until it is stopped."""
+    """Calls back after commits until it is stopped."""
 
-    async def stop(self) -> None:
-        """Tell nothing any more."""
+    async def stop(self) -> None: ...
 
 
 class Polling:
-    """Looks at a SQLite file again and again, on a thread of its own.
+    """Polls a SQLite file on a thread of its own.
 
-    A look takes a few microseconds: SQLite keeps a number in shared memory that changes with each
-    commit of others (`PRAGMA data_version`).
+    A poll takes a few microseconds: `PRAGMA data_version` reads a number in shared memory that
+    changes with each commit of another connection.
     """
 
-    def __init__(self, database: SQLite, tell: OnCommit) -> None:
+    def __init__(self, database: SQLite, counters: CounterStatements, on_commit: OnCommit) -> None:
         self._database = database
-        self._tell = tell
+        self._counters = counters
+        self._on_commit = on_commit
         self._ended = Event()
-        self._pause = LONGEST_SECONDS  # before the next try, if this one fails
+        self._pause = LONGEST_SECONDS  # before the next attempt, after a failed one
         self._thread = Thread(target=self._run, name="openclaw-store-wakeups", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
-        """Tell nothing any more."""
         self._ended.set()
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
-                self._database.inspect(self._look)
-            except RuntimeError:  # the event loop was closed: nobody is left there to be told
+                self._database.inspect(self._poll)
+            except RuntimeError:  # the receiver's event loop is closed
                 break
-            except Exception as error:  # synchronisation goes on, and reports what is wrong
+            except Exception as error:  # the synchronisation continues, and reports it
                 logger.debug("cannot see what others commit, for now: %r", error)
                 self._ended.wait(self._pause)
                 self._pause = min(2 * self._pause, UNREADABLE_SECONDS)
 
-    def _look(self, connection: Connection) -> None:
+    def _poll(self, connection: Connection) -> None:
         cursor = connection.connection.cursor()
         seen: object = None
         pause = LONGEST_SECONDS
@@ -111,29 +109,31 @@ class Polling:
                 pause = min(pause * 1.2, LONGEST_SECONDS)
                 continue
             seen, pause = version, SHORTEST_SECONDS
-            cursor.execute(_COUNTERS)
+            cursor.execute(self._counters.read)
             [counters] = cursor.fetchall()
             self._pause = LONGEST_SECONDS
-            if self._tell(*counters) is False:
+            if self._on_commit(*counters) is False:
                 pause = BUSY_SECONDS
 
 
 class Listening:
-    """Listens to a PostgreSQL server; a connection that is lost is made anew."""
+    """Listens on a connection to a PostgreSQL server, which it makes again when it is lost."""
 
-    def __init__(self, database: PostgreSQL, tell: OnCommit) -> None:
+    def __init__(
+        self, database: PostgreSQL, counters: CounterStatements, on_commit: OnCommit
+    ) -> None:
         self._database = database
-        self._tell = tell
-        self._heard, self._stopping = asyncio.Event(), asyncio.Event()
+        self._counters = counters
+        self._on_commit = on_commit
+        self._woken, self._stopping = asyncio.Event(), asyncio.Event()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """Tell nothing any more; what is under way is answered first, for a second at most."""
-        if self._task.get_loop() is asyncio.get_running_loop():  # else that was closed
-            # To interrupt a statement, the driver connects anew, in the background; a program that
-            # ends then stops it half-way, with an error in the log.
+        if self._task.get_loop() is asyncio.get_running_loop():  # else that loop is closed
+            # The current statement may end first: to cancel one, the driver connects again in the
+            # background, and a program that ends meanwhile logs an error of that connection.
             self._stopping.set()
-            self._heard.set()
+            self._woken.set()
             await asyncio.wait([self._task], timeout=STOP_SECONDS)
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -147,7 +147,7 @@ class Listening:
                     with self._database.error_mapping.mapped():
                         await self._listen(engine)
                     pause, _ = RETRY_SECONDS
-                except Exception as error:  # synchronisation goes on, and reports what is wrong
+                except Exception as error:  # the synchronisation continues, and reports it
                     logger.warning("cannot hear what others commit, for now: %s", error)
                 await _is_set_within(pause, self._stopping)
                 pause = min(2 * pause, longest)
@@ -155,39 +155,41 @@ class Listening:
             await engine.dispose()
 
     async def _listen(self, engine: AsyncEngine) -> None:
-        """Tell what is heard on a connection until it is lost."""
-        heard = self._heard
+        """Call back on a connection until it is lost."""
+        woken = self._woken
         registry = self._database.registry
         async with engine.connect() as connection:
             driver = (await connection.get_raw_connection()).driver_connection
             assert driver is not None
-            driver.add_termination_listener(lambda _: heard.set())
+            driver.add_termination_listener(lambda _: woken.set())
 
-            def hear(_: object, process: int, __: object, counters: str) -> None:
-                if process in registry.writers:  # it is known already
+            def on_notification(_: object, process: int, __: object, payload: str) -> None:
+                if process in registry.writers:  # this process's own commit
                     return
-                told = counters.split()
-                if len(told) == 2 and all(map(str.isdecimal, told)):
-                    self._tell(*map(int, told))
-                else:  # whoever writes in a transaction of a session has them notified at once
-                    heard.set()
+                counters = payload.split()
+                if len(counters) == 2 and all(map(str.isdecimal, counters)):
+                    self._on_commit(*map(int, counters))
+                else:  # a transaction of a session notifies before it writes the counters
+                    woken.set()
 
+            # The lock before LISTEN, and LISTEN before the counters: no commit is missed.
             await driver.fetchval(_JOIN_OTHERS)
-            await driver.add_listener(CHANNEL, hear)
+            await driver.add_listener(CHANNEL, on_notification)
             lock: int | None = None
             may_be_first = True
             try:
                 while True:
-                    heard.clear()
+                    woken.clear()
                     if driver.is_closed() or self._stopping.is_set():
                         break
                     if may_be_first and lock is None and await driver.fetchval(_BE_FIRST):
                         number = secrets.randbits(62)
                         await driver.fetchval(_LEAVE_OTHERS, number)
                         lock = registry.listener = number
-                    self._tell(*await driver.fetchrow(_COUNTERS))
-                    may_be_first = not await _is_set_within(ALIVE_SECONDS, heard)
+                    self._on_commit(*await driver.fetchrow(self._counters.read))
+                    may_be_first = not await _is_set_within(ALIVE_SECONDS, woken)
             finally:
+                # The server releases the locks of a lost connection; the writer must notify again.
                 if registry.listener == lock:
                     registry.listener = None
 
@@ -199,9 +201,11 @@ async def _is_set_within(seconds: float, event: asyncio.Event) -> bool:
     return event.is_set()
 
 
-def notify_of_commits(database: Backend, tell: OnCommit) -> Notifier:
-    """Have `tell` called, on any thread, when somebody has committed."""
+def notify_of_commits(
+    database: Backend, counters: CounterStatements, on_commit: OnCommit
+) -> Notifier:
+    """Call `on_commit`, on any thread, after each commit of another process."""
     if isinstance(database, PostgreSQL):
-        return Listening(database, tell)
+        return Listening(database, counters, on_commit)
     assert isinstance(database, SQLite)
-    return Polling(database, tell)
+    return Polling(database, counters, on_commit)

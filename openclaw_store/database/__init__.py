@@ -1,14 +1,15 @@
 """`Database`: the schema and its migrations, sessions, and group commit.
 
-This room stores rows. It knows neither what a write means nor what is cached.
+This room stores rows. It knows neither the meaning of a write nor the caches.
 """
 
+from openclaw_store.database.change_chain import history_of
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply
 from openclaw_store.database.legacy_import import LegacyImport
 from openclaw_store.database.migrations import COPYING, COPYING_HEAD, HEAD, stored
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
-from openclaw_store.database.statements import USAGE, history_of, statements_for
+from openclaw_store.database.statements import USAGE, statements_for
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
     IS_FINISHED,

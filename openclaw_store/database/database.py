@@ -23,6 +23,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
+    CounterStatements,
     Notifier,
     OnCommit,
     backend_of,
@@ -32,10 +33,11 @@ from openclaw_store.backends import (
     shield_until_done,
     was_interrupted,
 )
-from openclaw_store.backends.sqlite import backend as sqlite
+from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import legacy_import, migrations
 from openclaw_store.database.group_commit import Apply, Listener, Writer
-from openclaw_store.database.sessions import Engines
+from openclaw_store.database.sessions import LoopSessions
+from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
@@ -134,7 +136,7 @@ class Database:
         self._write_lock = FairLock(timeout)
         self._writer = Writer(self._backend, self._write_lock, clock, timeout)
         self._home: asyncio.AbstractEventLoop | None = None
-        self._engines: dict[asyncio.AbstractEventLoop, Engines] = {}
+        self._loop_sessions: dict[asyncio.AbstractEventLoop, LoopSessions] = {}
         self._background: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Future[None] | None = None
 
@@ -197,9 +199,9 @@ class Database:
                 pass  # transactions that were under way have ended, and others are refused
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
-        for engines in list(self._engines.values()):
-            await engines.close()
-        self._engines.clear()
+        for sessions in list(self._loop_sessions.values()):
+            await sessions.close()
+        self._loop_sessions.clear()
         self._backend.dispose()
         self._remove_folder()
 
@@ -218,12 +220,12 @@ class Database:
     @property
     def session_factory(self) -> async_sessionmaker[AsyncSession]:
         """What makes the sessions of `session()` on the running event loop; they only read."""
-        return self._engines_here().sessions
+        return self._sessions_here().sessions
 
     @property
     def checked_out_connections(self) -> int:
         """Connections in use by sessions, on all event loops."""
-        return sum(len(engines.checked_out) for engines in list(self._engines.values()))
+        return sum(len(one.checked_out) for one in list(self._loop_sessions.values()))
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
@@ -238,7 +240,7 @@ class Database:
 
     @asynccontextmanager
     async def _reading(self) -> AsyncIterator[AsyncSession]:
-        sessions = self._engines_here().sessions
+        sessions = self._sessions_here().sessions
         with self._backend.error_mapping.mapped(own=False, reading=True):
             session = sessions()
             try:
@@ -263,19 +265,19 @@ class Database:
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
-        engines = self._engines_here()
+        sessions = self._sessions_here()
         self.refuse_inside()
         seconds = self.transaction_timeout
         if timeout is not None:
             seconds = check_limit_seconds("timeout", timeout)
         async with self._exclusive("a transaction"):
             self._check_ready()
-            session = engines.write_sessions()
+            session = sessions.write_sessions()
             session.info["seconds"] = seconds
             try:
                 with self._backend.error_mapping.mapped(own=False):
                     with self._backend.error_mapping.mapped():
-                        connection = await cancel_once(self._backend.begin(session))
+                        connection = await cancel_once(self._backend.begin(session, self._counters))
                     transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
                     session.info.update(transaction=transaction, turn=asyncio.Lock())
                     self._write_lock.limit(seconds)
@@ -402,7 +404,7 @@ class Database:
     def follow(self, tell: OnCommit) -> Notifier:
         """Have `tell` called, on any thread, when somebody may have committed; only a hint."""
         self._check_ready()
-        return notify_of_commits(self._backend, tell)
+        return notify_of_commits(self._backend, self._counters, tell)
 
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Copy the database, as it is at one moment, to a file of its own.
@@ -482,13 +484,17 @@ class Database:
         finally:
             self._write_lock.release()
 
-    def _engines_here(self) -> Engines:
+    @property
+    def _counters(self) -> CounterStatements:
+        return statements_for(self.dialect).counters  # compiled at the first use
+
+    def _sessions_here(self) -> LoopSessions:
         self._check_ready()
         loop = asyncio.get_running_loop()
-        if loop not in self._engines:
-            for other in list(self._engines):
+        if loop not in self._loop_sessions:
+            for other in list(self._loop_sessions):
                 if other.is_closed() and other is not self._home:  # whose pool `close` closes
-                    self._engines.pop(other, None)
+                    self._loop_sessions.pop(other, None)
             # A pool cannot serve two loops; only the first one has its connections kept.
             kept = {
                 "pool": AsyncAdaptedQueuePool,
@@ -496,8 +502,10 @@ class Database:
                 "pool_timeout": self.timeout,
             }
             options = kept if loop is self._home else {"pool": NullPool}
-            self._engines[loop] = Engines(loop, self._backend, {"database": self}, **options)
-        return self._engines[loop]
+            self._loop_sessions[loop] = LoopSessions(
+                loop, self._backend, {"database": self}, **options
+            )
+        return self._loop_sessions[loop]
 
     def _check_process(self) -> None:
         if self._forks != _forks:

@@ -46,6 +46,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from openclaw_store.backends import Backend, RedoError, WriteSession, shield_until_done
 from openclaw_store.database.metrics import WriteMetrics
+from openclaw_store.database.statements import statements_for
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import Clock
@@ -358,7 +359,8 @@ class Writer:
         try:
             if self._session is None:
                 self.publish_pending()
-                self._session = self._backend.write_session(until)
+                counters = statements_for(self._backend.dialect).counters
+                self._session = self._backend.write_session(until, counters)
             session = self._session
             if not session.is_pipelined:
                 self.publish_pending()

@@ -1,16 +1,16 @@
-"""Adoption: how a file of the original hand-made schema becomes a database of this library.
+"""The import of a legacy database, a file of the first, hand-made schema.
 
-The original kept `tasks` and `nodes`, with a column for each field and no `alembic_version`, and
-`created_at` and `updated_at` besides. Its tables are set aside, the migrations make those of the
-library, and each row is read as the original would have read it, checked like everything that is
-written here, and given its first change in the feed. All of it is one transaction.
+That schema had `tasks` and `nodes`, with a column for each field, `created_at` and `updated_at`,
+and no `alembic_version`. In one transaction its tables are renamed, the migrations make the tables
+of the library, and each row is read as the first program read it, validated like every write, and
+given its first change in the feed.
 
-- NULL is the default of a field. A row that cannot be read goes to `legacy_rejected` as JSON, with
-  the reason. What is in columns that somebody added goes to `legacy_extra` as JSON.
-- A time without a zone is in the zone that the caller names, else in that of this machine; the
-  earlier of two moments where the clocks were turned back. `created_at` and `updated_at` are in UTC
-  where they have a space, as SQLite writes them. The original never read these two, so one that
-  cannot be read does no harm.
+- NULL is the default of a field. An unreadable row goes to `legacy_rejected` as JSON, with the
+  reason. The values of additional columns go to `legacy_extra` as JSON.
+- A time without a zone is in the caller's zone, by default that of this machine; it is the earlier
+  one of two where the clocks were turned back. `created_at` and `updated_at` are in UTC if they
+  have a space, as SQLite writes them. The first program never read these two, so an unreadable one
+  is ignored.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, inspect, update
 
 from openclaw_store.backends import Cursor
 from openclaw_store.database.statements import statements_for
-from openclaw_store.database.tables import table_of
+from openclaw_store.database.tables import CounterRow, table_of
 from openclaw_store.domain import KEY, NodeInfo, Record, Task, check_time, encode
 from openclaw_store.errors import InvalidDataError, safe_repr
 
 logger = logging.getLogger("openclaw_store.adoption")
 
 _BATCH = 1000
-_ASIDE = "legacy_"
-"""How the names of the tables begin that the library did not make."""
+_PREFIX = "legacy_"
+"""Prefix of the renamed tables."""
 
 _ISO = re.compile(r"\d{4}-\d\d-\d\d([T ].+)?", re.ASCII)
-_ITS_OWN = re.compile(r"idx_(tasks|nodes)_\w+|update_(tasks|nodes)_timestamp")
-"""The indexes and triggers of the original."""
+_OWN_NAMES = re.compile(r"idx_(tasks|nodes)_\w+|update_(tasks|nodes)_timestamp")
+"""The indexes and triggers of the legacy schema."""
 
 _MAKE_TABLES = (
     """CREATE TABLE IF NOT EXISTS legacy_rejected (
@@ -63,30 +63,30 @@ _INSERT_EXTRA = 'INSERT INTO legacy_extra (item, item_id, "row") VALUES (?, ?, ?
 
 
 class Rejected(NamedTuple):
-    """A row that could not be read."""
+    """An unreadable row."""
 
     item: str
     """`task` or `node`."""
     item_id: str | None
-    """`None` where that could not be read either."""
+    """`None` if it is unreadable, too."""
     reason: str
 
 
 class LegacyImport(NamedTuple):
-    """What became of the original's rows."""
+    """The result of an import: the rows that were imported and rejected."""
 
     nodes: int
     tasks: int
     rejected: Sequence[Rejected]
     copy: Path
-    """The file as it was."""
+    """The copy of the legacy file."""
 
 
 def zone_of(name: str | None) -> tzinfo | None:
-    """The zone of that name; `None` for the local one.
+    """Return the time zone of a name; `None` is the local one.
 
     Raises:
-        InvalidDataError: If there is none.
+        InvalidDataError: If there is no such zone.
     """
     if name is None:
         return None
@@ -95,12 +95,13 @@ def zone_of(name: str | None) -> tzinfo | None:
     except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):  # a folder is an OSError
         raise InvalidDataError(
             "legacy_timezone",
-            f"{safe_repr(name)} is no time zone: give one such as Asia/Shanghai or UTC",
+            f"{safe_repr(name)} is not the name of a time zone: give one such as Asia/Shanghai or "
+            "UTC",
         ) from None
 
 
 def is_legacy(connection: Connection) -> bool:
-    """Whether the database is one of the original: with its tables, and not adopted yet."""
+    """Return `True` if the database has the tables of the legacy schema, and none of Alembic."""
     if connection.dialect.name != "sqlite":
         return False
     inspector = inspect(connection)
@@ -113,69 +114,69 @@ def is_legacy(connection: Connection) -> bool:
     )
 
 
-def is_aside(name: str | None) -> bool:
-    """Whether a table holds what was left over, which no migration knows of."""
+def is_leftover(name: str | None) -> bool:
+    """Return `True` for a table of rejected rows or additional values, unknown to migrations."""
     return name in ("legacy_rejected", "legacy_extra")
 
 
-def set_aside(connection: Connection) -> None:
-    """Make room for the tables, indexes and names of the library."""
+def rename_tables(connection: Connection) -> None:
+    """Rename the legacy tables, and drop their indexes and triggers."""
     found = connection.exec_driver_sql(
         "SELECT type, name FROM sqlite_master WHERE type IN ('index', 'trigger')"
         " AND sql IS NOT NULL AND lower(tbl_name) IN ('tasks', 'nodes')"
     )
     for kind, name in found.fetchall():
-        if not _ITS_OWN.fullmatch(name):
+        if not _OWN_NAMES.fullmatch(name):
             logger.warning("the %s %s is not part of the schema, and is dropped", kind, name)
         quoted = name.replace('"', '""')
         connection.exec_driver_sql(f'DROP {kind} "{quoted}"')
-    # Else SQLite would have the views and foreign keys of others refer to the new name.
+    # Otherwise SQLite renames the tables in the views and foreign keys of other tables, too.
     connection.exec_driver_sql("PRAGMA legacy_alter_table=ON")
     for name in _NEEDED:
-        connection.exec_driver_sql(f"ALTER TABLE {name} RENAME TO {_ASIDE}{name}")
+        connection.exec_driver_sql(f"ALTER TABLE {name} RENAME TO {_PREFIX}{name}")
     connection.exec_driver_sql("PRAGMA legacy_alter_table=OFF")
 
 
-def adopt(
+def import_rows(
     connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime, copy: Path
 ) -> LegacyImport:
-    """Move the rows that were set aside to the tables of the library, nodes first.
+    """Move the rows of the renamed tables to the tables of the library, nodes first.
 
     Args:
         connection: The transaction.
-        cursor: Writes in it.
-        zone: That of times which name none; `None` for the local one.
-        now: When they were added, for the feed.
-        copy: Where the file as it was is kept.
+        cursor: The cursor of the transaction.
+        zone: The zone of times without one; `None` for the local zone.
+        now: The time of the changes in the feed.
+        copy: The path of the copy of the legacy file, for the result.
     """
     for statement in _MAKE_TABLES:
         connection.exec_driver_sql(statement)
     driver: Any = connection.connection.driver_connection
-    usual, driver.text_factory = driver.text_factory, _decoded
+    factory, driver.text_factory = driver.text_factory, _decode_text
     try:
-        reading = _Adoption(connection, cursor, zone, now)
-        nodes, tasks = reading.move(NodeInfo), reading.move(Task)
+        rows = _Importer(connection, cursor, zone, now)
+        nodes, tasks = rows.move_all(NodeInfo), rows.move_all(Task)
     finally:
-        driver.text_factory = usual
-    cursor.execute("UPDATE counters SET revision = ? WHERE id = 1", (nodes + tasks,))
-    return LegacyImport(nodes, tasks, reading.rejected, copy)
+        driver.text_factory = factory
+    connection.execute(update(CounterRow).values(revision=nodes + tasks))
+    return LegacyImport(nodes, tasks, rows.rejected, copy)
 
 
-def report(adopted: LegacyImport, location: str) -> None:
-    """Tell the log what became of the rows."""
-    for row in adopted.rejected:
+def report(result: LegacyImport, location: str) -> None:
+    """Log the result of an import."""
+    for row in result.rejected:
         logger.warning(
             "the %s %r was not adopted, but put into legacy_rejected: %s",
             row.item, row.item_id, row.reason,
         )  # fmt: skip
     logger.info(
         "%s: adopted %d nodes and %d tasks of the original database, which is kept in %s",
-        location, adopted.nodes, adopted.tasks, adopted.copy,
+        location, result.nodes, result.tasks, result.copy,
     )  # fmt: skip
 
 
-class _Adoption:
-    """Moves rows, and numbers them."""
+class _Importer:
+    """Moves rows to the tables of the library, and assigns their revisions."""
 
     def __init__(
         self, connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime
@@ -187,10 +188,10 @@ class _Adoption:
         self._revision = 0
         self.rejected: list[Rejected] = []
 
-    def move(self, kind: type[Any]) -> int:
-        """Move all rows of a kind that can be read; returns how many."""
-        table, before = f"{_ASIDE}{table_of(kind).name}", self._revision
-        found = self._connection.exec_driver_sql(f"SELECT * FROM {table}")  # noqa: S608 - of our own names
+    def move_all(self, kind: type[Any]) -> int:
+        """Move all readable rows of a kind, and return their number."""
+        table, before = f"{_PREFIX}{table_of(kind).name}", self._revision
+        found = self._connection.exec_driver_sql(f"SELECT * FROM {table}")  # noqa: S608 - our own names
         names = [name.lower() for name in found.keys()]  # noqa: SIM118 - no mapping
         seen: set[str] = set()
         for rows in found.partitions(_BATCH):
@@ -200,9 +201,9 @@ class _Adoption:
 
     def _move(self, kind: type[Any], rows: Sequence[dict[str, Any]], seen: set[str]) -> None:
         sql, item, known = statements_for("sqlite"), _ITEM[kind], _READERS[kind].keys() | _DROPPED
-        insert, plan = sql.insert[kind]
+        insert, codec = sql.insert[kind]
         at = sql.to_moment(self._now)
-        written, changes, extra, rejected, kept = [], [], [], [], []
+        written, changes, extra, rejected, reports = [], [], [], [], []
         for row in rows:
             try:
                 record = self._read(kind, row)
@@ -212,29 +213,27 @@ class _Adoption:
             except InvalidDataError as error:
                 key = row.get(KEY[kind])
                 id = key if isinstance(key, str) else None
-                rejected.append(Rejected(item, id, str(error)))
-                kept.append((*rejected[-1], _json(row)))
+                reports.append(Rejected(item, id, str(error)))
+                rejected.append((*reports[-1], _json(row)))
                 continue
             seen.add(record.id)
             self._revision += 1
             record.version = self._revision
-            written.append(record.values(plan))
+            written.append(record.values(codec))
             status, node = record.status.value, vars(record).get("assigned_node")
             changes.append(
                 (self._revision, at, item, id, "created", None, status, node, "adopted", None)
             )
             added = {
-                name: value
-                for name, value in row.items()
-                if name not in known and value is not None
+                name: one for name, one in row.items() if name not in known and one is not None
             }
             if added:
                 extra.append((item, id, _json(added)))
         self._cursor.write(insert, written)
         self._cursor.write(sql.insert_change, changes)
         self._cursor.write(_INSERT_EXTRA, extra)
-        self._cursor.write(_INSERT_REJECTED, kept)
-        self.rejected += rejected
+        self._cursor.write(_INSERT_REJECTED, rejected)
+        self.rejected += reports
 
     def _read(self, kind: type[Any], row: Mapping[str, Any]) -> Record[Any]:
         values: dict[str, Any] = {}
@@ -252,12 +251,10 @@ class _Adoption:
         return encode(kind(**values))
 
     def _stamp(self, row: Mapping[str, Any], name: str) -> datetime | None:
-        """What the original or its triggers wrote, and nobody has read."""
+        """Return a time that the legacy program or a trigger wrote; `None` if unreadable."""
         value = row.get(name)
-        if isinstance(value, str) and value[10:11] == " ":
-            zone: tzinfo | None = UTC
-        else:
-            zone = self._zone
+        is_utc = isinstance(value, str) and value[10:11] == " "
+        zone = UTC if is_utc else self._zone
         try:
             moment = None if value is None else _moment(name, value, zone)
             return None if moment is None else check_time(name, moment)
@@ -265,8 +262,8 @@ class _Adoption:
             return None
 
 
-def _decoded(raw: bytes) -> str | bytes:
-    """Text as it is; what is not UTF-8 stays bytes, which are refused by field."""
+def _decode_text(raw: bytes) -> str | bytes:
+    """Decode UTF-8; other bytes stay bytes, so that the validation of the field refuses them."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -278,7 +275,7 @@ def _json(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a row as JSON can hold it."""
+    """Return a value of a row as JSON can represent it."""
     if isinstance(value, bytes):
         return {"hex": value.hex()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -303,7 +300,7 @@ def _number(name: str, value: Any, zone: tzinfo | None) -> Any:
             return kind(value)
         except ValueError:
             continue
-    return value  # the check will refuse it
+    return value  # the validation refuses it
 
 
 def _moment(name: str, value: Any, zone: tzinfo | None) -> datetime | None:
@@ -330,60 +327,39 @@ def _value(name: str, value: Any, zone: tzinfo | None) -> Any:
 
 
 _Reader = Callable[[str, Any, tzinfo | None], Any]
-"""Takes the name of a field, what the original's column holds, and the zone of its times."""
+"""Converts a value of a legacy column; takes the field's name, the value and the zone of times."""
 
-# Frozen here: the fields of today may change, the original does not.
+# Frozen: the fields of the library may change, the legacy schema does not.
 _READERS: Mapping[type[Any], Mapping[str, _Reader]] = {
     NodeInfo: {
-        "node_id": _text,
-        "hostname": _text,
-        "platform": _text,
-        "arch": _text,
-        "status": _text,
-        "cpu_usage": _number,
-        "memory_usage": _number,
-        "disk_usage": _number,
+        **dict.fromkeys(("node_id", "hostname", "platform", "arch", "status"), _text),
+        **dict.fromkeys(("cpu_usage", "memory_usage", "disk_usage"), _number),
         "available_skills": _value,
-        "max_concurrent_tasks": _whole,
-        "running_tasks": _whole,
-        "ip_address": _text,
-        "tailscale_ip": _text,
-        "port": _whole,
-        "total_tasks_processed": _whole,
-        "successful_tasks": _whole,
-        "failed_tasks": _whole,
+        **dict.fromkeys(("max_concurrent_tasks", "running_tasks"), _whole),
+        **dict.fromkeys(("ip_address", "tailscale_ip"), _text),
+        **dict.fromkeys(("port", "total_tasks_processed"), _whole),
+        **dict.fromkeys(("successful_tasks", "failed_tasks"), _whole),
         "average_execution_time": _number,
-        "registered_at": _moment,
-        "last_heartbeat": _moment,
+        **dict.fromkeys(("registered_at", "last_heartbeat"), _moment),
         "tags": _value,
     },
     Task: {
-        "task_id": _text,
-        "task_type": _text,
-        "name": _text,
-        "description": _text,
-        "required_skills": _value,
-        "optional_skills": _value,
+        **dict.fromkeys(("task_id", "task_type", "name", "description"), _text),
+        **dict.fromkeys(("required_skills", "optional_skills"), _value),
         "status": _text,
         "priority": _whole,
         "assigned_node": _text,
-        "submitted_at": _moment,
-        "scheduled_at": _moment,
-        "started_at": _moment,
-        "completed_at": _moment,
+        **dict.fromkeys(("submitted_at", "scheduled_at", "started_at", "completed_at"), _moment),
         "parameters": _value,
-        "timeout": _whole,
-        "retry_count": _whole,
-        "max_retries": _whole,
+        **dict.fromkeys(("timeout", "retry_count", "max_retries"), _whole),
         "user_id": _text,
-        "affinity_tags": _value,
-        "result": _value,
+        **dict.fromkeys(("affinity_tags", "result"), _value),
         "error": _text,
         "metadata": _value,
     },
 }
 _DROPPED = {"created_at", "updated_at"}
-"""Columns of the original that are no fields, but stand in for others."""
+"""Legacy columns that are no fields; they replace missing times."""
 
 _ITEM: Mapping[type[Any], str] = {NodeInfo: "node", Task: "task"}
 
@@ -391,9 +367,9 @@ _NEEDED: Mapping[str, frozenset[str]] = {
     "nodes": frozenset({"node_id", "hostname", "platform", "arch", "status", "available_skills"}),
     "tasks": frozenset({"task_id", "task_type", "name", "required_skills", "status", "priority"}),
 }
-"""The columns by which the tables of the original are known: those that it always filled in."""
+"""The columns that identify the legacy tables: the legacy program always wrote them."""
 
 _NEEDED_VALUES = frozenset(
     {"node_id", "hostname", "task_id", "task_type", "name", "status", "priority"}
 )
-"""Fields that are nothing by default."""
+"""Fields without a default."""

@@ -1,8 +1,8 @@
-"""The schema's history: one way to run it, for Alembic's command line and for the library.
+"""Migrations of the schema, run in one way by Alembic's command line and by the library.
 
-Whoever migrates holds a lock from the first look at the version to the commit (SQLite's write
-lock; an advisory one on PostgreSQL), so any number of processes may try at once, and a killed one
-leaves the schema it found. A database of the original hand-made schema is adopted on the way.
+A migration holds a lock from its first look at the version to its commit (SQLite's write lock; an
+advisory lock on PostgreSQL). So any number of processes may migrate at once, and a killed one
+leaves the schema as it was. A legacy database is imported in the same transaction.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from alembic.runtime.environment import EnvironmentContext
 
 HEAD = "0002"
-"""The revision this version of the library works with."""
+"""The schema revision of this version of the library."""
 
 COPYING = "copying-"
-"""How the name of a revision begins while a `copy`, of whatever version, fills the database."""
+"""Prefix of the revision while `copy`, of any version, fills the database."""
 
 COPYING_HEAD = f"{COPYING}{HEAD}-"
-"""The same, of this version."""
+"""The same prefix for `copy` of this version."""
 
 URL_VARIABLE = "OPENCLAW_STORE_URL"
-"""Environment variable that tells the command line which database is meant."""
+"""Environment variable with the location of the database, for the command line."""
 
 _PACKAGE = Path(__file__).parent.parent
-# The wheel carries the scripts inside the package; in a checkout they stand beside it.
+# The wheel has the scripts inside the package, a checkout beside it.
 SCRIPTS = next(
     path for path in (_PACKAGE / "_alembic", _PACKAGE.parent / "alembic") if path.exists()
 )
@@ -49,21 +49,17 @@ _LOCK = threading.Lock()  # Alembic's state is global
 
 
 def named_by(location: str | Path | None) -> Backend:
-    """The database that the command line means.
-
-    Args:
-        location: Path or URL; `None` for `OPENCLAW_STORE_URL` or `./data/cluster.db`.
-    """
+    """Return the backend of the command line's database, at `location_of(location)`."""
     return backend_of(location_of(location))
 
 
 def location_of(location: str | Path | None) -> str | Path:
-    """Where that database is."""
+    """Return the path or URL, by default `OPENCLAW_STORE_URL` or `./data/cluster.db`."""
     return location or os.environ.get(URL_VARIABLE) or DEFAULT_LOCATION
 
 
 def is_current(backend: Backend) -> bool:
-    """Whether the database has the schema of this version; `False` for an older one.
+    """Return `True` if the database has the schema of this version; `False` for an older one.
 
     Raises:
         SchemaMismatchError: If it is newer, or was not made by this library.
@@ -72,11 +68,9 @@ def is_current(backend: Backend) -> bool:
 
 
 def _is_current(backend: Backend, connection: Connection) -> bool:
-    tables = set(inspect(connection).get_table_names())
-    revision: str | None = None
-    if "alembic_version" in tables:
-        revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    elif tables & {"tasks", "nodes"} and not legacy_import.is_legacy(connection):
+    revision, tables = stored(connection), set(inspect(connection).get_table_names())
+    is_foreign = "alembic_version" not in tables and bool(tables & {"tasks", "nodes"})
+    if is_foreign and not legacy_import.is_legacy(connection):
         raise SchemaMismatchError(
             f"{backend.location} has tables that this library did not make: give another path"
         )
@@ -85,7 +79,7 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
 
 
 def refuse_newer(revision: str | None, location: str) -> None:
-    """Refuse a schema that this version does not know yet.
+    """Refuse the schema of a later version, and an incomplete copy.
 
     Raises:
         SchemaMismatchError: With the command to run.
@@ -103,12 +97,12 @@ def refuse_newer(revision: str | None, location: str) -> None:
 
 
 def is_half_copied(backend: Backend) -> bool:
-    """Whether `copy`, of this version of the library, has begun to fill the database."""
+    """Return `True` if `copy` of this version has begun to fill the database."""
     return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING_HEAD))
 
 
 def stored(connection: Connection) -> str | None:
-    """The revision that the database says it has; `None` where there is none."""
+    """Return the revision of the database; `None` if it has none."""
     if "alembic_version" not in inspect(connection).get_table_names():
         return None
     revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
@@ -116,7 +110,7 @@ def stored(connection: Connection) -> str | None:
 
 
 def require(backend: Backend) -> None:
-    """Refuse a database whose schema is not the one of this version.
+    """Refuse a database with an older schema.
 
     Raises:
         SchemaMismatchError: With the command to run.
@@ -132,30 +126,21 @@ def require(backend: Backend) -> None:
 
 
 def revision_of(backend: Backend) -> str | None:
-    """The schema that a database has; `None` if it has none of ours."""
+    """Return the revision of a backend's database; `None` if it has none; blocks the thread."""
     return backend.inspect(stored)
 
 
 def upgrade(
     backend: Backend, legacy_timezone: tzinfo | None = None, clock: Clock = utc_now
 ) -> legacy_import.LegacyImport | None:
-    """Bring the database to the schema of this version; blocks the thread.
+    """Upgrade the database to the schema of this version; blocks the thread.
 
-    Returns what became of the rows of an original database, if it was one.
-
-    Args:
-        backend: The database.
-        legacy_timezone: Of the times of an original database; `None` for the local one.
-        clock: Tells when its rows are adopted.
-
-    Raises:
-        SchemaMismatchError: If it is newer, or was not made by this library.
-        UnavailableError: If another process keeps it locked for longer than its timeout, or has
-            the original database open.
+    Returns the result of the import of a legacy database. Arguments and errors are those of
+    `migrate`.
     """
     if is_current(backend):
         return None
-    # Imported here, as below: opening a database that needs no migration shall not pay for Alembic.
+    # Imported here, as below: opening a current database must not take the time to load Alembic.
     from alembic import command
     from alembic.util import CommandError
 
@@ -176,15 +161,15 @@ def upgrade(
 
 
 def downgrade(backend: Backend, revision: str) -> None:
-    """Take the database back to an older schema; blocks the thread.
+    """Return the database to an older schema; blocks the thread.
 
     Args:
-        revision: The schema; `base` for none, which removes the tables and all that is in them.
+        revision: The older revision; `base` removes all tables with their contents.
 
     Raises:
-        InvalidDataError: If there is no such revision before its own.
+        InvalidDataError: If there is no such older revision.
         SchemaMismatchError: If the database is newer, or was not made by this library.
-        UnavailableError: If another process keeps it locked for longer than its timeout.
+        UnavailableError: If another process keeps the lock for longer than the timeout.
     """
     from alembic import command
     from alembic.util import CommandError
@@ -197,10 +182,10 @@ def downgrade(backend: Backend, revision: str) -> None:
 
 
 def check(backend: Backend) -> None:
-    """Refuse a database whose tables are not those of this version, as Alembic compares them.
+    """Refuse a database if its tables differ from the declarative models.
 
     Raises:
-        SchemaMismatchError: Saying what is different.
+        SchemaMismatchError: With the differences that Alembic found.
     """
     require(backend)
     from alembic import command
@@ -216,7 +201,7 @@ def check(backend: Backend) -> None:
 
 
 def _config(connection: Connection) -> Config:
-    """What has Alembic work with a connection, and say nothing."""
+    """Return a configuration with which Alembic uses a connection and prints nothing."""
     from alembic.config import Config
 
     config = Config(stdout=StringIO())
@@ -233,26 +218,27 @@ def migrate(
     *,
     to_head: bool = False,
 ) -> legacy_import.LegacyImport | None:
-    """Do `work` with a connection that holds the lock, and commit it; blocks the thread.
+    """Run `work` with a connection that holds the lock, and commit; blocks the thread.
 
-    Returns what became of the rows of an original database, if it was one.
+    Returns the result of the import of a legacy database.
 
     Args:
         backend: The database.
         work: Calls `run`.
-        legacy_timezone: Of the times of an original database; `None` for the local one.
-        clock: Tells when its rows are adopted.
-        to_head: Whether it upgrades to the schema of this version; an original database is
-            adopted then, and refused otherwise.
+        legacy_timezone: Zone of the times of a legacy database; `None` for the local one.
+        clock: Gives the time of the import.
+        to_head: `work` upgrades to the schema of this version. A legacy database is imported then,
+            and refused otherwise.
 
     Raises:
         SchemaMismatchError: If the schema is newer, or was not made by this library.
-        UnavailableError: If another process keeps it locked for longer than its timeout, or has
-            the original database open.
+        UnavailableError: If another process keeps the lock for longer than the timeout, or has
+            the legacy database open.
     """
     copy: Path | None = None
-    adopted: legacy_import.LegacyImport | None = None
+    imported: legacy_import.LegacyImport | None = None
 
+    # Called without the lock, and again with all other connections excluded if it returns a path.
     def copy_to(connection: Connection) -> Path | None:
         nonlocal copy
         is_legacy = legacy_import.is_legacy(connection)
@@ -267,7 +253,8 @@ def migrate(
         return copy
 
     def checked(connection: Connection) -> None:
-        nonlocal adopted
+        nonlocal imported
+        # Again, with the lock: another process may have migrated the database since `is_current`.
         _is_current(backend, connection)
         if not legacy_import.is_legacy(connection):
             work(connection)
@@ -277,38 +264,38 @@ def migrate(
                 f"{backend.location}: another program makes its tables just now: end it, then try "
                 "again"
             )
-        legacy_import.set_aside(connection)
+        legacy_import.rename_tables(connection)
         work(connection)
         cursor = backend.cursor(connection)
-        adopted = legacy_import.adopt(connection, cursor, legacy_timezone, clock(), copy)
+        imported = legacy_import.import_rows(connection, cursor, legacy_timezone, clock(), copy)
 
     backend.migrate(checked, copy_to)
-    if adopted is not None:
-        legacy_import.report(adopted, backend.location)
-    return adopted
+    if imported is not None:
+        legacy_import.report(imported, backend.location)
+    return imported
 
 
 def is_to_head(context: EnvironmentContext) -> bool:
-    """Whether the command that Alembic runs upgrades to the schema of this version."""
+    """Return `True` if Alembic's command upgrades to the schema of this version."""
     try:
         return context.get_revision_argument() == HEAD
-    except KeyError:  # as of `current` and `check`, which change nothing
+    except KeyError:  # `current` and `check` have no such argument, and change nothing
         return False
 
 
 def run(context: EnvironmentContext, connection: Connection) -> None:
-    """Run the migrations that the command asked for, within the connection's transaction."""
+    """Run the migrations of Alembic's command in the transaction of the connection."""
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
         render_as_batch=True,
-        include_name=lambda name, kind, _: kind != "table" or not legacy_import.is_aside(name),
+        include_name=lambda name, kind, _: kind != "table" or not legacy_import.is_leftover(name),
     )
     context.run_migrations()
 
 
 def run_offline(context: EnvironmentContext, backend: Backend) -> None:
-    """Print the SQL instead of running it."""
+    """Print the SQL of the migrations."""
     context.configure(
         dialect_name=backend.dialect, target_metadata=Base.metadata, literal_binds=True,
         render_as_batch=True, transactional_ddl=True,

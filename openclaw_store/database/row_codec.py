@@ -1,4 +1,4 @@
-"""Encode records into parameters of statements, and decode rows into records."""
+"""Encoding of records as parameters of statements, and decoding of rows as records."""
 
 from __future__ import annotations
 
@@ -7,23 +7,19 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
-from sqlalchemy import (
-    Dialect,
-    Text,
-    type_coerce,
-)
+from sqlalchemy import Dialect, Text, type_coerce
 
 from openclaw_store.database.tables import ROWS, table_of
 from openclaw_store.database.types import EnumValue, UtcTime
 from openclaw_store.domain import JSON_FIELDS, Decode, Raw, Record, RowCodec, decode
 from openclaw_store.errors import InvalidDataError
 
+# `beat` is no field: each heartbeat writes it without a new version.
 FIELDS: Final = {
     kind: tuple(column.name for column in row.__table__.columns if column.name != "beat")
     for kind, row in ROWS.items()
 }
 """The columns that are fields of the domain class, in its order."""
-
 
 COLUMNS: Final = {
     kind: tuple(
@@ -34,47 +30,50 @@ COLUMNS: Final = {
     )
     for kind, row in ROWS.items()
 }
-"""What to select to `decode` a row into a record."""
+"""The columns to select for `decoder_of`; JSON stays text."""
 
 
 def codec_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> RowCodec:
-    """How a record's values become the parameters for the named columns."""
+    """Return the codec that makes parameters for the named columns of a record."""
     columns = table_of(kind).c
     bind_processors = []
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         if isinstance(columns[name].type, UtcTime | EnumValue):
             encoder = columns[name].type.bind_processor(dialect)
             if encoder is not None:
-                bind_processors.append((place, encoder))
-    json = [(place, name) for place, name in enumerate(names) if name in JSON_FIELDS[kind]]
+                bind_processors.append((index, encoder))
+    json = [(index, name) for index, name in enumerate(names) if name in JSON_FIELDS[kind]]
     return RowCodec(_picker(names), bind_processors, json)
 
 
 def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
     if len(names) == 1:
-        return lambda fields: (fields[names[0]],)  # `itemgetter` would give the bare value
+        return lambda fields: (fields[names[0]],)  # `itemgetter` of one name returns no tuple
     return itemgetter(*names)
 
 
-@lru_cache(maxsize=32)  # making one takes longer than reading a row
+@lru_cache(maxsize=32)  # making a decoder takes longer than decoding a row
 def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
-    """What makes a record of a row of `COLUMNS`, as the driver gives it."""
+    """Return the function that makes a record of the driver's values of `COLUMNS`."""
     columns = table_of(kind).c
     decoders = []
-    for place, name in enumerate(FIELDS[kind]):
+    for index, name in enumerate(FIELDS[kind]):
         if isinstance(columns[name].type, UtcTime | EnumValue):
             decoder = columns[name].type.result_processor(dialect, None)
             if decoder is not None:
-                decoders.append((place, decoder))
+                decoders.append((index, decoder))
 
     def decode_row(raw: Raw) -> Record[Any]:
         values = list(raw)
         try:
-            for place, decoder in decoders:
-                if values[place] is not None:
-                    values[place] = decoder(values[place])
-        except (TypeError, OverflowError) as error:  # written by hand: SQLite takes text anywhere
-            raise InvalidDataError(FIELDS[kind][place], f"of {raw[0]!r} cannot be read") from error
+            for index, decoder in decoders:
+                if values[index] is not None:
+                    values[index] = decoder(values[index])
+        except (
+            TypeError,
+            OverflowError,
+        ) as error:  # written by hand: SQLite stores text in any column
+            raise InvalidDataError(FIELDS[kind][index], f"of {raw[0]!r} cannot be read") from error
         return decode(kind, values)
 
     return decode_row

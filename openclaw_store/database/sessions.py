@@ -1,4 +1,4 @@
-"""The sessions of one event loop: those that read, and those that only `Database` may end."""
+"""The sessions of one event loop: for reading, and for transactions that `Database` ends."""
 
 from __future__ import annotations
 
@@ -18,54 +18,55 @@ from openclaw_store.errors import StoreError
 logger = logging.getLogger("openclaw_store.sessions")
 
 _CLOSE_SECONDS = 5.0
-"""How long closing the connections for reading may take."""
+"""Limit for closing the connections of a pool."""
 
 
-class Engines:
-    """The engines of one event loop, and what makes sessions of them.
+class LoopSessions:
+    """The engines and session factories of one event loop.
 
     Args:
-        home: The event loop.
-        backend: The database they lead to.
-        info: What each session is to know.
-        options: Of the pool that keeps connections for reading.
+        loop: The event loop.
+        backend: The database.
+        info: The `info` of each session.
+        options: Options of the pool of read connections.
     """
 
     def __init__(
         self,
-        home: asyncio.AbstractEventLoop,
+        loop: asyncio.AbstractEventLoop,
         backend: Backend,
         info: dict[str, Any],
         **options: Any,
     ) -> None:
-        self._home = home
+        self._loop = loop
         self._backend = backend
-        self.reading = backend.engine(write=False, **options)
-        self.writing = backend.engine(write=True, pool=NullPool)
-        self.sessions = async_sessionmaker(self.reading, expire_on_commit=False, info=info)
+        self._read_engine = backend.engine(write=False, **options)
+        self._write_engine = backend.engine(write=True, pool=NullPool)
+        self.sessions = async_sessionmaker(self._read_engine, expire_on_commit=False, info=info)
         self.write_sessions = async_sessionmaker(
-            self.writing, expire_on_commit=False, info=info, sync_session_class=_WriteSession
+            self._write_engine, expire_on_commit=False, info=info, sync_session_class=_WriteSession
         )
         self.checked_out: set[int] = set()
-        """What stands for each connection in use."""
-        for engine in (self.reading, self.writing):
+        """The `id` of the pool record of each connection in use."""
+        for engine in (self._read_engine, self._write_engine):
             self._note_use(engine)
 
     async def close(self) -> None:
-        """Close what the pools keep, in time."""
-        if self._home.is_closed() and self._backend.dialect == "postgresql":
-            return  # nothing can be sent any more; the sockets go with their objects
+        """Close the connections of the pools, within a limit."""
+        if self._loop.is_closed() and self._backend.dialect == "postgresql":
+            return  # a closed loop cannot send; the sockets close with their objects
         try:
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await _on(self._home, self._dispose())
-                await asyncio.sleep(0)  # what closed a connection may have put the timeout off
+                await _on(self._loop, self._dispose())
+                await asyncio.sleep(0)  # closing a connection may have deferred the cancellation
         except (TimeoutError, RuntimeError) as error:
             logger.warning("connections were dropped, not closed: %s", error or "no answer")
 
     async def _dispose(self) -> None:
-        await self.reading.dispose()
-        await self.writing.dispose()
+        await self._read_engine.dispose()
+        await self._write_engine.dispose()
 
+    # The events run on the thread of the loop; `checked_out_connections` reads from any thread.
     def _note_use(self, engine: AsyncEngine) -> None:
         @event.listens_for(engine.sync_engine, "checkout")
         def checkout(connection: object, record: object, proxy: object) -> None:
@@ -77,7 +78,7 @@ class Engines:
 
 
 class _WriteSession(Session):
-    """A session whose transaction is ended by `Database.transaction` alone."""
+    """A session that leaves the end of its transaction to `Database.transaction`."""
 
     def commit(self) -> None:
         transaction = self.info.get("transaction")
@@ -96,7 +97,7 @@ class _WriteSession(Session):
 
 
 async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work` on its own event loop, if that runs, else here."""
+    """Run `work` on its event loop if that is running, otherwise on this one."""
     if loop is asyncio.get_running_loop() or not loop.is_running():
         await work
     else:

@@ -1,8 +1,8 @@
-"""The SQL that units send, made once from the mapping, for each database.
+"""SQL statements of the write path, compiled once from the declarative models for each database.
 
-Units speak to the drivers themselves: SQLAlchemy's way to a driver takes longer than most of these
-statements. One for many rows is sent once for all of them, where the driver can do that: SQLite
-takes `VALUES` with a place for each value, PostgreSQL an array for each column, as text.
+The write path calls the drivers directly: compiling and executing through SQLAlchemy takes longer
+than most of these statements. A statement for many rows is sent once: SQLite takes `VALUES` with a
+parameter for each value, PostgreSQL an array for each column, as text.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import orjson
 from sqlalchemy import (
-    CTE,
     Column,
     ColumnElement,
     Dialect,
@@ -23,7 +22,6 @@ from sqlalchemy import (
     TableValuedAlias,
     TextClause,
     UnaryExpression,
-    and_,
     any_,
     bindparam,
     cast,
@@ -31,12 +29,13 @@ from sqlalchemy import (
     delete,
     func,
     insert,
+    literal_column,
     or_,
     select,
-    table,
     text,
     true,
     update,
+    values,
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import ARRAY, asyncpg
@@ -44,7 +43,8 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
-from openclaw_store.backends import PLACEHOLDER, shifted
+from openclaw_store.backends import CounterStatements
+from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
@@ -60,40 +60,44 @@ from openclaw_store.database.types import Json, UtcTime
 from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task, TaskStatus
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
-"""What a heartbeat may report."""
-
+"""The fields that a heartbeat may report."""
 
 _POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
-
-
 _CHANGES = Base.metadata.tables["changes"]
-
-
 _NODES = table_of(NodeInfo)
-
-
 _TASKS = table_of(Task)
+
+_ONLY_COUNTERS = text("counters.id = 1")  # as text: no parameter
+_COUNTERS = (CounterRow.revision, CounterRow.beat)
 
 
 class Statements(ABC):
-    """The statements for one database. Rows are tuples of what the driver takes."""
+    """The statements for one database. Rows are tuples of values that its driver takes."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect
-        counters = select(CounterRow.revision, CounterRow.beat).where(text("id = 1"))
-        self.read_counters = self._compile(counters)
+        read_counters = select(*_COUNTERS).where(_ONLY_COUNTERS)
+        self.read_counters = self._compile(read_counters)
+        write_counters = update(CounterRow).where(_ONLY_COUNTERS)
+        lock: Select[Any] = (
+            select(literal_column("1")).select_from(CounterRow).where(_ONLY_COUNTERS)
+        )
+        increment = write_counters.values(beat=CounterRow.beat + literal_column("1"))
+        self.counters = CounterStatements(
+            read=self.read_counters,
+            lock=self._compile(lock.with_for_update()),
+            increment=self._compile(increment),
+        )
+        """The statements that a backend needs itself."""
         self.write_counters = self._compile(
-            update(CounterRow)
-            .where(
-                text("id = 1"),
+            write_counters.where(
                 CounterRow.revision == bindparam("read_revision"),
                 CounterRow.beat == bindparam("read_beat"),
-            )
-            .values(revision=bindparam("new_revision"), beat=bindparam("new_beat"))
+            ).values(revision=bindparam("new_revision"), beat=bindparam("new_beat"))
         )
-        """New counters and those that were read, which must be there still.
+        """Compare-and-set: takes the new counters, then the expected ones.
 
-        `write_counters_if`, besides: identifiers of tasks, and the versions they must have.
+        `write_counters_if` also takes identifiers of tasks and their expected versions.
         """
         self._read_one = {
             kind: self._compile(
@@ -110,51 +114,49 @@ class Statements(ABC):
             )
             for kind, names in FIELDS.items()
         }
-        """For many rows, and what makes each of them of a record."""
+        """The statement for many rows, and the codec that makes a row of a record."""
         self.forget_until = self._compile(
             delete(_CHANGES)
             .where(_CHANGES.c.revision <= bindparam("until"))
             .returning(_CHANGES.c.revision)
         )
-        """Removes all changes up to a revision, and tells which."""
-        self.write_compacted = self._compile(
-            update(CounterRow).where(text("id = 1")).values(compacted=bindparam("until"))
-        )
-        """Tells everybody of it."""
+        """Delete all changes up to a revision, and return their revisions."""
+        self.write_compacted = self._compile(write_counters.values(compacted=bindparam("until")))
+        """Record the revision up to which changes were deleted."""
         self.insert_change = self._insert(list(_CHANGES.c))
-        """For many rows."""
+        """The statement for many rows."""
         moment = UtcTime()
-        self.to_moment: Callable[[datetime], Any] = moment.bind_processor(dialect) or _as_it_is
-        """A moment as the driver takes it."""
+        self.to_moment: Callable[[datetime], Any] = moment.bind_processor(dialect) or _identity
+        """Convert a time to the driver's value."""
         self.from_moment: Callable[[Any], datetime] = (
-            moment.result_processor(dialect, None) or _as_it_is
+            moment.result_processor(dialect, None) or _identity
         )
-        """A moment as the driver gives it."""
+        """Convert the driver's value to a time."""
         self.decode: Mapping[type[Any], Decode] = {
             Task: decoder_of(Task, dialect),
             NodeInfo: decoder_of(NodeInfo, dialect),
         }
-        """Makes a record of a row of all columns."""
-        self.read_task = self._compile(
-            select(*COLUMNS[Task]).where(TaskRow.task_id == bindparam("id"))
-        )
+        """Make a record of a row of all columns."""
+        tasks = select(*COLUMNS[Task])
+        self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
         self.read_assigned = self._compile(
-            select(*COLUMNS[Task]).where(self._is_assigned, self._assigned == bindparam("node"))
+            tasks.where(self._is_assigned, self._assigned == bindparam("node"))
         )
-        """All columns of the tasks that take up places on a node."""
+        """All columns of the tasks that a node has claimed and not finished."""
         self.read_live_keys = self._compile(
             select(TaskRow.idempotency_key, TaskRow.task_id).where(IS_LIVE, self._has_given_key())
         )
-        """The idempotency keys among those `given` that live tasks have, and which."""
-        self.status_since = self._compile(_status_since()) + " LIMIT 1"  # else it is a parameter
-        """When the status changed last; for the newest change, its item and its identifier."""
+        """Idempotency key and identifier of the live tasks that have one of the `given` keys."""
+        # Not `limit(1)`: SQLAlchemy adds an OFFSET to it for SQLite, as a parameter.
+        self.status_since = self._compile(status_changes()) + " LIMIT 1"
+        """The time of the last change of status; takes the newest change, its item and its id."""
         self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}
 
     def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
-        """For many rows of the key and the named columns, and what makes the latter of a record.
+        """Return the statement that updates the named columns of many rows, and their codec.
 
-        It writes these columns and no others. `beat` is the last of them, and not in the plan.
+        A row is the key, then these columns. `beat` is the last of them, and not in the codec.
         """
         if (kind, names) not in self._updates:
             table = table_of(kind)
@@ -165,11 +167,11 @@ class Statements(ABC):
         return self._updates[kind, names]
 
     def finished(self, keep: Iterable[TaskStatus]) -> Sequence[str]:
-        """Four searches of one index, but for tasks whose status is to be kept.
+        """Return four searches of one index for finished tasks of a status not in `keep`.
 
-        For a cutoff and a limit: those that finished before it, and those without `completed_at`
-        that were changed before it. For the present moment, another one and a limit: those whose
-        `completed_at` is yet to come that were changed before, and that were changed after it.
+        The first two take a cutoff and a limit: tasks completed before the cutoff, and tasks
+        without `completed_at` updated before it. The last two take the present time, another time
+        and a limit: tasks whose `completed_at` is in the future, updated before and after it.
         """
         query = select(TaskRow.task_id).where(IS_FINISHED)
         for status in keep:
@@ -186,7 +188,10 @@ class Statements(ABC):
         ]
 
     def read(self, kind: type[Any], ids: Sequence[str]) -> tuple[str, Sequence[Any]]:
-        """The counters and what decisions need of rows, in each row; one of NULLs is none."""
+        """Return the query, with its parameters, of the columns that decisions on rows need.
+
+        Each row begins with the counters. A missing row has NULLs.
+        """
         if len(ids) == 1:
             return self._read_one[kind], ids
         return self._read_many[kind], (self.given(ids),)
@@ -194,35 +199,35 @@ class Statements(ABC):
     write_counters_if: str
     _read_many: dict[type[Any], str]
     delete: dict[type[Any], str]
-    """For many rows of an identifier."""
+    """The statement for many rows of an identifier."""
     forget: str
-    """Removes a change and all before it; for many rows as `status_since` takes."""
+    """Delete a change and all earlier ones of its item; rows as `status_since` takes."""
     beat: str
-    """For many rows of usage, moment, flush, identifier, the moment again, and the present one."""
+    """Write heartbeats: rows of usage, time, sequence number, id, the time again, the present."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
-    """Whether a task takes up a place on a node."""
+    """The condition of tasks that are claimed or running."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
-    """The node of a task, in a search that shall not go through all tasks it ever had."""
+    """The node of a task, in a search that must not read all tasks that the node ever had."""
 
     @abstractmethod
     def _parameter(self, number: int) -> str:
-        """What stands for a parameter, by its place from 1."""
+        """Return the placeholder of a parameter, numbered from 1."""
 
     @abstractmethod
     def _has_given_key(self) -> ColumnElement[bool]:
-        """Whether a task has one of the idempotency keys that are `given`."""
+        """Return the condition of tasks with one of the `given` idempotency keys."""
 
     @abstractmethod
     def given(self, ids: Sequence[str]) -> Any:
-        """Identifiers as a parameter of `by_ids`."""
+        """Return identifiers as one parameter of `by_ids`."""
 
     @abstractmethod
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
-        """What finds rows by their `given` identifiers; a row of NULLs is none."""
+        """Return the query of rows by their `given` identifiers; a missing row may have NULLs."""
 
     @abstractmethod
     def elements(self, texts: Any) -> Any:
-        """The elements of a JSON list of text, as a column to select."""
+        """Return the elements of a JSON list of text, as a column to select."""
 
     @abstractmethod
     def _insert(self, columns: Sequence[Column[Any]]) -> str: ...
@@ -231,27 +236,25 @@ class Statements(ABC):
     def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str: ...
 
     def _compile(self, statement: ClauseElement, columns: Sequence[str] | None = None) -> str:
-        """The text of a statement whose parameters stand in the order of `columns`, else in its."""
-        names = None if columns is None else list(columns)
-        return str(statement.compile(dialect=self.dialect, column_keys=names))
+        """Return the SQL; its parameters are in the order of `columns`, or of the statement."""
+        return str(statement.compile(dialect=self.dialect, column_keys=columns))
 
     def _with_counters(self, kind: type[Any]) -> Select[Any]:
-        # Of a task the decisions need little; nodes are few, and some writes need all of them.
+        # Decisions need few columns of a task; nodes are few, and some writes need all of them.
         names = ("task_id", "version", "status", "assigned_node")
         columns = COLUMNS[kind] if kind is NodeInfo else map(table_of(kind).c.get, names)
-        counters = select(CounterRow.revision, CounterRow.beat, *columns)
-        return counters.where(text("counters.id = 1"))
+        return select(*_COUNTERS, *columns).where(_ONLY_COUNTERS)
 
 
 class SQLiteStatements(Statements):
-    """Those for SQLite."""
+    """The statements for SQLite."""
 
-    # What a failed statement has written is rolled back with all of its transaction. Without
-    # this, SQLite would besides keep a copy of each page that a statement for many rows changes,
-    # to be able to undo that alone: a fifth of the time of an insert.
+    # Without OR FAIL, SQLite keeps a copy of each page that a statement for many rows changes, to
+    # undo that statement alone: a fifth of the time of an insert. It is not needed, because the
+    # whole transaction is rolled back when a statement fails.
     _OR_FAIL = "OR FAIL"
-    # Behind a sign it cannot be looked up in an index, so the one on the status is used: even
-    # where nearly all tasks had one and the same when they were counted.
+    # `unlikely` makes the planner use the index on the status, and the sign keeps it from using the
+    # one on the node: nearly all tasks may have had the same status when they were counted.
     _is_assigned = func.unlikely(IS_ASSIGNED)
     _assigned = UnaryExpression(_TASKS.c.assigned_node, operator=custom_op("+"))
 
@@ -271,7 +274,7 @@ class SQLiteStatements(Statements):
             kind: self._compile(delete(table_of(kind)).where(_key(kind) == bindparam("key")))
             for kind in ROWS
         }
-        chain = _chain()
+        chain = chain_of_changes()
         self.forget = self._compile(
             delete(_CHANGES).where(_CHANGES.c.revision.in_(select(chain.c.revision)))
         )
@@ -299,8 +302,8 @@ class SQLiteStatements(Statements):
         return orjson.dumps(list(ids)).decode()
 
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
-        # SQLite never turns an outer join round: it goes through the identifiers, not through the
-        # table, even if its statistics are of a time when that was small.
+        # SQLite never reverses an outer join: it reads the identifiers first, not the table, even
+        # if its statistics are from a time when the table was small.
         given = _each(ids)
         found = given.outerjoin(table_of(kind), _key(kind) == given.c.value)
         return select(*columns).select_from(found)
@@ -320,20 +323,20 @@ class SQLiteStatements(Statements):
 
     def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str:
         names = [key.name, *(one.name for one in columns)]
-        given = table("given", *map(column, names))
-        # `IN` besides: with old statistics SQLite would go through the whole table.
-        statement = update(key.table).where(
-            key == given.c[key.name], key.in_(select(given.c[key.name]))
-        )
-        statement = statement.values({one.name: given.c[one.name] for one in columns})
-        values = f"({', '.join(names)}) AS (VALUES ({', '.join('?' * len(names))}))"
-        return f"WITH given {values} {self._compile(statement.prefix_with(self._OR_FAIL))}"
+        row = values(*map(column, names), name="given").data([tuple(map(bindparam, names))])
+        given = row.cte("given")
+        # `IN` as well: with old statistics SQLite would read the whole table.
+        matches = key == given.c[key.name], key.in_(select(given.c[key.name]))
+        statement = update(key.table).where(*matches).prefix_with(self._OR_FAIL)
+        return self._compile(statement.values({one.name: given.c[one.name] for one in columns}))
 
 
 class PostgreSQLStatements(Statements):
-    """Those for PostgreSQL.
+    """The statements for PostgreSQL.
 
-    A row that is changed by hand at the same time is waited for, and found by its key again.
+    They match rows by key, so an update that waits for a concurrent change by hand finds its row.
+    `batch_sql.combined` depends on the text `unnest($1::text::type[]) AS given (…)`, so they are
+    not built by SQLAlchemy.
     """
 
     def __init__(self) -> None:
@@ -346,11 +349,11 @@ class PostgreSQLStatements(Statements):
             )
             for kind, row in ROWS.items()
         }
-        versions = _given([_TASKS.c.task_id, _TASKS.c.version])
+        versions = _given([_TASKS.c.task_id, _TASKS.c.version], first=5)
         self.write_counters_if = f"""{self.write_counters}
             AND NOT EXISTS (
-                SELECT FROM {PLACEHOLDER.sub(partial(shifted, by=4), versions)} LEFT JOIN tasks
-                ON tasks.task_id = given.task_id WHERE tasks.version IS DISTINCT FROM given.version
+                SELECT FROM {versions} LEFT JOIN tasks ON tasks.task_id = given.task_id
+                WHERE tasks.version IS DISTINCT FROM given.version
             )"""
         self.delete = {
             kind: f"DELETE FROM {table_of(kind)} USING {_given([_key(kind)])} "
@@ -395,8 +398,8 @@ class PostgreSQLStatements(Statements):
 
     def _insert(self, columns: Sequence[Column[Any]]) -> str:
         names = ", ".join(one.name for one in columns)
-        values = ", ".join(map(_value, columns))
-        return f"INSERT INTO {columns[0].table} ({names}) SELECT {values} FROM {_given(columns)}"
+        given = ", ".join(map(_value, columns))
+        return f"INSERT INTO {columns[0].table} ({names}) SELECT {given} FROM {_given(columns)}"
 
     def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str:
         changes = ", ".join(f"{one.name} = {_value(one)}" for one in columns)
@@ -405,20 +408,20 @@ class PostgreSQLStatements(Statements):
 
 
 def _each(texts: Any) -> TableValuedAlias:
-    """The elements of a JSON list, for SQLite."""
+    """Return the elements of a JSON list, for SQLite."""
     return func.json_each(texts).table_valued("value").alias("given")
 
 
-def _given(columns: Sequence[Any]) -> str:
-    """A table of what is given, an array for each column."""
+def _given(columns: Sequence[Any], first: int = 1) -> str:
+    """Return a table of parameters from number `first`, an array for each column."""
     arrays = ", ".join(
-        f"${place}::text::{_element(one.type)}[]" for place, one in enumerate(columns, start=1)
+        f"${number}::text::{_element(one.type)}[]" for number, one in enumerate(columns, first)
     )
     return f"unnest({arrays}) AS given ({', '.join(one.name for one in columns)})"
 
 
 def _element(kind: Any) -> str:
-    """What an array for a column of this type holds: text of any length, the JSON not yet read."""
+    """Return the type of an array's elements: `text` for any length of text, and for JSON."""
     name: str = kind.compile(_POSTGRESQL)
     return "text" if name.startswith("VARCHAR") or name == "JSON" else name
 
@@ -434,51 +437,15 @@ def _key(kind: type[Any]) -> Column[Any]:
 
 
 def _is_among(kind: type[Any], ids: Any) -> ColumnElement[bool]:
-    """Whether a row has one of these identifiers, for PostgreSQL."""
+    """Return the condition of rows with one of these identifiers, for PostgreSQL."""
     return _key(kind) == any_(cast(ids, ARRAY(Text)))
 
 
-def _as_it_is(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
-
-
-def history_of(newest: int, item: str, id: str) -> Select[Any]:
-    """The changes of one task or node up to the newest, which is given; newest first."""
-    chain = _chain()
-    query = select(chain).order_by(chain.c.revision.desc())
-    return query.params(newest=newest, item_=item, id=id)
-
-
-def _status_since() -> Select[Any]:
-    chain = _chain()
-    changed = chain.c.from_status.is_distinct_from(chain.c.to_status)
-    return select(chain.c.changed_at).where(changed)
-
-
-def _chain() -> CTE:
-    """A chain of changes, from the newest, which is given, to the first."""
-    newest = _CHANGES.alias()
-    chain = (
-        select(newest)
-        .where(
-            newest.c.revision == bindparam("newest"),
-            newest.c.item == bindparam("item_"),
-            newest.c.item_id == bindparam("id"),
-        )
-        .cte("chain", recursive=True)
-    )
-    older = _CHANGES.alias()
-    # A version that somebody wrote by hand may point anywhere, even forward: it must not go round.
-    is_next = and_(
-        older.c.revision == chain.c.previous,
-        older.c.revision < chain.c.revision,
-        older.c.item == chain.c.item,
-        older.c.item_id == chain.c.item_id,
-    )
-    return chain.union_all(select(older).join(chain, is_next))
 
 
 @cache
 def statements_for(dialect: str) -> Statements:
-    """The statements for `sqlite` or `postgresql`."""
+    """Return the statements for `sqlite` or `postgresql`."""
     return SQLiteStatements() if dialect == "sqlite" else PostgreSQLStatements()

@@ -1,4 +1,4 @@
-"""The tables as SQLAlchemy declarative models; Alembic checks the schema against them.
+"""The declarative models of the tables; Alembic compares the schema with them.
 
 `TaskRow` and `NodeRow` have a column for each field of `Task` and `NodeInfo`, in the same order.
 """
@@ -22,7 +22,7 @@ from sqlalchemy import (
     Text,
     TextClause,
     text,
-)
+)  # fmt: skip
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from openclaw_store.database.types import EnumValue, Json, UtcTime, _Key, _UtcNow
@@ -44,32 +44,33 @@ def _one_of(column: str, kind: type[Enum]) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({values})", name=column)
 
 
+def _index(name: str, *columns: str, where: TextClause | None = None) -> Index:
+    return Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
 def _in(states: Iterable[TaskStatus]) -> TextClause:
     return text(f"status IN ({', '.join(repr(str(state)) for state in sorted(states))})")
 
 
-# SQLite uses a partial index only for queries that repeat its condition to the letter.
+# SQLite uses a partial index only for queries that repeat its condition literally.
 IS_PENDING = _in(WAITING)
-"""Whether a task waits to be run."""
-
+"""The condition of pending and scheduled tasks."""
 
 IS_FINISHED = _in(FINISHED)
-"""Whether a task is done."""
-
+"""The condition of tasks that are completed, failed or cancelled."""
 
 IS_LIVE = _in(WAITING | ASSIGNED)
-"""Whether a task is not done yet."""
-
+"""The condition of tasks that are not finished."""
 
 IS_ASSIGNED = _in(ASSIGNED)
-"""Whether a task takes up a place on its node."""
+"""The condition of tasks that count against the capacity of their node."""
 
-
+_HAS_NODE, _HAS_USER = text("assigned_node IS NOT NULL"), text("user_id IS NOT NULL")
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
 
 
 class Base(DeclarativeBase):
-    """Gives every constraint a name that migrations can refer to."""
+    """The base of all models; it names every constraint, so that migrations can refer to it."""
 
     metadata = MetaData(
         naming_convention={
@@ -90,43 +91,14 @@ class TaskRow(Base):
         _one_of("task_type", TaskType),
         _one_of("status", TaskStatus),
         CheckConstraint("priority BETWEEN 0 AND 3", name="priority"),
-        # The pending list is read in this order, and finished tasks cost it nothing.
-        Index(
-            "ix_tasks_pending",
-            "priority",
-            "submitted_at",
-            "task_id",
-            sqlite_where=IS_PENDING,
-            postgresql_where=IS_PENDING,
-        ),
-        Index("ix_tasks_status", "status", "submitted_at"),
-        Index(
-            "ix_tasks_assigned_node",
-            "assigned_node",
-            "submitted_at",
-            sqlite_where=text("assigned_node IS NOT NULL"),
-            postgresql_where=text("assigned_node IS NOT NULL"),
-        ),
-        Index(
-            "ix_tasks_user_id",
-            "user_id",
-            "submitted_at",
-            sqlite_where=text("user_id IS NOT NULL"),
-            postgresql_where=text("user_id IS NOT NULL"),
-        ),
-        Index(
-            "ix_tasks_finished",
-            "completed_at",
-            sqlite_where=IS_FINISHED,
-            postgresql_where=IS_FINISHED,
-        ),
-        # Not unique: the writer decides, and one batch may end a task and begin the next one.
-        Index(
-            "ix_tasks_idempotency_key",
-            "idempotency_key",
-            sqlite_where=_HAS_LIVE_KEY,
-            postgresql_where=_HAS_LIVE_KEY,
-        ),
+        # The list of pending tasks is read in this order; finished tasks are not in the index.
+        _index("ix_tasks_pending", "priority", "submitted_at", "task_id", where=IS_PENDING),
+        _index("ix_tasks_status", "status", "submitted_at"),
+        _index("ix_tasks_assigned_node", "assigned_node", "submitted_at", where=_HAS_NODE),
+        _index("ix_tasks_user_id", "user_id", "submitted_at", where=_HAS_USER),
+        _index("ix_tasks_finished", "completed_at", where=IS_FINISHED),
+        # Not unique: the writer refuses duplicates, and one batch may end a task and add the next.
+        _index("ix_tasks_idempotency_key", "idempotency_key", where=_HAS_LIVE_KEY),
     )
 
     task_id: Mapped[str] = mapped_column(_Key, primary_key=True)
@@ -153,7 +125,7 @@ class TaskRow(Base):
     user_id: Mapped[str | None] = mapped_column(_Key)
     idempotency_key: Mapped[str | None] = mapped_column(_Key)
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
-    # `metadata` is taken on a declarative class; the column has its real name.
+    # `metadata` is reserved on a declarative class; the column has the real name.
     metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
     updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -192,14 +164,14 @@ class NodeRow(Base):
     tags: Mapped[Any] = mapped_column(Json, nullable=True)
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """Number of the flush of heartbeats that last wrote the row."""
+    """Sequence number of the last heartbeat flush that wrote the row."""
 
 
 class ChangeRow(Base):
-    """A row of `changes`, the feed: one for every change of a task or node, heartbeats aside.
+    """A row of `changes`, the feed: one change of a task or node. Heartbeats are no changes.
 
     The history of a task or node is a chain: its `version` is the revision of its last change, and
-    each change knows the one `previous` to it. An index would cost more than the whole row.
+    each change refers to the `previous` one. An index would cost more than the whole row.
     """
 
     __tablename__ = "changes"
@@ -221,7 +193,7 @@ class ChangeRow(Base):
 
 
 class CounterRow(Base):
-    """The one row of `counters`: what numbers the changes and the flushes of heartbeats."""
+    """The one row of `counters`: the last revision and the last heartbeat sequence number."""
 
     __tablename__ = "counters"
     __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
@@ -230,7 +202,7 @@ class CounterRow(Base):
     revision: Mapped[int] = mapped_column(BigInteger, server_default="0")
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
     compacted: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """Up to this revision, changes were removed from the feed."""
+    """The revision up to which changes were removed from the feed."""
 
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
@@ -238,5 +210,5 @@ ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
 
 
 def table_of(kind: type[Any]) -> Table:
-    """The table that rows of a domain class are in."""
+    """Return the table of a domain class."""
     return Base.metadata.tables[ROWS[kind].__tablename__]

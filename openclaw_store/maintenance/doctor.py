@@ -20,7 +20,7 @@ from typing import Any
 from sqlalchemy import Connection, inspect, select, text
 
 from openclaw_store.backends.postgresql import backend as postgresql
-from openclaw_store.backends.sqlite import backend as sqlite
+from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import COPYING, HEAD, Base, Database, NodeRow, legacy_import, stored
 from openclaw_store.domain import Clock
 from openclaw_store.errors import UnavailableError

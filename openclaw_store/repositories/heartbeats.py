@@ -129,7 +129,7 @@ def _apply(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Se
     for beat in heartbeats:
         at = unit.sql.to_moment(beat.at)
         rows.append((*map(beat.usage.get, USAGE), at, unit.beat, beat.id, at, now))
-    transaction.cursor.remember(
+    transaction.cursor.expect(
         dict.fromkeys(beat.id for beat in heartbeats)
     )  # they are not as they were
     if transaction.cursor.count(unit.sql.beat, rows) < len(rows):

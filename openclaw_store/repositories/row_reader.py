@@ -9,6 +9,7 @@ from sqlalchemy import CursorResult, Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from openclaw_store.backends import fetch_raw_rows
 from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of
 from openclaw_store.domain import Decode, Raw, Record, Task, TaskPriority
 
@@ -41,12 +42,7 @@ async def read_rows(
         return session.connection().execute(query, execution_options=options)
 
     def fetch(_: Session) -> Sequence[Raw]:
-        cursor, strategy = result.cursor, result.cursor_strategy
-        rows: Sequence[Raw] = (
-            strategy.fetchall(result, cursor)
-            if size is None
-            else strategy.fetchmany(result, cursor, size)
-        )
+        rows: Sequence[Raw] = fetch_raw_rows(result, size)
         # PostgreSQL's driver has its own type of row.
         return rows if not rows or type(rows[0]) is tuple else [tuple(row) for row in rows]
 

@@ -307,7 +307,7 @@ class UnitOfWork:
         written since. And what is to be added is not there.
         """
         # Only in the first run of a transaction: later runs do not know what it has written.
-        known = self.cursor.known() if self._counters is None else None
+        known = self.cursor.expected() if self._counters is None else None
         if known is None:
             return False
         counters, nodes = known
@@ -331,13 +331,13 @@ class UnitOfWork:
                     self._presumed_new.append(row)
         self.count_from(*counters)
         self._trusted = {id: record.version for id, record in tasks.items()}
-        self.cursor.assume()
+        self.cursor.speculate()
         return True
 
     def make_sure(self) -> None:
         """Begin anew if a row was taken for new and is not added: nobody would find out."""
         if any(row.version is None for row in self._presumed_new):
-            self.cursor.doubt()
+            self.cursor.abort()
 
     def end_run(self) -> None:
         """Forget the rows. They refer to the unit: such cycles only the collector frees."""
@@ -417,7 +417,7 @@ class UnitOfWork:
         if forgotten:
             self.cursor.write(self.sql.forget, forgotten)
         if self._only_adds:
-            self.cursor.number(len(self._changes), self._revision, self._renumber)
+            self.cursor.assign_revisions(len(self._changes), self._revision, self._rebase)
         elif self._changes or self.beaten:
             beat = self.beat if self.beaten else self.beat - 1
             counters = (self._revision, beat, *self._counters)
@@ -427,7 +427,7 @@ class UnitOfWork:
             else:
                 self.cursor.compare_and_set(self.sql.write_counters, counters)
 
-    def _renumber(self, by: int) -> None:
+    def _rebase(self, by: int) -> None:
         """Number all that was added behind what others have committed meanwhile."""
         committed = self.transaction.committed
         for place, event in enumerate(committed):
@@ -477,7 +477,7 @@ def apply(transaction: WriteTransaction, operations: Sequence[Command]) -> Seque
     for kind, touched in rows.items():
         _store(unit, kind, touched.values())
     if cursor.is_speculative:
-        cursor.remember({id: row.record for id, row in rows[NodeInfo].items()})
+        cursor.expect({id: row.record for id, row in rows[NodeInfo].items()})
     unit.end_run()
     return outcomes
 

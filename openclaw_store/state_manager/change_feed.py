@@ -37,6 +37,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from openclaw_store.backends import fetch_raw_rows
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
@@ -449,9 +450,6 @@ def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
 
 async def _fetch(session: AsyncSession, sql: str, *parameters: Any) -> Sequence[Any]:
     def fetch(session: Session) -> Sequence[Any]:
-        result = session.connection().exec_driver_sql(sql, parameters)
-        # SQLAlchemy's own rows take longer to make than these to read.
-        rows: Sequence[Any] = result.cursor_strategy.fetchall(result, result.cursor)
-        return rows
+        return fetch_raw_rows(session.connection().exec_driver_sql(sql, parameters))
 
     return await session.run_sync(fetch)

@@ -41,7 +41,7 @@ from openclaw_store import (
 from openclaw_store.backends.base import RedoError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql import write_session as round_trips
-from openclaw_store.backends.postgresql.backend import _Connector
+from openclaw_store.backends.postgresql.connections import Connector
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
     WriterCursor,
@@ -331,7 +331,7 @@ async def test_after_a_conflict_the_lock_comes_first_for_a_while(
     database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: with the lock, too, the counters are taken for what they were."""
-    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 3)
+    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 3)
     tasks, task = TaskRepository(database), make_task()
     await tasks.create(task)
     removal = Hesitating(task)
@@ -442,15 +442,15 @@ async def test_batch_whose_connection_took_longer_than_it_may_wait_waits_all_the
     database: Database, location: Location, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had a millisecond left for the lock."""
-    connect = _Connector.connect
+    connect = Connector.connect
 
-    async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
+    async def slowly(self: Connector, *arguments: Any, **options: Any) -> Any:
         connection = await connect(self, *arguments, **options)
         await asyncio.sleep(1)
         return connection
 
     async with Database(location, timeout=0.9) as hasty:
-        monkeypatch.setattr(_Connector, "connect", slowly)
+        monkeypatch.setattr(Connector, "connect", slowly)
         async with locked(location):
             writing = asyncio.ensure_future(TaskRepository(hasty).create(make_task()))
             await asyncio.sleep(1.3)
@@ -461,15 +461,15 @@ async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_eve
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: it has all of the time for the lock, or the block has what was left of it."""
-    connect, sent = _Connector.connect, list[str]()
+    connect, sent = Connector.connect, list[str]()
 
-    async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
+    async def slowly(self: Connector, *arguments: Any, **options: Any) -> Any:
         connection = await connect(self, *arguments, **options)
         connection.add_query_logger(lambda query: sent.append(query.query))
         await asyncio.sleep(0.2)
         return connection
 
-    monkeypatch.setattr(_Connector, "connect", slowly)
+    monkeypatch.setattr(Connector, "connect", slowly)
     async with database.transaction() as tx:
         assert (await tx.execute(text("SHOW lock_timeout"))).scalar_one() == "30s"
 
@@ -599,7 +599,7 @@ async def test_node_is_not_known_any_more_once_others_have_written(
     added: int,
 ) -> None:
     """Planted: what was known stays known when the counters have moved."""
-    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)
     await manager.register_node(make_node(node_id="n"))
     for _ in range(6):
         await manager.add_task(make_task())
@@ -635,7 +635,7 @@ async def test_node_is_not_known_any_more_once_others_have_beaten_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted: the server numbers what is added, and nobody asks for the flush of heartbeats."""
-    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)
     await manager.add_node(make_node(node_id="n"))
     await manager.add_task(make_task())
     clock.advance(seconds=200)

@@ -47,7 +47,8 @@ from openclaw_store import (
 )
 from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.postgresql import backend as postgresql
-from openclaw_store.backends.postgresql.backend import _Connector
+from openclaw_store.backends.postgresql import connections
+from openclaw_store.backends.postgresql.connections import Connector
 from openclaw_store.backends.postgresql.write_session import WriteSession
 from openclaw_store.errors import (
     BackendError,
@@ -153,7 +154,7 @@ class TestSilence:
     def _hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", self.LIMIT)
         monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.4)
-        monkeypatch.setattr(postgresql, "_CLOSE_SECONDS", 0.2)
+        monkeypatch.setattr(connections, "_CLOSE_SECONDS", 0.2)
 
     @pytest.fixture
     async def proxy(self, url: str) -> AsyncIterator[Proxy]:
@@ -309,7 +310,7 @@ class TestSilence:
     async def test_database_with_connections_that_are_cut_off_is_closed_in_time(
         self, proxy: Proxy, make_task: MakeTask
     ) -> None:
-        """Planted: the farewell waits as long as a statement, on one connection after another."""
+        """Planted: closing waits as long as a statement, on one connection after another."""
         database = Database(proxy.url, timeout=PATIENCE)
         await database.initialize()
         await TaskRepository(database).create(make_task())
@@ -346,7 +347,7 @@ class TestSilence:
         self, proxy: Proxy, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, words: bytes
     ) -> None:
         """Others waited until that was hopeless: it was asked to roll back, or still connected."""
-        monkeypatch.setattr(postgresql, "_UNWANTED_SECONDS", 0.2)
+        monkeypatch.setattr(connections, "_ABANDONED_SECONDS", 0.2)
 
         async def take() -> None:
             async with database.transaction():
@@ -370,7 +371,7 @@ class TestSilence:
         self, proxy: Proxy, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, is_connected: bool
     ) -> None:
         """It had as long again to connect, and for each answer."""
-        monkeypatch.setattr(postgresql, "_UNWANTED_SECONDS", 0.1)
+        monkeypatch.setattr(connections, "_ABANDONED_SECONDS", 0.1)
         async with Database(proxy.url, timeout=3) as database:
             if is_connected:
                 await TaskRepository(database).create(make_task())
@@ -386,16 +387,16 @@ class TestSilence:
         self, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Each of the things that begin it had all of the time."""
-        connect = _Connector.connect
+        connect = Connector.connect
 
-        async def slowly(self: _Connector, *arguments: Any, **options: Any) -> Any:
+        async def slowly(self: Connector, *arguments: Any, **options: Any) -> Any:
             connection = await connect(self, *arguments, **options)
             await asyncio.sleep(2.5)
             proxy.swallow()
             return connection
 
         async with Database(proxy.url, timeout=3) as database:
-            monkeypatch.setattr(_Connector, "connect", slowly)
+            monkeypatch.setattr(Connector, "connect", slowly)
             with within(5.2), pytest.raises(UnavailableError, match="does not answer"):
                 async with database.transaction():
                     raise AssertionError("it has begun")
@@ -422,7 +423,7 @@ class TestSilence:
 
             assert await TaskRepository(database).count_by_status() == 1
 
-    async def test_connections_whose_farewell_is_late_are_closed_without_a_word(
+    async def test_connections_whose_terminate_message_is_late_are_closed_silently(
         self, proxy: Proxy, url: str, make_task: MakeTask, caplog: pytest.LogCaptureFixture
     ) -> None:
         """SQLAlchemy reported an error of each."""
@@ -442,7 +443,7 @@ class TestSilence:
         engine = database.session_factory.kw["bind"]
         pooled = await engine.raw_connection()
         connection = pooled.driver_connection
-        proxy.swallow()  # it waits for the server to say farewell
+        proxy.swallow()  # the driver waits for the server's answer
 
         await end_while_closing(connection, is_limit=is_limit)
         pooled.invalidate()

@@ -493,7 +493,7 @@ class TestLife:
         await database.initialize()
         await TaskRepository(database).create(make_task())
         await TaskRepository(database).count_by_status()
-        (engines,) = database._engines.values()
+        (engines,) = database._loop_sessions.values()
 
         for part in (database._writer, engines):
             with monkeypatch.context() as patched, pytest.raises(asyncio.CancelledError):
@@ -1175,7 +1175,7 @@ asyncio.run(main(sys.argv[1]))
             backend = database._backend
             assert isinstance(backend, sqlite.SQLite)
 
-            @event.listens_for(backend.writing_engine, "connect")
+            @event.listens_for(backend.write_engine, "connect")
             def connect(connection: Any, record: object) -> None:
                 connection.execute(f"PRAGMA max_page_count={limit['pages']}")
 
@@ -1897,63 +1897,6 @@ connection.close()
         assert execute(location, "PRAGMA integrity_check") == [("ok",)]
         assert execute(location, "SELECT count(*) FROM texts") == [(18,)]
 
-    FORK_WITH_A_LOCK = """
-import _sqlite3, asyncio, ctypes, os, pathlib, signal, sys, warnings
-from openclaw_store import *
-from openclaw_store.backends.factory import backend_of
-from openclaw_store.maintenance.restore import restore
-
-async def use(path):
-    async with StateManager(Database(path)) as manager:
-        await manager.add_task(Task.create(TaskType.BATCH, "t"))
-        await manager.db.backup(path + ".backup", overwrite=True)
-
-def outcome(work):
-    try:
-        work()
-        return "works"
-    except UnavailableError as error:
-        return str(error).partition(":")[0]
-
-sqlite = ctypes.CDLL(_sqlite3.__file__)
-sqlite.sqlite3_mutex_alloc.restype = ctypes.c_void_p
-sqlite.sqlite3_mutex_enter.argtypes = sqlite.sqlite3_mutex_leave.argtypes = [ctypes.c_void_p]
-warnings.simplefilter("ignore", DeprecationWarning)  # as above
-for number in range(2, 14):  # those of SQLITE_MUTEX_STATIC_...
-    lock = sqlite.sqlite3_mutex_alloc(number)
-    sqlite.sqlite3_mutex_enter(lock)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        try:
-            path = sys.argv[1] + ".child"
-            print(number, outcome(lambda: asyncio.run(use(path))), sep="|", end="|")
-            backup = pathlib.Path(path + ".backup")
-            print(outcome(lambda: restore(backend_of(path, 1), backup)), flush=True)
-        finally:
-            os._exit(0)
-    sqlite.sqlite3_mutex_leave(lock)
-    os.waitpid(child, 0)
-print(outcome(lambda: asyncio.run(use(sys.argv[1]))))
-"""
-
-    @pytest.mark.sqlite
-    def test_forked_child_waits_for_no_lock_that_a_thread_of_its_parent_had(
-        self, location: Location
-    ) -> None:
-        """It waited for ever, where another thread was in SQLite at the moment of the fork."""
-        (ended,) = run_scripts((self.FORK_WITH_A_LOCK, [location]))
-
-        *children, parent = ended.out
-        outcomes = {number: said for number, *said in (line.split("|") for line in children)}
-        refused = "SQLite does not answer in this process, as if a thread had used it when this was"
-        refused += " forked"
-        assert (ended.code, ended.err, parent) == (0, "", "works")
-        assert list(outcomes) == [str(number) for number in range(2, 14)]
-        assert outcomes["11"] == [refused, refused]  # it is for opening files
-        for said in outcomes.values():
-            assert said in (["works", "works"], [refused, refused])
-
     @pytest.mark.parametrize("ending", ENDINGS)
     def test_interpreter_ends_though_nothing_was_closed(
         self, endings: dict[str, tuple[Location, Ended]], ending: str
@@ -2167,7 +2110,7 @@ class TestCancelledCallers:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
     ) -> None:
         """Else the thread that opens it complains that nobody is there, as after `asyncio.run`."""
-        monkeypatch.setattr(sqlite_connections, "_UNWANTED_SECONDS", seconds)
+        monkeypatch.setattr(sqlite_connections, "_ABANDONED_SECONDS", seconds)
         is_opening, go_on = threading.Event(), threading.Event()
 
         def open_late(*arguments: Any, **options: Any) -> sqlite3.Connection:

@@ -41,7 +41,7 @@ from openclaw_store import (
     UnavailableError,
 )
 from openclaw_store.backends import Backend
-from openclaw_store.backends.base import RedoError
+from openclaw_store.backends.base import CounterStatements, RedoError
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.database import group_commit, metrics
 from openclaw_store.database.group_commit import HALVED_FROM, Writer
@@ -62,6 +62,8 @@ class Shelf:
     transaction done again; `refuse…` is refused by itself; `explode…` raises; `exit` ends the
     thread.
     """
+
+    dialect = "sqlite"
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -87,7 +89,7 @@ class Shelf:
         self.sent = writer.publish_pending
         return writer
 
-    def write_session(self, until: float) -> Shelf:
+    def write_session(self, until: float, counters: CounterStatements) -> Shelf:
         return self
 
     def begin(self, until: float, meanwhile: Callable[[], None]) -> None:

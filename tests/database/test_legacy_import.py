@@ -709,7 +709,7 @@ class TestCopy:
         def full(*_: object, **__: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("openclaw_store.backends.sqlite.backend._copy", full)
+        monkeypatch.setattr("openclaw_store.backends.sqlite.backend.copy_database", full)
         with pytest.raises(UnavailableError, match="No space left on device"):
             await Database(location).initialize()
 

@@ -179,7 +179,7 @@ def granted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     note = WriterCursor._note
 
     def noted(self: WriterCursor, *row: Any) -> None:
-        written.append(self._has_assumed)
+        written.append(self._has_speculated)
         note(self, *row)
 
     monkeypatch.setattr(WriterCursor, "_note", noted)
@@ -201,7 +201,7 @@ async def test_outcome_is_the_same_on_both_databases(
     sure of; the guard asks for the counters alone; a node that was removed stays known; each run of
     a batch does without reading; a row that was not new after all is an error.
     """
-    monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)
     chance = Random(seed)
     tasks: Mapping[str, Task] = {}
     nodes: Mapping[str, NodeInfo] = {}

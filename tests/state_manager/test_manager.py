@@ -2534,7 +2534,10 @@ class TestLife:
         "with unsaved entries": lambda manager: (manager._replica, "sync"),
         "before it closes": lambda manager: (manager.db, "close"),
         "as the writer ends": lambda manager: (manager.db._writer, "close"),
-        "as connections close": lambda manager: (next(iter(manager.db._engines.values())), "close"),
+        "as connections close": lambda manager: (
+            next(iter(manager.db._loop_sessions.values())),
+            "close",
+        ),
     }
 
     @pytest.mark.parametrize("moment", INTERRUPTED)

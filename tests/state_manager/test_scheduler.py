@@ -296,7 +296,7 @@ class TestClaim:
     async def test_writer_forgets_what_it_knew_of_a_node_when_others_have_written(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)
+        monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)
         node = await cluster.join()
         await cluster.one.add_tasks(cluster.make_task() for _ in range(3))
         await cluster.two.refresh_from_database()
@@ -1346,7 +1346,7 @@ class TestEveryVerb:
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """P2 and P5: each is one transaction, whose changes have consecutive revisions."""
-        monkeypatch.setattr(round_trips, "_CAREFUL_AFTER_CONFLICT", 2)  # so each assumes a lot
+        monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)  # so each assumes a lot
         one, two = cluster.one, cluster.two
         node = cluster.make_node(node_id="n", max_concurrent_tasks=3)
         tasks = [cluster.make_task(task_id=f"t{number}") for number in range(6)]

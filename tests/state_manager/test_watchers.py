@@ -47,7 +47,6 @@ from openclaw_store.backends.notifications import (
     LONGEST_SECONDS,
     SHORTEST_SECONDS,
     UNREADABLE_SECONDS,
-    notify_of_commits,
 )
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.batch_sql import CHANNEL, OTHER_LISTENERS
@@ -512,8 +511,8 @@ class TestWakeUps:
     ) -> None:
         monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
         listening = (
-            "SELECT pid FROM pg_stat_activity"
-            " WHERE datname = current_database() AND query LIKE 'SELECT revision, beat%'"
+            "SELECT DISTINCT pid FROM pg_locks JOIN pg_stat_activity USING (pid)"
+            " WHERE locktype = 'advisory' AND datname = current_database()"
         )
         async with self.following(location) as follower:
             await manager.add_task(make_task())
@@ -658,7 +657,7 @@ class TestWakeUps:
         monkeypatch.setattr(wakeups, "Event", Impatient)
         away, told = location.with_name("away"), Event()
         os.rename(location, away)
-        polling = notify_of_commits(manager.db._backend, lambda *_: told.set())
+        polling = manager.db.follow(lambda *_: told.set())
         await until(lambda: UNREADABLE_SECONDS in pauses)
         os.rename(away, location)
         await until(told.is_set)
@@ -698,7 +697,7 @@ class TestWakeUps:
             told.append(revision)
             return not is_busy
 
-        polling = notify_of_commits(manager.db._backend, tell)
+        polling = manager.db.follow(tell)
         for _ in range(2):
             await manager.add_task(make_task())
             await until(lambda: manager.version in told)

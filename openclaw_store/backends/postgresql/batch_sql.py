@@ -1,4 +1,4 @@
-"""One statement of PostgreSQL for a whole batch, made of the statements of its parts."""
+"""One PostgreSQL statement for a whole batch, combined from the statements of its operations."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from typing import Any
 import orjson
 
 CHANNEL = "openclaw_store"
-"""On which whoever commits to PostgreSQL notifies those who listen."""
-
+"""The channel of NOTIFY on which a commit notifies the listeners."""
 
 FIRST_LISTENER, OTHER_LISTENERS = 0x6F70656E636C6101, 0x6F70656E636C6102
-"""Advisory locks of those who listen: the first one has the former, all others share the latter."""
+"""Advisory locks: the first listener holds the former, all further listeners share the latter."""
 
 
 def array(values: Sequence[Any]) -> str | None:
-    """What is given of one column, for at least one row; `None` where there are only NULLs.
+    """Return the values of one column as the text of an array; `None` if all are NULL.
 
-    The text of an array: of a list, the driver asks for each value whether it is a list itself.
+    Text, because the driver checks each value of a list for being a list itself.
     """
     if values[0] is None and values.count(None) == len(values):
         return None
-    # JSON but for its brackets, as long as it escapes nothing but backslashes and quotes.
+    # JSON differs only in its brackets, unless it escapes more than backslashes and quotes.
     text = orjson.dumps(values, default=str).decode()
     if "\\" in text:
         escapes = text.replace(r"\\", "")
@@ -34,41 +33,35 @@ def array(values: Sequence[Any]) -> str | None:
 
 
 def _quoted(value: Any) -> str:
-    """An element of an array, whatever it is."""
+    """Return any value as an element of an array."""
     if value is None:
         return "NULL"
     text = str(value).replace("\\", r"\\").replace('"', r"\"")
     return f'"{text}"'
 
 
-PLACEHOLDER = re.compile(r"\$(\d+)")
-
-
+_PLACEHOLDER = re.compile(r"\$(\d+)")
 _ARRAYS = re.compile(r"unnest\(([^)]*)\)")
-
-
 _ARRAY = re.compile(r"::text::([^[]+)\[\]")
 
-
 NUMBER = "UPDATE counters SET revision = revision + $1 WHERE id = 1"
-"""A guard that always holds: it takes so many revisions, behind those that others have taken.
+"""A guard that always succeeds: it takes a number of revisions after those of other writers.
 
-Its second parameter is for `combined`: the last of these revisions if no other takes any. By how
-much the last proves to be larger, all versions and revisions that are written are raised.
+Its second parameter is for `combined`: the last revision if no other writer takes any. The
+difference from the actual last one is added to all versions and revisions that are written.
 """
 
-
-# `previous` needs nothing: what is new has none.
+# Not `previous`: a new row has none.
 _NUMBERS = re.compile(r"given\.(?:version|revision)\b")
 
 
 def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
-    """What does several of PostgreSQL's statements if `guard` writes its row, and then gives a row.
+    """Return a statement that runs all `writes` if `guard` writes its row, and returns a row then.
 
-    The row ends with the counters: those who listen are told them when it is committed. The last
-    parameter spares it that: a lock, which somebody has who need not be told, if there is nobody
-    else. Each statement sees the tables as they were before. For single rows it takes values in
-    place of arrays, with which both sides are done sooner.
+    The row ends with the counters, of which the commit notifies the listeners. The last parameter
+    prevents that if there is no other listener: the advisory lock of the writer's own one. Each
+    statement sees the tables as they were before. For single rows it takes values in place of
+    arrays, which are faster on both sides.
     """
     gives = "concat_ws(' ', revision, beat) AS counters, revision, beat"
     if guard == NUMBER:
@@ -76,24 +69,24 @@ def combined(guard: str, writes: Sequence[str], *, is_single: bool) -> str:
         writes = [_NUMBERS.sub(r"\g<0> + moved", write) for write in writes]
     guard = f"{guard} RETURNING {gives}"
     parts = [f"guard AS ({guard})"]
-    places = len(PLACEHOLDER.findall(guard))
+    count = len(_PLACEHOLDER.findall(guard))
     for number, write in enumerate(writes):
-        shift = partial(shifted, by=places)
-        places += len(PLACEHOLDER.findall(write))
+        shift = partial(_shifted, by=count)
+        count += len(_PLACEHOLDER.findall(write))
         given = r"guard, (SELECT \1)" if is_single else r"guard, unnest(\1)"
-        write = _ARRAYS.sub(given, PLACEHOLDER.sub(shift, write))
+        write = _ARRAYS.sub(given, _PLACEHOLDER.sub(shift, write))
         if is_single:
             write = _ARRAY.sub(r"::\1", write)
         parts.append(f"write_{number} AS ({write})")
-    tell, lock = f"pg_notify('{CHANNEL}', counters)::text", f"${places + 1}::bigint"
-    # In this order. Who becomes the first behind the one waits for it, and then sees the commit;
-    # who did so before has found the owner of our lock gone, and so is it found here.
-    told = f"""CASE WHEN {lock} IS NULL THEN {tell}
-        WHEN NOT pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN {tell}
-        WHEN pg_try_advisory_xact_lock_shared({lock}) THEN {tell} ELSE '' END"""
-    return f"WITH {', '.join(parts)} SELECT {told}, revision, beat FROM guard"
+    notify, lock = f"pg_notify('{CHANNEL}', counters)::text", f"${count + 1}::bigint"
+    # The order matters. A listener that joins after the first test waits for its lock, and sees the
+    # commit; one that joined before and became the first has found our own listener gone, and so
+    # does the second test.
+    notified = f"""CASE WHEN {lock} IS NULL THEN {notify}
+        WHEN NOT pg_try_advisory_xact_lock({OTHER_LISTENERS}) THEN {notify}
+        WHEN pg_try_advisory_xact_lock_shared({lock}) THEN {notify} ELSE '' END"""
+    return f"WITH {', '.join(parts)} SELECT {notified}, revision, beat FROM guard"
 
 
-def shifted(place: re.Match[str], by: int) -> str:
-    """Return a placeholder whose number is larger by `by`."""
-    return f"${int(place[1]) + by}"
+def _shifted(placeholder: re.Match[str], by: int) -> str:
+    return f"${int(placeholder[1]) + by}"

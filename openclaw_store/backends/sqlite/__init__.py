@@ -1,1 +1,1 @@
-"""SQLite: connections, write sessions, and the refusal of connections inherited by a fork."""
+"""SQLite: connections, write sessions, and the refusal of files inherited by a fork."""

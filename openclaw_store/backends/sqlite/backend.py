@@ -1,7 +1,7 @@
-"""SQLite as a backend: how a file is prepared, locked, written to and looked after.
+"""The SQLite backend: preparation, locking, migration, backup and maintenance of a file.
 
-Every connection that writes is in WAL mode with `synchronous=FULL`: a commit is on the disk when
-it returns.
+Every connection that writes uses WAL mode with `synchronous=FULL`: when a commit returns, it is on
+the disk.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event
 from sqlalchemy.engine.interfaces import DBAPICursor
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backends.atomic_files import written_aside
-from openclaw_store.backends.base import NothingKnown
+from openclaw_store.backends.base import CounterStatements, NoSpeculation
 from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteErrorMapping
 from openclaw_store.backends.sqlite import fork_safety
 from openclaw_store.backends.sqlite.connections import (
@@ -35,103 +35,44 @@ from openclaw_store.backends.sqlite.connections import (
     connect_async,
     options_of,
 )
+from openclaw_store.backends.sqlite.files import BESIDES, check_version, copy_database
 from openclaw_store.errors import (
     InvalidDataError,
     OutcomeUnknownError,
     SchemaMismatchError,
     UnavailableError,
-    safe_repr,
 )
 
 Result = TypeVar("Result")
 
-MINIMUM_VERSION = (3, 35, 0)
-
-_ALONE_SECONDS = 1.0
-"""How long somebody may take who only looks at what is to be replaced."""
+_ALONE_SECONDS = 1.0  # for another process that only inspects a file that is to be replaced
 
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
-BESIDES = ("-journal", "-wal", "-shm")
-"""How files end that SQLite makes beside a database."""
+
+def _engine(path: Path, kind: type[sqlite3.Connection]) -> Engine:
+    url = URL.create("sqlite", database=str(path))  # in the text of a URL, % and ? are special
+    return create_engine(url, poolclass=NullPool, connect_args=options_of(kind))
 
 
-def file_of(location: str | Path) -> Path:
-    """The file that a path or an SQLAlchemy URL means.
-
-    Raises:
-        InvalidDataError: If it means no file of SQLite's.
-    """
-    if isinstance(location, str) and "://" in location:
-        try:
-            url = make_url(location)
-        except (ArgumentError, ValueError):
-            raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
-        if url.get_backend_name() != "sqlite":
-            name = url.get_backend_name()
-            raise InvalidDataError("db_path", f"{name} is not supported: use SQLite or PostgreSQL")
-        if not url.database or url.database == ":memory:":
-            raise InvalidDataError(
-                "db_path", 'names no file: use ":memory:" for a private database'
-            )
-        location = url.database
-    if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
-        raise InvalidDataError("db_path", f"must be a path or a URL, not {safe_repr(location)}")
-    try:
-        os.fsencode(location)
-    except UnicodeEncodeError:
-        raise InvalidDataError(
-            "db_path", f"{safe_repr(location)} is no name that a file can have"
-        ) from None
-    return Path(location).absolute()
-
-
-def check_version() -> None:
-    """Refuse a SQLite that lacks what the store needs.
-
-    Raises:
-        UnavailableError: Naming the version found and the one needed.
-    """
-    if sqlite3.sqlite_version_info < MINIMUM_VERSION:
-        needed = ".".join(map(str, MINIMUM_VERSION))
-        raise UnavailableError(
-            f"this Python has SQLite {sqlite3.sqlite_version}, {needed} or newer is needed: "
-            "use a newer Python, or a newer SQLite library"
-        )
-
-
-def _writing_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) -> Engine:
-    """An engine for threads, whose every transaction begins with the write lock."""
-    url = URL.create("sqlite", database=str(path))  # as text, % and ? would mean something
-    engine = create_engine(url, poolclass=NullPool, connect_args=options_of(kind))
+def _write_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) -> Engine:
+    """Return an engine for threads; each of its transactions begins with the write lock."""
+    engine = _engine(path, kind)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        if not connection.connection.in_transaction:  # else `_begin_writing` was there before
+        if not connection.connection.in_transaction:  # else `_begin_writing` has begun it
             _begin_writing(connection)
 
     return engine
 
 
-def _reading_engine(path: Path) -> Engine:
-    url = URL.create("sqlite", database=str(path))
-    return create_engine(url, poolclass=NullPool, connect_args=options_of(ReadConnection))
-
-
 def _begin_writing(connection: Connection) -> None:
-    """Begin a transaction with the write lock, past SQLAlchemy, whose own way takes longer."""
+    """Begin a transaction with the write lock, on the driver, which takes less time."""
     connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
 
-def _copy(source: sqlite3.Connection, target: Path) -> None:
-    """Write what `source` sees now to a file, which is complete in itself."""
-    with closing(sqlite3.connect(target, isolation_level=None)) as copy:
-        # All pages in one step: a copy in several starts again with every write meanwhile.
-        source.backup(copy)
-        copy.execute("PRAGMA journal_mode=DELETE")
-
-
-class Cursor(NothingKnown):
+class Cursor(NoSpeculation):
     """Speaks to the driver on behalf of a transaction, which has the write lock.
 
     It knows nothing: to read takes less time here than to do something again.
@@ -195,14 +136,14 @@ def _for_rows(sql: str, count: int) -> str:
 
 
 def _delays(timeout: float) -> Iterator[float]:
-    """Seconds to wait between tries for a lock, jittered, until `timeout` seconds are over."""
+    """Yield the seconds to wait between attempts to lock, jittered, until the timeout."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         yield random.uniform(0.0003, 0.003)
 
 
 def retrying(work: Callable[[], Result], timeout: float) -> Result:
-    """Do `work` on this thread, again while the database is locked."""
+    """Run `work` on this thread, and again while the database is locked."""
     for delay in _delays(timeout):
         try:
             return work()
@@ -251,22 +192,15 @@ class SQLite:
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
         self.location = str(path)
-        """Where it is, as people may see it."""
         self.error_mapping = SQLiteErrorMapping(self.location)
-        self.writing_engine = self._guarded(_writing_engine(path))
+        self.write_engine = self._checked(_write_engine(path))
         self._timeout = timeout
-        self._file: tuple[int, int] | None = None  # which one it is, as soon as it is known
+        self._file: tuple[int, int] | None = None  # its identity, from `prepare` on
 
     def exists(self) -> bool:
-        """Whether there is such a file, or something else of that name."""
         return os.path.exists(self.path)
 
     def make_folder(self) -> None:
-        """Make the folder that the file will be in.
-
-        Raises:
-            UnavailableError: If it cannot be made.
-        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -275,51 +209,40 @@ class SQLite:
             ) from error
 
     def prepare(self) -> None:
-        """Make the folder and the file, and turn WAL on; the setting stays in the file.
-
-        Raises:
-            StoreError: Saying which file cannot be used, and what to do.
-        """
         check_version()
-        self._file = None  # a former try may have found another one
+        self._file = None  # an earlier attempt may have found another file
         self.refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
             raise UnavailableError(f"{self.path} is a folder: give the path of a file in it")
         if self.exists() and not os.access(self.path, os.W_OK):
-            # Else it could be read, and a WAL that nobody can write to would be left beside it.
+            # SQLite would read it, and leave a WAL beside it that no process can write.
             raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
 
-        def turn_on_wal() -> None:
-            with self._opened(WriteConnection) as connection:
+        def turn_on_wal() -> None:  # the file keeps this setting
+            with self._open(WriteConnection) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
 
         with self.error_mapping.mapped():
-            # Of several processes on a new file, one gets the lock.
+            # Of several processes that make the file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
         self._file = fork_safety.identity(self.path)
 
     def refuse_inherited(self) -> None:
-        """Refuse a file that was open when this process was forked, or any if SQLite hangs since.
+        """Refuse a file that was open when this process was forked.
 
-        SQLite keeps a process's locks in its memory, so here it would go by locks that only the
-        parent has: when that closed the file, what is written here would be lost.
+        SQLite keeps the locks of a process in its memory. The child would rely on locks that only
+        the parent holds: when the parent closes the file, the child's writes would be lost.
         """
         if fork_safety.is_inherited(self.path):
             raise UnavailableError(
                 f"{self.path} was open when this process was forked, and SQLite does not stand "
                 "that: start the process by spawn, or fork before the file is opened"
             )
-        if not fork_safety.does_sqlite_work():
-            raise UnavailableError(
-                "SQLite does not answer in this process, as if a thread had used it when this was "
-                "forked: start the process by spawn, or fork before a file is opened, or try again"
-            )
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
-        """Do `work`, which reads, with a connection; blocks the thread."""
         self.refuse_inherited()
-        engine = self._guarded(_reading_engine(self.path))
+        engine = self._checked(_engine(self.path, ReadConnection))
         with self.error_mapping.mapped(), engine.connect() as connection:
             return work(connection)
 
@@ -328,39 +251,27 @@ class SQLite:
         work: Callable[[Connection], Result],
         copy_to: Callable[[Connection], Path | None] = lambda _: None,
     ) -> Result:
-        """Do `work` with the write lock and without foreign keys; blocks the thread.
-
-        Args:
-            copy_to: Says, of what it finds, where the file is to be copied first, with nobody else
-                at it; `None` for no copy. What fails leaves no copy.
-
-        Raises:
-            OutcomeUnknownError: If the disk failed while committing; the copy is kept.
-            UnavailableError: If another process keeps the lock for longer than the timeout, or has
-                the file open that is to be copied.
-            SchemaMismatchError: If a row refers to one that is not there afterwards.
-        """
         self.prepare()
         with self.error_mapping.mapped():
-            connection, copy = self._migrating(copy_to)
+            connection, copy = self._connect_to_migrate(copy_to)
             with connection:
                 if copy is not None:
                     self._copy_to(connection, copy)
                 try:
-                    result = self._migrated(connection, work)
+                    result = self._migrate(connection, work)
                 except OutcomeUnknownError:
-                    raise  # the copy may be all that is left of what the file was
+                    raise  # the copy may be the only readable version of the file
                 except BaseException:
                     if copy is not None:
-                        with suppress(OSError):  # what went wrong first is to be told
-                            copy.unlink()  # the file is still what it was
+                        with suppress(OSError):  # the first error is the one to report
+                            copy.unlink()  # the file is unchanged
                     raise
         self._empty_wal()
         return result
 
-    def _migrated(self, connection: Connection, work: Callable[[Connection], Result]) -> Result:
-        # SQLite changes a table by copying it, and dropping the old one would delete rows that
-        # refer to it. The switch works outside of transactions, hence on the driver.
+    def _migrate(self, connection: Connection, work: Callable[[Connection], Result]) -> Result:
+        # SQLite changes a table by copying it, and dropping the old one would delete the rows that
+        # refer to it. The pragma has no effect in a transaction, so it goes to the driver.
         connection.connection.execute("PRAGMA foreign_keys=OFF")
         with retrying(connection.begin, self._timeout) as transaction:
             result = work(connection)
@@ -369,17 +280,22 @@ class SQLite:
                 transaction.commit()
         return result
 
-    def _migrating(
+    def _refuse_orphans(self, connection: Connection) -> None:
+        orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+        if orphans:
+            raise SchemaMismatchError(f"{self.path}: it would orphan rows: {orphans[:3]}")
+
+    def _connect_to_migrate(
         self, copy_to: Callable[[Connection], Path | None]
     ) -> tuple[Connection, Path | None]:
-        """A connection to migrate with, alone where a copy is to be made first."""
+        """Return a connection, and the path of the copy; for a copy it excludes all others."""
 
         def connect() -> tuple[Connection, Path | None]:
             if self.inspect(copy_to) is None:
-                return _writing_engine(self.path).connect(), None
-            connection = _writing_engine(self.path, LoneConnection).connect()
+                return _write_engine(self.path).connect(), None
+            connection = _write_engine(self.path, LoneConnection).connect()
             try:
-                copy = copy_to(connection)  # others may have been faster
+                copy = copy_to(connection)  # again: another process may have migrated the file
                 connection.rollback()
             except BaseException:
                 connection.close()  # else the file stays locked while the error is referred to
@@ -398,16 +314,10 @@ class SQLite:
     def _copy_to(self, connection: Connection, target: Path) -> None:
         source: Any = connection.connection.driver_connection
         with written_aside(target, overwrite=False, besides=BESIDES) as partial:
-            partial.chmod(self.path.stat().st_mode & 0o777)  # for nobody's eyes who had not it
-            _copy(source, partial)
-
-    def _refuse_orphans(self, connection: Connection) -> None:
-        orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-        if orphans:
-            raise SchemaMismatchError(f"{self.path}: it would orphan rows: {orphans[:3]}")
+            partial.chmod(self.path.stat().st_mode & 0o777)  # before it has any contents
+            copy_database(source, partial)
 
     def engine(self, *, write: bool, pool: type[Pool] | None = None, **options: Any) -> AsyncEngine:
-        """An engine for coroutines: read-only, or one that begins with the write lock."""
         engine = create_async_engine(
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
@@ -417,7 +327,8 @@ class SQLite:
             },
             **options,
         )
-        self._guarded(engine.sync_engine)
+        self._checked(engine.sync_engine)
+        # `options_of` turns the driver's own BEGIN off; without this one, each statement commits.
         statement = "BEGIN IMMEDIATE" if write else "BEGIN"
 
         @event.listens_for(engine.sync_engine, "begin")
@@ -426,8 +337,7 @@ class SQLite:
 
         return engine
 
-    async def begin(self, session: AsyncSession) -> Connection:
-        """Begin the transaction of `session`, with the write lock."""
+    async def begin(self, session: AsyncSession, counters: CounterStatements) -> Connection:
         for delay in _delays(self._timeout):
             try:
                 return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
@@ -439,48 +349,36 @@ class SQLite:
         raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
 
     async def end(self, session: AsyncSession) -> None:
-        """Close `session`, whatever state its connection is in."""
         await session.close()
 
     def cursor(self, connection: Connection) -> Cursor:
-        """What a transaction writes with in the transaction of a session."""
         return Cursor(connection)
 
-    def write_session(self, until: float) -> WriteSession:
-        """A connection for the writer, on whose thread this is called."""
-        return WriteSession(self.writing_engine, until, self._require_file)
+    def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
+        return WriteSession(self.write_engine, until, self._require_file)
 
     def dispose(self) -> None:
-        """Forget what all connections shared."""
-        self.writing_engine.dispose()
+        self.write_engine.dispose()
 
     def backup(self, target: Path, *, overwrite: bool) -> None:
-        """Copy the database as it is at one moment, while it is read and written.
-
-        The copy is written aside and renamed when it is complete and on the disk.
-
-        Raises:
-            InvalidDataError: If `target` exists and is not to be overwritten.
-            UnavailableError: If it cannot be written.
-        """
-        own = [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm")]
+        own = [self.path.with_name(self.path.name + suffix) for suffix in ("", *BESIDES)]
         if any(file.exists() and os.path.exists(target) and target.samefile(file) for file in own):
             raise InvalidDataError("path", f"{target} is the database itself: choose another")
         with (
             SQLiteErrorMapping(str(target)).mapped(),
             written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,
-            self._opened(ReadConnection) as source,
+            self._open(ReadConnection) as source,
         ):
-            retrying(lambda: _copy(source, partial), self._timeout)
+            retrying(lambda: copy_database(source, partial), self._timeout)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep everybody else out during the block, in which the file may be replaced.
+        """Exclude all other connections during the block, which may replace the file.
 
-        What its WAL held is in it then. There need not be a file, and it may be damaged.
+        The WAL is empty in the block. The file may be missing or damaged.
 
         Raises:
-            UnavailableError: If somebody uses it.
+            UnavailableError: If the file is in use.
         """
         if not self.exists():
             yield
@@ -489,7 +387,7 @@ class SQLite:
             connection = sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
         with closing(connection):
             try:
-                connection.execute("PRAGMA journal_mode=DELETE")  # works for the only one there is
+                connection.execute("PRAGMA journal_mode=DELETE")  # fails beside another connection
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
                 connection.execute("BEGIN EXCLUSIVE")
             except sqlite3.Error as error:
@@ -502,35 +400,31 @@ class SQLite:
             yield
 
     def vacuum(self) -> None:
-        """Rewrite the file without its free pages, and empty the WAL."""
-        with self.error_mapping.mapped(), self._opened(WriteConnection) as database:
+        with self.error_mapping.mapped(), self._open(WriteConnection) as database:
             retrying(lambda: database.execute("VACUUM"), self._timeout)
-        self._empty_wal()
+        self._empty_wal()  # VACUUM writes the new pages to the WAL: the file shrinks only now
 
     async def size(self, session: AsyncSession) -> int:
-        """Bytes on the disk, those of the WAL included."""
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def _opened(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
-        """A connection of its own, past SQLAlchemy."""
+    def _open(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
         self._require_file()
         return closing(sqlite3.connect(self.path, **options_of(kind)))
 
-    def _guarded(self, engine: Engine) -> Engine:
-        """Have an engine open no other file than the one there was."""
+    def _checked(self, engine: Engine) -> Engine:
+        """Make an engine check the identity of the file before it connects."""
 
         @event.listens_for(engine, "do_connect")
-        def look(*_: object) -> None:
+        def check(*_: object) -> None:
             self._require_file()
 
         return engine
 
     def _require_file(self) -> None:
-        """Refuse to write where nobody will find it, or to make an empty file of that name.
+        """Refuse a file that was removed or replaced since `prepare`.
 
-        Raises:
-            UnavailableError: If the file was removed or replaced since it was opened.
+        Writes to it would be lost, and SQLite would make an empty file in its place.
         """
         if self._file is None:
             return
@@ -538,7 +432,7 @@ class SQLite:
             is_there = fork_safety.identity(self.path) == self._file
         except (FileNotFoundError, NotADirectoryError):
             is_there = False
-        except OSError:  # SQLite says what is wrong
+        except OSError:  # SQLite reports the cause when it opens the file
             return
         if not is_there:
             raise UnavailableError(
@@ -547,9 +441,9 @@ class SQLite:
             )
 
     def _empty_wal(self) -> None:
-        """Move what the WAL holds to the database file, as far as nobody is in the way."""
+        """Move the contents of the WAL to the database file, unless a reader needs them."""
         try:
-            with self._opened(WriteConnection) as database:
+            with self._open(WriteConnection) as database:
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.Error as error:
             if not SQLiteErrorMapping.is_busy(error):

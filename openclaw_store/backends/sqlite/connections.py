@@ -1,7 +1,7 @@
-"""How SQLite's files are opened: connections of each kind, for threads and for coroutines.
+"""SQLite connections of each kind, for threads and for coroutines.
 
-Each is set up as soon as it exists. A caller who is cancelled can give it up at any time, and a
-forked child cannot end what its parent has open.
+Each is configured as soon as it exists. A cancelled caller can give one up at any time, and a
+forked child cannot close a connection of its parent.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import os
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import aiosqlite
 
 from openclaw_store.backends.cancellation import cancel_once_more
+from openclaw_store.backends.library_internals import make_daemon, rollback_without_waiting
 from openclaw_store.backends.sqlite import fork_safety
 
 _PRAGMAS = (
@@ -26,27 +27,25 @@ _PRAGMAS = (
     "PRAGMA foreign_keys=ON",
     *(("PRAGMA fullfsync=ON",) if sys.platform == "darwin" else ()),
 )
-
 _READ_TIMEOUT_SECONDS = 30.0
+_ROWS_PER_FETCH = 64  # the default of aiosqlite
 
-_UNWANTED_SECONDS = 1.0
-"""How long a caller who is cancelled waits for a file that is being opened for it."""
-
-_ROWS_A_FETCH = 64  # as the driver has it
+_ABANDONED_SECONDS = 1.0
+"""Longest wait of a cancelled caller for a file that is being opened for it."""
 
 
 class WriteConnection(sqlite3.Connection):
-    """A connection that is set up when it exists, on whatever thread opens it.
+    """A configured connection, usable on any thread.
 
-    A forked child cannot end it: to roll back would be to write into the index of the WAL, which it
-    shares with its parent, and another thread may have had a lock of SQLite's when it was forked.
+    In a forked child it neither rolls back nor closes: that would write into the index of the WAL,
+    which parent and child share, and may wait for a lock that another thread held at the fork.
     """
 
     pragmas: Sequence[str] = _PRAGMAS
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         self._process = os.getpid()
-        fork_safety.opened(self, path)
+        fork_safety.note_opened(self, path)
         super().__init__(path, **options)
         try:
             for pragma in self.pragmas:
@@ -62,24 +61,24 @@ class WriteConnection(sqlite3.Connection):
     def close(self) -> None:
         if self._process != os.getpid():
             return
-        # SQLite keeps a closed connection, with its locks, while a cursor of it is referred to,
-        # and the traceback of a cancelled caller does that.
+        # SQLite keeps a closed connection and its locks while one of its cursors is referred to,
+        # as by the traceback of a cancelled caller. The rollback releases the locks at once.
         with suppress(sqlite3.Error):
             self.rollback()
         try:
             super().close()
         finally:
-            fork_safety.closed(self)
+            fork_safety.note_closed(self)
 
     def __del__(self) -> None:
         with suppress(sqlite3.Error):
-            self.close()  # aiosqlite drops it unclosed when the caller is cancelled meanwhile
+            self.close()  # aiosqlite drops it unclosed if the caller is cancelled while it opens
 
 
 class LoneConnection(WriteConnection):
-    """A connection beside which nobody can have another one, not even an idle one."""
+    """A connection that excludes all other connections to the file, idle ones included."""
 
-    # First of all: SQLite asks for the file as soon as it looks into it.
+    # The locking mode comes first: SQLite takes the lock with the first look into the file.
     pragmas = ("PRAGMA locking_mode=EXCLUSIVE", *_PRAGMAS)
 
 
@@ -92,44 +91,44 @@ class ReadConnection(WriteConnection):
 
 
 def options_of(connection: type[sqlite3.Connection]) -> dict[str, Any]:
-    """What the driver is to be told to open a connection of this kind."""
+    """Return the driver's options for a connection of this class."""
     # The driver's own transactions skip BEGIN before SELECT and DDL: without `None` reads would
     # not be repeatable and a failed migration would stay half-applied. Each engine sends our own.
     # Python 3.12's `autocommit` must stay untouched: with it, WAL and foreign keys silently fail.
     return {
         "isolation_level": None,
-        # Waiting to write is ours (see `sqlite.retrying`): SQLite's own busy handler starves
-        # writers. A reader waits but for a moment, while another process opens or closes the file.
+        # Writers wait in `sqlite.retrying`: SQLite's own busy handler starves them. A reader waits
+        # only for a moment, while another process opens or closes the file.
         "timeout": _READ_TIMEOUT_SECONDS if connection is ReadConnection else 0,
         "check_same_thread": False,
         "factory": connection,
     }
 
 
-class _DriverConnection(aiosqlite.Connection):
-    """A connection for coroutines, who may be cancelled at any time.
+class _AsyncConnection(aiosqlite.Connection):
+    """A connection for coroutines that may be cancelled at any time.
 
-    A forked child has not its thread, and would wait for it for ever.
+    A forked child does not have the thread of the connection and would wait for it forever, so
+    there it neither rolls back nor stops.
     """
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._process = os.getpid()
+        self._is_stopped = False
         self._stopping: asyncio.Future[Any] | None = None
 
-    async def _connect(self) -> aiosqlite.Connection:
+    def __await__(self) -> Generator[Any, None, aiosqlite.Connection]:
         try:
-            return await super()._connect()
+            return (yield from super().__await__())
         except asyncio.CancelledError:
             if self._stopping is not None:
-                # Its thread has yet to answer to this event loop, which may end with the caller.
-                await asyncio.wait([self._stopping], timeout=_UNWANTED_SECONDS)
+                # The thread has yet to answer to this event loop, which may end with the caller.
+                yield from asyncio.wait([self._stopping], timeout=_ABANDONED_SECONDS).__await__()
             raise
 
     async def rollback(self) -> None:
-        # Nobody waits for it, as what comes next comes behind it. So nobody is cancelled in it, as
-        # at the end of `asyncio.run`, which SQLAlchemy would report as an error of the connection.
-        self._tx.put_nowait((None, self._conn.rollback))
+        rollback_without_waiting(self)
 
     async def close(self) -> None:
         cancelled = False
@@ -145,16 +144,17 @@ class _DriverConnection(aiosqlite.Connection):
             closing.result()
 
     def stop(self) -> asyncio.Future[Any] | None:
-        # Where a caller is cancelled again while it gives up a connection, SQLAlchemy stops what is
-        # closing. The thread ends then, and whoever asks it once more would wait for ever.
-        if not self._running or self._process != os.getpid():
+        # SQLAlchemy stops a connection that is being closed if the caller is cancelled again. The
+        # thread ends with the first stop, so waiting for the answer to a second one never ends.
+        if self._is_stopped or self._process != os.getpid():
             return None
+        self._is_stopped = True
         self._stopping = super().stop()
         return self._stopping
 
 
-def connect_async(path: str, **options: Any) -> _DriverConnection:
-    """A connection for coroutines, which is opened when it is awaited."""
-    connection = _DriverConnection(partial(sqlite3.connect, path, **options), _ROWS_A_FETCH)
-    connection._thread.daemon = True  # as SQLAlchemy has it
+def connect_async(path: str, **options: Any) -> _AsyncConnection:
+    """Return a connection for coroutines; awaiting it opens it."""
+    connection = _AsyncConnection(partial(sqlite3.connect, path, **options), _ROWS_PER_FETCH)
+    make_daemon(connection)
     return connection

@@ -1,0 +1,84 @@
+"""PostgreSQL connections: they are opened to the end, and closed in time."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+from functools import cache
+from typing import Any
+
+from openclaw_store.backends.cancellation import cancel_once_more, shield_until_done
+
+logger = logging.getLogger("openclaw_store.postgresql")
+
+_ABANDONED_SECONDS = 1.0  # to finish connecting for a cancelled caller
+_CLOSE_SECONDS = 0.5  # for the terminate message; a connection that is cut off needs none
+
+
+class Connector:
+    """Connects to a server; of several hosts, first to the last one that answered."""
+
+    def __init__(self) -> None:
+        self._answered: object = None
+
+    async def connect(self, *arguments: Any, **options: Any) -> Any:
+        """Connect to the end, even if the caller is cancelled.
+
+        The driver, interrupted while it connects, may leave a connection open. It is interrupted
+        all the same if a server does not answer in time, since the caller has to end.
+        """
+        try:
+            return await shield_until_done(
+                self._connect_to_any(*arguments, **options),
+                discard=lambda made: made.terminate(),
+                seconds=_ABANDONED_SECONDS,
+            )
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)  # the loop closes the socket in its next iteration
+            raise
+
+    async def _connect_to_any(self, *arguments: Any, **options: Any) -> Any:
+        """Connect to the first suitable host; each has its share of the time.
+
+        The driver would wait for a silent host until no time is left for the next one.
+        """
+        driver = importlib.import_module("asyncpg")
+        hosts = options.get("host")
+        if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
+            return await driver.connect(*arguments, **options)
+        options["timeout"] /= len(hosts)
+        reason: Exception | None = None
+        servers = zip(hosts, options["port"], strict=True)
+        for server in sorted(servers, key=lambda server: server != self._answered):
+            options["host"], options["port"] = server
+            try:
+                connection = await driver.connect(*arguments, **options)
+            except (
+                OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
+            ) as error:  # fmt: skip
+                reason = error
+            else:
+                self._answered = server
+                return connection
+        assert reason is not None
+        raise reason
+
+
+@cache
+def connection_class() -> type[Any]:
+    """Return the driver's connection class, with a limit for closing: other callers wait."""
+    base: type[Any] = importlib.import_module("asyncpg").Connection
+
+    async def close(self: Any, *, timeout: float | None = None) -> None:
+        try:
+            try:
+                await base.close(self, timeout=_CLOSE_SECONDS)
+            finally:
+                await asyncio.sleep(0)  # the loop closes the socket in its next iteration
+        except asyncio.CancelledError:  # the driver has closed the connection
+            cancel_once_more()
+        except TimeoutError:  # likewise
+            logger.debug("a connection was closed before the server answered the terminate message")
+
+    return type("Connection", (base,), {"__slots__": (), "close": close})

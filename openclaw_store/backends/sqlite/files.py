@@ -1,0 +1,70 @@
+"""SQLite files: their names, the version of SQLite that they need, and copies of them."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from openclaw_store.errors import InvalidDataError, UnavailableError, safe_repr
+
+MINIMUM_VERSION = (3, 35, 0)
+
+BESIDES = ("-journal", "-wal", "-shm")
+"""Suffixes of the files that SQLite makes beside a database."""
+
+
+def file_of(location: str | Path) -> Path:
+    """Return the absolute path that a path or an SQLAlchemy URL names.
+
+    Raises:
+        InvalidDataError: If it names no SQLite file.
+    """
+    if isinstance(location, str) and "://" in location:
+        try:
+            url = make_url(location)
+        except (ArgumentError, ValueError):
+            raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
+        if url.get_backend_name() != "sqlite":
+            name = url.get_backend_name()
+            raise InvalidDataError("db_path", f"{name} is not supported: use SQLite or PostgreSQL")
+        if not url.database or url.database == ":memory:":
+            raise InvalidDataError(
+                "db_path", 'names no file: use ":memory:" for a private database'
+            )
+        location = url.database
+    if not isinstance(location, str | Path) or not str(location) or "\0" in str(location):
+        raise InvalidDataError("db_path", f"must be a path or a URL, not {safe_repr(location)}")
+    try:
+        os.fsencode(location)
+    except UnicodeEncodeError:
+        raise InvalidDataError(
+            "db_path", f"{safe_repr(location)} is no name that a file can have"
+        ) from None
+    return Path(location).absolute()
+
+
+def check_version() -> None:
+    """Refuse a SQLite that is too old.
+
+    Raises:
+        UnavailableError: With the version found and the one needed.
+    """
+    if sqlite3.sqlite_version_info < MINIMUM_VERSION:
+        needed = ".".join(map(str, MINIMUM_VERSION))
+        raise UnavailableError(
+            f"this Python has SQLite {sqlite3.sqlite_version}, {needed} or newer is needed: "
+            "use a newer Python, or a newer SQLite library"
+        )
+
+
+def copy_database(source: sqlite3.Connection, target: Path) -> None:
+    """Write the database as `source` sees it to a file that needs no WAL."""
+    with closing(sqlite3.connect(target, isolation_level=None)) as copy:
+        # All pages in one step: a copy in several starts again with every concurrent write.
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode=DELETE")

@@ -1,0 +1,49 @@
+"""The changes of one task or node: a chain in which each change names the previous one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import CTE, Select, and_, bindparam, select
+
+from openclaw_store.database.tables import Base
+
+_CHANGES = Base.metadata.tables["changes"]
+
+
+def history_of(newest: int, item: str, id: str) -> Select[Any]:
+    """Return the query of the changes of one task or node up to the `newest`, newest first."""
+    chain = chain_of_changes()
+    query = select(chain).order_by(chain.c.revision.desc())
+    return query.params(newest=newest, item_=item, id=id)
+
+
+def status_changes() -> Select[Any]:
+    """Return the query of the times at which its status changed, newest first."""
+    chain = chain_of_changes()
+    changed = chain.c.from_status.is_distinct_from(chain.c.to_status)
+    return select(chain.c.changed_at).where(changed)
+
+
+def chain_of_changes() -> CTE:
+    """Return the changes of one task or node, from the `newest` to the first."""
+    newest = _CHANGES.alias()
+    chain = (
+        select(newest)
+        .where(
+            newest.c.revision == bindparam("newest"),
+            newest.c.item == bindparam("item_"),
+            newest.c.item_id == bindparam("id"),
+        )
+        .cte("chain", recursive=True)
+    )
+    older = _CHANGES.alias()
+    # `older.revision < chain.revision` ends the recursion: a `previous` that was written by hand
+    # may refer to any revision, even a later one.
+    is_next = and_(
+        older.c.revision == chain.c.previous,
+        older.c.revision < chain.c.revision,
+        older.c.item == chain.c.item,
+        older.c.item_id == chain.c.item_id,
+    )
+    return chain.union_all(select(older).join(chain, is_next))
