@@ -1,6 +1,7 @@
-"""Tasks, nodes and the rules for them: pure values and functions.
+"""The domain: tasks, nodes, changes and their rules, as pure values and functions.
 
-Nothing in this room performs I/O, knows SQL, awaits, or asks for the time (except `clock`).
+This room performs no I/O, knows no SQL and awaits nothing; only `clock` asks for the time.
+Rules that need the database or the cache belong in the rooms above.
 """
 
 from openclaw_store.domain.backoff import DEFAULT_BACKOFF, Backoff, Wait, check_backoff
