@@ -25,7 +25,7 @@ from openclaw_store.domain.lifecycle import (
     are_among,
     arrived,
     claim,
-    free_places,
+    free_slots,
     has_skills,
     is_due,
     refused,

@@ -122,7 +122,7 @@ def are_among(required: bytes | None, available: bytes | None) -> bool:
     return set(lists[0]) <= set(lists[1])
 
 
-def free_places(node: Record[NodeInfo]) -> int:
+def free_slots(node: Record[NodeInfo]) -> int:
     """Return the number of tasks that a node may still claim."""
     if node.status is not NodeStatus.ONLINE:
         return 0
@@ -182,7 +182,7 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
     """Assign a pending task to a node; `None` if the node may not run it now."""
     if task.status is not TaskStatus.PENDING or not is_due(task, now):
         return None
-    if not free_places(node) or not has_skills(node, task):
+    if not free_slots(node) or not has_skills(node, task):
         return None
     return Step(
         {

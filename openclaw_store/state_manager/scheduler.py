@@ -126,7 +126,7 @@ class Scheduler:
                 node = await self._replica.find_stored(place)
                 if node is None:
                     raise missing(*place)
-                wanted = min(limit - len(claimed), lifecycle.free_places(node))
+                wanted = min(limit - len(claimed), lifecycle.free_slots(node))
                 candidates = self._take(node, wanted, taken) if wanted else []
                 if not candidates:
                     return

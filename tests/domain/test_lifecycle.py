@@ -249,7 +249,7 @@ class TestConditions:
     ) -> None:
         node = a_node(status=status, max_concurrent_tasks=most, running_tasks=running)
 
-        assert lifecycle.free_places(node) == (free if status is NodeStatus.ONLINE else 0)
+        assert lifecycle.free_slots(node) == (free if status is NodeStatus.ONLINE else 0)
 
     @pytest.mark.parametrize("status", NodeStatus)
     def test_node_is_lost_when_it_is_silent_or_says_so(self, status: NodeStatus) -> None:
