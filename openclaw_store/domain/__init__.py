@@ -23,12 +23,12 @@ from openclaw_store.domain.lifecycle import (
     Step,
     Values,
     are_among,
-    arrived,
     claim,
     free_slots,
     has_skills,
+    illegal_transition,
     is_due,
-    refused,
+    missing_time,
 )
 from openclaw_store.domain.models import (
     ALIVE,

@@ -83,14 +83,16 @@ JOINED: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
 """Fields that the store sets when a node registers."""
 
 
-def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTransitionError | None:
+def illegal_transition(
+    task_id: str, before: TaskStatus, after: TaskStatus
+) -> InvalidTransitionError | None:
     """Return the error for an illegal transition, or `None`."""
     if before is after or before not in FINISHED:
         return None
     return InvalidTransitionError(task_id, before.value, after.value)
 
 
-def arrived(task: Record[Any], now: datetime) -> Values:
+def missing_time(task: Record[Any], now: datetime) -> Values:
     """Return `now` as the time of a task's status, if the task has none."""
     name = _MOMENTS.get(task.status)
     return {name: _in_order(task, now)} if name is not None and getattr(task, name) is None else {}
@@ -255,7 +257,7 @@ def cancel(
     if task.status is TaskStatus.CANCELLED or version not in (None, task.version):
         return None
     values = {} if reason is None else {"error": reason}
-    return refused(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
+    return illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
         _ended(task, TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
     )
 

@@ -22,7 +22,7 @@ from openclaw_store.database import (
     TaskRow,
     history_of,
 )
-from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, arrived
+from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, missing_time
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.maintenance.progress import Progress
 from openclaw_store.repositories import NodeRepository, Row, SingleRowCommand, TaskRepository, apply
@@ -165,7 +165,7 @@ class SetStatusTime:
             ),
             record.updated_at,
         )
-        values = arrived(record, since)
+        values = missing_time(record, since)
         if values:
             await database.write_in(tx, apply, Rewrite(Task, self.task_id, values))
         return True

@@ -38,8 +38,8 @@ from openclaw_store.domain import (
     NodeInfo,
     Raw,
     Task,
-    arrived,
     encode,
+    missing_time,
 )
 from openclaw_store.errors import InvalidDataError, UnavailableError
 from openclaw_store.maintenance.progress import Progress, Report
@@ -290,7 +290,7 @@ class _Scan:
         if kind is not Task:
             return
         status = record.status.value
-        for name in arrived(record, record.updated_at):
+        for name in missing_time(record, record.updated_at):
             problem = f"{_label(key)} is {status}, and has no {name}."
             self._add("times", problem, key, SetStatusTime(raw[0]))
         if record.completed_at is not None and record.status not in FINISHED:

@@ -113,10 +113,10 @@ class Update(SingleRowCommand, Generic[Entity]):
                 heartbeat = newer_heartbeat(row.record, self.record, row.now)
                 record = record.evolve(last_heartbeat=heartbeat)
         elif row.status is not None and row.status != record.status._value_:
-            refusal = lifecycle.refused(self.id, TaskStatus(row.status), record.status)
+            refusal = lifecycle.illegal_transition(self.id, TaskStatus(row.status), record.status)
             if refusal is not None:
                 return refusal
-            moments: Values = lifecycle.arrived(record, row.now)
+            moments: Values = lifecycle.missing_time(record, row.now)
             record = record.evolve(**moments)
             names = (*names, *moments)
         if self.key is not None:

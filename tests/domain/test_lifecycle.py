@@ -141,7 +141,7 @@ class TestEveryVerbFromEveryState:
         outcome = decide(verb, a_task(status=status))
 
         if isinstance(outcome, Step):
-            assert lifecycle.refused("task", status, outcome.task["status"]) is None
+            assert lifecycle.illegal_transition("task", status, outcome.task["status"]) is None
 
     @pytest.mark.parametrize("status", TaskStatus)
     @pytest.mark.parametrize("verb", VERBS)
@@ -197,7 +197,7 @@ class TestLegalChanges:
     @pytest.mark.parametrize("after", TaskStatus)
     @pytest.mark.parametrize("before", TaskStatus)
     def test_finished_task_stays_what_it_is(self, before: TaskStatus, after: TaskStatus) -> None:
-        refusal = lifecycle.refused("task", before, after)
+        refusal = lifecycle.illegal_transition("task", before, after)
 
         if before in FINISHED and before is not after:
             assert refusal is not None
@@ -216,8 +216,8 @@ class TestLegalChanges:
         }.get(status, ("completed_at",))
         task = a_task(status=status)
 
-        assert lifecycle.arrived(task, NOW) == dict.fromkeys(names, NOW)
-        assert lifecycle.arrived(task.evolve(**dict.fromkeys(names, before(5))), NOW) == {}
+        assert lifecycle.missing_time(task, NOW) == dict.fromkeys(names, NOW)
+        assert lifecycle.missing_time(task.evolve(**dict.fromkeys(names, before(5))), NOW) == {}
 
 
 class TestConditions:
