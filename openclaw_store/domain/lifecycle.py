@@ -169,7 +169,7 @@ def is_overdue(task: Record[Task], now: datetime) -> bool:
     return abs((now - began).total_seconds()) > limit
 
 
-def is_put_off(task: Record[Task], now: datetime, longest: timedelta) -> bool:
+def is_delayed(task: Record[Task], now: datetime, longest: timedelta) -> bool:
     """Return whether the retry of a task is due later than any backoff allows.
 
     This happens when the clock was turned back after the task had failed.
@@ -258,7 +258,7 @@ def cancel(
         return None
     values = {} if reason is None else {"error": reason}
     return illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
-        _ended(task, TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
+        _ended(task, TaskStatus.CANCELLED, now, **values), _released(node, task), reason
     )
 
 
@@ -268,7 +268,7 @@ def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) ->
         return None
     # `attempt` is not reset: an earlier owner must not pass for the next one.
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, _freed(node, task), "requeued")
+    return Step({**_UNASSIGNED, **values}, _released(node, task), "requeued")
 
 
 def release(
@@ -292,7 +292,7 @@ def recover(
     """Release a task of a lost node, end an overdue attempt, or make a delayed retry due."""
     if is_assigned(task) and is_lost(node, now, patience):
         return release(task, node, now, wait=wait)
-    if is_put_off(task, now, longest_wait):
+    if is_delayed(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
     if not is_overdue(task, now):
         return None
@@ -311,14 +311,14 @@ def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
     return values
 
 
-def vacated(node: Record[NodeInfo]) -> Values:
+def without_a_task(node: Record[NodeInfo]) -> Values:
     """Return the values of a node after one of its tasks has left it."""
     return {"running_tasks": max(0, node.running_tasks - 1)}
 
 
-def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
+def _released(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
     """Return the values of a node without the task, if that was assigned."""
-    return {} if node is None or not is_assigned(task) else vacated(node)
+    return {} if node is None or not is_assigned(task) else without_a_task(node)
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
@@ -374,7 +374,7 @@ def _counted(
     mean: float = node.average_execution_time
     seconds = max(0.0, (now - began).total_seconds())
     return {
-        **_freed(node, task),
+        **_released(node, task),
         "total_tasks_processed": total,
         outcome: getattr(node, outcome) + 1,
         "average_execution_time": mean + (seconds - mean) / total,

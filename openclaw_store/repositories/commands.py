@@ -152,7 +152,7 @@ class Remove(SingleRowCommand):
         if row.node is not None and row.status in ASSIGNED:
             node = row.other(NodeInfo, row.node)
             if node.record is not None:
-                values = lifecycle.vacated(node.record)
+                values = lifecycle.without_a_task(node.record)
                 node.write(node.record.evolve(**values), values)
         row.remove(with_history=self.with_history)
         return True
