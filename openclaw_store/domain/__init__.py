@@ -16,7 +16,7 @@ from openclaw_store.domain.changes import (
 from openclaw_store.domain.clock import Clock, new_id, utc_now
 from openclaw_store.domain.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.domain.lifecycle import (
-    JOINED,
+    SET_BY_REGISTRATION,
     TURNED_BACK,
     Decision,
     Outcome,

@@ -79,7 +79,7 @@ _TOTALS: Final = (
 )
 """Fields that a node keeps when it registers again."""
 
-JOINED: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
+SET_BY_REGISTRATION: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
 """Fields that the store sets when a node registers."""
 
 
@@ -299,7 +299,7 @@ def recover(
     return _failed(task, node, now, TaskStatus.TIMEOUT, OVERDUE, wait)
 
 
-def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
+def registered(known: Record[NodeInfo] | None, now: datetime) -> Values:
     """Return the values of a node that registers; its process has no tasks.
 
     Args:

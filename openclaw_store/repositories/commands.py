@@ -342,7 +342,7 @@ class Register(SingleRowCommand):
             task = held.content()
             assert task is not None  # it has a status
             advance(held, task, partial(lifecycle.release, wait=self.wait))
-        record = self.record.evolve(**lifecycle.joined(row.record, row.now))
+        record = self.record.evolve(**lifecycle.registered(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
 
 

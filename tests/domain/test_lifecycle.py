@@ -482,7 +482,7 @@ class TestNodes:
         assert step.node["average_execution_time"] == 0
 
     def test_new_node_is_taken_with_its_totals_but_without_tasks(self) -> None:
-        assert lifecycle.joined(None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
+        assert lifecycle.registered(None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
 
     def test_node_that_comes_back_goes_on_with_the_totals_that_are_known(self) -> None:
         totals = {
@@ -493,7 +493,7 @@ class TestNodes:
         }
         known = a_node(registered_at=before(99), **totals)
 
-        values = lifecycle.joined(known, NOW)
+        values = lifecycle.registered(known, NOW)
 
         assert values == {
             "running_tasks": 0,
@@ -501,7 +501,7 @@ class TestNodes:
             "registered_at": before(99),
             **totals,
         }
-        assert set(values) | {"version"} == set(lifecycle.JOINED)
+        assert set(values) | {"version"} == set(lifecycle.SET_BY_REGISTRATION)
 
 
 seconds = st.floats(0, 1e9) | st.integers(0, 10**9)
