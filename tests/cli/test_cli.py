@@ -310,7 +310,7 @@ class TestWatch:
         clock.advance(days=1)
         await cluster.compact_changes(days=0)
 
-        assert "read the state anew" in (await run("watch", "--since", 0, status=1)).stderr
+        assert "read the state again" in (await run("watch", "--since", 0, status=1)).stderr
         assert "must be at most" in (await run("watch", "--since", 10**9, status=1)).stderr
 
 
