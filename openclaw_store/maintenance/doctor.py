@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +54,7 @@ _ACTIVITY = text("""
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
     AND xact_start < clock_timestamp() - make_interval(secs => :seconds) ORDER BY xact_start""")
 _CONNECTIONS = text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
-_SETTINGS = text("SELECT name, setting FROM pg_settings WHERE name = ANY (:names)")
-_NAMES = (
-    "fsync",
-    "full_page_writes",
-    "synchronous_commit",
-    "default_transaction_isolation",
-    "idle_in_transaction_session_timeout",
-    "autovacuum",
-    "max_connections",
-    "server_version",
-    "server_version_num",
-)
+_SETTINGS = text("SELECT name, setting FROM pg_settings")
 
 
 class Level(StrEnum):
@@ -106,7 +94,9 @@ async def diagnose(database: Database) -> list[Finding]:
 
 
 def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
-    pragma = partial(_pragma, connection)
+    def pragma(name: str) -> Any:
+        return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+
     version, needed = sqlite3.sqlite_version, ".".join(map(str, sqlite.MINIMUM_VERSION))
     yield _judge(
         "sqlite_version",
@@ -138,7 +128,10 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"{free} of {pages} pages are free ({_size(free * size)}).",
         "run `openclaw-store vacuum` when writers can wait",
     )
-    waiting = _waiting_pages(connection)
+    # Only a checkpoint tells the pages that readers hold back. To read the `-shm` file instead
+    # would release all locks of this process on it (https://sqlite.org/howtocorrupt.html).
+    _, logged, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
+    waiting = max(0, logged - moved)
     yield _judge(
         "wal",
         waiting <= WAL_PAGES,
@@ -149,18 +142,6 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
     yield _check_file_system(path)
     yield _check_disk(path, size * pages)
     yield from _check_heartbeats(connection, clock())
-
-
-def _pragma(connection: Connection, name: str) -> Any:
-    return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-
-
-def _waiting_pages(connection: Connection) -> int:
-    """Count the WAL pages that open read transactions keep out of the database, by a checkpoint."""
-    # Never read the `-shm` file instead: closing it would release all locks that this process has
-    # on it (https://sqlite.org/howtocorrupt.html).
-    _, pages, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
-    return int(max(0, pages - moved))
 
 
 def _check_file_system(path: Path) -> Finding:
@@ -206,8 +187,7 @@ def _check_disk(path: Path, size: int) -> Finding:
 
 
 def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
-    names = {"names": list(_NAMES)}
-    settings = {str(name): str(it) for name, it in connection.execute(_SETTINGS, names)}
+    settings = {str(name): str(value) for name, value in connection.execute(_SETTINGS)}
     yield _judge(
         "server_version",
         int(settings["server_version_num"]) >= postgresql.MINIMUM_VERSION * 10_000,
@@ -260,17 +240,14 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
 
 
 def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
-    for name, damage in (("fsync", "commits may be lost"), ("full_page_writes", "pages may tear")):
-        is_on = settings[name] == "on"
-        text = f"{name} is {settings[name]}{'' if is_on else f': {damage} when the machine fails'}."
-        yield _judge(name, is_on, text, f"set {name} = on", Level.ERROR)
-    commit = settings["synchronous_commit"]
-    yield _judge(
-        "synchronous_commit",
-        commit != "off",
-        f"synchronous_commit is {commit}.",
-        "set it to on: the library does so for itself, but other programs may lose their commits",
-    )
+    for name, level, danger in (
+        ("fsync", Level.ERROR, "commits may be lost when the machine fails"),
+        ("full_page_writes", Level.ERROR, "pages may be torn when the machine fails"),
+        ("synchronous_commit", Level.WARNING, "other programs may lose their commits"),
+        ("autovacuum", Level.WARNING, "tables grow without end"),
+    ):
+        value = settings[name]
+        yield _judge(name, value != "off", f"{name} is {value}.", f"set it to on: {danger}", level)
     isolation = settings["default_transaction_isolation"]
     yield _judge(
         "default_isolation",
@@ -284,12 +261,6 @@ def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
         limit == 0 or limit >= 5000,
         f"Idle transactions end after {limit} ms." if limit else "Idle transactions stay open.",
         "set it to 0, or to some seconds: it ends readers that only pause",
-    )
-    yield _judge(
-        "autovacuum",
-        settings["autovacuum"] == "on",
-        f"autovacuum is {settings['autovacuum']}.",
-        "set autovacuum = on, or run `openclaw-store vacuum` often: tables grow without end",
     )
 
 
