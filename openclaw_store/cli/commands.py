@@ -121,23 +121,18 @@ async def tasks(
     user: Annotated[str | None, typer.Option(help="Submitted by this user.")] = None,
     skill: Annotated[str | None, typer.Option(help="Requiring this skill.")] = None,
     name: Annotated[str | None, typer.Option(help="With this text in the name.")] = None,
-    submitted_from: Annotated[
-        datetime | None, _time_option("Submitted at this time or later, as 2026-11-25T09:30.")
-    ] = None,
+    submitted_from: Annotated[datetime | None, _time_option("Submitted since.")] = None,
     submitted_until: Annotated[datetime | None, _time_option("Submitted before.")] = None,
-    completed_from: Annotated[
-        datetime | None, _time_option("Finished at this time or later.")
-    ] = None,
+    completed_from: Annotated[datetime | None, _time_option("Finished since.")] = None,
     completed_until: Annotated[datetime | None, _time_option("Finished before.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number.")] = 20,
     after: Annotated[
-        str | None,
-        typer.Option(metavar="CURSOR", help="Continue after the page that printed this."),
+        str | None, typer.Option(metavar="CURSOR", help="Continue a list from this cursor.")
     ] = None,
 ) -> None:
     """List tasks, newest submitted first, one page at a time.
 
-    Times without a zone are local.
+    A time is 2026-11-25, 2026-11-25T09:30 or 2026-11-25T09:30+01:00; without a zone, it is local.
     """
     from openclaw_store.domain import TaskFilter
     from openclaw_store.repositories import TaskRepository
@@ -159,12 +154,12 @@ async def tasks(
     call.show(
         {"tasks": page.tasks, "after": page.after},
         lambda: render.tasks(page),
-        *([f"the next page: --after {page.after}"] if page.after else []),
+        *([f"the next page: --after {page.after}"] if page.after else ()),
     )
 
 
 @command(app)
-async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or a node.")]) -> None:
+async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or node.")]) -> None:
     """Show the fields and the history of a task or node, and why a task waits."""
     from openclaw_store.domain import NodeInfo, Task
     from openclaw_store.maintenance.summary import explain_task, history
@@ -197,9 +192,7 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or 
 @command(app)
 async def watch(
     call: Call,
-    since: Annotated[
-        int | None, typer.Option(min=0, help="Begin after this revision, not now.")
-    ] = None,
+    since: Annotated[int | None, typer.Option(min=0, help="Begin after this revision.")] = None,
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=1, help="End after this number of changes.")
     ] = None,
@@ -226,9 +219,7 @@ async def watch(
 @command(app)
 async def verify(
     call: Call,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Repair problems that need no loss of data.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair without data loss.")] = False,
 ) -> None:
     """Check the invariants of the state, while the database is in use.
 
@@ -259,9 +250,12 @@ async def doctor(call: Call) -> None:
     from openclaw_store.maintenance.doctor import Level, diagnose
 
     call.existing()
+    # Never opened: opening would change the journal mode and refuse other schemas.
     database = Database(migrations.location_of(call.location))
-    findings = await diagnose(database)
-    await database.close()
+    try:
+        findings = await diagnose(database)
+    finally:
+        await database.close()
     is_well = all(finding.level is not Level.ERROR for finding in findings)
     call.show({"is_well": is_well, "findings": findings}, lambda: render.findings(findings))
     if not is_well:
@@ -275,8 +269,7 @@ async def upgrade(
         str | None,
         typer.Option(
             metavar="ZONE",
-            help="Time zone of a legacy database, as Asia/Shanghai  "
-            "[default: that of this machine]",
+            help="Time zone of a legacy database  [default: that of this machine]",
             show_default=False,
         ),
     ] = None,
@@ -287,6 +280,7 @@ async def upgrade(
     """
     from openclaw_store.database import legacy_import, migrations
 
+    # The zone is checked before anything is changed.
     zone, backend, before = legacy_import.zone_of(legacy_timezone), call.backend, None
     if backend.exists():
         before = await asyncio.to_thread(migrations.revision_of, backend)
@@ -394,6 +388,7 @@ async def restore(call: Call, path: Annotated[Path, typer.Argument(help="The bac
 
 async def _until_stopped(work: Callable[[Callable[[], bool]], Path | None]) -> Path | None:
     """Run `work` on a thread; its argument reports whether Ctrl-C was pressed."""
+    # Cancelling the task would abandon the thread, which may be replacing the database.
     stopped = Event()
     done = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
     try:
@@ -494,7 +489,8 @@ async def compact(
 
 def main() -> None:
     """Run the command line, and end the process."""
+    # Without this, a name with letters that the terminal cannot show would end the program.
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names may have letters that the terminal cannot show
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="openclaw-store")

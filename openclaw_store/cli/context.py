@@ -105,6 +105,8 @@ def command(
                 typer.echo(f"openclaw-store: {render.one_line(error)}", err=True)
                 raise typer.Exit(1) from None
 
+        # Typer reads the options from the signature. `eval_str` resolves the annotations in the
+        # module of the command, where their names are defined.
         signature = inspect.signature(work, eval_str=True)
         keyword = inspect.Parameter.KEYWORD_ONLY
         run.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads it

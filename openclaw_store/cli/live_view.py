@@ -50,6 +50,7 @@ async def _frame(database: Database, newest: Sequence[Change], height: int) -> G
     ]
     if len(nodes) > _NODES:
         parts.append(f"and {len(nodes) - _NODES} more nodes")
+    # Twelve lines are the summary, the headers and the blank lines.
     room = max(3, height - 12 - min(len(nodes), _NODES))
     parts += ["", render.changes(list(newest)[-room:])]
     return Group(*parts)

@@ -245,6 +245,7 @@ def as_json(document: Any, *, compact: bool = False) -> str:
     """Format a document as JSON, with tasks and nodes as in `to_dict`."""
     import orjson
 
+    # Without these options, orjson would write dataclasses and times in its own form.
     options = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
     if not compact:
         options |= orjson.OPT_INDENT_2
@@ -275,7 +276,8 @@ def show(*parts: RenderableType) -> None:
     if console.is_terminal:
         console.print(*parts, sep="\n")
         return
-    with console.capture() as captured:  # rich pads the lines of tables to the full width
+    # Rich pads the lines of tables to the full width, which is useless in files and pipes.
+    with console.capture() as captured:
         console.print(*parts, sep="\n")
     for text in captured.get().splitlines():
         sys.stdout.write(f"{text.rstrip()}\n")

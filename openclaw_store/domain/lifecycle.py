@@ -204,6 +204,7 @@ def start(
     """Start a task; idempotent for its owner."""
     if task.status is TaskStatus.RUNNING and owner == owner_of(task):
         return None
+    # The lease is checked last, so a repeated call succeeds after its answer was lost.
     values = {"status": TaskStatus.RUNNING, "started_at": _in_order(task, now)}
     return _not_owned(task, owner) or Step(values)
 
@@ -322,6 +323,7 @@ def _released(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
+    # The attempt must match too: a node may have lost the task and claimed it again.
     if task.status in ASSIGNED and owner == owner_of(task):
         return None
     return NotOwnerError(task.task_id, *owner, task.status.value, *owner_of(task))

@@ -206,6 +206,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
             "the copy: copy again"
         )
     async with target.transaction(timeout=_BATCH_SECONDS) as tx:
+        # Only now may the target be opened and written: the check above has read all of it.
         await _rename(tx, name, HEAD)
         revision, beat, compacted = extent.counters
         values = {"id": 1, "revision": revision, "beat": beat, "compacted": compacted}
@@ -231,6 +232,7 @@ async def _begin(target: Database, name: str) -> Sequence[Any]:
         before = await tx.scalar(_NAME) or ""
         if not before.startswith(COPYING_HEAD):
             await _require_empty(target, tx)
+            # Without counters, writers that opened the target before fail.
             await tx.execute(delete(CounterRow))
         is_same = before.split("-")[:3] == name.split("-")[:3]
         nodes, *others = _TABLES
@@ -262,6 +264,7 @@ async def _rename(tx: AsyncSession, before: str, name: str) -> None:
 
 async def _store(target: Database, name: str, rows: _Rows, images: Sequence[Image]) -> None:
     async with target.transaction(timeout=_BATCH_SECONDS) as tx:
+        # Fails if another process has taken the target over: its rows would mix with these.
         await _rename(tx, name, name)
         await target.write_in(tx, rows.write, images)
 

@@ -108,6 +108,7 @@ class LogUpdate:
     async def run(self, database: Database, tx: AsyncSession) -> bool:
         repository = TaskRepository(tx) if self.kind is Task else NodeRepository(tx)
         record: Record[Any] | None = await repository.get_record(self.id)
+        # A newer version has its own change in the feed: nothing is left to repair.
         if record is None or record.version != self.version:
             return False
         after = (0, record.status.value) if self.last is None else await _change_end(tx, self.last)
@@ -137,6 +138,7 @@ class CountTasks:
     node_id: str
 
     async def run(self, database: Database, tx: AsyncSession) -> bool:
+        # The write lock is held since the transaction began: no claim can change the count.
         record = await NodeRepository(tx).get_record(self.node_id)
         query = select(func.count()).where(TaskRow.assigned_node == self.node_id, IS_ASSIGNED)
         assigned = await tx.scalar(query) or 0

@@ -96,6 +96,7 @@ def restore(
             report_progress("checking the copy", 0, 0)
             copy.set_progress_handler(is_stopped, _STEPS)
             _verify(copy, source)
+        # Locked only now: until here, the database may be in use.
         report_progress("replacing the database", 0, 0)
         lock.enter_context(backend.alone())
         return _set_aside(target)

@@ -146,6 +146,7 @@ async def verify(
         if not found.omitted or not any(solved.values()):
             break
         repaired += [problem for problem in found.problems if problem.is_repaired]
+    # A later scan no longer finds the problems that an earlier one has repaired.
     found.problems[:0] = repaired
     return found
 
@@ -205,7 +206,7 @@ class _Scan:
             self.found.remarks.append(Problem(invariant, *key, text))
 
     def _check_later(self, changes: dict[Key, int], key: Key, revision: int) -> None:
-        if len(changes) == MOST:
+        if len(changes) == MOST:  # bounds the memory, even if every change is wrong
             self.found.omitted += 1
         else:
             changes.setdefault(key, revision)
@@ -234,6 +235,7 @@ class _Scan:
         self._revision, self._beat, self._compacted = counters[0]
         newest = await session.scalar(select(func.max(ChangeRow.revision))) or 0
         heartbeats = await session.scalar(select(func.max(NodeRow.beat))) or 0
+        # Writers assign numbers from the counters: counters behind would assign them twice.
         if newest > self._revision or heartbeats > self._beat:
             problem = (
                 f"The counters are at revision {self._revision} and heartbeat sequence "
@@ -309,6 +311,7 @@ class _Scan:
             return
         item, id, status, node = change
         if (item, id) != key or status is None:
+            # A compacted change is legally missing; one of another entity never is.
             if version > self._compacted or item is not None:
                 self._check_later(self._unmatched, key, version)
             return
@@ -358,6 +361,7 @@ class _Scan:
             for row in rows:
                 revision, _, item, id, kind, was, status, _, _, previous = row[: len(columns)]
                 key = item, id
+                # Newest first: `successor` is the change after this one in the whole feed.
                 self._check_gap(revision, successor, removed)
                 if revision <= self._compacted < successor:
                     self._add("feed", f"Change {revision} was compacted, but is still there.")
@@ -367,6 +371,7 @@ class _Scan:
                     continue
                 previous_key, previous_status = row[-3:-1], row[-1]
                 if previous_key == (None, None):  # there is no such change
+                    # A removal with its history leaves no older change of the entity.
                     if kind == ChangeKind.REMOVED:
                         removed = max(removed, previous)
                     elif previous > self._compacted:
