@@ -43,8 +43,11 @@ class Step(NamedTuple):
 Outcome = Step | ConflictError | None
 """A step, the error that forbids it, or `None` if the task is already in the wanted state."""
 
-Decision = Callable[[Record[Task], Record[NodeInfo] | None, datetime], Outcome]
-"""Takes a task, the node that it is assigned to (`None` if there is no such node), and the time."""
+AssignedNode = Record[NodeInfo] | None
+"""The node of an assigned task; `None` if the task is not assigned, or the node does not exist."""
+
+Decision = Callable[[Record[Task], AssignedNode, datetime], Outcome]
+"""Decides on a transition of a task at a time."""
 
 NODE_LOST: Final = "node lost"
 """Reason for releasing a task of a lost node."""
@@ -142,7 +145,7 @@ def is_assigned(task: Record[Task]) -> bool:
     return task.assigned_node is not None and task.status in ASSIGNED
 
 
-def is_lost(node: Record[NodeInfo] | None, now: datetime, patience: timedelta) -> bool:
+def is_lost(node: AssignedNode, now: datetime, patience: timedelta) -> bool:
     """Return whether the tasks of a node must be released."""
     if node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR):
         return True
@@ -198,9 +201,7 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
     )
 
 
-def start(
-    task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, owner: Owner
-) -> Outcome:
+def start(task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner) -> Outcome:
     """Start a task; idempotent for its owner."""
     if task.status is TaskStatus.RUNNING and owner == owner_of(task):
         return None
@@ -210,12 +211,7 @@ def start(
 
 
 def complete(
-    task: Record[Task],
-    node: Record[NodeInfo] | None,
-    now: datetime,
-    *,
-    owner: Owner,
-    result: bytes | None,
+    task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner, result: bytes | None
 ) -> Outcome:
     """Complete a task with a result in JSON; idempotent for its owner."""
     if task.status is TaskStatus.COMPLETED and owner == owner_of(task):
@@ -227,13 +223,7 @@ def complete(
 
 
 def fail(
-    task: Record[Task],
-    node: Record[NodeInfo] | None,
-    now: datetime,
-    *,
-    owner: Owner,
-    error: str,
-    wait: Wait,
+    task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner, error: str, wait: Wait
 ) -> Outcome:
     """Retry a task after `wait`, or end it as FAILED after its last retry; idempotent."""
     if task.status is TaskStatus.FAILED and owner == owner_of(task):
@@ -243,7 +233,7 @@ def fail(
 
 def cancel(
     task: Record[Task],
-    node: Record[NodeInfo] | None,
+    node: AssignedNode,
     now: datetime,
     *,
     reason: str | None,
@@ -263,7 +253,7 @@ def cancel(
     )
 
 
-def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) -> Outcome:
+def requeue(task: Record[Task], node: AssignedNode, now: datetime) -> Outcome:
     """Make a task pending again, with all its retries; idempotent."""
     if task.status is TaskStatus.PENDING:
         return None
@@ -272,9 +262,7 @@ def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) ->
     return Step({**_UNASSIGNED, **values}, _released(node, task), "requeued")
 
 
-def release(
-    task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, wait: Wait
-) -> Outcome:
+def release(task: Record[Task], node: AssignedNode, now: datetime, *, wait: Wait) -> Outcome:
     """Retry an assigned task of a lost node, or end it as FAILED after its last retry."""
     if not is_assigned(task):
         return None
@@ -283,7 +271,7 @@ def release(
 
 def recover(
     task: Record[Task],
-    node: Record[NodeInfo] | None,
+    node: AssignedNode,
     now: datetime,
     *,
     patience: timedelta,
@@ -317,7 +305,7 @@ def without_a_task(node: Record[NodeInfo]) -> Values:
     return {"running_tasks": max(0, node.running_tasks - 1)}
 
 
-def _released(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
+def _released(node: AssignedNode, task: Record[Task]) -> Values:
     """Return the values of a node without the task, if that was assigned."""
     return {} if node is None or not is_assigned(task) else without_a_task(node)
 
@@ -344,7 +332,7 @@ def _ended(task: Record[Task], status: TaskStatus, now: datetime, **values: Any)
 
 def _failed(
     task: Record[Task],
-    node: Record[NodeInfo] | None,
+    node: AssignedNode,
     now: datetime,
     status: TaskStatus,
     error: str,
@@ -365,9 +353,7 @@ def _failed(
     return Step(values, _counted(node, task, now, "failed_tasks"), error)
 
 
-def _counted(
-    node: Record[NodeInfo] | None, task: Record[Task], now: datetime, outcome: str
-) -> Values:
+def _counted(node: AssignedNode, task: Record[Task], now: datetime, outcome: str) -> Values:
     """Return the totals of a node with one more attempt: from its start, else from its claim."""
     if node is None or not is_assigned(task):
         return {}
