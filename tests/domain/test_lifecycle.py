@@ -106,7 +106,7 @@ VERBS = {
         InvalidTransitionError,
     ),
     "requeue": Verb(lifecycle.requeue, ALL - {TaskStatus.PENDING}, ALL, None),
-    "give back": Verb(partial(lifecycle.release, wait=wait), ASSIGNED, ALL, None),
+    "release": Verb(partial(lifecycle.release, wait=wait), ASSIGNED, ALL, None),
     "recover": Verb(partial(RECOVER, patience=timedelta()), ASSIGNED, ALL, None),
 }
 LOST = a_node(status=NodeStatus.OFFLINE)
@@ -135,7 +135,7 @@ class TestEveryVerbFromEveryState:
 
     @pytest.mark.parametrize("status", TaskStatus)
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "requeue"])
-    def test_only_requeue_gives_a_finished_task_another_life(
+    def test_only_requeue_makes_a_finished_task_pending_again(
         self, verb: str, status: TaskStatus
     ) -> None:
         outcome = decide(verb, a_task(status=status))
@@ -145,7 +145,7 @@ class TestEveryVerbFromEveryState:
 
     @pytest.mark.parametrize("status", TaskStatus)
     @pytest.mark.parametrize("verb", VERBS)
-    def test_place_on_the_node_is_taken_and_given_back_with_the_task(
+    def test_slot_of_the_node_is_taken_and_released_with_the_task(
         self, verb: str, status: TaskStatus
     ) -> None:
         task, node = a_task(status=status), LOST if verb == "recover" else a_node()
@@ -244,7 +244,7 @@ class TestConditions:
 
     @pytest.mark.parametrize("status", NodeStatus)
     @pytest.mark.parametrize(("most", "running", "free"), [(3, 1, 2), (3, 3, 0), (1, 5, 0)])
-    def test_only_a_node_that_is_online_has_places(
+    def test_only_a_node_that_is_online_has_slots(
         self, status: NodeStatus, most: int, running: int, free: int
     ) -> None:
         node = a_node(status=status, max_concurrent_tasks=most, running_tasks=running)
@@ -351,7 +351,7 @@ class TestSteps:
         ("verb", "status", "error"),
         [
             ("fail", TaskStatus.FAILED, "no"),
-            ("give back", TaskStatus.FAILED, NODE_LOST),
+            ("release", TaskStatus.FAILED, NODE_LOST),
             ("recover", TaskStatus.FAILED, NODE_LOST),
         ],
     )

@@ -246,7 +246,7 @@ async def test_copy_starts_anew_if_its_source_was_changed_since(
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
-async def test_copy_is_one_picture_of_a_source_that_is_written(
+async def test_copy_is_one_snapshot_of_a_source_that_is_written(
     location: Location, target_location: Location, fill: Fill
 ) -> None:
     await fill(30)
@@ -264,7 +264,7 @@ async def test_copy_is_one_picture_of_a_source_that_is_written(
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
-async def test_of_two_copies_to_one_place_one_is_made(
+async def test_of_two_copies_to_one_database_one_is_made(
     location: Location, target_location: Location, fill: Fill
 ) -> None:
     await fill(50)
