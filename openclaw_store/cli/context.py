@@ -79,7 +79,7 @@ class Call:
             await database.close()
 
     def show(self, document: Any, *parts: Part) -> None:
-        """Write a document as JSON, or else its parts as text; callables make tables."""
+        """Write a document as JSON, or its parts as text; callables make tables."""
         if self.as_json:
             typer.echo(render.as_json(document))
         else:
