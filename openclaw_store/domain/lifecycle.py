@@ -110,7 +110,7 @@ def is_due(task: Record[Task], now: datetime) -> bool:
 def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
     """Return whether a node has all skills that a task requires."""
     required = task.required_skills
-    if type(required) is not bytes:  # decoded, or empty
+    if type(required) is not bytes:  # decoded already, or empty
         required = task.encoded("required_skills")
     return are_among(required, node.encoded("available_skills"))
 
