@@ -1,7 +1,7 @@
-"""The pytest plugin: fixtures of `openclaw_store.testing` for the tests of programs that use it.
+"""The pytest plugin: fixtures of `openclaw_store.testing` for programs that use the store.
 
-It stands beside the library, because pytest imports every plugin that is installed, whoever's tests
-it runs, and before coverage is measured. So it imports the library only in a fixture.
+Pytest imports every installed plugin in every run, before it measures coverage. Therefore the
+plugin is no part of the library, and imports it only in fixtures.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def openclaw_clock() -> FakeClock:
-    """The time of the store: `advance(seconds=…)` lets it pass, `now` can be set."""
+    """The clock of the store: `advance(seconds=…)` moves it, `now` can be set."""
     from openclaw_store.testing import FakeClock
 
     return FakeClock()
@@ -33,7 +33,7 @@ def openclaw_clock() -> FakeClock:
 
 @pytest.fixture
 def openclaw_make_task(openclaw_clock: FakeClock) -> TaskFactory:
-    """Makes tasks: `openclaw_make_task(name="train")`."""
+    """A factory of tasks: `openclaw_make_task(name="train")`."""
     from openclaw_store.testing import TaskFactory
 
     return TaskFactory(openclaw_clock)
@@ -41,7 +41,7 @@ def openclaw_make_task(openclaw_clock: FakeClock) -> TaskFactory:
 
 @pytest.fixture
 def openclaw_make_node(openclaw_clock: FakeClock) -> NodeFactory:
-    """Makes nodes: `openclaw_make_node(available_skills=["gpu"])`."""
+    """A factory of nodes: `openclaw_make_node(available_skills=["gpu"])`."""
     from openclaw_store.testing import NodeFactory
 
     return NodeFactory(openclaw_clock)
@@ -61,15 +61,16 @@ def _openclaw_empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def openclaw_location(
     _openclaw_empty: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> str | Path:
-    """Where the database is: a file in a folder of its own; override it for another place."""
+    """The location of the database, a file in a folder of its own; override it for another."""
     path = tmp_path_factory.mktemp("openclaw") / "cluster.db"
     return shutil.copyfile(_openclaw_empty, path)
 
 
 @pytest.fixture
 def _openclaw_asyncio(request: pytest.FixtureRequest) -> None:
-    """Says what is missing, if nothing runs asynchronous fixtures."""
-    has_asyncio = hasattr(request.config.option, "asyncio_mode")  # by whatever name it was loaded
+    """Fail with an advice if no plugin runs asynchronous fixtures."""
+    # The option shows that pytest-asyncio is active, under any name.
+    has_asyncio = hasattr(request.config.option, "asyncio_mode")
     if not has_asyncio and "anyio_backend" not in request.fixturenames:
         pytest.fail("the store needs an event loop: pip install pytest-asyncio", pytrace=False)
 
@@ -78,7 +79,7 @@ def _openclaw_asyncio(request: pytest.FixtureRequest) -> None:
 async def openclaw_database(
     _openclaw_asyncio: None, openclaw_location: str | Path, openclaw_clock: FakeClock
 ) -> AsyncIterator[Database]:
-    """An open, empty database that goes by `openclaw_clock`."""
+    """An open, empty database with the clock `openclaw_clock`."""
     from openclaw_store import Database
 
     async with Database(openclaw_location, clock=openclaw_clock) as database:
@@ -87,7 +88,7 @@ async def openclaw_database(
 
 @async_fixture
 async def openclaw_manager(openclaw_database: Database) -> AsyncIterator[StateManager]:
-    """A StateManager on `openclaw_database` that synchronises only when it is told to."""
+    """A StateManager on `openclaw_database` that synchronises only on request."""
     from openclaw_store import StateManager
 
     async with StateManager(openclaw_database, auto_sync_interval=None) as manager:

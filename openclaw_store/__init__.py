@@ -59,7 +59,7 @@ else:
     )
 
     def __getattr__(name: str) -> object:
-        # Imported when it is asked for: all of it takes longer than the command line may.
+        # Import names on first use: the whole library takes longer than `--help` may.
         if name in __all__:
             for room in _ROOMS:
                 found = vars(import_module(f"{__name__}.{room}"))

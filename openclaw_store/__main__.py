@@ -1,4 +1,4 @@
-"""What `openclaw-store` and `python -m openclaw_store` run."""
+"""The entry point of `openclaw-store` and `python -m openclaw_store`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command line, if what it needs is installed."""
+    """Run the command line, or name the missing packages."""
     if not all(map(find_spec, ("typer", "rich"))):
         sys.exit('the command line needs typer and rich: pip install "openclaw-store[cli]"')
     from openclaw_store.cli.commands import main as run

@@ -19,10 +19,10 @@ _LONGEST_SHOWN = 200
 
 
 def safe_repr(value: object) -> str:
-    """A refused value in a message: its `repr` if it has one, and not all of it if it is long."""
+    """Return the `repr` of a value for a message: shortened, and never failing."""
     try:
         text = repr(value)
-    except Exception:  # a number of too many digits, a list within itself, a caller's own class
+    except Exception:  # an integer of too many digits, or a class with a faulty `__repr__`
         return f"a value of type {type(value).__name__}"
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
@@ -31,8 +31,8 @@ class StoreError(Exception):
     """The base of all errors of this library."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The default calls the class with `args`, which our constructors do not take:
-        # without this, an error raised in a worker process could not be read by its parent.
+        # The default calls the class with `args`, which our constructors do not take: without
+        # this, the parent of a worker process could not unpickle the worker's errors.
         return _restore, (type(self), self.args, self.__dict__)
 
 
@@ -142,8 +142,8 @@ class InvalidTransitionError(ConflictError):
 
     def __init__(self, task_id: str, before: str, after: str) -> None:
         super().__init__(
-            f"task {task_id!r} is {before}, and cannot become {after}: only requeue_task gives a "
-            "finished task another life"
+            f"task {task_id!r} is {before}, and cannot become {after}: only requeue_task makes a "
+            "finished task pending again"
         )
         self.task_id = task_id
         self.before = before
@@ -171,10 +171,10 @@ class NotOwnerError(ConflictError):
         current_node: str | None,
         current_attempt: int,
     ) -> None:
-        whose = "on no node" if current_node is None else f"on node {current_node!r}"
+        owner = "on no node" if current_node is None else f"on node {current_node!r}"
         super().__init__(
             f"node {node_id!r} does not hold attempt {attempt} of task {task_id!r} any more: it is "
-            f"{status}, at attempt {current_attempt}, {whose}"
+            f"{status}, at attempt {current_attempt}, {owner}"
         )
         self.task_id = task_id
         self.node_id = node_id
@@ -210,7 +210,7 @@ class CompactedError(StoreError):
     def __init__(self, since: int, oldest: int) -> None:
         super().__init__(
             f"the changes after revision {since} are gone up to {oldest - 1}: read the state "
-            "anew, and go on from its version"
+            "again, and continue from its version"
         )
         self.since = since
         self.oldest = oldest

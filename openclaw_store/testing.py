@@ -1,7 +1,6 @@
-"""A test kit for programs that use the store; nothing in it needs a test framework.
+"""A test kit for programs that use the store, without a dependency on a test framework.
 
-The pytest plugin that is installed with the library, `pytest_openclaw_store`, makes fixtures of
-it.
+The installed pytest plugin, `pytest_openclaw_store`, provides it as fixtures.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from openclaw_store.domain import Clock, NodeInfo, Task, TaskType, check_time, u
 
 
 class FakeClock:
-    """A clock that moves only when it is told to, for `Database(clock=…)`.
+    """A clock for `Database(clock=…)` that moves only on request.
 
-    What the store waits for itself (`wait_for_task(timeout=…)`, `auto_sync_interval`) goes by the
-    time of the event loop.
+    Waits of the store itself (`wait_for_task(timeout=…)`, `auto_sync_interval`) use the clock of
+    the event loop.
     """
 
     def __init__(self, now: datetime = datetime(2026, 3, 1, 12, tzinfo=UTC)) -> None:
@@ -32,7 +31,7 @@ class FakeClock:
 
     @property
     def now(self) -> datetime:
-        """The time of the clock, which can be set; a naive one is read as local time."""
+        """The time of the clock. It can be set; a naive time is read as local time."""
         return self._now
 
     @now.setter
@@ -40,7 +39,7 @@ class FakeClock:
         self._now = check_time("now", moment)
 
     def advance(self, seconds: float = 0, **units: float) -> datetime:
-        """Let time pass: `seconds`, and whatever else `timedelta` takes; returns the new time."""
+        """Move the clock by `seconds` and other units of `timedelta`; return the new time."""
         self.now += timedelta(seconds=seconds, **units)
         return self.now
 
@@ -50,17 +49,17 @@ class _Factory:
         """Make a factory.
 
         Args:
-            clock: Says when what it makes is submitted, or registered.
+            clock: Source of the times of submission and registration.
         """
         self._clock = clock
         self._numbers = count(1)
 
 
 class TaskFactory(_Factory):
-    """Makes tasks with different identifiers; a test spells out only the fields it is about."""
+    """Makes tasks with different identifiers; a test sets only the fields that it tests."""
 
     def __call__(self, **fields: Any) -> Task:
-        """A pending task; `fields` are those of `Task`."""
+        """Return a pending task with the given fields of `Task`."""
         number = next(self._numbers)
         defaults: dict[str, Any] = {
             "task_id": f"task-{number:04}",
@@ -72,10 +71,10 @@ class TaskFactory(_Factory):
 
 
 class NodeFactory(_Factory):
-    """Makes nodes with different identifiers; a test spells out only the fields it is about."""
+    """Makes nodes with different identifiers; a test sets only the fields that it tests."""
 
     def __call__(self, **fields: Any) -> NodeInfo:
-        """A node that is ONLINE; `fields` are those of `NodeInfo`."""
+        """Return an ONLINE node with the given fields of `NodeInfo`."""
         number = next(self._numbers)
         defaults: dict[str, Any] = {
             "node_id": f"node-{number:04}",
@@ -86,9 +85,9 @@ class NodeFactory(_Factory):
 
 
 def create_database(location: str | Path) -> None:
-    """Make a migrated, empty database; may be called whether an event loop runs or not.
+    """Create a migrated, empty database, with or without a running event loop.
 
-    Tests are faster if each has a copy of one file than if each makes its own.
+    Tests are faster if each copies one such file instead of creating its own.
     """
 
     async def create() -> None:

@@ -1,4 +1,5 @@
 """The command line: `openclaw-store` and `python -m openclaw_store`.
 
-It parses arguments and renders results; every action is a call of a room below.
+This room parses arguments and renders results; each action is one call of a room below. It contains
+no SQL and no rules about tasks or nodes.
 """

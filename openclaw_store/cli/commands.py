@@ -1,9 +1,7 @@
-"""The command line: `openclaw-store`, or `python -m openclaw_store`.
+"""The commands of `openclaw-store`: inspect a database, check it and maintain it.
 
-It looks at a database, checks it and looks after it. Commands that only look change nothing: they
-neither make a database nor upgrade one.
-
-The library is imported by the commands, when they are run: `--help` and completion need not wait.
+Commands that only read neither create nor upgrade a database. Each command imports the parts of
+the library that it needs, so `--help` and completion start fast.
 """
 
 from __future__ import annotations
@@ -32,15 +30,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="openclaw-store",
-    help="Look at the state of a cluster, check it and look after it.",
-    epilog="Exit status: 0; 1 if something could not be done, or is not as it should be; 2 for "
-    "wrong usage; 130 after Ctrl-C.",
+    help="Inspect the state of a cluster, check it and maintain it.",
+    epilog="Exit status: 0; 1 after a failure, or if a check found a problem; 2 for wrong usage; "
+    "130 after Ctrl-C.",
     no_args_is_help=True,
-    rich_markup_mode=None,  # plain text starts in half the time
+    rich_markup_mode=None,  # rich doubles the time to start
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-db = typer.Typer(help="Upgrade the schema of a database, or look at it.", no_args_is_help=True)
+db = typer.Typer(help="Upgrade or inspect the schema of a database.", no_args_is_help=True)
 app.add_typer(db, name="db")
 
 
@@ -72,7 +70,7 @@ def _common(
 
 @command(app)
 async def status(call: Call) -> None:
-    """Nodes and tasks by status, what waits longest, how fresh it is."""
+    """Show nodes and tasks by status, the longest wait, and the age of the newest change."""
     from openclaw_store.maintenance.summary import summarize
 
     async with call.opened() as database:
@@ -87,7 +85,7 @@ async def nodes(
         NodeStatus | None, typer.Option(metavar="STATUS", help=f"{_either(NodeStatus)}.")
     ] = None,
 ) -> None:
-    """The nodes, newest registered first."""
+    """List nodes, newest registered first."""
     from openclaw_store.repositories import NodeRepository
 
     async with call.opened() as database:
@@ -120,23 +118,21 @@ async def tasks(
         typer.Option(metavar="TYPE", help=f"{_either(TaskType)}; may be repeated."),
     ] = None,
     node: Annotated[str | None, typer.Option(help="Assigned to this node.")] = None,
-    user: Annotated[str | None, typer.Option(help="Of this user.")] = None,
-    skill: Annotated[str | None, typer.Option(help="That require this skill.")] = None,
-    name: Annotated[str | None, typer.Option(help="Whose names contain this text.")] = None,
-    submitted_from: Annotated[
-        datetime | None, _time_option("Submitted at this time or later, as 2026-11-25T09:30.")
-    ] = None,
+    user: Annotated[str | None, typer.Option(help="Submitted by this user.")] = None,
+    skill: Annotated[str | None, typer.Option(help="Requiring this skill.")] = None,
+    name: Annotated[str | None, typer.Option(help="With this text in the name.")] = None,
+    submitted_from: Annotated[datetime | None, _time_option("Submitted since.")] = None,
     submitted_until: Annotated[datetime | None, _time_option("Submitted before.")] = None,
-    completed_from: Annotated[datetime | None, _time_option("Finished then, or later.")] = None,
+    completed_from: Annotated[datetime | None, _time_option("Finished since.")] = None,
     completed_until: Annotated[datetime | None, _time_option("Finished before.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number.")] = 20,
     after: Annotated[
-        str | None, typer.Option(metavar="CURSOR", help="Go on behind the page that gave this.")
+        str | None, typer.Option(metavar="CURSOR", help="Continue a list from this cursor.")
     ] = None,
 ) -> None:
-    """Tasks, newest submitted first, a page at a time.
+    """List tasks, newest submitted first, one page at a time.
 
-    Times without a zone are local ones.
+    A time is 2026-11-25, 2026-11-25T09:30 or 2026-11-25T09:30+01:00; without a zone, it is local.
     """
     from openclaw_store.domain import TaskFilter
     from openclaw_store.repositories import TaskRepository
@@ -158,13 +154,13 @@ async def tasks(
     call.show(
         {"tasks": page.tasks, "after": page.after},
         lambda: render.tasks(page),
-        *([f"the next page: --after {page.after}"] if page.after else []),
+        *([f"the next page: --after {page.after}"] if page.after else ()),
     )
 
 
 @command(app)
-async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or a node.")]) -> None:
-    """A task or a node: its fields, why it waits, and its history."""
+async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or node.")]) -> None:
+    """Show the fields and the history of a task or node, and why a task waits."""
     from openclaw_store.domain import NodeInfo, Task
     from openclaw_store.maintenance.summary import explain_task, history
     from openclaw_store.repositories import NodeRepository, TaskRepository
@@ -174,10 +170,10 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or 
         node = None if task else await NodeRepository(database).get(id)
         changes = await history(database, NodeInfo if node else Task, id)
         if task is None and not changes:
-            changes = await history(database, NodeInfo, id)  # of one that was removed
+            changes = await history(database, NodeInfo, id)  # a removed node
         why = await explain_task(database, id) if task and task.status in WAITING else None
-    item = task or node
-    if item is None and not changes:
+    entity = task or node
+    if entity is None and not changes:
         raise NotFoundError(f"no task or node has the id {id!r}")
     document = {
         "task": task,
@@ -185,7 +181,7 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or 
         "explanation": why and {**vars(why), "nodes": dict(why.nodes), "text": str(why)},
         "history": [change._asdict() for change in changes],
     }
-    parts: list[Part] = [lambda: render.fields(item)] if item else [f"{id} was removed"]
+    parts: list[Part] = [lambda: render.fields(entity)] if entity else [f"{id} was removed"]
     if why:
         parts.append(f"\n{why}")
     if changes:
@@ -196,16 +192,14 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="Of a task or 
 @command(app)
 async def watch(
     call: Call,
-    since: Annotated[
-        int | None, typer.Option(min=0, help="Begin behind this revision, not now.")
-    ] = None,
+    since: Annotated[int | None, typer.Option(min=0, help="Begin after this revision.")] = None,
     count: Annotated[
-        int | None, typer.Option("--count", "-n", min=1, help="End after so many changes.")
+        int | None, typer.Option("--count", "-n", min=1, help="End after this number of changes.")
     ] = None,
 ) -> None:
-    """What changes, as it happens.
+    """Follow the changes of the cluster until Ctrl-C.
 
-    On a terminal it is a picture of the cluster, elsewhere a line for each change. Ctrl-C ends it.
+    A terminal shows a live view of the cluster, other outputs one line for each change.
     """
     from openclaw_store.maintenance import summary
 
@@ -225,13 +219,11 @@ async def watch(
 @command(app)
 async def verify(
     call: Call,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Put right what can be without losing anything.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair without data loss.")] = False,
 ) -> None:
-    """Look whether the state is what its own rules say.
+    """Check the invariants of the state, while the database is in use.
 
-    It reads everything, while the database is in use. The exit status is 1 if a problem is left.
+    The exit status is 1 if a problem is left.
     """
     from openclaw_store.maintenance.verify import verify
 
@@ -250,17 +242,20 @@ async def verify(
 
 @command(app)
 async def doctor(call: Call) -> None:
-    """Look whether the store can keep its promises where it is.
+    """Check the environment of the database.
 
-    The database may be in any state, and stays as it is. The exit status is 1 after an error.
+    The database may be in any state, and is not changed. The exit status is 1 after an error.
     """
     from openclaw_store.database import Database, migrations
     from openclaw_store.maintenance.doctor import Level, diagnose
 
     call.existing()
+    # Never opened: opening would change the journal mode and refuse other schemas.
     database = Database(migrations.location_of(call.location))
-    findings = await diagnose(database)
-    await database.close()
+    try:
+        findings = await diagnose(database)
+    finally:
+        await database.close()
     is_well = all(finding.level is not Level.ERROR for finding in findings)
     call.show({"is_well": is_well, "findings": findings}, lambda: render.findings(findings))
     if not is_well:
@@ -274,67 +269,67 @@ async def upgrade(
         str | None,
         typer.Option(
             metavar="ZONE",
-            help="Of the times of an original hand-made database, as Asia/Shanghai  "
-            "[default: that of this machine]",
+            help="Time zone of a legacy database  [default: that of this machine]",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Bring the schema up to date; makes the database if there is none.
+    """Upgrade the schema, or create the database.
 
-    An original hand-made database is adopted, and a copy of it kept.
+    A legacy database is imported, and a copy of it is kept.
     """
     from openclaw_store.database import legacy_import, migrations
 
+    # The zone is checked before anything is changed.
     zone, backend, before = legacy_import.zone_of(legacy_timezone), call.backend, None
     if backend.exists():
         before = await asyncio.to_thread(migrations.revision_of, backend)
     with render.progress("upgrading"):
         await asyncio.to_thread(backend.prepare)
-        adopted = await asyncio.to_thread(migrations.upgrade, backend, zone)
-    _show_step(call, before, migrations.HEAD, adopted)
+        imported = await asyncio.to_thread(migrations.upgrade, backend, zone)
+    _show_step(call, before, migrations.HEAD, imported)
 
 
 @command(db)
 async def downgrade(
     call: Call,
-    revision: Annotated[str, typer.Argument(help="The schema to go back to; base for none.")],
+    revision: Annotated[str, typer.Argument(help="The older schema; base for none.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Take the schema back to an older one; what only the newer one can hold is lost."""
+    """Downgrade the schema; data that only the newer schema can hold is lost."""
     from openclaw_store.database import migrations
 
     backend = call.existing()
     before = await asyncio.to_thread(migrations.revision_of, backend)
     if not yes:
-        what = "ALL TASKS AND NODES" if revision == "base" else "What only its schema can hold"
-        typer.confirm(f"{what} of {backend.location} will be lost. Go on?", abort=True, err=True)
+        lost = "ALL TASKS AND NODES" if revision == "base" else "Data that only this schema holds"
+        typer.confirm(f"{lost} of {backend.location} will be lost. Continue?", abort=True, err=True)
     with render.progress("downgrading"):
         await asyncio.to_thread(migrations.downgrade, backend, revision)
     _show_step(call, before, await asyncio.to_thread(migrations.revision_of, backend))
 
 
 def _show_step(
-    call: Call, before: str | None, after: str | None, adopted: LegacyImport | None = None
+    call: Call, before: str | None, after: str | None, imported: LegacyImport | None = None
 ) -> None:
     location = call.backend.location
     document: dict[str, Any] = {"database": location, "before": before, "after": after}
     text = f"{location}: schema {before or 'none'} → {after or 'none'}"
     if before == after:
-        text = f"{location}: schema {after}, as it was"
-    if adopted is not None:
-        rejected, copy = len(adopted.rejected), str(adopted.copy)
-        document["adopted"] = {**adopted._asdict(), "rejected": rejected, "copy": copy}
+        text = f"{location}: schema {after}, unchanged"
+    if imported is not None:
+        rejected, copy = len(imported.rejected), str(imported.copy)
+        document["adopted"] = {**imported._asdict(), "rejected": rejected, "copy": copy}
         text += (
-            f"\nadopted {adopted.nodes} nodes and {adopted.tasks} tasks; {rejected} rows are in "
-            f"legacy_rejected\nthe file as it was: {copy}"
+            f"\nimported {imported.nodes} nodes and {imported.tasks} tasks; {rejected} rows are in "
+            f"legacy_rejected\na copy of the legacy file is in {copy}"
         )
     call.show(document, text)
 
 
 @command(db)
 async def current(call: Call) -> None:
-    """Which schema a database has, and which one is needed."""
+    """Show the schema of a database and the schema that this version needs."""
     from openclaw_store.database import migrations
 
     backend = call.existing()
@@ -347,14 +342,14 @@ async def current(call: Call) -> None:
 
 @command(db)
 async def check(call: Call) -> None:
-    """Whether a database has the schema of this version, and nobody has changed its tables."""
+    """Check that a database has the schema of this version, and unchanged tables."""
     from openclaw_store.database import migrations
 
     backend = call.existing()
     await asyncio.to_thread(migrations.check, backend)
     call.show(
         {"database": backend.location, "revision": migrations.HEAD},
-        f"{backend.location}: schema {migrations.HEAD}, as it should be",
+        f"{backend.location}: schema {migrations.HEAD}, complete",
     )
 
 
@@ -362,24 +357,22 @@ async def check(call: Call) -> None:
 async def backup(
     call: Call,
     path: Annotated[Path, typer.Argument(help="The file to write.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace it if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Copy a database as it is at one moment, while it is in use."""
+    """Write a snapshot of a database to a file, while the database is in use."""
     async with call.opened() as database:
         with render.progress("copying"):
             await database.backup(path, overwrite=overwrite)
-    count = path.stat().st_size
-    call.show(
-        {"path": str(path.absolute()), "size": count}, f"{path}: {render.size(count)} written"
-    )
+    size = path.stat().st_size
+    call.show({"path": str(path.absolute()), "size": size}, f"{path}: {render.size(size)} written")
 
 
 @command(app)
 async def restore(call: Call, path: Annotated[Path, typer.Argument(help="The backup.")]) -> None:
-    """Have a backup take the place of the database.
+    """Replace the database with a backup.
 
-    The backup is checked first; the database must not be in use, and is kept under another name.
-    Of PostgreSQL it says what to run instead.
+    The backup is checked first. The database must not be in use; it is kept under another name.
+    For PostgreSQL, the message contains the command to run instead.
     """
     from openclaw_store.maintenance.restore import restore
 
@@ -388,13 +381,14 @@ async def restore(call: Call, path: Annotated[Path, typer.Argument(help="The bac
         kept = await _until_stopped(partial(restore, backend, path, report))
     call.show(
         {"database": backend.location, "source": str(path.absolute()), "kept": kept and str(kept)},
-        f"{backend.location} is the copy in {path} now",
-        *([f"what was there before is in {kept}"] if kept else []),
+        f"{backend.location} was replaced with {path}",
+        *([f"the replaced database is in {kept}"] if kept else []),
     )
 
 
 async def _until_stopped(work: Callable[[Callable[[], bool]], Path | None]) -> Path | None:
-    """Do `work` on a thread, and have it told when Ctrl-C is pressed."""
+    """Run `work` on a thread; its argument reports whether Ctrl-C was pressed."""
+    # Cancelling the task would abandon the thread, which may be replacing the database.
     stopped = Event()
     done = asyncio.ensure_future(asyncio.to_thread(work, stopped.is_set))
     try:
@@ -403,7 +397,7 @@ async def _until_stopped(work: Callable[[Callable[[], bool]], Path | None]) -> P
         stopped.set()
         await asyncio.wait([done])
         if done.exception() is None:
-            return done.result()  # it was too late
+            return done.result()  # Ctrl-C came too late
         raise
 
 
@@ -411,35 +405,34 @@ async def _until_stopped(work: Callable[[Callable[[], bool]], Path | None]) -> P
 async def copy(
     call: Call,
     source: Annotated[str, typer.Argument(metavar="FROM", help="A file or a URL.")],
-    target: Annotated[
-        str, typer.Argument(metavar="TO", help="A file or a URL; there must be nothing in it yet.")
-    ],
+    target: Annotated[str, typer.Argument(metavar="TO", help="A file or a URL, new or empty.")],
 ) -> None:
     """Copy the whole state to another database, of either kind.
 
-    A copy that was interrupted goes on when it is started again.
+    Start an interrupted copy again to continue it.
     """
     from openclaw_store.database import Database
     from openclaw_store.maintenance.copy import copy
 
+    # No `async with` for the target: it would open, and so migrate, a half of a copy.
     async with Call(source, as_json=False).opened() as origin:
-        copied_to = Database(target)
+        destination = Database(target)
         try:
             with render.progress("copying") as report:
-                copied = await copy(origin, copied_to, report=report)
+                copied = await copy(origin, destination, report=report)
         finally:
-            await copied_to.close()
+            await destination.close()
     call.show(
-        {"source": origin.db_path, "target": copied_to.db_path, **asdict(copied)},
+        {"source": origin.db_path, "target": destination.db_path, **asdict(copied)},
         f"{render.number(copied.tasks, 'task')}, {render.number(copied.nodes, 'node')} and "
-        f"{render.number(copied.changes, 'change')} are in {copied_to.db_path} now",
+        f"{render.number(copied.changes, 'change')} copied to {destination.db_path}",
         f"checksum {copied.checksum}",
     )
 
 
 @command(app)
 async def vacuum(call: Call) -> None:
-    """Give the space of removed tasks back."""
+    """Free the disk space of removed tasks."""
     async with call.opened() as database:
         before = (await database.get_stats())["db_size"]
         with render.progress("rewriting"):
@@ -454,14 +447,14 @@ async def vacuum(call: Call) -> None:
 @command(app)
 async def cleanup(
     call: Call,
-    days: Annotated[float, typer.Option(min=0, help="How long ago they must have finished.")],
+    days: Annotated[float, typer.Option(min=0, help="Minimum age of their end, in days.")],
     keep: Annotated[
         list[TaskStatus] | None,
-        typer.Option(metavar="STATUS", help="Do not remove those; may be repeated."),
+        typer.Option(metavar="STATUS", help="Keep this status; may be repeated."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count them.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count the tasks.")] = False,
 ) -> None:
-    """Remove tasks that finished long ago, and their history."""
+    """Remove old finished tasks and their history."""
     from openclaw_store.repositories import TaskRepository
 
     async with call.opened() as database:
@@ -480,11 +473,11 @@ async def cleanup(
 @command(app)
 async def compact(
     call: Call,
-    days: Annotated[float, typer.Option(min=0, help="How long ago they must have happened.")],
+    days: Annotated[float, typer.Option(min=0, help="Minimum age of the changes, in days.")],
 ) -> None:
-    """Forget changes that happened long ago; tasks and nodes stay as they are.
+    """Remove old changes from the feed; tasks and nodes stay.
 
-    A program that watches from an older revision must begin anew; histories reach no further back.
+    Histories become shorter, and a program that watches from an older revision must start again.
     """
     from openclaw_store.repositories import compact_feed
 
@@ -495,8 +488,9 @@ async def compact(
 
 
 def main() -> None:
-    """Run what the command line asks for, and end the process."""
+    """Run the command line, and end the process."""
+    # Without this, a name with letters that the terminal cannot show would end the program.
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # names are in any language, terminals are not
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     app(prog_name="openclaw-store")

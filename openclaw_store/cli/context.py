@@ -1,10 +1,10 @@
-"""What all commands of the command line have: a database, JSON on demand, errors in one line."""
+"""The context of a command: its database, its form of output, and its errors in one line."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,20 +37,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 @dataclass(frozen=True)
 class Call:
-    """What every command is told."""
+    """The options common to all commands."""
 
     location: str | None
     as_json: bool
 
     @property
     def backend(self) -> Backend:
-        """The database that is meant; nothing is opened."""
+        """The backend of the database; nothing is opened."""
         from openclaw_store.database import migrations
 
         return migrations.named_by(self.location)
 
     def existing(self) -> Backend:
-        """The database that is meant, which is not made.
+        """Return the backend of a database that exists.
 
         Raises:
             UnavailableError: If there is no such file.
@@ -65,11 +65,11 @@ class Call:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Database]:
-        """The database, which must be there and have the schema of this version."""
+        """Open a database that exists and has the schema of this version."""
         from openclaw_store.database import Database, migrations
 
         backend = self.existing()
-        # First of all, as opening a database turns its WAL on, and it may be somebody else's.
+        # Before opening, which turns the WAL on: the file may belong to another program.
         await asyncio.to_thread(migrations.require, backend)
         database = Database(migrations.location_of(self.location))
         try:
@@ -79,7 +79,7 @@ class Call:
             await database.close()
 
     def show(self, document: Any, *parts: Part) -> None:
-        """Write a document as JSON, or what people read instead: text, and what makes tables."""
+        """Write a document as JSON, or its parts as text; callables make tables."""
         if self.as_json:
             typer.echo(render.as_json(document))
         else:
@@ -87,40 +87,37 @@ class Call:
 
 
 def command(
-    group: typer.Typer, name: str | None = None
-) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., Awaitable[None]]]:
-    """Make a coroutine function a command, which has the options that all of them have.
+    group: typer.Typer,
+) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
+    """Register a coroutine function as a command with the common options.
 
-    It is given a `Call`, and what its own parameters say.
+    Its first argument is the `Call`; the others are its own options.
     """
 
-    def register(work: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    def register(work: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
         def run(context: typer.Context, **given: Any) -> None:
-            everywhere: Call = context.obj
+            common: Call = context.obj  # from the options before the name of the command
             location, as_json = given.pop("database"), given.pop("json")
-            call = Call(location or everywhere.location, as_json or everywhere.as_json)
-
-            async def work_to_the_end() -> None:
-                await work(call, **given)
-
+            call = Call(location or common.location, as_json or common.as_json)
             try:
-                asyncio.run(work_to_the_end())
+                asyncio.run(work(call, **given))
             except StoreError as error:
                 typer.echo(f"openclaw-store: {render.one_line(error)}", err=True)
                 raise typer.Exit(1) from None
 
+        # Typer reads the options from the signature. `eval_str` resolves the annotations in the
+        # module of the command, where their names are defined.
         signature = inspect.signature(work, eval_str=True)
-        named = inspect.Parameter.KEYWORD_ONLY
-        run.__signature__ = signature.replace(  # type: ignore[attr-defined]  # it is read by typer
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        run.__signature__ = signature.replace(  # type: ignore[attr-defined]  # typer reads it
             parameters=[
-                inspect.Parameter("context", named, annotation=typer.Context),
-                *(one.replace(kind=named) for one in [*signature.parameters.values()][1:]),
-                inspect.Parameter("database", named, annotation=Location, default=None),
-                inspect.Parameter("json", named, annotation=AsJson, default=False),
+                inspect.Parameter("context", keyword, annotation=typer.Context),
+                *(own.replace(kind=keyword) for own in [*signature.parameters.values()][1:]),
+                inspect.Parameter("database", keyword, annotation=Location, default=None),
+                inspect.Parameter("json", keyword, annotation=AsJson, default=False),
             ]
         )
         run.__name__, run.__doc__ = work.__name__, work.__doc__
-        group.command(name)(run)
-        return work
+        return group.command()(run)
 
     return register

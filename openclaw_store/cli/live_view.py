@@ -1,4 +1,4 @@
-"""The live view: a picture of the cluster that is drawn again as things change."""
+"""The live view: a summary of the cluster, drawn again after changes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from openclaw_store.maintenance.summary import summarize
 from openclaw_store.repositories import NodeRepository
 
 _SECONDS = 0.25
-"""Between two pictures, at least."""
+"""Minimum time between two frames."""
 
 _NODES = 10
-"""Shown at most."""
+"""Maximum number of nodes in a frame."""
 
 
 async def view(database: Database, batches: AsyncIterator[Sequence[Change]]) -> None:
-    """Draw the cluster, and its newest changes, until `batches` end.
+    """Draw the cluster and its newest changes until `batches` ends.
 
     Args:
-        database: Read for each picture.
-        batches: The changes as they happen; an empty batch for a sign of life.
+        database: Read for each frame.
+        batches: Changes; an empty batch forces a new frame.
     """
     newest: deque[Change] = deque(maxlen=100)
     drawn = 0.0
@@ -35,12 +35,12 @@ async def view(database: Database, batches: AsyncIterator[Sequence[Change]]) -> 
         async for batch in batches:
             newest.extend(batch)
             if time.monotonic() - drawn >= _SECONDS or not batch:
-                live.update(await _picture(database, newest, live.console.height), refresh=True)
+                live.update(await _frame(database, newest, live.console.height), refresh=True)
                 drawn = time.monotonic()
-        live.update(await _picture(database, newest, live.console.height), refresh=True)
+        live.update(await _frame(database, newest, live.console.height), refresh=True)
 
 
-async def _picture(database: Database, newest: Sequence[Change], height: int) -> Group:
+async def _frame(database: Database, newest: Sequence[Change], height: int) -> Group:
     found = await summarize(database)
     nodes = await NodeRepository(database).get_all_nodes()
     parts: list[RenderableType] = [
@@ -50,6 +50,7 @@ async def _picture(database: Database, newest: Sequence[Change], height: int) ->
     ]
     if len(nodes) > _NODES:
         parts.append(f"and {len(nodes) - _NODES} more nodes")
+    # Twelve lines are the summary, the headers and the blank lines.
     room = max(3, height - 12 - min(len(nodes), _NODES))
     parts += ["", render.changes(list(newest)[-room:])]
     return Group(*parts)

@@ -1,7 +1,6 @@
-"""How the command line shows things: as tables for people, as JSON for programs.
+"""Rendering: tables for people, JSON for programs.
 
-What draws tables is imported where something is drawn: a command that fails, and `--help`, need
-not wait for it.
+`rich` is imported by the functions that draw, so `--help` and failing commands start fast.
 """
 
 from __future__ import annotations
@@ -26,24 +25,22 @@ if TYPE_CHECKING:
     from openclaw_store.maintenance.verify import Problem, Verification
 
 _WIDEST = 1000
-"""Columns of what is no terminal: a program, or a file, shall have whole lines."""
+"""Columns of files and pipes, in which no line is broken."""
 
 
 def one_line(error: StoreError) -> str:
-    """What an error says, with what was noted on it, in one line."""
+    """Return the message of an error and its notes in one line."""
     notes: Sequence[str] = getattr(error, "__notes__", ())
-    return printable(" ".join(f"{'; '.join([str(error), *notes])}".split()))
+    return printable(" ".join("; ".join([str(error), *notes]).split()))
 
 
 def printable(text: str) -> str:
-    """Text without what would move the cursor of a terminal, or worse."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape").decode() for one in text
-    )
+    """Escape the control characters of a text, which could move the cursor of a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count: float) -> str:
-    """A number of bytes: `1.5 MB`."""
+    """Format a number of bytes: `1.5 MB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -52,116 +49,105 @@ def size(count: float) -> str:
 
 
 def age(moment: datetime | None, now: datetime) -> str:
-    """How long ago something was: `2 h 5 min`."""
+    """Format the time since a moment: `2 h 5 min`."""
     return "never" if moment is None else duration(now - moment)
 
 
 def duration(length: timedelta) -> str:
-    """A length of time in its two largest units: `2 h 5 min`."""
+    """Format a duration in its two largest units: `2 h 5 min`."""
     minutes, seconds = divmod(max(0, round(length.total_seconds())), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     parts = [(days, "d"), (hours, "h"), (minutes, "min"), (seconds, "s")]
-    first = next((place for place, (count, _) in enumerate(parts) if count), 3)
+    first = next((position for position, (count, _) in enumerate(parts) if count), 3)
     return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2])
 
 
 def when(moment: datetime | None) -> str:
-    """A moment in UTC: `2026-11-25 09:42:57`."""
+    """Format a moment in UTC: `2026-11-25 09:42:57`."""
     return "" if moment is None else moment.replace(tzinfo=None).isoformat(" ", "seconds")
 
 
 def counted(counts: dict[str, int]) -> str:
-    """Numbers by status: `3: 2 online, 1 offline`."""
-    there = [f"{count:,} {name}" for name, count in counts.items() if count and name != "total"]
-    return f"{counts['total']:,}" + (f": {', '.join(there)}" if there else "")
+    """Format numbers by status: `3: 2 online, 1 offline`."""
+    parts = [f"{count:,} {name}" for name, count in counts.items() if count and name != "total"]
+    return f"{counts['total']:,}" + (f": {', '.join(parts)}" if parts else "")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table without lines; the last column is broken where there is no room for it."""
+    """Make a table without lines; only its last column wraps."""
     from rich.table import Table
 
-    safe_repr = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
-    for place, header in enumerate(headers):
-        is_last = place == len(headers) - 1
-        safe_repr.add_column(header, no_wrap=not is_last, overflow="fold")
+    made = Table(box=None, pad_edge=False, header_style="bold", show_header=any(headers))
+    for header in headers:
+        made.add_column(header, no_wrap=True, overflow="fold")
+    made.columns[-1].no_wrap = False
     for row in rows:
-        safe_repr.add_row(*(printable(str("" if cell is None else cell)) for cell in row))
-    return safe_repr
+        made.add_row(*(printable("" if cell is None else str(cell)) for cell in row))
+    return made
 
 
 def summary(found: Summary) -> Table:
-    """A database at a glance."""
-    now, waiting = found.read_at, found.oldest_waiting
-    where = f"{found.dialect}, {size(found.size)}, schema {found.schema}"
+    """Make the table of a summary."""
+    now, oldest, change, heartbeat = found.read_at, "none", "none", "none"
+    if waiting := found.oldest_waiting:
+        waited = age(waiting.submitted_at, now)
+        oldest = f"{waiting.task_id} ({waiting.name}), {waiting.status.value} for {waited}"
+    if found.changed_at:
+        change = f"revision {found.revision:,}, {age(found.changed_at, now)} ago"
+    if found.heartbeat_at:
+        heartbeat = f"{age(found.heartbeat_at, now)} ago"
+    details = f"{found.dialect}, {size(found.size)}, schema {found.schema}"
     rows = [
-        ("database", f"{found.database} ({where})"),
+        ("database", f"{found.database} ({details})"),
         ("nodes", counted(found.nodes)),
         ("tasks", counted(found.tasks)),
-        (
-            "oldest waiting",
-            "none"
-            if waiting is None
-            else f"{waiting.task_id} ({waiting.name}), {waiting.status.value} for "
-            f"{age(waiting.submitted_at, now)}",
-        ),
-        (
-            "newest change",
-            f"revision {found.revision:,}, {age(found.changed_at, now)} ago"
-            if found.changed_at
-            else "none",
-        ),
-        (
-            "newest heartbeat",
-            f"{age(found.heartbeat_at, now)} ago" if found.heartbeat_at else "none",
-        ),
+        ("oldest waiting", oldest),
+        ("newest change", change),
+        ("newest heartbeat", heartbeat),
     ]
     return table(("", ""), rows)
 
 
 def nodes(found: Iterable[NodeInfo], now: datetime) -> Table:
-    """Nodes, a line each."""
+    """Make a table with one line per node."""
     headers = ("node", "status", "tasks", "cpu", "memory", "disk", "heartbeat", "skills")
-    return table(
-        headers,
+    rows = (
         (
-            (
-                node.node_id,
-                node.status.value,
-                f"{node.running_tasks}/{node.max_concurrent_tasks}",
-                *(f"{x:.0f} %" for x in (node.cpu_usage, node.memory_usage, node.disk_usage)),
-                "never" if node.last_heartbeat is None else f"{age(node.last_heartbeat, now)} ago",
-                ", ".join(node.available_skills),
-            )
-            for node in found
-        ),
+            node.node_id,
+            node.status.value,
+            f"{node.running_tasks}/{node.max_concurrent_tasks}",
+            *(f"{x:.0f} %" for x in (node.cpu_usage, node.memory_usage, node.disk_usage)),
+            "never" if node.last_heartbeat is None else f"{age(node.last_heartbeat, now)} ago",
+            ", ".join(node.available_skills),
+        )
+        for node in found
     )
+    return table(headers, rows)
 
 
 def tasks(found: Iterable[Task]) -> Table:
-    """Tasks, a line each."""
+    """Make a table with one line per task."""
     headers = ("task", "status", "priority", "submitted (UTC)", "node", "name")
-    return table(
-        headers,
+    rows = (
         (
-            (
-                task.task_id,
-                task.status.value,
-                task.priority.name.lower(),
-                when(task.submitted_at),
-                task.assigned_node,
-                task.name,
-            )
-            for task in found
-        ),
+            task.task_id,
+            task.status.value,
+            task.priority.name.lower(),
+            when(task.submitted_at),
+            task.assigned_node,
+            task.name,
+        )
+        for task in found
     )
+    return table(headers, rows)
 
 
-def fields(item: Task | NodeInfo) -> Table:
-    """A task or a node, a field a line; what is empty is left out."""
+def fields(entity: Task | NodeInfo) -> Table:
+    """Make a table with one line per field of a task or node, without the empty ones."""
     import orjson
 
-    def safe_repr(value: Any) -> str:
+    def text(value: Any) -> str:
         if isinstance(value, datetime):
             return f"{when(value)} UTC"
         if isinstance(value, list | dict):
@@ -169,52 +155,47 @@ def fields(item: Task | NodeInfo) -> Table:
         return str(value)
 
     rows = [
-        (name, value.name.lower() if name == "priority" else safe_repr(value))
-        for name, value in vars(item).items()
+        (name, value.name.lower() if name == "priority" else text(value))
+        for name, value in vars(entity).items()
         if value not in (None, "", [], {})
     ]
     return table(("", ""), rows)
 
 
 def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
-    """Changes, a line each.
+    """Make a table with one line per change.
 
     Args:
-        of_one: Whether all of them are of one task or node.
+        of_one: Leave the task or node out, because it is the same everywhere.
     """
     headers = ("revision", "time (UTC)", *(() if of_one else ("", "id")), "change")
-    return table(
-        headers,
+    rows = (
         (
-            (
-                change.revision,
-                when(change.changed_at),
-                *(() if of_one else (change.item, change.item_id)),
-                transition(change),
-            )
-            for change in found
-        ),
+            change.revision,
+            when(change.changed_at),
+            *(() if of_one else (change.item, change.item_id)),
+            transition(change),
+        )
+        for change in found
     )
+    return table(headers, rows)
 
 
 def problems(found: Iterable[Problem]) -> Table:
-    """What `verify` has found, a line each."""
-    headers = ("invariant", "", "problem")
-    return table(
-        headers,
+    """Make a table with one line per problem."""
+    rows = (
         (
-            (
-                problem.invariant,
-                "repaired" if problem.is_repaired else "can be repaired" if problem.is_safe else "",
-                problem.text,
-            )
-            for problem in found
-        ),
+            problem.invariant,
+            "repaired" if problem.is_repaired else "can be repaired" if problem.is_safe else "",
+            problem.text,
+        )
+        for problem in found
     )
+    return table(("invariant", "", "problem"), rows)
 
 
 def findings(found: Iterable[Finding]) -> Table:
-    """What `doctor` has found, a line each, and another one for what to do."""
+    """Make a table with one line per finding, and one for its advice."""
     rows: list[tuple[str, str, str]] = []
     for finding in found:
         rows.append((finding.level.value, finding.name, finding.text))
@@ -224,7 +205,7 @@ def findings(found: Iterable[Finding]) -> Table:
 
 
 def verdict(found: Verification) -> str:
-    """What `verify` has found, in one line."""
+    """Format the result of `verify` in one line."""
     left = [problem for problem in found.problems if not problem.is_repaired]
     safe = sum(problem.is_safe for problem in left)
     repaired = len(found.problems) - len(left)
@@ -232,13 +213,13 @@ def verdict(found: Verification) -> str:
         f"{sum(found.checked.values()):,} values were checked",
         "no problem is left" if found else number(len(left) + found.omitted, "problem is", "left"),
         *([number(repaired, "problem was", "repaired")] if repaired else []),
-        *([f"verify --repair puts {safe:,} of them right"] if safe else []),
+        *([f"verify --repair can repair {safe:,} of them"] if safe else []),
     ]
     return "; ".join(parts)
 
 
 def number(count: int, what: str, verb: str = "") -> str:
-    """How many there are of something: `1 task was removed`, `2 tasks were removed`."""
+    """Format a number of things: `1 task was removed`, `2 tasks were removed`."""
     noun, _, auxiliary = what.partition(" ")
     if count != 1:
         noun, auxiliary = f"{noun}s", {"is": "are", "was": "were"}.get(auxiliary, auxiliary)
@@ -246,7 +227,7 @@ def number(count: int, what: str, verb: str = "") -> str:
 
 
 def transition(change: Change) -> str:
-    """What a change was: `running → failed on atlas (no paper)`."""
+    """Format the effect of a change: `running → failed on atlas (no paper)`."""
     steps = " → ".join(filter(None, dict.fromkeys([change.from_status, change.to_status])))
     kind = f", {change.kind.value}" if change.kind.value in ("updated", "removed") else ""
     node = f" on {change.node}" if change.node else ""
@@ -255,15 +236,16 @@ def transition(change: Change) -> str:
 
 
 def line(change: Change) -> str:
-    """A change in one line, for what is no terminal."""
-    what = f"{change.item} {change.item_id}: {transition(change)}"
-    return printable(f"{when(change.changed_at)} {change.revision} {what}")
+    """Format a change in one line."""
+    text = f"{change.item} {change.item_id}: {transition(change)}"
+    return printable(f"{when(change.changed_at)} {change.revision} {text}")
 
 
 def as_json(document: Any, *, compact: bool = False) -> str:
-    """A document as JSON: tasks and nodes as `to_dict` gives them, other things likewise."""
+    """Format a document as JSON, with tasks and nodes as in `to_dict`."""
     import orjson
 
+    # Without these options, orjson would write dataclasses and times in its own form.
     options = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
     if not compact:
         options |= orjson.OPT_INDENT_2
@@ -279,7 +261,7 @@ def _plain(value: Any) -> Any:
 
 
 def screen() -> Console:
-    """What is written on; where it is no terminal, lines are never broken."""
+    """Return the console of the standard output; files and pipes get unbroken lines."""
     from rich.console import Console
 
     console = Console(markup=False, highlight=False, emoji=False, soft_wrap=False)
@@ -294,6 +276,7 @@ def show(*parts: RenderableType) -> None:
     if console.is_terminal:
         console.print(*parts, sep="\n")
         return
+    # Rich pads the lines of tables to the full width, which is useless in files and pipes.
     with console.capture() as captured:
         console.print(*parts, sep="\n")
     for text in captured.get().splitlines():
@@ -302,7 +285,7 @@ def show(*parts: RenderableType) -> None:
 
 @contextmanager
 def progress(text: str) -> Iterator[Report]:
-    """A bar while something takes long, on the error output if it is a terminal."""
+    """Show a progress bar on the error output, if it is a terminal."""
     if not sys.stderr.isatty():
         yield lambda *_: None
         return
@@ -313,13 +296,9 @@ def progress(text: str) -> Iterator[Report]:
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar, doing = bars.add_task(text, total=None), text
+        bar = bars.add_task(text, total=None)
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal bar, doing
-            if what != doing:
-                bars.remove_task(bar)
-                bar, doing = bars.add_task(what, total=None), what
-            bars.update(bar, completed=done, total=total or None)
+            bars.update(bar, description=what, completed=done, total=total or None)
 
         yield report

@@ -1,6 +1,7 @@
-"""Tasks, nodes and the rules for them: pure values and functions.
+"""The domain: tasks, nodes, changes and their rules, as pure values and functions.
 
-Nothing in this room performs I/O, knows SQL, awaits, or asks for the time (except `clock`).
+This room performs no I/O, knows no SQL and awaits nothing; only `clock` asks for the time.
+Rules that need the database or the cache belong in the rooms above.
 """
 
 from openclaw_store.domain.backoff import DEFAULT_BACKOFF, Backoff, Wait, check_backoff
@@ -15,19 +16,19 @@ from openclaw_store.domain.changes import (
 from openclaw_store.domain.clock import Clock, new_id, utc_now
 from openclaw_store.domain.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.domain.lifecycle import (
-    JOINED,
+    SET_BY_REGISTRATION,
     TURNED_BACK,
     Decision,
     Outcome,
     Step,
     Values,
     are_among,
-    arrived,
     claim,
-    free_places,
+    free_slots,
     has_skills,
+    illegal_transition,
     is_due,
-    refused,
+    missing_time,
 )
 from openclaw_store.domain.models import (
     ALIVE,

@@ -1,4 +1,4 @@
-"""Backoff: the delay before a failed task is tried again."""
+"""Backoff: the delay before a failed task is retried."""
 
 from __future__ import annotations
 
@@ -9,33 +9,30 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from openclaw_store.domain.validation import (
-    check_number,
-)
-from openclaw_store.errors import (
-    InvalidDataError,
-)
+from openclaw_store.domain.validation import check_number
+from openclaw_store.errors import InvalidDataError
 
 Wait = Callable[[int], float]
-"""Gives the seconds before a retry, by its number, from 1."""
+"""Takes the number of a retry, from 1, and returns the seconds before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long a task waits before its next try: exponentially longer, with jitter.
+    """Exponential backoff with jitter: the delay before a failed task is retried.
 
-    The first retry waits `first_seconds`, each later one `factor` times as long, `longest_seconds`
-    at most. Of that, the share `jitter` is random, so that what failed together is not tried again
-    together (Marc Brooker, *Exponential Backoff And Jitter*, AWS Architecture Blog, 2015).
+    The first delay is `first_seconds`; each later one is `factor` times as long, up to
+    `longest_seconds`. The share `jitter` of a delay is random, so tasks that failed together are
+    not retried together (Marc Brooker, *Exponential Backoff And Jitter*, AWS Architecture Blog,
+    2015).
 
     Args:
-        first_seconds: Seconds; 0 for at once.
+        first_seconds: First delay; 0 for none.
         factor: At least 1.
-        longest_seconds: Seconds.
-        jitter: From 0 (none) to 1 (the wait is anything up to its full length).
+        longest_seconds: Maximum delay.
+        jitter: From 0 (no random share) to 1 (the whole delay is random).
 
     Raises:
-        InvalidDataError: If one of them is out of range.
+        InvalidDataError: If a value is out of range.
     """
 
     first_seconds: float = 1.0
@@ -50,18 +47,18 @@ class Backoff:
             raise InvalidDataError("factor", f"must be at least 1, not {self.factor!r}")
 
     def draw(self) -> Wait:
-        """How long one task waits, by its retry; what is random of that is drawn now."""
+        """Return the delays of one task, with the random share drawn now."""
         return partial(self.seconds, chance=random.random())
 
     def seconds(self, retry: int, chance: float) -> float:
-        """Seconds before a retry.
+        """Return the delay before a retry.
 
         Args:
             retry: 1 for the first.
             chance: A random number from 0 to 1.
         """
         try:
-            grown = float(self.factor) ** (retry - 1)  # of a whole number it has no end
+            grown = float(self.factor) ** (retry - 1)  # an integer would grow without a limit
         except OverflowError:
             grown = sys.float_info.max
         full = min(self.first_seconds * grown, self.longest_seconds)
@@ -69,7 +66,7 @@ class Backoff:
 
 
 def check_backoff(backoff: Any) -> Backoff:
-    """How long a task waits before its next try."""
+    """Return a backoff, or refuse a value of another type."""
     if not isinstance(backoff, Backoff):
         raise InvalidDataError("backoff", f"must be a Backoff, not {type(backoff).__name__}")
     return backoff

@@ -1,4 +1,4 @@
-"""Changes: the numbered entries of the change log."""
+"""Changes: the entries of the feed, numbered by revision."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ from openclaw_store.domain.models import NodeInfo, Task
 from openclaw_store.domain.records import Record
 
 ENTITY_NAMES: Mapping[type[Any], str] = {Task: "task", NodeInfo: "node"}
-"""What the feed calls each domain class."""
+"""The name of each domain class in the feed."""
 
-
-ENTITY_KINDS: Mapping[str, type[Any]] = {item: kind for kind, item in ENTITY_NAMES.items()}
-"""The domain class of what the feed calls an item."""
-
+ENTITY_KINDS: Mapping[str, type[Any]] = {name: kind for kind, name in ENTITY_NAMES.items()}
+"""The domain class of each name in the feed."""
 
 EntityKey = tuple[type[Any], str]
-"""The domain class and the identifier of a row."""
+"""The domain class and the identifier of a task or node."""
 
 
 def key_of(record: Record[Any]) -> EntityKey:
-    """Where a record belongs."""
+    """Return the key of a record."""
     return record.kind, record.id
 
 
 class ChangeKind(StrEnum):
-    """What happened to a task or node."""
+    """The kind of a change of a task or node."""
 
     CREATED = "created"
     STATUS = "status"
-    """Its status changed, and perhaps more."""
+    """The status changed, and perhaps other fields."""
     UPDATED = "updated"
-    """It changed, but not its status."""
+    """Fields other than the status changed."""
     REMOVED = "removed"
 
 
@@ -43,17 +41,17 @@ class Change(NamedTuple):
 
     revision: int
     changed_at: datetime
-    """When its process began to write it; of those that write at once, not always in order."""
+    """Time at which its process began to write it; concurrent writes may be out of order."""
     item: str
     """`task` or `node`."""
     item_id: str
     kind: ChangeKind
     from_status: str | None
-    """`None` when it was created."""
+    """`None` for a creation."""
     to_status: str | None
-    """`None` when it was removed."""
+    """`None` for a removal."""
     node: str | None
-    """The node a task was assigned to after the change; `None` for nodes."""
+    """The node to which a task was assigned after the change; `None` for a change of a node."""
     reason: str | None
     previous: int | None = None
-    """The revision of the change before this one of the same task or node, if there was one."""
+    """The revision of the preceding change of the same task or node, if any."""

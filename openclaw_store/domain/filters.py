@@ -1,34 +1,36 @@
-"""Filters: conditions that select tasks, and the pages of the tasks they select."""
+"""Filters: conditions that select tasks, and pages of the selected tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
+from typing import Any
 
 from openclaw_store.domain.models import Task, TaskStatus, TaskType
-from openclaw_store.domain.validation import check_enum, check_key, check_text, check_time
+from openclaw_store.domain.validation import Check, check_enum, check_key, check_text, check_time
 from openclaw_store.errors import InvalidDataError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskFilter:
-    """Tasks that meet every condition given; without any, all tasks.
+    """Conditions that a task must all meet; a filter without conditions selects all tasks.
 
-    Text is compared as it is: case counts, and no character stands for others. Moments: from the
-    first, included, until the second, excluded.
+    Text is compared exactly, with case and without wildcards. Of two times, `from` is included and
+    `until` excluded.
     """
 
     status: TaskStatus | Iterable[TaskStatus] | None = None
-    """A state, or several, of which one must be the task's."""
+    """One status, or several alternatives."""
     task_type: TaskType | Iterable[TaskType] | None = None
-    """A type, or several."""
+    """One type, or several alternatives."""
     node: str | None = None
-    """The node that it is assigned to."""
+    """The `assigned_node`."""
     user: str | None = None
-    """Its `user_id`."""
+    """The `user_id`."""
     skill: str | None = None
-    """A skill that it requires."""
+    """One of the `required_skills`."""
     name_contains: str | None = None
     submitted_from: datetime | None = None
     submitted_until: datetime | None = None
@@ -36,30 +38,23 @@ class TaskFilter:
     completed_until: datetime | None = None
 
     def checked(self) -> TaskFilter:
-        """The same with enumerations as tuples and moments in UTC.
+        """Return a valid filter, with alternatives as tuples and times in UTC.
 
         Raises:
-            InvalidDataError: Naming the condition that makes no sense, and why.
+            InvalidDataError: If a condition is invalid; it names the condition.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, kind in (("status", TaskStatus), ("task_type", TaskType)):
-            if values[name] is not None:
-                given = values[name]
-                several = not isinstance(given, str) and isinstance(given, Iterable)
-                check = check_enum(kind)
-                members = [check(name, one) for one in (given if several else (given,))]
-                values[name] = tuple(dict.fromkeys(members))
-        for name, check in _CHECKS.items():
-            if values[name] is not None:
-                values[name] = check(name, values[name])
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        values = {
+            name: check(name, given[name]) for name, check in _CHECKS.items() if name in given
+        }
         return TaskFilter(**values)
 
 
 def check_filter(filter: TaskFilter | None) -> TaskFilter:
-    """A checked filter; `None` stands for all tasks.
+    """Return a valid filter; `None` selects all tasks.
 
     Raises:
-        InvalidDataError: Naming what makes no sense, and why.
+        InvalidDataError: If a condition is invalid; it names the condition.
     """
     if filter is None:
         return TaskFilter()
@@ -68,7 +63,20 @@ def check_filter(filter: TaskFilter | None) -> TaskFilter:
     return filter.checked()
 
 
-_CHECKS = {
+def _alternatives(kind: type[StrEnum]) -> Check:
+    check_member = check_enum(kind)
+
+    def check(name: str, given: Any) -> tuple[Any, ...]:
+        is_one = isinstance(given, str) or not isinstance(given, Iterable)
+        members = [check_member(name, member) for member in ([given] if is_one else given)]
+        return tuple(dict.fromkeys(members))
+
+    return check
+
+
+_CHECKS: Mapping[str, Check] = {
+    "status": _alternatives(TaskStatus),
+    "task_type": _alternatives(TaskType),
     "node": check_key,
     "user": check_key,
     "skill": check_text,
@@ -82,11 +90,11 @@ _CHECKS = {
 
 @dataclass(frozen=True)
 class TaskPage:
-    """Some tasks of a long list, newest submitted first."""
+    """One page of a list of tasks, newest submitted first."""
 
     tasks: list[Task]
     after: str | None
-    """Give it to the next call to go on from here; `None` when this was the last page."""
+    """The cursor to pass to the next call; `None` on the last page."""
 
     def __iter__(self) -> Iterator[Task]:
         return iter(self.tasks)

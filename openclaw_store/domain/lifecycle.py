@@ -1,13 +1,12 @@
-"""The life of a task, as pure functions: which changes are legal, and what each of them entails.
+"""The life cycle of a task, as pure functions: legal transitions and their effects.
 
     pending ──claim──▶ scheduled ──start──▶ running ──▶ completed, failed, cancelled, timeout
        ▲                   │                   │                       │
        └─── retry, lost ───┴───────────────────┘       requeue         │
        └───────────────────────────────────────────────────────────────┘
 
-A live task may change to any state. A finished one may only be put back to pending, by `requeue`.
-
-Nothing here reads the clock, or knows where records come from.
+A live task may change to any status. A finished task may only become pending again, by `requeue`.
+The caller passes the time and the records.
 """
 
 from __future__ import annotations
@@ -23,56 +22,48 @@ import orjson
 from openclaw_store.domain.backoff import Wait
 from openclaw_store.domain.models import ASSIGNED, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
 from openclaw_store.domain.records import Record
-from openclaw_store.errors import (
-    ConflictError,
-    InvalidTransitionError,
-    NotOwnerError,
-)
+from openclaw_store.errors import ConflictError, InvalidTransitionError, NotOwnerError
 
 Values = Mapping[str, Any]
 """New values of fields, by name."""
 
-
 Owner = tuple[str | None, int]
-"""A node and an attempt."""
+"""The node of an assigned task, and the attempt for which it has the lease."""
 
 
 class Step(NamedTuple):
-    """What becomes of a task and of its node."""
+    """The effect of a transition on a task and its node."""
 
     task: Values
     node: Values = MappingProxyType({})
     reason: str | None = None
-    """Why, for the feed."""
+    """The reason in the feed."""
 
 
 Outcome = Step | ConflictError | None
-"""A step; why it may not be taken; or `None`, when there is nothing to be done."""
+"""A step, the error that forbids it, or `None` if the task is already in the wanted state."""
 
+AssignedNode = Record[NodeInfo] | None
+"""The node of an assigned task; `None` if the task is not assigned, or the node does not exist."""
 
-Decision = Callable[[Record[Task], Record[NodeInfo] | None, datetime], Outcome]
-"""Decides on a task; is given its node, if it is assigned to one that is known, and the moment."""
-
+Decision = Callable[[Record[Task], AssignedNode, datetime], Outcome]
+"""Decides on a transition of a task at a time."""
 
 NODE_LOST: Final = "node lost"
-"""The reason why a task was taken from a node that is not alive."""
-
+"""Reason for releasing a task of a lost node."""
 
 OVERDUE: Final = "ran for longer than its timeout"
-"""The reason why a task was taken from a node that is."""
-
+"""Reason for ending an overdue attempt."""
 
 TURNED_BACK: Final = "the clock was turned back"
-"""The reason why a task is tried again sooner, or cleaned up earlier."""
-
+"""Reason for correcting a time that lies too far in the future."""
 
 _MOMENTS: Final = {
     TaskStatus.SCHEDULED: "scheduled_at",
     TaskStatus.RUNNING: "started_at",
     **dict.fromkeys(FINISHED, "completed_at"),
 }
-"""The field that tells when a task came into a state."""
-
+"""The field for the time of a status."""
 
 _UNASSIGNED: Final[Values] = {
     "status": TaskStatus.PENDING,
@@ -82,7 +73,6 @@ _UNASSIGNED: Final[Values] = {
     "completed_at": None,
 }
 
-
 _TOTALS: Final = (
     "registered_at",
     "total_tasks_processed",
@@ -90,56 +80,55 @@ _TOTALS: Final = (
     "failed_tasks",
     "average_execution_time",
 )
-"""What stays of a node that comes back."""
+"""Fields that a node keeps when it registers again."""
+
+SET_BY_REGISTRATION: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
+"""Fields that the store sets when a node registers."""
 
 
-JOINED: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
-"""What the store sets of a node that joins."""
-
-
-def refused(task_id: str, before: TaskStatus, after: TaskStatus) -> InvalidTransitionError | None:
-    """Why a task may not change from one state to another; `None` if it may."""
+def illegal_transition(
+    task_id: str, before: TaskStatus, after: TaskStatus
+) -> InvalidTransitionError | None:
+    """Return the error for an illegal transition, or `None`."""
     if before is after or before not in FINISHED:
         return None
     return InvalidTransitionError(task_id, before.value, after.value)
 
 
-def arrived(task: Record[Any], now: datetime) -> Values:
-    """When a task came into the state it is in, if it does not tell."""
+def missing_time(task: Record[Any], now: datetime) -> Values:
+    """Return `now` as the time of a task's status, if the task has none."""
     name = _MOMENTS.get(task.status)
-    return {name: _next(task, now)} if name is not None and getattr(task, name) is None else {}
+    return {name: _in_order(task, now)} if name is not None and getattr(task, name) is None else {}
 
 
 def is_due(task: Record[Task], now: datetime) -> bool:
-    """Whether a pending task may be claimed already."""
+    """Return whether a pending task may be claimed at this time."""
     not_before: datetime | None = task.not_before
     return not_before is None or not_before <= now
 
 
 def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
-    """Whether a node has all the skills that a task requires."""
+    """Return whether a node has all skills that a task requires."""
     required = task.required_skills
-    if type(required) is not bytes:  # decoded, or empty
+    if type(required) is not bytes:  # decoded already, or empty
         required = task.encoded("required_skills")
     return are_among(required, node.encoded("available_skills"))
 
 
 @lru_cache(maxsize=4096)
 def are_among(required: bytes | None, available: bytes | None) -> bool:
-    """Whether all skills of one JSON list are in another; never, if one is no list of texts."""
+    """Return whether one JSON list contains all texts of another; false for any other JSON."""
     try:
-        wanted, present = (orjson.loads(text or b"[]") for text in (required, available))
-    except orjson.JSONDecodeError:  # somebody wrote it by hand
+        lists = [orjson.loads(text or b"[]") for text in (required, available)]
+    except orjson.JSONDecodeError:  # written by hand
         return False
-    both = (wanted, present)
-    are_lists = all(
-        isinstance(one, list) and all(isinstance(it, str) for it in one) for one in both
-    )
-    return are_lists and set(wanted) <= set(present)
+    if not all(isinstance(one, list) and all(isinstance(it, str) for it in one) for one in lists):
+        return False
+    return set(lists[0]) <= set(lists[1])
 
 
-def free_places(node: Record[NodeInfo]) -> int:
-    """How many more tasks a node may claim."""
+def free_slots(node: Record[NodeInfo]) -> int:
+    """Return the number of tasks that a node may still claim."""
     if node.status is not NodeStatus.ONLINE:
         return 0
     free: int = node.max_concurrent_tasks - node.running_tasks
@@ -147,44 +136,47 @@ def free_places(node: Record[NodeInfo]) -> int:
 
 
 def owner_of(task: Record[Task]) -> Owner:
-    """For which node a task was claimed last, and at which attempt."""
+    """Return the node and the attempt of a task's last claim."""
     return task.assigned_node, task.attempt
 
 
 def is_assigned(task: Record[Task]) -> bool:
-    """Whether a task takes up a place on a node."""
+    """Return whether a task occupies a slot of a node."""
     return task.assigned_node is not None and task.status in ASSIGNED
 
 
-def is_lost(node: Record[NodeInfo] | None, now: datetime, patience: timedelta) -> bool:
-    """Whether nothing more is to be expected from a node."""
+def is_lost(node: AssignedNode, now: datetime, patience: timedelta) -> bool:
+    """Return whether the tasks of a node must be released."""
     if node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR):
         return True
     return is_silent(node, now, patience)
 
 
 def is_silent(node: Record[NodeInfo], now: datetime, patience: timedelta) -> bool:
-    """Whether a node has given no sign of life for longer than that; to register is one.
-
-    One as far in the future is none: the clock was turned back since, and nobody knows when it was.
-    """
+    """Return whether the last heartbeat (or the registration) of a node is too old."""
     last_sign: datetime = node.last_heartbeat or node.registered_at
+    # A heartbeat far in the future counts as old: the clock was turned back since, by an unknown
+    # time. Without `abs`, the node would pass for alive until the clock has caught up.
     return abs(now - last_sign) > patience
 
 
 def is_overdue(task: Record[Task], now: datetime) -> bool:
-    """Whether a running task has been running for longer than it may, whichever way clocks went."""
+    """Return whether a running task has exceeded its timeout."""
     if task.status is not TaskStatus.RUNNING or None in (task.timeout, task.started_at):
         return False
     limit: int = task.timeout
     started: datetime = task.started_at
-    # Earlier only if `_next` has put its start off: the moment at which that was written.
+    # `_in_order` may have moved the start into the future; `updated_at` is the real time then.
     began = min(started, task.updated_at or started)
+    # As in `is_silent`, the clock may have been turned back since.
     return abs((now - began).total_seconds()) > limit
 
 
-def is_put_off(task: Record[Task], now: datetime, longest: timedelta) -> bool:
-    """Whether a clock that was turned back makes a task wait for its next try longer than ever."""
+def is_delayed(task: Record[Task], now: datetime, longest: timedelta) -> bool:
+    """Return whether the retry of a task is due later than any backoff allows.
+
+    This happens when the clock was turned back after the task had failed.
+    """
     if task.status is not TaskStatus.PENDING or is_due(task, now) or not task.retry_count:
         return False
     failed: datetime | None = task.updated_at
@@ -192,10 +184,10 @@ def is_put_off(task: Record[Task], now: datetime, longest: timedelta) -> bool:
 
 
 def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | None:
-    """A node takes a pending task; `None` if it may not run it now."""
+    """Assign a pending task to a node; `None` if the node may not run it now."""
     if task.status is not TaskStatus.PENDING or not is_due(task, now):
         return None
-    if not free_places(node) or not has_skills(node, task):
+    if not free_slots(node) or not has_skills(node, task):
         return None
     return Step(
         {
@@ -203,139 +195,104 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
             "status": TaskStatus.SCHEDULED,
             "assigned_node": node.node_id,
             "attempt": task.attempt + 1,
-            "scheduled_at": _next(task, now),
+            "scheduled_at": _in_order(task, now),
         },
         {"running_tasks": node.running_tasks + 1},
     )
 
 
-def start(
-    task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, owner: Owner
-) -> Outcome:
-    """The owner has begun to run the task; to say so twice changes nothing."""
+def start(task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner) -> Outcome:
+    """Start a task; idempotent for its owner."""
     if task.status is TaskStatus.RUNNING and owner == owner_of(task):
         return None
-    values = {"status": TaskStatus.RUNNING, "started_at": _next(task, now)}
+    # The lease is checked last, so a repeated call succeeds after its answer was lost.
+    values = {"status": TaskStatus.RUNNING, "started_at": _in_order(task, now)}
     return _not_owned(task, owner) or Step(values)
 
 
 def complete(
-    task: Record[Task],
-    node: Record[NodeInfo] | None,
-    now: datetime,
-    *,
-    owner: Owner,
-    result: bytes | None,
+    task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner, result: bytes | None
 ) -> Outcome:
-    """The owner has completed the task; to say so twice changes nothing.
-
-    Args:
-        result: The text of a JSON value.
-    """
+    """Complete a task with a result in JSON; idempotent for its owner."""
     if task.status is TaskStatus.COMPLETED and owner == owner_of(task):
         return None
     return _not_owned(task, owner) or Step(
         _ended(task, TaskStatus.COMPLETED, now, result=result, error=None),
-        _processed(node, task, now, "successful_tasks"),
+        _counted(node, task, now, "successful_tasks"),
     )
 
 
 def fail(
-    task: Record[Task],
-    node: Record[NodeInfo] | None,
-    now: datetime,
-    *,
-    owner: Owner,
-    error: str,
-    wait: Wait,
+    task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner, error: str, wait: Wait
 ) -> Outcome:
-    """The owner has failed: the task is tried again later, or has FAILED for good."""
+    """Retry a task after `wait`, or end it as FAILED after its last retry; idempotent."""
     if task.status is TaskStatus.FAILED and owner == owner_of(task):
         return None
-    return _not_owned(task, owner) or Step(
-        _tried(task, TaskStatus.FAILED, error, now, wait),
-        _processed(node, task, now, "failed_tasks"),
-        error,
-    )
+    return _not_owned(task, owner) or _failed(task, node, now, TaskStatus.FAILED, error, wait)
 
 
 def cancel(
     task: Record[Task],
-    node: Record[NodeInfo] | None,
+    node: AssignedNode,
     now: datetime,
     *,
     reason: str | None,
     version: int | None = None,
 ) -> Outcome:
-    """Somebody has no use for the task any more; to say so twice changes nothing.
+    """Cancel a task; idempotent.
 
     Args:
-        reason: Why, if it is known.
-        version: The only one that is meant; `None` for any.
+        reason: Becomes the error of the task.
+        version: Cancel only this version; `None` for any.
     """
     if task.status is TaskStatus.CANCELLED or version not in (None, task.version):
         return None
     values = {} if reason is None else {"error": reason}
-    return refused(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
-        _ended(task, TaskStatus.CANCELLED, now, **values), _freed(node, task), reason
+    return illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
+        _ended(task, TaskStatus.CANCELLED, now, **values), _released(node, task), reason
     )
 
 
-def requeue(task: Record[Task], node: Record[NodeInfo] | None, now: datetime) -> Outcome:
-    """A task is to be run as if it never had been; one that is pending already stays as it is.
-
-    Its attempts go on counting, so that nobody who held it before passes for its owner.
-    """
+def requeue(task: Record[Task], node: AssignedNode, now: datetime) -> Outcome:
+    """Make a task pending again, with all its retries; idempotent."""
     if task.status is TaskStatus.PENDING:
         return None
+    # `attempt` is not reset: an earlier owner must not pass for the next one.
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, _freed(node, task), "requeued")
+    return Step({**_UNASSIGNED, **values}, _released(node, task), "requeued")
 
 
-def release(
-    task: Record[Task], node: Record[NodeInfo] | None, now: datetime, *, wait: Wait
-) -> Outcome:
-    """What a node has held is lost: it is tried again later, or has FAILED for good."""
+def release(task: Record[Task], node: AssignedNode, now: datetime, *, wait: Wait) -> Outcome:
+    """Retry an assigned task of a lost node, or end it as FAILED after its last retry."""
     if not is_assigned(task):
         return None
-    return Step(
-        _tried(task, TaskStatus.FAILED, NODE_LOST, now, wait),
-        _processed(node, task, now, "failed_tasks"),
-        NODE_LOST,
-    )
+    return _failed(task, node, now, TaskStatus.FAILED, NODE_LOST, wait)
 
 
 def recover(
     task: Record[Task],
-    node: Record[NodeInfo] | None,
+    node: AssignedNode,
     now: datetime,
     *,
     patience: timedelta,
     longest_wait: timedelta,
     wait: Wait,
 ) -> Outcome:
-    """Take a task from a node that is not alive, or on which it runs for too long.
-
-    One whose next try was put off by a clock that was turned back is due again.
-    """
+    """Release a task of a lost node, end an overdue attempt, or make a delayed retry due."""
     if is_assigned(task) and is_lost(node, now, patience):
         return release(task, node, now, wait=wait)
-    if is_put_off(task, now, longest_wait):
+    if is_delayed(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
     if not is_overdue(task, now):
         return None
-    return Step(
-        _tried(task, TaskStatus.TIMEOUT, OVERDUE, now, wait),
-        _processed(node, task, now, "failed_tasks"),
-        OVERDUE,
-    )
+    return _failed(task, node, now, TaskStatus.TIMEOUT, OVERDUE, wait)
 
 
-def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
-    """A node joins, or comes back as a new process, which holds nothing; its totals go on.
+def registered(known: Record[NodeInfo] | None, now: datetime) -> Values:
+    """Return the values of a node that registers; its process has no tasks.
 
     Args:
-        known: The node as it was before; `None` if it is new.
+        known: The node before, which keeps its totals; `None` for a new node.
     """
     values: dict[str, Any] = {"running_tasks": 0, "last_heartbeat": now}
     if known is not None:
@@ -343,53 +300,61 @@ def joined(known: Record[NodeInfo] | None, now: datetime) -> Values:
     return values
 
 
-def vacated(node: Record[NodeInfo]) -> Values:
-    """The node has a place more."""
+def without_a_task(node: Record[NodeInfo]) -> Values:
+    """Return the values of a node after one of its tasks has left it."""
     return {"running_tasks": max(0, node.running_tasks - 1)}
 
 
-def _freed(node: Record[NodeInfo] | None, task: Record[Task]) -> Values:
-    """The node has a place more, if the task had taken one up."""
-    return {} if node is None or not is_assigned(task) else vacated(node)
+def _released(node: AssignedNode, task: Record[Task]) -> Values:
+    """Return the values of a node without the task, if that was assigned."""
+    return {} if node is None or not is_assigned(task) else without_a_task(node)
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
+    # The attempt must match too: a node may have lost the task and claimed it again.
     if task.status in ASSIGNED and owner == owner_of(task):
         return None
     return NotOwnerError(task.task_id, *owner, task.status.value, *owner_of(task))
 
 
-def _next(task: Record[Any], now: datetime) -> datetime:
-    """Now, but not before what has become of a task already, by a clock that was turned back.
+def _in_order(task: Record[Any], now: datetime) -> datetime:
+    """Return `now`, or the latest earlier time of the task if the clock was turned back.
 
-    So it may be in the future, and does not tell how long ago that was: `updated_at` does.
+    The times of a task so keep their order, but may lie in the future; `updated_at` does not.
     """
     before = (task.submitted_at, task.scheduled_at, task.started_at)
     return max((moment for moment in before if moment is not None and moment > now), default=now)
 
 
 def _ended(task: Record[Task], status: TaskStatus, now: datetime, **values: Any) -> Values:
-    return {"status": status, "completed_at": _next(task, now), **values}
+    return {"status": status, "completed_at": _in_order(task, now), **values}
 
 
-def _tried(task: Record[Task], status: TaskStatus, error: str, now: datetime, wait: Wait) -> Values:
-    """Put a task back to pending; after its last retry it ends as `status`."""
+def _failed(
+    task: Record[Task],
+    node: AssignedNode,
+    now: datetime,
+    status: TaskStatus,
+    error: str,
+    wait: Wait,
+) -> Step:
+    """Retry a task after a failed attempt, or end it with `status` after its last retry."""
     retry: int = task.retry_count + 1
     if retry > task.max_retries:
-        return _ended(task, status, now, error=error)
-    seconds = wait(retry)
-    return {
-        **_UNASSIGNED,
-        "retry_count": retry,
-        "not_before": now + timedelta(seconds=seconds) if seconds else None,
-        "error": error,
-    }
+        values = _ended(task, status, now, error=error)
+    else:
+        seconds = wait(retry)
+        values = {
+            **_UNASSIGNED,
+            "retry_count": retry,
+            "not_before": now + timedelta(seconds=seconds) if seconds else None,
+            "error": error,
+        }
+    return Step(values, _counted(node, task, now, "failed_tasks"), error)
 
 
-def _processed(
-    node: Record[NodeInfo] | None, task: Record[Task], now: datetime, outcome: str
-) -> Values:
-    """The node has tried a task, which counts in its totals: from its start, else its claim."""
+def _counted(node: AssignedNode, task: Record[Task], now: datetime, outcome: str) -> Values:
+    """Return the totals of a node with one more attempt: from its start, else from its claim."""
     if node is None or not is_assigned(task):
         return {}
     total: int = node.total_tasks_processed + 1
@@ -397,7 +362,7 @@ def _processed(
     mean: float = node.average_execution_time
     seconds = max(0.0, (now - began).total_seconds())
     return {
-        **_freed(node, task),
+        **_released(node, task),
         "total_tasks_processed": total,
         outcome: getattr(node, outcome) + 1,
         "average_execution_time": mean + (seconds - mean) / total,

@@ -1,8 +1,8 @@
-"""The domain: tasks, nodes and the picture of a cluster, as plain dataclasses.
+"""Models: tasks, nodes and the state of a cluster, as plain dataclasses.
 
-They carry no database state, so they copy, compare, pickle and `dataclasses.replace` freely.
-Times are aware and in UTC inside the store; a naive one is read as local time when it is
-written. What a field may hold is checked when it is written, not when it is assigned.
+They carry no database state, so they can be copied, compared, pickled and passed to
+`dataclasses.replace`. Values are checked when they are written, not when they are assigned. Times
+in the store are aware and in UTC; a naive time is read as local time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from openclaw_store.errors import InvalidDataError, safe_repr
 
 
 class TaskType(StrEnum):
-    """What kind of work a task is."""
+    """The kind of work of a task."""
 
     INTERACTIVE = "interactive"
     BATCH = "batch"
@@ -44,7 +44,7 @@ class TaskType(StrEnum):
 
 
 class TaskStatus(StrEnum):
-    """Where a task stands."""
+    """The status of a task."""
 
     PENDING = "pending"
     SCHEDULED = "scheduled"
@@ -56,22 +56,22 @@ class TaskStatus(StrEnum):
 
 
 WAITING = frozenset({TaskStatus.PENDING, TaskStatus.SCHEDULED})
-"""The states of tasks that wait to be run."""
+"""Statuses of a task that has not started."""
 
 ASSIGNED = frozenset({TaskStatus.SCHEDULED, TaskStatus.RUNNING})
-"""The states in which a task takes up a place on its node."""
+"""Statuses in which a task occupies a slot of its node."""
 
 LIVE = WAITING | ASSIGNED
-"""The states of tasks that are not done."""
+"""Statuses of an unfinished task."""
 
 FINISHED = frozenset(
     {TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT}
 )
-"""The states in which a task is done."""
+"""Statuses of a finished task."""
 
 
 class TaskPriority(IntEnum):
-    """How urgent a task is; the smaller number goes first."""
+    """The urgency of a task; smaller numbers come first."""
 
     CRITICAL = 0
     HIGH = 1
@@ -80,7 +80,7 @@ class TaskPriority(IntEnum):
 
 
 class NodeStatus(StrEnum):
-    """Whether a node takes part in the cluster."""
+    """The status of a node."""
 
     ONLINE = "online"
     OFFLINE = "offline"
@@ -90,7 +90,7 @@ class NodeStatus(StrEnum):
 
 
 ALIVE = frozenset({NodeStatus.ONLINE, NodeStatus.BUSY})
-"""The states in which a node is expected to send heartbeats."""
+"""Statuses in which a node must send heartbeats."""
 
 
 @dataclass
@@ -106,16 +106,16 @@ class Task:
     status: TaskStatus = TaskStatus.PENDING
     priority: TaskPriority = TaskPriority.NORMAL
     assigned_node: str | None = None
-    """Identifier of a node; it need not exist."""
+    """Identifier of a node, which need not exist."""
     attempt: int = 0
-    """How often it was claimed. With `assigned_node` it tells who may finish the task."""
+    """Number of claims. Together with `assigned_node` it identifies the owner of the task."""
     submitted_at: datetime | None = None
-    """Filled in with the present moment when the task is added without it."""
+    """Set to the present moment if the task is added without it."""
     scheduled_at: datetime | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
     not_before: datetime | None = None
-    """When it may be claimed; `None` for at once."""
+    """Earliest time of a claim; `None` for no limit."""
     parameters: dict[str, Any] = field(default_factory=dict)
     timeout: int | None = None
     """Seconds the task may run; `None` for no limit."""
@@ -126,14 +126,14 @@ class Task:
     error: str | None = None
     user_id: str | None = None
     idempotency_key: str | None = None
-    """Of the live tasks, one at most has this key."""
+    """At most one live task has a given key."""
     affinity_tags: list[str] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     updated_at: datetime | None = None
-    """When the store last wrote the task; set by the store."""
+    """Time of the last write, set by the store."""
     version: int = 0
-    """Grows with every change of this task; set by the store, 0 until then, negative while the
-    newest content is only in memory (`persist=False`)."""
+    """Revision of the last change of the task, set by the store; 0 before the first write, and
+    negative while the newest content is only in memory (`persist=False`)."""
 
     @classmethod
     def create(
@@ -156,69 +156,61 @@ class Task:
         metadata: Mapping[str, Any] | None = None,
         submitted_at: datetime | None = None,
     ) -> Task:
-        """A new pending task with an identifier of its own, submitted now.
+        """Return a new pending task.
 
         Args:
-            task_id: An identifier of the caller's; `None` makes one that sorts by time.
-            timeout: Seconds the task may run; `None` for no limit.
-            idempotency_key: Of the live tasks, one at most may have this key.
-            not_before: When it may be claimed; `None` for at once.
-            submitted_at: `None` for the present moment, by the system's clock; with a clock of
-                your own, pass its time.
+            task_id: `None` for a new identifier, which sorts by time.
+            submitted_at: `None` for the present moment of the system's clock; pass the time if
+                the store has a clock of your own.
 
         Raises:
-            InvalidDataError: If a list of text is given as one text, which is a list of letters, or
-                something is no list, or no mapping, at all.
+            InvalidDataError: If an argument has the wrong type, such as a text for a list of text.
         """
         return cls(
             task_id=new_id() if task_id is None else task_id,
             task_type=task_type,
             name=name,
             description=description,
-            required_skills=_listed("required_skills", required_skills),
-            optional_skills=_listed("optional_skills", optional_skills)
-            if optional_skills is not None
-            else None,
+            required_skills=_list("required_skills", required_skills),
+            optional_skills=_optional_list("optional_skills", optional_skills),
             priority=priority,
             submitted_at=utc_now() if submitted_at is None else submitted_at,
-            parameters=_mapped("parameters", parameters),
+            parameters=_dict("parameters", parameters),
             timeout=timeout,
             max_retries=max_retries,
             user_id=user_id,
             idempotency_key=idempotency_key,
             not_before=not_before,
-            affinity_tags=_listed("affinity_tags", affinity_tags)
-            if affinity_tags is not None
-            else None,
-            metadata=_mapped("metadata", metadata),
+            affinity_tags=_optional_list("affinity_tags", affinity_tags),
+            metadata=_dict("metadata", metadata),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values of the caller's own: enums by value, times in UTC.
+        """Return all fields as plain JSON values, which share nothing with the task.
 
-        Times are ISO 8601 with microseconds and a Z, `2026-03-01T12:00:00.000000Z`, which sort as
-        text; a naive one is read as local time.
+        Enumerations are their values. Times are ISO 8601 in UTC, with microseconds:
+        `2026-03-01T12:00:00.000000Z` sorts as text; a naive time is read as local time.
 
         Raises:
-            InvalidDataError: If a field holds what the store would refuse.
+            InvalidDataError: If the store would refuse a field.
         """
         return to_dict(self, Task, FIELD_CHECKS[Task], JSON_CHECKS)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """A task of what `to_dict` gave, or somebody else sent.
+        """Return a task made from a dict, as from `to_dict`.
 
         Args:
-            data: Values by field. A missing one is the field's default, an unknown one ignored; a
+            data: Values by field. Missing fields get their defaults, unknown fields are ignored; a
                 time without a zone is local.
 
         Raises:
-            InvalidDataError: Naming the field that the store would refuse, or that is missing.
+            InvalidDataError: If the store would refuse a field, or a required field is missing.
         """
         return cls(**read_dict(data, Task, FIELD_CHECKS[Task], JSON_CHECKS))
 
 
-def _listed(name: str, values: Iterable[str]) -> list[str]:
+def _list(name: str, values: Iterable[str]) -> list[str]:
     if isinstance(values, str):
         raise InvalidDataError(name, f"must be a list of text, not the text {safe_repr(values)}")
     if not isinstance(values, Iterable):
@@ -226,7 +218,11 @@ def _listed(name: str, values: Iterable[str]) -> list[str]:
     return list(values)
 
 
-def _mapped(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
+def _optional_list(name: str, values: Iterable[str] | None) -> list[str] | None:
+    return None if values is None else _list(name, values)
+
+
+def _dict(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, Mapping):
@@ -261,50 +257,41 @@ class NodeInfo:
     average_execution_time: float = 0.0
     """Seconds."""
     registered_at: datetime | None = None
-    """Filled in with the present moment when the node is added without it."""
+    """Set to the present moment if the node is added without it."""
     last_heartbeat: datetime | None = None
-    """`None` for a node that never sent one."""
+    """`None` before the first heartbeat."""
     tags: list[str] = field(default_factory=list)
     version: int = 0
-    """Grows with every change of this node, heartbeats aside; set by the store, 0 until then,
-    negative while the newest content is only in memory (`persist=False`)."""
+    """Revision of the last change of the node, heartbeats aside; see `Task.version`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values of the caller's own; see `Task.to_dict`.
-
-        Raises:
-            InvalidDataError: If a field holds what the store would refuse.
-        """
+        """Return all fields as plain JSON values; see `Task.to_dict`."""
         return to_dict(self, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """A node of what `to_dict` gave, or somebody else sent; see `Task.from_dict`.
-
-        Raises:
-            InvalidDataError: Naming the field that the store would refuse, or that is missing.
-        """
+        """Return a node made from a dict; see `Task.from_dict`."""
         return cls(**read_dict(data, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS))
 
 
 @dataclass(frozen=True)
 class ClusterState:
-    """The cluster at one moment: it does not change when the cluster does.
+    """A snapshot of the cluster.
 
-    `nodes` and `tasks` are read-only mappings by identifier. They make a copy of an entry when
-    it is looked at, so a picture of 100,000 tasks costs nothing until it is read; pickling and
-    `dataclasses.asdict` turn them into real dicts.
+    `nodes` and `tasks` are read-only mappings by identifier. They copy an entry when it is read,
+    so a snapshot of 100,000 tasks costs nothing by itself; pickling and `dataclasses.asdict` make
+    them real dicts.
     """
 
     version: int
-    """Revision of the newest change in the picture."""
+    """Revision of the newest change in the snapshot."""
     updated_at: datetime | None
-    """When that change was made; `None` when nothing was ever changed."""
+    """Time of that change; `None` before the first one."""
     nodes: Mapping[str, NodeInfo]
     tasks: Mapping[str, Task]
     """The live tasks: pending, scheduled and running."""
     total_nodes: int
-    """All nodes in the database; entries that are only in memory do not count."""
+    """All nodes in the database, without entries that are only in memory."""
     online_nodes: int
     total_tasks: int
     """All tasks in the database, finished ones included."""
@@ -358,7 +345,7 @@ FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "version": check_version,
     },
 }
-"""What the fields may hold, those of JSON aside."""
+"""Checks of the fields without JSON."""
 
 JSON_CHECKS: Mapping[str, JsonCheck] = {
     "required_skills": encode_texts,
@@ -370,4 +357,4 @@ JSON_CHECKS: Mapping[str, JsonCheck] = {
     "available_skills": encode_texts,
     "tags": encode_texts,
 }
-"""What fields of JSON may hold; gives the text of it."""
+"""Checks of the JSON fields, which return the JSON text."""

@@ -1,4 +1,4 @@
-"""Dataclasses as dicts of plain JSON values, and back, for whoever sends them elsewhere."""
+"""Serialization: convert dataclasses to dicts of plain JSON values, and back."""
 
 from __future__ import annotations
 
@@ -17,23 +17,19 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 JsonCheck = Callable[[str, Any], bytes]
-"""Takes the name and value of a field of JSON; returns its text, or raises."""
+"""Takes the name and value of a JSON field; returns its text, or raises InvalidDataError."""
 
 
 def to_dict(
-    item: DataclassInstance,
+    entity: DataclassInstance,
     kind: type[DataclassInstance],
     checks: Mapping[str, Check],
     json_checks: Mapping[str, JsonCheck],
 ) -> dict[str, Any]:
-    """The fields of `kind` as plain JSON values, which share nothing with `item`.
-
-    Raises:
-        InvalidDataError: If a check refuses a field.
-    """
+    """Return the fields of `kind` as plain JSON values, which share nothing with `entity`."""
     data = {}
     for field in fields(kind):
-        value = _checked(field, getattr(item, field.name), checks, json_checks)
+        value = _checked(field, getattr(entity, field.name), checks, json_checks)
         if isinstance(value, Enum):
             value = value.value
         elif isinstance(value, datetime):
@@ -48,11 +44,7 @@ def read_dict(
     checks: Mapping[str, Check],
     json_checks: Mapping[str, JsonCheck],
 ) -> dict[str, Any]:
-    """What `data` says of the fields of `kind`, which shares nothing with it.
-
-    Raises:
-        InvalidDataError: If a check refuses a field, or one without a default is missing.
-    """
+    """Return the fields of `kind` that `data` contains, which share nothing with it."""
     if not isinstance(data, Mapping):
         raise InvalidDataError("data", f"must be a dict, not {type(data).__name__}")
     values = {}
@@ -71,7 +63,7 @@ def _checked(
     checks: Mapping[str, Check],
     json_checks: Mapping[str, JsonCheck],
 ) -> Any:
-    if value is field.default:  # where it is None, None is no text, time or list
+    if value is field.default:  # the checks refuse None, the default of optional fields
         return value
     if field.name in json_checks:
         return orjson.loads(json_checks[field.name](field.name, value))

@@ -1,4 +1,5 @@
-"""Tools for operators: verify, repair, copy, restore, diagnose.
+"""Tools for operators: verify, repair, copy, restore, diagnose, summarise.
 
-They use the rooms below through their public names and are used by the command line.
+The command line uses this room. It uses the public names of the rooms below, and the backends only
+where a tool depends on the engine. It keeps no state, and formats no text for terminals.
 """

@@ -1,7 +1,7 @@
-"""`diagnose`: whether the environment is one in which the store can keep its promises.
+"""Diagnose: check that the environment lets the store keep its promises.
 
-It changes nothing (but may have SQLite move pages from the WAL to the file), and takes the database
-as it is: not opened, not migrated, or not there at all.
+The database may be closed, not migrated, or missing. Nothing is changed, except that SQLite may
+move pages from the WAL to the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ from openclaw_store.domain import Clock
 from openclaw_store.errors import UnavailableError
 
 MOUNTS = Path("/proc/self/mountinfo")
-"""Where Linux tells what is mounted."""
+"""Linux's table of mounted file systems."""
 
-# File locks and the shared memory of the WAL do not work reliably, or at all, between machines.
+# File locks and the shared memory of the WAL do not work reliably between machines.
 _NETWORK = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|glusterfs|lustre|gpfs|beegfs|ocfs2|gfs2|vboxsf|"
     r"fuse\.(sshfs|glusterfs\S*|s3fs|rclone|ceph\S*|gcsfuse|blobfuse\S*|mfs|seaweedfs)"
@@ -36,47 +35,36 @@ _NETWORK = re.compile(
 _IN_MEMORY = ("tmpfs", "ramfs")
 
 FREE_BYTES = 8 << 20
-"""Free pages are worth a vacuum if they take more than this, and a quarter of the file."""
+"""A vacuum is advised if free pages take more than this, and a quarter of the file."""
 
 WAL_PAGES = 4000
-"""Four times what SQLite lets pile up before it begins to move pages to the database."""
+"""Four times the number of WAL pages after which SQLite starts a checkpoint."""
 
 LOW_DISK_BYTES = 100 << 20
 """Less free space than this is an error."""
 
 SKEW_SECONDS = 2.0
-"""How far clocks may be apart."""
+"""Tolerated difference between two clocks."""
 
 LONG_SECONDS = 60
-"""How long a transaction may be open."""
+"""Tolerated duration of a transaction."""
 
 _ACTIVITY = text("""
     SELECT pid, application_name, state, extract(epoch FROM clock_timestamp() - xact_start)::int
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
     AND xact_start < clock_timestamp() - make_interval(secs => :seconds) ORDER BY xact_start""")
 _CONNECTIONS = text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
-_SETTINGS = text("SELECT name, setting FROM pg_settings WHERE name = ANY (:names)")
-_NAMES = (
-    "fsync",
-    "full_page_writes",
-    "synchronous_commit",
-    "default_transaction_isolation",
-    "idle_in_transaction_session_timeout",
-    "autovacuum",
-    "max_connections",
-    "server_version",
-    "server_version_num",
-)
+_SETTINGS = text("SELECT name, setting FROM pg_settings")
 
 
 class Level(StrEnum):
-    """How bad a finding is."""
+    """Severity of a finding."""
 
     OK = "ok"
     WARNING = "warning"
-    """It works, but not well, or not for long."""
+    """The store works, but not well, or not for long."""
     ERROR = "error"
-    """It does not work, or its promises do not hold."""
+    """The store does not work, or its promises do not hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +74,29 @@ class Finding:
     name: str
     level: Level
     text: str
-    """What was found, as a sentence."""
+    """The observation as a sentence."""
     advice: str | None = None
-    """What to do about it."""
+    """The action to take."""
 
 
 async def diagnose(database: Database) -> list[Finding]:
-    """Look whether the store can keep its promises where it is.
-
-    Args:
-        database: Need not be open, and stays as it is.
-    """
+    """Check the environment of a database, which may be closed or missing."""
     if database.dialect == "sqlite" and database.db_path != ":memory:":
         path = sqlite.file_of(database.db_path)
         if not path.is_file():
             advice = "check the path; `openclaw-store db upgrade` makes a new database"
             return [_error("connection", f"There is no file {path}.", advice)]
-    look = _look_at_file if database.dialect == "sqlite" else _look_at_server
+    check = _check_file if database.dialect == "sqlite" else _check_server
     try:
-        return await database.inspect(lambda connection: list(look(connection, database.clock)))
+        return await database.inspect(lambda connection: list(check(connection, database.clock)))
     except UnavailableError as error:
-        return [_error("connection", f"It cannot be read: {error}.", "see what it says")]
+        return [_error("connection", f"It cannot be read: {error}.", "solve the problem named")]
 
 
-def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
-    pragma = partial(_pragma, connection)
+def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
+    def pragma(name: str) -> Any:
+        return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+
     version, needed = sqlite3.sqlite_version, ".".join(map(str, sqlite.MINIMUM_VERSION))
     yield _judge(
         "sqlite_version",
@@ -119,18 +105,18 @@ def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "use a newer Python, or a newer SQLite library",
         Level.ERROR,
     )
-    yield from _look_at_schema(connection)
+    yield from _check_schema(connection)
     mode = pragma("journal_mode")
     yield _judge(
         "journal_mode",
         mode == "wal",
         f"The journal mode is {mode}.",
-        "open it once with the library, which turns WAL on",
+        "open the database once with the library, which turns WAL on",
     )
     yield _judge(
         "synchronous",
         pragma("synchronous") >= 2,
-        "A commit waits until it is on the disk.",
+        "A commit waits for the disk.",
         "connect with synchronous=FULL",
         Level.ERROR,
     )
@@ -142,78 +128,66 @@ def _look_at_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"{free} of {pages} pages are free ({_size(free * size)}).",
         "run `openclaw-store vacuum` when writers can wait",
     )
-    waiting = _waiting_pages(connection)
+    # Only a checkpoint tells the pages that readers hold back. To read the `-shm` file instead
+    # would release all locks of this process on it (https://sqlite.org/howtocorrupt.html).
+    _, logged, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
+    waiting = max(0, logged - moved)
     yield _judge(
         "wal",
         waiting <= WAL_PAGES,
         f"{waiting} pages of the WAL have not been moved to the database "
         f"({_size(waiting * size)}).",
-        "look for a program that keeps reading in one transaction: it holds them back, and reading "
-        "becomes slow",
+        "end programs that keep a read transaction open: they prevent the move, and slow reading",
     )
-    yield _look_at_file_system(path)
-    yield _look_at_disk(path, size * pages)
-    yield from _look_at_heartbeats(connection, clock())
+    yield _check_file_system(path)
+    yield _check_disk(path, size * pages)
+    yield from _check_heartbeats(connection, clock())
 
 
-def _pragma(connection: Connection, name: str) -> Any:
-    return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-
-
-def _waiting_pages(connection: Connection) -> int:
-    """How many pages of the WAL cannot be moved to the database now, since somebody reads them.
-
-    SQLite is asked to move the others. To look into the `-shm` file instead would cost this process
-    all locks it has there, as soon as the file is closed (https://sqlite.org/howtocorrupt.html).
-    """
-    _, pages, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
-    return int(max(0, pages - moved))
-
-
-def _look_at_file_system(path: Path) -> Finding:
-    kind = file_system_of(path)
-    name = "file_system"
+def _check_file_system(path: Path) -> Finding:
+    name, kind = "file_system", file_system_of(path)
     if kind is None:
-        return Finding(name, Level.OK, "What file system it is on cannot be told on this system.")
+        return Finding(name, Level.OK, "This system does not tell the file system of the file.")
     if _NETWORK.fullmatch(kind):
         advice = "move it to a local disk, or to PostgreSQL: SQLite's locks do not work there"
         return _error(name, f"The file is on a network file system ({kind}).", advice)
-    said = f"The file is on {kind}"
-    if kind in _IN_MEMORY:
-        advice = "move it to a disk, unless it may be lost"
-        return Finding(name, Level.WARNING, f"{said}, in memory: it goes with the machine.", advice)
-    return Finding(name, Level.OK, f"{said}.")
+    return _judge(
+        name,
+        kind not in _IN_MEMORY,
+        f"The file is on {kind}.",
+        "move it to a disk, unless it may be lost when the machine stops",
+        otherwise=f"The file is in memory ({kind}).",
+    )
 
 
 def file_system_of(path: Path) -> str | None:
-    """The file system that a file is on; `None` where the system does not tell."""
+    """Return the type of the file system that holds a file; `None` if it is unknown."""
     try:
         lines = MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return None
-    found: tuple[int, str] | None = None
-    place = path.resolve()
+    longest, kind = -1, None
+    path = path.resolve()
     for line in lines:
         mount, _, source = line.partition(" - ")
         folder = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), mount.split(" ")[4])
-        # Of several at one place, the last one is seen.
-        if place.is_relative_to(folder) and (found is None or len(folder) >= found[0]):
-            found = len(folder), source.split(" ")[0]
-    return None if found is None else found[1]
+        # Of several mounts on one folder, the last one hides the others.
+        if path.is_relative_to(folder) and len(folder) >= longest:
+            longest, kind = len(folder), source.split(" ")[0]
+    return kind
 
 
-def _look_at_disk(path: Path, size: int) -> Finding:
+def _check_disk(path: Path, size: int) -> Finding:
     free = shutil.disk_usage(path.parent).free
-    said = f"{_size(free)} are free on the disk; the database has {_size(size)}."
+    text = f"{_size(free)} are free on the disk; the database has {_size(size)}."
     if free < LOW_DISK_BYTES:
-        return _error("disk_space", said, "free some space: writes will fail")
+        return _error("disk_space", text, "free some space: writes will fail")
     advice = "free some space: a vacuum, a migration and a backup need as much as the database"
-    return _judge("disk_space", free >= size, said, advice)
+    return _judge("disk_space", free >= size, text, advice)
 
 
-def _look_at_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
-    names = {"names": list(_NAMES)}
-    settings = {str(name): str(it) for name, it in connection.execute(_SETTINGS, names)}
+def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
+    settings = {str(name): str(value) for name, value in connection.execute(_SETTINGS)}
     yield _judge(
         "server_version",
         int(settings["server_version_num"]) >= postgresql.MINIMUM_VERSION * 10_000,
@@ -222,22 +196,22 @@ def _look_at_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "upgrade the server",
         Level.ERROR,
     )
-    yield from _look_at_schema(connection)
+    yield from _check_schema(connection)
     yield _judge(
         "recovery",
         not connection.scalar(text("SELECT pg_is_in_recovery()")),
-        "The server writes; it is no standby.",
-        "name the server that writes, as with target_session_attrs=read-write",
+        "The server accepts writes.",
+        "connect to the primary, as with target_session_attrs=read-write",
         Level.ERROR,
-        "The server is a standby, which only reads.",
+        "The server is a standby, which accepts no writes.",
     )
-    yield from _look_at_settings(settings)
+    yield from _check_settings(settings)
     used = connection.scalar(_CONNECTIONS) or 0
-    most = int(settings["max_connections"])
+    limit = int(settings["max_connections"])
     yield _judge(
         "max_connections",
-        used <= 0.8 * most,
-        f"{used} of {most} connections are in use.",
+        used <= 0.8 * limit,
+        f"{used} of {limit} connections are in use.",
         "raise max_connections, lower pool_size, or put a pooler before the server",
     )
     long = connection.execute(_ACTIVITY, {"seconds": LONG_SECONDS}).all()
@@ -249,8 +223,8 @@ def _look_at_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "long_transactions",
         not long,
         f"No transaction is open for more than {LONG_SECONDS} s.",
-        "end them, as with pg_terminate_backend: they keep locks, or removed rows from going",
-        said_else=f"{len(long)} transactions are open: {listed}.",
+        "end them, as with pg_terminate_backend: they keep locks and removed rows",
+        otherwise=f"{len(long)} transactions are open: {listed}.",
     )
     before = clock()
     server: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
@@ -260,112 +234,103 @@ def _look_at_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "server_clock",
         skew <= SKEW_SECONDS,
         f"The clocks of this machine and of the server are {skew:.1f} s apart.",
-        "keep the machines' clocks in step, as by NTP",
+        "synchronise the clocks of all machines, as by NTP",
     )
-    yield from _look_at_heartbeats(connection, after)
+    yield from _check_heartbeats(connection, after)
 
 
-def _look_at_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
-    for name, why in (
-        ("fsync", "what was committed is lost when the machine fails"),
-        ("full_page_writes", "pages may be torn when the machine fails"),
+def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
+    for name, level, danger in (
+        ("fsync", Level.ERROR, "commits may be lost when the machine fails"),
+        ("full_page_writes", Level.ERROR, "pages may be torn when the machine fails"),
+        ("synchronous_commit", Level.WARNING, "other programs may lose their commits"),
+        ("autovacuum", Level.WARNING, "tables grow without end"),
     ):
-        on = settings[name] == "on"
-        said = f"{name} is {settings[name]}{'' if on else f': {why}'}."
-        yield _judge(name, on, said, f"set {name} = on", Level.ERROR)
-    commit = settings["synchronous_commit"]
-    yield _judge(
-        "synchronous_commit",
-        commit != "off",
-        f"synchronous_commit is {commit}.",
-        "set it to on: this library does so for its own connections, other programs may lose what "
-        "they committed",
-    )
+        value = settings[name]
+        yield _judge(name, value != "off", f"{name} is {value}.", f"set it to on: {danger}", level)
     isolation = settings["default_transaction_isolation"]
     yield _judge(
         "default_isolation",
         isolation == "read committed",
         f"default_transaction_isolation is {isolation}.",
-        "know that it holds for other programs only: this library sets its own",
+        "check the other programs: the library sets its own isolation",
     )
     limit = int(settings["idle_in_transaction_session_timeout"])
     yield _judge(
         "idle_in_transaction_session_timeout",
         limit == 0 or limit >= 5000,
-        "Idle transactions may stay open." if limit == 0 else f"They are ended after {limit} ms.",
-        "set it to 0, or to some seconds: this ends readers who only pause",
-    )
-    yield _judge(
-        "autovacuum",
-        settings["autovacuum"] == "on",
-        f"autovacuum is {settings['autovacuum']}.",
-        "set autovacuum = on, or run `openclaw-store vacuum` often: tables grow without end",
+        f"Idle transactions end after {limit} ms." if limit else "Idle transactions stay open.",
+        "set it to 0, or to some seconds: it ends readers that only pause",
     )
 
 
-def _look_at_schema(connection: Connection) -> Iterator[Finding]:
+def _check_schema(connection: Connection) -> Iterator[Finding]:
     name = "schema"
     advice = "run `openclaw-store db upgrade`"
     revision = stored(connection)
     tables = set(inspect(connection).get_table_names())
     if revision is None:
         if not tables & {"tasks", "nodes"}:
-            yield _error(name, "There are no tables yet.", advice)
+            yield _error(name, "The database has no tables yet.", advice)
         elif connection.dialect.name == "sqlite" and legacy_import.is_legacy(connection):
-            yield _error(name, "It has the original, hand-made schema.", f"{advice}: it is adopted")
+            yield _error(name, "The schema is a legacy one.", f"{advice}, which imports it")
         else:
-            yield _error(name, "Its tables are not this library's.", "give another path")
+            yield _error(name, "The tables are of another program.", "give another path")
     elif revision.startswith(COPYING):
-        yield _error(name, "It is half of a copy.", "copy to it again from the same database")
+        yield _error(name, "The database is half of a copy.", "copy to it again from its source")
     elif revision != HEAD:
-        newer = revision > HEAD
-        said = f"The schema is {revision}; this version of the library knows {HEAD}."
-        yield _error(name, said, "upgrade the library" if newer else advice)
+        text = f"The schema is {revision}; this version of the library needs {HEAD}."
+        yield _error(name, text, "upgrade the library" if revision > HEAD else advice)
     else:
-        missing = [
-            str(index.name)
-            for table in Base.metadata.sorted_tables
-            for index in table.indexes
-            if index.name
-            not in {one["name"] for one in inspect(connection).get_indexes(table.name)}
-        ]
-        said = f"The schema is {HEAD}, as this version of the library needs it."
-        lost = f"The schema is {HEAD}, but without {', '.join(sorted(missing))}."
-        advice = "make the indexes again: without them, searches go through whole tables"
-        yield _judge(name, not missing, said, advice, said_else=lost)
+        missing: set[str] = set()
+        for table in Base.metadata.sorted_tables:
+            present = {index["name"] for index in inspect(connection).get_indexes(table.name)}
+            missing |= {str(index.name) for index in table.indexes} - present
+        yield _judge(
+            name,
+            not missing,
+            f"The schema is {HEAD}, which this version of the library needs.",
+            "create the indexes again: without them, queries read whole tables",
+            otherwise=f"The schema is {HEAD}, but lacks {', '.join(sorted(missing))}.",
+        )
 
 
-def _look_at_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding]:
+def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding]:
     if stored(connection) != HEAD:
         return
-    query = select(NodeRow.node_id, NodeRow.last_heartbeat).order_by(NodeRow.last_heartbeat.desc())
-    early = connection.execute(
-        query.where(NodeRow.last_heartbeat > now + timedelta(seconds=SKEW_SECONDS))
-    ).all()
-    said = "No node has sent a heartbeat that is in the future."
-    lost = f"{len(early)} nodes have sent heartbeats that are in the future"
-    if early and early[0][1] is not None:
-        seconds = (early[0][1] - now).total_seconds()
-        lost += f", {early[0][0]!r} one of {seconds:.0f} s ahead."
-    advice = "keep the machines' clocks in step, as by NTP: nodes are held for lost late, or early"
-    yield _judge("heartbeats", not early, said, advice, said_else=lost)
+    latest = now + timedelta(seconds=SKEW_SECONDS)
+    query = (
+        select(NodeRow.node_id, NodeRow.last_heartbeat)
+        .where(NodeRow.last_heartbeat > latest)
+        .order_by(NodeRow.last_heartbeat.desc())
+    )
+    early = connection.execute(query).all()
+    ahead = [f"{id!r} ({(sent - now).total_seconds():.0f} s)" for id, sent in early if sent]
+    yield _judge(
+        "heartbeats",
+        not early,
+        "No node has sent a heartbeat from the future.",
+        "synchronise the clocks of all machines, as by NTP: lost nodes are found late, or early",
+        otherwise=f"{len(early)} nodes sent heartbeats from the future: {', '.join(ahead[:3])}.",
+    )
 
 
 def _judge(
     name: str,
     is_good: bool,
-    said: str,
+    text: str,
     advice: str,
     level: Level = Level.WARNING,
-    said_else: str | None = None,
+    otherwise: str | None = None,
 ) -> Finding:
+    """Make a finding; `otherwise` replaces `text` if it is not good."""
     if is_good:
-        return Finding(name, Level.OK, said)
-    return Finding(name, level, said_else or said, advice)
+        return Finding(name, Level.OK, text)
+    return Finding(name, level, otherwise or text, advice)
 
 
-def _error(name: str, said: str, advice: str) -> Finding:
-    return Finding(name, Level.ERROR, said, advice)
+def _error(name: str, text: str, advice: str) -> Finding:
+    return Finding(name, Level.ERROR, text, advice)
 
 
 def _size(size: int) -> str:

@@ -1,20 +1,20 @@
-"""How work that takes long tells how far it is."""
+"""Progress of long operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Report = Callable[[str, int, int], object]
-"""Is told what is being done, how much of it is done, and how much there is to do."""
+"""Receives the name of a step, the work done, and the total work; 0 if the total is unknown."""
 
 
 class Progress:
-    """Counts what is done of one kind of work, and reports it.
+    """Count and report the work done in one step.
 
     Args:
-        report: Is told; `None` for nobody.
-        what: What is being done.
-        total: How much there is to do.
+        report: Receives the progress, if given.
+        what: Name of the step.
+        total: Amount of work, as far as known.
     """
 
     def __init__(self, report: Report | None, what: str, total: int) -> None:
@@ -22,11 +22,10 @@ class Progress:
         self._what = what
         self._total = total
         self.done = 0
-        """How much is done."""
         self.add(0)
 
     def add(self, number: int) -> None:
-        """So much more is done."""
+        """Add work that was done."""
         self.done += number
         if self._report is not None:
             self._report(self._what, self.done, max(self._total, self.done))

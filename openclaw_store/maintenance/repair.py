@@ -1,7 +1,7 @@
-"""Repairs of what `verify` finds wrong: through the ordinary write path, so that the feed tells.
+"""Repair: fix the problems that `verify` finds, through the ordinary write path.
 
-Each repair looks again, inside the write transaction, and does nothing that is not needed (any
-more). What a repair writes is a change like any other: caches follow it.
+Each repair checks its problem again inside the write transaction, and writes nothing if it is
+gone. A repair is a change like any other, so the caches of running processes follow it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from openclaw_store.database import (
     TaskRow,
     history_of,
 )
-from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, arrived
+from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, missing_time
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.maintenance.progress import Progress
 from openclaw_store.repositories import NodeRepository, Row, SingleRowCommand, TaskRepository, apply
 
 REASON = "repaired"
-"""What the feed tells of a repair."""
+"""Reason of a repair in the feed."""
 
-REPAIRS_A_BATCH = 50
-"""Repairs of one transaction."""
+REPAIR_BATCH_SIZE = 50
+"""Repairs in one transaction; other writers get their turn between two of them."""
+
+ChangeEnd = tuple[int, str | None]
+"""Revision of a change, 0 for none, and the status it leads to."""
 
 
 @dataclass(slots=True)
@@ -41,9 +44,9 @@ class Rewrite(SingleRowCommand):
     kind: type[Any]
     id: str
     values: Mapping[str, Any]
-    """None of them JSON."""
-    after: tuple[int, str | None] | None = None
-    """Revision (0 for none) and status of the change that this one follows, where the row lies."""
+    """New values of fields; none of them JSON."""
+    after: ChangeEnd | None = None
+    """The change that this one follows, if the row is wrong about it."""
 
     def decide(self, row: Row) -> bool:
         record = row.content()
@@ -55,13 +58,13 @@ class Rewrite(SingleRowCommand):
 
 
 @dataclass(slots=True)
-class Farewell(SingleRowCommand):
-    """Tell the feed that a row is gone, which nobody has told it."""
+class LogRemoval(SingleRowCommand):
+    """Add the missing removal of a row to the feed, unless the row exists."""
 
     kind: type[Any]
     id: str
-    after: tuple[int, str | None]
-    """Revision and status of its last change."""
+    after: ChangeEnd
+    """The last change of the row."""
 
     def decide(self, row: Row) -> bool:
         if row.stored:
@@ -72,134 +75,133 @@ class Farewell(SingleRowCommand):
 
 
 class Repair(Protocol):
-    """What can be done about a problem."""
+    """The repair of one problem."""
 
-    async def do(self, database: Database, tx: AsyncSession) -> bool:
-        """Do it, in a transaction; returns whether the problem is solved."""
+    async def run(self, database: Database, tx: AsyncSession) -> bool:
+        """Repair in a transaction; return whether the problem is solved."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recount:
-    """Count the tasks that a node holds."""
+class RaiseCounters:
+    """Raise the counters to the revisions in use; never lower them."""
 
-    node_id: str
-
-    async def do(self, database: Database, tx: AsyncSession) -> bool:
-        """Write the number, if it is another one."""
-        record = await NodeRepository(tx).get_record(self.node_id)
-        query = select(func.count()).where(TaskRow.assigned_node == self.node_id, IS_ASSIGNED)
-        held = await tx.scalar(query) or 0
-        if record is not None and record.running_tasks != held:
-            operation = Rewrite(NodeInfo, self.node_id, {"running_tasks": held})
-            await database.write_in(tx, apply, operation)
+    async def run(self, database: Database, tx: AsyncSession) -> bool:
+        heartbeats = await tx.scalar(select(func.max(ROWS[NodeInfo].__table__.c.beat))) or 0
+        newest = await tx.scalar(select(func.max(ChangeRow.revision))) or 0
+        revision, beat = (await tx.execute(select(CounterRow.revision, CounterRow.beat))).one()
+        values = {"revision": max(newest, revision), "beat": max(heartbeats, beat)}
+        await tx.execute(update(CounterRow).where(text("id = 1")).values(values))
         return True
 
 
 @dataclass(frozen=True, slots=True)
-class Stamp:
-    """Tell when a task came into the state it is in, by the feed; else, when it was written."""
-
-    task_id: str
-
-    async def do(self, database: Database, tx: AsyncSession) -> bool:
-        """Write the time, if there is none."""
-        record = await TaskRepository(tx).get_record(self.task_id)
-        if record is None:
-            return True
-        since = record.updated_at
-        for change in await tx.execute(
-            history_of(record.version, ENTITY_NAMES[Task], self.task_id)
-        ):
-            if change.from_status != change.to_status:
-                since = change.changed_at
-                break
-        values = arrived(record, since)
-        if values:
-            await database.write_in(tx, apply, Rewrite(Task, self.task_id, values))
-        return True
-
-
-@dataclass(frozen=True, slots=True)
-class Announce:
-    """Write a row anew as it is, since it was changed past the feed."""
+class LogUpdate:
+    """Log a change for a row that was changed past the feed, unless its version is a newer one."""
 
     kind: type[Any]
     id: str
     version: int
-    """That it had."""
+    """Version of the row when it was verified."""
     last: int | None
     """Revision of its last change, if the feed has it."""
 
-    async def do(self, database: Database, tx: AsyncSession) -> bool:
-        """Have a change follow the last one, unless somebody else has written the row."""
+    async def run(self, database: Database, tx: AsyncSession) -> bool:
         repository = TaskRepository(tx) if self.kind is Task else NodeRepository(tx)
         record: Record[Any] | None = await repository.get_record(self.id)
+        # A newer version has its own change in the feed: nothing is left to repair.
         if record is None or record.version != self.version:
             return False
-        after: tuple[int, str | None] = (0, record.status.value)
-        if self.last is not None:
-            query = select(ChangeRow.to_status).where(ChangeRow.revision == self.last)
-            after = self.last, await tx.scalar(query)
+        after = (0, record.status.value) if self.last is None else await _change_end(tx, self.last)
         await database.write_in(tx, apply, Rewrite(self.kind, self.id, {}, after))
         return True
 
 
 @dataclass(frozen=True, slots=True)
-class Bury:
-    """Tell the feed that a task or node is gone, which it still has for alive."""
+class RemoveFromFeed:
+    """Log the removal of a task or node that exists only in the feed."""
 
     kind: type[Any]
     id: str
     last: int
     """Revision of its last change."""
 
-    async def do(self, database: Database, tx: AsyncSession) -> bool:
-        """Have its removal follow the last change, unless it is there again."""
-        query = select(ChangeRow.to_status).where(ChangeRow.revision == self.last)
-        operation = Farewell(self.kind, self.id, (self.last, await tx.scalar(query)))
-        is_buried: bool = await database.write_in(tx, apply, operation)
-        return is_buried
+    async def run(self, database: Database, tx: AsyncSession) -> bool:
+        command = LogRemoval(self.kind, self.id, await _change_end(tx, self.last))
+        is_removed: bool = await database.write_in(tx, apply, command)
+        return is_removed
 
 
 @dataclass(frozen=True, slots=True)
-class Raise:
-    """Bring the counters to what was counted with them already."""
+class CountTasks:
+    """Set a node's `running_tasks` to the number of tasks assigned to it."""
 
-    async def do(self, database: Database, tx: AsyncSession) -> bool:
-        """Raise them, but never lower them."""
-        heartbeats = await tx.scalar(select(func.max(ROWS[NodeInfo].__table__.c.beat))) or 0
-        newest = await tx.scalar(select(func.max(ChangeRow.revision))) or 0
-        counters = (await tx.execute(select(CounterRow.revision, CounterRow.beat))).one()
-        values = {
-            "revision": max(newest, counters.revision),
-            "beat": max(heartbeats, counters.beat),
-        }
-        await tx.execute(update(CounterRow).where(text("id = 1")).values(values))
+    node_id: str
+
+    async def run(self, database: Database, tx: AsyncSession) -> bool:
+        # The write lock is held since the transaction began: no claim can change the count.
+        record = await NodeRepository(tx).get_record(self.node_id)
+        query = select(func.count()).where(TaskRow.assigned_node == self.node_id, IS_ASSIGNED)
+        assigned = await tx.scalar(query) or 0
+        if record is not None and record.running_tasks != assigned:
+            command = Rewrite(NodeInfo, self.node_id, {"running_tasks": assigned})
+            await database.write_in(tx, apply, command)
         return True
 
 
-# The feed must be right before others read it, and go on from it.
-ORDER: Sequence[type[Repair]] = (Raise, Announce, Bury, Recount, Stamp)
+@dataclass(frozen=True, slots=True)
+class SetStatusTime:
+    """Set the time of a task's status: from the feed, else the time of its last write."""
+
+    task_id: str
+
+    async def run(self, database: Database, tx: AsyncSession) -> bool:
+        record = await TaskRepository(tx).get_record(self.task_id)
+        if record is None:
+            return True
+        history = history_of(record.version, ENTITY_NAMES[Task], self.task_id)
+        since = next(
+            (
+                change.changed_at
+                for change in await tx.execute(history)
+                if change.from_status != change.to_status
+            ),
+            record.updated_at,
+        )
+        values = missing_time(record, since)
+        if values:
+            await database.write_in(tx, apply, Rewrite(Task, self.task_id, values))
+        return True
 
 
-async def mend(
+# The counters and the feed come first: the other repairs append to the feed.
+ORDER: Sequence[type[Repair]] = (
+    RaiseCounters, LogUpdate, RemoveFromFeed, CountTasks, SetStatusTime
+)  # fmt: skip
+
+
+async def repair_problems(
     database: Database, repairs: Mapping[int, Repair], progress: Progress
 ) -> dict[int, bool]:
-    """Do repairs, some of them in each transaction, so that others write in between.
+    """Run repairs in batches, and return whether each solved its problem.
 
-    Returns:
-        Whether each of the problems is solved.
+    Args:
+        repairs: Repairs by the position of their problem.
     """
     solved: dict[int, bool] = {}
     for kind in ORDER:
-        places = [place for place, repair in repairs.items() if type(repair) is kind]
-        for start in range(0, len(places), REPAIRS_A_BATCH):
-            batch = places[start : start + REPAIRS_A_BATCH]
+        positions = [position for position, one in repairs.items() if type(one) is kind]
+        for start in range(0, len(positions), REPAIR_BATCH_SIZE):
+            batch = positions[start : start + REPAIR_BATCH_SIZE]
             async with database.transaction() as tx:
-                for place in batch:
+                for position in batch:
                     try:
-                        solved[place] = await repairs[place].do(database, tx)
-                    except InvalidDataError:  # the row became unreadable meanwhile
-                        solved[place] = False
+                        solved[position] = await repairs[position].run(database, tx)
+                    except InvalidDataError:  # the row became unreadable since it was verified
+                        solved[position] = False
             progress.add(len(batch))
     return solved
+
+
+async def _change_end(tx: AsyncSession, revision: int) -> ChangeEnd:
+    query = select(ChangeRow.to_status).where(ChangeRow.revision == revision)
+    return revision, await tx.scalar(query)

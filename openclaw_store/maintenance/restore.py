@@ -1,7 +1,7 @@
-"""How a copy of a SQLite database takes the place of the database: verified, and whole at any time.
+"""Restore: replace a SQLite database with a verified backup, atomically.
 
-The copy is copied and checked beside the database, which stays as it is until then. Where it is
-damaged, or somebody uses the database, nothing has changed.
+The backup is copied and checked beside the database. If it is damaged, or the database is in use,
+the database stays unchanged.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from openclaw_store.errors import SchemaMismatchError, UnavailableError
 from openclaw_store.maintenance.progress import Report
 
 _STEPS = 100_000
-"""Of SQLite's virtual machine between two questions whether to go on; some milliseconds."""
+"""Instructions of SQLite's virtual machine between two checks of `is_stopped`: milliseconds."""
 
 _PAGES = 4096
-"""Pages copied between two reports."""
+"""Pages copied between two progress reports."""
 
 
 def restore(
@@ -42,21 +42,21 @@ def restore(
     report: Report = lambda *_: None,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Path | None:
-    """Have a copy that `Database.backup` has made take the place of a database.
+    """Replace a database with a backup made by `Database.backup`.
 
     Args:
-        backend: The database; there need not be one yet.
-        source: The copy; it stays as it is.
-        report: Is told what is being done, how much of it is done, and how much there is.
-        is_stopped: Asked now and then; when it is true, the database stays as it is.
+        backend: The database; it need not exist.
+        source: The backup.
+        report: Receives the progress.
+        is_stopped: Polled; once it returns true, the restore stops without a change.
 
     Returns:
-        Where the database is kept that was there before; `None` if there was none.
+        The path under which the replaced database is kept; `None` if there was no database.
 
     Raises:
-        UnavailableError: If the copy is damaged, or cannot be read; if the database is in use; if
-            it was stopped; or if the database is on a server, with the command to run.
-        SchemaMismatchError: If it is a copy of something else, or of a newer schema.
+        UnavailableError: If the backup is damaged or unreadable, the database is in use, or the
+            restore was stopped; for a database on a server, with the command to run instead.
+        SchemaMismatchError: If the backup has tables of another program, or a newer schema.
     """
     if isinstance(backend, PostgreSQL):
         raise UnavailableError(
@@ -72,13 +72,14 @@ def restore(
         raise UnavailableError(f"{source} is the database itself: give the path of a backup")
     backend.make_folder()
 
-    def tell(what: str, done: int, total: int) -> None:
+    def report_progress(what: str, done: int, total: int) -> None:
         report(what, done, total)
         if is_stopped():
-            raise UnavailableError(f"{target} is as it was: restoring it was stopped")
+            raise UnavailableError(f"{target} is unchanged: the restore was stopped")
 
     with (
-        ExitStack() as until_it_stands,
+        # Keeps the lock on the database until `written_aside` has renamed the copy onto it.
+        ExitStack() as lock,
         written_aside(target, overwrite=True, besides=BESIDES) as partial,
     ):
         with (
@@ -89,14 +90,15 @@ def restore(
             original.backup(
                 copy,
                 pages=_PAGES,
-                progress=lambda _, left, total: tell("copying", total - left, total),
+                progress=lambda _, left, total: report_progress("copying", total - left, total),
             )
-            copy.execute("PRAGMA journal_mode=DELETE")  # it is one file, complete in itself
-            tell("checking the copy", 0, 0)
+            copy.execute("PRAGMA journal_mode=DELETE")  # leaves one complete file
+            report_progress("checking the copy", 0, 0)
             copy.set_progress_handler(is_stopped, _STEPS)
             _verify(copy, source)
-        tell("putting it in its place", 0, 0)
-        until_it_stands.enter_context(backend.alone())
+        # Locked only now: until here, the database may be in use.
+        report_progress("replacing the database", 0, 0)
+        lock.enter_context(backend.alone())
         return _set_aside(target)
 
 
@@ -104,35 +106,31 @@ def _verify(copy: sqlite3.Connection, source: Path) -> None:
     [[found]] = copy.execute("PRAGMA integrity_check(1)")
     if found != "ok":
         raise UnavailableError(f"{source} is damaged ({found}): give the path of another backup")
-    if not _is_store(copy):
+    tables = {name for (name,) in copy.execute("SELECT name FROM sqlite_master")}
+    if not tables >= {"alembic_version", "tasks", "nodes"}:
         raise SchemaMismatchError(f"{source} is no copy of a store: give the path of a backup")
     revision = next(copy.execute("SELECT version_num FROM alembic_version"), [None])[0]
     migrations.refuse_newer(revision, str(source))
 
 
-def _is_store(copy: sqlite3.Connection) -> bool:
-    tables = {name for (name,) in copy.execute("SELECT name FROM sqlite_master")}
-    return {"alembic_version", "tasks", "nodes"} <= tables
-
-
 def _set_aside(target: Path) -> Path | None:
-    """Give the database another name, too, and what belongs to it a name beside that."""
+    """Keep the database under a second name, and move its journals to that name."""
     if not target.exists():
         return None
     aside = unused_name(target, ".before-restore")
-    for ending in BESIDES:  # there are none, unless it is damaged
+    for ending in BESIDES:  # SQLite has removed them, unless the database is damaged
         with suppress(FileNotFoundError):
             os.replace(target.with_name(target.name + ending), f"{aside}{ending}")
     try:
-        os.link(target, aside)  # so that there is a database at any time
-    except OSError:  # the file system has no such links
+        os.link(target, aside)  # a rename would leave no database for a moment
+    except OSError:  # the file system has no hard links
         with written_aside(aside, overwrite=False) as copy:
             shutil.copyfile(target, copy)
     return aside
 
 
 def _pg_restore(location: str, source: Path) -> str:
-    """The command that restores an archive; the password is not in it."""
+    """Return the shell command that restores an archive, without the password."""
     url = make_url(location)
     plain = URL.create("postgresql", url.username, None, url.host, url.port, url.database)
     options = "--clean --if-exists --no-owner --single-transaction"

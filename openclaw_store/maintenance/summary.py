@@ -1,4 +1,4 @@
-"""What an operator asks of a database: answered without loading the state into memory."""
+"""Summaries of a database for operators, read without loading the whole state into memory."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ class Summary:
     """A database at a glance."""
 
     database: str
-    """Where it is, without the password."""
+    """The location, without the password."""
     dialect: str
     schema: str
     size: int
     """Bytes on the disk."""
     read_at: datetime
     nodes: dict[str, int]
-    """How many there are of each status, and `total`."""
+    """Numbers by status, and `total`."""
     tasks: dict[str, int]
-    """How many there are of each status, and `total`."""
+    """Numbers by status, and `total`."""
     oldest_waiting: Waiting | None
     """The pending or scheduled task that was submitted first."""
     revision: int
-    """The newest one; as many changes there were."""
+    """Revision of the newest change."""
     changed_at: datetime | None
-    """When the newest change was committed."""
+    """Time of the newest change."""
     compacted: int
-    """Up to this revision, the feed of changes was removed."""
+    """The feed was compacted up to this revision."""
     heartbeat_at: datetime | None
-    """The newest sign of life of a node."""
+    """Time of the newest heartbeat of any node."""
 
 
 async def summarize(database: Database) -> Summary:
-    """How a database is doing.
+    """Summarise a database.
 
-    All of it is looked up in constant time, but for the tasks of each status: these are counted in
-    an index. For a million that takes SQLite 36 ms, PostgreSQL 30 (150 before its first vacuum).
+    All values but the numbers of tasks are looked up in constant time. Tasks are counted in an
+    index: a million take SQLite 36 ms, PostgreSQL 30 ms (150 ms before its first vacuum).
     """
 
     async def read(session: AsyncSession) -> dict[str, Any]:
@@ -102,22 +102,21 @@ async def summarize(database: Database) -> Summary:
         schema=HEAD,
         size=counted["db_size"],
         read_at=database.clock(),
-        nodes=_complete(NodeStatus, counted["node_stats"]),
-        tasks=_complete(TaskStatus, counted["task_stats"]),
+        nodes=_with_total(NodeStatus, counted["node_stats"]),
+        tasks=_with_total(TaskStatus, counted["task_stats"]),
         **await database.read(read),
     )
 
 
-def _complete(kind: type[StrEnum], counts: Mapping[str, int]) -> dict[str, int]:
-    every = {member.value: counts.get(member.value, 0) for member in kind}
-    return {"total": sum(counts.values()), **every}
+def _with_total(kind: type[StrEnum], counts: Mapping[str, int]) -> dict[str, int]:
+    return {"total": sum(counts.values()), **{one.value: counts.get(one.value, 0) for one in kind}}
 
 
 async def explain_task(database: Database, task_id: str) -> Explanation:
-    """Why a task waits, as `StateManager.explain_task` says it.
+    """Explain why a task waits, as `StateManager.explain_task` does.
 
     Raises:
-        TaskNotFoundError: If there is none.
+        TaskNotFoundError: If there is no such task.
     """
 
     async def read(session: AsyncSession) -> Explanation:
@@ -127,17 +126,17 @@ async def explain_task(database: Database, task_id: str) -> Explanation:
             raise TaskNotFoundError(task_id)
         nodes = await read_records(session, NodeInfo, select(*COLUMNS[NodeInfo]))
         now = database.clock()
-        ahead = await _ahead_of(session, found[0], nodes, now)
+        ahead = await _count_ahead(session, found[0], nodes, now)
         return explain(found[0], nodes, ahead, now)
 
     return await database.read(read)
 
 
-async def _ahead_of(
+async def _count_ahead(
     session: AsyncSession, task: Record[Task], nodes: Sequence[Record[NodeInfo]], now: datetime
 ) -> int:
-    """How many tasks the nodes that can run a pending one may claim before it."""
-    available = {one.encoded("available_skills") for one in nodes if has_skills(one, task)}
+    """Count the tasks that the nodes able to run a pending task may claim before it."""
+    available = {node.encoded("available_skills") for node in nodes if has_skills(node, task)}
     if task.status is not TaskStatus.PENDING or not available:
         return 0
     priority, submitted_at, id = task.priority, task.submitted_at, task.task_id
@@ -153,16 +152,15 @@ async def _ahead_of(
     return sum(
         count
         for required, count in await session.execute(better)
-        if any(are_among(required and required.encode(), one) for one in available)
+        if any(are_among(required and required.encode(), present) for present in available)
     )
 
 
 async def history(database: Database, kind: type[Any], id: str) -> list[Change]:
-    """The changes of a task or node since it was added, oldest first, as far as the feed reaches.
+    """Return the changes of a task or node in the feed, oldest first.
 
     Args:
         kind: `Task` or `NodeInfo`.
-        id: Its identifier.
     """
     return await database.read(partial(read_history, id=id, kind=kind))
 
@@ -170,27 +168,26 @@ async def history(database: Database, kind: type[Any], id: str) -> list[Change]:
 async def watch(
     database: Database, since: int | None = None, count: int | None = None
 ) -> AsyncIterator[Sequence[Change]]:
-    """What is committed after a revision, by whatever process: some changes at a time, in order.
+    """Yield batches of the changes after a revision, in order, by all processes.
 
-    No changes at all are told once a second while nothing happens.
+    While nothing changes, an empty batch comes every second.
 
     Args:
         since: A revision; `None` for the newest one.
-        count: After so many changes it ends; `None` for never.
+        count: Number of changes after which to end; `None` for never.
 
     Raises:
-        CompactedError: If the feed does not reach back that far any more; it says how far.
-        InvalidDataError: If there was no such revision yet.
+        CompactedError: If the feed was compacted beyond `since`.
+        InvalidDataError: If `since` is in the future.
     """
     loop, woken = asyncio.get_running_loop(), asyncio.Event()
     newest = select(CounterRow.revision)
-
-    wakeups = database.follow(lambda *_: loop.call_soon_threadsafe(woken.set))
+    notifications = database.follow(lambda *_: loop.call_soon_threadsafe(woken.set))
     try:
         if since is None:
             since = await database.read(lambda session: session.scalar(newest)) or 0
         while True:
-            woken.clear()
+            woken.clear()  # before the read: a change committed after it wakes the next wait
             changes, until = await database.read(partial(read_changes, since=since))
             if count is not None:
                 changes = changes[:count]
@@ -198,10 +195,10 @@ async def watch(
             yield changes
             if count == 0:
                 return
-            if until == since:  # there is no more for now
+            if until == since:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(WATCH_SECONDS):
                         await woken.wait()
             since = until
     finally:
-        await wakeups.stop()
+        await notifications.stop()

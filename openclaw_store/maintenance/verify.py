@@ -1,13 +1,12 @@
-"""`verify`: whether the state is what its own rules say, an fsck of the store.
+"""Verify: check that a database keeps the invariants of the store, like an fsck.
 
-All is read in pages in one consistent snapshot; what is remembered meanwhile is a bit for each
-revision, the nodes, and the problems. The feed is read backwards: then each change but the last
-one of a task or node has been named by the one behind it, and the last one by the row.
+All rows are read in batches in one consistent snapshot. The memory in use is one bit per revision,
+the nodes, and the problems. The feed is read backwards: the newest change of an entity is
+referenced by the entity's row, and each older change by its successor.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,31 +38,40 @@ from openclaw_store.domain import (
     NodeInfo,
     Raw,
     Task,
-    arrived,
     encode,
+    missing_time,
 )
 from openclaw_store.errors import InvalidDataError, UnavailableError
 from openclaw_store.maintenance.progress import Progress, Report
-from openclaw_store.maintenance.repair import Announce, Bury, Raise, Recount, Repair, Stamp, mend
+from openclaw_store.maintenance.repair import (
+    CountTasks,
+    LogUpdate,
+    RaiseCounters,
+    RemoveFromFeed,
+    Repair,
+    SetStatusTime,
+    repair_problems,
+)
+from openclaw_store.maintenance.revisions import Revisions
 from openclaw_store.repositories import decoder_here, read_rows
 
 INVARIANTS: Mapping[str, str] = {
-    "file": "The database itself is sound, and so are its indexes.",
-    "counters": "The counters are those of the newest change and the newest flush of heartbeats.",
-    "values": "Each value is one that the store takes: known enumerations, types, ranges.",
-    "json": "JSON can be read, and is of the right type.",
-    "times": "A task tells when it came into the state it is in.",
-    "running_tasks": "A node's `running_tasks` is the number of tasks that it holds.",
-    "idempotency_keys": "Of the live tasks, one at most has an idempotency key.",
-    "version": "The version of a task or node is its last change in the feed, which says the same.",
+    "file": "The database is undamaged, and so are its indexes.",
+    "counters": "The counters are those of the newest change and the newest heartbeat sequence.",
+    "values": "The store accepts each value: known enumerations, types, ranges.",
+    "json": "JSON can be read, and has the right type.",
+    "times": "A task has the time of its status.",
+    "running_tasks": "A node's `running_tasks` is the number of tasks assigned to it.",
+    "idempotency_keys": "At most one live task has a given idempotency key.",
+    "version": "The version of a task or node is its last change in the feed, which agrees.",
     "feed": "Revisions are consecutive, and each change follows the one before it.",
-    "changes": "What the feed has for alive exists.",
-    "nodes": "The node that holds a task is known (it need not be: a remark, not a problem).",
+    "changes": "Each task or node that the feed has not removed exists.",
+    "nodes": "The node of an assigned task exists (it need not: a remark, not a problem).",
 }
-"""What is verified, by name."""
+"""The invariants by name."""
 
 MOST = 10_000
-"""Problems that are listed; more are only counted."""
+"""Problems listed at most; further problems are only counted."""
 
 _INVALID_INDEXES = text("""
     SELECT index.relname FROM pg_index JOIN pg_class AS index ON index.oid = indexrelid
@@ -71,13 +79,15 @@ _INVALID_INDEXES = text("""
     WHERE NOT (indisvalid AND indisready) AND tables.relname IN
     ('tasks', 'nodes', 'changes', 'counters') AND pg_table_is_visible(tables.oid)""")
 
-_CHANGE_VALUES = {kind.value for kind in ChangeKind}
-_REMOVED = ChangeKind.REMOVED.value
+_CHANGE_KINDS = {kind.value for kind in ChangeKind}
+
+Key = tuple[str, str]
+"""`task` or `node`, and an identifier, as in the feed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is not as it should be."""
+    """One violation of an invariant."""
 
     invariant: str
     """One of `INVARIANTS`."""
@@ -85,23 +95,23 @@ class Problem:
     """`task` or `node`, if it is about one."""
     item_id: str | None
     text: str
-    """What is wrong, as a sentence."""
+    """The problem as a sentence."""
     is_safe: bool = False
-    """Whether `verify(repair=True)` can put it right, so that nothing is lost."""
+    """Whether `verify(repair=True)` can repair it without losing anything."""
     is_repaired: bool = False
 
 
 @dataclass
 class Verification:
-    """What `verify` has found; true if no problem is left."""
+    """The result of `verify`; true if no problem is left."""
 
     problems: list[Problem]
     checked: dict[str, int]
-    """How many rows were looked at, by invariant."""
+    """Number of rows checked, by invariant."""
     remarks: list[Problem] = field(default_factory=list)
-    """What is unusual, but legal."""
+    """Unusual, but legal observations."""
     omitted: int = 0
-    """Problems that are not listed, as there are too many."""
+    """Problems not listed, because there are too many."""
 
     def __bool__(self) -> bool:
         return not self.omitted and all(problem.is_repaired for problem in self.problems)
@@ -110,386 +120,336 @@ class Verification:
 async def verify(
     database: Database, *, repair: bool = False, report: Report | None = None
 ) -> Verification:
-    """Look whether the state is what its own rules say.
+    """Check all invariants of the store, while it is in use.
 
-    It reads all there is, while others read and write. A repair is an ordinary change, which the
-    caches of running processes follow.
+    A repair is an ordinary change, which the caches of running processes follow.
 
     Args:
-        repair: Put right what can be put right without losing anything. Not for nodes that report
-            `running_tasks` of their own: the number of the tasks they hold is written over it.
-        report: Is told how far it is.
+        repair: Repair the problems that can be repaired without losing anything. Not for nodes
+            that report their own `running_tasks`: the number of assigned tasks overwrites it.
+        report: Receives the progress.
 
     Raises:
         UnavailableError: If the database cannot be read.
     """
-    done: list[Problem] = []
+    repaired: list[Problem] = []
     while True:
-        scan = Scan(report)
+        scan = _Scan(report)
         await scan.run(database)
         found = scan.found
         if not repair or not scan.repairs:
             break
         progress = Progress(report, "repairing", len(scan.repairs))
-        solved = await mend(database, scan.repairs, progress)
-        for place, is_solved in solved.items():
-            found.problems[place] = replace(found.problems[place], is_repaired=is_solved)
+        solved = await repair_problems(database, scan.repairs, progress)
+        for position, is_solved in solved.items():
+            found.problems[position] = replace(found.problems[position], is_repaired=is_solved)
         if not found.omitted or not any(solved.values()):
             break
-        done += [problem for problem in found.problems if problem.is_repaired]
-    found.problems[:0] = done
+        repaired += [problem for problem in found.problems if problem.is_repaired]
+    # A later scan no longer finds the problems that an earlier one has repaired.
+    found.problems[:0] = repaired
     return found
 
 
-class Scan:
-    """One look at everything, in one picture.
-
-    Args:
-        report: Is told how far it is.
-    """
+class _Scan:
+    """One check of all invariants."""
 
     def __init__(self, report: Report | None) -> None:
         self._report = report
         self.found = Verification([], dict.fromkeys(INVARIANTS, 0))
         self.repairs: dict[int, Repair] = {}
-        """What can be done about problems, by their places in the list."""
-        self._revision = 0
-        self._beat = 0
-        self._compacted = 0
+        """Repairs by the position of their problem."""
+        self._revision = self._beat = self._compacted = 0
         self._counts: Sequence[int] = ()
-        self._named = Revisions()  # by a row, or by the change behind
-        self._astray: dict[tuple[str, str], int] = {}  # rows whose version is no change of theirs
-        self._ends: dict[tuple[str, str], int] = {}  # last changes that no row names
+        self._referenced = Revisions()
+        """Changes referenced by a row, or by the change after them."""
+        self._unmatched: dict[Key, int] = {}
+        """Versions of rows that are no change of theirs."""
+        self._unreferenced: dict[Key, int] = {}
+        """Changes that nothing references: the last one of each entity."""
 
     async def run(self, database: Database) -> None:
-        """Look at everything."""
         try:
             async with database.session() as session:
-                await self._look_at_file(session)
-                if not await self._look_at_counters(session):
+                await self._check_file(session)
+                if not await self._check_counters(session):
                     return
-                held = await self._held(session)
-                await self._look_at_rows(session, NodeInfo, held)
-                await self._look_at_rows(session, Task, held)
-                self._remark_unknown(held)
-                await self._look_at_keys(session)
-                await self._look_at_feed(session)
-                await self._look_at_ends(session)
+                node = TaskRow.assigned_node
+                query = select(node, func.count()).where(IS_ASSIGNED).group_by(node)
+                assigned = {id: count for id, count in await session.execute(query) if id}
+                await self._check_rows(session, NodeInfo, assigned)
+                await self._check_rows(session, Task, assigned)
+                self._remark_unknown_nodes(assigned)
+                await self._check_idempotency_keys(session)
+                # The feed comes after the rows, whose references it looks up.
+                await self._check_feed(session)
+                await self._check_unreferenced(session)
         except (UnavailableError, InvalidDataError) as error:
             if error.__cause__ is None or not SQLiteErrorMapping.is_damage(error.__cause__):
                 raise
-            self._add("file", f"not all of it can be read: {error}.")
+            self._add("file", f"Not all of it can be read: {error}.")
 
     def _add(
-        self,
-        invariant: str,
-        sentence: str,
-        place: tuple[str, str] | None = None,
-        repair: Repair | None = None,
+        self, invariant: str, text: str, key: Key | None = None, repair: Repair | None = None
     ) -> None:
-        if len(self.found.problems) == MOST:
+        problems = self.found.problems
+        if len(problems) == MOST:
             self.found.omitted += 1
             return
-        item, id = place or (None, None)
         if repair is not None:
-            self.repairs[len(self.found.problems)] = repair
-        sentence = sentence[0].upper() + sentence[1:]
-        self.found.problems.append(Problem(invariant, item, id, sentence, repair is not None))
+            self.repairs[len(problems)] = repair
+        item, id = key or (None, None)
+        problems.append(Problem(invariant, item, id, text, repair is not None))
 
-    def _note(
-        self, places: dict[tuple[str, str], int], place: tuple[str, str], revision: int
-    ) -> None:
-        """Come back later to a place, unless that are too many."""
-        if len(places) == MOST:
+    def _remark(self, invariant: str, text: str, key: Key) -> None:
+        if len(self.found.remarks) < MOST:
+            self.found.remarks.append(Problem(invariant, *key, text))
+
+    def _check_later(self, changes: dict[Key, int], key: Key, revision: int) -> None:
+        if len(changes) == MOST:  # bounds the memory, even if every change is wrong
             self.found.omitted += 1
         else:
-            places.setdefault(place, revision)
+            changes.setdefault(key, revision)
 
-    async def _look_at_file(self, session: AsyncSession) -> None:
+    async def _check_file(self, session: AsyncSession) -> None:
         progress = Progress(self._report, "file", 1)
         if session.get_bind().dialect.name == "sqlite":
             for (line,) in await session.execute(text("PRAGMA integrity_check")):
                 if line != "ok":
-                    self._add("file", f"SQLite says: {line}.")
+                    self._add("file", f"SQLite reports: {line}.")
             for table, row, parent, _ in await session.execute(text("PRAGMA foreign_key_check")):
-                self._add("file", f"Row {row} of {table} refers to none of {parent}.")
+                self._add("file", f"Row {row} of {table} refers to no row of {parent}.")
         else:
             for (index,) in await session.execute(_INVALID_INDEXES):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
         self.found.checked["file"] = 1
         progress.add(1)
 
-    async def _look_at_counters(self, session: AsyncSession) -> bool:
+    async def _check_counters(self, session: AsyncSession) -> bool:
         query = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
         counters = (await session.execute(query)).all()
         self.found.checked["counters"] = len(counters)
         if len(counters) != 1:
-            self._add("counters", "The row of counters is gone: restore a backup.")
+            self._add("counters", "The row of counters is missing: restore a backup.")
             return False
         self._revision, self._beat, self._compacted = counters[0]
         newest = await session.scalar(select(func.max(ChangeRow.revision))) or 0
         heartbeats = await session.scalar(select(func.max(NodeRow.beat))) or 0
+        # Writers assign numbers from the counters: counters behind would assign them twice.
         if newest > self._revision or heartbeats > self._beat:
-            sentence = (
-                f"The counters are at revision {self._revision} and flush {self._beat}, but there "
-                f"are change {newest} and flush {heartbeats}."
+            problem = (
+                f"The counters are at revision {self._revision} and heartbeat sequence "
+                f"{self._beat}, but the newest are {newest} and {heartbeats}."
             )
-            self._add("counters", sentence, repair=Raise())
+            self._add("counters", problem, repair=RaiseCounters())
             self._revision = max(self._revision, newest)
         if self._compacted >= max(self._revision, 1):
-            sentence = f"The feed was compacted up to {self._compacted}, but ends before."
-            self._add("counters", sentence)
+            problem = f"The feed was compacted up to {self._compacted}, but ends before that."
+            self._add("counters", problem)
         self._counts = [
             await session.scalar(select(func.count()).select_from(row)) or 0
             for row in (NodeRow, TaskRow, ChangeRow)
         ]
         return True
 
-    async def _held(self, session: AsyncSession) -> Counter[str]:
-        """How many tasks each node holds."""
-        node = TaskRow.assigned_node
-        found = await session.execute(select(node, func.count()).where(IS_ASSIGNED).group_by(node))
-        return Counter({id: count for id, count in found if id is not None})
-
-    async def _look_at_rows(
-        self, session: AsyncSession, kind: type[Any], held: Counter[str]
+    async def _check_rows(
+        self, session: AsyncSession, kind: type[Any], assigned: dict[str, int]
     ) -> None:
-        row, change = ROWS[kind], aliased(ChangeRow)
-        named = (change.item, change.item_id, change.to_status, change.node)
-        query = select(*COLUMNS[kind], *named).outerjoin_from(
-            row, change, change.revision == row.__table__.c.version
-        )
-        width = len(FIELDS[kind])
+        entity, last = ROWS[kind], aliased(ChangeRow)
+        query = select(
+            *COLUMNS[kind], last.item, last.item_id, last.to_status, last.node
+        ).outerjoin_from(entity, last, last.revision == entity.__table__.c.version)
+        names = FIELDS[kind]
         decode = decoder_here(session, kind)
         progress = Progress(self._report, f"{ENTITY_NAMES[kind]}s", self._counts[kind is Task])
-        version = FIELDS[kind].index("version")
         async for rows in read_rows(session, query):
-            for raw in rows:
-                self._look_at_values(kind, raw[:width], decode)
-                if type(raw[version]) is int:  # else it was named just now
-                    self._look_at_version(kind, raw[:width], raw[version], raw[width:])
+            for row in rows:
+                raw, change = row[: len(names)], row[len(names) :]
+                key = ENTITY_NAMES[kind], raw[0]
+                values = dict(zip(names, raw, strict=True))
+                self._check_values(kind, key, raw, decode)
+                if type(values["version"]) is int:  # else `_check_values` has reported it
+                    self._check_version(kind, key, values, change)
                 if kind is NodeInfo:
-                    self._look_at_count(raw[0], raw[FIELDS[kind].index("running_tasks")], held)
+                    running, count = values["running_tasks"], assigned.pop(raw[0], 0)
+                    if running != count:
+                        problem = f"{_label(key)} has running_tasks={running}, but {count} tasks."
+                        self._add("running_tasks", problem, key, CountTasks(raw[0]))
             progress.add(len(rows))
-        names = ("values", "json", "version", "times" if kind is Task else "running_tasks")
-        for name in names:
+        for name in ("values", "json", "version", "times" if kind is Task else "running_tasks"):
             self.found.checked[name] += progress.done
 
-    def _look_at_values(self, kind: type[Any], raw: Raw, decode: Callable[[Raw], Any]) -> None:
-        place = (ENTITY_NAMES[kind], raw[0])
+    def _check_values(
+        self, kind: type[Any], key: Key, raw: Raw, decode: Callable[[Raw], Any]
+    ) -> None:
         try:
             record = decode(raw)
             encode(record.copy())
         except InvalidDataError as error:
             name = "json" if error.field in JSON_FIELDS[kind] else "values"
-            self._add(name, f"Of {_said(place)} a value cannot be read: {error}.", place)
+            self._add(name, f"{_label(key)} has a value that cannot be read: {error}.", key)
             return
         if kind is not Task:
             return
-        missing = arrived(record, record.updated_at)
-        for name in missing:
-            sentence = f"{_said(place)} is {record.status.value}, and has no {name}."
-            self._add("times", sentence, place, Stamp(raw[0]))
+        status = record.status.value
+        for name in missing_time(record, record.updated_at):
+            problem = f"{_label(key)} is {status}, and has no {name}."
+            self._add("times", problem, key, SetStatusTime(raw[0]))
         if record.completed_at is not None and record.status not in FINISHED:
-            sentence = f"{_said(place)} is {record.status.value}, and has a completed_at."
-            self._remark("times", sentence, place)
+            self._remark("times", f"{_label(key)} is {status}, and has a completed_at.", key)
 
-    def _look_at_version(self, kind: type[Any], raw: Raw, version: int, change: Raw) -> None:
-        place = (ENTITY_NAMES[kind], raw[0])
-        if version == 0:  # inserted by hand
+    def _check_version(
+        self, kind: type[Any], key: Key, values: Mapping[str, Any], change: Raw
+    ) -> None:
+        version = values["version"]
+        if version == 0:  # inserted by hand, without a change
             return
-        if version > self._revision or version < 0:
-            sentence = (
-                f"{_said(place)} has version {version}, but the newest revision is "
-                f"{self._revision}."
-            )
-            self._add("version", sentence, place)
-            self._note(self._astray, place, version)
+        if not 0 < version <= self._revision:
+            problem = f"{_label(key)} has version {version}, but the newest is {self._revision}."
+            self._add("version", problem, key)
+            self._check_later(self._unmatched, key, version)
             return
         item, id, status, node = change
-        if (item, id) != place or status is None:
+        if (item, id) != key or status is None:
+            # A compacted change is legally missing; one of another entity never is.
             if version > self._compacted or item is not None:
-                self._note(self._astray, place, version)
+                self._check_later(self._unmatched, key, version)
             return
-        self._named.add(version)
-        values = dict(zip(FIELDS[kind], raw, strict=True))
+        self._referenced.add(version)
         if values["status"] != status or (kind is Task and values["assigned_node"] != node):
-            sentence = (
-                f"{_said(place)} is {_where(values['status'], values.get('assigned_node'))}, but "
-                f"its last change, {version}, says {_where(status, node)}: it was changed past "
-                "the feed."
+            problem = (
+                f"{_label(key)} is {_state(values['status'], values.get('assigned_node'))}, but "
+                f"{_state(status, node)} in its last change, {version}: it was changed past the "
+                "feed."
             )
-            self._add("version", sentence, place, Announce(kind, raw[0], version, version))
+            self._add("version", problem, key, LogUpdate(kind, key[1], version, version))
 
-    def _look_at_count(self, id: str, running: int, held: Counter[str]) -> None:
-        holds = held.pop(id, 0)
-        if running != holds:
-            place = (ENTITY_NAMES[NodeInfo], id)
-            sentence = f"{_said(place)} says running_tasks={running}, but holds {holds}."
-            self._add("running_tasks", sentence, place, Recount(id))
-
-    def _remark_unknown(self, held: Counter[str]) -> None:
-        """What is left in `held` has no node."""
-        self.found.checked["nodes"] = self._counts[0] + len(held)
-        for id, count in sorted(held.items()):
-            sentence = (
-                f"No node {id!r} is known, but {count} tasks are scheduled or running there: "
-                "recover gives them back."
+    def _remark_unknown_nodes(self, assigned: Mapping[str, int]) -> None:
+        """Remark on the nodes left in `assigned`: they have no row."""
+        self.found.checked["nodes"] = self._counts[0] + len(assigned)
+        for id, count in sorted(assigned.items()):
+            problem = (
+                f"There is no node {id!r}, but {count} tasks are scheduled or running on it: "
+                "recover releases them."
             )
-            self._remark("nodes", sentence, (ENTITY_NAMES[NodeInfo], id))
+            self._remark("nodes", problem, (ENTITY_NAMES[NodeInfo], id))
 
-    def _remark(self, invariant: str, sentence: str, place: tuple[str, str]) -> None:
-        if len(self.found.remarks) < MOST:
-            sentence = sentence[0].upper() + sentence[1:]
-            self.found.remarks.append(Problem(invariant, *place, sentence))
-
-    async def _look_at_keys(self, session: AsyncSession) -> None:
-        key = TaskRow.idempotency_key
-        query = select(key, func.count(), func.min(TaskRow.task_id)).where(
-            key.is_not(None), IS_LIVE
+    async def _check_idempotency_keys(self, session: AsyncSession) -> None:
+        column = TaskRow.idempotency_key
+        query = (
+            select(column, func.count(), func.min(TaskRow.task_id))
+            .where(column.is_not(None), IS_LIVE)
+            .group_by(column)
+            .having(func.count() > 1)
         )
-        for key_, count, first in await session.execute(
-            query.group_by(key).having(func.count() > 1)
-        ):
-            sentence = f"{count} live tasks have the idempotency key {key_!r}, {first!r} is one."
-            self._add("idempotency_keys", sentence, (ENTITY_NAMES[Task], first))
+        for idempotency_key, count, first in await session.execute(query):
+            problem = f"{count} live tasks, as {first!r}, have the key {idempotency_key!r}."
+            self._add("idempotency_keys", problem, (ENTITY_NAMES[Task], first))
         self.found.checked["idempotency_keys"] = self._counts[1]
 
-    async def _look_at_feed(self, session: AsyncSession) -> None:
-        before = aliased(ChangeRow)
-        named = (before.item, before.item_id, before.to_status)
+    async def _check_feed(self, session: AsyncSession) -> None:
+        before, columns = aliased(ChangeRow), ChangeRow.__table__.c
         query = (
-            select(*ChangeRow.__table__.c, *named)
+            select(*columns, before.item, before.item_id, before.to_status)
             .outerjoin_from(ChangeRow, before, before.revision == ChangeRow.previous)
             .order_by(ChangeRow.revision.desc())
         )
-        width = len(ChangeRow.__table__.c)
         progress = Progress(self._report, "changes", self._counts[2])
-        behind = self._revision + 1
-        explained = 0  # clean-up has removed the history of tasks up to here
+        successor = self._revision + 1
+        removed = 0  # up to this revision, clean-up has removed the histories of tasks
         async for rows in read_rows(session, query):
-            for raw in rows:
-                revision, _, item, id, kind, was, status, _, _, previous = raw[:width]
-                self._look_for_gap(revision, behind, explained)
-                if revision <= self._compacted < behind:
-                    sentence = f"it has change {revision}, but was compacted to {self._compacted}."
-                    self._add("feed", f"The feed is too long: {sentence}")
-                behind = revision
-                self._look_at_change(revision, (item, id), kind, was, status)
+            for row in rows:
+                revision, _, item, id, kind, was, status, _, _, previous = row[: len(columns)]
+                key = item, id
+                # Newest first: `successor` is the change after this one in the whole feed.
+                self._check_gap(revision, successor, removed)
+                if revision <= self._compacted < successor:
+                    self._add("feed", f"Change {revision} was compacted, but is still there.")
+                successor = revision
+                self._check_change(revision, key, kind, was, status)
                 if previous is None:
                     continue
-                place, then = raw[width : width + 2], raw[width + 2]
-                if place == (None, None):  # it is not there
-                    if kind == _REMOVED:
-                        explained = max(explained, previous)
+                previous_key, previous_status = row[-3:-1], row[-1]
+                if previous_key == (None, None):  # there is no such change
+                    # A removal with its history leaves no older change of the entity.
+                    if kind == ChangeKind.REMOVED:
+                        removed = max(removed, previous)
                     elif previous > self._compacted:
-                        sentence = f"Change {revision} follows {previous}, which is missing."
-                        self._add("feed", sentence, (item, id))
-                elif place != (item, id) or then != was or previous >= revision:
-                    sentence = (
-                        f"Change {revision} of {_said((item, id))} follows {previous}, which is "
-                        "another one's, or does not lead to it."
+                        problem = f"Change {revision} follows {previous}, which is missing."
+                        self._add("feed", problem, key)
+                elif previous_key != key or previous_status != was or previous >= revision:
+                    problem = (
+                        f"Change {revision} of {_label(key)} follows {previous}, which has "
+                        "another task or node, or does not lead to it."
                     )
-                    self._add("feed", sentence, (item, id))
+                    self._add("feed", problem, key)
                 else:
-                    self._named.add(previous)
+                    self._referenced.add(previous)
             progress.add(len(rows))
-        self._look_for_gap(self._compacted, behind, explained)
+        self._check_gap(self._compacted, successor, removed)
         self.found.checked["feed"] = self.found.checked["changes"] = progress.done
 
-    def _look_for_gap(self, revision: int, behind: int, explained: int) -> None:
-        """Whether it is known why there is nothing between two changes."""
-        first = max(revision, explained, self._compacted) + 1
-        if first < behind:
-            which = (
+    def _check_gap(self, revision: int, successor: int, removed: int) -> None:
+        """Check that all changes between two neighbours were compacted or cleaned up."""
+        first = max(revision, removed, self._compacted) + 1
+        if first < successor:
+            missing = (
                 f"Change {first} is"
-                if first + 1 == behind
-                else f"Changes {first} to {behind - 1} are"
+                if first + 1 == successor
+                else f"Changes {first} to {successor - 1} are"
             )
-            self._add("feed", f"{which} missing, and no clean-up has removed them.")
+            self._add("feed", f"{missing} missing, and no clean-up has removed them.")
 
-    def _look_at_change(
-        self, revision: int, place: tuple[str, str], kind: str, was: str | None, status: str | None
+    def _check_change(
+        self, revision: int, key: Key, kind: str, was: str | None, status: str | None
     ) -> None:
-        if (
-            place[0] not in ENTITY_KINDS
-            or kind not in _CHANGE_VALUES
-            or kind != _kind_of(was, status)
-        ):
-            sentence = (
-                f"Change {revision} of {_said(place)} is called {kind!r}, and leads from {was} "
+        if was is None:
+            expected = ChangeKind.CREATED
+        elif status is None:
+            expected = ChangeKind.REMOVED
+        else:
+            expected = ChangeKind.UPDATED if was == status else ChangeKind.STATUS
+        if key[0] not in ENTITY_KINDS or kind != expected:
+            problem = (
+                f"Change {revision} of {_label(key)} has the kind {kind!r}, and leads from {was} "
                 f"to {status}."
             )
-            self._add("feed", sentence, place)
-        if status is not None and revision not in self._named:
-            self._note(self._ends, place, revision)
+            self._add("feed", problem, key)
+        if status is not None and revision not in self._referenced:
+            self._check_later(self._unreferenced, key, revision)
 
-    async def _look_at_ends(self, session: AsyncSession) -> None:
-        """Look for the rows of last changes that no row has named, and the other way round."""
-        for place, revision in self._ends.items():
-            kind = ENTITY_KINDS.get(place[0])
+    async def _check_unreferenced(self, session: AsyncSession) -> None:
+        """Check last changes without a row, and rows without their last change."""
+        for key, revision in self._unreferenced.items():
+            kind = ENTITY_KINDS.get(key[0])
             if kind is None:
                 continue
             columns = ROWS[kind].__table__.c
-            query = select(columns.version).where(columns[KEY[kind]] == place[1])
+            query = select(columns.version).where(columns[KEY[kind]] == key[1])
             version = await session.scalar(query)
             if version is None:
-                sentence = (
-                    f"{_said(place)} is gone, but its last change, {revision}, is no removal."
-                )
-                self._add("changes", sentence, place, Bury(kind, place[1], revision))
-            elif version < revision or place in self._astray:
-                if 0 <= version <= self._revision:  # else that was said already
-                    sentence = (
-                        f"{_said(place)} has version {version}, but its last change is {revision}."
+                problem = f"{_label(key)} is gone, but its last change, {revision}, is no removal."
+                self._add("changes", problem, key, RemoveFromFeed(kind, key[1], revision))
+            elif version < revision or key in self._unmatched:
+                if 0 <= version <= self._revision:  # else `_check_version` has reported it
+                    problem = (
+                        f"{_label(key)} has version {version}, but last changed in {revision}."
                     )
-                    repair = Announce(kind, place[1], version, revision)
-                    self._add("version", sentence, place, repair)
+                    self._add("version", problem, key, LogUpdate(kind, key[1], version, revision))
             else:
-                sentence = (
-                    f"Change {revision} of {_said(place)} is not its last one, but none follows it."
-                )
-                self._add("feed", sentence, place)
-            self._astray.pop(place, None)
-        for place, version in self._astray.items():
+                problem = f"No change follows change {revision} of {_label(key)}, an older one."
+                self._add("feed", problem, key)
+            self._unmatched.pop(key, None)
+        for key, version in self._unmatched.items():
             if 0 <= version <= self._revision:
-                sentence = f"{_said(place)} has version {version}, which is no change of it."
-                repair = Announce(ENTITY_KINDS[place[0]], place[1], version, None)
-                self._add("version", sentence, place, repair)
+                problem = f"{_label(key)} has version {version}, which is no change of it."
+                repair = LogUpdate(ENTITY_KINDS[key[0]], key[1], version, None)
+                self._add("version", problem, key, repair)
 
 
-class Revisions:
-    """A set of revisions, which takes a bit for each of those that lie close together."""
-
-    _BITS = 1 << 16
-
-    def __init__(self) -> None:
-        self._blocks: dict[int, bytearray] = {}
-
-    def add(self, revision: int) -> None:
-        """Put a revision into the set."""
-        block, bit = divmod(revision, self._BITS)
-        if block not in self._blocks:
-            self._blocks[block] = bytearray(self._BITS // 8)
-        self._blocks[block][bit >> 3] |= 1 << (bit & 7)
-
-    def __contains__(self, revision: int) -> bool:
-        block, bit = divmod(revision, self._BITS)
-        return block in self._blocks and bool(self._blocks[block][bit >> 3] >> (bit & 7) & 1)
+def _label(key: Key) -> str:
+    return f"{key[0].capitalize()} {key[1]!r}"
 
 
-def _kind_of(was: str | None, status: str | None) -> str:
-    """What a change is called that leads from one status to another."""
-    if was is None:
-        return ChangeKind.CREATED.value
-    if status is None:
-        return _REMOVED
-    return (ChangeKind.UPDATED if was == status else ChangeKind.STATUS).value
-
-
-def _said(place: tuple[str, str]) -> str:
-    return f"{place[0]} {place[1]!r}"
-
-
-def _where(status: str, node: str | None) -> str:
+def _state(status: str, node: str | None) -> str:
     return status if node is None else f"{status} on {node!r}"

@@ -113,10 +113,10 @@ class Update(SingleRowCommand, Generic[Entity]):
                 heartbeat = newer_heartbeat(row.record, self.record, row.now)
                 record = record.evolve(last_heartbeat=heartbeat)
         elif row.status is not None and row.status != record.status._value_:
-            refusal = lifecycle.refused(self.id, TaskStatus(row.status), record.status)
+            refusal = lifecycle.illegal_transition(self.id, TaskStatus(row.status), record.status)
             if refusal is not None:
                 return refusal
-            moments: Values = lifecycle.arrived(record, row.now)
+            moments: Values = lifecycle.missing_time(record, row.now)
             record = record.evolve(**moments)
             names = (*names, *moments)
         if self.key is not None:
@@ -152,7 +152,7 @@ class Remove(SingleRowCommand):
         if row.node is not None and row.status in ASSIGNED:
             node = row.other(NodeInfo, row.node)
             if node.record is not None:
-                values = lifecycle.vacated(node.record)
+                values = lifecycle.without_a_task(node.record)
                 node.write(node.record.evolve(**values), values)
         row.remove(with_history=self.with_history)
         return True
@@ -342,7 +342,7 @@ class Register(SingleRowCommand):
             task = held.content()
             assert task is not None  # it has a status
             advance(held, task, partial(lifecycle.release, wait=self.wait))
-        record = self.record.evolve(**lifecycle.joined(row.record, row.now))
+        record = self.record.evolve(**lifecycle.registered(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
 
 

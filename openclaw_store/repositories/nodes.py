@@ -10,7 +10,7 @@ from openclaw_store.database import NodeRow, statements_for
 from openclaw_store.domain import (
     ALIVE,
     DEFAULT_BACKOFF,
-    JOINED,
+    SET_BY_REGISTRATION,
     Backoff,
     NodeInfo,
     NodeStatus,
@@ -85,7 +85,7 @@ class NodeRepository(Repository[NodeInfo]):
         """
         record = admit(NodeInfo, node, self._database.clock)
         stored = await self._write(Register(record.node_id, record, check_backoff(backoff).draw()))
-        self._write_back(stored, node, JOINED)
+        self._write_back(stored, node, SET_BY_REGISTRATION)
         return True
 
     async def update_heartbeat(self, node_id: str) -> bool:

@@ -26,7 +26,7 @@ from openclaw_store.domain import (
     check_limit,
     check_some,
     claim,
-    free_places,
+    free_slots,
 )
 from openclaw_store.errors import TaskNotFoundError
 from openclaw_store.repositories.base import Repository
@@ -127,7 +127,7 @@ class TaskRepository(Repository[Task]):
         """Return the best tasks that a node may claim, and `_SPARE_CANDIDATES` more."""
         query = select(*COLUMNS[NodeInfo]).where(NodeRow.node_id == node_id)
         nodes = await read_records(session, NodeInfo, query)
-        wanted = min(limit, free_places(nodes[0])) if nodes else 0
+        wanted = min(limit, free_slots(nodes[0])) if nodes else 0
         found: list[Record[Task]] = []
         if not wanted:
             return found

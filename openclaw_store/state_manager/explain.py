@@ -12,7 +12,7 @@ from openclaw_store.domain import (
     Record,
     Task,
     TaskStatus,
-    free_places,
+    free_slots,
     has_skills,
     is_due,
 )
@@ -89,4 +89,4 @@ def explain(
 def _state_of(node: Record[NodeInfo]) -> str:
     if node.status is not NodeStatus.ONLINE:
         return str(node.status.value)
-    return FREE if free_places(node) else FULL
+    return FREE if free_slots(node) else FULL

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from openclaw_store.domain import (
-    JOINED,
+    SET_BY_REGISTRATION,
     NodeInfo,
     NodeStatus,
     Record,
@@ -88,7 +88,7 @@ class NodeCalls(ManagerBase):
         """
         self._check_usable()
         record = admit(NodeInfo, node, self.db.clock)
-        write_back(await self._scheduler.register(record), node, JOINED)
+        write_back(await self._scheduler.register(record), node, SET_BY_REGISTRATION)
         return True
 
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:

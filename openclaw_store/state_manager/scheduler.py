@@ -126,7 +126,7 @@ class Scheduler:
                 node = await self._replica.find_stored(place)
                 if node is None:
                     raise missing(*place)
-                wanted = min(limit - len(claimed), lifecycle.free_places(node))
+                wanted = min(limit - len(claimed), lifecycle.free_slots(node))
                 candidates = self._take(node, wanted, taken) if wanted else []
                 if not candidates:
                     return
@@ -268,7 +268,7 @@ class Scheduler:
         if latest is None or now < latest:  # else no clock was turned back since
             for id in cache.task_index.ready.due_after(now + longest_wait):
                 one = cache.tasks.get(id)
-                if one is not None and lifecycle.is_put_off(one, now, longest_wait):
+                if one is not None and lifecycle.is_delayed(one, now, longest_wait):
                     suspects.append(id)
                 await asyncio.sleep(0)
         self._latest = now if latest is None else max(latest, now)

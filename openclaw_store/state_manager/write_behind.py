@@ -24,9 +24,9 @@ from openclaw_store.domain import (
     NodeInfo,
     Record,
     Task,
-    arrived,
+    illegal_transition,
     key_of,
-    refused,
+    missing_time,
 )
 from openclaw_store.errors import (
     ConflictError,
@@ -101,11 +101,11 @@ class WriteBehind:
         _require_version(key, known, cache.flushed_version(key, record.version))
         assert known is not None  # required just now
         if key[0] is Task:
-            refusal = refused(key[1], known.status, record.status)
+            refusal = illegal_transition(key[1], known.status, record.status)
             if refusal is not None:
                 raise refusal
             if known.status is not record.status:
-                record = record.evolve(**arrived(record, self._database.clock()))
+                record = record.evolve(**missing_time(record, self._database.clock()))
         else:
             heartbeat = newer_heartbeat(known, record, self._database.clock())
             record = record.evolve(last_heartbeat=heartbeat)

@@ -310,7 +310,7 @@ class TestWatch:
         clock.advance(days=1)
         await cluster.compact_changes(days=0)
 
-        assert "read the state anew" in (await run("watch", "--since", 0, status=1)).stderr
+        assert "read the state again" in (await run("watch", "--since", 0, status=1)).stderr
         assert "must be at most" in (await run("watch", "--since", 10**9, status=1)).stderr
 
 
@@ -333,7 +333,7 @@ class TestSchema:
         assert 'run "openclaw-store db upgrade"' in refused.stderr
         assert unchecked.stderr == refused.stderr
         assert up.stdout == f"{where}: schema 0001 → {HEAD}\n"
-        assert (await run("db", "upgrade")).stdout == f"{where}: schema {HEAD}, as it was\n"
+        assert (await run("db", "upgrade")).stdout == f"{where}: schema {HEAD}, unchanged\n"
         assert await document(run, "db", "check") == {"database": where, "revision": HEAD}
         assert (await document(run, "status"))["tasks"]["total"] == 0
 
@@ -460,8 +460,8 @@ class TestLookingAfter:
 
         assert wrong["is_sound"] is False
         assert {one["invariant"] for one in wrong["problems"]} == {"running_tasks", "times"}
-        assert "Node 'boreas' says running_tasks=7" in text
-        assert text.endswith("2 problems are left; verify --repair puts 2 of them right\n")
+        assert "Node 'boreas' has running_tasks=7" in text
+        assert text.endswith("2 problems are left; verify --repair can repair 2 of them\n")
         assert repaired.endswith("no problem is left; 2 problems were repaired\n")
         assert right["is_sound"] is True
         assert right["problems"] == []
@@ -478,7 +478,7 @@ class TestLookingAfter:
         assert (copied["tasks"], copied["nodes"], copied["changes"]) == (12, 2, cluster.version)
         assert (copied["source"], copied["target"]) == (shown(location), str(target))
         assert await document(run, "tasks", "-d", target) == await document(run, "tasks")
-        assert "is new" in again.stderr
+        assert "give a new database" in again.stderr
         assert copied["checksum"] in back.stdout
         await run("copy", tmp_path / "none.db", tmp_path / "other.db", status=1)
         assert not (tmp_path / "none.db").exists()
@@ -578,7 +578,7 @@ class TestLookingAfter:
     ) -> None:
         before = content(location)
 
-        for step in ("copying", "checking the copy", "putting it in its place"):
+        for step in ("copying", "checking the copy", "replacing the database"):
             heard: list[str] = []
             with pytest.raises(UnavailableError, match="stopped"):
                 restore(

@@ -106,7 +106,7 @@ VERBS = {
         InvalidTransitionError,
     ),
     "requeue": Verb(lifecycle.requeue, ALL - {TaskStatus.PENDING}, ALL, None),
-    "give back": Verb(partial(lifecycle.release, wait=wait), ASSIGNED, ALL, None),
+    "release": Verb(partial(lifecycle.release, wait=wait), ASSIGNED, ALL, None),
     "recover": Verb(partial(RECOVER, patience=timedelta()), ASSIGNED, ALL, None),
 }
 LOST = a_node(status=NodeStatus.OFFLINE)
@@ -135,17 +135,17 @@ class TestEveryVerbFromEveryState:
 
     @pytest.mark.parametrize("status", TaskStatus)
     @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "requeue"])
-    def test_only_requeue_gives_a_finished_task_another_life(
+    def test_only_requeue_makes_a_finished_task_pending_again(
         self, verb: str, status: TaskStatus
     ) -> None:
         outcome = decide(verb, a_task(status=status))
 
         if isinstance(outcome, Step):
-            assert lifecycle.refused("task", status, outcome.task["status"]) is None
+            assert lifecycle.illegal_transition("task", status, outcome.task["status"]) is None
 
     @pytest.mark.parametrize("status", TaskStatus)
     @pytest.mark.parametrize("verb", VERBS)
-    def test_place_on_the_node_is_taken_and_given_back_with_the_task(
+    def test_slot_of_the_node_is_taken_and_released_with_the_task(
         self, verb: str, status: TaskStatus
     ) -> None:
         task, node = a_task(status=status), LOST if verb == "recover" else a_node()
@@ -197,7 +197,7 @@ class TestLegalChanges:
     @pytest.mark.parametrize("after", TaskStatus)
     @pytest.mark.parametrize("before", TaskStatus)
     def test_finished_task_stays_what_it_is(self, before: TaskStatus, after: TaskStatus) -> None:
-        refusal = lifecycle.refused("task", before, after)
+        refusal = lifecycle.illegal_transition("task", before, after)
 
         if before in FINISHED and before is not after:
             assert refusal is not None
@@ -216,8 +216,8 @@ class TestLegalChanges:
         }.get(status, ("completed_at",))
         task = a_task(status=status)
 
-        assert lifecycle.arrived(task, NOW) == dict.fromkeys(names, NOW)
-        assert lifecycle.arrived(task.evolve(**dict.fromkeys(names, before(5))), NOW) == {}
+        assert lifecycle.missing_time(task, NOW) == dict.fromkeys(names, NOW)
+        assert lifecycle.missing_time(task.evolve(**dict.fromkeys(names, before(5))), NOW) == {}
 
 
 class TestConditions:
@@ -244,12 +244,12 @@ class TestConditions:
 
     @pytest.mark.parametrize("status", NodeStatus)
     @pytest.mark.parametrize(("most", "running", "free"), [(3, 1, 2), (3, 3, 0), (1, 5, 0)])
-    def test_only_a_node_that_is_online_has_places(
+    def test_only_a_node_that_is_online_has_slots(
         self, status: NodeStatus, most: int, running: int, free: int
     ) -> None:
         node = a_node(status=status, max_concurrent_tasks=most, running_tasks=running)
 
-        assert lifecycle.free_places(node) == (free if status is NodeStatus.ONLINE else 0)
+        assert lifecycle.free_slots(node) == (free if status is NodeStatus.ONLINE else 0)
 
     @pytest.mark.parametrize("status", NodeStatus)
     def test_node_is_lost_when_it_is_silent_or_says_so(self, status: NodeStatus) -> None:
@@ -351,7 +351,7 @@ class TestSteps:
         ("verb", "status", "error"),
         [
             ("fail", TaskStatus.FAILED, "no"),
-            ("give back", TaskStatus.FAILED, NODE_LOST),
+            ("release", TaskStatus.FAILED, NODE_LOST),
             ("recover", TaskStatus.FAILED, NODE_LOST),
         ],
     )
@@ -482,7 +482,7 @@ class TestNodes:
         assert step.node["average_execution_time"] == 0
 
     def test_new_node_is_taken_with_its_totals_but_without_tasks(self) -> None:
-        assert lifecycle.joined(None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
+        assert lifecycle.registered(None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
 
     def test_node_that_comes_back_goes_on_with_the_totals_that_are_known(self) -> None:
         totals = {
@@ -493,7 +493,7 @@ class TestNodes:
         }
         known = a_node(registered_at=before(99), **totals)
 
-        values = lifecycle.joined(known, NOW)
+        values = lifecycle.registered(known, NOW)
 
         assert values == {
             "running_tasks": 0,
@@ -501,7 +501,7 @@ class TestNodes:
             "registered_at": before(99),
             **totals,
         }
-        assert set(values) | {"version"} == set(lifecycle.JOINED)
+        assert set(values) | {"version"} == set(lifecycle.SET_BY_REGISTRATION)
 
 
 seconds = st.floats(0, 1e9) | st.integers(0, 10**9)

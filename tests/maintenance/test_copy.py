@@ -246,7 +246,7 @@ async def test_copy_starts_anew_if_its_source_was_changed_since(
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
-async def test_copy_is_one_picture_of_a_source_that_is_written(
+async def test_copy_is_one_snapshot_of_a_source_that_is_written(
     location: Location, target_location: Location, fill: Fill
 ) -> None:
     await fill(30)
@@ -264,7 +264,7 @@ async def test_copy_is_one_picture_of_a_source_that_is_written(
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.sqlite
-async def test_of_two_copies_to_one_place_one_is_made(
+async def test_of_two_copies_to_one_database_one_is_made(
     location: Location, target_location: Location, fill: Fill
 ) -> None:
     await fill(50)
@@ -334,7 +334,7 @@ async def test_target_that_has_anything_of_its_own_is_refused(
         execute(target_location, "DELETE FROM changes")
     before = await state_of(target_location)
 
-    with pytest.raises(InvalidDataError, match="give a database that is new"):
+    with pytest.raises(InvalidDataError, match="give a new database"):
         await copied(location, target_location)
 
     assert await state_of(target_location) == before
@@ -350,7 +350,7 @@ async def test_copy_that_was_changed_by_hand_is_noticed_and_made_anew(
         if what == "copying changes" and not done:
             execute(target_location, "UPDATE tasks SET name = 'tampered' WHERE task_id = 'Z'")
 
-    with pytest.raises(StoreError, match="is not what was copied"):
+    with pytest.raises(StoreError, match="differs from the source"):
         await copied(location, target_location, tamper)
     async with opened(target_location) as [database]:
         with pytest.raises(SchemaMismatchError, match="half of a copy"):
@@ -368,7 +368,7 @@ async def test_row_that_cannot_be_read_is_named_and_can_be_mended(
     await fill(0)
     execute(location, "UPDATE tasks SET required_skills = '[1]' WHERE task_id = 'Z'")
 
-    with pytest.raises(InvalidDataError, match=r"required_skills: .*'Z' of tasks.*: mend it"):
+    with pytest.raises(InvalidDataError, match=r"required_skills: .*'Z' of tasks.*: repair it"):
         await copied(location, target_location)
     execute(location, "UPDATE tasks SET required_skills = '[\"a\"]' WHERE task_id = 'Z'")
     await copied(location, target_location)

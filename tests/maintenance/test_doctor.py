@@ -232,7 +232,7 @@ class TestFile:
         mount(plain_disk)
         findings = {one.name: one for one in await diagnose(database)}
         assert findings["file_system"].level is Level.OK
-        assert "cannot be told" in findings["file_system"].text
+        assert "does not tell" in findings["file_system"].text
 
     async def test_full_disk_is_found(
         self, database: Database, monkeypatch: pytest.MonkeyPatch
@@ -304,5 +304,5 @@ class TestServer:
             ("full_page_writes", Level.ERROR),
             ("autovacuum", Level.WARNING),
         ):
-            findings = list(doctor._look_at_settings({**sound, name: "off"}))
+            findings = list(doctor._check_settings({**sound, name: "off"}))
             assert bad(findings) == {name: level}

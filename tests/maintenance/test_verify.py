@@ -38,8 +38,9 @@ from openclaw_store import (
     verify,
 )
 from openclaw_store.database.tables import TaskRow
-from openclaw_store.maintenance import repair as mending
+from openclaw_store.maintenance import repair as repairs
 from openclaw_store.maintenance import verify as verification
+from openclaw_store.maintenance.revisions import Revisions
 
 
 def named(found: Verification) -> set[tuple[str, str | None, bool]]:
@@ -399,7 +400,7 @@ class TestFaults:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(verification, "MOST", 20)
-        monkeypatch.setattr(mending, "REPAIRS_A_BATCH", 7)
+        monkeypatch.setattr(repairs, "REPAIR_BATCH_SIZE", 7)
         await cluster.add_tasks([make_task(status=TaskStatus.FAILED) for _ in range(30)])
         spoil(location, "DELETE FROM tasks WHERE status = 'pending' AND task_id <> 'hand'")
 
@@ -417,7 +418,7 @@ class TestFaults:
         """Others write between the look and the repair; what they wrote stays."""
         spoil(location, *[SAFE[fault][0] for fault in ("counter", "completed", "status")])
         spoil(location, SAFE["removed node"][0], SAFE["node's status"][0])
-        mend = mending.mend
+        repair_problems = repairs.repair_problems
 
         async def later(*arguments: Any) -> dict[int, bool]:
             spoil(location, "UPDATE nodes SET running_tasks = 2 WHERE node_id = 'n'")
@@ -426,9 +427,9 @@ class TestFaults:
             await cluster.change_node("n", lambda node: node.tags.append("other"))
             await cluster.remove_task("d")
             await cluster.register_node(NodeInfo("idle", "back"))
-            return await mend(*arguments)
+            return await repair_problems(*arguments)
 
-        monkeypatch.setattr(verification, "mend", later)
+        monkeypatch.setattr(verification, "repair_problems", later)
 
         found = await verify(cluster.db, repair=True)
 
@@ -515,7 +516,7 @@ async def verify_anew(location: Location) -> Verification:
 
 
 def test_set_of_revisions_is_a_set() -> None:
-    revisions, chance = verification.Revisions(), random.Random(1)
+    revisions, chance = Revisions(), random.Random(1)
     wanted = {chance.randrange(10 ** chance.randrange(1, 15)) for _ in range(500)}
 
     for revision in wanted:
