@@ -191,7 +191,7 @@ def heartbeats_from_the_future() -> Iterator[None]:
 @bug
 def times_as_the_clock_says() -> Iterator[None]:
     """A change of a task is stamped with the present time, though the clock went back."""
-    with patch.object(lifecycle, "_next", lambda _, now: now):
+    with patch.object(lifecycle, "_in_order", lambda _, now: now):
         yield
 
 

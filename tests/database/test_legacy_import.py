@@ -911,7 +911,7 @@ class TestCommandLine:
             assert "is an original hand-made database" in ended.err
             assert "Traceback" not in ended.err
         assert unknown.code != 0
-        assert "legacy_timezone: 'Mars/Olympus' is no time zone" in unknown.err
+        assert "legacy_timezone: 'Mars/Olympus' is not the name of a time zone" in unknown.err
         assert everything(location) == before
         assert copies_of(location) == []
 
@@ -945,7 +945,7 @@ class TestCommandLine:
         again = CliRunner().invoke(app, [*upgrade, "Asia/Shanghai"])
 
         assert (unknown.exit_code, refused.exit_code, downgraded.exit_code) == (1, 1, 1)
-        assert "legacy_timezone: 'Mars/Olympus' is no time zone" in unknown.stderr
+        assert "legacy_timezone: 'Mars/Olympus' is not the name of a time zone" in unknown.stderr
         assert 'run "openclaw-store db upgrade"' in refused.stderr
         assert "is an original hand-made database" in downgraded.stderr
         assert untouched
@@ -962,7 +962,7 @@ class TestCommandLine:
     def test_zone_that_does_not_exist_is_refused_by_the_name_of_the_option(
         self, tmp_path: Path, name: Any
     ) -> None:
-        with pytest.raises(InvalidDataError, match="is no time zone") as caught:
+        with pytest.raises(InvalidDataError, match="is not the name of a time zone") as caught:
             Database(tmp_path / "cluster.db", legacy_timezone=name)
 
         assert caught.value.field == "legacy_timezone"

@@ -38,8 +38,8 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.domain.models import FINISHED, LIVE
-from openclaw_store.state_manager import manager as state_manager
 from openclaw_store.state_manager import scheduler as scheduler
+from openclaw_store.state_manager import task_calls
 
 NAMES = [
     "100% done",
@@ -231,7 +231,7 @@ class TestAddTasks:
     async def test_each_task_has_an_outcome_and_a_bad_one_harms_no_other(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "ADD_BATCH_SIZE", 4)
+        monkeypatch.setattr(task_calls, "ADD_BATCH_SIZE", 4)
         make = cluster.make_task
         there = await cluster.add(task_id="there")
         unsaved = make(task_id="unsaved")
@@ -284,7 +284,7 @@ class TestAddTasks:
     async def test_others_write_between_its_chunks(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "ADD_BATCH_SIZE", 10)
+        monkeypatch.setattr(task_calls, "ADD_BATCH_SIZE", 10)
         tasks = [cluster.make_task() for _ in range(35)]
         other = cluster.make_task()
 
@@ -297,7 +297,7 @@ class TestAddTasks:
     async def test_chunk_that_the_database_refuses_is_undone_and_those_before_it_stay(
         self, cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(state_manager, "ADD_BATCH_SIZE", 3)
+        monkeypatch.setattr(task_calls, "ADD_BATCH_SIZE", 3)
         refuse_tasks(location, "bad")
         tasks = [cluster.make_task() for _ in range(8)]
         tasks[4].name = "bad"
