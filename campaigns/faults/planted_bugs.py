@@ -33,6 +33,9 @@ from openclaw_store.repositories.heartbeats import Heartbeat
 from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
 
+SLOW_DISK_SECONDS = 0.002
+"""Seconds that a commit takes on a slow disk."""
+
 STALL_SECONDS = 10
 """Seconds for which the disk stalls at a vulnerable point, so that the fault falls into it."""
 
@@ -246,9 +249,17 @@ def synchronous_off() -> Iterator[None]:
 @bug
 def abandoned_batch() -> Iterator[None]:
     """P2: a caller that is cancelled while its batch is in progress does not wait for it."""
+    finish = WriteTransaction.finish
 
     async def withdraw(self: Writer, future: asyncio.Future[Any]) -> None:
         future.cancel()
 
-    with patch.object(Writer, "_withdraw", withdraw):
+    def finish_late(self: WriteTransaction) -> None:
+        time.sleep(SLOW_DISK_SECONDS)  # else a fast disk closes the window before it is looked at
+        finish(self)
+
+    with (
+        patch.object(Writer, "_withdraw", withdraw),
+        patch.object(WriteTransaction, "finish", finish_late),
+    ):
         yield
