@@ -11,6 +11,7 @@ lint: $(BIN)/pytest
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 test: $(BIN)/pytest
 	$(BIN)/pytest -q
