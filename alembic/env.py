@@ -1,4 +1,4 @@
-"""Runs migrations, for the command line and for `Database.initialize` alike."""
+"""Run the migrations for the `alembic` command and for `Database.initialize`."""
 
 from functools import partial
 from logging.config import fileConfig

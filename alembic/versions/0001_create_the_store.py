@@ -1,4 +1,4 @@
-"""Create the store: tasks, nodes, the feed of changes, and what numbers them."""
+"""Create the tables of tasks and nodes, the change log, and the revision counters."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -9,7 +9,7 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-# Frozen here: the models keep changing, history does not.
+# Copied from the models: later changes of a model must not change this migration.
 Moment = sa.BigInteger().with_variant(postgresql.TIMESTAMP(timezone=True), "postgresql")
 Json = sa.Text().with_variant(postgresql.JSON(), "postgresql")
 Key = sa.String(255).with_variant(sa.String(255, collation="C"), "postgresql")
@@ -134,6 +134,6 @@ def create_partial_index(name: str, columns: list[str], condition: str) -> None:
 
 
 def downgrade() -> None:
-    """Drop everything; nothing of what was stored remains."""
+    """Drop all tables and their content."""
     for table in ("counters", "changes", "nodes", "tasks"):
         op.drop_table(table)
