@@ -1,4 +1,5 @@
-# `make check` runs all that must pass before a change lands; the environment is made when needed.
+# `make check` runs every check that a change must pass. Targets create the virtual environment if it
+# is missing or older than pyproject.toml.
 PYTHON ?= python3
 BIN := .venv/bin
 
