@@ -1,19 +1,19 @@
-"""Replay a cluster's accounting log through a `StateManager`, as fast as it can.
+"""Replay a cluster's accounting log through a `StateManager` at full speed.
 
 Run it as `python examples/replay_trace.py TRACE`. The trace is a log in the Standard Workload
 Format, plain or gzipped, such as the logs from the Parallel Workloads Archive (collected by Dror
-Feitelson, given by the sites that recorded them). Each job becomes one task that takes one place
+Feitelson, given by the sites that recorded them). Each job becomes one task that takes one slot
 on one node, with the job's own times, user, processors and application.
 
-Simulated time, which is the store's time too, moves on in windows of six hours. What has happened
-in a window is done at its end: jobs are submitted, nodes claim those that are due and start them,
-and jobs end. Each of these is done for all jobs at once, so that many callers write together. A
-job that started in the log may not be kept waiting here: the nodes get as many places as the
-busiest window needs, if each of its jobs kept one throughout.
+Simulated time, which is also the store's time, advances in windows of six hours. The events of a
+window happen at its end, in three steps: jobs are submitted, nodes claim and start the due jobs,
+and jobs end. Each step handles all its jobs concurrently, so that many callers write together. A
+job that started in the log must not wait for a slot here: the nodes get enough slots for the
+busiest window, counting one slot for each job that runs at any time in it.
 
-So the store measures times in windows. When a job is done, its task is given the log's own.
+The store therefore measures times in windows. A finished task then receives the times of the log.
 
-In the end the database is opened anew, and what is in it is compared with the log.
+At the end the replay reopens the database and compares its content with the log.
 """
 
 import argparse
@@ -52,13 +52,13 @@ T = TypeVar("T")
 
 WINDOW = timedelta(hours=6)
 OUTCOMES = {0: TaskStatus.FAILED, 5: TaskStatus.CANCELLED}
-"""What a job's status means; any other one, and the unknown one, is taken for completed."""
+"""Task status for each job status; every other job status counts as completed."""
 PARTIAL = (2, 3, 4)
-"""Status of a line on one part of a job, which has a line on the whole of it as well."""
+"""Job statuses of lines about a part of a job; another line describes the whole job."""
 
 
 class ReplayError(Exception):
-    """The replay cannot be done; the text says why."""
+    """The replay is impossible; the text gives the reason."""
 
 
 class TraceError(ReplayError):
@@ -67,13 +67,13 @@ class TraceError(ReplayError):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one line of the log says; the format's -1, unknown, is `None` here."""
+    """One line of the log; an unknown value, -1 in the format, is `None` here."""
 
     number: int
     status: TaskStatus
     submitted_at: datetime
     started_at: datetime | None
-    """`None` if it was cancelled before it ran."""
+    """`None` for a job that was cancelled before it started."""
     completed_at: datetime
     user: str | None
     processors: int | None
@@ -89,8 +89,8 @@ class Job:
         return {"processors": self.processors, "application": self.application}
 
     @property
-    def was_tried(self) -> bool:
-        """Whether its node counts it: what was cancelled has neither succeeded nor failed."""
+    def is_counted(self) -> bool:
+        """True if the counters of its node include the job; they omit cancelled jobs."""
         return self.status is not TaskStatus.CANCELLED
 
     @property
@@ -99,7 +99,7 @@ class Job:
 
 
 def read_trace(path: Path) -> Iterator[Job]:
-    """The jobs of a log, in its order.
+    """Yield the jobs of a log in the order of its lines.
 
     Raises:
         TraceError: If the file or one of its lines cannot be read.
@@ -126,9 +126,9 @@ def read_trace(path: Path) -> Iterator[Job]:
 
 
 def parse_job(line: str, epoch: datetime) -> Job | None:
-    """The job of one line, or `None` if the line is about a part of a job.
+    """Return the job of one line, or `None` for a line about a part of a job.
 
-    A wait or run time that is not known counts as 0.
+    An unknown wait time or run time counts as 0.
     """
     texts = line.split()
     if len(texts) != 18:
@@ -157,7 +157,7 @@ def parse_job(line: str, epoch: datetime) -> Job | None:
 
 
 class SimulatedClock:
-    """The store's clock: it moves on from window to window as the replay does."""
+    """Clock of the store; the replay advances it from window to window."""
 
     def __init__(self, now: datetime) -> None:
         self.now = now
@@ -167,7 +167,7 @@ class SimulatedClock:
 
 
 class Replay:
-    """Drives a `StateManager` through a log, and times every call."""
+    """Drive a `StateManager` through a log, and time every call."""
 
     def __init__(self, store: StateManager, clock: SimulatedClock, jobs: Sequence[Job]) -> None:
         self.store = store
@@ -178,7 +178,7 @@ class Replay:
         self._in_flight = 0
         self._node_ids: list[str] = []
         self._claimed: dict[str, Task] = {}
-        """What the nodes hold, as it was when they claimed it: that makes them its owners."""
+        """Assigned tasks as `claim_tasks` returned them: node and attempt identify the owner."""
 
     async def run(self, progress: Progress) -> None:
         bar = progress.add_task("", total=len(self.jobs))
@@ -187,8 +187,8 @@ class Replay:
             for node_id in self._node_ids:
                 await self._heartbeat(node_id)
             await together(map(self._submit, window.submitted))
-            places = await self._free_places()
-            await together(self._claim_and_start(node_id) for node_id in places[: window.started])
+            slots = await self._free_slots()
+            await together(self._claim_and_start(node_id) for node_id in slots[: window.started])
             await together(map(self._finish, window.finished))
             progress.update(
                 bar,
@@ -197,24 +197,24 @@ class Replay:
             )
 
     async def register_nodes(self, count: int) -> int:
-        """Add the nodes; the number of places that each of them got."""
-        places = math.ceil(busiest_window(self.jobs) / count)
+        """Add the nodes, and return the number of slots of each node."""
+        slots = math.ceil(busiest_window(self.jobs) / count)
         self._node_ids = [f"node-{number:03}" for number in range(1, count + 1)]
-        nodes = [NodeInfo(id, hostname=id, max_concurrent_tasks=places) for id in self._node_ids]
+        nodes = [NodeInfo(id, hostname=id, max_concurrent_tasks=slots) for id in self._node_ids]
         await together(
             self._timed("register_node", self.store.register_node(node)) for node in nodes
         )
-        return places
+        return slots
 
-    async def _free_places(self) -> list[str]:
-        """A node for each place that is free, those of the least loaded nodes first."""
+    async def _free_slots(self) -> list[str]:
+        """Return one node identifier for each free slot, the least loaded nodes first."""
         nodes = await self._timed("get_available_nodes", self.store.get_available_nodes())
-        places = (
+        slots = (
             (number, node.node_id)
             for node in nodes
             for number in range(node.running_tasks, node.max_concurrent_tasks)
         )
-        return [node_id for _, node_id in sorted(places)]
+        return [node_id for _, node_id in sorted(slots)]
 
     async def _submit(self, job: Job) -> None:
         task = Task(
@@ -224,9 +224,9 @@ class Replay:
             user_id=job.user,
             parameters=job.parameters,
             submitted_at=job.submitted_at,
-            # What was cancelled before it ran is gone by then.
+            # A job that was cancelled before it started is never due before its end.
             not_before=job.started_at or job.completed_at + WINDOW,
-            max_retries=0,  # what has failed in the log is not tried again
+            max_retries=0,  # a job that failed in the log is not retried
         )
         await self._timed("add_task", self.store.add_task(task))
 
@@ -237,18 +237,18 @@ class Replay:
         await self._heartbeat(node_id)
 
     async def _finish(self, job: Job) -> None:
-        def put_times(task: Task) -> None:
+        def copy_times(task: Task) -> None:
             task.scheduled_at = task.started_at = job.started_at
             task.completed_at = job.completed_at
 
         task = self._claimed.pop(job.task_id, None)
-        if task is None or not job.was_tried:
+        if task is None or not job.is_counted:
             await self._timed("cancel_task", self.store.cancel_task(job.task_id))
         elif job.status is TaskStatus.FAILED:
             await self._timed("fail_task", self.store.fail_task(task, "failed in the log"))
         else:
             await self._timed("complete_task", self.store.complete_task(task))
-        await self._timed("change_task: times", self.store.change_task(job.task_id, put_times))
+        await self._timed("change_task: times", self.store.change_task(job.task_id, copy_times))
         if task is not None and task.assigned_node is not None:
             await self._heartbeat(task.assigned_node)
 
@@ -267,7 +267,7 @@ class Replay:
 
 
 async def together(calls: Iterable[Coroutine[Any, Any, object]]) -> None:
-    """Have a coroutine of its own for each call, and wait for all of them."""
+    """Run all calls concurrently, and wait until every call has ended."""
     async with asyncio.TaskGroup() as callers:
         for call in calls:
             callers.create_task(call)
@@ -275,7 +275,7 @@ async def together(calls: Iterable[Coroutine[Any, Any, object]]) -> None:
 
 @dataclass
 class Window:
-    """What happens up to a moment, after the window before."""
+    """Events between the end of the previous window and `ends_at`."""
 
     ends_at: datetime
     submitted: list[Job] = field(default_factory=list)
@@ -284,12 +284,12 @@ class Window:
 
 
 def window_of(moment: datetime, start: datetime) -> int:
-    """The number of the window in which something happens; `start` is the end of the first."""
+    """Return the number of the window that contains `moment`; window 0 ends at `start`."""
     return -((start - moment) // WINDOW)
 
 
 def windows(jobs: Sequence[Job]) -> Sequence[Window]:
-    """All windows, from the first submission to the last end of a job."""
+    """Return all windows, from the first submission to the last end of a job."""
     start = jobs[0].submitted_at
     last = window_of(max(job.completed_at for job in jobs), start)
     all_windows = [Window(start + number * WINDOW) for number in range(last + 1)]
@@ -302,7 +302,7 @@ def windows(jobs: Sequence[Job]) -> Sequence[Window]:
 
 
 def busiest_window(jobs: Sequence[Job]) -> int:
-    """The most jobs that hold a place in one window, if each of them does so throughout."""
+    """Return the highest number of jobs in one window, counting jobs that run for a part of it."""
     running = busiest = 0
     for window in windows(jobs):
         running += window.started
@@ -313,7 +313,7 @@ def busiest_window(jobs: Sequence[Job]) -> int:
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that must hold for all of `total` things, and what was found."""
+    """A statement that must hold in all `total` cases, and the number of cases found."""
 
     text: str
     holds_for: int
@@ -323,26 +323,26 @@ class Claim:
 def proof(
     jobs: Sequence[Job], tasks: Sequence[Task], nodes: Sequence[NodeInfo]
 ) -> tuple[Claim, ...]:
-    """Compares what the database holds with the log."""
+    """Compare the content of the database with the log."""
     stored = {task.task_id: task for task in tasks}
     found = [(job, stored[job.task_id]) for job in jobs if job.task_id in stored]
     start = jobs[0].submitted_at
     seconds: defaultdict[str | None, list[float]] = defaultdict(list)
     outcomes: Counter[tuple[str | None, TaskStatus]] = Counter()
     for job, task in found:
-        if job.started_at is not None and job.was_tried:
+        if job.started_at is not None and job.is_counted:
             lasted = window_of(job.completed_at, start) - window_of(job.started_at, start)
             seconds[task.assigned_node].append(lasted * WINDOW.total_seconds())
             outcomes[task.assigned_node, job.status] += 1
 
-    def has_its_facts(job: Job, task: Task) -> bool:
+    def matches(job: Job, task: Task) -> bool:
         return (
             (task.submitted_at, task.scheduled_at) == (job.submitted_at, job.started_at)
             and (task.started_at, task.completed_at) == (job.started_at, job.completed_at)
             and (task.user_id, task.parameters) == (job.user, job.parameters)
         )
 
-    def adds_up(node: NodeInfo) -> bool:
+    def has_right_counters(node: NodeInfo) -> bool:
         of_node = seconds[node.node_id]
         return (
             (node.running_tasks, node.total_tasks_processed) == (0, len(of_node))
@@ -364,22 +364,26 @@ def proof(
         ),
         Claim(
             "jobs have the log's times, user and parameters",
-            sum(has_its_facts(job, task) for job, task in found),
+            sum(matches(job, task) for job, task in found),
             len(jobs),
         ),
-        Claim("nodes have counters that add up to that", sum(map(adds_up, nodes)), len(nodes)),
+        Claim(
+            "nodes have counters that add up to that",
+            sum(map(has_right_counters, nodes)),
+            len(nodes),
+        ),
         Claim(
             "jobs that completed or failed were counted by a node",
             processed,
-            sum(job.was_tried for job in jobs),
+            sum(job.is_counted for job in jobs),
         ),
     )
 
 
 def print_summary(
-    console: Console, replay: Replay, seconds: float, places: str, bytes_per_task: float
+    console: Console, replay: Replay, seconds: float, nodes: str, bytes_per_task: float
 ) -> None:
-    """Print how fast the replay was, and what the log has to say."""
+    """Print the speed of the replay and figures of the log."""
     jobs = replay.jobs
     calls = {kind: len(latencies) for kind, latencies in replay.latencies.items()}
     writes = sum(calls.values()) - calls["update_heartbeat"] - calls["get_available_nodes"]
@@ -388,7 +392,7 @@ def print_summary(
     table = Table.grid(padding=(0, 2))
     for name, value in [
         ("jobs", f"{len(jobs):,} in {days:,.1f} days of simulated time"),
-        ("nodes", places),
+        ("nodes", nodes),
         ("time taken", f"{seconds:.1f} s"),
         ("calls", f"{sum(calls.values()) / seconds:,.0f} a second, heartbeats included"),
         ("writes", f"{writes / seconds:,.0f} a second, each committed when it returned"),
@@ -423,16 +427,16 @@ def print_summary(
     console.print(table, "")
 
 
-def new_table(first: str, *others: str) -> Table:
-    """A table without frame, with its figures on the right."""
+def new_table(first: str, *figures: str) -> Table:
+    """Return a table without a frame, with right-aligned figures."""
     table = Table(first, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name in others:
+    for name in figures:
         table.add_column(name, justify="right")
     return table
 
 
 async def replay_trace(trace: Path, location: str, nodes: int, limit: int | None) -> bool:
-    """Replay, print the summary, and say whether the database holds all of it."""
+    """Replay a log, print the summary, and return true if the database matches the log."""
     jobs = sorted(islice(read_trace(trace), limit), key=lambda job: job.submitted_at)
     if not jobs:
         raise TraceError(f"{trace}: no jobs")
@@ -445,7 +449,7 @@ async def replay_trace(trace: Path, location: str, nodes: int, limit: int | None
         empty_size = (await store.db.get_stats())["db_size"]
         replay = Replay(store, clock, jobs)
         began = perf_counter()
-        places = await replay.register_nodes(nodes)
+        slots = await replay.register_nodes(nodes)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -464,7 +468,7 @@ async def replay_trace(trace: Path, location: str, nodes: int, limit: int | None
         claims = proof(jobs, tasks, await store.get_all_nodes())
         size = (await store.db.get_stats())["db_size"] - empty_size
 
-    in_words = f"{nodes} with {places} place{'s' if places > 1 else ''} each"
+    in_words = f"{nodes} with {slots} slot{'s' if slots > 1 else ''} each"
     print_summary(console, replay, seconds, in_words, size / len(jobs))
     console.print("Opened again, the database says:")
     for claim in claims:
@@ -474,14 +478,14 @@ async def replay_trace(trace: Path, location: str, nodes: int, limit: int | None
 
 
 def positive(text: str) -> int:
-    """A number of the command line that must be at least 1."""
+    """Parse a number of at least 1 from the command line."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
 
 
 def main() -> int:
-    """0 if the proof succeeds, 1 if it fails, 2 if the replay could not be done."""
+    """Return 0 if the proof succeeds, 1 if it fails, 2 if the replay was impossible."""
     parser = argparse.ArgumentParser(description="Replay a cluster's accounting log.")
     parser.add_argument("trace", type=Path, help="Standard Workload Format, plain or .gz")
     parser.add_argument("--database", metavar="LOCATION", help="default: a temporary file")

@@ -1,9 +1,9 @@
-"""A coordinator and three workers, each a process of its own; one worker is killed at its work.
+"""Run a coordinator and three workers in separate processes, and kill one worker during its work.
 
 Run it as `python examples/scheduler_demo.py`, or with the URL of an empty PostgreSQL database as in
-`python examples/scheduler_demo.py postgresql://me@localhost/cluster`. The workers claim tasks,
-some of which fail at first. The coordinator finds out that a worker is silent, and gives back what
-it held, so in the end every task is done. Begin reading at `work` and `coordinate`.
+`python examples/scheduler_demo.py postgresql://me@localhost/cluster`. The workers claim tasks;
+some tasks fail at the first attempt. The coordinator detects the silent worker and requeues its
+tasks, so that every task is completed. Begin reading at `work` and `coordinate`.
 """
 
 import argparse
@@ -30,21 +30,21 @@ WORKERS = ("atlas", "boreas", "ceres")
 VICTIM = "ceres"
 TASKS = 30
 SILENT_SECONDS = 3.0
-"""Heartbeats are stored within a second; who was silent for longer than this is lost."""
+"""Seconds without a heartbeat after which a node is lost; heartbeats are stored within a second."""
 BACKOFF = Backoff(first_seconds=0.2)
-"""How long a task waits for its next try."""
+"""Delays of retries; the first is 0.2 seconds."""
 
 
 async def work(location: str, name: str) -> None:
-    """One worker: claim tasks and run them, two at once, until there is nothing left to do."""
+    """Claim tasks and run up to two of them at once, until all tasks are finished."""
     async with StateManager(Database(location), backoff=BACKOFF) as store:
         await store.register_node(NodeInfo(name, hostname=name, max_concurrent_tasks=2))
         async for _ in store.watch(since=0):
             if (await store.get_node_stats())["total"] == len(WORKERS):
-                break  # all are there: they begin together
+                break  # all workers are registered: they begin together
         async with asyncio.TaskGroup() as group:
             heartbeats = group.create_task(send_heartbeats(store, name))
-            while (await store.get_state()).tasks:  # whoever runs them
+            while (await store.get_state()).tasks:  # unfinished tasks of all workers
                 for task in await store.claim_tasks(name, limit=2):
                     group.create_task(run(store, task))
                 await asyncio.sleep(0.05)
@@ -52,15 +52,15 @@ async def work(location: str, name: str) -> None:
 
 
 async def send_heartbeats(store: StateManager, name: str) -> None:
-    """Tell the others that this worker is alive."""
+    """Send a heartbeat of this worker twice a second."""
     while True:
         await store.update_heartbeat(name)
         await asyncio.sleep(0.5)
 
 
 async def run(store: StateManager, task: Task) -> None:
-    """Run a claimed task; if it was given back meanwhile, what comes too late is refused."""
-    with suppress(NotOwnerError):
+    """Run a claimed task, and drop it if this worker no longer owns it."""
+    with suppress(NotOwnerError):  # the task was requeued: its new owner reports the outcome
         await store.start_task(task)
         await asyncio.sleep(0.4)  # the work itself
         if task.parameters["is_difficult"] and task.attempt == 1:
@@ -70,7 +70,7 @@ async def run(store: StateManager, task: Task) -> None:
 
 
 async def coordinate(location: str) -> None:
-    """Submit the tasks, have them done, and tell who did what."""
+    """Submit the tasks, start the workers, wait for the tasks, and print the outcome."""
     async with StateManager(Database(location), backoff=BACKOFF) as store:
         await store.add_tasks(map(make_task, range(1, TASKS + 1)))
         workers = {
@@ -89,7 +89,7 @@ async def coordinate(location: str) -> None:
 
 
 def make_task(number: int) -> Task:
-    """A task; every tenth one fails at first."""
+    """Return a task; every tenth task fails at its first attempt."""
     return Task.create(
         TaskType.BATCH,
         f"task {number}",
@@ -99,7 +99,7 @@ def make_task(number: int) -> Task:
 
 
 async def kill(store: StateManager, worker: Process) -> None:
-    """Kill the victim when it has begun to run its fourth task."""
+    """Kill the victim when it starts its fourth task."""
     started = 0
     async for change in store.watch(since=0):
         started += (change.node, change.to_status) == (VICTIM, TaskStatus.RUNNING)
@@ -110,7 +110,7 @@ async def kill(store: StateManager, worker: Process) -> None:
 
 
 async def recover(store: StateManager) -> None:
-    """Give back what lost workers held, until every task is done."""
+    """Requeue the tasks of lost workers, until every task is finished."""
     while (await store.get_state()).tasks:
         recovery = await store.recover(timeout_seconds=SILENT_SECONDS)
         for node_id in recovery.offline_nodes:
@@ -121,18 +121,18 @@ async def recover(store: StateManager) -> None:
 
 
 async def wait_for(name: str, worker: Process) -> None:
-    """Wait until a worker ends, as only the victim may do without having finished."""
+    """Wait until a worker ends; only the victim may fail."""
     try:
         status = await worker.wait()
     except asyncio.CancelledError:
-        worker.kill()  # its coordinator has given up
+        worker.kill()  # the coordinator was interrupted
         raise
     if status and name != VICTIM:
         raise SystemExit(f"{name} ended with status {status}")
 
 
 async def print_outcome(store: StateManager) -> None:
-    """Print what each worker did, and the life of a task that was given back."""
+    """Print the counters of each worker and the history of a requeued task."""
     stats = await store.get_task_stats()
     print(f"\n{stats['completed']} of {stats['total']} tasks are completed\n")
     print("worker   tried  completed  failed or lost")
@@ -151,7 +151,7 @@ async def print_outcome(store: StateManager) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="A coordinator, and workers that may be killed.")
+    parser = argparse.ArgumentParser(description="Run a coordinator and three workers.")
     parser.add_argument("location", nargs="?", help="a file or a URL; default: a temporary file")
     parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,7 +1,7 @@
-"""A tour of openclaw_store in eight steps: three nodes share some work, and one of them is lost.
+"""Tour openclaw_store in eight steps: three nodes share some tasks, and one node is lost.
 
-Run it as `python examples/storage_demo.py`; it leaves nothing behind, unless told to keep its
-database (`--keep cluster.db`). Begin reading at `tour`.
+Run it as `python examples/storage_demo.py`. It deletes its database at the end, unless you keep it
+with `--keep cluster.db`. Begin reading at `tour`.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from openclaw_store import (
 )
 
 NODES = [
-    # name, platform, skills, how many tasks it may run at once
+    # name, platform, skills, slots for tasks
     ("atlas", "linux", ["python", "data"], 3),
     ("boreas", "linux", ["python", "video"], 1),
     ("ceres", "darwin", ["video"], 2),
@@ -43,7 +43,7 @@ TASKS = [
 
 
 class SettableClock:
-    """The store asks it for the time, so minutes can pass without waiting for them."""
+    """Clock of the store; the tour advances it by minutes without waiting."""
 
     def __init__(self) -> None:
         self.now = datetime.now(UTC)
@@ -53,32 +53,32 @@ class SettableClock:
 
 
 async def tour(location: Path) -> None:
-    """Take the eight steps of the tour with a database at `location`."""
+    """Run the eight steps of the tour with a database at `location`."""
     heading("1 Initialise")
     clock = SettableClock()
     database = Database(location, clock=clock)
     async with StateManager(database, auto_sync_interval=30) as store:  # initialize … shutdown
-        console.print("The tables are made, and what is in them is loaded into memory.")
+        console.print("The tables exist, and their content is loaded into memory.")
 
         heading("2 Create nodes")
         await create_nodes(store)
         print_nodes(await store.get_all_nodes())
 
-        heading("3 Create tasks: the most urgent one goes first")
+        heading("3 Create tasks: the most urgent task comes first")
         await create_tasks(store)
         print_tasks(await store.get_pending_tasks())
 
-        heading("4 Query the state: from memory, whatever its size")
+        heading("4 Query the state: from memory, in constant time")
         state = await store.get_state()
         console.print(f"{state.online_nodes} of {state.total_nodes} nodes are online,")
         console.print(f"{state.running_tasks} of {state.total_tasks} tasks are running,")
-        console.print(f"and this is version {state.version} of the cluster.")
+        console.print(f"and the state has version {state.version}.")
 
-        heading("5 Simulate scheduling: nobody has a GPU")
+        heading("5 Simulate scheduling: no node has a GPU")
         await schedule(store, clock)
         print_tasks(await store.get_pending_tasks())
 
-        heading("6 Simulate execution: all at once, forty seconds long")
+        heading("6 Simulate execution: all tasks at once, for forty seconds")
         scheduled = await store.task_repo.list_by_status(TaskStatus.SCHEDULED)
         async with asyncio.TaskGroup() as group:
             for task in scheduled:
@@ -86,11 +86,11 @@ async def tour(location: Path) -> None:
         clock.now += timedelta(seconds=40)
         async with asyncio.TaskGroup() as group:
             for task in scheduled:
-                if task.assigned_node != "ceres":  # nothing is heard of her any more
+                if task.assigned_node != "ceres":  # this node has failed
                     group.create_task(finish(store, task, clock))
         print_tasks([await store.get_task(task.task_id) or task for task in scheduled])
 
-        heading("7 Check lost nodes: three minutes later, only two send a heartbeat")
+        heading("7 Check lost nodes: three minutes later, two nodes send a heartbeat")
         clock.now += timedelta(minutes=3)
         await store.update_heartbeat("atlas", cpu_usage=12.5)
         await store.update_heartbeat("boreas", cpu_usage=80.0)
@@ -107,30 +107,30 @@ async def tour(location: Path) -> None:
 
 
 async def create_nodes(store: StateManager) -> None:
-    """Add the nodes; the store fills in when each was registered."""
-    for name, platform, skills, places in NODES:
+    """Add the nodes; the store sets the time of registration."""
+    for name, platform, skills, slots in NODES:
         node = NodeInfo(
             node_id=name,
             hostname=f"{name}.example",
             platform=platform,
             arch="x64",
             available_skills=skills,
-            max_concurrent_tasks=places,
+            max_concurrent_tasks=slots,
         )
-        await store.add_node(node)  # committed when it returns, as every write is
+        await store.add_node(node)  # every write is committed when it returns
 
 
 async def create_tasks(store: StateManager) -> None:
-    """Add the tasks, each with an identifier of its own, pending."""
+    """Add pending tasks with new identifiers."""
     for name, task_type, skills, priority in TASKS:
         task = Task.create(task_type, name, required_skills=skills, priority=priority)
         await store.add_task(task)
 
 
 async def schedule(store: StateManager, clock: SettableClock) -> None:
-    """Give each pending task to the least loaded node that has its skills, if there is one."""
+    """Assign each pending task to the least loaded node with the skills, if there is one."""
 
-    def take_place(node: NodeInfo) -> None:
+    def take_slot(node: NodeInfo) -> None:
         node.running_tasks += 1
 
     for task in await store.get_pending_tasks():
@@ -140,37 +140,37 @@ async def schedule(store: StateManager, clock: SettableClock) -> None:
                 task.assigned_node = node.node_id
                 task.scheduled_at = clock()
                 await store.update_task(task)
-                await store.change_node(node.node_id, take_place)
+                await store.change_node(node.node_id, take_slot)
                 break
 
 
 async def start(store: StateManager, task: Task, clock: SettableClock) -> None:
-    """Begin to run a scheduled task."""
+    """Set a scheduled task to running."""
     task.status = TaskStatus.RUNNING
     task.started_at = clock()
-    await store.update_task(task)  # which gives `task` its new version, so it can be used again
+    await store.update_task(task)  # sets the new version, so that `task` can be updated again
 
 
 async def finish(store: StateManager, task: Task, clock: SettableClock) -> None:
-    """End a task well, unless it is the import of a damaged archive."""
+    """Complete a task, except the import of a damaged archive, which fails."""
     succeeded = task.name != "import the archive"
     if succeeded:
-        task.status, task.result = TaskStatus.COMPLETED, "ok"  # or any other JSON value
+        task.status, task.result = TaskStatus.COMPLETED, "ok"  # any JSON value
     else:
         task.status, task.error = TaskStatus.FAILED, "bad checksum"
     task.completed_at = clock()
     await store.update_task(task)
 
-    def leave_place(node: NodeInfo) -> None:
+    def free_slot(node: NodeInfo) -> None:
         node.running_tasks -= 1
         node.total_tasks_processed += 1
         node.successful_tasks += succeeded
         node.failed_tasks += not succeeded
 
-    # Several tasks of a node end at once. `update_node` would refuse the slower ones, whose copy
-    # of the node is outdated by then; `change_node` repeats the change on a newer copy.
+    # Several tasks of a node end at once. `update_node` would refuse all but the first, because
+    # their copies of the node are outdated; `change_node` repeats the change on a newer copy.
     if task.assigned_node is not None:
-        await store.change_node(task.assigned_node, leave_place)
+        await store.change_node(task.assigned_node, free_slot)
 
 
 console = Console(highlight=False)
@@ -190,29 +190,29 @@ def heading(text: str) -> None:
 
 
 def coloured(status: TaskStatus | NodeStatus) -> str:
-    """A status in a colour that says how things stand."""
+    """Return a status with markup for its colour."""
     return f"[{COLOURS.get(status, 'yellow')}]{status}[/]"
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """Counts by status, without those that are zero."""
+    """List the counts that are not zero, each with its status."""
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 def new_table(*columns: str) -> Table:
-    """A table without frame."""
+    """Return a table without a frame."""
     return Table(*columns, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
 
 
 def print_nodes(nodes: Iterable[NodeInfo]) -> None:
-    """Print nodes by name, and what they have done so far."""
-    table = new_table("node", "status", "skills", "places", "done", "failed")
+    """Print nodes and their counters, sorted by name."""
+    table = new_table("node", "status", "skills", "slots", "done", "failed")
     for node in sorted(nodes, key=lambda node: node.node_id):
         table.add_row(
             node.node_id,
             coloured(node.status),
             ", ".join(node.available_skills),
-            f"{node.running_tasks} of {node.max_concurrent_tasks} taken",
+            f"{node.running_tasks} of {node.max_concurrent_tasks} in use",
             str(node.successful_tasks),
             str(node.failed_tasks),
         )
@@ -235,15 +235,15 @@ def print_tasks(tasks: Iterable[Task]) -> None:
 
 
 def main() -> None:
-    """Read the command line, and take the tour."""
-    parser = argparse.ArgumentParser(description="A tour of openclaw_store in eight steps.")
-    parser.add_argument("--keep", type=Path, metavar="PATH", help="keep the database there")
+    """Parse the command line and run the tour."""
+    parser = argparse.ArgumentParser(description="Tour openclaw_store in eight steps.")
+    parser.add_argument("--keep", type=Path, metavar="PATH", help="keep the database at this path")
     path: Path | None = parser.parse_args().keep
     if path is None:
         with TemporaryDirectory(prefix="openclaw-store-") as folder:
             asyncio.run(tour(Path(folder, "cluster.db")))
     elif path.exists():
-        parser.error(f"{path} exists already, and the tour begins with an empty database")
+        parser.error(f"{path} exists already; the tour needs a new database")
     else:
         asyncio.run(tour(path))
         console.print(f"\nThe database is kept: {path}", markup=False, soft_wrap=True)

@@ -1,9 +1,9 @@
-"""Two coordinators on one database, each in a process of its own, behind each other's back.
+"""Run two coordinators on one database, in separate processes that do not communicate.
 
 Run it as `python examples/two_coordinators.py`, or with the URL of an empty PostgreSQL database
 as in `python examples/two_coordinators.py postgresql://me@localhost/cluster`. Both add tasks and
-take turns at finishing whatever waits, while the first process watches. In the end all three have
-the same picture, and each change was seen once, in one order.
+complete pending tasks, while the first process watches. At the end all three processes have the
+same state, and the watcher has received each change once and in order.
 """
 
 import argparse
@@ -26,25 +26,25 @@ from openclaw_store import (
 )
 
 TASKS = 50
-"""That each coordinator adds."""
+"""Number of tasks that each coordinator adds."""
 
 
 async def coordinate(location: str, name: str) -> None:
-    """Add tasks, and finish what waits until nothing does."""
+    """Add tasks, and complete pending tasks until none is left."""
     async with StateManager(Database(location)) as store:
         for number in range(TASKS):
             await store.add_task(Task.create(TaskType.BATCH, f"{name} {number}"))
-        while waiting := await store.get_pending_tasks(limit=1):
-            [task] = waiting
+        while pending := await store.get_pending_tasks(limit=1):
+            [task] = pending
             task.status, task.result = TaskStatus.COMPLETED, {"by": name}
             try:
                 await store.update_task(task)
-            except StaleVersionError:  # the other one was faster: its change is kept
+            except StaleVersionError:  # the other coordinator completed the task first
                 await store.refresh_from_database()
 
 
 async def watch(store: StateManager) -> list[Change]:
-    """Every change, until all tasks are completed."""
+    """Return all changes up to the completion of the last task."""
     seen: list[Change] = []
     async for change in store.watch():
         seen.append(change)
@@ -54,7 +54,7 @@ async def watch(store: StateManager) -> list[Change]:
 
 
 async def main(location: str) -> None:
-    """Watch two coordinators, and compare what there is in the end."""
+    """Run two coordinators, watch their changes, and print the outcome."""
     async with StateManager(Database(location)) as store:
         watcher = asyncio.create_task(watch(store))
         coordinators = [
@@ -79,7 +79,7 @@ async def main(location: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Two coordinators on one database.")
+    parser = argparse.ArgumentParser(description="Run two coordinators on one database.")
     parser.add_argument("location", nargs="?", help="a file or a URL; default: a temporary file")
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     options = parser.parse_args()

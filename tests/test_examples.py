@@ -224,13 +224,13 @@ class TestReplayTrace:
         assert (done.returncode, done.stderr) == (0, "")
         assert "5 of 5 jobs have the log's times" in done.stdout
 
-    def test_one_node_has_places_for_all_jobs_of_a_window(self, tmp_path: Path) -> None:
+    def test_one_node_has_slots_for_all_jobs_of_a_window(self, tmp_path: Path) -> None:
         trace = write_trace(tmp_path / "trace.swf", [job_line(n, n) for n in range(1, 31)])
 
         done = run_fork(REPLAY, trace, "--nodes", 1, folder=tmp_path)
 
         assert done.returncode == 0
-        assert "1 with 30 places each" in done.stdout
+        assert "1 with 30 slots each" in done.stdout
 
     def test_limit_takes_the_first_jobs(self, tmp_path: Path) -> None:
         lines = [job_line(1), job_line(2), "nobody reads this far\n"]
