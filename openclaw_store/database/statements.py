@@ -99,7 +99,7 @@ class Statements(ABC):
 
         `write_counters_if` also takes identifiers of tasks and their expected versions.
         """
-        self._read_one = {
+        self.read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
                     CounterRow, row, _key(kind) == bindparam("id")
@@ -107,6 +107,7 @@ class Statements(ABC):
             )
             for kind, row in ROWS.items()
         }
+        """The columns that decisions on a row need, behind the counters; NULLs if it is missing."""
         self.insert = {
             kind: (
                 self._insert([table_of(kind).c[name] for name in names]),
@@ -187,17 +188,9 @@ class Statements(ABC):
             )
         ]
 
-    def read(self, kind: type[Any], ids: Sequence[str]) -> tuple[str, Sequence[Any]]:
-        """Return the query, with its parameters, of the columns that decisions on rows need.
-
-        Each row begins with the counters. A missing row has NULLs.
-        """
-        if len(ids) == 1:
-            return self._read_one[kind], ids
-        return self._read_many[kind], (self.given(ids),)
-
     write_counters_if: str
-    _read_many: dict[type[Any], str]
+    read_many: dict[type[Any], str]
+    """As `read_one`, for `given` identifiers."""
     delete: dict[type[Any], str]
     """The statement for many rows of an identifier."""
     forget: str
@@ -261,7 +254,7 @@ class SQLiteStatements(Statements):
     def __init__(self) -> None:
         super().__init__(sqlite.dialect())
         given = _each(bindparam("ids"))
-        self._read_many = {
+        self.read_many = {
             kind: self._compile(
                 self._with_counters(kind)
                 .select_from(CounterRow)
@@ -341,7 +334,7 @@ class PostgreSQLStatements(Statements):
 
     def __init__(self) -> None:
         super().__init__(_POSTGRESQL)
-        self._read_many = {
+        self.read_many = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
                     CounterRow, row, _is_among(kind, bindparam("ids"))

@@ -1,11 +1,10 @@
-"""Records: what the store keeps of a task or node, checked once, never changed, cheap to copy.
+"""Records: immutable snapshots of tasks and nodes, checked once and cheap to copy.
 
-`encode` checks a caller's object and makes a `Record` of it; `Record.copy` makes objects for
-callers that share nothing with it.
+`encode` checks an object of a caller and makes a `Record` of it; `Record.copy` makes objects that
+share nothing with the record.
 
-JSON stays text until somebody looks at it. Then lists and dicts of plain values are kept
-decoded, because `copy()` of one is faster than decoding it again; nested ones stay text,
-because decoding is the fastest deep copy there is.
+JSON stays text until it is read. Then lists and dicts of plain values are kept decoded, as a
+`copy()` is faster than decoding; nested ones stay text, as decoding is the fastest deep copy.
 """
 
 from __future__ import annotations
@@ -17,39 +16,39 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import orjson
 
-from openclaw_store.domain.models import (
-    FIELD_CHECKS,
-    JSON_CHECKS,
-    NodeInfo,
-    Task,
-)
+from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS, NodeInfo, Task
 from openclaw_store.domain.validation import EMPTY, PLAIN_TYPES, check_fields
 from openclaw_store.errors import InvalidDataError
 
 Entity = TypeVar("Entity", Task, NodeInfo)
 
+Raw = tuple[Any, ...]
+"""A row from the driver, its values in the order of the fields."""
 
 _NONE = type(None)
 
-_new, _loads = object.__new__, orjson.loads  # found without a detour, for each copy
+_new, _loads = object.__new__, orjson.loads  # globals: each copy needs them
 
-
-_known_names: dict[tuple[str, ...], tuple[str, ...]] = {}
+_shared_names: dict[tuple[str, ...], tuple[str, ...]] = {}
+"""One tuple for each combination of names, shared by all records."""
 
 
 class RowCodec(NamedTuple):
-    """How `Record.values` makes the parameters of a statement."""
+    """The conversion of a record to the parameters of a statement."""
 
     pick: Callable[[Mapping[str, Any]], Sequence[Any]]
-    """Takes the values of the fields out of a record's, in the order of the parameters."""
+    """Selects the values of fields, in the order of the parameters."""
     bind_processors: Sequence[tuple[int, Callable[[Any], Any]]]
-    """Places of values that the driver takes in another form, and what makes it."""
+    """Position and conversion of each value that the driver takes in another form."""
     json: Sequence[tuple[int, str]]
-    """Places of JSON fields, which come as text, or `None` for their default."""
+    """Position and name of each JSON field, which is text, or `None` for its default."""
 
 
 class Record(Generic[Entity]):
-    """An unchanging image of a task or node."""
+    """An immutable snapshot of a task or node.
+
+    Threads share records without a lock: only the form of JSON fields changes, in `_decode`.
+    """
 
     __slots__ = ("__dict__", "_flat", "_nested", "kind", "row")
 
@@ -59,20 +58,15 @@ class Record(Generic[Entity]):
         def __setattr__(self, name: str, value: Any) -> None: ...
 
     def __init__(self, kind: type[Entity], fields: dict[str, Any]) -> None:
-        """Take over `fields`, which belongs to the record now.
-
-        Args:
-            kind: What is recorded.
-            fields: Its values by name; JSON is `bytes`, which no JSON value is, or the default.
-        """
+        """Take ownership of `fields`: values by name; JSON is `bytes`, or the default."""
         self.kind: type[Entity] = kind
         self.__dict__ = fields
         self._flat: Sequence[str] | None = None
-        """JSON fields to be copied for each copy; `None` while nobody has looked at any."""
+        """JSON fields that `copy` copies; `None` until one is read."""
         self._nested: Sequence[str] = ()
-        """JSON fields to be decoded for each copy."""
+        """JSON fields that `copy` decodes."""
         self.row: Raw | None = None
-        """The row that it was inserted as, which the driver would give; `None` for all others."""
+        """The inserted row, as the driver would return it; `None` for any other record."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
@@ -84,27 +78,27 @@ class Record(Generic[Entity]):
         return id
 
     def copy(self) -> Entity:
-        """An object of the caller's own, equal to what was recorded."""
+        """Return an equal object for the caller to own."""
         flat = self._flat
         if flat is None:
             flat = self._decode()
-        item: Entity = _new(self.kind)
-        fields = item.__dict__ = self.__dict__.copy()
+        entity: Entity = _new(self.kind)
+        fields = entity.__dict__ = self.__dict__.copy()
         for name in flat:
             fields[name] = fields[name].copy()
         for name in self._nested:
             fields[name] = _loads(fields[name])
-        return item
+        return entity
 
     def decoded(self, name: str) -> Any:
-        """The value of a JSON field; not to be changed by the caller."""
+        """Return the value of a JSON field; the caller must not change it."""
         if self._flat is None:
             self._decode()
         value = self.__dict__[name]
         return orjson.loads(value) if type(value) is bytes else value
 
     def encoded(self, name: str) -> bytes | None:
-        """The text of a JSON field; `None` for its default."""
+        """Return the text of a JSON field; `None` for its default."""
         value = self.__dict__[name]
         if value is None or type(value) is bytes:
             return value
@@ -112,26 +106,27 @@ class Record(Generic[Entity]):
             return None
         return orjson.dumps(value)
 
-    def values(self, plan: RowCodec) -> list[Any]:
-        """The values of the fields of `plan`, as the driver takes them."""
-        row = list(plan.pick(self.__dict__))
-        for place, encoder in plan.bind_processors:
-            value = row[place]
+    def values(self, codec: RowCodec) -> list[Any]:
+        """Return the values of the fields of `codec` in the form that the driver takes."""
+        row = list(codec.pick(self.__dict__))
+        for position, process in codec.bind_processors:
+            value = row[position]
             if value is not None:
-                row[place] = encoder(value)
-        for place, name in plan.json:
-            text = row[place]
+                row[position] = process(value)
+        for position, name in codec.json:
+            text = row[position]
             if text is not None and type(text) is not bytes:
                 text = self.encoded(name)
-            row[place] = None if text is None else text.decode()
+            row[position] = None if text is None else text.decode()
         return row
 
     def evolve(self, **values: Any) -> Record[Entity]:
-        """A record that differs in the given fields, none of them JSON."""
+        """Return a record with other values of the given fields, none of them JSON."""
         evolved: Record[Entity] = _new(Record)
         evolved.kind = self.kind
-        # Nobody edits the lists and dicts of a record, so they are shared. Before the fields: what
-        # another thread decodes in between must not be taken for decoded here.
+        # Decoded lists and dicts are never changed, so both records share them. These names must be
+        # read before the fields: another thread may decode fields in between, and names without
+        # their decoded fields would let `copy` share a list with the caller.
         evolved._flat = self._flat
         evolved._nested = self._nested
         evolved.row = None
@@ -140,24 +135,24 @@ class Record(Generic[Entity]):
         return evolved
 
     def replace(self, **values: Any) -> Record[Entity]:
-        """A record that differs in the given fields; JSON is `bytes`, or the default."""
+        """Return a record with other values; JSON is `bytes`, or the default."""
         return Record(self.kind, {**self.__dict__, **values})
 
     def merge(self, other: Record[Entity], names: Iterable[str]) -> Record[Entity]:
-        """A record that has the named fields from `other` and the rest from this one."""
+        """Return this record with the named fields of `other`."""
         fields = self.__dict__.copy()
         fields.update([(name, other.__dict__[name]) for name in names])
         return Record(self.kind, fields)
 
     def differences(self, other: Record[Entity]) -> tuple[str, ...]:
-        """Names of the fields whose values are not the same, those set by the store aside."""
+        """Return the names of the fields that differ, without the fields that the store sets."""
         mine, theirs = self.__dict__, other.__dict__
         names = [
             name
             for name in _PLAIN_FIELDS[self.kind]
             if mine[name] is not theirs[name] and mine[name] != theirs[name]
         ]
-        # Equal is not the same for JSON: 1 and True, 1 and 1.0.
+        # Compared as text: `==` does not distinguish 1, True and 1.0.
         names += [
             name
             for name in JSON_FIELDS[self.kind]
@@ -166,9 +161,9 @@ class Record(Generic[Entity]):
         return tuple(names)
 
     def _decode(self) -> Sequence[str]:
-        """Keep lists and dicts of plain values decoded; returns their names.
+        """Keep lists and dicts of plain values decoded, and return their names.
 
-        Other threads may do the same at any time: each field is decided by what is found in it.
+        Threads may do this at the same time: the present form of a field decides, not its name.
         """
         flat, nested = [], []
         for name in JSON_FIELDS[self.kind]:
@@ -176,8 +171,8 @@ class Record(Generic[Entity]):
             if type(value) is bytes:
                 value = _load(self, name, value)
                 if isinstance(value, (list, dict)):
-                    items: Iterable[Any] = value if isinstance(value, list) else value.values()
-                    if not PLAIN_TYPES.issuperset(map(type, items)):
+                    elements: Iterable[Any] = value if isinstance(value, list) else value.values()
+                    if not PLAIN_TYPES.issuperset(map(type, elements)):
                         nested.append(name)
                         continue
                 self.__dict__[name] = value
@@ -188,31 +183,27 @@ class Record(Generic[Entity]):
         return self._flat
 
 
-Raw = tuple[Any, ...]
-"""A row as the driver gave it, its values in the order of the fields."""
-
-
 Decode = Callable[[Raw], Record[Any]]
 """Makes a record of a row."""
 
 
-def encode(item: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
-    """Check a caller's object and keep a copy of it.
+def encode(entity: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
+    """Check an object of a caller, and return a record of it.
 
     Args:
-        known: What is stored of it. The values of it that `item` still has need no check, and are
-            kept as they are.
+        known: The stored record; equal values need no check and are taken from it.
 
     Raises:
-        InvalidDataError: Naming the first field that cannot be stored, and why.
+        InvalidDataError: With the first field that cannot be stored, and the reason.
     """
-    kind = type(item)
+    kind = type(entity)
     if kind not in _CHECKS:
         raise InvalidDataError("task or node", f"must be a Task or NodeInfo, not {kind.__name__}")
     checks, json_checks = _CHECKS[kind]
-    fields = item.__dict__.copy()  # shares its table of keys with those of all others
-    if len(fields) != len(checks) + len(json_checks):
-        fields = _declared(item)
+    fields = entity.__dict__.copy()  # shares the key table of the class
+    if len(fields) != len(checks) + len(json_checks):  # a caller has added attributes
+        names = [field.name for field in dataclass_fields(entity)]
+        fields = {name: fields[name] for name in names if name in fields}
     stored = _NOTHING_STORED[kind] if known is None else known.__dict__
     check_fields(fields, stored, checks, json_checks)
     return Record(kind, fields)
@@ -220,59 +211,43 @@ def encode(item: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
 
 def admit(
     kind: type[Entity],
-    item: Entity,
+    entity: Entity,
     clock: Callable[[], datetime],
     known: Record[Entity] | None = None,
 ) -> Record[Entity]:
-    """Check a caller's object on its way in; one without a time of its own is stamped now.
-
-    Args:
-        known: What is stored of it, which spares checks.
+    """Return the record of a caller's object, as `encode`; set the time of a new one to now.
 
     Raises:
-        InvalidDataError: If it is not of this kind, or naming the field that cannot be stored.
+        InvalidDataError: If it is not of this kind, or with the field that cannot be stored.
     """
-    if not isinstance(item, kind):
+    if not isinstance(entity, kind):
         name = KEY[kind].removesuffix("_id")
-        raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(item).__name__}")
-    record = encode(item, known)
-    born = "submitted_at" if kind is Task else "registered_at"
-    return record if getattr(record, born) else record.evolve(**{born: clock()})
+        raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(entity).__name__}")
+    record = encode(entity, known)
+    created_at = "submitted_at" if kind is Task else "registered_at"
+    return record if getattr(record, created_at) else record.evolve(**{created_at: clock()})
 
 
 def _shared(names: Iterable[str]) -> Sequence[str]:
-    """The one tuple of these names that all records share."""
     found = tuple(names)
-    return _known_names.setdefault(found, found)
-
-
-def _declared(item: Task | NodeInfo) -> dict[str, Any]:
-    """The fields of `item` without the attributes that somebody hung on it."""
-    given = item.__dict__
-    return {
-        field.name: given[field.name] for field in dataclass_fields(item) if field.name in given
-    }
+    return _shared_names.setdefault(found, found)
 
 
 def decode(kind: type[Entity], row: Sequence[Any]) -> Record[Entity]:
-    """The record of a row whose columns stand in the order of the fields, JSON as text."""
+    """Return the record of a row: columns in the order of the fields, JSON as text."""
     fields = kind(*row).__dict__
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
         try:
             fields[name] = EMPTY[empty] if text is None else text.encode()
-        except AttributeError as error:  # written by hand: SQLite takes a blob anywhere
+        except AttributeError as error:  # SQLite accepts a blob in any column
             raise InvalidDataError(name, f"of {row[0]!r} is not text") from error
     return Record(kind, fields)
 
 
-def write_back(record: Record[Entity], item: Entity, names: Iterable[str] | None = None) -> None:
-    """Give the caller's object what the store has set.
-
-    Args:
-        names: The fields, none of them JSON; `None` for the version and the times.
-    """
-    fields, target = record.__dict__, item.__dict__
+def write_back(record: Record[Entity], entity: Entity, names: Iterable[str] | None = None) -> None:
+    """Copy fields, none of them JSON, to the caller's object; `None` for version and times."""
+    fields, target = record.__dict__, entity.__dict__
     for name in STAMPED[record.kind] if names is None else names:
         target[name] = fields[name]
 
@@ -295,7 +270,7 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
     },
     NodeInfo: {"available_skills": list, "tags": list},
 }
-"""The fields that are stored as JSON, with the type of their default."""
+"""The JSON fields, with the type of their default."""
 
 
 STORE_FIELDS = frozenset({"version", "updated_at"})
@@ -314,10 +289,10 @@ STAMPED: Mapping[type[Any], Sequence[str]] = {
     ),
     NodeInfo: ("registered_at", "last_heartbeat", "version"),
 }
-"""The fields that a caller's object gets back when it was written."""
+"""The fields that `write_back` copies after a write."""
 
 
-# A field that still is its default needs no check; so most of a task costs next to nothing.
+# A field with its default needs no check, so that most fields of a task cost almost nothing.
 _CHECKS = {
     kind: (
         tuple(
@@ -335,7 +310,7 @@ _NOTHING_STORED: Mapping[type[Any], Mapping[str, object]] = {
     kind: dict.fromkeys((name for checks in both for name, *_ in checks), object())
     for kind, both in _CHECKS.items()
 }
-"""In the place of a record's fields: what no object has."""
+"""A value for each field that equals no value, for entities that are not stored."""
 
 
 _PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
@@ -345,4 +320,4 @@ _PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
 
 
 KEY: Final[dict[type[Any], str]] = {Task: "task_id", NodeInfo: "node_id"}
-"""The field that identifies each domain class."""
+"""The identifying field of each domain class."""

@@ -1,7 +1,6 @@
-"""What the store takes: checks of values on their way in, each with an error that names the field.
+"""Validation: checks of all values from callers, with errors that name the field.
 
-Everything that crosses the border is checked here, so that nothing reaches a driver that one
-database would take and another refuse.
+No value reaches a driver that one database would accept and the other refuse.
 """
 
 from __future__ import annotations
@@ -17,29 +16,29 @@ from typing import Any
 
 import orjson
 
-from openclaw_store.errors import InvalidDataError
+from openclaw_store.errors import InvalidDataError, safe_repr
 
 MAX_ID_LENGTH = 255
-"""Characters of an identifier (of a task, node or user)."""
+"""Characters of the identifier of a task, node or user."""
 MAX_TEXT_LENGTH = 1 << 20
 """Characters of any other text."""
 MAX_JSON_BYTES = 16 << 20
 """Bytes of a JSON value, encoded."""
 MAX_JSON_DEPTH = 200
-"""How deep JSON may be nested."""
+"""Nested lists and dicts of JSON."""
 MAX_INTEGER = (1 << 63) - 1
 MIN_INTEGER = -(1 << 63)
 
-_HARMLESS = frozenset({str, bool, type(None)})
+_ALWAYS_JSON = frozenset({str, bool, type(None)})
 _NUL_IN_JSON = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
-"""Types of JSON values that are immutable."""
+"""The immutable types of JSON."""
 EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, type(None): None}
-"""The one empty value of each type that all records share; every copy replaces it."""
+"""The empty value of each type, which all records share; every copy replaces it."""
 
 Check = Callable[[str, Any], Any]
-"""Takes the name and value of a field; returns the value to keep, or raises `InvalidDataError`."""
+"""Takes the name and value of a field; returns the value to store, or `InvalidDataError`."""
 
 
 def check_fields(
@@ -48,16 +47,16 @@ def check_fields(
     checks: Iterable[tuple[str, Any, Check]],
     json_checks: Iterable[tuple[str, type[Any], Check]],
 ) -> None:
-    """Replace the values of `fields` by the values to keep.
+    """Replace the values of a caller in `fields` by the values to store.
 
     Args:
-        fields: Values by name, as a caller gave them.
-        stored: Values of the same entity that were checked before; equal ones are kept as they are.
+        fields: Values by name.
+        stored: Checked values of the same entity; JSON that is equal is taken from here.
         checks: Name, default and check of each field that is not JSON.
         json_checks: Name, type of the default and check of each JSON field.
 
     Raises:
-        InvalidDataError: Naming the first field that is missing or cannot be stored.
+        InvalidDataError: With the first field that is missing or cannot be stored.
     """
     try:
         for name, default, check in checks:
@@ -90,7 +89,7 @@ def _is_same_json(value: Any, stored: Any) -> bool:
 
 
 def check_id(name: str, value: Any) -> str:
-    """An identifier: text that is not empty and not too long."""
+    """Return an identifier: text that is neither empty nor too long."""
     text = check_text(name, value, MAX_ID_LENGTH)
     if not text:
         raise InvalidDataError(name, "must not be empty")
@@ -98,15 +97,15 @@ def check_id(name: str, value: Any) -> str:
 
 
 def check_key(name: str, value: Any) -> str:
-    """What may be looked up: as an identifier, but there is simply nothing under the empty one."""
+    """Return a key to search: an identifier, or the empty text, under which there is no row."""
     return check_text(name, value, MAX_ID_LENGTH)
 
 
 def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
-    """Text as a row may hold it."""
+    """Return text that both databases can store."""
     if not isinstance(value, str):
-        raise InvalidDataError(name, f"must be text, not {_shown(value)}")
-    # What a text of another type says of itself need not be so.
+        raise InvalidDataError(name, f"must be text, not {safe_repr(value)}")
+    # A subclass may override the methods that are called below.
     text: str = value if type(value) is str else str.__str__(value)
     if len(text) > longest:
         raise InvalidDataError(name, f"is longer than {longest} characters")
@@ -121,51 +120,53 @@ def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
 
 
 def check_count(name: str, value: Any) -> int:
-    """A whole number from 0 to 2^63 - 1."""
+    """Return a whole number from 0 to 2^63 - 1."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise InvalidDataError(name, f"must be a whole number, not {_shown(value)}")
+        raise InvalidDataError(name, f"must be a whole number, not {safe_repr(value)}")
     if not 0 <= value <= MAX_INTEGER:
-        raise InvalidDataError(name, f"must be between 0 and 2^63 - 1, not {_shown(value)}")
+        raise InvalidDataError(name, f"must be between 0 and 2^63 - 1, not {safe_repr(value)}")
     return int(value)
 
 
 def check_some(name: str, value: Any) -> int:
-    """A whole number from 1."""
+    """Return a whole number from 1."""
     if check_count(name, value) < 1:
         raise InvalidDataError(name, "must be at least 1")
     return int(value)
 
 
 def check_limit(limit: int | None) -> int | None:
-    """A limit of a list: at least 1, or `None` for all."""
+    """Return the limit of a list: at least 1, or `None` for all."""
     if limit is not None and check_count("limit", limit) < 1:
         raise InvalidDataError("limit", "must be at least 1; None means all")
     return limit
 
 
 def check_version(name: str, value: Any) -> int:
-    """A version as the store gave it."""
+    """Return a version; entries that are only in memory have negative ones."""
     if type(value) is not int or abs(value) > MAX_INTEGER:
-        raise InvalidDataError(name, f"must be the whole number it came with, not {_shown(value)}")
+        raise InvalidDataError(
+            name, f"must be the whole number it came with, not {safe_repr(value)}"
+        )
     return value
 
 
 def check_number(name: str, value: Any, greatest: float = sys.float_info.max) -> float:
-    """A finite number from 0 to `greatest`."""
+    """Return a finite number from 0 to `greatest`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidDataError(name, f"must be a number, not {_shown(value)}")
+        raise InvalidDataError(name, f"must be a number, not {safe_repr(value)}")
     if not 0 <= value <= greatest:
-        raise InvalidDataError(name, f"must be between 0 and {greatest:g}, not {_shown(value)}")
-    return float(value) + 0.0  # makes -0.0, which PostgreSQL would keep, 0.0
+        raise InvalidDataError(name, f"must be between 0 and {greatest:g}, not {safe_repr(value)}")
+    return float(value) + 0.0  # converts -0.0, which only PostgreSQL would store, to 0.0
 
 
 def check_percentage(name: str, value: Any) -> float:
-    """A number from 0 to 100."""
+    """Return a number from 0 to 100."""
     return check_number(name, value, 100)
 
 
 def check_limit_seconds(name: str, value: Any) -> float:
-    """Seconds that something may take: more than 0, and up to 10^9 (32 years)."""
+    """Return the seconds of a time limit: more than 0, and up to 10^9 (32 years)."""
     seconds = check_number(name, value, 1e9)
     if not seconds:
         raise InvalidDataError(name, "must be a positive number of seconds, not 0")
@@ -173,38 +174,38 @@ def check_limit_seconds(name: str, value: Any) -> float:
 
 
 def check_seconds(name: str, value: float) -> timedelta:
-    """A duration in seconds, from 0 to 10^9 (32 years)."""
+    """Return a duration; `value` is in seconds, from 0 to 10^9 (32 years)."""
     return timedelta(seconds=check_number(name, value, 1e9))
 
 
 def check_time(name: str, value: Any) -> datetime:
-    """A moment, aware and in UTC; a naive one is read as local time."""
+    """Return a time in UTC; a naive one is local time."""
     if not isinstance(value, datetime):
-        raise InvalidDataError(name, f"must be a datetime, not {_shown(value)}")
+        raise InvalidDataError(name, f"must be a datetime, not {safe_repr(value)}")
     is_plain = type(value) is datetime
     if is_plain and value.tzinfo is UTC:
         return value
     try:
         moment = value.astimezone(UTC)
-        # Of a subclass, the database would give back a plain one.
+        # A plain `datetime` also from a subclass, as the database would return one.
         return moment if is_plain else datetime.combine(moment.date(), moment.time(), UTC)
     except (OverflowError, ValueError, OSError) as error:
         raise InvalidDataError(name, f"{value} is outside the range of UTC") from error
 
 
 def read_time(name: str, value: Any) -> datetime:
-    """A moment in ISO 8601, aware and in UTC; one without a zone is read as local time."""
+    """Return a time in UTC, from ISO 8601; one without a zone is local time."""
     if isinstance(value, str):
-        with suppress(ValueError):  # it is named below
+        with suppress(ValueError):  # the error below names the value
             value = datetime.fromisoformat(value)
     if not isinstance(value, datetime):
         wanted = "must be a time in ISO 8601, such as 2026-03-01T12:00:00Z"
-        raise InvalidDataError(name, f"{wanted}, not {_shown(value)}")
+        raise InvalidDataError(name, f"{wanted}, not {safe_repr(value)}")
     return check_time(name, value)
 
 
 def check_enum(kind: type[Enum]) -> Check:
-    """A check for members of `kind`, or their values."""
+    """Return the check of a member of `kind`, or of its value."""
 
     def check(name: str, value: Any) -> Enum:
         if type(value) is kind:
@@ -215,33 +216,35 @@ def check_enum(kind: type[Enum]) -> Check:
             return kind(value)
         except ValueError:
             known = ", ".join(str(member.value) for member in kind)
-            raise InvalidDataError(name, f"must be one of {known}, not {_shown(value)}") from None
+            raise InvalidDataError(
+                name, f"must be one of {known}, not {safe_repr(value)}"
+            ) from None
 
     return check
 
 
 def encode_texts(name: str, value: Any) -> bytes:
-    """The JSON of a list of text."""
+    """Return the JSON of a list of text."""
     if not isinstance(value, (list, tuple)):
-        raise InvalidDataError(name, f"must be a list of text, not {_shown(value)}")
-    for item in value:
-        if not isinstance(item, str):
-            raise InvalidDataError(name, f"must be a list of text, but has {_shown(item)}")
+        raise InvalidDataError(name, f"must be a list of text, not {safe_repr(value)}")
+    for element in value:
+        if not isinstance(element, str):
+            raise InvalidDataError(name, f"must be a list of text, but has {safe_repr(element)}")
     return _encode_checked(name, value)
 
 
 def encode_object(name: str, value: Any) -> bytes:
-    """The JSON of a dict."""
+    """Return the JSON of a dict."""
     if not isinstance(value, dict):
-        raise InvalidDataError(name, f"must be a dict, not {_shown(value)}")
+        raise InvalidDataError(name, f"must be a dict, not {safe_repr(value)}")
     return encode_json(name, value)
 
 
 def encode_json(name: str, value: Any) -> bytes:
-    """Compact text of a JSON value.
+    """Return the compact text of a JSON value.
 
     Raises:
-        InvalidDataError: For what JSON or one of the databases cannot hold.
+        InvalidDataError: If JSON or one of the databases cannot represent it.
     """
     _check_json(name, value, 0)
     return _encode_checked(name, value)
@@ -249,7 +252,7 @@ def encode_json(name: str, value: Any) -> bytes:
 
 def _encode_checked(name: str, value: Any) -> bytes:
     try:
-        # A copy of its own size: behind each of orjson's stands a page of memory while it lives.
+        # Copied, since orjson's result occupies at least a page of memory for its lifetime.
         text = orjson.dumps(value).decode().encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDataError(name, f"is not JSON: {error}") from error
@@ -261,37 +264,29 @@ def _encode_checked(name: str, value: Any) -> bytes:
 
 
 def _check_json(name: str, value: Any, depth: int) -> None:
-    """Refuse what orjson would change in silence: NaN, infinity, and types that are not JSON."""
+    """Refuse values that orjson would convert silently: NaN, infinity, types outside JSON."""
     if depth >= MAX_JSON_DEPTH:
         raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
-    items: Iterable[Any]
+    elements: Iterable[Any]
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
-                raise InvalidDataError(name, f"has the key {_shown(key)}, which is not text")
-        items = value.values()
+                raise InvalidDataError(name, f"has the key {safe_repr(key)}, which is not text")
+        elements = value.values()
     elif isinstance(value, (list, tuple)):
-        items = value
+        elements = value
     else:
-        items = (value,)
-    for item in items:
-        if type(item) in _HARMLESS:
+        elements = (value,)
+    for element in elements:
+        if type(element) in _ALWAYS_JSON:
             continue
-        if isinstance(item, int):
-            if not MIN_INTEGER <= item <= MAX_INTEGER:
+        if isinstance(element, int):
+            if not MIN_INTEGER <= element <= MAX_INTEGER:
                 raise InvalidDataError(name, "has an integer outside 64 bits")
-        elif isinstance(item, float):
-            if not math.isfinite(item):
-                raise InvalidDataError(name, f"has {item}, which JSON cannot hold")
-        elif isinstance(item, (dict, list, tuple)):
-            _check_json(name, item, depth + 1)
-        elif not isinstance(item, str):
-            raise InvalidDataError(name, f"has {_shown(item)}, which is not JSON")
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # too deep, too many digits, or a fault of its own
-        return f"{type(value).__name__} that cannot be safe_repr"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        elif isinstance(element, float):
+            if not math.isfinite(element):
+                raise InvalidDataError(name, f"has {element}, which JSON cannot hold")
+        elif isinstance(element, (dict, list, tuple)):
+            _check_json(name, element, depth + 1)
+        elif not isinstance(element, str):
+            raise InvalidDataError(name, f"has {safe_repr(element)}, which is not JSON")

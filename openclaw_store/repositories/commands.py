@@ -1,4 +1,4 @@
-"""The operations: what each write asks of a row, and when it is refused."""
+"""Commands: the writes of the store, and the conditions under which each is refused."""
 
 from __future__ import annotations
 
@@ -44,42 +44,40 @@ from openclaw_store.repositories.unit_of_work import Command, Row, SingleRowComm
 CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
 }
-"""The fields that an `Update` of a whole row writes: all but the identifier."""
+"""All fields but the identifier: the ones that an `Update` of a whole row writes."""
 
 
-# Not frozen, though nobody changes them: that takes twice as long to make.
+# Not frozen: a frozen dataclass takes twice as long to construct. Commands are never changed.
 @dataclass(slots=True)
 class Create(SingleRowCommand, Generic[Entity]):
-    """Add a row; results in its record, or `DuplicateError`.
+    """Add a row; the result is its record, or `DuplicateError`.
 
-    The record is the operation's own: it is stamped when it is written.
+    The command owns the record: its version is set when it is written.
     """
 
     kind: type[Entity]
     id: str
     record: Record[Entity]
+    key: str | None = None
+    """The idempotency key of the record, to be read with the keys of other commands."""
     is_new: ClassVar[bool] = True
-
-    @property
-    def key(self) -> str | None:
-        return self.record.idempotency_key if self.kind is Task else None
 
     def decide(self, row: Row) -> Record[Entity] | StoreError:
         if row.version is not None:
             return DuplicateError(ENTITY_NAMES[self.kind], self.id)
-        if self.key is not None:
-            taken = row.key_taken(self.record)
-            if taken is not None:
-                return taken
+        if self.kind is Task and self.record.idempotency_key is not None:
+            conflict = row.key_conflict(self.record)
+            if conflict is not None:
+                return conflict
         return row.write(self.record, FIELDS[self.kind])
 
 
 @dataclass(slots=True)
 class Update(SingleRowCommand, Generic[Entity]):
-    """Write the named fields of a row that has still this version.
+    """Write the named fields of a row, if it still has this version (compare-and-set).
 
-    Results in the new record, or `StaleVersionError`, or `NotFoundError`. The record is the
-    operation's own: it is stamped when it is written.
+    The result is the new record, `StaleVersionError` or `NotFoundError`. The command owns the
+    record: its version is set when it is written.
     """
 
     kind: type[Entity]
@@ -88,10 +86,10 @@ class Update(SingleRowCommand, Generic[Entity]):
     names: Sequence[str]
     version: int
     known: Record[Entity] | None = None
-    """What `names` are the differences from, if they are of a known row."""
+    """The record from which `names` are the differences, if they are."""
 
     @property
-    def hints(self) -> Iterable[Record[Any]]:
+    def known_records(self) -> Iterable[Record[Any]]:
         return () if self.known is None or self.kind is not Task else (self.known,)
 
     @property
@@ -108,7 +106,7 @@ class Update(SingleRowCommand, Generic[Entity]):
         if row.record is not None and row.record is not self.known:
             record = row.record.merge(record, names)
         if self.kind is NodeInfo:
-            assert row.record is not None  # always read
+            assert row.record is not None  # nodes are always read
             if "last_heartbeat" in names:
                 heartbeat = newer_heartbeat(row.record, self.record, row.now)
                 record = record.evolve(last_heartbeat=heartbeat)
@@ -120,26 +118,26 @@ class Update(SingleRowCommand, Generic[Entity]):
             record = record.evolve(**moments)
             names = (*names, *moments)
         if self.key is not None:
-            taken = row.key_taken(record)
-            if taken is not None:
-                return taken
+            conflict = row.key_conflict(record)
+            if conflict is not None:
+                return conflict
         return row.write(record, names)
 
 
 def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> datetime | None:
-    """The last heartbeat of a node that is updated: it never goes back, but from the future."""
+    """Return the last heartbeat of an updated node: the newer one, but none after `now`."""
     before, after = known.last_heartbeat, given.last_heartbeat
     if before is not None and (after is None or after < before):
-        after = min(before, now)  # another machine's clock may only be a little ahead
+        after = min(before, now)  # the clock of another machine may be ahead
     newer: datetime | None = after
     return newer
 
 
 @dataclass(frozen=True, slots=True)
 class Remove(SingleRowCommand):
-    """Remove a row, and with `with_history` its older changes; results in whether it existed.
+    """Remove a row, and with `with_history` its older changes; the result is `False` without one.
 
-    A task gives back the place that it has taken up.
+    An assigned task releases its slot.
     """
 
     kind: type[Any]
@@ -160,10 +158,10 @@ class Remove(SingleRowCommand):
 
 @dataclass(frozen=True, slots=True)
 class SetNodeStatus(SingleRowCommand):
-    """Change a node's status; ONLINE and BUSY count as a sign of life.
+    """Change the status of a node; ONLINE and BUSY count as a heartbeat.
 
-    With `patience` only a live node that was silent for longer is changed. Results in whether it
-    was.
+    With `patience`, only a live node is changed whose last heartbeat is older. The result is
+    `True` if the node was changed.
     """
 
     id: str
@@ -189,23 +187,23 @@ class SetNodeStatus(SingleRowCommand):
 
 @dataclass(frozen=True, slots=True)
 class Claim(SingleRowCommand):
-    """Hand tasks to a node; results in the records of those that it may have, best first.
+    """Assign tasks to a node; the result is their records, best first.
 
-    Of the candidates, those are left out that the node may not claim by now.
+    Candidates that the node may not claim any more are left out.
     """
 
     id: str
     candidates: Sequence[Record[Task]]
-    """Best first, as they were known; there may be more than `limit`."""
+    """Best first, at any version; possibly more than `limit`."""
     limit: int
     kind: ClassVar[type[Any]] = NodeInfo
 
     @property
-    def others(self) -> Iterable[EntityKey]:
+    def related_keys(self) -> Iterable[EntityKey]:
         return [(Task, one.task_id) for one in self.candidates]
 
     @property
-    def hints(self) -> Iterable[Record[Task]]:
+    def known_records(self) -> Iterable[Record[Task]]:
         return self.candidates
 
     def decide(self, row: Row) -> list[Record[Task]] | StoreError:
@@ -216,13 +214,13 @@ class Claim(SingleRowCommand):
         for candidate in self.candidates:
             if len(claimed) == self.limit:
                 break
-            place = row.other(Task, candidate.task_id)
-            if place.status != TaskStatus.PENDING:
+            task_row = row.other(Task, candidate.task_id)
+            if task_row.status != TaskStatus.PENDING:
                 continue
-            task = place.content(candidate)
+            task = task_row.content(candidate)
             step = None if task is None else lifecycle.claim(task, node, row.now)
             if task is not None and step is not None:
-                claimed.append(place.write(task.evolve(**step.task), step.task))
+                claimed.append(task_row.write(task.evolve(**step.task), step.task))
                 node = node.evolve(**step.node)
         if claimed:
             row.write(node, ("running_tasks",))
@@ -230,34 +228,27 @@ class Claim(SingleRowCommand):
 
 
 class Advanced(NamedTuple):
-    """What has become of a task."""
+    """A task after `Advance`."""
 
     record: Record[Task]
     is_changed: bool
-    """Whether anything has; else it was so before."""
+    """`False` if it had this state before."""
 
 
 @dataclass(slots=True)
 class Advance(SingleRowCommand):
-    """Take a task a step on in its life, and the counters of its node with it.
-
-    Results in `Advanced`, or why not.
-    """
+    """Change the status of a task, and the counters of its node; the result is `Advanced`."""
 
     id: str
     decision: Decision
     known: Record[Task] | None = None
-    """The task as it was known, which may spare reading it."""
-    node_id: str | None = None
-    """The node that it is probably assigned to, which is read together with other rows."""
+    """The task at any version, which may save the read."""
+    related_keys: Sequence[EntityKey] = ()
+    """The key of the node to which the task is probably assigned."""
     kind: ClassVar[type[Any]] = Task
 
     @property
-    def others(self) -> Iterable[EntityKey]:
-        return () if self.node_id is None else ((NodeInfo, self.node_id),)
-
-    @property
-    def hints(self) -> Iterable[Record[Any]]:
+    def known_records(self) -> Iterable[Record[Any]]:
         return () if self.known is None else (self.known,)
 
     def decide(self, row: Row) -> Advanced | StoreError:
@@ -268,31 +259,31 @@ class Advance(SingleRowCommand):
 
 
 def start_of(task: Task) -> Advance:
-    """Its node begins to run a task."""
+    """Return the command by which the owner starts a task."""
     return _by_owner(task, lifecycle.start)
 
 
 def completion_of(task: Task, result: Any) -> Advance:
-    """Its node has completed a task."""
+    """Return the command by which the owner completes a task."""
     text = None if result is None else encode_json("result", result)
     return _by_owner(task, partial(lifecycle.complete, result=text))
 
 
 def failure_of(task: Task, error: str, wait: Wait) -> Advance:
-    """Its node has failed to do a task."""
+    """Return the command by which the owner reports a failure."""
     text = check_text("error", error)
     return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait))
 
 
 def cancellation_of(task_id: str, reason: str | None, version: int | None = None) -> Advance:
-    """Nobody needs a task any more, or one version of it."""
+    """Return the command that cancels a task, or only this version of it."""
     text = None if reason is None else check_text("reason", reason)
     decision = partial(lifecycle.cancel, reason=text, version=version)
     return Advance(check_key("task_id", task_id), decision)
 
 
 def requeue_of(task_id: str) -> Advance:
-    """A task is to be run again."""
+    """Return the command that requeues a finished task."""
     return Advance(check_key("task_id", task_id), lifecycle.requeue)
 
 
@@ -304,11 +295,12 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
         node = check_key("assigned_node", node)
     owner = (node, check_count("attempt", task.attempt))
     id = check_key("task_id", task.task_id)
-    return Advance(id, partial(decision, owner=owner), node_id=node)
+    related_keys = () if node is None else ((NodeInfo, node),)
+    return Advance(id, partial(decision, owner=owner), related_keys=related_keys)
 
 
 def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:
-    """Take the task that `row` holds a step on, and the counters of its node with it."""
+    """Apply a decision to the task of `row` and to the counters of its node."""
     node = row.other(NodeInfo, task.assigned_node) if task.assigned_node else None
     step = decision(task, None if node is None else node.record, row.now)
     if step is None:
@@ -316,10 +308,10 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
     if not isinstance(step, Step):
         return step
     changed = task.replace(**step.task)
-    if task.status in FINISHED:
-        taken = row.key_taken(changed)
-        if taken is not None:
-            return taken
+    if task.status in FINISHED:  # another task may have taken its idempotency key meanwhile
+        conflict = row.key_conflict(changed)
+        if conflict is not None:
+            return conflict
     if step.node and node is not None and node.record is not None:
         node.write(node.record.evolve(**step.node), step.node)
     return Advanced(row.write(changed, step.task, step.reason), is_changed=True)
@@ -327,9 +319,9 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
 
 @dataclass(slots=True)
 class Register(SingleRowCommand):
-    """Add a node, or have it come back as a new process that holds nothing.
+    """Register the new process of a node, and requeue the tasks of the former process.
 
-    What the former one held is given back. Results in the node's record.
+    The result is the record of the node.
     """
 
     id: str
@@ -338,10 +330,17 @@ class Register(SingleRowCommand):
     kind: ClassVar[type[Any]] = NodeInfo
 
     def decide(self, row: Row) -> Record[NodeInfo] | StoreError:
-        for held in row.held():
-            task = held.content()
+        unit = row.unit
+        tasks = unit.rows[Task]
+        for raw in unit.cursor.read(unit.sql.read_assigned, (self.id,)):
+            if raw[0] not in tasks:
+                unit.row(Task, raw[0]).load(unit.sql.decode[Task](raw))
+        assigned = [one for one in tasks.values() if one.node == self.id and one.status in ASSIGNED]
+        # Sorted, so that both databases assign the same revisions.
+        for task_row in sorted(assigned, key=lambda one: one.id):
+            task = task_row.content()
             assert task is not None  # it has a status
-            advance(held, task, partial(lifecycle.release, wait=self.wait))
+            advance(task_row, task, partial(lifecycle.release, wait=self.wait))
         record = self.record.evolve(**lifecycle.registered(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
 
@@ -349,5 +348,5 @@ class Register(SingleRowCommand):
 def apply_together(
     transaction: WriteTransaction, groups: Sequence[Sequence[Command]]
 ) -> Sequence[Sequence[Any]]:
-    """Apply groups of operations, each of which was submitted as one."""
+    """Apply groups of commands; each group was submitted as one operation."""
     return [apply(transaction, group) for group in groups]

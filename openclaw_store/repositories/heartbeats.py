@@ -1,8 +1,7 @@
-"""Heartbeats: signs of life, which come often, and are no changes.
+"""Heartbeats: written without a revision, on a path that reads and decodes no rows.
 
-They have no revision and no version. The newest wins; the only thing that one decides is whether
-an OFFLINE node is back, and that is an ordinary change. So they have a way of their own into the
-database, on which nothing is read and nothing decoded.
+The newest heartbeat of a node wins. Only an OFFLINE node needs a decision, since its return to
+ONLINE is an ordinary change.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
 
 from openclaw_store.database import USAGE, WriteTransaction
-from openclaw_store.domain import EntityKey, NodeInfo, NodeStatus, Record
+from openclaw_store.domain import ENTITY_NAMES, EntityKey, NodeInfo, NodeStatus, Record
 from openclaw_store.repositories.unit_of_work import (
     Command,
     Row,
@@ -24,13 +23,13 @@ from openclaw_store.repositories.unit_of_work import (
 )
 
 
-# Not frozen, though nobody changes them: that takes twice as long to make.
+# Not frozen: a frozen dataclass takes twice as long to construct. It is never changed.
 @dataclass(slots=True)
 class Heartbeat(SingleRowCommand):
-    """A node's heartbeat, with the usage it reported; the newest wins, but for one in the future.
+    """A heartbeat of a node, with the reported usage.
 
-    As an operation it brings a node back ONLINE that was OFFLINE before, which is an ordinary
-    change, and results in whether there is such a node.
+    As a command it also returns an OFFLINE node to ONLINE; its result is `False` if there is no
+    such node.
     """
 
     id: str
@@ -39,22 +38,22 @@ class Heartbeat(SingleRowCommand):
     kind: ClassVar[type[Any]] = NodeInfo
 
     def is_news_to(self, record: Record[NodeInfo], now: datetime | None = None) -> bool:
-        """Whether the node, as it is recorded, has sent none that is newer.
+        """Return `True` if the last heartbeat of the node is not newer.
 
         Args:
-            now: One behind this moment is not newer: the clock was turned back since.
+            now: A last heartbeat after this time does not count: a clock was ahead.
         """
         last: datetime | None = record.last_heartbeat
         return last is None or self.at >= last or (now is not None and last > now)
 
     def after(self, earlier: Heartbeat) -> Heartbeat:
-        """This one, with what `earlier` reported and it does not."""
+        """Return this heartbeat with the usage that only `earlier` reports."""
         if self.usage.keys() >= earlier.usage.keys():
             return self
         return Heartbeat(self.id, self.at, {**earlier.usage, **self.usage})
 
     def over(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
-        """The node with what was reported."""
+        """Return the node with the reported values."""
         return record.evolve(last_heartbeat=self.at, **self.usage)
 
     def decide(self, row: Row) -> bool:
@@ -62,82 +61,95 @@ class Heartbeat(SingleRowCommand):
         if record is None:
             return False
         if self.is_news_to(record, row.now):
-            touched = self.over(record)
-            row.touch(touched, ("last_heartbeat", *self.usage), HeartbeatWritten(self, row.flush))
+            row.record = touched = self.over(record)
+            row.names = row.names.union(("last_heartbeat", "beat"), self.usage)
+            row.unit.has_heartbeats = True
+            row.unit.emit(HeartbeatWritten(self, row.unit.heartbeat_sequence))
             if record.status is NodeStatus.OFFLINE:
-                since = row.status_since()  # another process may have set it so meanwhile
+                since = _status_since(row)  # another process may have set it since this heartbeat
                 if since is None or self.at >= since or since > row.now:
-                    back = touched.evolve(status=NodeStatus.ONLINE)
-                    row.write(back, ("status",), "heartbeat")
+                    online = touched.evolve(status=NodeStatus.ONLINE)
+                    row.write(online, ("status",), "heartbeat")
         return True
 
 
 class HeartbeatWritten(NamedTuple):
-    """What listeners are told of a heartbeat that was written."""
+    """A heartbeat that was written, for the listeners."""
 
-    beat: Heartbeat
-    flush: int
-    """What `nodes.beat` is since then."""
+    heartbeat: Heartbeat
+    sequence: int
+    """The heartbeat sequence number in `nodes.beat`."""
 
 
 @dataclass(frozen=True, slots=True)
 class AfterHeartbeat:
-    """An operation that writes a node, behind a heartbeat that has not been written yet."""
+    """A command that writes a node, applied after a pending heartbeat of the node."""
 
-    beat: Heartbeat
-    operation: Command
-    """Which does not create anything."""
+    heartbeat: Heartbeat
+    command: Command
+    """Must not create a row."""
     is_new: ClassVar[bool] = False
 
     @property
     def kind(self) -> type[Any]:
-        return self.operation.kind
+        return self.command.kind
 
     @property
     def id(self) -> str:
-        return self.operation.id
+        return self.command.id
 
     @property
-    def others(self) -> Iterable[EntityKey]:
-        return (*self.operation.others, (NodeInfo, self.beat.id))
+    def related_keys(self) -> Iterable[EntityKey]:
+        return (*self.command.related_keys, (NodeInfo, self.heartbeat.id))
 
     @property
-    def hints(self) -> Iterable[Record[Any]]:
-        return self.operation.hints
+    def known_records(self) -> Iterable[Record[Any]]:
+        return self.command.known_records
 
     @property
     def key(self) -> str | None:
-        return self.operation.key
+        return self.command.key
 
     def decide(self, row: Row) -> Any:
-        self.beat.decide(row.other(NodeInfo, self.beat.id))
-        return self.operation.decide(row)
+        self.heartbeat.decide(row.other(NodeInfo, self.heartbeat.id))
+        return self.command.decide(row)
 
 
 def apply_heartbeats(
     transaction: WriteTransaction, groups: Sequence[Sequence[Heartbeat]]
 ) -> Sequence[Sequence[bool]]:
-    """Apply groups of heartbeats, each of which was submitted as one."""
-    return [_apply(transaction, group) for group in groups]
+    """Apply groups of heartbeats; each group was submitted as one operation."""
+    return [_apply_group(transaction, group) for group in groups]
 
 
-def _apply(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Sequence[bool]:
+def _apply_group(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Sequence[bool]:
     unit = transaction.unit_of_work or UnitOfWork(transaction)
     unit.count_from(*counters_of(transaction.cursor.execute(unit.sql.read_counters)))
-    now = unit.sql.to_moment(transaction.now)
+    now, sequence = unit.sql.to_moment(transaction.now), unit.heartbeat_sequence
     rows = []
-    for beat in heartbeats:
-        at = unit.sql.to_moment(beat.at)
-        rows.append((*map(beat.usage.get, USAGE), at, unit.beat, beat.id, at, now))
-    transaction.cursor.expect(
-        dict.fromkeys(beat.id for beat in heartbeats)
-    )  # they are not as they were
+    for one in heartbeats:
+        at = unit.sql.to_moment(one.at)
+        rows.append((*map(one.usage.get, USAGE), at, sequence, one.id, at, now))
+    # The next transaction must read these nodes again: they are written without being decoded.
+    transaction.cursor.expect(dict.fromkeys(one.id for one in heartbeats))
     if transaction.cursor.count(unit.sql.beat, rows) < len(rows):
-        # Some are of unknown or OFFLINE nodes, or older than others: each is decided by itself. For
-        # those that were written that makes no difference.
-        known: Sequence[bool] = apply(transaction, heartbeats)
-        return known
-    unit.beaten = True
-    for beat in heartbeats:
-        unit.tell(HeartbeatWritten(beat, unit.beat))
+        # Some nodes are missing, OFFLINE, or have a newer heartbeat: decide each by itself. A
+        # second write of the same heartbeat changes nothing.
+        outcomes: Sequence[bool] = apply(transaction, heartbeats)
+        return outcomes
+    unit.has_heartbeats = True
+    for one in heartbeats:
+        unit.emit(HeartbeatWritten(one, sequence))
     return [True] * len(heartbeats)
+
+
+def _status_since(row: Row) -> datetime | None:
+    """Return the time of the last change of status; `None` if the change log lacks it."""
+    unit, newest, item = row.unit, row.version, ENTITY_NAMES[row.kind]
+    for change in reversed(unit.changes):  # not in the log yet
+        if (change.item, change.item_id) == (item, row.id):
+            if change.from_status != change.to_status:
+                return row.now
+            newest = change.previous
+    found = unit.cursor.read(unit.sql.status_since, (newest, item, row.id))
+    return unit.sql.from_moment(found[0][0]) if found else None

@@ -212,7 +212,7 @@ class Replica:
         return self.send(command)
 
     async def _submit_after_flush(self, command: Command) -> Any:
-        await self.write_behind.flush_or_drop([(command.kind, command.id), *command.others])
+        await self.write_behind.flush_or_drop([(command.kind, command.id), *command.related_keys])
         return await self.send(command)
 
     async def submit_all(self, commands: Sequence[Command]) -> Sequence[Any]:
@@ -225,7 +225,7 @@ class Replica:
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, after the heartbeat that waits for its node."""
         if self.cache.waiting and not isinstance(command, Create):
-            ids = [id for kind, id in command.others if kind is NodeInfo]
+            ids = [id for kind, id in command.related_keys if kind is NodeInfo]
             node_id = command.id if command.kind is NodeInfo else next(iter(ids), None)
             if node_id in self.cache.waiting:
                 return self._send_after_heartbeat(command, node_id)
@@ -452,7 +452,7 @@ class Replica:
             self.cache.apply(events)
         finally:
             self.watchers.wake(event.id for event in events if isinstance(event, Event))
-            flushes = [event.flush for event in events if isinstance(event, HeartbeatWritten)]
+            flushes = [event.sequence for event in events if isinstance(event, HeartbeatWritten)]
             self._own_beat = max(flushes, default=self._own_beat)
 
     def _on_commit(self, revision: int, beat: int) -> bool:

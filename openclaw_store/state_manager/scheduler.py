@@ -150,7 +150,7 @@ class Scheduler:
         """
         known = self._replica.cache.task(operation.id)
         if known is not None and known.assigned_node is not None:
-            operation.node_id = known.assigned_node
+            operation.related_keys = ((NodeInfo, known.assigned_node),)
         operation.known = known
         try:
             done: Advanced = await self._replica.submit(operation)

@@ -88,7 +88,9 @@ class TaskCalls(ManagerBase):
         self._check_usable()
         record = admit(Task, task, self.db.clock)
         if persist:
-            record = await self._replica.submit(Create(Task, task.task_id, record))
+            record = await self._replica.submit(
+                Create(Task, task.task_id, record, record.idempotency_key)
+            )
         else:
             record = await self._replica.write_behind.add(record)
         write_back(record, task)
@@ -197,7 +199,7 @@ class TaskCalls(ManagerBase):
             except InvalidDataError as error:
                 outcomes[place] = error
                 continue
-            creations[place] = Create(Task, task.task_id, record)
+            creations[place] = Create(Task, task.task_id, record, record.idempotency_key)
         results = await self._replica.submit_all(list(creations.values()))
         for place, result in zip(creations, results, strict=True):
             if isinstance(result, StoreError):

@@ -80,7 +80,9 @@ class WriteBehind:
         """
         key = key_of(record)
         if self._takes_idempotency_key(record):
-            stored: Record[Entity] = await self._replica.submit(Create(*key, record))
+            stored: Record[Entity] = await self._replica.submit(
+                Create(*key, record, record.idempotency_key)
+            )
             return stored
         if await self._replica.find(key) is not None:
             raise DuplicateError(ENTITY_NAMES[key[0]], key[1])

@@ -105,7 +105,9 @@ class Maker:
         )  # fmt: skip
         match self.chance.randrange(10):
             case 0 | 1 | 2:
-                return Create(Task, task_id, encode(task))
+                record = encode(task)
+                key = record.idempotency_key if self.chance.random() < 0.5 else None  # a hint
+                return Create(Task, task_id, record, key)
             case 3:
                 return Remove(Task, task_id, with_history=self.chance.random() < 0.5)
             case 4 if known is not None:
@@ -131,7 +133,8 @@ class Maker:
             lifecycle.requeue,
         ]
         hint = known if self.chance.random() < 0.9 else None
-        return Advance(task_id, self.chance.choice(decisions), hint, owner[0])
+        related = () if owner[0] is None else ((NodeInfo, owner[0]),)
+        return Advance(task_id, self.chance.choice(decisions), hint, related)
 
     def of_node(self, _: str, node_id: str) -> Command:
         node = encode(
