@@ -1,4 +1,4 @@
-"""`Database`: where the state lives, how it is opened, read, written, copied and closed."""
+"""`Database`: open, read, write, copy and close one database."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ Result = TypeVar("Result")
 _inside: ContextVar[tuple[Database, WriteTransaction] | None] = ContextVar(
     "transaction", default=None
 )
-"""The transaction that the running task is in, or was made in."""
+"""The `transaction()` block of the running asyncio task, or of the task that created it."""
 
 _forks = 0
-"""How often this process is a child of one that had imported this module."""
+"""Number of forks between the import of this module and this process."""
 
 
 def _note_fork() -> None:
@@ -69,7 +69,7 @@ def _note_fork() -> None:
     _forks += 1
 
 
-if hasattr(os, "register_at_fork"):  # asking for the process id would cost as much as a look-up
+if hasattr(os, "register_at_fork"):  # cheaper than `os.getpid` in each call
     os.register_at_fork(after_in_child=_note_fork)
 
 
@@ -79,24 +79,24 @@ class Database:
     **Durability.** A write that returns is committed and on the disk.
     **Sharing.** One instance serves any number of coroutines, and several event loops in threads
     of their own. Writers queue, first come first served; readers never wait for writers.
-    **Processes.** Any number may open the same database. What was opened before `fork` is the
-    parent's: a child is refused it, and on SQLite the file as well, at once.
+    **Processes.** Any number may open the same database. A child of `fork` cannot use an object of
+    its parent, nor on SQLite the file; it gets an error at once.
 
     Args:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
-            gone when this object is closed; or a URL of PostgreSQL, as in
+            deleted at `close`; or a URL of PostgreSQL, as in
             `postgresql://user:password@host/database`. Folders are made; nothing is opened yet.
-        clock: Tells the time for everything the store stamps or compares. (`Task.create` has the
-            system's time, unless it is given one.)
-        timeout: Seconds a write waits for its turn and its locks, and a server may take to answer,
-            before `DeadlineError` or `UnavailableError`.
-        transaction_timeout: Seconds a `transaction()` may take.
+        clock: Returns the time for all stamps and comparisons of the store. (`Task.create` uses
+            the time of the system by default.)
+        timeout: Seconds that a write waits for locks, and a server may take to answer, before
+            `DeadlineError` or `UnavailableError`.
+        transaction_timeout: Seconds that a `transaction()` may take.
         pool_size: Connections kept for reading.
-        legacy_timezone: Of the times of an original hand-made database, which is adopted when it
-            is opened: a name such as `Asia/Shanghai`; `None` for the local zone.
+        legacy_timezone: Time zone of a hand-made database, which is imported when it is opened: a
+            name such as `Asia/Shanghai`; `None` for the local zone.
 
     Raises:
-        InvalidDataError: If `db_path` is not one of these, or there is no such time zone.
+        InvalidDataError: If `db_path` is not one of these, or the time zone is unknown.
         UnavailableError: If the folder cannot be made.
     """
 
@@ -130,14 +130,14 @@ class Database:
         """`sqlite` or `postgresql`."""
         is_file = self.dialect == "sqlite"
         self.db_path = str(db_path) if is_file else self._backend.location
-        """The location as it was given, but for a password."""
+        """The given location, without a password."""
         self._forks = _forks
         self._state = "new"
         self._write_lock = FairLock(timeout)
         self._writer = Writer(self._backend, self._write_lock, clock, timeout)
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop_sessions: dict[asyncio.AbstractEventLoop, LoopSessions] = {}
-        self._background: set[asyncio.Task[Any]] = set()
+        self._background: set[asyncio.Task[Any]] = set()  # `close` waits for these reads
         self._closing: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
@@ -148,20 +148,20 @@ class Database:
 
         Args:
             migrate: Make or upgrade the schema; `False` refuses one that is not up to date.
-            is_copy_target: Open what an interrupted `copy` has left, too; for `copy` alone.
+            is_copy_target: Accept the target of an interrupted `copy`; for `copy` alone.
 
         Raises:
             SchemaMismatchError: If the schema is newer than the library, or older and `migrate`
                 is off; with the command to run.
-            UnavailableError: If the file cannot be used; says which and what to do.
+            UnavailableError: If the file cannot be used; with the remedy.
         """
         self._check_process()
         async with self._exclusive("a migration"):
             if self._state != "new":
-                self._check_ready()  # it may be closed
+                self._check_ready()  # raises if it is closed
                 return
             await shield_until_done(asyncio.to_thread(self._open, migrate, is_copy_target))
-            if self._state == "new":  # else it was closed meanwhile
+            if self._state == "new":  # otherwise it was closed meanwhile
                 self._home = asyncio.get_running_loop()
                 self._state = "ready"
 
@@ -175,12 +175,12 @@ class Database:
             migrations.require(self._backend)
 
     async def close(self) -> None:
-        """Commit what has queued, then close everything; may be called twice.
+        """Commit the queue, then close all connections; may be called twice.
 
-        If it was interrupted, the next call goes on with what is left.
+        After an interruption, the next call continues.
         """
         if self._forks != _forks:
-            return  # it is the parent's
+            return  # the connections belong to the parent process
         if self._closing is None or was_interrupted(self._closing):
             self.refuse_inside()
             self._closing = asyncio.ensure_future(self._close())
@@ -196,7 +196,7 @@ class Database:
         await self._writer.close()
         try:
             async with self._exclusive("closing"):
-                pass  # transactions that were under way have ended, and others are refused
+                pass  # the last transaction has ended, as later ones are refused
         except DeadlineError as error:
             logger.warning("closing in spite of a transaction: %s", error)
         for sessions in list(self._loop_sessions.values()):
@@ -219,7 +219,7 @@ class Database:
 
     @property
     def session_factory(self) -> async_sessionmaker[AsyncSession]:
-        """What makes the sessions of `session()` on the running event loop; they only read."""
+        """The factory of the sessions of `session()` on the running event loop; read-only."""
         return self._sessions_here().sessions
 
     @property
@@ -229,7 +229,7 @@ class Database:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[AsyncSession]:
-        """A session that reads one consistent snapshot and cannot write.
+        """Open a read-only session on one consistent snapshot.
 
         Raises:
             UnavailableError: If the database is not open, or cannot be read.
@@ -250,18 +250,18 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self, *, timeout: float | None = None) -> AsyncIterator[AsyncSession]:
-        """A session that writes: committed at the end of the block, rolled back when it raises.
+        """Open a session that writes; commit at the end of the block, roll back if it raises.
 
-        Waits for its turn, then holds the write lock: keep it short, and write tasks and nodes
-        with `TaskRepository(tx)` and `NodeRepository(tx)`, so that the feed and the caches learn
-        of it.
+        The block holds the write lock: keep it short. Write tasks and nodes with
+        `TaskRepository(tx)` and `NodeRepository(tx)`, which update the change log and the caches.
 
         Args:
-            timeout: Seconds the block may take; `None` for `transaction_timeout`.
+            timeout: Seconds that the block may take; `None` for `transaction_timeout`.
 
         Raises:
-            DeadlineError: If the block took longer (it is rolled back), or its turn did not come.
-            InvalidDataError: If `timeout` is no positive number.
+            DeadlineError: If the block took longer (it is rolled back), or waited too long for the
+                write lock.
+            InvalidDataError: If `timeout` is not a positive number.
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
@@ -279,7 +279,7 @@ class Database:
                     with self._backend.error_mapping.mapped():
                         connection = await cancel_once(self._backend.begin(session, self._counters))
                     transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
-                    session.info.update(transaction=transaction, turn=asyncio.Lock())
+                    session.info.update(transaction=transaction, cursor_lock=asyncio.Lock())
                     self._write_lock.limit(seconds)
                     outside = _inside.get()
                     _inside.set((self, transaction))
@@ -291,7 +291,7 @@ class Database:
                             raise StoreError(
                                 "a write in the transaction failed, so all of it was rolled back"
                             ) from transaction.failure
-                        if not transaction.finished:  # else the block rolled back by itself
+                        if not transaction.finished:  # otherwise the block rolled back by itself
                             await shield_until_done(self._commit(session, transaction))
                     finally:
                         transaction.finished = True
@@ -299,9 +299,8 @@ class Database:
                         for restore in reversed(transaction.undo):
                             restore()
             except BackendError:
-                await shield_until_done(
-                    session.invalidate()
-                )  # who would roll back may wait for an answer
+                # A rollback could wait for an answer on a broken connection.
+                await shield_until_done(session.invalidate())
                 raise
             finally:
                 await shield_until_done(self._backend.end(session))
@@ -321,7 +320,7 @@ class Database:
             ) from error
 
     async def _commit(self, session: AsyncSession, transaction: WriteTransaction) -> None:
-        async with session.info["turn"]:  # a call that the block has left behind may be writing
+        async with session.info["cursor_lock"]:  # a call that the block did not await may write
             with self._backend.error_mapping.mapped():
                 await session.run_sync(lambda _: transaction.finish())
         try:
@@ -330,16 +329,13 @@ class Database:
             raise self._backend.error_mapping.map_error(error, committing=True) from error
         transaction.undo.clear()
         self._writer.publish(transaction.committed)
-        await asyncio.sleep(0)  # the caches of this loop are told first
+        await asyncio.sleep(0)  # the caches of this loop apply the events before the caller runs
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-        """Do `work` with a session, in a task of its own.
-
-        So a cancelled caller does not tear the connection out of its hands.
-        """
+        """Run `work` with a session, in its own task, so that cancelling the caller is safe."""
 
         async def in_own_task() -> Result:
-            with self._backend.error_mapping.mapped():  # the statements are ours
+            with self._backend.error_mapping.mapped():
                 async with self._reading() as session:
                     return await work(session)
 
@@ -353,19 +349,19 @@ class Database:
             raise
 
     async def inspect(self, work: Callable[[Connection], Result]) -> Result:
-        """Do `work`, which reads, on a thread: whatever is there, be the database open or not.
+        """Run `work`, which reads, on a thread, with any schema, before or after `initialize`.
 
         Raises:
-            UnavailableError: If it cannot be reached.
+            UnavailableError: If the database cannot be reached.
         """
         self._check_process()
         return await shield_until_done(asyncio.to_thread(self._backend.inspect, work))
 
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
-        """Submit an operation to the writer; awaited, gives its result when it is committed.
+        """Submit an operation to the writer; the coroutine returns its result after the commit.
 
         Raises:
-            DeadlineError: Inside a `transaction()`: it would wait for itself.
+            DeadlineError: Inside a `transaction()`, for which it would wait forever.
         """
         self._check_ready()
         self.refuse_inside()
@@ -374,43 +370,43 @@ class Database:
     async def read_in(
         self, session: AsyncSession, work: Callable[[AsyncSession], Awaitable[Result]]
     ) -> Result:
-        """Do `work`, which reads, with a session of the caller's.
+        """Run `work`, which reads, with a session of the caller.
 
-        There, only what stands in here is known to come from the driver: `TimeoutError`, say.
+        Only errors raised in `work` are mapped: a `TimeoutError` of the block may be the caller's.
         """
         with self._backend.error_mapping.mapped():
             return await work(session)
 
     async def write_in(self, session: AsyncSession, apply: Apply, operation: Any) -> Any:
-        """Apply an operation in the transaction that `session` came from; returns its result."""
+        """Apply an operation in the transaction of `session`, and return its result."""
         transaction = session.info.get("transaction")
         if transaction is None or transaction.finished:
             raise StoreError("this session only reads: take one from `async with transaction()`")
-        async with session.info["turn"]:  # the transaction has one cursor
+        async with session.info["cursor_lock"]:  # the transaction has one cursor
             try:
                 with self._backend.error_mapping.mapped():
                     outcome = (await session.run_sync(lambda _: apply(transaction, [operation])))[0]
             except BaseException as error:
-                transaction.failure = error  # part of it may be done: it must not be committed
+                transaction.failure = error  # a part may be written, so it must not commit
                 raise
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Tell `listener` on the running loop what is committed; returns what ends it."""
+        """Call `listener` on this loop with committed events; return the function that ends it."""
         return self._writer.listen(asyncio.get_running_loop(), listener)
 
-    def follow(self, tell: OnCommit) -> Notifier:
-        """Have `tell` called, on any thread, when somebody may have committed; only a hint."""
+    def follow(self, on_commit: OnCommit) -> Notifier:
+        """Call `on_commit`, on any thread, after possible commits of any process."""
         self._check_ready()
-        return notify_of_commits(self._backend, self._counters, tell)
+        return notify_of_commits(self._backend, self._counters, on_commit)
 
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Copy the database, as it is at one moment, to a file of its own.
+        """Copy one consistent snapshot to a file, while reads and writes continue.
 
-        Reads and writes go on meanwhile. The copy is written aside and renamed at the end. Of
-        PostgreSQL it is an archive for `pg_restore`, written by `pg_dump`.
+        The file gets its name when it is complete. For PostgreSQL it is an archive of `pg_dump`
+        for `pg_restore`.
 
         Raises:
             InvalidDataError: If `path` exists and `overwrite` is off, or is the database itself.
@@ -423,7 +419,7 @@ class Database:
         )
 
     async def vacuum(self) -> None:
-        """Give the space of removed rows back; writers wait meanwhile, readers do not.
+        """Release the space of removed rows; writers wait for this, readers do not.
 
         Raises:
             UnavailableError: If another process keeps the database locked, the disk is full, or
@@ -436,22 +432,12 @@ class Database:
             await shield_until_done(asyncio.to_thread(self._backend.vacuum))
 
     async def get_stats(self) -> dict[str, Any]:
-        """Size and contents, and how the writing goes.
+        """Return the metrics of the database and of the writer of this object.
 
         Returns:
-            `db_size` (bytes, the WAL included), `db_path`, `task_count`, `node_count`;
-            `task_stats` and `node_stats`: how many there are of each status that occurs;
-            and `writer`, which tells of this object since it was made:
-
-            - `queued_operations`: that wait for the next batch at this moment;
-            - `batches` and `operations`: committed, refused operations included;
-            - `mean_batch`, `largest_batch`: operations in one of the last 1,000 batches;
-            - `commit_seconds_p50`, `_p99` and `_max`: from the moment a batch is taken until it is
-              committed, its turn to write awaited, of the last 1,000 batches;
-            - `failed_batches`: of which nothing was committed; `last_failure`: why the last of
-              them failed; `last_failure_at`: when.
-
-            What there is nothing to tell of yet is `None`.
+            Location and size (`db_…`), rows (`…_count`), rows by status (`…_stats`), and under
+            `writer` the queue, batches, commit times and failures. The reference lists all keys
+            (docs/reference/metrics.md). A key without a figure yet is `None`.
         """
 
         async def count(session: AsyncSession) -> tuple[int, list[dict[str, int]]]:
@@ -493,15 +479,13 @@ class Database:
         loop = asyncio.get_running_loop()
         if loop not in self._loop_sessions:
             for other in list(self._loop_sessions):
-                if other.is_closed() and other is not self._home:  # whose pool `close` closes
+                if other.is_closed() and other is not self._home:  # `close` closes its pool
                     self._loop_sessions.pop(other, None)
-            # A pool cannot serve two loops; only the first one has its connections kept.
-            kept = {
-                "pool": AsyncAdaptedQueuePool,
-                "pool_size": self._pool_size,
-                "pool_timeout": self.timeout,
-            }
-            options = kept if loop is self._home else {"pool": NullPool}
+            # A pool cannot serve two loops, so only the first one keeps its connections.
+            options: dict[str, Any] = {"pool": NullPool}
+            if loop is self._home:
+                options = {"pool": AsyncAdaptedQueuePool, "pool_size": self._pool_size}
+                options["pool_timeout"] = self.timeout
             self._loop_sessions[loop] = LoopSessions(
                 loop, self._backend, {"database": self}, **options
             )
@@ -522,7 +506,7 @@ class Database:
         raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
 
     def refuse_inside(self) -> None:
-        """Raise `DeadlineError` inside a `transaction()`, where a write would wait for itself."""
+        """Raise `DeadlineError` inside a `transaction()`, for which a write would wait forever."""
         inside = _inside.get()
         if inside is not None and inside[0] is self and not inside[1].finished:
             raise DeadlineError(
@@ -532,5 +516,5 @@ class Database:
 
 
 def _remove_folder(folder: str, pid: int) -> None:
-    if os.getpid() == pid:  # a forked child's end is not the parent's
+    if os.getpid() == pid:  # otherwise a forked child would delete the parent's database
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,30 +1,29 @@
 """Group commit: operations that callers submit at the same time share one transaction.
 
-Committing costs a disk flush, whatever it commits. So one thread takes *everything* that has
-queued, applies it in one transaction, and then takes what has queued meanwhile: the busier the
-store, the larger the batch and the smaller the cost of each operation. There is no timer, and
-a lone caller waits for nobody. (Databases write their logs this way; see "group commit" in Gray &
-Reuter, *Transaction Processing*, 1993.)
+A commit costs a disk flush, whatever its size. So one thread takes *everything* in the queue,
+applies it in one transaction, and then takes the operations that were queued meanwhile: the busier
+the store, the larger the batch and the smaller the cost of each operation. There is no timer, and
+a lone caller does not wait for other callers. (Databases write their logs this way; see "group
+commit" in Gray & Reuter, *Transaction Processing*, 1993.)
 
-Callers who all wait for one batch leave the server idle while they are answered. So where a server
-does the work, batches are *pipelined*: each takes half of many callers, and those of the batch
-before are answered while it is on its way. Their answers are kept until then, if a batch is to
-follow: once an event loop wakes them it holds the interpreter (the GIL), and the thread would be
-late to send.
+If all callers wait for one batch, the server is idle while they are answered. So for a server,
+batches are *pipelined*: each takes half of many callers, and the callers of the previous batch are
+answered while it is on its way. Until then their acknowledgements are pending, as an event loop
+that wakes callers holds the interpreter lock and would delay the thread.
 
-What holds:
+Guarantees:
 
-- **Each operation is decided by itself.** One that is refused (stale, duplicate, not found) gets
-  its own error; the rest of its batch commits.
+- **Each operation is decided by itself.** A refused one (stale, duplicate, not found) gets its own
+  error; the rest of its batch commits.
 - **Order.** Operations are applied in the order in which they were queued.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
-  and after the listeners of that loop (the caches) were told. No answer is held back while the
-  thread waits for its turn, for a lock, or for more to write.
-- **Cancelling** a caller withdraws an operation that is still queued; one that is already in a
-  batch is waited for, and `CancelledError` goes on afterwards.
+  and after the listeners (the caches) of that loop. No acknowledgement is pending while the thread
+  waits for the fair lock, for a lock of the database, or for operations.
+- **Cancelling** a caller withdraws an operation that is still queued; if it is in a batch already,
+  the caller waits for the outcome and then raises `CancelledError`.
 
-The module knows no tables: an operation is any object, and comes with the function that applies
-a run of them.
+This module knows no tables: an operation is any object, submitted with the function that applies
+a run of such operations.
 """
 
 from __future__ import annotations
@@ -56,37 +55,37 @@ logger = logging.getLogger("openclaw_store.writer")
 
 
 Apply = Callable[["WriteTransaction", Sequence[Any]], Sequence[Any]]
-"""Applies operations in order; returns a result, or an exception, for each of them.
+"""Applies operations in order, and returns a result or an exception for each.
 
-After a rollback they are applied again, and must lead to the same.
+After a rollback it is called again, and must be deterministic.
 """
 
 
 Listener = Callable[[Sequence[Any]], None]
-"""Is told, on its event loop, what each transaction committed, in the order of the commits."""
+"""Called on its event loop with the events of each transaction, in the order of commits."""
 
 
 MAX_BATCH = 8192
-"""Operations of one transaction at most; the callers of the others wait for the next one."""
+"""Largest number of operations in a transaction; the rest stays queued."""
 
 
 HALVED_FROM = 32
-"""So many callers are worth two batches: a batch costs as much as some 20 operations."""
+"""Number of callers worth two batches: a batch costs as much as some 20 operations."""
 
 
 _CLOSED = "the database is closed: open a new Database"
 
 
 _Entry = tuple[asyncio.Future[Any], Apply, Any]
-"""What a caller waits for, and its operation with the function that applies it."""
+"""The future of a caller, and its operation with the function that applies it."""
 
 
 _Answer = tuple[asyncio.Future[Any], Any]
-"""What a caller waits for, and what it is to be answered: a result, or an exception."""
+"""The future of a caller, and its result or exception."""
 
 
 _Acknowledgements = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
-"""What a transaction committed, for the listeners; its entries; and their outcomes."""
+"""The events of a committed transaction, its entries, and their outcomes."""
 
 
 class Writer:
@@ -94,47 +93,50 @@ class Writer:
 
     Args:
         backend: The engine; its write session belongs to the thread.
-        turns: The lock that admits one writer of this process at a time.
+        write_lock: The lock that admits one writer of this process at a time.
         clock: Returns the time that a transaction stamps.
-        timeout: Seconds that a batch waits for its turn and for the locks of other processes.
+        timeout: Seconds that a batch waits for the fair lock and for the locks of other processes.
     """
 
-    def __init__(self, backend: Backend, turns: FairLock, clock: Clock, timeout: float) -> None:
+    def __init__(
+        self, backend: Backend, write_lock: FairLock, clock: Clock, timeout: float
+    ) -> None:
         self._backend = backend
-        self._turns = turns
+        self._write_lock = write_lock
         self._clock = clock
         self._timeout = timeout
         self._session: WriteSession | None = None  # opened, used and closed on the thread
         self._metrics = WriteMetrics(clock)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for all below but the queue's right end and the tokens
         self._queue: deque[_Entry] = deque()
-        self._withdrawn = 0  # of those in the queue, about
-        self._callers = 0  # that there were when the last batch was done, those of it included
-        self._taken: dict[asyncio.Future[Any], _Entry] = {}  # out of the queue, not answered yet
+        self._withdrawn = 0  # cancelled entries in the queue, about
+        self._callers = 0  # callers at the end of the last batch, its own included
+        self._taken: dict[asyncio.Future[Any], _Entry] = {}  # in a batch, not answered yet
         self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
+        # Reentrant, since `publish` calls `publish_pending`; held so that commits keep their order.
         self._publishing = threading.RLock()
         self._pending: _Acknowledgements | None = None
-        self._tokens: SimpleQueue[None] = SimpleQueue()
-        self._kicking: set[asyncio.AbstractEventLoop] = set()
+        self._tokens: SimpleQueue[None] = SimpleQueue()  # each makes the thread take one batch
+        self._kicking: set[asyncio.AbstractEventLoop] = set()  # loops that will call `_kick`
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
-        self._ended: Future[None] | None = None  # of the thread, while there is one
+        self._ended: Future[None] | None = None  # done at the end of the thread; `None` without one
         self._closed = False
 
     async def submit(self, apply: Apply, operation: Any) -> Any:
-        """Apply an operation; returns its result when it is committed.
+        """Apply an operation; return its result after the commit.
 
         Raises:
-            StoreError: What the operation was refused with, or why the batch failed.
+            StoreError: The refusal of the operation, or the failure of the batch.
             UnavailableError: If the writer is closed.
         """
         if self._closed:
             raise UnavailableError(_CLOSED)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._queue.append((future, apply, operation))  # without the lock, which costs more
+        self._queue.append((future, apply, operation))  # atomic, so the costly lock is not needed
         if loop not in self._kicking:
-            # Not at once: callers that this turn of the loop wakes next shall be in the same
-            # batch. The callback runs behind them, without any delay for a lone one.
+            # The callback runs after all callers that this iteration of the loop wakes, so that
+            # they share a batch; a lone caller is not delayed.
             self._kicking.add(loop)
             loop.call_soon(self._kick, loop)
         try:
@@ -144,18 +146,18 @@ class Writer:
             raise
 
     def figures(self) -> dict[str, Any]:
-        """What `Database.get_stats` tells of it."""
+        """Return the metrics for `Database.get_stats`."""
         return {"queued_operations": len(self._queue), **self._metrics.figures()}
 
     def listen(self, loop: asyncio.AbstractEventLoop, listener: Listener) -> Callable[[], None]:
-        """Tell `listener`, on `loop`, what is published from now on; returns what ends it."""
-        place = (loop, listener)
+        """Call `listener` on `loop` with all later events; return the function that ends it."""
+        subscription = (loop, listener)
         with self._lock:
-            self._listeners = [*self._listeners, place]
+            self._listeners = [*self._listeners, subscription]
 
         def unlisten() -> None:
             with self._lock:
-                self._listeners = [other for other in self._listeners if other is not place]
+                self._listeners = [one for one in self._listeners if one is not subscription]
 
         return unlisten
 
@@ -165,23 +167,20 @@ class Writer:
         entries: Sequence[_Entry] = (),
         outcomes: Sequence[Any] = (),
     ) -> None:
-        """Tell each loop's listeners what was committed, then wake its callers: one hop a loop.
+        """Call the listeners of each loop, then wake its callers, with one callback for each loop.
 
-        To be called before the next transaction begins, so that the order is that of commits.
+        Must be called before the next transaction begins: events are in the order of commits.
         """
         with self._publishing:
             self.publish_pending()
             self._publish(committed, entries, outcomes)
 
     def publish_pending(self) -> None:
-        """Publish what the last batch committed, unless that was done.
-
-        To be called at the latest before the thread waits, or once it has something sent.
-        """
+        """Publish the pending acknowledgements, before the thread waits or after it has sent."""
         with self._publishing:
             if self._pending is not None:
                 self._publish(*self._pending)
-                self._pending = None  # last: should this be interrupted, it is done again
+                self._pending = None  # last: an interrupted publication is repeated
 
     def _publish(
         self, committed: Sequence[Any], entries: Sequence[_Entry], outcomes: Sequence[Any]
@@ -196,12 +195,17 @@ class Writer:
         for loop in {**listeners, **answers}:
             try:
                 loop.call_soon_threadsafe(_deliver, listeners[loop], committed, answers[loop])
-            except RuntimeError:  # the loop was closed: nobody is left there to be told
+            except RuntimeError:  # the loop was closed, and its callers with it
                 logger.debug("an event loop closed before its writes were acknowledged")
-        self._let_go([future for future, _, _ in entries])
+        with self._lock:
+            for future, _, _ in entries:
+                self._taken.pop(future, None)
+            gone = [self._gone.pop(future) for future, _, _ in entries if future in self._gone]
+        for done in gone:
+            _wake(done)
 
     async def close(self) -> None:
-        """Commit what has queued, refuse what comes later, and end the thread."""
+        """Commit the queue, refuse later operations, and end the thread."""
         with self._lock:
             self._closed = True
             if self._ended is None and self._queue:
@@ -214,20 +218,23 @@ class Writer:
             await done
 
     def _kick(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Have the thread look at the queue; refuse what is in it if there can be no thread."""
+        """Make the thread take a batch; refuse the queue if there can be no thread."""
         self._kicking.discard(loop)
         try:
             with self._lock:
                 if self._ended is None:
-                    if self._closed:  # since they were let into the queue, on another loop
+                    if self._closed:  # on another loop, after these operations were queued
                         raise UnavailableError(_CLOSED)
                     self._start(Future())
         except UnavailableError as error:
             with self._lock:
-                refused = [self._queue.popleft() for _ in range(len(self._queue))]
+                refused = self._pop(len(self._queue))
             self.publish((), refused, [_own(error) for _ in refused])
-        if self._tokens.empty():  # else the thread is yet to look, and will find these, too
+        if self._tokens.empty():  # otherwise the thread will take a batch anyway
             self._tokens.put(None)
+
+    def _pop(self, count: int) -> list[_Entry]:
+        return [self._queue.popleft() for _ in range(count)]
 
     def _start(self, ended: Future[None]) -> None:
         thread = threading.Thread(
@@ -235,50 +242,44 @@ class Writer:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # the system has no more of them
+        except RuntimeError as error:  # the system limits the number of threads
             raise UnavailableError(f"the writer's thread cannot be started: {error}") from error
         self._ended = ended
 
     async def _withdraw(self, future: asyncio.Future[Any]) -> None:
-        """Take a cancelled caller's operation back, or wait until its batch is done."""
-        future.cancel()  # it is already, unless the answer came first
+        """Withdraw the operation of a cancelled caller, or wait for the end of its batch."""
+        future.cancel()  # no effect if the answer came first
         done = asyncio.get_running_loop().create_future()
         with self._lock:
             if future in self._taken:
                 self._gone[future] = done
-            else:  # withdrawn; or committed, and what tells the listeners is yet to run
+            else:  # withdrawn; or committed, and the callback for the listeners is scheduled
                 self._withdrawn += 1
                 if 2 * self._withdrawn >= len(self._queue):
-                    self._sweep()
+                    # A slow disk may block the thread for long, so cancelled entries must not
+                    # pile up. Popped from the left: `submit` appends on the right without the lock.
+                    entries = self._pop(len(self._queue))
+                    live = [entry for entry in reversed(entries) if not entry[0].cancelled()]
+                    self._queue.extendleft(live)
+                    self._withdrawn = 0
                 done.get_loop().call_soon(done.set_result, None)
-        await shield_until_done(done)  # even when cancelled again: the outcome is on its way
-
-    def _sweep(self) -> None:
-        """Forget the operations of those who have gone: a slow disk may keep the queue for long."""
-        # From the left: those who queue meanwhile, without the lock, come behind.
-        entries = [self._queue.popleft() for _ in range(len(self._queue))]
-        self._queue.extendleft(entry for entry in reversed(entries) if not entry[0].cancelled())
-        self._withdrawn = 0
+        await shield_until_done(done)  # even if cancelled again: the outcome is on its way
 
     def _take(self) -> tuple[list[_Entry], bool]:
-        """Make a batch of what has queued, without those whose callers have gone.
-
-        Returns:
-            The batch, and whether something was left.
-        """
+        """Return a batch without cancelled entries, and `True` if more entries are queued."""
         queued, limit = len(self._queue), MAX_BATCH
         callers = max(queued, self._callers)
         if callers >= HALVED_FROM and (self._session is not None and self._session.is_pipelined):
             limit = min(limit, (callers + 1) // 2)
-        taken = [self._queue.popleft() for _ in range(min(queued, limit))]
+        taken = self._pop(min(queued, limit))
         self._withdrawn = 0
         batch = [entry for entry in taken if not entry[0].cancelled()]
         self._taken.update((entry[0], entry) for entry in batch)
         return batch, len(taken) < queued
 
     def _write(self) -> bool:
-        """Wait for a batch and commit it; returns whether there may be another one."""
-        if self._tokens.empty():  # else the next batch comes at once
+        """Wait for a batch and commit it; return `False` when the thread must end."""
+        if self._tokens.empty():  # otherwise the next batch follows at once
             self.publish_pending()
         self._tokens.get()
         with self._lock:
@@ -291,7 +292,7 @@ class Writer:
             self.publish_pending()
             return False
         if closed or is_left:
-            self._tokens.put(None)  # for what was left, or queued during the commit
+            self._tokens.put(None)  # for the rest, or for entries queued during the commit
         return True
 
     def _run(self, ended: Future[None]) -> None:
@@ -308,36 +309,27 @@ class Writer:
                 self.publish((), entries, [_own(lost) for _ in entries])
             raise
         finally:
-            self._close_session()  # first: from the next line on there may be another thread
+            self._close_session()  # before the next block, which may start another thread
             with self._lock:
                 orphaned = bool(self._queue)
                 self._ended = None
-                if orphaned:  # they were not in its batch
+                if orphaned:
                     self._start(ended)
                     self._tokens.put(None)
             if not orphaned:
                 ended.set_result(None)
 
-    def _let_go(self, futures: Sequence[asyncio.Future[Any]]) -> None:
-        """Forget those who were answered, and let go those of them who were cancelled."""
-        with self._lock:
-            for future in futures:
-                self._taken.pop(future, None)
-            gone = [self._gone.pop(future) for future in futures if future in self._gone]
-        for done in gone:
-            _wake(done)
-
     def _commit(self, entries: Sequence[_Entry]) -> None:
-        """Commit the entries in one transaction; by halves if one of them makes it fail."""
+        """Commit the entries in one transaction; in halves if one of them makes it fail."""
         began = time.perf_counter()
         until = time.monotonic() + self._timeout
         try:
-            self._turns.acquire("the writer", self.publish_pending)
+            self._write_lock.acquire("the writer", self.publish_pending)
             try:
                 while not self._apply(entries, until, began):
                     pass
             finally:
-                self._turns.release()
+                self._write_lock.release()
         except Exception as error:
             if isinstance(error, BackendError):
                 self._metrics.note_failure(error)
@@ -349,11 +341,7 @@ class Writer:
                 self._commit(entries[middle:])
 
     def _apply(self, entries: Sequence[_Entry], until: float, began: float) -> bool:
-        """Commit the entries in one transaction.
-
-        Returns:
-            `False` if nothing was written and the same entries must be applied once more.
-        """
+        """Commit the entries in one transaction; return `False` if they must be applied again."""
         outcomes: list[Any] = []
         is_committing = False
         try:
@@ -374,7 +362,7 @@ class Writer:
         except RedoError:
             return False
         except BaseException as error:
-            self._close_session()  # the next one begins with a connection in a known state
+            self._close_session()  # a new connection has a known state
             mapping = self._backend.error_mapping
             driver_errors: tuple[type[Exception], ...] = (SQLAlchemyError, *mapping.raised())
             if isinstance(error, driver_errors):
@@ -395,7 +383,7 @@ class Writer:
 
 
 def _own(error: Exception) -> Exception:
-    """An error of one caller's own: raising an error changes it."""
+    """Return a copy of an error for each caller, as raising an error changes it."""
     if not isinstance(error, BackendError):
         return error
     own = copy.copy(error)
@@ -420,7 +408,7 @@ def _deliver(
     for listener in listeners:
         try:
             listener(committed)
-        except Exception as error:  # a listener's fault is not the callers'
+        except Exception as error:  # callers must get their answers anyway
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "a listener of committed changes failed", "exception": error}
             )

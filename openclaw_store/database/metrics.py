@@ -1,4 +1,4 @@
-"""Figures about the batches that group commit has written."""
+"""Metrics of the batches that group commit has written."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from datetime import datetime
 from typing import Any
 
 RECENT_BATCHES = 1000
-"""The figures of so many are kept."""
+"""Number of batches on which means and percentiles are based."""
 
 
 class WriteMetrics:
-    """What the writer has done, a line for each batch."""
+    """Counts and times of batches, for `Database.get_stats`; any thread may read them."""
 
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
@@ -57,5 +57,4 @@ class WriteMetrics:
 
 
 def _percentile(in_order: Sequence[float], percent: int) -> float | None:
-    """The value that so many percent do not exceed; `None` if there are no values."""
     return in_order[(len(in_order) * percent - 1) // 100] if in_order else None

@@ -1,7 +1,6 @@
-"""The gate: the writer, transactions, migrations and the vacuum take turns.
+"""The fair lock, which the writer, transactions, migrations and the vacuum take in turn.
 
-SQLite lets one of them write at a time, but it has no queue: those who wait would try again and
-again, and one of them would starve.
+SQLite admits one writer at a time but has no queue: waiters would retry, and one could starve.
 """
 
 from __future__ import annotations
@@ -20,34 +19,35 @@ from openclaw_store.errors import DeadlineError
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    """Somebody who comes to the gate."""
+    """A waiter or holder of the lock."""
 
     name: str
-    """What the errors of the others call it."""
+    """The name in the errors of other waiters."""
     home: object
-    """The event loop, or the thread, that has to go on for it to come in."""
+    """The event loop or thread that must run for it to take the lock."""
     came_at: float = field(default_factory=time.monotonic)
     turn: Future[None] | None = None
-    """Done when its turn comes, if it has to wait."""
+    """Done when the lock is given to it, if it had to wait."""
     is_queued: bool = False
     is_inside: bool = False
 
 
 class FairLock:
-    """Lets one writer of this process in at a time, first come first served.
+    """A lock for one writer of this process at a time, first come first served.
 
-    Threads and coroutines of any event loop queue together. When it is the turn of one whose event
-    loop stands still, all of that loop are passed over, and queue again as soon as it goes on.
+    Threads and coroutines of any event loop share one queue. If the next waiter belongs to a
+    blocked event loop, all waiters of that loop lose their places, and queue again when it runs.
     """
 
-    _SLICE_SECONDS = 0.1  # how often those who wait look how it stands
-    _ENTRY_SECONDS = 2.0  # how long one may take to notice that it is its turn, at most
+    _SLICE_SECONDS = 0.1  # the interval at which waiters check for timeouts and absent holders
+    _ENTRY_SECONDS = 2.0  # the longest time for a waiter to notice that it was given the lock
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._mutex = threading.Lock()
         self._waiting: deque[_Waiter] = deque()
-        self._holder: _Waiter | None = None  # whose turn it is
+        # Given the lock, though it may not run yet. Only `_mutex` protects it and all below.
+        self._holder: _Waiter | None = None
         self._held_since = 0.0
         self._held_until: float | None = None
 
@@ -77,7 +77,7 @@ class FairLock:
         granted: asyncio.Future[None] | None = None
         try:
             while (turn := self._enter(waiter)) is not None:
-                if granted is None or granted.done():  # at first; when it was passed over
+                if granted is None or granted.done():  # initially, or after it lost its place
                     granted = asyncio.wrap_future(turn)
                 await asyncio.wait([granted], timeout=self._SLICE_SECONDS)
         except BaseException:
@@ -85,7 +85,7 @@ class FairLock:
             raise
 
     def limit(self, seconds: float) -> None:
-        """Whoever holds the gate has it for so long from now; then those who wait give up."""
+        """Limit the holder to this time from now; after that, waiters give up."""
         with self._mutex:
             self._held_until = time.monotonic() + seconds
 
@@ -95,18 +95,19 @@ class FairLock:
             self._next()
 
     def _enter(self, waiter: _Waiter) -> Future[None] | None:
-        """Go in, if it is the turn of `waiter`; else returns what tells it that it is."""
+        """Take the lock and return `None`; if it is not free, return the future to wait for."""
         with self._mutex:
             now = time.monotonic()
             holder = self._holder
+            # A waiter of the same home proves that the home runs, so the holder will notice soon.
             if holder is not None and self._is_absent(holder, now) and holder.home != waiter.home:
                 self._pass_over(holder)
             if self._holder is None:
-                self._give_turn(waiter)
+                self._give_to(waiter)
             if self._holder is waiter:
                 waiter.is_inside = True
                 return None
-            self._check_hope(waiter, now)
+            self._check_deadline(waiter, now)
             if waiter.turn is None or waiter.turn.done():
                 waiter.turn = Future()
             if not waiter.is_queued:
@@ -118,11 +119,11 @@ class FairLock:
         self._holder = None
         if self._waiting:
             waiter = self._waiting.popleft()
-            self._give_turn(waiter)
+            self._give_to(waiter)
             if waiter.turn is not None:
                 waiter.turn.set_result(None)
 
-    def _give_turn(self, waiter: _Waiter) -> None:
+    def _give_to(self, waiter: _Waiter) -> None:
         self._holder, waiter.is_queued = waiter, False
         self._held_since, self._held_until = time.monotonic(), None
 
@@ -132,11 +133,9 @@ class FairLock:
         )
 
     def _pass_over(self, holder: _Waiter) -> None:
-        others, self._waiting = self._waiting, deque()
-        for waiter in others:
+        for waiter in self._waiting:
             waiter.is_queued = waiter.home != holder.home
-            if waiter.is_queued:
-                self._waiting.append(waiter)
+        self._waiting = deque(waiter for waiter in self._waiting if waiter.is_queued)
         self._next()
 
     def _give_up(self, waiter: _Waiter) -> None:
@@ -146,13 +145,13 @@ class FairLock:
             elif waiter.is_queued:
                 self._waiting.remove(waiter)
 
-    def _check_hope(self, waiter: _Waiter, now: float) -> None:
+    def _check_deadline(self, waiter: _Waiter, now: float) -> None:
         until = self._held_until
         if now < waiter.came_at + self._timeout and (
             until is None or now <= until + self._SLICE_SECONDS
         ):
             return
-        assert self._holder is not None  # else nobody would wait
+        assert self._holder is not None  # otherwise `waiter` would hold it
         raise DeadlineError(
             f"waited {now - waiter.came_at:.1f} s to write, while {self._holder.name} has had the "
             f"database for {now - self._held_since:.1f} s: keep transactions short"

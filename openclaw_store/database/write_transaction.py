@@ -1,4 +1,4 @@
-"""The write transaction that all commands of a batch share."""
+"""The write transaction that all operations of a batch share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from openclaw_store.backends import Cursor
 
 
 class WriteTransaction:
-    """One write transaction: its cursor, its moment, and the events to publish after its commit."""
+    """One write transaction: its cursor, its time, and the events to publish after its commit."""
 
     def __init__(self, cursor: Cursor, now: datetime) -> None:
         self.cursor = cursor
@@ -18,18 +18,18 @@ class WriteTransaction:
         self.committed: list[Any] = []
         """Events for the listeners, published after the commit."""
         self.before_commit: list[Callable[[], None]] = []
-        """Called when all commands are applied."""
+        """Called when all operations are applied."""
         self.undo: list[Callable[[], None]] = []
-        """Called, last first, if it does not commit: restore the objects of callers."""
+        """Called in reverse order if it does not commit: restore the objects of callers."""
         self.unit_of_work: Any = None
-        """State that the commands share; made and used by the repositories."""
+        """State that the operations share; set and read by the repositories alone."""
         self.finished = False
-        """Whether it accepts no more commands."""
+        """`True` if it accepts no more operations."""
         self.failure: BaseException | None = None
-        """The error that interrupted a command half-way, so that it must not commit."""
+        """The error that interrupted an operation half-way, so that it must not commit."""
 
     def finish(self) -> None:
-        """Write what the commands have left to be written; call it before the commit."""
+        """Write the collected changes; must be called before the commit."""
         self.finished = True
         for work in self.before_commit:
             work()
