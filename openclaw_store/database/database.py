@@ -11,8 +11,8 @@ import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, func, select
@@ -55,9 +55,8 @@ logger = logging.getLogger("openclaw_store.database")
 
 Result = TypeVar("Result")
 
-_inside: ContextVar[tuple[Database, WriteTransaction] | None] = ContextVar(
-    "transaction", default=None
-)
+_Inside = tuple["Database", WriteTransaction]
+_inside: ContextVar[_Inside | None] = ContextVar("transaction", default=None)
 """The `transaction()` block of the running asyncio task, or of the task that created it."""
 
 _forks = 0
@@ -209,12 +208,7 @@ class Database:
         await self.initialize()
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
     @property
@@ -413,10 +407,8 @@ class Database:
             UnavailableError: If it cannot be written there.
         """
         self._check_ready()
-        target = sqlite.file_of(path)
-        await shield_until_done(
-            asyncio.to_thread(self._backend.backup, target, overwrite=overwrite)
-        )
+        backup = partial(self._backend.backup, sqlite.file_of(path), overwrite=overwrite)
+        await shield_until_done(asyncio.to_thread(backup))
 
     async def vacuum(self) -> None:
         """Release the space of removed rows; writers wait for this, readers do not.
@@ -441,15 +433,11 @@ class Database:
         """
 
         async def count(session: AsyncSession) -> tuple[int, list[dict[str, int]]]:
-            return await self._backend.size(session), [
-                {
-                    status.value: number
-                    for status, number in await session.execute(
-                        select(row.status, func.count()).group_by(row.status)
-                    )
-                }
-                for row in (TaskRow, NodeRow)
-            ]
+            counts = []
+            for row in (TaskRow, NodeRow):
+                query = select(row.status, func.count()).group_by(row.status)
+                counts.append({one.value: number for one, number in await session.execute(query)})
+            return await self._backend.size(session), counts
 
         size, (tasks, nodes) = await self.read(count)
         return {

@@ -53,25 +53,20 @@ from openclaw_store.errors import BackendError, UnavailableError
 
 logger = logging.getLogger("openclaw_store.writer")
 
-
 Apply = Callable[["WriteTransaction", Sequence[Any]], Sequence[Any]]
 """Applies operations in order, and returns a result or an exception for each.
 
 After a rollback it is called again, and must be deterministic.
 """
 
-
 Listener = Callable[[Sequence[Any]], None]
 """Called on its event loop with the events of each transaction, in the order of commits."""
-
 
 MAX_BATCH = 8192
 """Largest number of operations in a transaction; the rest stays queued."""
 
-
 HALVED_FROM = 32
 """Number of callers worth two batches: a batch costs as much as some 20 operations."""
-
 
 _CLOSED = "the database is closed: open a new Database"
 
@@ -79,10 +74,8 @@ _CLOSED = "the database is closed: open a new Database"
 _Entry = tuple[asyncio.Future[Any], Apply, Any]
 """The future of a caller, and its operation with the function that applies it."""
 
-
 _Answer = tuple[asyncio.Future[Any], Any]
 """The future of a caller, and its result or exception."""
-
 
 _Acknowledgements = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
 """The events of a committed transaction, its entries, and their outcomes."""

@@ -19,9 +19,7 @@ class WriteMetrics:
         self._clock = clock
         self._lock = threading.Lock()
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
-        self._batches = 0
-        self._operations = 0
-        self._failed_batches = 0
+        self._batches = self._operations = self._failed_batches = 0
         self._last_failure: str | None = None
         self._last_failure_at: datetime | None = None
 

@@ -169,7 +169,11 @@ class Record(Generic[Entity]):
         for name in JSON_FIELDS[self.kind]:
             value = self.__dict__[name]
             if type(value) is bytes:
-                value = _load(self, name, value)
+                try:
+                    value = orjson.loads(value)
+                except orjson.JSONDecodeError as error:
+                    reason = f"of {self.id!r} is not readable JSON: {error}"
+                    raise InvalidDataError(name, reason) from error
                 if isinstance(value, (list, dict)):
                     elements: Iterable[Any] = value if isinstance(value, list) else value.values()
                     if not PLAIN_TYPES.issuperset(map(type, elements)):
@@ -252,13 +256,6 @@ def write_back(record: Record[Entity], entity: Entity, names: Iterable[str] | No
         target[name] = fields[name]
 
 
-def _load(record: Record[Any], name: str, text: bytes) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise InvalidDataError(name, f"of {record.id!r} is not readable JSON: {error}") from error
-
-
 JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
     Task: {
         "required_skills": list,
@@ -272,10 +269,8 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
 }
 """The JSON fields, with the type of their default."""
 
-
 STORE_FIELDS = frozenset({"version", "updated_at"})
 """The fields that only the store sets."""
-
 
 STAMPED: Mapping[type[Any], Sequence[str]] = {
     Task: (
@@ -305,19 +300,16 @@ _CHECKS = {
     for kind, checks in FIELD_CHECKS.items()
 }
 
-
 _NOTHING_STORED: Mapping[type[Any], Mapping[str, object]] = {
     kind: dict.fromkeys((name for checks in both for name, *_ in checks), object())
     for kind, both in _CHECKS.items()
 }
 """A value for each field that equals no value, for entities that are not stored."""
 
-
 _PLAIN_FIELDS: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in checks if name not in STORE_FIELDS)
     for kind, checks in FIELD_CHECKS.items()
 }
-
 
 KEY: Final[dict[type[Any], str]] = {Task: "task_id", NodeInfo: "node_id"}
 """The identifying field of each domain class."""

@@ -25,7 +25,7 @@ from openclaw_store.database import (
 from openclaw_store.domain import ENTITY_NAMES, NodeInfo, Record, Task, missing_time
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.maintenance.progress import Progress
-from openclaw_store.repositories import NodeRepository, Row, SingleRowCommand, TaskRepository, apply
+from openclaw_store.repositories import Command, NodeRepository, Row, TaskRepository, apply
 
 REASON = "repaired"
 """Reason of a repair in the feed."""
@@ -38,7 +38,7 @@ ChangeEnd = tuple[int, str | None]
 
 
 @dataclass(slots=True)
-class Rewrite(SingleRowCommand):
+class Rewrite(Command):
     """Write values into a row that was read in the same transaction."""
 
     kind: type[Any]
@@ -58,7 +58,7 @@ class Rewrite(SingleRowCommand):
 
 
 @dataclass(slots=True)
-class LogRemoval(SingleRowCommand):
+class LogRemoval(Command):
     """Add the missing removal of a row to the feed, unless the row exists."""
 
     kind: type[Any]

@@ -47,7 +47,6 @@ from openclaw_store.repositories.unit_of_work import (
     Command,
     Event,
     Row,
-    SingleRowCommand,
     apply,
     counters_of,
     missing,

@@ -39,7 +39,7 @@ from openclaw_store.errors import (
     StaleVersionError,
     StoreError,
 )
-from openclaw_store.repositories.unit_of_work import Command, Row, SingleRowCommand, apply, missing
+from openclaw_store.repositories.unit_of_work import Command, Row, apply, missing
 
 CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
@@ -49,7 +49,7 @@ CONTENT: Mapping[type[Any], Sequence[str]] = {
 
 # Not frozen: a frozen dataclass takes twice as long to construct. Commands are never changed.
 @dataclass(slots=True)
-class Create(SingleRowCommand, Generic[Entity]):
+class Create(Command, Generic[Entity]):
     """Add a row; the result is its record, or `DuplicateError`.
 
     The command owns the record: its version is set when it is written.
@@ -73,7 +73,7 @@ class Create(SingleRowCommand, Generic[Entity]):
 
 
 @dataclass(slots=True)
-class Update(SingleRowCommand, Generic[Entity]):
+class Update(Command, Generic[Entity]):
     """Write the named fields of a row, if it still has this version (compare-and-set).
 
     The result is the new record, `StaleVersionError` or `NotFoundError`. The command owns the
@@ -134,7 +134,7 @@ def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> da
 
 
 @dataclass(frozen=True, slots=True)
-class Remove(SingleRowCommand):
+class Remove(Command):
     """Remove a row, and with `with_history` its older changes; the result is `False` without one.
 
     An assigned task releases its slot.
@@ -157,7 +157,7 @@ class Remove(SingleRowCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class SetNodeStatus(SingleRowCommand):
+class SetNodeStatus(Command):
     """Change the status of a node; ONLINE and BUSY count as a heartbeat.
 
     With `patience`, only a live node is changed whose last heartbeat is older. The result is
@@ -186,7 +186,7 @@ class SetNodeStatus(SingleRowCommand):
 
 
 @dataclass(frozen=True, slots=True)
-class Claim(SingleRowCommand):
+class Claim(Command):
     """Assign tasks to a node; the result is their records, best first.
 
     Candidates that the node may not claim any more are left out.
@@ -236,7 +236,7 @@ class Advanced(NamedTuple):
 
 
 @dataclass(slots=True)
-class Advance(SingleRowCommand):
+class Advance(Command):
     """Change the status of a task, and the counters of its node; the result is `Advanced`."""
 
     id: str
@@ -318,7 +318,7 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
 
 
 @dataclass(slots=True)
-class Register(SingleRowCommand):
+class Register(Command):
     """Register the new process of a node, and requeue the tasks of the former process.
 
     The result is the record of the node.

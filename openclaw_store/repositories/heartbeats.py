@@ -6,7 +6,7 @@ ONLINE is an ordinary change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, NamedTuple
@@ -16,7 +16,6 @@ from openclaw_store.domain import ENTITY_NAMES, EntityKey, NodeInfo, NodeStatus,
 from openclaw_store.repositories.unit_of_work import (
     Command,
     Row,
-    SingleRowCommand,
     UnitOfWork,
     apply,
     counters_of,
@@ -25,7 +24,7 @@ from openclaw_store.repositories.unit_of_work import (
 
 # Not frozen: a frozen dataclass takes twice as long to construct. It is never changed.
 @dataclass(slots=True)
-class Heartbeat(SingleRowCommand):
+class Heartbeat(Command):
     """A heartbeat of a node, with the reported usage.
 
     As a command it also returns an OFFLINE node to ONLINE; its result is `False` if there is no
@@ -81,34 +80,17 @@ class HeartbeatWritten(NamedTuple):
     """The heartbeat sequence number in `nodes.beat`."""
 
 
-@dataclass(frozen=True, slots=True)
 class AfterHeartbeat:
-    """A command that writes a node, applied after a pending heartbeat of the node."""
+    """A command that writes a node, applied after a pending heartbeat; it must not create a row."""
 
-    heartbeat: Heartbeat
-    command: Command
-    """Must not create a row."""
     is_new: ClassVar[bool] = False
 
-    @property
-    def kind(self) -> type[Any]:
-        return self.command.kind
-
-    @property
-    def id(self) -> str:
-        return self.command.id
-
-    @property
-    def related_keys(self) -> Iterable[EntityKey]:
-        return (*self.command.related_keys, (NodeInfo, self.heartbeat.id))
-
-    @property
-    def known_records(self) -> Iterable[Record[Any]]:
-        return self.command.known_records
-
-    @property
-    def key(self) -> str | None:
-        return self.command.key
+    def __init__(self, heartbeat: Heartbeat, command: Command) -> None:
+        self.heartbeat = heartbeat
+        self.command = command
+        self.kind, self.id, self.key = command.kind, command.id, command.key
+        self.known_records = command.known_records
+        self.related_keys: Sequence[EntityKey] = (*command.related_keys, (NodeInfo, heartbeat.id))
 
     def decide(self, row: Row) -> Any:
         self.heartbeat.decide(row.other(NodeInfo, self.heartbeat.id))

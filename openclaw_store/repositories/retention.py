@@ -34,7 +34,7 @@ from openclaw_store.domain import (
 )
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.repositories.commands import Remove
-from openclaw_store.repositories.unit_of_work import Row, SingleRowCommand, apply, counters_of
+from openclaw_store.repositories.unit_of_work import Command, Row, apply, counters_of
 
 CLEANUP_BATCH = 200
 """Tasks removed in one transaction of `cleanup_old_tasks`."""
@@ -146,7 +146,7 @@ def _remove_finished(transaction: WriteTransaction, command: RemoveFinished) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Redate(SingleRowCommand):
+class Redate(Command):
     """Set the last change of a task to this moment, as a clock was ahead.
 
     The result is false if the task is gone or cannot be read.

@@ -11,7 +11,7 @@ even when a row is removed and created again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from openclaw_store.backends import array
 from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
@@ -40,7 +40,6 @@ from openclaw_store.errors import (
 _VERSION = {kind: names.index("version") for kind, names in FIELDS.items()}
 """Position of the version in a row."""
 
-
 ChainEnd = tuple[int | None, str, str]
 """Revision, item and identifier of a change that is removed with all earlier ones of its row."""
 
@@ -61,51 +60,36 @@ def missing(kind: type[Any], id: str) -> NotFoundError:
 
 
 class Command(Protocol):
-    """A write of one row, and of related rows."""
+    """A write of one row, and of related rows; by default of one existing row alone."""
 
-    @property
-    def kind(self) -> type[Any]: ...
+    __slots__ = ()
+    is_new: ClassVar[bool] = False
+    """`True` if the row should not exist yet."""
 
-    @property
-    def id(self) -> str: ...
+    if TYPE_CHECKING:  # a dataclass would take an inherited property for the default of its field
+
+        @property
+        def kind(self) -> type[Any]: ...
+        @property
+        def id(self) -> str: ...
 
     @property
     def related_keys(self) -> Iterable[EntityKey]:
         """Keys of other rows that it probably needs, to be read with the rows of all commands."""
-
-    @property
-    def is_new(self) -> bool:
-        """`True` if the row should not exist yet."""
+        return ()
 
     @property
     def known_records(self) -> Iterable[Record[Any]]:
         """Tasks in their last known versions, which may save reads."""
+        return ()
 
     @property
     def key(self) -> str | None:
         """The new idempotency key, to be read with the keys of all commands."""
+        return None
 
     def decide(self, row: Row) -> Any:
         """Change `row` and return the result, or change nothing and return a `StoreError`."""
-
-
-class SingleRowCommand:
-    """A command on one existing row, without related rows."""
-
-    __slots__ = ()
-    is_new: ClassVar[bool] = False
-
-    @property
-    def related_keys(self) -> Iterable[EntityKey]:
-        return ()
-
-    @property
-    def known_records(self) -> Iterable[Record[Any]]:
-        return ()
-
-    @property
-    def key(self) -> str | None:
-        return None
 
 
 class Row:

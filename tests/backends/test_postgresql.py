@@ -60,7 +60,7 @@ from openclaw_store.errors import (
 )
 from openclaw_store.repositories.commands import Remove, SetNodeStatus, Update, apply_together
 from openclaw_store.repositories.heartbeats import Heartbeat, apply_heartbeats
-from openclaw_store.repositories.unit_of_work import SingleRowCommand, apply
+from openclaw_store.repositories.unit_of_work import Command, apply
 
 pytestmark = pytest.mark.postgresql
 
@@ -97,10 +97,11 @@ async def other(
         yield other
 
 
-class Hesitating(SingleRowCommand):
+class Hesitating(Command):
     """The removal of a task, which waits between reading and writing."""
 
     kind = Task
+    id = ""
 
     def __init__(self, task: Task) -> None:
         self.id = task.task_id
