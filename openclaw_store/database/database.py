@@ -35,7 +35,7 @@ from openclaw_store.backends import (
 )
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import legacy_import, migrations
-from openclaw_store.database.group_commit import Apply, Listener, Writer
+from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer
 from openclaw_store.database.sessions import LoopSessions
 from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import NodeRow, TaskRow
@@ -85,14 +85,11 @@ class Database:
         db_path: A path, an SQLAlchemy URL of SQLite, or `":memory:"`, a private database that is
             deleted at `close`; or a URL of PostgreSQL, as in
             `postgresql://user:password@host/database`. Folders are made; nothing is opened yet.
-        clock: Returns the time for all stamps and comparisons of the store. (`Task.create` uses
-            the time of the system by default.)
-        timeout: Seconds that a write waits for locks, and a server may take to answer, before
-            `DeadlineError` or `UnavailableError`.
+        clock: Returns the time for all stamps and comparisons, except in `Task.create`.
+        timeout: Seconds that a call waits for locks, or for an answer of the server.
         transaction_timeout: Seconds that a `transaction()` may take.
         pool_size: Connections kept for reading.
-        legacy_timezone: Time zone of a hand-made database, which is imported when it is opened: a
-            name such as `Asia/Shanghai`; `None` for the local zone.
+        legacy_timezone: Time zone of a legacy database to import; `None` for the local zone.
 
     Raises:
         InvalidDataError: If `db_path` is not one of these, or the time zone is unknown.
@@ -127,8 +124,7 @@ class Database:
         self._backend.make_folder()
         self.dialect = self._backend.dialect
         """`sqlite` or `postgresql`."""
-        is_file = self.dialect == "sqlite"
-        self.db_path = str(db_path) if is_file else self._backend.location
+        self.db_path = str(db_path) if self.dialect == "sqlite" else self._backend.location
         """The given location, without a password."""
         self._forks = _forks
         self._state = "new"
@@ -150,8 +146,7 @@ class Database:
             is_copy_target: Accept the target of an interrupted `copy`; for `copy` alone.
 
         Raises:
-            SchemaMismatchError: If the schema is newer than the library, or older and `migrate`
-                is off; with the command to run.
+            SchemaMismatchError: If the schema is newer, or older and `migrate` is off.
             UnavailableError: If the file cannot be used; with the remedy.
         """
         self._check_process()
@@ -174,10 +169,7 @@ class Database:
             migrations.require(self._backend)
 
     async def close(self) -> None:
-        """Commit the queue, then close all connections; may be called twice.
-
-        After an interruption, the next call continues.
-        """
+        """Commit the queue and close all connections; call it again after an interruption."""
         if self._forks != _forks:
             return  # the connections belong to the parent process
         if self._closing is None or was_interrupted(self._closing):
@@ -253,22 +245,21 @@ class Database:
             timeout: Seconds that the block may take; `None` for `transaction_timeout`.
 
         Raises:
-            DeadlineError: If the block took longer (it is rolled back), or waited too long for the
-                write lock.
+            DeadlineError: If the block took longer, or the write lock was not free in time.
             InvalidDataError: If `timeout` is not a positive number.
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
         sessions = self._sessions_here()
         self.refuse_inside()
-        seconds = self.transaction_timeout
-        if timeout is not None:
-            seconds = check_limit_seconds("timeout", timeout)
+        limit = self.transaction_timeout if timeout is None else timeout
+        seconds = check_limit_seconds("timeout", limit)
         async with self._exclusive("a transaction"):
             self._check_ready()
             session = sessions.write_sessions()
             session.info["seconds"] = seconds
             try:
+                # The statements of the block are the caller's: its SQL errors stay as they are.
                 with self._backend.error_mapping.mapped(own=False):
                     with self._backend.error_mapping.mapped():
                         connection = await cancel_once(self._backend.begin(session, self._counters))
@@ -282,9 +273,10 @@ class Database:
                             yield session
                         self._write_lock.limit(self.timeout)
                         if transaction.failure is not None:
-                            raise StoreError(
+                            reason = (
                                 "a write in the transaction failed, so all of it was rolled back"
-                            ) from transaction.failure
+                            )
+                            raise StoreError(reason) from transaction.failure
                         if not transaction.finished:  # otherwise the block rolled back by itself
                             await shield_until_done(self._commit(session, transaction))
                     finally:
@@ -322,6 +314,7 @@ class Database:
         except (SQLAlchemyError, OSError) as error:
             raise self._backend.error_mapping.map_error(error, committing=True) from error
         transaction.undo.clear()
+        # Still under the write lock: events must be in the order of commits.
         self._writer.publish(transaction.committed)
         await asyncio.sleep(0)  # the caches of this loop apply the events before the caller runs
 
@@ -397,10 +390,9 @@ class Database:
         return notify_of_commits(self._backend, self._counters, on_commit)
 
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Copy one consistent snapshot to a file, while reads and writes continue.
+        """Copy one consistent snapshot to a file; for PostgreSQL, an archive for `pg_restore`.
 
-        The file gets its name when it is complete. For PostgreSQL it is an archive of `pg_dump`
-        for `pg_restore`.
+        Reads and writes continue. The file gets its name when it is complete.
 
         Raises:
             InvalidDataError: If `path` exists and `overwrite` is off, or is the database itself.
@@ -414,8 +406,7 @@ class Database:
         """Release the space of removed rows; writers wait for this, readers do not.
 
         Raises:
-            UnavailableError: If another process keeps the database locked, the disk is full, or
-                the role does not own the tables of a server.
+            UnavailableError: If the database is locked, the disk is full, or the role is no owner.
         """
         self._check_ready()
         self.refuse_inside()
@@ -439,6 +430,7 @@ class Database:
                 counts.append({one.value: number for one, number in await session.execute(query)})
             return await self._backend.size(session), counts
 
+        # One read: size and counts belong to one snapshot.
         size, (tasks, nodes) = await self.read(count)
         return {
             "db_path": self.db_path,
@@ -481,9 +473,9 @@ class Database:
 
     def _check_process(self) -> None:
         if self._forks != _forks:
-            is_file = self.dialect == "sqlite"
-            advice = "start the child by spawn" if is_file else "open a new Database in the child"
-            raise UnavailableError(f"{self.db_path} was opened before fork: {advice}")
+            advice = {"sqlite": "start the child by spawn"}
+            remedy = advice.get(self.dialect, "open a new Database in the child")
+            raise UnavailableError(f"{self.db_path} was opened before fork: {remedy}")
 
     def _check_ready(self) -> None:
         if self._state == "ready" and self._forks == _forks:
@@ -491,7 +483,7 @@ class Database:
         self._check_process()
         if self._state == "new":
             raise UnavailableError(f"{self.db_path} is not open yet: call initialize() first")
-        raise UnavailableError(f"{self.db_path}: the database is closed: open a new Database")
+        raise UnavailableError(f"{self.db_path}: {CLOSED}")
 
     def refuse_inside(self) -> None:
         """Raise `DeadlineError` inside a `transaction()`, for which a write would wait forever."""

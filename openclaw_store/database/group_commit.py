@@ -1,15 +1,13 @@
 """Group commit: operations that callers submit at the same time share one transaction.
 
-A commit costs a disk flush, whatever its size. So one thread takes *everything* in the queue,
-applies it in one transaction, and then takes the operations that were queued meanwhile: the busier
-the store, the larger the batch and the smaller the cost of each operation. There is no timer, and
-a lone caller does not wait for other callers. (Databases write their logs this way; see "group
-commit" in Gray & Reuter, *Transaction Processing*, 1993.)
+A commit costs a disk flush, whatever its size. So one thread applies *everything* in the queue in
+one transaction, then everything that was queued meanwhile: the busier the store, the larger the
+batch. There is no timer, and a lone caller does not wait. (See "group commit" in Gray & Reuter,
+*Transaction Processing*, 1993.)
 
-If all callers wait for one batch, the server is idle while they are answered. So for a server,
-batches are *pipelined*: each takes half of many callers, and the callers of the previous batch are
-answered while it is on its way. Until then their acknowledgements are pending, as an event loop
-that wakes callers holds the interpreter lock and would delay the thread.
+A server would be idle while the callers of a batch are answered. So its batches are *pipelined*:
+each takes half of many callers, and the acknowledgements of the previous batch are pending until
+it is on its way, as an event loop that wakes callers holds the interpreter lock.
 
 Guarantees:
 
@@ -19,11 +17,10 @@ Guarantees:
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
   and after the listeners (the caches) of that loop. No acknowledgement is pending while the thread
   waits for the fair lock, for a lock of the database, or for operations.
-- **Cancelling** a caller withdraws an operation that is still queued; if it is in a batch already,
-  the caller waits for the outcome and then raises `CancelledError`.
+- **Cancelling** a caller withdraws a queued operation; if it is in a batch already, the caller
+  waits for the outcome and then raises `CancelledError`.
 
-This module knows no tables: an operation is any object, submitted with the function that applies
-a run of such operations.
+An operation is any object, submitted with the function that applies a run of such operations.
 """
 
 from __future__ import annotations
@@ -68,7 +65,7 @@ MAX_BATCH = 8192
 HALVED_FROM = 32
 """Number of callers worth two batches: a batch costs as much as some 20 operations."""
 
-_CLOSED = "the database is closed: open a new Database"
+CLOSED = "the database is closed: open a new Database"
 
 
 _Entry = tuple[asyncio.Future[Any], Apply, Any]
@@ -123,7 +120,7 @@ class Writer:
             UnavailableError: If the writer is closed.
         """
         if self._closed:
-            raise UnavailableError(_CLOSED)
+            raise UnavailableError(CLOSED)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         self._queue.append((future, apply, operation))  # atomic, so the costly lock is not needed
@@ -217,7 +214,7 @@ class Writer:
             with self._lock:
                 if self._ended is None:
                     if self._closed:  # on another loop, after these operations were queued
-                        raise UnavailableError(_CLOSED)
+                        raise UnavailableError(CLOSED)
                     self._start(Future())
         except UnavailableError as error:
             with self._lock:
@@ -292,6 +289,7 @@ class Writer:
         try:
             while self._write():
                 pass
+        # Even `SystemExit`: the callers of the batch would wait forever.
         except BaseException as error:
             lost = UnavailableError(f"the writer's thread was ended by {error!r}: try again")
             try:
@@ -326,6 +324,7 @@ class Writer:
         except Exception as error:
             if isinstance(error, BackendError):
                 self._metrics.note_failure(error)
+            # An error of the backend concerns all entries; any other is probably of one of them.
             if isinstance(error, BackendError) or len(entries) == 1:
                 self.publish((), entries, [_own(error) for _ in entries])
             else:
@@ -350,6 +349,7 @@ class Writer:
             for apply, run in groupby(entries, key=itemgetter(1)):
                 outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
             transaction.finish()
+            # From here on, an error may leave it unknown if the commit took effect.
             is_committing = True
             session.commit()
         except RedoError:

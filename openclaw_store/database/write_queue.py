@@ -22,12 +22,10 @@ class _Waiter:
     """A waiter or holder of the lock."""
 
     name: str
-    """The name in the errors of other waiters."""
     home: object
     """The event loop or thread that must run for it to take the lock."""
     came_at: float = field(default_factory=time.monotonic)
-    turn: Future[None] | None = None
-    """Done when the lock is given to it, if it had to wait."""
+    turn: Future[None] | None = None  # done when the lock is given to it
     is_queued: bool = False
     is_inside: bool = False
 
@@ -128,9 +126,8 @@ class FairLock:
         self._held_since, self._held_until = time.monotonic(), None
 
     def _is_absent(self, holder: _Waiter, now: float) -> bool:
-        return not holder.is_inside and now > self._held_since + min(
-            self._ENTRY_SECONDS, self._timeout / 4
-        )
+        limit = min(self._ENTRY_SECONDS, self._timeout / 4)
+        return not holder.is_inside and now > self._held_since + limit
 
     def _pass_over(self, holder: _Waiter) -> None:
         for waiter in self._waiting:
@@ -139,6 +136,7 @@ class FairLock:
         self._next()
 
     def _give_up(self, waiter: _Waiter) -> None:
+        # Without this, a cancelled waiter would keep a lock that was given to it meanwhile.
         with self._mutex:
             if self._holder is waiter:
                 self._next()

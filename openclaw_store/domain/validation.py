@@ -121,6 +121,7 @@ def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
 
 def check_count(name: str, value: Any) -> int:
     """Return a whole number from 0 to 2^63 - 1."""
+    # `bool` is a subclass of `int`; the first comparison is a fast path for plain integers.
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise InvalidDataError(name, f"must be a whole number, not {safe_repr(value)}")
     if not 0 <= value <= MAX_INTEGER:
@@ -137,9 +138,7 @@ def check_some(name: str, value: Any) -> int:
 
 def check_limit(limit: int | None) -> int | None:
     """Return the limit of a list: at least 1, or `None` for all."""
-    if limit is not None and check_count("limit", limit) < 1:
-        raise InvalidDataError("limit", "must be at least 1; None means all")
-    return limit
+    return None if limit is None else check_some("limit", limit)
 
 
 def check_version(name: str, value: Any) -> int:

@@ -103,6 +103,7 @@ class Update(Command, Generic[Entity]):
             return StaleVersionError(ENTITY_NAMES[self.kind], self.id, self.version, row.version)
         record: Record[Any] = self.record
         names: Sequence[str] = self.names
+        # Heartbeats change a node without a new version, so other fields may be newer in the row.
         if row.record is not None and row.record is not self.known:
             record = row.record.merge(record, names)
         if self.kind is NodeInfo:

@@ -224,7 +224,7 @@ class UnitOfWork:
         """`True` if it writes heartbeats."""
         self.changes: list[Change] = []
         self.removed_history: list[ChainEnd] = []
-        """The newest change of each row whose history is removed."""
+        """The newest change of each removed row, if its history is removed too."""
         self._expected_versions: dict[str, int] = {}  # of tasks that were not read
         self._expected_new: list[Row] = []  # rows that were not read, either
         self._only_adds = False  # expected new rows: only their revisions may be wrong
