@@ -17,41 +17,38 @@ class WriteMetrics:
 
     def __init__(self, clock: Callable[[], datetime]) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # for both below
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
-        self._batches = self._operations = self._failed_batches = 0
-        self._last_failure: str | None = None
-        self._last_failure_at: datetime | None = None
+        self._totals: dict[str, Any] = {
+            **dict.fromkeys(("batches", "operations", "failed_batches"), 0),
+            **dict.fromkeys(("last_failure", "last_failure_at")),
+        }
 
     def note_commit(self, operations: int, seconds: float) -> None:
         with self._lock:
             self._recent.append((operations, seconds))
-            self._batches += 1
-            self._operations += operations
+            self._totals["batches"] += 1
+            self._totals["operations"] += operations
 
     def note_failure(self, error: BaseException) -> None:
-        failed_at = self._clock()
+        text, failed_at = f"{type(error).__name__}: {error}", self._clock()
         with self._lock:
-            self._failed_batches += 1
-            self._last_failure = f"{type(error).__name__}: {error}"
-            self._last_failure_at = failed_at
+            self._totals["failed_batches"] += 1
+            self._totals.update(last_failure=text, last_failure_at=failed_at)
 
     def figures(self) -> dict[str, Any]:
         with self._lock:
+            totals = self._totals.copy()
             sizes, seconds = ([line[part] for line in self._recent] for part in (0, 1))
-            seconds.sort()
-            return {
-                "batches": self._batches,
-                "operations": self._operations,
-                "mean_batch": sum(sizes) / len(sizes) if sizes else None,
-                "largest_batch": max(sizes, default=None),
-                "commit_seconds_p50": _percentile(seconds, 50),
-                "commit_seconds_p99": _percentile(seconds, 99),
-                "commit_seconds_max": _percentile(seconds, 100),
-                "failed_batches": self._failed_batches,
-                "last_failure": self._last_failure,
-                "last_failure_at": self._last_failure_at,
-            }
+        seconds.sort()
+        return {
+            **totals,
+            "mean_batch": sum(sizes) / len(sizes) if sizes else None,
+            "largest_batch": max(sizes, default=None),
+            "commit_seconds_p50": _percentile(seconds, 50),
+            "commit_seconds_p99": _percentile(seconds, 99),
+            "commit_seconds_max": _percentile(seconds, 100),
+        }
 
 
 def _percentile(in_order: Sequence[float], percent: int) -> float | None:

@@ -24,8 +24,8 @@ class _Waiter:
     name: str
     home: object
     """The event loop or thread that must run for it to take the lock."""
-    came_at: float = field(default_factory=time.monotonic)
-    turn: Future[None] | None = None  # done when the lock is given to it
+    queued_at: float = field(default_factory=time.monotonic)
+    granted: Future[None] | None = None  # done when the lock is given to it
     is_queued: bool = False
     is_inside: bool = False
 
@@ -61,10 +61,10 @@ class FairLock:
         """
         waiter = _Waiter(name, threading.get_ident())
         try:
-            while (turn := self._enter(waiter)) is not None:
+            while (granted := self._enter(waiter)) is not None:
                 waiting()
                 with suppress(TimeoutError):
-                    turn.result(self._SLICE_SECONDS)
+                    granted.result(self._SLICE_SECONDS)
         except BaseException:
             self._give_up(waiter)
             raise
@@ -72,12 +72,12 @@ class FairLock:
     async def acquire_async(self, name: str) -> None:
         """Take the lock in a coroutine, until `release`; otherwise as `acquire`."""
         waiter = _Waiter(name, asyncio.get_running_loop())
-        granted: asyncio.Future[None] | None = None
+        done: asyncio.Future[None] | None = None
         try:
-            while (turn := self._enter(waiter)) is not None:
-                if granted is None or granted.done():  # initially, or after it lost its place
-                    granted = asyncio.wrap_future(turn)
-                await asyncio.wait([granted], timeout=self._SLICE_SECONDS)
+            while (granted := self._enter(waiter)) is not None:
+                if done is None or done.done():  # initially, or after it lost its place
+                    done = asyncio.wrap_future(granted)
+                await asyncio.wait([done], timeout=self._SLICE_SECONDS)
         except BaseException:
             self._give_up(waiter)
             raise
@@ -85,7 +85,7 @@ class FairLock:
     def limit(self, seconds: float) -> None:
         """Limit the holder to this time from now; after that, waiters give up."""
         with self._mutex:
-            self._held_until = time.monotonic() + seconds
+            self._held_until = time.monotonic() + seconds + self._SLICE_SECONDS
 
     def release(self) -> None:
         """Give the lock to the next waiter."""
@@ -98,38 +98,43 @@ class FairLock:
             now = time.monotonic()
             holder = self._holder
             # A waiter of the same home proves that the home runs, so the holder will notice soon.
-            if holder is not None and self._is_absent(holder, now) and holder.home != waiter.home:
+            is_late = now > self._held_since + min(self._ENTRY_SECONDS, self._timeout / 4)
+            if is_late and holder and not holder.is_inside and holder.home != waiter.home:
                 self._pass_over(holder)
             if self._holder is None:
                 self._give_to(waiter)
             if self._holder is waiter:
                 waiter.is_inside = True
                 return None
-            self._check_deadline(waiter, now)
-            if waiter.turn is None or waiter.turn.done():
-                waiter.turn = Future()
+            assert self._holder is not None  # otherwise `waiter` would hold it
+            is_overdue = self._held_until is not None and now > self._held_until
+            if is_overdue or now >= waiter.queued_at + self._timeout:
+                raise DeadlineError(
+                    f"waited {now - waiter.queued_at:.1f} s to write, while {self._holder.name} "
+                    f"has had the database for {now - self._held_since:.1f} s: "
+                    "keep transactions short"
+                )
+            if waiter.granted is None or waiter.granted.done():
+                waiter.granted = Future()
             if not waiter.is_queued:
                 waiter.is_queued = True
                 self._waiting.append(waiter)
-            return waiter.turn
+            return waiter.granted
 
     def _next(self) -> None:
         self._holder = None
         if self._waiting:
             waiter = self._waiting.popleft()
             self._give_to(waiter)
-            if waiter.turn is not None:
-                waiter.turn.set_result(None)
+            if waiter.granted is not None:
+                waiter.granted.set_result(None)
 
     def _give_to(self, waiter: _Waiter) -> None:
         self._holder, waiter.is_queued = waiter, False
         self._held_since, self._held_until = time.monotonic(), None
 
-    def _is_absent(self, holder: _Waiter, now: float) -> bool:
-        limit = min(self._ENTRY_SECONDS, self._timeout / 4)
-        return not holder.is_inside and now > self._held_since + limit
-
     def _pass_over(self, holder: _Waiter) -> None:
+        """Remove all waiters of the home of `holder`; they queue again when they run."""
         for waiter in self._waiting:
             waiter.is_queued = waiter.home != holder.home
         self._waiting = deque(waiter for waiter in self._waiting if waiter.is_queued)
@@ -142,15 +147,3 @@ class FairLock:
                 self._next()
             elif waiter.is_queued:
                 self._waiting.remove(waiter)
-
-    def _check_deadline(self, waiter: _Waiter, now: float) -> None:
-        until = self._held_until
-        if now < waiter.came_at + self._timeout and (
-            until is None or now <= until + self._SLICE_SECONDS
-        ):
-            return
-        assert self._holder is not None  # otherwise `waiter` would hold it
-        raise DeadlineError(
-            f"waited {now - waiter.came_at:.1f} s to write, while {self._holder.name} has had the "
-            f"database for {now - self._held_since:.1f} s: keep transactions short"
-        )

@@ -147,15 +147,12 @@ class Record(Generic[Entity]):
     def differences(self, other: Record[Entity]) -> tuple[str, ...]:
         """Return the names of the fields that differ, without the fields that the store sets."""
         mine, theirs = self.__dict__, other.__dict__
-        names = [
-            name
-            for name in _PLAIN_FIELDS[self.kind]
-            if mine[name] is not theirs[name] and mine[name] != theirs[name]
-        ]
+        plain, json = _PLAIN_FIELDS[self.kind], JSON_FIELDS[self.kind]
+        names = [one for one in plain if mine[one] is not theirs[one] and mine[one] != theirs[one]]
         # Compared as text: `==` does not distinguish 1, True and 1.0.
         names += [
             name
-            for name in JSON_FIELDS[self.kind]
+            for name in json
             if mine[name] is not theirs[name] and self.encoded(name) != other.encoded(name)
         ]
         return tuple(names)

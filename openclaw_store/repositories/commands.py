@@ -218,6 +218,7 @@ class Claim(Command):
             task_row = row.other(Task, candidate.task_id)
             if task_row.status != TaskStatus.PENDING:
                 continue
+            # A candidate may be outdated, so the present content decides.
             task = task_row.content(candidate)
             step = None if task is None else lifecycle.claim(task, node, row.now)
             if task is not None and step is not None:

@@ -166,12 +166,9 @@ class Row:
         """
         before, previous = self.status, self.version
         self.status = record.status._value_  # `value` costs a call
+        kind = ChangeKind.UPDATED if before == self.status else ChangeKind.STATUS
         if previous is None:
             kind = ChangeKind.CREATED
-        elif before == self.status:
-            kind = ChangeKind.UPDATED
-        else:
-            kind = ChangeKind.STATUS
         if self.kind is Task:
             self.node = record.assigned_node
             record.updated_at = self.now
@@ -257,18 +254,22 @@ class UnitOfWork:
             if record.version > 0  # 0: it is in memory only
         }
         new = {(command.kind, command.id) for command in commands if command.is_new}
-        for kind, records in ((Task, tasks), (NodeInfo, nodes)):
-            if any(id not in records and (kind, id) not in new for id in self.rows[kind]):
-                return False
-        self._only_adds = all(command.is_new for command in commands)
-        for kind, records in ((Task, tasks), (NodeInfo, nodes)):
-            for id, row in self.rows[kind].items():
-                if id in records:
-                    row.load(records[id])
-                    # `assign_revisions` would not detect that the row was removed meanwhile.
-                    self._only_adds = False
-                else:
-                    self._expected_new.append(row)
+        rows = [
+            (row, records.get(row.id))
+            for kind, records in ((Task, tasks), (NodeInfo, nodes))
+            for row in self.rows[kind].values()
+        ]
+        if any(known is None and (row.kind, row.id) not in new for row, known in rows):
+            return False
+        for row, known in rows:
+            if known is None:
+                self._expected_new.append(row)
+            else:
+                row.load(known)
+        # Otherwise a row may have been removed meanwhile, which `assign_revisions` cannot detect.
+        self._only_adds = len(self._expected_new) == len(rows) and all(
+            command.is_new for command in commands
+        )
         self.count_from(*counters)
         self._expected_versions = {id: record.version for id, record in tasks.items()}
         self.cursor.speculate()
@@ -330,9 +331,13 @@ class UnitOfWork:
     def _write(self) -> None:
         if self._counters is None:
             return
-        changes, removed_history = self.changes, self.removed_history
-        if removed_history:
-            changes, removed_history = self._without_removed_history()
+        new = {one.revision: one for one in self.changes} if self.removed_history else {}
+        removed_history: list[ChainEnd] = []
+        for newest, item, id in self.removed_history:
+            while newest is not None and newest in new:  # not logged at all
+                newest = new.pop(newest).previous
+            removed_history.append((newest, item, id))
+        changes = list(new.values()) if removed_history else self.changes
         if changes:
             at = self.sql.to_moment(self.transaction.now)
             rows = [
@@ -356,6 +361,7 @@ class UnitOfWork:
 
     def _rebase(self, by: int) -> None:
         """Move all revisions behind the ones of concurrent commits."""
+        # Called only after `_only_adds`, so every event is a creation with a record and a row.
         committed = self.transaction.committed
         for position, event in enumerate(committed):
             event.record.version += by
@@ -364,19 +370,6 @@ class UnitOfWork:
             event.record.row = tuple(row)
             change = event.change._replace(revision=event.change.revision + by)
             committed[position] = event._replace(change=change)
-
-    def _without_removed_history(self) -> tuple[list[Change], list[ChainEnd]]:
-        """Return the changes to log and the stored history to remove.
-
-        A change of this transaction that belongs to removed history is not written at all.
-        """
-        changes = {one.revision: one for one in self.changes}
-        ends = []
-        for newest, item, id in self.removed_history:
-            while newest is not None and newest in changes:
-                newest = changes.pop(newest).previous
-            ends.append((newest, item, id))
-        return list(changes.values()), ends
 
 
 def apply(transaction: WriteTransaction, commands: Sequence[Command]) -> Sequence[Any]:
@@ -398,6 +391,7 @@ def apply(transaction: WriteTransaction, commands: Sequence[Command]) -> Sequenc
         for kind, touched in rows.items():
             if touched:
                 _load(unit, kind, touched)
+    # One query for all announced keys; `key_conflict` reads any other.
     unit.read_key_owners(keys)
     outcomes = [command.decide(row) for command, row in zip(commands, targets, strict=True)]
     if any(row.version is None for row in unit._expected_new):
