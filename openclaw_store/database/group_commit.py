@@ -97,10 +97,12 @@ class Writer:
         self._timeout = timeout
         self._session: WriteSession | None = None  # opened, used and closed on the thread
         self._metrics = WriteMetrics(clock)
-        self._lock = threading.Lock()  # for all below but the queue's right end and the tokens
+        # For the queue's left end, and to change `_withdrawn`, `_taken`, `_gone`, `_listeners`,
+        # `_ended` and `_closed`. The thread never waits while it holds it.
+        self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._withdrawn = 0  # cancelled entries in the queue, about
-        self._callers = 0  # callers at the end of the last batch, its own included
+        self._callers = 0  # at the end of the last batch, its own included; for the thread alone
         self._taken: dict[asyncio.Future[Any], _Entry] = {}  # in a batch, not answered yet
         self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
         # Reentrant, since `publish` calls `publish_pending`; held so that commits keep their order.
