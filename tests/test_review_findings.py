@@ -223,7 +223,7 @@ class TestHeartbeats:
         await manager.add_node(node)
         await manager.update_heartbeat(node.node_id, cpu_usage=1)
         await manager.sync_to_database()
-        manager._replica.cache.beat = 0  # as if another process had written it
+        manager._replica.cache.heartbeat_sequence = 0  # as if another process had written it
         read = manager.db.read
 
         async def read_and_be_overtaken(work: Any) -> Any:

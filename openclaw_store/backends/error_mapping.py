@@ -163,6 +163,15 @@ class SQLiteErrorMapping(ErrorMapping):
         """Return `True` if text is not UTF-8, the driver's only error without a code."""
         return type(_cause(error)) is sqlite3.OperationalError and cls.code(error) is None
 
+    @classmethod
+    def is_unreadable_value(cls, error: BaseException) -> bool:
+        """Return `True` if a value written by hand may be the cause.
+
+        `json_array` refuses a BLOB; text that is not UTF-8 is an error without a code.
+        """
+        is_general = cls.code(error) in (None, "SQLITE_ERROR")
+        return is_general and isinstance(_cause(error), sqlite3.Error)
+
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code = self.code(error)
         if self.is_no_text(error):

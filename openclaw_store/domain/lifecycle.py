@@ -101,6 +101,28 @@ def missing_time(task: Record[Any], now: datetime) -> Values:
     return {name: _in_order(task, now)} if name is not None and getattr(task, name) is None else {}
 
 
+def set_with_status(
+    before: TaskStatus, task: Record[Any], now: datetime
+) -> Values | InvalidTransitionError:
+    """Return the values to set with the status of an updated task, or the refusal of the status.
+
+    Args:
+        before: The status before the update.
+    """
+    if before is task.status:
+        return {}
+    return illegal_transition(task.task_id, before, task.status) or missing_time(task, now)
+
+
+def updated_node(known: Record[Any], node: Record[Any], now: datetime) -> Record[Any]:
+    """Return a node that replaces `known`; its last heartbeat goes back only from the future."""
+    before, after = known.last_heartbeat, node.last_heartbeat
+    if before is None or (after is not None and after >= before):
+        return node
+    # A heartbeat from the future ends at `now`: the clock of another machine may be ahead.
+    return node.evolve(last_heartbeat=min(before, now))
+
+
 def is_due(task: Record[Task], now: datetime) -> bool:
     """Return whether a pending task may be claimed at this time."""
     not_before: datetime | None = task.not_before

@@ -24,7 +24,6 @@ from openclaw_store.repositories.commands import (
     cancellation_of,
     completion_of,
     failure_of,
-    newer_heartbeat,
     requeue_of,
     start_of,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
@@ -109,29 +109,19 @@ class Update(Command, Generic[Entity]):
         if self.kind is NodeInfo:
             assert row.record is not None  # nodes are always read
             if "last_heartbeat" in names:
-                heartbeat = newer_heartbeat(row.record, self.record, row.now)
-                record = record.evolve(last_heartbeat=heartbeat)
+                record = lifecycle.updated_node(row.record, record, row.now)
         elif row.status is not None and row.status != record.status._value_:
-            refusal = lifecycle.illegal_transition(self.id, TaskStatus(row.status), record.status)
-            if refusal is not None:
-                return refusal
-            moments: Values = lifecycle.missing_time(record, row.now)
-            record = record.evolve(**moments)
-            names = (*names, *moments)
+            before = TaskStatus(row.status)
+            values: Values | StoreError = lifecycle.set_with_status(before, record, row.now)
+            if isinstance(values, StoreError):
+                return values
+            names = tuple(names) + tuple(values)
+            record = record.evolve(**values)
         if self.key is not None:
             conflict = row.key_conflict(record)
             if conflict is not None:
                 return conflict
         return row.write(record, names)
-
-
-def newer_heartbeat(known: Record[Any], given: Record[Any], now: datetime) -> datetime | None:
-    """Return the last heartbeat of an updated node: the newer one, but none after `now`."""
-    before, after = known.last_heartbeat, given.last_heartbeat
-    if before is not None and (after is None or after < before):
-        after = min(before, now)  # the clock of another machine may be ahead
-    newer: datetime | None = after
-    return newer
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ change log. Every change is counted once, whichever way it came first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from openclaw_store.domain import ENTITY_NAMES, Change, Task, TaskStatus
@@ -16,11 +16,7 @@ _TASK = ENTITY_NAMES[Task]
 
 
 class AppliedChanges:
-    """Revisions applied, and the number of tasks of each status.
-
-    Args:
-        start: State of the database at one revision.
-    """
+    """Revisions applied, and the number of tasks of each status."""
 
     def __init__(self, start: InitialState) -> None:
         self.version = start.revision
@@ -30,32 +26,33 @@ class AppliedChanges:
         self.updated_at = start.updated_at
         self.task_counts = _of_each_status(start.task_counts)
         self.is_counted = True
-        """Whether `task_counts` are right; clean-up can remove changes before they are read."""
+        """True if `task_counts` are right; clean-up can remove changes before they are read."""
         self.out_of_order: dict[int, tuple[Change, str | None]] = {}
-        """Changes applied before others that precede them, with the status counted as theirs."""
+        """Changes with a gap before them, each with the status from which it was counted."""
 
-    def is_next(self, change: Change) -> bool:
-        """Count a change if it is the next one; the most frequent case."""
-        if change.revision != self.contiguous + 1:
-            return False
-        self._count(change.from_status, change)
-        self.contiguous = change.revision
-        self._advance(change)
-        return True
-
-    def is_applied(self, revision: int) -> bool:
-        """Return whether a change was counted before."""
-        return revision <= self.contiguous or revision in self.out_of_order
-
-    def count_out_of_order(self, change: Change, status: str | None) -> None:
-        """Count a change before others that precede it.
+    def count(self, change: Change, counted_status: Callable[[Change], str | None]) -> bool:
+        """Count a change; `False` if it was counted before.
 
         Args:
-            status: The status that the counts have its entity in.
+            counted_status: Returns the status under which the entity of a change was counted; it
+                is called if the change has a gap before it.
         """
-        self._count(status, change)
-        self.out_of_order[change.revision] = (change, status)
-        self._advance(change)
+        revision = change.revision
+        if revision == self.contiguous + 1:  # the most frequent case
+            self._count(change.from_status, change)
+            self.contiguous = revision
+        elif revision <= self.contiguous or revision in self.out_of_order:
+            return False
+        else:
+            status = counted_status(change)
+            self._count(status, change)
+            self.out_of_order[revision] = (change, status)
+        if revision > self.version:
+            self.version = revision
+            self.updated_at = change.changed_at
+        if self.out_of_order:
+            self._close_gap()
+        return True
 
     def later_than(self, revision: int) -> list[Change]:
         """Return the changes applied out of order after a revision."""
@@ -90,12 +87,9 @@ class AppliedChanges:
         return tasks, nodes
 
     def finish_batch(self, batch: ChangeBatch, later: Sequence[Change], *, recount: bool) -> None:
-        """Note that a batch was applied.
+        """Note that a counted batch was applied, except for the changes after its snapshot.
 
-        Args:
-            batch: As `count_batch` counted it.
-            later: The changes applied out of order that its snapshot does not contain.
-            recount: Whether the counts that it brings may replace ours.
+        With `recount`, its counts replace the present ones.
         """
         if batch.changes and batch.changes[-1][REVISION] > self.version:
             self.updated_at = batch.changed_at
@@ -112,13 +106,6 @@ class AppliedChanges:
                 if change.revision in self.out_of_order:
                     self.out_of_order[change.revision] = (change, change.from_status)
             self.is_counted = True
-
-    def _advance(self, change: Change) -> None:
-        if change.revision > self.version:
-            self.version = change.revision
-            self.updated_at = change.changed_at
-        if self.out_of_order:
-            self._close_gap()
 
     def _close_gap(self) -> None:
         while self.contiguous + 1 in self.out_of_order:

@@ -1,11 +1,11 @@
-"""The picture of the cluster in memory: what was committed, and what is only here so far.
+"""The cache: committed entities, unsaved entries and waiting heartbeats, in memory.
 
-It learns of commits in two ways that may cross: from the writer of this process, as they happen,
-and from the feed, in order and with those of other processes. Content is guarded by `version`, so
-an entry never goes back; every change is counted once, whichever way it came first.
+Changes arrive in two ways that may cross: from the commits of this process, as they happen, and
+from the change log, in order. Content is compared by `version`, so an entity never goes back; each
+change is counted once, by the way on which it arrives first.
 
-Nothing here awaits, reads the clock or knows SQL. Records never change, so they are handed out
-as they are, and copied by whoever talks to callers.
+This module never awaits, and does not know the clock or SQL. Records are immutable, so the cache
+returns them without copies; the public calls copy them.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ class Unsaved:
 
     record: Record[Any]
     base: Record[Any] | None
-    """What it was made from; `None` when it is new. It may be written only over that."""
+    """The stored record that it replaces when it is written; `None` for a new entity."""
     committed: Record[Any] | None
-    """What the database holds, as far as is known."""
+    """The newest known record of the database."""
 
 
 class Cache:
-    """Live tasks, all nodes, and the finished tasks that were used last.
+    """Live tasks, all nodes, and the most recently used finished tasks.
 
     Args:
-        start: What the database held at one revision; its rows are loaded page by page.
-        finished_limit: How many finished tasks are kept.
+        start: The initial state; `load` adds its rows.
+        finished_limit: Maximum number of finished tasks.
     """
 
     def __init__(self, start: InitialState, finished_limit: int) -> None:
@@ -73,21 +73,22 @@ class Cache:
         self.unsaved: dict[EntityKey, Unsaved] = {}
         self.applied = AppliedChanges(start)
         """Revisions applied, and the counts of tasks."""
-        self.beat = start.beat
+        self.heartbeat_sequence = start.heartbeat_sequence
         """The newest heartbeat sequence applied."""
         self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
         self.task_index = TaskIndex()
         self.node_index = NodeIndex(self.nodes)
-        # The last version an entry had while it was unsaved, and the one that it was written under.
+        # The last version of an entry while it was unsaved, and the version it was stored with.
         self._aliases: dict[EntityKey, tuple[int, int]] = {}
         self.waiting: dict[str, Heartbeat] = {}
-        """Heartbeats that are not handed to the writer yet, by node."""
-        self._flying: dict[str, list[Heartbeat]] = {}  # and those that it has not written yet
-        # And what they said that is written since the last `catch_up`, by field, with the flush.
-        self._landed: dict[str, dict[str, tuple[int, Any]]] = {}
+        """Heartbeats not submitted yet, by node."""
+        self._in_flight: dict[str, list[Heartbeat]] = {}  # submitted, but not acknowledged
+        # By node and field: the value last written by this process, with its heartbeat sequence,
+        # unless `catch_up` has read it.
+        self._written_values: dict[str, dict[str, tuple[int, Any]]] = {}
 
     def load(self, page: InitialRows) -> None:
-        """Take over a page of the initial state."""
+        """Add rows of the initial state."""
         if page.kind is Task:
             self.tasks.load(page.rows)
             self.task_index.load(page)
@@ -96,31 +97,31 @@ class Cache:
                 self._show((page.kind, row[0]), None, self._decode[page.kind](row))
 
     def keep_unsaved(self, other: Cache) -> None:
-        """Take over what is only in memory, from the cache that this one replaces."""
-        for place, entry in other.unsaved.items():
-            entry.committed = self._visible(place)
-            self._show_unsaved(place, entry)
-        self._aliases.update(other._aliases)  # one that is outdated leads to a stale version
-        self.waiting, self._flying = other.waiting, other._flying
-        for id in {*self.waiting, *self._flying}:
+        """Keep the unsaved entries and heartbeats of the cache that this one replaces."""
+        for key, entry in other.unsaved.items():
+            entry.committed = self._visible(key)
+            self._show_unsaved(key, entry)
+        self._aliases.update(other._aliases)  # an outdated one yields `StaleVersionError`
+        self.waiting, self._in_flight = other.waiting, other._in_flight
+        for id in {*self.waiting, *self._in_flight}:
             record = self.nodes.get(id)
             if record is not None:
-                self._touch(id, record, self._with_heartbeats(record))
+                self._replace_node(id, record, self._with_heartbeats(record))
 
     def apply(self, events: Iterable[Event | HeartbeatWritten]) -> None:
-        """Take over what this process has committed.
+        """Apply a commit of this process.
 
         Raises:
-            InvalidDataError: If it met a row that cannot be read; it took over the rest.
+            InvalidDataError: If a row cannot be read; the rest was applied.
         """
         unreadable: InvalidDataError | None = None
         arrived: list[Ready] = []
         for event in events:
             if isinstance(event, HeartbeatWritten):
-                self._land(event)
+                self._apply_written(event)
                 continue
             kind, id, record, change = event
-            if not self._count(change):
+            if not self.applied.count(change, self._counted_status):
                 continue
             if record is not None and record.row is not None and kind is Task and self._is_new(id):
                 ready = ready_of(record)
@@ -128,10 +129,10 @@ class Cache:
                     self.tasks.put(id, record.row)
                     arrived.append(ready)
                     continue
-            if arrived:  # a transaction may have added a task, and changed it, too
+            if arrived:  # the event may change one of these tasks
                 self.task_index.add(arrived)
             try:
-                self._commit((kind, id), record, change.revision)
+                self._apply_stored((kind, id), record, change.revision)
             except InvalidDataError as error:
                 unreadable = error
         if arrived:
@@ -140,130 +141,133 @@ class Cache:
             raise unreadable
 
     def catch_up(self, batch: ChangeBatch) -> None:
-        """Take over what the feed says, from this and other processes.
+        """Apply a batch of the change log.
 
         Raises:
-            InvalidDataError: If it met a row that cannot be read; it took over the rest.
+            InvalidDataError: If a row cannot be read; the rest was applied.
         """
         applied = self.applied
         later = applied.later_than(batch.read_at)
-        # A change committed after the snapshot cannot be told from one that its counts contain.
+        # Otherwise the batch's counts lack contiguous changes, which are no longer listed.
         recount = applied.contiguous <= batch.read_at
         tasks, nodes = applied.count_batch(batch)
-        for change in later:  # what is here is newer
+        for change in later:  # the cache is newer than the snapshot
             (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
-        unreadable = self._take_over_tasks(tasks, batch)
+        unreadable = self._apply_tasks(tasks, batch)
         for id in nodes:
-            node = self._with_landed(batch.nodes.get(id), batch.beat)
-            self._commit((NodeInfo, id), node, batch.read_at)
+            node = self._with_written_values(batch.nodes.get(id), batch.heartbeat_sequence)
+            self._apply_stored((NodeInfo, id), node, batch.read_at)
         for node in batch.heartbeats:
-            place = key_of(node)
-            if self._visible(place) is not None:
-                self._commit(place, self._with_landed(node, batch.beat), 0)
-        self.beat = max(self.beat, batch.beat)
-        self._landed = {
+            key = key_of(node)
+            if self._visible(key) is not None:
+                node = self._with_written_values(node, batch.heartbeat_sequence)
+                self._apply_stored(key, node, 0)
+        sequence = self.heartbeat_sequence = max(self.heartbeat_sequence, batch.heartbeat_sequence)
+        self._written_values = {
             id: newer
-            for id, landed in self._landed.items()
-            if (newer := {name: it for name, it in landed.items() if it[0] > self.beat})
+            for id, written in self._written_values.items()
+            if (newer := {name: value for name, value in written.items() if value[0] > sequence})
         }
         applied.finish_batch(batch, later, recount=recount)
         if unreadable is not None:
             raise unreadable
 
     def remember(self, record: Record[Task]) -> None:
-        """Keep a finished task that was read from the database."""
+        """Cache a finished task that was read from the database."""
         if record.status in FINISHED and (Task, record.task_id) not in self.unsaved:
             self._finish(record.task_id, record)
 
     def stage(self, record: Record[Any], base: Record[Any] | None) -> None:
-        """Show an entry before it is committed."""
-        place = key_of(record)
-        entry = self.unsaved.get(place)
-        committed = (self._visible(place) or base) if entry is None else entry.committed
-        self._show_unsaved(place, Unsaved(record, base, committed))
+        """Show an unsaved entry, made from the stored record `base`."""
+        key = key_of(record)
+        entry = self.unsaved.get(key)
+        committed = (self._visible(key) or base) if entry is None else entry.committed
+        self._show_unsaved(key, Unsaved(record, base, committed))
 
-    def discard(self, place: EntityKey) -> bool:
-        """Forget what is only in memory of an entry; `False` if there is nothing."""
-        entry = self.unsaved.get(place)
+    def discard(self, key: EntityKey) -> bool:
+        """Drop an unsaved entry; `False` if there is none."""
+        entry = self.unsaved.get(key)
         if entry is not None:
-            self.unstage(place, entry, None)
+            self.unstage(key, entry, None)
         return entry is not None
 
-    def unstage(self, place: EntityKey, entry: Unsaved, stored: Record[Any] | None) -> None:
-        """`entry` was written as `stored`, or lost (`None`): show what the database holds."""
-        present = self.unsaved.get(place)
+    def unstage(self, key: EntityKey, entry: Unsaved, stored: Record[Any] | None) -> None:
+        """Show the stored record after a flush: `stored`, or `None` if the entry was dropped."""
+        present = self.unsaved.get(key)
         if present is None:
             return
-        if present is not entry:  # it was changed again meanwhile, and builds on what was written
+        if present is not entry:  # changed again during the flush: it now replaces `stored`
             if stored is not None and present.base is entry.base:
                 present.base = stored
             return
-        self._hide(place)
-        del self.unsaved[place]
-        if stored is not None and (
-            entry.committed is None or entry.committed.version < stored.version
-        ):
+        self._hide(key)
+        del self.unsaved[key]
+        committed = entry.committed
+        if stored is not None and (committed is None or committed.version < stored.version):
             entry.committed = stored
         if entry.committed is not None:
-            self._show(place, None, self._with_heartbeats(entry.committed))
+            self._show(key, None, self._with_heartbeats(entry.committed))
+            # A caller may write again with the copy that it got while the entry was unsaved.
             if stored is not None and entry.committed.version == stored.version:
-                self._aliases[place] = (entry.record.version, stored.version)
+                self._aliases[key] = (entry.record.version, stored.version)
 
-    def flushed_version(self, place: EntityKey, version: int) -> int:
-        """The version that a copy of an entry has, which got `version` while it was unsaved."""
-        local, settled = self._aliases.get(place, (0, 0))
-        return settled if version < 0 and version == local else version
+    def flushed_version(self, key: EntityKey, version: int) -> int:
+        """Return the stored version of a copy made while its entity was unsaved."""
+        unsaved, stored = self._aliases.get(key, (0, 0))
+        return stored if version < 0 and version == unsaved else version
 
-    def show_heartbeat(self, beat: Heartbeat) -> None:
-        """Show a heartbeat, and keep it until it is written."""
-        waiting = self.waiting.get(beat.id)
-        self.waiting[beat.id] = beat if waiting is None else beat.after(waiting)
-        record = self.nodes.get(beat.id)
+    def show_heartbeat(self, heartbeat: Heartbeat) -> None:
+        """Show a heartbeat, which waits until it is taken."""
+        id = heartbeat.id
+        waiting = self.waiting.get(id)
+        self.waiting[id] = heartbeat if waiting is None else heartbeat.after(waiting)
+        record = self.nodes.get(id)
         if record is not None:
-            touched = beat.over(record)
-            self._touch(beat.id, record, touched)
-            if self.unsaved and (NodeInfo, beat.id) in self.unsaved:
-                self.unsaved[NodeInfo, beat.id].record = touched
+            shown = heartbeat.over(record)
+            self._replace_node(id, record, shown)
+            if (NodeInfo, id) in self.unsaved:
+                self.unsaved[NodeInfo, id].record = shown
 
     def take_heartbeats(self, node_ids: Iterable[str]) -> list[Heartbeat]:
-        """Those of these nodes that wait; they are on their way to the writer now."""
+        """Return the waiting heartbeats of these nodes; the caller submits them."""
         taken = [self.waiting.pop(id) for id in node_ids if id in self.waiting]
-        for beat in taken:
-            self._flying.setdefault(beat.id, []).append(beat)
+        for heartbeat in taken:
+            self._in_flight.setdefault(heartbeat.id, []).append(heartbeat)
         return taken
 
     def acknowledge_heartbeats(
         self, heartbeats: Sequence[Heartbeat], known: Sequence[bool] | None
     ) -> bool:
-        """The writer is done with heartbeats of `known` nodes, or has failed (`None`).
+        """Record the outcome of submitted heartbeats; return true if some wait again.
 
-        Returns:
-            Whether some of them wait again. (Of what was written it was told in between.)
+        A written heartbeat was applied before, by its `HeartbeatWritten`. `known` is false for a
+        heartbeat of an unknown node, and `None` if the write failed.
         """
-        again = False
-        for place, beat in enumerate(heartbeats):
-            is_written = beat.id not in self._flying or not self._is_own(beat)
-            # A node that is not written yet keeps its heartbeat until it is.
-            if is_written or (known and (known[place] or (NodeInfo, beat.id) not in self.unsaved)):
+        are_waiting = False
+        for index, heartbeat in enumerate(heartbeats):
+            id = heartbeat.id
+            is_written = not self._remove_in_flight(heartbeat)
+            # The heartbeat of an unsaved node waits until the node is stored.
+            if is_written or (known and (known[index] or (NodeInfo, id) not in self.unsaved)):
                 continue
-            newer = self.waiting.get(beat.id)
-            self.waiting[beat.id] = beat if newer is None else newer.after(beat)
-            again = True
-        return again
+            newer = self.waiting.get(id)
+            self.waiting[id] = heartbeat if newer is None else newer.after(heartbeat)
+            are_waiting = True
+        return are_waiting
 
     def task(self, task_id: str) -> Record[Task] | None:
-        """A live task, or a finished one that is in memory."""
-        record = self.tasks.get(task_id)
-        if record is None and task_id in self._finished:
-            self._finished.move_to_end(task_id)
-            record = self._finished[task_id]
-        if record is None and (Task, task_id) in self.unsaved:
-            record = self.unsaved[Task, task_id].record
-        return record
+        """Return a live or unsaved task, or a finished task in memory."""
+        return self.find((Task, task_id))
 
-    def find(self, place: EntityKey) -> Record[Any] | None:
-        """An entry of either kind."""
-        return self.task(place[1]) if place[0] is Task else self.nodes.get(place[1])
+    def find(self, key: EntityKey) -> Record[Any] | None:
+        """Return a node, or a task as `task` does."""
+        record = self._visible(key)
+        if key[0] is Task:
+            if key[1] in self._finished:
+                self._finished.move_to_end(key[1])
+            elif record is None and key in self.unsaved:  # finished
+                record = self.unsaved[key].record
+        return record
 
     def pending(self, limit: int | None) -> list[Record[Task]]:
         """Return pending and scheduled tasks by priority, time of submission and identifier."""
@@ -271,26 +275,26 @@ class Cache:
         return [record for record in found if record is not None]
 
     def task_stats(self) -> dict[str, int]:
-        """Tasks in the database, by status."""
-        # An own change of a task that another process has changed, too, is counted from what is
-        # known here; until that process's change is seen, this can be one too few.
+        """Return the number of tasks in the database, by status."""
+        # A count can be one too low after a change of a task that another process changed before,
+        # until that earlier change is read.
         return {status: max(0, count) for status, count in self.applied.task_counts.items()}
 
     def node_stats(self) -> dict[str, int]:
-        """`total`, `online`, `offline`, `busy`."""
+        """Return the number of nodes in the database: `total`, `online`, `offline` and `busy`."""
         unstored = [key for key in self.unsaved if not self._is_stored(key)]
         return self.node_index.stats(id for kind, id in unstored if kind is NodeInfo)
 
     def sizes(self) -> dict[str, int]:
-        """How much is in memory, and how much of it alone."""
+        """Return the numbers of cached and of unsaved entries."""
         return {
             "cached_tasks": len(self.tasks) + len(self._finished),
             "unsaved_entries": len(self.unsaved),
-            "unsaved_heartbeats": len({*self.waiting, *self._flying}),
+            "unsaved_heartbeats": len({*self.waiting, *self._in_flight}),
         }
 
     def state(self) -> ClusterState:
-        """The present picture, in constant time."""
+        """Return a snapshot, in constant time."""
         counts = self.task_stats()
         return ClusterState(
             version=self.applied.version,
@@ -303,32 +307,23 @@ class Cache:
             running_tasks=counts[TaskStatus.RUNNING],
         )
 
-    def _count(self, change: Change) -> bool:
-        """Count a change; `False` if it was counted before."""
-        if self.applied.is_next(change):
-            return True
-        if self.applied.is_applied(change.revision):
-            return False
-        self.applied.count_out_of_order(change, self._status_here(change))
-        return True
-
-    def _take_over_tasks(
+    def _apply_tasks(
         self, tasks: Mapping[str, Sequence[Any]], batch: ChangeBatch
     ) -> InvalidDataError | None:
-        """Take over what their last changes brought; returns what cannot be read of them."""
+        """Apply the last change of each task; return the error of an unreadable row."""
         unreadable: InvalidDataError | None = None
         arrived: list[Ready] = []
         for id, change in tasks.items():
             row = tuple(change[STEP_WIDTH:])
             is_there = row[0] is not None
             ready = batch.ready(row) if is_there and self._is_new(id) else None
-            if ready is not None:  # by far the most frequent case, and nobody may ever ask for it
+            if ready is not None:  # the most frequent case: the row is decoded at its first read
                 self.tasks.put(id, row)
                 arrived.append(ready)
                 continue
             try:
                 record = self._decode[Task](row) if is_there else None
-                self._commit((Task, id), record, batch.read_at)
+                self._apply_stored((Task, id), record, batch.read_at)
             except InvalidDataError as error:
                 unreadable = error
         if arrived:
@@ -336,120 +331,116 @@ class Cache:
         return unreadable
 
     def _is_new(self, id: str) -> bool:
-        """Whether nothing is known of a task."""
+        """Return true if the cache has no trace of a task."""
         if id in self.tasks.entries or id in self._finished:
             return False
-        place = (Task, id)
-        return place not in self.unsaved and place not in self._aliases
+        key = (Task, id)
+        return key not in self.unsaved and key not in self._aliases
 
-    def _status_here(self, change: Change) -> str | None:
-        """The status that the counts have an item in."""
-        place = (ENTITY_KINDS[change.item], change.item_id)
-        entry = self.unsaved.get(place)
-        known = self._visible(place) if entry is None else entry.committed
+    def _counted_status(self, change: Change) -> str | None:
+        """Return the status under which an entity is counted."""
+        key = (ENTITY_KINDS[change.item], change.item_id)
+        entry = self.unsaved.get(key)
+        known = self._visible(key) if entry is None else entry.committed
         if known is not None:
             return str(known.status.value)
-        # Finished tasks are counted, though few of them are in memory.
+        # Most finished tasks are counted, but not in memory.
         return change.from_status if change.from_status in FINISHED else None
 
-    def _commit(self, place: EntityKey, record: Record[Any] | None, revision: int) -> None:
-        """Take over an entry that the database held at `revision`, unless a newer one is here."""
-        entry = self.unsaved.get(place) if self.unsaved else None
-        known = self._visible(place) if entry is None else entry.committed
+    def _apply_stored(self, key: EntityKey, record: Record[Any] | None, revision: int) -> None:
+        """Apply the stored record as of `revision`, unless the cache has a newer one."""
+        entry = self.unsaved.get(key) if self.unsaved else None
+        known = self._visible(key) if entry is None else entry.committed
         if record is not None:
             revision = record.version
             if record.kind is NodeInfo:
+                # Heartbeats have no version: the stored node may lack the ones of this process.
                 record = self._with_heartbeats(record)
         if known is not None and known.version > revision:
             return
-        if place in self._aliases and (record is None or record.version != self._aliases[place][1]):
-            del self._aliases[place]
+        if key in self._aliases and (record is None or record.version != self._aliases[key][1]):
+            del self._aliases[key]
         if entry is None:
-            self._show(place, known, record)
+            self._show(key, known, record)
             return
-        self._hide(place)
+        # Hidden and shown again: `_is_stored`, and so the totals, depend on `committed`.
+        self._hide(key)
         entry.committed = record
-        self._show(place, None, entry.record)
+        self._show(key, None, entry.record)
 
     def _with_heartbeats(self, record: Record[Any]) -> Record[Any]:
-        """What was committed, with the heartbeats that are not."""
+        """Return a stored record with the heartbeats that are not written yet."""
         if record.kind is NodeInfo:
             id = record.node_id
-            heartbeats = self._flying.get(id, [])
+            heartbeats = self._in_flight.get(id, [])
             if id in self.waiting:
                 heartbeats = [*heartbeats, self.waiting[id]]
-            for beat in heartbeats:
-                if beat.is_news_to(record):
-                    record = beat.over(record)
+            for heartbeat in heartbeats:
+                if heartbeat.is_news_to(record):
+                    record = heartbeat.over(record)
         return record
 
-    def _with_landed(self, record: Record[Any] | None, flush: int) -> Record[Any] | None:
-        """What was read, with the heartbeats that this process has written behind `flush`."""
-        if record is not None and record.kind is NodeInfo:
-            landed = self._landed.get(record.node_id, {})
-            newer = {name: value for name, (at, value) in landed.items() if at > flush}
-            return record.evolve(**newer) if newer else record
-        return record
+    def _with_written_values(self, node: Record[Any] | None, sequence: int) -> Record[Any] | None:
+        """Return a node of a snapshot, with the values that this process wrote after it."""
+        written = {} if node is None else self._written_values.get(node.node_id, {})
+        newer = {name: value for name, (at, value) in written.items() if at > sequence}
+        return node.evolve(**newer) if node is not None and newer else node
 
-    def _land(self, beaten: HeartbeatWritten) -> None:
-        """Take over a heartbeat that was written."""
-        beat, flush = beaten
-        is_shown = self._is_own(beat)
-        entry = self.unsaved.get((NodeInfo, beat.id)) if self.unsaved else None
-        known = self.nodes.get(beat.id) if entry is None else entry.committed
-        if known is None or flush <= self.beat:  # it was removed meanwhile, or read with the rest
+    def _apply_written(self, event: HeartbeatWritten) -> None:
+        heartbeat, sequence = event
+        is_shown = self._remove_in_flight(heartbeat)
+        entry = self.unsaved.get((NodeInfo, heartbeat.id)) if self.unsaved else None
+        known = self.nodes.get(heartbeat.id) if entry is None else entry.committed
+        if known is None or sequence <= self.heartbeat_sequence:  # removed, or already read
             return
-        landed = self._landed.setdefault(beat.id, {})
-        landed["last_heartbeat"] = (flush, beat.at)
-        for name, value in beat.usage.items():
-            landed[name] = (flush, value)
+        values = {"last_heartbeat": heartbeat.at, **heartbeat.usage}
+        written = self._written_values.setdefault(heartbeat.id, {})
+        written.update((name, (sequence, value)) for name, value in values.items())
         if entry is not None:
-            entry.committed = beat.over(known)
+            entry.committed = heartbeat.over(known)
         elif not is_shown:
-            self._touch(beat.id, known, self._with_heartbeats(beat.over(known)))
+            self._replace_node(heartbeat.id, known, self._with_heartbeats(heartbeat.over(known)))
 
-    def _is_own(self, beat: Heartbeat) -> bool:
-        """Whether a heartbeat was on its way to the writer, on which it is no more."""
-        flying = self._flying.pop(beat.id, ())
-        if len(flying) == 1 and flying[0] is beat:  # as nearly always
-            return True
-        others = [other for other in flying if other is not beat]
-        if others:
-            self._flying[beat.id] = others
-        return len(others) < len(flying)
+    def _remove_in_flight(self, heartbeat: Heartbeat) -> bool:
+        """Note that a heartbeat is no longer in flight; `False` if it was not."""
+        in_flight = self._in_flight.pop(heartbeat.id, ())
+        remaining = [one for one in in_flight if one is not heartbeat]
+        if remaining:
+            self._in_flight[heartbeat.id] = remaining
+        return len(remaining) < len(in_flight)
 
-    def _touch(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:
-        """Replace what is safe_repr of a node by what it is after a heartbeat."""
+    def _replace_node(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:
+        """Replace a node that differs only in the values of a heartbeat."""
         self.nodes.put(id, new)
-        if new.running_tasks != old.running_tasks:  # no index knows the rest
+        if new.running_tasks != old.running_tasks:  # the only indexed value of a heartbeat
             self.node_index.index_load(id, new)
 
-    def _show_unsaved(self, place: EntityKey, entry: Unsaved) -> None:
-        self._hide(place)
-        self.unsaved[place] = entry
-        self._show(place, None, entry.record)
+    def _show_unsaved(self, key: EntityKey, entry: Unsaved) -> None:
+        self._hide(key)
+        self.unsaved[key] = entry
+        self._show(key, None, entry.record)
 
-    def _visible(self, place: EntityKey) -> Record[Any] | None:
-        kind, id = place
+    def _visible(self, key: EntityKey) -> Record[Any] | None:
+        kind, id = key
         records: Records[Any] = self.nodes if kind is NodeInfo else self.tasks
         found = records.entries.get(id)
-        if type(found) is tuple:  # nobody has asked for it yet
+        if type(found) is tuple:  # never read
             found = records.get(id)
         if found is None and kind is Task:
             found = self._finished.get(id)
         return found  # type: ignore[return-value]  # a tuple was decoded
 
-    def _hide(self, place: EntityKey) -> None:
-        visible = self._visible(place)
+    def _hide(self, key: EntityKey) -> None:
+        visible = self._visible(key)
         if visible is not None:
-            self._show(place, visible, None)
+            self._show(key, visible, None)
 
-    def _show(self, place: EntityKey, old: Record[Any] | None, new: Record[Any] | None) -> None:
-        """Replace what is safe_repr of an entry, in all indexes."""
-        if place[0] is Task:
-            self._show_task(place[1], old, new)
+    def _show(self, key: EntityKey, old: Record[Any] | None, new: Record[Any] | None) -> None:
+        """Replace a visible record, and update the indexes."""
+        if key[0] is Task:
+            self._show_task(key[1], old, new)
         else:
-            self._show_node(place[1], old, new)
+            self._show_node(key[1], old, new)
 
     def _show_task(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
         self.task_index.replace(id, old, new)
@@ -472,9 +463,7 @@ class Cache:
             evicted, _ = self._finished.popitem(last=False)
             self._aliases.pop((Task, evicted), None)
 
-    def _show_node(
-        self, id: str, old: Record[NodeInfo] | None, new: Record[NodeInfo] | None
-    ) -> None:
+    def _show_node(self, id: str, old: Record[Any] | None, new: Record[Any] | None) -> None:
         if new is not None:
             self.nodes.put(id, new)
         elif old is not None:
@@ -482,6 +471,6 @@ class Cache:
         self.node_index.replace(id, old, new, is_stored=self._is_stored((NodeInfo, id)))
 
     def _is_stored(self, key: EntityKey) -> bool:
-        """Return whether an entity is in the database, so that it counts in the totals."""
+        """Return true if an entity is in the database, and so counts in the totals."""
         entry = self.unsaved.get(key)
         return entry is None or entry.committed is not None

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache, reduce
 from operator import add
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 from sqlalchemy import (
@@ -33,11 +33,10 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.backends import fetch_raw_rows
+from openclaw_store.backends import SQLiteErrorMapping, fetch_raw_rows
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
@@ -62,19 +61,33 @@ from openclaw_store.repositories import (
     CHANGE_BATCH_SIZE,
     counters_of,
     read_counters,
-    read_records,
     read_rows,
     select_pending,
 )
 from openclaw_store.state_manager.ready_queue import PendingKey, Ready
+
+PAGE_BYTES = 8 << 20
+"""Bytes of JSON and text in a batch; the task that exceeds them is the last one."""
+
+STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
+"""The columns of a change that a cache needs, in this order."""
+
+STEP_WIDTH = len(STEP)
+"""The number of these columns in a row; the columns of the task follow."""
+
+REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, _, _TO_STATUS = range(STEP_WIDTH)
+"""The positions of these columns."""
 
 _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
     FIELDS[Task].index,
     ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
 )
 
-
+_TASK, _NODE_NAME = ENTITY_NAMES[Task], ENTITY_NAMES[NodeInfo]
 _PENDING = TaskStatus.PENDING.value
+_NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
+_UNREADABLE = [b"" if name == "submitted_at" else None for name in FIELDS[Task][1:]]
+"""Columns behind the identifier that every decoder refuses, with an error that names the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,7 @@ class InitialState:
     """The counters, and the decoders of rows."""
 
     revision: int
-    beat: int
+    heartbeat_sequence: int
     """The newest heartbeat sequence."""
     updated_at: datetime | None
     """The time of the newest change."""
@@ -115,10 +128,14 @@ class ChangeBatch:
     """The batch has the changes up to this revision."""
     read_at: int
     """The revision of the snapshot that the content is from; if it is larger, batches follow."""
-    beat: int
+    heartbeat_sequence: int
     """The heartbeat sequence of the snapshot."""
     changes: Sequence[Sequence[Any]]
-    """The rows of a `LogPage`."""
+    """Changes in order: each a `STEP`, then the columns of its task as the driver gives them.
+
+    The last change of a task has its content; earlier ones may have `None` instead, as have the
+    changes of removed tasks and of nodes.
+    """
     changed_at: datetime | None
     """The time of the last change, if there are any."""
     is_complete: bool
@@ -137,11 +154,11 @@ class ChangeBatch:
 
 async def read_initial_state(session: AsyncSession) -> InitialState:
     """Return the initial state in the snapshot of `session`."""
-    revision, beat, _ = await read_counters(session)
+    revision, sequence, _ = await read_counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
-    updated_at, counts = await session.scalar(newest), await _task_counts(session)
+    updated_at, counts = await session.scalar(newest), await session.run_sync(_task_counts)
     decode = statements_for(session.get_bind().dialect.name).decode
-    return InitialState(revision, beat, updated_at, counts, decode)
+    return InitialState(revision, sequence, updated_at, counts, decode)
 
 
 async def read_live(session: AsyncSession) -> AsyncIterator[InitialRows]:
@@ -170,48 +187,95 @@ def _assigned(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
     return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
 
 
-async def read_change_batch(
+def read_change_batch(
     session: AsyncSession,
     *,
     since: int,
-    beat: int,
+    heartbeat_sequence: int,
     is_complete: bool,
     known: Collection[int] = (),
-) -> ChangeBatch:
-    """Return a batch of the changes after `since`, and the nodes with heartbeats after `beat`.
+) -> Coroutine[Any, Any, ChangeBatch]:
+    """Return a batch of the changes after `since`, and the nodes with newer heartbeats.
+
+    The batch has at most `CHANGE_BATCH_SIZE` changes; it ends earlier at `PAGE_BYTES`.
 
     Args:
         is_complete: True if the batches before this one were complete.
         known: Revisions of changes to leave out.
     """
-    page = await read_page(session, since, since + CHANGE_BATCH_SIZE, known)
+    # One `run_sync` for all statements: each await of the driver resumes every coroutine above it.
+    return session.run_sync(_read_batch, since, heartbeat_sequence, is_complete, known)
+
+
+def _read_batch(
+    session: Session, since: int, sequence: int, is_complete: bool, known: Collection[int]
+) -> ChangeBatch:
+    until = since + CHANGE_BATCH_SIZE
+    wanted: Sequence[int] = range(since + 1, until + 1)
+    skipped: list[int] = []
+    if known:
+        skipped = [revision for revision in wanted if revision in known]
+        wanted = [revision for revision in wanted if revision not in known]
+    found, read = _read_changes(session, since, until, skipped)
+    revision, newest_sequence = counters_of(found)
+    changes = _with_large_tasks(session, read)
+    until = min(until, revision) if len(changes) == len(read) else changes[-1][REVISION]
+    is_complete = is_complete and len(changes) == bisect_right(wanted, until)
     sql = statements_for(session.get_bind().dialect.name)
     nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {row[ITEM_ID] for row in page.rows if row[OF_ITEM] == ENTITY_NAMES[NodeInfo]}:
+    if ids := {row[ENTITY_ID] for row in changes if row[ENTITY_NAME] == _NODE_NAME}:
         query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
-        found = await read_records(session, NodeInfo, query)
-        nodes = {record.node_id: record for record in found}
+        nodes = {record.node_id: record for record in _read_nodes(session, query)}
     # Heartbeats are not in the change log: they only raise the sequence of their node.
     heartbeats: Sequence[Record[NodeInfo]] = []
-    if page.beat > beat:
-        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > beat)
-        heartbeats = await read_records(session, NodeInfo, query)
-    is_complete = is_complete and page.is_complete
+    if newest_sequence > sequence:
+        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > sequence)
+        heartbeats = _read_nodes(session, query)
     return ChangeBatch(
-        revision=page.until,
-        read_at=page.revision,
-        beat=page.beat,
-        changes=page.rows,
-        changed_at=sql.from_moment(page.rows[-1][CHANGED_AT]) if page.rows else None,
+        revision=until,
+        read_at=revision,
+        heartbeat_sequence=newest_sequence,
+        changes=changes,
+        changed_at=sql.from_moment(changes[-1][CHANGED_AT]) if changes else None,
         is_complete=is_complete,
         nodes=nodes,
         heartbeats=heartbeats,
-        task_counts=None
-        if is_complete or page.until < page.revision
-        else await _task_counts(session),
+        task_counts=None if is_complete or until < revision else _task_counts(session),
         ready=_ready_of(sql.from_moment),
-        is_compacted=since < page.compacted,
+        is_compacted=since < found[0][2],
     )
+
+
+def _read_changes(
+    session: Session, since: int, until: int, skipped: Sequence[int]
+) -> tuple[Sequence[Any], Sequence[Sequence[Any]]]:
+    """Return the rows with the counters, and the changes, without the content of large tasks."""
+    dialect = session.get_bind().dialect.name
+    is_sqlite = dialect == "sqlite"
+    values = {
+        "since": since,
+        "until": until,
+        "skipped": orjson.dumps(skipped).decode() if is_sqlite else skipped,
+        "small": PAGE_BYTES // (until - since),
+    }
+    sql, names = _statement(dialect, is_skipping=bool(skipped))
+    try:
+        found = _fetch(session, sql, *(values[name] for name in names))
+    except Exception as error:
+        if not SQLiteErrorMapping.is_unreadable_value(error):
+            raise
+        # No task is small enough now, so each is read alone, and only its decoder refuses it.
+        values["small"] = -1
+        found = _fetch(session, sql, *(values[name] for name in names))
+    if is_sqlite:
+        return found, orjson.loads(found[0][3])
+    return found, [row[3:] for row in found if row[3] is not None]
+
+
+def _read_nodes(session: Session, query: Select[Any]) -> list[Record[NodeInfo]]:
+    rows = fetch_raw_rows(session.connection().execute(query))
+    decode = statements_for(session.get_bind().dialect.name).decode[NodeInfo]
+    return [decode(tuple(row)) for row in rows if row[0] is not None]
 
 
 @lru_cache
@@ -232,101 +296,12 @@ def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None
     return ready
 
 
-async def _task_counts(session: AsyncSession) -> dict[str, int]:
+def _task_counts(session: Session) -> dict[str, int]:
     counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
-    return {status.value: count for status, count in await session.execute(counts)}
+    return {status.value: count for status, count in session.execute(counts)}
 
 
-PAGE_BYTES = 8 << 20
-"""Bytes of JSON and text on a page; the task that exceeds them is the last one."""
-
-
-STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
-"""The values of a change that a cache needs, in this order."""
-
-
-STEP_WIDTH = len(STEP)
-"""The number of values of a row that are the change; the task follows."""
-
-
-REVISION, CHANGED_AT, OF_ITEM, ITEM_ID, _, _TO_STATUS = range(STEP_WIDTH)
-"""The positions of these values."""
-
-
-_TASK = ENTITY_NAMES[Task]
-
-
-_NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
-
-
-_UNREADABLE = [b"" if name == "submitted_at" else None for name in FIELDS[Task][1:]]
-"""Columns behind the identifier that every decoder refuses, with an error that names the task."""
-
-
-class LogPage(NamedTuple):
-    """Some changes, read in one snapshot."""
-
-    revision: int
-    """The newest revision of the snapshot."""
-    beat: int
-    """The newest heartbeat sequence."""
-    compacted: int
-    """Changes up to this revision were removed."""
-    until: int
-    """The page has the changes up to this revision."""
-    rows: Sequence[Sequence[Any]]
-    """Changes in order: each a `STEP`, then the columns of its task as the driver gives them.
-
-    The last change of a task has its content; earlier ones may have `None` instead, as have the
-    changes of removed tasks and of nodes.
-    """
-    is_complete: bool
-    """True if no change of the page was removed by clean-up."""
-
-
-async def read_page(
-    session: AsyncSession, since: int, until: int, known: Collection[int]
-) -> LogPage:
-    """Return the changes after `since` up to `until`, except `known` ones.
-
-    The page ends earlier when `PAGE_BYTES` are read.
-    """
-    wanted: Sequence[int] = range(since + 1, until + 1)
-    skipped: list[int] = []
-    if known:
-        skipped = [revision for revision in wanted if revision in known]
-        wanted = [revision for revision in wanted if revision not in known]
-    dialect = session.get_bind().dialect.name
-    is_sqlite = dialect == "sqlite"
-    values = {
-        "since": since,
-        "until": until,
-        "skipped": orjson.dumps(skipped).decode() if is_sqlite else skipped,
-        "small": PAGE_BYTES // (until - since),
-    }
-    sql, names = _statement(dialect, is_skipping=bool(skipped))
-    try:
-        found = await _fetch(session, sql, *(values[name] for name in names))
-    except DBAPIError as error:
-        if not _is_of_a_value(error):
-            raise
-        # No task is small enough now, so each is read alone, and only its decoder refuses it.
-        values["small"] = -1
-        found = await _fetch(session, sql, *(values[name] for name in names))
-    revision, beat = counters_of(found)
-    if is_sqlite:
-        read = orjson.loads(found[0][3])
-    else:
-        read = [row[3:] for row in found if row[3] is not None]
-    rows = await _with_large_tasks(session, read)
-    until = min(until, revision) if len(rows) == len(read) else rows[-1][REVISION]
-    is_complete = len(rows) == bisect_right(wanted, until)
-    return LogPage(revision, beat, found[0][2], until, rows, is_complete)
-
-
-async def _with_large_tasks(
-    session: AsyncSession, rows: Sequence[Sequence[Any]]
-) -> Sequence[Sequence[Any]]:
+def _with_large_tasks(session: Session, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
     """Add the large tasks, and end the rows when their size exceeds `PAGE_BYTES`.
 
     A large task is read at its first change: so the page may end after any change, and the content
@@ -334,7 +309,7 @@ async def _with_large_tasks(
     """
     if all(row[STEP_WIDTH] is not None for row in rows):
         return rows
-    last = {row[ITEM_ID]: row for row in rows if row[OF_ITEM] == _TASK}
+    last = {row[ENTITY_ID]: row for row in rows if row[ENTITY_NAME] == _TASK}
     absent = [
         id for id, row in last.items() if row[STEP_WIDTH] is None and row[_TO_STATUS] is not None
     ]
@@ -342,15 +317,15 @@ async def _with_large_tasks(
         return rows
     sql = statements_for(session.get_bind().dialect.name)
     query = sql.by_ids(Task, [table_of(Task).c.task_id], sql.given(absent))
-    large = set(await session.scalars(query))  # the others were removed later
-    tasks = {row[ITEM_ID]: row[STEP_WIDTH:] for row in rows if row[STEP_WIDTH] is not None}
+    large = set(session.scalars(query))  # the rest was removed later
+    tasks = {row[ENTITY_ID]: row[STEP_WIDTH:] for row in rows if row[STEP_WIDTH] is not None}
     whole: list[Sequence[Any]] = []
     size = 0
     for row in rows:
-        id, task = row[ITEM_ID], _NO_TASK
-        if row[OF_ITEM] == _TASK:
+        id, task = row[ENTITY_ID], _NO_TASK
+        if row[ENTITY_NAME] == _TASK:
             if id in large and id not in tasks:
-                tasks[id] = await _read_task(session, id)
+                tasks[id] = _read_task(session, id)
                 size += sum(len(value) for value in tasks[id] if isinstance(value, str))
             task = tasks.get(id, _NO_TASK)
         whole.append((*row[:STEP_WIDTH], *task))
@@ -359,25 +334,16 @@ async def _with_large_tasks(
     return whole
 
 
-async def _read_task(session: AsyncSession, id: str) -> Sequence[Any]:
+def _read_task(session: Session, id: str) -> Sequence[Any]:
     sql = statements_for(session.get_bind().dialect.name)
     try:
-        found = await _fetch(session, sql.read_task, id)
-    except DBAPIError as error:
-        if not _is_of_a_value(error):
+        found = _fetch(session, sql.read_task, id)
+    except Exception as error:
+        if not SQLiteErrorMapping.is_unreadable_value(error):
             raise
         return (id, *_UNREADABLE)
     task: Sequence[Any] = found[0]
     return task
-
-
-def _is_of_a_value(error: DBAPIError) -> bool:
-    """Return true if SQLite cannot read a value that was written by hand.
-
-    `json_array` refuses a BLOB; text that is not UTF-8 is an error of the driver, without a code.
-    """
-    code = getattr(error.orig, "sqlite_errorname", "SQLITE_ERROR")
-    return isinstance(error.orig, sqlite3.Error) and code == "SQLITE_ERROR"
 
 
 @cache
@@ -448,8 +414,5 @@ def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
     return case((total(func.pg_column_size) <= most, size <= most), else_=false())
 
 
-async def _fetch(session: AsyncSession, sql: str, *parameters: Any) -> Sequence[Any]:
-    def fetch(session: Session) -> Sequence[Any]:
-        return fetch_raw_rows(session.connection().exec_driver_sql(sql, parameters))
-
-    return await session.run_sync(fetch)
+def _fetch(session: Session, sql: str, *parameters: Any) -> Sequence[Any]:
+    return fetch_raw_rows(session.connection().exec_driver_sql(sql, parameters))

@@ -32,7 +32,7 @@ class Explanation:
     missing_skills: tuple[str, ...]
     """Required skills that no node has."""
     nodes: Mapping[str, str]
-    """The nodes with all its skills: `free`, `full`, or their status if not online."""
+    """The state of each node with all its skills, which is `free`, `full`, or its status."""
     ahead: int
     """The number of tasks that these nodes claim first."""
 
@@ -62,19 +62,16 @@ class Explanation:
 def explain(
     task: Record[Task], nodes: Iterable[Record[NodeInfo]], ahead: int, now: datetime
 ) -> Explanation:
-    """Explain a task.
-
-    Args:
-        nodes: All nodes.
-        ahead: The number of tasks that its nodes claim first.
-    """
+    """Explain a task; the caller passes all nodes, and counts the tasks ahead."""
     pending = task.status is TaskStatus.PENDING
     missing = set(task.decoded("required_skills")) if pending else set()
     states: dict[str, str] = {}
     for node in nodes if pending else ():
         missing.difference_update(node.decoded("available_skills"))
         if has_skills(node, task):
-            states[node.node_id] = _state_of(node)
+            state = FREE if free_slots(node) else FULL
+            is_online = node.status is NodeStatus.ONLINE
+            states[node.node_id] = state if is_online else str(node.status.value)
     return Explanation(
         task.task_id,
         task.status,
@@ -84,9 +81,3 @@ def explain(
         states,
         ahead,
     )
-
-
-def _state_of(node: Record[NodeInfo]) -> str:
-    if node.status is not NodeStatus.ONLINE:
-        return str(node.status.value)
-    return FREE if free_slots(node) else FULL

@@ -1,4 +1,4 @@
-"""`StateManager`: the cluster's state, answered from memory and kept in a database."""
+"""`StateManager`: the state of the cluster, answered from memory and kept in a database."""
 
 from __future__ import annotations
 
@@ -7,19 +7,9 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
-from openclaw_store.domain import (
-    Change,
-    ClusterState,
-    check_count,
-    check_key,
-)
-from openclaw_store.errors import (
-    UnavailableError,
-)
-from openclaw_store.repositories import (
-    compact_feed,
-    read_history,
-)
+from openclaw_store.domain import Change, ClusterState, check_count, check_key
+from openclaw_store.errors import UnavailableError
+from openclaw_store.repositories import compact_feed, read_history
 from openclaw_store.state_manager.node_calls import NodeCalls
 from openclaw_store.state_manager.task_calls import TaskCalls
 from openclaw_store.state_manager.watchers import WATCH_SECONDS
@@ -28,59 +18,62 @@ from openclaw_store.state_manager.watchers import WATCH_SECONDS
 class StateManager(TaskCalls, NodeCalls):
     """Cluster state: answered from memory, kept in a database.
 
-    **Durability.** When a write returns, it is committed. Two exceptions: heartbeats are flushed
-    within a second, and what was added or updated with `persist=False` by the next
+    **Durability.** When a write returns, it is committed. There are two exceptions: heartbeats are
+    flushed within a second, and entries written with `persist=False` by the next
     `sync_to_database`.
-    **Freshness.** A read sees this process's writes at once, those of others as soon as it is told
-    of them, within 100 ms; at the latest after the next `refresh_from_database`, within
-    `auto_sync_interval` seconds. What was seen once never goes back. (A write by another event
-    loop of this process is seen after a turn of this one.)
-    **Isolation.** What is handed out is the caller's own copy. A write from an outdated copy
+    **Freshness.** A read sees the writes of this process at once. It sees the writes of another
+    process when the notification of the commit arrives, normally within 100 ms; at the latest
+    after the next refresh, within `auto_sync_interval` seconds. A later read never shows an older
+    state. (A write by another event loop of this process is seen after a turn of this one.)
+    **Isolation.** Each returned object is the caller's own copy. A write from an outdated copy
     raises `StaleVersionError`; `change_task` and `change_node` read, change and write safely.
     **Sharing.** One instance serves any number of coroutines of one event loop. Any number of
     instances, in any number of processes, may share a database.
 
     Args:
         database: The database; `shutdown` closes it.
-        auto_sync_interval: Seconds between synchronisations; `None` for none but manual ones.
-        finished_cache_size: How many finished tasks are kept in memory; the others are read from
-            the database when they are asked for.
-        wake_ups: Whether it is told at once when other processes have committed, which takes a
-            thread on SQLite and a connection on PostgreSQL. Without `auto_sync_interval` it is not.
-        backoff: How long a task that has failed waits for its next try.
+        auto_sync_interval: Seconds between two synchronisations; `None` turns them off.
+        finished_cache_size: Maximum number of finished tasks in memory; a read of any other
+            finished task goes to the database.
+        wake_ups: Receive a notification at each commit of another process. This takes a thread on
+            SQLite and a connection on PostgreSQL. It is off without `auto_sync_interval`.
+        backoff: The delay of a failed task before its next attempt.
 
     Attributes:
         db: The database.
-        task_repo: Its tasks, without the cache.
-        node_repo: Its nodes, without the cache.
+        task_repo: The tasks in the database, without the cache.
+        node_repo: The nodes in the database, without the cache.
     """
 
     async def get_state(self) -> ClusterState:
-        """The cluster at this moment, in constant time."""
+        """Return a snapshot of the cluster, in constant time."""
         self._check_usable()
         return self._replica.cache.state()
 
     async def get_task_stats(self) -> dict[str, int]:
-        """How many tasks there are in the database: `total`, and one key for each status."""
+        """Return the number of tasks in the database: `total`, and one key for each status."""
         self._check_usable()
         counts = self._replica.cache.task_stats()
         return {"total": sum(counts.values()), **counts}
 
     async def get_node_stats(self) -> dict[str, int]:
-        """How many nodes there are in the database: `total`, `online`, `offline`, and `busy`.
+        """Return the number of nodes in the database: `total`, `online`, `offline` and `busy`.
 
-        Busy are those with the status BUSY, and those that are ONLINE and full.
+        A node is busy if its status is BUSY, or if it is ONLINE without a free slot.
         """
         self._check_usable()
         return self._replica.cache.node_stats()
 
     async def get_stats(self) -> dict[str, Any]:
-        """Figures for who operates it: those of `Database.get_stats`, and of what is in memory.
+        """Return metrics of the database and of the cache, for monitoring.
 
         Returns:
-            Besides: `last_sync_at` and `last_refresh_at`, when the last one of each was complete
-            (loading the state is a refresh; `None` before the first); `cached_tasks`;
-            `unsaved_entries` and `unsaved_heartbeats`, which are still to be written.
+            The metrics of `Database.get_stats`, and besides
+
+            - `last_sync_at` and `last_refresh_at`, the end of the last complete synchronisation
+              and refresh; `None` before the first one (the initial load is a refresh),
+            - `cached_tasks`, the number of tasks in memory,
+            - `unsaved_entries` and `unsaved_heartbeats`, the numbers not yet written.
         """
         self._check_usable()
         return {
@@ -91,21 +84,22 @@ class StateManager(TaskCalls, NodeCalls):
         }
 
     def watch(self, since: int | None = None) -> AsyncIterator[Change]:
-        """Every change that is committed after a revision, by this and by other processes.
+        """Iterate over all changes after a revision, made by this and by other processes.
 
-        They come in order, each once, and have been taken over into memory by then. It reads the
-        feed as it goes, so a slow watcher costs nobody anything; and it goes on where it was left
-        if it is given the `revision` of the last change that was seen, also after a restart. It
-        ends when the manager is shut down. Changes of tasks that `cleanup_old_tasks` has removed
-        are gone with them, but for the last one.
+        Changes come in the order of their revisions, each exactly once, and the cache has applied
+        a change before it is yielded. To resume, also after a restart, pass the `revision` of the
+        last change seen. A slow watcher delays nothing: it reads the change log at its own pace.
+        The iteration ends when the manager is shut down. `cleanup_old_tasks` removes the changes
+        of a task with the task, except for the last one.
 
         Args:
-            since: A revision; `None` for the newest one in memory, so that `get_state` and what is
-                watched after it make the whole.
+            since: The revision to start after; `None` starts after the newest one in memory, which
+                continues a snapshot of `get_state` taken at the same moment.
 
         Raises:
-            CompactedError: If the feed does not reach back that far any more; it says how far.
-            InvalidDataError: If there was no such revision yet.
+            CompactedError: If changes after `since` were removed; read the state again, and
+                continue from its version.
+            InvalidDataError: If `since` is larger than the newest revision.
         """
         self._check_usable()
         return self._watch(self.version if since is None else check_count("since", since))
@@ -113,49 +107,50 @@ class StateManager(TaskCalls, NodeCalls):
     async def _watch(self, since: int) -> AsyncIterator[Change]:
         while self.is_initialized:
             self._check_usable()
+            # Wait before the read: a change between the read and the wait must wake this.
             with self._replica.watchers.next_change() as woken:
                 try:
                     changes, until = await self._replica.changes(since)
                 except UnavailableError:
                     if self.is_initialized:
                         raise
-                    return  # it was shut down meanwhile
+                    return  # shut down during the read
                 for change in changes:
                     yield change
-                if until == since:  # there is no more for now
+                if until == since:  # the end of the log
                     await asyncio.wait([woken], timeout=WATCH_SECONDS)
                 since = until
 
     async def history(self, task_id: str) -> list[Change]:
-        """The changes of a task since it was added, oldest first, as far as the feed reaches.
+        """Return the changes of a task, oldest first, unless `compact_changes` removed them.
 
-        Of a task that was removed it gives what is left, and searches the whole feed for it.
+        For a removed task this searches the whole change log.
         """
         self._check_usable()
         return await self.db.read(partial(read_history, id=check_key("task_id", task_id)))
 
     async def compact_changes(self, days: float = 30) -> int:
-        """Remove what is older from the feed of changes; tasks and nodes stay as they are.
+        """Remove old changes from the change log; tasks and nodes stay.
 
-        `watch` and `history` do not reach further back then. The newest change always stays. A
-        change by a clock that was ahead is as old as those around it. Works in batches, and can be
-        called again after an error.
+        `watch` and `history` no longer return these changes. The newest change always stays. A
+        change with a time in the future is as old as its neighbours in the log. The changes are
+        removed in batches; after an error, call again.
 
         Args:
-            days: Age in days, from 0.
+            days: Minimum age in days, from 0.
 
         Returns:
-            How many changes were removed.
+            The number of removed changes.
         """
         self._check_usable()
         return await compact_feed(self.db, days)
 
     async def sync_to_database(self) -> bool:
-        """Write what is only in memory; `True`.
+        """Flush all unsaved entries and heartbeats to the database; return `True`.
 
         Raises:
-            UnsavedConflictError: If entries lost to newer data in the database. They were
-                dropped; everything else is written.
+            UnsavedConflictError: If the database had newer data for some entries. These entries
+                were dropped; all other ones are written.
             BackendError: If the database could not be written; nothing was dropped.
         """
         self._check_usable()
@@ -163,12 +158,12 @@ class StateManager(TaskCalls, NodeCalls):
         return True
 
     async def refresh_from_database(self) -> bool:
-        """Take over what other processes have committed; `True`.
+        """Apply the changes committed by other processes to the cache; return `True`.
 
-        Costs what has changed, not what is cached.
+        The cost depends on the number of changes, not on the size of the cache.
 
         Raises:
-            InvalidDataError: If somebody wrote by hand what cannot be read; it took over the rest.
+            InvalidDataError: If a row written by hand cannot be read; the rest was applied.
         """
         self._check_usable()
         await self._replica.refresh()

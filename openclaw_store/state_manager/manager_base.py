@@ -1,4 +1,4 @@
-"""Life of a StateManager, and the parts that its calls share."""
+"""Start and shutdown of a `StateManager`, and the parts that its calls share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import Context
 from threading import get_ident
-from types import TracebackType
 from typing import Self, TypeVar
 from weakref import WeakSet
 
@@ -22,8 +21,10 @@ from openclaw_store.domain import (
     Backoff,
     Entity,
     Record,
+    Task,
     admit,
     check_count,
+    write_back,
 )
 from openclaw_store.errors import (
     InvalidDataError,
@@ -31,11 +32,7 @@ from openclaw_store.errors import (
     UnsavedConflictError,
     safe_repr,
 )
-from openclaw_store.repositories import (
-    NodeRepository,
-    Repository,
-    TaskRepository,
-)
+from openclaw_store.repositories import Create, NodeRepository, Repository, TaskRepository
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Scheduler
 
@@ -43,14 +40,14 @@ logger = logging.getLogger("openclaw_store.state_manager")
 
 T = TypeVar("T")
 
-COPIES = 100  # copied at a stretch, before other coroutines run
-
+COPY_SLICE_SIZE = 100
+"""Number of entities copied before other coroutines run."""
 
 _managers: WeakSet[ManagerBase] = WeakSet()
 
 
 def _disown_managers() -> None:
-    """In a forked child, the managers are the parent's."""
+    """Mark all managers as inherited, in a forked child: they belong to the parent."""
     for manager in _managers:
         manager._thread, manager._is_inherited = None, True
 
@@ -60,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class ManagerBase:
-    """Open and close a StateManager; check that it may be used."""
+    """Open and close a `StateManager`; check that it can be used."""
 
     def __init__(
         self,
@@ -86,14 +83,13 @@ class ManagerBase:
         self._backoff = backoff
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
-        self._replica = Replica(database, check_count("finished_cache_size", finished_cache_size))
-        self._scheduler = Scheduler(
-            database, self._replica, self.task_repo, self.node_repo, backoff
-        )
-        self._loop: asyncio.AbstractEventLoop | None = None  # the one it belongs to
-        self._is_running: Callable[[], bool] = bool  # whether that one is: there is none yet
-        self._thread: int | None = None  # in which its event loop runs, while it may be used
-        self._life = asyncio.Lock()  # one begins or ends it at a time
+        limit = check_count("finished_cache_size", finished_cache_size)
+        self._replica = Replica(database, self.task_repo, self.node_repo, limit)
+        self._scheduler = Scheduler(self._replica, backoff)
+        self._loop: asyncio.AbstractEventLoop | None = None  # its event loop, once initialized
+        self._is_running: Callable[[], bool] = bool  # `is_running` of that loop; false until then
+        self._thread: int | None = None  # the thread of its event loop, while it can be used
+        self._life = asyncio.Lock()  # locked by `initialize` and by the shutdown
         self._sync_loop: asyncio.Task[None] | None = None
         self._ending: asyncio.Future[None] | None = None
         self._is_inherited = False
@@ -104,11 +100,11 @@ class ManagerBase:
         return f"<StateManager of {self.db!r}, {state}>"
 
     async def initialize(self) -> bool:
-        """Open the database, load the state and start the synchronisation; `True`.
+        """Open the database, load the state and start the synchronisation; return `True`.
 
         Raises:
             SchemaMismatchError: If the database is newer than the library.
-            UnavailableError: If it cannot be opened.
+            UnavailableError: If the database cannot be opened.
         """
         async with self._life:
             if self._ending is not None:
@@ -120,6 +116,8 @@ class ManagerBase:
                 await self._replica.start()
                 self._thread = get_ident()
                 if self._interval is not None:
+                    # An empty context: that of the caller may have a transaction, which forbids
+                    # writing.
                     self._sync_loop = self._loop.create_task(
                         self._sync_every(self._interval), context=Context()
                     )
@@ -130,18 +128,18 @@ class ManagerBase:
     async def shutdown(self) -> None:
         """Synchronise for the last time and close the database; may be called twice.
 
-        If it was interrupted, by Ctrl-C say, the next call goes on with what is left.
+        If the call is interrupted, by Ctrl-C for example, the next call completes it.
 
         Raises:
-            UnavailableError: If it is called on another event loop, as long as its own is there.
-            StoreError: If something could not be written; everything is closed all the same.
+            UnavailableError: If the manager belongs to another event loop, which is still open.
+            StoreError: If an entry could not be written; everything is closed nevertheless.
         """
         if self._is_inherited:
-            return  # it is the parent's
+            return  # the parent process shuts it down
         if self._ending is None or was_interrupted(self._ending):
             _refuse_elsewhere(self._loop)
             if self._loop is not None and self._loop.is_closed():
-                self._life = asyncio.Lock()  # who has it there never lets go
+                self._life = asyncio.Lock()  # a holder on the closed loop never releases it
             self._ending = asyncio.ensure_future(self._shutdown())
         elif not self._ending.done():
             _refuse_elsewhere(self._ending.get_loop())
@@ -159,7 +157,7 @@ class ManagerBase:
     async def _stop(self) -> None:
         try:
             if self._loop is None:
-                return  # it never was initialized
+                return  # never initialized
             if self._loop.is_closed():
                 await self._replica.abandon()
                 return
@@ -178,17 +176,12 @@ class ManagerBase:
             raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.shutdown()
 
     @property
     def is_initialized(self) -> bool:
-        """Whether it can be used: initialised, and not shut down."""
+        """True between `initialize` and `shutdown`."""
         return self._thread is not None
 
     @property
@@ -203,8 +196,8 @@ class ManagerBase:
                 try:
                     await work()
                 except UnsavedConflictError:
-                    continue  # each of them is in the log
-                except Exception:  # the loop must outlive whatever a round meets
+                    continue  # the log has each conflict
+                except Exception:  # the loop must survive the errors of a round
                     logger.exception("a synchronisation failed; the next is in %g s", seconds)
 
     async def _change(
@@ -226,20 +219,30 @@ class ManagerBase:
         changed = await self._replica.change((repository.kind, id), change)
         return None if changed is None else changed.copy()
 
-    def _update(self, record: Record[Entity], persist: bool) -> Awaitable[Record[Entity]]:
+    async def _add(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
+        self._check_usable()
+        record = admit(kind, entity, self.db.clock)
         if persist:
-            return self._replica.update(record)
-        return self._replica.write_behind.update(record)
+            id, key = getattr(entity, KEY[kind]), None
+            if kind is Task:
+                key = record.idempotency_key
+            record = await self._replica.submit(Create(kind, id, record, key))
+        else:
+            record = await self._replica.write_behind.add(record)
+        write_back(record, entity)
+        return True
 
-    def _encode_known(self, kind: type[Entity], item: Entity) -> Record[Entity]:
-        """Check what is given back beside what is in memory of it."""
-        id = getattr(item, KEY[kind], None)
+    async def _update(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
+        self._check_usable()
+        id = getattr(entity, KEY[kind], None)
         known = self._replica.cache.find((kind, id)) if type(id) is str else None
-        return admit(kind, item, self.db.clock, known)
+        update = self._replica.update if persist else self._replica.write_behind.update
+        write_back(await update(admit(kind, entity, self.db.clock, known)), entity)
+        return True
 
     def _check_usable(self) -> None:
-        # Asking for the running loop asks the system for the process, which costs as much as all
-        # the rest of a look-up; this asks the same: of one thread, one loop runs at a time.
+        # `get_running_loop` takes as long as the rest of a read, because it asks the system for the
+        # process. Only one loop runs in a thread at a time, so this condition is equivalent.
         if self._thread != get_ident() or not self._is_running():
             if self._is_inherited:
                 raise UnavailableError(
@@ -253,16 +256,16 @@ class ManagerBase:
 
 
 def _refuse_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
-    """Refuse what can only be done on an event loop that is there, but is not the running one."""
+    """Refuse a call that belongs to another event loop, unless that loop was closed."""
     if loop is not None and loop is not asyncio.get_running_loop() and not loop.is_closed():
         raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
 
 
-async def copies(items: Sequence[T], copy: Callable[[T], Entity]) -> list[Entity]:
-    """Copies for the caller; of a long list in slices, between which others run."""
+async def copy_in_slices(items: Sequence[T], copy: Callable[[T], Entity]) -> list[Entity]:
+    """Return copies for the caller; other coroutines run between two slices of a long list."""
     copies: list[Entity] = []
-    for start in range(0, len(items), COPIES):
+    for start in range(0, len(items), COPY_SLICE_SIZE):
         if start:
             await asyncio.sleep(0)
-        copies.extend(map(copy, items[start : start + COPIES]))
+        copies.extend(map(copy, items[start : start + COPY_SLICE_SIZE]))
     return copies

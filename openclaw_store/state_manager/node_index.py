@@ -11,17 +11,14 @@ from openclaw_store.state_manager.snapshot import Records
 
 
 class NodeIndex:
-    """Find nodes without a search through all of them.
-
-    Args:
-        nodes: The nodes in memory; the index follows them, it does not own them.
-    """
+    """Find nodes in memory without a search through all of them."""
 
     def __init__(self, nodes: Records[NodeInfo]) -> None:
         self._nodes = nodes
         self._load: dict[str, tuple[float, int, str]] = {}  # of ONLINE nodes with a free slot
         self._by_skill: dict[str, set[str]] = {}
         self._counts: Counter[NodeStatus] = Counter()
+        self._encoded: dict[str, bytes | None] = {}  # skills of ONLINE nodes, in JSON
         self._newest: list[str] | None = None  # newest registered first; `None` when outdated
 
     def replace(
@@ -32,25 +29,29 @@ class NodeIndex:
         *,
         is_stored: bool,
     ) -> None:
-        """Index what memory shows of a node instead of `old`.
-
-        Args:
-            is_stored: Whether the node is in the database, so that it counts in the totals.
-        """
+        """Replace a node in the index; the totals count stored nodes only."""
         if old is not None:
             self._counts[old.status] -= is_stored
-        if old is None or new is None or not _have_same_skills(old, new):
+        encoded: bytes | None = None
+        if new is not None and new.status is NodeStatus.ONLINE:
+            encoded = new.available_skills
+            if type(encoded) is not bytes:  # decoded, or empty
+                encoded = new.encoded("available_skills")
+        # Equal JSON means equal skills, so most changes decode nothing.
+        if encoded != self._encoded.get(id):
             self._index_skills(id, _skills(old), _skills(new))
+            self._encoded[id] = encoded
         if new is not None:
             self._counts[new.status] += is_stored
             self.index_load(id, new)
         else:
             self._load.pop(id, None)
+            self._encoded.pop(id, None)
         if old is None or new is None or old.registered_at != new.registered_at:
             self._newest = None
 
     def index_load(self, id: str, node: Record[NodeInfo]) -> None:
-        """Index the free slots of a node, after a heartbeat for example."""
+        """Index the free slots of a node."""
         running, slots = node.running_tasks, node.max_concurrent_tasks
         if node.status is NodeStatus.ONLINE and running < slots:
             self._load[id] = (running / slots, running, id)
@@ -111,19 +112,10 @@ class NodeIndex:
 
 
 def _skills(node: Record[NodeInfo] | None) -> frozenset[str]:
-    """Return the skills that find a node: its own while it is ONLINE."""
+    """Return the indexed skills of a node: none unless it is ONLINE."""
     if node is None or node.status is not NodeStatus.ONLINE:
         return frozenset()
     return frozenset(node.decoded("available_skills"))
-
-
-def _have_same_skills(one: Record[NodeInfo], other: Record[NodeInfo]) -> bool:
-    """Compare the skills that find two nodes, without decoding them."""
-    if one.status is not other.status:
-        return False
-    if one.available_skills is other.available_skills:  # most changes leave them as they are
-        return True
-    return one.encoded("available_skills") == other.encoded("available_skills")
 
 
 def _registered_at(node: Record[NodeInfo]) -> datetime:

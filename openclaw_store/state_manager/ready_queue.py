@@ -21,7 +21,7 @@ Ready = tuple[PendingKey, bytes | None, datetime | None]
 
 
 _MAX_SKILL_SETS = 1000
-"""Skill sets kept although no node has them any more, or no task requires them."""
+"""Maximum number of unused skill sets in the index."""
 
 
 class ReadyTasks:
@@ -99,7 +99,7 @@ class ReadyTasks:
                 self._group(skills).add(key)
 
     def due_after(self, moment: datetime) -> list[str]:
-        """Return the tasks whose `not_before` is later, also if a clock was turned back since."""
+        """Return the tasks that are due later, or were before a clock was turned back."""
         delayed = takewhile(lambda delay: delay[0] > moment, self._delayed.descending())
         return [
             *(key[2] for _, key, _ in delayed),
@@ -163,7 +163,7 @@ class SortedKeys(Generic[Key]):
 
     A list of sorted chunks of bounded length: to add or remove a key moves at most 1,024 keys, and
     one entry for each chunk (after Grant Jenks's sortedcontainers, without its indexing, and with
-    a fast path for a key after all others, as most new keys are).
+    a fast path for a new largest key, the most frequent case).
     """
 
     __slots__ = ("_chunks", "_lasts")
@@ -222,7 +222,7 @@ class SortedKeys(Generic[Key]):
             if position == len(self._lasts):
                 self._append(keys[start:])
                 return
-            # To the right of an equal key, which must not be there: else it would loop for ever.
+            # `bisect_right`: an equal key, which is an error, must not cause an endless loop.
             end = bisect_right(keys, self._lasts[position], start)
             chunk, at = self._chunks[position], 0
             for key in keys[start:end]:

@@ -1,4 +1,4 @@
-"""A cache that is kept in step with its database: commit first, then cache."""
+"""The replica of the database in memory: commit first, then update the cache."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ from openclaw_store.repositories import (
     HeartbeatWritten,
     NodeRepository,
     Remove,
+    Repository,
     TaskRepository,
     Update,
     apply,
@@ -53,7 +54,7 @@ from openclaw_store.repositories import (
 )
 from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.change_feed import (
-    ITEM_ID,
+    ENTITY_ID,
     ChangeBatch,
     InitialState,
     read_change_batch,
@@ -66,68 +67,62 @@ from openclaw_store.state_manager.write_behind import WriteBehind
 logger = logging.getLogger("openclaw_store.mirror")
 
 HEARTBEAT_SECONDS = 0.5
-"""How long a heartbeat waits in memory for others to share its flush."""
+"""Delay of a flush of heartbeats, in which more of them join it."""
 
 WRITTEN_WITHIN = timedelta(seconds=1)
-"""How long a heartbeat may take to be written: what is newer by more comes from the future."""
+"""Longest time until a heartbeat is written: a stored one that is newer by more is wrong."""
 
 HEARTBEAT_BATCH_SIZE = 128
-"""How many are written at a stretch, before others write."""
+"""Heartbeats submitted together."""
 
 FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
-"""How many times as long as a refreshment that others' commits led to the next one waits, and how
-long at most."""
+"""Pause after a refresh by notification: a multiple of its duration, and the maximum."""
 
 RELOAD_AFTER = 20_000
-"""A cache is loaded again if it is more changes behind than this, and than it has live tasks.
+"""A cache is loaded again if it lacks more changes than this, and more than its live tasks.
 
-To take over a change takes a little longer than to load a task.
+Applying a change takes a little longer than loading a task.
 """
 
 
 class Replica:
-    """The cache of one `StateManager`, and the ways by which it and its database stay equal.
+    """The cache of one `StateManager`, and its exchange with the database."""
 
-    Args:
-        database: Where everything is kept.
-        finished_limit: How many finished tasks are kept in memory.
-    """
-
-    def __init__(self, database: Database, finished_limit: int) -> None:
-        self._database = database
+    def __init__(
+        self, database: Database, tasks: TaskRepository, nodes: NodeRepository, finished_limit: int
+    ) -> None:
+        self.database = database
+        self.tasks = tasks
+        self.nodes = nodes
         self._finished_limit = finished_limit
-        self._repositories: Mapping[type[Any], TaskRepository | NodeRepository] = {
-            Task: TaskRepository(database),
-            NodeInfo: NodeRepository(database),
-        }
         nothing = InitialState(0, 0, None, {}, statements_for(database.dialect).decode)
         self.cache = Cache(nothing, finished_limit)
-        """What is in memory; another object after each `load`."""
+        """The state in memory; another object after each load."""
         self.last_sync_at: datetime | None = None
-        """When everything that was only in memory had been written."""
+        """End of the last complete flush."""
         self.last_refresh_at: datetime | None = None
-        """When everything that others had committed had been read."""
+        """End of the last complete refresh."""
         self.watchers = Watchers()
-        """Those who wait for a change; all are woken when the replica is stopped."""
+        """Waiters for changes; all wake when the replica stops."""
         self._unlisten: Callable[[], None] = lambda: None
-        self._loading: list[Sequence[Event | HeartbeatWritten]] | None = (
-            None  # what was committed meanwhile
-        )
+        # The events committed during a load; `None` at other times.
+        self._loading: list[Sequence[Event | HeartbeatWritten]] | None = None
         self._refreshing = asyncio.Lock()
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
-        self._flushing = asyncio.Lock()  # heartbeats are written by one caller at a time
-        self._loop: asyncio.AbstractEventLoop | None = None  # set while it follows
+        self._flushing = asyncio.Lock()  # heartbeats are flushed by one caller at a time
+        self._loop: asyncio.AbstractEventLoop | None = None  # set by `follow`
         self._notifier: Notifier | None = None
-        self._outdated = asyncio.Event()  # others have committed what is not in memory yet
+        self._outdated = asyncio.Event()  # another process has committed a change
         self._follower: asyncio.Task[None] | None = None
-        self._own_beat = 0  # this process's newest flush of heartbeats, which it need not read
-        self.write_behind = WriteBehind(database, self)
-        """The entries that are only in memory."""
+        self._own_heartbeat_sequence = 0  # of this process's last flush, which needs no refresh
+        self.write_behind = WriteBehind(self)
+        """The unsaved entries."""
 
     async def start(self) -> None:
-        """Listen to what this process commits, and load what there is."""
-        self._unlisten = self._database.listen(self._committed)
+        """Listen to the commits of this process, and load the state."""
+        # Listen first: otherwise a commit during the load would be lost.
+        self._unlisten = self.database.listen(self._apply_committed)
         try:
             async with self._refreshing:
                 await self._load()
@@ -136,13 +131,13 @@ class Replica:
             raise
 
     def follow(self) -> None:
-        """Take over what other processes commit as soon as it is known that they have."""
+        """Refresh at each notification of a commit by another process."""
         self._loop = asyncio.get_running_loop()
         self._follower = self._loop.create_task(self._follow())
-        self._notifier = self._database.follow(self._on_commit)
+        self._notifier = self.database.follow(self._notice_commit)
 
     async def stop(self) -> None:
-        """Write what is only in memory, for the last time; again, if that was interrupted."""
+        """Flush for the last time, and stop; call again if this was interrupted."""
         if self._notifier is not None:
             await self._notifier.stop()
         if self._follower is not None:
@@ -159,11 +154,10 @@ class Replica:
             self.watchers.wake_all()
 
     async def abandon(self) -> None:
-        """Stop without the event loop that all of this goes on, which was closed before.
+        """Stop after the event loop of the replica was closed.
 
         Raises:
-            UnavailableError: If something was only in memory. It is lost: what was writing it may
-                have stopped half-way.
+            UnavailableError: If unsaved entries or heartbeats are lost.
         """
         if self._notifier is not None:
             await self._notifier.stop()
@@ -171,42 +165,48 @@ class Replica:
         lost = len(self.cache.unsaved) + len(self.cache.waiting)
         if lost:
             raise UnavailableError(
-                f"the event loop was closed first, and {lost} entries and heartbeats are lost that "
-                "were only in memory: shut the StateManager down before"
+                f"the event loop was closed first, and {lost} unsaved entries and heartbeats are "
+                "lost: shut the StateManager down before"
             )
 
-    async def find(self, place: EntityKey) -> Record[Any] | None:
-        """An entry from memory, else from the database."""
-        record = self.cache.find(place)
+    async def find(self, key: EntityKey) -> Record[Any] | None:
+        """Return an entity from the cache, otherwise from the database."""
+        record = self.cache.find(key)
         if record is not None:
             return record
         cache, version = self.cache, self.cache.applied.version
-        found: Record[Any] | None = await self._repositories[place[0]].get_record(place[1])
+        found = await self.read(key)
         if found is not None and found.version > self.cache.applied.contiguous:
             await self.refresh()
-            known = self.cache.find(place)
-            return known or await self._repositories[place[0]].get_record(place[1])
-        unmoved = self.cache is cache and cache.applied.version == version
-        if found is not None and place[0] is Task and unmoved:
+            return self.cache.find(key) or await self.read(key)
+        # A change applied during the read may be newer than the record.
+        is_current = self.cache is cache and cache.applied.version == version
+        if found is not None and key[0] is Task and is_current:
             cache.remember(found)
-        return self.cache.find(place) or found
+        return self.cache.find(key) or found
+
+    async def read(self, key: EntityKey) -> Record[Any] | None:
+        """Return an entity from the database."""
+        repository: Repository[Any] = self.tasks if key[0] is Task else self.nodes
+        return await repository.get_record(key[1])
 
     async def find_stored(self, key: EntityKey) -> Record[Any] | None:
-        """Return an entity as the database holds it: its unsaved entry is flushed first."""
+        """Return an entity as the database has it, after a flush of its unsaved entry."""
         if key in self.cache.unsaved:
             await self.write_behind.flush_or_drop([key])
         return await self.find(key)
 
-    async def reach(self, revision: int) -> None:
-        """Have memory know all up to a revision of which somebody will be told.
+    async def catch_up_to(self, revision: int) -> None:
+        """Refresh if the cache has not applied all changes up to a revision.
 
-        Else it might show what was before, and what is being read for it just now might, too.
+        The caller is about to return an entity of this revision. Without the refresh, a later read
+        from the cache could show older data.
         """
         if revision > self.cache.applied.contiguous:
             await self.refresh()
 
     def submit(self, command: Command) -> Coroutine[Any, Any, Any]:
-        """Commit a command, after the unsaved entries of the rows that it names."""
+        """Commit a command, after a flush of the unsaved entries of its rows."""
         if self.cache.unsaved:
             return self._submit_after_flush(command)
         return self.send(command)
@@ -219,78 +219,79 @@ class Replica:
         """Commit commands in one transaction; return the result or the error of each."""
         if self.cache.unsaved:
             await self.write_behind.flush_or_drop([(one.kind, one.id) for one in commands])
-        outcomes: Sequence[Any] = await self._database.write(apply_together, commands)
+        outcomes: Sequence[Any] = await self.database.write(apply_together, commands)
         return outcomes
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
-        """Commit a command, after the heartbeat that waits for its node."""
+        """Commit a command, behind the waiting heartbeat of its node."""
         if self.cache.waiting and not isinstance(command, Create):
             ids = [id for kind, id in command.related_keys if kind is NodeInfo]
             node_id = command.id if command.kind is NodeInfo else next(iter(ids), None)
             if node_id in self.cache.waiting:
                 return self._send_after_heartbeat(command, node_id)
-        return self._database.write(apply, command)
+        return self.database.write(apply, command)
 
     async def _send_after_heartbeat(self, command: Command, node_id: str) -> Any:
-        # Not taken before it runs: a task that is cancelled before would never give it back.
+        # The heartbeat is taken inside the coroutine: one that never runs must not keep it.
         heartbeats = self.cache.take_heartbeats([node_id])
         if not heartbeats:
-            return await self._database.write(apply, command)
-        [beat] = heartbeats
+            return await self.database.write(apply, command)
         known: Sequence[bool] | None = None
         try:
-            outcome = await self._database.write(apply, AfterHeartbeat(beat, command))
+            outcome = await self.database.write(apply, AfterHeartbeat(heartbeats[0], command))
             known = [True]
             return outcome
         except (ConflictError, NotFoundError):
-            known = [True]  # the operation was refused, not the heartbeat
+            known = [True]  # the command was refused, but the heartbeat was written
             raise
         finally:
-            self._acknowledge_heartbeats([beat], known)
+            self._acknowledge_heartbeats(heartbeats, known)
 
     async def update(self, record: Record[Entity]) -> Record[Entity]:
-        """Replace the entity that has the version of `record`; return it as it is stored.
-
-        Raises:
-            NotFoundError: If there is none.
-            StaleVersionError: If it has another version.
-        """
+        """Replace the entity of the same version; return the stored record."""
         key = key_of(record)
         if key in self.cache.unsaved:
             await self.write_behind.flush(key, record.version)
-        stored: Record[Entity] = await self.submit(self._update(key, record))
+        version = self.cache.flushed_version(key, record.version)
+        known = self.cache.find(key)
+        if known is None or known.version != version:
+            # No record to compare with: write all fields, and let the database decide.
+            update = Update(*key, record, CONTENT[key[0]], version)
+        else:
+            update = Update(*key, record, known.differences(record), version, known)
+        stored: Record[Entity] = await self.submit(update)
         return stored
 
     async def change(
-        self, place: EntityKey, fn: Callable[[Record[Entity]], Record[Entity]]
+        self, key: EntityKey, fn: Callable[[Record[Entity]], Record[Entity]]
     ) -> Record[Entity] | None:
-        """Replace an entry by what `fn` makes of it, again if others change it meanwhile.
+        """Replace an entity by the result of `fn`, again after a concurrent change.
 
         Returns:
-            The entry as it is stored; `None` if there is none.
+            The stored record; `None` if there is none.
         """
         while True:
-            if place in self.cache.unsaved:
-                await self.write_behind.flush(place)
-            known = await self.find(place)
+            if key in self.cache.unsaved:
+                await self.write_behind.flush(key)
+            known = await self.find(key)
             if known is None:
                 return None
             changed = fn(known)
-            if key_of(changed) != place:
-                raise InvalidDataError(KEY[place[0]], f"must not be changed, from {place[1]!r}")
+            if key_of(changed) != key:
+                raise InvalidDataError(KEY[key[0]], f"must not be changed, from {key[1]!r}")
             names = known.differences(changed)
             if not names:
                 return known
             try:
-                update = Update(*place, changed, names, known.version, known)
+                update = Update(*key, changed, names, known.version, known)
                 stored: Record[Entity] = await self.submit(update)
                 return stored
             except NotFoundError:
                 return None
             except StaleVersionError:
-                if self.cache.find(place) is known:  # another process was faster
+                if self.cache.find(key) is known:  # another process has changed it
                     await self.refresh()
-                if self.cache.find(place) is known:  # no: the row was changed by hand
+                if self.cache.find(key) is known:  # the row was changed by hand: retries are vain
                     raise
 
     async def remove(self, key: EntityKey) -> bool:
@@ -300,21 +301,17 @@ class Replica:
         return bool(await self.send(Remove(*key)))
 
     async def sync(self) -> None:
-        """Write everything that is only in memory.
-
-        Raises:
-            UnsavedConflictError: If entries lost to newer data; all others are written.
-            BackendError: If the database could not be written.
-        """
+        """Flush all unsaved entries and heartbeats; see `StateManager.sync_to_database`."""
         conflicts = await self.write_behind.flush_all()
         await self.flush_heartbeats()
-        self.last_sync_at = self._database.clock()
+        self.last_sync_at = self.database.clock()
         if conflicts:
             raise UnsavedConflictError(conflicts)
 
     async def refresh(self) -> None:
-        """Take over what other processes have committed; costs what has changed."""
+        """Apply the changes of other processes; see `StateManager.refresh_from_database`."""
         async with self._refreshing:
+            # One caller at a time: a batch continues the revisions that this cache has applied.
             batch: ChangeBatch | None = None
             while batch is None or batch.revision < batch.read_at:
                 cache = self.cache
@@ -322,11 +319,11 @@ class Replica:
                 read = partial(
                     read_change_batch,
                     since=applied.contiguous,
-                    beat=cache.beat,
+                    heartbeat_sequence=cache.heartbeat_sequence,
                     is_complete=applied.is_counted,
                     known=applied.out_of_order,
                 )
-                batch = await self._database.read(read)
+                batch = await self.database.read(read)
                 behind = batch.read_at - applied.contiguous
                 if batch.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
                     await self._load()
@@ -334,48 +331,44 @@ class Replica:
                 try:
                     cache.catch_up(batch)
                 finally:
-                    self.watchers.wake(change[ITEM_ID] for change in batch.changes)
-            self.last_refresh_at = self._database.clock()
+                    if self.watchers.count:
+                        self.watchers.wake(change[ENTITY_ID] for change in batch.changes)
+            self.last_refresh_at = self.database.clock()
 
     async def changes(self, since: int) -> tuple[Sequence[Change], int]:
-        """Some of the changes after a revision, and the revision they reach up to.
+        """Return the next changes after a revision, and the revision that they end at.
 
-        The cache has taken them over by then.
-
-        Raises:
-            CompactedError: If the feed does not reach back that far any more.
-            InvalidDataError: If there was no such revision yet.
+        The cache has applied these changes. The errors are those of `StateManager.watch`.
         """
-        changes, until = await self._database.read(partial(read_changes, since=since))
-        if until > self.cache.applied.contiguous:
-            await self.refresh()
+        changes, until = await self.database.read(partial(read_changes, since=since))
+        await self.catch_up_to(until)
         return changes, until
 
-    async def beat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
+    async def show_heartbeat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
         """Show a heartbeat now, and write it within a second; `False` if there is no such node.
 
-        One that brings its node back ONLINE is written when this returns.
+        A heartbeat of an OFFLINE node is written before this returns.
         """
-        place = (NodeInfo, node_id)
-        node = self.cache.find(place)
+        key = (NodeInfo, node_id)
+        node = self.cache.find(key)
         if node is None:
             await self.refresh()
         if node is None or node.status is NodeStatus.OFFLINE:
-            if place in self.cache.unsaved:  # its flush would set the node OFFLINE again
-                await self.write_behind.flush_or_drop([place])
-            node = self.cache.find(place)
+            if key in self.cache.unsaved:  # its flush would set the node OFFLINE again
+                await self.write_behind.flush_or_drop([key])
+            node = self.cache.find(key)
             if node is None:
                 return False
-        beat = Heartbeat(node_id, self._database.clock(), usage)
-        if beat.is_news_to(node, beat.at + WRITTEN_WITHIN):
-            self.cache.show_heartbeat(beat)
+        heartbeat = Heartbeat(node_id, self.database.clock(), usage)
+        if heartbeat.is_news_to(node, heartbeat.at + WRITTEN_WITHIN):
+            self.cache.show_heartbeat(heartbeat)
             self._flush_later()
             if node.status is NodeStatus.OFFLINE:
                 await self._write_heartbeats([node_id])
         return True
 
     async def flush_heartbeats(self) -> None:
-        """Write the heartbeats that wait, behind those of another flush, which may fail."""
+        """Write the waiting heartbeats, after a flush that is under way."""
         async with self._flushing:
             ids = list(self.cache.waiting)
             for start in range(0, len(ids), HEARTBEAT_BATCH_SIZE):
@@ -387,7 +380,7 @@ class Replica:
             return
         known: Sequence[bool] | None = None
         try:
-            known = await self._database.write(apply_heartbeats, heartbeats)
+            known = await self.database.write(apply_heartbeats, heartbeats)
         finally:
             self._acknowledge_heartbeats(heartbeats, known)
 
@@ -400,7 +393,7 @@ class Replica:
     def _flush_later(self) -> None:
         if self._flush_timer is None:
             loop = asyncio.get_running_loop()
-            # Not in the caller's context: it may be in a transaction, which forbids writing.
+            # An empty context: that of the caller may have a transaction, which forbids writing.
             self._flush_timer = loop.call_later(
                 HEARTBEAT_SECONDS, self._flush_now, context=Context()
             )
@@ -409,32 +402,25 @@ class Replica:
         async def flush() -> None:
             try:
                 await self.flush_heartbeats()
-            except Exception:  # nobody waits for it, and the heartbeats for the next flush
+            except Exception:  # no caller awaits this task; the heartbeats wait for the next flush
                 logger.exception("heartbeats could not be written; they are tried again")
 
         self._flush_timer = None
         self._flush = asyncio.get_running_loop().create_task(flush())
 
-    def _update(self, place: EntityKey, record: Record[Entity]) -> Update[Entity]:
-        """Writes what differs from the copy in memory; all fields if that has another version."""
-        version = self.cache.flushed_version(place, record.version)
-        known = self.cache.find(place)
-        if known is None or known.version != version:
-            return Update(*place, record, CONTENT[place[0]], version)
-        return Update(*place, record, known.differences(record), version, known)
-
     async def _load(self) -> None:
-        """Fill a new cache and put it in place of the old one."""
+        """Load a new cache, and replace the old one."""
 
         async def read(session: AsyncSession) -> Cache:
             cache = Cache(await read_initial_state(session), self._finished_limit)
-            async for page in read_live(session):
-                cache.load(page)
+            async for rows in read_live(session):
+                cache.load(rows)
             return cache
 
+        # The snapshot may lack commits of this process during the read: they are applied after it.
         self._loading = []
         try:
-            cache = await self._database.read(read)
+            cache = await self.database.read(read)
             for events in self._loading:
                 cache.apply(events)
         finally:
@@ -442,37 +428,43 @@ class Replica:
         cache.keep_unsaved(self.cache)
         self.cache = cache
         self.watchers.wake_all()
-        self.last_refresh_at = self._database.clock()
+        self.last_refresh_at = self.database.clock()
 
-    def _committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
-        """Is told what this process has committed."""
+    def _apply_committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
+        """Apply a commit of this process; called on the event loop, in the order of commits."""
         if self._loading is not None:
             self._loading.append(events)
         try:
             self.cache.apply(events)
         finally:
-            self.watchers.wake(event.id for event in events if isinstance(event, Event))
-            flushes = [event.sequence for event in events if isinstance(event, HeartbeatWritten)]
-            self._own_beat = max(flushes, default=self._own_beat)
+            if self.watchers.count:
+                self.watchers.wake(event.id for event in events if isinstance(event, Event))
+            sequences = [event.sequence for event in events if isinstance(event, HeartbeatWritten)]
+            self._own_heartbeat_sequence = max(sequences, default=self._own_heartbeat_sequence)
 
-    def _on_commit(self, revision: int, beat: int) -> bool:
-        """Is told, on any thread, where the counters stand; `False` if it has yet to read that."""
+    def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
+        """Request a refresh if the counters are ahead of the cache; called on any thread.
+
+        Returns:
+            `False` if an earlier request is still open.
+        """
         is_busy = self._outdated.is_set()
-        if self._loop is not None and (
-            revision > self.cache.applied.contiguous or beat > max(self.cache.beat, self._own_beat)
-        ):
+        known = max(self.cache.heartbeat_sequence, self._own_heartbeat_sequence)
+        is_behind = revision > self.cache.applied.contiguous or heartbeat_sequence > known
+        if self._loop is not None and is_behind:
             self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
         return not is_busy
 
     async def _follow(self) -> None:
         while True:
             await self._outdated.wait()
+            # Cleared before the read: a later commit must set it again.
             self._outdated.clear()
             began = time.monotonic()
             try:
                 await self.refresh()
-            except Exception:  # the next wake-up or synchronisation tries again
-                logger.exception("what others have committed could not be read")
-            # The more there is to follow, the more of it at once: most of the time others run.
+            except Exception:  # the next notification or synchronisation tries again
+                logger.exception("changes of other processes could not be read")
+            # At most a fifth of the time goes into refreshes, and a longer one applies more.
             took = time.monotonic() - began
             await asyncio.sleep(min(FOLLOWING_PAUSE * took, LONGEST_PAUSE_SECONDS))

@@ -1,7 +1,7 @@
-"""Handing tasks to nodes and taking them back, by the picture in memory and the word of the writer.
+"""The scheduler: assign tasks to nodes, advance them, and release them.
 
-What is best to do is chosen here, mostly without asking the database. Whether it still may be done
-is decided by the writer, with the rows before it; so any number of coordinators may try at once.
+The candidates are chosen in memory, mostly without a read of the database. The command decides in
+its transaction, on the current rows. So any number of processes may schedule at the same time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from functools import partial
 
-from openclaw_store.database import Database
 from openclaw_store.domain import (
     LIVE,
     Backoff,
+    EntityKey,
     NodeInfo,
     NodeStatus,
     Record,
@@ -39,10 +39,8 @@ from openclaw_store.repositories import (
     Advance,
     Advanced,
     Claim,
-    NodeRepository,
     Register,
     SetNodeStatus,
-    TaskRepository,
     cancellation_of,
     missing,
 )
@@ -52,140 +50,115 @@ from openclaw_store.state_manager.replica import Replica
 logger = logging.getLogger("openclaw_store.dispatcher")
 
 ADVANCE_BATCH_SIZE = 200
-"""How many tasks are handed to the writer at a stretch, before others write."""
+"""Commands submitted together."""
 
 TASK_PAGE_SIZE = 1000
-"""How many of the tasks that a filter means are read at a stretch."""
+"""Tasks on a page of `cancel_all`."""
 
-_MOST_SPARES = 64
-"""Candidates of a claim beyond those that are wanted, in case that others are quicker."""
+_MAX_EXTRA_CANDIDATES = 64
+"""Candidates of a claim beyond its limit: another process may claim the best ones first."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a call of `recover` has done; each list in no particular order."""
+    """The changes of a call of `recover`; the lists have no particular order."""
 
     offline_nodes: list[str]
-    """The nodes it set OFFLINE."""
+    """Nodes set OFFLINE."""
     requeued_tasks: list[str]
-    """The tasks it put back to pending, or made due that a clock turned back had put off."""
+    """Tasks set to PENDING again, and retries made due after a clock was turned back."""
     failed_tasks: list[str]
-    """Those that were on a node that is not alive, and had no retries left."""
+    """Tasks of lost nodes, without another retry."""
     timed_out_tasks: list[str]
-    """Those that ran for too long, and had no retries left."""
+    """Tasks that exceeded their timeout, without another retry."""
 
     def __bool__(self) -> bool:
-        """Whether it has done anything."""
+        """Return true if there are any changes."""
         return any(vars(self).values())
 
 
 class Scheduler:
-    """The verbs of a task's life, for one `StateManager`.
+    """The scheduling of one `StateManager`, which documents the calls of the same names."""
 
-    Args:
-        database: Whose clock counts.
-        replica: What is in memory, and the way to the writer.
-        tasks: The tasks in the database.
-        nodes: The nodes in the database.
-        backoff: How long a task waits for its next try.
-    """
-
-    def __init__(
-        self,
-        database: Database,
-        replica: Replica,
-        tasks: TaskRepository,
-        nodes: NodeRepository,
-        backoff: Backoff,
-    ) -> None:
-        self._database = database
+    def __init__(self, replica: Replica, backoff: Backoff) -> None:
         self._replica = replica
-        self._tasks = tasks
-        self._nodes = nodes
         self._backoff = backoff
-        self._spares = 0
-        self._latest: datetime | None = None  # that the clock has safe_repr to a recovery
+        self._extra_candidates = 0
+        self._latest: datetime | None = None  # the latest time at which `recover` was called
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
-        """Hand tasks to a node; see `StateManager.claim_tasks`."""
+        key: EntityKey = (NodeInfo, node_id)
         claimed: list[Record[Task]] = []
-        try:
-            await self._claim(node_id, limit, claimed)
-        except StoreError as error:
-            if not claimed:  # else they are the node's, and it must be told
-                raise
-            logger.warning("a claim of node %r got only a part: %s", node_id, error)
-        return claimed
-
-    async def _claim(self, node_id: str, limit: int, claimed: list[Record[Task]]) -> None:
-        """Hand tasks to a node, and tell of them in `claimed` as soon as it is committed."""
-        place = (NodeInfo, node_id)
         taken: list[str] = []
         try:
-            while True:
-                node = await self._replica.find_stored(place)
+            while len(claimed) < limit:
+                node = await self._replica.find_stored(key)
                 if node is None:
-                    raise missing(*place)
+                    raise missing(*key)
                 wanted = min(limit - len(claimed), lifecycle.free_slots(node))
                 candidates = self._take(node, wanted, taken) if wanted else []
                 if not candidates:
-                    return
+                    break
                 got = await self._replica.submit(Claim(node_id, candidates, wanted))
                 claimed += got
                 if len(claimed) == limit:
-                    self._spares //= 2
-                    return
-                if len(got) < min(wanted, len(candidates)):  # others were quicker, or it is full
-                    self._spares = min(max(4, 2 * self._spares), _MOST_SPARES)
+                    self._extra_candidates //= 2
+                elif len(got) < min(wanted, len(candidates)):  # another process was first
+                    extra = min(max(4, 2 * self._extra_candidates), _MAX_EXTRA_CANDIDATES)
+                    self._extra_candidates = extra
                     await self._replica.refresh()
+        except StoreError as error:
+            if not claimed:  # otherwise the node owns these tasks, and must receive them
+                raise
+            logger.warning("a claim of node %r got only a part: %s", node_id, error)
         finally:
+            # The index drops a claimed task from the taken ones, so only the rest returns.
             self._replica.cache.task_index.ready.put_back(taken)
+        return claimed
 
-    async def advance(self, operation: Advance) -> Advanced:
-        """Take a task a step on in its life.
+    async def advance(self, command: Advance) -> Advanced:
+        """Change the status of a task.
 
         Raises:
-            TaskNotFoundError: If there is none.
-            ConflictError: If it may not be done.
+            TaskNotFoundError: If there is no such task.
+            ConflictError: If the change is refused.
         """
-        known = self._replica.cache.task(operation.id)
+        known = self._replica.cache.task(command.id)
         if known is not None and known.assigned_node is not None:
-            operation.related_keys = ((NodeInfo, known.assigned_node),)
-        operation.known = known
+            command.related_keys = ((NodeInfo, known.assigned_node),)
+        command.known = known
         try:
-            done: Advanced = await self._replica.submit(operation)
+            done: Advanced = await self._replica.submit(command)
         except NotOwnerError as error:
             logger.warning("refused: %s", error)
             raise
-        if not done.is_changed:  # it is as others have left it
-            await self._replica.reach(done.record.version)
+        if not done.is_changed:  # another process may have made this change
+            await self._replica.catch_up_to(done.record.version)
         return done
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
-        """Add a node, or take note that it has come back as a new process."""
         register = Register(record.node_id, record, self._backoff.draw())
         registered: Record[NodeInfo] = await self._replica.send(register)
-        # What is only in memory is of the former process.
+        # An unsaved entry is from the former process.
         self._replica.cache.discard((NodeInfo, record.node_id))
         return registered
 
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
-        """Set the live nodes OFFLINE that were silent for longer; returns which."""
         patience = check_seconds("timeout_seconds", timeout_seconds)
         await self._replica.flush_heartbeats()
         reason = f"silent for more than {timeout_seconds:g} s"
-        stale = [node.node_id for node in await self._nodes.find_stale_nodes(timeout_seconds)]
-        operations = [
-            SetNodeStatus(node_id, NodeStatus.OFFLINE, patience, reason) for node_id in stale
+        commands = [
+            SetNodeStatus(node.node_id, NodeStatus.OFFLINE, patience, reason)
+            for node in await self._replica.nodes.find_stale_nodes(timeout_seconds)
         ]
-        # Each behind the heartbeat that may have come meanwhile.
-        outcomes = await asyncio.gather(*map(self._replica.submit, operations))
-        return [operation.id for operation, done in zip(operations, outcomes, strict=True) if done]
+        # `submit` puts each command behind a heartbeat that has arrived meanwhile.
+        outcomes = await asyncio.gather(*map(self._replica.submit, commands))
+        return [command.id for command, done in zip(commands, outcomes, strict=True) if done]
 
     async def recover(self, timeout_seconds: float) -> Recovery:
-        """Take tasks from nodes that are not alive; see `StateManager.recover`."""
         patience = check_seconds("timeout_seconds", timeout_seconds)
         longest_wait = timedelta(seconds=self._backoff.longest_seconds)
+        # Silent nodes first: the tasks of an OFFLINE node count as lost below.
         recovery = Recovery(await self.set_silent_offline(timeout_seconds), [], [], [])
         await self._replica.refresh()
         lists = {
@@ -194,43 +167,44 @@ class Scheduler:
             TaskStatus.TIMEOUT: recovery.timed_out_tasks,
         }
         recover = partial(lifecycle.recover, patience=patience, longest_wait=longest_wait)
-        operations = [
+        commands = [
             Advance(task_id, partial(recover, wait=self._backoff.draw()))
-            for task_id in await self._suspects(patience, longest_wait)
+            for task_id in await self._recoverable(patience, longest_wait)
         ]
-        async for done in self.advance_all(operations):
+        async for done in self.advance_all(commands):
             lists[done.record.status].append(done.record.task_id)
         return recovery
 
     async def cancel_all(self, filter: TaskFilter, reason: str | None) -> list[str]:
-        """End the live tasks that a checked filter means; see `StateManager.cancel_tasks`."""
         states = LIVE if filter.status is None else LIVE.intersection(filter.status)
         live = replace(filter, status=tuple(states))
-        with suppress(UnsavedConflictError):  # what is only in memory cannot be found
+        with suppress(UnsavedConflictError):  # the query finds only stored tasks
             await self._replica.sync()
         cancelled: list[str] = []
         refused: list[Task] = []
         after: str | None = None
         while True:
-            page = await self._tasks.list_tasks(live, after=after, limit=TASK_PAGE_SIZE)
-            operations = [cancellation_of(one.task_id, reason, one.version) for one in page]
-            done = [one async for one in self.advance_all(operations)]
+            page = await self._replica.tasks.list_tasks(live, after=after, limit=TASK_PAGE_SIZE)
+            commands = [cancellation_of(one.task_id, reason, one.version) for one in page]
+            done = [one async for one in self.advance_all(commands)]
             cancelled += [one.record.task_id for one in done]
             if len(done) < len(page) and page.tasks != refused:
-                refused = page.tasks  # for good, if they are all the same the next time
-                continue  # some were changed meanwhile: are they still meant?
+                refused = page.tasks  # final, if the next page is the same
+                continue  # changed meanwhile: read again, they may no longer match
             after = page.after
             if after is None:
                 return cancelled
 
-    async def advance_all(self, operations: Sequence[Advance]) -> AsyncIterator[Advanced]:
-        """Take many tasks a step on, as far as they may be, and tell of each that has changed.
+    async def advance_all(self, commands: Sequence[Advance]) -> AsyncIterator[Advanced]:
+        """Change the status of many tasks; yield each result that is a change.
+
+        Refused and removed tasks are skipped.
 
         Raises:
-            BackendError: If the database could not be written; what is done by then is done.
+            BackendError: If the database could not be written; earlier batches stay committed.
         """
-        for start in range(0, len(operations), ADVANCE_BATCH_SIZE):
-            part = operations[start : start + ADVANCE_BATCH_SIZE]
+        for start in range(0, len(commands), ADVANCE_BATCH_SIZE):
+            part = commands[start : start + ADVANCE_BATCH_SIZE]
             outcomes = await asyncio.gather(*map(self.advance, part), return_exceptions=True)
             for outcome in outcomes:
                 if isinstance(outcome, Advanced):
@@ -240,45 +214,43 @@ class Scheduler:
                     raise outcome
 
     async def explain(self, task_id: str) -> Explanation:
-        """Why a task is where it is."""
         task = await self._replica.find((Task, task_id))
         if task is None:
             raise TaskNotFoundError(task_id)
-        cache, now = self._replica.cache, self._database.clock()
+        cache, now = self._replica.cache, self._replica.database.clock()
         nodes = list(cache.nodes.values())
-        ahead = cache.task_index.ahead_of(
-            task, [one for one in nodes if lifecycle.has_skills(one, task)], now
-        )
-        return explain(task, nodes, ahead, now)
+        able = [node for node in nodes if lifecycle.has_skills(node, task)]
+        return explain(task, nodes, cache.task_index.ahead_of(task, able, now), now)
 
     def _take(self, node: Record[NodeInfo], wanted: int, taken: list[str]) -> list[Record[Task]]:
-        """Set aside the best tasks for a node, and some to spare; puts them down in `taken`."""
-        cache, now = self._replica.cache, self._database.clock()
-        ids = cache.task_index.ready.take(
-            wanted + self._spares, node.encoded("available_skills"), now
-        )
+        """Take the best tasks for a node out of the queue, with extra candidates; note the ids."""
+        cache, now = self._replica.cache, self._replica.database.clock()
+        count, skills = wanted + self._extra_candidates, node.available_skills
+        if type(skills) is not bytes:  # decoded already, or empty
+            skills = node.encoded("available_skills")
+        ids = cache.task_index.ready.take(count, skills, now)
         taken += ids
-        return [record for id in ids if (record := self._replica.cache.tasks.get(id)) is not None]
+        return [record for id in ids if (record := cache.tasks.get(id)) is not None]
 
-    async def _suspects(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
-        """The tasks that seem to be on nodes that are not alive, or to run or wait for too long."""
-        cache, now = self._replica.cache, self._database.clock()
-        suspects: list[str] = []
+    async def _recoverable(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
+        """Return the tasks that `lifecycle.recover` may change; other coroutines run meanwhile."""
+        cache, now = self._replica.cache, self._replica.database.clock()
+        found: list[str] = []
         latest = self._latest
-        if latest is None or now < latest:  # else no clock was turned back since
+        if latest is None or now < latest:  # the clock was turned back, or may have been
             for id in cache.task_index.ready.due_after(now + longest_wait):
                 one = cache.tasks.get(id)
                 if one is not None and lifecycle.is_delayed(one, now, longest_wait):
-                    suspects.append(id)
+                    found.append(id)
                 await asyncio.sleep(0)
         self._latest = now if latest is None else max(latest, now)
         for node_id, ids in list(cache.task_index.assigned.items()):
             if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), now, patience):
-                suspects += ids
+                found += ids
                 continue
             running = (cache.tasks.get(id) for id in list(ids))
-            suspects += [
+            found += [
                 one.task_id for one in running if one is not None and lifecycle.is_overdue(one, now)
             ]
-            await asyncio.sleep(0)  # others run in between
-        return suspects
+            await asyncio.sleep(0)
+        return found

@@ -20,9 +20,6 @@ class Records(Generic[Entity]):
 
     Rows are decoded when they are read. Most never are, and the garbage collector does not track
     tuples of text and numbers.
-
-    Args:
-        decode: Makes a record of a row.
     """
 
     __slots__ = ("_buckets", "_decode", "_is_shared", "_shared", "entries")

@@ -1,4 +1,4 @@
-"""Calls of a StateManager about tasks."""
+"""Calls of a `StateManager` for tasks."""
 
 from __future__ import annotations
 
@@ -41,141 +41,136 @@ from openclaw_store.repositories import (
     start_of,
 )
 from openclaw_store.state_manager.explain import Explanation
-from openclaw_store.state_manager.manager_base import COPIES, ManagerBase, copies
+from openclaw_store.state_manager.manager_base import COPY_SLICE_SIZE, ManagerBase, copy_in_slices
 from openclaw_store.state_manager.scheduler import Recovery
 
 ADD_BATCH_SIZE = 1000
-"""Tasks that one transaction adds at most; others write in between."""
+"""Maximum number of tasks that `add_tasks` writes in one transaction."""
 
 
 class TaskCalls(ManagerBase):
-    """Read, write, hand out and finish tasks."""
+    """Read, write, assign and finish tasks."""
 
     async def get_task(self, task_id: str) -> Task | None:
-        """A task, finished ones too; `None` if there is none."""
-        # Without another call, as this is asked most often.
+        """Return a task, finished or not; `None` if there is none."""
+        # The usual case takes no further call: this is the most frequent read.
         if self._thread != get_ident() or not self._is_running():
             self._check_usable()
         try:
             record = self._replica.cache.tasks.entries.get(task_id)
-        except TypeError:  # it has no hash, so it is no text
+        except TypeError:  # not hashable; `check_key` refuses it below
             record = None
-        if type(record) is Record:  # as mostly
+        if type(record) is Record:
             return record.copy()
         found = await self._replica.find((Task, check_key("task_id", task_id)))
         return None if found is None else found.copy()
 
     async def get_pending_tasks(self, limit: int | None = 50) -> list[Task]:
-        """Pending and scheduled tasks by priority, then time of submission, then identifier."""
+        """Return pending and scheduled tasks by priority, time of submission and identifier.
+
+        Args:
+            limit: Maximum number of tasks; `None` returns all.
+        """
         self._check_usable()
         limit, cache = check_limit(limit), self._replica.cache
-        if limit is not None and limit <= COPIES:
-            return await copies(cache.pending(limit), Record.copy)
-        # All of this moment, though they are looked up and copied bit by bit.
+        if limit is not None and limit <= COPY_SLICE_SIZE:
+            return await copy_in_slices(cache.pending(limit), Record.copy)
+        # The snapshot fixes the state of this moment: the copies are made in slices.
         tasks = cache.tasks.snapshot()
-        return await copies(cache.task_index.pending.first(limit), lambda key: tasks[key[2]])
+        return await copy_in_slices(
+            cache.task_index.pending.first(limit), lambda key: tasks[key[2]]
+        )
 
     async def add_task(self, task: Task, persist: bool = True) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
 
         Args:
-            persist: `False` keeps it in memory until the next synchronisation.
+            persist: `False` keeps the task in memory until the next synchronisation.
 
         Raises:
-            DuplicateError: If there is a task with this identifier.
+            DuplicateError: If a task with this identifier exists.
             InvalidDataError: If a field cannot be stored.
         """
-        self._check_usable()
-        record = admit(Task, task, self.db.clock)
-        if persist:
-            record = await self._replica.submit(
-                Create(Task, task.task_id, record, record.idempotency_key)
-            )
-        else:
-            record = await self._replica.write_behind.add(record)
-        write_back(record, task)
-        return True
+        return await self._add(Task, task, persist)
 
     async def update_task(self, task: Task, persist: bool = True) -> bool:
         """Write a changed task back; `task` receives the new version and can be changed again.
 
         Args:
-            persist: `False` keeps it in memory until the next synchronisation.
+            persist: `False` keeps the change in memory until the next synchronisation.
 
         Raises:
-            TaskNotFoundError: If it was removed meanwhile.
-            StaleVersionError: If it was changed meanwhile; read it again, or use `change_task`.
+            TaskNotFoundError: If the task was removed.
+            StaleVersionError: If the task was changed since it was read. Read it again, or use
+                `change_task`.
             InvalidDataError: If a field cannot be stored.
         """
-        self._check_usable()
-        record = self._encode_known(Task, task)
-        write_back(await self._update(record, persist), task)
-        return True
+        return await self._update(Task, task, persist)
 
     async def change_task(self, task_id: str, fn: Callable[[Task], object]) -> Task | None:
-        """Read a task, change it and write it, without losing what others write meanwhile.
+        """Read a task, change it and write it back, without losing a concurrent change.
 
         Args:
-            fn: Is given a copy and changes it; called again if the task was changed meanwhile.
+            fn: Changes the copy that it receives. It is called again, with a new copy, if the
+                task was changed meanwhile.
 
         Returns:
-            The task as it is stored; `None` if there is none.
+            The stored task; `None` if there is none.
 
         Raises:
             InvalidDataError: If a field cannot be stored.
-            ConflictError: If it was only in memory, and lost to newer data.
+            ConflictError: If the task was an unsaved entry and the database had newer data.
         """
         return await self._change(self.task_repo, check_key("task_id", task_id), fn)
 
     async def remove_task(self, task_id: str) -> bool:
-        """Remove a task; `False` if there is none. Its place on a node is free then."""
+        """Remove a task and free its slot on its node; `False` if there is none."""
         self._check_usable()
         return await self._replica.remove((Task, check_key("task_id", task_id)))
 
     delete_task = remove_task
 
     async def submit_task(self, task: Task) -> Task:
-        """Add a task, unless there is a live one with its idempotency key.
+        """Add a task, unless a live task has the same idempotency key.
 
-        It can be repeated: then it returns what the first call has added.
+        The call can be repeated safely: it then returns the task added by the first call.
 
         Returns:
-            The task as it is stored, or the one that is there already.
+            The stored task, which is the added one or the live one with this key.
 
         Raises:
-            DuplicateError: If another task has its identifier.
+            DuplicateError: If another task has this identifier.
             InvalidDataError: If a field cannot be stored.
         """
         while True:
             try:
                 await self.add_task(task)
             except DuplicateError as error:
-                # Not from memory, which need not know yet that it has the key.
+                # Not from the cache: another process may have set the key just now.
                 found = await self.task_repo.get(error.id)
                 key = task.idempotency_key
                 if found is not None and key is not None and found.idempotency_key == key:
-                    await self._replica.reach(found.version)
+                    await self._replica.catch_up_to(found.version)
                     return found
                 if error.idempotency_key is None:
                     raise
-                # Else the one that had the key was removed, or changed, meanwhile.
+                # Another task had the key, and was removed or changed meanwhile: try again.
             else:
                 return admit(Task, task, self.db.clock).copy()
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
-        """Add many tasks; each receives its version and its times in UTC.
+        """Add many tasks; each task receives its version and its times in UTC.
 
-        Works in chunks of 1,000, each of which is one transaction; others write in between. After
-        an error a note on it says how many tasks were gone through, and the call can be repeated:
-        those that are there are refused then.
+        Each batch of 1,000 is one transaction. After an error, a note on it gives the number of
+        tasks processed so far. The call can be repeated: tasks that exist are refused.
 
         Returns:
-            For each task, `None` if it was added, or why it was not: `DuplicateError`, or
-            `InvalidDataError`.
+            One entry for each task, in order. It is `None` if the task was added, otherwise its
+            `DuplicateError` or `InvalidDataError`.
 
         Raises:
             BackendError: If the database could not be written.
-            InvalidDataError: If the database itself refuses a row of a chunk.
+            InvalidDataError: If the database refuses a row of a batch.
         """
         self._check_usable()
         if not isinstance(tasks, Iterable):
@@ -186,66 +181,66 @@ class TaskCalls(ManagerBase):
             try:
                 outcomes += await self._add_chunk(chunk)
             except StoreError as error:
-                error.add_note(f"{len(outcomes)} tasks were gone through before")
+                error.add_note(f"{len(outcomes)} tasks were processed before this error")
                 raise
         return outcomes
 
     async def _add_chunk(self, chunk: Sequence[Task]) -> list[StoreError | None]:
         outcomes: list[StoreError | None] = [None] * len(chunk)
         creations: dict[int, Create[Task]] = {}
-        for place, task in enumerate(chunk):
+        for index, task in enumerate(chunk):
             try:
                 record = admit(Task, task, self.db.clock)
             except InvalidDataError as error:
-                outcomes[place] = error
+                outcomes[index] = error
                 continue
-            creations[place] = Create(Task, task.task_id, record, record.idempotency_key)
+            creations[index] = Create(Task, task.task_id, record, record.idempotency_key)
         results = await self._replica.submit_all(list(creations.values()))
-        for place, result in zip(creations, results, strict=True):
+        for index, result in zip(creations, results, strict=True):
             if isinstance(result, StoreError):
-                outcomes[place] = result
+                outcomes[index] = result
             else:
-                write_back(result, chunk[place])
+                write_back(result, chunk[index])
         return outcomes
 
     async def list_tasks(
         self, filter: TaskFilter | None = None, *, after: str | None = None, limit: int = 100
     ) -> TaskPage:
-        """A page of the tasks that a filter means, newest submitted first, then by identifier.
+        """Return a page of the tasks that match a filter, newest submitted first.
 
-        Read from the database, so that it goes through finished tasks, too; what is only in memory
-        (`persist=False`) is not among them. Pages stay stable while tasks change: nothing comes
-        twice, and nothing is left out that was there before the first page and still fits.
+        Tasks submitted at the same time are in descending order of their identifiers. The page
+        comes from the database: it contains finished tasks, but no unsaved entries. From the first
+        page to the last, no task comes twice, and a task that matches throughout is not left out.
 
         Args:
             filter: `None` for all tasks.
-            after: `after` of the page before; `None` for the first.
-            limit: How many at most.
+            after: `after` of the page before; `None` for the first page.
+            limit: Maximum number of tasks on the page.
 
         Raises:
-            InvalidDataError: If a condition of the filter, or the cursor, makes no sense.
+            InvalidDataError: If a condition of the filter, or the cursor, is invalid.
         """
         self._check_usable()
         page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
-        await self._replica.reach(max((task.version for task in page), default=0))
+        await self._replica.catch_up_to(max((task.version for task in page), default=0))
         return page
 
     async def cancel_tasks(
         self, filter: TaskFilter | None = None, reason: str | None = None
     ) -> list[str]:
-        """Cancel the live tasks that a filter means; others write in between.
+        """Cancel the live tasks that match a filter, in batches.
 
         Args:
             filter: `None` for all tasks.
-            reason: Becomes the `error` of the tasks, and is in the feed.
+            reason: The `error` of the cancelled tasks; the change log contains it, too.
 
         Returns:
-            Identifiers of the tasks it cancelled.
+            The identifiers of the cancelled tasks.
 
         Raises:
-            InvalidDataError: If a condition of the filter, or the reason, makes no sense.
-            BackendError: If the database could not be written; what is cancelled by then is. The
-                call can be repeated.
+            InvalidDataError: If a condition of the filter, or the reason, is invalid.
+            BackendError: If the database could not be written. Tasks cancelled before stay
+                cancelled; the call can be repeated.
         """
         self._check_usable()
         checked = check_filter(filter)
@@ -254,19 +249,18 @@ class TaskCalls(ManagerBase):
         return await self._scheduler.cancel_all(checked, reason)
 
     async def claim_tasks(self, node_id: str, limit: int = 1) -> list[Task]:
-        """Hand pending tasks to a node: it owns them until it finishes them, or is lost.
+        """Assign pending tasks to a node, which then owns them until they end or it is lost.
 
-        The node gets due tasks whose required skills it has, by priority, time of submission and
-        identifier, as many as it has places for; none unless it is ONLINE. They are SCHEDULED on
-        it, and its `running_tasks` counts them until they are done: do not report that figure with
-        its heartbeats as well. Which tasks are best is told from memory; each is handed out once,
-        whoever else may claim at the same time.
+        The node must be ONLINE. It gets due tasks that require only skills it has, in the order of
+        priority, time of submission and identifier, at most one for each free slot. The tasks
+        become SCHEDULED and count in the node's `running_tasks`, so do not report that figure with
+        heartbeats. Concurrent claims, in any number of processes, never get the same task.
 
         Args:
-            limit: How many at most.
+            limit: Maximum number of tasks.
 
         Returns:
-            The tasks, best first; an empty list if there is nothing to do.
+            The claimed tasks, best first; an empty list if there are none for this node.
 
         Raises:
             NodeNotFoundError: If there is no such node.
@@ -277,93 +271,96 @@ class TaskCalls(ManagerBase):
         return list(map(Record.copy, claimed))
 
     async def start_task(self, task: Task) -> Task:
-        """Its node begins to run a task that it has claimed.
+        """Set a claimed task to RUNNING, on behalf of its node.
 
-        The owner of a task is told by `assigned_node` and `attempt`; nothing else of `task` counts,
-        and it is left as it is. To say so twice changes nothing.
+        Only `task_id`, `assigned_node` and `attempt` of `task` are read; `task` is not changed.
+        Repeating the call has no effect.
 
         Returns:
-            The task as it is stored.
+            The stored task.
 
         Raises:
-            TaskNotFoundError: If it was removed meanwhile.
-            NotOwnerError: If its node does not hold this attempt any more.
+            TaskNotFoundError: If the task was removed.
+            NotOwnerError: If the task is no longer assigned to this node for this attempt.
         """
         return await self._advance(start_of(task))
 
     async def complete_task(self, task: Task, result: Any = None) -> Task:
-        """Its node has completed a task; as `start_task`.
+        """Set a task to COMPLETED with its result, on behalf of its node, as in `start_task`.
 
         Args:
+            task: The task as it was claimed or started.
             result: Any JSON value.
 
         Raises:
-            TaskNotFoundError: If it was removed meanwhile.
-            NotOwnerError: If its node does not hold this attempt any more.
+            TaskNotFoundError: If the task was removed.
+            NotOwnerError: As in `start_task`.
             InvalidDataError: If the result cannot be stored.
         """
         return await self._advance(completion_of(task, result))
 
     async def fail_task(self, task: Task, error: str) -> Task:
-        """Its node has failed to do a task; as `start_task`.
+        """Report a failed attempt on behalf of the node of a task, as in `start_task`.
 
-        The task is PENDING again, and due after the manager's `backoff`; after its last retry
-        (`max_retries`) it is FAILED.
+        The task is PENDING again, and due after the delay of the manager's `backoff`. After its
+        last retry (`max_retries`) it is FAILED.
 
         Raises:
-            TaskNotFoundError: If it was removed meanwhile.
-            NotOwnerError: If its node does not hold this attempt any more.
+            TaskNotFoundError: If the task was removed.
+            NotOwnerError: As in `start_task`.
         """
         return await self._advance(failure_of(task, error, self._backoff.draw()))
 
     async def cancel_task(self, task_id: str, reason: str | None = None) -> bool:
-        """End a task that nobody needs any more; `False` if there is none.
+        """Cancel a live task; return `False` if there is no such task.
+
+        Repeating the call has no effect.
 
         Args:
-            reason: Becomes the `error` of the task, and is in the feed.
+            reason: The `error` of the task; the change log contains it, too.
 
         Raises:
-            InvalidTransitionError: If it is finished otherwise.
+            InvalidTransitionError: If the task has finished with another status.
         """
         self._check_usable()
         return await is_known(self._scheduler.advance(cancellation_of(task_id, reason)))
 
     async def requeue_task(self, task_id: str) -> bool:
-        """Have a task run again, as if it never had been; `False` if there is none.
+        """Set a task to PENDING with all its retries; return `False` if there is no such task.
 
-        It is the only way out of a finished state. A task that is scheduled or running is taken
+        This is the only way out of a finished status. A scheduled or running task is taken away
         from its node.
 
         Raises:
-            DuplicateError: If another live task has its idempotency key by now.
+            DuplicateError: If another live task has its idempotency key.
         """
         self._check_usable()
         return await is_known(self._scheduler.advance(requeue_of(task_id)))
 
     async def recover(self, timeout_seconds: float = 120) -> Recovery:
-        """Take tasks from nodes that are not alive, and those that run for longer than they may.
+        """Release tasks of lost nodes, and end attempts that exceed their timeout.
 
-        Sets silent nodes OFFLINE. What is scheduled or running on a node that was silent for too
-        long, that is OFFLINE or in ERROR, or that there is not (any more), is PENDING again, with
-        one retry less, or FAILED with the error `node lost`. What runs for longer than its
-        `timeout` is PENDING again, or has TIMEOUT. What would wait for its next try for longer than
-        the backoff ever says, since a clock was turned back, is due at once. To be called every now
-        and then, by any number of coordinators: each task has one outcome.
+        First, silent nodes are set OFFLINE. A scheduled or running task is released if its node is
+        OFFLINE or in ERROR, silent, or removed: it is PENDING again with one retry less, or FAILED
+        with the error `node lost`. A task that runs for longer than its `timeout` is PENDING again,
+        or gets the status TIMEOUT. A retry that is later than any backoff allows, because a clock
+        was turned back, becomes due. Call this regularly, in any number of processes: each task
+        has one outcome.
 
         Args:
-            timeout_seconds: How long a node may be silent.
+            timeout_seconds: Seconds without a heartbeat after which a node is silent.
 
         Returns:
-            All that this call has done.
+            All changes of this call.
         """
         self._check_usable()
         return await self._scheduler.recover(timeout_seconds)
 
     async def explain_task(self, task_id: str) -> Explanation:
-        """Why a task waits, as data; `str` of it is a sentence.
+        """Explain why a task waits; `str` of the result is a sentence.
 
         Raises:
-            TaskNotFoundError: If there is none.
+            TaskNotFoundError: If there is no such task.
         """
         self._check_usable()
         return await self._scheduler.explain(check_key("task_id", task_id))
@@ -373,14 +370,14 @@ class TaskCalls(ManagerBase):
         return (await self._scheduler.advance(operation)).record.copy()
 
     async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
-        """The task, as soon as it is finished.
+        """Wait until a task is finished, and return it.
 
         Args:
-            timeout: Seconds to wait at most; `None` for no limit.
+            timeout: Maximum time in seconds; `None` for no limit.
 
         Raises:
-            TaskNotFoundError: If there is none, or it was removed meanwhile.
-            DeadlineError: If it is not finished in time.
+            TaskNotFoundError: If there is no such task, or it is removed meanwhile.
+            DeadlineError: If the task is not finished in time.
             UnavailableError: If the manager is shut down meanwhile.
         """
         limit = None if timeout is None else check_number("timeout", timeout)
@@ -389,7 +386,8 @@ class TaskCalls(ManagerBase):
             async with asyncio.timeout(limit):
                 while True:
                     self._check_usable()
-                    with self._replica.watchers.next_change_of(task_id) as woken:
+                    # Wait before the read: a change in between must wake this.
+                    with self._replica.watchers.next_change(task_id) as woken:
                         task = await self.get_task(task_id)
                         if task is None:
                             raise TaskNotFoundError(task_id)

@@ -37,7 +37,7 @@ class TaskIndex:
         arrived.clear()
 
     def replace(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
-        """Index what memory shows of a task instead of `old`."""
+        """Replace a task in the index."""
         key_before = None if old is None else _pending_key(old)
         key_after = None if new is None else _pending_key(new)
         if key_before != key_after:
@@ -61,7 +61,7 @@ class TaskIndex:
             self.assigned.setdefault(new.assigned_node, set()).add(id)
 
     def ahead_of(self, task: Record[Task], nodes: Iterable[Record[NodeInfo]], now: datetime) -> int:
-        """Return how many tasks these nodes may claim before a pending one."""
+        """Return the number of tasks that these nodes may claim before a pending one."""
         key = _pending_key(task)
         if key is None:
             return 0

@@ -1,9 +1,9 @@
 """Write-behind: entries added or updated with `persist=False`, written by the next flush.
 
-An unsaved entry has a negative version, which only this manager knows. It is written over the
-version that it was made from; if the database has a newer one by then, the entry is dropped, and
-the log says so. No other module asks whether an entry is unsaved before it writes: `Replica.submit`
-flushes the entries of the rows that a command names.
+An unsaved entry has a negative version, which is unique to its manager. A flush writes it over the
+version that it was made from. If the database has a newer version, the entry is dropped and logged.
+Other modules need not know unsaved entries: `Replica.submit` flushes the entries of the rows that a
+command names.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from openclaw_store.backends import shield_until_done
-from openclaw_store.database import Database
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Entity,
@@ -24,9 +23,8 @@ from openclaw_store.domain import (
     NodeInfo,
     Record,
     Task,
-    illegal_transition,
     key_of,
-    missing_time,
+    lifecycle,
 )
 from openclaw_store.errors import (
     ConflictError,
@@ -36,16 +34,7 @@ from openclaw_store.errors import (
     StaleVersionError,
     StoreError,
 )
-from openclaw_store.repositories import (
-    Command,
-    Create,
-    NodeRepository,
-    Remove,
-    TaskRepository,
-    Update,
-    missing,
-    newer_heartbeat,
-)
+from openclaw_store.repositories import Command, Create, Remove, Update, missing
 
 if TYPE_CHECKING:
     from openclaw_store.state_manager.cache import Unsaved
@@ -58,26 +47,17 @@ FLUSH_BATCH_SIZE = 200
 
 
 class WriteBehind:
-    """The unsaved entries of one `StateManager`.
+    """The unsaved entries of one `StateManager`, which the cache of its replica shows."""
 
-    Args:
-        database: Stores the entries.
-        replica: Its cache shows the entries; its `send` writes them.
-    """
-
-    def __init__(self, database: Database, replica: Replica) -> None:
-        self._database = database
+    def __init__(self, replica: Replica) -> None:
         self._replica = replica
+        self._database = replica.database
         self._flush_lock = asyncio.Lock()  # one caller flushes at a time
-        # Random, so that a copy from another manager never matches.
+        # Random: the version of a copy from another manager must not match.
         self._version = -secrets.randbits(56)
 
     async def add(self, record: Record[Entity]) -> Record[Entity]:
-        """Show a new entry; return it as it is kept.
-
-        Raises:
-            DuplicateError: If its identifier is in use.
-        """
+        """Stage a new entity; return its unsaved record."""
         key = key_of(record)
         if self._takes_idempotency_key(record):
             stored: Record[Entity] = await self._replica.submit(
@@ -89,28 +69,21 @@ class WriteBehind:
         return self._stage(record, None)
 
     async def update(self, record: Record[Entity]) -> Record[Entity]:
-        """Show a changed entry; return it as it is kept.
-
-        Raises:
-            NotFoundError: If there is none.
-            StaleVersionError: If it has another version.
-            InvalidTransitionError: If a finished task would change its status.
-        """
+        """Stage a changed entity; return its unsaved record."""
         if self._takes_idempotency_key(record):
             return await self._replica.update(record)
         key, cache = key_of(record), self._replica.cache
         known = await self._replica.find(key)
         _require_version(key, known, cache.flushed_version(key, record.version))
         assert known is not None  # required just now
+        now = self._database.clock()
         if key[0] is Task:
-            refusal = illegal_transition(key[1], known.status, record.status)
-            if refusal is not None:
-                raise refusal
-            if known.status is not record.status:
-                record = record.evolve(**missing_time(record, self._database.clock()))
+            values = lifecycle.set_with_status(known.status, record, now)
+            if isinstance(values, StoreError):
+                raise values
+            record = record.evolve(**values)
         else:
-            heartbeat = newer_heartbeat(known, record, self._database.clock())
-            record = record.evolve(last_heartbeat=heartbeat)
+            record = lifecycle.updated_node(known, record, now)
         entry = self._replica.cache.unsaved.get(key)
         return self._stage(record, known if entry is None else entry.base)
 
@@ -119,12 +92,12 @@ class WriteBehind:
         cache = self._replica.cache
         if key[0] is Task:
             task: Record[Task] | None = None
-            with suppress(InvalidDataError):  # a row written by hand cannot be read
+            with suppress(InvalidDataError):  # a row written by hand may be unreadable
                 task = cache.task(key[1])
-            if task is not None and task.assigned_node is not None:  # it may get a slot back
+            if task is not None and task.assigned_node is not None:  # its slot is released
                 await self.flush_or_drop([(NodeInfo, task.assigned_node)])
         self._database.refuse_inside()
-        async with self._flush_lock:  # else the entry might be written after the removal
+        async with self._flush_lock:  # otherwise a flush may write the entry after the removal
             removed = await self._replica.send(Remove(*key))
             removed = self._replica.cache.discard(key) or bool(removed)
             self._replica.watchers.wake([key[1]])
@@ -137,28 +110,25 @@ class WriteBehind:
             version: The version that the entry must have; `None` for any.
 
         Raises:
-            ConflictError: If it lost to newer data; it was dropped.
-            NotFoundError: If its entity was removed meanwhile; it was dropped.
+            ConflictError: If the database has newer data; the entry was dropped.
+            NotFoundError: If the entity was removed; the entry was dropped.
         """
         if version is not None:
             _require_version(key, self._replica.cache.find(key), version)
         self._database.refuse_inside()  # the holder of the lock may wait for that transaction
         async with self._flush_lock:
+            # Shielded: after a cancellation the cache would not know the outcome of the write.
             await shield_until_done(self._flush(key))
 
     async def flush_or_drop(self, keys: Iterable[EntityKey]) -> None:
-        """Write the unsaved entries among these keys; an entry that lost was dropped and logged."""
+        """Write the unsaved entries of these keys; drop and log an entry that conflicts."""
         for key in keys:
             if key in self._replica.cache.unsaved:
                 with suppress(ConflictError, NotFoundError):
                     await self.flush(key)
 
     async def flush_all(self) -> list[StoreError]:
-        """Write all unsaved entries; return the errors of the entries that lost to newer data.
-
-        Raises:
-            BackendError: If the database could not be written.
-        """
+        """Write all unsaved entries; return the errors of the dropped ones."""
         conflicts: list[StoreError] = []
         self._database.refuse_inside()
         async with self._flush_lock:
@@ -174,14 +144,14 @@ class WriteBehind:
         return conflicts
 
     def _takes_idempotency_key(self, record: Record[Any]) -> bool:
-        """Return whether a task gets an idempotency key; only the database knows if it is free."""
+        """Return true if a task gets an idempotency key, which only the database can check."""
         if record.kind is not Task or record.idempotency_key is None:
             return False
         known = self._replica.cache.find(key_of(record))
         return known is None or bool(known.idempotency_key != record.idempotency_key)
 
     def _stage(self, record: Record[Entity], base: Record[Entity] | None) -> Record[Entity]:
-        """Show an entry in memory alone, under a version that only memory knows."""
+        """Show an unsaved entry, under a new version."""
         self._version -= 1
         staged = record.evolve(version=self._version)
         self._replica.cache.stage(staged, base)
@@ -190,7 +160,7 @@ class WriteBehind:
 
     async def _flush(self, key: EntityKey) -> None:
         entry = self._replica.cache.unsaved.get(key)
-        if entry is None:  # another caller has written it
+        if entry is None:  # flushed by another caller
             return
         try:
             await self._write(key, entry)
@@ -198,7 +168,7 @@ class WriteBehind:
             self._replica.watchers.wake([key[1]])
 
     async def _write(self, key: EntityKey, entry: Unsaved) -> None:
-        record = entry.record.evolve()  # the one in the cache stays as it is
+        record = entry.record.evolve()  # the write stamps its record; the cached one stays
         command: Command = Create(*key, record)
         if entry.base is not None:
             names = entry.base.differences(record)
@@ -206,10 +176,9 @@ class WriteBehind:
         try:
             stored = await self._replica.send(command)
         except (ConflictError, NotFoundError) as error:
-            repository = (TaskRepository if key[0] is Task else NodeRepository)(self._database)
-            found: Record[Any] | None = await repository.get_record(key[1])
+            found = await self._replica.read(key)
             if found is not None and not found.differences(entry.record):
-                # An earlier flush wrote it, and its outcome was lost.
+                # An earlier flush has written the entry, but its outcome was lost.
                 self._replica.cache.unstage(key, entry, found)
                 return
             self._replica.cache.unstage(key, entry, None)

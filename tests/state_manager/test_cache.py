@@ -62,14 +62,14 @@ def node_news(
     revision: int,
     changes: Sequence[Change],
     *records: Record[NodeInfo],
-    beat: int = 0,
+    heartbeat_sequence: int = 0,
     heartbeats: Sequence[Record[NodeInfo]] = (),
 ) -> ChangeBatch:
     """What the feed says of nodes."""
     return ChangeBatch(
         revision=revision,
         read_at=revision,
-        beat=beat,
+        heartbeat_sequence=heartbeat_sequence,
         changes=[(*step_of(change), None) for change in changes],
         changed_at=changes[-1].changed_at if changes else None,
         is_complete=True,
@@ -125,7 +125,7 @@ class FakeDatabase:
         return ChangeBatch(
             revision=until,
             read_at=self.revision,
-            beat=0,
+            heartbeat_sequence=0,
             changes=[
                 (*step_of(one), *self._row(one.item_id, one.revision == last[one.item_id]))
                 for one in changes
@@ -445,7 +445,7 @@ class TestLearning:
         successor = node_record("n", 3)
 
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
-        cache.catch_up(node_news(3, changes, successor, beat=1))
+        cache.catch_up(node_news(3, changes, successor, heartbeat_sequence=1))
 
         assert cache.node_index.all_nodes() == [successor]
 
@@ -457,7 +457,7 @@ class TestLearning:
         updated = change(2, "n", "online", "online", item="node")
         row = node_record("n", 2, last_heartbeat=START, cpu_usage=7)
 
-        cache.catch_up(node_news(2, [updated], row, beat=1, heartbeats=[row]))
+        cache.catch_up(node_news(2, [updated], row, heartbeat_sequence=1, heartbeats=[row]))
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
 
         assert cache.node_index.all_nodes() == [row]

@@ -2638,7 +2638,7 @@ class TestLife:
         loop.run_until_complete(manager.add_task(make_task(), persist=False))
         loop.close()
 
-        with pytest.raises(UnavailableError, match="1 entries and heartbeats are lost"):
+        with pytest.raises(UnavailableError, match="1 unsaved entries and heartbeats are lost"):
             asyncio.run(manager.shutdown())
 
         assert not manager.is_initialized

@@ -14,7 +14,12 @@ from conftest import MakeTask, OpenManager
 from openclaw_store import Database, InvalidDataError, StateManager, TaskRepository
 from openclaw_store.backends.sqlite import connections as sqlite_connections
 from openclaw_store.state_manager import change_feed as pages
-from openclaw_store.state_manager.change_feed import ITEM_ID, STEP_WIDTH, LogPage, read_page
+from openclaw_store.state_manager.change_feed import (
+    ENTITY_ID,
+    STEP_WIDTH,
+    ChangeBatch,
+    read_change_batch,
+)
 
 LARGE = {"text": "x" * 500_000}
 
@@ -41,14 +46,16 @@ def length_limit(monkeypatch: pytest.MonkeyPatch) -> int:
     return limit
 
 
-async def page_after(database: Database, since: int, known: Collection[int] = ()) -> LogPage:
+async def page_after(database: Database, since: int, known: Collection[int] = ()) -> ChangeBatch:
     async with database.session() as session:
-        return await read_page(session, since, since + 400, known)
+        return await read_change_batch(
+            session, since=since, heartbeat_sequence=0, is_complete=True, known=known
+        )
 
 
-def contents(page: LogPage) -> list[tuple[str, bool]]:
+def contents(page: ChangeBatch) -> list[tuple[str, bool]]:
     """The identifier of each change, and whether it comes with its task."""
-    return [(row[ITEM_ID], row[STEP_WIDTH] == row[ITEM_ID]) for row in page.rows]
+    return [(row[ENTITY_ID], row[STEP_WIDTH] == row[ENTITY_ID]) for row in page.changes]
 
 
 async def test_many_large_tasks_are_followed(
@@ -80,8 +87,8 @@ async def test_large_task_is_alone_on_its_page(
     assert [contents(page) for page in found] == [
         [(id, True)] for id in ("first", "second", "third")
     ]
-    assert [page.until for page in found] == [1, 2, 3]
-    assert [page.revision for page in found] == [3, 3, 3]
+    assert [page.revision for page in found] == [1, 2, 3]
+    assert [page.read_at for page in found] == [3, 3, 3]
     assert all(page.is_complete for page in found)
 
 
@@ -96,8 +103,8 @@ async def test_medium_tasks_share_a_page_until_it_is_full(
     page = await page_after(database, 0)
 
     assert contents(page) == [(str(number), True) for number in range(6)]
-    assert page.until == 6
-    assert sum(len(str(row)) for row in page.rows) > bound  # the last one made it full
+    assert page.revision == 6
+    assert sum(len(str(row)) for row in page.changes) > bound  # the last one made it full
 
 
 async def test_page_that_ends_early_has_the_content_of_all_its_tasks(
@@ -113,7 +120,7 @@ async def test_page_that_ends_early_has_the_content_of_all_its_tasks(
     page = await page_after(database, 0)
 
     assert contents(page) == [("small", True), ("large", True)]
-    assert page.until == 2
+    assert page.revision == 2
 
 
 async def test_unknown_change_before_a_known_one_comes_with_its_task(
@@ -127,7 +134,7 @@ async def test_unknown_change_before_a_known_one_comes_with_its_task(
     page = await page_after(database, 0, known={2})
 
     assert contents(page) == [("task", True)]
-    assert page.until == 2
+    assert page.revision == 2
     assert page.is_complete
 
 

@@ -305,7 +305,7 @@ class TestAddTasks:
         with pytest.raises(InvalidDataError) as caught:
             await cluster.one.add_tasks(tasks)
 
-        assert caught.value.__notes__ == ["3 tasks were gone through before"]
+        assert caught.value.__notes__ == ["3 tasks were processed before this error"]
         rows, _, changes = await stored(cluster.one)
         assert sorted(ids(rows)) == ids(tasks[:3])
         assert [task.version for task in tasks] == [1, 2, 3, 0, 0, 0, 0, 0]

@@ -283,7 +283,7 @@ class TestWaitForTask:
         with pytest.raises(DeadlineError, match=r"task 't' is not finished after 0\.01 s"):
             await manager.wait_for_task("t", timeout=0.01)
 
-        assert manager._replica.watchers._of_tasks == {}
+        assert manager._replica.watchers._waiters == {}
 
     async def test_task_that_is_removed_is_not_found(
         self, manager: StateManager, make_task: MakeTask
@@ -672,10 +672,10 @@ class TestWakeUps:
     async def test_who_has_yet_to_read_says_so_when_told(self, location: Location) -> None:
         async with StateManager(Database(location)) as manager:
             follower = manager._replica
-            assert follower._on_commit(0, 0) is True
+            assert follower._notice_commit(0, 0) is True
             follower._outdated.set()
-            assert follower._on_commit(1, 0) is False
-            await until(lambda: follower._on_commit(0, 0))
+            assert follower._notice_commit(1, 0) is False
+            await until(lambda: follower._notice_commit(0, 0))
 
     @pytest.mark.sqlite
     @pytest.mark.parametrize("is_busy", [True, False])
