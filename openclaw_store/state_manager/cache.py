@@ -154,14 +154,16 @@ class Cache:
         for change in later:  # the cache is newer than the snapshot
             (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
         unreadable = self._apply_tasks(tasks, batch)
-        for id in nodes:
-            node = self._with_written_values(batch.nodes.get(id), batch.heartbeat_sequence)
-            self._apply_stored((NodeInfo, id), node, batch.read_at)
-        for node in batch.heartbeats:
-            key = key_of(node)
-            if self._visible(key) is not None:
-                node = self._with_written_values(node, batch.heartbeat_sequence)
-                self._apply_stored(key, node, 0)
+        updates = [(id, batch.nodes.get(id), batch.read_at) for id in nodes]
+        updates += [(node.node_id, node, 0) for node in batch.heartbeats]
+        for id, stored, revision in updates:
+            if revision == 0 and self._visible((NodeInfo, id)) is None:
+                continue  # a heartbeat of a node that was removed
+            node = self._with_written_values(stored, batch.heartbeat_sequence)
+            try:
+                self._apply_stored((NodeInfo, id), node, revision)
+            except InvalidDataError as error:
+                unreadable = error
         sequence = self.heartbeat_sequence = max(self.heartbeat_sequence, batch.heartbeat_sequence)
         self._written_values = {
             id: newer
@@ -464,11 +466,12 @@ class Cache:
             self._aliases.pop((Task, evicted), None)
 
     def _show_node(self, id: str, old: Record[Any] | None, new: Record[Any] | None) -> None:
+        # The index first: it refuses a node that cannot be read, and memory keeps the old one.
+        self.node_index.replace(id, old, new, is_stored=self._is_stored((NodeInfo, id)))
         if new is not None:
             self.nodes.put(id, new)
         elif old is not None:
             self.nodes.drop(id)
-        self.node_index.replace(id, old, new, is_stored=self._is_stored((NodeInfo, id)))
 
     def _is_stored(self, key: EntityKey) -> bool:
         """Return true if an entity is in the database, and so counts in the totals."""

@@ -75,7 +75,7 @@ STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
 STEP_WIDTH = len(STEP)
 """The number of these columns in a row; the columns of the task follow."""
 
-REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, _, _TO_STATUS = range(STEP_WIDTH)
+REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, *_ = range(STEP_WIDTH)
 """The positions of these columns."""
 
 _PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
@@ -310,9 +310,8 @@ def _with_large_tasks(session: Session, rows: Sequence[Sequence[Any]]) -> Sequen
     if all(row[STEP_WIDTH] is not None for row in rows):
         return rows
     last = {row[ENTITY_ID]: row for row in rows if row[ENTITY_NAME] == _TASK}
-    absent = [
-        id for id, row in last.items() if row[STEP_WIDTH] is None and row[_TO_STATUS] is not None
-    ]
+    # Its last change here may be a removal, after which this process has added it again.
+    absent = [id for id, row in last.items() if row[STEP_WIDTH] is None]
     if not absent:
         return rows
     sql = statements_for(session.get_bind().dialect.name)

@@ -29,9 +29,11 @@ class NodeIndex:
         *,
         is_stored: bool,
     ) -> None:
-        """Replace a node in the index; the totals count stored nodes only."""
-        if old is not None:
-            self._counts[old.status] -= is_stored
+        """Replace a node in the index; the totals count stored nodes only.
+
+        Raises:
+            InvalidDataError: If its skills cannot be read; the index is unchanged.
+        """
         encoded: bytes | None = None
         if new is not None and new.status is NodeStatus.ONLINE:
             encoded = new.available_skills
@@ -41,6 +43,8 @@ class NodeIndex:
         if encoded != self._encoded.get(id):
             self._index_skills(id, _skills(old), _skills(new))
             self._encoded[id] = encoded
+        if old is not None:
+            self._counts[old.status] -= is_stored
         if new is not None:
             self._counts[new.status] += is_stored
             self.index_load(id, new)

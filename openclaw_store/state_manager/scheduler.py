@@ -123,6 +123,8 @@ class Scheduler:
             TaskNotFoundError: If there is no such task.
             ConflictError: If the change is refused.
         """
+        if self._replica.cache.unsaved:  # an unsaved task that is dropped may name another node
+            await self._replica.write_behind.flush_or_drop([(Task, command.id)])
         known = self._replica.cache.task(command.id)
         if known is not None and known.assigned_node is not None:
             command.related_keys = ((NodeInfo, known.assigned_node),)
@@ -151,8 +153,13 @@ class Scheduler:
             SetNodeStatus(node.node_id, NodeStatus.OFFLINE, patience, reason)
             for node in await self._replica.nodes.find_stale_nodes(timeout_seconds)
         ]
-        # `submit` puts each command behind a heartbeat that has arrived meanwhile.
-        outcomes = await asyncio.gather(*map(self._replica.submit, commands))
+
+        async def submit(command: SetNodeStatus) -> bool:
+            # Called in a task of its own: the command goes behind a heartbeat that arrives before.
+            done: bool = await self._replica.submit(command)
+            return done
+
+        outcomes = await asyncio.gather(*map(submit, commands))
         return [command.id for command, done in zip(commands, outcomes, strict=True) if done]
 
     async def recover(self, timeout_seconds: float) -> Recovery:
