@@ -110,7 +110,7 @@ class Update(Command, Generic[Entity]):
             assert row.record is not None  # nodes are always read
             if "last_heartbeat" in names:
                 record = lifecycle.updated_node(row.record, record, row.now)
-        elif row.status is not None and row.status != record.status._value_:
+        elif row.status is not None and row.status != str(record.status):
             before = TaskStatus(row.status)
             values: Values | StoreError = lifecycle.set_with_status(before, record, row.now)
             if isinstance(values, StoreError):

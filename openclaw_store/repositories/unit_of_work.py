@@ -165,7 +165,7 @@ class Row:
             reason: The reason for the change log.
         """
         before, previous = self.status, self.version
-        self.status = record.status._value_  # `value` costs a call
+        self.status = str(record.status)
         kind = ChangeKind.UPDATED if before == self.status else ChangeKind.STATUS
         if previous is None:
             kind = ChangeKind.CREATED
@@ -341,7 +341,7 @@ class UnitOfWork:
         if changes:
             at = self.sql.to_moment(self.transaction.now)
             rows = [
-                (one.revision, at, one.item, one.item_id, one.kind._value_, *one[5:])
+                (one.revision, at, one.item, one.item_id, str(one.kind), *one[5:])
                 for one in changes
             ]
             self.cursor.write(self.sql.insert_change, rows)
