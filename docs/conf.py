@@ -42,7 +42,8 @@ nitpick_ignore_regex = [("py:.*", ".*")]
 
 def link_files_outside(app: Sphinx, page: str, source: list[str]) -> None:
     """Offer Markdown files outside of this folder as downloads, since they are no pages here."""
-    source[0] = re.sub(r"\]\((\.\./\.\./[^)#]*\.md)\)", r"](path:\1)", source[0])
+    outside = re.escape("../" * (page.count("/") + 1))
+    source[0] = re.sub(rf"\]\(({outside}[^)#]*\.md)(#[^)]*)?\)", r"](path:\1)", source[0])
 
 
 def setup(app: Sphinx) -> None:
