@@ -475,7 +475,7 @@ async def compact(
     call: Call,
     days: Annotated[float, typer.Option(min=0, help="Minimum age of the changes, in days.")],
 ) -> None:
-    """Remove old changes from the feed; tasks and nodes stay.
+    """Remove old changes from the change log; tasks and nodes stay.
 
     Histories become shorter, and a program that watches from an older revision must start again.
     """
