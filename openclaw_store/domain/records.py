@@ -50,7 +50,7 @@ class Record(Generic[Entity]):
     Threads share records without a lock: only the form of JSON fields changes, in `_decode`.
     """
 
-    __slots__ = ("__dict__", "_flat", "_nested", "kind", "row")
+    __slots__ = ("__dict__", "_fields", "_flat", "_nested", "kind", "row")
 
     if TYPE_CHECKING:  # a field of `kind`; JSON fields are read by `decoded`
 
@@ -60,7 +60,8 @@ class Record(Generic[Entity]):
     def __init__(self, kind: type[Entity], fields: dict[str, Any]) -> None:
         """Take ownership of `fields`: values by name; JSON is `bytes`, or the default."""
         self.kind: type[Entity] = kind
-        self.__dict__ = fields
+        # One dict under two names: a slot is read faster than `__dict__`.
+        self.__dict__ = self._fields = fields
         self._flat: Sequence[str] | None = None
         """JSON fields that `copy` copies; `None` until one is read."""
         self._nested: Sequence[str] = ()
@@ -74,7 +75,7 @@ class Record(Generic[Entity]):
     @property
     def id(self) -> str:
         """Identifier of the task or node."""
-        id: str = self.__dict__[KEY[self.kind]]
+        id: str = self._fields[KEY[self.kind]]
         return id
 
     def copy(self) -> Entity:
@@ -83,7 +84,7 @@ class Record(Generic[Entity]):
         if flat is None:
             flat = self._decode()
         entity: Entity = _new(self.kind)
-        fields = entity.__dict__ = self.__dict__.copy()
+        fields = entity.__dict__ = self._fields.copy()
         for name in flat:
             fields[name] = fields[name].copy()
         for name in self._nested:
@@ -94,12 +95,12 @@ class Record(Generic[Entity]):
         """Return the value of a JSON field; the caller must not change it."""
         if self._flat is None:
             self._decode()
-        value = self.__dict__[name]
+        value = self._fields[name]
         return orjson.loads(value) if type(value) is bytes else value
 
     def encoded(self, name: str) -> bytes | None:
         """Return the text of a JSON field; `None` for its default."""
-        value = self.__dict__[name]
+        value = self._fields[name]
         if value is None or type(value) is bytes:
             return value
         if not value and type(value) is JSON_FIELDS[self.kind][name]:
@@ -108,7 +109,7 @@ class Record(Generic[Entity]):
 
     def values(self, codec: RowCodec) -> list[Any]:
         """Return the values of the fields of `codec` in the form that the driver takes."""
-        row = list(codec.pick(self.__dict__))
+        row = list(codec.pick(self._fields))
         for position, process in codec.bind_processors:
             value = row[position]
             if value is not None:
@@ -130,23 +131,23 @@ class Record(Generic[Entity]):
         evolved._flat = self._flat
         evolved._nested = self._nested
         evolved.row = None
-        evolved.__dict__ = fields = self.__dict__.copy()
+        evolved.__dict__ = evolved._fields = fields = self._fields.copy()
         fields.update(values)
         return evolved
 
     def replace(self, **values: Any) -> Record[Entity]:
         """Return a record with other values; JSON is `bytes`, or the default."""
-        return Record(self.kind, {**self.__dict__, **values})
+        return Record(self.kind, {**self._fields, **values})
 
     def merge(self, other: Record[Entity], names: Iterable[str]) -> Record[Entity]:
         """Return this record with the named fields of `other`."""
-        fields = self.__dict__.copy()
-        fields.update([(name, other.__dict__[name]) for name in names])
+        fields = self._fields.copy()
+        fields.update([(name, other._fields[name]) for name in names])
         return Record(self.kind, fields)
 
     def differences(self, other: Record[Entity]) -> tuple[str, ...]:
         """Return the names of the fields that differ, without the fields that the store sets."""
-        mine, theirs = self.__dict__, other.__dict__
+        mine, theirs = self._fields, other._fields
         plain, json = _PLAIN_FIELDS[self.kind], JSON_FIELDS[self.kind]
         names = [one for one in plain if mine[one] is not theirs[one] and mine[one] != theirs[one]]
         # Compared as text: `==` does not distinguish 1, True and 1.0.
@@ -164,7 +165,7 @@ class Record(Generic[Entity]):
         """
         flat, nested = [], []
         for name in JSON_FIELDS[self.kind]:
-            value = self.__dict__[name]
+            value = self._fields[name]
             if type(value) is bytes:
                 try:
                     value = orjson.loads(value)
@@ -176,7 +177,7 @@ class Record(Generic[Entity]):
                     if not PLAIN_TYPES.issuperset(map(type, elements)):
                         nested.append(name)
                         continue
-                self.__dict__[name] = value
+                self._fields[name] = value
             if isinstance(value, (list, dict)):
                 flat.append(name)
         self._nested = _shared(nested)
