@@ -41,7 +41,7 @@ from openclaw_store.state_manager.change_feed import (
 from openclaw_store.state_manager.node_index import NodeIndex
 from openclaw_store.state_manager.ready_queue import Ready
 from openclaw_store.state_manager.snapshot import Records
-from openclaw_store.state_manager.task_index import TaskIndex, ready_of
+from openclaw_store.state_manager.task_index import TaskIndex
 
 _TASK = ENTITY_NAMES[Task]
 
@@ -115,7 +115,7 @@ class Cache:
             InvalidDataError: If a row cannot be read; the rest was applied.
         """
         unreadable: InvalidDataError | None = None
-        arrived: list[Ready] = []
+        arrived: list[Record[Task]] = []
         for event in events:
             if isinstance(event, HeartbeatWritten):
                 self._apply_written(event)
@@ -123,20 +123,24 @@ class Cache:
             kind, id, record, change = event
             if not self.applied.count(change, self._counted_status):
                 continue
-            if record is not None and record.row is not None and kind is Task and self._is_new(id):
-                ready = ready_of(record)
-                if ready is not None:
-                    self.tasks.put(id, record.row)
-                    arrived.append(ready)
-                    continue
+            if (
+                record is not None
+                and record.row is not None  # inserted by this commit
+                and kind is Task
+                and record.status is TaskStatus.PENDING
+                and self._is_new(id)
+            ):
+                self.tasks.put(id, record.row)
+                arrived.append(record)
+                continue
             if arrived:  # the event may change one of these tasks
-                self.task_index.add(arrived)
+                self.task_index.add_tasks(arrived)
             try:
                 self._apply_stored((kind, id), record, change.revision)
             except InvalidDataError as error:
                 unreadable = error
         if arrived:
-            self.task_index.add(arrived)
+            self.task_index.add_tasks(arrived)
         if unreadable is not None:
             raise unreadable
 

@@ -36,6 +36,11 @@ class TaskIndex:
         self.ready.extend(arrived)
         arrived.clear()
 
+    def add_tasks(self, tasks: list[Record[Task]]) -> None:
+        """Index new pending tasks; empties the list."""
+        self.add([ready for task in tasks if (ready := _ready_of(task)) is not None])
+        tasks.clear()
+
     def replace(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
         """Replace a task in the index."""
         key_before = None if old is None else _pending_key(old)
@@ -45,8 +50,8 @@ class TaskIndex:
                 self.pending.remove(key_before)
             if key_after is not None:
                 self.pending.add(key_after)
-        ready_before = None if old is None else ready_of(old)
-        ready_after = None if new is None else ready_of(new)
+        ready_before = None if old is None else _ready_of(old)
+        ready_after = None if new is None else _ready_of(new)
         if ready_before != ready_after:
             if ready_before is not None:
                 self.ready.remove(*ready_before[:2])
@@ -76,7 +81,7 @@ def _pending_key(task: Record[Task]) -> PendingKey | None:
     return None
 
 
-def ready_of(task: Record[Task]) -> Ready | None:
+def _ready_of(task: Record[Task]) -> Ready | None:
     """Return a task as `ReadyTasks` takes it; `None` if it may not be claimed."""
     if task.status is not TaskStatus.PENDING:
         return None

@@ -429,7 +429,8 @@ class SQLite:
         if self._file is None:
             return
         try:
-            is_there = fork_safety.identity(self.path) == self._file
+            found = os.stat(self.path)
+            is_there = (found.st_dev, found.st_ino) == self._file
         except (FileNotFoundError, NotADirectoryError):
             is_there = False
         except OSError:  # SQLite reports the cause when it opens the file
