@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
-from openclaw_store.backends.library_internals import untrack_task
+from openclaw_store.backends.internals import untrack_task
 
 Result = TypeVar("Result")
 

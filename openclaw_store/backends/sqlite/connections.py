@@ -19,7 +19,7 @@ from typing import Any
 import aiosqlite
 
 from openclaw_store.backends.cancellation import cancel_once_more
-from openclaw_store.backends.library_internals import make_daemon, rollback_without_waiting
+from openclaw_store.backends.internals import make_daemon, rollback_without_waiting
 from openclaw_store.backends.sqlite import fork_safety
 
 _PRAGMAS = (

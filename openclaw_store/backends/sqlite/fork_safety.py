@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from openclaw_store.backends.library_internals import never_free
+from openclaw_store.backends.internals import never_free
 
 _open_connections: WeakKeyDictionary[object, str | Path] = WeakKeyDictionary()
 """The connections that this process has opened, and their files."""

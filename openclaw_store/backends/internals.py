@@ -1,6 +1,6 @@
 """Every private attribute of another library that this one uses, each with its reason.
 
-Nothing else may use one. `tests/backends/test_library_internals.py` fails when a new release
+Nothing else may use one. `tests/backends/test_internals.py` fails when a new release
 changes one of them; each docstring then says what to do.
 """
 

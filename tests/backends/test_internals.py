@@ -1,4 +1,4 @@
-"""The private attributes of other libraries exist and do what `library_internals` relies on."""
+"""The private attributes of other libraries exist and do what `internals` relies on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import openclaw_store
-from openclaw_store.backends import library_internals
-from openclaw_store.backends.library_internals import (
+from openclaw_store.backends import internals
+from openclaw_store.backends.internals import (
     fetch_raw_rows,
     make_daemon,
     never_free,
@@ -136,7 +136,7 @@ def test_no_other_module_uses_a_private_attribute_of_a_library() -> None:
         node.attr
         for path, node in nodes
         if isinstance(node, ast.Attribute)
-        and path != Path(library_internals.__file__)
+        and path != Path(internals.__file__)
         and private.fullmatch(node.attr)
     }
 
