@@ -1523,6 +1523,24 @@ class TestBackup:
 
 
 class TestVacuumAndStats:
+    @pytest.mark.sqlite
+    async def test_vacuum_waits_for_a_reader_that_is_just_ending(
+        self, database: Database, location: Path, make_task: MakeTask
+    ) -> None:
+        """The WAL once kept its size if a reader had not ended yet."""
+        await TaskRepository(database).create(make_task(parameters={"text": "x" * 20_000}))
+        reader = sqlite3.connect(location, isolation_level=None, check_same_thread=False)
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM tasks").fetchall()
+        end = threading.Timer(0.03, reader.rollback)
+        end.start()
+
+        await database.vacuum()
+
+        end.join()
+        reader.close()
+        assert location.with_name(f"{location.name}-wal").stat().st_size == 0
+
     @pytest.mark.sqlite  # PostgreSQL keeps it for rows to come
     async def test_vacuum_gives_the_space_of_removed_rows_back(
         self, database: Database, make_task: MakeTask

@@ -47,6 +47,8 @@ Result = TypeVar("Result")
 
 _ALONE_SECONDS = 1.0  # for another process that only inspects a file that is to be replaced
 
+_ENDING_READER_SECONDS = 0.1  # for a reader that no longer needs the WAL
+
 _ROWS_A_STATEMENT = (64, 16, 4, 1)
 
 
@@ -440,7 +442,12 @@ class SQLite:
         """Move the contents of the WAL to the database file, unless a reader needs them."""
         try:
             with self._open(WriteConnection) as database:
-                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                # A reader of this process may just be ending: its rollback is not waited for.
+                for delay in _delays(_ENDING_READER_SECONDS):
+                    [[is_busy, *_]] = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    if not is_busy:
+                        break
+                    time.sleep(delay)
         except sqlite3.Error as error:
             if not SQLiteErrorMapping.is_busy(error):
                 raise self.error_mapping.map_error(error) from error
