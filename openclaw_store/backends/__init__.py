@@ -8,9 +8,10 @@ from openclaw_store.backends.base import (
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
     Backend,
+    BatchCursor,
     CounterStatements,
     Cursor,
-    RedoError,
+    LockRequiredError,
     WriteSession,
 )
 from openclaw_store.backends.cancellation import (

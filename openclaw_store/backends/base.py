@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -24,8 +25,6 @@ class CounterStatements(NamedTuple):
     """Select the revision and the heartbeat sequence number."""
     lock: str
     """Lock the row."""
-    increment: str
-    """Increase the heartbeat sequence number, which also locks the row."""
 
 
 class WriteSession(Protocol):
@@ -34,19 +33,11 @@ class WriteSession(Protocol):
     @property
     def cursor(self) -> Cursor: ...
 
-    @property
-    def is_pipelined(self) -> bool:
-        """Return `True` if a batch should leave half of many callers to the next batch.
-
-        That pays where another process does the work, which would be idle between batches.
-        """
-
-    def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
-        """Begin a transaction with the write lock.
+    def begin(self, until: float) -> None:
+        """Begin a transaction; it has the write lock, unless its cursor is a `BatchCursor`.
 
         Args:
             until: Deadline for locks of other processes, by `time.monotonic`.
-            meanwhile: Called at the latest when the thread waits for the database.
         """
 
     def commit(self) -> None:
@@ -152,90 +143,52 @@ class Backend(Protocol):
         """Return the bytes on the disk."""
 
 
-class RedoError(Exception):
-    """Nothing was written: apply the batch again, in a transaction that speculates less."""
+class LockRequiredError(Exception):
+    """Nothing was written: apply the batch again, in a transaction with the write lock."""
 
 
 class Cursor(Protocol):
-    """The driver, as the operations of one transaction use it.
-
-    The transaction may be optimistic, without the write lock: then rows that were read may change
-    before they are written, so every write depends on `compare_and_set`, or on `assign_revisions`
-    if only its revisions can be wrong. Operations that `read`, decide and `write` need not
-    distinguish the two cases; `execute` and `count` raise `RedoError` in an optimistic one.
-    """
+    """The driver, as the operations of one transaction use it."""
 
     @property
     def dialect(self) -> str:
         """`sqlite` or `postgresql`."""
 
-    @property
-    def is_speculative(self) -> bool:
-        """`True` if `expected` may return rows."""
-
-    def read(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        """Return the rows of a query that includes the counters, or that follows one."""
-
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Run a statement for many rows, before the next read and before the commit.
-
-        Consecutive statements may run in any order, and none sees the rows of another.
-        """
-
-    def expected(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        """Return the expected counters and nodes; `None` if the transaction must read them."""
-
-    def speculate(self) -> None:
-        """Record that the transaction relies on `expected` and has not read these rows.
-
-        The write detects wrong counters and added rows that exist. `compare_and_set` must check all
-        other expectations.
-        """
-
-    def abort(self) -> None:
-        """Raise `RedoError`: the write would not detect a wrong expectation."""
-
-    def expect(self, rows: Mapping[Any, Any]) -> None:
-        """Expect these rows in later transactions, once this one commits; `None` for a removal."""
-
-    def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
-        """Write the counters if they are as they were read; otherwise write nothing at all.
-
-        The parameters are the new values, then as many expected ones.
-        """
-
-    def assign_revisions(self, count: int, last: int, rebase: Callable[[int], None]) -> None:
-        """Write in any case, with revisions after the ones of concurrent writers.
-
-        Args:
-            count: Number of revisions.
-            last: The last revision, if there is no concurrent writer.
-            rebase: Called with the increase of all revisions, if there is one.
-        """
-
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """Run any statement, and return its rows."""
+
+    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Run a statement for many rows."""
 
     def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Run a statement for many rows, and return the number of rows written."""
 
 
-class NoSpeculation:
-    """The part of a cursor that expects no rows, so that its transactions read everything."""
+class BatchCursor(Cursor):
+    """A cursor without the write lock: the commit writes everything with one call of the server.
 
-    is_speculative = False
+    The methods of `Cursor` raise `LockRequiredError`.
+    """
 
-    def expected(self) -> tuple[Sequence[Any], Mapping[Any, Any]] | None:
-        return None
+    newest_revision: int
+    """The newest revision that this session knows; other processes may have assigned later ones."""
 
-    def speculate(self) -> None:
-        raise AssertionError("nothing is expected")
+    @abstractmethod
+    def peek(self, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
+        """Return the rows of a query, which may change before the commit."""
 
-    def abort(self) -> None:
-        raise AssertionError("nothing is expected")
+    @abstractmethod
+    def prepare(
+        self, sql: str, parameters: Sequence[Any], finish: Callable[[Sequence[Any]], None]
+    ) -> None:
+        """Set the call that the commit sends.
 
-    def expect(self, rows: Mapping[Any, Any]) -> None:
-        pass
+        Args:
+            parameters: All but the last two: the milliseconds to wait for the lock, and the lock
+                of the only listener.
+            finish: Called with the rows of the answer.
+        """
 
-    def assign_revisions(self, count: int, last: int, rebase: Callable[[int], None]) -> None:
-        raise AssertionError("nothing is expected")
+    @abstractmethod
+    def require_lock(self) -> NoReturn:
+        """Raise `LockRequiredError`."""

@@ -5,18 +5,13 @@ one transaction, then everything that was queued meanwhile: the busier the store
 batch. There is no timer, and a lone caller does not wait. (See "group commit" in Gray & Reuter,
 *Transaction Processing*, 1993.)
 
-A server would be idle while the callers of a batch are answered. So its batches are *pipelined*:
-each takes half of many callers, and the acknowledgements of the previous batch are pending until
-it is on its way, as an event loop that wakes callers holds the interpreter lock.
-
 Guarantees:
 
 - **Each operation is decided by itself.** A refused one (stale, duplicate, not found) gets its own
   error; the rest of its batch commits.
 - **Order.** Operations are applied in the order in which they were queued.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
-  and after the listeners (the caches) of that loop. No acknowledgement is pending while the thread
-  waits for the fair lock, for a lock of the database, or for operations.
+  and after the listeners (the caches) of that loop.
 - **Cancelling** a caller withdraws a queued operation; if it is in a batch already, the caller
   waits for the outcome and then raises `CancelledError`.
 
@@ -40,7 +35,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from openclaw_store.backends import Backend, RedoError, WriteSession, shield_until_done
+from openclaw_store.backends import Backend, LockRequiredError, WriteSession, shield_until_done
 from openclaw_store.database.metrics import WriteMetrics
 from openclaw_store.database.statements import statements_for
 from openclaw_store.database.write_queue import FairLock
@@ -62,9 +57,6 @@ Listener = Callable[[Sequence[Any]], None]
 MAX_BATCH = 8192
 """Largest number of operations in a transaction; the rest stays queued."""
 
-HALVED_FROM = 32
-"""Number of callers worth two batches: a batch costs as much as some 20 operations."""
-
 CLOSED = "the database is closed: open a new Database"
 
 
@@ -73,9 +65,6 @@ _Entry = tuple[asyncio.Future[Any], Apply, Any]
 
 _Answer = tuple[asyncio.Future[Any], Any]
 """The future of a caller, and its result or exception."""
-
-_Acknowledgements = tuple[Sequence[Any], Sequence[_Entry], Sequence[Any]]
-"""The events of a committed transaction, its entries, and their outcomes."""
 
 
 class Writer:
@@ -102,12 +91,8 @@ class Writer:
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._withdrawn = 0  # cancelled entries in the queue, about
-        self._callers = 0  # at the end of the last batch, its own included; for the thread alone
         self._taken: dict[asyncio.Future[Any], _Entry] = {}  # in a batch, not answered yet
         self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
-        # Reentrant, since `publish` calls `publish_pending`; held so that commits keep their order.
-        self._publishing = threading.RLock()
-        self._pending: _Acknowledgements | None = None
         self._tokens: SimpleQueue[None] = SimpleQueue()  # each makes the thread take one batch
         self._kicking: set[asyncio.AbstractEventLoop] = set()  # loops that will call `_kick`
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
@@ -163,20 +148,6 @@ class Writer:
 
         Must be called before the next transaction begins: events are in the order of commits.
         """
-        with self._publishing:
-            self.publish_pending()
-            self._publish(committed, entries, outcomes)
-
-    def publish_pending(self) -> None:
-        """Publish the pending acknowledgements, before the thread waits or after it has sent."""
-        with self._publishing:
-            if self._pending is not None:
-                self._publish(*self._pending)
-                self._pending = None  # last: an interrupted publication is repeated
-
-    def _publish(
-        self, committed: Sequence[Any], entries: Sequence[_Entry], outcomes: Sequence[Any]
-    ) -> None:
         listeners: defaultdict[asyncio.AbstractEventLoop, list[Listener]] = defaultdict(list)
         answers: defaultdict[asyncio.AbstractEventLoop, list[_Answer]] = defaultdict(list)
         if committed:
@@ -259,11 +230,8 @@ class Writer:
 
     def _take(self) -> tuple[list[_Entry], bool]:
         """Return a batch without cancelled entries, and `True` if more entries are queued."""
-        queued, limit = len(self._queue), MAX_BATCH
-        callers = max(queued, self._callers)
-        if callers >= HALVED_FROM and (self._session is not None and self._session.is_pipelined):
-            limit = min(limit, (callers + 1) // 2)
-        taken = self._pop(min(queued, limit))
+        queued = len(self._queue)
+        taken = self._pop(min(queued, MAX_BATCH))
         self._withdrawn = 0
         batch = [entry for entry in taken if not entry[0].cancelled()]
         self._taken.update((entry[0], entry) for entry in batch)
@@ -271,17 +239,13 @@ class Writer:
 
     def _write(self) -> bool:
         """Wait for a batch and commit it; return `False` when the thread must end."""
-        if self._tokens.empty():  # otherwise the next batch follows at once
-            self.publish_pending()
         self._tokens.get()
         with self._lock:
             batch, is_left = self._take()
             closed = self._closed
         if batch:
             self._commit(batch)
-            self._callers = len(batch) + len(self._queue)
         elif closed and not is_left:
-            self.publish_pending()
             return False
         if closed or is_left:
             self._tokens.put(None)  # for the rest, or for entries queued during the commit
@@ -297,7 +261,6 @@ class Writer:
             try:
                 self._metrics.note_failure(error)
             finally:
-                self.publish_pending()
                 entries = list(self._taken.values())
                 self.publish((), entries, [_own(lost) for _ in entries])
             raise
@@ -317,7 +280,7 @@ class Writer:
         began = time.perf_counter()
         until = time.monotonic() + self._timeout
         try:
-            self._write_lock.acquire("the writer", self.publish_pending)
+            self._write_lock.acquire("the writer")
             try:
                 while not self._apply(entries, until, began):
                     pass
@@ -340,13 +303,10 @@ class Writer:
         is_committing = False
         try:
             if self._session is None:
-                self.publish_pending()
                 counters = statements_for(self._backend.dialect).counters
                 self._session = self._backend.write_session(until, counters)
             session = self._session
-            if not session.is_pipelined:
-                self.publish_pending()
-            session.begin(until, self.publish_pending)
+            session.begin(until)
             transaction = WriteTransaction(session.cursor, self._clock())
             for apply, run in groupby(entries, key=itemgetter(1)):
                 outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
@@ -354,7 +314,7 @@ class Writer:
             # From here on, an error may leave it unknown if the commit took effect.
             is_committing = True
             session.commit()
-        except RedoError:
+        except LockRequiredError:
             return False
         except BaseException as error:
             self._close_session()  # a new connection has a known state
@@ -366,9 +326,7 @@ class Writer:
                     raise mapped from error
             raise
         self._metrics.note_commit(len(entries), time.perf_counter() - began)
-        with self._publishing:
-            self.publish_pending()
-            self._pending = transaction.committed, entries, outcomes
+        self.publish(transaction.committed, entries, outcomes)
         return True
 
     def _close_session(self) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0002"
+HEAD = "0003"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"

@@ -47,8 +47,8 @@ def codec_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> RowCode
 
 
 def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
-    if len(names) == 1:
-        return lambda fields: (fields[names[0]],)  # `itemgetter` of one name returns no tuple
+    if len(names) < 2:  # `itemgetter` of one name returns no tuple
+        return lambda fields: [fields[name] for name in names]
     return itemgetter(*names)
 
 

@@ -47,9 +47,12 @@ from openclaw_store.backends import CounterStatements
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
 from openclaw_store.database.tables import (
+    CLAIM_GROUPS,
     IS_ASSIGNED,
+    IS_DELAYED,
     IS_FINISHED,
     IS_LIVE,
+    IS_READY,
     ROWS,
     Base,
     CounterRow,
@@ -58,6 +61,11 @@ from openclaw_store.database.tables import (
 )
 from openclaw_store.database.types import Json, UtcTime
 from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task, TaskStatus
+
+CALL_FIELDS = tuple(
+    name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
+)
+"""The columns of a task that PostgreSQL's function `store_write` writes, in its order."""
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """The fields that a heartbeat may report."""
@@ -82,23 +90,13 @@ class Statements(ABC):
         lock: Select[Any] = (
             select(literal_column("1")).select_from(CounterRow).where(_ONLY_COUNTERS)
         )
-        increment = write_counters.values(beat=CounterRow.beat + literal_column("1"))
         self.counters = CounterStatements(
-            read=self.read_counters,
-            lock=self._compile(lock.with_for_update()),
-            increment=self._compile(increment),
+            read=self.read_counters, lock=self._compile(lock.with_for_update())
         )
         """The statements that a backend needs itself."""
-        self.write_counters = self._compile(
-            write_counters.where(
-                CounterRow.revision == bindparam("read_revision"),
-                CounterRow.beat == bindparam("read_beat"),
-            ).values(revision=bindparam("new_revision"), beat=bindparam("new_beat"))
-        )
-        """Compare-and-set: takes the new counters, then the expected ones.
-
-        `write_counters_if` also takes identifiers of tasks and their expected versions.
-        """
+        self.write_revision = self._compile(write_counters.values(revision=bindparam("newest")))
+        self.write_beat = self._compile(write_counters.values(beat=bindparam("newest")))
+        """Write the last revision, and the last heartbeat sequence number."""
         self.read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
@@ -141,6 +139,25 @@ class Statements(ABC):
         tasks = select(*COLUMNS[Task])
         self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
+        group = CLAIM_GROUPS[dialect.name]
+        heads = f"SELECT min({group}) FROM tasks WHERE {IS_READY}"
+        self.read_ready_groups = f"""
+            WITH RECURSIVE heads (key) AS (
+                {heads}
+                UNION ALL
+                SELECT ({heads} AND {group} > heads.key) FROM heads WHERE key IS NOT NULL
+            )
+            SELECT key, (SELECT required_skills FROM tasks WHERE {IS_READY} AND {group} = key
+                LIMIT 1) FROM heads WHERE key IS NOT NULL"""
+        """The groups of tasks that may be claimed, and the skills that each requires."""
+        order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
+        ready = tasks.where(IS_READY, text(f"{group} = {self._parameter(1)}")).order_by(*order)
+        self.read_ready = f"{self._compile(ready)} LIMIT {self._parameter(2)}"
+        """All columns of the first tasks of a group; takes the group and a limit."""
+        due = tasks.where(IS_DELAYED, TaskRow.not_before <= bindparam("now", type_=UtcTime()))
+        due_first = self._compile(due.order_by(TaskRow.not_before))
+        self.read_due_retries = f"{due_first} LIMIT {self._parameter(2)}"
+        """All columns of delayed tasks that are due; takes the time and a limit."""
         self.read_assigned = self._compile(
             tasks.where(self._is_assigned, self._assigned == bindparam("node"))
         )
@@ -153,6 +170,7 @@ class Statements(ABC):
         self.status_since = self._compile(status_changes()) + " LIMIT 1"
         """The time of the last change of status; takes the newest change, its item and its id."""
         self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}
+        self._call_columns: dict[frozenset[str], tuple[Sequence[int], RowCodec]] = {}
 
     def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
         """Return the statement that updates the named columns of many rows, and their codec.
@@ -166,6 +184,14 @@ class Statements(ABC):
             statement = self._update(table.c[KEY[kind]], columns)
             self._updates[kind, names] = statement, codec_of(kind, fields, self.dialect)
         return self._updates[kind, names]
+
+    def call_columns(self, names: frozenset[str]) -> tuple[Sequence[int], RowCodec]:
+        """Return the positions of the named columns in `CALL_FIELDS`, and their codec."""
+        if names not in self._call_columns:
+            fields = [name for name in CALL_FIELDS if name in names]
+            positions = list(map(CALL_FIELDS.index, fields))
+            self._call_columns[names] = positions, codec_of(Task, fields, self.dialect)
+        return self._call_columns[names]
 
     def finished(self, keep: Iterable[TaskStatus]) -> Sequence[str]:
         """Return four searches of one index for finished tasks of a status not in `keep`.
@@ -188,13 +214,16 @@ class Statements(ABC):
             )
         ]
 
-    write_counters_if: str
     read_many: dict[type[Any], str]
     """As `read_one`, for `given` identifiers."""
     delete: dict[type[Any], str]
     """The statement for many rows of an identifier."""
     forget: str
     """Delete a change and all earlier ones of its item; rows as `status_since` takes."""
+    read_tasks: str
+    """All columns of the tasks with `given` identifiers; on PostgreSQL."""
+    call: str
+    """Call `store_write`: its base revision, former versions, tasks and nodes; on PostgreSQL."""
     beat: str
     """Write heartbeats: rows of usage, time, sequence number, id, the time again, the present."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
@@ -328,8 +357,7 @@ class PostgreSQLStatements(Statements):
     """The statements for PostgreSQL.
 
     They match rows by key, so an update that waits for a concurrent change by hand finds its row.
-    `batch_sql.combined` depends on the text `unnest($1::text::type[]) AS given (…)`, so they are
-    not built by SQLAlchemy.
+    The arrays `$1::text::type[]` are not built by SQLAlchemy.
     """
 
     def __init__(self) -> None:
@@ -342,12 +370,9 @@ class PostgreSQLStatements(Statements):
             )
             for kind, row in ROWS.items()
         }
-        versions = _given([_TASKS.c.task_id, _TASKS.c.version], first=5)
-        self.write_counters_if = f"""{self.write_counters}
-            AND NOT EXISTS (
-                SELECT FROM {versions} LEFT JOIN tasks ON tasks.task_id = given.task_id
-                WHERE tasks.version IS DISTINCT FROM given.version
-            )"""
+        among = _is_among(Task, bindparam("ids"))
+        self.read_tasks = self._compile(select(*COLUMNS[Task]).where(among))
+        self.call = _call()
         self.delete = {
             kind: f"DELETE FROM {table_of(kind)} USING {_given([_key(kind)])} "
             f"WHERE {_key(kind)} = given.{KEY[kind]}"
@@ -398,6 +423,25 @@ class PostgreSQLStatements(Statements):
         changes = ", ".join(f"{one.name} = {_value(one)}" for one in columns)
         given = _given([key, *columns])
         return f"UPDATE {key.table} SET {changes} FROM {given} WHERE {key} = given.{key.name}"
+
+
+def _call() -> str:
+    """Return the call of `store_write`, which migration 0003 defines."""
+    arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
+    kinds = [_TASKS.c[name].type for name in CALL_FIELDS]
+    arrays += [f"{'json' if isinstance(one, Json) else _element(one)}[]" for one in kinds]
+    arrays += ["text[]", "bigint[]", "text[]", "text[]"]  # checked versions, and owners of keys
+    arrays += [*["text[]"] * 6, "bigint[]"]  # changes
+    arrays += ["text[]", *["integer[]"] * 3, "float8[]"]  # additions to nodes
+    arrays += ["text[]", "integer[]"]  # claims
+    given = ", ".join(f"${number}::text::{kind}" for number, kind in enumerate(arrays, 2))
+    last = len(arrays) + 2
+    found = [f"(one.task).{name}" for name in FIELDS[Task]]
+    found += [f"(one.node).{name}" for name in FIELDS[NodeInfo]]
+    return (
+        f"SELECT base, was, {', '.join(found)} FROM store_write_1("
+        f"$1::timestamptz, {given}, ${last}::text, ${last + 1}::bigint) AS one"
+    )
 
 
 def _each(texts: Any) -> TableValuedAlias:

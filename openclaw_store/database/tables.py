@@ -44,7 +44,7 @@ def _one_of(column: str, kind: type[Enum]) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({values})", name=column)
 
 
-def _index(name: str, *columns: str, where: TextClause | None = None) -> Index:
+def _index(name: str, *columns: str | TextClause, where: TextClause | None = None) -> Index:
     return Index(name, *columns, sqlite_where=where, postgresql_where=where)
 
 
@@ -64,6 +64,20 @@ IS_LIVE = _in(WAITING | ASSIGNED)
 
 IS_ASSIGNED = _in(ASSIGNED)
 """The condition of tasks that count against the capacity of their node."""
+
+_PENDING = f"status = '{TaskStatus.PENDING.value}'"
+IS_READY = text(f"{_PENDING} AND not_before IS NULL")
+"""The condition of pending tasks that were never delayed."""
+
+IS_DELAYED = text(f"{_PENDING} AND not_before IS NOT NULL")
+"""The condition of pending tasks that are delayed, or were."""
+
+CLAIM_GROUPS = {
+    "sqlite": text("coalesce(required_skills, '')"),
+    # A hash, since a long list does not fit into an index of PostgreSQL.
+    "postgresql": text("coalesce(hashtextextended(required_skills::text, 0), 0)"),
+}
+"""Tasks that require the same skills are one group, of which a claim takes the first ones."""
 
 _HAS_NODE, _HAS_USER = text("assigned_node IS NOT NULL"), text("user_id IS NOT NULL")
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
@@ -97,6 +111,13 @@ class TaskRow(Base):
         _index("ix_tasks_assigned_node", "assigned_node", "submitted_at", where=_HAS_NODE),
         _index("ix_tasks_user_id", "user_id", "submitted_at", where=_HAS_USER),
         _index("ix_tasks_finished", "completed_at", where=IS_FINISHED),
+        *(
+            _index(
+                "ix_tasks_ready", group, "priority", "submitted_at", "task_id", where=IS_READY
+            ).ddl_if(dialect=dialect)
+            for dialect, group in CLAIM_GROUPS.items()
+        ),
+        _index("ix_tasks_delayed", "not_before", where=IS_DELAYED),
         # Not unique: the writer refuses duplicates, and one batch may end a task and add the next.
         _index("ix_tasks_idempotency_key", "idempotency_key", where=_HAS_LIVE_KEY),
     )

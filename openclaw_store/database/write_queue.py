@@ -9,7 +9,6 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,12 +48,11 @@ class FairLock:
         self._held_since = 0.0
         self._held_until: float | None = None
 
-    def acquire(self, name: str, waiting: Callable[[], None] = lambda: None) -> None:
+    def acquire(self, name: str) -> None:
         """Take the lock on this thread, until `release`.
 
         Args:
             name: The holder, for the errors of other waiters.
-            waiting: Called each time before the thread waits.
 
         Raises:
             DeadlineError: If the holder does not release it in time.
@@ -62,7 +60,6 @@ class FairLock:
         waiter = _Waiter(name, threading.get_ident())
         try:
             while (granted := self._enter(waiter)) is not None:
-                waiting()
                 with suppress(TimeoutError):
                     granted.result(self._SLICE_SECONDS)
         except BaseException:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from functools import lru_cache
-from types import MappingProxyType
+from operator import add
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -31,11 +31,27 @@ Owner = tuple[str | None, int]
 """The node of an assigned task, and the attempt for which it has the lease."""
 
 
+class NodeDelta(NamedTuple):
+    """The effect of transitions on the counters of a node, whatever their values are."""
+
+    running: int = 0
+    """Tasks that arrive; negative for tasks that leave."""
+    successful: int = 0
+    failed: int = 0
+    """Attempts that ended."""
+    seconds: float = 0.0
+    """The total duration of these attempts."""
+
+    def plus(self, other: NodeDelta) -> NodeDelta:
+        """Return the effect of both."""
+        return NodeDelta(*map(add, self, other))
+
+
 class Step(NamedTuple):
     """The effect of a transition on a task and its node."""
 
     task: Values
-    node: Values = MappingProxyType({})
+    node: NodeDelta | None = None
     reason: str | None = None
     """The reason in the feed."""
 
@@ -46,7 +62,7 @@ Outcome = Step | ConflictError | None
 AssignedNode = Record[NodeInfo] | None
 """The node of an assigned task; `None` if the task is not assigned, or the node does not exist."""
 
-Decision = Callable[[Record[Task], AssignedNode, datetime], Outcome]
+Decision = Callable[[Record[Task], datetime], Outcome]
 """Decides on a transition of a task at a time."""
 
 NODE_LOST: Final = "node lost"
@@ -206,7 +222,10 @@ def is_delayed(task: Record[Task], now: datetime, longest: timedelta) -> bool:
 
 
 def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | None:
-    """Assign a pending task to a node; `None` if the node may not run it now."""
+    """Assign a pending task to a node; `None` if the node may not run it now.
+
+    PostgreSQL's function `store_write` repeats this rule.
+    """
     if task.status is not TaskStatus.PENDING or not is_due(task, now):
         return None
     if not free_slots(node) or not has_skills(node, task):
@@ -219,11 +238,11 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
             "attempt": task.attempt + 1,
             "scheduled_at": _in_order(task, now),
         },
-        {"running_tasks": node.running_tasks + 1},
+        NodeDelta(running=1),
     )
 
 
-def start(task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner) -> Outcome:
+def start(task: Record[Task], now: datetime, *, owner: Owner) -> Outcome:
     """Start a task; idempotent for its owner."""
     if task.status is TaskStatus.RUNNING and owner == owner_of(task):
         return None
@@ -232,30 +251,25 @@ def start(task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner
     return _not_owned(task, owner) or Step(values)
 
 
-def complete(
-    task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner, result: bytes | None
-) -> Outcome:
+def complete(task: Record[Task], now: datetime, *, owner: Owner, result: bytes | None) -> Outcome:
     """Complete a task with a result in JSON; idempotent for its owner."""
     if task.status is TaskStatus.COMPLETED and owner == owner_of(task):
         return None
     return _not_owned(task, owner) or Step(
         _ended(task, TaskStatus.COMPLETED, now, result=result, error=None),
-        _counted(node, task, now, "successful_tasks"),
+        _ended_attempt(task, now, successful=1),
     )
 
 
-def fail(
-    task: Record[Task], node: AssignedNode, now: datetime, *, owner: Owner, error: str, wait: Wait
-) -> Outcome:
+def fail(task: Record[Task], now: datetime, *, owner: Owner, error: str, wait: Wait) -> Outcome:
     """Retry a task after `wait`, or end it as FAILED after its last retry; idempotent."""
     if task.status is TaskStatus.FAILED and owner == owner_of(task):
         return None
-    return _not_owned(task, owner) or _failed(task, node, now, TaskStatus.FAILED, error, wait)
+    return _not_owned(task, owner) or _failed(task, now, TaskStatus.FAILED, error, wait)
 
 
 def cancel(
     task: Record[Task],
-    node: AssignedNode,
     now: datetime,
     *,
     reason: str | None,
@@ -271,43 +285,43 @@ def cancel(
         return None
     values = {} if reason is None else {"error": reason}
     return illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
-        _ended(task, TaskStatus.CANCELLED, now, **values), _released(node, task), reason
+        _ended(task, TaskStatus.CANCELLED, now, **values), released(task), reason
     )
 
 
-def requeue(task: Record[Task], node: AssignedNode, now: datetime) -> Outcome:
+def requeue(task: Record[Task], now: datetime) -> Outcome:
     """Make a task pending again, with all its retries; idempotent."""
     if task.status is TaskStatus.PENDING:
         return None
     # `attempt` is not reset: an earlier owner must not pass for the next one.
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, _released(node, task), "requeued")
+    return Step({**_UNASSIGNED, **values}, released(task), "requeued")
 
 
-def release(task: Record[Task], node: AssignedNode, now: datetime, *, wait: Wait) -> Outcome:
+def release(task: Record[Task], now: datetime, *, wait: Wait) -> Outcome:
     """Retry an assigned task of a lost node, or end it as FAILED after its last retry."""
     if not is_assigned(task):
         return None
-    return _failed(task, node, now, TaskStatus.FAILED, NODE_LOST, wait)
+    return _failed(task, now, TaskStatus.FAILED, NODE_LOST, wait)
 
 
 def recover(
     task: Record[Task],
-    node: AssignedNode,
     now: datetime,
     *,
+    node: AssignedNode,
     patience: timedelta,
     longest_wait: timedelta,
     wait: Wait,
 ) -> Outcome:
     """Release a task of a lost node, end an overdue attempt, or make a delayed retry due."""
     if is_assigned(task) and is_lost(node, now, patience):
-        return release(task, node, now, wait=wait)
+        return release(task, now, wait=wait)
     if is_delayed(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
     if not is_overdue(task, now):
         return None
-    return _failed(task, node, now, TaskStatus.TIMEOUT, OVERDUE, wait)
+    return _failed(task, now, TaskStatus.TIMEOUT, OVERDUE, wait)
 
 
 def registered(known: Record[NodeInfo] | None, now: datetime) -> Values:
@@ -322,14 +336,28 @@ def registered(known: Record[NodeInfo] | None, now: datetime) -> Values:
     return values
 
 
-def without_a_task(node: Record[NodeInfo]) -> Values:
-    """Return the values of a node after one of its tasks has left it."""
-    return {"running_tasks": max(0, node.running_tasks - 1)}
+def counted(node: Record[NodeInfo], delta: NodeDelta) -> Values:
+    """Return the counters of a node after `delta`.
+
+    PostgreSQL's function `store_write` repeats this rule.
+    """
+    values: dict[str, Any] = {"running_tasks": max(0, node.running_tasks + delta.running)}
+    attempts = delta.successful + delta.failed
+    if attempts:
+        total: int = node.total_tasks_processed + attempts
+        mean: float = node.average_execution_time
+        values |= {
+            "total_tasks_processed": total,
+            "successful_tasks": node.successful_tasks + delta.successful,
+            "failed_tasks": node.failed_tasks + delta.failed,
+            "average_execution_time": mean + (delta.seconds - attempts * mean) / total,
+        }
+    return values
 
 
-def _released(node: AssignedNode, task: Record[Task]) -> Values:
-    """Return the values of a node without the task, if that was assigned."""
-    return {} if node is None or not is_assigned(task) else without_a_task(node)
+def released(task: Record[Task]) -> NodeDelta | None:
+    """Return the effect on its node if a task leaves it; `None` if it is not assigned."""
+    return NodeDelta(running=-1) if is_assigned(task) else None
 
 
 def _not_owned(task: Record[Task], owner: Owner) -> NotOwnerError | None:
@@ -354,7 +382,6 @@ def _ended(task: Record[Task], status: TaskStatus, now: datetime, **values: Any)
 
 def _failed(
     task: Record[Task],
-    node: AssignedNode,
     now: datetime,
     status: TaskStatus,
     error: str,
@@ -372,20 +399,14 @@ def _failed(
             "not_before": now + timedelta(seconds=seconds) if seconds else None,
             "error": error,
         }
-    return Step(values, _counted(node, task, now, "failed_tasks"), error)
+    return Step(values, _ended_attempt(task, now, failed=1), error)
 
 
-def _counted(node: AssignedNode, task: Record[Task], now: datetime, outcome: str) -> Values:
-    """Return the totals of a node with one more attempt: from its start, else from its claim."""
-    if node is None or not is_assigned(task):
-        return {}
-    total: int = node.total_tasks_processed + 1
+def _ended_attempt(
+    task: Record[Task], now: datetime, successful: int = 0, failed: int = 0
+) -> NodeDelta | None:
+    """Return the effect of the end of an attempt, which lasted from its start, or its claim."""
+    if not is_assigned(task):
+        return None
     began: datetime = task.started_at or task.scheduled_at or now
-    mean: float = node.average_execution_time
-    seconds = max(0.0, (now - began).total_seconds())
-    return {
-        **_released(node, task),
-        "total_tasks_processed": total,
-        outcome: getattr(node, outcome) + 1,
-        "average_execution_time": mean + (seconds - mean) / total,
-    }
+    return NodeDelta(-1, successful, failed, max(0.0, (now - began).total_seconds()))

@@ -4,6 +4,7 @@ This room holds the commands, the unit of work, the change log and its retention
 """
 
 from openclaw_store.repositories.base import Repository
+from openclaw_store.repositories.batches import apply, apply_together
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,
     read_changes,
@@ -16,11 +17,11 @@ from openclaw_store.repositories.commands import (
     Advanced,
     Claim,
     Create,
+    Recover,
     Register,
     Remove,
     SetNodeStatus,
     Update,
-    apply_together,
     cancellation_of,
     completion_of,
     failure_of,
@@ -46,7 +47,6 @@ from openclaw_store.repositories.unit_of_work import (
     Command,
     Event,
     Row,
-    apply,
     counters_of,
     missing,
 )

@@ -23,9 +23,10 @@ from openclaw_store.domain import (
     write_back,
 )
 from openclaw_store.errors import InvalidDataError, NotOwnerError
+from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.commands import CONTENT, Create, Remove, Update
 from openclaw_store.repositories.row_reader import decoder_here, read_records, read_rows
-from openclaw_store.repositories.unit_of_work import Event, apply
+from openclaw_store.repositories.unit_of_work import Event
 
 logger = logging.getLogger("openclaw_store.repositories")
 

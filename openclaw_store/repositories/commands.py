@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, Generic, NamedTuple
 
-from openclaw_store.database import FIELDS, WriteTransaction
+from openclaw_store.database import FIELDS
 from openclaw_store.domain import (
     ALIVE,
     ASSIGNED,
@@ -18,6 +18,7 @@ from openclaw_store.domain import (
     Decision,
     Entity,
     EntityKey,
+    NodeDelta,
     NodeInfo,
     NodeStatus,
     Outcome,
@@ -39,7 +40,7 @@ from openclaw_store.errors import (
     StaleVersionError,
     StoreError,
 )
-from openclaw_store.repositories.unit_of_work import Command, Row, apply, missing
+from openclaw_store.repositories.unit_of_work import Command, Row, missing
 
 CONTENT: Mapping[type[Any], Sequence[str]] = {
     kind: tuple(name for name in names if name != KEY[kind]) for kind, names in FIELDS.items()
@@ -61,6 +62,10 @@ class Create(Command, Generic[Entity]):
     key: str | None = None
     """The idempotency key of the record, to be read with the keys of other commands."""
     is_new: ClassVar[bool] = True
+
+    @property
+    def is_one_call(self) -> bool:
+        return self.kind is Task
 
     def decide(self, row: Row) -> Record[Entity] | StoreError:
         if row.version is not None:
@@ -89,8 +94,12 @@ class Update(Command, Generic[Entity]):
     """The record from which `names` are the differences, if they are."""
 
     @property
-    def known_records(self) -> Iterable[Record[Any]]:
-        return () if self.known is None or self.kind is not Task else (self.known,)
+    def is_one_call(self) -> bool:
+        return self.kind is Task
+
+    @property
+    def known_task(self) -> Record[Any] | None:
+        return self.known
 
     @property
     def key(self) -> str | None:
@@ -139,10 +148,7 @@ class Remove(Command):
         if row.version is None:
             return False
         if row.node is not None and row.status in ASSIGNED:
-            node = row.other(NodeInfo, row.node)
-            if node.record is not None:
-                values = lifecycle.without_a_task(node.record)
-                node.write(node.record.evolve(**values), values)
+            row.unit.count(row, row.node, NodeDelta(running=-1))
         row.remove(with_history=self.with_history)
         return True
 
@@ -178,45 +184,18 @@ class SetNodeStatus(Command):
 
 @dataclass(frozen=True, slots=True)
 class Claim(Command):
-    """Assign tasks to a node; the result is their records, best first.
-
-    Candidates that the node may not claim any more are left out.
-    """
+    """Assign the best tasks to a node; the result is their records, best first."""
 
     id: str
-    candidates: Sequence[Record[Task]]
-    """Best first, at any version; possibly more than `limit`."""
     limit: int
     kind: ClassVar[type[Any]] = NodeInfo
 
     @property
-    def related_keys(self) -> Iterable[EntityKey]:
-        return [(Task, one.task_id) for one in self.candidates]
-
-    @property
-    def known_records(self) -> Iterable[Record[Task]]:
-        return self.candidates
+    def is_one_call(self) -> bool:
+        return True
 
     def decide(self, row: Row) -> list[Record[Task]] | StoreError:
-        node = row.record
-        if node is None:
-            return missing(NodeInfo, self.id)
-        claimed: list[Record[Task]] = []
-        for candidate in self.candidates:
-            if len(claimed) == self.limit:
-                break
-            task_row = row.other(Task, candidate.task_id)
-            if task_row.status != TaskStatus.PENDING:
-                continue
-            # A candidate may be outdated, so the present content decides.
-            task = task_row.content(candidate)
-            step = None if task is None else lifecycle.claim(task, node, row.now)
-            if task is not None and step is not None:
-                claimed.append(task_row.write(task.evolve(**step.task), step.task))
-                node = node.evolve(**step.node)
-        if claimed:
-            row.write(node, ("running_tasks",))
-        return claimed
+        return row.unit.claim(row, self.limit)
 
 
 class Advanced(NamedTuple):
@@ -240,14 +219,33 @@ class Advance(Command):
     kind: ClassVar[type[Any]] = Task
 
     @property
-    def known_records(self) -> Iterable[Record[Any]]:
-        return () if self.known is None else (self.known,)
+    def is_one_call(self) -> bool:
+        return True
+
+    @property
+    def known_task(self) -> Record[Any] | None:
+        return self.known
+
+    def decide(self, row: Row) -> Advanced | StoreError:
+        task = row.content(self.known)
+        return missing(Task, self.id) if task is None else advance(row, task, self.decision)
+
+
+@dataclass(slots=True)
+class Recover(Advance):
+    """Change the status of a task by a decision that also depends on its node."""
+
+    @property
+    def is_one_call(self) -> bool:
+        return False
 
     def decide(self, row: Row) -> Advanced | StoreError:
         task = row.content(self.known)
         if task is None:
             return missing(Task, self.id)
-        return advance(row, task, self.decision)
+        node = row.other(NodeInfo, task.assigned_node).record if task.assigned_node else None
+        decision: Any = self.decision
+        return advance(row, task, partial(decision, node=node))
 
 
 def start_of(task: Task) -> Advance:
@@ -293,8 +291,7 @@ def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:
 
 def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | StoreError:
     """Apply a decision to the task of `row` and to the counters of its node."""
-    node = row.other(NodeInfo, task.assigned_node) if task.assigned_node else None
-    step = decision(task, None if node is None else node.record, row.now)
+    step = decision(task, row.now)
     if step is None:
         return Advanced(task, is_changed=False)
     if not isinstance(step, Step):
@@ -304,8 +301,8 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
         conflict = row.key_conflict(changed)
         if conflict is not None:
             return conflict
-    if step.node and node is not None and node.record is not None:
-        node.write(node.record.evolve(**step.node), step.node)
+    if step.node is not None and task.assigned_node is not None:
+        row.unit.count(row, task.assigned_node, step.node)
     return Advanced(row.write(changed, step.task, step.reason), is_changed=True)
 
 
@@ -324,7 +321,7 @@ class Register(Command):
     def decide(self, row: Row) -> Record[NodeInfo] | StoreError:
         unit = row.unit
         tasks = unit.rows[Task]
-        for raw in unit.cursor.read(unit.sql.read_assigned, (self.id,)):
+        for raw in unit.cursor.execute(unit.sql.read_assigned, (self.id,)):
             if raw[0] not in tasks:
                 unit.row(Task, raw[0]).load(unit.sql.decode[Task](raw))
         assigned = [one for one in tasks.values() if one.node == self.id and one.status in ASSIGNED]
@@ -335,10 +332,3 @@ class Register(Command):
             advance(task_row, task, partial(lifecycle.release, wait=self.wait))
         record = self.record.evolve(**lifecycle.registered(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
-
-
-def apply_together(
-    transaction: WriteTransaction, groups: Sequence[Sequence[Command]]
-) -> Sequence[Sequence[Any]]:
-    """Apply groups of commands; each group was submitted as one operation."""
-    return [apply(transaction, group) for group in groups]

@@ -13,13 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from openclaw_store.database import USAGE, WriteTransaction
 from openclaw_store.domain import ENTITY_NAMES, EntityKey, NodeInfo, NodeStatus, Record
-from openclaw_store.repositories.unit_of_work import (
-    Command,
-    Row,
-    UnitOfWork,
-    apply,
-    counters_of,
-)
+from openclaw_store.repositories.batches import apply, unit_of
+from openclaw_store.repositories.unit_of_work import Command, Row, counters_of
 
 
 # Not frozen: a frozen dataclass takes twice as long to construct. It is never changed.
@@ -84,12 +79,13 @@ class AfterHeartbeat:
     """A command that writes a node, applied after a pending heartbeat; it must not create a row."""
 
     is_new: ClassVar[bool] = False
+    is_one_call: ClassVar[bool] = False
 
     def __init__(self, heartbeat: Heartbeat, command: Command) -> None:
         self.heartbeat = heartbeat
         self.command = command
         self.kind, self.id, self.key = command.kind, command.id, command.key
-        self.known_records = command.known_records
+        self.known_task = command.known_task
         self.related_keys: Sequence[EntityKey] = (*command.related_keys, (NodeInfo, heartbeat.id))
 
     def decide(self, row: Row) -> Any:
@@ -105,15 +101,13 @@ def apply_heartbeats(
 
 
 def _apply_group(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Sequence[bool]:
-    unit = transaction.unit_of_work or UnitOfWork(transaction)
+    unit = unit_of(transaction)
     unit.count_from(*counters_of(transaction.cursor.execute(unit.sql.read_counters)))
     now, sequence = unit.sql.to_moment(transaction.now), unit.heartbeat_sequence
     rows = []
     for one in heartbeats:
         at = unit.sql.to_moment(one.at)
         rows.append((*map(one.usage.get, USAGE), at, sequence, one.id, at, now))
-    # The next transaction must read these nodes again: they are written without being decoded.
-    transaction.cursor.expect(dict.fromkeys(one.id for one in heartbeats))
     if transaction.cursor.count(unit.sql.beat, rows) < len(rows):
         # Some nodes are missing, OFFLINE, or have a newer heartbeat: decide each by itself. A
         # second write of the same heartbeat changes nothing.
@@ -133,5 +127,5 @@ def _status_since(row: Row) -> datetime | None:
             if change.from_status != change.to_status:
                 return row.now
             newest = change.previous
-    found = unit.cursor.read(unit.sql.status_since, (newest, item, row.id))
+    found = unit.cursor.execute(unit.sql.status_since, (newest, item, row.id))
     return unit.sql.from_moment(found[0][0]) if found else None

@@ -33,8 +33,9 @@ from openclaw_store.domain import (
     check_seconds,
 )
 from openclaw_store.errors import InvalidDataError, StoreError
+from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.commands import Remove
-from openclaw_store.repositories.unit_of_work import Command, Row, apply, counters_of
+from openclaw_store.repositories.unit_of_work import Command, Row, counters_of
 
 CLEANUP_BATCH = 200
 """Tasks removed in one transaction of `cleanup_old_tasks`."""

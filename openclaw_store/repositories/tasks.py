@@ -9,12 +9,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import COLUMNS, Database, NodeRow, TaskRow
+from openclaw_store.database import Database, TaskRow
 from openclaw_store.domain import (
     DEFAULT_BACKOFF,
     MAX_INTEGER,
     Backoff,
-    NodeInfo,
     Record,
     Task,
     TaskFilter,
@@ -25,8 +24,6 @@ from openclaw_store.domain import (
     check_key,
     check_limit,
     check_some,
-    claim,
-    free_slots,
 )
 from openclaw_store.errors import TaskNotFoundError
 from openclaw_store.repositories.base import Repository
@@ -49,13 +46,9 @@ from openclaw_store.repositories.retention import (
 )
 from openclaw_store.repositories.row_reader import (
     decoder_here,
-    read_records,
     read_rows,
     select_pending,
 )
-
-_SPARE_CANDIDATES = 16
-"""Candidates of a claim beyond its limit: another process may claim the best ones first."""
 
 
 class TaskRepository(Repository[Task]):
@@ -107,38 +100,7 @@ class TaskRepository(Repository[Task]):
             NodeNotFoundError: If there is no such node.
         """
         node_id = check_key("node_id", node_id)
-        check_some("limit", limit)
-        claimed: list[Record[Task]] = []
-        while True:
-            remaining = limit - len(claimed)
-            candidates = await self._read(
-                partial(self._candidates, node_id=node_id, limit=remaining)
-            )
-            if claimed and not candidates:
-                break
-            claimed += await self._write(Claim(node_id, candidates, remaining))
-            if len(claimed) == limit or len(candidates) <= _SPARE_CANDIDATES:
-                break  # otherwise another process has claimed candidates, and there may be more
-        return self._copies(claimed)
-
-    async def _candidates(
-        self, session: AsyncSession, node_id: str, limit: int
-    ) -> list[Record[Task]]:
-        """Return the best tasks that a node may claim, and `_SPARE_CANDIDATES` more."""
-        query = select(*COLUMNS[NodeInfo]).where(NodeRow.node_id == node_id)
-        nodes = await read_records(session, NodeInfo, query)
-        wanted = min(limit, free_slots(nodes[0])) if nodes else 0
-        found: list[Record[Task]] = []
-        if not wanted:
-            return found
-        decode = decoder_here(session, Task)
-        now = self._database.clock() if self._transaction is None else self._transaction.now
-        async for rows in read_rows(session, select_pending()):
-            # The same decision as that of the command, which repeats it on the current rows.
-            found += [task for task in map(decode, rows) if claim(task, nodes[0], now) is not None]
-            if len(found) >= wanted:
-                break
-        return found[: wanted + _SPARE_CANDIDATES]
+        return self._copies(await self._write(Claim(node_id, check_some("limit", limit))))
 
     async def start(self, task: Task) -> Task:
         """Start a claimed task; return the stored task.

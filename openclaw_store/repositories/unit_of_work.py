@@ -10,10 +10,10 @@ even when a row is removed and created again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
-from openclaw_store.backends import array
 from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -23,22 +23,28 @@ from openclaw_store.domain import (
     Change,
     ChangeKind,
     EntityKey,
+    NodeDelta,
     NodeInfo,
     Raw,
     Record,
     RowCodec,
     Task,
+    lifecycle,
 )
 from openclaw_store.errors import (
     DuplicateError,
     NodeNotFoundError,
     NotFoundError,
     SchemaMismatchError,
+    StoreError,
     TaskNotFoundError,
 )
 
-_VERSION = {kind: names.index("version") for kind, names in FIELDS.items()}
-"""Position of the version in a row."""
+_MAX_DUE_RETRIES = 1000
+"""Due retries that a claim considers, those due first."""
+
+_ORDER_OF_CLAIMS = itemgetter(*map(FIELDS[Task].index, ("priority", "submitted_at", "task_id")))
+"""The position of a row in the order of claims."""
 
 ChainEnd = tuple[int | None, str, str]
 """Revision, item and identifier of a change that is removed with all earlier ones of its row."""
@@ -79,9 +85,17 @@ class Command(Protocol):
         return ()
 
     @property
-    def known_records(self) -> Iterable[Record[Any]]:
-        """Tasks in their last known versions, which may save reads."""
-        return ()
+    def is_one_call(self) -> bool:
+        """Return true if it depends on one task alone, and at most adds to counters of a node.
+
+        Such commands need no lock on PostgreSQL; see `one_call`.
+        """
+        return False
+
+    @property
+    def known_task(self) -> Record[Task] | None:
+        """The task that it writes, in its last known version, which may save the read."""
+        return None
 
     @property
     def key(self) -> str | None:
@@ -107,12 +121,14 @@ class Row:
     """The content, if loaded: always for nodes, for tasks after a write."""
     names: frozenset[str] = frozenset()
     """The columns to write, unless the row is new."""
+    counted: frozenset[str] = frozenset()
+    """Counters of a node that were added to, without a change in the log yet."""
 
     def __init__(self, unit: UnitOfWork, kind: type[Any], id: str) -> None:
         self.unit = unit
         self.kind = kind
         self.id = id
-        self.now = unit.transaction.now
+        self.now = unit.now
 
     def load(self, record: Record[Any]) -> Self:
         """Set the stored content."""
@@ -127,7 +143,7 @@ class Row:
         row = self.unit.rows[kind].get(id)
         if row is None:
             row = self.unit.row(kind, id)
-            _load(self.unit, kind, {id: row})
+            self.unit.load(kind, {id: row})
         return row
 
     def content(self, known: Record[Any] | None = None) -> Record[Any] | None:
@@ -140,9 +156,7 @@ class Row:
             return self.record
         if known is not None and known.version == self.version:
             return known
-        unit = self.unit
-        for raw in unit.cursor.read(unit.sql.read_task, (self.id,)):
-            self.record = unit.sql.decode[Task](raw)
+        self.record = self.unit.read_task(self.id)
         return self.record
 
     def key_conflict(self, record: Record[Any]) -> DuplicateError | None:
@@ -178,8 +192,8 @@ class Row:
         record.version = change.revision
         record.row = None  # of an attempt that was not committed
         if previous is not None:
-            self.names = self.names.union(names, STORE_FIELDS)
-        self.version, self.record = change.revision, record
+            self.names = self.names.union(names, self.counted, STORE_FIELDS)
+        self.version, self.record, self.counted = change.revision, record, frozenset()
         self.unit.emit(Event(self.kind, self.id, record, change))
         return record
 
@@ -193,28 +207,30 @@ class Row:
             self.unit.removed_history.append((change.previous, change.item, self.id))
         self.version = self.record = None
         self.removed = True
-        self.names = frozenset()
+        self.names = self.counted = frozenset()
         self.unit.emit(Event(self.kind, self.id, None, change))
 
 
 class UnitOfWork:
     """The changes of one write transaction, and their revisions.
 
-    The counters are read before all rows, or with the first ones. Every transaction that writes
-    increases them, so that a compare-and-set at the end detects each concurrent commit.
+    The counters are read before all rows, or with the first ones; the transaction has the write
+    lock. `one_call` has the other kind, for PostgreSQL.
     """
 
     def __init__(self, transaction: WriteTransaction) -> None:
         self.transaction = transaction
+        self.now = transaction.now
         self.cursor = transaction.cursor
         self.sql = statements_for(transaction.cursor.dialect)
         self.rows: dict[type[Any], dict[str, Row]] = {}
         """The rows of the current run of commands."""
+        self._ready: dict[bytes | None, Iterator[Record[Task]]] = {}  # by skills, in this run
+        self._size = 0  # number of commands in this run
         self.key_owners: dict[str, str | None] = {}
         """The live task of each idempotency key that was read; `None` if there is none."""
         self._keys_of_live_tasks: dict[str, str] = {}  # the reverse of `key_owners`
-        self._counters: tuple[int, int] | None = None  # as they were read
-        self._revision = 0
+        self._revision: int | None = None  # the last one; `None` until the counters are read
         self.heartbeat_sequence = 0
         """The heartbeat sequence number of this transaction."""
         self.has_heartbeats = False
@@ -222,58 +238,120 @@ class UnitOfWork:
         self.changes: list[Change] = []
         self.removed_history: list[ChainEnd] = []
         """The newest change of each removed row, if its history is removed too."""
-        self._expected_versions: dict[str, int] = {}  # of tasks that were not read
-        self._expected_new: list[Row] = []  # rows that were not read, either
-        self._only_adds = False  # expected new rows: only their revisions may be wrong
         self.emit: Callable[[object], None] = transaction.committed.append
         """Publishes an event to the listeners after the commit."""
         transaction.unit_of_work = self
-        transaction.before_commit.append(self._write)
+        transaction.before_commit.append(self.finish)
 
     def count_from(self, revision: int, sequence: int) -> None:
         """Set the counters, unless an earlier run has read them."""
-        if self._counters is None:
-            self._counters = revision, sequence
+        if self._revision is None:
             self._revision, self.heartbeat_sequence = revision, sequence + 1
 
-    def speculate(self, commands: Sequence[Command]) -> bool:
-        """Load the expected rows without reading them; return `False` if some are not known.
+    def run(self, commands: Sequence[Command]) -> Sequence[Any]:
+        """Apply the commands in order, write their rows, and return their results."""
+        rows = self.rows = {kind: {} for kind in ROWS}
+        self._ready, self._size = {}, len(commands)
+        targets: list[Row] = []
+        keys: list[str] = []
+        for command in commands:
+            targets.append(self.row(command.kind, command.id))
+            for kind, id in command.related_keys:
+                self.row(kind, id)
+            if command.key is not None:
+                keys.append(command.key)
+        for kind, touched in rows.items():
+            if touched:
+                self.load(kind, touched)
+        # One query for all announced keys; `key_conflict` reads any other.
+        self.read_key_owners(keys)
+        outcomes = [command.decide(row) for command, row in zip(commands, targets, strict=True)]
+        # Sorted, so that both databases assign the same revisions.
+        for _, node in sorted(rows[NodeInfo].items()):
+            if node.counted and node.record is not None:
+                node.write(node.record, ())
+        for kind, touched in rows.items():
+            _store(self, kind, touched.values())
+        # These refer back to the unit, and only the garbage collector frees such cycles.
+        self.rows, self._ready = {}, {}
+        return outcomes
 
-        Nothing is written if an expectation is wrong. The version identifies the content of a task.
-        Nodes are as the writer left them, if there was no other commit. New rows do not exist.
+    def load(self, kind: type[Any], rows: Mapping[str, Row]) -> None:
+        """Read rows: nodes with their content, of tasks the columns that all decisions need."""
+        sql = self.sql
+        if len(rows) == 1:
+            found = self.cursor.execute(sql.read_one[kind], [*rows])
+        else:
+            found = self.cursor.execute(sql.read_many[kind], (sql.given([*rows]),))
+        self.count_from(*counters_of(found))
+        if kind is NodeInfo:
+            for values in found:
+                if values[2] is not None:
+                    rows[values[2]].load(sql.decode[kind](values[2:]))
+        else:
+            for _, _, id, version, status, node in found:
+                if id is not None:
+                    row = rows[id]
+                    row.stored, row.version, row.status, row.node = True, version, status, node
+
+    def count(self, task: Row, node_id: str, delta: NodeDelta) -> None:
+        """Add to the counters of a node, if it exists; a run logs this as one change at its end."""
+        node = task.other(NodeInfo, node_id)
+        if node.record is not None:
+            values = lifecycle.counted(node.record, delta)
+            node.record = node.record.evolve(**values)
+            node.counted = node.counted.union(values)
+
+    def claim(self, row: Row, limit: int) -> list[Record[Task]] | StoreError:
+        """Assign up to `limit` tasks to a node, and return them, best first."""
+        if row.record is None:
+            return missing(NodeInfo, row.id)
+        claimed: list[Record[Task]] = []
+        wanted = min(limit, lifecycle.free_slots(row.record))
+        skills = row.record.encoded("available_skills")
+        if skills not in self._ready:
+            self._ready[skills] = self._ready_for(skills, max(wanted, self._size))
+        while len(claimed) < wanted and (task := next(self._ready[skills], None)) is not None:
+            task_row = self.rows[Task].get(task.task_id) or self.row(Task, task.task_id).load(task)
+            present = task_row.content()
+            step = None if present is None else lifecycle.claim(present, row.record, self.now)
+            if present is not None and step is not None:
+                claimed.append(task_row.write(present.evolve(**step.task), step.task))
+        if claimed:
+            self.count(row, row.id, NodeDelta(running=len(claimed)))
+        return claimed
+
+    def _ready_for(self, skills: bytes | None, count: int) -> Iterator[Record[Task]]:
+        """Read the tasks that a node with these skills may claim, in the order of claims.
+
+        Args:
+            count: Number of tasks to read first; then four times as many are read.
         """
-        # Only in the first run: the expected rows do not include the writes of earlier runs.
-        expected = self.cursor.expected() if self._counters is None else None
-        if expected is None:
-            return False
-        counters, nodes = expected
-        tasks = {
-            record.task_id: record
-            for command in commands
-            for record in command.known_records
-            if record.version > 0  # 0: it is in memory only
-        }
-        new = {(command.kind, command.id) for command in commands if command.is_new}
-        rows = [
-            (row, records.get(row.id))
-            for kind, records in ((Task, tasks), (NodeInfo, nodes))
-            for row in self.rows[kind].values()
+        sql, execute = self.sql, self.cursor.execute
+        groups = [
+            key
+            for key, required in execute(sql.read_ready_groups)
+            if lifecycle.are_among(required.encode() if required else None, skills)
         ]
-        if any(known is None and (row.kind, row.id) not in new for row, known in rows):
-            return False
-        for row, known in rows:
-            if known is None:
-                self._expected_new.append(row)
-            else:
-                row.load(known)
-        # Otherwise a row may have been removed meanwhile, which `assign_revisions` cannot detect.
-        self._only_adds = len(self._expected_new) == len(rows) and all(
-            command.is_new for command in commands
-        )
-        self.count_from(*counters)
-        self._expected_versions = {id: record.version for id, record in tasks.items()}
-        self.cursor.speculate()
-        return True
+        # A due retry may come before any other task; there are few at a time.
+        due = execute(sql.read_due_retries, (sql.to_moment(self.now), _MAX_DUE_RETRIES))
+        done = 0
+        while True:
+            found = [
+                *due,
+                *(row for key in groups for row in execute(sql.read_ready, (key, count))),
+            ]
+            found = sorted(found, key=_ORDER_OF_CLAIMS)[:count]
+            yield from map(sql.decode[Task], found[done:])
+            if len(found) < count:
+                return
+            done, count = count, 4 * count
+
+    def read_task(self, id: str) -> Record[Task] | None:
+        """Read the content of a task."""
+        for raw in self.cursor.execute(self.sql.read_task, (id,)):
+            return self.sql.decode[Task](raw)
+        return None
 
     def row(self, kind: type[Any], id: str) -> Row:
         """Return the row with this key; a new one is not loaded yet."""
@@ -288,10 +366,9 @@ class UnitOfWork:
         unread = {key: None for key in keys if key not in self.key_owners}
         if not unread:
             return
-        self._only_adds = False
         self.key_owners.update(unread)
         given = self.sql.given(list(unread))
-        for key, id in self.cursor.read(self.sql.read_live_keys, (given,)):
+        for key, id in self.cursor.execute(self.sql.read_live_keys, (given,)):
             row = self.rows[Task].get(id)
             if row is not None:  # it may have lost the key in this transaction
                 if row.status is None or row.status in FINISHED:
@@ -312,10 +389,11 @@ class UnitOfWork:
 
     def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
         """Assign the next revision to a change of `row`."""
+        assert self._revision is not None  # the rows were read
         self._revision += 1
         change = Change(
             self._revision,
-            self.transaction.now,
+            self.now,
             ENTITY_NAMES[row.kind],
             row.id,
             kind,
@@ -328,9 +406,8 @@ class UnitOfWork:
         self.changes.append(change)
         return change
 
-    def _write(self) -> None:
-        if self._counters is None:
-            return
+    def finish(self) -> None:
+        """Write the change log and the counters; called once, before the commit."""
         new = {one.revision: one for one in self.changes} if self.removed_history else {}
         removed_history: list[ChainEnd] = []
         for newest, item, id in self.removed_history:
@@ -339,7 +416,7 @@ class UnitOfWork:
             removed_history.append((newest, item, id))
         changes = list(new.values()) if removed_history else self.changes
         if changes:
-            at = self.sql.to_moment(self.transaction.now)
+            at = self.sql.to_moment(self.now)
             rows = [
                 (one.revision, at, one.item, one.item_id, str(one.kind), *one[5:])
                 for one in changes
@@ -347,92 +424,31 @@ class UnitOfWork:
             self.cursor.write(self.sql.insert_change, rows)
         if removed_history:
             self.cursor.write(self.sql.forget, removed_history)
-        if self._only_adds:
-            self.cursor.assign_revisions(len(self.changes), self._revision, self._rebase)
-        elif self.changes or self.has_heartbeats:
-            sequence = self.heartbeat_sequence - (0 if self.has_heartbeats else 1)
-            counters = (self._revision, sequence, *self._counters)
-            if self._expected_versions:
-                versions = self._expected_versions
-                tasks = array(list(versions)), array(list(versions.values()))
-                self.cursor.compare_and_set(self.sql.write_counters_if, (*counters, *tasks))
-            else:
-                self.cursor.compare_and_set(self.sql.write_counters, counters)
-
-    def _rebase(self, by: int) -> None:
-        """Move all revisions behind the ones of concurrent commits."""
-        # Called only after `_only_adds`, so every event is a creation with a record and a row.
-        committed = self.transaction.committed
-        for position, event in enumerate(committed):
-            event.record.version += by
-            row = list(event.record.row)
-            row[_VERSION[event.kind]] += by
-            event.record.row = tuple(row)
-            change = event.change._replace(revision=event.change.revision + by)
-            committed[position] = event._replace(change=change)
-
-
-def apply(transaction: WriteTransaction, commands: Sequence[Command]) -> Sequence[Any]:
-    """Apply the commands in order and return their results, which may be errors."""
-    if not commands:
-        return []
-    unit = transaction.unit_of_work or UnitOfWork(transaction)
-    rows = unit.rows = {kind: {} for kind in ROWS}
-    targets: list[Row] = []
-    keys: list[str] = []
-    for command in commands:
-        targets.append(unit.row(command.kind, command.id))
-        for kind, id in command.related_keys:
-            unit.row(kind, id)
-        if command.key is not None:
-            keys.append(command.key)
-    cursor = transaction.cursor
-    if not (cursor.is_speculative and unit.speculate(commands)):
-        for kind, touched in rows.items():
-            if touched:
-                _load(unit, kind, touched)
-    # One query for all announced keys; `key_conflict` reads any other.
-    unit.read_key_owners(keys)
-    outcomes = [command.decide(row) for command, row in zip(commands, targets, strict=True)]
-    if any(row.version is None for row in unit._expected_new):
-        cursor.abort()  # only an insert detects that an expected new row exists
-    for kind, touched in rows.items():
-        _store(unit, kind, touched.values())
-    if cursor.is_speculative:
-        cursor.expect({id: row.record for id, row in rows[NodeInfo].items()})
-    # The rows refer to the unit, and only the garbage collector frees such cycles.
-    unit.rows, unit._expected_new = {}, []
-    return outcomes
+        if self.changes:
+            self.cursor.execute(self.sql.write_revision, (self._revision,))
+        if self.has_heartbeats:
+            self.cursor.execute(self.sql.write_beat, (self.heartbeat_sequence,))
 
 
 def counters_of(rows: Sequence[Any]) -> tuple[int, int]:
     """Return the revision and the heartbeat sequence number, with which each of the rows begins.
 
     Raises:
-        SchemaMismatchError: If there are no rows, as no revision can be assigned then.
+        SchemaMismatchError: If there are no rows.
     """
-    if not rows:
-        raise SchemaMismatchError("the row of `counters` is gone: restore a backup")
+    require_counters(rows)
     revision, sequence, *_ = rows[0]
     return revision, sequence
 
 
-def _load(unit: UnitOfWork, kind: type[Any], rows: Mapping[str, Row]) -> None:
-    sql = unit.sql
-    if len(rows) == 1:
-        found = unit.cursor.read(sql.read_one[kind], [*rows])
-    else:
-        found = unit.cursor.read(sql.read_many[kind], (sql.given([*rows]),))
-    unit.count_from(*counters_of(found))
-    if kind is NodeInfo:
-        for values in found:
-            if values[2] is not None:
-                rows[values[2]].load(sql.decode[kind](values[2:]))
-    else:
-        for _, _, id, version, status, node in found:
-            if id is not None:
-                row = rows[id]
-                row.stored, row.version, row.status, row.node = True, version, status, node
+def require_counters(rows: Sequence[Any]) -> None:
+    """Require rows: without counters, a query has none, and no revision can be assigned.
+
+    Raises:
+        SchemaMismatchError: If there are no rows.
+    """
+    if not rows:
+        raise SchemaMismatchError("the row of `counters` is gone: restore a backup")
 
 
 def _store(unit: UnitOfWork, kind: type[Any], rows: Iterable[Row]) -> None:

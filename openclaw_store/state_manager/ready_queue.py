@@ -34,7 +34,7 @@ class ReadyTasks:
     Skills are the JSON text of a list, as rows have it; a set in two orders is two groups.
     """
 
-    __slots__ = ("_delayed", "_delays", "_due", "_groups", "_matches", "_max_groups", "_taken")
+    __slots__ = ("_delayed", "_delays", "_due", "_groups", "_matches", "_max_groups")
 
     def __init__(self) -> None:
         self._groups: dict[bytes | None, SortedKeys[PendingKey]] = {}  # by required skills
@@ -43,7 +43,6 @@ class ReadyTasks:
         self._delayed: SortedKeys[tuple[datetime, PendingKey, bytes | None]] = SortedKeys()
         self._delays: dict[str, tuple[datetime, PendingKey, bytes | None]] = {}
         self._due: dict[str, datetime] = {}  # `not_before` of tasks that were delayed
-        self._taken: dict[str, tuple[PendingKey, bytes | None]] = {}
 
     def add(self, key: PendingKey, skills: bytes | None, not_before: datetime | None) -> None:
         """Add a task, which must not be there."""
@@ -66,37 +65,12 @@ class ReadyTasks:
 
     def remove(self, key: PendingKey, skills: bytes | None) -> None:
         """Remove a task, which must be there."""
-        # A task is in one of three places: taken, delayed, or in its group.
         self._due.pop(key[2], None)
-        if self._taken.pop(key[2], None) is not None:
-            return
         delay = self._delays.pop(key[2], None)
         if delay is not None:
             self._delayed.remove(delay)
             return
         self._groups[_normalized(skills)].remove(key)
-
-    def take(self, count: int, skills: bytes | None, now: datetime) -> list[str]:
-        """Take out the best tasks for a node with these skills; return their identifiers."""
-        self._release_due(now)
-        matching = [(group, self._groups[group]) for group in self._matching(skills)]
-        taken: list[str] = []
-        while len(taken) < count:
-            firsts = [(keys.smallest(), group) for group, keys in matching if keys]
-            if not firsts:
-                break
-            key, required = min(firsts)  # keys are unique
-            self._groups[required].remove(key)
-            self._taken[key[2]] = key, required
-            taken.append(key[2])
-        return taken
-
-    def put_back(self, task_ids: Iterable[str]) -> None:
-        """Return taken tasks to their groups, unless they have changed meanwhile."""
-        for id in task_ids:
-            if id in self._taken:
-                key, skills = self._taken.pop(id)
-                self._group(skills).add(key)
 
     def due_after(self, moment: datetime) -> list[str]:
         """Return the tasks that are due later, or were before a clock was turned back."""

@@ -1,7 +1,7 @@
 """The scheduler: assign tasks to nodes, advance them, and release them.
 
-The candidates are chosen in memory, mostly without a read of the database. The command decides in
-its transaction, on the current rows. So any number of processes may schedule at the same time.
+Each command decides in its transaction, on the current rows. So any number of processes may
+schedule at the same time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from functools import partial
 from openclaw_store.domain import (
     LIVE,
     Backoff,
-    EntityKey,
     NodeInfo,
     NodeStatus,
     Record,
@@ -31,7 +30,6 @@ from openclaw_store.errors import (
     ConflictError,
     NotFoundError,
     NotOwnerError,
-    StoreError,
     TaskNotFoundError,
     UnsavedConflictError,
 )
@@ -39,10 +37,10 @@ from openclaw_store.repositories import (
     Advance,
     Advanced,
     Claim,
+    Recover,
     Register,
     SetNodeStatus,
     cancellation_of,
-    missing,
 )
 from openclaw_store.state_manager.explain import Explanation, explain
 from openclaw_store.state_manager.replica import Replica
@@ -54,9 +52,6 @@ ADVANCE_BATCH_SIZE = 200
 
 TASK_PAGE_SIZE = 1000
 """Tasks on a page of `cancel_all`."""
-
-_MAX_EXTRA_CANDIDATES = 64
-"""Candidates of a claim beyond its limit: another process may claim the best ones first."""
 
 
 @dataclass(frozen=True)
@@ -83,37 +78,10 @@ class Scheduler:
     def __init__(self, replica: Replica, backoff: Backoff) -> None:
         self._replica = replica
         self._backoff = backoff
-        self._extra_candidates = 0
         self._latest: datetime | None = None  # the latest time at which `recover` was called
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
-        key: EntityKey = (NodeInfo, node_id)
-        claimed: list[Record[Task]] = []
-        taken: list[str] = []
-        try:
-            while len(claimed) < limit:
-                node = await self._replica.find_stored(key)
-                if node is None:
-                    raise missing(*key)
-                wanted = min(limit - len(claimed), lifecycle.free_slots(node))
-                candidates = self._take(node, wanted, taken) if wanted else []
-                if not candidates:
-                    break
-                got = await self._replica.submit(Claim(node_id, candidates, wanted))
-                claimed += got
-                if len(claimed) == limit:
-                    self._extra_candidates //= 2
-                elif len(got) < min(wanted, len(candidates)):  # another process was first
-                    extra = min(max(4, 2 * self._extra_candidates), _MAX_EXTRA_CANDIDATES)
-                    self._extra_candidates = extra
-                    await self._replica.refresh()
-        except StoreError as error:
-            if not claimed:  # otherwise the node owns these tasks, and must receive them
-                raise
-            logger.warning("a claim of node %r got only a part: %s", node_id, error)
-        finally:
-            # The index drops a claimed task from the taken ones, so only the rest returns.
-            self._replica.cache.task_index.ready.put_back(taken)
+        claimed: list[Record[Task]] = await self._replica.submit(Claim(node_id, limit))
         return claimed
 
     async def advance(self, command: Advance) -> Advanced:
@@ -175,7 +143,7 @@ class Scheduler:
         }
         recover = partial(lifecycle.recover, patience=patience, longest_wait=longest_wait)
         commands = [
-            Advance(task_id, partial(recover, wait=self._backoff.draw()))
+            Recover(task_id, partial(recover, wait=self._backoff.draw()))
             for task_id in await self._recoverable(patience, longest_wait)
         ]
         async for done in self.advance_all(commands):
@@ -228,16 +196,6 @@ class Scheduler:
         nodes = list(cache.nodes.values())
         able = [node for node in nodes if lifecycle.has_skills(node, task)]
         return explain(task, nodes, cache.task_index.ahead_of(task, able, now), now)
-
-    def _take(self, node: Record[NodeInfo], wanted: int, taken: list[str]) -> list[Record[Task]]:
-        """Take the best tasks for a node out of the queue, with extra candidates; note the ids."""
-        cache, now = self._replica.cache, self._replica.database.clock()
-        count, skills = wanted + self._extra_candidates, node.available_skills
-        if type(skills) is not bytes:  # decoded already, or empty
-            skills = node.encoded("available_skills")
-        ids = cache.task_index.ready.take(count, skills, now)
-        taken += ids
-        return [record for id in ids if (record := cache.tasks.get(id)) is not None]
 
     async def _recoverable(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
         """Return the tasks that `lifecycle.recover` may change; other coroutines run meanwhile."""

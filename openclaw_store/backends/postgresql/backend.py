@@ -22,7 +22,6 @@ from openclaw_store.backends.postgresql.batch_sql import CHANNEL
 from openclaw_store.backends.postgresql.connections import Connector, connection_class, logger
 from openclaw_store.backends.postgresql.pg_dump import dump
 from openclaw_store.backends.postgresql.write_session import (
-    MAX_COMBINATIONS,
     WRITER_SETTINGS,
     ConnectionRegistry,
     Cursor,
@@ -155,7 +154,6 @@ class PostgreSQL:
             "async_creator_fn": self._connector.connect,
             "connection_class": connection_class(),
             "timeout": connect_timeout,
-            "statement_cache_size": 2 * MAX_COMBINATIONS,
             "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
             "server_settings": {
                 "application_name": "openclaw_store",
@@ -194,12 +192,10 @@ class PostgreSQL:
         limits = self._limits(seconds, seconds + self._timeout)  # the timeout is for the commit
         await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy sends BEGIN with the first one
         raw: Any = await connection.get_raw_connection()
-        # An update, not only a lock: an optimistic writer that has read before must detect the
-        # write, even if the caller bypasses the repositories.
         wait = milliseconds(min(until - time.monotonic(), self._timeout))
         try:
             await raw.driver_connection.execute(
-                f"SET LOCAL lock_timeout = {wait}; {counters.increment}; NOTIFY {CHANNEL}; "
+                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; NOTIFY {CHANNEL}; "
                 f"SET LOCAL lock_timeout = DEFAULT; {limits}"
             )
         except asyncio.CancelledError:  # SQLAlchemy would reuse the busy connection

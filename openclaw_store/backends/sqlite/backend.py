@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backends.atomic_files import written_aside
-from openclaw_store.backends.base import CounterStatements, NoSpeculation
+from openclaw_store.backends.base import CounterStatements
 from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteErrorMapping
 from openclaw_store.backends.sqlite import fork_safety
 from openclaw_store.backends.sqlite.connections import (
@@ -74,11 +74,8 @@ def _begin_writing(connection: Connection) -> None:
     connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
 
-class Cursor(NoSpeculation):
-    """The driver's cursor of a write transaction, which holds the write lock.
-
-    It does not speculate: reading takes less time here than a repetition.
-    """
+class Cursor:
+    """The driver's cursor of a write transaction, which holds the write lock."""
 
     dialect = "sqlite"
 
@@ -97,12 +94,6 @@ class Cursor(NoSpeculation):
         cursor = self._cursor
         cursor.execute(sql, parameters)
         return cursor.fetchall()
-
-    read = execute
-
-    def compare_and_set(self, sql: str, parameters: Sequence[Any]) -> None:
-        # The write lock keeps the row as it was read.
-        self._cursor.execute(sql, parameters)
 
     def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         self._cursor.executemany(sql, rows)
@@ -157,14 +148,12 @@ def retrying(work: Callable[[], Result], timeout: float) -> Result:
 class WriteSession:
     """The connection of the writer, on the writer's thread."""
 
-    is_pipelined = False  # SQLite works on the writer's thread itself
-
     def __init__(self, engine: Engine, until: float, require_file: Callable[[], None]) -> None:
         self._require_file = require_file
         self._connection = retrying(engine.connect, until - time.monotonic())
         self.cursor: Cursor
 
-    def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
+    def begin(self, until: float) -> None:
         self._require_file()
         retrying(lambda: _begin_writing(self._connection), until - time.monotonic())
         self.cursor = Cursor(self._connection)
