@@ -1,4 +1,4 @@
-"""Add the indexes of claims, and PostgreSQL's function that writes a batch in one call.
+"""Add indexes for claims, and PostgreSQL's function that writes a batch in one call.
 
 The function does what the library does in a transaction on SQLite: it takes the write lock, checks
 the versions that the batch was decided on, assigns revisions, and writes the tasks, the nodes and
@@ -8,6 +8,7 @@ by the rule of `lifecycle.counted`; everything else is decided by the library be
 Inside the function each statement has its own snapshot, so those after the lock see all commits.
 """
 
+import sqlalchemy as sa
 from alembic import op
 
 revision = "0003"
@@ -153,10 +154,11 @@ BEGIN
     END IF;
 
     PERFORM set_config('lock_timeout', lock_wait, true);
-    SELECT revision, beat INTO first, heartbeats FROM counters WHERE id = 1 FOR UPDATE;
+    SELECT beat, compacted INTO heartbeats, first FROM counters WHERE id = 1 FOR UPDATE;
     IF NOT FOUND THEN
         RETURN;
     END IF;
+    first := coalesce((SELECT revision FROM changes ORDER BY revision DESC LIMIT 1), first);
     last := first;
 
     -- Nothing is written unless the batch was decided on the present rows.
@@ -290,7 +292,6 @@ BEGIN
     END IF;
 
     IF last > first THEN
-        UPDATE counters SET revision = last WHERE id = 1;
         -- The process that listens alone is not notified of its own commits. The order matters: a
         -- listener that joins after the first test waits for its lock, and sees the commit; one
         -- that joined before and became the first has found the writer's own listener gone, and so
@@ -310,6 +311,10 @@ END $$"""  # noqa: S608 - made of constants
 
 def upgrade() -> None:
     dialect = op.get_context().dialect.name
+    # The newest change has the last revision. Processes of the former schema fail without the
+    # column, instead of assigning revisions that they have read before.
+    op.execute("UPDATE counters SET compacted = revision WHERE NOT EXISTS (SELECT 1 FROM changes)")
+    op.execute("ALTER TABLE counters DROP COLUMN revision")
     op.execute(f"CREATE INDEX ix_tasks_ready ON tasks ({GROUP[dialect]}, {ORDER}) WHERE {IS_READY}")
     op.execute(f"CREATE INDEX ix_tasks_delayed ON tasks (not_before) WHERE {IS_DELAYED}")
     if dialect == "postgresql":
@@ -317,7 +322,13 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop the indexes and the function."""
+    """Drop the indexes and the function, and count revisions again."""
+    op.add_column(
+        "counters", sa.Column("revision", sa.BigInteger(), server_default="0", nullable=False)
+    )
+    op.execute(
+        "UPDATE counters SET revision = coalesce((SELECT max(revision) FROM changes), compacted)"
+    )
     if op.get_context().dialect.name == "postgresql":
         op.execute("DROP FUNCTION store_write_1")
     op.execute("DROP INDEX ix_tasks_delayed")

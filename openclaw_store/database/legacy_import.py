@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sqlalchemy import Connection, inspect, update
+from sqlalchemy import Connection, inspect
 
 from openclaw_store.backends import Cursor
 from openclaw_store.database.statements import statements_for
-from openclaw_store.database.tables import CounterRow, table_of
+from openclaw_store.database.tables import table_of
 from openclaw_store.domain import KEY, NodeInfo, Record, Task, check_time, encode
 from openclaw_store.errors import InvalidDataError, safe_repr
 
@@ -158,7 +158,6 @@ def import_rows(
         nodes, tasks = rows.move_all(NodeInfo), rows.move_all(Task)
     finally:
         driver.text_factory = factory
-    connection.execute(update(CounterRow).values(revision=nodes + tasks))
     return LegacyImport(nodes, tasks, rows.rejected, copy)
 
 

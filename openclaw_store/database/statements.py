@@ -94,9 +94,8 @@ class Statements(ABC):
             read=self.read_counters, lock=self._compile(lock.with_for_update())
         )
         """The statements that a backend needs itself."""
-        self.write_revision = self._compile(write_counters.values(revision=bindparam("newest")))
         self.write_beat = self._compile(write_counters.values(beat=bindparam("newest")))
-        """Write the last revision, and the last heartbeat sequence number."""
+        """Write the last heartbeat sequence number."""
         self.read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(

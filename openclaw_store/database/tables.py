@@ -21,9 +21,11 @@ from sqlalchemy import (
     Table,
     Text,
     TextClause,
+    func,
+    select,
     text,
 )  # fmt: skip
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
 from openclaw_store.database.types import EnumValue, Json, UtcTime, _Key, _UtcNow
 from openclaw_store.domain import (
@@ -214,16 +216,26 @@ class ChangeRow(Base):
 
 
 class CounterRow(Base):
-    """The one row of `counters`: the last revision and the last heartbeat sequence number."""
+    """The one row of `counters`; its lock on PostgreSQL is the write lock.
+
+    No commit updates the row, except for heartbeats: PostgreSQL would read all its former versions
+    while any session holds an old snapshot.
+    """
 
     __tablename__ = "counters"
     __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
-    revision: Mapped[int] = mapped_column(BigInteger, server_default="0")
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """The last heartbeat sequence number."""
     compacted: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The revision up to which changes were removed from the feed."""
+    revision: Mapped[int] = column_property(
+        func.coalesce(
+            select(func.max(ChangeRow.revision)).correlate(None).scalar_subquery(), compacted
+        )
+    )
+    """The last revision: that of the newest change."""
 
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}

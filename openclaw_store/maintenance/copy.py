@@ -208,8 +208,8 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
     async with target.transaction(timeout=_BATCH_SECONDS) as tx:
         # Only now may the target be opened and written: the check above has read all of it.
         await _rename(tx, name, HEAD)
-        revision, beat, compacted = extent.counters
-        values = {"id": 1, "revision": revision, "beat": beat, "compacted": compacted}
+        _, beat, compacted = extent.counters
+        values = {"id": 1, "beat": beat, "compacted": compacted}
         await tx.execute(insert(CounterRow).values(values))
     nodes, tasks, changes = extent.rows
     return Copied(nodes, tasks, changes, checksum.hexdigest())

@@ -83,14 +83,13 @@ class Repair(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RaiseCounters:
-    """Raise the counters to the revisions in use; never lower them."""
+    """Raise the counter of heartbeats to the newest one; never lower it."""
 
     async def run(self, database: Database, tx: AsyncSession) -> bool:
         heartbeats = await tx.scalar(select(func.max(ROWS[NodeInfo].__table__.c.beat))) or 0
-        newest = await tx.scalar(select(func.max(ChangeRow.revision))) or 0
-        revision, beat = (await tx.execute(select(CounterRow.revision, CounterRow.beat))).one()
-        values = {"revision": max(newest, revision), "beat": max(heartbeats, beat)}
-        await tx.execute(update(CounterRow).where(text("id = 1")).values(values))
+        beat = await tx.scalar(select(CounterRow.beat)) or 0
+        raised = update(CounterRow).where(text("id = 1")).values(beat=max(heartbeats, beat))
+        await tx.execute(raised)
         return True
 
 

@@ -40,6 +40,9 @@ from openclaw_store.repositories.unit_of_work import (
 _NEW = -1
 """The expected version of a row that must not exist."""
 
+_MAX_PLACES = 1_000_000
+"""Most tasks that a node claims at once."""
+
 _CALL_POSITIONS = tuple(map(FIELDS[Task].index, CALL_FIELDS))
 _VERSION = FIELDS[Task].index("version")
 
@@ -120,7 +123,10 @@ class OneCall(UnitOfWork):
             and row.record.idempotency_key in self.key_owners
             and row.record.status not in FINISHED
         }
-        places = {id: sum(limit for limit, _ in claims) for id, claims in self._claims.items()}
+        places = {
+            id: min(sum(limit for limit, _ in claims), _MAX_PLACES)
+            for id, claims in self._claims.items()
+        }
         changes = [
             (one.item_id, str(one.kind), *one[5:9], self._moved(one.previous))
             for one in self.changes

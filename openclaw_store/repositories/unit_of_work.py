@@ -424,8 +424,6 @@ class UnitOfWork:
             self.cursor.write(self.sql.insert_change, rows)
         if removed_history:
             self.cursor.write(self.sql.forget, removed_history)
-        if self.changes:
-            self.cursor.execute(self.sql.write_revision, (self._revision,))
         if self.has_heartbeats:
             self.cursor.execute(self.sql.write_beat, (self.heartbeat_sequence,))
 

@@ -81,6 +81,8 @@ class Scheduler:
         self._latest: datetime | None = None  # the latest time at which `recover` was called
 
     async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
+        if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
+            await self._replica.write_behind.flush_all()
         claimed: list[Record[Task]] = await self._replica.submit(Claim(node_id, limit))
         return claimed
 
