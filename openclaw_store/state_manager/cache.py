@@ -37,9 +37,9 @@ from openclaw_store.state_manager.change_feed import (
     ChangeBatch,
     InitialRows,
     InitialState,
+    PendingKey,
 )
 from openclaw_store.state_manager.node_index import NodeIndex
-from openclaw_store.state_manager.ready_queue import Ready
 from openclaw_store.state_manager.snapshot import Records
 from openclaw_store.state_manager.task_index import TaskIndex
 
@@ -318,14 +318,14 @@ class Cache:
     ) -> InvalidDataError | None:
         """Apply the last change of each task; return the error of an unreadable row."""
         unreadable: InvalidDataError | None = None
-        arrived: list[Ready] = []
+        arrived: list[PendingKey] = []
         for id, change in tasks.items():
             row = tuple(change[STEP_WIDTH:])
             is_there = row[0] is not None
-            ready = batch.ready(row) if is_there and self._is_new(id) else None
-            if ready is not None:  # the most frequent case: the row is decoded at its first read
+            key = batch.pending_key(row) if is_there and self._is_new(id) else None
+            if key is not None:  # the most frequent case: the row is decoded at its first read
                 self.tasks.put(id, row)
-                arrived.append(ready)
+                arrived.append(key)
                 continue
             try:
                 record = self._decode[Task](row) if is_there else None

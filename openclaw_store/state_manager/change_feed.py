@@ -64,7 +64,9 @@ from openclaw_store.repositories import (
     read_rows,
     select_pending,
 )
-from openclaw_store.state_manager.ready_queue import PendingKey, Ready
+
+PendingKey = tuple[int, datetime, str]
+"""Priority, time of submission and identifier of a task: the order of claims."""
 
 PAGE_BYTES = 8 << 20
 """Bytes of JSON and text in a batch; the task that exceeds them is the last one."""
@@ -78,9 +80,8 @@ STEP_WIDTH = len(STEP)
 REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, *_ = range(STEP_WIDTH)
 """The positions of these columns."""
 
-_PRIORITY, _SUBMITTED_AT, _SKILLS, _NOT_BEFORE, _STATUS, _NODE = map(
-    FIELDS[Task].index,
-    ("priority", "submitted_at", "required_skills", "not_before", "status", "assigned_node"),
+_PRIORITY, _SUBMITTED_AT, _STATUS, _NODE = map(
+    FIELDS[Task].index, ("priority", "submitted_at", "status", "assigned_node")
 )
 
 _TASK, _NODE_NAME = ENTITY_NAMES[Task], ENTITY_NAMES[NodeInfo]
@@ -114,8 +115,6 @@ class InitialRows:
     """Rows that begin with their identifier; not decoded yet."""
     keys: Sequence[PendingKey] = ()
     """Keys of pending and scheduled tasks, in order."""
-    ready: Sequence[Ready] = ()
-    """Entries of `ReadyTasks`, in order."""
     assigned: Sequence[tuple[str | None, str]] = ()
     """Node and identifier of scheduled and running tasks."""
 
@@ -146,8 +145,8 @@ class ChangeBatch:
     """Nodes with later heartbeats."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, if the changes are not complete."""
-    ready: Callable[[Raw], Ready | None]
-    """Makes the entry of `ReadyTasks` from a row; `None` if the task is not pending."""
+    pending_key: Callable[[Raw], PendingKey | None]
+    """Makes the key of a row; `None` if the task is not pending."""
     is_compacted: bool = False
     """True if compaction has removed changes of this batch, which is useless then."""
 
@@ -174,13 +173,7 @@ async def read_live(session: AsyncSession) -> AsyncIterator[InitialRows]:
     moment = statements_for(session.get_bind().dialect.name).from_moment
     async for rows in read_rows(session, select_pending()):
         keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
-        # The key is one tuple for both indexes: there may be a million of them.
-        ready = [
-            (key, row[_SKILLS] and row[_SKILLS].encode(), moment(row[_NOT_BEFORE]))
-            for key, row in zip(keys, rows, strict=True)
-            if row[_STATUS] == TaskStatus.PENDING
-        ]
-        yield InitialRows(Task, rows, keys, ready, _assigned(rows))
+        yield InitialRows(Task, rows, keys, _assigned(rows))
 
 
 def _assigned(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
@@ -241,7 +234,7 @@ def _read_batch(
         nodes=nodes,
         heartbeats=heartbeats,
         task_counts=None if is_complete or until < revision else _task_counts(session),
-        ready=_ready_of(sql.from_moment),
+        pending_key=_pending_key_of(sql.from_moment),
         is_compacted=since < found[0][2],
     )
 
@@ -279,21 +272,16 @@ def _read_nodes(session: Session, query: Select[Any]) -> list[Record[NodeInfo]]:
 
 
 @lru_cache
-def _ready_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], Ready | None]:
-    def ready(row: Raw) -> Ready | None:
+def _pending_key_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], PendingKey | None]:
+    def pending_key(row: Raw) -> PendingKey | None:
         if row[_STATUS] != _PENDING:
             return None
-        skills, not_before = row[_SKILLS], row[_NOT_BEFORE]
         try:
-            return (
-                (row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]),
-                skills and skills.encode(),
-                None if not_before is None else moment(not_before),
-            )
-        except (TypeError, OverflowError):  # the decoder will report the value
+            return row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]
+        except (TypeError, OverflowError):  # written by hand: decoding it reports the error
             return None
 
-    return ready
+    return pending_key
 
 
 def _task_counts(session: Session) -> dict[str, int]:

@@ -42,13 +42,18 @@ from openclaw_store.repositories import (
     SetNodeStatus,
     cancellation_of,
 )
+from openclaw_store.state_manager.change_feed import PendingKey
 from openclaw_store.state_manager.explain import Explanation, explain
 from openclaw_store.state_manager.replica import Replica
+from openclaw_store.state_manager.task_index import pending_key
 
 logger = logging.getLogger("openclaw_store.dispatcher")
 
 ADVANCE_BATCH_SIZE = 200
 """Commands submitted together."""
+
+PENDING_SLICE_SIZE = 100
+"""Pending tasks examined before other coroutines run."""
 
 TASK_PAGE_SIZE = 1000
 """Tasks on a page of `cancel_all`."""
@@ -194,10 +199,31 @@ class Scheduler:
         task = await self._replica.find((Task, task_id))
         if task is None:
             raise TaskNotFoundError(task_id)
-        cache, now = self._replica.cache, self._replica.database.clock()
-        nodes = list(cache.nodes.values())
+        now, nodes = self._replica.database.clock(), list(self._replica.cache.nodes.values())
         able = [node for node in nodes if lifecycle.has_skills(node, task)]
-        return explain(task, nodes, cache.task_index.ahead_of(task, able, now), now)
+        return explain(task, nodes, await self._count_ahead(task, able, now), now)
+
+    async def _count_ahead(
+        self, task: Record[Task], nodes: Sequence[Record[NodeInfo]], now: datetime
+    ) -> int:
+        """Count the tasks that these nodes may claim before a pending one."""
+        key = pending_key(task)
+        ahead = 0
+        async for place, one in self._pending_tasks():
+            if key is None or place >= key:
+                break
+            if one.status is TaskStatus.PENDING and lifecycle.is_due(one, now):
+                ahead += any(lifecycle.has_skills(node, one) for node in nodes)
+        return ahead
+
+    async def _pending_tasks(self) -> AsyncIterator[tuple[PendingKey, Record[Task]]]:
+        """Yield pending and scheduled tasks in order; other coroutines run meanwhile."""
+        cache = self._replica.cache
+        for number, key in enumerate(cache.task_index.pending.first(None), 1):
+            if (task := cache.tasks.get(key[2])) is not None:
+                yield key, task
+            if number % PENDING_SLICE_SIZE == 0:
+                await asyncio.sleep(0)
 
     async def _recoverable(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
         """Return the tasks that `lifecycle.recover` may change; other coroutines run meanwhile."""
@@ -205,11 +231,11 @@ class Scheduler:
         found: list[str] = []
         latest = self._latest
         if latest is None or now < latest:  # the clock was turned back, or may have been
-            for id in cache.task_index.ready.due_after(now + longest_wait):
-                one = cache.tasks.get(id)
-                if one is not None and lifecycle.is_delayed(one, now, longest_wait):
-                    found.append(id)
-                await asyncio.sleep(0)
+            found += [
+                one.task_id
+                async for _, one in self._pending_tasks()
+                if lifecycle.is_delayed(one, now, longest_wait)
+            ]
         self._latest = now if latest is None else max(latest, now)
         for node_id, ids in list(cache.task_index.assigned.items()):
             if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), now, patience):

@@ -19,9 +19,15 @@ from openclaw_store.domain.records import Record, encode
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import STEP, ChangeBatch, InitialRows, InitialState
-from openclaw_store.state_manager.ready_queue import Ready, SortedKeys
+from openclaw_store.state_manager.change_feed import (
+    STEP,
+    ChangeBatch,
+    InitialRows,
+    InitialState,
+    PendingKey,
+)
 from openclaw_store.state_manager.snapshot import Records
+from openclaw_store.state_manager.sorted_keys import SortedKeys
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -76,7 +82,7 @@ def node_news(
         nodes={record.node_id: record for record in records},
         heartbeats=heartbeats,
         task_counts=None,
-        ready=ready_of,
+        pending_key=pending_key_of,
     )
 
 
@@ -86,11 +92,11 @@ def step_of(change: Change) -> Sequence[Any]:
     return [values[name] for name in STEP]
 
 
-def ready_of(row: tuple[Any, ...]) -> Ready | None:
+def pending_key_of(row: tuple[Any, ...]) -> PendingKey | None:
     task = decode_row(row)
     if task.status is not TaskStatus.PENDING:
         return None
-    return (task.priority.value, task.submitted_at, row[0]), None, task.not_before
+    return task.priority.value, task.submitted_at, row[0]
 
 
 class FakeDatabase:
@@ -135,7 +141,7 @@ class FakeDatabase:
             nodes={},
             heartbeats=[],
             task_counts=counts,
-            ready=ready_of,
+            pending_key=pending_key_of,
         )
 
     def _row(self, id: str, is_last: bool) -> tuple[Any, ...]:
