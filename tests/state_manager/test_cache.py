@@ -749,8 +749,8 @@ class TestUnsaved:
         held = stored.evolve(version=-1)
         place = (stored.kind, "a")
         key = (2, START, "a")
-        waits = ([key], [(key, None, None)]) if kind == "task" else ((), ())
-        old.load(InitialRows(stored.kind, [("a", stored)], *waits))
+        keys = [key] if kind == "task" else []
+        old.load(InitialRows(stored.kind, [("a", stored)], keys))
         old.stage(held, stored)
 
         new.keep_unsaved(old)
