@@ -33,6 +33,9 @@ class StateManager(TaskCalls, NodeCalls):
     Args:
         database: The database; `shutdown` closes it.
         auto_sync_interval: Seconds between two synchronisations; `None` turns them off.
+        cache: Keep a copy of the cluster in memory. `False` suits a process that only claims and
+            reports tasks: it starts at once, and answers every call from the database. It takes
+            no `persist=False`.
         finished_cache_size: Maximum number of finished tasks in memory; a read of any other
             finished task goes to the database.
         wake_ups: Receive a notification at each commit of another process. This takes a thread on
@@ -46,14 +49,14 @@ class StateManager(TaskCalls, NodeCalls):
     """
 
     async def get_state(self) -> ClusterState:
-        """Return a snapshot of the cluster, in constant time."""
+        """Return a snapshot of the cluster, in constant time with a cache."""
         self._check_usable()
-        return self._replica.cache.state()
+        return (await self._replica.view()).state()
 
     async def get_task_stats(self) -> dict[str, int]:
         """Return the number of tasks in the database: `total`, and one key for each status."""
         self._check_usable()
-        counts = self._replica.cache.task_stats()
+        counts = (await self._replica.view(with_tasks=False)).task_stats()
         return {"total": sum(counts.values()), **counts}
 
     async def get_node_stats(self) -> dict[str, int]:
@@ -62,7 +65,7 @@ class StateManager(TaskCalls, NodeCalls):
         A node is busy if its status is BUSY, or if it is ONLINE without a free slot.
         """
         self._check_usable()
-        return self._replica.cache.node_stats()
+        return (await self._replica.view(with_tasks=False)).node_stats()
 
     async def get_stats(self) -> dict[str, Any]:
         """Return metrics of the database and of the cache, for monitoring.

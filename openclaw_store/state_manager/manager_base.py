@@ -33,6 +33,7 @@ from openclaw_store.errors import (
     safe_repr,
 )
 from openclaw_store.repositories import Create, NodeRepository, Repository, TaskRepository
+from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Scheduler
 
@@ -64,6 +65,7 @@ class ManagerBase:
         database: Database,
         auto_sync_interval: float | None = 30,
         *,
+        cache: bool = True,
         finished_cache_size: int = 10_000,
         wake_ups: bool = True,
         backoff: Backoff = DEFAULT_BACKOFF,
@@ -84,7 +86,8 @@ class ManagerBase:
         self._interval = auto_sync_interval
         self._wake_ups = wake_ups
         limit = check_count("finished_cache_size", finished_cache_size)
-        self._replica = Replica(database, self.task_repo, self.node_repo, limit)
+        access = Replica if cache else DirectAccess
+        self._replica = access(database, self.task_repo, self.node_repo, limit)
         self._scheduler = Scheduler(self._replica, backoff)
         self._loop: asyncio.AbstractEventLoop | None = None  # its event loop, once initialized
         self._is_running: Callable[[], bool] = bool  # `is_running` of that loop; false until then
@@ -187,7 +190,7 @@ class ManagerBase:
     @property
     def version(self) -> int:
         """Revision of the newest change in memory; survives a restart."""
-        return self._replica.cache.applied.version
+        return self._replica.version
 
     async def _sync_every(self, seconds: float) -> None:
         while True:

@@ -32,23 +32,27 @@ class NodeCalls(ManagerBase):
     async def get_all_nodes(self) -> list[NodeInfo]:
         """Return all nodes, newest registered first."""
         self._check_usable()
-        return await copy_in_slices(self._replica.cache.node_index.all_nodes(), Record.copy)
+        nodes = (await self._replica.view(with_tasks=False)).node_index
+        return await copy_in_slices(nodes.all_nodes(), Record.copy)
 
     async def get_online_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes, newest registered first."""
         self._check_usable()
-        return await copy_in_slices(self._replica.cache.node_index.online_nodes(), Record.copy)
+        nodes = (await self._replica.view(with_tasks=False)).node_index
+        return await copy_in_slices(nodes.online_nodes(), Record.copy)
 
     async def get_available_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes with a free slot, least loaded first."""
         self._check_usable()
-        return await copy_in_slices(self._replica.cache.node_index.available_nodes(), Record.copy)
+        nodes = (await self._replica.view(with_tasks=False)).node_index
+        return await copy_in_slices(nodes.available_nodes(), Record.copy)
 
     async def find_nodes_by_skill(self, skill: str) -> list[NodeInfo]:
         """Return the ONLINE nodes with exactly this skill, newest registered first."""
         self._check_usable()
-        found = self._replica.cache.node_index.nodes_by_skill(check_text("skill", skill))
-        return await copy_in_slices(found, Record.copy)
+        skill = check_text("skill", skill)
+        nodes = (await self._replica.view(with_tasks=False)).node_index
+        return await copy_in_slices(nodes.nodes_by_skill(skill), Record.copy)
 
     async def add_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Add a node; `node` receives its version and its times in UTC.

@@ -119,6 +119,11 @@ class Replica:
         self.write_behind = WriteBehind(self)
         """The unsaved entries."""
 
+    @property
+    def version(self) -> int:
+        """The newest known revision."""
+        return self.cache.applied.version
+
     async def start(self) -> None:
         """Listen to the commits of this process, and load the state."""
         # Listen first: otherwise a commit during the load would be lost.
@@ -190,11 +195,17 @@ class Replica:
         repository: Repository[Any] = self.tasks if key[0] is Task else self.nodes
         return await repository.get_record(key[1])
 
-    async def find_stored(self, key: EntityKey) -> Record[Any] | None:
-        """Return an entity as the database has it, after a flush of its unsaved entry."""
-        if key in self.cache.unsaved:
-            await self.write_behind.flush_or_drop([key])
-        return await self.find(key)
+    async def view(self, *, with_tasks: bool = True) -> Cache:
+        """Return the cache for a call that reads several entities.
+
+        Args:
+            with_tasks: The call reads tasks.
+        """
+        return self.cache
+
+    def known_task(self, id: str) -> Record[Task] | None:
+        """Return a task in its last known version."""
+        return self.cache.task(id)
 
     async def catch_up_to(self, revision: int) -> None:
         """Refresh if the cache has not applied all changes up to a revision.

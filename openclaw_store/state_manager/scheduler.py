@@ -42,6 +42,7 @@ from openclaw_store.repositories import (
     SetNodeStatus,
     cancellation_of,
 )
+from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.change_feed import PendingKey
 from openclaw_store.state_manager.explain import Explanation, explain
 from openclaw_store.state_manager.replica import Replica
@@ -100,7 +101,7 @@ class Scheduler:
         """
         if self._replica.cache.unsaved:  # an unsaved task that is dropped may name another node
             await self._replica.write_behind.flush_or_drop([(Task, command.id)])
-        known = self._replica.cache.task(command.id)
+        known = self._replica.known_task(command.id)
         if known is not None and known.assigned_node is not None:
             command.related_keys = ((NodeInfo, known.assigned_node),)
         command.known = known
@@ -199,41 +200,26 @@ class Scheduler:
         task = await self._replica.find((Task, task_id))
         if task is None:
             raise TaskNotFoundError(task_id)
-        now, nodes = self._replica.database.clock(), list(self._replica.cache.nodes.values())
+        cache, now = await self._replica.view(), self._replica.database.clock()
+        nodes = list(cache.nodes.values())
         able = [node for node in nodes if lifecycle.has_skills(node, task)]
-        return explain(task, nodes, await self._count_ahead(task, able, now), now)
-
-    async def _count_ahead(
-        self, task: Record[Task], nodes: Sequence[Record[NodeInfo]], now: datetime
-    ) -> int:
-        """Count the tasks that these nodes may claim before a pending one."""
-        key = pending_key(task)
-        ahead = 0
-        async for place, one in self._pending_tasks():
+        key, ahead = pending_key(task), 0
+        async for place, one in _pending_tasks(cache):
             if key is None or place >= key:
                 break
             if one.status is TaskStatus.PENDING and lifecycle.is_due(one, now):
-                ahead += any(lifecycle.has_skills(node, one) for node in nodes)
-        return ahead
-
-    async def _pending_tasks(self) -> AsyncIterator[tuple[PendingKey, Record[Task]]]:
-        """Yield pending and scheduled tasks in order; other coroutines run meanwhile."""
-        cache = self._replica.cache
-        for number, key in enumerate(cache.task_index.pending.first(None), 1):
-            if (task := cache.tasks.get(key[2])) is not None:
-                yield key, task
-            if number % PENDING_SLICE_SIZE == 0:
-                await asyncio.sleep(0)
+                ahead += any(lifecycle.has_skills(node, one) for node in able)
+        return explain(task, nodes, ahead, now)
 
     async def _recoverable(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
         """Return the tasks that `lifecycle.recover` may change; other coroutines run meanwhile."""
-        cache, now = self._replica.cache, self._replica.database.clock()
+        cache, now = await self._replica.view(), self._replica.database.clock()
         found: list[str] = []
         latest = self._latest
         if latest is None or now < latest:  # the clock was turned back, or may have been
             found += [
                 one.task_id
-                async for _, one in self._pending_tasks()
+                async for _, one in _pending_tasks(cache)
                 if lifecycle.is_delayed(one, now, longest_wait)
             ]
         self._latest = now if latest is None else max(latest, now)
@@ -247,3 +233,12 @@ class Scheduler:
             ]
             await asyncio.sleep(0)
         return found
+
+
+async def _pending_tasks(cache: Cache) -> AsyncIterator[tuple[PendingKey, Record[Task]]]:
+    """Yield pending and scheduled tasks in order; other coroutines run meanwhile."""
+    for number, key in enumerate(cache.task_index.pending.first(None), 1):
+        if (task := cache.tasks.get(key[2])) is not None:
+            yield key, task
+        if number % PENDING_SLICE_SIZE == 0:
+            await asyncio.sleep(0)

@@ -40,6 +40,7 @@ from openclaw_store.repositories import (
     requeue_of,
     start_of,
 )
+from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
 from openclaw_store.state_manager.manager_base import COPY_SLICE_SIZE, ManagerBase, copy_in_slices
 from openclaw_store.state_manager.scheduler import Recovery
@@ -72,7 +73,10 @@ class TaskCalls(ManagerBase):
             limit: Maximum number of tasks; `None` returns all.
         """
         self._check_usable()
-        limit, cache = check_limit(limit), self._replica.cache
+        limit = check_limit(limit)
+        if isinstance(self._replica, DirectAccess):
+            return await self.task_repo.list_pending_tasks(limit)
+        cache = self._replica.cache
         if limit is not None and limit <= COPY_SLICE_SIZE:
             return await copy_in_slices(cache.pending(limit), Record.copy)
         # The snapshot fixes the state of this moment: the copies are made in slices.

@@ -1,0 +1,125 @@
+"""Direct access: a `StateManager` without a cache answers from the database.
+
+It starts in constant time and holds no copy of the cluster: the right choice for a process that
+only claims and reports tasks. It remembers the tasks that it has assigned, and the newest revision.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.domain import (
+    ASSIGNED,
+    Entity,
+    EntityKey,
+    Record,
+    Task,
+)
+from openclaw_store.errors import InvalidDataError
+from openclaw_store.repositories import (
+    Event,
+    Heartbeat,
+    HeartbeatWritten,
+    apply_heartbeats,
+    read_counters,
+)
+from openclaw_store.state_manager.cache import Cache
+from openclaw_store.state_manager.change_feed import read_initial_state, read_live
+from openclaw_store.state_manager.replica import Replica
+from openclaw_store.state_manager.write_behind import WriteBehind
+
+MAX_REMEMBERED_TASKS = 10_000
+"""Assigned tasks in memory; the report on any other reads the task first."""
+
+
+class DirectAccess(Replica):
+    """The database of one `StateManager` without a cache; `cache` stays empty."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.write_behind = NoWriteBehind(self)
+        self._revision = 0
+        self._assigned: OrderedDict[str, Record[Task]] = OrderedDict()
+
+    @property
+    def version(self) -> int:
+        return self._revision
+
+    async def start(self) -> None:
+        self._unlisten = self.database.listen(self._apply_committed)
+        try:
+            await self.refresh()
+        except BaseException:
+            self._unlisten()
+            raise
+
+    async def view(self, *, with_tasks: bool = True) -> Cache:
+        """Read the state of the cluster: a snapshot for one call."""
+
+        async def read(session: AsyncSession) -> Cache:
+            cache = Cache(await read_initial_state(session), 0)
+            async for rows in read_live(session):
+                if rows.kind is Task and not with_tasks:
+                    break
+                cache.load(rows)
+            return cache
+
+        return await self.database.read(read)
+
+    async def find(self, key: EntityKey) -> Record[Any] | None:
+        return await self.read(key)
+
+    def known_task(self, id: str) -> Record[Task] | None:
+        return self._assigned.get(id)
+
+    async def catch_up_to(self, revision: int) -> None:
+        self._advance_to(revision)
+
+    async def refresh(self) -> None:
+        """Read the newest revision."""
+        revision, _, _ = await self.database.read(read_counters)
+        self._advance_to(revision)
+        self.last_refresh_at = self.database.clock()
+
+    async def show_heartbeat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
+        """Write a heartbeat; `False` if there is no such node."""
+        heartbeat = Heartbeat(node_id, self.database.clock(), usage)
+        [is_known] = await self.database.write(apply_heartbeats, [heartbeat])
+        return bool(is_known)
+
+    def _apply_committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
+        changes = [event for event in events if isinstance(event, Event)]
+        for _, id, record, _ in changes:
+            self._assigned.pop(id, None)
+            if record is not None and record.kind is Task and record.status in ASSIGNED:
+                self._assigned[id] = record
+        while len(self._assigned) > MAX_REMEMBERED_TASKS:
+            self._assigned.popitem(last=False)
+        self._revision = max([self._revision, *(event.change.revision for event in changes)])
+        if self.watchers.count:
+            self.watchers.wake(event.id for event in changes)
+
+    def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
+        is_busy = self._outdated.is_set()
+        if self._loop is not None and revision > self._revision:
+            self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
+        return not is_busy
+
+    def _advance_to(self, revision: int) -> None:
+        """Wake all waiters if the revision is a new one."""
+        if revision > self._revision:
+            self._revision = revision
+            self.watchers.wake_all()
+
+
+class NoWriteBehind(WriteBehind):
+    """Refuses unsaved entries: there is no memory to keep them in."""
+
+    async def add(self, record: Record[Entity]) -> Record[Entity]:
+        raise InvalidDataError("persist", "must be True: this StateManager has no cache")
+
+    update = add
