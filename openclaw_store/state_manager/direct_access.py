@@ -6,6 +6,7 @@ only claims and reports tasks. It remembers the tasks that it has assigned, and 
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,10 @@ MAX_REMEMBERED_TASKS = 10_000
 """Assigned tasks in memory; the report on any other reads the task first."""
 
 
+WAKE_SECONDS = 0.01
+"""Shortest time between two commits of other processes that wake all waiters, which then read."""
+
+
 class DirectAccess(Replica):
     """The database of one `StateManager` without a cache; `cache` stays empty."""
 
@@ -43,11 +48,12 @@ class DirectAccess(Replica):
         super().__init__(*arguments)
         self.write_behind = NoWriteBehind(self)
         self._revision = 0
+        self._noticed = 0  # the newest revision of a notification; set on any thread
         self._assigned: OrderedDict[str, Record[Task]] = OrderedDict()
 
     @property
     def version(self) -> int:
-        return self._revision
+        return max(self._revision, self._noticed)
 
     async def start(self) -> None:
         self._unlisten = self.database.listen(self._apply_committed)
@@ -105,9 +111,18 @@ class DirectAccess(Replica):
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         is_busy = self._outdated.is_set()
-        if self._loop is not None and revision > self._revision:
-            self._loop.call_soon_threadsafe(self._outdated.set)  # raises if the loop was closed
+        if revision > self.version:
+            self._noticed = revision
+            if self._loop is not None and self.watchers.count:
+                self._loop.call_soon_threadsafe(self._outdated.set)  # raises if it was closed
         return not is_busy
+
+    async def _follow(self) -> None:
+        while True:
+            await self._outdated.wait()
+            self._outdated.clear()
+            self._advance_to(self._noticed)
+            await asyncio.sleep(WAKE_SECONDS)
 
     def _advance_to(self, revision: int) -> None:
         """Wake all waiters if the revision is a new one."""
