@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, reduce
 from statistics import fmean
 from typing import Any
 
@@ -26,7 +26,7 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.domain import lifecycle
-from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, Owner, Step
+from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, NodeDelta, Owner, Step
 from openclaw_store.domain.models import ASSIGNED, FINISHED, LIVE
 from openclaw_store.domain.records import Record, encode
 from openclaw_store.domain.validation import MAX_INTEGER
@@ -69,7 +69,7 @@ class Verb:
     """One thing that may happen to a task, and how it ends from each state."""
 
     decide: Callable[..., Any]
-    """By task, node and moment."""
+    """By task and moment; claims and recoveries also take the node."""
     steps_from: frozenset[TaskStatus]
     nothing_to_do_from: frozenset[TaskStatus]
     refused_by: type[ConflictError] | None
@@ -116,7 +116,15 @@ def decide(verb: str, task: Record[Task], node: Record[NodeInfo] | None = None) 
     """What a verb makes of a task, on a node that is lost if that is what the verb asks for."""
     if node is None:
         node = LOST if verb == "recover" else a_node()
-    return VERBS[verb].decide(task, node, NOW)
+    return call(verb, task, node)
+
+
+def call(verb: str, task: Record[Task], node: Record[NodeInfo] | None) -> Any:
+    """What a verb makes of a task, with the node for the verbs that depend on it."""
+    if verb == "claim":
+        return VERBS[verb].decide(task, node, NOW)
+    of_node = {"node": node} if verb == "recover" else {}
+    return VERBS[verb].decide(task, NOW, **of_node)
 
 
 class TestEveryVerbFromEveryState:
@@ -148,35 +156,24 @@ class TestEveryVerbFromEveryState:
     def test_slot_of_the_node_is_taken_and_released_with_the_task(
         self, verb: str, status: TaskStatus
     ) -> None:
-        task, node = a_task(status=status), LOST if verb == "recover" else a_node()
+        task = a_task(status=status)
 
-        outcome = decide(verb, task, node)
+        outcome = decide(verb, task)
 
         if isinstance(outcome, Step):
             held = lifecycle.is_assigned(task.replace(**outcome.task)) - lifecycle.is_assigned(task)
-            running = outcome.node.get("running_tasks", node.running_tasks)
-            assert running - node.running_tasks == held
+            assert (outcome.node or NodeDelta()).running == held
 
-    @pytest.mark.parametrize("status", sorted(ASSIGNED))
-    @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
-    def test_node_that_is_gone_does_not_matter(self, verb: str, status: TaskStatus) -> None:
-        outcome = VERBS[verb].decide(a_task(status=status), None, NOW)
+    @pytest.mark.parametrize("status", TaskStatus)
+    @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "claim"])
+    def test_task_without_a_node_adds_to_no_counters(self, verb: str, status: TaskStatus) -> None:
+        task = a_task(status=status, assigned_node=None)
+        owner = {"owner": (None, 3)} if verb in ("start", "complete", "fail") else {}
+        of_node = {"node": None} if verb == "recover" else {}
 
-        assert isinstance(outcome, Step)
-        assert outcome.node == {}
+        outcome = VERBS[verb].decide(task, NOW, **owner, **of_node)
 
-    @pytest.mark.parametrize("status", sorted(ASSIGNED))
-    @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ("claim", "start")])
-    def test_counter_that_was_written_by_hand_does_not_become_negative(
-        self, verb: str, status: TaskStatus
-    ) -> None:
-        node = a_node(running_tasks=0)
-
-        step = VERBS[verb].decide(
-            a_task(status=status), node.evolve(status=NodeStatus.OFFLINE), NOW
-        )
-
-        assert step.node["running_tasks"] == 0
+        assert not isinstance(outcome, Step) or outcome.node is None
 
     @pytest.mark.parametrize("status", TaskStatus)
     @pytest.mark.parametrize("owner", [("other", 3), ("node", 2), ("node", 4), (None, 3)])
@@ -184,7 +181,7 @@ class TestEveryVerbFromEveryState:
     def test_only_the_owner_may(self, verb: str, owner: Owner, status: TaskStatus) -> None:
         decide = partial(VERBS[verb].decide, owner=owner)
 
-        refusal = decide(a_task(status=status), a_node(), NOW)
+        refusal = decide(a_task(status=status), NOW)
 
         assert isinstance(refusal, NotOwnerError)
         assert (refusal.task_id, refusal.node_id, refusal.attempt) == ("task", *owner)
@@ -308,7 +305,7 @@ class TestSteps:
             "started_at": None,
             "completed_at": None,
         }
-        assert step.node == {"running_tasks": 3}
+        assert step.node == NodeDelta(running=1)
 
     @pytest.mark.parametrize(
         ("task", "node"),
@@ -340,12 +337,7 @@ class TestSteps:
             "result": b"1",
             "error": None,
         }
-        assert step.node == {
-            "running_tasks": 1,
-            "total_tasks_processed": 1,
-            "successful_tasks": 1,
-            "average_execution_time": 8.0,
-        }
+        assert step.node == NodeDelta(running=-1, successful=1, seconds=8.0)
 
     @pytest.mark.parametrize(
         ("verb", "status", "error"),
@@ -374,26 +366,21 @@ class TestSteps:
         assert over.task == {"status": status, "completed_at": NOW, "error": error}
         for step in (again, over):
             assert step.reason == error
-            assert step.node == {
-                "running_tasks": 1,
-                "total_tasks_processed": 1,
-                "failed_tasks": 1,
-                "average_execution_time": 4.0,
-            }
+            assert step.node == NodeDelta(running=-1, failed=1, seconds=4.0)
 
     def test_task_that_runs_too_long_is_tried_again_or_has_timed_out(self) -> None:
         recover = partial(RECOVER, patience=timedelta(seconds=60))
         task = a_task(timeout=5, started_at=before(6), max_retries=1)
 
-        again = recover(task, a_node(), NOW)
-        over = recover(task.evolve(retry_count=1), a_node(), NOW)
+        again = recover(task, NOW, node=a_node())
+        over = recover(task.evolve(retry_count=1), NOW, node=a_node())
 
         assert isinstance(again, Step)
         assert isinstance(over, Step)
         assert (again.task["status"], again.task["error"]) == (TaskStatus.PENDING, OVERDUE)
         assert (over.task["status"], over.task["error"]) == (TaskStatus.TIMEOUT, OVERDUE)
         assert over.reason == OVERDUE
-        assert over.node["failed_tasks"] == 1
+        assert over.node == NodeDelta(running=-1, failed=1, seconds=6.0)
 
     def test_of_a_lost_node_and_a_timeout_the_lost_node_is_the_reason(self) -> None:
         step = decide("recover", a_task(timeout=5, started_at=before(6)))
@@ -404,7 +391,7 @@ class TestSteps:
         recover = partial(RECOVER, patience=timedelta(seconds=60))
 
         for status in ASSIGNED:
-            assert recover(a_task(status=status, timeout=5), a_node(), NOW) is None
+            assert recover(a_task(status=status, timeout=5), NOW, node=a_node()) is None
 
     def test_task_without_a_node_is_nobodys_to_lose(self) -> None:
         for status in ASSIGNED:
@@ -413,24 +400,24 @@ class TestSteps:
     def test_task_without_a_node_can_run_for_too_long_all_the_same(self) -> None:
         task = a_task(assigned_node=None, timeout=5, started_at=before(6))
 
-        step = RECOVER(task, None, NOW, patience=timedelta())
+        step = RECOVER(task, NOW, node=None, patience=timedelta())
 
         assert isinstance(step, Step)
         assert step.reason == OVERDUE
 
     def test_retry_at_once_has_no_moment_to_wait_for(self) -> None:
-        step = lifecycle.release(a_task(), a_node(), NOW, wait=lambda _: 0)
+        step = lifecycle.release(a_task(), NOW, wait=lambda _: 0)
 
         assert isinstance(step, Step)
         assert step.task["not_before"] is None
 
     @pytest.mark.parametrize("reason", [None, "", "not needed"])
     def test_cancellation_tells_why_if_it_is_known(self, reason: str | None) -> None:
-        step = lifecycle.cancel(a_task(error="old"), a_node(), NOW, reason=reason)
+        step = lifecycle.cancel(a_task(error="old"), NOW, reason=reason)
 
         ended = {"status": TaskStatus.CANCELLED, "completed_at": NOW}
         why = {} if reason is None else {"error": reason}
-        assert step == Step({**ended, **why}, {"running_tasks": 1}, reason)
+        assert step == Step({**ended, **why}, NodeDelta(running=-1), reason)
 
     @pytest.mark.parametrize("status", sorted(ALL - {TaskStatus.PENDING}))
     def test_requeued_task_is_as_new_but_for_its_attempts(self, status: TaskStatus) -> None:
@@ -445,7 +432,7 @@ class TestSteps:
             error="no",
         )
 
-        step = lifecycle.requeue(task, a_node(), NOW)
+        step = lifecycle.requeue(task, NOW)
 
         assert isinstance(step, Step)
         fresh = a_task(status=TaskStatus.PENDING, assigned_node=None, attempt=3)
@@ -464,10 +451,8 @@ class TestNodes:
     def test_totals_are_those_of_what_was_tried(self, spans: list[tuple[float, bool]]) -> None:
         node = a_node(running_tasks=len(spans))
         for seconds, succeeds in spans:
-            step = decide(
-                "complete" if succeeds else "fail", a_task(started_at=before(seconds)), node
-            )
-            node = node.evolve(**step.node)
+            step = decide("complete" if succeeds else "fail", a_task(started_at=before(seconds)))
+            node = node.evolve(**lifecycle.counted(node, step.node))
 
         assert node.running_tasks == 0
         assert node.total_tasks_processed == len(spans)
@@ -476,10 +461,40 @@ class TestNodes:
         mean = fmean(seconds for seconds, _ in spans)
         assert node.average_execution_time == pytest.approx(mean, abs=1e-5)
 
+    @given(
+        deltas=st.lists(
+            st.builds(
+                NodeDelta,
+                st.integers(-1, 1),
+                st.integers(0, 3),
+                st.integers(0, 3),
+                st.floats(0, 1e6),
+            ),
+            max_size=9,
+        )
+    )
+    def test_deltas_may_be_added_before_they_are_counted(self, deltas: list[NodeDelta]) -> None:
+        one = two = a_node(running_tasks=9, total_tasks_processed=3, average_execution_time=2.0)
+        for delta in deltas:
+            one = one.evolve(**lifecycle.counted(one, delta))
+        total = reduce(NodeDelta.plus, deltas, NodeDelta())
+
+        two = two.evolve(**lifecycle.counted(two, total))
+
+        for name in ("running_tasks", "total_tasks_processed", "successful_tasks", "failed_tasks"):
+            assert getattr(one, name) == getattr(two, name)
+        if all(delta.seconds == 0 or delta.successful + delta.failed for delta in deltas):
+            assert one.average_execution_time == pytest.approx(two.average_execution_time)
+
+    def test_counter_that_was_written_by_hand_does_not_become_negative(self) -> None:
+        node = a_node(running_tasks=0)
+
+        assert lifecycle.counted(node, NodeDelta(running=-1)) == {"running_tasks": 0}
+
     def test_clock_that_was_put_back_takes_no_time_off(self) -> None:
         step = decide("complete", a_task(started_at=before(-60)))
 
-        assert step.node["average_execution_time"] == 0
+        assert step.node == NodeDelta(running=-1, successful=1)
 
     def test_new_node_is_taken_with_its_totals_but_without_tasks(self) -> None:
         assert lifecycle.registered(None, NOW) == {"running_tasks": 0, "last_heartbeat": NOW}
