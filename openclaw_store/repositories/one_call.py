@@ -18,7 +18,6 @@ from openclaw_store.backends import BatchCursor, array
 from openclaw_store.database import CALL_FIELDS, FIELDS, WriteTransaction
 from openclaw_store.domain import (
     ENTITY_NAMES,
-    FINISHED,
     Change,
     ChangeKind,
     NodeDelta,
@@ -85,6 +84,12 @@ class OneCall(UnitOfWork):
             record = self.sql.decode[Task](tuple(raw))
             known[record.task_id] = record
             self._read.add(record.task_id)
+        newest = max((record.version for record in known.values()), default=0)
+        if newest > self._guess:  # another process has written since the last call
+            self._batch_cursor.newest_revision = newest
+            if self.changes:
+                self._batch_cursor.require_lock()
+            self._guess = self._revision = newest
         for id, record in known.items():
             self.row(Task, id).load(record)
             self._expected[id] = record.version
@@ -121,7 +126,6 @@ class OneCall(UnitOfWork):
             for row in written
             if row.record is not None
             and row.record.idempotency_key in self.key_owners
-            and row.record.status not in FINISHED
         }
         places = {
             id: min(sum(limit for limit, _ in claims), _MAX_PLACES)
