@@ -59,10 +59,15 @@ ORDER = "priority, submitted_at, task_id"
 """The order of claims."""
 
 
+# Any other JSON was written by hand, and `jsonb` refuses some: these escapes, and huge numbers.
+TEXT = r'"(?:[^"\\]|\\["\\/bfnrt]|\\u(?!0000|[dD][89a-fA-F])[0-9a-fA-F]{4})*"'
+TEXTS = rf"^\s*\[\s*(?:{TEXT}(?:\s*,\s*{TEXT})*)?\s*\]\s*$"
+
+
 def skills_of(column: str) -> str:
-    """Return a JSON column as `jsonb`; NULL if it has escapes that `jsonb` refuses."""
+    """Return a JSON column as `jsonb`; NULL unless it is a list of text."""
     return f"""CASE WHEN {column} IS NULL THEN '[]'::jsonb
-            WHEN {column}::text !~* '\\\\u(0000|d[89a-f])' THEN {column}::jsonb END"""
+            WHEN {column}::text ~ '{TEXTS}' THEN {column}::jsonb END"""
 
 
 def function() -> str:
@@ -79,8 +84,7 @@ def function() -> str:
     rows = f"""unnest(ids, expected, offsets, written, {arrays})
             AS given (task_id, expected, place, written, {names})"""
     group = GROUP["postgresql"]
-    is_allowed = f"""jsonb_typeof({skills_of("one.required_skills")}) = 'array'
-                AND {skills_of("one.required_skills")} <@ skills[claim]"""
+    is_allowed = f"{skills_of('one.required_skills')} <@ skills[claim]"
     return f"""
 CREATE FUNCTION store_write_1(
     now_ timestamptz, ids text[], expected bigint[], offsets integer[], written integer[],
@@ -109,7 +113,7 @@ DECLARE
     last bigint;
     count_ bigint;
     present nodes%ROWTYPE;
-    places integer;
+    places bigint;
     skills jsonb[] := '{{}}';  -- of the nodes that claim
     groups jsonb[];  -- of pending tasks: the key and the text of their skills
     requirements jsonb[];
@@ -141,8 +145,10 @@ BEGIN
             matching[claim] := (SELECT coalesce(jsonb_agg(one.key), '[]') FROM (
                 SELECT given.key FROM unnest(groups, requirements) WITH ORDINALITY
                     AS given (key, requirement, place)
-                WHERE jsonb_typeof(given.requirement) = 'array'
-                AND given.requirement <@ skills[claim] ORDER BY given.place LIMIT 32
+                WHERE given.requirement <@ skills[claim] ORDER BY given.place LIMIT (
+                    SELECT 32 + greatest(0, least(claim_places[claim], max_concurrent_tasks))
+                    FROM nodes WHERE node_id = claim_nodes[claim]
+                )
             ) AS one);
             delayed[claim] := (SELECT coalesce(jsonb_agg(due.task_id), '[]') FROM (
                 SELECT one.task_id FROM (
