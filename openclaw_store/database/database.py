@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -220,16 +220,10 @@ class Database:
         Raises:
             UnavailableError: If the database is not open, or cannot be read.
         """
-        async with self._reading() as session:
-            await cancel_once(session.connection())
-            yield session
-
-    @asynccontextmanager
-    async def _reading(self) -> AsyncIterator[AsyncSession]:
-        sessions = self._sessions_here().sessions
+        session = self._sessions_here().sessions()
         with self._backend.error_mapping.mapped(own=False, reading=True):
-            session = sessions()
             try:
+                await cancel_once(session.connection())
                 yield session
             finally:
                 await shield_until_done(session.close())
@@ -322,8 +316,8 @@ class Database:
         """Run `work` with a session, in its own task, so that cancelling the caller is safe."""
 
         async def in_own_task() -> Result:
-            with self._backend.error_mapping.mapped():
-                async with self._reading() as session:
+            with self._backend.error_mapping.mapped(reading=True):
+                async with aclosing(self._sessions_here().sessions()) as session:
                     return await work(session)
 
         task = asyncio.ensure_future(in_own_task())

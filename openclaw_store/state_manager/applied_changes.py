@@ -54,15 +54,12 @@ class AppliedChanges:
             self._close_gap()
         return True
 
-    def later_than(self, revision: int) -> list[Change]:
-        """Return the changes applied out of order after a revision."""
-        return [change for change, _ in self.out_of_order.values() if change.revision > revision]
-
     def count_batch(self, batch: ChangeBatch) -> tuple[dict[str, Sequence[Any]], dict[str, None]]:
         """Count a batch of the change log.
 
         Returns:
-            The last change of each task by identifier, and the identifiers of the nodes.
+            The last change of each task by identifier, and the identifiers of the nodes, without
+            the ones of which a change after the snapshot of the batch was applied.
         """
         tasks: dict[str, Sequence[Any]] = {}
         nodes: dict[str, None] = {}
@@ -84,13 +81,15 @@ class AppliedChanges:
             else:
                 nodes[id] = None
         self.is_counted = is_counted
+        for change in self._later_than(batch):
+            (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
         return tasks, nodes
 
-    def finish_batch(self, batch: ChangeBatch, later: Sequence[Change], *, recount: bool) -> None:
-        """Note that a counted batch was applied, except for the changes after its snapshot.
-
-        With `recount`, its counts replace the present ones.
-        """
+    def finish_batch(self, batch: ChangeBatch) -> None:
+        """Note that a counted batch was applied."""
+        later = self._later_than(batch)
+        # Otherwise the batch's counts lack contiguous changes, which are no longer listed.
+        has_new_counts = self.contiguous <= batch.read_at
         if batch.changes and batch.changes[-1][REVISION] > self.version:
             self.updated_at = batch.changed_at
         if batch.revision > self.contiguous:
@@ -99,13 +98,18 @@ class AppliedChanges:
             for revision in [one for one in self.out_of_order if one <= self.contiguous]:
                 self._recount(revision)
             self._close_gap()
-        if batch.task_counts is not None and recount:
+        if batch.task_counts is not None and has_new_counts:
             self.task_counts = _of_each_status(batch.task_counts)
             for change in later:
                 self._count(change.from_status, change)
                 if change.revision in self.out_of_order:
                     self.out_of_order[change.revision] = (change, change.from_status)
             self.is_counted = True
+
+    def _later_than(self, batch: ChangeBatch) -> list[Change]:
+        """Return the changes applied out of order that the snapshot of a batch lacks."""
+        changes = [change for change, _ in self.out_of_order.values()]
+        return [change for change in changes if change.revision > batch.read_at]
 
     def _close_gap(self) -> None:
         while self.contiguous + 1 in self.out_of_order:

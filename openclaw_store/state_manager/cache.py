@@ -17,13 +17,14 @@ from typing import Any
 
 from openclaw_store.domain import (
     ENTITY_KINDS,
-    ENTITY_NAMES,
     FINISHED,
+    LIVE,
     Change,
     ClusterState,
     EntityKey,
     NodeInfo,
     NodeStatus,
+    Raw,
     Record,
     Task,
     TaskStatus,
@@ -35,15 +36,11 @@ from openclaw_store.state_manager.applied_changes import AppliedChanges
 from openclaw_store.state_manager.change_feed import (
     STEP_WIDTH,
     ChangeBatch,
-    InitialRows,
     InitialState,
-    PendingKey,
 )
 from openclaw_store.state_manager.node_index import NodeIndex
 from openclaw_store.state_manager.snapshot import Records
-from openclaw_store.state_manager.task_index import TaskIndex
-
-_TASK = ENTITY_NAMES[Task]
+from openclaw_store.state_manager.task_index import Indexed, TaskIndex
 
 
 @dataclass(slots=True)
@@ -68,6 +65,7 @@ class Cache:
     def __init__(self, start: InitialState, finished_limit: int) -> None:
         self._finished_limit = finished_limit
         self._decode = start.decode
+        self._read_entry = start.read_entry
         self.tasks: Records[Task] = Records(start.decode[Task])
         self.nodes: Records[NodeInfo] = Records(start.decode[NodeInfo])
         self.unsaved: dict[EntityKey, Unsaved] = {}
@@ -75,7 +73,7 @@ class Cache:
         """Revisions applied, and the counts of tasks."""
         self.heartbeat_sequence = start.heartbeat_sequence
         """The newest heartbeat sequence applied."""
-        self._finished: OrderedDict[str, Record[Task]] = OrderedDict()
+        self._finished: OrderedDict[str, Record[Task] | Raw] = OrderedDict()
         self.task_index = TaskIndex()
         self.node_index = NodeIndex(self.nodes)
         # The last version of an entry while it was unsaved, and the version it was stored with.
@@ -87,14 +85,14 @@ class Cache:
         # unless `catch_up` has read it.
         self._written_values: dict[str, dict[str, tuple[int, Any]]] = {}
 
-    def load(self, page: InitialRows) -> None:
+    def load(self, kind: type[Any], rows: Sequence[Raw]) -> None:
         """Add rows of the initial state."""
-        if page.kind is Task:
-            self.tasks.load(page.rows)
-            self.task_index.load(page)
+        if kind is Task:
+            self.tasks.load(rows)
+            self.task_index.extend([self._read_entry(row) for row in rows])
         else:
-            for row in page.rows:
-                self._show((page.kind, row[0]), None, self._decode[page.kind](row))
+            for row in rows:
+                self._show((kind, row[0]), None, self._decode[kind](row))
 
     def keep_unsaved(self, other: Cache) -> None:
         """Keep the unsaved entries and heartbeats of the cache that this one replaces."""
@@ -134,13 +132,14 @@ class Cache:
                 arrived.append(record)
                 continue
             if arrived:  # the event may change one of these tasks
-                self.task_index.add_tasks(arrived)
+                self.task_index.extend(arrived)
+                arrived = []
             try:
                 self._apply_stored((kind, id), record, change.revision)
             except InvalidDataError as error:
                 unreadable = error
         if arrived:
-            self.task_index.add_tasks(arrived)
+            self.task_index.extend(arrived)
         if unreadable is not None:
             raise unreadable
 
@@ -150,13 +149,7 @@ class Cache:
         Raises:
             InvalidDataError: If a row cannot be read; the rest was applied.
         """
-        applied = self.applied
-        later = applied.later_than(batch.read_at)
-        # Otherwise the batch's counts lack contiguous changes, which are no longer listed.
-        recount = applied.contiguous <= batch.read_at
-        tasks, nodes = applied.count_batch(batch)
-        for change in later:  # the cache is newer than the snapshot
-            (tasks if change.item == _TASK else nodes).pop(change.item_id, None)
+        tasks, nodes = self.applied.count_batch(batch)
         unreadable = self._apply_tasks(tasks, batch)
         updates = [(id, batch.nodes.get(id), batch.read_at) for id in nodes]
         updates += [(node.node_id, node, 0) for node in batch.heartbeats]
@@ -174,7 +167,7 @@ class Cache:
             for id, written in self._written_values.items()
             if (newer := {name: value for name, value in written.items() if value[0] > sequence})
         }
-        applied.finish_batch(batch, later, recount=recount)
+        self.applied.finish_batch(batch)
         if unreadable is not None:
             raise unreadable
 
@@ -318,22 +311,29 @@ class Cache:
     ) -> InvalidDataError | None:
         """Apply the last change of each task; return the error of an unreadable row."""
         unreadable: InvalidDataError | None = None
-        arrived: list[PendingKey] = []
+        arrived: list[Indexed] = []
+        is_plain = not self.unsaved and not self._aliases
         for id, change in tasks.items():
-            row = tuple(change[STEP_WIDTH:])
-            is_there = row[0] is not None
-            key = batch.pending_key(row) if is_there and self._is_new(id) else None
-            if key is not None:  # the most frequent case: the row is decoded at its first read
-                self.tasks.put(id, row)
-                arrived.append(key)
-                continue
+            row = None if change[STEP_WIDTH] is None else tuple(change[STEP_WIDTH:])
+            key = (Task, id)
             try:
-                record = self._decode[Task](row) if is_there else None
-                self._apply_stored((Task, id), record, batch.read_at)
+                if not is_plain and (key in self.unsaved or key in self._aliases):
+                    record = None if row is None else self._decode[Task](row)
+                    self._apply_stored(key, record, batch.read_at)
+                    continue
+                new = None if row is None else self._read_entry(row)
             except InvalidDataError as error:
                 unreadable = error
-        if arrived:
-            self.task_index.add(arrived)
+                continue
+            known: Any = self.tasks.entries.get(id) or self._finished.get(id)
+            if known is None and row is not None and new is not None and new.status in LIVE:
+                self.tasks.put(id, row)  # the most frequent case
+                arrived.append(new)
+                continue
+            old: Indexed | None = self._read_entry(known) if type(known) is tuple else known
+            if old is None or old.version <= (batch.read_at if new is None else new.version):
+                self._show_task(id, old, new, row)
+        self.task_index.extend(arrived)
         return unreadable
 
     def _is_new(self, id: str) -> bool:
@@ -429,12 +429,14 @@ class Cache:
     def _visible(self, key: EntityKey) -> Record[Any] | None:
         kind, id = key
         records: Records[Any] = self.nodes if kind is NodeInfo else self.tasks
-        found = records.entries.get(id)
+        found: Any = records.entries.get(id)
         if type(found) is tuple:  # never read
             found = records.get(id)
-        if found is None and kind is Task:
+        elif found is None and kind is Task:
             found = self._finished.get(id)
-        return found  # type: ignore[return-value]  # a tuple was decoded
+            if type(found) is tuple:
+                found = self._finished[id] = self._decode[Task](found)
+        return found  # type: ignore[no-any-return]
 
     def _hide(self, key: EntityKey) -> None:
         visible = self._visible(key)
@@ -444,26 +446,30 @@ class Cache:
     def _show(self, key: EntityKey, old: Record[Any] | None, new: Record[Any] | None) -> None:
         """Replace a visible record, and update the indexes."""
         if key[0] is Task:
-            self._show_task(key[1], old, new)
+            # The garbage collector does not track a tuple.
+            self._show_task(key[1], old, new, new and (new.row or new))
         else:
             self._show_node(key[1], old, new)
 
-    def _show_task(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
+    def _show_task(
+        self, id: str, old: Indexed | None, new: Indexed | None, entry: Record[Task] | Raw | None
+    ) -> None:
+        """Replace a visible task by an entry, of which `new` has the indexed fields."""
         self.task_index.replace(id, old, new)
-        if new is not None and new.status not in FINISHED:
-            self.tasks.put(id, new.row or new)  # the garbage collector does not track a tuple
+        if entry is not None and new is not None and new.status not in FINISHED:
+            self.tasks.put(id, entry)
             if old is not None:
                 self._finished.pop(id, None)
             return
         if old is not None and old.status not in FINISHED:
             self.tasks.drop(id)
-        if new is None or (Task, id) in self.unsaved:
+        if entry is None or (Task, id) in self.unsaved:
             self._finished.pop(id, None)
         else:
-            self._finish(id, new)
+            self._finish(id, entry)
 
-    def _finish(self, id: str, record: Record[Task]) -> None:
-        self._finished[id] = record
+    def _finish(self, id: str, entry: Record[Task] | Raw) -> None:
+        self._finished[id] = entry
         self._finished.move_to_end(id)
         while len(self._finished) > self._finished_limit:
             evicted, _ = self._finished.popitem(last=False)

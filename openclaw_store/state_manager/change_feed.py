@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, lru_cache, reduce
-from operator import add
+from functools import cache, reduce
+from operator import add, itemgetter, methodcaller
 from typing import Any
 
 import orjson
@@ -50,6 +50,7 @@ from openclaw_store.database import (
 from openclaw_store.domain import (
     ENTITY_NAMES,
     JSON_FIELDS,
+    WAITING,
     Decode,
     NodeInfo,
     Raw,
@@ -64,9 +65,7 @@ from openclaw_store.repositories import (
     read_rows,
     select_pending,
 )
-
-PendingKey = tuple[int, datetime, str]
-"""Priority, time of submission and identifier of a task: the order of claims."""
+from openclaw_store.state_manager.task_index import IndexEntry
 
 PAGE_BYTES = 8 << 20
 """Bytes of JSON and text in a batch; the task that exceeds them is the last one."""
@@ -80,12 +79,11 @@ STEP_WIDTH = len(STEP)
 REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, *_ = range(STEP_WIDTH)
 """The positions of these columns."""
 
-_PRIORITY, _SUBMITTED_AT, _STATUS, _NODE = map(
-    FIELDS[Task].index, ("priority", "submitted_at", "status", "assigned_node")
-)
+_INDEXED = ("version", "status", "assigned_node", "priority", "submitted_at")
+_indexed = itemgetter(*map(FIELDS[Task].index, _INDEXED))
+_STATUS_OF = {status.value: status for status in TaskStatus}
 
 _TASK, _NODE_NAME = ENTITY_NAMES[Task], ENTITY_NAMES[NodeInfo]
-_PENDING = TaskStatus.PENDING.value
 _NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
 _UNREADABLE = [b"" if name == "submitted_at" else None for name in FIELDS[Task][1:]]
 """Columns behind the identifier that every decoder refuses, with an error that names the task."""
@@ -104,19 +102,8 @@ class InitialState:
     """Tasks by status, finished ones included."""
     decode: Mapping[type[Any], Decode]
     """Decoders of rows, by kind."""
-
-
-@dataclass(frozen=True, slots=True)
-class InitialRows:
-    """A batch of the rows that a new cache loads."""
-
-    kind: type[Any]
-    rows: Sequence[Raw]
-    """Rows that begin with their identifier; not decoded yet."""
-    keys: Sequence[PendingKey] = ()
-    """Keys of pending and scheduled tasks, in order."""
-    assigned: Sequence[tuple[str | None, str]] = ()
-    """Node and identifier of scheduled and running tasks."""
+    read_entry: Callable[[Raw], IndexEntry]
+    """Makes the index entry of a row of a task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +132,6 @@ class ChangeBatch:
     """Nodes with later heartbeats."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, if the changes are not complete."""
-    pending_key: Callable[[Raw], PendingKey | None]
-    """Makes the key of a row; `None` if the task is not pending."""
     is_compacted: bool = False
     """True if compaction has removed changes of this batch, which is useless then."""
 
@@ -156,38 +141,35 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     revision, sequence, _ = await read_counters(session)
     newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await session.run_sync(_task_counts)
-    decode = statements_for(session.get_bind().dialect.name).decode
-    return InitialState(revision, sequence, updated_at, counts, decode)
+    dialect = session.get_bind().dialect.name
+    decode = statements_for(dialect).decode
+    return InitialState(revision, sequence, updated_at, counts, decode, entry_reader(dialect))
 
 
-async def read_live(session: AsyncSession) -> AsyncIterator[InitialRows]:
-    """Yield all nodes and all live tasks; pending and scheduled ones in the order of their keys."""
+async def read_live(session: AsyncSession) -> AsyncIterator[tuple[type[Any], Sequence[Raw]]]:
+    """Yield the kind and a batch of rows, for all nodes and all live tasks.
+
+    Pending and scheduled tasks are in the order of their keys.
+    """
     running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
     live: Sequence[tuple[type[Any], Select[Any]]] = (
         (NodeInfo, select(*COLUMNS[NodeInfo])),
         (Task, running.order_by(TaskRow.submitted_at)),  # otherwise SQLite may scan all tasks
+        (Task, select_pending()),
     )
     for kind, query in live:
         async for rows in read_rows(session, query):
-            yield InitialRows(kind, rows, assigned=_assigned(rows) if kind is Task else ())
-    moment = statements_for(session.get_bind().dialect.name).from_moment
-    async for rows in read_rows(session, select_pending()):
-        keys = [(row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]) for row in rows]
-        yield InitialRows(Task, rows, keys, _assigned(rows))
-
-
-def _assigned(rows: Sequence[Raw]) -> list[tuple[str | None, str]]:
-    return [(row[_NODE], row[0]) for row in rows if row[_STATUS] != TaskStatus.PENDING]
+            yield kind, rows
 
 
 def read_change_batch(
-    session: AsyncSession,
+    session: Session,
     *,
     since: int,
     heartbeat_sequence: int,
     is_complete: bool,
     known: Collection[int] = (),
-) -> Coroutine[Any, Any, ChangeBatch]:
+) -> ChangeBatch:
     """Return a batch of the changes after `since`, and the nodes with newer heartbeats.
 
     The batch has at most `CHANGE_BATCH_SIZE` changes; it ends earlier at `PAGE_BYTES`.
@@ -196,13 +178,6 @@ def read_change_batch(
         is_complete: True if the batches before this one were complete.
         known: Revisions of changes to leave out.
     """
-    # One `run_sync` for all statements: each await of the driver resumes every coroutine above it.
-    return session.run_sync(_read_batch, since, heartbeat_sequence, is_complete, known)
-
-
-def _read_batch(
-    session: Session, since: int, sequence: int, is_complete: bool, known: Collection[int]
-) -> ChangeBatch:
     until = since + CHANGE_BATCH_SIZE
     wanted: Sequence[int] = range(since + 1, until + 1)
     skipped: list[int] = []
@@ -221,8 +196,8 @@ def _read_batch(
         nodes = {record.node_id: record for record in _read_nodes(session, query)}
     # Heartbeats are not in the change log: they only raise the sequence of their node.
     heartbeats: Sequence[Record[NodeInfo]] = []
-    if newest_sequence > sequence:
-        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > sequence)
+    if newest_sequence > heartbeat_sequence:
+        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > heartbeat_sequence)
         heartbeats = _read_nodes(session, query)
     return ChangeBatch(
         revision=until,
@@ -234,7 +209,6 @@ def _read_batch(
         nodes=nodes,
         heartbeats=heartbeats,
         task_counts=None if is_complete or until < revision else _task_counts(session),
-        pending_key=_pending_key_of(sql.from_moment),
         is_compacted=since < found[0][2],
     )
 
@@ -271,17 +245,25 @@ def _read_nodes(session: Session, query: Select[Any]) -> list[Record[NodeInfo]]:
     return [decode(tuple(row)) for row in rows if row[0] is not None]
 
 
-@lru_cache
-def _pending_key_of(moment: Callable[[Any], datetime]) -> Callable[[Raw], PendingKey | None]:
-    def pending_key(row: Raw) -> PendingKey | None:
-        if row[_STATUS] != _PENDING:
-            return None
-        try:
-            return row[_PRIORITY], moment(row[_SUBMITTED_AT]), row[0]
-        except (TypeError, OverflowError):  # written by hand: decoding it reports the error
-            return None
+@cache
+def entry_reader(dialect: str) -> Callable[[Raw], IndexEntry]:
+    """Return the function that makes the index entry of a row of a task, without decoding it."""
+    sql = statements_for(dialect)
+    moment, decode = sql.from_moment, sql.decode[Task]
 
-    return pending_key
+    def read(row: Raw) -> IndexEntry:
+        version, status, node, priority, submitted_at = _indexed(row)
+        try:
+            status = _STATUS_OF[status]
+            key = None
+            if status in WAITING:
+                key = (int(priority), moment(submitted_at), row[0])
+        except (KeyError, OverflowError, TypeError, ValueError):
+            decode(row)  # raises an error that names the field
+            raise
+        return IndexEntry(row[0], version, status, node, key)
+
+    return read
 
 
 def _task_counts(session: Session) -> dict[str, int]:
@@ -402,4 +384,9 @@ def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
 
 
 def _fetch(session: Session, sql: str, *parameters: Any) -> Sequence[Any]:
-    return fetch_raw_rows(session.connection().exec_driver_sql(sql, parameters))
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":  # one hop to the thread of the driver, instead of four
+        fetch = methodcaller("execute_fetchall", sql, parameters)
+        rows: Sequence[Any] = connection.connection.run_async(fetch)
+        return rows
+    return fetch_raw_rows(connection.exec_driver_sql(sql, parameters))

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
-
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.domain import (
     ASSIGNED,
@@ -29,7 +28,6 @@ from openclaw_store.repositories import (
     read_counters,
 )
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import read_initial_state, read_live
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -65,16 +63,7 @@ class DirectAccess(Replica):
 
     async def view(self, *, with_tasks: bool = True) -> Cache:
         """Read the state of the cluster: a snapshot for one call."""
-
-        async def read(session: AsyncSession) -> Cache:
-            cache = Cache(await read_initial_state(session), 0)
-            async for rows in read_live(session):
-                if rows.kind is Task and not with_tasks:
-                    break
-                cache.load(rows)
-            return cache
-
-        return await self.database.read(read)
+        return await self.database.read(partial(self._read_cache, with_tasks=with_tasks))
 
     async def find(self, key: EntityKey) -> Record[Any] | None:
         return await self.read(key)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from datetime import datetime, timedelta
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -57,6 +58,7 @@ from openclaw_store.state_manager.change_feed import (
     ENTITY_ID,
     ChangeBatch,
     InitialState,
+    entry_reader,
     read_change_batch,
     read_initial_state,
     read_live,
@@ -95,7 +97,8 @@ class Replica:
         self.tasks = tasks
         self.nodes = nodes
         self._finished_limit = finished_limit
-        nothing = InitialState(0, 0, None, {}, statements_for(database.dialect).decode)
+        decode = statements_for(database.dialect).decode
+        nothing = InitialState(0, 0, None, {}, decode, entry_reader(database.dialect))
         self.cache = Cache(nothing, finished_limit)
         """The state in memory; another object after each load."""
         self.last_sync_at: datetime | None = None
@@ -323,20 +326,23 @@ class Replica:
         """Apply the changes of other processes; see `StateManager.refresh_from_database`."""
         async with self._refreshing:
             # One caller at a time: a batch continues the revisions that this cache has applied.
-            batch: ChangeBatch | None = None
-            while batch is None or batch.revision < batch.read_at:
+            is_behind = True
+            while is_behind:
                 cache = self.cache
                 applied = cache.applied
-                read = partial(
+                # One call for all statements: each await of the driver resumes all coroutines.
+                read = methodcaller(
+                    "run_sync",
                     read_change_batch,
                     since=applied.contiguous,
                     heartbeat_sequence=cache.heartbeat_sequence,
                     is_complete=applied.is_counted,
                     known=applied.out_of_order,
                 )
-                batch = await self.database.read(read)
+                batch: ChangeBatch = await self.database.read(read)
                 behind = batch.read_at - applied.contiguous
-                if batch.is_compacted or behind > max(RELOAD_AFTER, len(cache.tasks)):
+                is_far_behind = behind > RELOAD_AFTER and behind > len(cache.tasks)
+                if batch.is_compacted or is_far_behind:
                     await self._load()
                     return
                 try:
@@ -344,6 +350,7 @@ class Replica:
                 finally:
                     if self.watchers.count:
                         self.watchers.wake(change[ENTITY_ID] for change in batch.changes)
+                is_behind = batch.revision < batch.read_at
             self.last_refresh_at = self.database.clock()
 
     async def changes(self, since: int) -> tuple[Sequence[Change], int]:
@@ -421,17 +428,10 @@ class Replica:
 
     async def _load(self) -> None:
         """Load a new cache, and replace the old one."""
-
-        async def read(session: AsyncSession) -> Cache:
-            cache = Cache(await read_initial_state(session), self._finished_limit)
-            async for rows in read_live(session):
-                cache.load(rows)
-            return cache
-
         # The snapshot may lack commits of this process during the read: they are applied after it.
         self._loading = []
         try:
-            cache = await self.database.read(read)
+            cache = await self.database.read(self._read_cache)
             for events in self._loading:
                 cache.apply(events)
         finally:
@@ -440,6 +440,15 @@ class Replica:
         self.cache = cache
         self.watchers.wake_all()
         self.last_refresh_at = self.database.clock()
+
+    async def _read_cache(self, session: AsyncSession, *, with_tasks: bool = True) -> Cache:
+        cache = Cache(await read_initial_state(session), self._finished_limit)
+        async for kind, rows in read_live(session):
+            if kind is NodeInfo or with_tasks:
+                cache.load(kind, rows)
+            else:
+                break
+        return cache
 
     def _apply_committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
         """Apply a commit of this process; called on the event loop, in the order of commits."""

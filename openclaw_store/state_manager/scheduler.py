@@ -43,10 +43,9 @@ from openclaw_store.repositories import (
     cancellation_of,
 )
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import PendingKey
 from openclaw_store.state_manager.explain import Explanation, explain
 from openclaw_store.state_manager.replica import Replica
-from openclaw_store.state_manager.task_index import pending_key
+from openclaw_store.state_manager.task_index import PendingKey, pending_key
 
 logger = logging.getLogger("openclaw_store.dispatcher")
 

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
-from openclaw_store.domain import ASSIGNED, WAITING, Record, Task
-from openclaw_store.state_manager.change_feed import InitialRows, PendingKey
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from openclaw_store.domain import ASSIGNED, WAITING, Record, Task, TaskStatus
 from openclaw_store.state_manager.sorted_keys import SortedKeys
+
+PendingKey = tuple[int, datetime, str]
+"""Priority, time of submission and identifier of a task: the order of claims."""
+
+
+class IndexEntry(NamedTuple):
+    """The values of a task that is not decoded by which it is found."""
+
+    task_id: str
+    version: int
+    status: TaskStatus
+    assigned_node: str | None
+    key: PendingKey | None
+    """`None` unless the task is pending or scheduled."""
+
+
+Indexed = Record[Task] | IndexEntry
+"""A task, perhaps not decoded."""
 
 
 class TaskIndex:
@@ -16,24 +37,15 @@ class TaskIndex:
         self.assigned: dict[str | None, set[str]] = {}
         """Identifiers of scheduled and running tasks, by node."""
 
-    def load(self, page: InitialRows) -> None:
-        """Index a page of the initial state."""
-        self.pending.extend(page.keys)
-        for node_id, task_id in page.assigned:
-            self.assigned.setdefault(node_id, set()).add(task_id)
+    def extend(self, tasks: Sequence[Indexed]) -> None:
+        """Index new tasks."""
+        keys = map(pending_key, tasks)
+        self.pending.extend(sorted(key for key in keys if key is not None))
+        for task in tasks:
+            if task.status in ASSIGNED:
+                self.assigned.setdefault(task.assigned_node, set()).add(task.task_id)
 
-    def add(self, arrived: list[PendingKey]) -> None:
-        """Index new pending tasks; empties the list."""
-        arrived.sort()
-        self.pending.extend(arrived)
-        arrived.clear()
-
-    def add_tasks(self, tasks: list[Record[Task]]) -> None:
-        """Index new pending tasks; empties the list."""
-        self.add([key for task in tasks if (key := pending_key(task)) is not None])
-        tasks.clear()
-
-    def replace(self, id: str, old: Record[Task] | None, new: Record[Task] | None) -> None:
+    def replace(self, id: str, old: Indexed | None, new: Indexed | None) -> None:
         """Replace a task in the index."""
         key_before = None if old is None else pending_key(old)
         key_after = None if new is None else pending_key(new)
@@ -51,8 +63,10 @@ class TaskIndex:
             self.assigned.setdefault(new.assigned_node, set()).add(id)
 
 
-def pending_key(task: Record[Task]) -> PendingKey | None:
+def pending_key(task: Indexed) -> PendingKey | None:
     """Return the position of a pending or scheduled task; `None` for any other."""
+    if isinstance(task, IndexEntry):
+        return task.key
     if task.status in WAITING:
         # A plain integer: the garbage collector tracks a tuple that holds an enum member.
         return int(task.priority), task.submitted_at, task.task_id

@@ -135,7 +135,7 @@ async def live(database: Database) -> None:
 
 async def batch(database: Database) -> None:
     async with database.session() as session:
-        await read_change_batch(session, since=500, heartbeat_sequence=0, is_complete=True)
+        await session.run_sync(read_change_batch, since=500, heartbeat_sequence=0, is_complete=True)
 
 
 async def claim(database: Database) -> None:

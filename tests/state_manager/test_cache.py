@@ -19,15 +19,10 @@ from openclaw_store.domain.records import Record, encode
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten
 from openclaw_store.repositories.unit_of_work import Event
 from openclaw_store.state_manager.cache import Cache
-from openclaw_store.state_manager.change_feed import (
-    STEP,
-    ChangeBatch,
-    InitialRows,
-    InitialState,
-    PendingKey,
-)
+from openclaw_store.state_manager.change_feed import STEP, ChangeBatch, InitialState
 from openclaw_store.state_manager.snapshot import Records
 from openclaw_store.state_manager.sorted_keys import SortedKeys
+from openclaw_store.state_manager.task_index import IndexEntry, pending_key
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -61,7 +56,12 @@ def decode_row(row: tuple[Any, ...]) -> Record[Any]:
     return record
 
 
-NOTHING = InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row})
+def entry_of(row: tuple[Any, ...]) -> IndexEntry:
+    task = decode_row(row)
+    return IndexEntry(row[0], task.version, task.status, task.assigned_node, pending_key(task))
+
+
+NOTHING = InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}, entry_of)
 
 
 def node_news(
@@ -82,7 +82,6 @@ def node_news(
         nodes={record.node_id: record for record in records},
         heartbeats=heartbeats,
         task_counts=None,
-        pending_key=pending_key_of,
     )
 
 
@@ -90,13 +89,6 @@ def step_of(change: Change) -> Sequence[Any]:
     """What a cache is told of a change."""
     values = change._asdict()
     return [values[name] for name in STEP]
-
-
-def pending_key_of(row: tuple[Any, ...]) -> PendingKey | None:
-    task = decode_row(row)
-    if task.status is not TaskStatus.PENDING:
-        return None
-    return task.priority.value, task.submitted_at, row[0]
 
 
 class FakeDatabase:
@@ -141,7 +133,6 @@ class FakeDatabase:
             nodes={},
             heartbeats=[],
             task_counts=counts,
-            pending_key=pending_key_of,
         )
 
     def _row(self, id: str, is_last: bool) -> tuple[Any, ...]:
@@ -268,9 +259,13 @@ class TestStart:
             decoded.append(row[0])
             return task_record(row[0], 1)
 
-        cache = Cache(InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}), 0)
+        def entry_of(row: tuple[Any, ...]) -> IndexEntry:
+            return IndexEntry(row[0], 1, TaskStatus.SCHEDULED, None, (row[1], START, row[0]))
 
-        cache.load(InitialRows(Task, [("b",), ("a",)], [(0, START, "b"), (2, START, "a")]))
+        decode = {Task: decode_row, NodeInfo: decode_row}
+        cache = Cache(InitialState(0, 0, None, {}, decode, entry_of), 0)
+
+        cache.load(Task, [("b", 0), ("a", 2)])
 
         snapshot = cache.state().tasks
         assert (len(snapshot), "a" in snapshot, decoded) == (2, True, [])
@@ -278,6 +273,26 @@ class TestStart:
         assert snapshot["a"].version == 1
         assert cache.task("a") is cache.task("a")
         assert decoded == ["b", "a"]
+
+    def test_changes_of_another_process_are_decoded_when_they_are_read(self) -> None:
+        decoded: list[str] = []
+
+        def decode(row: tuple[Any, ...]) -> Record[Any]:
+            decoded.append(row[0])
+            return decode_row(row)
+
+        database = FakeDatabase()
+        cache = Cache(replace(NOTHING, decode={Task: decode, NodeInfo: decode}), 10)
+
+        for status in (TaskStatus.PENDING, TaskStatus.RUNNING, TaskStatus.COMPLETED):
+            database.write("a", status)
+            database.write("b", TaskStatus.SCHEDULED)
+            database.tell(cache)
+
+        assert (counted(cache), decoded) == ({"completed": 1, "scheduled": 1}, [])
+        assert cache.task("a") is cache.task("a") is database.rows["a"]
+        assert [record.task_id for record in cache.pending(None)] == ["b"]
+        assert decoded == ["a", "b"]
 
 
 COMMANDS = st.one_of(
@@ -748,9 +763,7 @@ class TestUnsaved:
         stored: Record[Any] = task_record("a", 1) if kind == "task" else node_record("a", 1)
         held = stored.evolve(version=-1)
         place = (stored.kind, "a")
-        key = (2, START, "a")
-        keys = [key] if kind == "task" else []
-        old.load(InitialRows(stored.kind, [("a", stored)], keys))
+        old.load(stored.kind, [("a", stored)])
         old.stage(held, stored)
 
         new.keep_unsaved(old)

@@ -28,6 +28,7 @@ from conftest import (
     locked,
     start,
 )
+from sqlalchemy.util import await_only
 
 from openclaw_store import (
     Database,
@@ -1941,8 +1942,8 @@ class TestTwoManagers:
         await asyncio.gather(*[other.add_task(make_task()) for _ in range(60)])
         read_change_batch, told = feed.read_change_batch, []
 
-        async def note(*arguments: Any, **options: Any) -> Any:
-            told.append(batch := await read_change_batch(*arguments, **options))
+        def note(*arguments: Any, **options: Any) -> Any:
+            told.append(batch := read_change_batch(*arguments, **options))
             return batch
 
         monkeypatch.setattr(replica, "read_change_batch", note)
@@ -2238,10 +2239,10 @@ class TestTwoManagers:
         read_change_batch, get_record = feed.read_change_batch, TaskRepository.get_record
         has_read, go_on = asyncio.Event(), asyncio.Event()
 
-        async def read_and_wait(*arguments: Any, **options: Any) -> Any:
-            batch = await read_change_batch(*arguments, **options)
+        def read_and_wait(*arguments: Any, **options: Any) -> Any:
+            batch = read_change_batch(*arguments, **options)
             has_read.set()
-            await go_on.wait()
+            await_only(go_on.wait())
             return batch
 
         async def get_first(*arguments: Any) -> Any:

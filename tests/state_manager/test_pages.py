@@ -48,8 +48,8 @@ def length_limit(monkeypatch: pytest.MonkeyPatch) -> int:
 
 async def page_after(database: Database, since: int, known: Collection[int] = ()) -> ChangeBatch:
     async with database.session() as session:
-        return await read_change_batch(
-            session, since=since, heartbeat_sequence=0, is_complete=True, known=known
+        return await session.run_sync(
+            read_change_batch, since=since, heartbeat_sequence=0, is_complete=True, known=known
         )
 
 

@@ -50,7 +50,6 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
 )
-from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
 from openclaw_store.domain.models import ASSIGNED, FINISHED
 from openclaw_store.state_manager import replica as replica

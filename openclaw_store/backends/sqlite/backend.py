@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -307,6 +308,7 @@ class SQLite:
         engine = create_async_engine(
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
+            pool_reset_on_return=None,  # a session ends its transaction itself
             connect_args={
                 "async_creator_fn": connect_async,
                 **options_of(WriteConnection if write else ReadConnection),
@@ -319,7 +321,12 @@ class SQLite:
 
         @event.listens_for(engine.sync_engine, "begin")
         def begin(connection: Connection) -> None:
-            connection.connection.cursor().execute(statement)
+            try:
+                # One hop to the thread of the driver; a cursor of SQLAlchemy's takes three.
+                connection.connection.run_async(methodcaller("execute_fetchall", statement))
+            except BaseException:
+                connection.invalidate()  # after a cancellation, the transaction may begin yet
+                raise
 
         return engine
 
