@@ -27,6 +27,7 @@ from openclaw_store.errors import NotFoundError
 if TYPE_CHECKING:
     from openclaw_store.cli.context import Part
     from openclaw_store.database import LegacyImport
+    from openclaw_store.domain import Change
 
 app = typer.Typer(
     name="openclaw-store",
@@ -162,17 +163,17 @@ async def tasks(
 async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or node.")]) -> None:
     """Show the fields and the history of a task or node, and why a task waits."""
     from openclaw_store.domain import NodeInfo, Task
-    from openclaw_store.maintenance.summary import explain_task, history
-    from openclaw_store.repositories import NodeRepository, TaskRepository
+    from openclaw_store.maintenance.summary import explain_task
+    from openclaw_store.repositories import NodeRepository, TaskRepository, read_history
 
     async with call.opened() as database:
         task = await TaskRepository(database).get(id)
         node = None if task else await NodeRepository(database).get(id)
-        changes = await history(database, NodeInfo if node else Task, id)
-        if task is None and not changes:
-            changes = await history(database, NodeInfo, id)  # a removed node
+        entity = task or node
+        changes: list[Change] = []
+        for kind in (Task, NodeInfo) if entity is None else (type(entity),):
+            changes = changes or await database.read(partial(read_history, id=id, kind=kind))
         why = await explain_task(database, id) if task and task.status in WAITING else None
-    entity = task or node
     if entity is None and not changes:
         raise NotFoundError(f"no task or node has the id {id!r}")
     document = {

@@ -20,6 +20,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from sqlalchemy import Connection, inspect
 from openclaw_store.backends import Cursor
 from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import table_of
-from openclaw_store.domain import KEY, NodeInfo, Record, Task, check_time, encode
+from openclaw_store.domain import ENTITY_NAMES, KEY, NodeInfo, Record, Task, check_time, encode
 from openclaw_store.errors import InvalidDataError, safe_repr
 
 logger = logging.getLogger("openclaw_store.adoption")
@@ -42,6 +43,9 @@ _PREFIX = "legacy_"
 _ISO = re.compile(r"\d{4}-\d\d-\d\d([T ].+)?", re.ASCII)
 _OWN_NAMES = re.compile(r"idx_(tasks|nodes)_\w+|update_(tasks|nodes)_timestamp")
 """The indexes and triggers of the legacy schema."""
+
+LEFTOVERS = ("legacy_rejected", "legacy_extra")
+"""The tables of rejected rows and of additional values, which no migration knows."""
 
 _MAKE_TABLES = (
     """CREATE TABLE IF NOT EXISTS legacy_rejected (
@@ -114,11 +118,6 @@ def is_legacy(connection: Connection) -> bool:
     )
 
 
-def is_leftover(name: str | None) -> bool:
-    """Return `True` for a table of rejected rows or additional values, unknown to migrations."""
-    return name in ("legacy_rejected", "legacy_extra")
-
-
 def rename_tables(connection: Connection) -> None:
     """Rename the legacy tables, and drop their indexes and triggers."""
     found = connection.exec_driver_sql(
@@ -174,18 +173,16 @@ def report(result: LegacyImport, location: str) -> None:
     )  # fmt: skip
 
 
+@dataclass
 class _Importer:
     """Moves rows to the tables of the library, and assigns their revisions."""
 
-    def __init__(
-        self, connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime
-    ) -> None:
-        self._connection = connection
-        self._cursor = cursor
-        self._zone = zone
-        self._now = now
-        self._revision = 0
-        self.rejected: list[Rejected] = []
+    _connection: Connection
+    _cursor: Cursor
+    _zone: tzinfo | None
+    _now: datetime
+    _revision: int = 0
+    rejected: list[Rejected] = field(default_factory=list)
 
     def move_all(self, kind: type[Any]) -> int:
         """Move all readable rows of a kind, and return their number."""
@@ -199,7 +196,11 @@ class _Importer:
         return self._revision - before
 
     def _move(self, kind: type[Any], rows: Sequence[dict[str, Any]], seen: set[str]) -> None:
-        sql, item, known = statements_for("sqlite"), _ITEM[kind], _READERS[kind].keys() | _DROPPED
+        sql, item, known = (
+            statements_for("sqlite"),
+            ENTITY_NAMES[kind],
+            _READERS[kind].keys() | _DROPPED,
+        )
         insert, codec = sql.insert[kind]
         at = sql.to_moment(self._now)
         written, changes, extra, rejected, reports = [], [], [], [], []
@@ -359,8 +360,6 @@ _READERS: Mapping[type[Any], Mapping[str, _Reader]] = {
 }
 _DROPPED = {"created_at", "updated_at"}
 """Legacy columns that are no fields; they replace missing times."""
-
-_ITEM: Mapping[type[Any], str] = {NodeInfo: "node", Task: "task"}
 
 _NEEDED: Mapping[str, frozenset[str]] = {
     "nodes": frozenset({"node_id", "hostname", "platform", "arch", "status", "available_skills"}),

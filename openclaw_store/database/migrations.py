@@ -289,7 +289,7 @@ def run(context: EnvironmentContext, connection: Connection) -> None:
         connection=connection,
         target_metadata=Base.metadata,
         render_as_batch=True,
-        include_name=lambda name, kind, _: kind != "table" or not legacy_import.is_leftover(name),
+        include_name=lambda name, kind, _: kind != "table" or name not in legacy_import.LEFTOVERS,
     )
     context.run_migrations()
 

@@ -44,10 +44,7 @@ class TaskFilter:
             InvalidDataError: If a condition is invalid; it names the condition.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        values = {
-            name: check(name, given[name]) for name, check in _CHECKS.items() if name in given
-        }
-        return TaskFilter(**values)
+        return TaskFilter(**{name: _CHECKS[name](name, value) for name, value in given.items()})
 
 
 def check_filter(filter: TaskFilter | None) -> TaskFilter:
@@ -77,14 +74,10 @@ def _alternatives(kind: type[StrEnum]) -> Check:
 _CHECKS: Mapping[str, Check] = {
     "status": _alternatives(TaskStatus),
     "task_type": _alternatives(TaskType),
-    "node": check_key,
-    "user": check_key,
-    "skill": check_text,
-    "name_contains": check_text,
-    "submitted_from": check_time,
-    "submitted_until": check_time,
-    "completed_from": check_time,
-    "completed_until": check_time,
+    **dict.fromkeys(("node", "user"), check_key),
+    **dict.fromkeys(("skill", "name_contains"), check_text),
+    **dict.fromkeys(("submitted_from", "submitted_until"), check_time),
+    **dict.fromkeys(("completed_from", "completed_until"), check_time),
 }
 
 

@@ -27,7 +27,7 @@ from openclaw_store.domain import (
     has_skills,
 )
 from openclaw_store.errors import TaskNotFoundError
-from openclaw_store.repositories import read_changes, read_history, read_records
+from openclaw_store.repositories import read_changes, read_records
 from openclaw_store.state_manager import WATCH_SECONDS, Explanation, explain
 
 
@@ -154,15 +154,6 @@ async def _count_ahead(
         for required, count in await session.execute(better)
         if any(are_among(required and required.encode(), present) for present in available)
     )
-
-
-async def history(database: Database, kind: type[Any], id: str) -> list[Change]:
-    """Return the changes of a task or node in the feed, oldest first.
-
-    Args:
-        kind: `Task` or `NodeInfo`.
-    """
-    return await database.read(partial(read_history, id=id, kind=kind))
 
 
 async def watch(

@@ -15,23 +15,7 @@ from operator import add, itemgetter, methodcaller
 from typing import Any
 
 import orjson
-from sqlalchemy import (
-    BigInteger,
-    BindParameter,
-    ColumnElement,
-    Select,
-    Text,
-    and_,
-    bindparam,
-    case,
-    cast,
-    false,
-    func,
-    literal_column,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -139,7 +123,7 @@ class ChangeBatch:
 async def read_initial_state(session: AsyncSession) -> InitialState:
     """Return the initial state in the snapshot of `session`."""
     revision, sequence, _ = await read_counters(session)
-    newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
+    newest = sa.select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await session.run_sync(_task_counts)
     dialect = session.get_bind().dialect.name
     decode = statements_for(dialect).decode
@@ -151,9 +135,9 @@ async def read_live(session: AsyncSession) -> AsyncIterator[tuple[type[Any], Seq
 
     Pending and scheduled tasks are in the order of their keys.
     """
-    running = select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
-    live: Sequence[tuple[type[Any], Select[Any]]] = (
-        (NodeInfo, select(*COLUMNS[NodeInfo])),
+    running = sa.select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
+    live: Sequence[tuple[type[Any], sa.Select[Any]]] = (
+        (NodeInfo, sa.select(*COLUMNS[NodeInfo])),
         (Task, running.order_by(TaskRow.submitted_at)),  # otherwise SQLite may scan all tasks
         (Task, select_pending()),
     )
@@ -197,7 +181,7 @@ def read_change_batch(
     # Heartbeats are not in the change log: they only raise the sequence of their node.
     heartbeats: Sequence[Record[NodeInfo]] = []
     if newest_sequence > heartbeat_sequence:
-        query = select(*COLUMNS[NodeInfo]).where(NodeRow.beat > heartbeat_sequence)
+        query = sa.select(*COLUMNS[NodeInfo]).where(NodeRow.beat > heartbeat_sequence)
         heartbeats = _read_nodes(session, query)
     return ChangeBatch(
         revision=until,
@@ -239,7 +223,7 @@ def _read_changes(
     return found, [row[3:] for row in found if row[3] is not None]
 
 
-def _read_nodes(session: Session, query: Select[Any]) -> list[Record[NodeInfo]]:
+def _read_nodes(session: Session, query: sa.Select[Any]) -> list[Record[NodeInfo]]:
     rows = fetch_raw_rows(session.connection().execute(query))
     decode = statements_for(session.get_bind().dialect.name).decode[NodeInfo]
     return [decode(tuple(row)) for row in rows if row[0] is not None]
@@ -267,7 +251,7 @@ def entry_reader(dialect: str) -> Callable[[Raw], IndexEntry]:
 
 
 def _task_counts(session: Session) -> dict[str, int]:
-    counts = select(TaskRow.status, func.count()).group_by(TaskRow.status)
+    counts = sa.select(TaskRow.status, sa.func.count()).group_by(TaskRow.status)
     return {status.value: count for status, count in session.execute(counts)}
 
 
@@ -320,24 +304,24 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
     """Return the statement for a page, and the names of its parameters in order."""
     tasks, changes, counters = table_of(Task), ChangeRow.__table__, CounterRow.__table__
     is_sqlite = dialect == "sqlite"
-    until: BindParameter[int] = bindparam("until")
+    until: sa.BindParameter[int] = sa.bindparam("until")
     # The version of a task is the revision of its last change. The last change of a task that is
     # read brings the content: the last of all, or any if the last one is not on this page.
-    brings_task = or_(tasks.c.version <= changes.c.revision, tasks.c.version > until)
-    is_wanted = and_(changes.c.revision > bindparam("since"), changes.c.revision <= until)
+    brings_task = sa.or_(tasks.c.version <= changes.c.revision, tasks.c.version > until)
+    is_wanted = sa.and_(changes.c.revision > sa.bindparam("since"), changes.c.revision <= until)
     if is_skipping:
-        known: BindParameter[Any] = bindparam("skipped")
-        skipped: Select[Any] = (
-            select(func.json_each(known).table_valued("value").c.value)
+        known: sa.BindParameter[Any] = sa.bindparam("skipped")
+        skipped: sa.Select[Any] = (
+            sa.select(sa.func.json_each(known).table_valued("value").c.value)
             if is_sqlite
-            else select(func.unnest(cast(known, ARRAY(BigInteger))))
+            else sa.select(sa.func.unnest(sa.cast(known, ARRAY(sa.BigInteger))))
         )
-        brings_task = or_(brings_task, tasks.c.version.in_(skipped))
-        is_wanted = and_(is_wanted, changes.c.revision.not_in(skipped))
+        brings_task = sa.or_(brings_task, tasks.c.version.in_(skipped))
+        is_wanted = sa.and_(is_wanted, changes.c.revision.not_in(skipped))
     rows = changes.outerjoin(
         tasks,
-        and_(
-            changes.c.item == literal_column(f"'{_TASK}'"),
+        sa.and_(
+            changes.c.item == sa.literal_column(f"'{_TASK}'"),
             tasks.c.task_id == changes.c.item_id,
             brings_task,
             _is_small(is_sqlite),
@@ -348,39 +332,43 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
     if is_sqlite:
         # One row: for each row SQLite's driver releases the interpreter's lock and waits for it
         # again. Even without other threads, one row takes two thirds of the time of many.
-        texts = func.json_group_array(func.json_array(*columns))
-        batch = select(texts).select_from(rows).where(is_wanted).scalar_subquery()
-        query = select(*state, batch)
+        texts = sa.func.json_group_array(sa.func.json_array(*columns))
+        batch = sa.select(texts).select_from(rows).where(is_wanted).scalar_subquery()
+        query = sa.select(*state, batch)
     else:
         # JSON as text: for values of the type JSON the driver calls a Python function.
         texts_of = [
-            cast(one, Text).label(one.name) if one.name in JSON_FIELDS[Task] else one
+            sa.cast(one, sa.Text).label(one.name) if one.name in JSON_FIELDS[Task] else one
             for one in columns
         ]
-        page = select(*texts_of).select_from(rows).where(is_wanted).subquery()
-        query = select(*state, page).select_from(counters.outerjoin(page, true()))
+        page = sa.select(*texts_of).select_from(rows).where(is_wanted).subquery()
+        query = sa.select(*state, page).select_from(counters.outerjoin(page, sa.true()))
         query = query.order_by(page.c.revision)
-    query = query.where(counters.c.id == literal_column("1"))
+    query = query.where(counters.c.id == sa.literal_column("1"))
     compiled = query.compile(dialect=statements_for(dialect).dialect)
     return str(compiled), tuple(compiled.positiontup or ())
 
 
-def _is_small(is_sqlite: bool) -> ColumnElement[bool]:
+def _is_small(is_sqlite: bool) -> sa.ColumnElement[bool]:
     """Return the condition for tasks of which a full batch fits into a page."""
     names = JSON_FIELDS[Task]
-    columns = [one for one in table_of(Task).c if one.name in names or isinstance(one.type, Text)]
-    most = bindparam("small", type_=BigInteger)
+    columns = [
+        one for one in table_of(Task).c if one.name in names or isinstance(one.type, sa.Text)
+    ]
+    most = sa.bindparam("small", type_=sa.BigInteger)
 
-    def total(length: Callable[[Any], Any]) -> ColumnElement[int]:
-        return reduce(add, (func.coalesce(length(one), literal_column("0")) for one in columns))
+    def total(length: Callable[[Any], Any]) -> sa.ColumnElement[int]:
+        return reduce(
+            add, (sa.func.coalesce(length(one), sa.literal_column("0")) for one in columns)
+        )
 
     if is_sqlite:
         # `octet_length` does not read the value; before 3.43, `length` has to.
         is_new = sqlite3.sqlite_version_info >= (3, 43)
-        return total(func.octet_length if is_new else func.length) <= most
+        return total(sa.func.octet_length if is_new else sa.func.length) <= most
     # The stored size comes first: to find the other one, the server decompresses the value.
-    size = total(lambda one: func.octet_length(cast(one, Text)))
-    return case((total(func.pg_column_size) <= most, size <= most), else_=false())
+    size = total(lambda one: sa.func.octet_length(sa.cast(one, sa.Text)))
+    return sa.case((total(sa.func.pg_column_size) <= most, size <= most), else_=sa.false())
 
 
 def _fetch(session: Session, sql: str, *parameters: Any) -> Sequence[Any]:
