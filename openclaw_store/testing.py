@@ -46,11 +46,7 @@ class FakeClock:
 
 class _Factory:
     def __init__(self, clock: Clock = utc_now) -> None:
-        """Make a factory.
-
-        Args:
-            clock: Source of the times of submission and registration.
-        """
+        """Make a factory; `clock` gives the times of submission and registration."""
         self._clock = clock
         self._numbers = count(1)
 

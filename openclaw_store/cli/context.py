@@ -50,11 +50,7 @@ class Call:
         return migrations.named_by(self.location)
 
     def existing(self) -> Backend:
-        """Return the backend of a database that exists.
-
-        Raises:
-            UnavailableError: If there is no such file.
-        """
+        """Return the backend of a database, of which the file must exist."""
         backend = self.backend
         if not backend.exists():
             raise UnavailableError(

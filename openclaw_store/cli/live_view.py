@@ -23,12 +23,7 @@ _NODES = 10
 
 
 async def view(database: Database, batches: AsyncIterator[Sequence[Change]]) -> None:
-    """Draw the cluster and its newest changes until `batches` ends.
-
-    Args:
-        database: Read for each frame.
-        batches: Changes; an empty batch forces a new frame.
-    """
+    """Draw the cluster and its newest changes; an empty batch forces a new frame."""
     newest: deque[Change] = deque(maxlen=100)
     drawn = 0.0
     with Live(console=render.screen(), auto_refresh=False) as live:

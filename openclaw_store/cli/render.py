@@ -163,11 +163,7 @@ def fields(entity: Task | NodeInfo) -> Table:
 
 
 def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
-    """Make a table with one line per change.
-
-    Args:
-        of_one: Leave the task or node out, because it is the same everywhere.
-    """
+    """Make a table with one line per change; `of_one` leaves out the task or node."""
     headers = ("revision", "time (UTC)", *(() if of_one else ("", "id")), "change")
     rows = (
         (

@@ -141,12 +141,7 @@ def import_rows(
 ) -> LegacyImport:
     """Move the rows of the renamed tables to the tables of the library, nodes first.
 
-    Args:
-        connection: The transaction.
-        cursor: The cursor of the transaction.
-        zone: The zone of times without one; `None` for the local zone.
-        now: The time of the changes in the feed.
-        copy: The path of the copy of the legacy file, for the result.
+    Times without a zone are in `zone`, `None` for the local one. The changes have the time `now`.
     """
     for statement in _MAKE_TABLES:
         connection.exec_driver_sql(statement)

@@ -59,11 +59,7 @@ def location_of(location: str | Path | None) -> str | Path:
 
 
 def is_current(backend: Backend) -> bool:
-    """Return `True` if the database has the schema of this version; `False` for an older one.
-
-    Raises:
-        SchemaMismatchError: If it is newer, or was not made by this library.
-    """
+    """Return `True` if the schema is current, `False` if it is older; refuse any other."""
     return backend.inspect(lambda connection: _is_current(backend, connection))
 
 
@@ -79,11 +75,7 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
 
 
 def refuse_newer(revision: str | None, location: str) -> None:
-    """Refuse the schema of a later version, and an incomplete copy.
-
-    Raises:
-        SchemaMismatchError: With the command to run.
-    """
+    """Refuse the schema of a later version, and an incomplete copy."""
     if revision is not None and revision.startswith(COPYING):
         raise SchemaMismatchError(
             f"{location} is half of a copy: copy to it again from the same database, or give "
@@ -110,11 +102,7 @@ def stored(connection: Connection) -> str | None:
 
 
 def require(backend: Backend) -> None:
-    """Refuse a database with an older schema.
-
-    Raises:
-        SchemaMismatchError: With the command to run.
-    """
+    """Refuse a database with another schema; the error names the command to run."""
     if not is_current(backend):
         is_legacy = backend.inspect(legacy_import.is_legacy)
         raise SchemaMismatchError(
@@ -163,13 +151,8 @@ def upgrade(
 def downgrade(backend: Backend, revision: str) -> None:
     """Return the database to an older schema; blocks the thread.
 
-    Args:
-        revision: The older revision; `base` removes all tables with their contents.
-
-    Raises:
-        InvalidDataError: If there is no such older revision.
-        SchemaMismatchError: If the database is newer, or was not made by this library.
-        UnavailableError: If another process keeps the lock for longer than the timeout.
+    The revision `base` removes all tables with their contents. An unknown one raises
+    `InvalidDataError`; further errors are those of `migrate`.
     """
     from alembic import command
     from alembic.util import CommandError
@@ -182,11 +165,7 @@ def downgrade(backend: Backend, revision: str) -> None:
 
 
 def check(backend: Backend) -> None:
-    """Refuse a database if its tables differ from the declarative models.
-
-    Raises:
-        SchemaMismatchError: With the differences that Alembic found.
-    """
+    """Refuse a database of which the tables differ from the declarative models."""
     require(backend)
     from alembic import command
     from alembic.util import CommandError
@@ -223,10 +202,8 @@ def migrate(
     Returns the result of the import of a legacy database.
 
     Args:
-        backend: The database.
         work: Calls `run`.
         legacy_timezone: Zone of the times of a legacy database; `None` for the local one.
-        clock: Gives the time of the import.
         to_head: `work` upgrades to the schema of this version. A legacy database is imported then,
             and refused otherwise.
 

@@ -22,14 +22,7 @@ _CLOSE_SECONDS = 5.0
 
 
 class LoopSessions:
-    """The engines and session factories of one event loop.
-
-    Args:
-        loop: The event loop.
-        backend: The database.
-        info: The `info` of each session.
-        options: Options of the pool of read connections.
-    """
+    """The engines and session factories of one event loop; `options` are of its read pool."""
 
     def __init__(
         self,

@@ -58,10 +58,7 @@ def read_dict(
 
 
 def _checked(
-    field: Field[Any],
-    value: Any,
-    checks: Mapping[str, Check],
-    json_checks: Mapping[str, JsonCheck],
+    field: Field[Any], value: Any, checks: Mapping[str, Check], json_checks: Mapping[str, JsonCheck]
 ) -> Any:
     if value is field.default:  # the checks refuse None, the default of optional fields
         return value

@@ -38,7 +38,7 @@ from openclaw_store.database import (
 from openclaw_store.domain import Decode, NodeInfo, Raw, Task, encode
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.maintenance.progress import Progress, Report
-from openclaw_store.repositories import counters_of, decoder_here, read_rows
+from openclaw_store.repositories import decoder_here, read_counters, read_rows
 
 COPY_BATCH_SIZE = 1000
 """Rows read, written and committed together."""
@@ -93,11 +93,7 @@ class _Rows:
         ]
 
     async def read(self, session: AsyncSession, *, checked: bool) -> AsyncIterator[Sequence[Image]]:
-        """Read all rows in the order of their primary keys.
-
-        Args:
-            checked: Whether to refuse rows that are no valid task or node.
-        """
+        """Read all rows in the order of their primary keys; `checked` refuses invalid ones."""
         sql = statements_for(session.get_bind().dialect.name)
         async for rows in read_rows(session, self.query, COPY_BATCH_SIZE):
             if checked and self.kind is not None:
@@ -155,7 +151,6 @@ _TABLES = (
     _Rows(None, ChangeRow.metadata.tables["changes"], list(ChangeRow.__table__.c)),
 )
 
-_COUNTERS = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
 _NAME = text("SELECT version_num FROM alembic_version")
 _RENAME = text("UPDATE alembic_version SET version_num = :new WHERE version_num = :old")
 _LOCK = text("UPDATE alembic_version SET version_num = version_num")
@@ -216,12 +211,10 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
 
 
 async def _measure(session: AsyncSession) -> _Source:
-    found = (await session.execute(_COUNTERS)).all()
-    revision, beat = counters_of(found)
     counts = [
         await session.scalar(select(func.count()).select_from(rows.table)) or 0 for rows in _TABLES
     ]
-    return _Source((revision, beat, found[0].compacted), counts)
+    return _Source(await read_counters(session), counts)
 
 
 async def _begin(target: Database, name: str) -> Sequence[Any]:
@@ -246,8 +239,7 @@ async def _begin(target: Database, name: str) -> Sequence[Any]:
 
 
 async def _require_empty(target: Database, tx: AsyncSession) -> None:
-    counters = (await tx.execute(_COUNTERS)).one_or_none()
-    revision = None if counters is None else counters.revision
+    revision = await tx.scalar(select(CounterRow.revision))
     found = [
         str(rows.table) for rows in _TABLES if await tx.scalar(select(select(rows.table).exists()))
     ]

@@ -9,13 +9,7 @@ Report = Callable[[str, int, int], object]
 
 
 class Progress:
-    """Count and report the work done in one step.
-
-    Args:
-        report: Receives the progress, if given.
-        what: Name of the step.
-        total: Amount of work, as far as known.
-    """
+    """Count and report the work done in one step; `total` is the work as far as known."""
 
     def __init__(self, report: Report | None, what: str, total: int) -> None:
         self._report = report

@@ -181,11 +181,7 @@ ORDER: Sequence[type[Repair]] = (
 async def repair_problems(
     database: Database, repairs: Mapping[int, Repair], progress: Progress
 ) -> dict[int, bool]:
-    """Run repairs in batches, and return whether each solved its problem.
-
-    Args:
-        repairs: Repairs by the position of their problem.
-    """
+    """Run repairs in batches, and return whether each solved its problem, by its position."""
     solved: dict[int, bool] = {}
     for kind in ORDER:
         positions = [position for position, one in repairs.items() if type(one) is kind]

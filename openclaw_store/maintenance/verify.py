@@ -79,8 +79,6 @@ _INVALID_INDEXES = text("""
     WHERE NOT (indisvalid AND indisready) AND tables.relname IN
     ('tasks', 'nodes', 'changes', 'counters') AND pg_table_is_visible(tables.oid)""")
 
-_CHANGE_KINDS = {kind.value for kind in ChangeKind}
-
 Key = tuple[str, str]
 """`task` or `node`, and an identifier, as in the feed."""
 

@@ -33,9 +33,7 @@ class AppliedChanges:
     def count(self, change: Change, counted_status: Callable[[Change], str | None]) -> bool:
         """Count a change; `False` if it was counted before.
 
-        Args:
-            counted_status: Returns the status under which the entity of a change was counted; it
-                is called if the change has a gap before it.
+        After a gap, `counted_status` gives the status under which its entity was counted.
         """
         revision = change.revision
         if revision == self.contiguous + 1:  # the most frequent case

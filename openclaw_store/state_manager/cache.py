@@ -33,11 +33,7 @@ from openclaw_store.domain import (
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
 from openclaw_store.state_manager.applied_changes import AppliedChanges
-from openclaw_store.state_manager.change_feed import (
-    STEP_WIDTH,
-    ChangeBatch,
-    InitialState,
-)
+from openclaw_store.state_manager.change_feed import STEP_WIDTH, ChangeBatch, InitialState
 from openclaw_store.state_manager.node_index import NodeIndex
 from openclaw_store.state_manager.snapshot import Records
 from openclaw_store.state_manager.task_index import Indexed, TaskIndex
@@ -55,12 +51,7 @@ class Unsaved:
 
 
 class Cache:
-    """Live tasks, all nodes, and the most recently used finished tasks.
-
-    Args:
-        start: The initial state; `load` adds its rows.
-        finished_limit: Maximum number of finished tasks.
-    """
+    """Live tasks, all nodes, and up to `finished_limit` of the last used finished tasks."""
 
     def __init__(self, start: InitialState, finished_limit: int) -> None:
         self._finished_limit = finished_limit
@@ -87,12 +78,13 @@ class Cache:
 
     def load(self, kind: type[Any], rows: Sequence[Raw]) -> None:
         """Add rows of the initial state."""
+        for row in rows:
+            if kind is Task:
+                self.tasks.put(row[0], row)
+            else:
+                self._show_node(row[0], None, self._decode[kind](row))
         if kind is Task:
-            self.tasks.load(rows)
             self.task_index.extend([self._read_entry(row) for row in rows])
-        else:
-            for row in rows:
-                self._show((kind, row[0]), None, self._decode[kind](row))
 
     def keep_unsaved(self, other: Cache) -> None:
         """Keep the unsaved entries and heartbeats of the cache that this one replaces."""
@@ -239,8 +231,8 @@ class Cache:
     ) -> bool:
         """Record the outcome of submitted heartbeats; return true if some wait again.
 
-        A written heartbeat was applied before, by its `HeartbeatWritten`. `known` is false for a
-        heartbeat of an unknown node, and `None` if the write failed.
+        A written one was applied before, by its `HeartbeatWritten`. `known` is false for one of an
+        unknown node, and `None` if the write failed.
         """
         are_waiting = False
         for index, heartbeat in enumerate(heartbeats):

@@ -12,13 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from openclaw_store.domain import (
-    ASSIGNED,
-    Entity,
-    EntityKey,
-    Record,
-    Task,
-)
+from openclaw_store.domain import ASSIGNED, Entity, EntityKey, Record, Task
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import (
     Event,

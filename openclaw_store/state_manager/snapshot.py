@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from threading import get_ident
 from typing import Any, Generic
 
@@ -49,11 +49,6 @@ class Records(Generic[Entity]):
 
     def values(self) -> Iterator[Record[Entity]]:
         return (record for id in self if (record := self.get(id)) is not None)
-
-    def load(self, rows: Iterable[Raw]) -> None:
-        """Add rows; the first value is the identifier."""
-        for row in rows:
-            self.put(row[0], row)
 
     def put(self, id: str, record: Record[Entity] | Raw) -> None:
         # Before the write, or a snapshot would change.
