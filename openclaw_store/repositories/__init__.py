@@ -23,10 +23,6 @@ from openclaw_store.repositories.commands import (
     SetNodeStatus,
     Update,
     cancellation_of,
-    completion_of,
-    failure_of,
-    requeue_of,
-    start_of,
 )
 from openclaw_store.repositories.heartbeats import (
     AfterHeartbeat,

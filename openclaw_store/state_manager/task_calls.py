@@ -30,16 +30,7 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.repositories import (
-    Advance,
-    Create,
-    cancellation_of,
-    completion_of,
-    failure_of,
-    is_known,
-    requeue_of,
-    start_of,
-)
+from openclaw_store.repositories import commands, is_known
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
 from openclaw_store.state_manager.manager_base import COPY_SLICE_SIZE, ManagerBase, copy_in_slices
@@ -191,14 +182,14 @@ class TaskCalls(ManagerBase):
 
     async def _add_chunk(self, chunk: Sequence[Task]) -> list[StoreError | None]:
         outcomes: list[StoreError | None] = [None] * len(chunk)
-        creations: dict[int, Create[Task]] = {}
+        creations: dict[int, commands.Create[Task]] = {}
         for index, task in enumerate(chunk):
             try:
                 record = admit(Task, task, self.db.clock)
             except InvalidDataError as error:
                 outcomes[index] = error
                 continue
-            creations[index] = Create(Task, task.task_id, record, record.idempotency_key)
+            creations[index] = commands.Create(Task, task.task_id, record, record.idempotency_key)
         results = await self._replica.submit_all(list(creations.values()))
         for index, result in zip(creations, results, strict=True):
             if isinstance(result, StoreError):
@@ -287,7 +278,7 @@ class TaskCalls(ManagerBase):
             TaskNotFoundError: If the task was removed.
             NotOwnerError: If the task is no longer assigned to this node for this attempt.
         """
-        return await self._advance(start_of(task))
+        return await self._advance(commands.start_of(task))
 
     async def complete_task(self, task: Task, result: Any = None) -> Task:
         """Set a task to COMPLETED with its result, on behalf of its node, as in `start_task`.
@@ -301,7 +292,7 @@ class TaskCalls(ManagerBase):
             NotOwnerError: As in `start_task`.
             InvalidDataError: If the result cannot be stored.
         """
-        return await self._advance(completion_of(task, result))
+        return await self._advance(commands.completion_of(task, result))
 
     async def fail_task(self, task: Task, error: str) -> Task:
         """Report a failed attempt on behalf of the node of a task, as in `start_task`.
@@ -313,7 +304,7 @@ class TaskCalls(ManagerBase):
             TaskNotFoundError: If the task was removed.
             NotOwnerError: As in `start_task`.
         """
-        return await self._advance(failure_of(task, error, self._backoff.draw()))
+        return await self._advance(commands.failure_of(task, error, self._backoff.draw()))
 
     async def cancel_task(self, task_id: str, reason: str | None = None) -> bool:
         """Cancel a live task; return `False` if there is no such task.
@@ -327,7 +318,7 @@ class TaskCalls(ManagerBase):
             InvalidTransitionError: If the task has finished with another status.
         """
         self._check_usable()
-        return await is_known(self._scheduler.advance(cancellation_of(task_id, reason)))
+        return await is_known(self._scheduler.advance(commands.cancellation_of(task_id, reason)))
 
     async def requeue_task(self, task_id: str) -> bool:
         """Set a task to PENDING with all its retries; return `False` if there is no such task.
@@ -339,7 +330,7 @@ class TaskCalls(ManagerBase):
             DuplicateError: If another live task has its idempotency key.
         """
         self._check_usable()
-        return await is_known(self._scheduler.advance(requeue_of(task_id)))
+        return await is_known(self._scheduler.advance(commands.requeue_of(task_id)))
 
     async def recover(self, timeout_seconds: float = 120) -> Recovery:
         """Release tasks of lost nodes, and end attempts that exceed their timeout.
@@ -369,7 +360,7 @@ class TaskCalls(ManagerBase):
         self._check_usable()
         return await self._scheduler.explain(check_key("task_id", task_id))
 
-    async def _advance(self, operation: Advance) -> Task:
+    async def _advance(self, operation: commands.Advance) -> Task:
         self._check_usable()
         return (await self._scheduler.advance(operation)).record.copy()
 
