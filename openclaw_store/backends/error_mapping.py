@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -40,6 +41,13 @@ SQLITE_ADVICE = {
 """Advice by primary result code."""
 
 _SQLITE_REFUSED = {"SQLITE_CONSTRAINT", "SQLITE_MISMATCH", "SQLITE_TOOBIG", "SQLITE_RANGE"}
+
+_SQLITE_PYTHON_ERRORS: Mapping[Any, str] = {
+    UnicodeDecodeError: "SQLITE_CORRUPT",  # a message quotes the damaged schema
+    OverflowError: "SQLITE_RANGE",  # an integer has more than 64 bits
+    MemoryError: "SQLITE_NOMEM",
+}
+"""Result codes of the driver's errors that are not `sqlite3.Error`."""
 
 _GONE = "the connection to the server was lost: try again"
 _POSTGRESQL_ADVICE = {
@@ -140,11 +148,13 @@ class SQLiteErrorMapping(ErrorMapping):
 
     @staticmethod
     def raised() -> tuple[type[Exception], ...]:
-        return (sqlite3.Error,)
+        return sqlite3.Error, *_SQLITE_PYTHON_ERRORS
 
     @staticmethod
     def code(error: BaseException) -> str | None:
         """Return the primary result code: `SQLITE_BUSY` for `SQLITE_BUSY_SNAPSHOT` too."""
+        if type(error) in _SQLITE_PYTHON_ERRORS:
+            return _SQLITE_PYTHON_ERRORS[type(error)]
         name = getattr(_cause(error), "sqlite_errorname", None)
         return "_".join(name.split("_")[:2]) if name else None
 

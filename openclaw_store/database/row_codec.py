@@ -69,11 +69,8 @@ def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
             for index, decoder in decoders:
                 if values[index] is not None:
                     values[index] = decoder(values[index])
-        except (
-            TypeError,
-            OverflowError,
-        ) as error:  # written by hand: SQLite stores text in any column
-            raise InvalidDataError(FIELDS[kind][index], f"of {raw[0]!r} cannot be read") from error
+        except InvalidDataError as error:
+            raise InvalidDataError(FIELDS[kind][index], f"of {raw[0]!r}: {error}") from error
         return decode(kind, values)
 
     return decode_row

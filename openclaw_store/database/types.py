@@ -29,7 +29,11 @@ def to_microseconds(moment: datetime) -> int:
 
 def from_microseconds(value: int) -> datetime:
     """Return the exact time `value` microseconds after 1970."""
-    return _EPOCH + value * _MICROSECOND  # `timedelta(microseconds=value)` takes 1.5 times as long
+    try:
+        # `timedelta(microseconds=value)` takes 1.5 times as long.
+        return _EPOCH + value * _MICROSECOND
+    except (TypeError, OverflowError) as error:  # SQLite stores text in any column
+        raise InvalidDataError("time", f"{value!r} is not one") from error
 
 
 def _in_utc(moment: datetime) -> datetime:

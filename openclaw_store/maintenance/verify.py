@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from types import NoneType
 from typing import Any
 
 from sqlalchemy import func, select, text
@@ -34,6 +36,7 @@ from openclaw_store.domain import (
     FINISHED,
     JSON_FIELDS,
     KEY,
+    MAX_INTEGER,
     ChangeKind,
     NodeInfo,
     Raw,
@@ -41,7 +44,7 @@ from openclaw_store.domain import (
     encode,
     missing_time,
 )
-from openclaw_store.errors import InvalidDataError, UnavailableError
+from openclaw_store.errors import InvalidDataError, UnavailableError, safe_repr
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import (
     CountTasks,
@@ -78,6 +81,11 @@ _INVALID_INDEXES = text("""
     JOIN pg_class AS tables ON tables.oid = indrelid
     WHERE NOT (indisvalid AND indisready) AND tables.relname IN
     ('tasks', 'nodes', 'changes', 'counters') AND pg_table_is_visible(tables.oid)""")
+
+_CHANGE_TYPES: Sequence[Any] = (
+    int, (int, datetime), str, str, str, *[(str, NoneType)] * 4, (int, NoneType)
+)  # fmt: skip
+"""The types of the columns of the feed; SQLite stores any type in any column but the first."""
 
 Key = tuple[str, str]
 """`task` or `node`, and an identifier, as in the feed."""
@@ -169,23 +177,27 @@ class _Scan:
     async def run(self, database: Database) -> None:
         try:
             async with database.session() as session:
-                await self._check_file(session)
-                if not await self._check_counters(session):
-                    return
-                node = TaskRow.assigned_node
-                query = select(node, func.count()).where(IS_ASSIGNED).group_by(node)
-                assigned = {id: count for id, count in await session.execute(query) if id}
-                await self._check_rows(session, NodeInfo, assigned)
-                await self._check_rows(session, Task, assigned)
-                self._remark_unknown_nodes(assigned)
-                await self._check_idempotency_keys(session)
-                # The feed comes after the rows, whose references it looks up.
-                await self._check_feed(session)
-                await self._check_unreferenced(session)
+                await database.read_in(session, self._check_all)
         except (UnavailableError, InvalidDataError) as error:
             if error.__cause__ is None or not SQLiteErrorMapping.is_damage(error.__cause__):
                 raise
             self._add("file", f"Not all of it can be read: {error}.")
+
+    async def _check_all(self, session: AsyncSession) -> None:
+        await self._check_file(session)
+        if not await self._check_counters(session):
+            return
+        node = TaskRow.assigned_node
+        query = select(node, func.count()).where(IS_ASSIGNED).group_by(node)
+        rows = await session.execute(query)
+        assigned = {id: count for id, count in rows if id and isinstance(id, str)}
+        await self._check_rows(session, NodeInfo, assigned)
+        await self._check_rows(session, Task, assigned)
+        self._remark_unknown_nodes(assigned)
+        await self._check_idempotency_keys(session)
+        # The feed comes after the rows, whose references it looks up.
+        await self._check_feed(session)
+        await self._check_unreferenced(session)
 
     def _add(
         self, invariant: str, text: str, key: Key | None = None, repair: Repair | None = None
@@ -230,12 +242,20 @@ class _Scan:
         if len(counters) != 1:
             self._add("counters", "The row of counters is missing: restore a backup.")
             return False
-        self._revision, self._beat, self._compacted = counters[0]
+        # SQLite sorts text behind all numbers.
         heartbeats = await session.scalar(select(func.max(NodeRow.beat))) or 0
+        numbers = *counters[0], heartbeats
+        if {*map(type, numbers)} != {int}:
+            problem = f"Of the counters and the newest numbers {numbers}, not all are integers."
+            self._add("counters", problem)
+            return False
+        self._revision, self._beat, self._compacted = counters[0]
         # Writers number heartbeats from the counter: behind, it would give a number twice.
         if heartbeats > self._beat:
             problem = f"The last heartbeat is number {self._beat}, but the newest {heartbeats}."
-            self._add("counters", problem, repair=RaiseCounters())
+            # Writers could not count on from the largest numbers, which only damage explains.
+            is_safe = heartbeats < MAX_INTEGER // 2
+            self._add("counters", problem, repair=RaiseCounters() if is_safe else None)
         if self._compacted >= max(self._revision, 1):
             problem = f"The feed was compacted up to {self._compacted}, but ends before that."
             self._add("counters", problem)
@@ -258,6 +278,9 @@ class _Scan:
         async for rows in read_rows(session, query):
             for row in rows:
                 raw, change = row[: len(names)], row[len(names) :]
+                if not isinstance(raw[0], str):
+                    self._add("values", f"The {names[0]} {raw[0]!r} is not text.")
+                    continue
                 key = ENTITY_NAMES[kind], raw[0]
                 values = dict(zip(names, raw, strict=True))
                 self._check_values(kind, key, raw, decode)
@@ -303,7 +326,7 @@ class _Scan:
             self._check_later(self._unmatched, key, version)
             return
         item, id, status, node = change
-        if (item, id) != key or status is None:
+        if (item, id) != key or not isinstance(status, str):
             # A compacted change is legally missing; one of another entity never is.
             if version > self._compacted or item is not None:
                 self._check_later(self._unmatched, key, version)
@@ -337,7 +360,8 @@ class _Scan:
         )
         for idempotency_key, count, first in await session.execute(query):
             problem = f"{count} live tasks, as {first!r}, have the key {idempotency_key!r}."
-            self._add("idempotency_keys", problem, (ENTITY_NAMES[Task], first))
+            key = (ENTITY_NAMES[Task], first) if isinstance(first, str) else None
+            self._add("idempotency_keys", problem, key)
         self.found.checked["idempotency_keys"] = self._counts[1]
 
     async def _check_feed(self, session: AsyncSession) -> None:
@@ -359,6 +383,10 @@ class _Scan:
                 if revision <= self._compacted < successor:
                     self._add("feed", f"Change {revision} was compacted, but is still there.")
                 successor = revision
+                if not all(map(isinstance, row, _CHANGE_TYPES)):
+                    problem = f"Change {revision} has a value of a wrong type: {safe_repr(row)}."
+                    self._add("feed", problem)
+                    continue
                 self._check_change(revision, key, kind, was, status)
                 if previous is None:
                     continue
@@ -419,10 +447,13 @@ class _Scan:
                 continue
             columns = ROWS[kind].__table__.c
             query = select(columns.version).where(columns[KEY[kind]] == key[1])
-            version = await session.scalar(query)
-            if version is None:
+            row = (await session.execute(query)).first()
+            version = 0 if row is None else row.version
+            if row is None:
                 problem = f"{_label(key)} is gone, but its last change, {revision}, is no removal."
                 self._add("changes", problem, key, RemoveFromFeed(kind, key[1], revision))
+            elif type(version) is not int:
+                pass  # `_check_values` has reported it
             elif version < revision or key in self._unmatched:
                 if 0 <= version <= self._revision:  # else `_check_version` has reported it
                     problem = (

@@ -28,11 +28,13 @@ from openclaw_store import (
     InvalidDataError,
     NodeInfo,
     NodeStatus,
+    SchemaMismatchError,
     StateManager,
     StoreError,
     Task,
     TaskFilter,
     TaskStatus,
+    UnavailableError,
     UnsavedConflictError,
     Verification,
     verify,
@@ -447,8 +449,112 @@ class TestFaults:
         assert await cluster.task_repo.get("d") is None
 
 
+CHANGE = "UPDATE changes SET {} WHERE revision = (SELECT version FROM tasks WHERE task_id = 'a')"
+
+WRONG_TYPES: dict[str, tuple[str, str, str | None]] = {
+    "no item": (CHANGE.format("item = NULL"), "feed", None),
+    "bytes as an item": (CHANGE.format("item_id = x'ff'"), "feed", None),
+    "no kind": (CHANGE.format("kind = NULL"), "feed", None),
+    "bytes as a status": (CHANGE.format("to_status = x'00'"), "feed", None),
+    "text as a revision": (CHANGE.format("previous = 'b'"), "feed", None),
+    "text as a time": (CHANGE.format("changed_at = 'monday'"), "feed", None),
+    "no version": ("UPDATE tasks SET version = NULL WHERE task_id = 'a'", "values", "a"),
+    "bytes as a version": ("UPDATE tasks SET version = x'00' WHERE task_id = 'a'", "values", "a"),
+    "bytes as a task": (
+        "UPDATE tasks SET task_id = CAST(task_id AS BLOB), idempotency_key = 'k' "
+        "WHERE status = 'pending'",
+        "values",
+        None,
+    ),
+    "no node": ("UPDATE nodes SET node_id = NULL WHERE node_id = 'n'", "values", None),
+    "bytes as nodes": (
+        "UPDATE tasks SET assigned_node = CASE task_id WHEN 'b' THEN x'ff' ELSE 'm' END "
+        "WHERE assigned_node IS NOT NULL",
+        "values",
+        "b",
+    ),
+    "text as a counter": ("UPDATE counters SET revision = 'x'", "counters", None),
+    "no counter": ("UPDATE counters SET compacted = NULL", "counters", None),
+    "text as a heartbeat": ("UPDATE nodes SET beat = 'x' WHERE node_id = 'n'", "counters", None),
+    "largest revision": (CHANGE.format(f"revision = {2**63 - 1}"), "counters", None),
+}
+"""Values that a damaged page may hold, whatever the columns of its table."""
+
+
+def spoil_types(location: Path, statement: str) -> None:
+    """Write NULL and any type, as damage does."""
+    tables = "UPDATE sqlite_master SET sql = {} WHERE type = 'table'"
+    spoil(location, "CREATE TABLE sound AS SELECT * FROM sqlite_master")
+    writable = "PRAGMA writable_schema = ON"
+    spoil(location, writable, tables.format("replace(sql, 'NOT NULL', '')"))
+    spoil(location, statement)
+    sound = "(SELECT sql FROM sound WHERE sound.name = sqlite_master.name)"
+    spoil(location, writable, tables.format(sound) + " AND name <> 'sound'", "DROP TABLE sound")
+
+
+def read_file(location: Path) -> bytes:
+    return location.read_bytes()
+
+
+def write_file(location: Path, content: bytes) -> None:
+    location.write_bytes(content)
+
+
+def damaged(content: bytes, chance: random.Random) -> bytes:
+    """Random bytes at up to five places: the start, the end or any part of a page."""
+    size = int.from_bytes(content[16:18])
+    new = bytearray(content)
+    for _ in range(chance.choice([1, 2, 5])):
+        length = chance.choice([1, 2, 8, 64, 200])
+        offset = chance.choice([8, chance.randrange(8, size), size - chance.randrange(1, 400)])
+        start = chance.randrange(len(content) // size) * size + offset
+        fill = chance.choice([b"\xff", b"\0", b"\1", chance.randbytes(1)])
+        new[start : start + length] = (
+            fill * length if chance.random() < 0.6 else chance.randbytes(length)
+        )
+    return bytes(new[: len(content)])
+
+
 @pytest.mark.sqlite
 class TestFile:
+    async def test_value_of_a_wrong_type_is_named(
+        self, location: Path, cluster: StateManager
+    ) -> None:
+        """And no repair stumbles over it, even where a status has no time."""
+        await cluster.shutdown()
+        sound = read_file(location)
+        for name, (statement, invariant, id) in WRONG_TYPES.items():
+            write_file(location, sound)
+            spoil_types(location, statement)
+            spoil(location, SAFE["completed"][0])
+
+            found = await verify_anew(location)
+
+            assert (invariant, id, False) in named(found), name
+            assert {type(one.item_id) for one in found.problems} <= {str, type(None)}, name
+            async with Database(location) as database:
+                assert not await verify(database, repair=True), name
+            # A repair continues from no status that it cannot read.
+            blobs = "SELECT * FROM changes WHERE typeof(from_status) = 'blob'"
+            assert execute(location, blobs) == [], name
+
+    async def test_damage_of_any_page_is_a_problem_or_an_error_of_the_library(
+        self, location: Path, cluster: StateManager
+    ) -> None:
+        await cluster.shutdown()
+        sound = read_file(location)
+        outcomes = set[object]()
+        for seed in range(29, 69):  # three kinds of errors were not the library's
+            chance = random.Random(seed)
+            write_file(location, damaged(sound, chance))
+            try:
+                async with Database(location) as database:
+                    outcomes.add(bool(await verify(database, repair=chance.random() < 0.3)))
+            except StoreError as error:
+                outcomes.add(type(error))
+
+        assert outcomes >= {True, False, UnavailableError}
+
     async def test_json_that_is_none_is_named(
         self, location: Location, cluster: StateManager
     ) -> None:
@@ -493,6 +599,39 @@ class TestFile:
         with pytest.raises(InvalidDataError, match="Could not decode"):
             await cluster.task_repo.get("b")
         await cluster.add_task(make_task(task_id="another"))
+
+    async def test_schema_that_is_no_text_is_damage(
+        self, location: Path, cluster: StateManager
+    ) -> None:
+        """The driver cannot decode SQLite's message, which quotes it."""
+        await cluster.shutdown()
+        spoil(
+            location,
+            "PRAGMA writable_schema = ON",
+            "UPDATE sqlite_master SET sql = 'CREATE' "
+            "|| CAST(x'ff' AS TEXT), name = CAST(x'ff' AS TEXT) WHERE name = 'tasks'",
+        )
+
+        with pytest.raises(UnavailableError, match="damaged"):
+            await verify_anew(location)
+
+    async def test_missing_column_is_a_mismatch(
+        self, location: Path, cluster: StateManager
+    ) -> None:
+        spoil(location, "ALTER TABLE nodes RENAME COLUMN platform TO other")
+
+        with pytest.raises(SchemaMismatchError, match="platform"):
+            await verify_anew(location)
+
+    async def test_counters_at_the_end_stop_a_repair(
+        self, location: Path, cluster: StateManager
+    ) -> None:
+        """The driver refuses integers of more than 64 bits with an error of Python."""
+        spoil(location, SAFE["completed"][0], f"UPDATE counters SET revision = {2**63 - 1}")
+
+        async with Database(location) as database:
+            with pytest.raises(StoreError, match="rolled back"):
+                await verify(database, repair=True)
 
 
 @pytest.mark.postgresql
