@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.catalogue import BENCHMARKS
+from benchmarks.catalogue import BENCHMARKS, GROUPS
 from benchmarks.comparison import (
     ROOT,
     Comparison,
@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    names = options.only or [benchmark.name for benchmark in BENCHMARKS]
+    every = [benchmark.name for benchmark in BENCHMARKS]
+    names = [name for one in options.only or every for name in GROUPS.get(one, [one])]
     if options.plot and PLOTTED not in names:
         parser.error(f"the plot shows {PLOTTED}: add it to --only")
     if options.plot and not find_spec("matplotlib"):
@@ -187,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Measure the store beside other libraries.",
     )
-    names = [benchmark.name for benchmark in BENCHMARKS]
+    names = [*GROUPS, *(benchmark.name for benchmark in BENCHMARKS)]
     parser.add_argument(
         "--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}"
     )

@@ -4,44 +4,76 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import claims, loop, processes, reads, server_writes, writes
+from benchmarks import claims, lives, loop, processes, reads, server_writes, writes
 from benchmarks.measure import Benchmark, Line, at_least, at_most
 
 
-def _of_processes(kind: processes.Kind) -> tuple[Benchmark, Benchmark]:
+def _of_processes(kind: processes.Kind) -> tuple[Benchmark, ...]:
     """Return the benchmarks of several processes on one database of a kind."""
-    prefix, title = ("", "SQLite") if kind == "sqlite" else ("pg-", "PostgreSQL")
+    is_server = kind == "postgresql"
+    prefix, title = ("pg-", "PostgreSQL") if is_server else ("", "SQLite")
+    bare = "asyncpg: FOR UPDATE SKIP LOCKED" if is_server else "sqlite3: BEGIN IMMEDIATE"
     return (
         Benchmark(
-            f"{prefix}freshness",
-            partial(processes.freshness, kind=kind),
+            f"{prefix}lives",
+            partial(lives.lives, kind=kind),
             (
                 Line(
-                    f"{title}: a task added by another process is in memory, p50",
-                    "ms",
-                    at_most(10, 3),
+                    f"{title}: claim, start and complete a task, four processes, 16 workers each "
+                    f"/ {bare}, a commit for each step",
+                    "×",
+                    at_least(1.6, 3) if is_server else at_least(1.3, 2),
                 ),
-                Line("… p99", "ms", at_most(100, 20)),
+                Line("… one process", "×", at_least(2, 3.5) if is_server else None),
+                Line("… four processes / one", "×", at_least(0.7, 1) if is_server else None),
+                Line(
+                    "… CPU of clients and server for each task, four processes",
+                    "×",
+                    at_most(1, 0.5) if is_server else None,
+                ),
+                Line("… four processes with caches"),
+                Line("… one process with a cache"),
+                *(
+                    (
+                        Line("… four processes / PgQueuer", "×", at_least(3, 4)),
+                        Line("… one process / PgQueuer"),
+                    )
+                    if is_server
+                    else ()
+                ),
             ),
-            needs_server=kind == "postgresql",
+            needs_server=is_server,
         ),
         Benchmark(
             f"{prefix}coordinators",
             partial(processes.coordinators, kind=kind),
             (
                 Line(
-                    f"{title}: four processes inserting at once, 64 clients each / one",
+                    f"{title}: insert, four processes with caches, 16 clients each / one process",
                     "×",
-                    at_least(1, 1.5),
+                    at_least(0.8 if is_server else 1, 1.2),
                 ),
-                Line("… p99 of a write", "ms", at_most(100, 40)),
-                Line("… p99 of a write, after gc.freeze()", "ms"),
-                Line("… that do not follow each other's changes / one"),
+                Line("… p99 of a write, four processes", "ms", at_most(40, 15)),
             ),
-            needs_server=kind == "postgresql",
+            needs_server=is_server,
+        ),
+        Benchmark(
+            f"{prefix}freshness",
+            partial(processes.freshness, kind=kind),
+            (
+                Line(
+                    f"{title}: from the insert of a task until another process sees it, p50",
+                    "ms",
+                    at_most(5, 2),
+                ),
+                Line("… p99", "ms", at_most(100, 20)),
+            ),
+            needs_server=is_server,
         ),
     )
 
+
+_OF_PROCESSES = (*_of_processes("sqlite"), *_of_processes("postgresql"))
 
 BENCHMARKS = (
     Benchmark(
@@ -166,11 +198,11 @@ BENCHMARKS = (
         claims.server_claims,
         (
             Line(
-                "PostgreSQL: claims of one task, 16 claimers / 16 connections: FOR UPDATE SKIP "
-                "LOCKED",
+                "PostgreSQL: claims of one task, 100,000 pending, 16 claimers / PgQueuer's dequeue",
                 "×",
-                at_least(3, 8),
+                at_least(0.8, 1.5),
             ),
+            Line("… / 16 connections: FOR UPDATE SKIP LOCKED", "×", at_least(3, 8)),
             Line("… / the same, counting in the node, and writing the feed and its counter, too"),
         ),
         needs_server=True,
@@ -208,12 +240,20 @@ BENCHMARKS = (
             Line(
                 "PostgreSQL: lone insert, p50 / asyncpg, a commit for each row",
                 "×",
-                at_most(2, 1.4),
+                at_most(1.8, 1.4),
             ),
         ),
         needs_server=True,
     ),
-    *_of_processes("sqlite"),
-    *_of_processes("postgresql"),
+    *_OF_PROCESSES,
 )
 """All benchmarks, in the order of a run."""
+
+GROUPS = {
+    "processes": (
+        "pg-claims",
+        "pg-insert-1",
+        *(benchmark.name for benchmark in _OF_PROCESSES),
+    )
+}
+"""Names for several benchmarks."""

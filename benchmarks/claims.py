@@ -12,7 +12,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from benchmarks.measure import Bench, Figure, Sample, drive
+from benchmarks import job_queue
+from benchmarks.measure import Bench, Contender, Figure, Sample, Skipped, drive
 from benchmarks.processes import Span, processes, start_together
 from benchmarks.server_writes import INSERT_CHANGE
 from benchmarks.work import (
@@ -33,19 +34,27 @@ CLAIMERS = 16
 
 SKILLS = ["python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java"]
 
-# The partial index has this order, and contains no claimed task.
-_CLAIM = """
+CLAIM = """
 UPDATE tasks SET status = 'running', assigned_node = ?, attempt = attempt + 1 WHERE task_id = (
     SELECT task_id FROM tasks WHERE status IN ('pending', 'scheduled')
     ORDER BY priority, submitted_at, task_id LIMIT 1
 ) RETURNING task_id, name, parameters"""
+"""The claim of SQLite: the partial index has this order, and contains no running task."""
+
+CLAIM_ON_SERVER = CLAIM.replace("?", "$1").replace("LIMIT 1", "LIMIT 1 FOR UPDATE SKIP LOCKED")
+"""The claim of PostgreSQL, whose concurrent sessions do not wait for each other."""
+
 _JOIN = """
 INSERT INTO nodes (node_id, hostname, platform, arch, status) VALUES ($1, '', '', '', 'online')"""
-_CLAIM_ON_SERVER = _CLAIM.replace("?", "$1").replace("LIMIT 1", "LIMIT 1 FOR UPDATE SKIP LOCKED")
-
 
 Claim = Callable[[], Awaitable[object]]
 """Claims a task."""
+
+Prepare = Callable[[Any, str], Awaitable[Claim]]
+"""Prepares the claims of a node on a connection."""
+
+Require = Callable[[str, int], Awaitable[None]]
+"""Checks the number of claims in a database."""
 
 
 async def claims(bench: Bench) -> Sequence[Figure]:
@@ -62,22 +71,34 @@ async def claims(bench: Bench) -> Sequence[Figure]:
     return [faster(medians["openclaw_store"], medians["sqlite3"])]
 
 
-async def server_claims(bench: Bench) -> Sequence[Figure]:
-    """Measure claims on PostgreSQL, against as many connections that skip locked rows."""
+async def server_claims(bench: Bench) -> Sequence[Figure | Skipped]:
+    """Measure claims of a long queue on PostgreSQL, against connections that skip locked rows."""
+    pending = bench.scaled(100_000, 8 * CLAIMERS)
     many, few = bench.scaled(6400, 4 * CLAIMERS), bench.scaled(1600, 4 * CLAIMERS)
-    async with bench.server_database() as source:
-        await fill_server(source, rows(many))
-        medians = await bench.interleave(
-            {
-                "openclaw_store": partial(_claim_ours_on_server, bench, source, many),
-                "asyncpg": partial(_claim_by_connections, bench, source, few, _prepared),
-                "asyncpg, with feed": partial(
-                    _claim_by_connections, bench, source, few, _prepared_with_feed
-                ),
-            }
-        )
-    ours, *references = medians.values()
-    return [faster(ours, reference) for reference in references]
+
+    def skip_locked(source: str, count: int, prepare: Prepare, require: Require) -> Contender:
+        return partial(_claim_by_connections, bench, source, count, prepare, require)
+
+    async with bench.server_database() as source, bench.server_database() as jobs:
+        await fill_server(source, rows(pending))
+        contenders: dict[str, Contender] = {
+            "openclaw_store": partial(_claim_ours_on_server, bench, source, many),
+            "asyncpg": skip_locked(source, many, _prepared, require_server_claimed),
+            "asyncpg, with feed": skip_locked(
+                source, few, _prepared_with_feed, require_server_claimed
+            ),
+        }
+        if job_queue.is_installed():
+            await job_queue.fill(jobs, pending)
+            contenders["PgQueuer"] = skip_locked(
+                jobs, many, _prepared_job, job_queue.require_claimed
+            )
+        medians = await bench.interleave(contenders)
+    ours = medians["openclaw_store"]
+    return [
+        faster(ours, medians[name]) if name in medians else job_queue.MISSING
+        for name in ("PgQueuer", "asyncpg", "asyncpg, with feed")
+    ]
 
 
 async def queues(bench: Bench) -> Sequence[Figure]:
@@ -112,6 +133,11 @@ async def queues(bench: Bench) -> Sequence[Figure]:
         _slower(medians["many ahead"], medians["none ahead"]),
         _slower(medians["many"], few),
     ]
+
+
+def make_node(id: str) -> NodeInfo:
+    """Return a node with the skills of all tasks and enough slots."""
+    return NodeInfo(id, "host", available_skills=SKILLS, max_concurrent_tasks=10_000_000)
 
 
 def _slower(ours: Sample, against: Sample) -> Figure:
@@ -167,14 +193,14 @@ async def _claim_by_process(path: str, count: int) -> list[Span]:
         for _ in range(count):
             began = perf_counter()
             connection.execute("BEGIN IMMEDIATE")
-            connection.execute(_CLAIM, ("node-0001",)).fetchall()
+            connection.execute(CLAIM, ("node-0001",)).fetchall()
             connection.execute("COMMIT")
             spans.append((began, perf_counter()))
     return spans
 
 
 async def _claim_by_connections(
-    bench: Bench, source: str, count: int, prepare: Callable[[Any, str], Awaitable[Claim]]
+    bench: Bench, source: str, count: int, prepare: Prepare, require: Require
 ) -> Sample:
     """Claim in coroutines of one process, each with its own connection and node."""
     async with bench.server_database(source) as url:
@@ -183,9 +209,7 @@ async def _claim_by_connections(
             for number in range(CLAIMERS):
                 connection = await stack.enter_async_context(connected(url))
                 await require_durable_server(connection)
-                node = f"claimer-{number:02}"
-                await connection.execute(_JOIN, node)
-                free.append(await prepare(connection, node))
+                free.append(await prepare(connection, f"claimer-{number:02}"))
 
             async def claim(_: int) -> None:
                 claim_one = free.pop()
@@ -193,13 +217,18 @@ async def _claim_by_connections(
                 free.append(claim_one)
 
             sample = await drive(CLAIMERS, range(count), claim)
-        await require_server_claimed(url, count)
+        await require(url, count)
     return sample
+
+
+async def _prepared_job(connection: Any, _: str) -> Claim:
+    """Prepare PgQueuer's claim of one job."""
+    return job_queue.Worker(connection).claim
 
 
 async def _prepared(connection: Any, node: str) -> Claim:
     """Prepare `UPDATE … (SELECT … FOR UPDATE SKIP LOCKED) RETURNING`, committed automatically."""
-    statement = await connection.prepare(_CLAIM_ON_SERVER)
+    statement = await connection.prepare(CLAIM_ON_SERVER)
 
     async def claim() -> None:
         await statement.fetch(node)
@@ -209,11 +238,12 @@ async def _prepared(connection: Any, node: str) -> Claim:
 
 async def _prepared_with_feed(connection: Any, node: str) -> Claim:
     """Prepare a claim that locks the counter, counts in the node, and writes both changes."""
+    await connection.execute(_JOIN, node)
     lock, claim_task, count_in_node, insert_change, count_changes = [
         await connection.prepare(sql)
         for sql in (
             "SELECT revision FROM counters WHERE id = 1 FOR UPDATE",
-            _CLAIM_ON_SERVER,
+            CLAIM_ON_SERVER,
             "UPDATE nodes SET running_tasks = running_tasks + 1 WHERE node_id = $1",
             INSERT_CHANGE,
             "UPDATE counters SET revision = $1 WHERE id = 1",
@@ -238,9 +268,7 @@ async def _prepared_with_feed(connection: Any, node: str) -> Claim:
 
 
 def _node(number: int) -> NodeInfo:
-    return NodeInfo(
-        f"claimer-{number:02}", "host", available_skills=SKILLS, max_concurrent_tasks=10_000_000
-    )
+    return make_node(f"claimer-{number:02}")
 
 
 @asynccontextmanager

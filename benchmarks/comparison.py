@@ -29,7 +29,8 @@ TOLERANCE = 1.05
 """A figure above this ratio counts as worse."""
 
 _REFERENCES = (
-    "sqlite3", "executemany", "aiosqlite", "SQLAlchemy", "huey", "asyncpg", "dict", "tuples",
+    "sqlite3", "executemany", "aiosqlite", "SQLAlchemy", "huey", "asyncpg", "PgQueuer", "dict",
+    "tuples",
 )  # fmt: skip
 """Prefixes of contender names that are not the library."""
 

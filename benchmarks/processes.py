@@ -6,14 +6,13 @@ Times are compared between processes: on Linux, `perf_counter` is one clock for 
 from __future__ import annotations
 
 import asyncio
-import gc
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Barrier, Semaphore
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -28,29 +27,39 @@ Kind = Literal["sqlite", "postgresql"]
 Span = tuple[float, float]
 """The times of the call and of the commit of a write."""
 
-CLIENTS = 64
-"""Clients of each coordinator."""
+Work = Callable[..., Coroutine[Any, Any, Any]]
+"""The work of a process."""
+
+COORDINATORS = 4
+"""Number of processes that share a database."""
+
+CLIENTS = 16
+"""Concurrent calls of each process."""
 
 PAUSE_SECONDS = 0.01, 0.11
 """Minimum and maximum pause between two added tasks."""
 
-_POLL_SECONDS = 0.001  # the shortest sleep of an event loop
 _START_SECONDS = 60.0
+# Imports take longer than the rest of a start; a driver may be missing.
+_PRELOADED = ["__main__", "benchmarks.catalogue", "alembic.command", "asyncpg"]
 
 _start: Barrier
-"""A barrier at which coordinators wait until all of them are ready."""
+"""A barrier at which processes wait until all of them are ready."""
+
+_rest: Semaphore
+"""The number of items of work that no process has taken yet."""
 
 
 async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
-    """Measure the time from `add_task` in one process until another one has the task in memory.
+    """Measure the time from `add_task` in one process until `watch` yields it in another one.
 
-    It includes the commit, and up to a millisecond of polling.
+    It includes the commit.
     """
     count = bench.scaled(100, 5)
 
     async def see() -> Sample:
         async with (
-            _location(bench, kind) as location,
+            database_of(bench, kind) as location,
             processes(1) as run,
             StateManager(Database(location)) as store,
             asyncio.TaskGroup() as group,
@@ -84,16 +93,15 @@ async def freshness(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """Measure the same number of inserts by four processes, each with its own clients, and by one.
 
-    The processes follow each other's changes, or do not. Or they exclude all earlier objects from
-    the garbage collector, including the tasks to be added. Before the start, each runs a full
-    collection, which its start-up owes.
+    Each process keeps a cache and follows the changes of the others.
     """
-    count = bench.scaled(25_600, 8 * CLIENTS)
+    count = bench.scaled(12_800, 4 * COORDINATORS * CLIENTS)
 
-    async def insert(coordinators: int, *, wake_ups: bool = True, freezes: bool = False) -> Sample:
-        async with _location(bench, kind) as location, processes(coordinators) as run:
-            work = location, count // coordinators, wake_ups, freezes
-            shares = [run(_insert_at_once, *work) for _ in range(coordinators)]
+    async def insert(coordinators: int) -> Sample:
+        async with database_of(bench, kind) as location, processes(coordinators) as run:
+            shares = [
+                run(_insert_at_once, location, count // coordinators) for _ in range(coordinators)
+            ]
             spans = [span for share in await asyncio.gather(*shares) for span in share]
             if kind == "sqlite":
                 require_tasks(Path(location), count)
@@ -107,43 +115,38 @@ async def coordinators(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
         }
 
     medians = await bench.interleave(
-        {
-            "four": partial(insert, 4),
-            "four, without wake-ups": partial(insert, 4, wake_ups=False),
-            "four, frozen": partial(insert, 4, freezes=True),
-            "one": partial(insert, 1),
-        }
+        {"four": partial(insert, COORDINATORS), "one": partial(insert, 1)}
     )
-    four, unaware, frozen, one = medians.values()
-    return [
-        faster(four, one),
-        *(
-            Figure(some["p99_ms"], f"{some['p99_ms']:.1f} ms", f"one {one['p99_ms']:.1f} ms")
-            for some in (four, frozen)
-        ),
-        faster(unaware, one),
-    ]
+    four, one = medians.values()
+    p99, p99_of_one = four["p99_ms"], one["p99_ms"]
+    return [faster(four, one), Figure(p99, f"{p99:.1f} ms", f"one {p99_of_one:.1f} ms")]
 
 
 @asynccontextmanager
-async def _location(bench: Bench, kind: Kind) -> AsyncIterator[str]:
+async def database_of(bench: Bench, kind: Kind, source: str | None = None) -> AsyncIterator[str]:
+    """Provide a copy of a database of that kind, or an empty one."""
     if kind == "sqlite":
-        with bench.database() as path:
+        with bench.database(None if source is None else Path(source)) as path:
             yield str(path)
     else:
-        async with bench.server_database() as url:
+        async with bench.server_database(source) as url:
             yield url
 
 
 @asynccontextmanager
-async def processes(count: int) -> AsyncIterator[Callable[..., Coroutine[Any, Any, list[Span]]]]:
-    """Provide a runner for coroutine functions in that many processes, each with an event loop."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])  # the import takes longer than the rest
-    barrier = context.Barrier(count, timeout=_START_SECONDS)
-    with ProcessPoolExecutor(count, context, _set_start, (barrier,)) as pool:
+async def processes(count: int, items: int = 0) -> AsyncIterator[Work]:
+    """Provide a runner for coroutine functions in that many processes, each with an event loop.
 
-        async def run(work: Callable[..., Coroutine[Any, Any, list[Span]]], *given: Any) -> Any:
+    Args:
+        items: The number of items of work that the processes share, for `take_item`.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    barrier = context.Barrier(count, timeout=_START_SECONDS)
+    rest = context.Semaphore(items)
+    with ProcessPoolExecutor(count, context, _set_shared, (barrier, rest)) as pool:
+
+        async def run(work: Work, *given: Any) -> Any:
             return await asyncio.get_running_loop().run_in_executor(pool, _run, work, *given)
 
         yield run
@@ -154,21 +157,31 @@ def start_together() -> None:
     _start.wait()
 
 
-def _set_start(barrier: Barrier) -> None:
-    global _start
-    _start = barrier
+def take_item() -> bool:
+    """Take an item of the work; return false if no item is left."""
+    return _rest.acquire(block=False)
 
 
-def _run(work: Callable[..., Coroutine[Any, Any, list[Span]]], *given: Any) -> list[Span]:
-    return asyncio.run(work(*given))
+def _set_shared(barrier: Barrier, rest: Semaphore) -> None:
+    global _start, _rest
+    _start, _rest = barrier, rest
+
+
+def _run(work: Work, *given: Any) -> Any:
+    try:
+        return asyncio.run(work(*given))
+    except BaseException:
+        _start.abort()  # the other processes would wait for this one
+        raise
 
 
 async def _see(store: StateManager, count: int) -> list[float]:
-    """Return the time at which each of the first revisions was in memory."""
+    """Return the time at which each of the first changes arrived."""
     seen: list[float] = []
-    while len(seen) < count:
-        seen += [perf_counter()] * (store.version - len(seen))
-        await asyncio.sleep(_POLL_SECONDS)
+    changes = store.watch(0)
+    for _ in range(count):
+        await anext(changes)
+        seen.append(perf_counter())
     return seen
 
 
@@ -183,7 +196,7 @@ async def _add_now_and_then(location: str, count: int) -> list[Span]:
     return spans
 
 
-async def _insert_at_once(location: str, count: int, wake_ups: bool, freezes: bool) -> list[Span]:
+async def _insert_at_once(location: str, count: int) -> list[Span]:
     spans: list[Span] = []
 
     async def add(task: Task) -> None:
@@ -192,10 +205,7 @@ async def _insert_at_once(location: str, count: int, wake_ups: bool, freezes: bo
         spans.append((began, perf_counter()))
 
     tasks = make_tasks(count)
-    async with StateManager(Database(location), wake_ups=wake_ups) as store:
-        gc.collect()
-        if freezes:
-            gc.freeze()
+    async with StateManager(Database(location)) as store:
         await asyncio.to_thread(start_together)
         await drive(CLIENTS, tasks, add)
     return spans[CLIENTS:]  # as in `drive`, the first call of each does not count

@@ -138,6 +138,19 @@ def _require_claimed(found: Sequence[int], count: int) -> None:
         raise RuntimeError(f"{found[0]} tasks were claimed instead of {count}, or some twice")
 
 
+async def require_completed(location: str, count: int) -> None:
+    """Fail unless that many tasks are completed with a result, each at its first attempt."""
+    query = "SELECT count(*), count(result), max(attempt) FROM tasks WHERE status = 'completed'"
+    if location.startswith("postgresql"):
+        async with connected(location) as connection:
+            found = tuple(await connection.fetchrow(query))
+    else:
+        with closing(sqlite3.connect(location)) as database:
+            found = database.execute(query).fetchone()
+    if found != (count, count, 1):
+        raise RuntimeError(f"not {count} completed tasks with results, but {found}")
+
+
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Any]:
     """Open an asyncpg connection to a server."""
