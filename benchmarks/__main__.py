@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     every = [benchmark.name for benchmark in BENCHMARKS]
-    names = [name for one in options.only or every for name in GROUPS.get(one, [one])]
+    chosen = [name for one in options.only or every for name in GROUPS.get(one, [one])]
+    names = list(dict.fromkeys(chosen))
     if options.plot and PLOTTED not in names:
         parser.error(f"the plot shows {PLOTTED}: add it to --only")
     if options.plot and not find_spec("matplotlib"):

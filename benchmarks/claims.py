@@ -34,14 +34,18 @@ CLAIMERS = 16
 
 SKILLS = ["python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java"]
 
-CLAIM = """
-UPDATE tasks SET status = 'running', assigned_node = ?, attempt = attempt + 1 WHERE task_id = (
-    SELECT task_id FROM tasks WHERE status IN ('pending', 'scheduled')
-    ORDER BY priority, submitted_at, task_id LIMIT 1
+_CLAIM = """
+UPDATE tasks SET status = 'running', assigned_node = {node}, attempt = attempt + 1 WHERE task_id = (
+    SELECT task_id FROM tasks {hint} WHERE status IN ('pending', 'scheduled')
+    ORDER BY priority, submitted_at, task_id LIMIT 1 {lock}
 ) RETURNING task_id, name, parameters"""
-"""The claim of SQLite: the partial index has this order, and contains no running task."""
 
-CLAIM_ON_SERVER = CLAIM.replace("?", "$1").replace("LIMIT 1", "LIMIT 1 FOR UPDATE SKIP LOCKED")
+# The partial index has this order, and contains no running task. Without statistics of the
+# tables, SQLite would sort all pending tasks instead.
+CLAIM = _CLAIM.format(node="?", hint="INDEXED BY ix_tasks_pending", lock="")
+"""The claim of SQLite."""
+
+CLAIM_ON_SERVER = _CLAIM.format(node="$1", hint="", lock="FOR UPDATE SKIP LOCKED")
 """The claim of PostgreSQL, whose concurrent sessions do not wait for each other."""
 
 _JOIN = """

@@ -145,7 +145,7 @@ async def lives(bench: Bench, *, kind: Kind) -> Sequence[Figure | Skipped]:
     figures = [
         *against("openclaw_store", reference, _NO_OPTION),
         faster(ours, sample("openclaw_store", 1)),
-        _OTHER_MACHINE if is_elsewhere else _less_cpu(ours, bare),
+        _OTHER_MACHINE if is_elsewhere else _cpu_of(ours, bare),
         *against("openclaw_store, cache", reference, _NO_OPTION),
     ]
     if kind == "postgresql":
@@ -167,7 +167,8 @@ def _sample(shares: Sequence[Share]) -> Sample:
     }
 
 
-def _less_cpu(ours: Sample, reference: Sample) -> Figure:
+def _cpu_of(ours: Sample, reference: Sample) -> Figure:
+    """Return the ratio of the CPU times of clients and server for each life."""
     used, by_reference = (one["client_cpu_ms"] + one["server_cpu_ms"] for one in (ours, reference))
     return Figure(used / by_reference, f"{used:.2f} ms", f"{by_reference:.2f} ms")
 
@@ -196,7 +197,6 @@ async def _work_sqlite3(location: str, node: str, postmaster: int | None) -> Sha
     """
     with closing(connect(Path(location))) as connection:
         connection.execute("PRAGMA busy_timeout = 60000")
-
         start, complete = _START.format("?", "?"), _COMPLETE.format("?", "?", "?")
 
         def commit(statement: str, *values: object) -> list[tuple[Any, ...]]:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import BrokenBarrierError
 
 import pytest
 from conftest import require_server
 
+from benchmarks import cpu
 from benchmarks.__main__ import main
-from benchmarks.catalogue import BENCHMARKS
+from benchmarks.catalogue import BENCHMARKS, GROUPS
 from benchmarks.comparison import ROOT, TOLERANCE, compare, require_own_library
 from benchmarks.measure import Samples, at_least, at_most, percentile
+from benchmarks.processes import processes, start_together, take_item
 from benchmarks.report import Machine, Report, Result
-from benchmarks.work import require_durable_server
-from devtools.postgres import is_installed
+from benchmarks.work import connected, require_durable_server
+from devtools.postgres import Server, is_installed, wait_until
 
 NAMES = [benchmark.name for benchmark in BENCHMARKS]
 ON_SERVER = [benchmark.name for benchmark in BENCHMARKS if benchmark.needs_server]
@@ -114,6 +118,19 @@ async def test_server_that_does_not_wait_for_the_disk_is_refused(name: str) -> N
         await require_durable_server(Connection())
 
 
+def test_group_runs_each_of_its_benchmarks_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert set(GROUPS["processes"]) < set(NAMES)
+    monkeypatch.setitem(GROUPS, "processes", ("get-task", "insert-1"))
+    file = tmp_path / "figures.json"
+
+    main([*AT_ONCE, "--only", "insert-1", "processes", "--json", str(file)])
+
+    benchmarks = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
+    assert sorted(benchmarks) == ["get-task", "insert-1"]
+
+
 def test_unknown_benchmark_is_refused_with_the_known_ones(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -165,6 +182,50 @@ def test_plot_is_drawn(tmp_path: Path) -> None:
     report.plot(tmp_path / "figures.png")
 
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+class TestProcesses:
+    """Processes that share the work of a benchmark."""
+
+    async def test_each_item_is_taken_once(self) -> None:
+        async with processes(2, 101) as run:
+            assert sum(await asyncio.gather(*(run(_take_all) for _ in range(2)))) == 101
+
+    async def test_failure_ends_the_wait_of_the_other_processes(self) -> None:
+        async with processes(2) as run:
+            waiting, failing = await asyncio.gather(
+                run(_wait_for_the_others), run(_fail), return_exceptions=True
+            )
+
+        assert isinstance(waiting, BrokenBarrierError)
+        assert isinstance(failing, ZeroDivisionError)
+
+
+async def _take_all() -> int:
+    await asyncio.to_thread(start_together)
+    return sum(iter(take_item, False))
+
+
+async def _wait_for_the_others() -> None:
+    await asyncio.to_thread(start_together)
+
+
+async def _fail() -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="this system has no /proc")
+async def test_cpu_time_of_a_server_contains_ended_sessions(own_server: Server) -> None:
+    postmaster = await cpu.find_postmaster(own_server.url)
+    before = cpu.of_server(postmaster)
+
+    async with connected(own_server.url) as connection:
+        session = await connection.fetchval("SELECT pg_backend_pid()")
+        await connection.fetchval("SELECT count(*) FROM generate_series(1, 1000000)")
+        during = cpu.of_server(postmaster)
+    wait_until(lambda: not Path(f"/proc/{session}").exists(), "the session ended")
+
+    assert before + 0.03 <= during <= cpu.of_server(postmaster)
 
 
 class TestComparison:
