@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks import job_queue
 from benchmarks.measure import Bench, Contender, Figure, Sample, Skipped, drive
 from benchmarks.processes import Span, processes, start_together
-from benchmarks.server_writes import INSERT_CHANGE
+from benchmarks.server_writes import INSERT_CHANGE, LOCK, NEWEST
 from benchmarks.work import (
     connect,
     connected,
@@ -241,22 +241,23 @@ async def _prepared(connection: Any, node: str) -> Claim:
 
 
 async def _prepared_with_feed(connection: Any, node: str) -> Claim:
-    """Prepare a claim that locks the counter, counts in the node, and writes both changes."""
+    """Prepare a claim that takes a lock, counts in the node, and writes both changes."""
     await connection.execute(_JOIN, node)
-    lock, claim_task, count_in_node, insert_change, count_changes = [
+    lock, newest, claim_task, count_in_node, insert_change = [
         await connection.prepare(sql)
         for sql in (
-            "SELECT revision FROM counters WHERE id = 1 FOR UPDATE",
+            LOCK,
+            NEWEST,
             CLAIM_ON_SERVER,
             "UPDATE nodes SET running_tasks = running_tasks + 1 WHERE node_id = $1",
             INSERT_CHANGE,
-            "UPDATE counters SET revision = $1 WHERE id = 1",
         )
     ]
 
     async def claim() -> None:
         async with connection.transaction():
-            revision = await lock.fetchval()
+            await lock.fetch()
+            revision = await newest.fetchval()
             [task] = await claim_task.fetch(node)
             await count_in_node.fetch(node)
             now = datetime.now(UTC)
@@ -266,7 +267,6 @@ async def _prepared_with_feed(connection: Any, node: str) -> Claim:
             )
             for number, change in enumerate(changes, revision + 1):
                 await insert_change.fetch(number, now, *change, None, None)
-            await count_changes.fetch(revision + len(changes))
 
     return claim
 

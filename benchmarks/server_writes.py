@@ -42,6 +42,12 @@ Write = Callable[[Row], Awaitable[object]]
 _DIALECT = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 _INSERT = str(insert(TaskRow).compile(dialect=_DIALECT, column_keys=list(FIELDS)))
 INSERT_CHANGE = str(insert(ChangeRow).compile(dialect=_DIALECT))
+LOCK = "SELECT FROM counters WHERE id = 1 FOR UPDATE"
+NEWEST = """
+SELECT coalesce((SELECT revision FROM changes ORDER BY revision DESC LIMIT 1), compacted)
+FROM counters WHERE id = 1"""
+"""The last revision; read after the lock, by a statement of its own, which sees all commits."""
+
 _UPDATE = "UPDATE tasks SET status = $1, assigned_node = $2 WHERE task_id = $3"
 
 
@@ -173,24 +179,24 @@ async def _prepared(sql: str, connection: Any) -> Write:
 
 
 async def _prepared_with_feed(connection: Any) -> Write:
-    """Prepare a transaction per row: lock and raise the counter, insert task and change."""
-    lock, insert_task, insert_change, count = [
+    """Prepare a transaction per row: lock, read the newest revision, insert task and change."""
+    lock, newest, insert_task, insert_change = [
         await connection.prepare(sql)
         for sql in (
-            "SELECT revision FROM counters WHERE id = 1 FOR UPDATE",
+            LOCK,
+            NEWEST,
             _INSERT,
             INSERT_CHANGE,
-            "UPDATE counters SET revision = $1 WHERE id = 1",
         )
     ]
     id, status, moment = map(FIELDS.index, ("task_id", "status", "updated_at"))
 
     async def write(row: Row) -> None:
         async with connection.transaction():
-            revision = await lock.fetchval() + 1
+            await lock.fetch()
+            revision = await newest.fetchval() + 1
             change = (revision, row[moment], "task", row[id], "created", None, row[status])
             await insert_task.fetch(*row[:-1], revision)
             await insert_change.fetch(*change, None, None, None)
-            await count.fetch(revision)
 
     return write

@@ -26,6 +26,8 @@ Row = tuple[Any, ...]
 FIELDS = tuple(field.name for field in fields(Task))
 INSERT = str(insert(TaskRow).compile(dialect=sqlite.dialect(), column_keys=list(FIELDS)))
 
+# Without changes, this is the last revision.
+_COUNT = "UPDATE counters SET compacted = (SELECT max(version) FROM tasks)"
 _MOMENTS = [isinstance(column.type, UtcTime) for column in TaskRow.__table__.columns]
 _START = datetime(2024, 1, 1, tzinfo=UTC)
 _SKILLS = ("python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java")
@@ -213,7 +215,7 @@ def fill(path: Path, tasks: Iterable[Row], nodes: int = 0) -> None:
             "INSERT INTO nodes (node_id, hostname, available_skills, version) VALUES (?, ?, ?, 1)",
             [(f"node-{number:04}", f"host-{number}", '["python"]') for number in range(nodes)],
         )
-        connection.execute("UPDATE counters SET revision = (SELECT max(version) FROM tasks)")
+        connection.execute(_COUNT)
         connection.execute("COMMIT")
         connection.execute("PRAGMA journal_mode=WAL")
 
@@ -224,7 +226,7 @@ async def fill_server(url: str, tasks: Iterable[Row]) -> None:
         await connection.copy_records_to_table(
             "tasks", records=map(for_server, tasks), columns=FIELDS
         )
-        await connection.execute("UPDATE counters SET revision = (SELECT max(version) FROM tasks)")
+        await connection.execute(_COUNT)
         await connection.execute("VACUUM ANALYZE tasks")
 
 
