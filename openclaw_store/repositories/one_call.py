@@ -124,8 +124,7 @@ class OneCall(UnitOfWork):
         owners = {
             row.id: row.record.idempotency_key
             for row in written
-            if row.record is not None
-            and row.record.idempotency_key in self.key_owners
+            if row.record is not None and row.record.idempotency_key in self.key_owners
         }
         places = {
             id: min(sum(limit for limit, _ in claims), _MAX_PLACES)
