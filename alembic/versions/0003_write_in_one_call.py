@@ -50,7 +50,7 @@ IS_DELAYED = "status = 'pending' AND not_before IS NOT NULL"
 IS_LIVE = "status IN ('pending', 'running', 'scheduled')"
 # A hash, since a long list does not fit into an index of PostgreSQL.
 GROUP = {
-    "sqlite": "coalesce(required_skills, '')",
+    "sqlite": "required_skills",
     "postgresql": "coalesce(hashtextextended(required_skills::text, 0), 0)",
 }
 """Tasks that require the same skills are one group, in which a claim takes the first ones."""
@@ -112,7 +112,7 @@ DECLARE
     heartbeats bigint;
     last bigint;
     count_ bigint;
-    present nodes%ROWTYPE;
+    present nodes;
     places bigint;
     skills jsonb[] := '{{}}';  -- of the nodes that claim
     groups jsonb[];  -- of pending tasks: the key and the text of their skills

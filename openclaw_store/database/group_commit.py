@@ -9,7 +9,8 @@ Guarantees:
 
 - **Each operation is decided by itself.** A refused one (stale, duplicate, not found) gets its own
   error; the rest of its batch commits.
-- **Order.** Operations are applied in the order in which they were queued.
+- **Order.** Operations are applied in the order in which they were queued; on PostgreSQL, the
+  claims of a batch come last.
 - **A write that returns is committed.** Callers wake after the commit, on their own event loop,
   and after the listeners (the caches) of that loop.
 - **Cancelling** a caller withdraws a queued operation; if it is in a batch already, the caller

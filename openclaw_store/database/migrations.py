@@ -19,7 +19,7 @@ from sqlalchemy import Connection, inspect, text
 
 from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of, unused_name
 from openclaw_store.database import legacy_import
-from openclaw_store.database.tables import Base
+from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.domain import Clock, utc_now
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
 
@@ -167,6 +167,11 @@ def downgrade(backend: Backend, revision: str) -> None:
 def check(backend: Backend) -> None:
     """Refuse a database of which the tables differ from the declarative models."""
     require(backend)
+    if not backend.inspect(has_functions):
+        raise SchemaMismatchError(
+            f"the function store_write_1 of {backend.location} was changed or dropped: downgrade "
+            "to 0002, and upgrade again"
+        )
     from alembic import command
     from alembic.util import CommandError
 
@@ -177,6 +182,19 @@ def check(backend: Backend) -> None:
         raise SchemaMismatchError(
             f"the tables of {backend.location} were changed by hand ({error}): restore a backup"
         ) from error
+
+
+def has_functions(connection: Connection) -> bool:
+    """Return `True` if the functions of the database are those of the migrations."""
+    if connection.dialect.name == "sqlite":
+        return True
+    from alembic.script import ScriptDirectory
+
+    module = ScriptDirectory.from_config(_config(connection)).get_revision("0003").module
+    query = text(
+        "SELECT prosrc FROM pg_proc WHERE proname = 'store_write_1' AND pg_function_is_visible(oid)"
+    )
+    return connection.execute(query).scalars().all() == [module.function().split("$$")[1]]
 
 
 def _config(connection: Connection) -> Config:
@@ -266,7 +284,10 @@ def run(context: EnvironmentContext, connection: Connection) -> None:
         connection=connection,
         target_metadata=Base.metadata,
         render_as_batch=True,
-        include_name=lambda name, kind, _: kind != "table" or name not in legacy_import.LEFTOVERS,
+        include_name=lambda name, kind, _: (
+            name
+            not in {"table": legacy_import.LEFTOVERS, "index": UNCOMPARED_INDEXES}.get(kind, ())
+        ),
     )
     context.run_migrations()
 

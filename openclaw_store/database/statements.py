@@ -47,7 +47,6 @@ from openclaw_store.backends import CounterStatements
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
 from openclaw_store.database.tables import (
-    CLAIM_GROUPS,
     IS_ASSIGNED,
     IS_DELAYED,
     IS_FINISHED,
@@ -138,7 +137,7 @@ class Statements(ABC):
         tasks = select(*COLUMNS[Task])
         self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
-        group = CLAIM_GROUPS[dialect.name]
+        group = self._group
         heads = f"SELECT min({group}) FROM tasks WHERE {IS_READY}"
         self.read_ready_groups = f"""
             WITH RECURSIVE heads (key) AS (
@@ -146,11 +145,13 @@ class Statements(ABC):
                 UNION ALL
                 SELECT ({heads} AND {group} > heads.key) FROM heads WHERE key IS NOT NULL
             )
-            SELECT key, (SELECT required_skills FROM tasks WHERE {IS_READY} AND {group} = key
+            {self._no_skills} SELECT key, (SELECT required_skills FROM tasks WHERE {IS_READY} AND {group} = key
                 LIMIT 1) FROM heads WHERE key IS NOT NULL"""
         """The groups of tasks that may be claimed, and the skills that each requires."""
         order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
-        ready = tasks.where(IS_READY, text(f"{group} = {self._parameter(1)}")).order_by(*order)
+        ready = tasks.where(
+            IS_READY, text(f"{group} {self._equals} {self._parameter(1)}")
+        ).order_by(*order)
         self.read_ready = f"{self._compile(ready)} LIMIT {self._parameter(2)}"
         """All columns of the first tasks of a group; takes the group and a limit."""
         due = tasks.where(IS_DELAYED, TaskRow.not_before <= bindparam("now", type_=UtcTime()))
@@ -225,6 +226,12 @@ class Statements(ABC):
     """Call `store_write`: its base revision, former versions, tasks and nodes; on PostgreSQL."""
     beat: str
     """Write heartbeats: rows of usage, time, sequence number, id, the time again, the present."""
+    _group: str
+    """The first column of the index `ix_tasks_ready`: tasks that require the same skills."""
+    _no_skills: str
+    """The group of tasks without skills in front of the other ones, if it is not among them."""
+    _equals: str
+    """The comparison of groups."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
     """The condition of tasks that are claimed or running."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
@@ -274,6 +281,8 @@ class SQLiteStatements(Statements):
     # undo that statement alone: a fifth of the time of an insert. It is not needed, because the
     # whole transaction is rolled back when a statement fails.
     _OR_FAIL = "OR FAIL"
+    _group, _equals = "required_skills", "IS"
+    _no_skills = "SELECT NULL, NULL UNION ALL"
     # `unlikely` makes the planner use the index on the status, and the sign keeps it from using the
     # one on the node: nearly all tasks may have had the same status when they were counted.
     _is_assigned = func.unlikely(IS_ASSIGNED)
@@ -358,6 +367,10 @@ class PostgreSQLStatements(Statements):
     They match rows by key, so an update that waits for a concurrent change by hand finds its row.
     The arrays `$1::text::type[]` are not built by SQLAlchemy.
     """
+
+    # A hash, since a long list does not fit into an index of PostgreSQL.
+    _group = "coalesce(hashtextextended(required_skills::text, 0), 0)"
+    _no_skills, _equals = "", "="
 
     def __init__(self) -> None:
         super().__init__(_POSTGRESQL)

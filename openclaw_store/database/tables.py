@@ -27,7 +27,13 @@ from sqlalchemy import (
 )  # fmt: skip
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
-from openclaw_store.database.types import EnumValue, Json, UtcTime, _Key, _UtcNow
+from openclaw_store.database.types import (
+    EnumValue,
+    Json,
+    UtcTime,
+    _Key,
+    _UtcNow,
+)
 from openclaw_store.domain import (
     ASSIGNED,
     FINISHED,
@@ -46,7 +52,7 @@ def _one_of(column: str, kind: type[Enum]) -> CheckConstraint:
     return CheckConstraint(f"{column} IN ({values})", name=column)
 
 
-def _index(name: str, *columns: str | TextClause, where: TextClause | None = None) -> Index:
+def _index(name: str, *columns: str, where: TextClause | None = None) -> Index:
     return Index(name, *columns, sqlite_where=where, postgresql_where=where)
 
 
@@ -74,15 +80,13 @@ IS_READY = text(f"{_PENDING} AND not_before IS NULL")
 IS_DELAYED = text(f"{_PENDING} AND not_before IS NOT NULL")
 """The condition of pending tasks that are delayed, or were."""
 
-CLAIM_GROUPS = {
-    "sqlite": text("coalesce(required_skills, '')"),
-    # A hash, since a long list does not fit into an index of PostgreSQL.
-    "postgresql": text("coalesce(hashtextextended(required_skills::text, 0), 0)"),
-}
-"""Tasks that require the same skills are one group, of which a claim takes the first ones."""
-
 _HAS_NODE, _HAS_USER = text("assigned_node IS NOT NULL"), text("user_id IS NOT NULL")
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
+
+
+UNCOMPARED_INDEXES = frozenset({"ix_tasks_ready"})
+"""Indexes that are not part of the models: each database has its own columns, and Alembic cannot
+compare expressions on SQLite."""
 
 
 class Base(DeclarativeBase):
@@ -113,12 +117,7 @@ class TaskRow(Base):
         _index("ix_tasks_assigned_node", "assigned_node", "submitted_at", where=_HAS_NODE),
         _index("ix_tasks_user_id", "user_id", "submitted_at", where=_HAS_USER),
         _index("ix_tasks_finished", "completed_at", where=IS_FINISHED),
-        *(
-            _index(
-                "ix_tasks_ready", group, "priority", "submitted_at", "task_id", where=IS_READY
-            ).ddl_if(dialect=dialect)
-            for dialect, group in CLAIM_GROUPS.items()
-        ),
+        # Beside it, migration 0003 makes `ix_tasks_ready`; see `UNCOMPARED_INDEXES`.
         _index("ix_tasks_delayed", "not_before", where=IS_DELAYED),
         # Not unique: the writer refuses duplicates, and one batch may end a task and add the next.
         _index("ix_tasks_idempotency_key", "idempotency_key", where=_HAS_LIVE_KEY),

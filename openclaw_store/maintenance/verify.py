@@ -29,6 +29,7 @@ from openclaw_store.database import (
     Database,
     NodeRow,
     TaskRow,
+    has_functions,
 )
 from openclaw_store.domain import (
     ENTITY_KINDS,
@@ -59,7 +60,7 @@ from openclaw_store.maintenance.revisions import Revisions
 from openclaw_store.repositories import decoder_here, read_rows
 
 INVARIANTS: Mapping[str, str] = {
-    "file": "The database is undamaged, and so are its indexes.",
+    "file": "The database is undamaged, and so are its indexes and functions.",
     "counters": "The counters are those of the newest heartbeat and of the feed.",
     "values": "The store accepts each value: known enumerations, types, ranges.",
     "json": "JSON can be read, and has the right type.",
@@ -232,6 +233,8 @@ class _Scan:
         else:
             for (index,) in await session.execute(_INVALID_INDEXES):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
+            if not await (await session.connection()).run_sync(has_functions):
+                self._add("file", "The function store_write_1 was changed or dropped.")
         self.found.checked["file"] = 1
         progress.add(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import sqlite3
 from collections.abc import Awaitable, Callable
@@ -39,6 +40,8 @@ from openclaw_store import (
     Verification,
     verify,
 )
+from openclaw_store.backends import backend_of
+from openclaw_store.database import migrations
 from openclaw_store.database.tables import TaskRow
 from openclaw_store.maintenance import repair as repairs
 from openclaw_store.maintenance import verify as verification
@@ -663,3 +666,21 @@ def test_set_of_revisions_is_a_set() -> None:
 
     near = {revision + step for revision in wanted for step in (-1, 0, 1)}
     assert {revision for revision in near if revision in revisions} == wanted
+
+
+@pytest.mark.postgresql
+async def test_changed_function_is_named(location: Location, cluster: StateManager) -> None:
+    await asyncio.to_thread(migrations.check, backend_of(str(location), 5))
+    execute(location, "ALTER FUNCTION store_write_1 RENAME TO mine")
+
+    found = await verify(cluster.db)
+
+    assert [(one.invariant, "store_write_1" in one.text) for one in found.problems] == [
+        ("file", True)
+    ]
+    with pytest.raises(SchemaMismatchError, match="store_write_1"):
+        await asyncio.to_thread(migrations.check, backend_of(str(location), 5))
+    with pytest.raises(SchemaMismatchError, match="store_write_1"):
+        await cluster.add_task(Task.create(task_type="batch", name="new"))
+    execute(location, "ALTER FUNCTION mine RENAME TO store_write_1")
+    assert await verify(cluster.db)
