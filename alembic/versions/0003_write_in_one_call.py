@@ -105,6 +105,7 @@ SET enable_seqscan = off
 SET enable_hashjoin = off
 SET enable_mergejoin = off
 SET enable_material = off
+SET enable_bitmapscan = off
 AS $$
 #variable_conflict use_column
 DECLARE
@@ -152,9 +153,9 @@ BEGIN
             ) AS one);
             delayed[claim] := (SELECT coalesce(jsonb_agg(due.task_id), '[]') FROM (
                 SELECT one.task_id FROM (
-                    SELECT {ORDER}, required_skills FROM tasks
-                    WHERE {IS_DELAYED} AND not_before <= now_ ORDER BY not_before LIMIT 1000
-                ) AS one WHERE {is_allowed} ORDER BY {ORDER} LIMIT claim_places[claim] + 16
+                    SELECT {ORDER}, required_skills, not_before FROM tasks
+                    WHERE {IS_DELAYED} ORDER BY not_before LIMIT 1000
+                ) AS one WHERE not_before <= now_ AND {is_allowed} ORDER BY {ORDER} LIMIT claim_places[claim] + 16
             ) AS due);
         END LOOP;
     END IF;

@@ -280,14 +280,12 @@ def is_to_head(context: EnvironmentContext) -> bool:
 
 def run(context: EnvironmentContext, connection: Connection) -> None:
     """Run the migrations of Alembic's command in the transaction of the connection."""
+    left_out = {"table": legacy_import.LEFTOVERS, "index": UNCOMPARED_INDEXES}
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
         render_as_batch=True,
-        include_name=lambda name, kind, _: (
-            name
-            not in {"table": legacy_import.LEFTOVERS, "index": UNCOMPARED_INDEXES}.get(kind, ())
-        ),
+        include_name=lambda name, kind, _: name not in left_out.get(kind, ()),
     )
     context.run_migrations()
 

@@ -145,14 +145,14 @@ class Statements(ABC):
                 UNION ALL
                 SELECT ({heads} AND {group} > heads.key) FROM heads WHERE key IS NOT NULL
             )
-            {self._no_skills} SELECT key, (SELECT required_skills FROM tasks WHERE {IS_READY} AND {group} = key
-                LIMIT 1) FROM heads WHERE key IS NOT NULL"""
+            {self._no_skills} SELECT key, (
+                SELECT required_skills FROM tasks WHERE {IS_READY} AND {group} = key LIMIT 1
+            ) FROM heads WHERE key IS NOT NULL"""
         """The groups of tasks that may be claimed, and the skills that each requires."""
         order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
-        ready = tasks.where(
-            IS_READY, text(f"{group} {self._equals} {self._parameter(1)}")
-        ).order_by(*order)
-        self.read_ready = f"{self._compile(ready)} LIMIT {self._parameter(2)}"
+        in_group = text(f"{group} {self._equals} {self._parameter(1)}")
+        ready = self._compile(tasks.where(IS_READY, in_group).order_by(*order))
+        self.read_ready = f"{ready} LIMIT {self._parameter(2)}"
         """All columns of the first tasks of a group; takes the group and a limit."""
         due = tasks.where(IS_DELAYED, TaskRow.not_before <= bindparam("now", type_=UtcTime()))
         due_first = self._compile(due.order_by(TaskRow.not_before))
