@@ -155,7 +155,8 @@ BEGIN
                 SELECT one.task_id FROM (
                     SELECT {ORDER}, required_skills, not_before FROM tasks
                     WHERE {IS_DELAYED} ORDER BY not_before LIMIT 1000
-                ) AS one WHERE not_before <= now_ AND {is_allowed} ORDER BY {ORDER} LIMIT claim_places[claim] + 16
+                ) AS one WHERE not_before <= now_ AND {is_allowed}
+                ORDER BY {ORDER} LIMIT claim_places[claim] + 16
             ) AS due);
         END LOOP;
     END IF;
