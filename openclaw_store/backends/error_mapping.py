@@ -42,11 +42,14 @@ SQLITE_ADVICE = {
 
 _SQLITE_REFUSED = {"SQLITE_CONSTRAINT", "SQLITE_MISMATCH", "SQLITE_TOOBIG", "SQLITE_RANGE"}
 
-_SQLITE_PYTHON_ERRORS: Mapping[Any, str] = {
-    UnicodeDecodeError: "SQLITE_CORRUPT",  # a message quotes the damaged schema
-    OverflowError: "SQLITE_RANGE",  # an integer has more than 64 bits
-    MemoryError: "SQLITE_NOMEM",
-}
+_SQLITE_PYTHON_ERRORS: Mapping[Any, str] = dict(
+    # A message that quotes the damaged schema, an integer of more than 64 bits, no memory.
+    zip(
+        (UnicodeDecodeError, OverflowError, MemoryError),
+        ("SQLITE_CORRUPT", "SQLITE_RANGE", "SQLITE_NOMEM"),
+        strict=True,
+    )
+)
 """Result codes of the driver's errors that are not `sqlite3.Error`."""
 
 _GONE = "the connection to the server was lost: try again"
