@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import random
 import shutil
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
@@ -196,10 +198,18 @@ def pytest_configure() -> None:
 
     All workers iterate over sets in one order, else they may not find the same tests. Temporary
     files are in memory where possible: most of the time that SQLite takes is waiting for the disk.
+    Workers, scripts and commands keep what they compile, else each of them compiles it all again.
     """
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ.setdefault("PYTHONHASHSEED", str(random.SystemRandom().getrandbits(32)))
     if (folder := memory()) is not None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", folder)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what has been loaded: it is needed until the end."""
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
