@@ -27,11 +27,12 @@ class Records(Generic[Entity]):
     def __init__(self, decode: Decode) -> None:
         self.entries: dict[str, Record[Entity] | Raw] = {}
         """Not to be changed; a row that was never read is still a tuple."""
-        self._buckets: list[dict[str, Record[Entity] | Raw]] = [{} for _ in range(_BUCKETS)]
+        # One empty bucket in all places, as if a snapshot shared it: making each takes 0.4 ms.
+        self._buckets: list[dict[str, Record[Entity] | Raw]] = [{}] * _BUCKETS
         self._decode = decode
-        self._is_shared = bytearray(_BUCKETS)
+        self._is_shared = bytearray(b"\1") * _BUCKETS
         """For each bucket, 1 if the last snapshot shares it."""
-        self._shared = 0
+        self._shared = _BUCKETS
         """The number of shared buckets; mostly zero."""
 
     def __len__(self) -> int:
