@@ -11,6 +11,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import NullPool
+from sqlalchemy.util import LRUCache
 
 from openclaw_store.backends import Backend
 from openclaw_store.errors import StoreError
@@ -19,6 +20,27 @@ logger = logging.getLogger("openclaw_store.sessions")
 
 _CLOSE_SECONDS = 5.0
 """Limit for closing the connections of a pool."""
+
+
+class _CompiledStatements(LRUCache[Any, Any]):
+    """The compiled statements of all engines of a dialect and a version of the database.
+
+    SQLAlchemy compiles each statement anew for each engine, which takes longer than most reads.
+    """
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get(self._shared_key(key), default)
+
+    def __setitem__(self, key: Any, compiled: Any) -> None:
+        super().__setitem__(self._shared_key(key), compiled)
+
+    @staticmethod
+    def _shared_key(key: Any) -> tuple[Any, ...]:
+        dialect, *rest = key  # each engine has a dialect of its own
+        return type(dialect), dialect.server_version_info, *rest
+
+
+_compiled_statements = _CompiledStatements(500)
 
 
 class LoopSessions:
@@ -42,6 +64,7 @@ class LoopSessions:
         self.checked_out: set[int] = set()
         """The `id` of the pool record of each connection in use."""
         for engine in (self._read_engine, self._write_engine):
+            engine.update_execution_options(compiled_cache=_compiled_statements)
             self._note_use(engine)
 
     async def close(self) -> None:
