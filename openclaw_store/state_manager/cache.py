@@ -307,11 +307,10 @@ class Cache:
         is_plain = not self.unsaved and not self._aliases
         for id, change in tasks.items():
             row = None if change[STEP_WIDTH] is None else tuple(change[STEP_WIDTH:])
-            key = (Task, id)
             try:
-                if not is_plain and (key in self.unsaved or key in self._aliases):
+                if not is_plain and ((Task, id) in self.unsaved or (Task, id) in self._aliases):
                     record = None if row is None else self._decode[Task](row)
-                    self._apply_stored(key, record, batch.read_at)
+                    self._apply_stored((Task, id), record, batch.read_at)
                     continue
                 new = None if row is None else self._read_entry(row)
             except InvalidDataError as error:
