@@ -27,7 +27,7 @@ from openclaw_store.domain import (
     Task,
     TaskStatus,
 )
-from openclaw_store.errors import StoreError
+from openclaw_store.errors import StaleVersionError, StoreError
 from openclaw_store.repositories.unit_of_work import (
     Command,
     Event,
@@ -60,10 +60,11 @@ class OneCall(UnitOfWork):
         self.count_from(self._guess, 0)
         self.rows = {Task: {}, NodeInfo: {}}
         self._expected: dict[str, int] = {}  # the version of each task at the beginning
-        self._read: set[str] = set()  # tasks that were read for this batch
+        self._read: set[str] = set()  # tasks that were looked up for this batch
         self._deltas: defaultdict[str, NodeDelta] = defaultdict(NodeDelta)  # by node
         self._claims: defaultdict[str, list[tuple[int, list[Record[Task]]]]] = defaultdict(list)
         """Limits and results of claims, by node."""
+        self._stale: list[StaleVersionError] = []  # refusals that tell a version
 
     def run(self, commands: Sequence[Command]) -> Sequence[Any]:
         if not all(command.is_one_call for command in commands):
@@ -83,7 +84,7 @@ class OneCall(UnitOfWork):
         for raw in self._batch_cursor.peek(self.sql.read_tasks, (unread,)) if unread else ():
             record = self.sql.decode[Task](tuple(raw))
             known[record.task_id] = record
-            self._read.add(record.task_id)
+        self._read.update(unread)
         newest = max((record.version for record in known.values()), default=0)
         if newest > self._guess:  # another process has written since the last call
             self._batch_cursor.newest_revision = newest
@@ -93,7 +94,9 @@ class OneCall(UnitOfWork):
         for id, record in known.items():
             self.row(Task, id).load(record)
             self._expected[id] = record.version
-        return [command.decide(self.row(command.kind, command.id)) for command in commands]
+        outcomes = [command.decide(self.row(command.kind, command.id)) for command in commands]
+        self._stale += [one for one in outcomes if isinstance(one, StaleVersionError)]
+        return outcomes
 
     def load(self, kind: type[Any], rows: Mapping[str, Row]) -> None:
         self._batch_cursor.require_lock()
@@ -117,8 +120,8 @@ class OneCall(UnitOfWork):
         ids = {row.id for row in written}
         # A refusal by a task that was not read for this batch must be checked, too.
         checked = {
-            id: version
-            for id, version in self._expected.items()
+            id: self._expected.get(id, _NEW)
+            for id in self.rows[Task]
             if id not in ids and id not in self._read
         }
         owners = {
@@ -211,6 +214,11 @@ class OneCall(UnitOfWork):
 
     def _move_revisions(self, by: int) -> None:
         """Move all revisions behind those of other processes."""
+        for error in self._stale:
+            if error.current > self._guess:
+                StaleVersionError.__init__(
+                    error, error.kind, error.id, error.version, error.current + by
+                )
         committed = self.transaction.committed
         moved: set[int] = set()
         for position, event in enumerate(committed):
