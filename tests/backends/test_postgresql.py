@@ -1,11 +1,10 @@
-"""How the writer speaks to PostgreSQL: alone without the lock, beside others with it."""
+"""How the writer speaks to PostgreSQL: a batch is one call, or a transaction with the lock."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -38,16 +37,17 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
 )
-from openclaw_store.backends.base import RedoError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
-from openclaw_store.backends.postgresql import write_session as round_trips
 from openclaw_store.backends.postgresql.connections import Connector
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
-    WriterCursor,
+    CallCursor,
+    Cursor,
     WriteSession,
 )
 from openclaw_store.database.write_transaction import WriteTransaction
+from openclaw_store.domain import lifecycle
+from openclaw_store.domain.lifecycle import Outcome
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import (
     DuplicateError,
@@ -58,9 +58,10 @@ from openclaw_store.errors import (
     TaskNotFoundError,
     UnavailableError,
 )
-from openclaw_store.repositories.commands import Remove, SetNodeStatus, Update, apply_together
+from openclaw_store.repositories.batches import apply, apply_together
+from openclaw_store.repositories.commands import Advance, Remove, SetNodeStatus, Update
 from openclaw_store.repositories.heartbeats import Heartbeat, apply_heartbeats
-from openclaw_store.repositories.unit_of_work import Command, apply
+from openclaw_store.testing import create_database
 
 pytestmark = pytest.mark.postgresql
 
@@ -77,14 +78,15 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def record(owner: type[Any], name: str) -> None:
         original = getattr(owner, name)
 
-        def recorded(self: Any, sql: str, parameters: Sequence[Any]) -> Any:
+        def recorded(self: Any, sql: str, *arguments: Any) -> Any:
             statements.append(sql)
-            return original(self, sql, parameters)
+            return original(self, sql, *arguments)
 
         monkeypatch.setattr(owner, name, recorded)
 
-    record(WriterCursor, "_fetch")
-    record(WriterCursor, "_write")
+    record(Cursor, "execute")
+    record(Cursor, "count")
+    record(WriteSession, "_execute")
     return statements
 
 
@@ -97,28 +99,21 @@ async def other(
         yield other
 
 
-class Hesitating(Command):
-    """The removal of a task, which waits between reading and writing."""
-
-    kind = Task
-    id = ""
+class Hesitating(Advance):
+    """The cancellation of a task, which waits between reading and writing."""
 
     def __init__(self, task: Task) -> None:
-        self.id = task.task_id
+        super().__init__(task.task_id, self.cancel)
         self.decided = threading.Event()
         self.release = threading.Event()
         self.times = 0
 
-    def decide(self, row: Any) -> None:
+    def cancel(self, task: Record[Task], now: datetime) -> Outcome:
         self.times += 1
         if self.times == 1:
             self.decided.set()
             assert self.release.wait(PATIENCE)
-        row.remove(with_history=False)
-
-
-def needs_the_lock(unit: WriteTransaction, operations: Sequence[None]) -> Sequence[Any]:
-    return [unit.cursor.execute("SELECT 1") for _ in operations]
+        return lifecycle.cancel(task, now, reason=None)
 
 
 def feed(location: Location) -> list[tuple[Any, ...]]:
@@ -126,39 +121,7 @@ def feed(location: Location) -> list[tuple[Any, ...]]:
 
 
 def counters(location: Location) -> tuple[Any, ...]:
-    return execute(location, "SELECT revision, beat FROM counters")[0]
-
-
-async def test_lone_write_takes_two_statements(
-    database: Database, make_task: MakeTask, sent: list[str]
-) -> None:
-    task = make_task()
-
-    await TaskRepository(database).create(task)
-    task.error = "changed"
-    await TaskRepository(database).update(task)
-    await TaskRepository(database).delete(task.task_id)
-
-    reads, writes = sent[::2], sent[1::2]
-    assert all(read.startswith("SELECT") for read in reads)
-    for write, verb in zip(writes, ("INSERT INTO", "UPDATE", "DELETE FROM"), strict=True):
-        assert f"AS ({verb} tasks" in write
-        assert "AS (INSERT INTO changes" in write
-        assert "pg_notify" in write
-
-
-async def test_lone_creation_behind_another_takes_one_statement(
-    database: Database, location: Location, make_task: MakeTask, sent: list[str]
-) -> None:
-    tasks = TaskRepository(database)
-    await tasks.create(make_task())
-    sent.clear()
-
-    await tasks.create(make_task())
-    await asyncio.gather(tasks.create(make_task()), tasks.create(make_task()))
-
-    assert len(sent) == 2
-    assert counters(location) == (4, 0)
+    return execute(location, "SELECT max(revision), (SELECT beat FROM counters) FROM changes")[0]
 
 
 async def test_tasks_that_are_added_are_numbered_behind_what_others_have_written(
@@ -194,26 +157,6 @@ async def test_tasks_that_are_added_are_numbered_behind_what_others_have_written
     assert (await manager.get_state()).tasks == stored
 
 
-async def test_key_that_was_free_when_it_was_looked_up_is_looked_up_again(
-    database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Planted: a task with a key is numbered by the server, though its key was read."""
-    await TaskRepository(database).create(make_task())
-    loop, fetch, looked_up = asyncio.get_running_loop(), WriterCursor._fetch, list[str]()
-
-    def fetch_and_lose(self: WriterCursor, sql: str, parameters: Sequence[Any]) -> Sequence[Any]:
-        rows = fetch(self, sql, parameters)
-        if sql.startswith("SELECT tasks.idempotency_key") and not looked_up:
-            looked_up.append(sql)
-            rival = TaskRepository(other).create(make_task(task_id="rival", idempotency_key="key"))
-            asyncio.run_coroutine_threadsafe(rival, loop).result(PATIENCE)
-        return rows
-
-    monkeypatch.setattr(WriterCursor, "_fetch", fetch_and_lose)
-    with pytest.raises(DuplicateError, match="rival"):
-        await TaskRepository(database).create(make_task(idempotency_key="key"))
-
-
 async def test_nothing_to_add_is_not_written(
     manager: StateManager, make_task: MakeTask, sent: list[str]
 ) -> None:
@@ -224,37 +167,6 @@ async def test_nothing_to_add_is_not_written(
 
     assert isinstance(outcome, InvalidDataError)
     assert sent == []
-
-
-@pytest.mark.parametrize("rival", [False, True])
-async def test_what_was_assumed_of_a_creation_and_is_wrong_is_found_out(
-    database: Database,
-    other: Database,
-    location: Location,
-    make_task: MakeTask,
-    sent: list[str],
-    rival: bool,
-) -> None:
-    """Planted: a row that is not new is a fault; or what proved wrong is assumed again."""
-    tasks, task = TaskRepository(database), make_task()
-    await tasks.create(make_task())
-    if rival:
-        await TaskRepository(other).create(task)
-    else:
-        await tasks.create(task)
-    sent.clear()
-
-    outcomes = await asyncio.gather(
-        tasks.create(make_task()), tasks.create(task), return_exceptions=True
-    )
-    await tasks.create(make_task())
-
-    assert outcomes[0] is True
-    assert isinstance(outcomes[1], DuplicateError)
-    assert [statement.partition(" ")[0] for statement in sent] == ["WITH", "SELECT", "WITH", "WITH"]
-    assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
-    writer = (await database.get_stats())["writer"]
-    assert (writer["batches"], writer["failed_batches"]) == (3 if rival else 4, 0)
 
 
 async def test_writers_at_the_same_time_lose_nothing(
@@ -284,26 +196,23 @@ async def test_writers_at_the_same_time_lose_nothing(
     assert counters(location) == (121, 0)
 
 
-@pytest.mark.parametrize("rival", ["change", "heartbeat", "transaction"])
+@pytest.mark.parametrize("rival", ["change", "transaction", "removal"])
 async def test_what_others_write_between_reading_and_writing_is_seen(
     database: Database,
     other: Database,
     location: Location,
     make_task: MakeTask,
-    make_node: MakeNode,
-    clock: FakeClock,
     sent: list[str],
     rival: str,
 ) -> None:
-    """Planted: the guard asks for nothing, or not for the flush; or a conflict is a failure."""
-    task, node = make_task(), make_node()
+    """Planted: the call checks no versions; or a conflict is a failure."""
+    task = make_task()
     await TaskRepository(database).create(task)
-    await NodeRepository(database).create(node)
     before = (await database.get_stats())["writer"]
-    removal = Hesitating(task)
+    hesitating = Hesitating(task)
 
-    removing = asyncio.ensure_future(database.write(apply, removal))
-    await asyncio.to_thread(removal.decided.wait, PATIENCE)
+    writing = asyncio.ensure_future(database.write(apply, hesitating))
+    await asyncio.to_thread(hesitating.decided.wait, PATIENCE)
     task.status = TaskStatus.RUNNING
     if rival == "change":
         await TaskRepository(other).update(task)
@@ -311,47 +220,31 @@ async def test_what_others_write_between_reading_and_writing_is_seen(
         async with other.transaction() as transaction:
             await TaskRepository(transaction).update(task)
     else:
-        assert await other.write(apply_heartbeats, [Heartbeat(node.node_id, clock(), {})]) == [True]
-    removal.release.set()
-    await removing
-    assert removal.times == 2
+        await TaskRepository(other).delete(task.task_id)
+    hesitating.release.set()
+    if rival == "removal":
+        with pytest.raises(TaskNotFoundError):
+            await writing
+    else:
+        await writing
+    assert hesitating.times == (1 if rival == "removal" else 2)
 
-    revisions = [revision for revision, *_ in feed(location)]
-    assert revisions == list(range(1, len(revisions) + 1))
-    assert counters(location) == (len(revisions), rival in ("heartbeat", "transaction"))
-    assert execute(location, "SELECT from_status FROM changes WHERE kind = 'removed'") == [
-        ("pending" if rival == "heartbeat" else "running",)
+    log = "SELECT revision, from_status, to_status, previous FROM changes ORDER BY 1"
+    assert execute(location, log) == [
+        (1, None, "pending", None),
+        *(
+            [(2, "pending", None, 1)]
+            if rival == "removal"
+            else [(2, "pending", "running", 1), (3, "running", "cancelled", 2)]
+        ),
     ]
     after = (await database.get_stats())["writer"]
     assert after["batches"] == before["batches"] + 1
     assert after["operations"] == before["operations"] + 1
     assert after["failed_batches"] == 0
-
-
-async def test_after_a_conflict_the_lock_comes_first_for_a_while(
-    database: Database, other: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Planted: with the lock, too, the counters are taken for what they were."""
-    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 3)
-    tasks, task = TaskRepository(database), make_task()
-    await tasks.create(task)
-    removal = Hesitating(task)
-    removing = asyncio.ensure_future(database.write(apply, removal))
-    await asyncio.to_thread(removal.decided.wait, PATIENCE)
-    await TaskRepository(other).create(make_task())
-    removal.release.set()
-    await removing
-
-    had_lock = []
-    for number in range(4):
-        if number == 0:
-            await TaskRepository(other).create(make_task())
-        await tasks.create(make_task())
-        writing = database._writer._session
-        assert isinstance(writing, WriteSession)
-        had_lock.append(writing.cursor.has_lock)
-
-    assert had_lock == [True, True, False, False]
+    sent.clear()
+    await TaskRepository(database).create(make_task())
+    assert len(sent) == 1
 
 
 async def test_callers_get_their_answers_while_the_next_batch_waits_for_the_lock(
@@ -385,58 +278,35 @@ async def test_callers_get_their_answers_while_the_next_batch_waits_for_the_lock
     assert await second is True
 
 
-async def test_many_callers_share_two_batches_unless_others_write(
-    database: Database, other: Database, make_task: MakeTask
+@pytest.mark.parametrize("has_lock", [False, True])
+async def test_batch_that_has_waited_waits_for_the_lock_as_long_as_is_left(
+    database: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, has_lock: bool
 ) -> None:
-    """Planted: batches are halved though another process writes, too."""
-    batches: list[int] = []
-
-    async def write() -> None:
-        tasks = [make_task() for _ in range(64)]
-        await asyncio.gather(*map(TaskRepository(database).create, tasks))
-        batches.append((await database.get_stats())["writer"]["batches"])
-
-    await write()  # connects
-    await write()
-    await TaskRepository(other).create(make_task())
-    await write()  # finds it out
-    await write()
-
-    assert batches == [1, 3, 5, 6]
-
-
-@pytest.mark.parametrize("waits", ["for its turn", "before it is done again", "before it writes"])
-async def test_batch_that_has_waited_takes_the_lock_and_waits_for_it_as_long_as_is_left(
-    database: Database, waits: str
-) -> None:
-    """Planted: the server has it wait as long as ever, or as long again when it is done again."""
+    """Planted: the server has it wait as long as ever."""
     asked: list[Any] = []
+    execute = Cursor.execute
+
+    def executed(self: Cursor, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        if "store_write" in sql:
+            asked.append(parameters[-2])
+        return execute(self, sql, parameters)
 
     def ask(unit: WriteTransaction, operations: Sequence[None]) -> Sequence[Any]:
         sql = "SELECT setting FROM pg_settings WHERE name = 'lock_timeout'"
-        asked.extend(unit.cursor.read(sql, ()))
-        if len(asked) == 1:
-            if waits != "for its turn":
-                time.sleep(0.7)
-            if waits == "before it is done again":
-                raise RedoError
-            unit.cursor.compare_and_set(
-                "UPDATE counters SET beat = $1 + beat * 0 WHERE id = $2", (0, 1)
-            )
+        asked.extend(setting for (setting,) in unit.cursor.execute(sql))
         return operations
 
-    await database.write(needs_the_lock, None)  # connected by now
-    writing = database._writer._session
-    assert isinstance(writing, WriteSession)
+    await TaskRepository(database).create(make_task())  # connected by now
+    monkeypatch.setattr(Cursor, "execute", executed)
     async with database._exclusive("somebody else"):
-        asking = asyncio.ensure_future(database.write(ask, None))
-        await asyncio.sleep(1.2 if waits == "for its turn" else 0)
-    await asking
+        writing = start(
+            database.write(ask, None) if has_lock else TaskRepository(database).create(make_task())
+        )
+        await asyncio.sleep(1.2)
+    await writing
 
-    assert writing.cursor.has_lock
-    *others, (left,) = asked
-    assert others == [] if waits == "for its turn" else others == [("30000",)]
-    assert 1000 < int(left) <= 29_900
+    [left] = asked
+    assert 1000 < int(left) <= 28_900
 
 
 async def test_batch_whose_connection_took_longer_than_it_may_wait_waits_all_the_same(
@@ -474,36 +344,10 @@ async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_eve
     async with database.transaction() as tx:
         assert (await tx.execute(text("SHOW lock_timeout"))).scalar_one() == "30s"
 
-    (locking,) = (sql for sql in sent if "UPDATE counters" in sql)
+    (locking,) = (sql for sql in sent if "FROM counters" in sql and "FOR UPDATE" in sql)
     left = re.match(r"SET LOCAL lock_timeout = (\d+);", locking)
     assert left is not None
     assert 1000 < int(left[1]) <= 29_800
-
-
-async def test_what_is_known_need_not_be_read(
-    manager: StateManager,
-    location: Location,
-    make_task: MakeTask,
-    make_node: MakeNode,
-    sent: list[str],
-) -> None:
-    await manager.register_node(make_node(node_id="n"))
-    task = make_task()
-    await manager.add_task(task)
-    sent.clear()
-
-    task.description = "noted"
-    await manager.update_task(task)
-    [task] = await manager.claim_tasks("n")
-    await manager.start_task(task)
-    await manager.complete_task(task)
-
-    assert len(sent) == 4
-    assert all("UPDATE tasks" in statement for statement in sent)
-    [row] = execute(location, "SELECT status, description, attempt FROM tasks")
-    assert row == ("completed", "noted", 1)
-    [row] = execute(location, "SELECT running_tasks, total_tasks_processed FROM nodes")
-    assert row == (0, 1)
 
 
 async def created(tasks: TaskRepository, task: Task) -> Record[Task]:
@@ -589,26 +433,20 @@ async def test_refusal_by_what_was_known_is_made_sure_of(
     assert [revision for revision, *_ in feed(location)] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("added", [0, 1, 4])
 async def test_node_is_not_known_any_more_once_others_have_written(
     manager: StateManager,
     other: Database,
     location: Location,
     make_task: MakeTask,
     make_node: MakeNode,
-    monkeypatch: pytest.MonkeyPatch,
-    added: int,
 ) -> None:
-    """Planted: what was known stays known when the counters have moved."""
-    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)
+    """Planted: a claim is decided on what was known of the node."""
     await manager.register_node(make_node(node_id="n"))
     for _ in range(6):
         await manager.add_task(make_task())
     [node] = await NodeRepository(other).list_online_nodes()
     node.status = NodeStatus.MAINTENANCE
     await NodeRepository(other).update(node)
-    for _ in range(added):
-        await manager.add_task(make_task())
 
     assert await manager.claim_tasks("n") == []
 
@@ -618,7 +456,7 @@ async def test_node_is_not_known_any_more_once_others_have_written(
 async def test_known_node_that_others_have_removed_can_be_added_again(
     manager: StateManager, other: Database, location: Location, make_node: MakeNode
 ) -> None:
-    """Planted: the server numbers what is added, and nobody asks whether a known node is there."""
+    """Planted: what the cache knows of the node counts."""
     await manager.add_node(make_node(node_id="n"))
     await NodeRepository(other).delete("n")
 
@@ -633,10 +471,8 @@ async def test_node_is_not_known_any_more_once_others_have_beaten_for_it(
     clock: FakeClock,
     make_node: MakeNode,
     make_task: MakeTask,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Planted: the server numbers what is added, and nobody asks for the flush of heartbeats."""
-    monkeypatch.setattr(round_trips, "_PESSIMISTIC_AFTER_CONFLICT", 2)
+    """Planted: a node is taken for what was known of it."""
     await manager.add_node(make_node(node_id="n"))
     await manager.add_task(make_task())
     clock.advance(seconds=200)
@@ -728,7 +564,6 @@ NEEDING: dict[str, Callable[[WriteTransaction], Any]] = {
         "FROM unnest($1::text::text[]) AS given (id) WHERE task_id = id",
         [("first",), ("second",)],
     ),
-    "read": lambda unit: unit.cursor.read("SELECT task_id FROM tasks WHERE task_id <> $1", ["x"]),
 }
 
 
@@ -736,39 +571,37 @@ NEEDING: dict[str, Callable[[WriteTransaction], Any]] = {
 async def test_what_needs_the_lock_sees_what_stands_before_it_in_the_batch(
     database: Database, make_task: MakeTask, call: Callable[[WriteTransaction], Any]
 ) -> None:
-    """Planted: it is done without the lock, or what is kept back is not sent first."""
+    """Planted: it is done without the lock, or the rows of commands before are written after it."""
     tasks = TaskRepository(database)
 
     def look(unit: WriteTransaction, operations: Sequence[None]) -> Sequence[Any]:
         found = call(unit)
-        assert isinstance(unit.cursor, WriterCursor)
-        return [(unit.cursor.has_lock, found if isinstance(found, int) else len(found))]
+        return [found if isinstance(found, int) else len(found)]
 
-    _, (had_lock, found), _ = await asyncio.gather(
+    _, found, _ = await asyncio.gather(
         tasks.create(make_task(task_id="first")),
         database.write(look, None),
         tasks.create(make_task(task_id="second")),
     )
 
-    assert (had_lock, found) == (True, 1)
+    assert found == 1
     assert (await database.get_stats())["writer"]["batches"] == 1
 
 
-async def test_what_needs_the_lock_has_it_from_the_beginning(database: Database) -> None:
+async def test_what_needs_the_lock_is_begun_again_with_it(database: Database) -> None:
+    """Planted: the call of the first attempt is sent, too."""
+    cursors: list[Any] = []
+
     def look(unit: WriteTransaction, operations: Sequence[str]) -> Sequence[Any]:
-        found = []
-        for name in operations:
-            NEEDING[name](unit)
-            assert isinstance(unit.cursor, WriterCursor)
-            found.append(unit.cursor.has_lock)
-        return found
+        cursors.append(unit.cursor)
+        return [NEEDING[name](unit) for name in operations]
 
-    assert await database.write(look, "execute")
-    assert await database.write(look, "count")
-    assert not await database.write(look, "read")
+    for name in NEEDING:
+        await database.write(look, name)
+
+    assert [type(cursor) for cursor in cursors] == [CallCursor, Cursor] * 2
 
 
-@pytest.mark.parametrize("has_lock", [False, True])
 @pytest.mark.parametrize("kind", [Task, NodeInfo])
 async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
     database: Database,
@@ -777,7 +610,6 @@ async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
     make_node: MakeNode,
     sent: list[str],
     kind: type[Any],
-    has_lock: bool,
 ) -> None:
     """Planted: a statement inserts what another, done together with it, deletes."""
     repository: Any = (TaskRepository if kind is Task else NodeRepository)(database)
@@ -789,8 +621,6 @@ async def test_row_that_is_removed_and_created_in_one_batch_is_the_new_one(
     )
     await repository.create(old)
     writes = [repository.delete("same"), repository.create(new)]
-    if has_lock:
-        writes.insert(0, database.write(needs_the_lock, None))
 
     await asyncio.gather(*writes)
 
@@ -822,33 +652,6 @@ async def test_history_that_began_in_the_same_batch_is_removed_with_it(
     assert counters(location) == (5, 0)
 
 
-async def test_batch_that_is_of_a_rare_kind_is_written_all_the_same(
-    database: Database,
-    location: Location,
-    make_task: MakeTask,
-    make_node: MakeNode,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Planted: the counters are not written then."""
-    monkeypatch.setattr(round_trips, "MAX_COMBINATIONS", 0)
-    tasks = TaskRepository(database)
-    first, second = make_task(), make_task()
-
-    await asyncio.gather(tasks.create(first), tasks.create(second))
-    first.error = "changed"
-    await asyncio.gather(
-        tasks.update(first),
-        tasks.delete(second.task_id),
-        NodeRepository(database).create(make_node()),
-    )
-
-    assert [kind for _, _, kind, _ in feed(location)] == [
-        "created", "created", "updated", "removed", "created",
-    ]  # fmt: skip
-    assert counters(location) == (5, 0)
-    assert (await database.get_stats())["writer"]["failed_batches"] == 0
-
-
 async def test_plans_that_are_made_on_empty_tables_search_by_keys(
     database: Database,
     location: Location,
@@ -870,7 +673,7 @@ async def test_plans_that_are_made_on_empty_tables_search_by_keys(
             *(database.write(apply, Remove(Task, one.task_id, with_history=True)) for one in some),
             *(nodes.delete(one.node_id) for one in few),
         )
-    statements = set(sent)
+    statements = {sql for sql in sent if re.match("SELECT|INSERT|UPDATE|DELETE", sql)}
     assert len(statements) > 10
 
     execute(location, "TRUNCATE tasks, nodes, changes")
@@ -889,20 +692,56 @@ async def test_plans_that_are_made_on_empty_tables_search_by_keys(
             assert "Seq Scan" not in steps, f"{statement}\n{steps}"
 
 
-LOST: dict[str, tuple[str | None, bool, type[Exception]]] = {
-    "read": ("LOCK TABLE counters IN ACCESS EXCLUSIVE MODE", False, UnavailableError),
-    "write": (None, False, OutcomeUnknownError),
-    "locked read": (None, True, UnavailableError),
-    "locked write": ("LOCK TABLE tasks IN EXCLUSIVE MODE", True, UnavailableError),
+async def test_call_searches_by_keys(
+    location: Location, clock: FakeClock, make_task: MakeTask, make_node: MakeNode
+) -> None:
+    """Planted: the function has not the settings of the planner.
+
+    Its statements are planned on empty tables, and used when there are many rows.
+    """
+    create_database(location)
+    async with Database(location, clock=clock) as database:
+        tasks, nodes = TaskRepository(database), NodeRepository(database)
+        await nodes.create(make_node(node_id="n", max_concurrent_tasks=9))
+        for count in (1, 30):
+            added = [make_task(idempotency_key=f"{count}-{number}") for number in range(count)]
+            await asyncio.gather(*map(tasks.create, added))
+            await asyncio.gather(*map(tasks.update, added))
+            for task in await tasks.claim("n", 5):
+                await tasks.complete(task)
+    await until(lambda: execute(location, INSERTED) == [(31,)])
+    scans = "SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname <> 'alembic_version'"
+    before = dict(execute(location, scans))
+    assert before.keys() == {"tasks", "nodes", "changes", "counters"}
+
+    async with Database(location, clock=clock) as database:
+        [task] = await TaskRepository(database).claim("n", 1)
+        await TaskRepository(database).complete(task)
+        await TaskRepository(database).create(make_task(idempotency_key="key"))
+
+    await until(lambda: execute(location, INSERTED) == [(32,)])
+    after = dict(execute(location, scans))
+    assert after == before
+
+
+INSERTED = "SELECT n_tup_ins FROM pg_stat_user_tables WHERE relname = 'tasks'"
+
+
+LOST: dict[str, tuple[str | None, str, type[Exception]]] = {
+    "read before the call": ("LOCK TABLE tasks", "cancel", UnavailableError),
+    "call": (None, "update", OutcomeUnknownError),
+    "call that has the lock": ("LOCK TABLE changes", "update", OutcomeUnknownError),
+    "locked": (None, "delete", UnavailableError),
+    "locked write": ("LOCK TABLE changes", "delete", UnavailableError),
 }
 
 
-@pytest.mark.parametrize(("lock", "has_lock", "error"), LOST.values(), ids=LOST)
+@pytest.mark.parametrize(("lock", "call", "error"), LOST.values(), ids=LOST)
 async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
     own_server: Server,
     make_task: MakeTask,
     lock: str | None,
-    has_lock: bool,
+    call: str,
     error: type[Exception],
 ) -> None:
     """Planted: a connection that is lost while writing is an ordinary failure."""
@@ -914,11 +753,11 @@ async def test_outcome_is_unknown_only_where_what_commits_was_under_way(
     async with Database(url) as database:
         tasks, task = TaskRepository(database), make_task()
         await tasks.create(task)
-        assert isinstance(database._writer._session, WriteSession)
-        database._writer._session.cursor.lock_next = int(has_lock)
         with suppress(DBAPIError):  # the lock, too, is lost
             async with locked(url, lock):
-                writing = asyncio.ensure_future(tasks.update(task))
+                writing = asyncio.ensure_future(
+                    tasks.update(task) if call == "update" else getattr(tasks, call)(task.task_id)
+                )
                 await asyncio.to_thread(wait_until, is_waiting, "the writer waits for the lock")
                 own_server.kill()
         own_server.start()
