@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from campaigns.harness.campaign import Counts, Location, Run
-from campaigns.harness.direct_access import UnreadableError, fetch, find_damage
+from campaigns.harness.direct_access import LAST_REVISION, UnreadableError, fetch, find_damage
 from campaigns.workloads.load import State, content
 from openclaw_store import Database, StoreError
 from openclaw_store.maintenance.verify import verify
@@ -30,7 +30,7 @@ _QUERIES = (
     "total_tasks_processed FROM nodes",
     "SELECT revision, item, item_id, from_status, to_status, node, previous FROM changes "
     "ORDER BY revision",
-    "SELECT revision FROM counters",
+    LAST_REVISION,
 )
 _HELD = ("scheduled", "running")
 

@@ -44,8 +44,8 @@ class Snapshot:
     @property
     def revision(self) -> int:
         """The revision of the newest change."""
-        revision: int = self.rows["counters"][1]["revision"]
-        return revision
+        compacted: int = self.rows["counters"][1]["compacted"]
+        return max(self.rows["changes"], default=compacted)
 
     def differences(self, other: Snapshot) -> list[str]:
         """List the rows that differ from another snapshot."""
@@ -57,16 +57,17 @@ class Snapshot:
         ]
 
     def flaws(self) -> list[str]:
-        """List gaps in the feed, and disagreements with it."""
+        """List disagreements with the feed."""
         changes = self.rows["changes"]
-        newest = max(changes, default=0)
-        found = [] if newest == self.revision else [f"the feed ends at {newest}"]
+        found = []
         last = {
             (change["item"], change["item_id"]): revision for revision, change in changes.items()
         }
         for table, item in (("tasks", "task"), ("nodes", "node")):
             for key, row in self.rows[table].items():
                 revision = last.get((item, key))
+                if row["version"] > self.revision:
+                    found.append(f"{item} {key} is at {row['version']}, beyond the feed")
                 if revision is not None and revision != row["version"]:
                     found.append(f"{item} {key} is at {row['version']}, its change at {revision}")
         return found

@@ -28,7 +28,7 @@ from openclaw_store.domain.changes import Change
 from openclaw_store.domain.models import NodeInfo, Task
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import StoreError
-from openclaw_store.repositories.commands import Claim, Update
+from openclaw_store.repositories.commands import Update
 from openclaw_store.repositories.heartbeats import Heartbeat
 from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
@@ -83,17 +83,17 @@ def no_version_in_where() -> Iterator[None]:
 
 @bug
 def claimed_twice() -> Iterator[None]:
-    """P4: a claim trusts the cached status of a task and does not check the row again."""
-    decide = Claim.decide
+    """P4: a claim trusts what the claim before has read, and does not read the tasks again."""
+    ready_for, known = UnitOfWork._ready_for, dict[object, list[Record[Task]]]()
 
-    def believe(self: Claim, row: Row) -> Any:
-        for candidate in self.candidates:
-            task = row.other(Task, candidate.task_id)
-            if task.version is not None:
-                task.status, task.record = "pending", candidate
-        return decide(self, row)
+    def remembered(self: UnitOfWork, skills: bytes | None, count: int) -> Iterator[Record[Task]]:
+        tasks: dict[str, Record[Task]] = {}
+        for task in (*known.get(skills, ()), *ready_for(self, skills, count)):
+            tasks.setdefault(task.task_id, task)
+        known[skills] = [*tasks.values()]
+        return iter(tasks.values())
 
-    with patch.object(Claim, "decide", believe):
+    with patch.object(UnitOfWork, "_ready_for", remembered):
         yield
 
 
@@ -206,7 +206,7 @@ def acknowledge_before_commit() -> Iterator[None]:
     def too_soon(self: Writer, entries: Sequence[Any], until: float, began: float) -> bool:
         counters = statements_for(self._backend.dialect).counters
         self._session = self._session or self._backend.write_session(until, counters)
-        self._session.begin(until, self.publish_pending)
+        self._session.begin(until)
         transaction = WriteTransaction(self._session.cursor, self._clock())
         outcomes: list[Any] = []
         for apply, run in groupby(entries, key=itemgetter(1)):
@@ -225,16 +225,16 @@ def acknowledge_before_commit() -> Iterator[None]:
 @bug
 def revision_outside_transaction() -> Iterator[None]:
     """P2, P5: rows are committed first, and the feed of changes in a second transaction."""
-    write, commits = UnitOfWork._write, count()
+    finish, commits = UnitOfWork.finish, count()
 
-    def write_afterwards(self: UnitOfWork) -> None:
+    def finish_afterwards(self: UnitOfWork) -> None:
         self.cursor.execute("COMMIT")
         if next(commits):
             time.sleep(STALL_SECONDS)
         self.cursor.execute("BEGIN IMMEDIATE" if self.cursor.dialect == "sqlite" else "BEGIN")
-        write(self)
+        finish(self)
 
-    with patch.object(UnitOfWork, "_write", write_afterwards):
+    with patch.object(UnitOfWork, "finish", finish_afterwards):
         yield
 
 

@@ -16,6 +16,10 @@ from campaigns.harness.campaign import HangError, Location
 
 Rows = Sequence[tuple[Any, ...]]
 
+LAST_REVISION = """
+    SELECT coalesce((SELECT max(revision) FROM changes), compacted) AS revision FROM counters"""
+"""The query of the revision of the newest change."""
+
 _CHECK_INDEXES = """
     SELECT bt_index_check(oid, heapallindexed => true) FROM pg_class
     WHERE relkind = 'i' AND relnamespace = 'public'::regnamespace"""

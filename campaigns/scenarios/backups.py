@@ -27,7 +27,7 @@ from sqlalchemy.exc import DBAPIError
 
 from benchmarks.measure import percentile
 from campaigns.harness.campaign import SQLITE, Campaign, Location, Run, within
-from campaigns.harness.direct_access import Rows, driver_url, fetch, find_damage
+from campaigns.harness.direct_access import LAST_REVISION, Rows, driver_url, fetch, find_damage
 from openclaw_store import Database, StateManager, Task, TaskType, verify
 
 WRITERS = 64
@@ -50,7 +50,7 @@ WORST = 2.0
 QUERIES = (
     "SELECT task_id, status, version, CAST(metadata AS text) FROM tasks",
     "SELECT revision, item_id, to_status FROM changes ORDER BY revision",
-    "SELECT revision FROM counters",
+    LAST_REVISION,
 )
 """Queries on a copy."""
 

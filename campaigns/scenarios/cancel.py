@@ -37,7 +37,7 @@ from campaigns.faults.cancellation import CANCEL_MODES, CallEnd, CancelMode, Ste
 from campaigns.faults.planted_bugs import planted
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Location, Run, within
 from campaigns.harness.captured_output import CapturedOutput
-from campaigns.harness.direct_access import SecondClient, connect_client
+from campaigns.harness.direct_access import LAST_REVISION, SecondClient, connect_client
 from campaigns.workloads.coroutine_calls import CALLS, Call, hold_unsaved, public_coroutines
 from campaigns.workloads.fixture import CONCURRENT_ROLES, NODE_ROLES, TASK_ROLES, Fixture
 from openclaw_store import Database, StateManager, StoreError, verify
@@ -348,7 +348,7 @@ class _Pass:
         """Check that memory equals the database."""
         manager, fetch = self.manager, self.outside.fetch
         state, stats = await manager.get_state(), await manager.get_task_stats()
-        [counters] = await fetch("SELECT revision FROM counters")
+        [counters] = await fetch(LAST_REVISION)
         here: dict[str, object] = {"revision": manager.version}
         there: dict[str, object] = dict(counters)
         statuses: Counter[str] = Counter()

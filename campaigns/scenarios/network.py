@@ -26,7 +26,7 @@ from unittest.mock import patch
 from campaigns.faults.planted_bugs import planted
 from campaigns.faults.proxy import FAULTS, MOMENTS, Fault, Proxy
 from campaigns.harness.campaign import POSTGRESQL, Campaign, HangError, Run, silenced
-from campaigns.harness.direct_access import driver, driver_url
+from campaigns.harness.direct_access import LAST_REVISION, driver, driver_url
 from campaigns.harness.loop_delay import LoopDelay, watch_loop_delay
 from openclaw_store import (
     Database,
@@ -206,7 +206,7 @@ class Lane:
         """Draw a fault: each kind at each moment in turn, at any request; commits come first."""
         kind = FAULTS[number % len(FAULTS)]
         moment = MOMENTS[number // len(FAULTS) % len(MOMENTS)]
-        writes = [b"COMMIT", b'{"changed"']  # commits with the write lock, and mostly without it
+        writes = [b"COMMIT", b"changed"]  # transactions with the write lock, and calls
         triggers = [b"", *writes, *(caller.node_id.encode() for caller in callers)]
         if number < len(FAULTS):
             return Fault(kind, moment, writes[number % len(writes)])
@@ -223,7 +223,7 @@ class Lane:
         ):
             await self.require_success(call, f"after {what}, {name}")
         await self.other.add_task(make_task(f"heard-{number}", "nobody"))
-        newest = await self.past.fetchval("SELECT revision FROM counters")
+        newest = await self.past.fetchval(LAST_REVISION)
         if not await becomes_true(lambda: manager.version == newest):
             run.wrong(f"after {what}, foreign changes do not arrive")
         if not await becomes_true(lambda: bool(self.seen) and self.seen[-1] == newest):

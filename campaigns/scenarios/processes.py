@@ -35,7 +35,7 @@ from typing import Any
 import openclaw_store
 from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
-from campaigns.harness.direct_access import fetch, find_damage
+from campaigns.harness.direct_access import LAST_REVISION, fetch, find_damage
 from campaigns.workloads.forks import OTHER_PROGRAMS
 from campaigns.workloads.program import Program, limit_life
 from campaigns.workloads.programs import PROGRAMS
@@ -214,7 +214,7 @@ def _judge(run: Run, record: _ProcessRecord, errors: str, slowest: dict[str, flo
 
 def _stored(run: Run, record: _ProcessRecord) -> set[str]:
     """Return the stored tasks; check the feed and the integrity, too."""
-    tasks, counters = "SELECT task_id FROM tasks", "SELECT revision FROM counters"
+    tasks, counters = "SELECT task_id FROM tasks", LAST_REVISION
     feed = "SELECT count(*), max(revision) FROM changes"
     ids, [(revision,)], [(changes, newest)] = fetch(record.location, tasks, counters, feed)
     found = find_damage(record.location)

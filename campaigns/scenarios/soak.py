@@ -26,7 +26,7 @@ from sqlalchemy import text
 
 from campaigns.faults.children import Child, Send
 from campaigns.harness.campaign import POSTGRESQL, Campaign, Location, Run
-from campaigns.harness.direct_access import fetch
+from campaigns.harness.direct_access import LAST_REVISION, fetch
 from campaigns.workloads.users import Users
 from openclaw_store import CompactedError, Database, StateManager, verify
 
@@ -138,7 +138,7 @@ _TABLES: Final = {
     " WHERE status IN ('pending', 'scheduled', 'running') ORDER BY task_id",
     "nodes": "SELECT node_id, version, status, running_tasks FROM nodes ORDER BY node_id",
     "counts": "SELECT status, count(*) FROM tasks GROUP BY status ORDER BY status",
-    "version": "SELECT revision FROM counters",
+    "version": LAST_REVISION,
 }
 
 

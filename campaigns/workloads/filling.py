@@ -95,7 +95,6 @@ class _Rows:
             statements += [
                 self._insert("changes", self._changes("node", nodes), nodes),
                 self._insert("changes", self._changes("task", nodes), tasks),
-                f"UPDATE counters SET revision = {nodes + tasks}",
             ]
         return statements
 

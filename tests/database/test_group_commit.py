@@ -41,10 +41,10 @@ from openclaw_store import (
     UnavailableError,
 )
 from openclaw_store.backends import Backend
-from openclaw_store.backends.base import CounterStatements, RedoError
+from openclaw_store.backends.base import CounterStatements, LockRequiredError
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.database import group_commit, metrics
-from openclaw_store.database.group_commit import HALVED_FROM, Writer
+from openclaw_store.database.group_commit import Writer
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 
@@ -57,10 +57,9 @@ ends_the_thread = pytest.mark.filterwarnings(
 class Shelf:
     """A fake database: it keeps the operations that were committed, transaction by transaction.
 
-    An operation is a word, and its result the word in capitals. `hold` has the batch before it
-    answered, and keeps the writer in its own until `release` is set; `again` has the first
-    transaction done again; `refuse…` is refused by itself; `explode…` raises; `exit` ends the
-    thread.
+    An operation is a word, and its result the word in capitals. `hold` keeps the
+    writer in its batch until `release` is set; `again` has the first transaction done again;
+    `refuse…` is refused by itself; `explode…` raises; `exit` ends the thread.
     """
 
     dialect = "sqlite"
@@ -81,18 +80,13 @@ class Shelf:
         self.stopping: Callable[[], object] = lambda: None
         self.stopped = 0
 
-    def writer(
-        self, *, clock: Callable[[], datetime] = lambda: NOON, is_pipelined: bool = False
-    ) -> Writer:
-        self.is_pipelined = is_pipelined
-        writer = Writer(cast(Backend, self), Turns(self), clock, PATIENCE)
-        self.sent = writer.publish_pending
-        return writer
+    def writer(self, *, clock: Callable[[], datetime] = lambda: NOON) -> Writer:
+        return Writer(cast(Backend, self), Turns(self), clock, PATIENCE)
 
     def write_session(self, until: float, counters: CounterStatements) -> Shelf:
         return self
 
-    def begin(self, until: float, meanwhile: Callable[[], None]) -> None:
+    def begin(self, until: float) -> None:
         self.opened += 1
         self.words: list[str] = []
 
@@ -121,10 +115,9 @@ class Shelf:
     def _decide(self, unit: WriteTransaction, operation: str) -> Any:
         if operation == "hold":
             self.entered.set()
-            self.sent()
             assert self.release.wait(PATIENCE)
         if operation == "again" and self.opened == 1:
-            raise RedoError
+            raise LockRequiredError
         if operation == "exit":
             raise SystemExit
         if operation.startswith("explode"):
@@ -143,8 +136,8 @@ class Turns(FairLock):
         super().__init__(PATIENCE)
         self._shelf = shelf
 
-    def acquire(self, name: str, waiting: Callable[[], None] = lambda: None) -> None:
-        super().acquire(name, waiting)
+    def acquire(self, name: str) -> None:
+        super().acquire(name)
         self._shelf.turns += 1
 
     def release(self) -> None:
@@ -309,57 +302,6 @@ class TestBatches:
         await finished([held, *tasks])
 
         assert shelf.batches == [["hold"], words]
-
-    async def test_batch_leaves_half_of_many_callers_to_the_next_one(self, shelf: Shelf) -> None:
-        """Planted: the next one takes half of what has queued, which is half of a half."""
-        writer, many = shelf.writer(is_pipelined=True), 2 * HALVED_FROM
-
-        await writer.submit(shelf.apply, "the session is there")
-        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(many)])
-
-        assert [len(batch) for batch in shelf.batches] == [1, HALVED_FROM, HALVED_FROM]
-        await writer.close()
-
-    async def test_few_callers_share_a_batch_all_the_same(self, shelf: Shelf) -> None:
-        writer, few = shelf.writer(is_pipelined=True), HALVED_FROM - 1
-
-        await asyncio.gather(*[writer.submit(shelf.apply, f"word{n}") for n in range(few)])
-
-        assert len(shelf.batches) == 1
-        await writer.close()
-
-    @pytest.mark.parametrize("ends", ["committed", "explode", "exit", "refuse"])
-    @ends_the_thread
-    async def test_callers_get_their_answers_when_the_next_batch_is_on_its_way(
-        self, shelf: Shelf, ends: str
-    ) -> None:
-        """Planted: they get them at once, or only when the next batch has committed."""
-        writer = shelf.writer(is_pipelined=True)
-        shelf.release.set()
-        queued, told = threading.Event(), threading.Event()
-        was_told: list[bool] = []
-
-        def wait_and_apply(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
-            assert queued.wait(PATIENCE)
-            return shelf.apply(unit, operations)
-
-        def look_and_apply(unit: WriteTransaction, operations: Sequence[str]) -> list[Any]:
-            was_told.append(told.wait(0.05))
-            if ends == "committed":  # else nobody says that anything is on its way
-                shelf.sent()
-                was_told.append(told.wait(PATIENCE))
-            return shelf.apply(unit, operations)
-
-        first = start(writer.submit(wait_and_apply, "first"))
-        first.add_done_callback(lambda _: told.set())
-        await until(lambda: writer._taken)
-        second = start(writer.submit(look_and_apply, ends))
-        await turns()
-        queued.set()
-
-        assert (await finished([first, second]))[0] == "FIRST"
-        assert was_told == ([False, True] if ends == "committed" else [False])
-        await writer.close()
 
     async def test_closing_answers_those_of_the_last_batch(self, shelf: Shelf) -> None:
         """Planted: their answers are kept for a batch that never comes."""
@@ -1738,20 +1680,19 @@ class TestOnADatabase:
     async def test_listeners_are_told_of_the_writer_and_of_transactions_in_order_of_commits(
         self, ticking: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Planted: a transaction publishes before what the writer has kept."""
+        """Planted: the writer publishes when the next one may write."""
         told: list[str] = []
         unlisten = ticking.listen(lambda committed: told.extend(event.id for event in committed))
         writing, committed = threading.Event(), threading.Event()
-        publish = ticking._writer.publish_pending
+        publish = ticking._writer.publish
 
-        def publish_slowly() -> None:
-            on_its_thread = threading.current_thread() is not threading.main_thread()
-            if on_its_thread and ticking._writer._pending is not None:
+        def publish_slowly(*arguments: Any) -> None:
+            if threading.current_thread() is not threading.main_thread():
                 writing.set()
-                committed.wait(PATIENCE)
-            publish()
+                committed.wait(0.2)
+            publish(*arguments)
 
-        monkeypatch.setattr(ticking._writer, "publish_pending", publish_slowly)
+        monkeypatch.setattr(ticking._writer, "publish", publish_slowly)
         first = start(TaskRepository(ticking).create(make_task(task_id="first")))
         assert await asyncio.to_thread(writing.wait, PATIENCE)
         async with ticking.transaction() as session:

@@ -33,11 +33,16 @@ async def stored(database: Database, node: NodeInfo) -> NodeInfo:
     return found
 
 
+COUNTERS = """
+    SELECT (SELECT coalesce(max(changes.revision), 0) FROM changes) AS revision, beat
+    FROM counters"""
+
+
 async def counters(database: Database) -> tuple[int, int]:
     """The revision, and the number of the newest flush."""
     async with database.session() as session:
         connection = await session.connection()
-        row = (await connection.exec_driver_sql("SELECT revision, beat FROM counters")).one()
+        row = (await connection.exec_driver_sql(COUNTERS)).one()
         return row.revision, row.beat
 
 
