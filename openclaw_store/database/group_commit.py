@@ -316,6 +316,7 @@ class Writer:
             is_committing = True
             session.commit()
         except LockRequiredError:
+            transaction.release()
             return False
         except BaseException as error:
             self._close_session()  # a new connection has a known state

@@ -33,6 +33,9 @@ class WriteTransaction:
         self.finished = True
         for work in self.before_commit:
             work()
-        # Both refer back to the transaction; only the garbage collector frees such cycles.
+        self.release()
+
+    def release(self) -> None:
+        """Drop what refers back to the transaction: only the garbage collector frees cycles."""
         self.before_commit.clear()
         self.unit_of_work = None

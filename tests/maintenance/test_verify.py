@@ -35,6 +35,7 @@ from openclaw_store import (
     Task,
     TaskFilter,
     TaskStatus,
+    TaskType,
     UnavailableError,
     UnsavedConflictError,
     Verification,
@@ -681,6 +682,6 @@ async def test_changed_function_is_named(location: Location, cluster: StateManag
     with pytest.raises(SchemaMismatchError, match="store_write_1"):
         await asyncio.to_thread(migrations.check, backend_of(str(location), 5))
     with pytest.raises(SchemaMismatchError, match="store_write_1"):
-        await cluster.add_task(Task.create(task_type="batch", name="new"))
+        await cluster.add_task(Task.create(task_type=TaskType.BATCH, name="new"))
     execute(location, "ALTER FUNCTION mine RENAME TO store_write_1")
     assert await verify(cluster.db)

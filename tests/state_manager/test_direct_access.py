@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from conftest import BACKOFF, Cluster, Location, assert_counted, ids, start, until
@@ -147,7 +148,7 @@ async def test_commits_of_other_processes_wake_waiters(direct: Cluster) -> None:
     await direct.add(task_id="a")
     await direct.two.refresh_from_database()
     watcher = direct.two.watch()
-    seen = start(anext(watcher))  # type: ignore[arg-type]  # a coroutine in all but name
+    seen: Any = start(anext(watcher))  # type: ignore[arg-type]  # a coroutine in all but name
     waiting = start(direct.two.wait_for_task("a", 10))
     await until(lambda: direct.two._replica.watchers.count == 2)
 

@@ -182,7 +182,7 @@ class WriteSession:
         if self.cursor is self._locked:
             self._execute(f"NOTIFY {CHANNEL}; COMMIT")
         elif self._call.call is not None:
-            sql, parameters, finish = self._call.call
+            (sql, parameters, finish), self._call.call = self._call.call, None
             wait, listener = milliseconds(self._left()), self._registry.listener
             finish(self._locked.execute(sql, (*parameters, wait, listener)))
 
