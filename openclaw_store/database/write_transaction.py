@@ -22,7 +22,7 @@ class WriteTransaction:
         self.undo: list[Callable[[], None]] = []
         """Called in reverse order if it does not commit: restore the objects of callers."""
         self.unit_of_work: Any = None
-        """State that the operations share; set and read by the repositories alone."""
+        """State that the operations share; set and read by the repositories alone, and released."""
         self.finished = False
         """`True` if it accepts no more operations."""
         self.failure: BaseException | None = None
@@ -38,4 +38,6 @@ class WriteTransaction:
     def release(self) -> None:
         """Drop what refers back to the transaction: only the garbage collector frees cycles."""
         self.before_commit.clear()
-        self.unit_of_work = None
+        if self.unit_of_work is not None:
+            self.unit_of_work.release()
+            self.unit_of_work = None

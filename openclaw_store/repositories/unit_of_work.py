@@ -272,9 +272,12 @@ class UnitOfWork:
                 node.write(node.record, ())
         for kind, touched in rows.items():
             _store(self, kind, touched.values())
-        # These refer back to the unit, and only the garbage collector frees such cycles.
-        self.rows, self._ready = {}, {}
+        self.release()
         return outcomes
+
+    def release(self) -> None:
+        """Drop what refers back to the unit: only the garbage collector frees such cycles."""
+        self.rows, self._ready = {}, {}
 
     def load(self, kind: type[Any], rows: Mapping[str, Row]) -> None:
         """Read rows: nodes with their content, of tasks the columns that all decisions need."""
