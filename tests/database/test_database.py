@@ -46,6 +46,7 @@ from conftest import (
 )
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.compiler import SQLCompiler
 from support.scripts import Ended, run_scripts
 
 from campaigns.faults import vfs
@@ -176,6 +177,28 @@ class TestSession:
                     await session.close()
 
             assert await TaskRepository(database).count_by_status() == 0
+
+
+async def test_statement_is_compiled_once_for_all_databases(
+    database: Database, another_location: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each database alone, SQLAlchemy would compile it anew."""
+    statement = select(func.count(TaskRow.name)).where(TaskRow.name > "x")
+    compiled: list[object] = []
+    make = SQLCompiler.__init__
+
+    def noted(self: SQLCompiler, *arguments: Any, **options: Any) -> None:
+        compiled.append(arguments[1])
+        make(self, *arguments, **options)
+
+    async def read(database: Database) -> int:
+        async with database.session() as session, database.transaction() as tx:
+            assert [await session.scalar(statement), await tx.scalar(statement)] == [0, 0]
+        return len([one for one in compiled if one is statement])
+
+    monkeypatch.setattr(SQLCompiler, "__init__", noted)
+    async with Database(another_location) as other:
+        assert [await read(other), await read(database), await read(other)] == [1, 1, 1]
 
 
 class TestTransaction:
