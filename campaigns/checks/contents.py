@@ -19,11 +19,14 @@ SCHEMA_OF_POSTGRESQL = """
 SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
 FROM pg_constraint WHERE connamespace = 'public'::regnamespace
 UNION ALL SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+UNION ALL SELECT proname, pg_get_functiondef(oid)
+FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND NOT EXISTS (
+    SELECT FROM pg_depend WHERE objid = pg_proc.oid AND deptype = 'e')
 UNION ALL SELECT table_name || '.' || column_name, concat_ws(
     ' ', data_type, character_maximum_length, collation_name, is_nullable, column_default)
 FROM information_schema.columns WHERE table_schema = 'public'
 """
-"""Names and definitions of constraints, indexes and columns."""
+"""Names and definitions of constraints, indexes, functions and columns."""
 
 _COLUMNS_OF_POSTGRESQL = """
 SELECT table_name, string_agg(quote_ident(column_name), ', ' ORDER BY column_name)
