@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 from conftest import ENTITY_KINDS, FakeClock, Location, new_location
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
 from support.examples import in_profile
 
 from openclaw_store import (
@@ -24,13 +27,16 @@ from openclaw_store import (
     NodeRepository,
     NodeStatus,
     Task,
+    TaskPriority,
     TaskRepository,
+    TaskStatus,
     TaskType,
 )
 from openclaw_store.backends.postgresql.write_session import CallCursor
 from openclaw_store.database import WriteTransaction
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.records import Record, encode
+from openclaw_store.errors import NodeNotFoundError
 from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.repositories.commands import (
@@ -268,3 +274,194 @@ async def test_outcome_is_the_same_on_both_databases(
             if chance.random() < 0.9:  # else what is known is outdated the next time
                 tasks, nodes = tasks_now, nodes_now
     assert len(calls) > 50
+
+
+SECONDS = st.sampled_from([-3, -1, 0, 0, 1, 4])
+"""The distance of a time from the present; the clock may have been turned back since."""
+
+SKILLS = st.lists(st.sampled_from(["x", "y", "Ü"]), max_size=3)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Tasks and nodes, and what the nodes do."""
+
+    tasks: dict[str, dict[str, Any]]
+    nodes: dict[str, dict[str, Any]]
+    rounds: list[tuple[dict[str, int], list[int]]]
+    """Claims, as the number of tasks for each node, and then how assigned tasks end."""
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> Scene:
+    def optional(times: st.SearchStrategy[int]) -> st.SearchStrategy[int | None]:
+        return st.none() | times
+
+    task = st.fixed_dictionaries(
+        {
+            "status": st.sampled_from([TaskStatus.PENDING] * 6 + [*TaskStatus]),
+            "priority": st.sampled_from(TaskPriority),
+            "required_skills": SKILLS,
+            "submitted_at": SECONDS,
+            "not_before": optional(SECONDS),
+            "scheduled_at": optional(SECONDS),
+            "started_at": optional(SECONDS),
+            "attempt": st.integers(0, 3),
+            "max_retries": st.integers(0, 1),
+            "assigned_node": st.sampled_from(["n", "m"]),
+        }
+    )
+    node = st.fixed_dictionaries(
+        {
+            "status": st.sampled_from([NodeStatus.ONLINE] * 4 + [*NodeStatus]),
+            "available_skills": SKILLS,
+            "max_concurrent_tasks": st.integers(1, 5),
+            "running_tasks": st.integers(0, 3),
+            "total_tasks_processed": st.integers(0, 9),
+            "average_execution_time": st.floats(0, 9),
+        }
+    )
+    ids = st.text("aBbé_-1", min_size=1, max_size=3)
+    claims = st.dictionaries(st.sampled_from(["n", "m", "missing"]), st.integers(1, 4))
+    return Scene(
+        draw(st.dictionaries(ids, task, min_size=1, max_size=12)),
+        {name: draw(node) for name in ("n", "m")},
+        draw(
+            st.lists(
+                st.tuples(claims, st.lists(st.integers(0, 3), max_size=6)), min_size=1, max_size=3
+            )
+        ),
+    )
+
+
+class Stage:
+    """A database on which scenes are played; any number of them after each other.
+
+    Args:
+        has_lock: Write all batches in transactions with the lock.
+    """
+
+    def __init__(self, database: Database, clock: FakeClock, *, has_lock: bool) -> None:
+        self.database = database
+        self.now = clock()
+        self.has_lock = has_lock
+
+    async def write(self, *commands: Command) -> list[Any]:
+        locking = [self.database.write(take_the_lock, None)] if self.has_lock else []
+        writes = [self.database.write(apply, command) for command in commands]
+        outcomes = await asyncio.gather(*locking, *writes, return_exceptions=True)
+        return outcomes[len(locking) :]
+
+    async def tasks(self) -> dict[str, Record[Task]]:
+        page = await TaskRepository(self.database).list_tasks()
+        return {task.task_id: encode(task) for task in page}
+
+    async def nodes(self) -> dict[str, NodeInfo]:
+        return {one.node_id: one for one in await NodeRepository(self.database).get_all_nodes()}
+
+    async def play(self, scene: Scene) -> list[Any]:
+        """Return all that is seen."""
+        async with self.database.transaction() as tx:
+            for table in ("tasks", "nodes"):
+                await tx.execute(text(f"DELETE FROM {table}"))
+        *_, changes = await stored(self.database, 0)
+        since = max((change.revision for change in changes), default=0)
+        await self.write(*self.creations(scene))
+        seen: list[Any] = []
+        for claims, ends in scene.rounds:
+            expected = self.expected(claims, await self.tasks(), await self.nodes())
+            outcomes = await self.write(*(Claim(id, limit) for id, limit in claims.items()))
+            found = [
+                [task.task_id for task in one] if isinstance(one, list) else type(one)
+                for one in outcomes
+            ]
+            assert found == expected
+            assigned = [one for one in (await self.tasks()).values() if lifecycle.is_assigned(one)]
+            assigned.sort(key=lambda one: one.task_id)
+            outcomes += await self.write(*map(self.end, assigned, ends))
+            seen += map(repr, outcomes)
+        tasks, nodes, changes = await stored(self.database, since)
+        return [seen, tasks, rounded(nodes), changes]
+
+    def creations(self, scene: Scene) -> Iterator[Command]:
+        for id, fields in scene.nodes.items():
+            node = NodeInfo(id, "host", registered_at=self.now, **fields)
+            yield Create(NodeInfo, id, encode(node))
+        for id, fields in scene.tasks.items():
+            values = dict(fields)
+            for name in ("submitted_at", "not_before", "scheduled_at", "started_at"):
+                if values[name] is not None:
+                    values[name] = self.now + timedelta(seconds=values[name])
+            if values["status"] is TaskStatus.PENDING:
+                values["assigned_node"] = None
+            yield Create(Task, id, encode(Task(id, TaskType.BATCH, "task", **values)))
+
+    def expected(
+        self,
+        claims: Mapping[str, int],
+        tasks: dict[str, Record[Task]],
+        nodes: Mapping[str, NodeInfo],
+    ) -> list[Any]:
+        """What the claims return by the rules of `lifecycle`."""
+        found: list[Any] = []
+        in_order = sorted(
+            tasks.values(), key=lambda one: (one.priority, one.submitted_at, one.task_id)
+        )
+        for id, limit in claims.items():
+            if id not in nodes:
+                found.append(NodeNotFoundError)
+                continue
+            node, claimed = encode(nodes[id]), list[str]()
+            for task in in_order:
+                step = lifecycle.claim(tasks[task.task_id], node, self.now)
+                if step is not None and len(claimed) < limit:
+                    assert step.node is not None
+                    node = node.evolve(**lifecycle.counted(node, step.node))
+                    tasks[task.task_id] = task.replace(**step.task)
+                    claimed.append(task.task_id)
+            found.append(claimed)
+        # A claim of a missing node is refused alone.
+        return found
+
+    def end(self, task: Record[Task], how: int) -> Command:
+        owner = lifecycle.owner_of(task)
+        decisions: list[Any] = [
+            partial(lifecycle.start, owner=owner),
+            partial(lifecycle.complete, owner=owner, result=b"1"),
+            partial(lifecycle.fail, owner=owner, error="no", wait=WAIT),
+            partial(lifecycle.cancel, reason=None),
+        ]
+        return Advance(task.task_id, decisions[how], task)
+
+
+@pytest.mark.postgresql
+def test_rules_of_the_function_are_those_of_the_life_cycle(
+    locations: list[Location], clock: FakeClock
+) -> None:
+    """Claims, and counters of nodes: on SQLite, by a call, and with the lock.
+
+    Planted, in the function: a claim ignores the skills, the status of the node, its slots or
+    `not_before`; the order of claims; the latest time of the task; a sum, the mean.
+    """
+    with asyncio.Runner() as runner:
+        databases = [Database(location, clock=clock) for location in locations]
+        stages = [
+            Stage(database, clock, has_lock=number == 2)
+            for number, database in enumerate(databases)
+        ]
+
+        @settings(max_examples=in_profile(60), suppress_health_check=[HealthCheck.too_slow])
+        @given(scene=scenes())
+        def agree(scene: Scene) -> None:
+            first, *others = [runner.run(stage.play(scene)) for stage in stages]
+            for other in others:
+                for mine, its in zip(first, other, strict=True):
+                    assert its == mine
+
+        try:
+            for database in databases:
+                runner.run(database.initialize())
+            agree()
+        finally:
+            for database in databases:
+                runner.run(database.close())
