@@ -16,6 +16,7 @@ from sqlalchemy import text
 from support.scripts import run_scripts
 
 from openclaw_store import Database, Finding, Level, StateManager, TaskRepository, diagnose, utc_now
+from openclaw_store.database.migrations import HEAD
 from openclaw_store.maintenance import doctor
 
 MOUNTS = """\
@@ -117,14 +118,14 @@ async def test_schema_is_named_as_it_is_and_left_alone(
     for revision, said in (
         ("0001", "0001"),
         ("9999", "9999"),
-        ("copying-0002-1-2", "half of a copy"),
+        (f"copying-{HEAD}-1-2", "half of a copy"),
     ):
         execute(location, f"UPDATE alembic_version SET version_num = '{revision}'")
         [found] = [one for one in await diagnose(Database(location)) if one.name == "schema"]
         assert found.level is Level.ERROR
         assert said in found.text
         assert execute(location, "SELECT version_num FROM alembic_version") == [(revision,)]
-    execute(location, "UPDATE alembic_version SET version_num = '0002'")
+    execute(location, f"UPDATE alembic_version SET version_num = '{HEAD}'")
     execute(location, "DROP INDEX ix_tasks_status")
     [found] = [one for one in await diagnose(Database(location)) if one.name == "schema"]
     assert found.level is Level.WARNING

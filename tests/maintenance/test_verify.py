@@ -243,7 +243,11 @@ SAFE: dict[str, tuple[str, str, str | None]] = {
     ),
     "removed": ("DELETE FROM tasks WHERE task_id = 'd'", "changes", "d"),
     "removed node": ("DELETE FROM nodes WHERE node_id = 'idle'", "changes", "idle"),
-    "revision": ("UPDATE counters SET revision = revision - 2", "counters", None),
+    "newest": (
+        "DELETE FROM changes WHERE revision = (SELECT max(revision) FROM changes)",
+        "changes",
+        "f",
+    ),
     "flush": ("UPDATE counters SET beat = 0", "counters", None),
 }
 
@@ -255,12 +259,6 @@ UNSAFE: dict[str, tuple[str, str, str | None]] = {
     "percentage": ("UPDATE nodes SET cpu_usage = 101 WHERE node_id = 'n'", "values", "n"),
     "negative": ("UPDATE tasks SET retry_count = -1 WHERE task_id = 'a'", "values", "a"),
     "future": ("UPDATE tasks SET version = 1000 WHERE task_id = 'a'", "version", "a"),
-    "ahead": ("UPDATE counters SET revision = revision + 3", "feed", None),
-    "newest": (
-        "DELETE FROM changes WHERE revision = (SELECT max(revision) FROM changes)",
-        "feed",
-        None,
-    ),
     "link": (
         "DELETE FROM changes WHERE revision = (SELECT max(previous) FROM changes WHERE "
         "item_id = 'a')",
@@ -285,7 +283,11 @@ UNSAFE: dict[str, tuple[str, str, str | None]] = {
         "feed",
         "a",
     ),
-    "compacted": ("UPDATE counters SET compacted = revision - 1", "feed", None),
+    "compacted": (
+        "UPDATE counters SET compacted = (SELECT max(revision) FROM changes) - 1",
+        "feed",
+        None,
+    ),
     "compacted too far": ("UPDATE counters SET compacted = 999", "counters", None),
     "no counters": ("DELETE FROM counters", "counters", None),
     "same key": (
@@ -477,10 +479,9 @@ WRONG_TYPES: dict[str, tuple[str, str, str | None]] = {
         "values",
         "b",
     ),
-    "text as a counter": ("UPDATE counters SET revision = 'x'", "counters", None),
+    "text as a counter": ("UPDATE counters SET beat = 'x'", "counters", None),
     "no counter": ("UPDATE counters SET compacted = NULL", "counters", None),
     "text as a heartbeat": ("UPDATE nodes SET beat = 'x' WHERE node_id = 'n'", "counters", None),
-    "largest revision": (CHANGE.format(f"revision = {2**63 - 1}"), "counters", None),
 }
 """Values that a damaged page may hold, whatever the columns of its table."""
 
@@ -631,7 +632,7 @@ class TestFile:
         self, location: Path, cluster: StateManager
     ) -> None:
         """The driver refuses integers of more than 64 bits with an error of Python."""
-        spoil(location, SAFE["completed"][0], f"UPDATE counters SET revision = {2**63 - 1}")
+        spoil(location, SAFE["completed"][0], CHANGE.format(f"revision = {2**63 - 1}"))
 
         async with Database(location) as database:
             with pytest.raises(StoreError, match="rolled back"):
