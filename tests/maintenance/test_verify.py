@@ -246,7 +246,7 @@ SAFE: dict[str, tuple[str, str, str | None]] = {
     "newest": (
         "DELETE FROM changes WHERE revision = (SELECT max(revision) FROM changes)",
         "changes",
-        "f",
+        "idle",  # by the repair of the fault before
     ),
     "flush": ("UPDATE counters SET beat = 0", "counters", None),
 }
