@@ -100,7 +100,7 @@ def _state(path: Path) -> object:
 def _read_file(path: Path) -> Contents:
     with closing(sqlite3.connect(path)) as connection:
         schema = {
-            name: re.sub(r"\s+", "", sql)
+            name: re.sub(r"^(CREATETABLE\w+)\((.*)\)$", _in_order, re.sub(r"\s+", "", sql))
             for name, sql in connection.execute(
                 "SELECT name, coalesce(sql, '') FROM sqlite_master WHERE tbl_name NOT IN (?, ?)",
                 _ASIDE,
@@ -115,6 +115,11 @@ def _read_file(path: Path) -> Contents:
             else:
                 rows[table] = _checksum(connection, table)
     return Contents(revision, schema, rows)
+
+
+def _in_order(table: re.Match[str]) -> str:
+    """Return a definition with its columns in order: a downgrade adds the last one again."""
+    return f"{table[1]}({','.join(sorted(table[2].split(',')))})"
 
 
 def _checksum(connection: sqlite3.Connection, table: str) -> str:

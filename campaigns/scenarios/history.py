@@ -155,7 +155,7 @@ CAMPAIGN = Campaign(
     unit="× 100 calls",
     bugs={
         "no-version-in-where": "name='update'",
-        "claimed-twice": "no order explains claim",
+        "claimed-twice": "though it was scheduled",
         "watch-ahead": "the watcher of",
     },
     slow_bugs={"late-wake-ups": "reads from memory are"},

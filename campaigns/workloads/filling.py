@@ -29,6 +29,9 @@ TASKS_A_NODE = 1000
 NOW = FakeClock().now
 """The time at which legacy rows are imported."""
 
+_COUNTLESS = "0003"
+"""The schema from which the last revision is that of the newest change."""
+
 _BEGIN = 1_767_225_600_000_000
 """The submission of the first task, in microseconds since 1970."""
 
@@ -50,7 +53,10 @@ def fill(
     """
     _make(location, revision)
     kind = SQLITE if isinstance(location, Path) else POSTGRESQL
-    script = ";".join(_Rows(kind, lived=lived, imported=imported).statements(tasks))
+    statements = _Rows(kind, lived=lived, imported=imported).statements(tasks)
+    if revision < _COUNTLESS:
+        statements.append("UPDATE counters SET revision = (SELECT max(revision) FROM changes)")
+    script = ";".join(statements)
     if isinstance(location, Path):
         with closing(sqlite3.connect(location)) as connection:
             connection.executescript(f"PRAGMA synchronous=OFF; BEGIN; {script}; COMMIT")

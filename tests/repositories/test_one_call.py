@@ -10,9 +10,10 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, FakeClock, Location, MakeNode, MakeTask, engine_of, execute
+from conftest import PATIENCE, FakeClock, Location, MakeNode, MakeTask, engine_of, execute, feed
 
 from openclaw_store import (
+    Change,
     Database,
     NodeRepository,
     NodeStatus,
@@ -149,6 +150,34 @@ async def test_task_that_is_not_known_is_read_first(
     await asyncio.gather(*(tasks.cancel(task.task_id) for task in added))
 
     assert sent == ["SELECT", "call"]
+
+
+async def test_listeners_get_the_changes_as_they_are_logged(
+    manager: StateManager, other: Database, make_task: MakeTask, make_node: MakeNode
+) -> None:
+    """Planted: the changes before in the same batch keep the revisions that were assumed."""
+    await manager.register_node(make_node(node_id="n"))
+    tasks = [make_task() for _ in range(3)]
+    for task in tasks:
+        await manager.add_task(task)
+    claimed = await manager.claim_tasks("n", 2)
+    told: list[Change] = []
+    unlisten = manager.db.listen(lambda events: told.extend(event.change for event in events))
+    for _ in range(4):
+        await TaskRepository(other).create(make_task())
+
+    await asyncio.gather(
+        *(manager.start_task(task) for task in claimed),
+        *(manager.complete_task(task) for task in claimed),
+        manager.cancel_task(tasks[2].task_id),
+        manager.requeue_task(tasks[2].task_id),
+        manager.claim_tasks("n", 1),
+    )
+    unlisten()
+
+    logged = [change for change in await feed(manager) if change.revision > 11]
+    assert [change.revision for change in told] == list(range(12, 20))
+    assert told == logged
 
 
 async def test_refusal_is_no_call(database: Database, make_task: MakeTask, sent: list[str]) -> None:
