@@ -133,14 +133,17 @@ class OneCall(UnitOfWork):
             id: min(sum(limit for limit, _ in claims), _MAX_PLACES)
             for id, claims in self._claims.items()
         }
+        values = list(map(self._values, written))
+        # These refer back to the unit, and only the garbage collector frees such cycles.
+        self.rows = {}
         changes = [
             (one.item_id, str(one.kind), *one[5:9], self._moved(one.previous))
             for one in self.changes
         ]
-        if not (written or checked or self._deltas or places):
+        if not (values or checked or self._deltas or places):
             return
         columns = [
-            *_columns(list(map(self._values, written)), 4 + len(CALL_FIELDS)),
+            *_columns(values, 4 + len(CALL_FIELDS)),
             *_columns(list(checked.items()), 2),
             *_columns(list(owners.items()), 2),
             *_columns(changes, 7),
