@@ -583,3 +583,24 @@ async def test_revisions_of_many_writers_have_no_gap(
 
 HELD = """SELECT assigned_node, count(*) FROM tasks
     WHERE status IN ('scheduled', 'running') GROUP BY 1"""
+
+
+async def test_mean_of_attempts_that_end_together(
+    manager: StateManager, clock: FakeClock, make_task: MakeTask, make_node: MakeNode
+) -> None:
+    """Planted: the mean before counts once for all of them."""
+    totals = {"total_tasks_processed": 2, "successful_tasks": 2, "average_execution_time": 4.0}
+    await manager.add_node(make_node(node_id="n", **totals))
+    for _ in range(3):
+        await manager.add_task(make_task())
+    one, two, three = await manager.claim_tasks("n", 3)
+    clock.advance(seconds=10)
+
+    await asyncio.gather(
+        manager.complete_task(one), manager.complete_task(two), manager.fail_task(three, "no")
+    )
+
+    node = await manager.node_repo.get("n")
+    assert node is not None
+    assert node.average_execution_time == pytest.approx((2 * 4 + 3 * 10) / 5)
+    assert (node.total_tasks_processed, node.successful_tasks, node.failed_tasks) == (5, 4, 1)
