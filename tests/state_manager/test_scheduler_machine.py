@@ -708,13 +708,22 @@ def picture(
     nodes: Mapping[str, NodeInfo],
     changes: Sequence[Told],
 ) -> Picture:
-    """What is to be compared: neither versions, nor in which order a verb writes its rows."""
+    """What is to be compared: neither versions, nor in which order a verb writes its rows.
+
+    The store logs the counters of a node with another change of it, where a batch makes both.
+    """
+    of_nodes = {one for one in changes if one[0] == "node"}
+    changed = {one[1] for one in of_nodes if one[2] != one[3] or one[5] is not None}
     return (
         list(map(bare, outcomes)),
         {id: bare(task) for id, task in tasks.items()},
         {id: bare(node) for id, node in nodes.items()},
         sorted((one for one in changes if one[0] == "task"), key=repr),
-        {one for one in changes if one[0] == "node"},  # some verbs write them once for each task
+        {
+            one
+            for one in of_nodes
+            if one[1] not in changed or one[2] != one[3] or one[5] is not None
+        },
     )
 
 
