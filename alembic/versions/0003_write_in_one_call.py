@@ -305,7 +305,7 @@ BEGIN
         -- that joined before and became the first has found the writer's own listener gone, and so
         -- does the second test.
         IF listener IS NULL OR NOT pg_try_advisory_xact_lock(8030029660390449410)
-            OR NOT pg_try_advisory_xact_lock_shared(listener)
+            OR pg_try_advisory_xact_lock_shared(listener)
         THEN
             PERFORM pg_notify('openclaw_store', last || ' ' || heartbeats);
         END IF;
