@@ -137,8 +137,9 @@ class Statements(ABC):
         tasks = select(*COLUMNS[Task])
         self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
-        group = self._group
-        heads = f"SELECT min({group}) FROM tasks WHERE {IS_READY}"
+        group, columns = self._group, ", ".join(FIELDS[Task])
+        ready = f"tasks {self._indexed_by.format('ix_tasks_ready')} WHERE {IS_READY}"
+        heads = f"SELECT min({group}) FROM {ready}"
         self.read_ready_groups = f"""
             WITH RECURSIVE heads (key) AS (
                 {heads}
@@ -146,17 +147,18 @@ class Statements(ABC):
                 SELECT ({heads} AND {group} > heads.key) FROM heads WHERE key IS NOT NULL
             )
             {self._no_skills} SELECT key, (
-                SELECT required_skills FROM tasks WHERE {IS_READY} AND {group} = key LIMIT 1
+                SELECT required_skills FROM {ready} AND {group} = key LIMIT 1
             ) FROM heads WHERE key IS NOT NULL"""
         """The groups of tasks that may be claimed, and the skills that each requires."""
-        order = (TaskRow.priority, TaskRow.submitted_at, TaskRow.task_id)
-        in_group = text(f"{group} {self._equals} {self._parameter(1)}")
-        ready = self._compile(tasks.where(IS_READY, in_group).order_by(*order))
-        self.read_ready = f"{ready} LIMIT {self._parameter(2)}"
+        first, second = self._parameter(1), self._parameter(2)
+        self.read_ready = f"""
+            SELECT {columns} FROM {ready} AND {group} {self._equals} {first}
+            ORDER BY priority, submitted_at, task_id LIMIT {second}"""
         """All columns of the first tasks of a group; takes the group and a limit."""
-        due = tasks.where(IS_DELAYED, TaskRow.not_before <= bindparam("now", type_=UtcTime()))
-        due_first = self._compile(due.order_by(TaskRow.not_before))
-        self.read_due_retries = f"{due_first} LIMIT {self._parameter(2)}"
+        delayed = f"tasks {self._indexed_by.format('ix_tasks_delayed')} WHERE {IS_DELAYED}"
+        self.read_due_retries = f"""
+            SELECT {columns} FROM {delayed} AND not_before <= {first}
+            ORDER BY not_before LIMIT {second}"""
         """All columns of delayed tasks that are due; takes the time and a limit."""
         self.read_assigned = self._compile(
             tasks.where(self._is_assigned, self._assigned == bindparam("node"))
@@ -232,6 +234,8 @@ class Statements(ABC):
     """The group of tasks without skills in front of the other ones, if it is not among them."""
     _equals: str
     """The comparison of groups."""
+    _indexed_by: str
+    """The index to use, whatever the statistics say; on SQLite."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
     """The condition of tasks that are claimed or running."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
@@ -281,7 +285,7 @@ class SQLiteStatements(Statements):
     # undo that statement alone: a fifth of the time of an insert. It is not needed, because the
     # whole transaction is rolled back when a statement fails.
     _OR_FAIL = "OR FAIL"
-    _group, _equals = "required_skills", "IS"
+    _group, _equals, _indexed_by = "required_skills", "IS", "INDEXED BY {}"
     _no_skills = "SELECT NULL, NULL UNION ALL"
     # `unlikely` makes the planner use the index on the status, and the sign keeps it from using the
     # one on the node: nearly all tasks may have had the same status when they were counted.
@@ -370,7 +374,7 @@ class PostgreSQLStatements(Statements):
 
     # A hash, since a long list does not fit into an index of PostgreSQL.
     _group = "coalesce(hashtextextended(required_skills::text, 0), 0)"
-    _no_skills, _equals = "", "="
+    _no_skills, _equals, _indexed_by = "", "=", ""
 
     def __init__(self) -> None:
         super().__init__(_POSTGRESQL)
