@@ -335,7 +335,7 @@ async def main(name, path, finished, done):
         await work(name, manager)
         os.close(done)
         await asyncio.to_thread(wait, finished)
-        print(json.dumps(await agree(name, manager)), flush=True)
+        print(json.dumps(await agree(name, manager)) + "\\n", end="", flush=True)
         while lines(f"{name}.seen")[-1] != str(manager.version):
             await asyncio.sleep(0.005)
             assert not watcher.done()
@@ -367,7 +367,7 @@ while len(lines(f"{NAMES[0]}.log")) < SHARE / 2:
     time.sleep(0.002)
 os.kill(first, signal.SIGKILL)
 assert os.waitpid(first, 0)[1] == signal.SIGKILL
-print(json.dumps({"noted": len(lines(f"{NAMES[0]}.seen"))}), flush=True)
+print(json.dumps({"noted": len(lines(f"{NAMES[0]}.seen"))}) + "\\n", end="", flush=True)
 children = [start(NAMES[0]), *others]
 os.close(done)
 assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(NAMES)
