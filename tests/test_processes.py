@@ -363,7 +363,7 @@ def start(name):
 
 
 first, *others = [start(name) for name in NAMES]
-while len(lines(f"{NAMES[0]}.log")) < SHARE / 2:
+while len(lines(f"{NAMES[0]}.log")) < SHARE / 2 or not lines(f"{NAMES[0]}.seen"):
     time.sleep(0.002)
 os.kill(first, signal.SIGKILL)
 assert os.waitpid(first, 0)[1] == signal.SIGKILL
