@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.backends import Notifier
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
+    ENTITY_NAMES,
     KEY,
     Change,
     Entity,
@@ -29,6 +30,7 @@ from openclaw_store.domain import (
 )
 from openclaw_store.errors import (
     ConflictError,
+    DuplicateError,
     InvalidDataError,
     NotFoundError,
     StaleVersionError,
@@ -226,6 +228,8 @@ class Replica:
         return self.send(command)
 
     async def _submit_after_flush(self, command: Command) -> Any:
+        if isinstance(command, Create) and (command.kind, command.id) in self.cache.unsaved:
+            raise DuplicateError(ENTITY_NAMES[command.kind], command.id)
         await self.write_behind.flush_or_drop([(command.kind, command.id), *command.related_keys])
         return await self.send(command)
 

@@ -567,6 +567,22 @@ class TestWriting:
         assert [kind for kind in left if kind.__module__.startswith("openclaw_store")] == []
 
 
+async def test_unsaved_entry_refuses_another_one_and_stays_unsaved(
+    manager: StateManager, make_task: MakeTask
+) -> None:
+    await manager.add_task(make_task(task_id="a", name="unsaved"), persist=False)
+
+    with pytest.raises(DuplicateError):
+        await manager.add_task(make_task(task_id="a"))
+
+    assert manager.version == 0
+    task = await manager.get_task("a")
+    assert task is not None
+    assert (task.name, task.version < 0) == ("unsaved", True)
+    await manager.sync_to_database()
+    assert (await manager.get_task("a")).version == 1  # type: ignore[union-attr]  # it is there
+
+
 class TestChanging:
     @pytest.mark.parametrize("kind", ["task", "node"])
     async def test_hundred_concurrent_increments_end_at_a_hundred(
