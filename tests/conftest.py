@@ -44,6 +44,7 @@ from openclaw_store import (
     Task,
     TaskPriority,
 )
+from openclaw_store.backends.postgresql.write_session import Cursor, WriteSession
 from openclaw_store.domain.models import ASSIGNED, LIVE
 from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.testing import FakeClock as FakeClock  # for the tests
@@ -393,6 +394,35 @@ async def database(location: Location, clock: FakeClock) -> AsyncIterator[Databa
     async with Database(location, clock=clock) as database:
         yield database
         assert database.checked_out_connections == 0
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The statements that the writers of PostgreSQL send, in this order."""
+    statements: list[str] = []
+
+    def record(owner: type[Any], name: str) -> None:
+        original = getattr(owner, name)
+
+        def recorded(self: Any, sql: str, *arguments: Any) -> Any:
+            statements.append(sql)
+            return original(self, sql, *arguments)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(Cursor, "execute")
+    record(Cursor, "count")
+    record(WriteSession, "_execute")
+    return statements
+
+
+@pytest.fixture
+async def other(
+    database: Database, location: Location, clock: FakeClock
+) -> AsyncIterator[Database]:
+    """Another process, as far as the server knows."""
+    async with Database(location, clock=clock) as other:
+        yield other
 
 
 @pytest.fixture

@@ -25,6 +25,6 @@ from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.internals import fetch_raw_rows
 from openclaw_store.backends.notifications import Notifier, OnCommit, notify_of_commits
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.postgresql.batch_sql import array
+from openclaw_store.backends.postgresql.protocol import array
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.backends.sqlite.files import BESIDES

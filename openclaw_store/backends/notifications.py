@@ -27,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from openclaw_store.backends.base import Backend, CounterStatements
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.postgresql.batch_sql import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
+from openclaw_store.backends.postgresql.protocol import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 from openclaw_store.backends.sqlite.backend import SQLite
 
 logger = logging.getLogger("openclaw_store.wakeups")

@@ -185,7 +185,7 @@ def check(backend: Backend) -> None:
 
 
 def has_functions(connection: Connection) -> bool:
-    """Return `True` if the functions of the database are those of the migrations."""
+    """Return `True` if the database has the function `store_write_1` as migration 0003 made it."""
     if connection.dialect.name == "sqlite":
         return True
     from alembic.script import ScriptDirectory

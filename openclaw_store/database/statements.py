@@ -38,7 +38,7 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.dialects.postgresql import ARRAY, asyncpg
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
@@ -46,6 +46,12 @@ from sqlalchemy.types import Text
 from openclaw_store.backends import CounterStatements
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
+from openclaw_store.database.store_write import (
+    CALL_FIELDS,
+    POSTGRESQL,
+    call_of_store_write,
+    element_type,
+)
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
     IS_DELAYED,
@@ -61,15 +67,9 @@ from openclaw_store.database.tables import (
 from openclaw_store.database.types import Json, UtcTime
 from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task, TaskStatus
 
-CALL_FIELDS = tuple(
-    name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
-)
-"""The columns of a task that PostgreSQL's function `store_write` writes, in its order."""
-
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """The fields that a heartbeat may report."""
 
-_POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
 _TASKS = table_of(Task)
@@ -235,7 +235,7 @@ class Statements(ABC):
     _equals: str
     """The comparison of groups."""
     _indexed_by: str
-    """The index to use, whatever the statistics say; on SQLite."""
+    """The clause that names the index to use, in place of the statistics; on SQLite."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
     """The condition of tasks that are claimed or running."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
@@ -377,7 +377,7 @@ class PostgreSQLStatements(Statements):
     _no_skills, _equals, _indexed_by = "", "=", ""
 
     def __init__(self) -> None:
-        super().__init__(_POSTGRESQL)
+        super().__init__(POSTGRESQL)
         self.read_many = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
@@ -388,7 +388,7 @@ class PostgreSQLStatements(Statements):
         }
         among = _is_among(Task, bindparam("ids"))
         self.read_tasks = self._compile(select(*COLUMNS[Task]).where(among))
-        self.call = _call()
+        self.call = call_of_store_write()
         self.delete = {
             kind: f"DELETE FROM {table_of(kind)} USING {_given([_key(kind)])} "
             f"WHERE {_key(kind)} = given.{KEY[kind]}"
@@ -441,25 +441,6 @@ class PostgreSQLStatements(Statements):
         return f"UPDATE {key.table} SET {changes} FROM {given} WHERE {key} = given.{key.name}"
 
 
-def _call() -> str:
-    """Return the call of `store_write`, which migration 0003 defines."""
-    arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
-    kinds = [_TASKS.c[name].type for name in CALL_FIELDS]
-    arrays += [f"{'json' if isinstance(one, Json) else _element(one)}[]" for one in kinds]
-    arrays += ["text[]", "bigint[]", "text[]", "text[]"]  # checked versions, and owners of keys
-    arrays += [*["text[]"] * 6, "bigint[]"]  # changes
-    arrays += ["text[]", *["integer[]"] * 3, "float8[]"]  # additions to nodes
-    arrays += ["text[]", "integer[]"]  # claims
-    given = ", ".join(f"${number}::text::{kind}" for number, kind in enumerate(arrays, 2))
-    last = len(arrays) + 2
-    found = [f"(one.task).{name}" for name in FIELDS[Task]]
-    found += [f"(one.node).{name}" for name in FIELDS[NodeInfo]]
-    return (
-        f"SELECT base, was, {', '.join(found)} FROM store_write_1("
-        f"$1::timestamptz, {given}, ${last}::text, ${last + 1}::bigint) AS one"
-    )
-
-
 def _each(texts: Any) -> TableValuedAlias:
     """Return the elements of a JSON list, for SQLite."""
     return func.json_each(texts).table_valued("value").alias("given")
@@ -468,15 +449,9 @@ def _each(texts: Any) -> TableValuedAlias:
 def _given(columns: Sequence[Any], first: int = 1) -> str:
     """Return a table of parameters from number `first`, an array for each column."""
     arrays = ", ".join(
-        f"${number}::text::{_element(one.type)}[]" for number, one in enumerate(columns, first)
+        f"${number}::text::{element_type(one.type)}[]" for number, one in enumerate(columns, first)
     )
     return f"unnest({arrays}) AS given ({', '.join(one.name for one in columns)})"
-
-
-def _element(kind: Any) -> str:
-    """Return the type of an array's elements: `text` for any length of text, and for JSON."""
-    name: str = kind.compile(_POSTGRESQL)
-    return "text" if name.startswith("VARCHAR") or name == "JSON" else name
 
 
 def _value(column: Column[Any]) -> str:

@@ -32,7 +32,7 @@ Owner = tuple[str | None, int]
 
 
 class NodeDelta(NamedTuple):
-    """The effect of transitions on the counters of a node, whatever their values are."""
+    """An addition to the counters of a node, the effect of one or several transitions."""
 
     running: int = 0
     """Tasks that arrive; negative for tasks that leave."""
@@ -285,7 +285,7 @@ def cancel(
         return None
     values = {} if reason is None else {"error": reason}
     return illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
-        _ended(task, TaskStatus.CANCELLED, now, **values), released(task), reason
+        _ended(task, TaskStatus.CANCELLED, now, **values), _released(task), reason
     )
 
 
@@ -295,7 +295,7 @@ def requeue(task: Record[Task], now: datetime) -> Outcome:
         return None
     # `attempt` is not reset: an earlier owner must not pass for the next one.
     values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, released(task), "requeued")
+    return Step({**_UNASSIGNED, **values}, _released(task), "requeued")
 
 
 def release(task: Record[Task], now: datetime, *, wait: Wait) -> Outcome:
@@ -355,7 +355,7 @@ def counted(node: Record[NodeInfo], delta: NodeDelta) -> Values:
     return values
 
 
-def released(task: Record[Task]) -> NodeDelta | None:
+def _released(task: Record[Task]) -> NodeDelta | None:
     """Return the effect on its node if a task leaves it; `None` if it is not assigned."""
     return NodeDelta(running=-1) if is_assigned(task) else None
 

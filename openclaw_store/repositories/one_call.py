@@ -134,8 +134,6 @@ class OneCall(UnitOfWork):
             for id, claims in self._claims.items()
         }
         values = list(map(self._values, written))
-        # These refer back to the unit, and only the garbage collector frees such cycles.
-        self.rows = {}
         changes = [
             (one.item_id, str(one.kind), *one[5:9], self._moved(one.previous))
             for one in self.changes
@@ -216,7 +214,7 @@ class OneCall(UnitOfWork):
         return Event(kind, record.id, record, change)
 
     def _move_revisions(self, by: int) -> None:
-        """Move all revisions behind those of other processes."""
+        """Raise the revisions of this batch, as other processes have assigned some before."""
         for error in self._stale:
             if error.current > self._guess:
                 StaleVersionError.__init__(

@@ -41,7 +41,7 @@ from openclaw_store.errors import (
 )
 
 _MAX_DUE_RETRIES = 1000
-"""Due retries that a claim considers, those due first."""
+"""Maximum number of due retries among which a claim chooses: the ones due first."""
 
 _ORDER_OF_CLAIMS = itemgetter(*map(FIELDS[Task].index, ("priority", "submitted_at", "task_id")))
 """The position of a row in the order of claims."""

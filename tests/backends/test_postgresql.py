@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -68,35 +68,6 @@ pytestmark = pytest.mark.postgresql
 WAITING = """
     FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"""
 """Who waits for a lock; the server may have other databases, of tests that run beside this one."""
-
-
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What writers send, in this order."""
-    statements: list[str] = []
-
-    def record(owner: type[Any], name: str) -> None:
-        original = getattr(owner, name)
-
-        def recorded(self: Any, sql: str, *arguments: Any) -> Any:
-            statements.append(sql)
-            return original(self, sql, *arguments)
-
-        monkeypatch.setattr(owner, name, recorded)
-
-    record(Cursor, "execute")
-    record(Cursor, "count")
-    record(WriteSession, "_execute")
-    return statements
-
-
-@pytest.fixture
-async def other(
-    database: Database, location: Location, clock: FakeClock
-) -> AsyncIterator[Database]:
-    """Another process, as far as the server knows."""
-    async with Database(location, clock=clock) as other:
-        yield other
 
 
 class Hesitating(Advance):

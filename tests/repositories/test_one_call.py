@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -25,7 +25,7 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
-from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS, Cursor, WriteSession
+from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
@@ -38,33 +38,9 @@ from openclaw_store.errors import (
 pytestmark = pytest.mark.postgresql
 
 
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The first words of all statements that writers send, in this order."""
-    statements: list[str] = []
-
-    def record(owner: type[Any], name: str) -> None:
-        original = getattr(owner, name)
-
-        def recorded(self: Any, sql: str, *arguments: Any) -> Any:
-            statements.append("call" if "store_write" in sql else sql.split()[0])
-            return original(self, sql, *arguments)
-
-        monkeypatch.setattr(owner, name, recorded)
-
-    record(Cursor, "execute")
-    record(Cursor, "count")
-    record(WriteSession, "_execute")
-    return statements
-
-
-@pytest.fixture
-async def other(
-    database: Database, location: Location, clock: FakeClock
-) -> AsyncIterator[Database]:
-    """Another process, as far as the server knows."""
-    async with Database(location, clock=clock) as other:
-        yield other
+def kinds(sent: list[str]) -> list[str]:
+    """The first words of statements, and `call` for the call of the function."""
+    return ["call" if "store_write" in sql else sql.split()[0] for sql in sent]
 
 
 def assert_in_order(location: Location) -> None:
@@ -108,7 +84,7 @@ async def test_batch_is_one_statement(
         manager.complete_task(running, {"of": "it"}),
     )
 
-    assert sent == ["call"]
+    assert kinds(sent) == ["call"]
     assert (await manager.db.get_stats())["writer"]["batches"] == before + 1
     assert completed.status is TaskStatus.COMPLETED
     assert claimed.assigned_node == "n"
@@ -137,7 +113,7 @@ async def test_each_command_alone_is_one_statement(
     await manager.cancel_task(task.task_id)
     await manager.requeue_task(task.task_id)
 
-    assert sent == ["call"] * 7
+    assert kinds(sent) == ["call"] * 7
 
 
 async def test_task_that_is_not_known_is_read_first(
@@ -149,7 +125,7 @@ async def test_task_that_is_not_known_is_read_first(
 
     await asyncio.gather(*(tasks.cancel(task.task_id) for task in added))
 
-    assert sent == ["SELECT", "call"]
+    assert kinds(sent) == ["SELECT", "call"]
 
 
 async def test_listeners_get_the_changes_as_they_are_logged(
@@ -190,7 +166,7 @@ async def test_refusal_is_no_call(database: Database, make_task: MakeTask, sent:
         await TaskRepository(database).update(task)
     assert await TaskRepository(database).cancel("missing") is False
 
-    assert sent == ["SELECT"] * 2
+    assert kinds(sent) == ["SELECT"] * 2
 
 
 async def test_version_may_be_newer_than_the_last_call(
@@ -326,7 +302,7 @@ async def test_conflict_is_decided_again_with_the_lock(
 
     assert added is True
     assert type(outcome) is error if error else not isinstance(outcome, BaseException)
-    assert sent[:2] == ["call", "BEGIN"]
+    assert kinds(sent)[:2] == ["call", "BEGIN"]
     assert await manager.task_repo.get(bystander.task_id) == bystander
     assert bystander.version == before + 1
     assert_in_order(location)
@@ -353,7 +329,7 @@ async def test_node_that_was_removed_keeps_no_task_from_ending(
     completed = await manager.complete_task(claimed)
 
     assert completed.status is TaskStatus.COMPLETED
-    assert sent == ["call"]
+    assert kinds(sent) == ["call"]
     assert_in_order(location)
 
 

@@ -49,7 +49,7 @@ from openclaw_store.backends.notifications import (
     UNREADABLE_SECONDS,
 )
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.postgresql.batch_sql import CHANNEL, OTHER_LISTENERS
+from openclaw_store.backends.postgresql.protocol import CHANNEL, OTHER_LISTENERS
 from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.retention import Compact, compact

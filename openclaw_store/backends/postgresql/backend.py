@@ -18,9 +18,9 @@ from sqlalchemy.util import await_only
 from openclaw_store.backends.atomic_files import written_aside
 from openclaw_store.backends.base import CounterStatements
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
-from openclaw_store.backends.postgresql.batch_sql import CHANNEL
 from openclaw_store.backends.postgresql.connections import Connector, connection_class, logger
 from openclaw_store.backends.postgresql.pg_dump import dump
+from openclaw_store.backends.postgresql.protocol import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
     ConnectionRegistry,

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from openclaw_store.backends.base import BatchCursor, LockRequiredError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
-from openclaw_store.backends.postgresql.batch_sql import CHANNEL, array
+from openclaw_store.backends.postgresql.protocol import CHANNEL, array
 
 Result = TypeVar("Result")
 
@@ -133,7 +133,7 @@ class WriteSession:
         lock_timeout: Limit of the server for waiting for locks, in seconds.
         extra: Seconds that connecting may take beyond the deadline.
         answer_seconds: Seconds for the server to answer after its own limits.
-        lock: SQL that takes the lock of a pessimistic transaction, and limits that transaction.
+        lock: SQL that takes the write lock of a transaction, and limits that transaction.
     """
 
     def __init__(

@@ -1,0 +1,48 @@
+"""The call of PostgreSQL's function `store_write`, which migration 0003 defines.
+
+Its arguments are arrays, one for each column of the rows of a batch, as text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Dialect
+from sqlalchemy.dialects.postgresql import asyncpg
+
+from openclaw_store.database.row_codec import FIELDS
+from openclaw_store.database.tables import table_of
+from openclaw_store.database.types import Json
+from openclaw_store.domain import NodeInfo, Task
+
+POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
+
+CALL_FIELDS = tuple(
+    name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
+)
+"""The columns of a task that PostgreSQL's function `store_write` writes, in its order."""
+
+
+def element_type(kind: Any) -> str:
+    """Return the type of an array's elements: `text` for any length of text, and for JSON."""
+    name: str = kind.compile(POSTGRESQL)
+    return "text" if name.startswith("VARCHAR") or name == "JSON" else name
+
+
+def call_of_store_write() -> str:
+    """Return the statement; its rows are the base revision, former versions, tasks and nodes."""
+    arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
+    kinds = [table_of(Task).c[name].type for name in CALL_FIELDS]
+    arrays += [f"{'json' if isinstance(one, Json) else element_type(one)}[]" for one in kinds]
+    arrays += ["text[]", "bigint[]", "text[]", "text[]"]  # checked versions, and owners of keys
+    arrays += [*["text[]"] * 6, "bigint[]"]  # changes
+    arrays += ["text[]", *["integer[]"] * 3, "float8[]"]  # additions to nodes
+    arrays += ["text[]", "integer[]"]  # claims
+    given = ", ".join(f"${number}::text::{kind}" for number, kind in enumerate(arrays, 2))
+    last = len(arrays) + 2
+    found = [f"(one.task).{name}" for name in FIELDS[Task]]
+    found += [f"(one.node).{name}" for name in FIELDS[NodeInfo]]
+    return (
+        f"SELECT base, was, {', '.join(found)} FROM store_write_1("
+        f"$1::timestamptz, {given}, ${last}::text, ${last + 1}::bigint) AS one"
+    )
