@@ -122,7 +122,7 @@ DECLARE
     delayed jsonb[] := '{{}}';  -- the identifiers of due retries for each claim
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE 'store_write needs READ COMMITTED';
+        RAISE 'store_write needs READ COMMITTED' USING ERRCODE = 'invalid_transaction_state';
     END IF;
 
     -- Searches whose time depends on the number of tasks come before the lock.

@@ -59,6 +59,8 @@ _POSTGRESQL_ADVICE = {
     "57014": "the statement took too long: try again",
     "53": "the server has not enough connections, memory or space: see its log",
     "55P03": "another process keeps it locked: try again",
+    "25000": "its transactions have another isolation level: leave default_transaction_isolation "
+    "at read committed, and let a pooler pass it on",
     "25006": "this server only reads, as a standby does: name the one that writes",
     "40": "the server gave this transaction up in favour of another: try again",
     "25P03": "the transaction did nothing for too long: try again",

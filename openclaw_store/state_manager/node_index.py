@@ -119,7 +119,10 @@ def _skills(node: Record[NodeInfo] | None) -> frozenset[str]:
     """Return the indexed skills of a node: none unless it is ONLINE."""
     if node is None or node.status is not NodeStatus.ONLINE:
         return frozenset()
-    return frozenset(node.decoded("available_skills"))
+    skills = node.decoded("available_skills")
+    if not isinstance(skills, list):  # written by hand
+        return frozenset()
+    return frozenset(skill for skill in skills if isinstance(skill, str))
 
 
 def _registered_at(node: Record[NodeInfo]) -> datetime:

@@ -24,7 +24,6 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.write_session import WRITER_SETTINGS
 from openclaw_store.errors import (
     ConflictError,
@@ -33,6 +32,7 @@ from openclaw_store.errors import (
     NotOwnerError,
     StaleVersionError,
     TaskNotFoundError,
+    UnavailableError,
 )
 
 pytestmark = pytest.mark.postgresql
@@ -493,7 +493,7 @@ async def test_call_needs_the_rows_of_the_last_commit(
     """Planted: it is made under any isolation, and assigns revisions twice."""
     monkeypatch.setitem(WRITER_SETTINGS, "default_transaction_isolation", isolation.lower())
 
-    with pytest.raises(PostgreSQLErrorMapping.raised(), match="READ COMMITTED"):
+    with pytest.raises(UnavailableError, match="leave default_transaction_isolation at"):
         await TaskRepository(database).create(make_task())
 
     assert execute(location, "SELECT count(*) FROM tasks") == [(0,)]

@@ -112,3 +112,24 @@ async def test_node_that_cannot_be_read_leaves_the_counts_right(
 
     assert (await other.get_task_stats())["total"] == 1
     assert (await other.get_node_stats())["total"] == 1
+
+
+BY_HAND = ['[["x"]]', '[{"x": 1}, "s"]', "3", "null", '{"s": 1}']
+
+
+@pytest.mark.parametrize("text", BY_HAND)
+async def test_node_whose_skills_are_no_list_of_text_has_only_its_text(
+    location: Location,
+    manager: StateManager,
+    make_node: MakeNode,
+    open_manager: OpenManager,
+    text: str,
+) -> None:
+    await manager.add_node(make_node(node_id="n", available_skills=["s"]))
+    execute(location, f"UPDATE nodes SET available_skills = '{text}'")
+
+    other = await open_manager()
+
+    has_text = text.startswith("[{")
+    found = await other.find_nodes_by_skill("s")
+    assert [node.node_id for node in found] == (["n"] if has_text else [])
