@@ -33,7 +33,7 @@ from test_processes import AGREE
 
 from openclaw_store import Database, NodeInfo, NodeStatus, StateManager, Task, TaskStatus
 from openclaw_store.domain.backoff import Backoff
-from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE
+from openclaw_store.domain.lifecycle import LOST_TOO_OFTEN, NODE_LOST, OVERDUE
 
 TASKS = int(os.environ.get("OPENCLAW_STORE_TEST_TASKS", "120"))
 """Of four workers that are killed again and again; 20,000 take minutes."""
@@ -371,7 +371,7 @@ class Run:
             for history in self.histories.values():
                 done += sum(step.after == "completed" and step.node == name for step in history)
                 lost += sum(
-                    before.node == name and after.reason == NODE_LOST
+                    (before.node, before.after) == (name, "running") and after.reason == NODE_LOST
                     for before, after in pairwise(history)
                 )
             if counts != [0, done, lost, done + lost]:
@@ -678,6 +678,7 @@ async def lose_nodes(store: StateManager, make_task: MakeTask, make_node: MakeNo
             started_at=begun if number % 3 else None,
             timeout=60 if node.node_id == "alive" and number % 3 == 1 else None,
             retry_count=3 * (number % 2),
+            losses=10 * (number % 2),
         )
         for node in nodes[:-1]
         for number in range(HELD_BY_EACH)
@@ -739,13 +740,15 @@ class TestRecoveries:
     async def test_one_takes_all_that_is_lost(self, by_one: Recovered) -> None:
         assert {name: len(ids) for name, ids in by_one.recovery.items()} == {
             "offline_nodes": 3,
-            "requeued_tasks": LOST // 2,
-            "failed_tasks": 2 * HELD_BY_EACH,
+            "requeued_tasks": LOST - 3 * HELD_BY_EACH // 2,
+            "failed_tasks": 4 * HELD_BY_EACH // 3,
             "timed_out_tasks": HELD_BY_EACH // 6,
+            "cancelled_tasks": 0,
         }
         assert Counter(reason for *_, reason in by_one.feed if reason is not None) == {
             "silent for more than 120 s": 3,
-            NODE_LOST: 4 * HELD_BY_EACH,
+            NODE_LOST: 8 * HELD_BY_EACH // 3,
+            LOST_TOO_OFTEN: 4 * HELD_BY_EACH // 3,
             OVERDUE: HELD_BY_EACH // 3,
         }
 

@@ -19,6 +19,7 @@ from sqlalchemy import Connection, inspect, text
 
 from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of, unused_name
 from openclaw_store.database import legacy_import
+from openclaw_store.database.store_write import FUNCTION
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.domain import Clock, utc_now
 from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0003"
+HEAD = "0004"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"
@@ -169,8 +170,8 @@ def check(backend: Backend) -> None:
     require(backend)
     if not backend.inspect(has_functions):
         raise SchemaMismatchError(
-            f"the function store_write_1 of {backend.location} was changed or dropped: downgrade "
-            "to 0002, and upgrade again"
+            f"the function {FUNCTION} of {backend.location} was changed or dropped: downgrade "
+            "to 0003, and upgrade again"
         )
     from alembic import command
     from alembic.util import CommandError
@@ -185,16 +186,16 @@ def check(backend: Backend) -> None:
 
 
 def has_functions(connection: Connection) -> bool:
-    """Return `True` if the database has the function `store_write_1` as migration 0003 made it."""
+    """Return `True` if the database has the function `store_write` as migration 0004 made it."""
     if connection.dialect.name == "sqlite":
         return True
     from alembic.script import ScriptDirectory
 
-    module = ScriptDirectory.from_config(_config(connection)).get_revision("0003").module
-    query = text(
-        "SELECT prosrc FROM pg_proc WHERE proname = 'store_write_1' AND pg_function_is_visible(oid)"
-    )
-    return connection.execute(query).scalars().all() == [module.function().split("$$")[1]]
+    module = ScriptDirectory.from_config(_config(connection)).get_revision("0004").module
+    query = text("SELECT prosrc FROM pg_proc WHERE proname = :name AND pg_function_is_visible(oid)")
+    return connection.execute(query, {"name": FUNCTION}).scalars().all() == [
+        module.function().split("$$")[1]
+    ]
 
 
 def _config(connection: Connection) -> Config:

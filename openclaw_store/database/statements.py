@@ -150,11 +150,12 @@ class Statements(ABC):
                 SELECT required_skills FROM {ready} AND {group} = key LIMIT 1
             ) FROM heads WHERE key IS NOT NULL"""
         """The groups of tasks that may be claimed, and the skills that each requires."""
-        first, second = self._parameter(1), self._parameter(2)
+        first, second, third = map(self._parameter, (1, 2, 3))
         self.read_ready = f"""
             SELECT {columns} FROM {ready} AND {group} {self._equals} {first}
-            ORDER BY priority, submitted_at, task_id LIMIT {second}"""
-        """All columns of the first tasks of a group; takes the group and a limit."""
+            AND (expires_at IS NULL OR expires_at > {second})
+            ORDER BY priority, submitted_at, task_id LIMIT {third}"""
+        """All columns of the first tasks of a group; takes the group, the time and a limit."""
         delayed = f"tasks {self._indexed_by.format('ix_tasks_delayed')} WHERE {IS_DELAYED}"
         self.read_due_retries = f"""
             SELECT {columns} FROM {delayed} AND not_before <= {first}

@@ -1,4 +1,4 @@
-"""The call of PostgreSQL's function `store_write`, which migration 0003 defines.
+"""The call of PostgreSQL's function `store_write`, which migration 0004 defines.
 
 Its arguments are arrays, one for each column of the rows of a batch, as text.
 """
@@ -16,6 +16,8 @@ from openclaw_store.database.types import Json
 from openclaw_store.domain import NodeInfo, Task
 
 POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
+
+FUNCTION = "store_write_2"
 
 CALL_FIELDS = tuple(
     name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
@@ -37,12 +39,12 @@ def call_of_store_write() -> str:
     arrays += ["text[]", "bigint[]", "text[]", "text[]"]  # checked versions, and owners of keys
     arrays += [*["text[]"] * 6, "bigint[]"]  # changes
     arrays += ["text[]", *["integer[]"] * 3, "float8[]"]  # additions to nodes
-    arrays += ["text[]", "integer[]"]  # claims
+    arrays += ["text[]", "integer[]", "boolean[]"]  # claims
     given = ", ".join(f"${number}::text::{kind}" for number, kind in enumerate(arrays, 2))
     last = len(arrays) + 2
     found = [f"(one.task).{name}" for name in FIELDS[Task]]
     found += [f"(one.node).{name}" for name in FIELDS[NodeInfo]]
     return (
-        f"SELECT base, was, {', '.join(found)} FROM store_write_1("
+        f"SELECT base, was, {', '.join(found)} FROM {FUNCTION}("
         f"$1::timestamptz, {given}, ${last}::text, ${last + 1}::bigint) AS one"
     )

@@ -80,6 +80,9 @@ IS_READY = text(f"{_PENDING} AND not_before IS NULL")
 IS_DELAYED = text(f"{_PENDING} AND not_before IS NOT NULL")
 """The condition of pending tasks that are delayed, or were."""
 
+IS_EXPIRING = text(f"{IS_PENDING} AND expires_at IS NOT NULL")
+"""The condition of tasks that have not started and expire."""
+
 _HAS_NODE, _HAS_USER = text("assigned_node IS NOT NULL"), text("user_id IS NOT NULL")
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
 
@@ -119,6 +122,7 @@ class TaskRow(Base):
         _index("ix_tasks_finished", "completed_at", where=IS_FINISHED),
         # Beside it, migration 0003 makes `ix_tasks_ready`; see `UNCOMPARED_INDEXES`.
         _index("ix_tasks_delayed", "not_before", where=IS_DELAYED),
+        _index("ix_tasks_expiring", "expires_at", where=IS_EXPIRING),
         # Not unique: the writer refuses duplicates, and one batch may end a task and add the next.
         _index("ix_tasks_idempotency_key", "idempotency_key", where=_HAS_LIVE_KEY),
     )
@@ -149,6 +153,11 @@ class TaskRow(Base):
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
     # `metadata` is reserved on a declarative class; the column has the real name.
     metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
+    losses: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    max_losses: Mapped[int | None] = mapped_column(BigInteger, server_default="10")
+    expires_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    cancel_deadline_at: Mapped[datetime | None] = mapped_column(UtcTime)
     updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
@@ -184,6 +193,8 @@ class NodeRow(Base):
     registered_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     last_heartbeat: Mapped[datetime | None] = mapped_column(UtcTime)
     tags: Mapped[Any] = mapped_column(Json, nullable=True)
+    lease_seconds: Mapped[float | None] = mapped_column(Float)
+    status_reason: Mapped[str | None] = mapped_column(Text)
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """Sequence number of the last heartbeat flush that wrote the row."""

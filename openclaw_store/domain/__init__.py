@@ -14,6 +14,7 @@ from openclaw_store.domain.changes import (
     key_of,
 )
 from openclaw_store.domain.clock import Clock, new_id, utc_now
+from openclaw_store.domain.conditions import free_slots, has_skills, is_due
 from openclaw_store.domain.filters import TaskFilter, TaskPage, check_filter
 from openclaw_store.domain.lifecycle import (
     SET_BY_REGISTRATION,
@@ -23,11 +24,7 @@ from openclaw_store.domain.lifecycle import (
     Outcome,
     Step,
     Values,
-    are_among,
-    free_slots,
-    has_skills,
     illegal_transition,
-    is_due,
     missing_time,
 )
 from openclaw_store.domain.models import (

@@ -2,10 +2,11 @@
 
     pending ──claim──▶ scheduled ──start──▶ running ──▶ completed, failed, cancelled, timeout
        ▲                   │                   │                       │
-       └─── retry, lost ───┴───────────────────┘       requeue         │
+       ├───── release ─────┴─── retry, loss ───┘       requeue         │
        └───────────────────────────────────────────────────────────────┘
 
 A live task may change to any status. A finished task may only become pending again, by `requeue`.
+A task that returns without having started has lost nothing: neither a retry, nor its place.
 The caller passes the time and the records.
 """
 
@@ -13,14 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
-from functools import lru_cache
 from operator import add
 from typing import Any, Final, NamedTuple
 
-import orjson
-
 from openclaw_store.domain.backoff import Wait
-from openclaw_store.domain.models import ASSIGNED, FINISHED, NodeInfo, NodeStatus, Task, TaskStatus
+from openclaw_store.domain.conditions import (
+    AssignedNode,
+    free_slots,
+    has_skills,
+    is_assigned,
+    is_cancel_overdue,
+    is_delayed,
+    is_due,
+    is_expired,
+    is_lost,
+    is_overdue,
+    is_unstarted,
+)
+from openclaw_store.domain.models import (
+    ASSIGNED,
+    FINISHED,
+    WAITING,
+    NodeInfo,
+    NodeStatus,
+    Task,
+    TaskStatus,
+)
 from openclaw_store.domain.records import Record
 from openclaw_store.errors import ConflictError, InvalidTransitionError, NotOwnerError
 
@@ -59,14 +78,23 @@ class Step(NamedTuple):
 Outcome = Step | ConflictError | None
 """A step, the error that forbids it, or `None` if the task is already in the wanted state."""
 
-AssignedNode = Record[NodeInfo] | None
-"""The node of an assigned task; `None` if the task is not assigned, or the node does not exist."""
-
 Decision = Callable[[Record[Task], datetime], Outcome]
 """Decides on a transition of a task at a time."""
 
 NODE_LOST: Final = "node lost"
 """Reason for releasing a task of a lost node."""
+
+LOST_TOO_OFTEN: Final = "lost too often"
+"""Error of a task that is FAILED after its last loss."""
+
+NEVER_STARTED: Final = "claimed, but not started"
+"""Reason for releasing a task that a living node does not start."""
+
+EXPIRED: Final = "expired before it was started"
+"""Error of a task that was not started in time."""
+
+CANCEL_REQUESTED: Final = "cancel requested"
+"""Reason in the feed for asking the owner of a task to cancel it."""
 
 OVERDUE: Final = "ran for longer than its timeout"
 """Reason for ending an overdue attempt."""
@@ -89,6 +117,8 @@ _UNASSIGNED: Final[Values] = {
     "completed_at": None,
 }
 
+_CANCEL_TIMES: Final = ("cancel_requested_at", "cancel_deadline_at")
+
 _TOTALS: Final = (
     "registered_at",
     "total_tasks_processed",
@@ -98,7 +128,10 @@ _TOTALS: Final = (
 )
 """Fields that a node keeps when it registers again."""
 
-SET_BY_REGISTRATION: Final = ("running_tasks", "last_heartbeat", "version", *_TOTALS)
+SET_BY_REGISTRATION: Final = (
+    *("status", "status_reason", "running_tasks", "last_heartbeat", "version"),
+    *_TOTALS,
+)
 """Fields that the store sets when a node registers."""
 
 
@@ -139,86 +172,9 @@ def updated_node(known: Record[Any], node: Record[Any], now: datetime) -> Record
     return node.evolve(last_heartbeat=min(before, now))
 
 
-def is_due(task: Record[Task], now: datetime) -> bool:
-    """Return whether a pending task may be claimed at this time."""
-    not_before: datetime | None = task.not_before
-    return not_before is None or not_before <= now
-
-
-def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
-    """Return whether a node has all skills that a task requires."""
-    required = task.required_skills
-    if type(required) is not bytes:  # decoded already, or empty
-        required = task.encoded("required_skills")
-    return are_among(required, node.encoded("available_skills"))
-
-
-@lru_cache(maxsize=4096)
-def are_among(required: bytes | None, available: bytes | None) -> bool:
-    """Return whether one JSON list contains all texts of another; false for any other JSON."""
-    try:
-        lists = [orjson.loads(text or b"[]") for text in (required, available)]
-    except orjson.JSONDecodeError:  # written by hand
-        return False
-    if not all(isinstance(one, list) and all(isinstance(it, str) for it in one) for one in lists):
-        return False
-    return set(lists[0]) <= set(lists[1])
-
-
-def free_slots(node: Record[NodeInfo]) -> int:
-    """Return the number of tasks that a node may still claim."""
-    if node.status is not NodeStatus.ONLINE:
-        return 0
-    free: int = node.max_concurrent_tasks - node.running_tasks
-    return max(0, free)
-
-
 def owner_of(task: Record[Task]) -> Owner:
     """Return the node and the attempt of a task's last claim."""
     return task.assigned_node, task.attempt
-
-
-def is_assigned(task: Record[Task]) -> bool:
-    """Return whether a task occupies a slot of a node."""
-    return task.assigned_node is not None and task.status in ASSIGNED
-
-
-def is_lost(node: AssignedNode, now: datetime, patience: timedelta) -> bool:
-    """Return whether the tasks of a node must be released."""
-    if node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR):
-        return True
-    return is_silent(node, now, patience)
-
-
-def is_silent(node: Record[NodeInfo], now: datetime, patience: timedelta) -> bool:
-    """Return whether the last heartbeat (or the registration) of a node is too old."""
-    last_sign: datetime = node.last_heartbeat or node.registered_at
-    # A heartbeat far in the future counts as old: the clock was turned back since, by an unknown
-    # time. Without `abs`, the node would pass for alive until the clock has caught up.
-    return abs(now - last_sign) > patience
-
-
-def is_overdue(task: Record[Task], now: datetime) -> bool:
-    """Return whether a running task has exceeded its timeout."""
-    if task.status is not TaskStatus.RUNNING or None in (task.timeout, task.started_at):
-        return False
-    limit: int = task.timeout
-    started: datetime = task.started_at
-    # `_in_order` may have moved the start into the future; `updated_at` is the real time then.
-    began = min(started, task.updated_at or started)
-    # As in `is_silent`, the clock may have been turned back since.
-    return abs((now - began).total_seconds()) > limit
-
-
-def is_delayed(task: Record[Task], now: datetime, longest: timedelta) -> bool:
-    """Return whether the retry of a task is due later than any backoff allows.
-
-    This happens when the clock was turned back after the task had failed.
-    """
-    if task.status is not TaskStatus.PENDING or is_due(task, now) or not task.retry_count:
-        return False
-    failed: datetime | None = task.updated_at
-    return failed is not None and failed - now > longest
 
 
 def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | None:
@@ -226,7 +182,7 @@ def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | N
 
     PostgreSQL's function `store_write` repeats this rule.
     """
-    if task.status is not TaskStatus.PENDING or not is_due(task, now):
+    if task.status is not TaskStatus.PENDING or not is_due(task, now) or is_expired(task, now):
         return None
     if not free_slots(node) or not has_skills(node, task):
         return None
@@ -247,8 +203,12 @@ def start(task: Record[Task], now: datetime, *, owner: Owner) -> Outcome:
     if task.status is TaskStatus.RUNNING and owner == owner_of(task):
         return None
     # The lease is checked last, so a repeated call succeeds after its answer was lost.
-    values = {"status": TaskStatus.RUNNING, "started_at": _in_order(task, now)}
-    return _not_owned(task, owner) or Step(values)
+    return _not_owned(task, owner) or Step(started(task, now))
+
+
+def started(task: Record[Task], now: datetime) -> Values:
+    """Return the values of a task that starts."""
+    return {"status": TaskStatus.RUNNING, "started_at": _in_order(task, now)}
 
 
 def complete(task: Record[Task], now: datetime, *, owner: Owner, result: bytes | None) -> Outcome:
@@ -274,18 +234,46 @@ def cancel(
     *,
     reason: str | None,
     version: int | None = None,
+    grace: timedelta | None = None,
 ) -> Outcome:
-    """Cancel a task; idempotent.
+    """Cancel a task, or ask the owner of a running task to do so; idempotent.
 
     Args:
         reason: Becomes the error of the task.
         version: Cancel only this version; `None` for any.
+        grace: Time that the owner of a running task has; `None` cancels at once.
     """
     if task.status is TaskStatus.CANCELLED or version not in (None, task.version):
         return None
+    if refusal := illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED):
+        return refusal
     values = {} if reason is None else {"error": reason}
-    return illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED) or Step(
-        _ended(task, TaskStatus.CANCELLED, now, **values), _released(task), reason
+    if grace is None or task.status is not TaskStatus.RUNNING:
+        return _cancelled(task, now, reason, **values)
+    if task.cancel_requested_at is not None:
+        return None
+    times = {"cancel_requested_at": now, "cancel_deadline_at": now + grace}
+    return Step({**times, **values}, reason=CANCEL_REQUESTED if reason is None else reason)
+
+
+def acknowledge_cancel(task: Record[Task], now: datetime, *, owner: Owner) -> Outcome:
+    """Cancel a task whose owner was asked to do so, and has ended its work; idempotent."""
+    if task.status is TaskStatus.CANCELLED and owner == owner_of(task):
+        return None
+    if refusal := _not_owned(task, owner):
+        return refusal
+    if task.cancel_requested_at is None:
+        status, cancelled = task.status.value, TaskStatus.CANCELLED.value
+        return InvalidTransitionError(task.task_id, status, cancelled)
+    return _cancelled(task, now, task.error)
+
+
+def give_back(task: Record[Task], now: datetime, *, owner: Owner, reason: str | None) -> Outcome:
+    """Make a task pending again at no cost, on behalf of its owner; idempotent."""
+    if task.status is TaskStatus.PENDING and task.attempt == owner[1]:
+        return None
+    return _not_owned(task, owner) or _returned(
+        task, now, "released" if reason is None else f"released: {reason}"
     )
 
 
@@ -294,15 +282,28 @@ def requeue(task: Record[Task], now: datetime) -> Outcome:
     if task.status is TaskStatus.PENDING:
         return None
     # `attempt` is not reset: an earlier owner must not pass for the next one.
-    values = {"retry_count": 0, "not_before": None, "result": None, "error": None}
-    return Step({**_UNASSIGNED, **values}, _released(task), "requeued")
+    values = {"retry_count": 0, "losses": 0, "not_before": None, "result": None, "error": None}
+    times = {name: None for name in _CANCEL_TIMES if getattr(task, name) is not None}
+    return Step({**_UNASSIGNED, **values, **times}, _released(task), "requeued")
 
 
 def release(task: Record[Task], now: datetime, *, wait: Wait) -> Outcome:
-    """Retry an assigned task of a lost node, or end it as FAILED after its last retry."""
+    """Take an assigned task from a lost node.
+
+    A task that has not started is pending at once. A started one counts a loss: it is due at once
+    after the first loss, later after `wait`, and FAILED beyond its `max_losses`.
+    """
     if not is_assigned(task):
         return None
-    return _failed(task, now, TaskStatus.FAILED, NODE_LOST, wait)
+    if task.status is TaskStatus.SCHEDULED or task.cancel_requested_at is not None:
+        return _returned(task, now, NODE_LOST)
+    losses: int = task.losses + 1
+    if task.max_losses is not None and losses > task.max_losses:
+        values = _ended(task, TaskStatus.FAILED, now, losses=losses, error=LOST_TOO_OFTEN)
+        return Step(values, _ended_attempt(task, now, failed=1), LOST_TOO_OFTEN)
+    delay = wait(losses - 1) if losses > 1 else 0
+    values = {**_pending_after(delay, now), "losses": losses, "error": NODE_LOST}
+    return Step(values, _ended_attempt(task, now, failed=1), NODE_LOST)
 
 
 def recover(
@@ -312,13 +313,25 @@ def recover(
     node: AssignedNode,
     patience: timedelta,
     longest_wait: timedelta,
+    unstarted: timedelta | None,
     wait: Wait,
 ) -> Outcome:
-    """Release a task of a lost node, end an overdue attempt, or make a delayed retry due."""
+    """Release a task of a lost node, end what is late, or make a delayed retry due.
+
+    Args:
+        unstarted: Time after which a living node loses a task that it has not started; `None` for
+            no limit.
+    """
     if is_assigned(task) and is_lost(node, now, patience):
         return release(task, now, wait=wait)
+    if task.status in WAITING and is_expired(task, now):
+        return Step(_ended(task, TaskStatus.TIMEOUT, now, error=EXPIRED), _released(task), EXPIRED)
     if is_delayed(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
+    if is_unstarted(task, now, unstarted):
+        return _returned(task, now, NEVER_STARTED)
+    if is_cancel_overdue(task, now):
+        return _cancelled(task, now, task.error)
     if not is_overdue(task, now):
         return None
     return _failed(task, now, TaskStatus.TIMEOUT, OVERDUE, wait)
@@ -333,6 +346,8 @@ def registered(known: Record[NodeInfo] | None, now: datetime) -> Values:
     values: dict[str, Any] = {"running_tasks": 0, "last_heartbeat": now}
     if known is not None:
         values |= {name: getattr(known, name) for name in _TOTALS}
+        if known.status is NodeStatus.MAINTENANCE:
+            values |= {"status": known.status, "status_reason": known.status_reason}
     return values
 
 
@@ -388,18 +403,31 @@ def _failed(
     wait: Wait,
 ) -> Step:
     """Retry a task after a failed attempt, or end it with `status` after its last retry."""
+    if task.cancel_requested_at is not None:  # its result is not wanted
+        return _cancelled(task, now, task.error)
     retry: int = task.retry_count + 1
     if retry > task.max_retries:
         values = _ended(task, status, now, error=error)
     else:
-        seconds = wait(retry)
-        values = {
-            **_UNASSIGNED,
-            "retry_count": retry,
-            "not_before": now + timedelta(seconds=seconds) if seconds else None,
-            "error": error,
-        }
+        values = {**_pending_after(wait(retry), now), "retry_count": retry, "error": error}
     return Step(values, _ended_attempt(task, now, failed=1), error)
+
+
+def _pending_after(seconds: float, now: datetime) -> Values:
+    """Return the values of a task that is due in some seconds."""
+    not_before = now + timedelta(seconds=seconds) if seconds else None
+    return {**_UNASSIGNED, "not_before": not_before}
+
+
+def _returned(task: Record[Task], now: datetime, reason: str) -> Step:
+    """Make an assigned task pending at no cost, unless its owner was asked to cancel it."""
+    if task.cancel_requested_at is not None:
+        return _cancelled(task, now, task.error)
+    return Step(_UNASSIGNED, _released(task), reason)
+
+
+def _cancelled(task: Record[Task], now: datetime, reason: str | None, **values: Any) -> Step:
+    return Step(_ended(task, TaskStatus.CANCELLED, now, **values), _released(task), reason)
 
 
 def _ended_attempt(

@@ -21,7 +21,9 @@ from openclaw_store.domain.validation import (
     check_enum,
     check_id,
     check_key,
+    check_limit_seconds,
     check_number,
+    check_optional_count,
     check_percentage,
     check_text,
     check_time,
@@ -129,6 +131,16 @@ class Task:
     """At most one live task has a given key."""
     affinity_tags: list[str] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    losses: int = 0
+    """Number of attempts that ended because their node was lost, or registered again."""
+    max_losses: int | None = 10
+    """Losses after which the task is FAILED; `None` for no limit."""
+    expires_at: datetime | None = None
+    """The task is not handed out from this time on; `None` for no limit."""
+    cancel_requested_at: datetime | None = None
+    """Time at which the owner of the running task was asked to cancel it."""
+    cancel_deadline_at: datetime | None = None
+    """Time at which `recover` cancels the task if its owner has not done so."""
     updated_at: datetime | None = None
     """Time of the last write, set by the store."""
     version: int = 0
@@ -149,9 +161,11 @@ class Task:
         parameters: Mapping[str, Any] | None = None,
         timeout: int | None = None,
         max_retries: int = 3,
+        max_losses: int | None = 10,
         user_id: str | None = None,
         idempotency_key: str | None = None,
         not_before: datetime | None = None,
+        expires_at: datetime | None = None,
         affinity_tags: Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         submitted_at: datetime | None = None,
@@ -178,9 +192,11 @@ class Task:
             parameters=_dict("parameters", parameters),
             timeout=timeout,
             max_retries=max_retries,
+            max_losses=max_losses,
             user_id=user_id,
             idempotency_key=idempotency_key,
             not_before=not_before,
+            expires_at=expires_at,
             affinity_tags=_optional_list("affinity_tags", affinity_tags),
             metadata=_dict("metadata", metadata),
         )
@@ -261,6 +277,11 @@ class NodeInfo:
     last_heartbeat: datetime | None = None
     """`None` before the first heartbeat."""
     tags: list[str] = field(default_factory=list)
+    lease_seconds: float | None = None
+    """Seconds without a heartbeat after which `recover` takes the node for lost; `None` for the
+    timeout of the call."""
+    status_reason: str | None = None
+    """Reason for the present status, as given to `drain_node`."""
     version: int = 0
     """Revision of the last change of the node, heartbeats aside; see `Task.version`."""
 
@@ -307,8 +328,12 @@ FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "status": check_enum(TaskStatus),
         "priority": check_enum(TaskPriority),
         **dict.fromkeys(("attempt", "timeout", "retry_count", "max_retries"), check_count),
+        "losses": check_count,
+        "max_losses": check_optional_count,
         **dict.fromkeys(("submitted_at", "scheduled_at", "started_at"), check_time),
         **dict.fromkeys(("completed_at", "not_before", "updated_at"), check_time),
+        **dict.fromkeys(("expires_at", "cancel_requested_at"), check_time),
+        "cancel_deadline_at": check_time,
         "version": check_version,
     },
     NodeInfo: {
@@ -321,6 +346,8 @@ FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         **dict.fromkeys(("total_tasks_processed", "successful_tasks", "failed_tasks"), check_count),
         "average_execution_time": check_number,
         **dict.fromkeys(("registered_at", "last_heartbeat"), check_time),
+        "lease_seconds": check_limit_seconds,
+        "status_reason": check_text,
         "version": check_version,
     },
 }

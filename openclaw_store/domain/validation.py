@@ -129,6 +129,11 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_optional_count(name: str, value: Any) -> int | None:
+    """Return a whole number from 0 to 2^63 - 1, or `None`."""
+    return None if value is None else check_count(name, value)
+
+
 def check_some(name: str, value: Any) -> int:
     """Return a whole number from 1."""
     if check_count(name, value) < 1:

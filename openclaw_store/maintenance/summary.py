@@ -23,7 +23,7 @@ from openclaw_store.domain import (
     Record,
     Task,
     TaskStatus,
-    are_among,
+    conditions,
     has_skills,
 )
 from openclaw_store.errors import TaskNotFoundError
@@ -152,7 +152,9 @@ async def _count_ahead(
     return sum(
         count
         for required, count in await session.execute(better)
-        if any(are_among(required and required.encode(), present) for present in available)
+        if any(
+            conditions.are_among(required and required.encode(), present) for present in available
+        )
     )
 
 

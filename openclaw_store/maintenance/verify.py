@@ -21,6 +21,7 @@ from openclaw_store.backends import SQLiteErrorMapping
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
+    FUNCTION,
     IS_ASSIGNED,
     IS_LIVE,
     ROWS,
@@ -234,7 +235,7 @@ class _Scan:
             for (index,) in await session.execute(_INVALID_INDEXES):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
             if not await (await session.connection()).run_sync(has_functions):
-                self._add("file", "The function store_write_1 was changed or dropped.")
+                self._add("file", f"The function {FUNCTION} was changed or dropped.")
         self.found.checked["file"] = 1
         progress.add(1)
 

@@ -20,6 +20,7 @@ from openclaw_store.repositories.commands import (
     Recover,
     Register,
     Remove,
+    Resume,
     SetNodeStatus,
     Update,
     cancellation_of,

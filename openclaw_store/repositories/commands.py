@@ -30,7 +30,9 @@ from openclaw_store.domain import (
     Wait,
     check_count,
     check_key,
+    check_seconds,
     check_text,
+    conditions,
     encode_json,
     lifecycle,
 )
@@ -74,6 +76,9 @@ class Create(Command, Generic[Entity]):
             conflict = row.key_conflict(self.record)
             if conflict is not None:
                 return conflict
+        if self.kind is NodeInfo:  # a node of this name may have been removed with tasks
+            held = len(_assigned_to(row)) or self.record.running_tasks
+            return row.write(self.record.evolve(running_tasks=held), FIELDS[NodeInfo])
         return row.write(self.record, FIELDS[self.kind])
 
 
@@ -172,10 +177,10 @@ class SetNodeStatus(Command):
         if record is None:
             return False
         if self.patience is not None:
-            is_silent = lifecycle.is_silent(record, row.now, self.patience)
+            is_silent = conditions.is_silent(record, row.now, self.patience)
             if record.status not in ALIVE or not is_silent:
                 return False
-        values: dict[str, Any] = {"status": self.status}
+        values: dict[str, Any] = {"status": self.status, "status_reason": self.reason}
         if self.status in ALIVE:
             values["last_heartbeat"] = row.now
         row.write(record.evolve(**values), values, self.reason)
@@ -183,11 +188,31 @@ class SetNodeStatus(Command):
 
 
 @dataclass(frozen=True, slots=True)
+class Resume(Command):
+    """End the MAINTENANCE of a node; the result is `False` if there is no such node."""
+
+    id: str
+    kind: ClassVar[type[Any]] = NodeInfo
+
+    def decide(self, row: Row) -> bool:
+        if row.record is None:
+            return False
+        if row.record.status is NodeStatus.MAINTENANCE:
+            values = {"status": NodeStatus.ONLINE, "status_reason": None}
+            row.write(row.record.evolve(**values), values, "resumed")
+        return True
+
+
+@dataclass(frozen=True, slots=True)
 class Claim(Command):
-    """Assign the best tasks to a node; the result is their records, best first."""
+    """Assign the best tasks to a node; the result is their records, best first.
+
+    With `start` they are RUNNING at once.
+    """
 
     id: str
     limit: int
+    start: bool = False
     kind: ClassVar[type[Any]] = NodeInfo
 
     @property
@@ -195,7 +220,7 @@ class Claim(Command):
         return True
 
     def decide(self, row: Row) -> list[Record[Task]] | StoreError:
-        return row.unit.claim(row, self.limit)
+        return row.unit.claim(row, self.limit, start=self.start)
 
 
 class Advanced(NamedTuple):
@@ -265,11 +290,28 @@ def failure_of(task: Task, error: str, wait: Wait) -> Advance:
     return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait))
 
 
-def cancellation_of(task_id: str, reason: str | None, version: int | None = None) -> Advance:
+def release_of(task: Task, reason: str | None) -> Advance:
+    """Return the command by which the owner gives a task back."""
+    text = None if reason is None else check_text("reason", reason)
+    return _by_owner(task, partial(lifecycle.give_back, reason=text))
+
+
+def cancellation_of(
+    task_id: str,
+    reason: str | None,
+    version: int | None = None,
+    grace_seconds: float | None = None,
+) -> Advance:
     """Return the command that cancels a task, or only this version of it."""
     text = None if reason is None else check_text("reason", reason)
-    decision = partial(lifecycle.cancel, reason=text, version=version)
+    grace = None if grace_seconds is None else check_seconds("grace_seconds", grace_seconds)
+    decision = partial(lifecycle.cancel, reason=text, version=version, grace=grace)
     return Advance(check_key("task_id", task_id), decision)
+
+
+def acknowledgement_of(task: Task) -> Advance:
+    """Return the command by which the owner cancels a task, as it was asked to."""
+    return _by_owner(task, lifecycle.acknowledge_cancel)
 
 
 def requeue_of(task_id: str) -> Advance:
@@ -319,16 +361,23 @@ class Register(Command):
     kind: ClassVar[type[Any]] = NodeInfo
 
     def decide(self, row: Row) -> Record[NodeInfo] | StoreError:
-        unit = row.unit
-        tasks = unit.rows[Task]
-        for raw in unit.cursor.execute(unit.sql.read_assigned, (self.id,)):
-            if raw[0] not in tasks:
-                unit.row(Task, raw[0]).load(unit.sql.decode[Task](raw))
-        assigned = [one for one in tasks.values() if one.node == self.id and one.status in ASSIGNED]
-        # Sorted, so that both databases assign the same revisions.
-        for task_row in sorted(assigned, key=lambda one: one.id):
+        for task_row in _assigned_to(row):
             task = task_row.content()
             assert task is not None  # it has a status
             advance(task_row, task, partial(lifecycle.release, wait=self.wait))
         record = self.record.evolve(**lifecycle.registered(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
+
+
+def _assigned_to(node: Row) -> list[Row]:
+    """Return the tasks that a node has claimed and not finished.
+
+    They are sorted, so that both databases assign the same revisions.
+    """
+    unit = node.unit
+    tasks = unit.rows[Task]
+    for raw in unit.cursor.execute(unit.sql.read_assigned, (node.id,)):
+        if raw[0] not in tasks:
+            unit.row(Task, raw[0]).load(unit.sql.decode[Task](raw))
+    assigned = [one for one in tasks.values() if one.node == node.id and one.status in ASSIGNED]
+    return sorted(assigned, key=lambda one: one.id)

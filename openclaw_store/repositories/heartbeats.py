@@ -62,8 +62,8 @@ class Heartbeat(Command):
             if record.status is NodeStatus.OFFLINE:
                 since = _status_since(row)  # another process may have set it since this heartbeat
                 if since is None or self.at >= since or since > row.now:
-                    online = touched.evolve(status=NodeStatus.ONLINE)
-                    row.write(online, ("status",), "heartbeat")
+                    values = {"status": NodeStatus.ONLINE, "status_reason": None}
+                    row.write(touched.evolve(**values), values, "heartbeat")
         return True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Float, cast, func, select
+from sqlalchemy import Float, cast, func, or_, select
 
 from openclaw_store.database import NodeRow, statements_for
 from openclaw_store.domain import (
@@ -20,6 +20,7 @@ from openclaw_store.domain import (
     check_key,
     check_seconds,
     check_text,
+    conditions,
 )
 from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.commands import Register, SetNodeStatus
@@ -102,15 +103,18 @@ class NodeRepository(Repository[NodeInfo]):
         return known
 
     async def find_stale_nodes(self, timeout_seconds: float = 120) -> list[NodeInfo]:
-        """Return ONLINE and BUSY nodes without a heartbeat for more than `timeout_seconds`.
+        """Return ONLINE and BUSY nodes without a heartbeat for longer than their lease.
 
-        Without any heartbeat, a node counts from its registration. A heartbeat as far in the future
-        does not count: a clock was turned back. Newest registered first.
+        A node without `lease_seconds` has a lease of `timeout_seconds`. Without any heartbeat, a
+        node counts from its registration. A heartbeat as far in the future does not count: a clock
+        was turned back. Newest registered first.
         """
         now, patience = self._database.clock(), check_seconds("timeout_seconds", timeout_seconds)
         last_sign = func.coalesce(NodeRow.last_heartbeat, NodeRow.registered_at)
         is_near = last_sign.between(now - patience, now + patience)
-        return await self._newest(NodeRow.status.in_(ALIVE), ~is_near)
+        is_candidate = or_(~is_near, NodeRow.lease_seconds.is_not(None))
+        nodes = await self._newest(NodeRow.status.in_(ALIVE), is_candidate)
+        return [node for node in nodes if conditions.is_silent(node, now, patience)]
 
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
         """Return the ONLINE nodes with exactly this skill, newest registered first."""

@@ -11,7 +11,8 @@ Commands that depend on other rows need the lock from the beginning; see `Comman
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from openclaw_store.backends import BatchCursor, array
@@ -35,6 +36,9 @@ from openclaw_store.repositories.unit_of_work import (
     UnitOfWork,
     require_counters,
 )
+
+_Claims = tuple[str, bool]
+"""A node, and true if the claimed tasks start at once."""
 
 _NEW = -1
 """The expected version of a row that must not exist."""
@@ -62,8 +66,8 @@ class OneCall(UnitOfWork):
         self._expected: dict[str, int] = {}  # the version of each task at the beginning
         self._read: set[str] = set()  # tasks that were looked up for this batch
         self._deltas: defaultdict[str, NodeDelta] = defaultdict(NodeDelta)  # by node
-        self._claims: defaultdict[str, list[tuple[int, list[Record[Task]]]]] = defaultdict(list)
-        """Limits and results of claims, by node."""
+        self._claims: defaultdict[_Claims, list[tuple[int, list[Record[Task]]]]] = defaultdict(list)
+        """Limits and results of claims."""
         self._stale: list[StaleVersionError] = []  # refusals that tell a version
 
     def run(self, commands: Sequence[Command]) -> Sequence[Any]:
@@ -108,9 +112,9 @@ class OneCall(UnitOfWork):
     def count(self, task: Row, node_id: str, delta: NodeDelta) -> None:
         self._deltas[node_id] = self._deltas[node_id].plus(delta)
 
-    def claim(self, row: Row, limit: int) -> list[Record[Task]] | StoreError:
+    def claim(self, row: Row, limit: int, *, start: bool) -> list[Record[Task]] | StoreError:
         claimed: list[Record[Task]] = []
-        self._claims[row.id].append((limit, claimed))
+        self._claims[row.id, start].append((limit, claimed))
         return claimed
 
     def finish(self) -> None:
@@ -129,10 +133,10 @@ class OneCall(UnitOfWork):
             for row in written
             if row.record is not None and row.record.idempotency_key in self.key_owners
         }
-        places = {
-            id: min(sum(limit for limit, _ in claims), _MAX_PLACES)
-            for id, claims in self._claims.items()
-        }
+        places = [
+            (id, min(sum(limit for limit, _ in claims), _MAX_PLACES), start)
+            for (id, start), claims in self._claims.items()
+        ]
         values = list(map(self._values, written))
         changes = [
             (one.item_id, str(one.kind), *one[5:9], self._moved(one.previous))
@@ -146,7 +150,7 @@ class OneCall(UnitOfWork):
             *_columns(list(owners.items()), 2),
             *_columns(changes, 7),
             *_columns([(id, *delta) for id, delta in self._deltas.items()], 5),
-            *_columns(list(places.items()), 2),
+            *_columns(places, 3),
         ]
         self._batch_cursor.prepare(self.sql.call, (self.now, *columns), self._finish_call)
 
@@ -177,37 +181,50 @@ class OneCall(UnitOfWork):
         if base != self._guess:
             self._move_revisions(base - self._guess)
         width = 2 + len(FIELDS[Task])
-        claimed: defaultdict[str, list[Record[Task]]] = defaultdict(list)
+        claimed: defaultdict[_Claims, list[Record[Task]]] = defaultdict(list)
         events: list[Event] = []
         for row in rows:
-            if row[2] is not None:
-                event = self._event(Task, row[1], tuple(row[2:width]))
-                claimed[event.change.node or ""].append(event.record)  # type: ignore[arg-type]
-            else:
-                event = self._event(NodeInfo, row[1], tuple(row[width:]))
-            events.append(event)
+            if row[2] is None:
+                events.append(self._node_event(row[1], tuple(row[width:])))
+                continue
+            task = self.sql.decode[Task](tuple(row[2:width]))
+            is_started = task.status is TaskStatus.RUNNING
+            claimed[task.assigned_node, is_started].append(task)
+            events += self._claim_events(row[1], task)
         for event in sorted(events, key=lambda one: one.change.revision):
             self.emit(event)
-        for node_id, tasks in claimed.items():
+        for claim, tasks in claimed.items():
             tasks.sort(key=lambda task: task.version)
-            for limit, result in self._claims[node_id]:
+            for limit, result in self._claims[claim]:
                 result += tasks[:limit]
                 del tasks[:limit]
         self._batch_cursor.newest_revision = base + len(self.changes) + len(events)
 
-    def _event(self, kind: type[Any], was: int, raw: Raw) -> Event:
-        record = self.sql.decode[kind](raw)
-        is_task = kind is Task
-        status = str(record.status)
+    def _claim_events(self, was: int, task: Record[Task]) -> Iterator[Event]:
+        """Yield the events of a claimed task; `was` is its former version."""
+        before = TaskStatus.PENDING
+        if task.status is TaskStatus.RUNNING:
+            before = TaskStatus.SCHEDULED
+            claimed = task.evolve(status=before, started_at=None, version=task.version - 1)
+            yield from self._claim_events(was, claimed)
+            was = claimed.version
+        yield self._event(Task, task, before, was)
+
+    def _node_event(self, was: int, raw: Raw) -> Event:
+        node = self.sql.decode[NodeInfo](raw)
+        return self._event(NodeInfo, node, node.status, was)
+
+    def _event(self, kind: type[Any], record: Record[Any], before: StrEnum, was: int) -> Event:
+        after = record.status
         change = Change(
             record.version,
             self.now,
             ENTITY_NAMES[kind],
             record.id,
-            ChangeKind.STATUS if is_task else ChangeKind.UPDATED,
-            str(TaskStatus.PENDING) if is_task else status,
-            status,
-            record.assigned_node if is_task else None,
+            ChangeKind.UPDATED if after is before else ChangeKind.STATUS,
+            str(before),
+            str(after),
+            record.assigned_node if kind is Task else None,
             None,
             was or None,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import Database, TaskRow
+from openclaw_store.database import IS_DELAYED, IS_EXPIRING, Database, TaskRow
 from openclaw_store.domain import (
     DEFAULT_BACKOFF,
     MAX_INTEGER,
@@ -31,9 +32,11 @@ from openclaw_store.repositories.commands import (
     Advance,
     Advanced,
     Claim,
+    acknowledgement_of,
     cancellation_of,
     completion_of,
     failure_of,
+    release_of,
     requeue_of,
     start_of,
 )
@@ -90,17 +93,20 @@ class TaskRepository(Repository[Task]):
         """Remove a task and free its slot; its history stays. `False` if there is none."""
         return await self._delete(task_id)
 
-    async def claim(self, node_id: str, limit: int = 1) -> list[Task]:
+    async def claim(self, node_id: str, limit: int = 1, *, start: bool = False) -> list[Task]:
         """Assign pending tasks to an ONLINE node that has their skills and free slots.
 
+        Args:
+            start: Start them in the same commit.
+
         Returns:
-            The due tasks, now SCHEDULED, by priority, time of submission and identifier.
+            The due tasks, now SCHEDULED or RUNNING, by priority, time of submission and identifier.
 
         Raises:
             NodeNotFoundError: If there is no such node.
         """
         node_id = check_key("node_id", node_id)
-        return self._copies(await self._write(Claim(node_id, check_some("limit", limit))))
+        return self._copies(await self._write(Claim(node_id, check_some("limit", limit), start)))
 
     async def start(self, task: Task) -> Task:
         """Start a claimed task; return the stored task.
@@ -129,6 +135,25 @@ class TaskRepository(Repository[Task]):
             NotOwnerError: If this attempt is no longer assigned to its node.
         """
         return await self._advance(failure_of(task, error, self._backoff.draw()))
+
+    async def release(self, task: Task, reason: str | None = None) -> Task:
+        """Make an assigned task PENDING again at no cost; return the stored task.
+
+        Raises:
+            TaskNotFoundError: If it was removed.
+            NotOwnerError: If this attempt is no longer assigned to its node.
+        """
+        return await self._advance(release_of(task, reason))
+
+    async def acknowledge_cancel(self, task: Task) -> Task:
+        """Cancel a task whose owner was asked to; return the stored task.
+
+        Raises:
+            TaskNotFoundError: If it was removed.
+            NotOwnerError: If this attempt is no longer assigned to its node.
+            InvalidTransitionError: If its owner was not asked to cancel it.
+        """
+        return await self._advance(acknowledgement_of(task))
 
     async def cancel(self, task_id: str, reason: str | None = None) -> bool:
         """Cancel a task; `False` if there is none.
@@ -218,6 +243,28 @@ class TaskRepository(Repository[Task]):
     async def list_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Return pending and scheduled tasks by priority, time of submission and identifier."""
         return await self._list(select_pending(), check_limit(limit))
+
+    async def next_due_at(self) -> datetime | None:
+        """Return the earliest time at which a delayed task becomes due; `None` without any."""
+        query = select(func.min(TaskRow.not_before)).where(
+            IS_DELAYED, TaskRow.not_before > self._database.clock()
+        )
+
+        async def run(session: AsyncSession) -> datetime | None:
+            return await session.scalar(query)
+
+        return await self._read(run)
+
+    async def list_expired(self) -> list[str]:
+        """Return the identifiers of the tasks that expired before they were started."""
+        query = select(TaskRow.task_id).where(
+            IS_EXPIRING, TaskRow.expires_at <= self._database.clock()
+        )
+
+        async def run(session: AsyncSession) -> list[str]:
+            return list(await session.scalars(query))
+
+        return await self._read(run)
 
     async def count_by_status(self, status: TaskStatus | None = None) -> int:
         """Count the tasks with this status; `None` counts all."""

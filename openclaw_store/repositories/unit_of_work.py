@@ -29,6 +29,7 @@ from openclaw_store.domain import (
     Record,
     RowCodec,
     Task,
+    conditions,
     lifecycle,
 )
 from openclaw_store.errors import (
@@ -305,12 +306,16 @@ class UnitOfWork:
             node.record = node.record.evolve(**values)
             node.counted = node.counted.union(values)
 
-    def claim(self, row: Row, limit: int) -> list[Record[Task]] | StoreError:
-        """Assign up to `limit` tasks to a node, and return them, best first."""
+    def claim(self, row: Row, limit: int, *, start: bool) -> list[Record[Task]] | StoreError:
+        """Assign up to `limit` tasks to a node, and return them, best first.
+
+        Args:
+            start: Also start them.
+        """
         if row.record is None:
             return missing(NodeInfo, row.id)
         claimed: list[Record[Task]] = []
-        wanted = min(limit, lifecycle.free_slots(row.record))
+        wanted = min(limit, conditions.free_slots(row.record))
         skills = row.record.encoded("available_skills")
         if skills not in self._ready:
             self._ready[skills] = self._ready_for(skills, max(wanted, self._size))
@@ -318,8 +323,13 @@ class UnitOfWork:
             task_row = self.rows[Task].get(task.task_id) or self.row(Task, task.task_id).load(task)
             present = task_row.content()
             step = None if present is None else lifecycle.claim(present, row.record, self.now)
-            if present is not None and step is not None:
-                claimed.append(task_row.write(present.evolve(**step.task), step.task))
+            if present is None or step is None:
+                continue
+            record = task_row.write(present.evolve(**step.task), step.task)
+            if start:
+                started = lifecycle.started(record, self.now)
+                record = task_row.write(record.evolve(**started), started)
+            claimed.append(record)
         if claimed:
             self.count(row, row.id, NodeDelta(running=len(claimed)))
         return claimed
@@ -334,15 +344,16 @@ class UnitOfWork:
         groups = [
             key
             for key, required in execute(sql.read_ready_groups)
-            if lifecycle.are_among(required.encode() if required else None, skills)
+            if conditions.are_among(required.encode() if required else None, skills)
         ]
         # A due retry may come before any other task; there are few at a time.
-        due = execute(sql.read_due_retries, (sql.to_moment(self.now), _MAX_DUE_RETRIES))
+        now = sql.to_moment(self.now)
+        due = execute(sql.read_due_retries, (now, _MAX_DUE_RETRIES))
         done = 0
         while True:
             found = [
                 *due,
-                *(row for key in groups for row in execute(sql.read_ready, (key, count))),
+                *(row for key in groups for row in execute(sql.read_ready, (key, now, count))),
             ]
             found = sorted(found, key=_ORDER_OF_CLAIMS)[:count]
             yield from map(sql.decode[Task], found[done:])

@@ -7,13 +7,18 @@ only claims and reports tasks. It remembers the tasks that it has assigned, and 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.database import ChangeRow
 from openclaw_store.domain import ASSIGNED, Entity, EntityKey, Record, Task
-from openclaw_store.errors import InvalidDataError
+from openclaw_store.errors import BackendError, InvalidDataError
 from openclaw_store.repositories import (
     Event,
     Heartbeat,
@@ -25,12 +30,18 @@ from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.write_behind import WriteBehind
 
+logger = logging.getLogger("openclaw_store.mirror")
+
 MAX_REMEMBERED_TASKS = 10_000
 """Assigned tasks in memory; the report on any other reads the task first."""
 
 
 WAKE_SECONDS = 0.01
 """Shortest time between two commits of other processes that wake all waiters, which then read."""
+
+
+MAX_STEPS = 1000
+"""Changes that are read to wake waiters: more of them wake all that there are."""
 
 
 class DirectAccess(Replica):
@@ -89,14 +100,13 @@ class DirectAccess(Replica):
         while len(self._assigned) > MAX_REMEMBERED_TASKS:
             self._assigned.popitem(last=False)
         self._revision = max([self._revision, *(event.change.revision for event in changes)])
-        if self.watchers.count:
-            self.watchers.wake(event.id for event in changes)
+        self._wake_after([event.change for event in changes])
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         is_busy = self._outdated.is_set()
         if revision > self.version:
             self._noticed = revision
-            if self._loop is not None and self.watchers.count:
+            if self._loop is not None and (self.watchers.count or self.claim_waiters):
                 self._loop.call_soon_threadsafe(self._outdated.set)  # raises if it was closed
         return not is_busy
 
@@ -104,7 +114,15 @@ class DirectAccess(Replica):
         while True:
             await self._outdated.wait()
             self._outdated.clear()
+            since = self._revision
             self._advance_to(self._noticed)
+            if self.claim_waiters:
+                try:
+                    self.claim_waiters.notice(
+                        await self.database.read(partial(_steps, since=since))
+                    )
+                except BackendError:  # the next commit, or the end of the wait, tries again
+                    logger.exception("the changes of other processes could not be read")
             await asyncio.sleep(WAKE_SECONDS)
 
     def _advance_to(self, revision: int) -> None:
@@ -112,6 +130,13 @@ class DirectAccess(Replica):
         if revision > self._revision:
             self._revision = revision
             self.watchers.wake_all()
+
+
+async def _steps(session: AsyncSession, since: int) -> Sequence[Any]:
+    """Return item, identifier and new status of the changes after a revision."""
+    columns = (ChangeRow.item, ChangeRow.item_id, ChangeRow.to_status)
+    query = select(*columns).where(ChangeRow.revision > since).limit(MAX_STEPS)
+    return (await session.execute(query)).all()
 
 
 class NoWriteBehind(WriteBehind):

@@ -16,7 +16,7 @@ from openclaw_store.domain import (
     check_text,
     write_back,
 )
-from openclaw_store.repositories import SetNodeStatus, node_status
+from openclaw_store.repositories import Resume, SetNodeStatus, node_status
 from openclaw_store.state_manager.manager_base import ManagerBase, copy_in_slices
 
 
@@ -70,8 +70,8 @@ class NodeCalls(ManagerBase):
         """Add a node, or replace its former process; `node` receives the stored values.
 
         Call this when the process of a node starts. Tasks assigned to the former process are
-        released at once, however fresh its heartbeats are: they are PENDING again, or FAILED after
-        their last retry. The totals of the node stay.
+        released at once, however fresh its heartbeats are, as by `recover`. The totals of the node
+        stay, and so does MAINTENANCE, which only `resume_node` and `update_node_status` end.
 
         Args:
             node: The node; its `version` is ignored.
@@ -133,6 +133,40 @@ class NodeCalls(ManagerBase):
         self._check_usable()
         command = SetNodeStatus(check_key("node_id", node_id), node_status("status", status))
         known: bool = await self._replica.submit(command)
+        return known
+
+    async def drain_node(self, node_id: str, reason: str | None = None, wait: bool = False) -> bool:
+        """Set a node to MAINTENANCE: it claims no more tasks until `resume_node`.
+
+        Args:
+            reason: The `status_reason` of the node; the change log contains it, too.
+            wait: Return when the node has no more tasks.
+
+        Returns:
+            `False` if there is no such node.
+        """
+        self._check_usable()
+        node_id = check_key("node_id", node_id)
+        text = None if reason is None else check_text("reason", reason)
+        known: bool = await self._replica.submit(
+            SetNodeStatus(node_id, NodeStatus.MAINTENANCE, reason=text)
+        )
+        while wait:
+            self._check_usable()
+            with self._replica.watchers.next_change() as woken:
+                node = await self.get_node(node_id)
+                if node is None or not node.running_tasks:
+                    break
+                await woken
+        return known
+
+    async def resume_node(self, node_id: str) -> bool:
+        """End the MAINTENANCE of a node; return `False` if there is no such node.
+
+        A node with another status is not changed.
+        """
+        self._check_usable()
+        known: bool = await self._replica.submit(Resume(check_key("node_id", node_id)))
         return known
 
     async def update_heartbeat(

@@ -65,6 +65,7 @@ from openclaw_store.state_manager.change_feed import (
     read_initial_state,
     read_live,
 )
+from openclaw_store.state_manager.claim_waiters import ClaimWaiters
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -109,6 +110,8 @@ class Replica:
         """End of the last complete refresh."""
         self.watchers = Watchers()
         """Waiters for changes; all wake when the replica stops."""
+        self.claim_waiters = ClaimWaiters()
+        """Waiters for work; all wake when the replica stops."""
         self._unlisten: Callable[[], None] = lambda: None
         # The events committed during a load; `None` at other times.
         self._loading: list[Sequence[Event | HeartbeatWritten]] | None = None
@@ -161,7 +164,7 @@ class Replica:
             if self._flush_timer is not None:
                 self._flush_timer.cancel()
             self._unlisten()
-            self.watchers.wake_all()
+            self._wake_all()
 
     async def abandon(self) -> None:
         """Stop after the event loop of the replica was closed.
@@ -354,6 +357,8 @@ class Replica:
                 finally:
                     if self.watchers.count:
                         self.watchers.wake(change[ENTITY_ID] for change in batch.changes)
+                    if self.claim_waiters:
+                        self.claim_waiters.notice((one[2], one[3], one[5]) for one in batch.changes)
                 is_behind = batch.revision < batch.read_at
             self.last_refresh_at = self.database.clock()
 
@@ -365,6 +370,11 @@ class Replica:
         changes, until = await self.database.read(partial(read_changes, since=since))
         await self.catch_up_to(until)
         return changes, until
+
+    @property
+    def is_following(self) -> bool:
+        """True if commits of other processes wake the waiters."""
+        return self._follower is not None
 
     async def show_heartbeat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
         """Show a heartbeat now, and write it within a second; `False` if there is no such node.
@@ -442,7 +452,7 @@ class Replica:
             self._loading = None
         cache.keep_unsaved(self.cache)
         self.cache = cache
-        self.watchers.wake_all()
+        self._wake_all()
         self.last_refresh_at = self.database.clock()
 
     async def _read_cache(self, session: AsyncSession, *, with_tasks: bool = True) -> Cache:
@@ -461,10 +471,20 @@ class Replica:
         try:
             self.cache.apply(events)
         finally:
-            if self.watchers.count:
-                self.watchers.wake(event.id for event in events if isinstance(event, Event))
+            self._wake_after([event.change for event in events if isinstance(event, Event)])
             sequences = [event.sequence for event in events if isinstance(event, HeartbeatWritten)]
             self._own_heartbeat_sequence = max(sequences, default=self._own_heartbeat_sequence)
+
+    def _wake_after(self, changes: Sequence[Change]) -> None:
+        """Wake the waiters after a commit of this process."""
+        if self.watchers.count:
+            self.watchers.wake(change.item_id for change in changes)
+        if self.claim_waiters:
+            self.claim_waiters.notice((one.item, one.item_id, one.to_status) for one in changes)
+
+    def _wake_all(self) -> None:
+        self.watchers.wake_all()
+        self.claim_waiters.wake_all()
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         """Request a refresh if the counters are ahead of the cache; called on any thread.

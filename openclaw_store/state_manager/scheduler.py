@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -24,6 +24,7 @@ from openclaw_store.domain import (
     TaskFilter,
     TaskStatus,
     check_seconds,
+    conditions,
     lifecycle,
 )
 from openclaw_store.errors import (
@@ -46,6 +47,7 @@ from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.explain import Explanation, explain
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.task_index import PendingKey, pending_key
+from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
 logger = logging.getLogger("openclaw_store.dispatcher")
 
@@ -68,9 +70,11 @@ class Recovery:
     requeued_tasks: list[str]
     """Tasks set to PENDING again, and retries made due after a clock was turned back."""
     failed_tasks: list[str]
-    """Tasks of lost nodes, without another retry."""
+    """Tasks of lost nodes that were lost more often than their `max_losses`."""
     timed_out_tasks: list[str]
-    """Tasks that exceeded their timeout, without another retry."""
+    """Tasks that exceeded their timeout, without another retry, and tasks that expired."""
+    cancelled_tasks: list[str] = field(default_factory=list)
+    """Tasks that their owners did not cancel in the time given to them."""
 
     def __bool__(self) -> bool:
         """Return true if there are any changes."""
@@ -85,11 +89,46 @@ class Scheduler:
         self._backoff = backoff
         self._latest: datetime | None = None  # the latest time at which `recover` was called
 
-    async def claim(self, node_id: str, limit: int) -> list[Record[Task]]:
+    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Record[Task]]:
         if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
             await self._replica.write_behind.flush_all()
-        claimed: list[Record[Task]] = await self._replica.submit(Claim(node_id, limit))
+        claimed: list[Record[Task]] = await self._replica.submit(Claim(node_id, limit, start))
         return claimed
+
+    async def wait_and_claim(
+        self, node_id: str, limit: int, seconds: float, *, start: bool
+    ) -> list[Record[Task]]:
+        """Claim as `claim` does, as soon as there are tasks, or after that time without any."""
+        loop, waiters = asyncio.get_running_loop(), self._replica.claim_waiters
+        deadline = loop.time() + seconds
+        while True:
+            with waiters.waiting(node_id) as woken:
+                try:
+                    claimed = await self.claim(node_id, limit, start=start)
+                    left = deadline - loop.time()
+                    if claimed or left <= 0:
+                        waiters.pass_on(node_id, woken)
+                        return claimed
+                    await self._wait_for_work(woken, left)
+                except BaseException:
+                    waiters.pass_on(node_id, woken)
+                    raise
+
+    async def _wait_for_work(self, woken: asyncio.Future[None], seconds: float) -> None:
+        """Wait until a waiter is woken, a delayed task is due, or some seconds have passed."""
+        due = await self._replica.tasks.next_due_at()
+        if due is not None:
+            seconds = min(seconds, max(0, (due - self._replica.database.clock()).total_seconds()))
+        if self._replica.is_following:
+            await asyncio.wait([woken], timeout=seconds)
+            return
+        while not woken.done() and seconds > 0:  # no notification: look for new revisions
+            await asyncio.wait([woken], timeout=min(seconds, WATCH_SECONDS))
+            seconds -= WATCH_SECONDS
+            known = self._replica.version
+            await self._replica.refresh()
+            if self._replica.version > known:
+                return
 
     async def advance(self, command: Advance) -> Advanced:
         """Change the status of a task.
@@ -137,8 +176,11 @@ class Scheduler:
         outcomes = await asyncio.gather(*map(submit, commands))
         return [command.id for command, done in zip(commands, outcomes, strict=True) if done]
 
-    async def recover(self, timeout_seconds: float) -> Recovery:
+    async def recover(self, timeout_seconds: float, unstarted_seconds: float | None) -> Recovery:
         patience = check_seconds("timeout_seconds", timeout_seconds)
+        unstarted = None
+        if unstarted_seconds is not None:
+            unstarted = check_seconds("unstarted_seconds", unstarted_seconds)
         longest_wait = timedelta(seconds=self._backoff.longest_seconds)
         # Silent nodes first: the tasks of an OFFLINE node count as lost below.
         recovery = Recovery(await self.set_silent_offline(timeout_seconds), [], [], [])
@@ -147,11 +189,14 @@ class Scheduler:
             TaskStatus.PENDING: recovery.requeued_tasks,
             TaskStatus.FAILED: recovery.failed_tasks,
             TaskStatus.TIMEOUT: recovery.timed_out_tasks,
+            TaskStatus.CANCELLED: recovery.cancelled_tasks,
         }
-        recover = partial(lifecycle.recover, patience=patience, longest_wait=longest_wait)
+        recover = partial(
+            lifecycle.recover, patience=patience, longest_wait=longest_wait, unstarted=unstarted
+        )
         commands = [
             Recover(task_id, partial(recover, wait=self._backoff.draw()))
-            for task_id in await self._recoverable(patience, longest_wait)
+            for task_id in await self._recoverable(patience, longest_wait, unstarted)
         ]
         async for done in self.advance_all(commands):
             lists[done.record.status].append(done.record.task_id)
@@ -201,35 +246,40 @@ class Scheduler:
             raise TaskNotFoundError(task_id)
         cache, now = await self._replica.view(), self._replica.database.clock()
         nodes = list(cache.nodes.values())
-        able = [node for node in nodes if lifecycle.has_skills(node, task)]
+        able = [node for node in nodes if conditions.has_skills(node, task)]
         key, ahead = pending_key(task), 0
         async for place, one in _pending_tasks(cache):
             if key is None or place >= key:
                 break
-            if one.status is TaskStatus.PENDING and lifecycle.is_due(one, now):
-                ahead += any(lifecycle.has_skills(node, one) for node in able)
+            if one.status is TaskStatus.PENDING and conditions.is_due(one, now):
+                ahead += any(conditions.has_skills(node, one) for node in able)
         return explain(task, nodes, ahead, now)
 
-    async def _recoverable(self, patience: timedelta, longest_wait: timedelta) -> list[str]:
+    async def _recoverable(
+        self, patience: timedelta, longest_wait: timedelta, unstarted: timedelta | None
+    ) -> list[str]:
         """Return the tasks that `lifecycle.recover` may change; other coroutines run meanwhile."""
+        found = await self._replica.tasks.list_expired()
         cache, now = await self._replica.view(), self._replica.database.clock()
-        found: list[str] = []
         latest = self._latest
         if latest is None or now < latest:  # the clock was turned back, or may have been
             found += [
                 one.task_id
                 async for _, one in _pending_tasks(cache)
-                if lifecycle.is_delayed(one, now, longest_wait)
+                if conditions.is_delayed(one, now, longest_wait)
             ]
         self._latest = now if latest is None else max(latest, now)
         for node_id, ids in list(cache.task_index.assigned.items()):
-            if node_id is not None and lifecycle.is_lost(cache.nodes.get(node_id), now, patience):
+            if node_id is not None and conditions.is_lost(cache.nodes.get(node_id), now, patience):
                 found += ids
                 continue
-            running = (cache.tasks.get(id) for id in list(ids))
-            found += [
-                one.task_id for one in running if one is not None and lifecycle.is_overdue(one, now)
-            ]
+            for task in filter(None, map(cache.tasks.get, list(ids))):
+                if (
+                    conditions.is_overdue(task, now)
+                    or conditions.is_cancel_overdue(task, now)
+                    or conditions.is_unstarted(task, now, unstarted)
+                ):
+                    found.append(task.task_id)
             await asyncio.sleep(0)
         return found
 

@@ -243,7 +243,14 @@ class TaskCalls(ManagerBase):
             check_text("reason", reason)
         return await self._scheduler.cancel_all(checked, reason)
 
-    async def claim_tasks(self, node_id: str, limit: int = 1) -> list[Task]:
+    async def claim_tasks(
+        self,
+        node_id: str,
+        limit: int = 1,
+        *,
+        wait_seconds: float | None = None,
+        start: bool = False,
+    ) -> list[Task]:
         """Assign pending tasks to a node, which then owns them until they end or it is lost.
 
         The node must be ONLINE. It gets due tasks that require only skills it has, in the order of
@@ -253,6 +260,9 @@ class TaskCalls(ManagerBase):
 
         Args:
             limit: Maximum number of tasks.
+            wait_seconds: Seconds to wait for a task if there is none; `None` returns at once.
+            start: Start the tasks in the same commit: they are RUNNING, and `start_task` is not
+                needed.
 
         Returns:
             The claimed tasks, best first; an empty list if there are none for this node.
@@ -262,7 +272,12 @@ class TaskCalls(ManagerBase):
         """
         self._check_usable()
         node_id = check_key("node_id", node_id)
-        claimed = await self._scheduler.claim(node_id, check_some("limit", limit))
+        limit = check_some("limit", limit)
+        if wait_seconds is None:
+            claimed = await self._scheduler.claim(node_id, limit, start=start)
+        else:
+            seconds = check_number("wait_seconds", wait_seconds)
+            claimed = await self._scheduler.wait_and_claim(node_id, limit, seconds, start=start)
         return list(map(Record.copy, claimed))
 
     async def start_task(self, task: Task) -> Task:
@@ -306,19 +321,52 @@ class TaskCalls(ManagerBase):
         """
         return await self._advance(commands.failure_of(task, error, self._backoff.draw()))
 
-    async def cancel_task(self, task_id: str, reason: str | None = None) -> bool:
+    async def release_task(self, task: Task, reason: str | None = None) -> Task:
+        """Give a task back on behalf of its node, as in `start_task`: it is PENDING at once.
+
+        The task loses neither a retry nor its place in the order of claims.
+
+        Args:
+            reason: The reason in the change log, after `released`.
+
+        Raises:
+            TaskNotFoundError: If the task was removed.
+            NotOwnerError: As in `start_task`.
+        """
+        return await self._advance(commands.release_of(task, reason))
+
+    async def cancel_task(
+        self, task_id: str, reason: str | None = None, grace_seconds: float | None = None
+    ) -> bool:
         """Cancel a live task; return `False` if there is no such task.
+
+        Without `grace_seconds` the task is CANCELLED at once, and frees its slot. Its owner learns
+        of that from `watch`, or when its report is refused: until then, its work goes on. With
+        `grace_seconds`, a running task keeps its slot and gets `cancel_requested_at`; it is
+        CANCELLED when its owner calls `acknowledge_cancel`, or by `recover` after that time.
 
         Repeating the call has no effect.
 
         Args:
             reason: The `error` of the task; the change log contains it, too.
+            grace_seconds: Seconds that the owner of a running task has to end its work.
 
         Raises:
             InvalidTransitionError: If the task has finished with another status.
         """
         self._check_usable()
-        return await is_known(self._scheduler.advance(commands.cancellation_of(task_id, reason)))
+        cancellation = commands.cancellation_of(task_id, reason, grace_seconds=grace_seconds)
+        return await is_known(self._scheduler.advance(cancellation))
+
+    async def acknowledge_cancel(self, task: Task) -> Task:
+        """Cancel a task on behalf of its node, as in `start_task`, after its work has ended.
+
+        Raises:
+            TaskNotFoundError: If the task was removed.
+            NotOwnerError: As in `start_task`.
+            InvalidTransitionError: If its owner was not asked to cancel it.
+        """
+        return await self._advance(commands.acknowledgement_of(task))
 
     async def requeue_task(self, task_id: str) -> bool:
         """Set a task to PENDING with all its retries; return `False` if there is no such task.
@@ -332,24 +380,34 @@ class TaskCalls(ManagerBase):
         self._check_usable()
         return await is_known(self._scheduler.advance(commands.requeue_of(task_id)))
 
-    async def recover(self, timeout_seconds: float = 120) -> Recovery:
-        """Release tasks of lost nodes, and end attempts that exceed their timeout.
+    async def recover(
+        self, timeout_seconds: float = 120, unstarted_seconds: float | None = None
+    ) -> Recovery:
+        """Release tasks of lost nodes, and end the tasks that are late.
 
         First, silent nodes are set OFFLINE. A scheduled or running task is released if its node is
-        OFFLINE or in ERROR, silent, or removed: it is PENDING again with one retry less, or FAILED
-        with the error `node lost`. A task that runs for longer than its `timeout` is PENDING again,
-        or gets the status TIMEOUT. A retry that is later than any backoff allows, because a clock
-        was turned back, becomes due. Call this regularly, in any number of processes: each task
-        has one outcome.
+        OFFLINE or in ERROR, silent, or removed. If it had not started, it is PENDING again at no
+        cost. A running one counts a loss: it is PENDING again, at once after its first loss and
+        with the delays of the manager's `backoff` after later ones, or FAILED with the error
+        `lost too often` beyond its `max_losses`.
+
+        A task that runs for longer than its `timeout` is PENDING again with one retry less, or gets
+        the status TIMEOUT. A task that has not started at its `expires_at` gets the status TIMEOUT.
+        A task whose owner was asked to cancel it, and did not in time, is CANCELLED. A retry that
+        is later than any backoff allows, because a clock was turned back, becomes due. Call this
+        regularly, in any number of processes: each task has one outcome.
 
         Args:
-            timeout_seconds: Seconds without a heartbeat after which a node is silent.
+            timeout_seconds: Seconds without a heartbeat after which a node is silent that has no
+                `lease_seconds`.
+            unstarted_seconds: Seconds after which a task that its node has claimed and not started
+                is PENDING again; `None` for no limit.
 
         Returns:
             All changes of this call.
         """
         self._check_usable()
-        return await self._scheduler.recover(timeout_seconds)
+        return await self._scheduler.recover(timeout_seconds, unstarted_seconds)
 
     async def explain_task(self, task_id: str) -> Explanation:
         """Explain why a task waits; `str` of the result is a sentence.

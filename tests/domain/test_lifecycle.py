@@ -25,9 +25,18 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.domain import lifecycle
-from openclaw_store.domain.lifecycle import NODE_LOST, OVERDUE, NodeDelta, Owner, Step
-from openclaw_store.domain.models import ASSIGNED, FINISHED, LIVE
+from openclaw_store.domain import conditions, lifecycle
+from openclaw_store.domain.lifecycle import (
+    EXPIRED,
+    LOST_TOO_OFTEN,
+    NEVER_STARTED,
+    NODE_LOST,
+    OVERDUE,
+    NodeDelta,
+    Owner,
+    Step,
+)
+from openclaw_store.domain.models import ASSIGNED, FINISHED, LIVE, WAITING
 from openclaw_store.domain.records import Record, encode
 from openclaw_store.domain.validation import MAX_INTEGER
 
@@ -77,7 +86,16 @@ class Verb:
 
 
 ALL = frozenset(TaskStatus)
-RECOVER = partial(lifecycle.recover, longest_wait=timedelta(seconds=300), wait=wait)
+AS_NEW = {
+    "status": TaskStatus.PENDING,
+    "assigned_node": None,
+    "scheduled_at": None,
+    "started_at": None,
+    "completed_at": None,
+}
+"""The values of a task that is pending again."""
+
+RECOVER = partial(lifecycle.recover, longest_wait=timedelta(seconds=300), unstarted=None, wait=wait)
 
 VERBS = {
     "claim": Verb(lifecycle.claim, frozenset({TaskStatus.PENDING}), ALL, None),
@@ -161,7 +179,9 @@ class TestEveryVerbFromEveryState:
         outcome = decide(verb, task)
 
         if isinstance(outcome, Step):
-            held = lifecycle.is_assigned(task.replace(**outcome.task)) - lifecycle.is_assigned(task)
+            held = conditions.is_assigned(task.replace(**outcome.task)) - conditions.is_assigned(
+                task
+            )
             assert (outcome.node or NodeDelta()).running == held
 
     @pytest.mark.parametrize("status", TaskStatus)
@@ -223,7 +243,7 @@ class TestConditions:
         [(None, True), (before(1), True), (NOW, True), (before(-0.000001), False)],
     )
     def test_task_is_due_at_its_moment(self, not_before: datetime | None, is_due: bool) -> None:
-        assert lifecycle.is_due(a_task(not_before=not_before), NOW) is is_due
+        assert conditions.is_due(a_task(not_before=not_before), NOW) is is_due
 
     @given(required=st.lists(st.sampled_from("abc")), available=st.lists(st.sampled_from("abc")))
     def test_node_needs_every_required_skill(
@@ -231,13 +251,13 @@ class TestConditions:
     ) -> None:
         node, task = a_node(available_skills=available), a_task(required_skills=required)
 
-        assert lifecycle.has_skills(node, task) is all(one in available for one in required)
+        assert conditions.has_skills(node, task) is all(one in available for one in required)
 
     def test_skills_are_compared_as_they_are(self) -> None:
         task = a_task(required_skills=["Java"])
 
         for other in ("java", "JavaScript", "Java "):
-            assert not lifecycle.has_skills(a_node(available_skills=[other]), task)
+            assert not conditions.has_skills(a_node(available_skills=[other]), task)
 
     @pytest.mark.parametrize("status", NodeStatus)
     @pytest.mark.parametrize(("most", "running", "free"), [(3, 1, 2), (3, 3, 0), (1, 5, 0)])
@@ -246,7 +266,7 @@ class TestConditions:
     ) -> None:
         node = a_node(status=status, max_concurrent_tasks=most, running_tasks=running)
 
-        assert lifecycle.free_slots(node) == (free if status is NodeStatus.ONLINE else 0)
+        assert conditions.free_slots(node) == (free if status is NodeStatus.ONLINE else 0)
 
     @pytest.mark.parametrize("status", NodeStatus)
     def test_node_is_lost_when_it_is_silent_or_says_so(self, status: NodeStatus) -> None:
@@ -255,20 +275,20 @@ class TestConditions:
         patience = timedelta(seconds=9)
         for seconds, is_silent in [(9, False), (10, True), (-9, False), (-10, True)]:
             node = a_node(status=status, last_heartbeat=before(seconds))
-            assert lifecycle.is_lost(node, NOW, patience) is (gone or is_silent)
-        assert lifecycle.is_lost(None, NOW, patience)
+            assert conditions.is_lost(node, NOW, patience) is (gone or is_silent)
+        assert conditions.is_lost(None, NOW, patience)
 
     def test_node_that_never_sent_a_heartbeat_counts_from_its_registration(self) -> None:
         node = a_node(last_heartbeat=None, registered_at=before(9))
 
-        assert not lifecycle.is_lost(node, NOW, timedelta(seconds=9))
-        assert lifecycle.is_lost(node, NOW, timedelta(seconds=8))
+        assert not conditions.is_lost(node, NOW, timedelta(seconds=9))
+        assert conditions.is_lost(node, NOW, timedelta(seconds=8))
 
     @pytest.mark.parametrize("status", TaskStatus)
     def test_only_a_running_task_is_overdue(self, status: TaskStatus) -> None:
         task = a_task(status=status, timeout=60, started_at=before(60.000001))
 
-        assert lifecycle.is_overdue(task, NOW) is (status is TaskStatus.RUNNING)
+        assert conditions.is_overdue(task, NOW) is (status is TaskStatus.RUNNING)
 
     @pytest.mark.parametrize(
         ("timeout", "started_at"), [(60, before(60)), (None, before(10**6)), (60, None)]
@@ -276,12 +296,12 @@ class TestConditions:
     def test_task_within_its_timeout_is_not_overdue(
         self, timeout: int | None, started_at: datetime | None
     ) -> None:
-        assert not lifecycle.is_overdue(a_task(timeout=timeout, started_at=started_at), NOW)
+        assert not conditions.is_overdue(a_task(timeout=timeout, started_at=started_at), NOW)
 
     def test_timeout_may_be_of_any_length(self) -> None:
         task = a_task(timeout=MAX_INTEGER, started_at=datetime.min.replace(tzinfo=UTC))
 
-        assert not lifecycle.is_overdue(task, NOW)
+        assert not conditions.is_overdue(task, NOW)
 
 
 class TestSteps:
@@ -343,8 +363,6 @@ class TestSteps:
         ("verb", "status", "error"),
         [
             ("fail", TaskStatus.FAILED, "no"),
-            ("release", TaskStatus.FAILED, NODE_LOST),
-            ("recover", TaskStatus.FAILED, NODE_LOST),
         ],
     )
     def test_what_fails_is_tried_again_until_its_last_retry(
@@ -405,11 +423,134 @@ class TestSteps:
         assert isinstance(step, Step)
         assert step.reason == OVERDUE
 
-    def test_retry_at_once_has_no_moment_to_wait_for(self) -> None:
-        step = lifecycle.release(a_task(), NOW, wait=lambda _: 0)
+    @pytest.mark.parametrize("verb", ["release", "recover"])
+    def test_loss_costs_no_retry_and_is_due_at_once_the_first_time(self, verb: str) -> None:
+        first = decide(verb, a_task(retry_count=1, scheduled_at=before(4)))
+        third = decide(verb, a_task(losses=2, scheduled_at=before(4)))
+
+        assert first.task == {**AS_NEW, "losses": 1, "not_before": None, "error": NODE_LOST}
+        later = NOW + timedelta(seconds=20)
+        assert third.task == {**AS_NEW, "losses": 3, "not_before": later, "error": NODE_LOST}
+        for step in (first, third):
+            assert step.reason == NODE_LOST
+            assert step.node == NodeDelta(running=-1, failed=1, seconds=4.0)
+
+    @pytest.mark.parametrize("verb", ["release", "recover"])
+    def test_task_that_is_lost_too_often_has_failed(self, verb: str) -> None:
+        over = decide(verb, a_task(losses=2, max_losses=2))
+        never = decide(verb, a_task(losses=1000, max_losses=None))
+
+        failed = {"status": TaskStatus.FAILED, "completed_at": NOW}
+        assert over.task == {**failed, "losses": 3, "error": LOST_TOO_OFTEN}
+        assert over.reason == LOST_TOO_OFTEN
+        assert never.task["status"] is TaskStatus.PENDING
+
+    @pytest.mark.parametrize("verb", ["release", "recover"])
+    def test_task_that_was_never_started_is_lost_at_no_cost(self, verb: str) -> None:
+        step = decide(verb, a_task(status=TaskStatus.SCHEDULED, scheduled_at=before(4)))
+
+        assert step == Step(AS_NEW, NodeDelta(running=-1), NODE_LOST)
+
+    @pytest.mark.parametrize("status", sorted(ASSIGNED))
+    def test_owner_gives_a_task_back_at_no_cost(self, status: TaskStatus) -> None:
+        task = a_task(status=status, retry_count=1, losses=1, error="before")
+
+        step = lifecycle.give_back(task, NOW, owner=OWNER, reason=None)
+        why = lifecycle.give_back(task, NOW, owner=OWNER, reason="deployment")
+
+        assert step == Step(AS_NEW, NodeDelta(running=-1), "released")
+        assert isinstance(why, Step)
+        assert why.reason == "released: deployment"
+
+    def test_task_that_has_expired_is_not_claimed(self) -> None:
+        waiting = {"status": TaskStatus.PENDING, "assigned_node": None}
+        for seconds, is_claimed in ((0, False), (1, False), (-1, True)):
+            task = a_task(**waiting, expires_at=before(seconds))
+            assert (decide("claim", task) is not None) is is_claimed
+
+    @pytest.mark.parametrize("status", sorted(WAITING))
+    def test_task_that_expires_before_its_start_has_timed_out(self, status: TaskStatus) -> None:
+        recover = partial(RECOVER, node=a_node(), patience=timedelta(seconds=60))
+        node = "node" if status in ASSIGNED else None
+        task = a_task(status=status, assigned_node=node, expires_at=NOW)
+
+        step = recover(task, NOW)
+
+        ended = {"status": TaskStatus.TIMEOUT, "completed_at": NOW, "error": EXPIRED}
+        delta = NodeDelta(running=-1) if node else None
+        assert step == Step(ended, delta, EXPIRED)
+        assert recover(task.evolve(status=TaskStatus.RUNNING, assigned_node="node"), NOW) is None
+        assert recover(task.evolve(expires_at=before(-1)), NOW) is None
+
+    def test_task_that_a_living_node_does_not_start_returns_if_that_is_wanted(self) -> None:
+        recover = partial(RECOVER, node=a_node(), patience=timedelta(seconds=60))
+        task = a_task(status=TaskStatus.SCHEDULED, scheduled_at=before(9), updated_at=before(9))
+
+        assert recover(task, NOW) is None
+        assert recover(task, NOW, unstarted=timedelta(seconds=9)) is None
+        step = recover(task, NOW, unstarted=timedelta(seconds=8))
+
+        assert step == Step(AS_NEW, NodeDelta(running=-1), NEVER_STARTED)
+
+    def test_running_task_is_given_time_to_be_cancelled(self) -> None:
+        cancel = partial(lifecycle.cancel, reason="no need", grace=timedelta(seconds=30))
+        asked = {
+            "cancel_requested_at": NOW,
+            "cancel_deadline_at": before(-30),
+            "error": "no need",
+        }
+
+        step = cancel(a_task(), NOW)
+
+        assert step == Step(asked, None, "no need")
+        task = a_task(**asked)
+        assert cancel(task, NOW) is None
+        recover = partial(RECOVER, node=a_node(), patience=timedelta(seconds=60))
+        assert recover(task, before(-29)) is None
+        cancelled = Step(
+            {"status": TaskStatus.CANCELLED, "completed_at": before(-30)},
+            NodeDelta(running=-1),
+            "no need",
+        )
+        assert recover(task, before(-30)) == cancelled
+        assert lifecycle.acknowledge_cancel(task, before(-30), owner=OWNER) == cancelled
+        assert lifecycle.release(task, before(-30), wait=wait) == cancelled
+        assert (
+            lifecycle.fail(task, before(-30), owner=OWNER, error="stopped", wait=wait) == cancelled
+        )
+        assert lifecycle.give_back(task, before(-30), owner=OWNER, reason=None) == cancelled
+
+    @pytest.mark.parametrize("status", sorted(WAITING))
+    def test_task_that_does_not_run_is_cancelled_without_grace(self, status: TaskStatus) -> None:
+        step = lifecycle.cancel(
+            a_task(status=status), NOW, reason=None, grace=timedelta(seconds=30)
+        )
 
         assert isinstance(step, Step)
-        assert step.task["not_before"] is None
+        assert step.task["status"] is TaskStatus.CANCELLED
+
+    def test_only_a_requested_cancellation_is_acknowledged(self) -> None:
+        refused = lifecycle.acknowledge_cancel(a_task(), NOW, owner=OWNER)
+
+        assert isinstance(refused, InvalidTransitionError)
+        asked = a_task(cancel_requested_at=NOW)
+        other = lifecycle.acknowledge_cancel(asked, NOW, owner=("node", 2))
+        assert isinstance(other, NotOwnerError)
+
+    def test_node_in_maintenance_stays_so_when_it_registers(self) -> None:
+        node = a_node(status=NodeStatus.MAINTENANCE, status_reason="new disk")
+
+        values = lifecycle.registered(node, NOW)
+
+        assert values["status"] is NodeStatus.MAINTENANCE
+        assert values["status_reason"] == "new disk"
+        assert "status" not in lifecycle.registered(a_node(status=NodeStatus.ERROR), NOW)
+
+    def test_node_with_a_lease_is_silent_after_it(self) -> None:
+        node = a_node(lease_seconds=5, last_heartbeat=before(6))
+
+        assert conditions.is_silent(node, NOW, timedelta(seconds=60))
+        assert not conditions.is_silent(node.evolve(lease_seconds=7), NOW, timedelta())
 
     @pytest.mark.parametrize("reason", [None, "", "not needed"])
     def test_cancellation_tells_why_if_it_is_known(self, reason: str | None) -> None:

@@ -34,7 +34,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.postgresql.write_session import CallCursor
 from openclaw_store.database import WriteTransaction
-from openclaw_store.domain import lifecycle
+from openclaw_store.domain import conditions, lifecycle
 from openclaw_store.domain.records import Record, encode
 from openclaw_store.errors import NodeNotFoundError
 from openclaw_store.repositories.batches import apply
@@ -376,7 +376,7 @@ class Stage:
                 for one in outcomes
             ]
             assert found == expected
-            assigned = [one for one in (await self.tasks()).values() if lifecycle.is_assigned(one)]
+            assigned = [one for one in (await self.tasks()).values() if conditions.is_assigned(one)]
             assigned.sort(key=lambda one: one.task_id)
             outcomes += await self.write(*map(self.end, assigned, ends))
             seen += map(repr, outcomes)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import pytest
-from conftest import EACH_KIND
+from conftest import EACH_KIND, FakeClock
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
 from sqlalchemy import select
@@ -48,8 +48,8 @@ PENDING, SCHEDULED, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT = TaskStatus
 ASSIGNED = {SCHEDULED, RUNNING}
 FINISHED = {COMPLETED, FAILED, CANCELLED, TIMEOUT}
 LEGAL_BY_VERBS = {
-    PENDING: {SCHEDULED, CANCELLED},
-    SCHEDULED: {RUNNING, COMPLETED, FAILED, CANCELLED, PENDING},
+    PENDING: {SCHEDULED, CANCELLED, TIMEOUT},
+    SCHEDULED: {RUNNING, COMPLETED, FAILED, CANCELLED, PENDING, TIMEOUT},
     RUNNING: {COMPLETED, FAILED, CANCELLED, TIMEOUT, PENDING},
     **{status: {PENDING} for status in FINISHED},
 }
@@ -63,6 +63,7 @@ KEYS = {"task-0": "a", "task-1": "a"}
 NODES = ["node-0", "node-1"]
 SILENT_SECONDS = 100.0
 RETRY_SECONDS = 1.0
+START = FakeClock()()
 BACKOFF = Backoff(first_seconds=RETRY_SECONDS, factor=2, jitter=0)
 
 Told = tuple[str, str, str | None, str | None, str | None, str | None]
@@ -149,12 +150,35 @@ class World:
 
     def try_again(self, task: Task, last: TaskStatus, error: str) -> Task:
         """A try has failed; after the last one the task ends as `last`."""
+        if task.cancel_requested_at is not None:
+            return cancelled(self, task)
         self.count(task, "failed_tasks")
         if task.retry_count == task.max_retries:
             return self.put(task, error, status=last, completed_at=self.now, error=error)
         wait = timedelta(seconds=RETRY_SECONDS * 2**task.retry_count)
         again = {"retry_count": task.retry_count + 1, "not_before": self.now + wait, "error": error}
         return self.put(task, error, **UNASSIGNED, **again)
+
+    def lose(self, task: Task) -> Task:
+        """The node of a task is lost."""
+        if task.status is SCHEDULED or task.cancel_requested_at is not None:
+            return self.give_back(task, "node lost")
+        self.count(task, "failed_tasks")
+        losses = task.losses + 1
+        if task.max_losses is not None and losses > task.max_losses:
+            ended = {"status": FAILED, "completed_at": self.now, "error": "lost too often"}
+            return self.put(task, "lost too often", losses=losses, **ended)
+        seconds = RETRY_SECONDS * 2 ** (losses - 2)
+        again = self.now + timedelta(seconds=seconds) if losses > 1 else None
+        values = {**UNASSIGNED, "not_before": again, "error": "node lost"}
+        return self.put(task, "node lost", losses=losses, **values)
+
+    def give_back(self, task: Task, reason: str) -> Task:
+        """A task returns at no cost."""
+        if task.cancel_requested_at is not None:
+            return cancelled(self, task)
+        self.free_place_of(task)
+        return self.put(task, reason, **UNASSIGNED)
 
     def holder_of(self, key: str | None, but: str) -> Task | None:
         """The live task that has an idempotency key, but for one."""
@@ -172,6 +196,7 @@ class World:
             for task in self.tasks.values()
             if task.status is PENDING
             and (task.not_before is None or task.not_before <= self.now)
+            and not is_expired(task, self.now)
             and set(task.required_skills) <= set(node.available_skills)
         ]
         return sorted(ready, key=lambda task: (task.priority, task.submitted_at, task.task_id))
@@ -221,6 +246,8 @@ class Draft(NamedTuple):
     key: str | None = None
     timeout: int | None = None
     max_retries: int = 1
+    max_losses: int | None = 1
+    expires_in: int | None = None
 
     def task(self, now: datetime | None = None) -> Task:
         return Task(
@@ -232,7 +259,11 @@ class Draft(NamedTuple):
             idempotency_key=self.key,
             timeout=self.timeout,
             max_retries=self.max_retries,
+            max_losses=self.max_losses,
             submitted_at=now,
+            expires_at=None
+            if self.expires_in is None
+            else START + timedelta(seconds=self.expires_in),
         )
 
     def added_to(self, world: World) -> type[StoreError] | None:
@@ -276,12 +307,13 @@ class Claim:
     limit: int
     is_direct: bool
     """Whether the repository is asked, past the cache."""
+    start: bool = False
     sees_all: bool = False
     """Whether it is certain to find the best."""
 
     async def call(self, manager: StateManager, world: World) -> Any:
         claim = manager.task_repo.claim if self.is_direct else manager.claim_tasks
-        return await claim(self.node_id, self.limit)
+        return await claim(self.node_id, self.limit, start=self.start)
 
     def expect(self, world: World, got: Any) -> Any:
         node = world.nodes.get(self.node_id)
@@ -296,17 +328,20 @@ class Claim:
             return []
         world.put_node(node, running_tasks=node.running_tasks + len(best))
         values = {**UNASSIGNED, "status": SCHEDULED, "assigned_node": self.node_id}
-        return [
+        claimed = [
             world.put(task, **{**values, "attempt": task.attempt + 1, "scheduled_at": world.now})
             for task in best
         ]
+        if not self.start:
+            return claimed
+        return [world.put(task, status=RUNNING, started_at=world.now) for task in claimed]
 
 
 @dataclass(frozen=True)
 class ByOwner:
     """What a node tells about a task that it holds, or has held."""
 
-    how: Literal["start", "complete", "fail"]
+    how: Literal["start", "complete", "fail", "release", "acknowledge"]
     back: int
     """Which of those that were claimed it is about: 0 for the newest."""
     is_late: bool
@@ -327,6 +362,13 @@ class ByOwner:
                 return await complete(task, {"by": task.attempt})
             case "fail":
                 return await (repository.fail if self.is_direct else manager.fail_task)(task, "no")
+            case "release":
+                release = repository.release if self.is_direct else manager.release_task
+                return await release(task, "deployment")
+            case "acknowledge":
+                if self.is_direct:
+                    return await repository.acknowledge_cancel(task)
+                return await manager.acknowledge_cancel(task)
 
     def expect(self, world: World, got: Any) -> Any:
         given = self.given(world)
@@ -334,8 +376,10 @@ class ByOwner:
         if task is None:
             return TaskNotFoundError
         is_owner = owner_of(task) == owner_of(given)
-        done = {"start": RUNNING, "complete": COMPLETED, "fail": FAILED}[self.how]
-        if is_owner and task.status is done:
+        done = DONE[self.how]
+        # A released task has no owner any more.
+        is_repeated = is_owner or (self.how == "release" and task.attempt == given.attempt)
+        if is_repeated and task.status is done:
             return task  # it was told before
         if not is_owner or task.status not in ASSIGNED:
             return NotOwnerError
@@ -350,21 +394,39 @@ class ByOwner:
                 )
             case "fail":
                 return world.try_again(task, FAILED, "no")
+            case "release":
+                return world.give_back(task, "released: deployment")
+            case "acknowledge":
+                is_asked = task.cancel_requested_at is not None
+                return cancelled(world, task) if is_asked else InvalidTransitionError
 
 
-def cancelled(world: World, task: Task) -> None:
+DONE = {
+    "start": RUNNING,
+    "complete": COMPLETED,
+    "fail": FAILED,
+    "release": PENDING,
+    "acknowledge": CANCELLED,
+}
+"""The status in which repeating a report changes nothing."""
+
+
+def cancelled(world: World, task: Task) -> Task:
     world.free_place_of(task)
-    world.put(task, "enough", status=CANCELLED, completed_at=world.now, error="enough")
+    return world.put(task, "enough", status=CANCELLED, completed_at=world.now, error="enough")
 
 
 @dataclass(frozen=True)
 class Cancel:
     task_id: str
     is_direct: bool = False
+    grace: int | None = None
+    """Seconds that the owner of a running task has; only a manager is asked with them."""
 
     async def call(self, manager: StateManager, world: World) -> Any:
-        cancel = manager.task_repo.cancel if self.is_direct else manager.cancel_task
-        return await cancel(self.task_id, "enough")
+        if self.is_direct and self.grace is None:
+            return await manager.task_repo.cancel(self.task_id, "enough")
+        return await manager.cancel_task(self.task_id, "enough", self.grace)
 
     def expect(self, world: World, got: Any) -> Any:
         task = world.tasks.get(self.task_id)
@@ -372,7 +434,12 @@ class Cancel:
             return task is not None
         if task.status in FINISHED:
             return InvalidTransitionError
-        cancelled(world, task)
+        if self.grace is None or task.status is not RUNNING:
+            cancelled(world, task)
+        elif task.cancel_requested_at is None:
+            until = world.now + timedelta(seconds=self.grace)
+            asked = {"cancel_requested_at": world.now, "cancel_deadline_at": until}
+            world.put(task, "enough", error="enough", **asked)
         return True
 
 
@@ -413,7 +480,8 @@ class Requeue:
         if world.holder_of(task.idempotency_key, but=task.task_id):
             return DuplicateError
         world.free_place_of(task)
-        anew = {"retry_count": 0, "not_before": None, "result": None, "error": None}
+        anew = {"retry_count": 0, "losses": 0, "not_before": None, "result": None, "error": None}
+        anew |= {"cancel_requested_at": None, "cancel_deadline_at": None}
         world.put(task, "requeued", **UNASSIGNED, **anew)
         return True
 
@@ -508,11 +576,14 @@ class Register:
     def expect(self, world: World, got: Any) -> Any:
         for task in list(world.tasks.values()):
             if task.status in ASSIGNED and task.assigned_node == self.node_id:
-                world.try_again(task, FAILED, "node lost")
+                world.lose(task)
         known = world.nodes.get(self.node_id)
         stays: dict[str, Any] = {"registered_at": world.now}
         if known is not None:
-            stays = {name: getattr(known, name) for name in TOTALS}
+            names = [*TOTALS]
+            if known.status is NodeStatus.MAINTENANCE:
+                names += ["status", "status_reason"]
+            stays = {name: getattr(known, name) for name in names}
         world.put_node(
             self.node(), "registered", running_tasks=0, last_heartbeat=world.now, **stays
         )
@@ -531,7 +602,36 @@ class SetNodeStatus:
         node = world.nodes.get(self.node_id)
         if node is not None:
             sign: dict[str, Any] = {"last_heartbeat": world.now} if self.status in ALIVE else {}
-            world.put_node(node, status=self.status, **sign)
+            world.put_node(node, status=self.status, status_reason=None, **sign)
+        return node is not None
+
+
+@dataclass(frozen=True)
+class Drain:
+    node_id: str
+
+    async def call(self, manager: StateManager, world: World) -> Any:
+        return await manager.drain_node(self.node_id, "new disk")
+
+    def expect(self, world: World, got: Any) -> Any:
+        node = world.nodes.get(self.node_id)
+        if node is not None:
+            values = {"status": NodeStatus.MAINTENANCE, "status_reason": "new disk"}
+            world.put_node(node, "new disk", **values)
+        return node is not None
+
+
+@dataclass(frozen=True)
+class Resume:
+    node_id: str
+
+    async def call(self, manager: StateManager, world: World) -> Any:
+        return await manager.resume_node(self.node_id)
+
+    def expect(self, world: World, got: Any) -> Any:
+        node = world.nodes.get(self.node_id)
+        if node is not None and node.status is NodeStatus.MAINTENANCE:
+            world.put_node(node, "resumed", status=NodeStatus.ONLINE, status_reason=None)
         return node is not None
 
 
@@ -580,14 +680,16 @@ class CheckStale:
         ]
         for node in silent:
             reason = f"silent for more than {SILENT_SECONDS:g} s"
-            world.put_node(node, reason, status=NodeStatus.OFFLINE)
+            world.put_node(node, reason, status=NodeStatus.OFFLINE, status_reason=reason)
         return {node.node_id for node in silent}
 
 
 @dataclass(frozen=True)
 class Recover:
+    unstarted: int | None = None
+
     async def call(self, manager: StateManager, world: World) -> Any:
-        recovery = await manager.recover(SILENT_SECONDS)
+        recovery = await manager.recover(SILENT_SECONDS, self.unstarted)
         return {name: set(ids) for name, ids in vars(recovery).items()}
 
     def expect(self, world: World, got: Any) -> Any:
@@ -596,20 +698,44 @@ class Recover:
             PENDING: recovery.requeued_tasks,
             FAILED: recovery.failed_tasks,
             TIMEOUT: recovery.timed_out_tasks,
+            CANCELLED: recovery.cancelled_tasks,
         }
         for task in list(world.tasks.values()):
-            if task.status not in ASSIGNED:
+            if task.status not in LIVE:
                 continue
             node = world.nodes.get(task.assigned_node or "")
             is_gone = node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR)
             if task.assigned_node and (is_gone or (node is not None and world.is_silent(node))):
-                after = world.try_again(task, FAILED, "node lost")
+                after = world.lose(task)
+            elif task.status in (PENDING, SCHEDULED) and is_expired(task, world.now):
+                world.free_place_of(task)
+                why = "expired before it was started"
+                ended = {"status": TIMEOUT, "completed_at": world.now, "error": why}
+                after = world.put(task, why, **ended)
+            elif self.is_unstarted(task, world.now):
+                after = world.give_back(task, "claimed, but not started")
+            elif task.status is RUNNING and is_cancel_overdue(task, world.now):
+                after = cancelled(world, task)
             elif task.status is RUNNING and is_overdue(task, world.now):
                 after = world.try_again(task, TIMEOUT, "ran for longer than its timeout")
             else:
                 continue
             lists[after.status].append(after.task_id)
         return {name: set(ids) for name, ids in vars(recovery).items()}
+
+    def is_unstarted(self, task: Task, now: datetime) -> bool:
+        if self.unstarted is None or task.status is not SCHEDULED or task.scheduled_at is None:
+            return False
+        began = min(task.scheduled_at, task.updated_at or task.scheduled_at)
+        return now > began + timedelta(seconds=self.unstarted)
+
+
+def is_expired(task: Task, now: datetime) -> bool:
+    return task.expires_at is not None and task.expires_at <= now
+
+
+def is_cancel_overdue(task: Task, now: datetime) -> bool:
+    return task.cancel_deadline_at is not None and task.cancel_deadline_at <= now
 
 
 def owner_of(task: Task) -> tuple[str, str | None, int]:
@@ -641,15 +767,21 @@ drafts = st.builds(
     st.sampled_from([None, "a", "b"]),
     st.sampled_from([None, 50]),
     st.integers(0, 2),
+    st.sampled_from([None, 0, 1, 2]),
+    st.sampled_from([None, None, 100, 200]),
 )
 adding = st.builds(Add, st.lists(drafts, min_size=1, max_size=3)) | st.builds(Submit, drafts)
-claiming = st.builds(Claim, node_ids, st.integers(1, 3), is_direct)
+claiming = st.builds(Claim, node_ids, st.integers(1, 3), is_direct, st.booleans())
 telling = st.builds(
-    ByOwner, st.sampled_from(["start", "complete", "fail"]), backs, is_late, is_direct
+    ByOwner,
+    st.sampled_from(["start", "complete", "fail", "release", "acknowledge"]),
+    backs,
+    is_late,
+    is_direct,
 )
 requeueing = st.builds(Requeue, task_ids, is_direct)
 stopping = (
-    st.builds(Cancel, task_ids, is_direct)
+    st.builds(Cancel, task_ids, is_direct, st.sampled_from([None, 0, 10, 50]))
     | st.builds(CancelAll, st.sampled_from([*NODES, None]))
     | st.builds(RemoveTask, task_ids)
 )
@@ -658,9 +790,9 @@ editing = st.builds(Note, task_ids) | st.builds(
 )
 joining = st.builds(Register, node_ids, st.integers(1, 3), skills, is_direct)
 setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus)) | st.builds(
-    RemoveNode, node_ids
+    lambda verb, node_id: verb(node_id), st.sampled_from([RemoveNode, Drain, Resume]), node_ids
 )
-tending = st.sampled_from([CheckStale(), Recover()])
+tending = st.sampled_from([CheckStale(), Recover(), Recover(10)])
 anything = st.one_of(
     adding,
     claiming,
@@ -984,7 +1116,8 @@ class Machine(DatabaseMachine):
             if any((one.item_id, one.reason) == (id, "heartbeat") for one in rows.changes):
                 assert node.status is NodeStatus.OFFLINE
                 assert at >= world.status_since[id]
-                world.put_node(node, "heartbeat", status=NodeStatus.ONLINE, last_heartbeat=at)
+                online = {"status": NodeStatus.ONLINE, "status_reason": None}
+                world.put_node(node, "heartbeat", **online, last_heartbeat=at)
 
     def compare_with_model(
         self, calls: Sequence[tuple[int, Verb]], got: Sequence[Any], rows: Rows

@@ -1,0 +1,78 @@
+"""Waiters for work: claims that found no task, woken when a task may have become claimable.
+
+A commit wakes at most as many waiters of each node as it has new pending tasks. A waiter that is
+woken and then does not claim passes the wake-up on, so none is lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from openclaw_store.domain import ENTITY_NAMES, NodeInfo, TaskStatus
+
+_NODE, _PENDING = ENTITY_NAMES[NodeInfo], TaskStatus.PENDING.value
+
+
+class ClaimWaiters:
+    """Futures of waiting claims by node, in the order of their arrival, on one event loop."""
+
+    def __init__(self) -> None:
+        self._waiters: defaultdict[str, dict[asyncio.Future[None], None]] = defaultdict(dict)
+
+    def __bool__(self) -> bool:
+        return bool(self._waiters)
+
+    @contextmanager
+    def waiting(self, node_id: str) -> Iterator[asyncio.Future[None]]:
+        """Yield a future that is done when the node should claim; await it, or it is passed on.
+
+        The caller claims *after* it has registered here: a commit in between wakes it.
+        """
+        future = asyncio.get_running_loop().create_future()
+        waiters = self._waiters[node_id]
+        waiters[future] = None
+        try:
+            yield future
+        finally:
+            waiters.pop(future, None)
+            if not waiters and self._waiters.get(node_id) is waiters:
+                del self._waiters[node_id]
+
+    def pass_on(self, node_id: str, future: asyncio.Future[None]) -> None:
+        """Wake the next waiter of a node in place of one that was woken, and does not claim."""
+        if future.done():
+            self._wake(node_id, 1)
+
+    def notice(self, changes: Iterable[tuple[Any, Any, Any]]) -> None:
+        """Wake waiters after a commit.
+
+        Args:
+            changes: Item, identifier and new status of each change.
+        """
+        tasks, nodes = 0, set()
+        for item, id, status in changes:
+            if item == _NODE:
+                nodes.add(id)
+            elif status == _PENDING:
+                tasks += 1
+        for node_id in list(self._waiters):
+            self._wake(node_id, tasks + (node_id in nodes))
+
+    def wake_all(self) -> None:
+        """Wake all waiters."""
+        for node_id, waiters in list(self._waiters.items()):
+            self._wake(node_id, len(waiters))
+
+    def _wake(self, node_id: str, count: int) -> None:
+        waiters = self._waiters.get(node_id, {})
+        for future in list(islice(waiters, count)):
+            del waiters[future]
+            if not future.done():
+                future.set_result(None)
+        if not waiters:
+            self._waiters.pop(node_id, None)
