@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from openclaw_store.maintenance.verify import Problem, Verification, verify
     from openclaw_store.repositories import NodeRepository, TaskRepository
     from openclaw_store.state_manager import Explanation, Recovery, StateManager
+    from openclaw_store.worker import Run, Worker
 else:
     _ROOMS = (
         "errors",
@@ -53,6 +54,7 @@ else:
         "database",
         "repositories",
         "state_manager",
+        "worker",
         "maintenance.copy",
         "maintenance.verify",
         "maintenance.doctor",
@@ -97,6 +99,7 @@ __all__ = [
     "OutcomeUnknownError",
     "Problem",
     "Recovery",
+    "Run",
     "SchemaMismatchError",
     "StaleVersionError",
     "StateManager",
@@ -112,6 +115,7 @@ __all__ = [
     "UnavailableError",
     "UnsavedConflictError",
     "Verification",
+    "Worker",
     "__version__",
     "copy",
     "diagnose",

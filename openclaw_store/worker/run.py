@@ -1,0 +1,114 @@
+"""One attempt at a task: the call of its handler, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+from contextvars import copy_context
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from openclaw_store.domain import Task
+
+MAX_TRACEBACK_LENGTH = 4000
+"""Characters of the end of a traceback that are stored as the error of a task."""
+
+Handler = Callable[[Task, "Run"], Any]
+"""Runs a task: a coroutine function, or a plain function, which runs in a thread.
+
+Its result, any JSON value, is the result of the task. An exception is a failed attempt.
+"""
+
+
+class Interruption(StrEnum):
+    """The reason for which a worker ends the work on a task."""
+
+    CANCELLED = "cancelled"
+    """The task is to be cancelled."""
+    LOST = "lost"
+    """The node does not own the task any more."""
+    STOPPED = "stopped"
+    """The worker ends."""
+    TIMED_OUT = "timed out"
+    """The task runs for longer than its `timeout`."""
+
+
+class Run:
+    """An attempt at a task, for its handler.
+
+    Args:
+        task: The claimed task.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._interruption: Interruption | None = None
+        self._is_interrupted = threading.Event()
+        self._work: asyncio.Future[Any] | None = None
+        self._is_in_thread = False
+
+    def __repr__(self) -> str:
+        return f"<Run of task {self.task.task_id!r}, attempt {self.task.attempt}>"
+
+    @property
+    def cancelled(self) -> bool:
+        """True if the handler should end: its result is not wanted any more.
+
+        A coroutine is cancelled besides. A function in a thread cannot be: it should look here
+        from time to time, as it keeps its slot until it returns. May be read on any thread.
+        """
+        return self._is_interrupted.is_set()
+
+    @property
+    def interruption(self) -> Interruption | None:
+        """The reason for which the handler should end; `None` while it should run."""
+        return self._interruption
+
+    def interrupt(self, reason: Interruption) -> None:
+        """Ask the handler to end; only the first reason counts."""
+        if self._interruption is None:
+            self._interruption = reason
+            self._is_interrupted.set()
+            if self._work is not None and not self._is_in_thread:
+                self._work.cancel()
+
+    async def call(self, handler: Handler, executor: Executor) -> Any:
+        """Call the handler and return its result, or raise its exception.
+
+        After the `timeout` of the task it is interrupted. The call ends when the handler does.
+        """
+        loop = asyncio.get_running_loop()
+        if is_coroutine_function(handler):
+            self._work = loop.create_task(_await(handler(self.task, self)))
+        else:
+            self._is_in_thread = True
+            call = partial(copy_context().run, handler, self.task, self)
+            self._work = loop.run_in_executor(executor, call)
+        if self._interruption is not None and not self._is_in_thread:  # before it began
+            self._work.cancel()
+        await asyncio.wait([self._work], timeout=self.task.timeout)
+        if not self._work.done():
+            self.interrupt(Interruption.TIMED_OUT)
+            await asyncio.wait([self._work])
+        return self._work.result()
+
+
+def is_coroutine_function(handler: Handler) -> bool:
+    """Return true if a call of the handler returns a coroutine."""
+    own = type(handler).__call__  # of an object with a method of that name
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(own)
+
+
+async def _await(work: Awaitable[Any]) -> Any:
+    return await work
+
+
+def describe(error: BaseException) -> str:
+    """Return the end of the traceback of an exception, without the frames of this module."""
+    lines = traceback.TracebackException.from_exception(error).format()
+    return "".join(lines)[-MAX_TRACEBACK_LENGTH:].rstrip()

@@ -1,0 +1,346 @@
+"""Tests of the worker: no failure of one task costs another one, and a stop costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, Location, MakeNode, MakeTask, feed
+
+from openclaw_store import (
+    Database,
+    InvalidDataError,
+    NodeStatus,
+    Run,
+    StateManager,
+    Task,
+    TaskStatus,
+    UnavailableError,
+    Worker,
+)
+from openclaw_store.domain.lifecycle import OVERDUE
+from openclaw_store.worker import worker as worker_module
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture
+async def store(database: Database) -> AsyncIterator[StateManager]:
+    """A manager that follows other processes, as that of a program that submits tasks."""
+    async with StateManager(database) as manager:
+        yield manager
+
+
+@asynccontextmanager
+async def at_work(worker: Worker) -> AsyncIterator[Worker]:
+    """Let a worker run during the block, and stop it."""
+    running = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.stop()
+        async with asyncio.timeout(PATIENCE):
+            await running
+
+
+class Monotonic:
+    """A clock in place of the module `time`."""
+
+    seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():  # noqa: ASYNC110 - the condition has no event
+            await asyncio.sleep(0.005)
+
+
+async def do(task: Task, run: Run) -> Any:
+    """Do what the name of the task says."""
+    match task.name:
+        case "raise":
+            raise ValueError("boom")
+        case "no JSON":
+            return object()
+        case "long":
+            await asyncio.Event().wait()
+    return {"attempt": task.attempt}
+
+
+@pytest.fixture
+def make_worker(location: Location, make_node: MakeNode) -> Callable[..., Worker]:
+    def make(handle: Any = do, slots: int = 2, **options: Any) -> Worker:
+        node = make_node(node_id="atlas", max_concurrent_tasks=slots)
+        return Worker(Database(location), node, handle, **options)
+
+    return make
+
+
+MakeWorker = Callable[..., Worker]
+
+
+async def test_each_task_ends_by_itself(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    """Planted: the exception of a handler, or a result that is no JSON, ends the worker."""
+    names = ["raise", "no JSON", "good", "raise", "no JSON", "good"]
+    tasks = [make_task(name=name, max_retries=0) for name in names]
+    async with at_work(make_worker()):
+        for task in tasks:
+            await store.add_task(task)
+        ended = [await store.wait_for_task(task.task_id, PATIENCE) for task in tasks]
+
+    for task in ended:
+        match task.name:
+            case "good":
+                assert (task.status, task.result) == (TaskStatus.COMPLETED, {"attempt": 1})
+            case "raise":
+                assert task.status is TaskStatus.FAILED
+                assert task.error is not None
+                assert task.error.endswith("ValueError: boom")
+            case "no JSON":
+                assert task.status is TaskStatus.FAILED
+                assert task.error is not None
+                assert "not JSON" in task.error
+
+
+async def test_timeout_ends_the_handler(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    task = make_task(name="long", timeout=1, max_retries=0)
+    async with at_work(make_worker()):
+        await store.add_task(task)
+        ended = await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert (ended.status, ended.error) == (TaskStatus.FAILED, OVERDUE)
+
+
+async def test_task_is_cancelled_when_its_handler_has_ended(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "CHECK_SECONDS", 0.01)
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def handle(task: Task, run: Run) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            assert run.cancelled
+            found = await store.get_task(task.task_id)
+            assert found is not None
+            assert found.status is TaskStatus.RUNNING  # it keeps its slot
+            ended.set()
+
+    task = make_task()
+    async with at_work(make_worker(handle)):
+        await store.add_task(task)
+        await began.wait()
+        await store.cancel_task(task.task_id, "enough", grace_seconds=60)
+        cancelled = await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert ended.is_set()
+    assert (cancelled.status, cancelled.error) == (TaskStatus.CANCELLED, "enough")
+
+
+async def test_stop_costs_no_task_a_retry_or_a_loss(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    tasks = [make_task(name="long") for _ in range(3)]
+    worker = make_worker(grace_seconds=0)
+    async with at_work(worker):
+        await store.add_tasks(tasks)
+        await until(lambda: "2 of 2" in repr(worker))
+
+    await store.refresh_from_database()
+    found = [await store.task_repo.get(task.task_id) for task in tasks]
+    assert [(one.status, one.retry_count, one.losses) for one in found if one is not None] == [
+        (TaskStatus.PENDING, 0, 0)
+    ] * 3
+    node = await store.node_repo.get("atlas")
+    assert node is not None
+    assert (node.status, node.running_tasks, node.failed_tasks) == (NodeStatus.OFFLINE, 0, 0)
+    reasons = [one.reason for one in await feed(store) if one.to_status == TaskStatus.PENDING]
+    assert reasons.count("released: worker stopped") == 2
+
+
+async def test_task_that_ends_within_the_grace_is_reported(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    began, go = asyncio.Event(), asyncio.Event()
+
+    async def handle(task: Task, run: Run) -> int:
+        began.set()
+        await go.wait()
+        return 1
+
+    task = make_task()
+    async with at_work(make_worker(handle)) as worker:
+        await store.add_task(task)
+        await began.wait()
+        worker.stop()
+        await asyncio.sleep(0)
+        go.set()
+
+    found = await store.task_repo.get(task.task_id)
+    assert found is not None
+    assert (found.status, found.result) == (TaskStatus.COMPLETED, 1)
+
+
+async def test_plain_function_runs_in_a_thread_and_sees_that_it_should_end(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    began, threads = threading.Event(), []
+
+    def handle(task: Task, run: Run) -> None:
+        threads.append(threading.current_thread())
+        began.set()
+        while not run.cancelled:
+            threading.Event().wait(0.005)
+        raise RuntimeError("ended")
+
+    task = make_task()
+    async with at_work(make_worker(handle, grace_seconds=0)):
+        await store.add_task(task)
+        await until(began.is_set)
+
+    assert threads != [threading.main_thread()]
+    found = await store.task_repo.get(task.task_id)
+    assert found is not None
+    assert (found.status, found.losses) == (TaskStatus.PENDING, 0)
+
+
+async def test_worker_that_cannot_renew_its_lease_drops_its_tasks(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: it goes on, while `recover` has given its tasks to others."""
+    clock = Monotonic()
+    monkeypatch.setattr(worker_module, "time", clock)
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(worker_module, "HEARTBEATS_PER_LEASE", 6000)
+    is_away, interrupted = asyncio.Event(), asyncio.Event()
+    renew = StateManager.update_heartbeat
+
+    async def update_heartbeat(self: StateManager, *arguments: Any) -> bool:
+        if is_away.is_set():
+            clock.seconds += 20
+            raise UnavailableError("away")
+        return await renew(self, *arguments)
+
+    async def handle(task: Task, run: Run) -> int:
+        if interrupted.is_set():
+            return 2
+        is_away.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            interrupted.set()
+            is_away.clear()
+        return 1
+
+    monkeypatch.setattr(StateManager, "update_heartbeat", update_heartbeat)
+    task = make_task()
+    async with at_work(make_worker(handle)):
+        await store.add_task(task)
+        ended = await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert (ended.result, ended.losses, ended.retry_count, ended.attempt) == (2, 1, 0, 2)
+    assert [one.reason for one in await feed(store)].count("registered") == 2
+
+
+async def test_claim_whose_answer_was_lost_is_released(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: the task stays with a node that does not know of it."""
+    monkeypatch.setattr(worker_module, "CHECK_SECONDS", 0.01)
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.01)
+    claim, lost = StateManager.claim_tasks, list[str]()
+
+    async def claim_tasks(self: StateManager, *arguments: Any, **options: Any) -> list[Task]:
+        claimed = await claim(self, *arguments, **options)
+        if claimed and not lost:
+            lost.append(claimed[0].task_id)
+            raise UnavailableError("the answer is lost")
+        return claimed
+
+    monkeypatch.setattr(StateManager, "claim_tasks", claim_tasks)
+    task = make_task(name="good")
+    async with at_work(make_worker()):
+        await store.add_task(task)
+        ended = await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert lost == [task.task_id]
+    assert (ended.status, ended.attempt, ended.losses) == (TaskStatus.COMPLETED, 2, 0)
+
+
+async def test_report_is_repeated_while_the_database_is_away(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.01)
+    complete, failures = StateManager.complete_task, [UnavailableError("away")] * 3
+
+    async def complete_task(self: StateManager, *arguments: Any) -> Task:
+        if failures:
+            raise failures.pop()
+        return await complete(self, *arguments)
+
+    monkeypatch.setattr(StateManager, "complete_task", complete_task)
+    task = make_task(name="good")
+    async with at_work(make_worker()):
+        await store.add_task(task)
+        ended = await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert (ended.status, ended.attempt) == (TaskStatus.COMPLETED, 1)
+
+
+async def test_busy_worker_makes_one_commit_for_a_task(
+    database: Database, store: StateManager, make_task: MakeTask, make_node: MakeNode
+) -> None:
+    """Planted: the report and the next claim are two commits."""
+    tasks = [make_task(name="good") for _ in range(50)]
+    await store.add_tasks(tasks)
+    worker = Worker(store, make_node(node_id="atlas", max_concurrent_tasks=1), do)
+    before = (await database.get_stats())["writer"]["batches"]
+
+    async with at_work(worker):
+        for task in tasks:
+            await store.wait_for_task(task.task_id, PATIENCE)
+
+    commits = (await database.get_stats())["writer"]["batches"] - before
+    assert commits < 50 + 10  # and some to register, to end and to send heartbeats
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"handle": 1}, "handle"),
+        ({"lease_seconds": 0}, "lease_seconds"),
+        ({"grace_seconds": -1}, "grace_seconds"),
+        ({"recover_every": 0}, "recover_every"),
+        ({"slots": 0}, "max_concurrent_tasks"),
+    ],
+)
+async def test_senseless_argument_is_refused_by_name(
+    make_worker: MakeWorker, options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidDataError, match=field):
+        make_worker(**options)
