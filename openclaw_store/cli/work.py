@@ -28,9 +28,7 @@ async def work(
     skill: Annotated[
         list[str] | None, typer.Option(help="A skill of the node; may be repeated.")
     ] = None,
-    lease: Annotated[
-        float, typer.Option(help="Seconds without a heartbeat until it is lost.")
-    ] = 60,
+    lease: Annotated[float, typer.Option(help="Seconds without a heartbeat until its loss.")] = 60,
     grace: Annotated[float, typer.Option(help="Seconds for running tasks after a signal.")] = 30,
     recover_every: Annotated[
         float | None, typer.Option(help="Seconds between two recoveries of lost tasks.")
@@ -56,7 +54,7 @@ async def work(
             grace_seconds=grace,
             recover_every=recover_every,
         )
-        typer.echo(f"node {info.node_id} works on {database.location}: Ctrl-C stops it", err=True)
+        typer.echo(f"node {info.node_id} works on {database.db_path}: Ctrl-C stops it", err=True)
         await worker.run()
     typer.echo(f"node {info.node_id} has stopped", err=True)
 
