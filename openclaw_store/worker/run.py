@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import copy_context
 from enum import StrEnum
@@ -84,10 +84,10 @@ class Run:
         """
         loop = asyncio.get_running_loop()
         if is_coroutine_function(handler):
-            self._work = loop.create_task(_await(handler(self.task, self)))
+            self._work = loop.create_task(_await(handler, self.task, self))
         else:
             self._is_in_thread = True
-            call = partial(copy_context().run, handler, self.task, self)
+            call = partial(copy_context().run, _call, handler, self.task, self)
             self._work = loop.run_in_executor(executor, call)
         if self._interruption is not None and not self._is_in_thread:  # before it began
             self._work.cancel()
@@ -104,8 +104,18 @@ def is_coroutine_function(handler: Handler) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(own)
 
 
-async def _await(work: Awaitable[Any]) -> Any:
-    return await work
+async def _await(handler: Handler, task: Task, run: Run) -> Any:
+    try:
+        return await handler(task, run)
+    except SystemExit as error:  # it would end the worker, with all other tasks
+        raise RuntimeError(f"the handler has called sys.exit({error.code!r})") from error
+
+
+def _call(handler: Handler, task: Task, run: Run) -> Any:
+    try:
+        return handler(task, run)
+    except SystemExit as error:
+        raise RuntimeError(f"the handler has called sys.exit({error.code!r})") from error
 
 
 def describe(error: BaseException) -> str:

@@ -199,7 +199,7 @@ class Worker:
             self._lose_lease("it was removed")
             return None
         except StoreError as error:
-            await self._pause("no task could be claimed", error)
+            await self._pause(manager, "no task could be claimed", error)
             return None
         return claimed[0] if isinstance(claimed, list) and claimed else None
 
@@ -256,7 +256,8 @@ class Worker:
                 case InvalidDataError():  # the result cannot be stored
                     report = partial(manager.fail_task, run.task, str(reported))
                 case BackendError():
-                    await self._pause(f"the end of {run.task.task_id!r} is not reported", reported)
+                    what = f"the end of {run.task.task_id!r} is not reported"
+                    await self._pause(manager, what, reported)
                 case ConflictError() | NotFoundError():
                     logger.info("task %r is not the node's any more", run.task.task_id)
                     return claimed
@@ -291,8 +292,8 @@ class Worker:
             try:
                 async with asyncio.timeout(self._lease_seconds):
                     await self._renew(manager)
-            except (BackendError, TimeoutError) as error:
-                await self._pause("the lease of the node is not renewed", error)
+            except (StoreError, TimeoutError) as error:
+                await self._pause(manager, "the lease of the node is not renewed", error)
             if self._leased.is_set() and time.monotonic() >= self._lease_until:
                 self._lose_lease("no heartbeat could be written in time")
 
@@ -327,7 +328,7 @@ class Worker:
             try:
                 held = {task.task_id: task for task in await self._held(manager)}
             except StoreError as error:
-                await self._pause("the tasks of the node could not be read", error)
+                await self._pause(manager, "the tasks of the node could not be read", error)
                 continue
             for run in known:
                 task = held.get(run.task.task_id)
@@ -359,9 +360,11 @@ class Worker:
             try:
                 await manager.recover(self._lease_seconds)
             except StoreError as error:
-                await self._pause("lost tasks could not be recovered", error)
+                await self._pause(manager, "lost tasks could not be recovered", error)
 
-    async def _pause(self, what: str, error: Exception) -> None:
+    async def _pause(self, manager: StateManager, what: str, error: Exception) -> None:
+        if not manager.is_initialized:  # it was shut down: nothing can succeed any more
+            raise error
         logger.warning("%s, and tried again: %s", what, error)
         await asyncio.sleep(RETRY_SECONDS)
 

@@ -67,6 +67,8 @@ async def do(task: Task, run: Run) -> Any:
     match task.name:
         case "raise":
             raise ValueError("boom")
+        case "exit":
+            raise SystemExit(3)
         case "no JSON":
             return object()
         case "long":
@@ -90,7 +92,7 @@ async def test_each_task_ends_by_itself(
     store: StateManager, make_task: MakeTask, make_worker: MakeWorker
 ) -> None:
     """Planted: the exception of a handler, or a result that is no JSON, ends the worker."""
-    names = ["raise", "no JSON", "good", "raise", "no JSON", "good"]
+    names = ["raise", "no JSON", "good", "raise", "exit", "no JSON", "good"]
     tasks = [make_task(name=name, max_retries=0) for name in names]
     async with at_work(make_worker()):
         for task in tasks:
@@ -105,6 +107,10 @@ async def test_each_task_ends_by_itself(
                 assert task.status is TaskStatus.FAILED
                 assert task.error is not None
                 assert task.error.endswith("ValueError: boom")
+            case "exit":
+                assert task.status is TaskStatus.FAILED
+                assert task.error is not None
+                assert "the handler has called sys.exit(3)" in task.error
             case "no JSON":
                 assert task.status is TaskStatus.FAILED
                 assert task.error is not None
