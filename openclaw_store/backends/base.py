@@ -33,6 +33,9 @@ class WriteSession(Protocol):
     @property
     def cursor(self) -> Cursor: ...
 
+    def is_lost(self) -> bool:
+        """Return `True` if the server has closed the connection since its last transaction."""
+
     def begin(self, until: float) -> None:
         """Begin a transaction; it has the write lock, unless its cursor is a `BatchCursor`.
 

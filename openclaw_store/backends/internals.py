@@ -36,6 +36,17 @@ def never_free(object: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(object))
 
 
+def descriptor_of(connection: Any) -> int:
+    """Return the file descriptor of the socket of an asyncpg connection; -1 if it is closed.
+
+    Reason: only the socket itself shows that the server has closed an idle connection, as long as
+    the event loop of the connection does not run, or has not come to it.
+    Replacement: a statement without effect before each use, which takes a round trip.
+    """
+    descriptor: int = connection._transport.get_extra_info("socket").fileno()
+    return descriptor
+
+
 def make_daemon(connection: aiosqlite.Connection) -> None:
     """Let the process end although the thread of a connection still runs.
 

@@ -303,6 +303,8 @@ class Writer:
         outcomes: list[Any] = []
         is_committing = False
         try:
+            if self._session is not None and self._session.is_lost():
+                self._close_session()
             if self._session is None:
                 counters = statements_for(self._backend.dialect).counters
                 self._session = self._backend.write_session(until, counters)

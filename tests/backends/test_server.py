@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -49,7 +49,7 @@ from openclaw_store import (
 from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.postgresql import connections
-from openclaw_store.backends.postgresql.connections import Connector
+from openclaw_store.backends.postgresql.connections import Connector, is_lost, may_be_lost
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,
@@ -490,6 +490,56 @@ class TestSilence:
                 await TaskRepository(other).create(make_task())
 
             assert await TaskRepository(other).count_by_status() == 2
+
+
+END_ALL = """
+    SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
+    WHERE datname = current_database() AND pid <> pg_backend_pid()"""
+
+
+class TestIdleConnections:
+    """The server has closed them: it was restarted, or its limit for idle sessions is over."""
+
+    async def test_calls_after_the_end_of_all_idle_connections_have_no_error(
+        self, url: str, make_task: MakeTask, make_node: MakeNode
+    ) -> None:
+        """A write was an unknown outcome, though nothing had been sent."""
+        async with Database(url) as database:
+            tasks, nodes = TaskRepository(database), NodeRepository(database)
+
+            async def read(times: int = 1) -> None:
+                assert None not in await asyncio.gather(*[tasks.get("t") for _ in range(times)])
+
+            async def read_in(way: Any) -> None:
+                async with way() as session:
+                    assert await TaskRepository(session).get("t") is not None
+
+            await tasks.create(make_task(task_id="t"))
+            await read(times=4)
+            calls: list[Callable[[], Coroutine[Any, Any, object]]] = [
+                lambda: tasks.create(make_task()),
+                lambda: nodes.create(make_node()),
+                lambda: read(times=4),
+                lambda: read_in(database.session),
+                lambda: read_in(database.transaction),
+            ]
+            for call in calls:
+                ended = execute(url, END_ALL)  # this loop stands still meanwhile
+                assert ended
+                assert set(ended) == {(True,)}
+                await call()
+
+    async def test_message_to_an_idle_connection_is_not_its_end(self, url: str) -> None:
+        """Planted: the connection is lost as soon as there is anything to read."""
+        heard = asyncio.Event()
+        async with engine_of(url).connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            await driver.add_listener("news", lambda *_: heard.set())
+            execute(url, "NOTIFY news")
+            wait_until(lambda: may_be_lost(driver), "the message is here")
+
+            assert not await is_lost(driver)
+            await asyncio.wait_for(heard.wait(), PATIENCE)
 
 
 ADDERS = 64

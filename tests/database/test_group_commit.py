@@ -86,6 +86,9 @@ class Shelf:
     def write_session(self, until: float, counters: CounterStatements) -> Shelf:
         return self
 
+    def is_lost(self) -> bool:
+        return False
+
     def begin(self, until: float) -> None:
         self.opened += 1
         self.words: list[str] = []

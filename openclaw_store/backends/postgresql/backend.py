@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Pool, make_url, text
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import Connection, Pool, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 from sqlalchemy.util import await_only
@@ -18,7 +18,13 @@ from sqlalchemy.util import await_only
 from openclaw_store.backends.atomic_files import written_aside
 from openclaw_store.backends.base import CounterStatements
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
-from openclaw_store.backends.postgresql.connections import Connector, connection_class, logger
+from openclaw_store.backends.postgresql.connections import (
+    Connector,
+    connection_class,
+    is_lost,
+    logger,
+    may_be_lost,
+)
 from openclaw_store.backends.postgresql.pg_dump import dump
 from openclaw_store.backends.postgresql.protocol import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
@@ -170,13 +176,21 @@ class PostgreSQL:
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one snapshot, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
-        return create_async_engine(
+        engine = create_async_engine(
             self._url,
             poolclass=pool,
             connect_args=arguments,
             # JSON stays text until it is used; but SQLAlchemy itself decodes JSON of the schema.
             **{"json_deserializer": str, **options},
         )
+
+        @event.listens_for(engine.sync_engine, "checkout")
+        def check(pooled: Any, *_: object) -> None:
+            driver = pooled.driver_connection
+            if may_be_lost(driver) and await_only(is_lost(driver)):
+                raise DisconnectionError  # the pool makes another connection
+
+        return engine
 
     async def begin(self, session: AsyncSession, counters: CounterStatements) -> Connection:
         # One limit for connecting and the lock together, and a moment for the server's error.

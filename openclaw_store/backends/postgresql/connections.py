@@ -5,15 +5,44 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import select
 from functools import cache
 from typing import Any
 
 from openclaw_store.backends.cancellation import cancel_once_more, shield_until_done
+from openclaw_store.backends.internals import descriptor_of
 
 logger = logging.getLogger("openclaw_store.postgresql")
 
 _ABANDONED_SECONDS = 1.0  # to finish connecting for a cancelled caller
 _CLOSE_SECONDS = 0.5  # for the terminate message; a connection that is cut off needs none
+
+
+_CLOSING_STEPS = 10
+"""Iterations of the event loop to read the server's last words and the end of the connection."""
+
+
+def may_be_lost(connection: Any) -> bool:
+    """Return `True` if an idle connection is closed, or has unread input such as its end."""
+    if connection.is_closed():
+        return True
+    descriptor = descriptor_of(connection)
+    if not hasattr(select, "poll"):
+        return bool(select.select([descriptor], [], [], 0)[0])
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def is_lost(connection: Any) -> bool:
+    """Return `True` if the server has closed an idle connection; read what it has sent."""
+    for _ in range(_CLOSING_STEPS):
+        if not may_be_lost(connection):
+            return False
+        if connection.is_closed():
+            break
+        await asyncio.sleep(0)
+    return True
 
 
 class Connector:

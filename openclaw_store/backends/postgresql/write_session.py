@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from openclaw_store.backends.base import BatchCursor, LockRequiredError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
+from openclaw_store.backends.postgresql.connections import is_lost, may_be_lost
 from openclaw_store.backends.postgresql.protocol import CHANNEL, array
 
 Result = TypeVar("Result")
@@ -167,6 +168,9 @@ class WriteSession:
         self.cursor: Cursor | CallCursor = self._call
         self._process: int = self._driver.get_server_pid()
         registry.writers.add(self._process)
+
+    def is_lost(self) -> bool:
+        return may_be_lost(self._driver) and self._wait(is_lost(self._driver))
 
     def begin(self, until: float) -> None:
         self._until = max(until, self._until)

@@ -154,6 +154,9 @@ class WriteSession:
         self._connection = retrying(engine.connect, until - time.monotonic())
         self.cursor: Cursor
 
+    def is_lost(self) -> bool:
+        return False
+
     def begin(self, until: float) -> None:
         self._require_file()
         retrying(lambda: _begin_writing(self._connection), until - time.monotonic())
