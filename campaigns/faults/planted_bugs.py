@@ -210,7 +210,7 @@ def acknowledge_before_commit() -> Iterator[None]:
         transaction = WriteTransaction(self._session.cursor, self._clock())
         outcomes: list[Any] = []
         for apply, run in groupby(entries, key=itemgetter(1)):
-            outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
+            outcomes.extend(apply(transaction, [operation for _, _, operation, _ in run]))
         transaction.finish()
         self.publish(transaction.committed, entries, outcomes)
         if next(commits):

@@ -59,12 +59,12 @@ CALLERS = 3
 """Callers on each network."""
 
 LIMIT_SECONDS = 0.8
-"""`Database(timeout=…)`."""
+"""`Database(timeout=…, answer_timeout=…)`."""
 
-ANSWER_SECONDS = 0.2
-"""Additional seconds that the store allows a server, here; the default is one second."""
+CLOSE_SECONDS = 0.2
+"""Limit for closing a connection, here."""
 
-DEADLINE_SECONDS = 2 * (LIMIT_SECONDS + ANSWER_SECONDS)
+DEADLINE_SECONDS = 2 * (LIMIT_SECONDS + CLOSE_SECONDS)
 """Maximum wait for the write lock, and for the answer."""
 
 LEEWAY_SECONDS = 0.5
@@ -98,8 +98,7 @@ def shortened_limits() -> Iterator[None]:
     """Shorten the store's own time limits."""
     with (
         patch.object(postgresql, "_CONNECT_SECONDS", LIMIT_SECONDS),
-        patch.object(postgresql, "_ANSWER_SECONDS", ANSWER_SECONDS),
-        patch.object(connections, "_CLOSE_SECONDS", ANSWER_SECONDS),
+        patch.object(connections, "_CLOSE_SECONDS", CLOSE_SECONDS),
         patch.object(wakeups, "RETRY_SECONDS", (0.01, 0.1)),
         patch.object(wakeups, "ALIVE_SECONDS", 0.1),
     ):
@@ -148,7 +147,8 @@ class Lane:
     async def fail(self, numbers: Iterator[int]) -> None:
         """Let the network fail, as long as there are numbers left."""
         self.past = await driver().create_pool(driver_url(self.url), min_size=1, max_size=2)
-        self.manager = StateManager(Database(self.proxy.url, timeout=LIMIT_SECONDS), 3600)
+        database = Database(self.proxy.url, timeout=LIMIT_SECONDS, answer_timeout=LIMIT_SECONDS)
+        self.manager = StateManager(database, 3600)
         self.other = StateManager(Database(self.url), None)
         async with self.past, self.other:
             await self.require_success(self.manager.initialize, "to open it")

@@ -5,6 +5,7 @@ Drivers, connections and error mapping belong here; tables and rules about tasks
 
 from openclaw_store.backends.atomic_files import unused_name, written_aside
 from openclaw_store.backends.base import (
+    DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
     Backend,

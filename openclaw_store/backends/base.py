@@ -16,6 +16,7 @@ Result = TypeVar("Result")
 
 DEFAULT_LOCATION = "./data/cluster.db"
 DEFAULT_TIMEOUT_SECONDS = 30.0
+DEFAULT_ANSWER_SECONDS = 10.0
 
 
 class CounterStatements(NamedTuple):
@@ -102,11 +103,23 @@ class Backend(Protocol):
             SchemaMismatchError: If the result has a row that refers to a missing row.
         """
 
-    def engine(self, *, write: bool, **options: Any) -> AsyncEngine:
-        """Return an engine for coroutines, read-only or for write transactions."""
+    def engine(
+        self, *, write: bool, answer_timeout: float | None = None, **options: Any
+    ) -> AsyncEngine:
+        """Return an engine for coroutines, read-only or for write transactions.
 
-    async def begin(self, session: AsyncSession, counters: CounterStatements) -> Connection:
-        """Begin the transaction of `session` with the write lock."""
+        Args:
+            answer_timeout: A longer limit for the answer of a server to a statement.
+        """
+
+    async def begin(
+        self, session: AsyncSession, counters: CounterStatements, until: float
+    ) -> Connection:
+        """Begin the transaction of `session` with the write lock.
+
+        Args:
+            until: Deadline for the lock, by `time.monotonic`.
+        """
 
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, in any state of its connection."""

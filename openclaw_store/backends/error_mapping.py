@@ -83,6 +83,8 @@ class ErrorMapping(ABC):
 
     read_only: str
     """The code of a write in a read-only transaction."""
+    busy: tuple[str, ...]
+    """The codes of a lock that another connection holds."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -125,7 +127,8 @@ class ErrorMapping(ABC):
             return error
         if isinstance(error, PoolTimeoutError):
             return UnavailableError(
-                f"{self.location}: all reading connections are in use: close some sessions"
+                f"{self.location}: all connections are in use by sessions: close some, or raise "
+                "pool_size"
             )
         if isinstance(error, StatementError) and isinstance(error.orig, StoreError):
             return error.orig  # a column type refused a value
@@ -141,6 +144,11 @@ class ErrorMapping(ABC):
     def code(error: BaseException) -> str | None:
         """Return the database's code of an error; `None` if the database did not raise it."""
 
+    @classmethod
+    def is_busy(cls, error: BaseException) -> bool:
+        """Return `True` if another connection holds a lock, so that waiting may help."""
+        return cls.code(error) in cls.busy
+
     @abstractmethod
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         """Return the library's error; `None` for an error of the caller's statement."""
@@ -150,6 +158,7 @@ class SQLiteErrorMapping(ErrorMapping):
     """Maps the errors of SQLite."""
 
     read_only = "SQLITE_READONLY"
+    busy = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
 
     @staticmethod
     def raised() -> tuple[type[Exception], ...]:
@@ -162,11 +171,6 @@ class SQLiteErrorMapping(ErrorMapping):
             return _SQLITE_PYTHON_ERRORS[type(error)]
         name = getattr(_cause(error), "sqlite_errorname", None)
         return "_".join(name.split("_")[:2]) if name else None
-
-    @classmethod
-    def is_busy(cls, error: BaseException) -> bool:
-        """Return `True` if another process holds a lock, so that waiting may help."""
-        return cls.code(error) in ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")
 
     @classmethod
     def is_damage(cls, error: BaseException) -> bool:
@@ -213,6 +217,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
     """Maps the errors of PostgreSQL and asyncpg."""
 
     read_only = "25006"
+    busy = ("55P03",)
 
     @staticmethod
     def raised() -> tuple[type[Exception], ...]:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
@@ -18,9 +19,9 @@ from typing import Any, Self, TypeVar
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 
 from openclaw_store.backends import (
+    DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
     CounterStatements,
@@ -86,9 +87,11 @@ class Database:
             deleted at `close`; or a URL of PostgreSQL, as in
             `postgresql://user:password@host/database`. Folders are made; nothing is opened yet.
         clock: Returns the time for all stamps and comparisons, except in `Task.create`.
-        timeout: Seconds that a call waits for locks, or for an answer of the server.
+        timeout: Seconds that a call waits for its turn and for locks.
+        answer_timeout: Seconds that a server may take to answer a statement of the library. A
+            server that takes longer counts as gone: the next call connects anew.
         transaction_timeout: Seconds that a `transaction()` may take.
-        pool_size: Connections kept for reading.
+        pool_size: Most connections of `session()` blocks; the library's own reads use others.
         legacy_timezone: Time zone of a legacy database to import; `None` for the local zone.
 
     Raises:
@@ -102,6 +105,7 @@ class Database:
         *,
         clock: Clock = utc_now,
         timeout: float = DEFAULT_TIMEOUT_SECONDS,
+        answer_timeout: float = DEFAULT_ANSWER_SECONDS,
         transaction_timeout: float = 5.0,
         pool_size: int = 5,
         legacy_timezone: str | None = None,
@@ -120,7 +124,8 @@ class Database:
             location: str | Path = Path(folder, "memory.db")
         else:
             location = db_path
-        self._backend = backend_of(location, timeout)
+        answer_timeout = check_limit_seconds("answer_timeout", answer_timeout)
+        self._backend = backend_of(location, timeout, answer_timeout)
         self._backend.make_folder()
         self.dialect = self._backend.dialect
         """`sqlite` or `postgresql`."""
@@ -248,7 +253,7 @@ class Database:
         self.refuse_inside()
         limit = self.transaction_timeout if timeout is None else timeout
         seconds = check_limit_seconds("timeout", limit)
-        async with self._exclusive("a transaction"):
+        async with self._exclusive("a transaction") as until:
             self._check_ready()
             session = sessions.write_sessions()
             session.info["seconds"] = seconds
@@ -256,16 +261,15 @@ class Database:
                 # The statements of the block are the caller's: its SQL errors stay as they are.
                 with self._backend.error_mapping.mapped(own=False):
                     with self._backend.error_mapping.mapped():
-                        connection = await cancel_once(self._backend.begin(session, self._counters))
+                        begin = self._backend.begin(session, self._counters, until)
+                        connection = await cancel_once(begin)
                     transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
                     session.info.update(transaction=transaction, cursor_lock=asyncio.Lock())
-                    self._write_lock.limit(seconds)
                     outside = _inside.get()
                     _inside.set((self, transaction))
                     try:
                         async with self._deadline(seconds):
                             yield session
-                        self._write_lock.limit(self.timeout)
                         if transaction.failure is not None:
                             reason = (
                                 "a write in the transaction failed, so all of it was rolled back"
@@ -279,6 +283,7 @@ class Database:
                         for restore in reversed(transaction.undo):
                             restore()
             except BackendError:
+                self._writer.connect_anew()
                 # A rollback could wait for an answer on a broken connection.
                 await shield_until_done(session.invalidate())
                 raise
@@ -317,7 +322,7 @@ class Database:
 
         async def in_own_task() -> Result:
             with self._backend.error_mapping.mapped(reading=True):
-                async with aclosing(self._sessions_here().sessions()) as session:
+                async with aclosing(self._sessions_here().own_sessions()) as session:
                     return await work(session)
 
         task = asyncio.ensure_future(in_own_task())
@@ -437,10 +442,12 @@ class Database:
         }
 
     @asynccontextmanager
-    async def _exclusive(self, holder: str) -> AsyncIterator[None]:
-        await self._write_lock.acquire_async(holder)
+    async def _exclusive(self, holder: str) -> AsyncIterator[float]:
+        """Hold the write lock; yield the deadline for all further locks."""
+        until = time.monotonic() + self.timeout
+        await self._write_lock.acquire_async(holder, until)
         try:
-            yield
+            yield until
         finally:
             self._write_lock.release()
 
@@ -456,12 +463,9 @@ class Database:
                 if other.is_closed() and other is not self._home:  # `close` closes its pool
                     self._loop_sessions.pop(other, None)
             # A pool cannot serve two loops, so only the first one keeps its connections.
-            options: dict[str, Any] = {"pool": NullPool}
-            if loop is self._home:
-                options = {"pool": AsyncAdaptedQueuePool, "pool_size": self._pool_size}
-                options["pool_timeout"] = self.timeout
+            pool_size = self._pool_size if loop is self._home else None
             self._loop_sessions[loop] = LoopSessions(
-                loop, self._backend, {"database": self}, **options
+                loop, self._backend, {"database": self}, self.timeout, pool_size
             )
         return self._loop_sessions[loop]
 

@@ -25,13 +25,13 @@ import asyncio
 import copy
 import logging
 import threading
-import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 from operator import itemgetter
 from queue import SimpleQueue
+from time import monotonic, perf_counter
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,7 +42,7 @@ from openclaw_store.database.statements import statements_for
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import Clock
-from openclaw_store.errors import BackendError, UnavailableError
+from openclaw_store.errors import BackendError, DeadlineError, UnavailableError
 
 logger = logging.getLogger("openclaw_store.writer")
 
@@ -61,8 +61,11 @@ MAX_BATCH = 8192
 CLOSED = "the database is closed: open a new Database"
 
 
-_Entry = tuple[asyncio.Future[Any], Apply, Any]
-"""The future of a caller, and its operation with the function that applies it."""
+_Entry = tuple[asyncio.Future[Any], Apply, Any, float]
+"""The future of a caller, its operation with the function that applies it, and its deadline."""
+
+_ATTEMPTS = 8
+"""Least part of the timeout for an attempt to lock: callers may wait longer by this fraction."""
 
 _Answer = tuple[asyncio.Future[Any], Any]
 """The future of a caller, and its result or exception."""
@@ -75,7 +78,7 @@ class Writer:
         backend: The engine; its write session belongs to the thread.
         write_lock: The lock that admits one writer of this process at a time.
         clock: Returns the time that a transaction stamps.
-        timeout: Seconds that a batch waits for the fair lock and for the locks of other processes.
+        timeout: Seconds that an operation waits for the fair lock and for locks of other processes.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Writer:
         self._clock = clock
         self._timeout = timeout
         self._session: WriteSession | None = None  # opened, used and closed on the thread
+        self._is_suspect = False  # the server may have stopped to answer on the session
         self._metrics = WriteMetrics(clock)
         # For the queue's left end, and to change `_withdrawn`, `_taken`, `_gone`, `_listeners`,
         # `_ended` and `_closed`. The thread never waits while it holds it.
@@ -111,7 +115,8 @@ class Writer:
             raise UnavailableError(CLOSED)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self._queue.append((future, apply, operation))  # atomic, so the costly lock is not needed
+        entry = (future, apply, operation, monotonic() + self._timeout)
+        self._queue.append(entry)  # atomic, so the costly lock is not needed
         if loop not in self._kicking:
             # The callback runs after all callers that this iteration of the loop wakes, so that
             # they share a batch; a lone caller is not delayed.
@@ -122,6 +127,10 @@ class Writer:
         except asyncio.CancelledError:
             await self._withdraw(future)
             raise
+
+    def connect_anew(self) -> None:
+        """Connect before the next batch: a transaction has failed, maybe as the server hangs."""
+        self._is_suspect = True
 
     def figures(self) -> dict[str, Any]:
         """Return the metrics for `Database.get_stats`."""
@@ -154,7 +163,7 @@ class Writer:
         if committed:
             for loop, listener in self._listeners:
                 listeners[loop].append(listener)
-        for (future, _, _), outcome in zip(entries, outcomes, strict=True):
+        for (future, *_), outcome in zip(entries, outcomes, strict=True):
             answers[future.get_loop()].append((future, outcome))
         for loop in {**listeners, **answers}:
             try:
@@ -162,9 +171,9 @@ class Writer:
             except RuntimeError:  # the loop was closed, and its callers with it
                 logger.debug("an event loop closed before its writes were acknowledged")
         with self._lock:
-            for future, _, _ in entries:
+            for future, *_ in entries:
                 self._taken.pop(future, None)
-            gone = [self._gone.pop(future) for future, _, _ in entries if future in self._gone]
+            gone = [self._gone.pop(future) for future, *_ in entries if future in self._gone]
         for done in gone:
             _wake(done)
 
@@ -278,33 +287,52 @@ class Writer:
 
     def _commit(self, entries: Sequence[_Entry]) -> None:
         """Commit the entries in one transaction; in halves if one of them makes it fail."""
-        began = time.perf_counter()
-        until = time.monotonic() + self._timeout
+        while entries:
+            entries = self._attempt(entries)
+
+    def _attempt(self, entries: Sequence[_Entry]) -> Sequence[_Entry]:
+        """Commit the entries or answer their callers; return the entries that may wait longer."""
+        began = perf_counter()
+        until = max(entries[0][-1], monotonic() + self._timeout / _ATTEMPTS)
+        waiting: Sequence[_Entry] = ()
         try:
-            self._write_lock.acquire("the writer")
+            self._write_lock.acquire("the writer", until)
             try:
                 while not self._apply(entries, until, began):
                     pass
             finally:
                 self._write_lock.release()
         except Exception as error:
-            if isinstance(error, BackendError):
-                self._metrics.note_failure(error)
             # An error of the backend concerns all entries; any other is probably of one of them.
-            if isinstance(error, BackendError) or len(entries) == 1:
-                self.publish((), entries, [_own(error) for _ in entries])
-            else:
+            if not isinstance(error, BackendError) and len(entries) > 1:
                 middle = len(entries) // 2
                 self._commit(entries[:middle])
                 self._commit(entries[middle:])
+                return ()
+            if self._is_lock_error(error):
+                now = monotonic()
+                waiting = [entry for entry in entries if entry[-1] > now]
+                entries = [entry for entry in entries if entry[-1] <= now]
+            if entries and isinstance(error, BackendError):
+                self._metrics.note_failure(error)
+            self.publish((), entries, [_own(error) for _ in entries])
+        return waiting
+
+    def _is_lock_error(self, error: Exception) -> bool:
+        """Return `True` if a lock was not free in time, so that nothing was written."""
+        cause = error.__cause__
+        return isinstance(error, DeadlineError) or (
+            cause is not None and self._backend.error_mapping.is_busy(cause)
+        )
 
     def _apply(self, entries: Sequence[_Entry], until: float, began: float) -> bool:
         """Commit the entries in one transaction; return `False` if they must be applied again."""
         outcomes: list[Any] = []
         is_committing = False
         try:
-            if self._session is not None and self._session.is_lost():
+            if self._session is not None and (self._is_suspect or self._session.is_lost()):
                 self._close_session()
+            self._is_suspect = False
             if self._session is None:
                 counters = statements_for(self._backend.dialect).counters
                 self._session = self._backend.write_session(until, counters)
@@ -312,7 +340,7 @@ class Writer:
             session.begin(until)
             transaction = WriteTransaction(session.cursor, self._clock())
             for apply, run in groupby(entries, key=itemgetter(1)):
-                outcomes.extend(apply(transaction, [operation for _, _, operation in run]))
+                outcomes.extend(apply(transaction, [operation for _, _, operation, _ in run]))
             transaction.finish()
             # From here on, an error may leave it unknown if the commit took effect.
             is_committing = True
@@ -329,7 +357,7 @@ class Writer:
                 if mapped is not error:
                     raise mapped from error
             raise
-        self._metrics.note_commit(len(entries), time.perf_counter() - began)
+        self._metrics.note_commit(len(entries), perf_counter() - began)
         self.publish(transaction.committed, entries, outcomes)
         return True
 

@@ -10,13 +10,16 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlalchemy.util import LRUCache
 
 from openclaw_store.backends import Backend
 from openclaw_store.errors import StoreError
 
 logger = logging.getLogger("openclaw_store.sessions")
+
+_OWN_CONNECTIONS = 5
+"""Connections kept for the library's own reads, which must not wait for the sessions of callers."""
 
 _CLOSE_SECONDS = 5.0
 """Limit for closing the connections of a pool."""
@@ -44,26 +47,43 @@ _compiled_statements = _CompiledStatements(500)
 
 
 class LoopSessions:
-    """The engines and session factories of one event loop; `options` are of its read pool."""
+    """The engines and session factories of one event loop.
+
+    Args:
+        timeout: Seconds to wait for a connection, and for the answer to a statement of a caller.
+        pool_size: Connections kept for the sessions of callers; `None` keeps no connection.
+    """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         backend: Backend,
         info: dict[str, Any],
-        **options: Any,
+        timeout: float,
+        pool_size: int | None,
     ) -> None:
         self._loop = loop
         self._backend = backend
-        self._read_engine = backend.engine(write=False, **options)
-        self._write_engine = backend.engine(write=True, pool=NullPool)
-        self.sessions = async_sessionmaker(self._read_engine, expire_on_commit=False, info=info)
-        self.write_sessions = async_sessionmaker(
-            self._write_engine, expire_on_commit=False, info=info, sync_session_class=_WriteSession
+
+        def read_engine(size: int, **options: Any) -> AsyncEngine:
+            if pool_size is None:
+                return backend.engine(write=False, pool=NullPool, **options)
+            pool = {"pool_size": size, "max_overflow": 0, "pool_timeout": timeout}
+            return backend.engine(write=False, pool=AsyncAdaptedQueuePool, **pool, **options)
+
+        engines = (
+            read_engine(pool_size or 0, answer_timeout=timeout),
+            read_engine(_OWN_CONNECTIONS),
+            backend.engine(write=True, pool=NullPool),
         )
+        self.sessions, self.own_sessions, self.write_sessions = (
+            async_sessionmaker(engine, expire_on_commit=False, info=info) for engine in engines
+        )
+        self.write_sessions.configure(sync_session_class=_WriteSession)
+        self._engines = engines
         self.checked_out: set[int] = set()
         """The `id` of the pool record of each connection in use."""
-        for engine in (self._read_engine, self._write_engine):
+        for engine in engines:
             engine.update_execution_options(compiled_cache=_compiled_statements)
             self._note_use(engine)
 
@@ -79,8 +99,8 @@ class LoopSessions:
             logger.warning("connections were dropped, not closed: %s", error or "no answer")
 
     async def _dispose(self) -> None:
-        await self._read_engine.dispose()
-        await self._write_engine.dispose()
+        for engine in self._engines:
+            await engine.dispose()
 
     # The events run on the thread of the loop; `checked_out_connections` reads from any thread.
     def _note_use(self, engine: AsyncEngine) -> None:

@@ -23,6 +23,7 @@ class _Waiter:
     name: str
     home: object
     """The event loop or thread that must run for it to take the lock."""
+    until: float
     queued_at: float = field(default_factory=time.monotonic)
     granted: Future[None] | None = None  # done when the lock is given to it
     is_queued: bool = False
@@ -46,18 +47,18 @@ class FairLock:
         # Given the lock, though it may not run yet. Only `_mutex` protects it and all below.
         self._holder: _Waiter | None = None
         self._held_since = 0.0
-        self._held_until: float | None = None
 
-    def acquire(self, name: str) -> None:
+    def acquire(self, name: str, until: float | None = None) -> None:
         """Take the lock on this thread, until `release`.
 
         Args:
             name: The holder, for the errors of other waiters.
+            until: Deadline of the caller, by `time.monotonic`; `None` for the timeout from now.
 
         Raises:
             DeadlineError: If the holder does not release it in time.
         """
-        waiter = _Waiter(name, threading.get_ident())
+        waiter = self._waiter(name, threading.get_ident(), until)
         try:
             while (granted := self._enter(waiter)) is not None:
                 with suppress(TimeoutError):
@@ -66,9 +67,9 @@ class FairLock:
             self._give_up(waiter)
             raise
 
-    async def acquire_async(self, name: str) -> None:
+    async def acquire_async(self, name: str, until: float | None = None) -> None:
         """Take the lock in a coroutine, until `release`; otherwise as `acquire`."""
-        waiter = _Waiter(name, asyncio.get_running_loop())
+        waiter = self._waiter(name, asyncio.get_running_loop(), until)
         done: asyncio.Future[None] | None = None
         try:
             while (granted := self._enter(waiter)) is not None:
@@ -79,15 +80,13 @@ class FairLock:
             self._give_up(waiter)
             raise
 
-    def limit(self, seconds: float) -> None:
-        """Limit the holder to this time from now; after that, waiters give up."""
-        with self._mutex:
-            self._held_until = time.monotonic() + seconds + self._SLICE_SECONDS
-
     def release(self) -> None:
         """Give the lock to the next waiter."""
         with self._mutex:
             self._next()
+
+    def _waiter(self, name: str, home: object, until: float | None) -> _Waiter:
+        return _Waiter(name, home, time.monotonic() + self._timeout if until is None else until)
 
     def _enter(self, waiter: _Waiter) -> Future[None] | None:
         """Take the lock and return `None`; if it is not free, return the future to wait for."""
@@ -104,8 +103,7 @@ class FairLock:
                 waiter.is_inside = True
                 return None
             assert self._holder is not None  # otherwise `waiter` would hold it
-            is_overdue = self._held_until is not None and now > self._held_until
-            if is_overdue or now >= waiter.queued_at + self._timeout:
+            if now >= waiter.until:
                 raise DeadlineError(
                     f"waited {now - waiter.queued_at:.1f} s to write, while {self._holder.name} "
                     f"has had the database for {now - self._held_since:.1f} s: "
@@ -128,7 +126,7 @@ class FairLock:
 
     def _give_to(self, waiter: _Waiter) -> None:
         self._holder, waiter.is_queued = waiter, False
-        self._held_since, self._held_until = time.monotonic(), None
+        self._held_since = time.monotonic()
 
     def _pass_over(self, holder: _Waiter) -> None:
         """Remove all waiters of the home of `holder`; they queue again when they run."""

@@ -153,7 +153,6 @@ class TestSilence:
     @pytest.fixture(autouse=True)
     def _hurry(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", self.LIMIT)
-        monkeypatch.setattr(postgresql, "_ANSWER_SECONDS", 0.4)
         monkeypatch.setattr(connections, "_CLOSE_SECONDS", 0.2)
 
     @pytest.fixture
@@ -163,14 +162,16 @@ class TestSilence:
 
     @pytest.fixture
     async def database(self, proxy: Proxy) -> AsyncIterator[Database]:
-        async with Database(proxy.url, timeout=self.LIMIT) as database:
+        async with Database(proxy.url, timeout=self.LIMIT, answer_timeout=self.LIMIT) as database:
             yield database
             proxy.forward()
             await until(lambda: database.checked_out_connections == 0)
 
     async def test_server_that_never_answers_is_unavailable_in_time(self, url: str) -> None:
         async with silent_server() as silence:
-            database = Database(with_parts(url, port=silence.port), timeout=self.LIMIT)
+            database = Database(
+                with_parts(url, port=silence.port), timeout=self.LIMIT, answer_timeout=self.LIMIT
+            )
 
             with within(self.LIMIT + 2), pytest.raises(UnavailableError, match="does not answer"):
                 await database.initialize()
@@ -214,7 +215,9 @@ class TestSilence:
     async def test_reply_to_a_commit_that_is_lost_is_an_unknown_outcome(
         self, proxy: Proxy, url: str, make_task: MakeTask, make_node: MakeNode, call: str
     ) -> None:
-        async with StateManager(Database(proxy.url, timeout=self.LIMIT), None) as manager:
+        async with StateManager(
+            Database(proxy.url, timeout=self.LIMIT, answer_timeout=self.LIMIT), None
+        ) as manager:
             await manager.add_task(make_task())
             one: Any = (
                 make_task(task_id="t", name="of no return")
@@ -329,7 +332,9 @@ class TestSilence:
         monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.1))
         monkeypatch.setattr(wakeups, "ALIVE_SECONDS", 0.1)
         async with (
-            StateManager(Database(proxy.url, timeout=self.LIMIT), 3600) as follower,
+            StateManager(
+                Database(proxy.url, timeout=self.LIMIT, answer_timeout=self.LIMIT), 3600
+            ) as follower,
             StateManager(Database(url), None) as other,
         ):
             await other.add_task(make_task())
@@ -375,7 +380,7 @@ class TestSilence:
     ) -> None:
         """It had as long again to connect, and for each answer."""
         monkeypatch.setattr(connections, "_ABANDONED_SECONDS", 0.1)
-        async with Database(proxy.url, timeout=3) as database:
+        async with Database(proxy.url, timeout=3, answer_timeout=2) as database:
             if is_connected:
                 await TaskRepository(database).create(make_task())
             with within(5.2):
@@ -400,7 +405,7 @@ class TestSilence:
             proxy.swallow()
             return connection
 
-        async with Database(proxy.url, timeout=3) as database:
+        async with Database(proxy.url, timeout=3, answer_timeout=2) as database:
             monkeypatch.setattr(Connector, "connect", slowly)
             with within(5.2), pytest.raises(UnavailableError, match="does not answer"):
                 async with database.transaction():
@@ -931,38 +936,46 @@ class TestLocation:
 
             assert await manager.task_repo.count_by_status() == 0
 
-    async def test_of_several_servers_one_that_does_not_answer_is_passed_by(
+    async def test_of_several_servers_those_that_do_not_answer_are_passed_by(
         self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """And then not asked again: each new connection would wait for its share of the time."""
-        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
-        async with silent_server() as silence:
-            location = several_hosts(url, silence.port, target_session_attrs="read-write")
-            async with Database(location, timeout=1.0) as database:
+        """And then not asked again. Planted: one is asked after the other."""
+        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 3600.0)
+        async with silent_server() as silence, asyncio.timeout(PATIENCE):
+            location = several_hosts(url, silence.port, silence.port)
+            async with Database(location) as database:
                 await TaskRepository(database).create(make_task())
                 async with database.transaction() as tx:
                     await TaskRepository(tx).create(make_task())
 
-            assert silence.taken == 1
+            assert silence.taken == 2
 
     async def test_of_several_servers_the_others_are_asked_when_the_last_one_is_silent(
-        self, url: str, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+        self, url: str, make_task: MakeTask
     ) -> None:
-        monkeypatch.setattr(postgresql, "_CONNECT_SECONDS", 1.0)
-
-        async def write(database: Database) -> None:
-            async with database.transaction() as tx:
-                await TaskRepository(tx).create(make_task())
-
+        """Planted: after a transaction has failed, the writer still waits for the same server."""
         async with Proxy(url) as proxy:
-            async with Database(several_hosts(url, port_of(proxy.url)), timeout=1.0) as database:
-                await write(database)
-                before = proxy.taken
-                proxy.swallow()
-                await write(database)
-                await write(database)
+            location = several_hosts(url, port_of(proxy.url))
+            async with Database(location, answer_timeout=0.5) as database:
+                await TaskRepository(database).create(make_task())
 
-            assert proxy.taken == before + 1
+                async def write(*, fault: bool = False) -> None:
+                    async with database.transaction() as tx:
+                        if fault:
+                            proxy.swallow()
+                        await TaskRepository(tx).create(make_task())
+
+                before = proxy.taken + 1
+                with pytest.raises(UnavailableError, match="does not answer"):
+                    await write(fault=True)
+                # The other server is the same one, where the transaction still holds its lock.
+                assert execute(url, f"{END_ALL} AND state = 'idle in transaction'") == [(True,)]
+                for _ in range(2):
+                    await TaskRepository(database).create(make_task())
+                    await write()
+                    assert await TaskRepository(database).count_by_status()
+
+            assert proxy.taken == before + 2  # to cancel the statement, and to connect
 
     @pytest.mark.parametrize("hosts", [1, 2])
     async def test_server_of_which_only_the_wrong_kind_is_there_is_unavailable(

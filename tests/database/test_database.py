@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
@@ -164,19 +165,24 @@ class TestSession:
             async with database.session() as session:
                 await session.execute(text("SELECT * FROM nowhere"))
 
-    async def test_too_many_sessions_are_refused_and_say_so(self, location: Location) -> None:
-        async with Database(location, timeout=0.05, pool_size=1) as database:
-            sessions = [database.session_factory() for _ in range(11)]
-            try:
-                for session in sessions:
+    async def test_too_many_sessions_are_refused_and_the_library_reads_all_the_same(
+        self, location: Location, make_task: MakeTask
+    ) -> None:
+        """There were ten more than `pool_size`, and then the library could not read either."""
+        async with StateManager(Database(location, timeout=0.05, pool_size=2), 3600) as manager:
+            async with manager.db.session() as one, manager.db.session() as other:
+                for session in (one, other):
                     await count_tasks(session)
-                with pytest.raises(UnavailableError, match="all reading connections are in use"):
-                    await TaskRepository(database).count_by_status()
-            finally:
-                for session in sessions:
-                    await session.close()
+                with pytest.raises(UnavailableError, match="in use by sessions: close some"):
+                    async with manager.db.session():
+                        pass
 
-            assert await TaskRepository(database).count_by_status() == 0
+                await manager.recover()
+                await manager.submit_task(make_task(idempotency_key="k"))
+                await manager.refresh_from_database()
+                assert await manager.task_repo.count_by_status() == 1
+            async with manager.db.session() as session:
+                assert await count_tasks(session) == 1
 
 
 async def test_statement_is_compiled_once_for_all_databases(
@@ -719,22 +725,33 @@ class TestLoops:
 
         assert await repository.count_by_status() == 3
 
-    async def test_blocked_loop_with_an_open_transaction_costs_others_a_deadline_error(
-        self, database: Database, make_task: MakeTask
+    async def test_writes_wait_for_their_own_time_behind_a_transaction_of_a_blocked_loop(
+        self, location: Location, make_task: MakeTask
     ) -> None:
-        repository = TaskRepository(database)
+        """They failed as soon as the transaction had taken longer than its limit."""
+        async with Database(location, timeout=0.05) as database:
+            repository = TaskRepository(database)
 
-        async def transaction() -> None:
-            async with database.transaction():
-                pass
+            async def transaction() -> None:
+                async with database.transaction():
+                    pass
 
-        async with database.transaction(timeout=0.05):
-            for write in (lambda: repository.create(make_task()), transaction):
-                with pytest.raises(DeadlineError, match="while a transaction has had the database"):
-                    InThread(write).block()
-            assert InThread(repository.count_by_status).block() == 0
+            async with database.transaction(timeout=PATIENCE):
+                for write in (lambda: repository.create(make_task()), transaction):
+                    with pytest.raises(DeadlineError, match="while a transaction has had the data"):
+                        InThread(write).block()
+                assert InThread(repository.count_by_status).block() == 0
 
-        assert InThread(lambda: repository.create(make_task())).block() is True
+            assert InThread(lambda: repository.create(make_task())).block() is True
+
+        async with Database(location) as database:
+            repository = TaskRepository(database)
+            async with database.transaction(timeout=0.01):  # this loop cannot end it in time
+                waiting = InThread(lambda: repository.create(make_task()))
+                wait_until(lambda: bool(database._write_lock._waiting), "it waits")
+                over = time.monotonic() + 3 * FairLock._SLICE_SECONDS
+                wait_until(lambda: time.monotonic() > over, "the time of the block is over")
+            assert await waiting.join() is True
 
     async def test_one_database_serves_one_loop_after_the_other(
         self, location: Location, make_task: MakeTask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sqlite3
 import threading
 import time
 import weakref
@@ -76,6 +77,7 @@ class Shelf:
         self.cursor: Any = None
         self.error_mapping = SQLiteErrorMapping("a shelf")
         self.is_committed = False
+        self.begin_error: Callable[[float], Exception | None] = lambda until: None
         self.commit_error: Exception | None = None
         self.stopping: Callable[[], object] = lambda: None
         self.stopped = 0
@@ -90,6 +92,8 @@ class Shelf:
         return False
 
     def begin(self, until: float) -> None:
+        if (error := self.begin_error(until)) is not None:
+            raise error
         self.opened += 1
         self.words: list[str] = []
 
@@ -139,8 +143,8 @@ class Turns(FairLock):
         super().__init__(PATIENCE)
         self._shelf = shelf
 
-    def acquire(self, name: str) -> None:
-        super().acquire(name)
+    def acquire(self, name: str, until: float | None = None) -> None:
+        super().acquire(name, until)
         self._shelf.turns += 1
 
     def release(self) -> None:
@@ -415,6 +419,39 @@ class TestFailures:
         assert shelf.opened == 1
         shelf.commit_error = None
         assert await writer.submit(shelf.apply, "again") == "AGAIN"
+
+    async def test_callers_of_a_batch_wait_for_a_lock_until_their_own_time_is_over(
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """They all failed with the first of them."""
+        now, attempts = 0.0, list[float]()
+        busy = sqlite3.OperationalError("database is locked")
+        busy.sqlite_errorname = "SQLITE_BUSY"
+        monkeypatch.setattr(group_commit, "monotonic", lambda: now)
+
+        def lock(until: float) -> Exception | None:
+            nonlocal now
+            attempts.append(until)
+            if len(attempts) > 3:
+                return None
+            now = until
+            return busy
+
+        held = await hold(shelf, writer)
+        callers = []
+        for now in (0, 1, 20, 25):  # the writer reads it
+            callers.append(start(writer.submit(shelf.apply, f"at {now}")))
+            await turns()
+        now = 26
+        shelf.begin_error = lock
+        shelf.release.set()
+        [_, first, second, *others] = await finished([held, *callers])
+
+        assert [type(first), type(second)] == [UnavailableError] * 2
+        assert first is not second
+        assert others[-1] == "AT 25"
+        # Attempts have a least length, so that callers are not served one by one.
+        assert attempts == [30, 30 + PATIENCE / 8, 50, 55]
 
     @ends_the_thread
     async def test_end_of_the_thread_is_told_to_all_and_survived(
@@ -1109,7 +1146,7 @@ class TestFigures:
     ) -> None:
         """Planted: they are measured before the commit; or p50 is the mean, or p99 the maximum."""
         now = 0.0
-        monkeypatch.setattr(time, "perf_counter", lambda: now)
+        monkeypatch.setattr(group_commit, "perf_counter", lambda: now)
 
         def take_seconds(unit: WriteTransaction, operations: Sequence[float]) -> Sequence[float]:
             def commit() -> None:
@@ -1449,32 +1486,6 @@ class TestGate:
             gate.acquire("the writer")
         gate.release()
         await gate.acquire_async("who comes next")
-        gate.release()
-
-    async def test_one_that_waits_gives_up_once_the_holder_is_overdue(self) -> None:
-        """Planted: everybody waits for the whole timeout, though the holder hangs."""
-        gate = FairLock(3600)
-        await gate.acquire_async("a transaction")
-        gate.limit(0.01)
-
-        with pytest.raises(DeadlineError, match="while a transaction has had"):
-            await asyncio.wait_for(gate.acquire_async("another"), PATIENCE)
-        gate.release()
-
-    async def test_limit_of_a_holder_is_not_that_of_the_next_one(self) -> None:
-        """Planted: the limit stays when the gate is passed on, and those behind give up."""
-        gate = FairLock(PATIENCE)
-        await gate.acquire_async("the first")
-        gate.limit(-1)
-        gate.release()
-        await gate.acquire_async("the second")
-        third = start(gate.acquire_async("the third"))
-
-        await asyncio.wait([third], timeout=2 * FairLock._SLICE_SECONDS)
-
-        assert not third.done()
-        gate.release()
-        assert await finished([third]) == [None]
         gate.release()
 
 

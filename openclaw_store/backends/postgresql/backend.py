@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Pool, event, make_url, text
+from sqlalchemy import Connection, ExceptionContext, Pool, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -57,8 +57,8 @@ _FOREIGN = """
 
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
-_CONNECT_SECONDS = 5.0  # at least: a short timeout for locks does not limit connecting
-_ANSWER_SECONDS = 1.0  # the server's own limits, which leave a connection usable, expire first
+_LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, expires first
+_CONNECT_SECONDS = 5.0  # a short timeout for locks does not limit connecting
 
 
 class PostgreSQL:
@@ -66,7 +66,8 @@ class PostgreSQL:
 
     Args:
         location: Its URL; `postgresql://` and `postgresql+asyncpg://` are the same.
-        timeout: Seconds to wait for a lock, for a connection, or for the answer to a statement.
+        timeout: Seconds to wait for a lock.
+        answer_timeout: Seconds to wait for the answer to a statement.
 
     Raises:
         InvalidDataError: If the URL names another driver.
@@ -75,7 +76,7 @@ class PostgreSQL:
 
     dialect = "postgresql"
 
-    def __init__(self, location: str, timeout: float) -> None:
+    def __init__(self, location: str, timeout: float, answer_timeout: float) -> None:
         try:
             url = make_url(location)
         except (ArgumentError, ValueError):
@@ -92,6 +93,10 @@ class PostgreSQL:
             raise InvalidDataError("db_path", "has its password behind the ?: put it before the @")
         self._url = url.set(drivername="postgresql+asyncpg")
         self._timeout = timeout
+        self._answer_timeout = answer_timeout
+        # A server that waits for a lock says nothing, as one that hangs. So each attempt to lock
+        # waits for half of the time at most; it is repeated until the deadline of the caller.
+        self._lock_seconds = min(timeout, answer_timeout / 2)
         self.location = url.render_as_string(hide_password=True)
         self.error_mapping = PostgreSQLErrorMapping(self.location)
         self._connector = Connector()
@@ -147,6 +152,7 @@ class PostgreSQL:
         pool: type[Pool] = NullPool,
         settings: dict[str, str] | None = None,
         is_long: bool = False,
+        answer_timeout: float | None = None,
         **options: Any,
     ) -> AsyncEngine:
         """Return an engine for coroutines.
@@ -154,16 +160,18 @@ class PostgreSQL:
         Args:
             settings: Server settings of its connections.
             is_long: Let a statement take any time, once it has its locks.
+            answer_timeout: A longer limit for a statement.
         """
-        connect_timeout = max(self._timeout, _CONNECT_SECONDS)
+        limit = max(answer_timeout or 0.0, self._answer_timeout)
+        lock_timeout = self._timeout if is_long else min(self._timeout, _LOCK_SHARE * limit)
         arguments: dict[str, Any] = {
             "async_creator_fn": self._connector.connect,
             "connection_class": connection_class(),
-            "timeout": connect_timeout,
-            "command_timeout": None if is_long else self._timeout + _ANSWER_SECONDS,
+            "timeout": _CONNECT_SECONDS,
+            "command_timeout": None if is_long else limit,
             "server_settings": {
                 "application_name": "openclaw_store",
-                "lock_timeout": milliseconds(self._timeout),
+                "lock_timeout": milliseconds(lock_timeout),
                 **(settings or {}),
             },
         }
@@ -172,7 +180,7 @@ class PostgreSQL:
         if write:  # a writer that waited for a lock sees the rows of its last holder
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # else the lock of a machine that vanishes is held for hours
-                arguments["server_settings"][_IDLE_LIMIT] = milliseconds(connect_timeout)
+                arguments["server_settings"][_IDLE_LIMIT] = milliseconds(self._answer_timeout)
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one snapshot, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
@@ -184,6 +192,11 @@ class PostgreSQL:
             **{"json_deserializer": str, **options},
         )
 
+        @event.listens_for(engine.sync_engine, "handle_error")
+        def note_silence(context: ExceptionContext) -> None:
+            if isinstance(context.original_exception, TimeoutError):
+                context.is_disconnect = True  # the pool replaces all of its connections
+
         @event.listens_for(engine.sync_engine, "checkout")
         def check(pooled: Any, *_: object) -> None:
             driver = pooled.driver_connection
@@ -192,11 +205,18 @@ class PostgreSQL:
 
         return engine
 
-    async def begin(self, session: AsyncSession, counters: CounterStatements) -> Connection:
-        # One limit for connecting and the lock together, and a moment for the server's error.
-        seconds = max(self._timeout, _CONNECT_SECONDS)
-        async with asyncio.timeout(seconds + _ANSWER_SECONDS):
-            return await self._begin(session, counters, until=time.monotonic() + seconds)
+    async def begin(
+        self, session: AsyncSession, counters: CounterStatements, until: float
+    ) -> Connection:
+        # A moment for the lock, though connecting may take longer than the timeout.
+        late = max(until, time.monotonic() + _CONNECT_SECONDS)
+        while True:
+            try:
+                return await self._begin(session, counters, late)
+            except self.error_mapping.raised() as error:
+                if not self.error_mapping.is_busy(error) or time.monotonic() >= until:
+                    raise
+                await session.rollback()
 
     async def _begin(
         self, session: AsyncSession, counters: CounterStatements, until: float
@@ -206,7 +226,7 @@ class PostgreSQL:
         limits = self._limits(seconds, seconds + self._timeout)  # the timeout is for the commit
         await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy sends BEGIN with the first one
         raw: Any = await connection.get_raw_connection()
-        wait = milliseconds(min(until - time.monotonic(), self._timeout))
+        wait = milliseconds(min(until - time.monotonic(), self._lock_seconds))
         try:
             await raw.driver_connection.execute(
                 f"SET LOCAL lock_timeout = {wait}; {counters.lock}; NOTIFY {CHANNEL}; "
@@ -246,16 +266,16 @@ class PostgreSQL:
 
     def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
-        seconds = 3 * max(self._timeout, _CONNECT_SECONDS)  # a limit, as other writers wait
+        answer = self._answer_timeout
         return WriteSession(
             engine,
             until,
             self.error_mapping,
             self.registry,
-            lock_timeout=self._timeout,
+            lock_timeout=self._lock_seconds,
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),
-            answer_seconds=_ANSWER_SECONDS,
-            lock=f"{counters.lock}; {self._limits(seconds, seconds)}",
+            answer_seconds=answer / 2,
+            lock=f"{counters.lock}; {self._limits(answer, 2 * answer)}",
         )
 
     def dispose(self) -> None:

@@ -18,6 +18,8 @@ _ABANDONED_SECONDS = 1.0  # to finish connecting for a cancelled caller
 _CLOSE_SECONDS = 0.5  # for the terminate message; a connection that is cut off needs none
 
 
+_HEAD_START_SECONDS = 0.25  # for the last host that answered, before the others are tried
+
 _CLOSING_STEPS = 10
 """Iterations of the event loop to read the server's last words and the end of the connection."""
 
@@ -68,28 +70,42 @@ class Connector:
             raise
 
     async def _connect_to_any(self, *arguments: Any, **options: Any) -> Any:
-        """Connect to the first suitable host; each has its share of the time.
+        """Connect to the first suitable host that answers; all are tried at the same time.
 
-        The driver would wait for a silent host until no time is left for the next one.
+        The last host that answered has a head start, so that the others get no connection that is
+        not used. (RFC 8305 calls this "happy eyeballs".)
         """
         driver = importlib.import_module("asyncpg")
         hosts = options.get("host")
         if not isinstance(hosts, list) or options.get("target_session_attrs") == "prefer-standby":
             return await driver.connect(*arguments, **options)
-        options["timeout"] /= len(hosts)
-        reason: Exception | None = None
+
+        async def connect(server: Any) -> tuple[Any, Any]:
+            given = {**options, "host": server[0], "port": server[1]}
+            return await driver.connect(*arguments, **given), server
+
         servers = zip(hosts, options["port"], strict=True)
-        for server in sorted(servers, key=lambda server: server != self._answered):
-            options["host"], options["port"] = server
-            try:
-                connection = await driver.connect(*arguments, **options)
-            except (
-                OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
-            ) as error:  # fmt: skip
-                reason = error
-            else:
-                self._answered = server
-                return connection
+        first, *others = sorted(servers, key=lambda server: server != self._answered)
+        attempts = [asyncio.ensure_future(connect(first))]
+        chosen = reason = None
+        try:
+            await asyncio.wait(attempts, timeout=_HEAD_START_SECONDS)
+            if not attempts[0].done() or attempts[0].exception() is not None:
+                attempts += [asyncio.ensure_future(connect(server)) for server in others]
+            for attempt in asyncio.as_completed(attempts):
+                try:
+                    chosen, self._answered = await attempt
+                    return chosen
+                except (
+                    OSError, driver.CannotConnectNowError, driver.TargetServerAttributeNotMatched
+                ) as error:  # fmt: skip
+                    reason = error
+        finally:
+            for unused in attempts:
+                unused.cancel()
+            for made in await asyncio.gather(*attempts, return_exceptions=True):
+                if not isinstance(made, BaseException) and made[0] is not chosen:
+                    made[0].terminate()
         assert reason is not None
         raise reason
 

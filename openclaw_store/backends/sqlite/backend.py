@@ -130,8 +130,10 @@ def _for_rows(sql: str, count: int) -> str:
 def _delays(timeout: float) -> Iterator[float]:
     """Yield the seconds to wait between attempts to lock, jittered, until the timeout."""
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
+    is_first = True
+    while is_first or time.monotonic() < end:
         yield random.uniform(0.0003, 0.003)
+        is_first = False
 
 
 def retrying(work: Callable[[], Result], timeout: float) -> Result:
@@ -307,7 +309,14 @@ class SQLite:
             partial.chmod(self.path.stat().st_mode & 0o777)  # before it has any contents
             copy_database(source, partial)
 
-    def engine(self, *, write: bool, pool: type[Pool] | None = None, **options: Any) -> AsyncEngine:
+    def engine(
+        self,
+        *,
+        write: bool,
+        pool: type[Pool] | None = None,
+        answer_timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncEngine:
         engine = create_async_engine(
             URL.create("sqlite+aiosqlite", database=str(self.path)),
             poolclass=pool,
@@ -333,8 +342,10 @@ class SQLite:
 
         return engine
 
-    async def begin(self, session: AsyncSession, counters: CounterStatements) -> Connection:
-        for delay in _delays(self._timeout):
+    async def begin(
+        self, session: AsyncSession, counters: CounterStatements, until: float
+    ) -> Connection:
+        for delay in _delays(until - time.monotonic()):
             try:
                 return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
             except (SQLAlchemyError, sqlite3.Error) as error:
