@@ -43,6 +43,7 @@ SETTINGS = {
 _WATCH = """
 read -r line && exit
 kill -QUIT "$1"
+kill -CONT "$1"
 shift
 for attempt in 1 2 3 4 5 6 7 8 9; do rm -rf "$@" && exit; sleep 0.5; done
 """
@@ -165,6 +166,7 @@ class Server(Databases):
         self._process: subprocess.Popen[bytes] | None = None
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._data = data
+        self._is_hung = False
         # PostgreSQL refuses to run as root, and other users may be unable to read the package.
         self._owner = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
         if like is None:
@@ -179,8 +181,7 @@ class Server(Databases):
                 os.chown(path, self._owner.pw_uid, self._owner.pw_gid)
 
         initdb = ("initdb", "--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8")
-        if self._spawn(*initdb, f"--locale={self._locale}", f"--pgdata={self._data}").wait():
-            raise RuntimeError(f"initdb failed:\n{self._log.read_text()}")
+        self._run(*initdb, f"--locale={self._locale}", f"--pgdata={self._data}")
         settings = [f"--{name}={value}" for name, value in {**SETTINGS, "port": port}.items()]
         self._command = ("postgres", "-D", str(self._data), *settings)
 
@@ -196,14 +197,29 @@ class Server(Databases):
             # pg_ctl reads the same file. A killed server leaves it, with another process id.
             with suppress(FileNotFoundError):
                 words = (self._data / "postmaster.pid").read_text().split()
-                return words[:1] == [str(process.pid)] and words[-1] == "ready"
+                return words[:1] == [str(process.pid)] and words[-1] in ("ready", "standby")
             return False
 
         wait_until(is_ready, "the server takes connections")
 
+    def follow(self, primary: Server) -> None:
+        """Start as a standby, with a copy of the primary's databases in place of its own."""
+        assert not self._is_running()
+        for path in self._data.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        source = make_url(primary.url)
+        self._run(
+            "pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", "--no-sync",
+            f"--pgdata={self._data}", f"--dbname=host={source.host} port={source.port}",
+            f"--username={source.username}",
+        )  # fmt: skip
+        self.start()
+
     def stop(self) -> None:
         """Close the connections and stop the server, if it runs."""
-        if self._is_running():
+        if self._is_hung:
+            self.kill()
+        elif self._is_running():
             assert self._process is not None
             self._process.send_signal(signal.SIGINT)
             try:
@@ -212,25 +228,40 @@ class Server(Databases):
                 self.kill()
         self._unwatch()
 
+    def hang(self) -> None:
+        """Stop all processes of the server, which then says nothing; `kill` ends it."""
+        for child in self._stopped_children():
+            child.suspend()
+        self._is_hung = True
+
     def kill(self) -> None:
         """Kill all processes of the server at once, as a crash would."""
-        assert self._process is not None
-        assert self._is_running()
         psutil: Any = importlib.import_module("psutil")  # part of the package, without types
-        # Its processes have their own groups, and could finish a commit if only the first one
-        # were killed. While that one is stopped, it starts and reaps no process.
-        self._process.send_signal(signal.SIGSTOP)
-        os.waitpid(self._process.pid, os.WUNTRACED)
-        children = psutil.Process(self._process.pid).children()
+        children = self._stopped_children()
         for child in children:
             child.kill()
         wait_until(
             lambda: all(child.status() == psutil.STATUS_ZOMBIE for child in children),
             "the server's processes ended",
         )
+        assert self._process is not None
         self._process.kill()
         self._process.wait()
+        self._is_hung = False
         self._unwatch()
+
+    def _stopped_children(self) -> list[Any]:
+        """Stop the first process, and return its children."""
+        psutil: Any = importlib.import_module("psutil")
+        assert self._process is not None
+        assert self._is_running()
+        # Its processes have their own groups, and could finish a commit if only the first one
+        # were killed. While that one is stopped, it starts and reaps no process.
+        if not self._is_hung:
+            self._process.send_signal(signal.SIGSTOP)
+            os.waitpid(self._process.pid, os.WUNTRACED)
+        children: list[Any] = psutil.Process(self._process.pid).children()
+        return children
 
     def _watch(self, process: int) -> None:
         """Start a watchdog that stops the server and removes its folders after our death."""
@@ -261,6 +292,10 @@ class Server(Databases):
                 group=self._owner.pw_gid if self._owner else None,
                 extra_groups=[] if self._owner else None,
             )
+
+    def _run(self, program: str, *arguments: str) -> None:
+        if self._spawn(program, *arguments).wait():
+            raise RuntimeError(f"{program} failed:\n{self._log.read_text()[-4000:]}")
 
     def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sqlite3
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -214,10 +214,18 @@ class SQLiteErrorMapping(ErrorMapping):
 
 
 class PostgreSQLErrorMapping(ErrorMapping):
-    """Maps the errors of PostgreSQL and asyncpg."""
+    """Maps the errors of PostgreSQL and asyncpg.
+
+    Args:
+        on_silence: Called when a server has not answered in time.
+    """
 
     read_only = "25006"
     busy = ("55P03",)
+
+    def __init__(self, location: str, on_silence: Callable[[], None] = lambda: None) -> None:
+        super().__init__(location)
+        self._on_silence = on_silence
 
     @staticmethod
     def raised() -> tuple[type[Exception], ...]:
@@ -234,6 +242,8 @@ class PostgreSQLErrorMapping(ErrorMapping):
         code, cause = self.code(error), _cause(error)
         if code is None and not _is_lost(cause):
             return None
+        if isinstance(cause, TimeoutError):
+            self._on_silence()
         if committing and (code is None or code.startswith(("08", "57P"))):
             return OutcomeUnknownError(
                 f"{self.location}: the connection was lost while committing: repeat the call"

@@ -283,7 +283,6 @@ class Database:
                         for restore in reversed(transaction.undo):
                             restore()
             except BackendError:
-                self._writer.connect_anew()
                 # A rollback could wait for an answer on a broken connection.
                 await shield_until_done(session.invalidate())
                 raise

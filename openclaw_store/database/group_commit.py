@@ -89,7 +89,6 @@ class Writer:
         self._clock = clock
         self._timeout = timeout
         self._session: WriteSession | None = None  # opened, used and closed on the thread
-        self._is_suspect = False  # the server may have stopped to answer on the session
         self._metrics = WriteMetrics(clock)
         # For the queue's left end, and to change `_withdrawn`, `_taken`, `_gone`, `_listeners`,
         # `_ended` and `_closed`. The thread never waits while it holds it.
@@ -127,10 +126,6 @@ class Writer:
         except asyncio.CancelledError:
             await self._withdraw(future)
             raise
-
-    def connect_anew(self) -> None:
-        """Connect before the next batch: a transaction has failed, maybe as the server hangs."""
-        self._is_suspect = True
 
     def figures(self) -> dict[str, Any]:
         """Return the metrics for `Database.get_stats`."""
@@ -330,9 +325,8 @@ class Writer:
         outcomes: list[Any] = []
         is_committing = False
         try:
-            if self._session is not None and (self._is_suspect or self._session.is_lost()):
+            if self._session is not None and self._session.is_lost():
                 self._close_session()
-            self._is_suspect = False
             if self._session is None:
                 counters = statements_for(self._backend.dialect).counters
                 self._session = self._backend.write_session(until, counters)

@@ -537,8 +537,9 @@ class TestIdleConnections:
     async def test_message_to_an_idle_connection_is_not_its_end(self, url: str) -> None:
         """Planted: the connection is lost as soon as there is anything to read."""
         heard = asyncio.Event()
-        async with engine_of(url).connect() as connection:
-            driver: Any = (await connection.get_raw_connection()).driver_connection
+        async with Database(url) as database, database.session() as session:
+            raw: Any = await (await session.connection()).get_raw_connection()
+            driver = raw.driver_connection
             await driver.add_listener("news", lambda *_: heard.set())
             execute(url, "NOTIFY news")
             wait_until(lambda: may_be_lost(driver), "the message is here")
@@ -953,7 +954,7 @@ class TestLocation:
     async def test_of_several_servers_the_others_are_asked_when_the_last_one_is_silent(
         self, url: str, make_task: MakeTask
     ) -> None:
-        """Planted: after a transaction has failed, the writer still waits for the same server."""
+        """Planted: after a transaction has failed, others still wait for the same server."""
         async with Proxy(url) as proxy:
             location = several_hosts(url, port_of(proxy.url))
             async with Database(location, answer_timeout=0.5) as database:
@@ -965,6 +966,7 @@ class TestLocation:
                             proxy.swallow()
                         await TaskRepository(tx).create(make_task())
 
+                assert await TaskRepository(database).count_by_status() == 1
                 before = proxy.taken + 1
                 with pytest.raises(UnavailableError, match="does not answer"):
                     await write(fault=True)

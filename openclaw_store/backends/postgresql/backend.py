@@ -98,8 +98,8 @@ class PostgreSQL:
         # waits for half of the time at most; it is repeated until the deadline of the caller.
         self._lock_seconds = min(timeout, answer_timeout / 2)
         self.location = url.render_as_string(hide_password=True)
-        self.error_mapping = PostgreSQLErrorMapping(self.location)
         self._connector = Connector()
+        self.error_mapping = PostgreSQLErrorMapping(self.location, self._connector.note_silence)
         self._version = MINIMUM_VERSION  # at least
         self._synchronous_commit: str | None = None  # unknown: the server's setting stays
         self.registry = ConnectionRegistry()

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import select
+import time
 from functools import cache
 from typing import Any
 
@@ -25,8 +26,8 @@ _CLOSING_STEPS = 10
 
 
 def may_be_lost(connection: Any) -> bool:
-    """Return `True` if an idle connection is closed, or has unread input such as its end."""
-    if connection.is_closed():
+    """Return `True` if an idle connection is closed or suspect, or has unread input."""
+    if connection.is_closed() or connection.made_at < connection.connector.silent_at:
         return True
     descriptor = descriptor_of(connection)
     if not hasattr(select, "poll"):
@@ -37,7 +38,7 @@ def may_be_lost(connection: Any) -> bool:
 
 
 async def is_lost(connection: Any) -> bool:
-    """Return `True` if the server has closed an idle connection; read what it has sent."""
+    """Return `True` if an idle connection should not be used; read what the server has sent."""
     for _ in range(_CLOSING_STEPS):
         if not may_be_lost(connection):
             return False
@@ -52,6 +53,11 @@ class Connector:
 
     def __init__(self) -> None:
         self._answered: object = None
+        self.silent_at = 0.0
+        """The last time a server did not answer: older connections may be to the same server."""
+
+    def note_silence(self) -> None:
+        self.silent_at = time.monotonic()
 
     async def connect(self, *arguments: Any, **options: Any) -> Any:
         """Connect to the end, even if the caller is cancelled.
@@ -59,12 +65,15 @@ class Connector:
         The driver, interrupted while it connects, may leave a connection open. It is interrupted
         all the same if a server does not answer in time, since the caller has to end.
         """
+        made_at = time.monotonic()
         try:
-            return await shield_until_done(
+            connection = await shield_until_done(
                 self._connect_to_any(*arguments, **options),
                 discard=lambda made: made.terminate(),
                 seconds=_ABANDONED_SECONDS,
             )
+            connection.connector, connection.made_at = self, made_at
+            return connection
         except asyncio.CancelledError:
             await asyncio.sleep(0)  # the loop closes the socket in its next iteration
             raise
@@ -112,7 +121,7 @@ class Connector:
 
 @cache
 def connection_class() -> type[Any]:
-    """Return the driver's connection class, with a limit for closing: other callers wait."""
+    """Return the driver's connection class, with its origin, and a limit for closing it."""
     base: type[Any] = importlib.import_module("asyncpg").Connection
 
     async def close(self: Any, *, timeout: float | None = None) -> None:
@@ -126,4 +135,4 @@ def connection_class() -> type[Any]:
         except TimeoutError:  # likewise
             logger.debug("a connection was closed before the server answered the terminate message")
 
-    return type("Connection", (base,), {"__slots__": (), "close": close})
+    return type("Connection", (base,), {"__slots__": ("connector", "made_at"), "close": close})
