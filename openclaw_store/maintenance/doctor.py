@@ -53,6 +53,23 @@ _ACTIVITY = text("""
     SELECT pid, application_name, state, extract(epoch FROM clock_timestamp() - xact_start)::int
     FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()
     AND xact_start < clock_timestamp() - make_interval(secs => :seconds) ORDER BY xact_start""")
+HORIZON_TRANSACTIONS = 10_000
+"""Tolerated age of the oldest snapshot, in transactions of the server."""
+
+# Removed and former rows that a snapshot may still see are read again and again, and are kept.
+_SNAPSHOTS = text("""
+    SELECT holder || ' for ' || age || ' transactions' FROM (
+        SELECT 'process ' || pid || ' (' || coalesce(nullif(application_name, ''), 'nameless')
+            || ')', greatest(age(backend_xmin), age(backend_xid)) FROM pg_stat_activity
+        WHERE datname = current_database() AND backend_type = 'client backend'
+        AND pid <> pg_backend_pid()
+        UNION ALL SELECT 'the replica ' || application_name || ' by hot_standby_feedback',
+            age(backend_xmin) FROM pg_stat_replication
+        UNION ALL SELECT 'the replication slot ' || slot_name, age(xmin) FROM pg_replication_slots
+        UNION ALL SELECT 'the prepared transaction ' || gid, age(transaction)
+        FROM pg_prepared_xacts WHERE database = current_database()
+    ) AS one (holder, age) WHERE age > :limit ORDER BY age DESC""")
+
 _CONNECTIONS = text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
 _SETTINGS = text("SELECT name, setting FROM pg_settings")
 
@@ -225,6 +242,15 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"No transaction is open for more than {LONG_SECONDS} s.",
         "end them, as with pg_terminate_backend: they keep locks and removed rows",
         otherwise=f"{len(long)} transactions are open: {listed}.",
+    )
+    holders = connection.execute(_SNAPSHOTS, {"limit": HORIZON_TRANSACTIONS}).scalars().all()
+    yield _judge(
+        "horizon",
+        not holders,
+        f"No snapshot is older than {HORIZON_TRANSACTIONS} transactions.",
+        "end the session, drop the slot, turn the feedback off, or roll the prepared transaction "
+        "back: until then, rows that were written often are read more and more slowly",
+        otherwise=f"Old rows are kept by {'; '.join(holders[:5])}.",
     )
     before = clock()
     server: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()

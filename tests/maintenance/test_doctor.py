@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import sqlite3
 from contextlib import closing
@@ -276,6 +277,37 @@ class TestServer:
         [found] = [one for one in findings if one.name == "long_transactions"]
         assert "idle in transaction" in found.text
         assert "long_transactions" not in await look(location)
+
+    async def test_holders_of_the_horizon_are_named(
+        self, location: Location, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The catalogs of what this server lacks are replaced by views with rows of their own."""
+        monkeypatch.setattr(doctor, "HORIZON_TRANSACTIONS", 2)
+        name = str(location).rsplit("/", 1)[1]
+        async with engine_of(location).connect() as connection:
+            pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+            own = await connection.scalar(text("SELECT pg_current_xact_id()::text"))
+            for statement in (
+                "CREATE SCHEMA other",
+                f"CREATE VIEW other.pg_replication_slots AS SELECT 's' slot_name,"
+                f" '{own}'::xid xmin",
+                f"CREATE VIEW other.pg_stat_replication AS SELECT 'r' application_name,"
+                f" '{own}'::xid backend_xmin",
+                f"CREATE VIEW other.pg_prepared_xacts AS SELECT 'p' gid, '{own}'::xid transaction,"
+                " current_database() database",
+            ):
+                execute(location, statement)
+
+            findings = await diagnose(database)
+            execute(location, f"ALTER DATABASE {name} SET search_path = other, pg_catalog, public")
+            more = await diagnose(database)
+
+        assert bad(findings) == {"horizon": Level.WARNING}
+        [found] = [one for one in findings if one.name == "horizon"]
+        assert re.search(rf"by process {pid} \(nameless\) for \d+ transactions\.", found.text)
+        [found] = [one for one in more if one.name == "horizon"]
+        for holder in ("process", "the replica r by", "slot s for", "prepared transaction p for"):
+            assert holder in found.text
 
     async def test_settings_that_break_promises_are_found(self, location: Location) -> None:
         name = str(location).rsplit("/", 1)[1]
