@@ -75,7 +75,7 @@ _NODES = table_of(NodeInfo)
 _TASKS = table_of(Task)
 
 _ONLY_COUNTERS = text("counters.id = 1")  # as text: no parameter
-_COUNTERS = (CounterRow.revision, CounterRow.beat)
+_COUNTERS = (CounterRow.revision, CounterRow.heartbeats)
 
 
 class Statements(ABC):
@@ -94,7 +94,7 @@ class Statements(ABC):
         )
         """The statements that a backend needs itself."""
         self.write_beat = self._compile(write_counters.values(beat=bindparam("newest")))
-        """Write the last heartbeat sequence number."""
+        """Keep the last heartbeat sequence number, though its node is removed."""
         self.read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(

@@ -228,8 +228,8 @@ class ChangeRow(Base):
 class CounterRow(Base):
     """The one row of `counters`; its lock on PostgreSQL is the write lock.
 
-    No commit updates the row, except for heartbeats: PostgreSQL would read all its former versions
-    while any session holds an old snapshot.
+    Commits do not update the row: PostgreSQL would read all its former versions while any session
+    holds an old snapshot.
     """
 
     __tablename__ = "counters"
@@ -237,7 +237,7 @@ class CounterRow(Base):
 
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """The last heartbeat sequence number."""
+    """The last heartbeat sequence number when a node was last removed."""
     compacted: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The revision up to which changes were removed from the feed."""
     revision: Mapped[int] = column_property(
@@ -246,6 +246,16 @@ class CounterRow(Base):
         )
     )
     """The last revision: that of the newest change."""
+    heartbeats: Mapped[int] = column_property(
+        func.coalesce(
+            select(func.max(NodeRow.beat))
+            .where(NodeRow.beat > beat)
+            .correlate_except(NodeRow)
+            .scalar_subquery(),
+            beat,
+        )
+    )
+    """The last heartbeat sequence number: that of the newest heartbeat."""
 
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}

@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import (
     IS_ASSIGNED,
-    ROWS,
     ChangeRow,
-    CounterRow,
     Database,
     TaskRow,
     history_of,
@@ -79,18 +77,6 @@ class Repair(Protocol):
 
     async def run(self, database: Database, tx: AsyncSession) -> bool:
         """Repair in a transaction; return whether the problem is solved."""
-
-
-@dataclass(frozen=True, slots=True)
-class RaiseCounters:
-    """Raise the counter of heartbeats to the newest one; never lower it."""
-
-    async def run(self, database: Database, tx: AsyncSession) -> bool:
-        heartbeats = await tx.scalar(select(func.max(ROWS[NodeInfo].__table__.c.beat))) or 0
-        beat = await tx.scalar(select(CounterRow.beat)) or 0
-        raised = update(CounterRow).where(text("id = 1")).values(beat=max(heartbeats, beat))
-        await tx.execute(raised)
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +158,8 @@ class SetStatusTime:
         return True
 
 
-# The counters and the feed come first: the other repairs append to the feed.
-ORDER: Sequence[type[Repair]] = (
-    RaiseCounters, LogUpdate, RemoveFromFeed, CountTasks, SetStatusTime
-)  # fmt: skip
+# The feed comes first: the other repairs append to it.
+ORDER: Sequence[type[Repair]] = (LogUpdate, RemoveFromFeed, CountTasks, SetStatusTime)
 
 
 async def repair_problems(

@@ -51,7 +51,6 @@ from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import (
     CountTasks,
     LogUpdate,
-    RaiseCounters,
     RemoveFromFeed,
     Repair,
     SetStatusTime,
@@ -167,7 +166,7 @@ class _Scan:
         self.found = Verification([], dict.fromkeys(INVARIANTS, 0))
         self.repairs: dict[int, Repair] = {}
         """Repairs by the position of their problem."""
-        self._revision = self._beat = self._compacted = 0
+        self._revision = self._compacted = 0
         self._counts: Sequence[int] = ()
         self._referenced = Revisions()
         """Changes referenced by a row, or by the change after them."""
@@ -240,26 +239,20 @@ class _Scan:
         progress.add(1)
 
     async def _check_counters(self, session: AsyncSession) -> bool:
-        query = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
+        query = select(CounterRow.revision, CounterRow.heartbeats, CounterRow.compacted)
         counters = (await session.execute(query)).all()
         self.found.checked["counters"] = len(counters)
         if len(counters) != 1:
             self._add("counters", "The row of counters is missing: restore a backup.")
             return False
-        # SQLite sorts text behind all numbers.
-        heartbeats = await session.scalar(select(func.max(NodeRow.beat))) or 0
-        numbers = *counters[0], heartbeats
-        if {*map(type, numbers)} != {int}:
-            problem = f"Of the counters and the newest numbers {numbers}, not all are integers."
+        if {*map(type, counters[0])} != {int}:  # SQLite sorts text behind all numbers
+            problem = f"Of the newest numbers {tuple(counters[0])}, not all are integers."
             self._add("counters", problem)
             return False
-        self._revision, self._beat, self._compacted = counters[0]
-        # Writers number heartbeats from the counter: behind, it would give a number twice.
-        if heartbeats > self._beat:
-            problem = f"The last heartbeat is number {self._beat}, but the newest {heartbeats}."
-            # Writers could not count on from the largest numbers, which only damage explains.
-            is_safe = heartbeats < MAX_INTEGER // 2
-            self._add("counters", problem, repair=RaiseCounters() if is_safe else None)
+        self._revision, heartbeats, self._compacted = counters[0]
+        # Writers could not count on from the largest numbers, which only damage explains.
+        if heartbeats >= MAX_INTEGER // 2:
+            self._add("counters", f"The last heartbeat has the number {heartbeats}.")
         if self._compacted >= max(self._revision, 1):
             problem = f"The feed was compacted up to {self._compacted}, but ends before that."
             self._add("counters", problem)

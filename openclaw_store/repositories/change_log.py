@@ -63,6 +63,6 @@ def _as_changes(rows: Iterable[Any]) -> list[Change]:
 
 async def read_counters(session: AsyncSession) -> tuple[int, int, int]:
     """Return the newest revision, the newest heartbeat sequence and the compacted revision."""
-    counters = select(CounterRow.revision, CounterRow.beat, CounterRow.compacted)
+    counters = select(CounterRow.revision, CounterRow.heartbeats, CounterRow.compacted)
     found = (await session.execute(counters)).all()
     return *counters_of(found), found[0].compacted

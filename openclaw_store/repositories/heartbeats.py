@@ -57,7 +57,6 @@ class Heartbeat(Command):
         if self.is_news_to(record, row.now):
             row.record = touched = self.over(record)
             row.names = row.names.union(("last_heartbeat", "beat"), self.usage)
-            row.unit.has_heartbeats = True
             row.unit.emit(HeartbeatWritten(self, row.unit.heartbeat_sequence))
             if record.status is NodeStatus.OFFLINE:
                 since = _status_since(row)  # another process may have set it since this heartbeat
@@ -113,7 +112,6 @@ def _apply_group(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat])
         # second write of the same heartbeat changes nothing.
         outcomes: Sequence[bool] = apply(transaction, heartbeats)
         return outcomes
-    unit.has_heartbeats = True
     for one in heartbeats:
         unit.emit(HeartbeatWritten(one, sequence))
     return [True] * len(heartbeats)

@@ -234,8 +234,8 @@ class UnitOfWork:
         self._revision: int | None = None  # the last one; `None` until the counters are read
         self.heartbeat_sequence = 0
         """The heartbeat sequence number of this transaction."""
-        self.has_heartbeats = False
-        """`True` if it writes heartbeats."""
+        self.has_removed_nodes = False
+        """`True` if it removes nodes, of which one may have the last heartbeat."""
         self.changes: list[Change] = []
         self.removed_history: list[ChainEnd] = []
         """The newest change of each removed row, if its history is removed too."""
@@ -438,7 +438,7 @@ class UnitOfWork:
             self.cursor.write(self.sql.insert_change, rows)
         if removed_history:
             self.cursor.write(self.sql.forget, removed_history)
-        if self.has_heartbeats:
+        if self.has_removed_nodes:
             self.cursor.execute(self.sql.write_beat, (self.heartbeat_sequence,))
 
 
@@ -492,6 +492,7 @@ def _store(unit: UnitOfWork, kind: type[Any], rows: Iterable[Row]) -> None:
             parameters.append(values)
     if deletes:
         cursor.write(sql.delete[kind], deletes)
+        unit.has_removed_nodes |= kind is NodeInfo
     if inserts:
         cursor.write(insert, inserts)
     for statement, _, parameters in updates.values():

@@ -328,7 +328,7 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
         ),
     )
     columns = [*(changes.c[name] for name in STEP), *(tasks.c[name] for name in FIELDS[Task])]
-    state = [CounterRow.revision, counters.c.beat, counters.c.compacted]
+    state = [CounterRow.revision, CounterRow.heartbeats, counters.c.compacted]
     if is_sqlite:
         # One row: for each row SQLite's driver releases the interpreter's lock and waits for it
         # again. Even without other threads, one row takes two thirds of the time of many.

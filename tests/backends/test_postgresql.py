@@ -92,7 +92,9 @@ def feed(location: Location) -> list[tuple[Any, ...]]:
 
 
 def counters(location: Location) -> tuple[Any, ...]:
-    return execute(location, "SELECT max(revision), (SELECT beat FROM counters) FROM changes")[0]
+    return execute(
+        location, "SELECT max(revision), (SELECT coalesce(max(beat), 0) FROM nodes) FROM changes"
+    )[0]
 
 
 async def test_tasks_that_are_added_are_numbered_behind_what_others_have_written(

@@ -275,7 +275,7 @@ class TestLooking:
         self, run: Run, cluster: StateManager, location: Location
     ) -> None:
         stats = await cluster.get_task_stats()
-        counters = "SELECT (SELECT max(revision) FROM changes), beat FROM counters"
+        counters = "SELECT (SELECT max(revision) FROM changes), (SELECT max(beat) FROM nodes)"
         rows = execute(location, counters)
 
         for command in ("status", "nodes", "tasks", "show atlas", "db current", "db check"):

@@ -119,7 +119,7 @@ async def state_of(location: Location) -> list[Any]:
             [tuple(row) for row in await session.execute(query)]
             for query in (
                 select(*ChangeRow.__table__.c).order_by(ChangeRow.revision),
-                select(*CounterRow.__table__.c),
+                select(CounterRow.id, CounterRow.heartbeats, CounterRow.compacted),
                 select(NodeRow.node_id, NodeRow.beat).order_by(NodeRow.node_id),
             )
         ]

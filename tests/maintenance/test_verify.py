@@ -248,7 +248,6 @@ SAFE: dict[str, tuple[str, str, str | None]] = {
         "changes",
         "idle",  # by the repair of the fault before
     ),
-    "flush": ("UPDATE counters SET beat = 0", "counters", None),
 }
 
 UNSAFE: dict[str, tuple[str, str, str | None]] = {
