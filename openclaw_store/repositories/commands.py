@@ -107,6 +107,10 @@ class Update(Command, Generic[Entity]):
         return self.known
 
     @property
+    def expected_version(self) -> int:
+        return self.version
+
+    @property
     def key(self) -> str | None:
         return self.record.idempotency_key if "idempotency_key" in self.names else None
 
@@ -241,6 +245,7 @@ class Advance(Command):
     """The task at any version, which may save the read."""
     related_keys: Sequence[EntityKey] = ()
     """The key of the node to which the task is probably assigned."""
+    expected_version: int = 0
     kind: ClassVar[type[Any]] = Task
 
     @property
@@ -306,7 +311,7 @@ def cancellation_of(
     text = None if reason is None else check_text("reason", reason)
     grace = None if grace_seconds is None else check_seconds("grace_seconds", grace_seconds)
     decision = partial(lifecycle.cancel, reason=text, version=version, grace=grace)
-    return Advance(check_key("task_id", task_id), decision)
+    return Advance(check_key("task_id", task_id), decision, expected_version=version or 0)
 
 
 def acknowledgement_of(task: Task) -> Advance:

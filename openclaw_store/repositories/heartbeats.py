@@ -84,7 +84,7 @@ class AfterHeartbeat:
         self.heartbeat = heartbeat
         self.command = command
         self.kind, self.id, self.key = command.kind, command.id, command.key
-        self.known_task = command.known_task
+        self.known_task, self.expected_version = command.known_task, command.expected_version
         self.related_keys: Sequence[EntityKey] = (*command.related_keys, (NodeInfo, heartbeat.id))
 
     def decide(self, row: Row) -> Any:

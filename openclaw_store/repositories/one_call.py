@@ -89,7 +89,10 @@ class OneCall(UnitOfWork):
             record = self.sql.decode[Task](tuple(raw))
             known[record.task_id] = record
         self._read.update(unread)
-        newest = max((record.version for record in known.values()), default=0)
+        # No version that a caller knows may be above the guess: a revision of this batch, which is
+        # only guessed, could pass for that version.
+        versions = [command.expected_version for command in commands]
+        newest = max([*versions, *(record.version for record in known.values())], default=0)
         if newest > self._guess:  # another process has written since the last call
             self._batch_cursor.newest_revision = newest
             if self.changes:

@@ -99,6 +99,11 @@ class Command(Protocol):
         return None
 
     @property
+    def expected_version(self) -> int:
+        """The version that the row must have, as the caller knows it; 0 for any."""
+        return 0
+
+    @property
     def key(self) -> str | None:
         """The new idempotency key, to be read with the keys of all commands."""
         return None

@@ -10,7 +10,17 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, FakeClock, Location, MakeNode, MakeTask, engine_of, execute, feed
+from conftest import (
+    PATIENCE,
+    FakeClock,
+    Location,
+    MakeNode,
+    MakeTask,
+    OpenManager,
+    engine_of,
+    execute,
+    feed,
+)
 
 from openclaw_store import (
     Change,
@@ -497,6 +507,31 @@ async def test_call_needs_the_rows_of_the_last_commit(
         await TaskRepository(database).create(make_task())
 
     assert execute(location, "SELECT count(*) FROM tasks") == [(0,)]
+
+
+async def test_next_revision_does_not_pass_for_the_version_that_a_caller_knows(
+    manager: StateManager, open_manager: OpenManager, make_task: MakeTask
+) -> None:
+    """Planted: the revisions of a batch are guessed from the last one of this process.
+
+    Found by the campaign `history`.
+    """
+    other = await open_manager()
+    await other.add_task(make_task())
+    await manager.add_task(make_task())
+    await other.add_task(make_task(task_id="t"))  # the revision that `manager` will guess
+    outdated = await other.get_task("t")
+    assert outdated is not None
+    await other.remove_task("t")
+
+    added, updated = await asyncio.gather(
+        manager.task_repo.create(make_task(task_id="t")),
+        manager.task_repo.update(outdated),
+        return_exceptions=True,
+    )
+
+    assert added is True
+    assert isinstance(updated, StaleVersionError)
 
 
 WRITERS = 4
