@@ -11,11 +11,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
 
 from openclaw_store.domain import ENTITY_NAMES, NodeInfo, TaskStatus
 
 _NODE, _PENDING = ENTITY_NAMES[NodeInfo], TaskStatus.PENDING.value
+
+
+Step = tuple[str, str, str | None]
+"""Item, identifier and new status of a change."""
 
 
 class ClaimWaiters:
@@ -48,14 +51,10 @@ class ClaimWaiters:
         if future.done():
             self._wake(node_id, 1)
 
-    def notice(self, changes: Iterable[tuple[Any, Any, Any]]) -> None:
-        """Wake waiters after a commit.
-
-        Args:
-            changes: Item, identifier and new status of each change.
-        """
+    def notice(self, steps: Iterable[Step]) -> None:
+        """Wake waiters after a commit."""
         tasks, nodes = 0, set()
-        for item, id, status in changes:
+        for item, id, status in steps:
             if item == _NODE:
                 nodes.add(id)
             elif status == _PENDING:

@@ -106,7 +106,7 @@ class DirectAccess(Replica):
         is_busy = self._outdated.is_set()
         if revision > self.version:
             self._noticed = revision
-            if self._loop is not None and (self.watchers.count or self.claim_waiters):
+            if self._loop is not None and self.watchers:
                 self._loop.call_soon_threadsafe(self._outdated.set)  # raises if it was closed
         return not is_busy
 
@@ -116,9 +116,9 @@ class DirectAccess(Replica):
             self._outdated.clear()
             since = self._revision
             self._advance_to(self._noticed)
-            if self.claim_waiters:
+            if self.watchers.claims:
                 try:
-                    self.claim_waiters.notice(
+                    self.watchers.claims.notice(
                         await self.database.read(partial(_steps, since=since))
                     )
                 except BackendError:  # the next commit, or the end of the wait, tries again

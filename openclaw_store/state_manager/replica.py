@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from datetime import datetime, timedelta
 from functools import partial
-from operator import methodcaller
+from operator import itemgetter, methodcaller
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -58,6 +58,8 @@ from openclaw_store.repositories import (
 from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.change_feed import (
     ENTITY_ID,
+    ENTITY_NAME,
+    STEP_WIDTH,
     ChangeBatch,
     InitialState,
     entry_reader,
@@ -65,7 +67,6 @@ from openclaw_store.state_manager.change_feed import (
     read_initial_state,
     read_live,
 )
-from openclaw_store.state_manager.claim_waiters import ClaimWaiters
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -90,6 +91,10 @@ Applying a change takes a little longer than loading a task.
 """
 
 
+_step = itemgetter(ENTITY_NAME, ENTITY_ID, STEP_WIDTH - 1)
+"""Item, identifier and new status of a change in a batch."""
+
+
 class Replica:
     """The cache of one `StateManager`, and its exchange with the database."""
 
@@ -109,9 +114,7 @@ class Replica:
         self.last_refresh_at: datetime | None = None
         """End of the last complete refresh."""
         self.watchers = Watchers()
-        """Waiters for changes; all wake when the replica stops."""
-        self.claim_waiters = ClaimWaiters()
-        """Waiters for work; all wake when the replica stops."""
+        """Waiters for changes and for work; all wake when the replica stops."""
         self._unlisten: Callable[[], None] = lambda: None
         # The events committed during a load; `None` at other times.
         self._loading: list[Sequence[Event | HeartbeatWritten]] | None = None
@@ -164,7 +167,7 @@ class Replica:
             if self._flush_timer is not None:
                 self._flush_timer.cancel()
             self._unlisten()
-            self._wake_all()
+            self.watchers.wake_all()
 
     async def abandon(self) -> None:
         """Stop after the event loop of the replica was closed.
@@ -355,10 +358,8 @@ class Replica:
                 try:
                     cache.catch_up(batch)
                 finally:
-                    if self.watchers.count:
-                        self.watchers.wake(change[ENTITY_ID] for change in batch.changes)
-                    if self.claim_waiters:
-                        self.claim_waiters.notice((one[2], one[3], one[5]) for one in batch.changes)
+                    if self.watchers:
+                        self.watchers.notice(list(map(_step, batch.changes)))
                 is_behind = batch.revision < batch.read_at
             self.last_refresh_at = self.database.clock()
 
@@ -452,7 +453,7 @@ class Replica:
             self._loading = None
         cache.keep_unsaved(self.cache)
         self.cache = cache
-        self._wake_all()
+        self.watchers.wake_all()
         self.last_refresh_at = self.database.clock()
 
     async def _read_cache(self, session: AsyncSession, *, with_tasks: bool = True) -> Cache:
@@ -477,14 +478,8 @@ class Replica:
 
     def _wake_after(self, changes: Sequence[Change]) -> None:
         """Wake the waiters after a commit of this process."""
-        if self.watchers.count:
-            self.watchers.wake(change.item_id for change in changes)
-        if self.claim_waiters:
-            self.claim_waiters.notice((one.item, one.item_id, one.to_status) for one in changes)
-
-    def _wake_all(self) -> None:
-        self.watchers.wake_all()
-        self.claim_waiters.wake_all()
+        if self.watchers:
+            self.watchers.notice([(one.item, one.item_id, one.to_status) for one in changes])
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         """Request a refresh if the counters are ahead of the cache; called on any thread.

@@ -99,7 +99,7 @@ class Scheduler:
         self, node_id: str, limit: int, seconds: float, *, start: bool
     ) -> list[Record[Task]]:
         """Claim as `claim` does, as soon as there are tasks, or after that time without any."""
-        loop, waiters = asyncio.get_running_loop(), self._replica.claim_waiters
+        loop, waiters = asyncio.get_running_loop(), self._replica.watchers.claims
         deadline = loop.time() + seconds
         while True:
             with waiters.waiting(node_id) as woken:

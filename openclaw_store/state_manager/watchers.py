@@ -1,11 +1,13 @@
-"""Waiters for the next change, of any entity or of one task."""
+"""Waiters for the next change, of any entity or of one task, and for work."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+from openclaw_store.state_manager.claim_waiters import ClaimWaiters, Step
 
 WATCH_SECONDS = 1.0
 """Seconds after which a watcher reads the change log without being woken."""
@@ -16,8 +18,18 @@ class Watchers:
 
     def __init__(self) -> None:
         self.count = 0
-        """The number of waiters; without any, `wake` need not be called."""
+        """The number of waiters for changes."""
+        self.claims = ClaimWaiters()
+        """The waiters for work."""
         self._waiters: defaultdict[str | None, set[asyncio.Future[None]]] = defaultdict(set)
+
+    def __bool__(self) -> bool:
+        return bool(self.count or self.claims)
+
+    def notice(self, steps: Sequence[Step]) -> None:
+        """Wake the waiters after a commit; without any, this need not be called."""
+        self.wake(id for _, id, _ in steps)
+        self.claims.notice(steps)
 
     @contextmanager
     def next_change(self, task_id: str | None = None) -> Iterator[asyncio.Future[None]]:
@@ -45,3 +57,4 @@ class Watchers:
     def wake_all(self) -> None:
         """Wake all waiters."""
         self.wake(list(self._waiters))
+        self.claims.wake_all()
