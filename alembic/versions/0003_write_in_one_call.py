@@ -335,7 +335,9 @@ def downgrade() -> None:
         "counters", sa.Column("revision", sa.BigInteger(), server_default="0", nullable=False)
     )
     op.execute(
-        "UPDATE counters SET revision = coalesce((SELECT max(revision) FROM changes), compacted)"
+        "UPDATE counters SET revision = coalesce((SELECT max(revision) FROM changes), compacted), "
+        "beat = (SELECT max(beat) FROM "
+        "(SELECT beat FROM nodes UNION ALL SELECT counters.beat) AS numbers)"
     )
     if op.get_context().dialect.name == "postgresql":
         op.execute("DROP FUNCTION store_write_1")
