@@ -155,7 +155,7 @@ class NotOwnerError(ConflictError):
 
     Attributes:
         task_id: The identifier of the task.
-        node_id: The node of the caller.
+        node_id: The node of the caller; `None` for a copy that no node has claimed.
         attempt: The attempt of the caller.
         status: The state of the task.
         current_node: The node to which the task is assigned; `None` for no node.
@@ -173,8 +173,11 @@ class NotOwnerError(ConflictError):
     ) -> None:
         owner = "on no node" if current_node is None else f"on node {current_node!r}"
         super().__init__(
-            f"node {node_id!r} does not hold attempt {attempt} of task {task_id!r} any more: it is "
-            f"{status}, at attempt {current_attempt}, {owner}"
+            f"task {task_id!r} ({status}) was given without a node: claim it first, and pass the "
+            "task that claim_tasks returns"
+            if node_id is None
+            else f"node {node_id!r} does not hold attempt {attempt} of task {task_id!r} any more: "
+            f"it is {status}, at attempt {current_attempt}, {owner}"
         )
         self.task_id = task_id
         self.node_id = node_id

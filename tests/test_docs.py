@@ -386,7 +386,7 @@ class TestTutorial:
             await asyncio.wait(loops)
 
         assert (good.status, good.result) == (TaskStatus.COMPLETED, "done")
-        assert (bad.status, bad.error) == (TaskStatus.FAILED, "'seconds'")
+        assert (bad.status, bad.error) == (TaskStatus.FAILED, "KeyError: 'seconds'")
         assert (lost.status, lost.error) == (TaskStatus.FAILED, "node lost")
         assert [loop.cancelled() for loop in loops] == [True, True]
 

@@ -215,7 +215,7 @@ TABLES: dict[str, Callable[[], Iterator[Case]]] = {
         "task_id", ["name"], ["user_id"], ["required_skills", "parameters"]
     ),
     "texts of nodes": lambda: texts("node_id", ["hostname"], [], ["tags"]),
-    "counts of tasks": lambda: counts("timeout", "retry_count"),
+    "counts of tasks": lambda: counts("attempt", "retry_count"),
     "counts of nodes": lambda: counts("running_tasks", "port"),
     "percentages of nodes": lambda: floats("cpu_usage", 100),
     "seconds of nodes": lambda: floats("average_execution_time", FLOAT_MAX),

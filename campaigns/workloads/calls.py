@@ -15,6 +15,7 @@ from sqlalchemy import text
 
 from openclaw_store import (
     Database,
+    NodeFilter,
     NodeInfo,
     NodeRepository,
     NodeStatus,
@@ -189,6 +190,33 @@ async def _cancel_tasks(store: Store) -> Make:
     for _ in range(3):
         await store.task(user_id=user)
     return lambda: store.state.cancel_tasks(TaskFilter(user=user), "not needed any more")
+
+
+@public(in_batches=True)
+async def _requeue_tasks(store: Store) -> Make:
+    user = store.make_task().task_id
+    for _ in range(3):
+        await store.task(user_id=user, status=TaskStatus.FAILED)
+    return lambda: store.state.requeue_tasks(TaskFilter(user=user))
+
+
+@public(in_batches=True)
+async def _change_tasks(store: Store) -> Make:
+    user = store.make_task().task_id
+    for _ in range(3):
+        await store.task(user_id=user)
+    return lambda: store.state.change_tasks(TaskFilter(user=user), rename)
+
+
+@public(row="task_repo.get_tasks")
+async def _get_tasks(store: Store) -> Make:
+    tasks = [await store.finished() for _ in range(3)]
+    return partial(store.state.get_tasks, [task.task_id for task in tasks])
+
+
+@public(row="task_repo.count_tasks")
+async def _count_tasks(store: Store) -> Make:
+    return partial(store.state.count_tasks, TaskFilter(status=TaskStatus.PENDING))
 
 
 @public(row="task_repo.claim")
@@ -427,7 +455,8 @@ async def _diagnosed(store: Store) -> Make:
 FROM_MEMORY = frozenset(
     {
         "get_state", "get_task_stats", "get_node_stats", "get_pending_tasks", "get_all_nodes",
-        "get_online_nodes", "get_available_nodes", "find_nodes_by_skill",
+        "get_online_nodes", "get_available_nodes", "find_nodes_by_skill", "list_nodes",
+        "list_waiting",
     }
 )  # fmt: skip
 """Calls that need no database."""
@@ -440,6 +469,8 @@ READS: Sequence[tuple[str, Callable[[Store], Make]]] = (
     ("task_repo.count_by_status", lambda s: s.tasks.count_by_status),
     ("task_repo.count_old_tasks", lambda s: s.tasks.count_old_tasks),
     ("task_repo.list_tasks", lambda s: lambda: s.tasks.list_tasks(limit=5)),
+    ("task_repo.list_waiting", lambda s: lambda: s.tasks.list_waiting(5)),
+    ("node_repo.list_nodes", lambda s: lambda: s.nodes.list_nodes(NodeFilter(tag="x"))),
     ("node_repo.get", lambda s: lambda: s.nodes.get("node-0001")),
     ("node_repo.get_all_nodes", lambda s: s.nodes.get_all_nodes),
     ("node_repo.list_online_nodes", lambda s: s.nodes.list_online_nodes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ import openclaw_store
 from campaigns.workloads.fixture import Fixture
 from openclaw_store import (
     Database,
+    NodeFilter,
     NodeInfo,
     NodeRepository,
     NodeStatus,
@@ -158,6 +159,10 @@ async def _watch(fixture: Fixture) -> None:
                 break
 
 
+async def _collect(tasks: AsyncIterator[Task]) -> list[Task]:
+    return [task async for task in tasks]
+
+
 async def _empty_target(fixture: Fixture) -> None:
     """Empty the target of a copy, unless it holds an interrupted copy."""
     async with AsyncExitStack() as stack:
@@ -227,6 +232,9 @@ CALLS: dict[str, Call] = {
     "NodeRepository.list_by_status": Call(
         lambda fixture: fixture.node_repo.list_by_status(NodeStatus.OFFLINE)
     ),
+    "NodeRepository.list_nodes": Call(
+        lambda fixture: fixture.node_repo.list_nodes(NodeFilter(has_free_slots=True))
+    ),
     "NodeRepository.list_online_nodes": Call(lambda fixture: fixture.node_repo.list_online_nodes()),
     "NodeRepository.register": Call(
         lambda fixture: fixture.node_repo.register(fixture.node("lost"))
@@ -275,6 +283,13 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.manager.change_task(fixture.id("unsaved"), _rename),
         hold_unsaved,
     ),
+    "StateManager.change_tasks": Call(
+        lambda fixture: fixture.manager.change_tasks(
+            TaskFilter(user=fixture.id("user"), status=TaskStatus.PENDING), _rename
+        ),
+        hold_unsaved,
+        in_parts=True,
+    ),
     "StateManager.check_stale_nodes": Call(
         lambda fixture: fixture.manager.check_stale_nodes(), in_parts=True
     ),
@@ -286,6 +301,9 @@ CALLS: dict[str, Call] = {
     ),
     "StateManager.complete_task": Call(
         lambda fixture: fixture.manager.complete_task(fixture.tasks["running"], {"rows": 1})
+    ),
+    "StateManager.count_tasks": Call(
+        lambda fixture: fixture.manager.count_tasks(TaskFilter(user=fixture.id("user")))
     ),
     "StateManager.explain_task": Call(
         lambda fixture: fixture.manager.explain_task(fixture.id("done"))
@@ -306,13 +324,23 @@ CALLS: dict[str, Call] = {
     "StateManager.get_stats": Call(lambda fixture: fixture.manager.get_stats()),
     "StateManager.get_task": Call(lambda fixture: fixture.manager.get_task(fixture.id("nothing"))),
     "StateManager.get_task_stats": Call(lambda fixture: fixture.manager.get_task_stats()),
+    "StateManager.get_tasks": Call(
+        lambda fixture: fixture.manager.get_tasks([fixture.id("done"), fixture.id("nothing")])
+    ),
     "StateManager.history": Call(lambda fixture: fixture.manager.history(fixture.id("waiting"))),
     "StateManager.initialize": Call(
         lambda fixture: fixture.other.initialize(), after=_open_and_close
     ),
+    "StateManager.iter_tasks": Call(
+        lambda fixture: _collect(fixture.manager.iter_tasks(TaskFilter(user=fixture.id("user"))))
+    ),
+    "StateManager.list_nodes": Call(
+        lambda fixture: fixture.manager.list_nodes(NodeFilter(skill=fixture.id("skill")))
+    ),
     "StateManager.list_tasks": Call(
         lambda fixture: fixture.manager.list_tasks(TaskFilter(user=fixture.id("user")))
     ),
+    "StateManager.list_waiting": Call(lambda fixture: fixture.manager.list_waiting()),
     "StateManager.recover": Call(lambda fixture: fixture.manager.recover(), in_parts=True),
     "StateManager.refresh_from_database": Call(
         lambda fixture: fixture.manager.refresh_from_database()
@@ -332,6 +360,12 @@ CALLS: dict[str, Call] = {
     ),
     "StateManager.requeue_task": Call(
         lambda fixture: fixture.manager.requeue_task(fixture.id("done"))
+    ),
+    "StateManager.requeue_tasks": Call(
+        lambda fixture: fixture.manager.requeue_tasks(
+            TaskFilter(user=fixture.id("user"), status=TaskStatus.COMPLETED)
+        ),
+        in_parts=True,
     ),
     "StateManager.shutdown": Call(
         lambda fixture: fixture.other.shutdown(),
@@ -383,6 +417,9 @@ CALLS: dict[str, Call] = {
     ),
     "TaskRepository.count_by_status": Call(lambda fixture: fixture.task_repo.count_by_status()),
     "TaskRepository.count_old_tasks": Call(lambda fixture: fixture.task_repo.count_old_tasks()),
+    "TaskRepository.count_tasks": Call(
+        lambda fixture: fixture.task_repo.count_tasks(TaskFilter(user=fixture.id("user")))
+    ),
     "TaskRepository.create": Call(lambda fixture: fixture.task_repo.create(fixture.task("new"))),
     "TaskRepository.delete": Call(lambda fixture: fixture.task_repo.delete(fixture.id("running"))),
     "TaskRepository.fail": Call(
@@ -392,6 +429,13 @@ CALLS: dict[str, Call] = {
     "TaskRepository.get_record": Call(
         lambda fixture: fixture.task_repo.get_record(fixture.id("waiting"))
     ),
+    "TaskRepository.get_records": Call(
+        lambda fixture: fixture.task_repo.get_records([fixture.id("waiting")])
+    ),
+    "TaskRepository.get_tasks": Call(
+        lambda fixture: fixture.task_repo.get_tasks([fixture.id("waiting")])
+    ),
+    "TaskRepository.iter_tasks": Call(lambda fixture: _collect(fixture.task_repo.iter_tasks())),
     "TaskRepository.list_by_node": Call(
         lambda fixture: fixture.task_repo.list_by_node(fixture.id("busy"))
     ),
@@ -404,7 +448,11 @@ CALLS: dict[str, Call] = {
     "TaskRepository.list_pending_tasks": Call(
         lambda fixture: fixture.task_repo.list_pending_tasks()
     ),
+    "TaskRepository.list_records": Call(
+        lambda fixture: fixture.task_repo.list_records(None, after=None, limit=5)
+    ),
     "TaskRepository.list_tasks": Call(lambda fixture: fixture.task_repo.list_tasks()),
+    "TaskRepository.list_waiting": Call(lambda fixture: fixture.task_repo.list_waiting()),
     "TaskRepository.requeue": Call(lambda fixture: fixture.task_repo.requeue(fixture.id("done"))),
     "TaskRepository.start": Call(lambda fixture: fixture.task_repo.start(fixture.tasks["held"])),
     "TaskRepository.update": Call(

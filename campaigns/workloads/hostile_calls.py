@@ -39,6 +39,7 @@ NOT_CALLED = {
     "StateManager.get_stats": "takes nothing, and returns sizes and times",
     "Database.initialize": "is what each pair begins with",
     "Database.close": "takes nothing; each pair ends with it",
+    "TaskRepository.get_records": "takes the identifiers that get_tasks has checked",
     "Database.session": "takes nothing",
     "Database.get_stats": "takes nothing, and returns sizes and times",
     "Database.vacuum": "takes nothing",
@@ -123,7 +124,7 @@ def _method(kind: type[Any], name: str, function: Callable[..., Any]) -> Method:
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
-        if name not in ("self", "cls")
+        if name not in ("self", "cls") and parameter.kind is not parameter.VAR_KEYWORD
     }
     of_kind = getattr(kind, "kind", None)
     return Method(
@@ -186,7 +187,7 @@ class PairedStore:
                 result = call.run()
                 if inspect.isasyncgen(result):
                     async with contextlib.aclosing(result):
-                        result = await anext(result)
+                        result = await anext(result, None)
                 elif inspect.isawaitable(result):
                     result = await result
                 if "persist" in call.arguments or call.name.endswith("update_heartbeat"):

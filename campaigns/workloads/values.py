@@ -22,7 +22,7 @@ from random import Random
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo
 
-from openclaw_store import Backoff, NodeInfo, Task, TaskFilter
+from openclaw_store import Backoff, NodeFilter, NodeInfo, Task, TaskFilter, TaskPriority
 
 GREATEST, LEAST = 2**63 - 1, -(2**63)
 
@@ -186,7 +186,10 @@ _USUAL: Mapping[Any, Any] = {
     Iterable[str]: ["python"],
     dict[str, Any]: {"a": 1},
     Mapping[str, Any]: {"a": 1},
-    TaskFilter: TaskFilter(),
+    TaskFilter: TaskFilter(priority=list(TaskPriority)),
+    NodeFilter: NodeFilter(),
+    timedelta: timedelta(minutes=1),
+    BaseException: ValueError("no paper"),
     Path: "new.db",
     types.NoneType: None,
 }
@@ -222,6 +225,9 @@ class Values:
             Callable[[Task], object]: lambda: self.change(Task),
             Callable[[NodeInfo], object]: lambda: self.change(NodeInfo),
             TaskFilter: lambda: TaskFilter(**self.some(TaskFilter)),
+            NodeFilter: lambda: NodeFilter(**self.some(NodeFilter)),
+            timedelta: self.duration,
+            BaseException: lambda: ValueError(self.text()),
             Backoff: lambda: Backoff(jitter=0),
             Path: self.path,
             types.NoneType: lambda: None,
@@ -345,6 +351,12 @@ class Values:
         if chosen < 0.9:
             return Moment.combine(moment.date(), moment.timetz())
         return random.choice((moment.date(), moment.isoformat(), moment.timetz(), 0, 1.5))
+
+    def duration(self) -> Any:
+        random = self.random
+        if random.random() < 0.6:
+            return timedelta(seconds=random.randrange(1_000_000))
+        return random.choice((timedelta(0), timedelta(-1), timedelta.max, timedelta.min, 60, "1 h"))
 
     def member(self, kind: type[Enum]) -> Any:
         random = self.random

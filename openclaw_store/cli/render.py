@@ -170,7 +170,7 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
             change.revision,
             when(change.changed_at),
             *(() if of_one else (change.item, change.item_id)),
-            transition(change),
+            change.effect,
         )
         for change in found
     )
@@ -220,21 +220,6 @@ def number(count: int, what: str, verb: str = "") -> str:
     if count != 1:
         noun, auxiliary = f"{noun}s", {"is": "are", "was": "were"}.get(auxiliary, auxiliary)
     return " ".join(filter(None, [f"{count:,}", noun, auxiliary, verb]))
-
-
-def transition(change: Change) -> str:
-    """Format the effect of a change: `running → failed on atlas (no paper)`."""
-    steps = " → ".join(filter(None, dict.fromkeys([change.from_status, change.to_status])))
-    kind = f", {change.kind.value}" if change.kind.value in ("updated", "removed") else ""
-    node = f" on {change.node}" if change.node else ""
-    reason = f" ({change.reason})" if change.reason else ""
-    return f"{steps}{kind}{node}{reason}"
-
-
-def line(change: Change) -> str:
-    """Format a change in one line."""
-    text = f"{change.item} {change.item_id}: {transition(change)}"
-    return printable(f"{when(change.changed_at)} {change.revision} {text}")
 
 
 def as_json(document: Any, *, compact: bool = False) -> str:

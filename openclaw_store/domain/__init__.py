@@ -15,7 +15,13 @@ from openclaw_store.domain.changes import (
 )
 from openclaw_store.domain.clock import Clock, new_id, utc_now
 from openclaw_store.domain.conditions import free_slots, has_skills, is_due
-from openclaw_store.domain.filters import TaskFilter, TaskPage, check_filter
+from openclaw_store.domain.filters import (
+    NodeFilter,
+    TaskFilter,
+    TaskPage,
+    check_filter,
+    check_selection,
+)
 from openclaw_store.domain.lifecycle import (
     SET_BY_REGISTRATION,
     TURNED_BACK,
@@ -45,7 +51,6 @@ from openclaw_store.domain.records import (
     JSON_FIELDS,
     KEY,
     STAMPED,
-    STORE_FIELDS,
     Decode,
     Entity,
     Raw,
@@ -56,6 +61,7 @@ from openclaw_store.domain.records import (
     encode,
     write_back,
 )
+from openclaw_store.domain.serialization import STORE_FIELDS
 from openclaw_store.domain.validation import (
     MAX_ID_LENGTH,
     MAX_INTEGER,
@@ -70,5 +76,6 @@ from openclaw_store.domain.validation import (
     check_some,
     check_text,
     check_time,
+    describe_exception,
     encode_json,
 )

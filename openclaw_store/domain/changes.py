@@ -37,7 +37,10 @@ class ChangeKind(StrEnum):
 
 
 class Change(NamedTuple):
-    """One entry of the feed."""
+    """One entry of the feed.
+
+    `str` of it is one line: `2026-11-25 09:42:57 7 task t1: running → failed on atlas (no paper)`.
+    """
 
     revision: int
     changed_at: datetime
@@ -55,3 +58,17 @@ class Change(NamedTuple):
     reason: str | None
     previous: int | None = None
     """The revision of the preceding change of the same task or node, if any."""
+
+    def __str__(self) -> str:
+        moment = self.changed_at.replace(tzinfo=None).isoformat(" ", "seconds")
+        return f"{moment} {self.revision} {self.item} {self.item_id}: {self.effect}"
+
+    @property
+    def effect(self) -> str:
+        """The effect of the change: `running → failed on atlas (no paper)`."""
+        steps = " → ".join(filter(None, dict.fromkeys([self.from_status, self.to_status])))
+        is_named = self.kind in (ChangeKind.UPDATED, ChangeKind.REMOVED)
+        kind = f", {self.kind.value}" if is_named else ""
+        node = f" on {self.node}" if self.node else ""
+        reason = f" ({self.reason})" if self.reason else ""
+        return f"{steps}{kind}{node}{reason}"

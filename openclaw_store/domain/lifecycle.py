@@ -221,8 +221,14 @@ def complete(task: Record[Task], now: datetime, *, owner: Owner, result: bytes |
     )
 
 
-def fail(task: Record[Task], now: datetime, *, owner: Owner, error: str, wait: Wait) -> Outcome:
-    """Retry a task after `wait`, or end it as FAILED after its last retry; idempotent."""
+def fail(
+    task: Record[Task], now: datetime, *, owner: Owner, error: str, wait: Wait | None
+) -> Outcome:
+    """Retry a task after `wait`, or end it as FAILED after its last retry; idempotent.
+
+    Args:
+        wait: `None` for no retry.
+    """
     if task.status is TaskStatus.FAILED and owner == owner_of(task):
         return None
     return _not_owned(task, owner) or _failed(task, now, TaskStatus.FAILED, error, wait)
@@ -233,17 +239,15 @@ def cancel(
     now: datetime,
     *,
     reason: str | None,
-    version: int | None = None,
     grace: timedelta | None = None,
 ) -> Outcome:
     """Cancel a task, or ask the owner of a running task to do so; idempotent.
 
     Args:
         reason: Becomes the error of the task.
-        version: Cancel only this version; `None` for any.
         grace: Time that the owner of a running task has; `None` cancels at once.
     """
-    if task.status is TaskStatus.CANCELLED or version not in (None, task.version):
+    if task.status is TaskStatus.CANCELLED:
         return None
     if refusal := illegal_transition(task.task_id, task.status, TaskStatus.CANCELLED):
         return refusal
@@ -400,13 +404,13 @@ def _failed(
     now: datetime,
     status: TaskStatus,
     error: str,
-    wait: Wait,
+    wait: Wait | None,
 ) -> Step:
     """Retry a task after a failed attempt, or end it with `status` after its last retry."""
     if task.cancel_requested_at is not None:  # its result is not wanted
         return _cancelled(task, now, task.error)
     retry: int = task.retry_count + 1
-    if retry > task.max_retries:
+    if wait is None or retry > task.max_retries:
         values = _ended(task, status, now, error=error)
     else:
         values = {**_pending_after(wait(retry), now), "retry_count": retry, "error": error}

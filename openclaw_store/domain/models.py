@@ -169,13 +169,15 @@ class Task:
         affinity_tags: Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
         submitted_at: datetime | None = None,
+        **fields: Any,
     ) -> Task:
-        """Return a new pending task.
+        """Return a new task, which is pending unless `status` says otherwise.
 
         Args:
             task_id: `None` for a new identifier, which sorts by time.
             submitted_at: `None` for the present moment of the system's clock; pass the time if
                 the store has a clock of your own.
+            fields: Any other field of `Task`, such as `status` or `result`.
 
         Raises:
             InvalidDataError: If an argument has the wrong type, such as a text for a list of text.
@@ -199,6 +201,7 @@ class Task:
             expires_at=expires_at,
             affinity_tags=_optional_list("affinity_tags", affinity_tags),
             metadata=_dict("metadata", metadata),
+            **fields,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -213,17 +216,19 @@ class Task:
         return to_dict(self, Task, FIELD_CHECKS[Task], JSON_CHECKS)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], strict: bool = False) -> Self:
         """Return a task made from a dict, as from `to_dict`.
 
         Args:
             data: Values by field. Missing fields get their defaults, unknown fields are ignored; a
                 time without a zone is local.
+            strict: `True` refuses unknown fields, and the ones that only the store sets: `version`
+                and `updated_at`. Use it for the data of a client.
 
         Raises:
             InvalidDataError: If the store would refuse a field, or a required field is missing.
         """
-        return cls(**read_dict(data, Task, FIELD_CHECKS[Task], JSON_CHECKS))
+        return cls(**read_dict(data, Task, FIELD_CHECKS[Task], JSON_CHECKS, strict=strict))
 
 
 def _list(name: str, values: Iterable[str]) -> list[str]:
@@ -290,9 +295,9 @@ class NodeInfo:
         return to_dict(self, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any], strict: bool = False) -> Self:
         """Return a node made from a dict; see `Task.from_dict`."""
-        return cls(**read_dict(data, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS))
+        return cls(**read_dict(data, NodeInfo, FIELD_CHECKS[NodeInfo], JSON_CHECKS, strict=strict))
 
 
 @dataclass(frozen=True)

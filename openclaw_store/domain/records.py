@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 import orjson
 
 from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS, NodeInfo, Task
+from openclaw_store.domain.serialization import STORE_FIELDS
 from openclaw_store.domain.validation import EMPTY, PLAIN_TYPES, check_fields
 from openclaw_store.errors import InvalidDataError
 
@@ -226,6 +227,9 @@ def admit(
         name = KEY[kind].removesuffix("_id")
         raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(entity).__name__}")
     record = encode(entity, known)
+    # Not a check of the field: older stores may hold such a task, which must stay readable.
+    if kind is Task and record.timeout == 0 and (known is None or known.timeout != 0):
+        raise InvalidDataError("timeout", "must be at least 1 second, or None for no limit")
     created_at = "submitted_at" if kind is Task else "registered_at"
     return record if getattr(record, created_at) else record.evolve(**{created_at: clock()})
 
@@ -266,9 +270,6 @@ JSON_FIELDS: Mapping[type[Any], Mapping[str, type[Any]]] = {
     NodeInfo: {"available_skills": list, "tags": list},
 }
 """The JSON fields, with the type of their default."""
-
-STORE_FIELDS = frozenset({"version", "updated_at"})
-"""The fields that only the store sets."""
 
 STAMPED: Mapping[type[Any], Sequence[str]] = {
     Task: (

@@ -16,6 +16,9 @@ from openclaw_store.errors import InvalidDataError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+STORE_FIELDS = frozenset({"version", "updated_at"})
+"""The fields that only the store sets."""
+
 JsonCheck = Callable[[str, Any], bytes]
 """Takes the name and value of a JSON field; returns its text, or raises InvalidDataError."""
 
@@ -43,10 +46,22 @@ def read_dict(
     kind: type[DataclassInstance],
     checks: Mapping[str, Check],
     json_checks: Mapping[str, JsonCheck],
+    *,
+    strict: bool,
 ) -> dict[str, Any]:
-    """Return the fields of `kind` that `data` contains, which share nothing with it."""
+    """Return the fields of `kind` that `data` contains, which share nothing with it.
+
+    Args:
+        strict: Refuse unknown fields, and `STORE_FIELDS`.
+    """
     if not isinstance(data, Mapping):
         raise InvalidDataError("data", f"must be a dict, not {type(data).__name__}")
+    known = {field.name for field in fields(kind)}
+    for name in data if strict else ():
+        if name not in known:
+            raise InvalidDataError(str(name), f"is not a field of {kind.__name__}: remove it")
+        if name in STORE_FIELDS:
+            raise InvalidDataError(name, "is set by the store alone: remove it")
     values = {}
     reading = {name: read_time if check is check_time else check for name, check in checks.items()}
     for field in fields(kind):

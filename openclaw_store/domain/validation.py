@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -117,6 +118,12 @@ def check_text(name: str, value: Any, longest: int = MAX_TEXT_LENGTH) -> str:
         except UnicodeEncodeError:
             raise InvalidDataError(name, "must not contain a lone surrogate") from None
     return text
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return the type and text of an exception, as text that both databases can store."""
+    text = "".join(traceback.format_exception_only(error)).strip().replace("\0", "\\0")
+    return text[:MAX_TEXT_LENGTH].encode(errors="replace").decode()
 
 
 def check_count(name: str, value: Any) -> int:

@@ -24,6 +24,8 @@ from openclaw_store.repositories.commands import (
     SetNodeStatus,
     Update,
     cancellation_of,
+    change_of,
+    requeue_of,
 )
 from openclaw_store.repositories.heartbeats import (
     AfterHeartbeat,
@@ -39,7 +41,7 @@ from openclaw_store.repositories.row_reader import (
     read_rows,
     select_pending,
 )
-from openclaw_store.repositories.tasks import TaskRepository, is_known
+from openclaw_store.repositories.tasks import TaskRepository, check_ids, each_of_pages, is_known
 from openclaw_store.repositories.unit_of_work import (
     Command,
     Event,

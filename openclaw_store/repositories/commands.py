@@ -33,7 +33,9 @@ from openclaw_store.domain import (
     check_seconds,
     check_text,
     conditions,
+    describe_exception,
     encode_json,
+    key_of,
     lifecycle,
 )
 from openclaw_store.errors import (
@@ -245,7 +247,8 @@ class Advance(Command):
     """The task at any version, which may save the read."""
     related_keys: Sequence[EntityKey] = ()
     """The key of the node to which the task is probably assigned."""
-    expected_version: int = 0
+    version: int | None = None
+    """The only version to change; `None` for any."""
     kind: ClassVar[type[Any]] = Task
 
     @property
@@ -256,9 +259,17 @@ class Advance(Command):
     def known_task(self) -> Record[Any] | None:
         return self.known
 
+    @property
+    def expected_version(self) -> int:
+        return self.version or 0
+
     def decide(self, row: Row) -> Advanced | StoreError:
         task = row.content(self.known)
-        return missing(Task, self.id) if task is None else advance(row, task, self.decision)
+        if task is None:
+            return missing(Task, self.id)
+        if self.version not in (None, task.version):
+            return Advanced(task, is_changed=False)
+        return advance(row, task, self.decision)
 
 
 @dataclass(slots=True)
@@ -289,8 +300,10 @@ def completion_of(task: Task, result: Any) -> Advance:
     return _by_owner(task, partial(lifecycle.complete, result=text))
 
 
-def failure_of(task: Task, error: str, wait: Wait) -> Advance:
-    """Return the command by which the owner reports a failure."""
+def failure_of(task: Task, error: str | BaseException, wait: Wait | None) -> Advance:
+    """Return the command by which the owner reports a failure; without `wait`, the last one."""
+    if isinstance(error, BaseException):
+        error = describe_exception(error)
     text = check_text("error", error)
     return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait))
 
@@ -310,8 +323,8 @@ def cancellation_of(
     """Return the command that cancels a task, or only this version of it."""
     text = None if reason is None else check_text("reason", reason)
     grace = None if grace_seconds is None else check_seconds("grace_seconds", grace_seconds)
-    decision = partial(lifecycle.cancel, reason=text, version=version, grace=grace)
-    return Advance(check_key("task_id", task_id), decision, expected_version=version or 0)
+    decision = partial(lifecycle.cancel, reason=text, grace=grace)
+    return Advance(check_key("task_id", task_id), decision, version=version)
 
 
 def acknowledgement_of(task: Task) -> Advance:
@@ -319,9 +332,17 @@ def acknowledgement_of(task: Task) -> Advance:
     return _by_owner(task, lifecycle.acknowledge_cancel)
 
 
-def requeue_of(task_id: str) -> Advance:
-    """Return the command that requeues a finished task."""
-    return Advance(check_key("task_id", task_id), lifecycle.requeue)
+def requeue_of(task_id: str, version: int | None = None) -> Advance:
+    """Return the command that requeues a finished task, or only this version of it."""
+    return Advance(check_key("task_id", task_id), lifecycle.requeue, version=version)
+
+
+def change_of(known: Record[Entity], changed: Record[Entity]) -> Update[Entity] | None:
+    """Return the command that replaces a record by a changed one; `None` if they are equal."""
+    names = known.differences(changed)
+    if not names:
+        return None
+    return Update(*key_of(known), changed, names, known.version, known)
 
 
 def _by_owner(task: Task, decision: Callable[..., Outcome]) -> Advance:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from sqlalchemy import Float, cast, func, or_, select
+from sqlalchemy import Float, cast, func, or_
 
-from openclaw_store.database import NodeRow, statements_for
+from openclaw_store.database import NodeRow
 from openclaw_store.domain import (
     ALIVE,
     DEFAULT_BACKOFF,
     SET_BY_REGISTRATION,
     Backoff,
+    NodeFilter,
     NodeInfo,
     NodeStatus,
     admit,
     check_backoff,
     check_enum,
+    check_filter,
     check_key,
     check_seconds,
     check_text,
@@ -25,6 +28,7 @@ from openclaw_store.domain import (
 from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.commands import Register, SetNodeStatus
 from openclaw_store.repositories.heartbeats import Heartbeat
+from openclaw_store.repositories.queries import node_conditions
 
 node_status = check_enum(NodeStatus)
 
@@ -61,7 +65,7 @@ class NodeRepository(Repository[NodeInfo]):
 
     async def list_by_status(self, status: NodeStatus) -> list[NodeInfo]:
         """Return the nodes with this status, newest registered first."""
-        return await self._newest(NodeRow.status == node_status("status", status))
+        return await self.list_nodes(NodeFilter(status=node_status("status", status)))
 
     async def list_online_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes, newest registered first."""
@@ -69,7 +73,18 @@ class NodeRepository(Repository[NodeInfo]):
 
     async def get_all_nodes(self) -> list[NodeInfo]:
         """Return all nodes, newest registered first."""
-        return await self._newest()
+        return await self.list_nodes()
+
+    async def list_nodes(self, filter: NodeFilter | None = None) -> list[NodeInfo]:
+        """Return the nodes that match a filter, newest registered first.
+
+        Args:
+            filter: `None` for all nodes.
+
+        Raises:
+            InvalidDataError: If a condition of the filter is invalid.
+        """
+        return await self._newest(*self._conditions(filter))
 
     async def register(self, node: NodeInfo, backoff: Backoff = DEFAULT_BACKOFF) -> bool:
         """Add a node, or replace its former process; `node` receives the stored values.
@@ -118,9 +133,8 @@ class NodeRepository(Repository[NodeInfo]):
 
     async def find_by_skill(self, skill: str) -> list[NodeInfo]:
         """Return the ONLINE nodes with exactly this skill, newest registered first."""
-        skills = statements_for(self._database.dialect).elements(NodeRow.available_skills)
-        has_skill = select(skills).where(skills == check_text("skill", skill)).exists()
-        return await self._newest(NodeRow.status == NodeStatus.ONLINE, has_skill)
+        skill = check_text("skill", skill)
+        return await self.list_nodes(NodeFilter(status=NodeStatus.ONLINE, skill=skill))
 
     async def get_available_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes with a free slot, least loaded first.
@@ -129,11 +143,14 @@ class NodeRepository(Repository[NodeInfo]):
         identifier.
         """
         load = cast(NodeRow.running_tasks, Float) / NodeRow.max_concurrent_tasks
-        query = self._select(
-            NodeRow.status == NodeStatus.ONLINE,
-            NodeRow.running_tasks < NodeRow.max_concurrent_tasks,
-        ).order_by(load, NodeRow.running_tasks, NodeRow.node_id)
-        return await self._list(query)
+        order = (load, NodeRow.running_tasks, NodeRow.node_id)
+        free = self._select(*self._conditions(NodeFilter(has_free_slots=True)))
+        return await self._list(free.order_by(*order))
+
+    def _conditions(self, filter: NodeFilter | None) -> Iterator[Any]:
+        now = self._database.clock()
+        checked = check_filter(NodeFilter, filter, now)
+        return node_conditions(checked, now, self._database.dialect)
 
     async def _newest(self, *conditions: Any) -> list[NodeInfo]:
         order = (NodeRow.registered_at.desc(), NodeRow.node_id)

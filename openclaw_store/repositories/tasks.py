@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
@@ -10,7 +10,14 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import IS_DELAYED, IS_EXPIRING, Database, TaskRow
+from openclaw_store.database import (
+    COLUMNS,
+    IS_DELAYED,
+    IS_EXPIRING,
+    Database,
+    TaskRow,
+    statements_for,
+)
 from openclaw_store.domain import (
     DEFAULT_BACKOFF,
     MAX_INTEGER,
@@ -26,7 +33,7 @@ from openclaw_store.domain import (
     check_limit,
     check_some,
 )
-from openclaw_store.errors import TaskNotFoundError
+from openclaw_store.errors import InvalidDataError, TaskNotFoundError, safe_repr
 from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.commands import (
     Advance,
@@ -40,7 +47,7 @@ from openclaw_store.repositories.commands import (
     requeue_of,
     start_of,
 )
-from openclaw_store.repositories.queries import after_cursor, conditions, cursor_of
+from openclaw_store.repositories.queries import after_cursor, cursor_of, task_conditions
 from openclaw_store.repositories.retention import (
     count_old_tasks,
     parse_policy,
@@ -49,9 +56,16 @@ from openclaw_store.repositories.retention import (
 )
 from openclaw_store.repositories.row_reader import (
     decoder_here,
+    read_records,
     read_rows,
     select_pending,
 )
+
+ITER_PAGE_SIZE = 250
+"""Tasks on a page of `iter_tasks`."""
+
+ID_BATCH_SIZE = 250
+"""Tasks that `get_tasks` reads with one query."""
 
 
 class TaskRepository(Repository[Task]):
@@ -127,14 +141,18 @@ class TaskRepository(Repository[Task]):
         """
         return await self._advance(completion_of(task, result))
 
-    async def fail(self, task: Task, error: str) -> Task:
+    async def fail(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
         """Report an error; the task is PENDING again, or FAILED after its last retry.
+
+        Args:
+            error: A text, or an exception: its type and text.
+            retry: `False` ends the task at once.
 
         Raises:
             TaskNotFoundError: If it was removed.
             NotOwnerError: If this attempt is no longer assigned to its node.
         """
-        return await self._advance(failure_of(task, error, self._backoff.draw()))
+        return await self._advance(failure_of(task, error, self._backoff.draw() if retry else None))
 
     async def release(self, task: Task, reason: str | None = None) -> Task:
         """Make an assigned task PENDING again at no cost; return the stored task.
@@ -194,9 +212,16 @@ class TaskRepository(Repository[Task]):
         Raises:
             InvalidDataError: If a condition of the filter, or the cursor, is invalid.
         """
+        records, after = await self.list_records(filter, after=after, limit=limit)
+        return TaskPage(self._copies(records), after)
+
+    async def list_records(
+        self, filter: TaskFilter | None, *, after: str | None, limit: int
+    ) -> tuple[list[Record[Task]], str | None]:
+        """Return a page as `list_tasks`, as records, and the cursor of the next one."""
         check_some("limit", limit)
-        checked = check_filter(filter)
-        wanted = list(conditions(checked, self._database.dialect))
+        checked = check_filter(TaskFilter, filter, self._database.clock())
+        wanted = list(task_conditions(checked, self._database.dialect))
         if after is not None:
             wanted.append(after_cursor(after))
         queries = [
@@ -218,8 +243,47 @@ class TaskRepository(Repository[Task]):
             return found[: limit + 1]
 
         found = await self._read(run)
-        tasks = self._copies(found[:limit])
-        return TaskPage(tasks, cursor_of(tasks[-1]) if len(found) > limit else None)
+        return found[:limit], cursor_of(found[limit - 1]) if len(found) > limit else None
+
+    async def iter_tasks(self, filter: TaskFilter | None = None) -> AsyncIterator[Task]:
+        """Yield the tasks that match a filter as `list_tasks`, one page in memory at a time.
+
+        Raises:
+            InvalidDataError: If a condition of the filter is invalid.
+        """
+        checked = check_filter(TaskFilter, filter, self._database.clock())
+        async for task in each_of_pages(partial(self.list_tasks, checked, limit=ITER_PAGE_SIZE)):
+            yield task
+
+    async def count_tasks(self, filter: TaskFilter | None = None) -> int:
+        """Count the tasks that match a filter.
+
+        Raises:
+            InvalidDataError: If a condition of the filter is invalid.
+        """
+        checked = check_filter(TaskFilter, filter, self._database.clock())
+        wanted = list(task_conditions(checked, self._database.dialect))
+        if isinstance(checked.status, tuple):
+            wanted.append(TaskRow.status.in_(checked.status))
+        return await self._count(*wanted)
+
+    async def get_tasks(self, ids: Iterable[str]) -> list[Task | None]:
+        """Return the tasks with these identifiers, in their order; `None` for an unknown one."""
+        tasks: list[Task | None] = []
+        wanted = check_ids(ids)
+        for start in range(0, len(wanted), ID_BATCH_SIZE):
+            part = wanted[start : start + ID_BATCH_SIZE]
+            found = await self.get_records(part)
+            copies = iter(self._copies([found[id] for id in part if id in found]))
+            tasks += [next(copies) if id in found else None for id in part]
+        return tasks
+
+    async def get_records(self, ids: Sequence[str]) -> dict[str, Record[Task]]:
+        """Return the records of up to `ID_BATCH_SIZE` tasks, without unknown ones."""
+        sql = statements_for(self._database.dialect)
+        query = sql.by_ids(Task, COLUMNS[Task], sql.given(list(dict.fromkeys(ids))))
+        records = await self._read(partial(read_records, kind=Task, query=query))
+        return {record.task_id: record for record in records}
 
     def _states_of(self, filter: TaskFilter) -> Sequence[Sequence[Any]]:
         """Return conditions on the status, one for each query that an index answers in order."""
@@ -243,6 +307,12 @@ class TaskRepository(Repository[Task]):
     async def list_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Return pending and scheduled tasks by priority, time of submission and identifier."""
         return await self._list(select_pending(), check_limit(limit))
+
+    async def list_waiting(self, limit: int | None = 50) -> list[Task]:
+        """Return pending tasks, due or not, by priority, time of submission and identifier."""
+        # Not `= 'pending'`: SQLite could choose the index on the status, and sort.
+        query = select_pending().where(TaskRow.status != TaskStatus.SCHEDULED)
+        return await self._list(query, check_limit(limit))
 
     async def next_due_at(self) -> datetime | None:
         """Return the earliest time at which a delayed task becomes due; `None` without any."""
@@ -268,9 +338,12 @@ class TaskRepository(Repository[Task]):
 
     async def count_by_status(self, status: TaskStatus | None = None) -> int:
         """Count the tasks with this status; `None` counts all."""
-        query = select(func.count()).select_from(TaskRow)
-        if status is not None:
-            query = query.where(TaskRow.status == task_status("status", status))
+        if status is None:
+            return await self._count()
+        return await self._count(TaskRow.status == task_status("status", status))
+
+    async def _count(self, *conditions: Any) -> int:
+        query = select(func.count()).select_from(TaskRow).where(*conditions)
 
         async def run(session: AsyncSession) -> int:
             return int(await session.scalar(query) or 0)
@@ -313,6 +386,24 @@ class TaskRepository(Repository[Task]):
         # with the identifiers is larger by half.
         query = self._select(condition).order_by(TaskRow.submitted_at.desc())
         return await self._list(query, check_limit(limit))
+
+
+async def each_of_pages(list_page: Callable[..., Awaitable[TaskPage]]) -> AsyncIterator[Task]:
+    """Yield the tasks of all pages; `list_page` takes the cursor as `after`."""
+    page = await list_page(after=None)
+    while True:
+        for task in page:
+            yield task
+        if page.after is None:
+            return
+        page = await list_page(after=page.after)
+
+
+def check_ids(ids: Iterable[str]) -> list[str]:
+    """Return identifiers of tasks as a list."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise InvalidDataError("ids", f"must be a list of identifiers, not {safe_repr(ids)}")
+    return [check_key("ids", id) for id in ids]
 
 
 async def is_known(work: Awaitable[object]) -> bool:

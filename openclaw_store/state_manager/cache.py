@@ -260,11 +260,6 @@ class Cache:
                 record = self.unsaved[key].record
         return record
 
-    def pending(self, limit: int | None) -> list[Record[Task]]:
-        """Return pending and scheduled tasks by priority, time of submission and identifier."""
-        found = [self.tasks.get(id) for _, _, id in self.task_index.pending.first(limit)]
-        return [record for record in found if record is not None]
-
     def task_stats(self) -> dict[str, int]:
         """Return the number of tasks in the database, by status."""
         # A count can be one too low after a change of a task that another process changed before,

@@ -40,6 +40,7 @@ from openclaw_store.state_manager.scheduler import Scheduler
 logger = logging.getLogger("openclaw_store.state_manager")
 
 T = TypeVar("T")
+Copy = TypeVar("Copy")
 
 COPY_SLICE_SIZE = 100
 """Number of entities copied before other coroutines run."""
@@ -207,6 +208,14 @@ class ManagerBase:
         self, repository: Repository[Entity], id: str, fn: Callable[[Entity], object]
     ) -> Entity | None:
         self._check_usable()
+        change = self._change_by(repository.kind, fn)
+        changed = await self._replica.change((repository.kind, id), change)
+        return None if changed is None else changed.copy()
+
+    def _change_by(
+        self, kind: type[Entity], fn: Callable[[Entity], object]
+    ) -> Callable[[Record[Entity]], Record[Entity]]:
+        """Return a function that returns the record which `fn` makes of another one."""
         if not callable(fn):
             raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
@@ -217,10 +226,12 @@ class ManagerBase:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
-            return admit(repository.kind, copy, self.db.clock, known)
+            changed = admit(kind, copy, self.db.clock, known)
+            if changed.id != known.id:
+                raise InvalidDataError(KEY[kind], f"must not be changed, from {known.id!r}")
+            return changed
 
-        changed = await self._replica.change((repository.kind, id), change)
-        return None if changed is None else changed.copy()
+        return change
 
     async def _add(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
         self._check_usable()
@@ -264,9 +275,9 @@ def _refuse_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
         raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
 
 
-async def copy_in_slices(items: Sequence[T], copy: Callable[[T], Entity]) -> list[Entity]:
+async def copy_in_slices(items: Sequence[T], copy: Callable[[T], Copy]) -> list[Copy]:
     """Return copies for the caller; other coroutines run between two slices of a long list."""
-    copies: list[Entity] = []
+    copies: list[Copy] = []
     for start in range(0, len(items), COPY_SLICE_SIZE):
         if start:
             await asyncio.sleep(0)

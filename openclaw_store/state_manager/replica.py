@@ -18,7 +18,6 @@ from openclaw_store.backends import Notifier
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
     ENTITY_NAMES,
-    KEY,
     Change,
     Entity,
     EntityKey,
@@ -31,7 +30,6 @@ from openclaw_store.domain import (
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
-    InvalidDataError,
     NotFoundError,
     StaleVersionError,
     UnavailableError,
@@ -53,6 +51,7 @@ from openclaw_store.repositories import (
     apply,
     apply_heartbeats,
     apply_together,
+    change_of,
     read_changes,
 )
 from openclaw_store.state_manager.cache import Cache
@@ -300,14 +299,10 @@ class Replica:
             known = await self.find(key)
             if known is None:
                 return None
-            changed = fn(known)
-            if key_of(changed) != key:
-                raise InvalidDataError(KEY[key[0]], f"must not be changed, from {key[1]!r}")
-            names = known.differences(changed)
-            if not names:
+            update = change_of(known, fn(known))
+            if update is None:
                 return known
             try:
-                update = Update(*key, changed, names, known.version, known)
                 stored: Record[Entity] = await self.submit(update)
                 return stored
             except NotFoundError:

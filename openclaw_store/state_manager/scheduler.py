@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
+from typing import Any, TypeVar
 
 from openclaw_store.domain import (
-    LIVE,
     Backoff,
     NodeInfo,
     NodeStatus,
@@ -31,6 +31,7 @@ from openclaw_store.errors import (
     ConflictError,
     NotFoundError,
     NotOwnerError,
+    StoreError,
     TaskNotFoundError,
     UnsavedConflictError,
 )
@@ -38,10 +39,10 @@ from openclaw_store.repositories import (
     Advance,
     Advanced,
     Claim,
+    Command,
     Recover,
     Register,
     SetNodeStatus,
-    cancellation_of,
 )
 from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.explain import Explanation, explain
@@ -51,14 +52,19 @@ from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
 logger = logging.getLogger("openclaw_store.dispatcher")
 
-ADVANCE_BATCH_SIZE = 200
+WRITE_BATCH_SIZE = 200
 """Commands submitted together."""
 
 PENDING_SLICE_SIZE = 100
 """Pending tasks examined before other coroutines run."""
 
 TASK_PAGE_SIZE = 1000
-"""Tasks on a page of `cancel_all`."""
+"""Tasks selected at once for a change of many."""
+
+REFUSALS = (ConflictError, NotFoundError)
+"""Errors of a command whose task was changed or removed meanwhile."""
+
+Written = TypeVar("Written", bound=Command)
 
 
 @dataclass(frozen=True)
@@ -198,47 +204,76 @@ class Scheduler:
             Recover(task_id, partial(recover, wait=self._backoff.draw()))
             for task_id in await self._recoverable(patience, longest_wait, unstarted)
         ]
-        async for done in self.advance_all(commands):
+        async for _, done in self.write_all(commands):
             lists[done.record.status].append(done.record.task_id)
         return recovery
 
-    async def cancel_all(self, filter: TaskFilter, reason: str | None) -> list[str]:
-        states = LIVE if filter.status is None else LIVE.intersection(filter.status)
-        live = replace(filter, status=tuple(states))
+    async def write_selected(
+        self,
+        filter: TaskFilter,
+        command_of: Callable[[Record[Task]], Command | None],
+        skipped: tuple[type[StoreError], ...] = REFUSALS,
+    ) -> list[str]:
+        """Submit a command for each task that matches a checked filter.
+
+        A task that was changed after it was selected is selected again, if it still matches.
+
+        Args:
+            command_of: Makes the command of one version of a task; `None` for a task to leave.
+            skipped: Refusals that leave their task as it is; another error ends the call.
+
+        Returns:
+            The identifiers of the changed tasks.
+        """
         with suppress(UnsavedConflictError):  # the query finds only stored tasks
             await self._replica.sync()
-        cancelled: list[str] = []
-        refused: list[Task] = []
+        written: dict[str, None] = {}
+        refused: list[tuple[str, int]] = []
         after: str | None = None
+        tasks = self._replica.tasks
         while True:
-            page = await self._replica.tasks.list_tasks(live, after=after, limit=TASK_PAGE_SIZE)
-            commands = [cancellation_of(one.task_id, reason, one.version) for one in page]
-            done = [one async for one in self.advance_all(commands)]
-            cancelled += [one.record.task_id for one in done]
-            if len(done) < len(page) and page.tasks != refused:
-                refused = page.tasks  # final, if the next page is the same
+            page, following = await tasks.list_records(filter, after=after, limit=TASK_PAGE_SIZE)
+            unchanged = 0
+            for start in range(0, len(page), WRITE_BATCH_SIZE):
+                part = page[start : start + WRITE_BATCH_SIZE]
+                made = [command_of(task) for task in part if task.task_id not in written]
+                commands = [command for command in made if command is not None]
+                unchanged += len(commands)
+                async for command, _ in self.write_all(commands, skipped):
+                    written[command.id] = None
+                    unchanged -= 1
+            selected = [(task.task_id, task.version) for task in page]
+            if unchanged and selected != refused:
+                refused = selected  # final, if the next page is the same
                 continue  # changed meanwhile: read again, they may no longer match
-            after = page.after
+            after = following
             if after is None:
-                return cancelled
+                return list(written)
 
-    async def advance_all(self, commands: Sequence[Advance]) -> AsyncIterator[Advanced]:
-        """Change the status of many tasks; yield each result that is a change.
-
-        Refused and removed tasks are skipped.
+    async def write_all(
+        self,
+        commands: Sequence[Written],
+        skipped: tuple[type[StoreError], ...] = REFUSALS,
+    ) -> AsyncIterator[tuple[Written, Any]]:
+        """Submit many commands; yield each one that changed its task, with its result.
 
         Raises:
             BackendError: If the database could not be written; earlier batches stay committed.
         """
-        for start in range(0, len(commands), ADVANCE_BATCH_SIZE):
-            part = commands[start : start + ADVANCE_BATCH_SIZE]
-            outcomes = await asyncio.gather(*map(self.advance, part), return_exceptions=True)
-            for outcome in outcomes:
-                if isinstance(outcome, Advanced):
-                    if outcome.is_changed:
-                        yield outcome
-                elif not isinstance(outcome, ConflictError | NotFoundError):
-                    raise outcome
+        for start in range(0, len(commands), WRITE_BATCH_SIZE):
+            part = commands[start : start + WRITE_BATCH_SIZE]
+            outcomes = await asyncio.gather(*map(self._write, part), return_exceptions=True)
+            for command, outcome in zip(part, outcomes, strict=True):
+                if isinstance(outcome, BaseException):
+                    if not isinstance(outcome, skipped):
+                        raise outcome
+                elif not isinstance(outcome, Advanced) or outcome.is_changed:
+                    yield command, outcome
+
+    def _write(self, command: Command) -> Coroutine[Any, Any, Any]:
+        return (
+            self.advance(command) if isinstance(command, Advance) else self._replica.submit(command)
+        )
 
     async def explain(self, task_id: str) -> Explanation:
         task = await self._replica.find((Task, task_id))

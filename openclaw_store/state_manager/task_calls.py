@@ -12,15 +12,11 @@ from openclaw_store.domain import (
     FINISHED,
     Record,
     Task,
-    TaskFilter,
-    TaskPage,
     admit,
-    check_filter,
     check_key,
     check_limit,
     check_number,
     check_some,
-    check_text,
     write_back,
 )
 from openclaw_store.errors import (
@@ -30,11 +26,13 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.repositories import commands, is_known
+from openclaw_store.repositories import check_ids, commands, is_known
+from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
 from openclaw_store.state_manager.manager_base import COPY_SLICE_SIZE, ManagerBase, copy_in_slices
 from openclaw_store.state_manager.scheduler import Recovery
+from openclaw_store.state_manager.task_index import PendingKey
 
 ADD_BATCH_SIZE = 1000
 """Maximum number of tasks that `add_tasks` writes in one transaction."""
@@ -67,14 +65,50 @@ class TaskCalls(ManagerBase):
         limit = check_limit(limit)
         if isinstance(self._replica, DirectAccess):
             return await self.task_repo.list_pending_tasks(limit)
-        cache = self._replica.cache
-        if limit is not None and limit <= COPY_SLICE_SIZE:
-            return await copy_in_slices(cache.pending(limit), Record.copy)
-        # The snapshot fixes the state of this moment: the copies are made in slices.
-        tasks = cache.tasks.snapshot()
-        return await copy_in_slices(
-            cache.task_index.pending.first(limit), lambda key: tasks[key[2]]
-        )
+        return await self._copies(self._replica.cache.task_index.pending.first(limit))
+
+    async def list_waiting(self, limit: int | None = 50) -> list[Task]:
+        """Return pending tasks, due or not, by priority, time of submission and identifier.
+
+        Scheduled tasks, which `get_pending_tasks` contains, are left out.
+
+        Args:
+            limit: Maximum number of tasks; `None` returns all.
+        """
+        self._check_usable()
+        limit = check_limit(limit)
+        if isinstance(self._replica, DirectAccess):
+            return await self.task_repo.list_waiting(limit)
+        index = self._replica.cache.task_index
+        assigned = set[str]().union(*index.assigned.values())
+        keys = index.pending.first(None if limit is None else limit + len(assigned))
+        return await self._copies([key for key in keys if key[2] not in assigned][:limit])
+
+    async def _copies(self, keys: Sequence[PendingKey]) -> list[Task]:
+        """Return the tasks of keys of the index, all as they are at this moment."""
+        tasks = self._replica.cache.tasks
+        if len(keys) <= COPY_SLICE_SIZE:
+            records = [tasks.get(id) for _, _, id in keys]
+            return [record.copy() for record in records if record is not None]
+        snapshot = tasks.snapshot()  # the copies are made in slices
+        return await copy_in_slices(keys, lambda key: snapshot[key[2]])
+
+    async def get_tasks(self, ids: Iterable[str]) -> list[Task | None]:
+        """Return the tasks with these identifiers, in their order; `None` for an unknown one.
+
+        The tasks that are not in memory are read together.
+        """
+        self._check_usable()
+        wanted = check_ids(ids)
+        found = {id: self._replica.cache.task(id) for id in wanted}
+        unknown = [id for id, record in found.items() if record is None]
+        for start in range(0, len(unknown), ID_BATCH_SIZE):
+            read = await self.task_repo.get_records(unknown[start : start + ID_BATCH_SIZE])
+            await self._replica.catch_up_to(max((one.version for one in read.values()), default=0))
+            found.update(read)
+        cache = self._replica.cache  # may be newer by now
+        records = [cache.task(id) or found[id] for id in wanted]
+        return await copy_in_slices(records, lambda one: None if one is None else one.copy())
 
     async def add_task(self, task: Task, persist: bool = True) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -198,51 +232,6 @@ class TaskCalls(ManagerBase):
                 write_back(result, chunk[index])
         return outcomes
 
-    async def list_tasks(
-        self, filter: TaskFilter | None = None, *, after: str | None = None, limit: int = 100
-    ) -> TaskPage:
-        """Return a page of the tasks that match a filter, newest submitted first.
-
-        Tasks submitted at the same time are in descending order of their identifiers. The page
-        comes from the database: it contains finished tasks, but no unsaved entries. From the first
-        page to the last, no task comes twice, and a task that matches throughout is not left out.
-
-        Args:
-            filter: `None` for all tasks.
-            after: `after` of the page before; `None` for the first page.
-            limit: Maximum number of tasks on the page.
-
-        Raises:
-            InvalidDataError: If a condition of the filter, or the cursor, is invalid.
-        """
-        self._check_usable()
-        page = await self.task_repo.list_tasks(filter, after=after, limit=limit)
-        await self._replica.catch_up_to(max((task.version for task in page), default=0))
-        return page
-
-    async def cancel_tasks(
-        self, filter: TaskFilter | None = None, reason: str | None = None
-    ) -> list[str]:
-        """Cancel the live tasks that match a filter, in batches.
-
-        Args:
-            filter: `None` for all tasks.
-            reason: The `error` of the cancelled tasks; the change log contains it, too.
-
-        Returns:
-            The identifiers of the cancelled tasks.
-
-        Raises:
-            InvalidDataError: If a condition of the filter, or the reason, is invalid.
-            BackendError: If the database could not be written. Tasks cancelled before stay
-                cancelled; the call can be repeated.
-        """
-        self._check_usable()
-        checked = check_filter(filter)
-        if reason is not None:
-            check_text("reason", reason)
-        return await self._scheduler.cancel_all(checked, reason)
-
     async def claim_tasks(
         self,
         node_id: str,
@@ -309,17 +298,22 @@ class TaskCalls(ManagerBase):
         """
         return await self._advance(commands.completion_of(task, result))
 
-    async def fail_task(self, task: Task, error: str) -> Task:
+    async def fail_task(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
         """Report a failed attempt on behalf of the node of a task, as in `start_task`.
 
         The task is PENDING again, and due after the delay of the manager's `backoff`. After its
         last retry (`max_retries`) it is FAILED.
 
+        Args:
+            error: A text, or an exception: its type and text.
+            retry: `False` ends the task as FAILED at once, for an error that a retry cannot cure.
+
         Raises:
             TaskNotFoundError: If the task was removed.
             NotOwnerError: As in `start_task`.
         """
-        return await self._advance(commands.failure_of(task, error, self._backoff.draw()))
+        wait = self._backoff.draw() if retry else None
+        return await self._advance(commands.failure_of(task, error, wait))
 
     async def release_task(self, task: Task, reason: str | None = None) -> Task:
         """Give a task back on behalf of its node, as in `start_task`: it is PENDING at once.

@@ -299,11 +299,14 @@ class TestWatch:
 
         moment = "2026-03-01 12:12:04"
         assert json.loads(known.stdout)["item_id"] == "one"
-        assert (await watching).stdout.splitlines() == [
+        lines = [
             f"{moment} {since + 1} task one: pending",
             f"{moment} {since + 2} task two: pending",
             f"{moment} {since + 3} task one: pending → cancelled (not needed)",
         ]
+        assert (await watching).stdout.splitlines() == lines
+        changes = await cluster.history("one") + await cluster.history("two")
+        assert sorted(map(str, changes)) == lines
 
     async def test_revision_that_is_gone_or_to_come_is_refused(
         self, run: Run, cluster: StateManager, clock: FakeClock

@@ -42,6 +42,7 @@ from openclaw_store import (
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.domain import clock as clock_module
 from openclaw_store.domain.models import ALIVE, FINISHED
+from openclaw_store.domain.records import JSON_FIELDS
 
 ERRORS = [
     InvalidDataError("name", "must be text"),
@@ -139,6 +140,16 @@ class TestTaskCreate:
         task = Task.create(TaskType.DAEMON, "watch", **given)
 
         assert {name: getattr(task, name) for name in given} == given
+
+    def test_takes_every_field(self) -> None:
+        """Existing callers pass `status` or `result`."""
+        odd: dict[str, Any] = {field.name: f"a {field.name}" for field in fields(Task)}
+        for name, empty in JSON_FIELDS[Task].items():
+            odd[name] = {"a": 1} if empty is dict else ["a"]
+
+        assert Task.create(**odd) == Task(**odd)
+        with pytest.raises(TypeError, match="stauts"):
+            Task.create(TaskType.BATCH, "x", stauts=TaskStatus.RUNNING)
 
     def test_shares_no_list_or_dict_with_its_caller(self) -> None:
         skills, parameters = ["python"], {"input": "a.csv"}

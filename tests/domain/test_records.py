@@ -6,8 +6,9 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, StrEnum
@@ -30,6 +31,7 @@ from openclaw_store import (
     TaskPriority,
     TaskStatus,
     TaskType,
+    verify,
 )
 from openclaw_store.database.row_codec import FIELDS, codec_of, decoder_of
 from openclaw_store.database.types import to_microseconds
@@ -279,7 +281,7 @@ ODD_TASKS: list[tuple[str, Any]] = [
     ("name", "'); DROP TABLE tasks; --"),
     ("description", "x" * MAX_TEXT_LENGTH),
     ("error", ""),
-    ("timeout", 0),
+    ("timeout", 1),
     ("timeout", MAX),
     ("retry_count", MAX),
     ("max_retries", 0),
@@ -422,6 +424,39 @@ class TestRefused:
 
         assert await manager.get_node(node.node_id) == node
         assert await manager.node_repo.get(node.node_id) == node
+
+    async def test_timeout_of_nothing_is_refused_and_a_stored_one_stays_readable(
+        self, manager: StateManager, make_task: MakeTask, location: Location
+    ) -> None:
+        task = make_task()
+        await manager.add_task(task)
+        nothing = make_task(timeout=0)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: manager.add_task(nothing),
+            lambda: manager.add_task(nothing, persist=False),
+            lambda: manager.submit_task(nothing),
+            lambda: manager.task_repo.create(nothing),
+            lambda: manager.update_task(replace(task, timeout=0)),
+            lambda: manager.change_task(task.task_id, lambda task: setattr(task, "timeout", 0)),
+        ]
+        for call in calls:
+            with pytest.raises(InvalidDataError, match="timeout: must be at least 1 second"):
+                await call()
+        [outcome] = await manager.add_tasks([nothing])
+        assert isinstance(outcome, InvalidDataError)
+        assert manager.version == task.version
+
+        execute(location, "UPDATE tasks SET timeout = 0")  # by an older version of the library
+        found = await manager.task_repo.get(task.task_id)
+        assert found is not None
+        assert Task.from_dict(found.to_dict()) == found
+        async with StateManager(Database(location), None) as other:
+            changed = await other.change_task(
+                task.task_id, lambda task: setattr(task, "name", "new")
+            )
+            assert changed is not None
+            assert (changed.name, changed.timeout) == ("new", 0)
+            assert await verify(other.db)
 
     async def test_bad_task_does_not_disturb_those_added_with_it(
         self, manager: StateManager, make_task: MakeTask

@@ -30,6 +30,7 @@ from openclaw_store import (
 )
 from openclaw_store.domain import validation as c
 from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS
+from openclaw_store.domain.serialization import STORE_FIELDS
 
 Entity = Task | NodeInfo
 
@@ -92,6 +93,27 @@ ENCODINGS: list[Callable[[Any], Any]] = [
     lambda data: orjson.loads(orjson.dumps(data)),
     lambda data: json.loads(json.dumps(data)),
 ]
+
+
+class TestStrict:
+    @pytest.mark.parametrize("item", [TASK, NODE])
+    def test_refuses_unknown_fields_and_the_ones_of_the_store_by_name(self, item: Entity) -> None:
+        kind = type(item)
+        data = {name: value for name, value in item.to_dict().items() if name not in STORE_FIELDS}
+        wrong: list[tuple[Any, Any]] = [
+            *[(field.name, 1) for field in fields(kind) if field.name in STORE_FIELDS],
+            ("stauts", "x"),
+            ("", 1),
+            (7, 1),
+        ]
+
+        assert kind.from_dict(data, strict=True) == item
+        for name, value in wrong:
+            with pytest.raises(InvalidDataError) as caught:
+                kind.from_dict({**data, name: value}, strict=True)
+            assert caught.value.field == str(name)
+            if name not in STORE_FIELDS:
+                assert kind.from_dict({**data, name: value}) == item
 
 
 class TestRoundTrip:

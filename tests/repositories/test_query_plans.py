@@ -10,6 +10,7 @@ import re
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -176,6 +177,12 @@ CALLS: dict[str, Call] = {
     "pending": lambda database: tasks(database).list_pending_tasks(),
     "all pending": lambda database: tasks(database).list_pending_tasks(None),
     "count": lambda database: tasks(database).count_by_status(TaskStatus.RUNNING),
+    "count finished": lambda database: tasks(database).count_tasks(
+        TaskFilter(finished_after=timedelta(hours=1))
+    ),
+    "count by user": lambda database: tasks(database).count_tasks(TaskFilter(user="user-1")),
+    "waiting": lambda database: tasks(database).list_waiting(),
+    "get many": lambda database: tasks(database).get_tasks(["task-0001", "task-0002", "none"]),
     "clean-up": lambda database: tasks(database).cleanup_old_tasks(days=1),
     "create": create,
     "update": update,

@@ -91,6 +91,12 @@ def step_of(change: Change) -> Sequence[Any]:
     return [values[name] for name in STEP]
 
 
+def pending(cache: Cache, limit: int | None) -> list[Record[Task]]:
+    """The first pending and scheduled tasks, as the index finds them."""
+    found = [cache.tasks.get(id) for _, _, id in cache.task_index.pending.first(limit)]
+    return [record for record in found if record is not None]
+
+
 class FakeDatabase:
     """What a database with a feed would tell a cache."""
 
@@ -269,7 +275,7 @@ class TestStart:
 
         snapshot = cache.state().tasks
         assert (len(snapshot), "a" in snapshot, decoded) == (2, True, [])
-        assert [record.task_id for record in cache.pending(None)] == ["b", "a"]
+        assert [record.task_id for record in pending(cache, None)] == ["b", "a"]
         assert snapshot["a"].version == 1
         assert cache.task("a") is cache.task("a")
         assert decoded == ["b", "a"]
@@ -291,7 +297,7 @@ class TestStart:
 
         assert (counted(cache), decoded) == ({"completed": 1, "scheduled": 1}, [])
         assert cache.task("a") is cache.task("a") is database.rows["a"]
-        assert [record.task_id for record in cache.pending(None)] == ["b"]
+        assert [record.task_id for record in pending(cache, None)] == ["b"]
         assert decoded == ["a", "b"]
 
 
@@ -350,7 +356,7 @@ class TestLearning:
         assert cache.state().tasks == database.live()
         assert counted(cache) == database.counts()
         assert cache.applied.version == cache.applied.contiguous == database.revision
-        assert [record.task_id for record in cache.pending(None)] == sorted(
+        assert [record.task_id for record in pending(cache, None)] == sorted(
             id for id, row in database.rows.items() if row.status in ("pending", "scheduled")
         )
         for id in "abc":
@@ -689,8 +695,8 @@ class TestPending:
 
         waiting = [r for r in expected.values() if r.status in ("pending", "scheduled")]
         waiting.sort(key=lambda r: (r.priority, r.submitted_at, r.task_id))
-        assert [r.copy() for r in cache.pending(None)] == [r.copy() for r in waiting]
-        assert [r.copy() for r in cache.pending(2)] == [r.copy() for r in waiting[:2]]
+        assert [r.copy() for r in pending(cache, None)] == [r.copy() for r in waiting]
+        assert [r.copy() for r in pending(cache, 2)] == [r.copy() for r in waiting[:2]]
 
     def test_keys_hold_nothing_that_the_garbage_collector_goes_through(self) -> None:
         """One member of an enumeration in it, and each pass has a tuple for every task."""
@@ -711,11 +717,11 @@ class TestUnsaved:
         entry = cache.unsaved[Task, "a"]
 
         assert cache.task("a") is held
-        assert cache.pending(None) == []
+        assert pending(cache, None) == []
         cache.unstage((Task, "a"), entry, None)
 
         assert cache.task("a") is database.rows["a"]
-        assert cache.pending(None) == [database.rows["a"]]
+        assert pending(cache, None) == [database.rows["a"]]
 
     def test_hides_a_commit_until_it_is_dropped(self) -> None:
         database, cache = FakeDatabase(), Cache(NOTHING, 10)
@@ -725,7 +731,7 @@ class TestUnsaved:
         cache.apply([database.write("a", TaskStatus.RUNNING)])
 
         assert counted(cache) == {"running": 1}
-        [shown] = cache.pending(None)
+        [shown] = pending(cache, None)
         assert shown.version == -1
         assert cache.discard((Task, "a")) is True
         assert cache.task("a") is database.rows["a"]
@@ -771,5 +777,5 @@ class TestUnsaved:
         assert new.node_stats()["total"] == 0
         new.discard(place)
         assert new.find(place) is None
-        assert new.pending(None) == []
+        assert pending(new, None) == []
         assert new.node_index.all_nodes() == []

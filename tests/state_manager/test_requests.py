@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
@@ -13,6 +14,7 @@ import pytest
 from conftest import (
     PATIENCE,
     Cluster,
+    FakeClock,
     Location,
     assert_counted,
     assert_in_step,
@@ -32,14 +34,13 @@ from openclaw_store import (
     Task,
     TaskFilter,
     TaskNotFoundError,
-    TaskPage,
     TaskPriority,
     TaskStatus,
     TaskType,
 )
 from openclaw_store.domain.models import FINISHED, LIVE
+from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
-from openclaw_store.state_manager import task_calls
 
 NAMES = [
     "100% done",
@@ -54,6 +55,7 @@ NAMES = [
     "",
 ]
 MOMENT = datetime(2026, 2, 1, tzinfo=UTC)
+EVERYTHING = TaskFilter.everything()
 
 
 def moment(minutes: int) -> datetime:
@@ -64,7 +66,10 @@ def is_meant(filter: TaskFilter, task: Task) -> bool:
     """What a filter means, said in Python."""
 
     def among(value: Any, wanted: Any) -> bool:
-        return value in ([wanted] if isinstance(wanted, str) else wanted)
+        return value in ([wanted] if isinstance(wanted, str | int) else wanted)
+
+    def ago(time: Any) -> Any:
+        return FakeClock()() - time if isinstance(time, timedelta) else time
 
     def within(value: Any, start: Any, end: Any) -> bool:
         return (start is None or (value is not None and value >= start)) and (
@@ -78,10 +83,41 @@ def is_meant(filter: TaskFilter, task: Task) -> bool:
         and filter.user in (None, task.user_id)
         and (filter.skill is None or filter.skill in task.required_skills)
         and (filter.name_contains or "") in task.name
-        and within(task.submitted_at, filter.submitted_from, filter.submitted_until)
-        and within(task.completed_at, filter.completed_from, filter.completed_until)
+        and within(task.submitted_at, ago(filter.submitted_from), ago(filter.submitted_until))
+        and within(task.completed_at, ago(filter.completed_from), ago(filter.completed_until))
+        and (
+            filter.finished_after is filter.finished_before is None
+            or (
+                task.status in FINISHED
+                and within(
+                    task.completed_at, ago(filter.finished_after), ago(filter.finished_before)
+                )
+            )
+        )
+        and (filter.priority is None or among(task.priority, filter.priority))
+        and filter.idempotency_key in (None, task.idempotency_key)
+        and (
+            filter.error_contains is None
+            or (task.error is not None and filter.error_contains in task.error)
+        )
+        and all(has_value(task.metadata, *one) for one in (filter.metadata or {}).items())
     )
 
+
+def has_value(document: Any, path: str, wanted: Any) -> bool:
+    for key in path.split("."):
+        if not isinstance(document, dict) or key not in document:
+            return False
+        document = document[key]
+    is_bool = isinstance(document, bool), isinstance(wanted, bool)
+    return bool(document == wanted) and is_bool[0] is is_bool[1]
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, 1, 1.0, -0.0, 0.5, "1", "", "null", "ä'", 1e23, 0.1 + 0.2, 2**62,
+    2.0**62, 2**53 + 1, 2.0**53, 2**63 - 1, -(2**63), 2.0**63, 1e-7,
+]  # fmt: skip
+"""Values in the metadata, and the ones to search for."""
 
 FILTERS = [
     TaskFilter(),
@@ -113,6 +149,18 @@ FILTERS = [
     TaskFilter(completed_from=moment(25)),
     TaskFilter(completed_until=moment(25), status=TaskStatus.COMPLETED),
     TaskFilter(submitted_from=moment(10).astimezone(timezone(timedelta(hours=5)))),
+    EVERYTHING,
+    TaskFilter(priority=TaskPriority.HIGH),
+    TaskFilter(priority=[0, TaskPriority.LOW]),  # type: ignore[list-item]  # the value of one
+    TaskFilter(priority=[]),
+    TaskFilter(idempotency_key="key 7"),
+    *[TaskFilter(error_contains=text) for text in ("", "%", "No", "no")],
+    TaskFilter(submitted_until=timedelta(days=28) - timedelta(minutes=10)),
+    TaskFilter(finished_after=moment(25)),
+    TaskFilter(finished_before=timedelta(days=28, minutes=-15), finished_after=moment(21)),
+    *[TaskFilter(metadata={"a.b": value}) for value in VALUES],
+    *[TaskFilter(metadata={path: 1}) for path in ("a", "a.0", "a.b.c", "", ".", "x", "ä b", "'")],
+    TaskFilter(metadata={"a.b": 1, "x": True}),
 ]
 
 
@@ -321,8 +369,11 @@ class TestAddTasks:
 
 
 class TestLists:
-    async def test_filter_means_what_it_says(self, cluster: Cluster) -> None:
+    async def test_filter_means_what_it_says(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """Newest submitted first, then by identifier; in pages of whatever size."""
+        monkeypatch.setattr(filter_calls, "ITER_PAGE_SIZE", 7)
         luck = random.Random(1)
         for number in range(70):
             await cluster.add(
@@ -335,23 +386,20 @@ class TestLists:
                 required_skills=luck.choice([[], ["Go"], ["go", "G%"], ["Go", "", "Gopher"]]),
                 submitted_at=moment(luck.randrange(20)),
                 completed_at=luck.choice([None, moment(luck.randrange(20, 30))]),
+                priority=luck.choice(list(TaskPriority)),
+                idempotency_key=luck.choice([None, f"key {number}"]),
+                error=luck.choice([None, "", "No", "no 100%"]),
+                metadata=luck.choice([{}, {"a": [1]}, {"a": 1, "x": 1}, {"": 1, "'": 1, "ä b": 1}])
+                if number >= 2 * len(VALUES)
+                else {"a": {"b": VALUES[number // 2]}, "x": luck.choice([1, True])},
             )
         rows, _, _ = await stored(cluster.one)
         assert len(rows) == 70
         rows.sort(key=lambda task: (task.submitted_at or MOMENT, task.task_id), reverse=True)
         for wanted in FILTERS:
             expected = [task for task in rows if is_meant(wanted, task)]
-            for limit in (70, 7):
-                found: list[Task] = []
-                after: str | None = None
-                while not found or after is not None:
-                    page = await cluster.one.list_tasks(wanted, after=after, limit=limit)
-                    found += page
-                    after = page.after
-                    assert len(page) == limit or after is None
-                    if not page.tasks:
-                        break
-                assert found == expected
+            assert [task async for task in cluster.two.iter_tasks(wanted)] == expected
+            assert await cluster.two.count_tasks(wanted) == len(expected)
         assert await cluster.one.list_tasks() == await cluster.two.task_repo.list_tasks(None)
 
     async def test_pages_stay_stable_while_tasks_change(self, cluster: Cluster) -> None:
@@ -389,6 +437,7 @@ class TestLists:
     async def test_nonsense_is_refused_by_name(self, cluster: Cluster) -> None:
         await cluster.add()
         both: list[Any] = [cluster.one.list_tasks, cluster.one.task_repo.list_tasks]
+        no_values: list[Any] = [[], {}, 1j, math.nan, 2**64, "\0", "\ud800"]
         field_values: list[tuple[str, Any]] = [
             *[("status", value) for value in ("done", 1, ["pending", "done"], [None])],
             *[("task_type", value) for value in ("BATCH", TaskStatus.PENDING, [True])],
@@ -397,9 +446,16 @@ class TestLists:
             *[(name, "x" * 256) for name in ("node", "user")],
             *[(f"{name}_{end}", value) for name in ("submitted", "completed")
               for end in ("from", "until") for value in ("2026-01-01", 0, MOMENT.date())],
+            *[("finished_after", value) for value in (timedelta(-1), timedelta.max, 60)],
+            *[("priority", value) for value in (9, "high", [None], True)],
+            *[("error_contains", value) for value in (7, "\0")],
+            ("idempotency_key", "x" * 256),
+            ("metadata", []),
+            *[("metadata", {path: 1}) for path in (1, '"', "\\", "a\n", "\0")],
+            *[("metadata", {"a": odd}) for odd in no_values],
         ]  # fmt: skip
         for name, value in field_values:
-            for call in (*both, cluster.one.cancel_tasks):
+            for call in (*both, cluster.one.count_tasks, cluster.one.cancel_tasks):
                 with pytest.raises(InvalidDataError) as caught:
                     await call(TaskFilter(**{name: value}))
                 assert caught.value.field == name
@@ -459,20 +515,20 @@ class TestCancelTasks:
         finished = TaskFilter(status=[TaskStatus.COMPLETED, TaskStatus.FAILED])
         assert await cancel(finished) == await cancel(TaskFilter(user="nobody")) == []
         with pytest.raises(InvalidDataError, match="reason"):
-            await cancel(reason="\0")
+            await cancel(EVERYTHING, reason="\0")
         assert await cancel(TaskFilter(status=TaskStatus.RUNNING)) == ids([held[1]])
-        assert await cancel() == ids([other])
-        assert await cancel() == []
+        assert await cancel(EVERYTHING) == ids([other])
+        assert await cancel(EVERYTHING) == []
 
     async def test_what_is_changed_meanwhile_is_looked_at_again(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         renamed, noted, started, gone = [await cluster.add(name="train") for _ in range(4)]
         node = await cluster.join()
-        list_tasks = cluster.two.task_repo.list_tasks
+        list_records = cluster.two.task_repo.list_records
 
-        async def list_too_early(*arguments: Any, **options: Any) -> TaskPage:
-            page = await list_tasks(*arguments, **options)
+        async def list_too_early(*arguments: Any, **options: Any) -> Any:
+            page = await list_records(*arguments, **options)
             monkeypatch.undo()
             await cluster.one.update_task(replace(renamed, name="keep"))
             await cluster.one.update_task(replace(noted, metadata={"a": "note"}))
@@ -482,7 +538,7 @@ class TestCancelTasks:
             await cluster.one.remove_task(gone.task_id)
             return page
 
-        monkeypatch.setattr(cluster.two.task_repo, "list_tasks", list_too_early)
+        monkeypatch.setattr(cluster.two.task_repo, "list_records", list_too_early)
 
         done = await cluster.two.cancel_tasks(TaskFilter(name_contains="train"))
 
@@ -497,7 +553,7 @@ class TestCancelTasks:
         await cluster.one.add_task(lost, persist=False)
         await cluster.two.add_task(replace(lost, name="newer"))
 
-        assert sorted(await cluster.one.cancel_tasks()) == ids([held, lost])
+        assert sorted(await cluster.one.cancel_tasks(EVERYTHING)) == ids([held, lost])
 
         assert (await cluster.task(lost.task_id)).name == "newer"
 
@@ -509,7 +565,7 @@ class TestCancelTasks:
         execute(location, put.format("pending"))
 
         async with asyncio.timeout(PATIENCE):
-            assert await cluster.one.cancel_tasks() == ids([live])
+            assert await cluster.one.cancel_tasks(EVERYTHING) == ids([live])
 
         execute(location, put.format("failed"))
 

@@ -728,6 +728,59 @@ class TestOwner:
         reasons = [one.reason for one in await feed(cluster.one) if one.reason]
         assert reasons == ["registered", "error 1", "error 2", "error 3"]
 
+    async def test_failure_may_be_an_exception(self, cluster: Cluster) -> None:
+        class OddError(Exception):
+            def __str__(self) -> str:
+                raise RuntimeError
+
+        long = "x" * (1 << 20)
+        failures: list[tuple[BaseException, str]] = [
+            (ValueError("no paper"), "ValueError: no paper"),
+            (KeyError("a"), "KeyError: 'a'"),
+            (TimeoutError(), "TimeoutError"),
+            (
+                TaskNotFoundError("t"),
+                "openclaw_store.errors.TaskNotFoundError: no task with id 't'",
+            ),
+            (OSError("a\0b \ud800"), "OSError: a\\0b ?"),
+            (OSError(long), f"OSError: {long}"[: 1 << 20]),
+        ]
+        for error, text in failures:
+            failed = await cluster.one.fail_task(await cluster.claimed(), error)
+            assert failed.error == text
+            assert (await cluster.task(failed.task_id)).error == text
+        failed = await cluster.one.fail_task(await cluster.claimed(), OddError())
+        assert failed.error is not None
+        assert "OddError" in failed.error
+        with pytest.raises(InvalidDataError, match="error: must be text"):
+            await cluster.one.fail_task(await cluster.claimed(), 7)  # type: ignore[arg-type]  # on purpose
+
+    async def test_failure_without_a_retry_ends_the_task(self, cluster: Cluster) -> None:
+        ways = cluster.one.fail_task, cluster.two.task_repo.fail
+        for fail in ways:
+            task = await cluster.running()
+            assert task.assigned_node is not None
+
+            failed = await fail(task, "bad input", retry=False)
+
+            assert (failed.status, failed.retry_count) == (TaskStatus.FAILED, 0)
+            assert (failed.error, failed.completed_at) == ("bad input", cluster.clock())
+            assert failed == await cluster.task(task.task_id)
+            found = await cluster.node(task.assigned_node)
+            assert (found.running_tasks, found.failed_tasks) == (0, 1)
+            assert await fail(task, "bad input", retry=False) == failed
+
+    async def test_report_on_a_task_without_a_claim_says_what_to_do(self, cluster: Cluster) -> None:
+        task = await cluster.add()
+        node = await cluster.join()
+        for number in range(2):
+            for report in reports(cluster.one, task):
+                with pytest.raises(NotOwnerError, match="claim it first"):
+                    await report()
+            if not number:
+                [claimed] = await cluster.one.claim_tasks(node)
+        assert (await cluster.one.start_task(claimed)).status is TaskStatus.RUNNING
+
     async def test_wait_before_a_retry_is_an_option(self, cluster: Cluster) -> None:
         task = await cluster.claimed()
         patient = TaskRepository(cluster.one.db, Backoff(first_seconds=600, jitter=0))
@@ -1205,7 +1258,7 @@ class TestRecover:
             await cluster.running(node, timeout=11),
             await cluster.running(node),
             await cluster.claimed(node, timeout=1),
-            await cluster.add(timeout=0),
+            await cluster.add(timeout=1),
         ]
         fields = {"status": TaskStatus.RUNNING, "started_at": cluster.clock()}
         stray = await cluster.add(timeout=10, **fields)  # on no node
@@ -1233,7 +1286,7 @@ class TestRecover:
     async def test_ten_at_once_give_each_task_one_outcome(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scheduler, "ADVANCE_BATCH_SIZE", 3)
+        monkeypatch.setattr(scheduler, "WRITE_BATCH_SIZE", 3)
         nodes = [await cluster.join() for _ in range(4)]
         for node in nodes:
             for losses in (0, 0, 1, 1):
