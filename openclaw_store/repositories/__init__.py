@@ -4,7 +4,8 @@ This room holds the commands, the unit of work, the change log and its retention
 """
 
 from openclaw_store.repositories.base import Repository
-from openclaw_store.repositories.batches import apply, apply_together
+from openclaw_store.repositories.batches import apply
+from openclaw_store.repositories.bulk import Refusals, TasksAdded, changes_of, insert_tasks
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,
     read_changes,

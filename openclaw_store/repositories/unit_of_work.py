@@ -425,6 +425,12 @@ class UnitOfWork:
         self.changes.append(change)
         return change
 
+    def reserve_revisions(self, count: int) -> int:
+        """Assign revisions to changes that the caller logs; return the last one before them."""
+        assert self._revision is not None  # the rows were read
+        self._revision += count
+        return self._revision - count
+
     def finish(self) -> None:
         """Write the change log and the counters; called once, before the commit."""
         new = {one.revision: one for one in self.changes} if self.removed_history else {}

@@ -31,12 +31,15 @@ from openclaw_store.domain import (
     key_of,
 )
 from openclaw_store.errors import InvalidDataError
-from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten
+from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten, TasksAdded
 from openclaw_store.state_manager.applied_changes import AppliedChanges
 from openclaw_store.state_manager.change_feed import STEP_WIDTH, ChangeBatch, InitialState
 from openclaw_store.state_manager.node_index import NodeIndex
 from openclaw_store.state_manager.snapshot import Records
 from openclaw_store.state_manager.task_index import Indexed, TaskIndex
+
+Committed = Event | HeartbeatWritten | TasksAdded
+"""A part of a commit of this process."""
 
 
 @dataclass(slots=True)
@@ -98,7 +101,7 @@ class Cache:
             if record is not None:
                 self._replace_node(id, record, self._with_heartbeats(record))
 
-    def apply(self, events: Iterable[Event | HeartbeatWritten]) -> None:
+    def apply(self, events: Iterable[Committed]) -> None:
         """Apply a commit of this process.
 
         Raises:
@@ -109,6 +112,12 @@ class Cache:
         for event in events:
             if isinstance(event, HeartbeatWritten):
                 self._apply_written(event)
+                continue
+            if isinstance(event, TasksAdded):
+                if arrived:
+                    self.task_index.extend(arrived)
+                    arrived = []
+                self._apply_added(event)
                 continue
             kind, id, record, change = event
             if not self.applied.count(change, self._counted_status):
@@ -134,6 +143,20 @@ class Cache:
             self.task_index.extend(arrived)
         if unreadable is not None:
             raise unreadable
+
+    def _apply_added(self, event: TasksAdded) -> None:
+        records = event.records
+        are_new = all(
+            record.status is TaskStatus.PENDING and self._is_new(record.task_id)
+            for record in records
+        )
+        if are_new and self.applied.count_added(records):
+            for record in records:
+                assert record.row is not None  # inserted by this commit
+                self.tasks.put(record.task_id, record.row)
+            self.task_index.extend(records)
+        else:
+            self.apply(event.events())
 
     def catch_up(self, batch: ChangeBatch) -> None:
         """Apply a batch of the change log.

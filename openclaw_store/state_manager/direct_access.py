@@ -22,11 +22,11 @@ from openclaw_store.errors import BackendError, InvalidDataError
 from openclaw_store.repositories import (
     Event,
     Heartbeat,
-    HeartbeatWritten,
+    TasksAdded,
     apply_heartbeats,
     read_counters,
 )
-from openclaw_store.state_manager.cache import Cache
+from openclaw_store.state_manager.cache import Cache, Committed
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -91,16 +91,21 @@ class DirectAccess(Replica):
         [is_known] = await self.database.write(apply_heartbeats, [heartbeat])
         return bool(is_known)
 
-    def _apply_committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
-        changes = [event for event in events if isinstance(event, Event)]
-        for _, id, record, _ in changes:
-            self._assigned.pop(id, None)
-            if record is not None and record.kind is Task and record.status in ASSIGNED:
-                self._assigned[id] = record
+    def _apply_committed(self, events: Sequence[Committed]) -> None:
+        revision = self._revision
+        for event in events:
+            if isinstance(event, TasksAdded):
+                revision = max(revision, event.records[-1].version)
+            elif isinstance(event, Event):
+                revision = max(revision, event.change.revision)
+                _, id, record, _ = event
+                self._assigned.pop(id, None)
+                if record is not None and record.kind is Task and record.status in ASSIGNED:
+                    self._assigned[id] = record
         while len(self._assigned) > MAX_REMEMBERED_TASKS:
             self._assigned.popitem(last=False)
-        self._revision = max([self._revision, *(event.change.revision for event in changes)])
-        self._wake_after([event.change for event in changes])
+        self._revision = revision
+        self._wake_after(events)
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         is_busy = self._outdated.is_set()

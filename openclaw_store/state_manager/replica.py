@@ -40,21 +40,22 @@ from openclaw_store.repositories import (
     AfterHeartbeat,
     Command,
     Create,
-    Event,
     Heartbeat,
     HeartbeatWritten,
     NodeRepository,
+    Refusals,
     Remove,
     Repository,
     TaskRepository,
     Update,
     apply,
     apply_heartbeats,
-    apply_together,
     change_of,
+    changes_of,
+    insert_tasks,
     read_changes,
 )
-from openclaw_store.state_manager.cache import Cache
+from openclaw_store.state_manager.cache import Cache, Committed
 from openclaw_store.state_manager.change_feed import (
     ENTITY_ID,
     ENTITY_NAME,
@@ -116,7 +117,7 @@ class Replica:
         """Waiters for changes and for work; all wake when the replica stops."""
         self._unlisten: Callable[[], None] = lambda: None
         # The events committed during a load; `None` at other times.
-        self._loading: list[Sequence[Event | HeartbeatWritten]] | None = None
+        self._loading: list[Sequence[Committed]] | None = None
         self._refreshing = asyncio.Lock()
         self._flush_timer: asyncio.TimerHandle | None = None
         self._flush: asyncio.Task[None] | None = None
@@ -238,12 +239,12 @@ class Replica:
         await self.write_behind.flush_or_drop([(command.kind, command.id), *command.related_keys])
         return await self.send(command)
 
-    async def submit_all(self, commands: Sequence[Command]) -> Sequence[Any]:
-        """Commit commands in one transaction; return the result or the error of each."""
+    async def insert_tasks(self, records: Sequence[Record[Task]]) -> Refusals:
+        """Commit new tasks in one transaction; return the refusal of each."""
         if self.cache.unsaved:
-            await self.write_behind.flush_or_drop([(one.kind, one.id) for one in commands])
-        outcomes: Sequence[Any] = await self.database.write(apply_together, commands)
-        return outcomes
+            await self.write_behind.flush_or_drop(list(map(key_of, records)))
+        refusals: Refusals = await self.database.write(insert_tasks, records)
+        return refusals
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, behind the waiting heartbeat of its node."""
@@ -460,20 +461,21 @@ class Replica:
                 break
         return cache
 
-    def _apply_committed(self, events: Sequence[Event | HeartbeatWritten]) -> None:
+    def _apply_committed(self, events: Sequence[Committed]) -> None:
         """Apply a commit of this process; called on the event loop, in the order of commits."""
         if self._loading is not None:
             self._loading.append(events)
         try:
             self.cache.apply(events)
         finally:
-            self._wake_after([event.change for event in events if isinstance(event, Event)])
+            self._wake_after(events)
             sequences = [event.sequence for event in events if isinstance(event, HeartbeatWritten)]
             self._own_heartbeat_sequence = max(sequences, default=self._own_heartbeat_sequence)
 
-    def _wake_after(self, changes: Sequence[Change]) -> None:
+    def _wake_after(self, events: Sequence[Committed]) -> None:
         """Wake the waiters after a commit of this process."""
         if self.watchers:
+            changes = changes_of(events)
             self.watchers.notice([(one.item, one.item_id, one.to_status) for one in changes])
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from threading import get_ident
-from typing import Any
+from typing import Any, NamedTuple
 
 from openclaw_store.domain import (
     FINISHED,
@@ -36,6 +36,16 @@ from openclaw_store.state_manager.task_index import PendingKey
 
 ADD_BATCH_SIZE = 1000
 """Maximum number of tasks that `add_tasks` writes in one transaction."""
+
+
+class _Batch(NamedTuple):
+    """Tasks that `add_tasks` writes in one transaction."""
+
+    outcomes: list[StoreError | None]
+    """The refusal of each task; `None` for each valid one."""
+    tasks: list[Task]
+    """The valid tasks."""
+    records: list[Record[Task]]
 
 
 class TaskCalls(ManagerBase):
@@ -206,31 +216,47 @@ class TaskCalls(ManagerBase):
             raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
         remaining = iter(tasks)
-        while chunk := list(islice(remaining, ADD_BATCH_SIZE)):
+        batch = await self._admit_batch(remaining)
+        while batch.outcomes:
+            # The next tasks are checked while these are written.
+            ahead = asyncio.ensure_future(self._admit_batch(remaining))
             try:
-                outcomes += await self._add_chunk(chunk)
-            except StoreError as error:
+                await self._insert(batch)
+            except BaseException as error:
+                ahead.cancel()
                 error.add_note(f"{len(outcomes)} tasks were processed before this error")
                 raise
+            outcomes += batch.outcomes
+            batch = await ahead
         return outcomes
 
-    async def _add_chunk(self, chunk: Sequence[Task]) -> list[StoreError | None]:
-        outcomes: list[StoreError | None] = [None] * len(chunk)
-        creations: dict[int, commands.Create[Task]] = {}
-        for index, task in enumerate(chunk):
+    async def _admit_batch(self, tasks: Iterator[Task]) -> _Batch:
+        """Check the next tasks; other coroutines run meanwhile."""
+        batch = _Batch([], [], [])
+        for task in islice(tasks, ADD_BATCH_SIZE):
+            if len(batch.outcomes) % COPY_SLICE_SIZE == COPY_SLICE_SIZE - 1:
+                await asyncio.sleep(0)
             try:
-                record = admit(Task, task, self.db.clock)
+                batch.records.append(admit(Task, task, self.db.clock))
             except InvalidDataError as error:
-                outcomes[index] = error
-                continue
-            creations[index] = commands.Create(Task, task.task_id, record, record.idempotency_key)
-        results = await self._replica.submit_all(list(creations.values()))
-        for index, result in zip(creations, results, strict=True):
-            if isinstance(result, StoreError):
-                outcomes[index] = result
+                batch.outcomes.append(error)
             else:
-                write_back(result, chunk[index])
-        return outcomes
+                batch.outcomes.append(None)
+                batch.tasks.append(task)
+        return batch
+
+    async def _insert(self, batch: _Batch) -> None:
+        """Write a batch, and enter the refusals into its outcomes."""
+        if not batch.records:
+            return
+        refusals = iter(await self._replica.insert_tasks(batch.records))
+        valid = zip(batch.tasks, batch.records, refusals, strict=True)
+        for index, outcome in enumerate(batch.outcomes):
+            if outcome is None:
+                task, record, refusal = next(valid)
+                if refusal is None:
+                    write_back(record, task)
+                batch.outcomes[index] = refusal
 
     async def claim_tasks(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
@@ -21,8 +22,11 @@ from conftest import (
     execute,
     feed,
     ids,
+    locked,
     refuse_tasks,
+    start,
     stored,
+    until,
 )
 
 from openclaw_store import (
@@ -38,8 +42,10 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
+from openclaw_store.backends.sqlite.backend import WriteSession
 from openclaw_store.domain.models import FINISHED, LIVE
 from openclaw_store.state_manager import filter_calls, task_calls
+from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.state_manager import scheduler as scheduler
 
 NAMES = [
@@ -341,6 +347,45 @@ class TestAddTasks:
         assert [task.version for task in tasks[:10]] == list(range(1, 11))
         assert other.version == 11
         assert [task.version for task in tasks[10:]] == list(range(12, 37))
+
+    async def test_next_tasks_are_checked_while_the_ones_before_are_written(
+        self, cluster: Cluster, location: Location
+    ) -> None:
+        """Two cores work at the same time, and memory is bounded."""
+        taken: list[str] = []
+
+        def tasks() -> Iterator[Task]:
+            for number in range(3 * task_calls.ADD_BATCH_SIZE):
+                taken.append(f"task-{number:05}")
+                yield cluster.make_task(task_id=taken[-1])
+
+        async with locked(location):
+            adding = start(cluster.one.add_tasks(tasks()))
+            await until(lambda: len(taken) == 2 * task_calls.ADD_BATCH_SIZE)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert len(taken) == 2 * task_calls.ADD_BATCH_SIZE
+
+        assert await adding == [None] * 3 * task_calls.ADD_BATCH_SIZE
+        newest, _ = await cluster.one.db.read(partial(read_changes, since=2999))
+        assert [change.item_id for change in newest] == ["task-02999"]
+
+    async def test_batch_is_written_with_few_statements(
+        self, cluster: Cluster, sent: list[str]
+    ) -> None:
+        """Thirty of SQLite took longer, and `store_write` of PostgreSQL twice as long."""
+        await cluster.one.add_tasks([cluster.make_task()])  # opens the connection
+        session: Any = cluster.one.db._writer._session
+        if isinstance(session, WriteSession):
+            driver: Any = session._connection.connection.driver_connection
+            driver.set_trace_callback(sent.append)
+        sent.clear()
+
+        await cluster.one.add_tasks([cluster.make_task() for _ in range(1000)])
+
+        assert len([statement for statement in sent if "INSERT" in statement]) == 2
+        assert len(sent) == 5
+        assert not any("store_write" in statement for statement in sent)
 
     async def test_chunk_that_the_database_refuses_is_undone_and_those_before_it_stay(
         self, cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
