@@ -161,15 +161,14 @@ class Statements(ABC):
             SELECT {columns} FROM {delayed} AND not_before <= {first}
             ORDER BY not_before LIMIT {second}"""
         """All columns of delayed tasks that are due; takes the time and a limit."""
-        self.read_assigned = self._compile(
-            tasks.where(self._is_assigned, self._assigned == bindparam("node"))
-        )
-        """All columns of the tasks that a node has claimed and not finished."""
+        assigned = tasks.where(self._is_assigned, self._assigned == bindparam("node"))
+        # Not `limit`: SQLAlchemy adds an OFFSET to it for SQLite, as a parameter.
+        self.read_assigned = f"{self._compile(assigned)} LIMIT {second}"
+        """All columns of the tasks that a node has claimed and not finished; takes a limit."""
         self.read_live_keys = self._compile(
             select(TaskRow.idempotency_key, TaskRow.task_id).where(IS_LIVE, self._has_given_key())
         )
         """Idempotency key and identifier of the live tasks that have one of the `given` keys."""
-        # Not `limit(1)`: SQLAlchemy adds an OFFSET to it for SQLite, as a parameter.
         self.status_since = self._compile(status_changes()) + " LIMIT 1"
         """The time of the last change of status; takes the newest change, its item and its id."""
         self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}

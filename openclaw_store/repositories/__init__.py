@@ -14,9 +14,9 @@ from openclaw_store.repositories.change_log import (
 )
 from openclaw_store.repositories.commands import (
     CONTENT,
+    PART_SIZE,
     Advance,
     Advanced,
-    Claim,
     Create,
     Recover,
     Register,
@@ -35,6 +35,7 @@ from openclaw_store.repositories.heartbeats import (
     apply_heartbeats,
 )
 from openclaw_store.repositories.nodes import NodeRepository, node_status
+from openclaw_store.repositories.parts import claim_in_parts, register_in_parts
 from openclaw_store.repositories.retention import compact_feed
 from openclaw_store.repositories.row_reader import (
     decoder_here,

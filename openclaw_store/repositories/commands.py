@@ -15,6 +15,7 @@ from openclaw_store.domain import (
     ENTITY_NAMES,
     FINISHED,
     KEY,
+    MAX_INTEGER,
     Decision,
     Entity,
     EntityKey,
@@ -51,6 +52,9 @@ CONTENT: Mapping[type[Any], Sequence[str]] = {
 }
 """All fields but the identifier: the ones that an `Update` of a whole row writes."""
 
+PART_SIZE = 200
+"""Tasks that a call with many of them changes in one transaction."""
+
 
 # Not frozen: a frozen dataclass takes twice as long to construct. Commands are never changed.
 @dataclass(slots=True)
@@ -79,7 +83,7 @@ class Create(Command, Generic[Entity]):
             if conflict is not None:
                 return conflict
         if self.kind is NodeInfo:  # a node of this name may have been removed with tasks
-            held = len(_assigned_to(row)) or self.record.running_tasks
+            held = len(_assigned_to(row, MAX_INTEGER)) or self.record.running_tasks
             return row.write(self.record.evolve(running_tasks=held), FIELDS[NodeInfo])
         return row.write(self.record, FIELDS[self.kind])
 
@@ -378,7 +382,8 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
 class Register(Command):
     """Register the new process of a node, and requeue the tasks of the former process.
 
-    The result is the record of the node.
+    The result is the record of the node; `None` if the former process had more tasks than
+    `PART_SIZE`. Then a part is released, and the command must be applied again.
     """
 
     id: str
@@ -386,23 +391,26 @@ class Register(Command):
     wait: Wait
     kind: ClassVar[type[Any]] = NodeInfo
 
-    def decide(self, row: Row) -> Record[NodeInfo] | StoreError:
-        for task_row in _assigned_to(row):
+    def decide(self, row: Row) -> Record[NodeInfo] | StoreError | None:
+        assigned = _assigned_to(row, PART_SIZE + 1)
+        for task_row in assigned[:PART_SIZE]:
             task = task_row.content()
             assert task is not None  # it has a status
             advance(task_row, task, partial(lifecycle.release, wait=self.wait))
+        if len(assigned) > PART_SIZE:
+            return None
         record = self.record.evolve(**lifecycle.registered(row.record, row.now))
         return row.write(record, CONTENT[NodeInfo], "registered")
 
 
-def _assigned_to(node: Row) -> list[Row]:
-    """Return the tasks that a node has claimed and not finished.
+def _assigned_to(node: Row, limit: int) -> list[Row]:
+    """Return the tasks that a node has claimed and not finished: up to `limit` stored ones.
 
     They are sorted, so that both databases assign the same revisions.
     """
     unit = node.unit
     tasks = unit.rows[Task]
-    for raw in unit.cursor.execute(unit.sql.read_assigned, (node.id,)):
+    for raw in unit.cursor.execute(unit.sql.read_assigned, (node.id, limit)):
         if raw[0] not in tasks:
             unit.row(Task, raw[0]).load(unit.sql.decode[Task](raw))
     assigned = [one for one in tasks.values() if one.node == node.id and one.status in ASSIGNED]

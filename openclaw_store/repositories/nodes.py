@@ -28,6 +28,7 @@ from openclaw_store.domain import (
 from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.commands import Register, SetNodeStatus
 from openclaw_store.repositories.heartbeats import Heartbeat
+from openclaw_store.repositories.parts import register_in_parts
 from openclaw_store.repositories.queries import node_conditions
 
 node_status = check_enum(NodeStatus)
@@ -90,7 +91,8 @@ class NodeRepository(Repository[NodeInfo]):
         """Add a node, or replace its former process; `node` receives the stored values.
 
         Tasks assigned to the former process are released: they are PENDING again, or FAILED after
-        their last retry. The totals of the node stay.
+        their last retry. The totals of the node stay. Without a transaction of the caller, each 200
+        are released in one; after an error, call this again.
 
         Args:
             node: The node; its `version` is ignored.
@@ -100,7 +102,8 @@ class NodeRepository(Repository[NodeInfo]):
             InvalidDataError: If a field cannot be stored.
         """
         record = admit(NodeInfo, node, self._database.clock)
-        stored = await self._write(Register(record.node_id, record, check_backoff(backoff).draw()))
+        command = Register(record.node_id, record, check_backoff(backoff).draw())
+        stored = await register_in_parts(self._write, command)
         self._write_back(stored, node, SET_BY_REGISTRATION)
         return True
 

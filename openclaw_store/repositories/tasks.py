@@ -38,7 +38,6 @@ from openclaw_store.repositories.base import Repository
 from openclaw_store.repositories.commands import (
     Advance,
     Advanced,
-    Claim,
     acknowledgement_of,
     cancellation_of,
     completion_of,
@@ -47,6 +46,7 @@ from openclaw_store.repositories.commands import (
     requeue_of,
     start_of,
 )
+from openclaw_store.repositories.parts import claim_in_parts
 from openclaw_store.repositories.queries import after_cursor, cursor_of, task_conditions
 from openclaw_store.repositories.retention import (
     count_old_tasks,
@@ -110,6 +110,9 @@ class TaskRepository(Repository[Task]):
     async def claim(self, node_id: str, limit: int = 1, *, start: bool = False) -> list[Task]:
         """Assign pending tasks to an ONLINE node that has their skills and free slots.
 
+        Without a transaction of the caller, each 200 tasks are claimed in one; after an error, the
+        node keeps the tasks claimed so far.
+
         Args:
             start: Start them in the same commit.
 
@@ -120,7 +123,9 @@ class TaskRepository(Repository[Task]):
             NodeNotFoundError: If there is no such node.
         """
         node_id = check_key("node_id", node_id)
-        return self._copies(await self._write(Claim(node_id, check_some("limit", limit), start)))
+        limit = check_some("limit", limit)
+        parts = claim_in_parts(self._write, node_id, limit, start=start)
+        return [task async for part in parts for task in self._copies(part)]
 
     async def start(self, task: Task) -> Task:
         """Start a claimed task; return the stored task.

@@ -71,7 +71,9 @@ class NodeCalls(ManagerBase):
 
         Call this when the process of a node starts. Tasks assigned to the former process are
         released at once, however fresh its heartbeats are, as by `recover`. The totals of the node
-        stay, and so does MAINTENANCE, which only `resume_node` and `update_node_status` end.
+        stay, and so does MAINTENANCE, which only `resume_node` and `update_node_status` end. If
+        there are more than 200 tasks, each 200 are released in one transaction, and the node is
+        registered in the last one: after an error, call this again.
 
         Args:
             node: The node; its `version` is ignored.

@@ -36,13 +36,15 @@ from openclaw_store.errors import (
     UnsavedConflictError,
 )
 from openclaw_store.repositories import (
+    PART_SIZE,
     Advance,
     Advanced,
-    Claim,
     Command,
     Recover,
     Register,
     SetNodeStatus,
+    claim_in_parts,
+    register_in_parts,
 )
 from openclaw_store.state_manager.cache import Cache
 from openclaw_store.state_manager.explain import Explanation, explain
@@ -51,9 +53,6 @@ from openclaw_store.state_manager.task_index import PendingKey, pending_key
 from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
 logger = logging.getLogger("openclaw_store.dispatcher")
-
-WRITE_BATCH_SIZE = 200
-"""Commands submitted together."""
 
 PENDING_SLICE_SIZE = 100
 """Pending tasks examined before other coroutines run."""
@@ -95,15 +94,15 @@ class Scheduler:
         self._backoff = backoff
         self._latest: datetime | None = None  # the latest time at which `recover` was called
 
-    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Record[Task]]:
+    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Task]:
         if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
             await self._replica.write_behind.flush_all()
-        claimed: list[Record[Task]] = await self._replica.submit(Claim(node_id, limit, start))
-        return claimed
+        parts = claim_in_parts(self._replica.submit, node_id, limit, start=start)
+        return [record.copy() async for part in parts for record in part]
 
     async def wait_and_claim(
         self, node_id: str, limit: int, seconds: float, *, start: bool
-    ) -> list[Record[Task]]:
+    ) -> list[Task]:
         """Claim as `claim` does, as soon as there are tasks, or after that time without any."""
         loop, waiters = asyncio.get_running_loop(), self._replica.watchers.claims
         deadline = loop.time() + seconds
@@ -159,8 +158,8 @@ class Scheduler:
         return done
 
     async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
-        register = Register(record.node_id, record, self._backoff.draw())
-        registered: Record[NodeInfo] = await self._replica.send(register)
+        command = Register(record.node_id, record, self._backoff.draw())
+        registered = await register_in_parts(self._replica.send, command)
         # An unsaved entry is from the former process.
         self._replica.cache.discard((NodeInfo, record.node_id))
         return registered
@@ -234,8 +233,8 @@ class Scheduler:
         while True:
             page, following = await tasks.list_records(filter, after=after, limit=TASK_PAGE_SIZE)
             unchanged = 0
-            for start in range(0, len(page), WRITE_BATCH_SIZE):
-                part = page[start : start + WRITE_BATCH_SIZE]
+            for start in range(0, len(page), PART_SIZE):
+                part = page[start : start + PART_SIZE]
                 made = [command_of(task) for task in part if task.task_id not in written]
                 commands = [command for command in made if command is not None]
                 unchanged += len(commands)
@@ -260,8 +259,8 @@ class Scheduler:
         Raises:
             BackendError: If the database could not be written; earlier batches stay committed.
         """
-        for start in range(0, len(commands), WRITE_BATCH_SIZE):
-            part = commands[start : start + WRITE_BATCH_SIZE]
+        for start in range(0, len(commands), PART_SIZE):
+            part = commands[start : start + PART_SIZE]
             outcomes = await asyncio.gather(*map(self._write, part), return_exceptions=True)
             for command, outcome in zip(part, outcomes, strict=True):
                 if isinstance(outcome, BaseException):

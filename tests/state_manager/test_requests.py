@@ -44,8 +44,8 @@ from openclaw_store import (
 )
 from openclaw_store.backends.sqlite.backend import WriteSession
 from openclaw_store.domain.models import FINISHED, LIVE
-from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.repositories.change_log import read_changes
+from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
 
 NAMES = [

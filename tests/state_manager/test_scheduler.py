@@ -1286,7 +1286,7 @@ class TestRecover:
     async def test_ten_at_once_give_each_task_one_outcome(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(scheduler, "WRITE_BATCH_SIZE", 3)
+        monkeypatch.setattr(scheduler, "PART_SIZE", 3)
         nodes = [await cluster.join() for _ in range(4)]
         for node in nodes:
             for losses in (0, 0, 1, 1):
