@@ -30,6 +30,7 @@ from openclaw_store.domain.records import Record
 from openclaw_store.errors import StoreError
 from openclaw_store.repositories.commands import Update
 from openclaw_store.repositories.heartbeats import Heartbeat
+from openclaw_store.repositories.ready_tasks import ready_tasks
 from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
 
@@ -84,16 +85,17 @@ def no_version_in_where() -> Iterator[None]:
 @bug
 def claimed_twice() -> Iterator[None]:
     """P4: a claim trusts what the claim before has read, and does not read the tasks again."""
-    ready_for, known = UnitOfWork._ready_for, dict[object, list[Record[Task]]]()
+    known: dict[object, list[Record[Task]]] = {}
 
-    def remembered(self: UnitOfWork, skills: bytes | None, count: int) -> Iterator[Record[Task]]:
+    def remembered(*arguments: Any) -> Iterator[Record[Task]]:
+        *_, skills, _ = arguments
         tasks: dict[str, Record[Task]] = {}
-        for task in (*known.get(skills, ()), *ready_for(self, skills, count)):
+        for task in (*known.get(skills, ()), *ready_tasks(*arguments)):
             tasks.setdefault(task.task_id, task)
         known[skills] = [*tasks.values()]
         return iter(tasks.values())
 
-    with patch.object(UnitOfWork, "_ready_for", remembered):
+    with patch("openclaw_store.repositories.unit_of_work.ready_tasks", remembered):
         yield
 
 

@@ -45,6 +45,7 @@ from sqlalchemy.types import Text
 
 from openclaw_store.backends import CounterStatements
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
+from openclaw_store.database.claim_statements import claim_statements
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
 from openclaw_store.database.store_write import (
     CALL_FIELDS,
@@ -54,10 +55,8 @@ from openclaw_store.database.store_write import (
 )
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
-    IS_DELAYED,
     IS_FINISHED,
     IS_LIVE,
-    IS_READY,
     ROWS,
     Base,
     CounterRow,
@@ -137,33 +136,11 @@ class Statements(ABC):
         tasks = select(*COLUMNS[Task])
         self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
-        group, columns = self._group, ", ".join(FIELDS[Task])
-        ready = f"tasks {self._indexed_by.format('ix_tasks_ready')} WHERE {IS_READY}"
-        heads = f"SELECT min({group}) FROM {ready}"
-        self.read_ready_groups = f"""
-            WITH RECURSIVE heads (key) AS (
-                {heads}
-                UNION ALL
-                SELECT ({heads} AND {group} > heads.key) FROM heads WHERE key IS NOT NULL
-            )
-            {self._no_skills} SELECT key, (
-                SELECT required_skills FROM {ready} AND {group} = key LIMIT 1
-            ) FROM heads WHERE key IS NOT NULL"""
-        """The groups of tasks that may be claimed, and the skills that each requires."""
-        first, second, third = map(self._parameter, (1, 2, 3))
-        self.read_ready = f"""
-            SELECT {columns} FROM {ready} AND {group} {self._equals} {first}
-            AND (expires_at IS NULL OR expires_at > {second})
-            ORDER BY priority, submitted_at, task_id LIMIT {third}"""
-        """All columns of the first tasks of a group; takes the group, the time and a limit."""
-        delayed = f"tasks {self._indexed_by.format('ix_tasks_delayed')} WHERE {IS_DELAYED}"
-        self.read_due_retries = f"""
-            SELECT {columns} FROM {delayed} AND not_before <= {first}
-            ORDER BY not_before LIMIT {second}"""
-        """All columns of delayed tasks that are due; takes the time and a limit."""
+        self.claims = claim_statements(dialect.name)
+        """The queries of a claim."""
         assigned = tasks.where(self._is_assigned, self._assigned == bindparam("node"))
         # Not `limit`: SQLAlchemy adds an OFFSET to it for SQLite, as a parameter.
-        self.read_assigned = f"{self._compile(assigned)} LIMIT {second}"
+        self.read_assigned = f"{self._compile(assigned)} LIMIT {self._parameter(2)}"
         """All columns of the tasks that a node has claimed and not finished; takes a limit."""
         self.read_live_keys = self._compile(
             select(TaskRow.idempotency_key, TaskRow.task_id).where(IS_LIVE, self._has_given_key())
@@ -230,12 +207,6 @@ class Statements(ABC):
     """Write heartbeats: rows of usage, time, sequence number, id, the time again, the present."""
     _group: str
     """The first column of the index `ix_tasks_ready`: tasks that require the same skills."""
-    _no_skills: str
-    """The group of tasks without skills in front of the other ones, if it is not among them."""
-    _equals: str
-    """The comparison of groups."""
-    _indexed_by: str
-    """The clause that names the index to use, in place of the statistics; on SQLite."""
     _is_assigned: ColumnElement[bool] | TextClause = IS_ASSIGNED
     """The condition of tasks that are claimed or running."""
     _assigned: ColumnElement[Any] = _TASKS.c.assigned_node
@@ -285,8 +256,6 @@ class SQLiteStatements(Statements):
     # undo that statement alone: a fifth of the time of an insert. It is not needed, because the
     # whole transaction is rolled back when a statement fails.
     _OR_FAIL = "OR FAIL"
-    _group, _equals, _indexed_by = "required_skills", "IS", "INDEXED BY {}"
-    _no_skills = "SELECT NULL, NULL UNION ALL"
     # `unlikely` makes the planner use the index on the status, and the sign keeps it from using the
     # one on the node: nearly all tasks may have had the same status when they were counted.
     _is_assigned = func.unlikely(IS_ASSIGNED)
@@ -371,10 +340,6 @@ class PostgreSQLStatements(Statements):
     They match rows by key, so an update that waits for a concurrent change by hand finds its row.
     The arrays `$1::text::type[]` are not built by SQLAlchemy.
     """
-
-    # A hash, since a long list does not fit into an index of PostgreSQL.
-    _group = "coalesce(hashtextextended(required_skills::text, 0), 0)"
-    _no_skills, _equals, _indexed_by = "", "=", ""
 
     def __init__(self) -> None:
         super().__init__(POSTGRESQL)

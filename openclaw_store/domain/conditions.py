@@ -38,16 +38,22 @@ def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
     return are_among(required, node.encoded("available_skills"))
 
 
-@lru_cache(maxsize=4096)
 def are_among(required: bytes | None, available: bytes | None) -> bool:
     """Return whether one JSON list contains all texts of another; false for any other JSON."""
+    wanted, present = skill_set(required), skill_set(available)
+    return wanted is not None and present is not None and wanted <= present
+
+
+@lru_cache(maxsize=4096)
+def skill_set(text: bytes | None) -> frozenset[str] | None:
+    """Return the texts of a JSON list; `None` for any other JSON, which was written by hand."""
     try:
-        lists = [orjson.loads(text or b"[]") for text in (required, available)]
-    except orjson.JSONDecodeError:  # written by hand
-        return False
-    if not all(isinstance(one, list) and all(isinstance(it, str) for it in one) for one in lists):
-        return False
-    return set(lists[0]) <= set(lists[1])
+        skills = orjson.loads(text or b"[]")
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(skills, list) or not all(isinstance(one, str) for one in skills):
+        return None
+    return frozenset(skills)
 
 
 def free_slots(node: Record[NodeInfo]) -> int:

@@ -153,7 +153,8 @@ async def _count_ahead(
         count
         for required, count in await session.execute(better)
         if any(
-            conditions.are_among(required and required.encode(), present) for present in available
+            conditions.are_among(required.encode() if required else None, present)
+            for present in available
         )
     )
 

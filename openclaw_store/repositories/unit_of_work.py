@@ -11,7 +11,6 @@ even when a row is removed and created again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
@@ -40,12 +39,7 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-
-_MAX_DUE_RETRIES = 1000
-"""Maximum number of due retries among which a claim chooses: the ones due first."""
-
-_ORDER_OF_CLAIMS = itemgetter(*map(FIELDS[Task].index, ("priority", "submitted_at", "task_id")))
-"""The position of a row in the order of claims."""
+from openclaw_store.repositories.ready_tasks import ready_tasks
 
 ChainEnd = tuple[int | None, str, str]
 """Revision, item and identifier of a change that is removed with all earlier ones of its row."""
@@ -323,7 +317,9 @@ class UnitOfWork:
         wanted = min(limit, conditions.free_slots(row.record))
         skills = row.record.encoded("available_skills")
         if skills not in self._ready:
-            self._ready[skills] = self._ready_for(skills, max(wanted, self._size))
+            self._ready[skills] = ready_tasks(
+                self.sql, self.cursor.execute, self.now, skills, max(wanted, self._size)
+            )
         while len(claimed) < wanted and (task := next(self._ready[skills], None)) is not None:
             task_row = self.rows[Task].get(task.task_id) or self.row(Task, task.task_id).load(task)
             present = task_row.content()
@@ -338,33 +334,6 @@ class UnitOfWork:
         if claimed:
             self.count(row, row.id, NodeDelta(running=len(claimed)))
         return claimed
-
-    def _ready_for(self, skills: bytes | None, count: int) -> Iterator[Record[Task]]:
-        """Read the tasks that a node with these skills may claim, in the order of claims.
-
-        Args:
-            count: Number of tasks to read first; then four times as many are read.
-        """
-        sql, execute = self.sql, self.cursor.execute
-        groups = [
-            key
-            for key, required in execute(sql.read_ready_groups)
-            if conditions.are_among(required.encode() if required else None, skills)
-        ]
-        # A due retry may come before any other task; there are few at a time.
-        now = sql.to_moment(self.now)
-        due = execute(sql.read_due_retries, (now, _MAX_DUE_RETRIES))
-        done = 0
-        while True:
-            found = [
-                *due,
-                *(row for key in groups for row in execute(sql.read_ready, (key, now, count))),
-            ]
-            found = sorted(found, key=_ORDER_OF_CLAIMS)[:count]
-            yield from map(sql.decode[Task], found[done:])
-            if len(found) < count:
-                return
-            done, count = count, 4 * count
 
     def read_task(self, id: str) -> Record[Task] | None:
         """Read the content of a task."""

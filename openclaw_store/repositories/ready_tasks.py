@@ -1,0 +1,90 @@
+"""The tasks that a node may claim, best first, found by indexes.
+
+Tasks that require the same skills are a group, and an index has each group in the order of claims.
+A search merges the groups whose skills a node has, and reads a group when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from heapq import heapify, heappop, heappush
+from operator import itemgetter
+from typing import Any
+
+from openclaw_store.database import FIELDS, Statements
+from openclaw_store.domain import Raw, Record, Task, conditions
+
+Execute = Callable[[str, Sequence[Any]], Sequence[Any]]
+
+_MAX_DUE_RETRIES = 1000
+"""Maximum number of due retries among which a claim chooses: the ones due first."""
+
+_FEW = 32
+"""Up to so many groups are read without regard to the skills of the node."""
+
+_FRONT = 100
+"""First tasks of the queue that are looked at before many groups are."""
+
+_ALL = 1 << 30
+
+_place = itemgetter(*map(FIELDS[Task].index, ("priority", "submitted_at", "task_id")))
+"""The position of a row in the order of claims."""
+
+_required = itemgetter(FIELDS[Task].index("required_skills"))
+
+
+def ready_tasks(
+    sql: Statements, execute: Execute, now: datetime, skills: bytes | None, count: int
+) -> Iterator[Record[Task]]:
+    """Yield the tasks that a node with these skills may claim; a task may come twice.
+
+    Args:
+        execute: Returns the rows of a query.
+        skills: The skills of the node, as JSON.
+        count: Number of tasks of a group to read first; then four times as many are read.
+    """
+    available = conditions.skill_set(skills)
+    if available is None:
+        return
+    queries, at = sql.claims, sql.to_moment(now)
+
+    def is_able(required: str | None) -> bool:
+        return conditions.are_among(required.encode() if required else None, skills)
+
+    has_few = len(available) <= _FEW
+    heads = execute(queries.heads, (*queries.ranges(None), _FEW + 1))
+    if len(heads) > _FEW:
+        if not has_few:
+            front = execute(queries.front, (_FRONT, at))
+            yield from (sql.decode[Task](row) for row in front if is_able(_required(row)))
+        ranges = queries.ranges(available if has_few else None)
+        heads = execute(queries.heads, (*ranges, _ALL))
+    # A group without rows yet is at the place of its first task.
+    queue: list[tuple[Any, Raw | None, Iterator[Raw]]] = [
+        (tuple(place), None, _rows_of(queries.group, execute, key, at, count))
+        for key, (required, *place) in {None: (None,), **{key: row for key, *row in heads}}.items()
+        if is_able(required)
+    ]
+    # A due retry may come before any other task; there are few at a time.
+    due = execute(queries.due_retries, (at, _MAX_DUE_RETRIES))
+    queue += [(_place(row), row, iter(())) for row in due]
+    heapify(queue)
+    while queue:
+        _, row, rest = heappop(queue)
+        if row is not None:
+            yield sql.decode[Task](row)
+        following = next(rest, None)
+        if following is not None:
+            heappush(queue, (_place(following), following, rest))
+
+
+def _rows_of(query: str, execute: Execute, key: Any, at: Any, count: int) -> Iterator[Raw]:
+    """Yield the rows of a group in the order of claims."""
+    done = 0
+    while True:
+        rows = execute(query, (key, at, count))
+        yield from rows[done:]
+        if len(rows) < count:
+            return
+        done, count = count, 4 * count
