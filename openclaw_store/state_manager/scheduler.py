@@ -280,13 +280,16 @@ class Scheduler:
             raise TaskNotFoundError(task_id)
         cache, now = await self._replica.view(), self._replica.database.clock()
         nodes = list(cache.nodes.values())
-        able = [node for node in nodes if conditions.has_skills(node, task)]
+        skills = {
+            node.encoded("available_skills") for node in nodes if conditions.has_skills(node, task)
+        }
         key, ahead = pending_key(task), 0
         async for place, one in _pending_tasks(cache):
             if key is None or place >= key:
                 break
             if one.status is TaskStatus.PENDING and conditions.is_due(one, now):
-                ahead += any(conditions.has_skills(node, one) for node in able)
+                required = one.encoded("required_skills")
+                ahead += any(conditions.are_among(required, present) for present in skills)
         return explain(task, nodes, ahead, now)
 
     async def _recoverable(
