@@ -23,7 +23,7 @@ _PARTS = 10
 
 async def bulk(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """Measure `add_tasks` of a million, and the last tenth of it against the first."""
-    tasks = bench.scaled(1_000_000, 10_000)
+    tasks = bench.scaled(1_000_000, 1000)
     moments: list[float] = []
 
     def timed() -> Iterator[Task]:
@@ -61,7 +61,7 @@ async def bulk(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 
 async def parts(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """Measure `add_task` of other callers beside calls that change many tasks."""
-    many = bench.scaled(20_000, 400)
+    many = bench.scaled(20_000, 100)
 
     async def measure() -> Sample:
         async with (
@@ -85,7 +85,7 @@ async def parts(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 
 async def skills(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """Measure claims where the tasks require many different skills."""
-    groups, nodes = bench.scaled(8000, 100), bench.scaled(1500, 50)
+    groups, nodes = bench.scaled(8000, 40), bench.scaled(1500, 20)
 
     def tasks_of(names: Sequence[str], number: int) -> Iterator[Task]:
         for place, name in zip(range(number), _again(names), strict=False):
