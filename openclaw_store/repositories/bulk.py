@@ -45,9 +45,9 @@ def changes_of(events: Iterable[object]) -> Iterator[Change]:
 def insert_tasks(
     transaction: WriteTransaction, batches: Sequence[Sequence[Record[Task]]]
 ) -> Sequence[Refusals]:
-    """Add batches of tasks, whose records the operation owns: it sets their versions and times.
+    """Add batches of tasks; set the versions and times in their records.
 
-    On PostgreSQL the lock comes first: the function `store_write` would take twice the time.
+    On PostgreSQL the lock comes first: the function `store_write` would take longer.
     """
     if isinstance(transaction.cursor, BatchCursor):
         transaction.cursor.require_lock()

@@ -370,6 +370,30 @@ class TestAddTasks:
         newest, _ = await cluster.one.db.read(partial(read_changes, since=2999))
         assert [change.item_id for change in newest] == ["task-02999"]
 
+    @pytest.mark.parametrize("is_behind", [False, True])
+    async def test_tasks_of_any_status_are_in_memory_at_once(
+        self, cluster: Cluster, *, is_behind: bool
+    ) -> None:
+        """Also if the revisions before them are not in memory yet."""
+        if is_behind:
+            await cluster.two.add_tasks([cluster.make_task()])
+        tasks = [cluster.make_task() for _ in range(3)]
+        await cluster.one.add_tasks(tasks)
+        tasks += (others := [cluster.make_task(status=status) for status in TaskStatus])
+        await cluster.one.add_tasks(others)
+
+        state = await cluster.one.get_state()
+
+        live = {task.task_id: task for task in tasks if task.status in LIVE}
+        assert state.tasks == live
+        pending = await cluster.one.get_pending_tasks()
+        assert {task.task_id for task in pending} == {
+            id for id, task in live.items() if task.status is not TaskStatus.RUNNING
+        }
+        stats = await cluster.one.get_task_stats()
+        assert (stats["pending"], stats["failed"], stats["total"]) == (4, 1, len(tasks))
+        assert cluster.one.version == tasks[-1].version
+
     async def test_batch_is_written_with_few_statements(
         self, cluster: Cluster, sent: list[str]
     ) -> None:
