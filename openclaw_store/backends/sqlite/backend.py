@@ -50,7 +50,7 @@ _ALONE_SECONDS = 1.0  # for another process that only inspects a file that is to
 
 _ENDING_READER_SECONDS = 0.1  # for a reader that no longer needs the WAL
 
-_ROWS_A_STATEMENT = (1000, 64, 16, 4, 1)  # SQLite takes 32,766 parameters
+_ROWS_A_STATEMENT = (1000, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 32 columns
 
 
 def _engine(path: Path, kind: type[sqlite3.Connection]) -> Engine:
