@@ -21,7 +21,7 @@ from openclaw_store.backends.cancellation import (
     shield_until_done,
     was_interrupted,
 )
-from openclaw_store.backends.error_mapping import SQLiteErrorMapping
+from openclaw_store.backends.error_mapping import SQLiteErrorMapping, unreadable_value
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.internals import fetch_raw_rows
 from openclaw_store.backends.notifications import Notifier, OnCommit, notify_of_commits

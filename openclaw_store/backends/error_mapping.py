@@ -182,15 +182,6 @@ class SQLiteErrorMapping(ErrorMapping):
         """Return `True` if text is not UTF-8, the driver's only error without a code."""
         return type(_cause(error)) is sqlite3.OperationalError and cls.code(error) is None
 
-    @classmethod
-    def is_unreadable_value(cls, error: BaseException) -> bool:
-        """Return `True` if a value written by hand may be the cause.
-
-        `json_array` refuses a BLOB; text that is not UTF-8 is an error without a code.
-        """
-        is_general = cls.code(error) in (None, "SQLITE_ERROR")
-        return is_general and isinstance(_cause(error), sqlite3.Error)
-
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code = self.code(error)
         if self.is_no_text(error):
@@ -230,7 +221,8 @@ class PostgreSQLErrorMapping(ErrorMapping):
     @staticmethod
     def raised() -> tuple[type[Exception], ...]:
         driver = importlib.import_module("asyncpg")  # it has no types
-        return OSError, driver.PostgresError, driver.InterfaceError, driver.InternalClientError
+        lost = driver.PostgresError, driver.InterfaceError, driver.InternalClientError
+        return OSError, OverflowError, *lost  # `OverflowError`: a time outside Python's range
 
     @staticmethod
     def code(error: BaseException) -> str | None:
@@ -240,6 +232,10 @@ class PostgreSQLErrorMapping(ErrorMapping):
 
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code, cause = self.code(error), _cause(error)
+        if isinstance(cause, OverflowError):
+            return InvalidDataError(
+                "row", f"of {self.location} cannot be read: {cause}: correct it by hand"
+            )
         if code is None and not _is_lost(cause):
             return None
         if isinstance(cause, TimeoutError):
@@ -263,6 +259,19 @@ class PostgreSQLErrorMapping(ErrorMapping):
         if code.startswith(("22", "23")):
             return InvalidDataError("row", f"refused by the database: {cause}")
         return None
+
+
+def unreadable_value(error: BaseException) -> BaseException | None:
+    """Return the driver's error, if the cause may be a value written by hand.
+
+    On SQLite, `json_array` refuses a BLOB, and text that is not UTF-8 is an error without a code;
+    on PostgreSQL, the driver refuses times outside Python's range.
+    """
+    cause = _cause(error)
+    is_general = SQLiteErrorMapping.code(error) in (None, "SQLITE_ERROR")
+    if isinstance(cause, OverflowError) or (isinstance(cause, sqlite3.Error) and is_general):
+        return cause
+    return None
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.bulk import Refusals, TasksAdded, changes_of, insert_tasks
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,
+    PAGE_BYTES,
     read_changes,
     read_counters,
     read_history,
@@ -38,6 +39,8 @@ from openclaw_store.repositories.nodes import NodeRepository, node_status
 from openclaw_store.repositories.parts import claim_in_parts, register_in_parts
 from openclaw_store.repositories.retention import compact_feed
 from openclaw_store.repositories.row_reader import (
+    FETCH_SIZE,
+    TolerantReader,
     decoder_here,
     read_records,
     read_rows,

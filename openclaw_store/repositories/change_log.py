@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import ROWS, ChangeRow, CounterRow, history_of
@@ -20,6 +20,9 @@ CHANGE_BATCH_SIZE = 400
 
 The fixed cost of a batch equals the cost of applying 100 changes.
 """
+
+PAGE_BYTES = 8 << 20
+"""Bytes of JSON and text in a batch; the change that exceeds them is the last one."""
 
 
 async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
@@ -36,9 +39,24 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
         raise InvalidDataError("since", f"must be at most {read_at}, the newest revision")
     if since < compacted:
         raise CompactedError(since, compacted + 1)
-    query = _ALL.where(ChangeRow.revision > since).order_by(ChangeRow.revision)
-    changes = _as_changes(await session.execute(query.limit(CHANGE_BATCH_SIZE)))
-    return changes, changes[-1].revision if len(changes) == CHANGE_BATCH_SIZE else read_at
+    length = func.coalesce(func.length(ChangeRow.reason), 0)
+    is_short = length <= PAGE_BYTES // CHANGE_BATCH_SIZE
+    columns = {**ChangeRow.__table__.c, "reason": case((is_short, ChangeRow.reason))}
+    query = select(*columns.values(), length, is_short).where(ChangeRow.revision > since)
+    rows = await session.execute(query.order_by(ChangeRow.revision).limit(CHANGE_BATCH_SIZE))
+    changes: list[Change] = []
+    size = 0
+    for *row, length_here, is_short_here in rows:
+        [change] = _as_changes([row])
+        if not is_short_here:
+            reason = select(ChangeRow.reason).where(ChangeRow.revision == change.revision)
+            change = change._replace(reason=await session.scalar(reason))
+            size += length_here
+        changes.append(change)
+        if size > PAGE_BYTES:
+            break
+    is_last = len(changes) < CHANGE_BATCH_SIZE and size <= PAGE_BYTES
+    return changes, read_at if is_last else changes[-1].revision
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:

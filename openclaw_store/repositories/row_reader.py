@@ -1,17 +1,27 @@
-"""Read rows: in batches as the driver gives them, or a few as records."""
+"""Read rows: in batches as the driver gives them, a few as records, or around unreadable ones."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import CursorResult, Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.backends import fetch_raw_rows
-from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of
-from openclaw_store.domain import Decode, Raw, Record, Task, TaskPriority
+from openclaw_store.backends import fetch_raw_rows, unreadable_value
+from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of, statements_for
+from openclaw_store.domain import (
+    ENTITY_NAMES,
+    Decode,
+    EntityKey,
+    Raw,
+    Record,
+    Task,
+    TaskPriority,
+)
+from openclaw_store.errors import InvalidDataError
 
 FETCH_SIZE = 250
 """Rows read before other coroutines run."""
@@ -67,3 +77,55 @@ async def read_records(
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
     """Return the decoder of the rows of `read_rows`."""
     return decoder_of(kind, session.get_bind().dialect)  # type: ignore[arg-type]  # it is hashable
+
+
+class TolerantReader:
+    """Reads rows in a session, and notes the ones that cannot be read instead of failing.
+
+    Such values were written by hand: text that is not UTF-8 on SQLite, or on PostgreSQL a time
+    outside Python's range. The driver then refuses all rows of a result.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.sql = statements_for(session.get_bind().dialect.name)
+        self.unreadable: dict[EntityKey, InvalidDataError] = {}
+        """The error of each unreadable row, which names it."""
+
+    def all(self, query: Select[Any]) -> list[Raw] | None:
+        """Return the rows of a query, without rows of NULLs; `None` if one is unreadable."""
+        try:
+            return self._fetch(query)
+        except Exception as error:
+            if unreadable_value(error) is None:
+                raise
+            return None
+
+    def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Sequence[str]) -> list[Raw]:
+        """Return the rows with these identifiers; if one is unreadable, each is read alone."""
+        try:
+            return self._fetch(self.sql.by_ids(kind, columns, self.sql.given(ids)))
+        except Exception as error:
+            cause = unreadable_value(error)
+            if cause is None:
+                raise
+            if len(ids) == 1:
+                self._note(kind, ids[0], cause)
+                return []
+        return [row for id in ids for row in self.by_ids(kind, columns, [id])]
+
+    @contextmanager
+    def noting(self, kind: type[Any], id: str) -> Iterator[None]:
+        """Note the error of a row that cannot be decoded."""
+        try:
+            yield
+        except InvalidDataError as error:
+            self._note(kind, id, error)
+
+    def _note(self, kind: type[Any], id: str, cause: BaseException) -> None:
+        reason = f"{id!r} cannot be read: {cause}: correct it by hand"
+        self.unreadable[kind, id] = InvalidDataError(ENTITY_NAMES[kind], reason)
+
+    def _fetch(self, query: Select[Any]) -> list[Raw]:
+        rows = fetch_raw_rows(self._session.connection().execute(query))
+        return [tuple(row) for row in rows if row[0] is not None]

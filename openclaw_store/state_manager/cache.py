@@ -79,15 +79,21 @@ class Cache:
         # unless `catch_up` has read it.
         self._written_values: dict[str, dict[str, tuple[int, Any]]] = {}
 
-    def load(self, kind: type[Any], rows: Sequence[Raw]) -> None:
-        """Add rows of the initial state."""
+    def load(self, kind: type[Any], rows: Sequence[Raw]) -> list[InvalidDataError]:
+        """Add rows of the initial state; return the errors of the ones that cannot be read."""
+        unreadable: list[InvalidDataError] = []
+        arrived: list[Indexed] = []
         for row in rows:
-            if kind is Task:
-                self.tasks.put(row[0], row)
-            else:
-                self._show_node(row[0], None, self._decode[kind](row))
-        if kind is Task:
-            self.task_index.extend([self._read_entry(row) for row in rows])
+            try:
+                if kind is Task:
+                    arrived.append(self._read_entry(row))
+                    self.tasks.put(row[0], row)
+                else:
+                    self._show_node(row[0], None, self._decode[kind](row))
+            except InvalidDataError as error:
+                unreadable.append(error)
+        self.task_index.extend(arrived)
+        return unreadable
 
     def keep_unsaved(self, other: Cache) -> None:
         """Keep the unsaved entries and heartbeats of the cache that this one replaces."""
@@ -165,17 +171,23 @@ class Cache:
             InvalidDataError: If a row cannot be read; the rest was applied.
         """
         tasks, nodes = self.applied.count_batch(batch)
-        unreadable = self._apply_tasks(tasks, batch)
-        updates = [(id, batch.nodes.get(id), batch.read_at) for id in nodes]
-        updates += [(node.node_id, node, 0) for node in batch.heartbeats]
-        for id, stored, revision in updates:
-            if revision == 0 and self._visible((NodeInfo, id)) is None:
-                continue  # a heartbeat of a node that was removed
-            node = self._with_written_values(stored, batch.heartbeat_sequence)
+        unreadable: InvalidDataError | None = None
+        for (kind, id), error in batch.unreadable.items():
+            (tasks if kind is Task else nodes).pop(id, None)
+            unreadable = error
+        unreadable = self._apply_tasks(tasks, batch) or unreadable
+        for id in nodes:
+            node = self._with_written_values(batch.nodes.get(id), batch.heartbeat_sequence)
             try:
-                self._apply_stored((NodeInfo, id), node, revision)
+                self._apply_stored((NodeInfo, id), node, batch.read_at)
             except InvalidDataError as error:
                 unreadable = error
+        for version, heartbeat in batch.heartbeats:
+            key = (NodeInfo, heartbeat.id)
+            known = self.unsaved[key].committed if key in self.unsaved else self._visible(key)
+            if known is not None and known.version == version:
+                node = self._with_written_values(heartbeat.over(known), batch.heartbeat_sequence)
+                self._apply_stored(key, node, version)
         sequence = self.heartbeat_sequence = max(self.heartbeat_sequence, batch.heartbeat_sequence)
         self._written_values = {
             id: newer

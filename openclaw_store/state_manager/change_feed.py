@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import sqlite3
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, reduce
+from itertools import chain
 from operator import add, itemgetter, methodcaller
 from typing import Any
 
@@ -19,11 +28,13 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
-from openclaw_store.backends import SQLiteErrorMapping, fetch_raw_rows
+from openclaw_store.backends import fetch_raw_rows, unreadable_value
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
+    USAGE,
     ChangeRow,
     CounterRow,
     NodeRow,
@@ -32,27 +43,32 @@ from openclaw_store.database import (
     table_of,
 )
 from openclaw_store.domain import (
+    ENTITY_KINDS,
     ENTITY_NAMES,
     JSON_FIELDS,
+    KEY,
     WAITING,
     Decode,
+    EntityKey,
     NodeInfo,
     Raw,
     Record,
     Task,
     TaskStatus,
 )
+from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import (
     CHANGE_BATCH_SIZE,
+    FETCH_SIZE,
+    PAGE_BYTES,
+    Heartbeat,
+    TolerantReader,
     counters_of,
     read_counters,
     read_rows,
     select_pending,
 )
 from openclaw_store.state_manager.task_index import IndexEntry
-
-PAGE_BYTES = 8 << 20
-"""Bytes of JSON and text in a batch; the task that exceeds them is the last one."""
 
 STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
 """The columns of a change that a cache needs, in this order."""
@@ -69,8 +85,10 @@ _STATUS_OF = {status.value: status for status in TaskStatus}
 
 _TASK, _NODE_NAME = ENTITY_NAMES[Task], ENTITY_NAMES[NodeInfo]
 _NO_TASK: Sequence[Any] = (None,) * len(FIELDS[Task])
-_UNREADABLE = [b"" if name == "submitted_at" else None for name in FIELDS[Task][1:]]
-"""Columns behind the identifier that every decoder refuses, with an error that names the task."""
+
+_HEARTBEAT = [
+    table_of(NodeInfo).c[name] for name in ("node_id", "version", "last_heartbeat", *USAGE)
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +130,14 @@ class ChangeBatch:
     """True if clean-up has removed no change of this batch and the ones before it."""
     nodes: Mapping[str, Record[NodeInfo]]
     """The nodes that changed, without removed ones."""
-    heartbeats: Sequence[Record[NodeInfo]]
-    """Nodes with later heartbeats."""
+    heartbeats: Sequence[tuple[int, Heartbeat]]
+    """Later heartbeats, each with the version of its node."""
     task_counts: Mapping[str, int] | None
     """Tasks by status, if the changes are not complete."""
     is_compacted: bool = False
     """True if compaction has removed changes of this batch, which is useless then."""
+    unreadable: Mapping[EntityKey, InvalidDataError] = field(default_factory=dict)
+    """The tasks and nodes that changed, but cannot be read."""
 
 
 async def read_initial_state(session: AsyncSession) -> InitialState:
@@ -130,10 +150,15 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     return InitialState(revision, sequence, updated_at, counts, decode, entry_reader(dialect))
 
 
-async def read_live(session: AsyncSession) -> AsyncIterator[tuple[type[Any], Sequence[Raw]]]:
+async def read_live(
+    session: AsyncSession, reader: TolerantReader | None = None
+) -> AsyncIterator[tuple[type[Any], Sequence[Raw]]]:
     """Yield the kind and a batch of rows, for all nodes and all live tasks.
 
     Pending and scheduled tasks are in the order of their keys.
+
+    Args:
+        reader: Reads around rows that the driver refuses; `None` is faster.
     """
     running = sa.select(*COLUMNS[Task]).where(TaskRow.status == TaskStatus.RUNNING)
     live: Sequence[tuple[type[Any], sa.Select[Any]]] = (
@@ -142,8 +167,15 @@ async def read_live(session: AsyncSession) -> AsyncIterator[tuple[type[Any], Seq
         (Task, select_pending()),
     )
     for kind, query in live:
-        async for rows in read_rows(session, query):
-            yield kind, rows
+        if reader is None:
+            async for rows in read_rows(session, query):
+                yield kind, rows
+        else:
+            keys = await session.scalars(query.with_only_columns(table_of(kind).c[KEY[kind]]))
+            ids = keys.all()
+            for start in range(0, len(ids), FETCH_SIZE):
+                some = ids[start : start + FETCH_SIZE]
+                yield kind, await greenlet_spawn(reader.by_ids, kind, COLUMNS[kind], some)
 
 
 def read_change_batch(
@@ -170,19 +202,15 @@ def read_change_batch(
         wanted = [revision for revision in wanted if revision not in known]
     found, read = _read_changes(session, since, until, skipped)
     revision, newest_sequence = counters_of(found)
-    changes = _with_large_tasks(session, read)
+    contents = _Contents(session, read)
+    changes = contents.complete(read)
     until = min(until, revision) if len(changes) == len(read) else changes[-1][REVISION]
     is_complete = is_complete and len(changes) == bisect_right(wanted, until)
-    sql = statements_for(session.get_bind().dialect.name)
-    nodes: Mapping[str, Record[NodeInfo]] = {}
-    if ids := {row[ENTITY_ID] for row in changes if row[ENTITY_NAME] == _NODE_NAME}:
-        query = sql.by_ids(NodeInfo, COLUMNS[NodeInfo], sql.given([*ids]))
-        nodes = {record.node_id: record for record in _read_nodes(session, query)}
     # Heartbeats are not in the change log: they only raise the sequence of their node.
-    heartbeats: Sequence[Record[NodeInfo]] = []
+    heartbeats: Sequence[tuple[int, Heartbeat]] = []
     if newest_sequence > heartbeat_sequence:
-        query = sa.select(*COLUMNS[NodeInfo]).where(NodeRow.beat > heartbeat_sequence)
-        heartbeats = _read_nodes(session, query)
+        heartbeats = contents.heartbeats(heartbeat_sequence)
+    sql = statements_for(session.get_bind().dialect.name)
     return ChangeBatch(
         revision=until,
         read_at=revision,
@@ -190,10 +218,11 @@ def read_change_batch(
         changes=changes,
         changed_at=sql.from_moment(changes[-1][CHANGED_AT]) if changes else None,
         is_complete=is_complete,
-        nodes=nodes,
+        nodes=contents.nodes,
         heartbeats=heartbeats,
         task_counts=None if is_complete or until < revision else _task_counts(session),
         is_compacted=since < found[0][2],
+        unreadable=contents.unreadable,
     )
 
 
@@ -213,20 +242,14 @@ def _read_changes(
     try:
         found = _fetch(session, sql, *(values[name] for name in names))
     except Exception as error:
-        if not SQLiteErrorMapping.is_unreadable_value(error):
+        if unreadable_value(error) is None:
             raise
-        # No task is small enough now, so each is read alone, and only its decoder refuses it.
+        # No task is small enough now, so each is read alone.
         values["small"] = -1
         found = _fetch(session, sql, *(values[name] for name in names))
     if is_sqlite:
         return found, orjson.loads(found[0][3])
     return found, [row[3:] for row in found if row[3] is not None]
-
-
-def _read_nodes(session: Session, query: sa.Select[Any]) -> list[Record[NodeInfo]]:
-    rows = fetch_raw_rows(session.connection().execute(query))
-    decode = statements_for(session.get_bind().dialect.name).decode[NodeInfo]
-    return [decode(tuple(row)) for row in rows if row[0] is not None]
 
 
 @cache
@@ -255,48 +278,88 @@ def _task_counts(session: Session) -> dict[str, int]:
     return {status.value: count for status, count in session.execute(counts)}
 
 
-def _with_large_tasks(session: Session, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
-    """Add the large tasks, and end the rows when their size exceeds `PAGE_BYTES`.
+class _Contents:
+    """The content of the tasks and nodes of a page; large ones are read one by one.
 
-    A large task is read at its first change: so the page may end after any change, and the content
-    of all its tasks is known.
+    A large one is read at its first change: so the page may end after any change, and all its
+    content is known.
     """
-    if all(row[STEP_WIDTH] is not None for row in rows):
-        return rows
-    last = {row[ENTITY_ID]: row for row in rows if row[ENTITY_NAME] == _TASK}
-    # Its last change here may be a removal, after which this process has added it again.
-    absent = [id for id, row in last.items() if row[STEP_WIDTH] is None]
-    if not absent:
-        return rows
-    sql = statements_for(session.get_bind().dialect.name)
-    query = sql.by_ids(Task, [table_of(Task).c.task_id], sql.given(absent))
-    large = set(session.scalars(query))  # the rest was removed later
-    tasks = {row[ENTITY_ID]: row[STEP_WIDTH:] for row in rows if row[STEP_WIDTH] is not None}
-    whole: list[Sequence[Any]] = []
-    size = 0
-    for row in rows:
-        id, task = row[ENTITY_ID], _NO_TASK
-        if row[ENTITY_NAME] == _TASK:
-            if id in large and id not in tasks:
-                tasks[id] = _read_task(session, id)
-                size += sum(len(value) for value in tasks[id] if isinstance(value, str))
-            task = tasks.get(id, _NO_TASK)
-        whole.append((*row[:STEP_WIDTH], *task))
-        if size > PAGE_BYTES:
-            break
-    return whole
 
+    def __init__(self, session: Session, rows: Sequence[Sequence[Any]]) -> None:
+        self._session = session
+        self._reader = TolerantReader(session)
+        self._sql = self._reader.sql
+        self.unreadable = self._reader.unreadable
+        self.nodes: dict[str, Record[NodeInfo]] = {}
+        last = {(row[ENTITY_NAME], row[ENTITY_ID]): row[STEP_WIDTH] for row in rows}
+        nodes = [id for name, id in last if name == _NODE_NAME]
+        self._add_nodes(self._read_small_nodes(nodes))
+        # The last change of a task may be a removal, after which this process has added it again.
+        self._absent = {
+            Task: [id for (name, id), found in last.items() if name == _TASK and found is None],
+            NodeInfo: [id for id in nodes if id not in self.nodes],
+        }
 
-def _read_task(session: Session, id: str) -> Sequence[Any]:
-    sql = statements_for(session.get_bind().dialect.name)
-    try:
-        found = _fetch(session, sql.read_task, id)
-    except Exception as error:
-        if not SQLiteErrorMapping.is_unreadable_value(error):
-            raise
-        return (id, *_UNREADABLE)
-    task: Sequence[Any] = found[0]
-    return task
+    def complete(self, rows: Sequence[Sequence[Any]]) -> Sequence[Sequence[Any]]:
+        """Add the large tasks and nodes, and end the rows when their size exceeds `PAGE_BYTES`."""
+        large = {key for kind in self._absent for key in self._existing(kind)}
+        if not large:
+            return rows
+        tasks = {row[ENTITY_ID]: row[STEP_WIDTH:] for row in rows if row[STEP_WIDTH] is not None}
+        whole: list[Sequence[Any]] = []
+        size = 0
+        for row in rows:
+            name, id = row[ENTITY_NAME], row[ENTITY_ID]
+            if (name, id) in large:
+                large.remove((name, id))
+                kind = ENTITY_KINDS[name]
+                found = self._reader.by_ids(kind, COLUMNS[kind], [id])
+                size += sum(len(value) for value in chain(*found) if isinstance(value, str))
+                if kind is NodeInfo:
+                    self._add_nodes(found)
+                else:
+                    tasks.update((id, task) for task in found)
+            task = tasks.get(id, _NO_TASK) if name == _TASK else _NO_TASK
+            whole.append((*row[:STEP_WIDTH], *task))
+            if size > PAGE_BYTES:
+                break
+        return whole
+
+    def heartbeats(self, after: int) -> list[tuple[int, Heartbeat]]:
+        """Return the heartbeats after a sequence number, as `ChangeBatch` has them."""
+        is_later = NodeRow.beat > after
+        rows = self._reader.all(sa.select(*_HEARTBEAT).where(is_later))
+        if rows is None:
+            ids = self._session.scalars(sa.select(NodeRow.node_id).where(is_later))
+            rows = self._reader.by_ids(NodeInfo, _HEARTBEAT, list(ids))
+        found = []
+        for id, version, at, *values in rows:
+            with self._reader.noting(NodeInfo, id):
+                usage = dict(zip(USAGE, values, strict=True))
+                found.append((version, Heartbeat(id, self._sql.from_moment(at), usage)))
+        return found
+
+    def _add_nodes(self, rows: Iterable[Raw]) -> None:
+        for row in rows:
+            with self._reader.noting(NodeInfo, row[0]):
+                self.nodes[row[0]] = self._sql.decode[NodeInfo](row)
+
+    def _read_small_nodes(self, ids: Sequence[str]) -> Sequence[Raw]:
+        if not ids:
+            return ()
+        query = self._sql.by_ids(NodeInfo, COLUMNS[NodeInfo], self._sql.given(ids))
+        is_small = _is_small(NodeInfo, is_sqlite=self._sql.dialect.name == "sqlite")
+        small = PAGE_BYTES // CHANGE_BATCH_SIZE
+        return self._reader.all(query.where(is_small).params(small=small)) or ()
+
+    def _existing(self, kind: type[Any]) -> Iterator[tuple[str, str]]:
+        """Yield the absent tasks or nodes that exist: the other ones were removed later."""
+        if absent := self._absent[kind]:
+            key = table_of(kind).c[KEY[kind]]
+            query = self._sql.by_ids(kind, [key], self._sql.given(absent))
+            for id in self._session.scalars(query):
+                if id is not None:
+                    yield ENTITY_NAMES[kind], id
 
 
 @cache
@@ -324,7 +387,7 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
             changes.c.item == sa.literal_column(f"'{_TASK}'"),
             tasks.c.task_id == changes.c.item_id,
             brings_task,
-            _is_small(is_sqlite),
+            _is_small(Task, is_sqlite=is_sqlite),
         ),
     )
     columns = [*(changes.c[name] for name in STEP), *(tasks.c[name] for name in FIELDS[Task])]
@@ -349,11 +412,12 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
     return str(compiled), tuple(compiled.positiontup or ())
 
 
-def _is_small(is_sqlite: bool) -> sa.ColumnElement[bool]:
-    """Return the condition for tasks of which a full batch fits into a page."""
-    names = JSON_FIELDS[Task]
+def _is_small(kind: type[Any], *, is_sqlite: bool) -> sa.ColumnElement[bool]:
+    """Return the condition for rows of which a full batch fits into a page."""
     columns = [
-        one for one in table_of(Task).c if one.name in names or isinstance(one.type, sa.Text)
+        one
+        for one in table_of(kind).c
+        if one.name in JSON_FIELDS[kind] or isinstance(one.type, sa.Text)
     ]
     most = sa.bindparam("small", type_=sa.BigInteger)
 

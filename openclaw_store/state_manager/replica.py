@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import Notifier
+from openclaw_store.backends import Notifier, unreadable_value
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -47,6 +47,7 @@ from openclaw_store.repositories import (
     Remove,
     Repository,
     TaskRepository,
+    TolerantReader,
     Update,
     apply,
     apply_heartbeats,
@@ -453,12 +454,24 @@ class Replica:
         self.last_refresh_at = self.database.clock()
 
     async def _read_cache(self, session: AsyncSession, *, with_tasks: bool = True) -> Cache:
+        try:
+            return await self._fill_cache(session, None, with_tasks)
+        except Exception as error:
+            if unreadable_value(error) is None:
+                raise
+        return await self._fill_cache(session, TolerantReader(session.sync_session), with_tasks)
+
+    async def _fill_cache(
+        self, session: AsyncSession, reader: TolerantReader | None, with_tasks: bool
+    ) -> Cache:
         cache = Cache(await read_initial_state(session), self._finished_limit)
-        async for kind, rows in read_live(session):
-            if kind is NodeInfo or with_tasks:
-                cache.load(kind, rows)
-            else:
+        unreadable: list[InvalidDataError] = []
+        async for kind, rows in read_live(session, reader):
+            if kind is Task and not with_tasks:
                 break
+            unreadable += cache.load(kind, rows)
+        for error in [*unreadable, *(reader.unreadable.values() if reader else ())]:
+            logger.error("a row is left out: %s", error)
         return cache
 
     def _apply_committed(self, events: Sequence[Committed]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -37,7 +38,6 @@ from openclaw_store import (
     TaskRepository,
     TaskStatus,
 )
-from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.connections import Connector
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
@@ -826,15 +826,26 @@ async def test_statement_that_the_server_was_told_to_end_has_not_happened(
     assert await tasks.count_by_status() == 1
 
 
-def test_connection_that_is_still_busy_with_what_was_interrupted_is_unavailable() -> None:
-    """Found by the campaign of the network: it was the driver's own error."""
-    *_, internal_error = PostgreSQLErrorMapping.raised()
+async def test_internal_error_of_the_driver_is_unavailable(
+    manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection is still busy with an interrupted call. Found by the campaign of the network,
+    and once raised by `watch` as it was."""
+    await manager.add_task(make_task())
 
-    translation = PostgreSQLErrorMapping("here").map_error(
-        internal_error("another operation (2) is in …")
-    )
+    error = importlib.import_module("asyncpg").InternalClientError
 
-    assert isinstance(translation, UnavailableError)
+    async def fail(self: object, *arguments: object) -> None:
+        raise error("another operation (2) is in progress")
+
+    monkeypatch.setattr("asyncpg.prepared_stmt.PreparedStatement.fetch", fail)
+
+    with pytest.raises(UnavailableError, match="another operation"):
+        await anext(manager.watch(since=0))
+    for block in (manager.db.session, manager.db.transaction):
+        with pytest.raises(UnavailableError, match="another operation"):
+            async with block() as session:
+                await session.execute(text("SELECT 1 FROM tasks"))
 
 
 def test_password_that_would_be_shown_is_refused() -> None:

@@ -69,7 +69,7 @@ def node_news(
     changes: Sequence[Change],
     *records: Record[NodeInfo],
     heartbeat_sequence: int = 0,
-    heartbeats: Sequence[Record[NodeInfo]] = (),
+    heartbeats: Sequence[tuple[int, Heartbeat]] = (),
 ) -> ChangeBatch:
     """What the feed says of nodes."""
     return ChangeBatch(
@@ -484,10 +484,11 @@ class TestLearning:
         updated = change(2, "n", "online", "online", item="node")
         row = node_record("n", 2, last_heartbeat=START, cpu_usage=7)
 
-        cache.catch_up(node_news(2, [updated], row, heartbeat_sequence=1, heartbeats=[row]))
+        read = [(2, Heartbeat("n", START, {"cpu_usage": 7}))]
+        cache.catch_up(node_news(2, [updated], row, heartbeat_sequence=1, heartbeats=read))
         cache.apply([HeartbeatWritten(Heartbeat("n", START, {"cpu_usage": 1.0}), 1)])
 
-        assert cache.node_index.all_nodes() == [row]
+        assert copies(cache.node_index.all_nodes()) == copies([row])
 
     def test_purged_history_is_recounted(self) -> None:
         database = FakeDatabase()

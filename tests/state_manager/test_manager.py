@@ -2221,9 +2221,9 @@ class TestTwoManagers:
         for _ in range(5):
             await manager.add_task(make_task())
 
-        async def read_slowly(session: Any) -> AsyncIterator[Any]:
+        async def read_slowly(*arguments: Any) -> AsyncIterator[Any]:
             await other.add_task(make_task())
-            async for page in read_live(session):
+            async for page in read_live(*arguments):
                 yield page
                 await other.add_task(make_task())
 
