@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from benchmarks import claims, lives, loop, processes, reads, robust_bulk, server_writes, writes
+from benchmarks import (
+    claims,
+    lives,
+    loop,
+    processes,
+    reads,
+    robust,
+    robust_bulk,
+    server_writes,
+    writes,
+)
 from benchmarks.measure import Benchmark, Line, at_least, at_most
 
 
@@ -246,6 +256,7 @@ BENCHMARKS = (
         needs_server=True,
     ),
     *_OF_PROCESSES,
+    *robust.BENCHMARKS,
     *robust_bulk.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
@@ -256,6 +267,6 @@ GROUPS = {
         "pg-insert-1",
         *(benchmark.name for benchmark in _OF_PROCESSES),
     ),
-    "robust": tuple(benchmark.name for benchmark in robust_bulk.BENCHMARKS),
+    "robust": tuple(benchmark.name for benchmark in (*robust.BENCHMARKS, *robust_bulk.BENCHMARKS)),
 }
 """Names for several benchmarks."""

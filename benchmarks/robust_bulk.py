@@ -16,7 +16,7 @@ from benchmarks.claims import make_node
 from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_least, at_most, percentile
 from benchmarks.processes import CLIENTS, Kind, database_of
 from benchmarks.work import make_task, make_tasks
-from openclaw_store import Database, NodeInfo, StateManager, Task
+from openclaw_store import Database, NodeInfo, StateManager, Task, TaskFilter
 
 _PARTS = 10
 
@@ -75,7 +75,7 @@ async def parts(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
                 "claim": lambda: store.claim_tasks("node", many),
                 "register": lambda: store.register_node(node),
                 "add": lambda: store.add_tasks(make_tasks(many)),
-                "cancel": store.cancel_tasks,
+                "cancel": lambda: store.cancel_tasks(TaskFilter.everything()),
             }
             return {name: await _p99_beside(store, call()) for name, call in calls.items()}
 

@@ -29,7 +29,7 @@ INSERT = str(insert(TaskRow).compile(dialect=sqlite.dialect(), column_keys=list(
 # Without changes, this is the last revision.
 _COUNT = "UPDATE counters SET compacted = (SELECT max(version) FROM tasks)"
 _MOMENTS = [isinstance(column.type, UtcTime) for column in TaskRow.__table__.columns]
-_START = datetime(2024, 1, 1, tzinfo=UTC)
+START = datetime(2024, 1, 1, tzinfo=UTC)
 _SKILLS = ("python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java")
 _FLAT = {
     "source": "s3://datasets/clickstream/part-{number:05}.parquet",
@@ -55,7 +55,7 @@ def make_task(number: int, *, nested: bool = False) -> Task:
         parameters=orjson.loads(parameters.replace("{number:05}", f"{number:05}")),
         timeout=3600,
         user_id=f"user-{number % 50}",
-        submitted_at=_START + timedelta(milliseconds=number),
+        submitted_at=START + timedelta(milliseconds=number),
     )
 
 
@@ -80,7 +80,7 @@ def rows(count: int, *, pending: int = 1, of: int = 1, nested: bool = False) -> 
     for number in range(count):
         row = pattern[number * 7 % 100]
         row[id] = f"task-{number:09}"
-        row[submitted] = to_microseconds(_START) + number * 1000
+        row[submitted] = to_microseconds(START) + number * 1000
         row[version] = number + 1
         if number % of < pending:
             row[status], row[completed], row[node] = TaskStatus.PENDING.value, None, None

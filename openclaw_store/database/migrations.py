@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0004"
+HEAD = "0005"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"

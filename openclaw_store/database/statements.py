@@ -8,7 +8,7 @@ parameter for each value, PostgreSQL an array for each column, as text.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from typing import Any
@@ -43,7 +43,7 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
-from openclaw_store.backends import CounterStatements
+from openclaw_store.backends import CounterStatements, Cursor
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.claim_statements import claim_statements
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
@@ -55,7 +55,6 @@ from openclaw_store.database.store_write import (
 )
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
-    IS_FINISHED,
     IS_LIVE,
     ROWS,
     Base,
@@ -64,7 +63,7 @@ from openclaw_store.database.tables import (
     table_of,
 )
 from openclaw_store.database.types import Json, UtcTime
-from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task, TaskStatus
+from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """The fields that a heartbeat may report."""
@@ -172,33 +171,10 @@ class Statements(ABC):
             self._call_columns[names] = positions, codec_of(Task, fields, self.dialect)
         return self._call_columns[names]
 
-    def finished(self, keep: Iterable[TaskStatus]) -> Sequence[str]:
-        """Return four searches of one index for finished tasks of a status not in `keep`.
-
-        The first two take a cutoff and a limit: tasks completed before the cutoff, and tasks
-        without `completed_at` updated before it. The last two take the present time, another time
-        and a limit: tasks whose `completed_at` is in the future, updated before and after it.
-        """
-        query = select(TaskRow.task_id).where(IS_FINISHED)
-        for status in keep:
-            query = query.where(text(f"status <> '{status.value}'"))
-        now, moment = (bindparam(name, type_=UtcTime()) for name in ("now", "moment"))
-        return [
-            f"{self._compile(query.where(*conditions))} LIMIT {self._parameter(number)}"
-            for number, *conditions in (
-                (2, TaskRow.completed_at < moment),
-                (2, TaskRow.completed_at.is_(None), TaskRow.updated_at < moment),
-                (3, TaskRow.completed_at > now, TaskRow.updated_at < moment),
-                (3, TaskRow.completed_at > now, TaskRow.updated_at > moment),
-            )
-        ]
-
     read_many: dict[type[Any], str]
     """As `read_one`, for `given` identifiers."""
     delete: dict[type[Any], str]
     """The statement for many rows of an identifier."""
-    forget: str
-    """Delete a change and all earlier ones of its item; rows as `status_since` takes."""
     read_tasks: str
     """All columns of the tasks with `given` identifiers; on PostgreSQL."""
     call: str
@@ -231,6 +207,10 @@ class Statements(ABC):
     @abstractmethod
     def elements(self, texts: Any) -> Any:
         """Return the elements of a JSON list of text, as a column to select."""
+
+    @abstractmethod
+    def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
+        """Delete changes and all earlier ones of their items; rows as `status_since` takes."""
 
     @abstractmethod
     def _insert(self, columns: Sequence[Column[Any]]) -> str: ...
@@ -277,9 +257,9 @@ class SQLiteStatements(Statements):
             kind: self._compile(delete(table_of(kind)).where(_key(kind) == bindparam("key")))
             for kind in ROWS
         }
-        chain = chain_of_changes()
-        self.forget = self._compile(
-            delete(_CHANGES).where(_CHANGES.c.revision.in_(select(chain.c.revision)))
+        self._read_chain = self._compile(select(chain_of_changes().c.revision))
+        self._delete_change = self._compile(
+            delete(_CHANGES).where(_CHANGES.c.revision == bindparam("old"))
         )
         self.beat = self._compile(
             update(_NODES)
@@ -313,6 +293,11 @@ class SQLiteStatements(Statements):
 
     def elements(self, texts: Any) -> Any:
         return _each(texts).c.value
+
+    def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
+        # One by one: with old statistics, a search for the whole chain would read all changes.
+        old = [row for change in changes for row in cursor.execute(self._read_chain, change)]
+        cursor.write(self._delete_change, old)
 
     def _parameter(self, number: int) -> str:
         return "?"
@@ -361,7 +346,7 @@ class PostgreSQLStatements(Statements):
         }
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
         matches = "revision = given.revision AND one.item = given.item"
-        self.forget = f"""
+        self._forget = f"""
             WITH RECURSIVE chain AS (
                 SELECT one.* FROM {newest} JOIN changes AS one
                 ON one.{matches} AND one.item_id = given.item_id
@@ -385,6 +370,9 @@ class PostgreSQLStatements(Statements):
 
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
         return select(*columns).where(_is_among(kind, ids))
+
+    def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
+        cursor.write(self._forget, changes)
 
     def elements(self, texts: Any) -> Any:
         return func.json_array_elements_text(texts).table_valued("value").c.value

@@ -84,6 +84,7 @@ IS_EXPIRING = text(f"{IS_PENDING} AND expires_at IS NOT NULL")
 """The condition of tasks that have not started and expire."""
 
 _HAS_NODE, _HAS_USER = text("assigned_node IS NOT NULL"), text("user_id IS NOT NULL")
+_HAS_COMPLETION = text(f"{IS_FINISHED} OR completed_at IS NOT NULL")
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
 
 
@@ -119,7 +120,7 @@ class TaskRow(Base):
         _index("ix_tasks_status", "status", "submitted_at"),
         _index("ix_tasks_assigned_node", "assigned_node", "submitted_at", where=_HAS_NODE),
         _index("ix_tasks_user_id", "user_id", "submitted_at", where=_HAS_USER),
-        _index("ix_tasks_finished", "completed_at", where=IS_FINISHED),
+        _index("ix_tasks_completed_at", "completed_at", "task_id", where=_HAS_COMPLETION),
         # Beside it, migration 0003 makes `ix_tasks_ready`; see `UNCOMPARED_INDEXES`.
         _index("ix_tasks_delayed", "not_before", where=IS_DELAYED),
         _index("ix_tasks_expiring", "expires_at", where=IS_EXPIRING),

@@ -158,9 +158,11 @@ class Remove(Command):
     kind: type[Any]
     id: str
     with_history: bool = False
+    version: int | None = None
+    """The only version to remove; `None` for any."""
 
     def decide(self, row: Row) -> bool:
-        if row.version is None:
+        if row.version is None or self.version not in (None, row.version):
             return False
         if row.node is not None and row.status in ASSIGNED:
             row.unit.count(row, row.node, NodeDelta(running=-1))

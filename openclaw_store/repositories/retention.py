@@ -1,23 +1,22 @@
 """Retention: remove old finished tasks, and old changes from the change log.
 
-Both work in batches, so that other callers write in between.
+Both search without the write lock, and remove in batches, so that other callers write in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import takewhile
 from typing import Any, ClassVar
 
-from sqlalchemy import func, select
+from sqlalchemy import ColumnElement, Select, and_, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import (
     IS_FINISHED,
-    Apply,
     ChangeRow,
     Database,
     TaskRow,
@@ -33,26 +32,63 @@ from openclaw_store.domain import (
     check_seconds,
 )
 from openclaw_store.errors import InvalidDataError, StoreError
-from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.commands import Remove
 from openclaw_store.repositories.unit_of_work import Command, Row, counters_of
 
-CLEANUP_BATCH = 200
+CLEANUP_BATCH = 100
 """Tasks removed in one transaction of `cleanup_old_tasks`."""
 
-_REDATE_BATCH_SIZE = 20
-"""Tasks read one by one under the write lock."""
+_PAGE_SIZE = 1000
+"""Old tasks searched at a time."""
 
 COMPACTION_BATCH_SIZE = 1000
 """Changes removed in one transaction."""
 
+Read = Callable[[Callable[[AsyncSession], Awaitable[Any]]], Awaitable[Any]]
+"""Runs a query in a session."""
+
+Write = Callable[[Sequence[Command]], Awaitable[Sequence[Any]]]
+"""Applies commands in one transaction, and returns their results."""
+
 task_status = check_enum(TaskStatus)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The tasks that are old `now`: they finished before the cutoff."""
+
+    now: datetime
+    cutoff: datetime
+    keep: Sequence[TaskStatus]
+
+    def old(self) -> Sequence[ColumnElement[bool]]:
+        """Return conditions of the tasks to remove; one index answers each in its order."""
+        completed_at, is_old = TaskRow.completed_at, TaskRow.updated_at < self.cutoff
+        return (
+            completed_at < self.cutoff,
+            and_(completed_at.is_(None), is_old),
+            and_(completed_at > self.now, is_old),
+        )
+
+    def ahead(self) -> ColumnElement[bool]:
+        """Return the condition of tasks that are dated as far into the future as others are old.
+
+        Their age is unknown, as a clock was ahead.
+        """
+        horizon = self.now + (self.now - self.cutoff)
+        return and_(TaskRow.completed_at > self.now, TaskRow.updated_at > horizon)
+
+    def select(self, condition: ColumnElement[bool], *columns: Any) -> Select[Any]:
+        """Select finished tasks that meet a condition, except the ones to keep."""
+        query = select(*columns).where(IS_FINISHED, condition, TaskRow.status.not_in(self.keep))
+        # Without statistics, and with old ones, SQLite would read all finished tasks.
+        return query.with_hint(TaskRow, "INDEXED BY ix_tasks_completed_at", "sqlite")
 
 
 def parse_policy(
     now: datetime, days: float, keep_status: TaskStatus | Iterable[TaskStatus] | None
-) -> tuple[datetime, tuple[TaskStatus, ...]]:
-    """Return the moment before which a finished task is old, and the statuses to keep.
+) -> Policy:
+    """Return the policy of a call.
 
     Raises:
         InvalidDataError: If `days` is no age, or there is no such status.
@@ -62,88 +98,57 @@ def parse_policy(
         statuses = keep_status
     keep = tuple(task_status("keep_status", status) for status in statuses)
     try:
-        return now - timedelta(days=check_number("days", days)), keep
+        return Policy(now, now - timedelta(days=check_number("days", days)), keep)
     except OverflowError as error:
         raise InvalidDataError("days", f"is too large: {days}") from error
 
 
-async def count_old_tasks(
-    session: AsyncSession, *, cutoff: datetime, keep: Sequence[TaskStatus], now: datetime
-) -> int:
+async def count_old_tasks(session: AsyncSession, policy: Policy) -> int:
     """Count the tasks that `remove_old_tasks` would remove."""
-    searches = [  # each uses an index
-        TaskRow.completed_at < cutoff,
-        TaskRow.completed_at.is_(None) & (TaskRow.updated_at < cutoff),
-        (TaskRow.completed_at > now) & (TaskRow.updated_at < cutoff),
-    ]
-    counts = [
-        select(func.count())
-        .select_from(TaskRow)
-        .where(IS_FINISHED, search, TaskRow.status.not_in(keep))
-        .scalar_subquery()
-        for search in searches
-    ]
+    counts = [policy.select(one, func.count()).scalar_subquery() for one in policy.old()]
     return sum((await session.execute(select(*counts))).one())
 
 
-async def remove_old_tasks(
-    write: Callable[[RemoveFinished, Apply], Awaitable[tuple[int, bool]]],
-    cutoff: datetime,
-    keep: tuple[TaskStatus, ...],
-) -> int:
-    """Remove tasks that finished before `cutoff`, in batches; return their number.
+async def remove_old_tasks(read: Read, write: Write, policy: Policy) -> int:
+    """Remove old tasks with their history, in batches; return their number.
 
-    Args:
-        write: Runs a command in its own transaction, or in the caller's.
-        keep: Statuses to keep.
+    A task that changes after it was found stays.
     """
-    command = RemoveFinished(cutoff, keep, CLEANUP_BATCH)
-    total, removed, is_more = 0, 0, True
-    while is_more:
-        try:
-            removed, is_more = await write(command, remove_finished)
-        except StoreError as error:
-            error.add_note(f"{total} tasks were removed before; call again for the rest")
-            raise
-        total += removed
+    total = 0
+    try:
+        for condition in policy.old():
+            async for found in _batches(read, policy, condition):
+                commands = [
+                    Remove(Task, id, with_history=True, version=version) for id, version in found
+                ]
+                total += sum(await write(commands))
+        async for found in _batches(read, policy, policy.ahead()):
+            await write([Redate(id) for id, _ in found])
+    except StoreError as error:
+        error.add_note(f"{total} tasks were removed before; call again for the rest")
+        raise
     return total
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveFinished:
-    """Remove up to `limit` tasks that finished before `cutoff`, with their history.
+async def _batches(
+    read: Read, policy: Policy, condition: ColumnElement[bool]
+) -> AsyncIterator[Sequence[tuple[str, int]]]:
+    """Yield identifiers and versions of tasks by time of completion and identifier."""
+    order = TaskRow.completed_at, TaskRow.task_id
+    query = policy.select(condition, *order, TaskRow.version).order_by(*order).limit(_PAGE_SIZE)
+    rest = query
 
-    The result is their number, and true if there may be more. Tasks dated as far into the future
-    are dated again, to this moment: their age is unknown, as a clock was ahead.
-    """
+    async def run(session: AsyncSession) -> Sequence[Any]:
+        return [*await session.execute(rest)]
 
-    cutoff: datetime
-    keep: tuple[TaskStatus, ...]
-    limit: int
-
-
-def remove_finished(
-    transaction: WriteTransaction, commands: Sequence[RemoveFinished]
-) -> Sequence[tuple[int, bool]]:
-    """Apply `RemoveFinished` commands."""
-    return [_remove_finished(transaction, command) for command in commands]
-
-
-def _remove_finished(transaction: WriteTransaction, command: RemoveFinished) -> tuple[int, bool]:
-    sql, present = statements_for(transaction.cursor.dialect), transaction.now
-    now, cutoff, horizon = map(
-        sql.to_moment, (present, command.cutoff, present + (present - command.cutoff))
-    )
-    finished, undated, future, far_future = sql.finished(command.keep)
-    old: list[str] = []
-    for search, *moments in ((finished, cutoff), (undated, cutoff), (future, now, cutoff)):
-        found = transaction.cursor.execute(search, (*moments, command.limit - len(old)))
-        old.extend(id for (id,) in found)
-    found = transaction.cursor.execute(far_future, (now, horizon, _REDATE_BATCH_SIZE))
-    # Sorted, so that both databases assign the same revisions.
-    apply(transaction, [Remove(Task, id, with_history=True) for id in sorted(old)])
-    redated = apply(transaction, [Redate(id) for (id,) in sorted(found)])
-    return len(old), len(old) == command.limit or any(redated)
+    while page := await read(run):
+        for start in range(0, len(page), CLEANUP_BATCH):
+            yield [(id, version) for _, id, version in page[start : start + CLEANUP_BATCH]]
+        at, last, _ = page[-1]
+        is_later = TaskRow.task_id > last
+        if at is not None:
+            is_later = tuple_(*order) > tuple_(at, last, types=[one.type for one in order])
+        rest = query.where(is_later)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from openclaw_store.domain import (
 )
 from openclaw_store.errors import InvalidDataError, TaskNotFoundError, safe_repr
 from openclaw_store.repositories.base import Repository
+from openclaw_store.repositories.batches import apply_together
 from openclaw_store.repositories.commands import (
     Advance,
     Advanced,
@@ -374,16 +375,16 @@ class TaskRepository(Repository[Task]):
         Returns:
             The number of removed tasks.
         """
-        cutoff, keep = parse_policy(self._database.clock(), days, keep_status)
-        return await remove_old_tasks(self._write, cutoff, keep)
+        policy = parse_policy(self._database.clock(), days, keep_status)
+        write = partial(self._write, apply=apply_together)
+        return await remove_old_tasks(self._read, write, policy)
 
     async def count_old_tasks(
         self, days: float = 30, keep_status: TaskStatus | Iterable[TaskStatus] | None = None
     ) -> int:
         """Count the tasks that `cleanup_old_tasks` would remove."""
-        now = self._database.clock()
-        cutoff, keep = parse_policy(now, days, keep_status)
-        return await self._read(partial(count_old_tasks, cutoff=cutoff, keep=keep, now=now))
+        policy = parse_policy(self._database.clock(), days, keep_status)
+        return await self._read(partial(count_old_tasks, policy=policy))
 
     async def _newest(self, condition: Any, limit: int | None) -> list[Task]:
         # Tasks submitted at the same time are in the order of the index: last added first. Sorting

@@ -417,7 +417,7 @@ class UnitOfWork:
             ]
             self.cursor.write(self.sql.insert_change, rows)
         if removed_history:
-            self.cursor.write(self.sql.forget, removed_history)
+            self.sql.forget(self.cursor, removed_history)
         if self.has_removed_nodes:
             self.cursor.execute(self.sql.write_beat, (self.heartbeat_sequence,))
 

@@ -183,7 +183,8 @@ CALLS: dict[str, Call] = {
     "count by user": lambda database: tasks(database).count_tasks(TaskFilter(user="user-1")),
     "waiting": lambda database: tasks(database).list_waiting(),
     "get many": lambda database: tasks(database).get_tasks(["task-0001", "task-0002", "none"]),
-    "clean-up": lambda database: tasks(database).cleanup_old_tasks(days=1),
+    "clean-up": lambda database: tasks(database).cleanup_old_tasks(days=0),
+    "old": lambda database: tasks(database).count_old_tasks(days=0),
     "create": create,
     "update": update,
     "delete": lambda database: tasks(database).delete("task-0001"),
@@ -216,6 +217,9 @@ async def test_filters_are_searched_by_an_index_and_limits_need_no_sorting(
             plan = connection.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
             steps = [detail for *_, detail in plan]
             assert not [step for step in steps if re.match(_SCAN, step)], sql
+            # By its status, SQLite would read all finished tasks to find the old ones.
+            if "completed_at <" in sql:
+                assert "INDEX ix_tasks_completed_at (" in str(steps), sql
             # Tasks of the same moment may be sorted by identifier, and those of one user: where
             # SQLite believes there is but one.
             if "ix_tasks_user_id" not in str(steps):

@@ -428,14 +428,15 @@ class TestCleanup:
         assert removed == 4 - len(left)
         assert sorted((await database.get_stats())["task_stats"]) == left
 
-    @pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5])
+    @pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 14])
     async def test_works_in_batches(
         self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock, number: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         monkeypatch.setattr(retention, "CLEANUP_BATCH", 2)
+        monkeypatch.setattr(retention, "_PAGE_SIZE", 3)
         old = [make_task(status=TaskStatus.COMPLETED) for _ in range(number)]
-        for task in old[::2]:
+        for task in old[number % 2 :: 2]:
             task.completed_at = clock()
         await create_all(tasks, [*old, make_task()])
         clock.advance(days=31)
@@ -513,6 +514,47 @@ class TestCleanup:
         await tasks.cleanup_old_tasks()
 
         assert live.version in [change.revision for change in await feed(database)]
+
+    async def test_batches_are_short_and_search_without_the_write_lock(
+        self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Each batch of 200 searched the whole table under the lock."""
+        old = [make_task(status="completed", completed_at=clock()) for _ in range(120)]
+        await create_all(tasks, old)
+        clock.advance(days=31)
+        write = database.write
+        batches: list[int] = []
+
+        async def noted(apply: Any, operation: Any) -> Any:
+            assert {command.id for command in operation} <= set(ids(old))  # found before
+            batches.append(len(operation))
+            return await write(apply, operation)
+
+        monkeypatch.setattr(database, "write", noted)
+
+        assert await tasks.cleanup_old_tasks() == 120
+        assert batches == [100, 20]
+
+    async def test_task_that_is_requeued_after_it_was_found_stays(
+        self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Planted: the removal does not compare versions."""
+        old = [make_task(status=TaskStatus.FAILED, completed_at=clock()) for _ in range(3)]
+        await create_all(tasks, old)
+        clock.advance(days=31)
+        write = database.write
+
+        async def requeue_first(apply: Any, operation: Any) -> Any:
+            monkeypatch.undo()
+            await tasks.requeue(old[1].task_id)
+            return await write(apply, operation)
+
+        monkeypatch.setattr(database, "write", requeue_first)
+
+        assert await tasks.cleanup_old_tasks() == 2
+        assert ids(await tasks.list_pending_tasks()) == [old[1].task_id]
 
     async def test_joins_a_transaction(
         self, database: Database, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
@@ -51,6 +52,13 @@ _ALONE_SECONDS = 1.0  # for another process that only inspects a file that is to
 _ENDING_READER_SECONDS = 0.1  # for a reader that no longer needs the WAL
 
 _ROWS_A_STATEMENT = (1000, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 32 columns
+
+
+class _Compiler(SQLiteCompiler):
+    """The compiler of SQLAlchemy, with hints such as `INDEXED BY`."""
+
+    def get_from_hint_text(self, table: object, text: str | None) -> str | None:
+        return text
 
 
 def _engine(path: Path, kind: type[sqlite3.Connection]) -> Engine:
@@ -328,6 +336,7 @@ class SQLite:
             **options,
         )
         self._checked(engine.sync_engine)
+        engine.dialect.statement_compiler = _Compiler
         # `options_of` turns the driver's own BEGIN off; without this one, each statement commits.
         statement = "BEGIN IMMEDIATE" if write else "BEGIN"
 
