@@ -26,3 +26,10 @@ def unit_of(transaction: WriteTransaction) -> UnitOfWork:
 def apply(transaction: WriteTransaction, commands: Sequence[Command]) -> Sequence[Any]:
     """Apply the commands in order and return their results, which may be errors."""
     return unit_of(transaction).run(commands) if commands else []
+
+
+def apply_together(
+    transaction: WriteTransaction, groups: Sequence[Sequence[Command]]
+) -> Sequence[Sequence[Any]]:
+    """Apply groups of commands; each group was submitted as one operation."""
+    return [apply(transaction, group) for group in groups]

@@ -30,6 +30,7 @@ from openclaw_store.domain import (
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
+    InvalidDataError,
     NotFoundError,
     StaleVersionError,
     UnavailableError,
