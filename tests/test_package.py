@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -33,15 +34,47 @@ def run(*command: object, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+UNTRACKED = (
+    "openclaw_store/secret.env",
+    "openclaw_store/new folder/[key].pem",
+    "openclaw_store/database/unfinished.py",
+    "alembic/versions/0099_mine.py",
+    "docs/notes.md",
+)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from this checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
-    # Without isolation nothing is downloaded, but then the backend must be there.
-    has_backend = importlib.util.find_spec("hatchling") is not None
-    options = ["--no-build-isolation"] if has_backend else []
-    run("-m", "pip", "wheel", "-q", "--no-deps", *options, "-w", folder, ROOT, folder=folder)
-    (wheel,) = folder.glob("*.whl")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout, with untracked files in it."""
+    folder = tmp_path_factory.mktemp("checkout")
+
+    def git(*arguments: str, root: Path = folder) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+    for name in filter(None, git("ls-files", "-z", root=ROOT).split("\0")):
+        if (ROOT / name).exists():  # it may be deleted, and not yet committed
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    git("init", "-q")
+    git("add", "-A")
+    for name in UNTRACKED:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("raise SystemExit('mine')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the wheel and the source distribution of this checkout."""
+    folder = tmp_path_factory.mktemp("built")
+    run("-m", "hatchling", "build", "-d", folder, folder=checkout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
     return wheel
 
 
@@ -99,6 +132,20 @@ class TestWheel:
         assert names == {"aiosqlite", "alembic", "orjson", "sqlalchemy"}
         assert all("<" in requirement and ">=" in requirement for requirement in required)
         assert {"dev", "postgres"} <= set(metadata.get_all("Provides-Extra", []))
+
+    def test_untracked_files_enter_neither_the_wheel_nor_the_source_distribution(
+        self, built: Path, wheel: Path
+    ) -> None:
+        """Succeeded before: keys and notes in the folder of the package were published."""
+        (sdist,) = built.glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        with zipfile.ZipFile(wheel) as archive_of_wheel:
+            in_wheel = set(archive_of_wheel.namelist())
+
+        assert names & set(UNTRACKED) == set()
+        assert in_wheel & {*UNTRACKED, "openclaw_store/_alembic/versions/0099_mine.py"} == set()
+        assert {"openclaw_store/errors.py", "hatch_build.py", "docs/index.md"} <= names
 
 
 class TestInstalled:
