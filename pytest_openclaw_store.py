@@ -63,7 +63,7 @@ def openclaw_location(
 ) -> str | Path:
     """The location of the database, a file in a folder of its own; override it for another."""
     path = tmp_path_factory.mktemp("openclaw") / "cluster.db"
-    return shutil.copyfile(_openclaw_empty, path)
+    return shutil.copy(_openclaw_empty, path)  # with its permissions
 
 
 @pytest.fixture

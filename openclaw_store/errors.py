@@ -12,6 +12,7 @@ StoreError
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,49 @@ def safe_repr(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Escape the characters that could command a terminal, or hide and reorder text.
+
+    Args:
+        keep: Characters that are not escaped, such as a newline.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter.isprintable() or letter in keep
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def shown(text: str, longest: int = 1000) -> str:
+    """Escape and cut a text with names and values of a database, which may be hostile."""
+    return printable(text if len(text) <= longest else f"{text[:longest]}…")
+
+
+def logger_of(room: str) -> logging.Logger:
+    """Return a logger of the library, of which every line and traceback is printable."""
+    logger = logging.getLogger(f"openclaw_store.{room}")
+    logger.addFilter(_make_printable)
+    return logger
+
+
+def _make_printable(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if not message.isprintable():
+        record.msg, record.args = printable(message), ()
+    if record.exc_info and not record.exc_text:
+        text = logging.Formatter().formatException(record.exc_info)
+        record.exc_text = printable(text, "\n")
+    return True
+
+
 class StoreError(Exception):
     """The base of all errors of this library."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), "\n")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The default calls the class with `args`, which our constructors do not take: without

@@ -305,7 +305,7 @@ def new_location(
     template = request.getfixturevalue(f"migrated_{kind}") if migrated else None
     if kind == "sqlite":
         if template is not None:
-            shutil.copyfile(template, folder / "cluster.db")
+            shutil.copy(template, folder / "cluster.db")
         yield folder / "cluster.db"
     else:
         maker: Maker = request.getfixturevalue("maker")

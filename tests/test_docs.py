@@ -493,10 +493,10 @@ class TestLogs:
         described = re.findall(r"^\| `openclaw_store\.(\w+)` \|", page, re.MULTILINE)
 
         named = {
-            argument.value.removeprefix("openclaw_store.")
+            argument.value
             for module in (ROOT / "openclaw_store").rglob("*.py")
             for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logging.getLogger"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "logger_of"
             for argument in node.args
             if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
         }

@@ -3,7 +3,7 @@
 Drivers, connections and error mapping belong here; tables and rules about tasks do not.
 """
 
-from openclaw_store.backends.atomic_files import unused_name, written_aside
+from openclaw_store.backends.atomic_files import rename_to_unused, unused_name, written_aside
 from openclaw_store.backends.base import (
     DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,

@@ -16,31 +16,42 @@ from openclaw_store.errors import InvalidDataError, UnavailableError
 def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ()) -> Iterator[Path]:
     """Yield the path of a temporary file, which becomes `target` at the end of the block.
 
+    Only the user of this process can read the file, under any umask.
+
     Args:
-        target: The final path; its folder is made.
-        overwrite: Replace an existing file.
+        target: The final path; its folder is made. A symbolic link stands for its target.
+        overwrite: Replace an existing file. Without it, not even a file is replaced that another
+            process makes during the block.
         besides: Suffixes of files beside `target` that belong to it.
 
     Raises:
         InvalidDataError: If `target` exists and `overwrite` is off.
         UnavailableError: If the file cannot be written.
     """
+    target = Path(os.path.realpath(target))
+    beside = [target.with_name(target.name + ending) for ending in besides]
     if not overwrite:
         _refuse_existing(target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch(exist_ok=False)
+        make_folder(target.parent)
+        _make_file(partial)
         yield partial
         # Contents first, then the name, then the folder: after a power cut in between, the target
         # is still the old file.
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        for ending in besides:  # the old file's would be applied to the new one
-            target.with_name(target.name + ending).unlink(missing_ok=True)
-        if not overwrite:  # another process may have made it during the block
-            _refuse_existing(target)
-        partial.replace(target)
+        if overwrite:
+            for old in beside:  # they would be applied to the new file
+                old.unlink(missing_ok=True)
+            partial.replace(target)
+        else:
+            _refuse_existing(target, *beside)
+            try:
+                rename_to_unused(partial, target)
+            except FileExistsError:
+                _refuse_existing(target)
+                raise
         try:
             _sync_folder(target.parent)
         except OSError as error:
@@ -60,17 +71,57 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
                 partial.with_name(partial.name + ending).unlink()
 
 
-def _refuse_existing(target: Path) -> None:
-    if os.path.exists(target):
-        raise InvalidDataError(
-            "path", f"{target} exists: choose another, or pass overwrite=True (--overwrite)"
-        )
+def make_folder(folder: Path) -> None:
+    """Make a folder, and the missing ones above it, for the user of this process alone."""
+    if os.path.isdir(folder):
+        return
+    make_folder(folder.parent)
+    try:
+        folder.mkdir(0o700)
+    except FileExistsError:  # another process made it, or it is no folder
+        if not os.path.isdir(folder):
+            raise
+    else:
+        folder.chmod(0o700)  # the umask may have taken rights from the owner
 
 
-def unused_name(path: Path, ending: str) -> Path:
+def _make_file(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    path.chmod(0o600)
+
+
+def rename_to_unused(source: Path, target: Path) -> None:
+    """Rename a file, or raise `FileExistsError` if a file has the new name already.
+
+    A check before a plain rename could be too early.
+    """
+    try:
+        os.link(source, target)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:  # the file system has no hard links
+        _make_file(target)
+        try:
+            source.replace(target)
+        except OSError:
+            target.unlink()
+            raise
+    else:
+        source.unlink()
+
+
+def _refuse_existing(*paths: Path) -> None:
+    for path in paths:
+        if os.path.lexists(path):
+            raise InvalidDataError(
+                "path", f"{path} exists: choose another, or pass overwrite=True (--overwrite)"
+            )
+
+
+def unused_name(path: Path, ending: str, besides: Sequence[str] = ()) -> Path:
     """Return an unused path beside `path`: its name with the ending, and a number if necessary."""
     target, number = path.with_name(path.name + ending), 1
-    while os.path.lexists(target):
+    while any(os.path.lexists(f"{target}{suffix}") for suffix in ("", *besides)):
         number += 1
         target = path.with_name(f"{path.name}{ending}-{number}")
     return target

@@ -75,15 +75,21 @@ class Backend(Protocol):
             UnavailableError: If it cannot be made.
         """
 
-    def prepare(self) -> None:
+    def prepare(self, check: Callable[[Connection], object]) -> None:
         """Make the file if necessary, and refuse an unusable database; blocks the thread.
+
+        Args:
+            check: Raises if a file must not be changed; it is not called for a server.
 
         Raises:
             StoreError: With the location, the problem and the remedy.
         """
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
-        """Run `work`, which only reads, with a connection; blocks the thread."""
+        """Run `work`, which only reads, with a connection; blocks the thread.
+
+        A file must exist, and may be hostile: the time of each statement is limited.
+        """
 
     def migrate(
         self,

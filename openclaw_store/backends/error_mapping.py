@@ -34,7 +34,8 @@ SQLITE_ADVICE = {
     "SQLITE_BUSY": "another process keeps it locked: end that process, or try again",
     "SQLITE_LOCKED": "another connection keeps it locked: try again",
     "SQLITE_PROTOCOL": "another process keeps it locked: try again",
-    "SQLITE_INTERRUPT": "it was stopped",
+    "SQLITE_INTERRUPT": "it was stopped; if you did not stop it, reading takes far longer than its "
+    "size explains: restore a backup",
     "SQLITE_NOMEM": "there is not enough memory",
     "SQLITE_NOLFS": "the file is too large for this system",
 }

@@ -15,7 +15,6 @@ reads the counters.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,8 +28,9 @@ from openclaw_store.backends.base import Backend, CounterStatements
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.protocol import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 from openclaw_store.backends.sqlite.backend import SQLite
+from openclaw_store.errors import logger_of
 
-logger = logging.getLogger("openclaw_store.wakeups")
+logger = logger_of("wakeups")
 
 OnCommit = Callable[[int, int], object]
 """Receives the newest committed revision and heartbeat sequence number.

@@ -22,7 +22,7 @@ import typer
 from openclaw_store.cli import render
 from openclaw_store.cli.context import AsJson, Call, Location, command
 from openclaw_store.domain import WAITING, NodeStatus, TaskStatus, TaskType
-from openclaw_store.errors import NotFoundError
+from openclaw_store.errors import NotFoundError, printable
 
 if TYPE_CHECKING:
     from openclaw_store.cli.context import Part
@@ -184,7 +184,7 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or nod
     }
     parts: list[Part] = [lambda: render.fields(entity)] if entity else [f"{id} was removed"]
     if why:
-        parts.append(f"\n{why}")
+        parts += ["", str(why)]
     if changes:
         parts += ["", lambda: render.changes(changes, of_one=True)]
     call.show(document, *parts)
@@ -286,7 +286,7 @@ async def upgrade(
     if backend.exists():
         before = await asyncio.to_thread(migrations.revision_of, backend)
     with render.progress("upgrading"):
-        await asyncio.to_thread(backend.prepare)
+        await asyncio.to_thread(backend.prepare, partial(migrations.accept, backend))
         imported = await asyncio.to_thread(migrations.upgrade, backend, zone)
     _show_step(call, before, migrations.HEAD, imported)
 
@@ -304,7 +304,8 @@ async def downgrade(
     before = await asyncio.to_thread(migrations.revision_of, backend)
     if not yes:
         lost = "ALL TASKS AND NODES" if revision == "base" else "Data that only this schema holds"
-        typer.confirm(f"{lost} of {backend.location} will be lost. Continue?", abort=True, err=True)
+        question = printable(f"{lost} of {backend.location} will be lost. Continue?")
+        typer.confirm(question, abort=True, err=True)
     with render.progress("downgrading"):
         await asyncio.to_thread(migrations.downgrade, backend, revision)
     _show_step(call, before, await asyncio.to_thread(migrations.revision_of, backend))
@@ -315,17 +316,18 @@ def _show_step(
 ) -> None:
     location = call.backend.location
     document: dict[str, Any] = {"database": location, "before": before, "after": after}
-    text = f"{location}: schema {before or 'none'} → {after or 'none'}"
+    lines = [f"{location}: schema {before or 'none'} → {after or 'none'}"]
     if before == after:
-        text = f"{location}: schema {after}, unchanged"
+        lines = [f"{location}: schema {after}, unchanged"]
     if imported is not None:
         rejected, copy = len(imported.rejected), str(imported.copy)
         document["adopted"] = {**imported._asdict(), "rejected": rejected, "copy": copy}
-        text += (
-            f"\nimported {imported.nodes} nodes and {imported.tasks} tasks; {rejected} rows are in "
-            f"legacy_rejected\na copy of the legacy file is in {copy}"
-        )
-    call.show(document, text)
+        lines += [
+            f"imported {imported.nodes} nodes and {imported.tasks} tasks; {rejected} rows are in "
+            "legacy_rejected",
+            f"a copy of the legacy file is in {copy}",
+        ]
+    call.show(document, *lines)
 
 
 @command(db)

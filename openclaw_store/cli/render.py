@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from openclaw_store.errors import StoreError
+from openclaw_store.errors import StoreError, printable
 from openclaw_store.maintenance.progress import Report
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ def one_line(error: StoreError) -> str:
     """Return the message of an error and its notes in one line."""
     notes: Sequence[str] = getattr(error, "__notes__", ())
     return printable(" ".join("; ".join([str(error), *notes]).split()))
-
-
-def printable(text: str) -> str:
-    """Escape the control characters of a text, which could move the cursor of a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def size(count: float) -> str:
@@ -230,7 +226,15 @@ def as_json(document: Any, *, compact: bool = False) -> str:
     options = orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
     if not compact:
         options |= orjson.OPT_INDENT_2
-    return orjson.dumps(document, _plain, options).decode()
+    text = orjson.dumps(document, _plain, options).decode()
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else _escaped(letter) for letter in text
+    )
+
+
+def _escaped(letter: str) -> str:
+    """Escape a character in a text of JSON, where it can only be part of a string."""
+    return re.sub("(....)", r"\\u\1", letter.encode("utf-16-be").hex())
 
 
 def _plain(value: Any) -> Any:
@@ -251,9 +255,10 @@ def screen() -> Console:
     return console
 
 
-def show(*parts: RenderableType) -> None:
-    """Write tables and text."""
+def show(*found: RenderableType) -> None:
+    """Write tables, and lines of text."""
     console = screen()
+    parts = [printable(part) if isinstance(part, str) else part for part in found]
     if console.is_terminal:
         console.print(*parts, sep="\n")
         return
@@ -274,7 +279,8 @@ def progress(text: str) -> Iterator[Report]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+        TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(),
+        TimeElapsedColumn(),
     )  # fmt: skip
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(text, total=None)

@@ -7,7 +7,14 @@ from openclaw_store.database.change_chain import history_of
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply
 from openclaw_store.database.legacy_import import LegacyImport
-from openclaw_store.database.migrations import COPYING, COPYING_HEAD, HEAD, has_functions, stored
+from openclaw_store.database.migrations import (
+    COPYING,
+    COPYING_HEAD,
+    HEAD,
+    has_functions,
+    require_unchanged,
+    stored,
+)
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
 from openclaw_store.database.statements import USAGE, Statements, statements_for
 from openclaw_store.database.store_write import CALL_FIELDS, FUNCTION

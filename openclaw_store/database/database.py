@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shutil
 import tempfile
@@ -49,10 +48,11 @@ from openclaw_store.errors import (
     InvalidDataError,
     StoreError,
     UnavailableError,
+    logger_of,
     safe_repr,
 )
 
-logger = logging.getLogger("openclaw_store.database")
+logger = logger_of("database")
 
 Result = TypeVar("Result")
 
@@ -165,7 +165,8 @@ class Database:
                 self._state = "ready"
 
     def _open(self, migrate: bool, is_copy_target: bool) -> None:
-        self._backend.prepare()
+        accept = partial(migrations.accept, self._backend, is_copy_target=is_copy_target)
+        self._backend.prepare(accept)
         if is_copy_target and migrations.is_half_copied(self._backend):
             return
         if migrate:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -42,9 +41,9 @@ from openclaw_store.database.statements import statements_for
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import Clock
-from openclaw_store.errors import BackendError, DeadlineError, UnavailableError
+from openclaw_store.errors import BackendError, DeadlineError, UnavailableError, logger_of
 
-logger = logging.getLogger("openclaw_store.writer")
+logger = logger_of("writer")
 
 Apply = Callable[["WriteTransaction", Sequence[Any]], Sequence[Any]]
 """Applies operations in order, and returns a result or an exception for each.

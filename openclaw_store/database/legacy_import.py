@@ -16,7 +16,6 @@ given its first change in the feed.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,12 +28,13 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 from sqlalchemy import Connection, inspect
 
 from openclaw_store.backends import Cursor
+from openclaw_store.database.schema_check import normalised
 from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import table_of
 from openclaw_store.domain import ENTITY_NAMES, KEY, NodeInfo, Record, Task, check_time, encode
-from openclaw_store.errors import InvalidDataError, safe_repr
+from openclaw_store.errors import InvalidDataError, logger_of, safe_repr
 
-logger = logging.getLogger("openclaw_store.adoption")
+logger = logger_of("adoption")
 
 _BATCH = 1000
 _PREFIX = "legacy_"
@@ -44,24 +44,23 @@ _ISO = re.compile(r"\d{4}-\d\d-\d\d([T ].+)?", re.ASCII)
 _OWN_NAMES = re.compile(r"idx_(tasks|nodes)_\w+|update_(tasks|nodes)_timestamp")
 """The indexes and triggers of the legacy schema."""
 
-LEFTOVERS = ("legacy_rejected", "legacy_extra")
-"""The tables of rejected rows and of additional values, which no migration knows."""
-
-_MAKE_TABLES = (
-    """CREATE TABLE IF NOT EXISTS legacy_rejected (
+LEFTOVERS = {
+    "legacy_rejected": """CREATE TABLE legacy_rejected (
         id INTEGER PRIMARY KEY,
         item TEXT NOT NULL,
         item_id TEXT,
         reason TEXT NOT NULL,
         "row" TEXT NOT NULL
     )""",
-    """CREATE TABLE IF NOT EXISTS legacy_extra (
+    "legacy_extra": """CREATE TABLE legacy_extra (
         id INTEGER PRIMARY KEY,
         item TEXT NOT NULL,
         item_id TEXT NOT NULL,
         "row" TEXT NOT NULL
     )""",
-)
+}
+"""The tables of rejected rows and of additional values, which no migration knows."""
+
 _INSERT_REJECTED = 'INSERT INTO legacy_rejected (item, item_id, reason, "row") VALUES (?, ?, ?, ?)'
 _INSERT_EXTRA = 'INSERT INTO legacy_extra (item, item_id, "row") VALUES (?, ?, ?)'
 
@@ -126,14 +125,27 @@ def rename_tables(connection: Connection) -> None:
     )
     for kind, name in found.fetchall():
         if not _OWN_NAMES.fullmatch(name):
-            logger.warning("the %s %s is not part of the schema, and is dropped", kind, name)
+            shown = safe_repr(name)
+            logger.warning("the %s %s is not part of the schema, and is dropped", kind, shown)
         quoted = name.replace('"', '""')
         connection.exec_driver_sql(f'DROP {kind} "{quoted}"')
-    # Otherwise SQLite renames the tables in the views and foreign keys of other tables, too.
+    # Otherwise SQLite renames the tables in the foreign keys of other tables, too.
     connection.exec_driver_sql("PRAGMA legacy_alter_table=ON")
     for name in _NEEDED:
         connection.exec_driver_sql(f"ALTER TABLE {name} RENAME TO {_PREFIX}{name}")
     connection.exec_driver_sql("PRAGMA legacy_alter_table=OFF")
+
+
+def find_damage(connection: Connection) -> str | None:
+    """Return the first flaw of the renamed tables: reading damaged ones may never end."""
+    # Checking a constraint of an unknown file could take any time.
+    connection.exec_driver_sql("PRAGMA ignore_check_constraints=ON")
+    for name in _NEEDED:
+        for (flaw,) in connection.exec_driver_sql(f"PRAGMA integrity_check({_PREFIX}{name})"):
+            if flaw != "ok":
+                return str(flaw)
+    connection.exec_driver_sql("PRAGMA ignore_check_constraints=OFF")
+    return None
 
 
 def import_rows(
@@ -143,8 +155,8 @@ def import_rows(
 
     Times without a zone are in `zone`, `None` for the local one. The changes have the time `now`.
     """
-    for statement in _MAKE_TABLES:
-        connection.exec_driver_sql(statement)
+    for statement in LEFTOVERS.values():
+        connection.exec_driver_sql(statement.replace("TABLE", "TABLE IF NOT EXISTS", 1))
     driver: Any = connection.connection.driver_connection
     factory, driver.text_factory = driver.text_factory, _decode_text
     try:
@@ -159,8 +171,8 @@ def report(result: LegacyImport, location: str) -> None:
     """Log the result of an import."""
     for row in result.rejected:
         logger.warning(
-            "the %s %r was not adopted, but put into legacy_rejected: %s",
-            row.item, row.item_id, row.reason,
+            "the %s %s was not adopted, but put into legacy_rejected: %s",
+            row.item, safe_repr(row.item_id), row.reason,
         )  # fmt: skip
     logger.info(
         "%s: adopted %d nodes and %d tasks of the original database, which is kept in %s",
@@ -307,7 +319,7 @@ def _moment(name: str, value: Any, zone: tzinfo | None) -> datetime | None:
         moment = datetime.fromisoformat(value)
     except ValueError:
         raise InvalidDataError(
-            name, f"must be a time such as 2026-03-01T12:30:00, not {value!r}"
+            name, f"must be a time such as 2026-03-01T12:30:00, not {safe_repr(value)}"
         ) from None
     return moment.replace(tzinfo=zone) if moment.tzinfo is None else moment
 
@@ -361,6 +373,12 @@ _NEEDED: Mapping[str, frozenset[str]] = {
     "tasks": frozenset({"task_id", "task_type", "name", "required_skills", "status", "priority"}),
 }
 """The columns that identify the legacy tables: the legacy program always wrote them."""
+
+REPLACED = frozenset(_NEEDED)
+"""The legacy tables, which the import replaces."""
+
+OPTIONAL = {name: normalised(sql) for name, sql in LEFTOVERS.items()}
+"""The definitions of `LEFTOVERS`."""
 
 _NEEDED_VALUES = frozenset(
     {"node_id", "hostname", "task_id", "task_type", "name", "status", "priority"}

@@ -11,18 +11,30 @@ import os
 import threading
 from collections.abc import Callable
 from datetime import tzinfo
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, create_engine, inspect, text
 
-from openclaw_store.backends import DEFAULT_LOCATION, Backend, backend_of, unused_name
-from openclaw_store.database import legacy_import
+from openclaw_store.backends import (
+    DEFAULT_LOCATION,
+    Backend,
+    SQLite,
+    backend_of,
+    unused_name,
+)
+from openclaw_store.database import legacy_import, schema_check
 from openclaw_store.database.store_write import FUNCTION
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.domain import Clock, utc_now
-from openclaw_store.errors import InvalidDataError, SchemaMismatchError, UnavailableError
+from openclaw_store.errors import (
+    InvalidDataError,
+    SchemaMismatchError,
+    UnavailableError,
+    safe_repr,
+)
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -46,7 +58,9 @@ SCRIPTS = next(
     path for path in (_PACKAGE / "_alembic", _PACKAGE.parent / "alembic") if path.exists()
 )
 
-_LOCK = threading.Lock()  # Alembic's state is global
+_LONGEST_REVISION = 32
+
+_LOCK = threading.RLock()  # Alembic's state is global
 
 
 def named_by(location: str | Path | None) -> Backend:
@@ -67,12 +81,74 @@ def is_current(backend: Backend) -> bool:
 def _is_current(backend: Backend, connection: Connection) -> bool:
     revision, tables = stored(connection), set(inspect(connection).get_table_names())
     is_foreign = "alembic_version" not in tables and bool(tables & {"tasks", "nodes"})
-    if is_foreign and not legacy_import.is_legacy(connection):
+    is_legacy = legacy_import.is_legacy(connection)
+    if is_foreign and not is_legacy:
         raise SchemaMismatchError(
             f"{backend.location} has tables that this library did not make: give another path"
         )
     refuse_newer(revision, backend.location)
+    require_unchanged(connection, revision, is_legacy=is_legacy)
     return revision == HEAD
+
+
+def accept(backend: Backend, connection: Connection, *, is_copy_target: bool = False) -> None:
+    """Refuse a database that this version must not open or upgrade."""
+    if is_copy_target and (stored(connection) or "").startswith(COPYING_HEAD):
+        require_unchanged(connection, HEAD)
+    else:
+        _is_current(backend, connection)
+
+
+def require_store(connection: Connection, location: str) -> None:
+    """Refuse a file without the tables of this or an earlier version."""
+    revision = stored(connection)
+    if revision is None:
+        raise SchemaMismatchError(f"{location} is no copy of a store: give the path of a backup")
+    refuse_newer(revision, location)
+    require_unchanged(connection, revision)
+
+
+def require_unchanged(
+    connection: Connection, revision: str | None, *, is_legacy: bool = False
+) -> None:
+    """Refuse a file that differs from its revision, or holds more than ordinary tables.
+
+    Raises:
+        SchemaMismatchError: With the first object that differs.
+    """
+    if connection.dialect.name == "sqlite":
+        schema_check.require(
+            connection,
+            _definitions(revision),
+            legacy_import.OPTIONAL,
+            legacy_import.REPLACED if is_legacy else frozenset(),
+        )
+
+
+@cache
+def _definitions(revision: str | None) -> schema_check.Schema:
+    """Return the tables and indexes of a revision in SQLite, by running older migrations."""
+    if revision is None:
+        return {}
+    if revision == HEAD:
+        return schema_check.head()
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    # Not by Alembic's commands: its own command line may be running one.
+    with _LOCK, create_engine("sqlite://").connect() as connection:
+        steps = [*ScriptDirectory.from_config(_config(connection)).walk_revisions()][::-1]
+        known = [step.revision for step in steps]
+        if revision not in known:
+            raise SchemaMismatchError(
+                f"no migration makes the schema {revision!r}: restore a backup, or give another "
+                "path"
+            )
+        with Operations.context(MigrationContext.configure(connection)):
+            for step in steps[: known.index(revision) + 1]:
+                step.module.upgrade()
+        return schema_check.definitions(connection)
 
 
 def refuse_newer(revision: str | None, location: str) -> None:
@@ -96,10 +172,16 @@ def is_half_copied(backend: Backend) -> bool:
 
 def stored(connection: Connection) -> str | None:
     """Return the revision of the database; `None` if it has none."""
-    if "alembic_version" not in inspect(connection).get_table_names():
+    if connection.dialect.name == "sqlite":
+        has_version = schema_check.has_version(connection)
+    else:
+        has_version = schema_check.VERSION_TABLE in inspect(connection).get_table_names()
+    if not has_version:
         return None
-    revision: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
-    return revision
+    revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    if revision is None or (isinstance(revision, str) and len(revision) <= _LONGEST_REVISION):
+        return revision
+    raise schema_check.refusal(connection, f"its revision is {safe_repr(revision)}")
 
 
 def require(backend: Backend) -> None:
@@ -127,7 +209,7 @@ def upgrade(
     Returns the result of the import of a legacy database. Arguments and errors are those of
     `migrate`.
     """
-    if is_current(backend):
+    if backend.exists() and is_current(backend):
         return None
     # Imported here, as below: opening a current database must not take the time to load Alembic.
     from alembic import command
@@ -261,10 +343,15 @@ def migrate(
                 "again"
             )
         legacy_import.rename_tables(connection)
+        assert isinstance(backend, SQLite)  # only a file can be a legacy database
+        with backend.limited(connection):
+            if flaw := legacy_import.find_damage(connection):
+                raise UnavailableError(f"{backend.location} is damaged ({flaw}): restore a backup")
         work(connection)
         cursor = backend.cursor(connection)
         imported = legacy_import.import_rows(connection, cursor, legacy_timezone, clock(), copy)
 
+    backend.prepare(partial(accept, backend))
     backend.migrate(checked, copy_to)
     if imported is not None:
         legacy_import.report(imported, backend.location)
@@ -281,12 +368,15 @@ def is_to_head(context: EnvironmentContext) -> bool:
 
 def run(context: EnvironmentContext, connection: Connection) -> None:
     """Run the migrations of Alembic's command in the transaction of the connection."""
-    left_out = {"table": legacy_import.LEFTOVERS, "index": UNCOMPARED_INDEXES}
+
+    def is_ours(name: str | None, kind: str, _: object) -> bool:
+        return name in Base.metadata.tables if kind == "table" else name not in UNCOMPARED_INDEXES
+
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
         render_as_batch=True,
-        include_name=lambda name, kind, _: name not in left_out.get(kind, ()),
+        include_name=is_ours,
     )
     context.run_migrations()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Coroutine
 from typing import Any
 
@@ -14,9 +13,9 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlalchemy.util import LRUCache
 
 from openclaw_store.backends import Backend
-from openclaw_store.errors import StoreError
+from openclaw_store.errors import StoreError, logger_of
 
-logger = logging.getLogger("openclaw_store.sessions")
+logger = logger_of("sessions")
 
 _OWN_CONNECTIONS = 5
 """Connections kept for the library's own reads, which must not wait for the sessions of callers."""

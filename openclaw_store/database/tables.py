@@ -88,9 +88,12 @@ _HAS_COMPLETION = text(f"{IS_FINISHED} OR completed_at IS NOT NULL")
 _HAS_LIVE_KEY = text(f"idempotency_key IS NOT NULL AND {IS_LIVE}")
 
 
-UNCOMPARED_INDEXES = frozenset({"ix_tasks_ready"})
-"""Indexes that are not part of the models: each database has its own columns, and Alembic cannot
-compare expressions on SQLite."""
+UNCOMPARED_INDEXES = {
+    "ix_tasks_ready": "CREATE INDEX ix_tasks_ready ON tasks"
+    f" (required_skills, priority, submitted_at, task_id) WHERE {IS_READY}"
+}
+"""Indexes that are not part of the models, with SQLite's definition: each database has its own
+columns, and Alembic cannot compare expressions on SQLite."""
 
 
 class Base(DeclarativeBase):

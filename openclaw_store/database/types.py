@@ -15,7 +15,7 @@ from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from openclaw_store.domain import MAX_ID_LENGTH, encode_json
-from openclaw_store.errors import InvalidDataError
+from openclaw_store.errors import InvalidDataError, safe_repr
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
@@ -33,7 +33,7 @@ def from_microseconds(value: int) -> datetime:
         # `timedelta(microseconds=value)` takes 1.5 times as long.
         return _EPOCH + value * _MICROSECOND
     except (TypeError, OverflowError) as error:  # SQLite stores text in any column
-        raise InvalidDataError("time", f"{value!r} is not one") from error
+        raise InvalidDataError("time", f"{safe_repr(value)} is not one") from error
 
 
 def _in_utc(moment: datetime) -> datetime:
@@ -97,7 +97,7 @@ class _Translation(dict[Any, Any]):
         self._kind = kind
 
     def __missing__(self, value: Any) -> Any:
-        raise InvalidDataError(self._kind.__name__, f"{value!r} is not one of its values")
+        raise InvalidDataError(self._kind.__name__, f"{safe_repr(value)} is not one of its values")
 
 
 class _JsonText(UserDefinedType[str]):

@@ -6,7 +6,9 @@ move pages from the WAL to the file.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -20,9 +22,18 @@ from sqlalchemy import Connection, inspect, select, text
 
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.sqlite import files as sqlite
-from openclaw_store.database import COPYING, HEAD, Base, Database, NodeRow, legacy_import, stored
+from openclaw_store.database import (
+    COPYING,
+    HEAD,
+    Base,
+    Database,
+    NodeRow,
+    legacy_import,
+    require_unchanged,
+    stored,
+)
 from openclaw_store.domain import Clock
-from openclaw_store.errors import UnavailableError
+from openclaw_store.errors import BackendError, SchemaMismatchError
 
 MOUNTS = Path("/proc/self/mountinfo")
 """Linux's table of mounted file systems."""
@@ -106,7 +117,7 @@ async def diagnose(database: Database) -> list[Finding]:
     check = _check_file if database.dialect == "sqlite" else _check_server
     try:
         return await database.inspect(lambda connection: list(check(connection, database.clock)))
-    except UnavailableError as error:
+    except BackendError as error:
         return [_error("connection", f"It cannot be read: {error}.", "solve the problem named")]
 
 
@@ -122,7 +133,8 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "use a newer Python, or a newer SQLite library",
         Level.ERROR,
     )
-    yield from _check_schema(connection)
+    schema = list(_check_schema(connection))
+    yield from schema
     mode = pragma("journal_mode")
     yield _judge(
         "journal_mode",
@@ -156,9 +168,25 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"({_size(waiting * size)}).",
         "end programs that keep a read transaction open: they prevent the move, and slow reading",
     )
+    yield _check_permissions(path)
     yield _check_file_system(path)
     yield _check_disk(path, size * pages)
-    yield from _check_heartbeats(connection, clock())
+    if all(finding.level is Level.OK for finding in schema):  # else the tables may be hostile
+        yield from _check_heartbeats(connection, clock())
+
+
+def _check_permissions(path: Path) -> Finding:
+    files = [path, *(path.with_name(path.name + ending) for ending in sqlite.BESIDES)]
+    readable = [file.name for file in files if file.exists() and file.stat().st_mode & 0o077]
+    if path.parent.stat().st_mode & 0o002:
+        readable.append("the folder")
+    return _judge(
+        "permissions",
+        not readable or os.name == "nt",
+        "Only its owner can read the database.",
+        f"run `chmod go= {shlex.quote(str(path))}*`, unless these users may see all tasks",
+        otherwise=f"Other users can read or write {', '.join(readable)}.",
+    )
 
 
 def _check_file_system(path: Path) -> Finding:
@@ -307,6 +335,14 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
     elif revision != HEAD:
         text = f"The schema is {revision}; this version of the library needs {HEAD}."
         yield _error(name, text, "upgrade the library" if revision > HEAD else advice)
+    elif connection.dialect.name == "sqlite":
+        text = f"The schema is {HEAD}, which this version of the library needs."
+        try:
+            require_unchanged(connection, revision)
+        except SchemaMismatchError as error:
+            yield _error(name, f"{error}.", "do not open it, unless you know the cause")
+        else:
+            yield Finding(name, Level.OK, text)
     else:
         missing: set[str] = set()
         for table in Base.metadata.sorted_tables:

@@ -13,8 +13,9 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import URL, Connection, make_url
 
 from openclaw_store.backends import (
     BESIDES,
@@ -22,15 +23,19 @@ from openclaw_store.backends import (
     PostgreSQL,
     SQLite,
     SQLiteErrorMapping,
+    rename_to_unused,
     unused_name,
     written_aside,
 )
-from openclaw_store.database import migrations
-from openclaw_store.errors import SchemaMismatchError, UnavailableError
+from openclaw_store.backends.sqlite.connections import (
+    ReadConnection,
+    WriteConnection,
+    options_of,
+    time_limit,
+)
+from openclaw_store.database import migrations, schema_check
+from openclaw_store.errors import UnavailableError
 from openclaw_store.maintenance.progress import Report
-
-_STEPS = 100_000
-"""Instructions of SQLite's virtual machine between two checks of `is_stopped`: milliseconds."""
 
 _PAGES = 4096
 """Pages copied between two progress reports."""
@@ -65,10 +70,10 @@ def restore(
         )
     assert isinstance(backend, SQLite)
     backend.refuse_inherited()
-    target = backend.path
+    target, is_new = backend.path, not backend.exists()
     if not source.is_file():
         raise UnavailableError(f"{source}: there is no such file: give the path of a backup")
-    if target.exists() and target.samefile(source):
+    if not is_new and target.samefile(source):
         raise UnavailableError(f"{source} is the database itself: give the path of a backup")
     backend.make_folder()
 
@@ -80,12 +85,12 @@ def restore(
     with (
         # Keeps the lock on the database until `written_aside` has renamed the copy onto it.
         ExitStack() as lock,
-        written_aside(target, overwrite=True, besides=BESIDES) as partial,
+        written_aside(target, overwrite=not is_new, besides=BESIDES) as partial,
     ):
         with (
             SQLiteErrorMapping(str(source)).mapped(),
-            closing(sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)) as original,
-            closing(sqlite3.connect(partial, isolation_level=None)) as copy,
+            closing(_open_to_read(source)) as original,
+            closing(sqlite3.connect(partial, **options_of(WriteConnection))) as copy,
         ):
             original.backup(
                 copy,
@@ -93,40 +98,54 @@ def restore(
                 progress=lambda _, left, total: report_progress("copying", total - left, total),
             )
             copy.execute("PRAGMA journal_mode=DELETE")  # leaves one complete file
-            report_progress("checking the copy", 0, 0)
-            copy.set_progress_handler(is_stopped, _STEPS)
-            _verify(copy, source)
+        report_progress("checking the copy", 0, 0)
+        _check(partial, source, is_stopped)
         # Locked only now: until here, the database may be in use.
         report_progress("replacing the database", 0, 0)
         lock.enter_context(backend.alone())
         return _set_aside(target)
 
 
-def _verify(copy: sqlite3.Connection, source: Path) -> None:
-    [[found]] = copy.execute("PRAGMA integrity_check(1)")
-    if found != "ok":
-        raise UnavailableError(f"{source} is damaged ({found}): give the path of another backup")
-    tables = {name for (name,) in copy.execute("SELECT name FROM sqlite_master")}
-    if not tables >= {"alembic_version", "tasks", "nodes"}:
-        raise SchemaMismatchError(f"{source} is no copy of a store: give the path of a backup")
-    revision = next(copy.execute("SELECT version_num FROM alembic_version"), [None])[0]
-    migrations.refuse_newer(revision, str(source))
+def _open_to_read(source: Path) -> sqlite3.Connection:
+    location = f"{source.absolute().as_uri()}?mode=ro"
+    connection: sqlite3.Connection = sqlite3.connect(
+        location, uri=True, **options_of(ReadConnection)
+    )
+    return connection
+
+
+def _check(copy: Path, source: Path, is_stopped: Callable[[], bool]) -> None:
+    """Refuse a copy that is damaged, or is no store; the errors name its source."""
+
+    def check(connection: Connection) -> None:
+        driver: Any = connection.connection.driver_connection
+        driver.set_progress_handler(*time_limit(copy.stat().st_size, is_stopped))
+        connection.info[schema_check.SHOWN] = str(source)
+        migrations.require_store(connection, str(source))
+        [[found]] = connection.exec_driver_sql("PRAGMA integrity_check(1)")
+        if found != "ok":
+            raise UnavailableError(
+                f"{source} is damaged ({found}): give the path of another backup"
+            )
+
+    backend = SQLite(copy, 0)
+    backend.error_mapping = SQLiteErrorMapping(str(source))
+    backend.inspect(check)
 
 
 def _set_aside(target: Path) -> Path | None:
     """Keep the database under a second name, and move its journals to that name."""
-    if not target.exists():
-        return None
-    aside = unused_name(target, ".before-restore")
+    aside, is_there = unused_name(target, ".before-restore", BESIDES), target.exists()
+    if is_there:
+        try:
+            os.link(target, aside)  # a rename would leave no database for a moment
+        except OSError:  # the file system has no hard links
+            with written_aside(aside, overwrite=False) as copy:
+                shutil.copyfile(target, copy)
     for ending in BESIDES:  # SQLite has removed them, unless the database is damaged
         with suppress(FileNotFoundError):
-            os.replace(target.with_name(target.name + ending), f"{aside}{ending}")
-    try:
-        os.link(target, aside)  # a rename would leave no database for a moment
-    except OSError:  # the file system has no hard links
-        with written_aside(aside, overwrite=False) as copy:
-            shutil.copyfile(target, copy)
-    return aside
+            rename_to_unused(target.with_name(target.name + ending), Path(f"{aside}{ending}"))
+    return aside if is_there else None
 
 
 def _pg_restore(location: str, source: Path) -> str:

@@ -18,10 +18,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from openclaw_store.backends import SQLiteErrorMapping
+from openclaw_store.backends.sqlite.connections import limited
 from openclaw_store.database import (
     COLUMNS,
     FIELDS,
     FUNCTION,
+    HEAD,
     IS_ASSIGNED,
     IS_LIVE,
     ROWS,
@@ -31,6 +33,7 @@ from openclaw_store.database import (
     NodeRow,
     TaskRow,
     has_functions,
+    require_unchanged,
 )
 from openclaw_store.domain import (
     ENTITY_KINDS,
@@ -46,7 +49,7 @@ from openclaw_store.domain import (
     encode,
     missing_time,
 )
-from openclaw_store.errors import InvalidDataError, UnavailableError, safe_repr
+from openclaw_store.errors import InvalidDataError, UnavailableError, safe_repr, shown
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import (
     CountTasks,
@@ -76,6 +79,9 @@ INVARIANTS: Mapping[str, str] = {
 
 MOST = 10_000
 """Problems listed at most; further problems are only counted."""
+
+_PAGES_DAMAGED = ("*** in database", "Tree ", "Page ")
+"""How SQLite begins a line about pages, not about rows or indexes."""
 
 _INVALID_INDEXES = text("""
     SELECT index.relname FROM pg_index JOIN pg_class AS index ON index.oid = indexrelid
@@ -177,7 +183,7 @@ class _Scan:
 
     async def run(self, database: Database) -> None:
         try:
-            async with database.session() as session:
+            async with database.session() as session, limited(session):
                 await database.read_in(session, self._check_all)
         except (UnavailableError, InvalidDataError) as error:
             if error.__cause__ is None or not SQLiteErrorMapping.is_damage(error.__cause__):
@@ -185,8 +191,7 @@ class _Scan:
             self._add("file", f"Not all of it can be read: {error}.")
 
     async def _check_all(self, session: AsyncSession) -> None:
-        await self._check_file(session)
-        if not await self._check_counters(session):
+        if not await self._check_file(session) or not await self._check_counters(session):
             return
         node = TaskRow.assigned_node
         query = select(node, func.count()).where(IS_ASSIGNED).group_by(node)
@@ -210,11 +215,11 @@ class _Scan:
         if repair is not None:
             self.repairs[len(problems)] = repair
         item, id = key or (None, None)
-        problems.append(Problem(invariant, item, id, text, repair is not None))
+        problems.append(Problem(invariant, item, id, shown(text), repair is not None))
 
     def _remark(self, invariant: str, text: str, key: Key) -> None:
         if len(self.found.remarks) < MOST:
-            self.found.remarks.append(Problem(invariant, *key, text))
+            self.found.remarks.append(Problem(invariant, *key, shown(text)))
 
     def _check_later(self, changes: dict[Key, int], key: Key, revision: int) -> None:
         if len(changes) == MOST:  # bounds the memory, even if every change is wrong
@@ -222,9 +227,18 @@ class _Scan:
         else:
             changes.setdefault(key, revision)
 
-    async def _check_file(self, session: AsyncSession) -> None:
+    async def _check_file(self, session: AsyncSession) -> bool:
+        """Return `False` if rows cannot be read: in damaged pages, a search may never end."""
         progress = Progress(self._report, "file", 1)
+        connection = await session.connection()
+        await connection.run_sync(
+            require_unchanged, HEAD
+        )  # it may have changed since it was opened
         if session.get_bind().dialect.name == "sqlite":
+            first = await session.scalar(text("PRAGMA integrity_check(1)"))
+            if first and first.startswith(_PAGES_DAMAGED):
+                self._add("file", f"SQLite reports: {first}; the rows were not checked.")
+                return False
             for (line,) in await session.execute(text("PRAGMA integrity_check")):
                 if line != "ok":
                     self._add("file", f"SQLite reports: {line}.")
@@ -233,10 +247,11 @@ class _Scan:
         else:
             for (index,) in await session.execute(_INVALID_INDEXES):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
-            if not await (await session.connection()).run_sync(has_functions):
+            if not await connection.run_sync(has_functions):
                 self._add("file", f"The function {FUNCTION} was changed or dropped.")
         self.found.checked["file"] = 1
         progress.add(1)
+        return True
 
     async def _check_counters(self, session: AsyncSession) -> bool:
         query = select(CounterRow.revision, CounterRow.heartbeats, CounterRow.compacted)

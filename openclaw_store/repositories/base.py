@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,13 +21,13 @@ from openclaw_store.domain import (
     key_of,
     write_back,
 )
-from openclaw_store.errors import InvalidDataError, NotOwnerError
+from openclaw_store.errors import InvalidDataError, NotOwnerError, logger_of
 from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.commands import CONTENT, Create, Remove, Update
 from openclaw_store.repositories.row_reader import decoder_here, read_records, read_rows
 from openclaw_store.repositories.unit_of_work import Event
 
-logger = logging.getLogger("openclaw_store.repositories")
+logger = logger_of("repositories")
 
 Result = TypeVar("Result")
 

@@ -7,7 +7,6 @@ only claims and reports tasks. It remembers the tasks that it has assigned, and 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import ChangeRow
 from openclaw_store.domain import ASSIGNED, Entity, EntityKey, Record, Task
-from openclaw_store.errors import BackendError, InvalidDataError
+from openclaw_store.errors import BackendError, InvalidDataError, logger_of
 from openclaw_store.repositories import (
     Event,
     Heartbeat,
@@ -30,7 +29,7 @@ from openclaw_store.state_manager.cache import Cache, Committed
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.write_behind import WriteBehind
 
-logger = logging.getLogger("openclaw_store.mirror")
+logger = logger_of("mirror")
 
 MAX_REMEMBERED_TASKS = 10_000
 """Assigned tasks in memory; the report on any other reads the task first."""

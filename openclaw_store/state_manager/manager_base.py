@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from openclaw_store.errors import (
     InvalidDataError,
     UnavailableError,
     UnsavedConflictError,
+    logger_of,
     safe_repr,
 )
 from openclaw_store.repositories import Create, NodeRepository, Repository, TaskRepository
@@ -37,7 +37,7 @@ from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Scheduler
 
-logger = logging.getLogger("openclaw_store.state_manager")
+logger = logger_of("state_manager")
 
 T = TypeVar("T")
 Copy = TypeVar("Copy")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
@@ -35,6 +34,7 @@ from openclaw_store.errors import (
     StaleVersionError,
     UnavailableError,
     UnsavedConflictError,
+    logger_of,
 )
 from openclaw_store.repositories import (
     CONTENT,
@@ -72,7 +72,7 @@ from openclaw_store.state_manager.change_feed import (
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 
-logger = logging.getLogger("openclaw_store.mirror")
+logger = logger_of("mirror")
 
 HEARTBEAT_SECONDS = 0.5
 """Delay of a flush of heartbeats, in which more of them join it."""

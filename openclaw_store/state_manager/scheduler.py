@@ -7,7 +7,6 @@ schedule at the same time.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
     UnsavedConflictError,
+    logger_of,
 )
 from openclaw_store.repositories import (
     PART_SIZE,
@@ -52,7 +52,7 @@ from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.task_index import PendingKey, pending_key
 from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
-logger = logging.getLogger("openclaw_store.dispatcher")
+logger = logger_of("dispatcher")
 
 PENDING_SLICE_SIZE = 100
 """Pending tasks examined before other coroutines run."""

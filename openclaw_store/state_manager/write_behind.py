@@ -9,7 +9,6 @@ command names.
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
@@ -33,6 +32,7 @@ from openclaw_store.errors import (
     NotFoundError,
     StaleVersionError,
     StoreError,
+    logger_of,
 )
 from openclaw_store.repositories import Command, Create, Remove, Update, missing
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from openclaw_store.state_manager.cache import Unsaved
     from openclaw_store.state_manager.replica import Replica
 
-logger = logging.getLogger("openclaw_store.mirror")
+logger = logger_of("mirror")
 
 FLUSH_BATCH_SIZE = 200
 """Unsaved entries submitted at once."""

@@ -7,7 +7,6 @@ idempotent.
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -35,11 +34,12 @@ from openclaw_store.errors import (
     NodeNotFoundError,
     NotFoundError,
     StoreError,
+    logger_of,
 )
 from openclaw_store.state_manager import StateManager
 from openclaw_store.worker.run import Handler, Interruption, Run, describe
 
-logger = logging.getLogger("openclaw_store.worker")
+logger = logger_of("worker")
 
 HEARTBEATS_PER_LEASE = 4
 """Heartbeats in the time of a lease, so that a lost one does not end it."""

@@ -982,8 +982,8 @@ finally:
 """
 
 NO_ENTRY = {
-    ("FOLDER", "555", "new.db"): "FOLDER/new.db: it cannot be opened: check that the path",
-    ("FOLDER", "000", "new.db"): "FOLDER/new.db: it cannot be opened: check that the path",
+    ("FOLDER", "555", "new.db"): "FOLDER/new.db: Permission denied: check the path and the disk",
+    ("FOLDER", "000", "new.db"): "FOLDER/new.db: Permission denied: check the path and the disk",
     ("FOLDER", "555", "deeper/new.db"): "cannot make the folder FOLDER/deeper (Permission denied)",
     ("FOLDER", "555", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",
     ("FILE", "444", "file.db"): "FOLDER/file.db: it cannot be written: check the permissions",

@@ -110,7 +110,7 @@ class PostgreSQL:
     def make_folder(self) -> None:
         pass
 
-    def prepare(self) -> None:
+    def prepare(self, check: Callable[[Connection], object]) -> None:
         """Refuse a server that is too old, and note the settings that later connections need."""
         number, commit = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
         version = int(number) // 10_000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import logging
 import select
 import time
 from functools import cache
@@ -12,8 +11,9 @@ from typing import Any
 
 from openclaw_store.backends.cancellation import cancel_once_more, shield_until_done
 from openclaw_store.backends.internals import descriptor_of
+from openclaw_store.errors import logger_of
 
-logger = logging.getLogger("openclaw_store.postgresql")
+logger = logger_of("postgresql")
 
 _ABANDONED_SECONDS = 1.0  # to finish connecting for a cancelled caller
 _CLOSE_SECONDS = 0.5  # for the terminate message; a connection that is cut off needs none

@@ -26,16 +26,18 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from openclaw_store.backends.atomic_files import written_aside
+from openclaw_store.backends.atomic_files import make_folder, written_aside
 from openclaw_store.backends.base import CounterStatements
 from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteErrorMapping
 from openclaw_store.backends.sqlite import fork_safety
 from openclaw_store.backends.sqlite.connections import (
+    HOSTILE_FILE_PRAGMAS,
     LoneConnection,
     ReadConnection,
     WriteConnection,
     connect_async,
     options_of,
+    time_limit,
 )
 from openclaw_store.backends.sqlite.files import BESIDES, check_version, copy_database
 from openclaw_store.errors import (
@@ -43,6 +45,7 @@ from openclaw_store.errors import (
     OutcomeUnknownError,
     SchemaMismatchError,
     UnavailableError,
+    safe_repr,
 )
 
 Result = TypeVar("Result")
@@ -61,9 +64,9 @@ class _Compiler(SQLiteCompiler):
         return text
 
 
-def _engine(path: Path, kind: type[sqlite3.Connection]) -> Engine:
+def _engine(path: Path, kind: type[sqlite3.Connection], **options: Any) -> Engine:
     url = URL.create("sqlite", database=str(path))  # in the text of a URL, % and ? are special
-    return create_engine(url, poolclass=NullPool, connect_args=options_of(kind))
+    return create_engine(url, poolclass=NullPool, connect_args={**options_of(kind), **options})
 
 
 def _write_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) -> Engine:
@@ -190,7 +193,8 @@ class SQLite:
     dialect = "sqlite"
 
     def __init__(self, path: Path, timeout: float) -> None:
-        self.path = path
+        # SQLite follows symbolic links too, and its journals are beside the file itself.
+        self.path = Path(os.path.realpath(path))
         self.location = str(path)
         self.error_mapping = SQLiteErrorMapping(self.location)
         self.write_engine = self._checked(_write_engine(path))
@@ -202,13 +206,13 @@ class SQLite:
 
     def make_folder(self) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
         except OSError as error:
             raise UnavailableError(
                 f"cannot make the folder {self.path.parent} ({error.strerror}): choose another path"
             ) from error
 
-    def prepare(self) -> None:
+    def prepare(self, check: Callable[[Connection], object]) -> None:
         check_version()
         self._file = None  # an earlier attempt may have found another file
         self.refuse_inherited()
@@ -218,6 +222,11 @@ class SQLite:
         if self.exists() and not os.access(self.path, os.W_OK):
             # SQLite would read it, and leave a WAL beside it that no process can write.
             raise UnavailableError(f"{self.path}: {SQLITE_ADVICE['SQLITE_READONLY']}")
+        if self.exists():
+            self.inspect(check)  # before the WAL is turned on: a refused file is not changed
+        else:
+            with suppress(InvalidDataError), written_aside(self.path, overwrite=False):
+                pass  # SQLite would make it readable for all users
 
         def turn_on_wal() -> None:  # the file keeps this setting
             with self._open(WriteConnection) as connection:
@@ -242,16 +251,27 @@ class SQLite:
 
     def inspect(self, work: Callable[[Connection], Result]) -> Result:
         self.refuse_inherited()
-        engine = self._checked(_engine(self.path, ReadConnection))
-        with self.error_mapping.mapped(), engine.connect() as connection:
+        if not self.exists():  # SQLite would make it
+            raise UnavailableError(f"{self.path}: there is no such file: give another path")
+        engine = self._checked(_engine(self.path, ReadConnection, timeout=self._timeout))
+        with self.error_mapping.mapped(), engine.connect() as connection, self.limited(connection):
             return work(connection)
+
+    @contextmanager
+    def limited(self, connection: Connection) -> Iterator[None]:
+        """Limit the time of the statements in the block, which check the file."""
+        driver: Any = connection.connection.driver_connection
+        driver.set_progress_handler(*time_limit(self.path.stat().st_size))
+        try:
+            yield
+        finally:
+            driver.set_progress_handler(None, 0)
 
     def migrate(
         self,
         work: Callable[[Connection], Result],
         copy_to: Callable[[Connection], Path | None] = lambda _: None,
     ) -> Result:
-        self.prepare()
         with self.error_mapping.mapped():
             connection, copy = self._connect_to_migrate(copy_to)
             with connection:
@@ -281,9 +301,10 @@ class SQLite:
         return result
 
     def _refuse_orphans(self, connection: Connection) -> None:
-        orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+        with self.limited(connection):
+            orphans = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchmany(3)
         if orphans:
-            raise SchemaMismatchError(f"{self.path}: it would orphan rows: {orphans[:3]}")
+            raise SchemaMismatchError(f"{self.path}: it would orphan rows: {safe_repr(orphans)}")
 
     def _connect_to_migrate(
         self, copy_to: Callable[[Connection], Path | None]
@@ -314,7 +335,6 @@ class SQLite:
     def _copy_to(self, connection: Connection, target: Path) -> None:
         source: Any = connection.connection.driver_connection
         with written_aside(target, overwrite=False, besides=BESIDES) as partial:
-            partial.chmod(self.path.stat().st_mode & 0o777)  # before it has any contents
             copy_database(source, partial)
 
     def engine(
@@ -403,6 +423,8 @@ class SQLite:
             connection = sqlite3.connect(self.path, isolation_level=None, timeout=_ALONE_SECONDS)
         with closing(connection):
             try:
+                for pragma in HOSTILE_FILE_PRAGMAS:
+                    connection.execute(pragma)
                 connection.execute("PRAGMA journal_mode=DELETE")  # fails beside another connection
                 connection.execute("PRAGMA locking_mode=EXCLUSIVE")
                 connection.execute("BEGIN EXCLUSIVE")

@@ -10,24 +10,35 @@ import asyncio
 import os
 import sqlite3
 import sys
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+import time
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiosqlite
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.backends.cancellation import cancel_once_more
 from openclaw_store.backends.internals import make_daemon, rollback_without_waiting
 from openclaw_store.backends.sqlite import fork_safety
 
+HOSTILE_FILE_PRAGMAS = ("PRAGMA trusted_schema=OFF", "PRAGMA cell_size_check=ON")
+"""No schema calls a function with effects, and a page is checked before its cells are used."""
+
 _PRAGMAS = (
+    *HOSTILE_FILE_PRAGMAS,
     "PRAGMA synchronous=FULL",
     "PRAGMA foreign_keys=ON",
     *(("PRAGMA fullfsync=ON",) if sys.platform == "darwin" else ()),
 )
 _READ_TIMEOUT_SECONDS = 30.0
+_STEPS = 100_000
+"""Instructions of SQLite's virtual machine between two looks at the time: milliseconds."""
+CHECK_SECONDS = 5.0
+CHECK_BYTES_PER_SECOND = 1_000_000
 _ROWS_PER_FETCH = 64  # the default of aiosqlite
 
 _ABANDONED_SECONDS = 1.0
@@ -85,9 +96,39 @@ class LoneConnection(WriteConnection):
 class ReadConnection(WriteConnection):
     """A connection that refuses to write."""
 
-    def __init__(self, path: str | Path, **options: Any) -> None:
-        super().__init__(path, **options)
-        self.execute("PRAGMA query_only=ON")
+    # No check of the file evaluates constraints, which may take any time if they are not ours.
+    pragmas = (*_PRAGMAS, "PRAGMA query_only=ON", "PRAGMA ignore_check_constraints=ON")
+
+
+def time_limit(
+    size: int, is_stopped: Callable[[], bool] = lambda: False
+) -> tuple[Callable[[], bool], int]:
+    """Return arguments of `set_progress_handler` that end statements which take too long.
+
+    Pages may refer to each other so that reading a small file would never end. A sound file needs a
+    small part of this time.
+
+    Args:
+        size: Bytes of the file.
+        is_stopped: Ends a statement earlier.
+    """
+    end = time.monotonic() + CHECK_SECONDS + size / CHECK_BYTES_PER_SECOND
+    return lambda: is_stopped() or time.monotonic() > end, _STEPS
+
+
+@asynccontextmanager
+async def limited(session: AsyncSession) -> AsyncIterator[None]:
+    """Limit the time of each statement in the block by the size of the file; not for a server."""
+    if session.get_bind().dialect.name != "sqlite":
+        yield
+        return
+    driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+    pages = "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count"
+    await driver.set_progress_handler(*time_limit(await session.scalar(text(pages)) or 0))
+    try:
+        yield
+    finally:
+        await driver.set_progress_handler(None, 0)
 
 
 def options_of(connection: type[sqlite3.Connection]) -> dict[str, Any]:

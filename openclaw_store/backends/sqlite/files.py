@@ -10,6 +10,7 @@ from pathlib import Path
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from openclaw_store.backends.sqlite.connections import WriteConnection, options_of
 from openclaw_store.errors import InvalidDataError, UnavailableError, safe_repr
 
 MINIMUM_VERSION = (3, 35, 0)
@@ -64,7 +65,7 @@ def check_version() -> None:
 
 def copy_database(source: sqlite3.Connection, target: Path) -> None:
     """Write the database as `source` sees it to a file that needs no WAL."""
-    with closing(sqlite3.connect(target, isolation_level=None)) as copy:
+    with closing(sqlite3.connect(target, **options_of(WriteConnection))) as copy:
         # All pages in one step: a copy in several starts again with every concurrent write.
         source.backup(copy)
         copy.execute("PRAGMA journal_mode=DELETE")
