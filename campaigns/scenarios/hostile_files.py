@@ -78,7 +78,7 @@ class _Files:
                 "restore": _restore, "verify": _verify, "check": _check, "diagnose": _diagnose,
             }  # fmt: skip
         name, use = random.choice([*uses.items()])
-        content = path.read_bytes()
+        content = _content(path, strictly=must_refuse)
         begin = time.monotonic()
         outcome: Exception | None = None
         try:
@@ -97,7 +97,10 @@ class _Files:
         is_found = outcome is not None or name in ("diagnose", "verify")
         run.check(is_found or not must_refuse, f"{name} {what} was accepted")
         if must_refuse or isinstance(outcome, StoreError):
-            run.check(path.read_bytes() == content, f"{name} {what} has changed the file")
+            run.check(
+                _content(path, strictly=must_refuse) == content,
+                f"{name} {what} has changed the file, but: {outcome!r}",
+            )
             run.check(not _target(path).exists(), f"{name} {what} has made a database")
         shutil.rmtree(folder)
 
@@ -136,6 +139,14 @@ async def _open(path: Path) -> None:
     async with Database(path) as database:
         with suppress(StoreError):  # the file is accepted
             await TaskRepository(database).create(Task.create(TaskType.BATCH, "another"))
+
+
+def _content(path: Path, *, strictly: bool) -> bytes:
+    """Return a file; without the journal mode, if damage may show only after that was set."""
+    content = path.read_bytes()
+    if strictly:
+        return content
+    return content[:18] + content[20:24] + content[28:92] + content[100:]
 
 
 def _target(path: Path) -> Path:

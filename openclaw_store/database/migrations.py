@@ -21,7 +21,6 @@ from sqlalchemy import Connection, create_engine, inspect, text
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
     Backend,
-    SQLite,
     backend_of,
     unused_name,
 )
@@ -95,8 +94,11 @@ def accept(backend: Backend, connection: Connection, *, is_copy_target: bool = F
     """Refuse a database that this version must not open or upgrade."""
     if is_copy_target and (stored(connection) or "").startswith(COPYING_HEAD):
         require_unchanged(connection, HEAD)
-    else:
-        _is_current(backend, connection)
+        return
+    _is_current(backend, connection)
+    flaw = legacy_import.is_legacy(connection) and legacy_import.find_damage(connection)
+    if flaw:
+        raise UnavailableError(f"{backend.location} is damaged ({flaw}): restore a backup")
 
 
 def require_store(connection: Connection, location: str) -> None:
@@ -343,10 +345,6 @@ def migrate(
                 "again"
             )
         legacy_import.rename_tables(connection)
-        assert isinstance(backend, SQLite)  # only a file can be a legacy database
-        with backend.limited(connection):
-            if flaw := legacy_import.find_damage(connection):
-                raise UnavailableError(f"{backend.location} is damaged ({flaw}): restore a backup")
         work(connection)
         cursor = backend.cursor(connection)
         imported = legacy_import.import_rows(connection, cursor, legacy_timezone, clock(), copy)
