@@ -11,7 +11,7 @@ import typer
 
 from openclaw_store.cli.commands import app
 from openclaw_store.cli.context import Call, command
-from openclaw_store.errors import InvalidDataError
+from openclaw_store.errors import InvalidDataError, printable
 
 if TYPE_CHECKING:
     from openclaw_store.worker import Handler
@@ -54,9 +54,11 @@ async def work(
             grace_seconds=grace,
             recover_every=recover_every,
         )
-        typer.echo(f"node {info.node_id} works on {database.db_path}: Ctrl-C stops it", err=True)
+        typer.echo(
+            printable(f"node {info.node_id} works on {database.db_path}: Ctrl-C stops it"), err=True
+        )
         await worker.run()
-    typer.echo(f"node {info.node_id} has stopped", err=True)
+    typer.echo(printable(f"node {info.node_id} has stopped"), err=True)
 
 
 def _import(name: str) -> Handler:
