@@ -474,6 +474,14 @@ class TestTerminal:
         assert caplog.messages[1] == "100 %, plain"
         assert is_safe(str(UnavailableError(f"{CODES}.db is damaged")))
 
+    def test_every_logger_of_the_library_is_made_printable(self) -> None:
+        library = Path(migrations.__file__).parents[1]
+        makers = [
+            path.name for path in library.rglob("*.py") if "getLogger" in path.read_text("utf-8")
+        ]
+
+        assert makers == ["errors.py"]
+
     @pytest.mark.sqlite
     async def test_values_of_a_legacy_file_are_cut_in_the_log(
         self, location: Path, caplog: pytest.LogCaptureFixture
