@@ -210,7 +210,7 @@ async def watch(
             async for batch in batches:
                 for change in batch:
                     document = render.as_json(change._asdict(), compact=True)
-                    typer.echo(document if call.as_json else render.printable(str(change)))
+                    typer.echo(document if call.as_json else printable(str(change)))
         else:
             from openclaw_store.cli import live_view
 
