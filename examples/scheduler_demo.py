@@ -10,7 +10,7 @@ import argparse
 import asyncio
 import sys
 from asyncio.subprocess import Process
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,55 +18,38 @@ from openclaw_store import (
     Backoff,
     Database,
     NodeInfo,
-    NotOwnerError,
+    Run,
     StateManager,
     StoreError,
     Task,
     TaskStatus,
     TaskType,
+    Worker,
 )
 
 WORKERS = ("atlas", "boreas", "ceres")
-VICTIM = "ceres"
 TASKS = 30
+LONG_TASK = 15
+"""The task whose worker is killed."""
 SILENT_SECONDS = 3.0
-"""Seconds without a heartbeat after which a node is lost; heartbeats are stored within a second."""
+"""The lease of a worker: without a heartbeat for so long, its node is lost."""
 BACKOFF = Backoff(first_seconds=0.2)
 """Delays of retries; the first is 0.2 seconds."""
 
 
 async def work(location: str, name: str) -> None:
-    """Claim tasks and run up to two of them at once, until all tasks are finished."""
-    async with StateManager(Database(location), backoff=BACKOFF) as store:
-        await store.register_node(NodeInfo(name, hostname=name, max_concurrent_tasks=2))
-        async for _ in store.watch(since=0):
-            if (await store.get_node_stats())["total"] == len(WORKERS):
-                break  # all workers are registered: they begin together
-        async with asyncio.TaskGroup() as group:
-            heartbeats = group.create_task(send_heartbeats(store, name))
-            while (await store.get_state()).tasks:  # unfinished tasks of all workers
-                for task in await store.claim_tasks(name, limit=2):
-                    group.create_task(run(store, task))
-                await asyncio.sleep(0.05)
-            heartbeats.cancel()
+    """Run up to two tasks at once, until SIGTERM."""
 
-
-async def send_heartbeats(store: StateManager, name: str) -> None:
-    """Send a heartbeat of this worker twice a second."""
-    while True:
-        await store.update_heartbeat(name)
-        await asyncio.sleep(0.5)
-
-
-async def run(store: StateManager, task: Task) -> None:
-    """Run a claimed task, and drop it if this worker no longer owns it."""
-    with suppress(NotOwnerError):  # the task was requeued: its new owner reports the outcome
-        await store.start_task(task)
-        await asyncio.sleep(0.4)  # the work itself
+    async def handle(task: Task, run: Run) -> str:
+        """Run a task: its result, or its exception, is the outcome."""
+        await asyncio.sleep(task.parameters["seconds"])  # the work itself
         if task.parameters["is_difficult"] and task.attempt == 1:
-            await store.fail_task(task, "not at the first attempt")
-        else:
-            await store.complete_task(task, result=f"done by {task.assigned_node}")
+            raise RuntimeError("not at the first attempt")
+        return f"done by {name}"
+
+    async with StateManager(Database(location), backoff=BACKOFF) as store:
+        node = NodeInfo(name, hostname=name, max_concurrent_tasks=2)
+        await Worker(store, node, handle, lease_seconds=SILENT_SECONDS).run()
 
 
 async def coordinate(location: str) -> None:
@@ -80,11 +63,14 @@ async def coordinate(location: str) -> None:
             for name in WORKERS
         }
         async with asyncio.timeout(60), asyncio.TaskGroup() as group:
-            killer = group.create_task(kill(store, workers[VICTIM]))
+            killer = group.create_task(kill(store, workers))
             for name, worker in workers.items():
                 group.create_task(wait_for(name, worker))
             await recover(store)
             killer.cancel()
+            for worker in workers.values():
+                if worker.returncode is None:
+                    worker.terminate()  # SIGTERM: the worker leaves in good order
         await print_outcome(store)
 
 
@@ -94,18 +80,19 @@ def make_task(number: int) -> Task:
         TaskType.BATCH,
         f"task {number}",
         task_id=f"task-{number}",
-        parameters={"is_difficult": number % 10 == 0},
+        parameters={
+            "seconds": 2 if number == LONG_TASK else 0.4,
+            "is_difficult": number % 10 == 0,
+        },
     )
 
 
-async def kill(store: StateManager, worker: Process) -> None:
-    """Kill the victim when it starts its fourth task."""
-    started = 0
+async def kill(store: StateManager, workers: Mapping[str, Process]) -> None:
+    """Kill the worker that starts the long task."""
     async for change in store.watch(since=0):
-        started += (change.node, change.to_status) == (VICTIM, TaskStatus.RUNNING)
-        if started == 4:
-            worker.kill()
-            print(f"{VICTIM} runs {change.item_id}, and is killed")
+        if (change.item_id, change.to_status) == (f"task-{LONG_TASK}", TaskStatus.RUNNING):
+            workers[str(change.node)].kill()
+            print(f"{change.node} runs {change.item_id}, and is killed")
             return
 
 
@@ -121,13 +108,13 @@ async def recover(store: StateManager) -> None:
 
 
 async def wait_for(name: str, worker: Process) -> None:
-    """Wait until a worker ends; only the victim may fail."""
+    """Wait until a worker ends, by itself or by a signal."""
     try:
         status = await worker.wait()
     except asyncio.CancelledError:
         worker.kill()  # the coordinator was interrupted
         raise
-    if status and name != VICTIM:
+    if status > 0:
         raise SystemExit(f"{name} ended with status {status}")
 
 
@@ -145,7 +132,7 @@ async def print_outcome(store: StateManager) -> None:
             print(f"\nthe life of {task.task_id}")
             for change in changes:
                 where = f" on {change.node}" if change.node else ""
-                why = f" ({change.reason})" if change.reason else ""
+                why = f" ({change.reason.splitlines()[-1]})" if change.reason else ""
                 print(f"{change.revision:5} {change.to_status}{where}{why}")
             return
 

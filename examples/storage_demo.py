@@ -90,13 +90,16 @@ async def tour(location: Path) -> None:
                     group.create_task(finish(store, task, clock))
         print_tasks([await store.get_task(task.task_id) or task for task in scheduled])
 
-        heading("7 Check lost nodes: three minutes later, two nodes send a heartbeat")
+        heading("7 Recover from lost nodes: three minutes later, two nodes send a heartbeat")
         clock.now += timedelta(minutes=3)
         await store.update_heartbeat("atlas", cpu_usage=12.5)
         await store.update_heartbeat("boreas", cpu_usage=80.0)
-        for node_id in await store.check_stale_nodes(timeout_seconds=120):
-            console.print(f"{node_id} was silent for more than 120 seconds, and ran")
-            print_tasks(await store.task_repo.list_by_node(node_id))
+        recovery = await store.recover(timeout_seconds=120)
+        for node_id in recovery.offline_nodes:
+            console.print(
+                f"{node_id} was silent for more than 120 seconds. Another node can now run"
+            )
+        print_tasks([task for task in await store.get_pending_tasks() if task.losses])
         print_nodes(await store.get_all_nodes())
 
         heading("8 Database statistics")

@@ -20,14 +20,17 @@ from configparser import ConfigParser
 from functools import partial
 from pathlib import Path
 from subprocess import Popen
+from types import ModuleType
 from typing import Any
 
 import httpx
 import pytest
+import typer
 from conftest import FakeClock, Maker, MakeTask
 from support.pages import DOCS, PLACEHOLDER, README, ROOT, Block, blocks, pages
 from typer.testing import CliRunner
 
+import openclaw_store.cli.work  # noqa: F401 - it adds a command
 from campaigns.scenarios.catalogue import CAMPAIGNS
 from devtools.postgres import Databases, wait_until
 from openclaw_store import (
@@ -46,6 +49,7 @@ HOW_TO = DOCS / "how-to"
 
 NOT_ALONE = {
     "worker.py": "works until it is stopped: `TestTutorial`",
+    "run_worker.py": "works until it is stopped: `TestWorker`",
     "coordinator.py": "waits for a worker: `TestTutorial`",
     "test_scheduler.py": "is a test: `TestCommands` runs pytest on it",
 }
@@ -66,6 +70,7 @@ NOT_RUN = {
     r"python (worker|coordinator)\.py.*|pkill .*": "takes four terminals: `TestTutorial`",
     r"createdb .*": "is PostgreSQL's own; the tests make databases with SQL",
     r"(sudo )?systemctl .*": "changes the machine; `TestCleanUp` runs the units' command",
+    r"openclaw-store work .*": "works until it is stopped: `TestWorker`, `test_work.py`",
     r"uvicorn .*": "serves until it is stopped; `TestWebService` calls the application",
     r"python examples/scheduler_demo\.py.*": "`test_examples.py::TestSchedulerDemo`",
     r"python examples/two_coordinators\.py.*": "`test_examples.py::TestTwoCoordinators`",
@@ -331,7 +336,7 @@ class TestTutorial:
         """The commands of step 6, in the order in which the page gives them."""
         for block in blocks(DOCS / page, "python"):
             if block.name in NOT_ALONE:
-                quick = block.text.replace('"seconds": 4', '"seconds": 0.3')
+                quick = block.text.replace('"seconds": 4', '"seconds": 0.6')
                 (tmp_path / block.name).write_text(quick, encoding="utf-8")
         lines: list[str] = []
         with contextlib.ExitStack() as stack:
@@ -367,7 +372,11 @@ class TestTutorial:
         monkeypatch.chdir(tmp_path)
         work = program(DOCS / page, "# worker.py")["main"]
         recover = program(DOCS / page, "# coordinator.py")["recover_regularly"]
-        fields = {"good": {"parameters": {"seconds": 0}}, "bad": {}, "lost": {}}
+        fields: dict[str, dict[str, Any]] = {
+            "good": {"parameters": {"seconds": 0}},
+            "bad": {},
+            "lost": {"max_losses": 0},
+        }
         tasks = [make_task(name=name, max_retries=0, **fields[name]) for name in fields]
 
         def assign_to_no_node(task: Task) -> None:
@@ -386,8 +395,10 @@ class TestTutorial:
             await asyncio.wait(loops)
 
         assert (good.status, good.result) == (TaskStatus.COMPLETED, "done")
-        assert (bad.status, bad.error) == (TaskStatus.FAILED, "KeyError: 'seconds'")
-        assert (lost.status, lost.error) == (TaskStatus.FAILED, "node lost")
+        assert bad.status is TaskStatus.FAILED
+        assert bad.error is not None
+        assert bad.error.endswith("KeyError: 'seconds'")
+        assert (lost.status, lost.error) == (TaskStatus.FAILED, "lost too often")
         assert [loop.cancelled() for loop in loops] == [True, True]
 
 
@@ -613,6 +624,46 @@ class TestWebService:
 def client_of(app: Any) -> httpx.AsyncClient:
     """A client that reaches an application without a network."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://store")
+
+
+class TestWorker:
+    PAGE = HOW_TO / "worker.md"
+
+    @pytest.mark.sqlite
+    async def test_program_runs_both_handlers_until_a_signal(
+        self, tmp_path: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        jobs = ModuleType("jobs")
+        vars(jobs).update(program(self.PAGE, "# jobs.py"))
+        monkeypatch.setitem(sys.modules, "jobs", jobs)
+        names = program(self.PAGE, "# run_worker.py")
+        tasks = [make_task(parameters={"name": "you"}), make_task(parameters={"steps": 2})]
+        results = []
+
+        async with StateManager(Database("./data/cluster.db")) as manager:
+            for task, handle in zip(tasks, (jobs.handle, jobs.count), strict=True):
+                names["handle"] = handle
+                await manager.add_task(task)
+                working = asyncio.create_task(names["main"]())
+                results.append((await manager.wait_for_task(task.task_id, 60)).result)
+                signal.raise_signal(signal.SIGTERM)
+                await working
+
+        assert results == [{"hello": "you"}, 2]
+
+    def test_unit_of_systemd_waits_for_longer_than_the_grace(self) -> None:
+        [block] = blocks(self.PAGE, "ini")
+        service = unit(block.text)["Service"]
+        program, name, *arguments = shlex.split(service["ExecStart"])
+        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+
+        options = command.make_context(name, arguments).params
+
+        assert Path(program).name == "openclaw-store"
+        assert options["handler"] == "jobs:handle"
+        assert service["KillSignal"] == "SIGTERM"
+        assert float(service["TimeoutStopSec"]) > options["grace"]
 
 
 class TestCleanUp:

@@ -30,6 +30,7 @@ from openclaw_store import (
     TaskStatus,
     errors,
 )
+from openclaw_store.cli import work  # noqa: F401 - it adds a command
 from openclaw_store.cli.commands import app
 from openclaw_store.domain.models import ALIVE, ASSIGNED, FIELD_CHECKS, JSON_CHECKS, LIVE
 from openclaw_store.domain.serialization import STORE_FIELDS
@@ -385,7 +386,7 @@ class TestContributing:
         named = re.findall(
             r"`((?:openclaw_store|alembic|devtools|docs|tests|examples)/[\w/.-]+)`", self.TEXT
         )
-        new = {"alembic/versions/0003_add_the_note.py"}
+        new = {"alembic/versions/0006_add_the_note.py"}
 
         assert [name for name in named if name not in new and not (ROOT / name).exists()] == []
         assert len(named) > 8
