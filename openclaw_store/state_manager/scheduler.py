@@ -167,11 +167,10 @@ class Scheduler:
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
         patience = check_seconds("timeout_seconds", timeout_seconds)
         await self._replica.flush_heartbeats()
-        reason = f"silent for more than {timeout_seconds:g} s"
-        commands = [
-            SetNodeStatus(node.node_id, NodeStatus.OFFLINE, patience, reason)
-            for node in await self._replica.nodes.find_stale_nodes(timeout_seconds)
-        ]
+        commands = []
+        for node in await self._replica.nodes.find_stale_nodes(timeout_seconds):
+            reason = f"silent for more than {node.lease_seconds or timeout_seconds:g} s"
+            commands.append(SetNodeStatus(node.node_id, NodeStatus.OFFLINE, patience, reason))
 
         async def submit(command: SetNodeStatus) -> bool:
             # Called in a task of its own: the command goes behind a heartbeat that arrives before.
