@@ -47,8 +47,9 @@ from openclaw_store.repositories.commands import (
     requeue_of,
     start_of,
 )
+from openclaw_store.repositories.pages import Page, after_cursor, cursor_of
 from openclaw_store.repositories.parts import claim_in_parts
-from openclaw_store.repositories.queries import after_cursor, cursor_of, task_conditions
+from openclaw_store.repositories.queries import task_conditions
 from openclaw_store.repositories.retention import (
     count_old_tasks,
     parse_policy,
@@ -227,21 +228,14 @@ class TaskRepository(Repository[Task]):
         """Return a page as `list_tasks`, as records, and the cursor of the next one."""
         check_some("limit", limit)
         checked = check_filter(TaskFilter, filter, self._database.clock())
-        wanted = list(task_conditions(checked, self._database.dialect))
-        if after is not None:
-            wanted.append(after_cursor(after))
-        queries = [
-            self._select(*wanted, *states)
-            .order_by(TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
-            .limit(min(limit + 1, MAX_INTEGER))
-            for states in self._states_of(checked)
-        ]
+        behind = None if after is None else after_cursor(after)
+        page = Page(checked, behind, min(limit + 1, MAX_INTEGER))
 
         async def run(session: AsyncSession) -> list[Record[Task]]:
             decode = decoder_here(session, Task)
             found = [
                 decode(row)
-                for query in queries
+                for query in await page.queries(session)
                 async for rows in read_rows(session, query)
                 for row in rows
             ]
@@ -290,13 +284,6 @@ class TaskRepository(Repository[Task]):
         query = sql.by_ids(Task, COLUMNS[Task], sql.given(list(dict.fromkeys(ids))))
         records = await self._read(partial(read_records, kind=Task, query=query))
         return {record.task_id: record for record in records}
-
-    def _states_of(self, filter: TaskFilter) -> Sequence[Sequence[Any]]:
-        """Return conditions on the status, one for each query that an index answers in order."""
-        states = filter.status if isinstance(filter.status, tuple) else tuple(TaskStatus)
-        if filter.node is None and filter.user is None:
-            return [(TaskRow.status == status,) for status in states]
-        return [()] if filter.status is None else [(TaskRow.status.in_(states),)]
 
     async def list_by_status(self, status: TaskStatus, limit: int | None = None) -> list[Task]:
         """Return the tasks with this status, newest submitted first."""

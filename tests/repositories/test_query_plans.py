@@ -10,7 +10,7 @@ import re
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing, suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.backends.sqlite import connections as sqlite_connections
+from openclaw_store.repositories import pages
 from openclaw_store.state_manager.change_feed import read_change_batch, read_live
 
 pytestmark = pytest.mark.sqlite
@@ -195,6 +196,8 @@ CALLS: dict[str, Call] = {
     "list by status": listing(status=[TaskStatus.PENDING, TaskStatus.COMPLETED]),
     "list by node": listing(node="node-0001"),
     "list by user": listing(user="user-1", status=TaskStatus.COMPLETED),
+    "list by completion": listing(completed_from=datetime(2020, 1, 1, tzinfo=UTC)),
+    "list finished": listing(finished_after=timedelta(days=36_500)),
     "live": live,
     "batch": batch,
 }
@@ -217,10 +220,40 @@ async def test_filters_are_searched_by_an_index_and_limits_need_no_sorting(
             plan = connection.execute(f"EXPLAIN QUERY PLAN {sql}", values).fetchall()
             steps = [detail for *_, detail in plan]
             assert not [step for step in steps if re.match(_SCAN, step)], sql
-            # By its status, SQLite would read all finished tasks to find the old ones.
-            if "completed_at <" in sql:
+            # By its status, SQLite would read all finished tasks to find some of a time.
+            if re.search(r"completed_at (<|>=) \?", sql):
                 assert "INDEX ix_tasks_completed_at (" in str(steps), sql
-            # Tasks of the same moment may be sorted by identifier, and those of one user: where
-            # SQLite believes there is but one.
-            if "ix_tasks_user_id" not in str(steps):
+            # Tasks of the same moment may be sorted by identifier; those of one user, where SQLite
+            # believes there is but one; and a limited number that were completed in a time.
+            if "ix_tasks_user_id" not in str(steps) and "completed_at >" not in sql:
                 assert not ("LIMIT" in sql and "TEMP B-TREE FOR ORDER BY" in str(steps)), sql
+
+
+@pytest.mark.parametrize("condition", [{"skill": "cobol"}, {"name_contains": "no such name"}])
+async def test_list_that_finds_nothing_reads_the_first_tasks_and_then_the_table_in_its_order(
+    database: Database,
+    location: Path,
+    sent: list[Statement],
+    make_task: MakeTask,
+    monkeypatch: pytest.MonkeyPatch,
+    condition: dict[str, Any],
+) -> None:
+    """All tasks were read one by one in the order of the list, at twice the time."""
+    monkeypatch.setattr(pages, "_FIRST_TASKS", 5)
+    finished = [make_task(status=TaskStatus.COMPLETED) for _ in range(20)]
+    await asyncio.gather(*map(tasks(database).create, finished))
+    sent.clear()
+
+    wanted = TaskFilter(status=TaskStatus.COMPLETED, **condition)
+    page = await tasks(database).list_tasks(wanted)
+
+    assert page.tasks == []
+    plans = []
+    with closing(sqlite3.connect(location)) as connection:
+        for sql, values in sent:
+            if "instr(" in sql:
+                plan = connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)
+                plans.append(plan.fetchone()[-1])
+    assert len(plans) == 2
+    assert "INDEX ix_tasks_status (status=? AND submitted_at>?)" in plans[0]
+    assert re.fullmatch(_SCAN, plans[1])

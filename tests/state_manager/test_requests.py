@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.sqlite.backend import WriteSession
 from openclaw_store.domain.models import FINISHED, LIVE
+from openclaw_store.repositories import pages
 from openclaw_store.repositories.change_log import read_changes
 from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
@@ -125,6 +127,8 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 """Values in the metadata, and the ones to search for."""
 
+ODD_SKILL = 'G"\\ö'
+
 FILTERS = [
     TaskFilter(),
     TaskFilter(status=TaskStatus.PENDING),
@@ -144,6 +148,7 @@ FILTERS = [
     TaskFilter(skill="Go"),
     TaskFilter(skill="G%"),
     TaskFilter(skill=""),
+    TaskFilter(skill=ODD_SKILL),
     *[
         TaskFilter(name_contains=text)
         for text in ("%", "_", "ß", "SS", "ss", "n", "ñ", "'", "", "\\")
@@ -159,6 +164,7 @@ FILTERS = [
     TaskFilter(priority=TaskPriority.HIGH),
     TaskFilter(priority=[0, TaskPriority.LOW]),  # type: ignore[list-item]  # the value of one
     TaskFilter(priority=[]),
+    TaskFilter(priority=[], completed_from=moment(25)),
     TaskFilter(idempotency_key="key 7"),
     *[TaskFilter(error_contains=text) for text in ("", "%", "No", "no")],
     TaskFilter(submitted_until=timedelta(days=28) - timedelta(minutes=10)),
@@ -439,10 +445,9 @@ class TestAddTasks:
 
 class TestLists:
     async def test_filter_means_what_it_says(
-        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+        self, cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Newest submitted first, then by identifier; in pages of whatever size."""
-        monkeypatch.setattr(filter_calls, "ITER_PAGE_SIZE", 7)
+        """Newest submitted first, then by identifier; in pages of whatever size, by each plan."""
         luck = random.Random(1)
         for number in range(70):
             await cluster.add(
@@ -452,7 +457,7 @@ class TestLists:
                 name=NAMES[number % len(NAMES)],
                 assigned_node=luck.choice([None, "node-1", "node-2"]),
                 user_id=luck.choice([None, "Anna", "anna"]),
-                required_skills=luck.choice([[], ["Go"], ["go", "G%"], ["Go", "", "Gopher"]]),
+                required_skills=luck.choice([[], ["Go"], ["go", "G%"], ["Go", "", ODD_SKILL]]),
                 submitted_at=moment(luck.randrange(20)),
                 completed_at=luck.choice([None, moment(luck.randrange(20, 30))]),
                 priority=luck.choice(list(TaskPriority)),
@@ -462,13 +467,20 @@ class TestLists:
                 if number >= 2 * len(VALUES)
                 else {"a": {"b": VALUES[number // 2]}, "x": luck.choice([1, True])},
             )
+        by_hand = json.dumps(["G%", ODD_SKILL]).replace("G", r"\u0047")
+        change = f"UPDATE tasks SET required_skills = '{by_hand}' WHERE task_id = 'B04'"
+        execute(location, change)
         rows, _, _ = await stored(cluster.one)
         assert len(rows) == 70
         rows.sort(key=lambda task: (task.submitted_at or MOMENT, task.task_id), reverse=True)
         for wanted in FILTERS:
             expected = [task for task in rows if is_meant(wanted, task)]
-            assert [task async for task in cluster.two.iter_tasks(wanted)] == expected
             assert await cluster.two.count_tasks(wanted) == len(expected)
+            for size, first, short in ((7, 70, 70), (30, 4, 3), (250, 0, 0)):
+                monkeypatch.setattr(filter_calls, "ITER_PAGE_SIZE", size)
+                monkeypatch.setattr(pages, "_FIRST_TASKS", first)
+                monkeypatch.setattr(pages, "_SHORT_RANGE", short)
+                assert [task async for task in cluster.two.iter_tasks(wanted)] == expected
         assert await cluster.one.list_tasks() == await cluster.two.task_repo.list_tasks(None)
 
     async def test_pages_stay_stable_while_tasks_change(self, cluster: Cluster) -> None:
