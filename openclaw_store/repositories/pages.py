@@ -38,6 +38,9 @@ from openclaw_store.repositories.queries import (
     selects_finished,
 )
 
+NEWEST_FIRST = TaskRow.submitted_at.desc(), TaskRow.task_id.desc()
+"""The order of lists; the identifier decides between tasks submitted at the same time."""
+
 _FIRST_TASKS = 20_000
 """Tasks of a status that a list reads in its order before it searches all tasks for matches."""
 
@@ -113,8 +116,7 @@ class Page:
 
     def _ordered(self, query: Select[Any]) -> Select[Any]:
         """Return the query in the order of the list, with the conditions that an index answers."""
-        query = query.where(*self._position())
-        return query.order_by(TaskRow.submitted_at.desc(), TaskRow.task_id.desc())
+        return query.where(*self._position()).order_by(*NEWEST_FIRST)
 
     def _position(self) -> Iterator[Condition]:
         if self.after is not None:

@@ -237,6 +237,21 @@ class TestTaskLists:
         assert await tasks.list_by_node("node") == expected
         assert await tasks.list_by_user("user") == expected
 
+    @pytest.mark.parametrize("limit", [None, 3])
+    async def test_identifier_decides_between_tasks_submitted_at_the_same_time(
+        self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock, limit: int | None
+    ) -> None:
+        """The two databases listed different tasks."""
+        names = ["c", "ä", "a", "B", "b"]
+        shared = {"assigned_node": "node", "user_id": "user", "submitted_at": clock()}
+        for name in names:
+            await tasks.create(make_task(task_id=name, **shared))
+        expected = ["ä", "c", "b", "a", "B"]
+
+        assert ids(await tasks.list_by_status(TaskStatus.PENDING, limit)) == expected[:limit]
+        assert ids(await tasks.list_by_user("user", limit)) == expected[:limit]
+        assert ids(await tasks.list_by_node("node")) == expected
+
     async def test_pending_by_priority_then_submission_then_id(
         self, tasks: TaskRepository, make_task: MakeTask, clock: FakeClock
     ) -> None:
