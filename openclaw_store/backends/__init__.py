@@ -16,8 +16,10 @@ from openclaw_store.backends.base import (
     WriteSession,
 )
 from openclaw_store.backends.cancellation import (
+    STOPPING_SECONDS,
     cancel_once,
     ended_badly,
+    on_thread,
     shield_until_done,
     was_interrupted,
 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
+from openclaw_store.backends.cancellation import Stop
 from openclaw_store.backends.error_mapping import ErrorMapping
 
 Result = TypeVar("Result")
@@ -144,8 +145,8 @@ class Backend(Protocol):
     def dispose(self) -> None:
         """Release the resources that all connections shared."""
 
-    def backup(self, target: Path, *, overwrite: bool) -> None:
-        """Write a consistent copy, while reads and writes go on; blocks the thread.
+    def backup(self, target: Path, stop: Stop, *, overwrite: bool) -> None:
+        """Write a consistent copy, while reads and writes go on; blocks the thread until `stop`.
 
         The copy gets its name when it is complete.
 
@@ -154,8 +155,8 @@ class Backend(Protocol):
             UnavailableError: If the copy cannot be written.
         """
 
-    def vacuum(self) -> None:
-        """Release the space of removed rows; blocks the thread.
+    def vacuum(self, stop: Stop) -> None:
+        """Release the space of removed rows; blocks the thread until `stop`.
 
         Raises:
             UnavailableError: If the database is locked, or the role lacks the privilege.

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from openclaw_store.backends.internals import untrack_task
 
 Result = TypeVar("Result")
+
+Stop = Future[None]
+"""Done as soon as blocking work is to stop, because its caller was cancelled."""
+
+STOPPING_SECONDS = 1.0
+"""Longest wait for work whose caller was cancelled: a read by itself, or blocking work to stop."""
 
 
 async def shield_until_done(
@@ -39,6 +48,44 @@ async def shield_until_done(
     if not ended_badly(future) and discard is not None:
         discard(future.result())
     raise cancelled
+
+
+async def on_thread(work: Callable[[Stop], Result]) -> Result:
+    """Run blocking work on a thread; a cancellation of the caller stops it.
+
+    The process may end while the work does something that cannot stop.
+    """
+    outcome: Future[Result] = Future()
+    outcome.set_running_or_notify_cancel()
+    stop = Stop()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work(stop))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="openclaw-store-work", daemon=True).start()
+    done = asyncio.wrap_future(outcome)
+    try:
+        return await asyncio.shield(done)
+    except asyncio.CancelledError:
+        done.add_done_callback(ended_badly)
+        stop.set_result(None)
+        await asyncio.wait([done], timeout=STOPPING_SECONDS)
+        raise
+
+
+def cancel_at(stop: Stop) -> None:
+    """Cancel the running task when `stop` is done."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(_: Stop) -> None:
+        with suppress(RuntimeError):  # the loop may be closed
+            loop.call_soon_threadsafe(task.cancel)
+
+    stop.add_done_callback(cancel)
 
 
 async def cancel_once(work: Awaitable[Result]) -> Result:

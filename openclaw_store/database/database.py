@@ -23,6 +23,7 @@ from openclaw_store.backends import (
     DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
+    STOPPING_SECONDS,
     CounterStatements,
     Notifier,
     OnCommit,
@@ -30,6 +31,7 @@ from openclaw_store.backends import (
     cancel_once,
     ended_badly,
     notify_of_commits,
+    on_thread,
     shield_until_done,
     was_interrupted,
 )
@@ -332,6 +334,7 @@ class Database:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(ended_badly)
+            task.get_loop().call_later(STOPPING_SECONDS, task.cancel)
             raise
 
     async def inspect(self, work: Callable[[Connection], Result]) -> Result:
@@ -398,8 +401,7 @@ class Database:
             UnavailableError: If it cannot be written there.
         """
         self._check_ready()
-        backup = partial(self._backend.backup, sqlite.file_of(path), overwrite=overwrite)
-        await shield_until_done(asyncio.to_thread(backup))
+        await on_thread(partial(self._backend.backup, sqlite.file_of(path), overwrite=overwrite))
 
     async def vacuum(self) -> None:
         """Release the space of removed rows; writers wait for this, readers do not.
@@ -411,7 +413,7 @@ class Database:
         self.refuse_inside()
         async with self._exclusive("a vacuum"):
             self._check_ready()
-            await shield_until_done(asyncio.to_thread(self._backend.vacuum))
+            await on_thread(self._backend.vacuum)
 
     async def get_stats(self) -> dict[str, Any]:
         """Return the metrics of the database and of the writer of this object.

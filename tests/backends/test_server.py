@@ -882,6 +882,22 @@ class TestBackup:
 
         assert os.listdir(tmp_path) == []
 
+    async def test_program_ends_with_a_cancelled_caller(
+        self, url: str, tmp_path: Path, path: Path
+    ) -> None:
+        program = path / "pg_dump"
+        program.write_text('#!/bin/sh\necho > "$(dirname "$0")/running"\nexec sleep 600\n')
+        program.chmod(0o755)
+        async with Database(url) as database:
+            caller = asyncio.create_task(database.backup(tmp_path / "copy.dump"))
+            await until((path / "running").exists)
+
+            caller.cancel()
+            await asyncio.wait([caller], timeout=PATIENCE)
+
+        assert caller.cancelled()
+        assert os.listdir(tmp_path) == ["bin"]
+
     async def test_password_is_neither_on_the_command_line_nor_in_the_error(
         self, url: str, tmp_path: Path, path: Path
     ) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import written_aside
 from openclaw_store.backends.base import CounterStatements
+from openclaw_store.backends.cancellation import Stop, cancel_at
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.connections import (
     Connector,
@@ -281,12 +282,13 @@ class PostgreSQL:
     def dispose(self) -> None:
         pass
 
-    def backup(self, target: Path, *, overwrite: bool) -> None:
+    def backup(self, target: Path, stop: Stop, *, overwrite: bool) -> None:
         with written_aside(target, overwrite=overwrite) as partial:
-            dump(self._url, partial)
+            dump(self._url, partial, stop)
 
-    def vacuum(self) -> None:
+    def vacuum(self, stop: Stop) -> None:
         async def run() -> None:
+            cancel_at(stop)
             engine = self.engine(write=True, is_long=True, isolation_level="AUTOCOMMIT")
             async with engine.connect() as connection:
                 foreign = (await connection.execute(text(_FOREIGN), {"tables": _TABLES})).all()

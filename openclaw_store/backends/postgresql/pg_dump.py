@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
+from openclaw_store.backends.cancellation import Stop
 from openclaw_store.errors import UnavailableError
 
 _LIBPQ = {
@@ -27,8 +28,8 @@ _LIBPQ = {
 """The driver's options, and the environment variables of PostgreSQL's programs for them."""
 
 
-def dump(url: URL, path: Path) -> None:
-    """Write a consistent archive of the database, for pg_restore.
+def dump(url: URL, path: Path, stop: Stop) -> None:
+    """Write a consistent archive of the database, for pg_restore, until `stop`.
 
     Raises:
         UnavailableError: If pg_dump is not installed, or fails.
@@ -42,10 +43,12 @@ def dump(url: URL, path: Path) -> None:
     command = [program, "--format=custom", f"--file={path}"]
     # Nothing secret on the command line, which all users of the machine can read.
     environment = {**os.environ, **_environment(url)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as done:
+        stop.add_done_callback(lambda _: done.terminate())
+        _, said = done.communicate()
     if done.returncode:
         location = url.render_as_string(hide_password=True)
-        raise UnavailableError(f"{location}: pg_dump: {done.stderr.strip()}")
+        raise UnavailableError(f"{location}: pg_dump: {said.strip()}")
 
 
 def _environment(url: URL) -> dict[str, str]:

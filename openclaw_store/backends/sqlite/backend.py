@@ -28,6 +28,7 @@ from sqlalchemy.pool import NullPool
 
 from openclaw_store.backends.atomic_files import make_folder, written_aside
 from openclaw_store.backends.base import CounterStatements
+from openclaw_store.backends.cancellation import Stop
 from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteErrorMapping
 from openclaw_store.backends.sqlite import fork_safety
 from openclaw_store.backends.sqlite.connections import (
@@ -36,6 +37,7 @@ from openclaw_store.backends.sqlite.connections import (
     ReadConnection,
     WriteConnection,
     connect_async,
+    end_at,
     options_of,
     time_limit,
 )
@@ -396,7 +398,7 @@ class SQLite:
     def dispose(self) -> None:
         self.write_engine.dispose()
 
-    def backup(self, target: Path, *, overwrite: bool) -> None:
+    def backup(self, target: Path, stop: Stop, *, overwrite: bool) -> None:
         own = [self.path.with_name(self.path.name + suffix) for suffix in ("", *BESIDES)]
         if any(file.exists() and os.path.exists(target) and target.samefile(file) for file in own):
             raise InvalidDataError("path", f"{target} is the database itself: choose another")
@@ -405,7 +407,7 @@ class SQLite:
             written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,
             self._open(ReadConnection) as source,
         ):
-            retrying(lambda: copy_database(source, partial), self._timeout)
+            retrying(lambda: copy_database(source, partial, stop.done), self._timeout)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -437,16 +439,18 @@ class SQLite:
                     raise self.error_mapping.map_error(error) from error
             yield
 
-    def vacuum(self) -> None:
-        with self.error_mapping.mapped(), self._open(WriteConnection) as database:
-            retrying(lambda: database.execute("VACUUM"), self._timeout)
-        self._empty_wal()  # VACUUM writes the new pages to the WAL: the file shrinks only now
+    def vacuum(self, stop: Stop) -> None:
+        with self.error_mapping.mapped(), self._open(WriteConnection) as file:
+            end_at(stop, file)
+            retrying(lambda: file.execute("SELECT 1" if stop.done() else "VACUUM"), self._timeout)
+        if not stop.done():
+            self._empty_wal()  # VACUUM writes the new pages to the WAL: the file shrinks only now
 
     async def size(self, session: AsyncSession) -> int:
         files = (self.path, self.path.with_name(self.path.name + "-wal"))
         return sum(file.stat().st_size for file in files if file.exists())
 
-    def _open(self, kind: type[sqlite3.Connection]) -> closing[sqlite3.Connection]:
+    def _open(self, kind: type[WriteConnection]) -> closing[WriteConnection]:
         self._require_file()
         return closing(sqlite3.connect(self.path, **options_of(kind)))
 

@@ -21,7 +21,7 @@ import aiosqlite
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends.cancellation import cancel_once_more
+from openclaw_store.backends.cancellation import Stop, cancel_once_more
 from openclaw_store.backends.internals import make_daemon, rollback_without_waiting
 from openclaw_store.backends.sqlite import fork_safety
 
@@ -36,7 +36,8 @@ _PRAGMAS = (
 )
 _READ_TIMEOUT_SECONDS = 30.0
 _STEPS = 100_000
-"""Instructions of SQLite's virtual machine between two looks at the time: milliseconds."""
+"""Instructions of SQLite's virtual machine between two looks at the time and for a stop:
+milliseconds."""
 CHECK_SECONDS = 5.0
 CHECK_BYTES_PER_SECOND = 1_000_000
 _ROWS_PER_FETCH = 64  # the default of aiosqlite
@@ -124,11 +125,34 @@ async def limited(session: AsyncSession) -> AsyncIterator[None]:
         return
     driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
     pages = "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count"
-    await driver.set_progress_handler(*time_limit(await session.scalar(text(pages)) or 0))
+    driver.limits.is_late, _ = time_limit(await session.scalar(text(pages)) or 0)
     try:
         yield
     finally:
-        await driver.set_progress_handler(None, 0)
+        driver.limits.is_late = _never
+
+
+def _never() -> bool:
+    return False
+
+
+class _Limits:
+    """The end of the statement that runs on a connection: a stop, or a time.
+
+    Not by `interrupt`: that refuses the rollback, too, while a cursor is referred to.
+    """
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self.is_late: Callable[[], bool] = _never
+
+    def are_over(self) -> bool:
+        return self.is_stopped or self.is_late()
+
+
+def end_at(stop: Stop, connection: sqlite3.Connection) -> None:
+    """End each statement of the connection as soon as `stop` is done."""
+    connection.set_progress_handler(stop.done, _STEPS)
 
 
 def options_of(connection: type[sqlite3.Connection]) -> dict[str, Any]:
@@ -153,11 +177,17 @@ class _AsyncConnection(aiosqlite.Connection):
     there it neither rolls back nor stops.
     """
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, path: str, **options: Any) -> None:
+        super().__init__(self._open_file, _ROWS_PER_FETCH)
+        self._opener = partial(sqlite3.connect, path, **options)
         self._process = os.getpid()
-        self._is_stopped = False
+        self.limits = _Limits()
         self._stopping: asyncio.Future[Any] | None = None
+
+    def _open_file(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection = self._opener()
+        connection.set_progress_handler(self.limits.are_over, _STEPS)
+        return connection
 
     def __await__(self) -> Generator[Any, None, aiosqlite.Connection]:
         try:
@@ -187,15 +217,15 @@ class _AsyncConnection(aiosqlite.Connection):
     def stop(self) -> asyncio.Future[Any] | None:
         # SQLAlchemy stops a connection that is being closed if the caller is cancelled again. The
         # thread ends with the first stop, so waiting for the answer to a second one never ends.
-        if self._is_stopped or self._process != os.getpid():
+        if self.limits.is_stopped or self._process != os.getpid():
             return None
-        self._is_stopped = True
+        self.limits.is_stopped = True
         self._stopping = super().stop()
         return self._stopping
 
 
 def connect_async(path: str, **options: Any) -> _AsyncConnection:
     """Return a connection for coroutines; awaiting it opens it."""
-    connection = _AsyncConnection(partial(sqlite3.connect, path, **options), _ROWS_PER_FETCH)
+    connection = _AsyncConnection(path, **options)
     make_daemon(connection)
     return connection

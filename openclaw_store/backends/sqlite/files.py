@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from openclaw_store.backends.sqlite.connections import WriteConnection, options_
 from openclaw_store.errors import InvalidDataError, UnavailableError, safe_repr
 
 MINIMUM_VERSION = (3, 35, 0)
+
+_PAGES = 1000
+"""Pages copied between two checks for a stop."""
 
 BESIDES = ("-journal", "-wal", "-shm")
 """Suffixes of the files that SQLite makes beside a database."""
@@ -63,9 +67,21 @@ def check_version() -> None:
         )
 
 
-def copy_database(source: sqlite3.Connection, target: Path) -> None:
+def copy_database(
+    source: sqlite3.Connection, target: Path, is_stopped: Callable[[], bool] = lambda: False
+) -> None:
     """Write the database as `source` sees it to a file that needs no WAL."""
+
+    def progress(*_: int) -> None:
+        if is_stopped():
+            raise UnavailableError(f"{target}: the copy was stopped")
+
     with closing(sqlite3.connect(target, **options_of(WriteConnection))) as copy:
-        # All pages in one step: a copy in several starts again with every concurrent write.
-        source.backup(copy)
+        # In one snapshot: otherwise the copy starts again with every concurrent write.
+        source.execute("SAVEPOINT copy")
+        source.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        try:
+            source.backup(copy, pages=_PAGES, progress=progress)
+        finally:
+            source.execute("RELEASE copy")
         copy.execute("PRAGMA journal_mode=DELETE")
