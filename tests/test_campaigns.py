@@ -250,6 +250,7 @@ def test_every_public_call_has_its_system_calls_fail() -> None:
     assert public - named == {
         "task_repo.get_record", "node_repo.get_record",  # what `get` calls
         "task_repo.get_records", "task_repo.list_records",  # and the lists
+        "task_repo.list_expired", "task_repo.next_due_at",  # and `recover`, and waiting claims
     }  # fmt: skip
     assert named >= {"backup", "vacuum", "transaction", "session", "upgrade", "legacy import"}
 

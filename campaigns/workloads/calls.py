@@ -243,6 +243,19 @@ async def _fail_task(store: Store) -> Make:
     return partial(store.state.fail_task, task, "it went wrong")
 
 
+@public(row="task_repo.release")
+async def _release_task(store: Store) -> Make:
+    task = await store.claimed()
+    return partial(store.state.release_task, task, "deployment")
+
+
+@public(row="task_repo.acknowledge_cancel")
+async def _acknowledge_cancel(store: Store) -> Make:
+    task = await store.state.start_task(await store.claimed())
+    await store.state.cancel_task(task.task_id, "enough", grace_seconds=3600)
+    return partial(store.state.acknowledge_cancel, task)
+
+
 @public(row="task_repo.cancel")
 async def _cancel_task(store: Store) -> Make:
     task = await store.claimed()
@@ -300,6 +313,18 @@ async def _remove_node(store: Store) -> Make:
 async def _update_node_status(store: Store) -> Make:
     node = await store.node()
     return partial(store.state.update_node_status, node.node_id, NodeStatus.ERROR)
+
+
+@public()
+async def _drain_node(store: Store) -> Make:
+    node = await store.node()
+    return lambda: store.state.drain_node(node.node_id, "new disk")
+
+
+@public()
+async def _resume_node(store: Store) -> Make:
+    node = await store.node(status=NodeStatus.MAINTENANCE)
+    return lambda: store.state.resume_node(node.node_id)
 
 
 @public("update_heartbeat, of an OFFLINE node", is_kept=True)

@@ -24,6 +24,7 @@ from openclaw_store import (
     TaskFilter,
     TaskRepository,
     TaskStatus,
+    Worker,
     copy,
     diagnose,
     verify,
@@ -94,6 +95,17 @@ def _rename(item: Task | NodeInfo) -> None:
         item.name = "changed"
     else:
         item.hostname = "changed"
+
+
+async def _ask_to_cancel(fixture: Fixture) -> None:
+    await fixture.manager.cancel_task(fixture.id("running"), "not needed", grace_seconds=3600)
+
+
+async def _work(fixture: Fixture) -> None:
+    """Run a worker that is stopped at once."""
+    worker = Worker(fixture.manager, fixture.node("busy"), lambda task, run: None, grace_seconds=0)
+    worker.stop()
+    await worker.run()
 
 
 async def hold_unsaved(fixture: Fixture) -> None:
@@ -258,6 +270,9 @@ CALLS: dict[str, Call] = {
     "StateManager.add_node": Call(
         lambda fixture: fixture.manager.add_node(fixture.node("newcomer"))
     ),
+    "StateManager.acknowledge_cancel": Call(
+        lambda fixture: fixture.manager.acknowledge_cancel(fixture.tasks["running"]), _ask_to_cancel
+    ),
     "StateManager.add_task": Call(lambda fixture: fixture.manager.add_task(fixture.task("new"))),
     "StateManager.add_task, of one in memory": Call(
         lambda fixture: fixture.manager.add_task(fixture.task("new"), persist=False), lingers=True
@@ -305,6 +320,9 @@ CALLS: dict[str, Call] = {
     "StateManager.count_tasks": Call(
         lambda fixture: fixture.manager.count_tasks(TaskFilter(user=fixture.id("user")))
     ),
+    "StateManager.drain_node": Call(
+        lambda fixture: fixture.manager.drain_node(fixture.id("busy"), "new disk")
+    ),
     "StateManager.explain_task": Call(
         lambda fixture: fixture.manager.explain_task(fixture.id("done"))
     ),
@@ -348,6 +366,9 @@ CALLS: dict[str, Call] = {
     "StateManager.register_node": Call(
         lambda fixture: fixture.manager.register_node(fixture.node("busy"))
     ),
+    "StateManager.release_task": Call(
+        lambda fixture: fixture.manager.release_task(fixture.tasks["running"])
+    ),
     "StateManager.remove_node": Call(
         lambda fixture: fixture.manager.remove_node(fixture.id("busy"))
     ),
@@ -366,6 +387,10 @@ CALLS: dict[str, Call] = {
             TaskFilter(user=fixture.id("user"), status=TaskStatus.COMPLETED)
         ),
         in_parts=True,
+    ),
+    "StateManager.resume_node": Call(
+        lambda fixture: fixture.manager.resume_node(fixture.id("busy")),
+        lambda fixture: fixture.manager.drain_node(fixture.id("busy")),
     ),
     "StateManager.shutdown": Call(
         lambda fixture: fixture.other.shutdown(),
@@ -409,6 +434,10 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.manager.wait_for_task(fixture.id("ending"))
     ),
     "StateManager.watch": Call(_watch),
+    "TaskRepository.acknowledge_cancel": Call(
+        lambda fixture: fixture.task_repo.acknowledge_cancel(fixture.tasks["running"]),
+        _ask_to_cancel,
+    ),
     "TaskRepository.cancel": Call(lambda fixture: fixture.task_repo.cancel(fixture.id("running"))),
     "TaskRepository.claim": Call(lambda fixture: fixture.task_repo.claim(fixture.id("busy"), 2)),
     "TaskRepository.cleanup_old_tasks": Call(lambda fixture: fixture.task_repo.cleanup_old_tasks()),
@@ -453,11 +482,17 @@ CALLS: dict[str, Call] = {
     ),
     "TaskRepository.list_tasks": Call(lambda fixture: fixture.task_repo.list_tasks()),
     "TaskRepository.list_waiting": Call(lambda fixture: fixture.task_repo.list_waiting()),
+    "TaskRepository.list_expired": Call(lambda fixture: fixture.task_repo.list_expired()),
+    "TaskRepository.next_due_at": Call(lambda fixture: fixture.task_repo.next_due_at()),
+    "TaskRepository.release": Call(
+        lambda fixture: fixture.task_repo.release(fixture.tasks["running"])
+    ),
     "TaskRepository.requeue": Call(lambda fixture: fixture.task_repo.requeue(fixture.id("done"))),
     "TaskRepository.start": Call(lambda fixture: fixture.task_repo.start(fixture.tasks["held"])),
     "TaskRepository.update": Call(
         lambda fixture: fixture.task_repo.update(fixture.changed("waiting"))
     ),
+    "Worker.run": Call(_work, in_parts=True),
     "copy": Call(_copy, _empty_target, is_slow=True),
     "diagnose": Call(lambda fixture: diagnose(fixture.db)),
     "verify": Call(lambda fixture: verify(fixture.db)),

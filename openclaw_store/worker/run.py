@@ -47,10 +47,7 @@ class Run:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self._interruption: Interruption | None = None
         self._is_interrupted = threading.Event()
-        self._work: asyncio.Future[Any] | None = None
-        self._is_in_thread = False
 
     def __repr__(self) -> str:
         return f"<Run of task {self.task.task_id!r}, attempt {self.task.attempt}>"
@@ -64,15 +61,21 @@ class Run:
         """
         return self._is_interrupted.is_set()
 
-    @property
-    def interruption(self) -> Interruption | None:
+
+class Attempt(Run):
+    """An attempt at a task, for its worker."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.interruption: Interruption | None = None
         """The reason for which the handler should end; `None` while it should run."""
-        return self._interruption
+        self._work: asyncio.Future[Any] | None = None
+        self._is_in_thread = False
 
     def interrupt(self, reason: Interruption) -> None:
         """Ask the handler to end; only the first reason counts."""
-        if self._interruption is None:
-            self._interruption = reason
+        if self.interruption is None:
+            self.interruption = reason
             self._is_interrupted.set()
             if self._work is not None and not self._is_in_thread:
                 self._work.cancel()
@@ -89,7 +92,7 @@ class Run:
             self._is_in_thread = True
             call = partial(copy_context().run, _call, handler, self.task, self)
             self._work = loop.run_in_executor(executor, call)
-        if self._interruption is not None and not self._is_in_thread:  # before it began
+        if self.interruption is not None and not self._is_in_thread:  # before it began
             self._work.cancel()
         await asyncio.wait([self._work], timeout=self.task.timeout)
         if not self._work.done():

@@ -37,7 +37,7 @@ from openclaw_store.errors import (
     logger_of,
 )
 from openclaw_store.state_manager import StateManager
-from openclaw_store.worker.run import Handler, Interruption, Run, describe
+from openclaw_store.worker.run import Attempt, Handler, Interruption, describe
 
 logger = logger_of("worker")
 
@@ -107,7 +107,7 @@ class Worker:
         self._leased = asyncio.Event()  # the node is registered, and its lease holds
         self._lease_until = 0.0  # by `time.monotonic`
         self._registered = 0  # revision of the last registration
-        self._runs: dict[tuple[str, int], Run] = {}  # by task and attempt
+        self._runs: dict[tuple[str, int], Attempt] = {}  # by task and attempt
 
     def __repr__(self) -> str:
         used = f"{len(self._runs)} of {self._slots} slots in use"
@@ -208,7 +208,7 @@ class Worker:
     ) -> Task | None:
         """Run a task and report its end; return the next task, if there is one."""
         key = task.task_id, task.attempt
-        run = self._runs[key] = Run(task)
+        run = self._runs[key] = Attempt(task)
         try:
             report = await self._call(manager, executor, run)
             return None if report is None else await self._report(manager, run, report)
@@ -216,7 +216,7 @@ class Worker:
             del self._runs[key]
 
     async def _call(
-        self, manager: StateManager, executor: ThreadPoolExecutor, run: Run
+        self, manager: StateManager, executor: ThreadPoolExecutor, run: Attempt
     ) -> partial[Coroutine[Any, Any, Task]] | None:
         """Call the handler; return the report of its end, or `None` if there is none to make."""
         task = run.task
@@ -239,7 +239,7 @@ class Worker:
         return partial(manager.complete_task, task, result)
 
     async def _report(
-        self, manager: StateManager, run: Run, report: partial[Coroutine[Any, Any, Task]]
+        self, manager: StateManager, run: Attempt, report: partial[Coroutine[Any, Any, Task]]
     ) -> Task | None:
         """Report the end of a task, and claim the next one; repeat until the lease is lost."""
         claimed: Task | None = None

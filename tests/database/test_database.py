@@ -138,7 +138,7 @@ class TestSession:
                 await TaskRepository(session).create(make_task())
         with pytest.raises(StoreError, match="only reads"):
             async with database.session() as session:
-                await TaskRepository(session).cleanup_old_tasks()
+                await TaskRepository(session).delete("task-0001")
 
         stored = await TaskRepository(database).list_pending_tasks()
         assert [task.name for task in stored] == ["task number 1"]
@@ -356,7 +356,7 @@ class TestTransaction:
             calls: list[Callable[[], Coroutine[Any, Any, Any]]] = [
                 nest,
                 lambda: TaskRepository(database).create(make_task()),
-                lambda: TaskRepository(database).cleanup_old_tasks(),
+                lambda: TaskRepository(database).delete("task"),
                 lambda: NodeRepository(database).update_heartbeat("n"),
                 lambda: manager.add_task(make_task()),
                 database.vacuum,

@@ -104,11 +104,18 @@ def plain_node(node_id: Any, **values: Any) -> dict[str, Any]:
     }
 
 
+NEW_FIELDS = {
+    *("version", "attempt", "not_before", "idempotency_key", "updated_at", "losses", "max_losses"),
+    *("expires_at", "cancel_requested_at", "cancel_deadline_at", "lease_seconds", "status_reason"),
+}
+"""Fields that the original did not have."""
+
+
 def as_original(item: Task | NodeInfo, zone: ZoneInfo) -> dict[str, Any]:
     """The row that the original wrote for a task or node, on a machine in that zone."""
     row: dict[str, Any] = {}
     for name, value in vars(item).items():
-        if name in ("version", "attempt", "not_before", "idempotency_key", "updated_at"):
+        if name in NEW_FIELDS:
             continue
         if isinstance(value, datetime):
             row[name] = value.astimezone(zone).replace(tzinfo=None).isoformat()

@@ -674,7 +674,7 @@ asyncio.run(Database(sys.argv[1]).initialize())
     ) -> None:
         async with Database(location):
             pass
-        migrations.downgrade(backend_of(location), "0002")
+        await asyncio.to_thread(migrations.downgrade, backend_of(location), "0002")
         lock = f"SELECT pg_advisory_xact_lock({postgresql._MIGRATION_LOCK})"
         async with locked(location, "BEGIN IMMEDIATE" if isinstance(location, Path) else lock):
             with pytest.raises(UnavailableError, match="another process keeps it locked"):

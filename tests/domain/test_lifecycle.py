@@ -657,7 +657,8 @@ class TestNodes:
             "registered_at": before(99),
             **totals,
         }
-        assert set(values) | {"version"} == set(lifecycle.SET_BY_REGISTRATION)
+        by_maintenance = {"status", "status_reason"}
+        assert {*values, "version", *by_maintenance} == set(lifecycle.SET_BY_REGISTRATION)
 
 
 seconds = st.floats(0, 1e9) | st.integers(0, 10**9)

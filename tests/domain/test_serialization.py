@@ -53,6 +53,8 @@ STRATEGIES: dict[object, st.SearchStrategy[Any]] = {
     c.check_key: TEXT,
     c.check_text: TEXT,
     c.check_count: st.integers(0, MAX),
+    c.check_optional_count: st.none() | st.integers(0, MAX),
+    c.check_limit_seconds: st.floats(0, 1e9, exclude_min=True),
     c.check_version: st.integers(-MAX, MAX),
     c.check_number: st.floats(0, allow_infinity=False),
     c.check_percentage: st.floats(0, 100),

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, ExceptionContext, Pool, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import written_aside
@@ -198,10 +198,15 @@ class PostgreSQL:
             if isinstance(context.original_exception, TimeoutError):
                 context.is_disconnect = True  # the pool replaces all of its connections
 
+        @event.listens_for(engine.sync_engine, "checkin")
+        def note_idle(_: object, record: ConnectionPoolEntry) -> None:
+            record.info["was_idle"] = True
+
         @event.listens_for(engine.sync_engine, "checkout")
-        def check(pooled: Any, *_: object) -> None:
+        def check(pooled: Any, record: ConnectionPoolEntry, _: object) -> None:
+            # Not a new connection: the pool gives up after the second one, by an error of its own.
             driver = pooled.driver_connection
-            if may_be_lost(driver) and await_only(is_lost(driver)):
+            if "was_idle" in record.info and may_be_lost(driver) and await_only(is_lost(driver)):
                 raise DisconnectionError  # the pool makes another connection
 
         return engine
