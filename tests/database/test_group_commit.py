@@ -1558,17 +1558,15 @@ class TestOnADatabase:
         """Planted: a row is stored as its first write in the batch left it."""
         repository = TaskRepository(ticking)
         await repository.create(make_task(task_id="one", name="zero"))
-        first, second = await repository.get("one"), await repository.get("one")
+        first = await repository.get("one")
         assert first is not None
-        assert second is not None
-        first.name, second.name = "first", "second"
-        second.version += 1  # what the first one is about to give it
+        first.name, first.error = "first", "first"
 
-        await asyncio.gather(repository.update(first), repository.update(second))
+        await asyncio.gather(repository.update(first), repository.cancel("one", "second"))
 
         stored = await repository.get("one")
         assert stored is not None
-        assert (stored.name, stored.version) == ("second", 3)
+        assert (stored.name, stored.error, stored.version) == ("first", "second", 3)
         assert ticking._writer.figures()["batches"] == 2
 
     async def test_writes_of_different_fields_of_one_row_in_a_batch_are_all_stored(
