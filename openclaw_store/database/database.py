@@ -39,27 +39,25 @@ from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import legacy_import, migrations
 from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer
 from openclaw_store.database.sessions import LoopSessions
+from openclaw_store.database.slices import Slices
 from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
-from openclaw_store.domain import Clock, check_limit_seconds, utc_now
+from openclaw_store.domain import MAX_JSON_BYTES, Clock, check_limit_seconds, check_some, utc_now
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,
-    InvalidDataError,
     StoreError,
     UnavailableError,
     logger_of,
-    safe_repr,
 )
 
 logger = logger_of("database")
 
 Result = TypeVar("Result")
 
-_Inside = tuple["Database", WriteTransaction]
-_inside: ContextVar[_Inside | None] = ContextVar("transaction", default=None)
+_inside: ContextVar[tuple[Database, WriteTransaction] | None] = ContextVar("inside", default=None)
 """The `transaction()` block of the running asyncio task, or of the task that created it."""
 
 _forks = 0
@@ -94,6 +92,7 @@ class Database:
             server that takes longer counts as gone: the next call connects anew.
         transaction_timeout: Seconds that a `transaction()` may take.
         pool_size: Most connections of `session()` blocks; the library's own reads use others.
+        max_json_bytes: Longest JSON of a field to store, up to 16 MiB; stored values may be longer.
         legacy_timezone: Time zone of a legacy database to import; `None` for the local zone.
 
     Raises:
@@ -110,22 +109,21 @@ class Database:
         answer_timeout: float = DEFAULT_ANSWER_SECONDS,
         transaction_timeout: float = 5.0,
         pool_size: int = 5,
+        max_json_bytes: int = MAX_JSON_BYTES,
         legacy_timezone: str | None = None,
     ) -> None:
-        if not isinstance(pool_size, int) or pool_size < 1:
-            raise InvalidDataError("pool_size", f"must be at least 1, not {safe_repr(pool_size)}")
+        self.max_json_bytes = check_some("max_json_bytes", max_json_bytes, MAX_JSON_BYTES)
         self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
         self.clock = clock
         self.timeout = timeout = check_limit_seconds("timeout", timeout)
         self.transaction_timeout = check_limit_seconds("transaction_timeout", transaction_timeout)
-        self._pool_size = pool_size
+        self._pool_size = check_some("pool_size", pool_size)
         self._remove_folder: Callable[[], object] = lambda: None
+        location = db_path
         if db_path == ":memory:":
             folder = tempfile.mkdtemp(prefix="openclaw_store-")
             self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
-            location: str | Path = Path(folder, "memory.db")
-        else:
-            location = db_path
+            location = Path(folder, "memory.db")
         answer_timeout = check_limit_seconds("answer_timeout", answer_timeout)
         self._backend = backend_of(location, timeout, answer_timeout)
         self._backend.make_folder()
@@ -217,6 +215,11 @@ class Database:
         return self._sessions_here().sessions
 
     @property
+    def slices(self) -> Slices:
+        """The long computations of the running event loop."""
+        return self._sessions_here().slices
+
+    @property
     def checked_out_connections(self) -> int:
         """Connections in use by sessions, on all event loops."""
         return sum(len(one.checked_out) for one in list(self._loop_sessions.values()))
@@ -252,13 +255,12 @@ class Database:
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
-        sessions = self._sessions_here()
+        self._check_ready()
         self.refuse_inside()
         limit = self.transaction_timeout if timeout is None else timeout
         seconds = check_limit_seconds("timeout", limit)
         async with self._exclusive("a transaction") as until:
-            self._check_ready()
-            session = sessions.write_sessions()
+            session = self._sessions_here().write_sessions()
             session.info["seconds"] = seconds
             try:
                 # The statements of the block are the caller's: its SQL errors stay as they are.
@@ -274,10 +276,8 @@ class Database:
                         async with self._deadline(seconds):
                             yield session
                         if transaction.failure is not None:
-                            reason = (
-                                "a write in the transaction failed, so all of it was rolled back"
-                            )
-                            raise StoreError(reason) from transaction.failure
+                            text = "a write in the transaction failed, so all of it was rolled back"
+                            raise StoreError(text) from transaction.failure
                         if not transaction.finished:  # otherwise the block rolled back by itself
                             await shield_until_done(self._commit(session, transaction))
                     finally:

@@ -13,6 +13,7 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
 from sqlalchemy.util import LRUCache
 
 from openclaw_store.backends import Backend
+from openclaw_store.database.slices import Slices
 from openclaw_store.errors import StoreError, logger_of
 
 logger = logger_of("sessions")
@@ -80,6 +81,7 @@ class LoopSessions:
         )
         self.write_sessions.configure(sync_session_class=_WriteSession)
         self._engines = engines
+        self.slices = Slices()
         self.checked_out: set[int] = set()
         """The `id` of the pool record of each connection in use."""
         for engine in engines:

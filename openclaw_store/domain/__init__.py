@@ -59,12 +59,16 @@ from openclaw_store.domain.records import (
     admit,
     decode,
     encode,
+    encode_long_values,
     write_back,
 )
 from openclaw_store.domain.serialization import STORE_FIELDS
 from openclaw_store.domain.validation import (
     MAX_ID_LENGTH,
     MAX_INTEGER,
+    MAX_JSON_BYTES,
+    LongValueError,
+    Steps,
     check_count,
     check_enum,
     check_key,
@@ -77,5 +81,6 @@ from openclaw_store.domain.validation import (
     check_text,
     check_time,
     describe_exception,
+    encode_in_steps,
     encode_json,
 )

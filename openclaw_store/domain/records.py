@@ -4,7 +4,8 @@
 share nothing with the record.
 
 JSON stays text until it is read. Then lists and dicts of plain values are kept decoded, as a
-`copy()` is faster than decoding; nested ones stay text, as decoding is the fastest deep copy.
+`copy()` is faster than decoding; nested and large ones stay text: decoding is the fastest deep
+copy, and can be done in steps.
 """
 
 from __future__ import annotations
@@ -12,19 +13,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from datetime import datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import orjson
 
+from openclaw_store.domain.large_json import PIECE_BYTES, decode_in_steps
 from openclaw_store.domain.models import FIELD_CHECKS, JSON_CHECKS, NodeInfo, Task
 from openclaw_store.domain.serialization import STORE_FIELDS
-from openclaw_store.domain.validation import EMPTY, PLAIN_TYPES, check_fields
+from openclaw_store.domain.validation import (
+    EMPTY,
+    PLAIN_TYPES,
+    Steps,
+    check_fields,
+    encode_in_steps,
+    is_long,
+    short_only,
+)
 from openclaw_store.errors import InvalidDataError
 
 Entity = TypeVar("Entity", Task, NodeInfo)
 
 Raw = tuple[Any, ...]
 """A row from the driver, its values in the order of the fields."""
+
+SMALL_BYTES = 1 << 11
+"""Bytes of JSON that are decoded in about the time that the rest of a record takes."""
 
 _NONE = type(None)
 
@@ -51,7 +65,7 @@ class Record(Generic[Entity]):
     Threads share records without a lock: only the form of JSON fields changes, in `_decode`.
     """
 
-    __slots__ = ("__dict__", "_fields", "_flat", "_nested", "kind", "row")
+    __slots__ = ("__dict__", "_fields", "_flat", "_nested", "is_small", "kind", "row")
 
     if TYPE_CHECKING:  # a field of `kind`; JSON fields are read by `decoded`
 
@@ -67,6 +81,8 @@ class Record(Generic[Entity]):
         """JSON fields that `copy` copies; `None` until one is read."""
         self._nested: Sequence[str] = ()
         """JSON fields that `copy` decodes."""
+        self.is_small = False
+        """True once the record was read, if its JSON is short."""
         self.row: Raw | None = None
         """The inserted row, as the driver would return it; `None` for any other record."""
 
@@ -89,15 +105,38 @@ class Record(Generic[Entity]):
         for name in flat:
             fields[name] = fields[name].copy()
         for name in self._nested:
-            fields[name] = _loads(fields[name])
+            fields[name] = self._load(name)
         return entity
+
+    def copy_in_steps(self) -> Steps[Entity]:
+        """Return the same as `copy`, in steps."""
+        if self._flat is None:
+            self._decode()
+            yield
+        large = [name for name in self._nested if len(self._fields[name]) > PIECE_BYTES]
+        entity = self.replace(**dict.fromkeys(large)).copy()
+        for name in large:
+            try:
+                entity.__dict__[name] = yield from decode_in_steps(self._fields[name])
+            except orjson.JSONDecodeError as error:
+                raise self._unreadable(name, error) from error
+        return entity
+
+    @property
+    def size(self) -> int:
+        """Bytes of JSON to decode for a copy; at least `SMALL_BYTES`."""
+        if self.is_small:
+            return SMALL_BYTES
+        values = map(self._fields.get, JSON_FIELDS[self.kind])
+        sizes = (len(value) for value in values if isinstance(value, (bytes, str, list, dict)))
+        return max(SMALL_BYTES, sum(sizes))
 
     def decoded(self, name: str) -> Any:
         """Return the value of a JSON field; the caller must not change it."""
         if self._flat is None:
             self._decode()
         value = self._fields[name]
-        return orjson.loads(value) if type(value) is bytes else value
+        return self._load(name) if type(value) is bytes else value
 
     def encoded(self, name: str) -> bytes | None:
         """Return the text of a JSON field; `None` for its default."""
@@ -131,6 +170,7 @@ class Record(Generic[Entity]):
         # their decoded fields would let `copy` share a list with the caller.
         evolved._flat = self._flat
         evolved._nested = self._nested
+        evolved.is_small = self.is_small
         evolved.row = None
         evolved.__dict__ = evolved._fields = fields = self._fields.copy()
         fields.update(values)
@@ -165,14 +205,14 @@ class Record(Generic[Entity]):
         Threads may do this at the same time: the present form of a field decides, not its name.
         """
         flat, nested = [], []
+        is_small = self.size <= SMALL_BYTES
         for name in JSON_FIELDS[self.kind]:
             value = self._fields[name]
             if type(value) is bytes:
-                try:
-                    value = orjson.loads(value)
-                except orjson.JSONDecodeError as error:
-                    reason = f"of {self.id!r} is not readable JSON: {error}"
-                    raise InvalidDataError(name, reason) from error
+                if len(value) > PIECE_BYTES:
+                    nested.append(name)
+                    continue
+                value = self._load(name)
                 if isinstance(value, (list, dict)):
                     elements: Iterable[Any] = value if isinstance(value, list) else value.values()
                     if not PLAIN_TYPES.issuperset(map(type, elements)):
@@ -183,18 +223,51 @@ class Record(Generic[Entity]):
                 flat.append(name)
         self._nested = _shared(nested)
         self._flat = _shared(flat)
+        self.is_small = is_small
         return self._flat
+
+    def _load(self, name: str) -> Any:
+        try:
+            return _loads(self._fields[name])
+        except orjson.JSONDecodeError as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: orjson.JSONDecodeError) -> InvalidDataError:
+        return InvalidDataError(name, f"of {self.id!r} is not readable JSON: {error}")
 
 
 Decode = Callable[[Raw], Record[Any]]
 """Makes a record of a row."""
 
 
-def encode(entity: Entity, known: Record[Entity] | None = None) -> Record[Entity]:
+def encode_long_values(entity: Any) -> Steps[Mapping[str, bytes]]:
+    """Return the JSON of the fields with many elements, checked and encoded in steps.
+
+    Raises:
+        InvalidDataError: With the first field that cannot be stored.
+    """
+    encoded = {}
+    for name in JSON_FIELDS.get(type(entity), ()):
+        value = entity.__dict__.get(name)
+        if value and is_long(value):
+            yield
+            encoded[name] = yield from encode_in_steps(JSON_CHECKS[name], name, value)
+    return encoded
+
+
+def encode(
+    entity: Entity,
+    known: Record[Entity] | None = None,
+    encoded: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    in_one_step: bool = False,
+) -> Record[Entity]:
     """Check an object of a caller, and return a record of it.
 
     Args:
         known: The stored record; equal values need no check and are taken from it.
+        encoded: JSON of `encode_long_values`.
+        in_one_step: Raise `LongValueError` for JSON that takes more than one step.
 
     Raises:
         InvalidDataError: With the first field that cannot be stored, and the reason.
@@ -202,13 +275,13 @@ def encode(entity: Entity, known: Record[Entity] | None = None) -> Record[Entity
     kind = type(entity)
     if kind not in _CHECKS:
         raise InvalidDataError("task or node", f"must be a Task or NodeInfo, not {kind.__name__}")
-    checks, json_checks = _CHECKS[kind]
+    checks, json_checks = (_SHORT_CHECKS if in_one_step else _CHECKS)[kind]
     fields = entity.__dict__.copy()  # shares the key table of the class
     if len(fields) != len(checks) + len(json_checks):  # a caller has added attributes
         names = [field.name for field in dataclass_fields(entity)]
         fields = {name: fields[name] for name in names if name in fields}
     stored = _NOTHING_STORED[kind] if known is None else known.__dict__
-    check_fields(fields, stored, checks, json_checks)
+    check_fields(fields, stored, checks, json_checks, encoded)
     return Record(kind, fields)
 
 
@@ -217,8 +290,12 @@ def admit(
     entity: Entity,
     clock: Callable[[], datetime],
     known: Record[Entity] | None = None,
+    encoded: Mapping[str, bytes] | None = None,
 ) -> Record[Entity]:
     """Return the record of a caller's object, as `encode`; set the time of a new one to now.
+
+    Args:
+        encoded: JSON of `encode_long_values`; without it, `LongValueError` asks for it.
 
     Raises:
         InvalidDataError: If it is not of this kind, or with the field that cannot be stored.
@@ -226,7 +303,7 @@ def admit(
     if not isinstance(entity, kind):
         name = KEY[kind].removesuffix("_id")
         raise InvalidDataError(name, f"must be a {kind.__name__}, not {type(entity).__name__}")
-    record = encode(entity, known)
+    record = encode(entity, known, encoded or {}, in_one_step=encoded is None)
     # Not a check of the field: older stores may hold such a task, which must stay readable.
     if kind is Task and record.timeout == 0 and (known is None or known.timeout != 0):
         raise InvalidDataError("timeout", "must be at least 1 second, or None for no limit")
@@ -298,6 +375,12 @@ _CHECKS = {
     )
     for kind, checks in FIELD_CHECKS.items()
 }
+
+_SHORT_CHECKS = {
+    kind: (checks, tuple((name, empty, short_only(check)) for name, empty, check in json_checks))
+    for kind, (checks, json_checks) in _CHECKS.items()
+}
+"""The same, for JSON that takes one step."""
 
 _NOTHING_STORED: Mapping[type[Any], Mapping[str, object]] = {
     kind: dict.fromkeys((name for checks in both for name, *_ in checks), object())

@@ -9,11 +9,11 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -38,6 +38,14 @@ PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
 EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, type(None): None}
 """The empty value of each type, which all records share; every copy replaces it."""
 
+_ELEMENTS = 10_000
+"""Elements of JSON that are checked in one step."""
+
+Result = TypeVar("Result")
+
+Steps = Generator[None, None, Result]
+"""A computation in steps of a few milliseconds, between which other coroutines may run."""
+
 Check = Callable[[str, Any], Any]
 """Takes the name and value of a field; returns the value to store, or `InvalidDataError`."""
 
@@ -47,6 +55,7 @@ def check_fields(
     stored: Mapping[str, Any],
     checks: Iterable[tuple[str, Any, Check]],
     json_checks: Iterable[tuple[str, type[Any], Check]],
+    encoded: Mapping[str, bytes],
 ) -> None:
     """Replace the values of a caller in `fields` by the values to store.
 
@@ -55,6 +64,7 @@ def check_fields(
         stored: Checked values of the same entity; JSON that is equal is taken from here.
         checks: Name, default and check of each field that is not JSON.
         json_checks: Name, type of the default and check of each JSON field.
+        encoded: JSON fields that were checked before.
 
     Raises:
         InvalidDataError: With the first field that is missing or cannot be stored.
@@ -66,7 +76,9 @@ def check_fields(
                 fields[name] = check(name, value)
         for name, empty, check in json_checks:
             value, before = fields[name], stored[name]
-            if not value and type(value) is empty:
+            if name in encoded:
+                fields[name] = encoded[name]
+            elif not value and type(value) is empty:
                 fields[name] = EMPTY[empty]
             else:
                 fields[name] = before if _is_same_json(value, before) else check(name, value)
@@ -141,10 +153,12 @@ def check_optional_count(name: str, value: Any) -> int | None:
     return None if value is None else check_count(name, value)
 
 
-def check_some(name: str, value: Any) -> int:
-    """Return a whole number from 1."""
+def check_some(name: str, value: Any, greatest: int = MAX_INTEGER) -> int:
+    """Return a whole number from 1 to `greatest`."""
     if check_count(name, value) < 1:
         raise InvalidDataError(name, "must be at least 1")
+    if value > greatest:
+        raise InvalidDataError(name, f"must be at most {greatest}, not {value}")
     return int(value)
 
 
@@ -236,19 +250,12 @@ def check_enum(kind: type[Enum]) -> Check:
 
 def encode_texts(name: str, value: Any) -> bytes:
     """Return the JSON of a list of text."""
-    if not isinstance(value, (list, tuple)):
-        raise InvalidDataError(name, f"must be a list of text, not {safe_repr(value)}")
-    for element in value:
-        if not isinstance(element, str):
-            raise InvalidDataError(name, f"must be a list of text, but has {safe_repr(element)}")
-    return _encode_checked(name, value)
+    return _encode_at_once(_check_texts, name, value)
 
 
 def encode_object(name: str, value: Any) -> bytes:
     """Return the JSON of a dict."""
-    if not isinstance(value, dict):
-        raise InvalidDataError(name, f"must be a dict, not {safe_repr(value)}")
-    return encode_json(name, value)
+    return _encode_at_once(_check_object, name, value)
 
 
 def encode_json(name: str, value: Any) -> bytes:
@@ -257,14 +264,64 @@ def encode_json(name: str, value: Any) -> bytes:
     Raises:
         InvalidDataError: If JSON or one of the databases cannot represent it.
     """
-    _check_json(name, value, 0)
+    return _encode_at_once(_check_json, name, value)
+
+
+def encode_in_steps(encode: Check, name: str, value: Any) -> Steps[bytes]:
+    """Return the result of one of the functions above, in steps."""
+    try:
+        yield from _STEPS[encode](name, value)
+    except RuntimeError as error:
+        raise InvalidDataError(name, "was changed while it was checked") from error
+    return _encode_checked(name, value)
+
+
+class LongValueError(Exception):
+    """A JSON value has so many elements that it must be encoded in steps."""
+
+
+def short_only(encode: Check) -> Check:
+    """Return one of the functions above, but for values that take one step.
+
+    It raises `LongValueError` for any other.
+    """
+    steps = _STEPS[encode]
+
+    def encode_short(name: str, value: Any) -> bytes:
+        for _ in steps(name, value):
+            raise LongValueError
+        return _encode_checked(name, value)
+
+    return encode_short
+
+
+def is_long(value: Any) -> bool:
+    """Return true if a JSON value may take more than one step."""
+    remaining = _ELEMENTS - 1
+    containers = [value]
+    for one in containers:
+        if not isinstance(one, (dict, list, tuple)):
+            continue
+        elements = one.values() if isinstance(one, dict) else one
+        remaining -= len(elements)
+        if remaining < 0:
+            return True
+        if not PLAIN_TYPES.issuperset(map(type, elements)):
+            containers.extend(elements)
+    return False
+
+
+def _encode_at_once(check: Callable[[str, Any], Steps[None]], name: str, value: Any) -> bytes:
+    for _ in check(name, value):
+        pass
     return _encode_checked(name, value)
 
 
 def _encode_checked(name: str, value: Any) -> bytes:
     try:
-        # Copied, since orjson's result occupies at least a page of memory for its lifetime.
-        text = orjson.dumps(value).decode().encode()
+        text = orjson.dumps(value)
+        if len(text) < 4096:  # copied, since it occupies at least a page of memory otherwise
+            text = bytes(memoryview(text))
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidDataError(name, f"is not JSON: {error}") from error
     if b"\\u0000" in text and _NUL_IN_JSON.search(text):
@@ -274,30 +331,64 @@ def _encode_checked(name: str, value: Any) -> bytes:
     return text
 
 
-def _check_json(name: str, value: Any, depth: int) -> None:
+def _check_texts(name: str, value: Any) -> Steps[None]:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidDataError(name, f"must be a list of text, not {safe_repr(value)}")
+    for count, element in enumerate(value, 1):
+        if not isinstance(element, str):
+            raise InvalidDataError(name, f"must be a list of text, but has {safe_repr(element)}")
+        if not count % _ELEMENTS:
+            yield
+
+
+def _check_object(name: str, value: Any) -> Steps[None]:
+    if not isinstance(value, dict):
+        raise InvalidDataError(name, f"must be a dict, not {safe_repr(value)}")
+    return _check_json(name, value)
+
+
+def _check_json(name: str, value: Any) -> Steps[None]:
     """Refuse values that orjson would convert silently: NaN, infinity, types outside JSON."""
-    if depth >= MAX_JSON_DEPTH:
-        raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
-    elements: Iterable[Any]
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise InvalidDataError(name, f"has the key {safe_repr(key)}, which is not text")
-        elements = value.values()
-    elif isinstance(value, (list, tuple)):
-        elements = value
-    else:
-        elements = (value,)
-    for element in elements:
-        if type(element) in _ALWAYS_JSON:
-            continue
-        if isinstance(element, int):
-            if not MIN_INTEGER <= element <= MAX_INTEGER:
-                raise InvalidDataError(name, "has an integer outside 64 bits")
-        elif isinstance(element, float):
-            if not math.isfinite(element):
-                raise InvalidDataError(name, f"has {element}, which JSON cannot hold")
-        elif isinstance(element, (dict, list, tuple)):
-            _check_json(name, element, depth + 1)
-        elif not isinstance(element, str):
-            raise InvalidDataError(name, f"has {safe_repr(element)}, which is not JSON")
+    is_container = isinstance(value, (dict, list, tuple))
+    containers = [_elements(name, value) if is_container else iter((value,))]
+    count = 0
+    while containers:
+        for element in containers[-1]:
+            count += 1
+            if not count % _ELEMENTS:
+                yield
+            if type(element) in _ALWAYS_JSON:
+                continue
+            if isinstance(element, int):
+                if not MIN_INTEGER <= element <= MAX_INTEGER:
+                    raise InvalidDataError(name, "has an integer outside 64 bits")
+            elif isinstance(element, float):
+                if not math.isfinite(element):
+                    raise InvalidDataError(name, f"has {element}, which JSON cannot hold")
+            elif isinstance(element, (dict, list, tuple)):
+                if len(containers) >= MAX_JSON_DEPTH:
+                    raise InvalidDataError(name, f"is nested more than {MAX_JSON_DEPTH} deep")
+                if element:
+                    containers.append(_elements(name, element))
+                    break  # its elements first
+            elif not isinstance(element, str):
+                raise InvalidDataError(name, f"has {safe_repr(element)}, which is not JSON")
+        else:
+            containers.pop()
+
+
+def _elements(name: str, container: Any) -> Iterator[Any]:
+    if not isinstance(container, dict):
+        return iter(container)
+    for key in container:
+        if not isinstance(key, str):
+            raise InvalidDataError(name, f"has the key {safe_repr(key)}, which is not text")
+    return iter(container.values())
+
+
+_STEPS: Mapping[Check, Callable[[str, Any], Steps[None]]] = {
+    encode_texts: _check_texts,
+    encode_object: _check_object,
+    encode_json: _check_json,
+}
+"""For each check of a JSON field, its first part, in steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -11,14 +11,17 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import COLUMNS, ROWS, Apply, Database, WriteTransaction
 from openclaw_store.domain import (
+    JSON_FIELDS,
     KEY,
     MAX_INTEGER,
+    MAX_JSON_BYTES,
     STAMPED,
     Entity,
+    LongValueError,
     Record,
     admit,
     check_key,
-    key_of,
+    encode_long_values,
     write_back,
 )
 from openclaw_store.errors import InvalidDataError, NotOwnerError, logger_of
@@ -61,7 +64,7 @@ class Repository(Generic[Entity]):
     async def get(self, id: str) -> Entity | None:
         """Return the task or node with this identifier, or `None`."""
         record = await self.get_record(id)
-        return None if record is None else self._copies([record])[0]
+        return None if record is None else (await self._copies([record]))[0]
 
     async def get_record(self, id: str) -> Record[Entity] | None:
         """Return the record with this identifier, or `None`."""
@@ -74,14 +77,44 @@ class Repository(Generic[Entity]):
 
         return await self._read(run)
 
+    async def admit(
+        self, entity: Entity, known: Record[Entity] | None = None, *, is_new: bool = False
+    ) -> Record[Entity]:
+        """Return the checked record of a caller's object.
+
+        Args:
+            known: The stored record, if it is known.
+            is_new: There is no stored record.
+
+        Raises:
+            InvalidDataError: With the first field that cannot be stored.
+        """
+        clock = self._database.clock
+        record: Record[Entity]
+        try:
+            record = admit(self.kind, entity, clock, known)
+        except LongValueError:
+            encoded = await self._database.slices.run(encode_long_values(entity))
+            record = admit(self.kind, entity, clock, known, encoded)
+        limit = self._database.max_json_bytes
+        if limit < MAX_JSON_BYTES:
+            texts = {name: record.encoded(name) or b"" for name in JSON_FIELDS[self.kind]}
+            names = [name for name, text in texts.items() if len(text) > limit]
+            if names and known is None and not is_new:
+                known = await self.get_record(record.id)
+            for name in names:  # a value that was stored under a higher limit may stay
+                if known is None or known.encoded(name) != texts[name]:
+                    raise too_long(name, limit)
+        return record
+
     async def _create(self, entity: Entity) -> bool:
-        record = admit(self.kind, entity, self._database.clock)
+        record = await self.admit(entity, is_new=True)
         command = Create(self.kind, record.id, record)
         self._write_back(await self._write(command), entity)
         return True
 
     async def _update(self, entity: Entity) -> bool:
-        record = admit(self.kind, entity, self._database.clock)
+        record = await self.admit(entity)
         command = Update(self.kind, record.id, record, CONTENT[self.kind], record.version)
         self._write_back(await self._write(command), entity)
         return True
@@ -100,7 +133,7 @@ class Repository(Generic[Entity]):
             is_short = limit is not None and limit <= _DECODE_BATCH_SIZE
             size = None if is_short else _DECODE_BATCH_SIZE
             async for rows in read_rows(session, query.limit(limit), size):
-                entities += self._copies(list(map(decode, rows)))
+                entities += await self._copies(map(decode, rows))
             return entities
 
         return await self._read(run)
@@ -119,9 +152,9 @@ class Repository(Generic[Entity]):
             self._transaction.undo.append(partial(entity.__dict__.update, before))
         write_back(record, entity, names)
 
-    def _copies(self, records: Sequence[Record[Entity]]) -> list[Entity]:
+    async def _copies(self, records: Iterable[Record[Entity]]) -> list[Entity]:
         """Return copies for the caller."""
-        entities = [record.copy() for record in records]
+        entities = await self._database.slices.copies(records)
         transaction = self._transaction
         if transaction is not None and transaction.committed:
             # After a rollback another change may get the same version. A copy that was read
@@ -129,8 +162,8 @@ class Repository(Generic[Entity]):
             changed = {
                 (one.kind, one.id) for one in transaction.committed if isinstance(one, Event)
             }
-            for record, entity in zip(records, entities, strict=True):
-                if key_of(record) in changed:
+            for entity in entities:
+                if (self.kind, getattr(entity, KEY[self.kind])) in changed:
                     transaction.undo.append(partial(setattr, entity, "version", UNDONE))
         return entities
 
@@ -147,3 +180,10 @@ class Repository(Generic[Entity]):
         except NotOwnerError as error:
             logger.warning("refused: %s", error)
             raise
+
+
+def too_long(name: str, limit: int) -> InvalidDataError:
+    """Return the error for a value longer than the limit of a database."""
+    return InvalidDataError(
+        name, f"is larger than {limit} bytes of JSON: store less, or raise `max_json_bytes`"
+    )

@@ -35,7 +35,6 @@ from openclaw_store.domain import (
     check_text,
     conditions,
     describe_exception,
-    encode_json,
     key_of,
     lifecycle,
 )
@@ -300,9 +299,8 @@ def start_of(task: Task) -> Advance:
     return _by_owner(task, lifecycle.start)
 
 
-def completion_of(task: Task, result: Any) -> Advance:
-    """Return the command by which the owner completes a task."""
-    text = None if result is None else encode_json("result", result)
+def completion_of(task: Task, text: bytes | None) -> Advance:
+    """Return the command by which the owner completes a task, with a result in JSON."""
     return _by_owner(task, partial(lifecycle.complete, result=text))
 
 

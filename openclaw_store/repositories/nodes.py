@@ -16,7 +16,6 @@ from openclaw_store.domain import (
     NodeFilter,
     NodeInfo,
     NodeStatus,
-    admit,
     check_backoff,
     check_enum,
     check_filter,
@@ -101,7 +100,7 @@ class NodeRepository(Repository[NodeInfo]):
         Raises:
             InvalidDataError: If a field cannot be stored.
         """
-        record = admit(NodeInfo, node, self._database.clock)
+        record = await self.admit(node)
         command = Register(record.node_id, record, check_backoff(backoff).draw())
         stored = await register_in_parts(self._write, command)
         self._write_back(stored, node, SET_BY_REGISTRATION)

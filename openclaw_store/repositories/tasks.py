@@ -32,9 +32,11 @@ from openclaw_store.domain import (
     check_key,
     check_limit,
     check_some,
+    encode_in_steps,
+    encode_json,
 )
 from openclaw_store.errors import InvalidDataError, TaskNotFoundError, safe_repr
-from openclaw_store.repositories.base import Repository
+from openclaw_store.repositories.base import Repository, too_long
 from openclaw_store.repositories.batches import apply_together
 from openclaw_store.repositories.commands import (
     Advance,
@@ -127,7 +129,7 @@ class TaskRepository(Repository[Task]):
         node_id = check_key("node_id", node_id)
         limit = check_some("limit", limit)
         parts = claim_in_parts(self._write, node_id, limit, start=start)
-        return [task async for part in parts for task in self._copies(part)]
+        return [task async for part in parts for task in await self._copies(part)]
 
     async def start(self, task: Task) -> Task:
         """Start a claimed task; return the stored task.
@@ -146,7 +148,16 @@ class TaskRepository(Repository[Task]):
             NotOwnerError: If this attempt is no longer assigned to its node.
             InvalidDataError: If the result cannot be stored.
         """
-        return await self._advance(completion_of(task, result))
+        return await self._advance(completion_of(task, await self.encode_result(result)))
+
+    async def encode_result(self, result: Any) -> bytes | None:
+        """Return the JSON of a result; `None` for no result."""
+        if result is None:
+            return None
+        text = await self._database.slices.run(encode_in_steps(encode_json, "result", result))
+        if len(text) > self._database.max_json_bytes:
+            raise too_long("result", self._database.max_json_bytes)
+        return text
 
     async def fail(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
         """Report an error; the task is PENDING again, or FAILED after its last retry.
@@ -198,7 +209,7 @@ class TaskRepository(Repository[Task]):
 
     async def _advance(self, command: Advance) -> Task:
         done: Advanced = await self._write(command)
-        return self._copies([done.record])[0]
+        return (await self._copies([done.record]))[0]
 
     async def list_tasks(
         self,
@@ -220,7 +231,7 @@ class TaskRepository(Repository[Task]):
             InvalidDataError: If a condition of the filter, or the cursor, is invalid.
         """
         records, after = await self.list_records(filter, after=after, limit=limit)
-        return TaskPage(self._copies(records), after)
+        return TaskPage(await self._copies(records), after)
 
     async def list_records(
         self, filter: TaskFilter | None, *, after: str | None, limit: int
@@ -274,7 +285,7 @@ class TaskRepository(Repository[Task]):
         for start in range(0, len(wanted), ID_BATCH_SIZE):
             part = wanted[start : start + ID_BATCH_SIZE]
             found = await self.get_records(part)
-            copies = iter(self._copies([found[id] for id in part if id in found]))
+            copies = iter(await self._copies([found[id] for id in part if id in found]))
             tasks += [next(copies) if id in found else None for id in part]
         return tasks
 

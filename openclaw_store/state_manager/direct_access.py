@@ -26,6 +26,7 @@ from openclaw_store.repositories import (
     read_counters,
 )
 from openclaw_store.state_manager.cache import Cache, Committed
+from openclaw_store.state_manager.load import load_cache
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -67,7 +68,9 @@ class DirectAccess(Replica):
 
     async def view(self, *, with_tasks: bool = True) -> Cache:
         """Read the state of the cluster: a snapshot for one call."""
-        return await self.database.read(partial(self._read_cache, with_tasks=with_tasks))
+        return await self.database.read(
+            partial(load_cache, finished_limit=0, with_tasks=with_tasks)
+        )
 
     async def find(self, key: EntityKey) -> Record[Any] | None:
         return await self.read(key)

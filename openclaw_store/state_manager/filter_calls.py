@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
@@ -21,9 +22,15 @@ from openclaw_store.domain import (
     check_text,
 )
 from openclaw_store.errors import NotFoundError, StaleVersionError
-from openclaw_store.repositories import cancellation_of, change_of, each_of_pages, requeue_of
+from openclaw_store.repositories import (
+    Command,
+    cancellation_of,
+    change_of,
+    each_of_pages,
+    requeue_of,
+)
 from openclaw_store.repositories.tasks import ITER_PAGE_SIZE
-from openclaw_store.state_manager.manager_base import ManagerBase, copy_in_slices
+from openclaw_store.state_manager.manager_base import ManagerBase
 
 
 class FilterCalls(ManagerBase):
@@ -96,9 +103,11 @@ class FilterCalls(ManagerBase):
         live = self._selection(filter, LIVE)
         if reason is not None:
             check_text("reason", reason)
-        return await self._scheduler.write_selected(
-            live, lambda task: cancellation_of(task.task_id, reason, task.version)
-        )
+
+        async def cancel(task: Record[Task]) -> Command:
+            return cancellation_of(task.task_id, reason, task.version)
+
+        return await self._scheduler.write_selected(live, cancel)
 
     async def requeue_tasks(self, filter: TaskFilter) -> list[str]:
         """Requeue the finished tasks that match a filter as `requeue_task`, in batches.
@@ -116,9 +125,11 @@ class FilterCalls(ManagerBase):
             BackendError: If the database could not be written. Tasks requeued before stay
                 requeued; the call can be repeated.
         """
-        return await self._scheduler.write_selected(
-            self._selection(filter, FINISHED), lambda task: requeue_of(task.task_id, task.version)
-        )
+
+        async def requeue(task: Record[Task]) -> Command:
+            return requeue_of(task.task_id, task.version)
+
+        return await self._scheduler.write_selected(self._selection(filter, FINISHED), requeue)
 
     async def change_tasks(self, filter: TaskFilter, fn: Callable[[Task], object]) -> list[str]:
         """Change the tasks that match a filter as `change_task`, in batches.
@@ -141,11 +152,14 @@ class FilterCalls(ManagerBase):
             BackendError: If the database could not be written. Tasks changed before stay changed.
         """
         selection = self._selection(filter)
-        change = self._change_by(Task, fn)
+        changed = self._change_by(self.task_repo, fn)
+
+        async def change(task: Record[Task]) -> Command | None:
+            await asyncio.sleep(0)  # other coroutines run between two copies
+            return change_of(task, await changed(task))
+
         return await self._scheduler.write_selected(
-            selection,
-            lambda task: change_of(task, change(task)),
-            skipped=(StaleVersionError, NotFoundError),
+            selection, change, skipped=(StaleVersionError, NotFoundError)
         )
 
     def _selection(
@@ -172,4 +186,4 @@ class FilterCalls(ManagerBase):
         checked = check_filter(NodeFilter, filter, now)
         nodes = (await self._replica.view(with_tasks=False)).node_index.all_nodes()
         found = [node for node in nodes if checked.selects(node, now)]
-        return await copy_in_slices(found, Record.copy)
+        return await self.db.slices.copies(found)

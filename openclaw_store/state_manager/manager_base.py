@@ -6,10 +6,10 @@ import asyncio
 import inspect
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextvars import Context
 from threading import get_ident
-from typing import Self, TypeVar
+from typing import Any, Self
 from weakref import WeakSet
 
 from openclaw_store.backends import was_interrupted
@@ -21,7 +21,6 @@ from openclaw_store.domain import (
     Entity,
     Record,
     Task,
-    admit,
     check_count,
     write_back,
 )
@@ -38,12 +37,6 @@ from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Scheduler
 
 logger = logger_of("state_manager")
-
-T = TypeVar("T")
-Copy = TypeVar("Copy")
-
-COPY_SLICE_SIZE = 100
-"""Number of entities copied before other coroutines run."""
 
 _managers: WeakSet[ManagerBase] = WeakSet()
 
@@ -208,34 +201,36 @@ class ManagerBase:
         self, repository: Repository[Entity], id: str, fn: Callable[[Entity], object]
     ) -> Entity | None:
         self._check_usable()
-        change = self._change_by(repository.kind, fn)
+        change = self._change_by(repository, fn)
         changed = await self._replica.change((repository.kind, id), change)
-        return None if changed is None else changed.copy()
+        return None if changed is None else (await self.db.slices.copies([changed]))[0]
 
     def _change_by(
-        self, kind: type[Entity], fn: Callable[[Entity], object]
-    ) -> Callable[[Record[Entity]], Record[Entity]]:
+        self, repository: Repository[Entity], fn: Callable[[Entity], object]
+    ) -> Callable[[Record[Entity]], Awaitable[Record[Entity]]]:
         """Return a function that returns the record which `fn` makes of another one."""
         if not callable(fn):
             raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
-        def change(known: Record[Entity]) -> Record[Entity]:
-            copy = known.copy()
+        async def change(known: Record[Entity]) -> Record[Entity]:
+            [copy] = await self.db.slices.copies([known])
             result = fn(copy)
             if inspect.isawaitable(result):
                 if inspect.iscoroutine(result):
                     result.close()
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
-            changed = admit(kind, copy, self.db.clock, known)
+            changed = await repository.admit(copy, known)
             if changed.id != known.id:
-                raise InvalidDataError(KEY[kind], f"must not be changed, from {known.id!r}")
+                raise InvalidDataError(
+                    KEY[repository.kind], f"must not be changed, from {known.id!r}"
+                )
             return changed
 
         return change
 
     async def _add(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
         self._check_usable()
-        record = admit(kind, entity, self.db.clock)
+        record = await self._repository(kind).admit(entity, is_new=True)
         if persist:
             id, key = getattr(entity, KEY[kind]), None
             if kind is Task:
@@ -251,8 +246,13 @@ class ManagerBase:
         id = getattr(entity, KEY[kind], None)
         known = self._replica.cache.find((kind, id)) if type(id) is str else None
         update = self._replica.update if persist else self._replica.write_behind.update
-        write_back(await update(admit(kind, entity, self.db.clock, known)), entity)
+        record = await self._repository(kind).admit(entity, known)
+        write_back(await update(record), entity)
         return True
+
+    def _repository(self, kind: type[Entity]) -> Repository[Entity]:
+        repository: Repository[Any] = self.task_repo if kind is Task else self.node_repo
+        return repository
 
     def _check_usable(self) -> None:
         # `get_running_loop` takes as long as the rest of a read, because it asks the system for the
@@ -273,13 +273,3 @@ def _refuse_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:
     """Refuse a call that belongs to another event loop, unless that loop was closed."""
     if loop is not None and loop is not asyncio.get_running_loop() and not loop.is_closed():
         raise UnavailableError("a StateManager belongs to one event loop: shut it down there")
-
-
-async def copy_in_slices(items: Sequence[T], copy: Callable[[T], Copy]) -> list[Copy]:
-    """Return copies for the caller; other coroutines run between two slices of a long list."""
-    copies: list[Copy] = []
-    for start in range(0, len(items), COPY_SLICE_SIZE):
-        if start:
-            await asyncio.sleep(0)
-        copies.extend(map(copy, items[start : start + COPY_SLICE_SIZE]))
-    return copies

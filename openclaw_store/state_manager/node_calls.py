@@ -8,8 +8,6 @@ from openclaw_store.domain import (
     SET_BY_REGISTRATION,
     NodeInfo,
     NodeStatus,
-    Record,
-    admit,
     check_count,
     check_key,
     check_percentage,
@@ -17,7 +15,7 @@ from openclaw_store.domain import (
     write_back,
 )
 from openclaw_store.repositories import Resume, SetNodeStatus, node_status
-from openclaw_store.state_manager.manager_base import ManagerBase, copy_in_slices
+from openclaw_store.state_manager.manager_base import ManagerBase
 
 
 class NodeCalls(ManagerBase):
@@ -27,32 +25,32 @@ class NodeCalls(ManagerBase):
         """Return a node; `None` if there is none."""
         self._check_usable()
         record = await self._replica.find((NodeInfo, check_key("node_id", node_id)))
-        return None if record is None else record.copy()
+        return None if record is None else (await self.db.slices.copies([record]))[0]
 
     async def get_all_nodes(self) -> list[NodeInfo]:
         """Return all nodes, newest registered first."""
         self._check_usable()
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await copy_in_slices(nodes.all_nodes(), Record.copy)
+        return await self.db.slices.copies(nodes.all_nodes())
 
     async def get_online_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes, newest registered first."""
         self._check_usable()
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await copy_in_slices(nodes.online_nodes(), Record.copy)
+        return await self.db.slices.copies(nodes.online_nodes())
 
     async def get_available_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes with a free slot, least loaded first."""
         self._check_usable()
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await copy_in_slices(nodes.available_nodes(), Record.copy)
+        return await self.db.slices.copies(nodes.available_nodes())
 
     async def find_nodes_by_skill(self, skill: str) -> list[NodeInfo]:
         """Return the ONLINE nodes with exactly this skill, newest registered first."""
         self._check_usable()
         skill = check_text("skill", skill)
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await copy_in_slices(nodes.nodes_by_skill(skill), Record.copy)
+        return await self.db.slices.copies(nodes.nodes_by_skill(skill))
 
     async def add_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Add a node; `node` receives its version and its times in UTC.
@@ -82,7 +80,7 @@ class NodeCalls(ManagerBase):
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = admit(NodeInfo, node, self.db.clock)
+        record = await self.node_repo.admit(node)
         write_back(await self._scheduler.register(record), node, SET_BY_REGISTRATION)
         return True
 

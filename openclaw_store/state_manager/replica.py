@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from datetime import datetime, timedelta
 from functools import partial
 from operator import itemgetter, methodcaller
 from typing import Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
-
-from openclaw_store.backends import Notifier, unreadable_value
+from openclaw_store.backends import Notifier
 from openclaw_store.database import Database, statements_for
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -29,7 +27,6 @@ from openclaw_store.domain import (
 from openclaw_store.errors import (
     ConflictError,
     DuplicateError,
-    InvalidDataError,
     NotFoundError,
     StaleVersionError,
     UnavailableError,
@@ -48,7 +45,6 @@ from openclaw_store.repositories import (
     Remove,
     Repository,
     TaskRepository,
-    TolerantReader,
     Update,
     apply,
     apply_heartbeats,
@@ -66,9 +62,8 @@ from openclaw_store.state_manager.change_feed import (
     InitialState,
     entry_reader,
     read_change_batch,
-    read_initial_state,
-    read_live,
 )
+from openclaw_store.state_manager.load import load_cache
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -289,7 +284,7 @@ class Replica:
         return stored
 
     async def change(
-        self, key: EntityKey, fn: Callable[[Record[Entity]], Record[Entity]]
+        self, key: EntityKey, fn: Callable[[Record[Entity]], Awaitable[Record[Entity]]]
     ) -> Record[Entity] | None:
         """Replace an entity by the result of `fn`, again after a concurrent change.
 
@@ -302,7 +297,7 @@ class Replica:
             known = await self.find(key)
             if known is None:
                 return None
-            update = change_of(known, fn(known))
+            update = change_of(known, await fn(known))
             if update is None:
                 return known
             try:
@@ -444,7 +439,8 @@ class Replica:
         # The snapshot may lack commits of this process during the read: they are applied after it.
         self._loading = []
         try:
-            cache = await self.database.read(self._read_cache)
+            load = partial(load_cache, finished_limit=self._finished_limit)
+            cache = await self.database.read(load)
             for events in self._loading:
                 cache.apply(events)
         finally:
@@ -453,27 +449,6 @@ class Replica:
         self.cache = cache
         self.watchers.wake_all()
         self.last_refresh_at = self.database.clock()
-
-    async def _read_cache(self, session: AsyncSession, *, with_tasks: bool = True) -> Cache:
-        try:
-            return await self._fill_cache(session, None, with_tasks)
-        except Exception as error:
-            if unreadable_value(error) is None:
-                raise
-        return await self._fill_cache(session, TolerantReader(session.sync_session), with_tasks)
-
-    async def _fill_cache(
-        self, session: AsyncSession, reader: TolerantReader | None, with_tasks: bool
-    ) -> Cache:
-        cache = Cache(await read_initial_state(session), self._finished_limit)
-        unreadable: list[InvalidDataError] = []
-        async for kind, rows in read_live(session, reader):
-            if kind is Task and not with_tasks:
-                break
-            unreadable += cache.load(kind, rows)
-        for error in [*unreadable, *(reader.unreadable.values() if reader else ())]:
-            logger.error("a row is left out: %s", error)
-        return cache
 
     def _apply_committed(self, events: Sequence[Committed]) -> None:
         """Apply a commit of this process; called on the event loop, in the order of commits."""

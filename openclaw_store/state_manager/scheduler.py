@@ -7,7 +7,7 @@ schedule at the same time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -94,15 +94,15 @@ class Scheduler:
         self._backoff = backoff
         self._latest: datetime | None = None  # the latest time at which `recover` was called
 
-    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Task]:
+    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Record[Task]]:
         if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
             await self._replica.write_behind.flush_all()
         parts = claim_in_parts(self._replica.submit, node_id, limit, start=start)
-        return [record.copy() async for part in parts for record in part]
+        return [record async for part in parts for record in part]
 
     async def wait_and_claim(
         self, node_id: str, limit: int, seconds: float, *, start: bool
-    ) -> list[Task]:
+    ) -> list[Record[Task]]:
         """Claim as `claim` does, as soon as there are tasks, or after that time without any."""
         loop, waiters = asyncio.get_running_loop(), self._replica.watchers.claims
         deadline = loop.time() + seconds
@@ -209,7 +209,7 @@ class Scheduler:
     async def write_selected(
         self,
         filter: TaskFilter,
-        command_of: Callable[[Record[Task]], Command | None],
+        command_of: Callable[[Record[Task]], Awaitable[Command | None]],
         skipped: tuple[type[StoreError], ...] = REFUSALS,
     ) -> list[str]:
         """Submit a command for each task that matches a checked filter.
@@ -234,7 +234,7 @@ class Scheduler:
             unchanged = 0
             for start in range(0, len(page), PART_SIZE):
                 part = page[start : start + PART_SIZE]
-                made = [command_of(task) for task in part if task.task_id not in written]
+                made = [await command_of(task) for task in part if task.task_id not in written]
                 commands = [command for command in made if command is not None]
                 unchanged += len(commands)
                 async for command, _ in self.write_all(commands, skipped):

@@ -43,10 +43,16 @@ class Records(Generic[Entity]):
 
     def get(self, id: str) -> Record[Entity] | None:
         found = self.entries.get(id)
-        if isinstance(found, tuple):
-            found = self._decode(found)
-            self.entries[id] = self._buckets[hash(id) & _MASK][id] = found
-        return found
+        return None if found is None else self.read(id, found)
+
+    def read(self, id: str, entry: Record[Entity] | Raw) -> Record[Entity]:
+        """Return the record of an entry, which may have been replaced meanwhile."""
+        if not isinstance(entry, tuple):
+            return entry
+        record: Record[Entity] = self._decode(entry)
+        if self.entries.get(id) is entry:
+            self.entries[id] = self._buckets[hash(id) & _MASK][id] = record
+        return record
 
     def values(self) -> Iterator[Record[Entity]]:
         return (record for id in self if (record := self.get(id)) is not None)

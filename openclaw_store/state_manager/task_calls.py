@@ -12,7 +12,6 @@ from openclaw_store.domain import (
     FINISHED,
     Record,
     Task,
-    admit,
     check_key,
     check_limit,
     check_number,
@@ -30,12 +29,15 @@ from openclaw_store.repositories import check_ids, commands, is_known
 from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
-from openclaw_store.state_manager.manager_base import COPY_SLICE_SIZE, ManagerBase, copy_in_slices
+from openclaw_store.state_manager.manager_base import ManagerBase
 from openclaw_store.state_manager.scheduler import Recovery
 from openclaw_store.state_manager.task_index import PendingKey
 
 ADD_BATCH_SIZE = 1000
 """Maximum number of tasks that `add_tasks` writes in one transaction."""
+
+CHECK_SLICE_SIZE = 100
+"""Number of tasks checked before other coroutines run."""
 
 
 class _Batch(NamedTuple):
@@ -60,10 +62,10 @@ class TaskCalls(ManagerBase):
             record = self._replica.cache.tasks.entries.get(task_id)
         except TypeError:  # not hashable; `check_key` refuses it below
             record = None
-        if type(record) is Record:
+        if type(record) is Record and record.is_small:
             return record.copy()
         found = await self._replica.find((Task, check_key("task_id", task_id)))
-        return None if found is None else found.copy()
+        return None if found is None else (await self.db.slices.copies([found]))[0]
 
     async def get_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Return pending and scheduled tasks by priority, time of submission and identifier.
@@ -97,11 +99,8 @@ class TaskCalls(ManagerBase):
     async def _copies(self, keys: Sequence[PendingKey]) -> list[Task]:
         """Return the tasks of keys of the index, all as they are at this moment."""
         tasks = self._replica.cache.tasks
-        if len(keys) <= COPY_SLICE_SIZE:
-            records = [tasks.get(id) for _, _, id in keys]
-            return [record.copy() for record in records if record is not None]
-        snapshot = tasks.snapshot()  # the copies are made in slices
-        return await copy_in_slices(keys, lambda key: snapshot[key[2]])
+        found = [(id, tasks.entries[id]) for _, _, id in keys]
+        return await self.db.slices.copies(tasks.read(id, entry) for id, entry in found)
 
     async def get_tasks(self, ids: Iterable[str]) -> list[Task | None]:
         """Return the tasks with these identifiers, in their order; `None` for an unknown one.
@@ -118,7 +117,8 @@ class TaskCalls(ManagerBase):
             found.update(read)
         cache = self._replica.cache  # may be newer by now
         records = [cache.task(id) or found[id] for id in wanted]
-        return await copy_in_slices(records, lambda one: None if one is None else one.copy())
+        copies = iter(await self.db.slices.copies(filter(None, records)))
+        return [None if one is None else next(copies) for one in records]
 
     async def add_task(self, task: Task, persist: bool = True) -> bool:
         """Add a task; `task` receives its version and its times in UTC.
@@ -195,7 +195,7 @@ class TaskCalls(ManagerBase):
                     raise
                 # Another task had the key, and was removed or changed meanwhile: try again.
             else:
-                return admit(Task, task, self.db.clock).copy()
+                return (await self.db.slices.copies([await self.task_repo.admit(task)]))[0]
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each task receives its version and its times in UTC.
@@ -234,15 +234,16 @@ class TaskCalls(ManagerBase):
         """Check the next tasks; other coroutines run meanwhile."""
         batch = _Batch([], [], [])
         for task in islice(tasks, ADD_BATCH_SIZE):
-            if len(batch.outcomes) % COPY_SLICE_SIZE == COPY_SLICE_SIZE - 1:
+            if len(batch.outcomes) % CHECK_SLICE_SIZE == CHECK_SLICE_SIZE - 1:
                 await asyncio.sleep(0)
             try:
-                batch.records.append(admit(Task, task, self.db.clock))
+                record = await self.task_repo.admit(task, is_new=True)
             except InvalidDataError as error:
                 batch.outcomes.append(error)
             else:
                 batch.outcomes.append(None)
                 batch.tasks.append(task)
+                batch.records.append(record)
         return batch
 
     async def _insert(self, batch: _Batch) -> None:
@@ -293,9 +294,11 @@ class TaskCalls(ManagerBase):
         node_id = check_key("node_id", node_id)
         limit = check_some("limit", limit)
         if wait_seconds is None:
-            return await self._scheduler.claim(node_id, limit, start=start)
-        seconds = check_number("wait_seconds", wait_seconds)
-        return await self._scheduler.wait_and_claim(node_id, limit, seconds, start=start)
+            claimed = await self._scheduler.claim(node_id, limit, start=start)
+        else:
+            seconds = check_number("wait_seconds", wait_seconds)
+            claimed = await self._scheduler.wait_and_claim(node_id, limit, seconds, start=start)
+        return await self.db.slices.copies(claimed)
 
     async def start_task(self, task: Task) -> Task:
         """Set a claimed task to RUNNING, on behalf of its node.
@@ -324,7 +327,9 @@ class TaskCalls(ManagerBase):
             NotOwnerError: As in `start_task`.
             InvalidDataError: If the result cannot be stored.
         """
-        return await self._advance(commands.completion_of(task, result))
+        self._check_usable()
+        text = await self.task_repo.encode_result(result)
+        return await self._advance(commands.completion_of(task, text))
 
     async def fail_task(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
         """Report a failed attempt on behalf of the node of a task, as in `start_task`.
@@ -442,7 +447,8 @@ class TaskCalls(ManagerBase):
 
     async def _advance(self, operation: commands.Advance) -> Task:
         self._check_usable()
-        return (await self._scheduler.advance(operation)).record.copy()
+        done = await self._scheduler.advance(operation)
+        return (await self.db.slices.copies([done.record]))[0]
 
     async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
         """Wait until a task is finished, and return it.

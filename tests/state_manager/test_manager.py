@@ -54,8 +54,8 @@ from openclaw_store import (
 from openclaw_store.domain.models import LIVE
 from openclaw_store.repositories import retention
 from openclaw_store.state_manager import change_feed as feed
+from openclaw_store.state_manager import load, write_behind
 from openclaw_store.state_manager import replica as replica
-from openclaw_store.state_manager import write_behind
 
 FINISHED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT]
 
@@ -2182,7 +2182,7 @@ class TestTwoManagers:
         for _ in range(6):
             await manager.add_task(make_task())
         other = await open_manager()
-        monkeypatch.delattr(replica, "read_initial_state")  # with which loading begins
+        monkeypatch.delattr(load, "read_initial_state")  # with which loading begins
         for _ in range(6):
             await manager.add_task(make_task())
 
@@ -2227,7 +2227,7 @@ class TestTwoManagers:
                 yield page
                 await other.add_task(make_task())
 
-        monkeypatch.setattr(replica, "read_live", read_slowly)
+        monkeypatch.setattr(load, "read_live", read_slowly)
         await other.refresh_from_database()
 
         await assert_mirrors_database(other)
