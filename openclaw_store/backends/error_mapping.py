@@ -126,6 +126,7 @@ class ErrorMapping(ABC):
         """
         if isinstance(error, StoreError):
             return error
+        self.hide_values(error)
         if isinstance(error, PoolTimeoutError):
             return UnavailableError(
                 f"{self.location}: all connections are in use by sessions: close some, or raise "
@@ -149,6 +150,11 @@ class ErrorMapping(ABC):
     def is_busy(cls, error: BaseException) -> bool:
         """Return `True` if another connection holds a lock, so that waiting may help."""
         return cls.code(error) in cls.busy
+
+    @classmethod
+    @abstractmethod
+    def hide_values(cls, error: BaseException) -> None:
+        """Remove the values of rows from a driver's error, which programs print as a cause."""
 
     @abstractmethod
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
@@ -182,6 +188,12 @@ class SQLiteErrorMapping(ErrorMapping):
     def is_no_text(cls, error: BaseException) -> bool:
         """Return `True` if text is not UTF-8, the driver's only error without a code."""
         return type(_cause(error)) is sqlite3.OperationalError and cls.code(error) is None
+
+    @classmethod
+    def hide_values(cls, error: BaseException) -> None:
+        if cls.is_no_text(error):
+            text, *_ = str(_cause(error)).partition(" with text ")
+            _set_text(error, text)
 
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code = self.code(error)
@@ -230,6 +242,14 @@ class PostgreSQLErrorMapping(ErrorMapping):
         """Return the SQLSTATE: five characters, of which two are the class."""
         code: str | None = getattr(_cause(error), "sqlstate", None)
         return code
+
+    @classmethod
+    def hide_values(cls, error: BaseException) -> None:
+        code, cause = cls.code(error), _cause(error)
+        if code is not None:
+            cause.detail = None  # type: ignore[attr-defined]  # the whole row
+            # Errors of data quote the value itself, and so do the driver's own.
+            _set_text(error, type(cause).__name__ if code[:2] == "22" else str(*cause.args[:1]))
 
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code, cause = self.code(error), _cause(error)
@@ -280,6 +300,14 @@ def _cause(error: BaseException) -> BaseException:
     if isinstance(error, DBAPIError) and error.orig is not None:
         return error.orig.__cause__ or error.orig
     return error
+
+
+def _set_text(error: BaseException, text: str) -> None:
+    """Replace the text of an error, and of the errors that it wraps."""
+    cause = _cause(error)
+    for one in {error, getattr(error, "orig", None) or error, cause}:
+        one.args = (text,)
+    cause.__cause__ = None
 
 
 def _is_lost(cause: BaseException) -> bool:

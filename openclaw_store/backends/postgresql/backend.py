@@ -189,12 +189,16 @@ class PostgreSQL:
             self._url,
             poolclass=pool,
             connect_args=arguments,
+            hide_parameters=True,
             # JSON stays text until it is used; but SQLAlchemy itself decodes JSON of the schema.
             **{"json_deserializer": str, **options},
         )
 
         @event.listens_for(engine.sync_engine, "handle_error")
-        def note_silence(context: ExceptionContext) -> None:
+        def handle(context: ExceptionContext) -> None:
+            self.error_mapping.hide_values(
+                context.sqlalchemy_exception or context.original_exception
+            )
             if isinstance(context.original_exception, TimeoutError):
                 context.is_disconnect = True  # the pool replaces all of its connections
 

@@ -68,7 +68,12 @@ class _Compiler(SQLiteCompiler):
 
 def _engine(path: Path, kind: type[sqlite3.Connection], **options: Any) -> Engine:
     url = URL.create("sqlite", database=str(path))  # in the text of a URL, % and ? are special
-    return create_engine(url, poolclass=NullPool, connect_args={**options_of(kind), **options})
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        connect_args={**options_of(kind), **options},
+        hide_parameters=True,
+    )
 
 
 def _write_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) -> Engine:
@@ -355,6 +360,7 @@ class SQLite:
                 "async_creator_fn": connect_async,
                 **options_of(WriteConnection if write else ReadConnection),
             },
+            hide_parameters=True,
             **options,
         )
         self._checked(engine.sync_engine)
