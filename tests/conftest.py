@@ -343,7 +343,7 @@ def shown(location: Location) -> str:
     """A location as people may see it."""
     if isinstance(location, Path):
         return str(location)
-    return make_url(location).render_as_string(hide_password=True)
+    return make_url(location).render_as_string(hide_password=True).replace("+asyncpg", "")
 
 
 def engine_of(location: Location) -> AsyncEngine:

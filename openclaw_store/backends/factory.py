@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from openclaw_store.backends.base import DEFAULT_ANSWER_SECONDS, DEFAULT_TIMEOUT_SECONDS, Backend
 from openclaw_store.backends.postgresql.backend import PostgreSQL
+from openclaw_store.backends.postgresql.location import is_postgresql
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.backends.sqlite.files import file_of
+from openclaw_store.errors import InvalidDataError
+
+# A file would have the password as its name.
+_SECRET = re.compile(
+    r"(?i)//[^/]*@|(?![a-z]:\\)[^/]*:[^/]*@|[^/]*\b(password|passwd|pwd)\s*=", re.DOTALL
+)
 
 
 def backend_of(
@@ -25,6 +33,13 @@ def backend_of(
         InvalidDataError: If the location is no supported database.
         UnavailableError: If the driver is not installed.
     """
-    if isinstance(location, str) and location.startswith("postgresql"):
-        return PostgreSQL(location, timeout, answer_timeout)
+    if not isinstance(location, str | Path):
+        raise InvalidDataError("db_path", f"must be a path or URL, not {type(location).__name__}")
+    if is_postgresql(str(location)):
+        return PostgreSQL(str(location), timeout, answer_timeout)
+    if _SECRET.match(str(location)):
+        raise InvalidDataError(
+            "db_path",
+            "looks like a URL without its scheme: begin it with postgresql://, or a path with ./",
+        )
     return SQLite(file_of(location), timeout)

@@ -82,6 +82,17 @@ class Call:
             render.show(*(part if isinstance(part, str) else part() for part in parts))
 
 
+def _warn_of_passwords(*given: Any) -> None:
+    from openclaw_store.backends import backend_of
+    from openclaw_store.database import migrations
+
+    locations = [backend_of(one).location for one in given if isinstance(one, str)]
+    if any(":***@" in location for location in locations):
+        advice = f"use {migrations.URL_VARIABLE}, {migrations.FILE_VARIABLE} or ~/.pgpass"
+        reason = "all users of this machine can read a password on a command line"
+        typer.echo(f"openclaw-store: {reason}: {advice}", err=True)
+
+
 def command(
     group: typer.Typer,
 ) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
@@ -96,6 +107,7 @@ def command(
             location, as_json = given.pop("database"), given.pop("json")
             call = Call(location or common.location, as_json or common.as_json)
             try:
+                _warn_of_passwords(call.location, given.get("source"), given.get("target"))
                 asyncio.run(work(call, **given))
             except StoreError as error:
                 typer.echo(f"openclaw-store: {render.one_line(error)}", err=True)

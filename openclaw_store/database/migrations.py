@@ -51,6 +51,9 @@ COPYING_HEAD = f"{COPYING}{HEAD}-"
 URL_VARIABLE = "OPENCLAW_STORE_URL"
 """Environment variable with the location of the database, for the command line."""
 
+FILE_VARIABLE = "OPENCLAW_STORE_URL_FILE"
+"""Environment variable with the path of a file that contains the location."""
+
 _PACKAGE = Path(__file__).parent.parent
 # The wheel has the scripts inside the package, a checkout beside it.
 SCRIPTS = next(
@@ -68,8 +71,16 @@ def named_by(location: str | Path | None) -> Backend:
 
 
 def location_of(location: str | Path | None) -> str | Path:
-    """Return the path or URL, by default `OPENCLAW_STORE_URL` or `./data/cluster.db`."""
-    return location or os.environ.get(URL_VARIABLE) or DEFAULT_LOCATION
+    """Return the path or URL: the given one, that of the environment, or `./data/cluster.db`."""
+    location = location or os.environ.get(URL_VARIABLE)
+    file = os.environ.get(FILE_VARIABLE)
+    if location or not file:
+        return location or DEFAULT_LOCATION
+    try:
+        return Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UnavailableError(f"{FILE_VARIABLE}: {file} cannot be read: {reason}") from None
 
 
 def is_current(backend: Backend) -> bool:

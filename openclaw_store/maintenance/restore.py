@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, make_url
+from sqlalchemy import Connection
 
 from openclaw_store.backends import (
     BESIDES,
@@ -150,8 +150,6 @@ def _set_aside(target: Path) -> Path | None:
 
 def _pg_restore(location: str, source: Path) -> str:
     """Return the shell command that restores an archive, without the password."""
-    url = make_url(location)
-    plain = URL.create("postgresql", url.username, None, url.host, url.port, url.database)
     options = "--clean --if-exists --no-owner --single-transaction"
-    database = shlex.quote(f"--dbname={plain.render_as_string()}")
+    database = shlex.quote(f"--dbname={location.replace(':***@', '@', 1)}")
     return f"pg_restore {options} {database} {shlex.quote(str(source))}"

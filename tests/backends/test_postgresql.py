@@ -848,13 +848,6 @@ async def test_internal_error_of_the_driver_is_unavailable(
                 await session.execute(text("SELECT 1 FROM tasks"))
 
 
-def test_password_that_would_be_shown_is_refused() -> None:
-    with pytest.raises(InvalidDataError, match="put it before the @") as caught:
-        Database("postgresql://me@localhost/cluster?password=tiger")
-
-    assert "tiger" not in str(caught.value)
-
-
 async def test_counters_that_are_gone_are_named(
     database: Database, location: Location, make_task: MakeTask
 ) -> None:

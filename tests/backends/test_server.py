@@ -1020,7 +1020,7 @@ class TestLocation:
             with_secret(with_parts(url, database="nobody")),
             with_secret(with_parts(url, drivername="postgresql+psycopg")),
             with_secret(url.replace(f":{port_of(url)}", ":port")),
-            f"{url}?password={SECRET}",
+            f"{url}?password={SECRET}&service=cluster",
         ]
         for location in bad:
             with pytest.raises(StoreError) as caught:

@@ -47,6 +47,8 @@ PENDING, RUNNING = TaskStatus.PENDING, TaskStatus.RUNNING
 COMMAND = [sys.executable, "-W", "error", "-m", "openclaw_store"]
 
 
+WARNING = "openclaw-store: all users of this machine .+\n"
+
 FILTERS = {
     "--status pending --status running": TaskFilter(status=(PENDING, RUNNING)),
     "--type daemon --user anna": TaskFilter(task_type=TaskType.DAEMON, user="anna"),
@@ -83,7 +85,7 @@ def run(location: Location) -> Run:
             raise done.exception
         assert done.exit_code == status, done.stderr
         if status == 1 and not done.stdout:
-            assert re.fullmatch(r"openclaw-store: .+\n", done.stderr), "one line"
+            assert re.fullmatch(f"({WARNING})?openclaw-store: .+\n", done.stderr), "one line"
         else:
             assert done.stderr == ""
         return done
@@ -676,9 +678,27 @@ class TestUse:
 
         for command in ("status", "restore x"):
             failed = await run("-d", nowhere, *command.split(), status=1)
+            assert re.match(WARNING, failed.stderr)
             assert "anna:***@" in failed.stderr
             assert "secret" not in failed.stderr
         assert "not supported" in (await run("-d", "mysql://x/y", "status", status=1)).stderr
+
+    @pytest.mark.sqlite
+    async def test_location_may_be_in_a_file(
+        self, cluster: StateManager, location: Path, tmp_path: Path
+    ) -> None:
+        def run(file: Path) -> Result:
+            variables = {"OPENCLAW_STORE_URL": "", "OPENCLAW_STORE_URL_FILE": str(file)}
+            return CliRunner().invoke(app, ["tasks"], env=variables)
+
+        file = tmp_path / "url"
+        file.write_text(f"{location}\n", encoding="utf-8")
+
+        found, missing = await asyncio.to_thread(run, file), await asyncio.to_thread(run, tmp_path)
+
+        assert "task-0001" in found.stdout
+        assert missing.exit_code == 1
+        assert "OPENCLAW_STORE_URL_FILE" in missing.stderr
 
     def test_lengths_of_time_and_sizes(self) -> None:
         lengths = [0, 59.4, 60, 3599, 3600 * 26, 86_400 * 400 + 7, -5]

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, ExceptionContext, Pool, event, make_url, text
-from sqlalchemy.exc import ArgumentError, DisconnectionError, SQLAlchemyError
+from sqlalchemy import Connection, ExceptionContext, Pool, event, text
+from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
@@ -26,7 +26,8 @@ from openclaw_store.backends.postgresql.connections import (
     logger,
     may_be_lost,
 )
-from openclaw_store.backends.postgresql.pg_dump import dump
+from openclaw_store.backends.postgresql.location import ServerLocation
+from openclaw_store.backends.postgresql.pg_dump import dump, environment_of
 from openclaw_store.backends.postgresql.protocol import CHANNEL
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
@@ -35,7 +36,7 @@ from openclaw_store.backends.postgresql.write_session import (
     WriteSession,
     milliseconds,
 )
-from openclaw_store.errors import InvalidDataError, UnavailableError
+from openclaw_store.errors import UnavailableError
 
 Result = TypeVar("Result")
 
@@ -66,39 +67,29 @@ class PostgreSQL:
     """A database on a PostgreSQL server.
 
     Args:
-        location: Its URL; `postgresql://` and `postgresql+asyncpg://` are the same.
+        location: Its URL, or the keyword string of libpq.
         timeout: Seconds to wait for a lock.
         answer_timeout: Seconds to wait for the answer to a statement.
 
     Raises:
-        InvalidDataError: If the URL names another driver.
+        InvalidDataError: If the location is not understood.
         UnavailableError: If the driver is not installed.
     """
 
     dialect = "postgresql"
 
     def __init__(self, location: str, timeout: float, answer_timeout: float) -> None:
-        try:
-            url = make_url(location)
-        except (ArgumentError, ValueError):
-            raise InvalidDataError("db_path", "is neither a path nor a database URL") from None
-        if url.drivername not in ("postgresql", "postgresql+asyncpg"):
-            raise InvalidDataError(
-                "db_path", f"{url.drivername} is not supported: use postgresql+asyncpg"
-            )
+        self._location = ServerLocation(location)
         if find_spec("asyncpg") is None:
             raise UnavailableError(
                 "PostgreSQL needs asyncpg: pip install 'openclaw-store[postgres]'"
             )
-        if "password" in url.query:  # messages show the query
-            raise InvalidDataError("db_path", "has its password behind the ?: put it before the @")
-        self._url = url.set(drivername="postgresql+asyncpg")
         self._timeout = timeout
         self._answer_timeout = answer_timeout
         # A server that waits for a lock says nothing, as one that hangs. So each attempt to lock
         # waits for half of the time at most; it is repeated until the deadline of the caller.
         self._lock_seconds = min(timeout, answer_timeout / 2)
-        self.location = url.render_as_string(hide_password=True)
+        self.location = str(self._location)
         self._connector = Connector()
         self.error_mapping = PostgreSQLErrorMapping(self.location, self._connector.note_silence)
         self._version = MINIMUM_VERSION  # at least
@@ -166,12 +157,15 @@ class PostgreSQL:
         limit = max(answer_timeout or 0.0, self._answer_timeout)
         lock_timeout = self._timeout if is_long else min(self._timeout, _LOCK_SHARE * limit)
         arguments: dict[str, Any] = {
+            **self._location.arguments(),
             "async_creator_fn": self._connector.connect,
             "connection_class": connection_class(),
             "timeout": _CONNECT_SECONDS,
             "command_timeout": None if is_long else limit,
             "server_settings": {
-                "application_name": "openclaw_store",
+                "application_name": self._location.options.get(
+                    "application_name", "openclaw_store"
+                ),
                 "lock_timeout": milliseconds(lock_timeout),
                 **(settings or {}),
             },
@@ -186,7 +180,7 @@ class PostgreSQL:
             options["isolation_level"] = "REPEATABLE READ"  # one snapshot, as on SQLite
             options["execution_options"] = {"postgresql_readonly": True}
         engine = create_async_engine(
-            self._url,
+            "postgresql+asyncpg://",
             poolclass=pool,
             connect_args=arguments,
             hide_parameters=True,
@@ -292,8 +286,16 @@ class PostgreSQL:
         pass
 
     def backup(self, target: Path, stop: Stop, *, overwrite: bool) -> None:
+        async def run() -> dict[str, str]:
+            cancel_at(stop)
+            async with self.engine(write=False).connect() as connection:
+                raw = await connection.get_raw_connection()
+                return await environment_of(raw.driver_connection)
+
+        with self.error_mapping.mapped():
+            environment = {**asyncio.run(run()), **self._location.files()}
         with written_aside(target, overwrite=overwrite) as partial:
-            dump(self._url, partial, stop)
+            dump(environment, self.location, partial, stop)
 
     def vacuum(self, stop: Stop) -> None:
         async def run() -> None:

@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-
-from sqlalchemy import URL
+from typing import Any
 
 from openclaw_store.backends.cancellation import Stop
 from openclaw_store.errors import UnavailableError
 
-_LIBPQ = {
-    "host": "PGHOST",
-    "port": "PGPORT",
-    "user": "PGUSER",
-    "password": "PGPASSWORD",
-    "database": "PGDATABASE",
-    "ssl": "PGSSLMODE",
-    "passfile": "PGPASSFILE",
-    "service": "PGSERVICE",
-    "servicefile": "PGSERVICEFILE",
-    "krbsrvname": "PGKRBSRVNAME",
-    "target_session_attrs": "PGTARGETSESSIONATTRS",
-}
-"""The driver's options, and the environment variables of PostgreSQL's programs for them."""
+_TABLES = {"alembic_version", "changes", "counters", "nodes", "tasks"}
 
 
-def dump(url: URL, path: Path, stop: Stop) -> None:
+async def environment_of(connection: Any) -> dict[str, str]:
+    """Return the variables with which PostgreSQL's programs connect as the driver has done."""
+    queries: list[Any] = []
+    with connection.query_logger(queries.append):
+        await connection.fetchval("SELECT 1")
+        await asyncio.sleep(0)  # the loop calls the logger in its next iteration
+    address, parameters = queries[0].conn_addr, queries[0].conn_params
+    if isinstance(address, str):  # a socket, `/folder/.s.PGSQL.5432`
+        folder, _, name = address.rpartition("/")
+        address = folder, name.rpartition(".")[2]
+    found = {
+        "PGHOST": address[0],
+        "PGPORT": address[1],
+        "PGUSER": parameters.user,
+        "PGPASSWORD": parameters.password,
+        "PGDATABASE": parameters.database,
+        "PGSSLMODE": parameters.sslmode.name.replace("_", "-"),
+        "PGKRBSRVNAME": parameters.krbsrvname,
+        "PGGSSLIB": parameters.gsslib,
+    }
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def dump(environment: Mapping[str, str], location: str, path: Path, stop: Stop) -> None:
     """Write a consistent archive of the database, for pg_restore, until `stop`.
 
+    Args:
+        environment: The variables of libpq; no other ones are used.
+        location: For messages.
+
     Raises:
-        UnavailableError: If pg_dump is not installed, or fails.
+        UnavailableError: If pg_dump is not installed, or fails, or archives other tables.
     """
-    program = shutil.which("pg_dump")
+    # Nothing secret on the command line, which all users of the machine can read.
+    run = partial(_run, environment, location, stop)
+    run("pg_dump", "--format=custom", f"--file={path}")
+    listed = run("pg_restore", "--list", str(path)).splitlines()
+    tables = {
+        words[6] for line in listed if (words := line.split())[3:6] == ["TABLE", "DATA", "public"]
+    }
+    if missing := _TABLES - tables:
+        raise UnavailableError(
+            f"{location}: the archive of pg_dump lacks {', '.join(sorted(missing))}: check which "
+            "pg_dump is first in PATH"
+        )
+
+
+def _run(
+    environment: Mapping[str, str], location: str, stop: Stop, name: str, *arguments: str
+) -> str:
+    program = shutil.which(name)
     if program is None:
         raise UnavailableError(
-            "a backup of PostgreSQL needs pg_dump: install the package of PostgreSQL's "
+            f"a backup of PostgreSQL needs {name}: install the package of PostgreSQL's "
             "client programs (on Debian, postgresql-client), and see that it is in PATH"
         )
-    command = [program, "--format=custom", f"--file={path}"]
-    # Nothing secret on the command line, which all users of the machine can read.
-    environment = {**os.environ, **_environment(url)}
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as done:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("PG")}
+    with subprocess.Popen(
+        [program, *arguments],
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as done:
         stop.add_done_callback(lambda _: done.terminate())
-        _, said = done.communicate()
+        output, said = done.communicate()
     if done.returncode:
-        location = url.render_as_string(hide_password=True)
-        raise UnavailableError(f"{location}: pg_dump: {said.strip()}")
-
-
-def _environment(url: URL) -> dict[str, str]:
-    """Return the environment in which PostgreSQL's programs connect as the driver does."""
-    _, arguments = url.get_dialect()().create_connect_args(url)
-    environment = {"PGSSLNEGOTIATION": "direct"} if arguments.get("direct_tls") else {}
-    for name, value in arguments.items():
-        if name in _LIBPQ:
-            values = value if isinstance(value, list) else [value]
-            environment[_LIBPQ[name]] = ",".join(map(str, values))
-    return environment
+        raise UnavailableError(f"{location}: {name}: {said.strip()}")
+    return output
