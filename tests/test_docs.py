@@ -15,7 +15,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from configparser import ConfigParser
 from functools import partial
 from pathlib import Path
@@ -574,51 +574,97 @@ class TestMove:
 
 
 class TestWebService:
+    @pytest.fixture
+    async def service(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncIterator[tuple[Any, Any]]:
+        """The clients of two users."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SERVICE_TOKENS", "anna=first ben=second")
+        app = program(HOW_TO / "web-service.md", "FastAPI(")["app"]
+        async with (
+            app.router.lifespan_context(app), client_of(app) as anna, client_of(app) as ben
+        ):  # fmt: skip
+            anna.headers["authorization"] = "Bearer first"
+            ben.headers["authorization"] = "Bearer second"
+            yield anna, ben
+
     @pytest.mark.sqlite
     async def test_service_keeps_tasks_and_says_why_it_refuses_a_request(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, service: tuple[Any, Any]
     ) -> None:
-        monkeypatch.chdir(tmp_path)
-        app = program(HOW_TO / "web-service.md", "FastAPI(")["app"]
+        client, _ = service
 
-        async with app.router.lifespan_context(app), client_of(app) as client:
-            added = await client.post(
-                "/tasks", json={"task_type": "batch", "name": "train", "x": 1}
-            )
-            task = added.json()
-            path = f"/tasks/{task['task_id']}"
-            found = await client.get(path)
-            changed = await client.put(path, json={**task, "parameters": {"gpus": [0, 1.5]}})
-            outdated = await client.put(path, json=task)
-            again = await client.post("/tasks", json=task)
-            unknown = await client.get("/tasks/nobody")
-            wrong = [
-                await client.post("/tasks", json={**task, **fields})
-                for fields in ({"status": "done"}, {"timeout": 2**70}, {"not_before": "soon"})
-            ]
-            missing = await client.post("/tasks", json={"name": "train"})
+        added = await client.post("/tasks", json={**WANTED, "priority": 1})
+        task = added.json()
+        path = f"/tasks/{task['task_id']}"
+        found = await client.get(path)
+        change = {"version": task["version"], "parameters": {"gpus": [0, 1.5]}}
+        changed = await client.patch(path, json=change)
+        outdated = await client.patch(path, json=change)
+        unknown = await client.get("/tasks/nobody")
+        wrong = await client.post("/tasks", json={**WANTED, "task_type": "odd"})
 
         assert (added.status_code, found.status_code, changed.status_code) == (201, 200, 200)
         assert found.json() == task
         assert task["submitted_at"].endswith("Z")
-        assert (outdated.status_code, again.status_code, unknown.status_code) == (409, 409, 404)
+        assert (outdated.status_code, unknown.status_code, wrong.status_code) == (409, 404, 422)
         assert "read it again" in outdated.json()["detail"]
-        assert [answer.status_code for answer in [*wrong, missing]] == [422] * 4
-        assert [answer.json()["detail"].split(":")[0] for answer in [*wrong, missing]] == [
-            *("status", "timeout", "not_before"),
-            "task_type",
+        async with Database("./data/cluster.db") as db:
+            stored = await TaskRepository(db).get(task["task_id"])
+        assert stored == Task.from_dict(changed.json())
+        assert (stored.priority, stored.parameters) == (1, {"gpus": [0, 1.5]})
+
+    @pytest.mark.sqlite
+    async def test_attacks_change_nothing(self, service: tuple[Any, Any]) -> None:
+        anna, ben = service
+        task = (await anna.post("/tasks", json=WANTED | {"idempotency_key": "key"})).json()
+        path = f"/tasks/{task['task_id']}"
+        nobody = {"authorization": "Bearer third"}
+        forbidden = {
+            "status": "completed", "assigned_node": "n", "attempt": 7, "user_id": "ben",
+            "task_id": "t", "retry_count": -1, "max_retries": 10**6, "completed_at": "2026-01-01",
+            "result": 1, "submitted_at": "1970-01-01T00:00:00Z", "updated_at": None,
+        }  # fmt: skip
+        malformed = [
+            b"", b"{", b"[]", b"null", b"[" * 100_000, b'{"name": "\\ud800", "task_type": "batch"}',
+            b'{"name": 1, "task_type": "batch"}', b'{"name": "a", "task_type": ["batch"]}',
+            b'{"name": "a", "task_type": "batch", "parameters": {"a": NaN}}',
+            b'{"name": "a", "task_type": "batch", "priority": 0}',
+            b'{"name": "a", "task_type": "batch", "priority": true}',
+            b'{"name": "a\\u0000", "task_type": "batch"}', b"\xff\xfe",
+        ]  # fmt: skip
+
+        answers = [
+            await anna.request(method, path, headers=nobody, json=body)
+            for method, body in (("GET", None), ("POST", WANTED), ("PATCH", {"version": 1}))
         ]
-        async with StateManager(Database("./data/cluster.db")) as state:
-            assert await state.get_task(task["task_id"]) == Task.from_dict(changed.json())
-            assert changed.json()["parameters"] == {"gpus": [0, 1.5]}
+        answers += [await ben.get(path), await ben.patch(path, json={"version": task["version"]})]
+        for name, value in forbidden.items():
+            answers.append(await anna.post("/tasks", json={**WANTED, name: value}))
+            body = {"version": task["version"], name: value}
+            answers.append(await anna.patch(path, json=body))
+        kind = {"content-type": "application/json"}
+        answers += [await anna.post("/tasks", content=body, headers=kind) for body in malformed]
+        other = await ben.post("/tasks", json=WANTED | {"idempotency_key": "key"})
+
+        assert [answer.status_code for answer in answers[:5]] == [401, 405, 401, 404, 404]
+        assert {answer.status_code for answer in answers[5:]} <= {400, 422}
+        assert other.json()["task_id"] != task["task_id"]
+        assert (await anna.get(path)).json() == task
+        async with Database("./data/cluster.db") as db:
+            assert await TaskRepository(db).count_by_status() == 2
 
     def test_request_of_the_page_is_one_that_the_service_takes(self) -> None:
         [block] = [b for b in blocks(HOW_TO / "web-service.md", "bash") if "curl" in b.text]
         words = shlex.split(block.text)
 
-        body = json.loads(words[words.index("-d") + 1])
-        assert Task.from_dict({"task_id": "task-1", **body}).name == "train"
+        assert json.loads(words[words.index("-d") + 1]) == WANTED
         assert words[words.index("POST") + 1].endswith("/tasks")
+
+
+WANTED = {"task_type": "batch", "name": "train"}
+"""The body of a request for a new task."""
 
 
 def client_of(app: Any) -> httpx.AsyncClient:
