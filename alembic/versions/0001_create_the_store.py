@@ -22,6 +22,7 @@ NODE_STATES = "'online', 'offline', 'busy', 'maintenance', 'error'"
 
 
 def upgrade() -> None:
+    schema = op.get_context().version_table_schema
     now = sa.text("now()" if op.get_context().dialect.name == "postgresql" else NOW)
     op.create_table(
         "tasks",
@@ -53,13 +54,14 @@ def upgrade() -> None:
         sa.CheckConstraint(f"task_type IN ({TASK_TYPES})", name=op.f("ck_tasks_task_type")),
         sa.CheckConstraint(f"status IN ({LIVE}, {FINISHED})", name=op.f("ck_tasks_status")),
         sa.CheckConstraint("priority BETWEEN 0 AND 3", name=op.f("ck_tasks_priority")),
+        schema=schema,
     )
     create_partial_index(
         "ix_tasks_pending",
         ["priority", "submitted_at", "task_id"],
         "status IN ('pending', 'scheduled')",
     )
-    op.create_index("ix_tasks_status", "tasks", ["status", "submitted_at"])
+    op.create_index("ix_tasks_status", "tasks", ["status", "submitted_at"], schema=schema)
     for column in ("assigned_node", "user_id"):
         create_partial_index(
             f"ix_tasks_{column}", [column, "submitted_at"], f"{column} IS NOT NULL"
@@ -93,9 +95,10 @@ def upgrade() -> None:
         sa.Column("beat", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("node_id", name=op.f("pk_nodes")),
         sa.CheckConstraint(f"status IN ({NODE_STATES})", name=op.f("ck_nodes_status")),
+        schema=schema,
     )
-    op.create_index("ix_nodes_status", "nodes", ["status"])
-    op.create_index("ix_nodes_beat", "nodes", ["beat"])
+    op.create_index("ix_nodes_status", "nodes", ["status"], schema=schema)
+    op.create_index("ix_nodes_beat", "nodes", ["beat"], schema=schema)
 
     op.create_table(
         "changes",
@@ -115,25 +118,29 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text()),
         sa.Column("previous", sa.BigInteger()),
         sa.PrimaryKeyConstraint("revision", name=op.f("pk_changes")),
+        schema=schema,
     )
 
     counters = op.create_table(
         "counters",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("revision", sa.BigInteger(), server_default="0", nullable=False),
         sa.Column("beat", sa.BigInteger(), server_default="0", nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_counters")),
         sa.CheckConstraint("id = 1", name=op.f("ck_counters_one_row")),
+        schema=schema,
     )
     op.bulk_insert(counters, [{"id": 1}])
 
 
 def create_partial_index(name: str, columns: list[str], condition: str) -> None:
-    where = sa.text(condition)
-    op.create_index(name, "tasks", columns, sqlite_where=where, postgresql_where=where)
+    where, schema = sa.text(condition), op.get_context().version_table_schema
+    op.create_index(
+        name, "tasks", columns, schema=schema, sqlite_where=where, postgresql_where=where
+    )
 
 
 def downgrade() -> None:
     """Drop all tables and their content."""
     for table in ("counters", "changes", "nodes", "tasks"):
-        op.drop_table(table)
+        op.drop_table(table, schema=op.get_context().version_table_schema)

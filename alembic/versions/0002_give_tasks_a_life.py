@@ -16,31 +16,34 @@ HAS_LIVE_KEY = "idempotency_key IS NOT NULL AND status IN ('pending', 'running',
 
 
 def upgrade() -> None:
-    op.add_column(
-        "tasks", sa.Column("attempt", sa.BigInteger(), server_default="0", nullable=False)
-    )
-    op.add_column("tasks", sa.Column("not_before", Moment))
-    op.add_column("tasks", sa.Column("idempotency_key", Key))
+    schema = op.get_context().version_table_schema
+    prefix = f"{schema}." if schema else ""
+    attempt = sa.Column("attempt", sa.BigInteger(), server_default="0", nullable=False)
+    for column in (attempt, sa.Column("not_before", Moment), sa.Column("idempotency_key", Key)):
+        op.add_column("tasks", column, schema=schema)
     op.create_index(
         "ix_tasks_idempotency_key",
         "tasks",
         ["idempotency_key"],
+        schema=schema,
         sqlite_where=sa.text(HAS_LIVE_KEY),
         postgresql_where=sa.text(HAS_LIVE_KEY),
     )
-    op.add_column(
-        "counters", sa.Column("compacted", sa.BigInteger(), server_default="0", nullable=False)
-    )
+    compacted = sa.Column("compacted", sa.BigInteger(), server_default="0", nullable=False)
+    op.add_column("counters", compacted, schema=schema)
     # Earlier compactions left no record except the first remaining revision.
     op.execute(
-        "UPDATE counters SET compacted = coalesce((SELECT min(revision) FROM changes), 1) - 1"
+        f"UPDATE {prefix}counters SET compacted = "
+        f"coalesce((SELECT min(revision) FROM {prefix}changes), 1) - 1"
     )
 
 
 def downgrade() -> None:
     """Drop the columns and their content."""
-    op.drop_index("ix_tasks_idempotency_key", "tasks")
+    schema = op.get_context().version_table_schema
+    prefix = f"{schema}." if schema else ""
+    op.drop_index("ix_tasks_idempotency_key", "tasks", schema=schema)
     # Raw SQL drops a column in place; a batch operation of Alembic copies the table on SQLite.
     for column in ("idempotency_key", "not_before", "attempt"):
-        op.execute(f"ALTER TABLE tasks DROP COLUMN {column}")
-    op.execute("ALTER TABLE counters DROP COLUMN compacted")
+        op.execute(f"ALTER TABLE {prefix}tasks DROP COLUMN {column}")
+    op.execute(f"ALTER TABLE {prefix}counters DROP COLUMN compacted")

@@ -75,8 +75,8 @@ def skills_of(column: str) -> str:
             WHEN {column}::text ~ '{TEXTS}' THEN {column}::jsonb END"""
 
 
-def function() -> str:
-    """Return the definition of the function."""
+def function(schema: str) -> str:
+    """Return the definition of the function, which names the schema of each table and type."""
     names = ", ".join(COLUMNS)
     arguments = ", ".join(f"given_{name} {kind}[]" for name, kind in COLUMNS.items())
     arrays = ", ".join(f"given_{name}" for name in COLUMNS)
@@ -90,7 +90,7 @@ def function() -> str:
             AS given (task_id, expected, place, written, {names})"""
     is_allowed = f"{skills_of('one.required_skills')} <@ skills[claim]"
     return f"""
-CREATE FUNCTION store_write_2(
+CREATE FUNCTION {schema}.store_write_2(
     now_ timestamptz, ids text[], expected bigint[], offsets integer[], written integer[],
     {arguments},
     checked_ids text[], checked_versions bigint[], key_owners text[], keys text[],
@@ -101,9 +101,9 @@ CREATE FUNCTION store_write_2(
     claim_nodes text[], claim_places integer[], claim_starts boolean[],
     lock_wait text, listener bigint
 )
-RETURNS TABLE (base bigint, was bigint, task tasks, node nodes)
+RETURNS TABLE (base bigint, was bigint, task {schema}.tasks, node {schema}.nodes)
 LANGUAGE plpgsql
-SET search_path FROM CURRENT
+SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan
 SET jit = off
 SET enable_seqscan = off
@@ -118,7 +118,7 @@ DECLARE
     heartbeats bigint;
     last bigint;
     count_ bigint;
-    present nodes;
+    present {schema}.nodes;
     places bigint;
     steps bigint;  -- changes of each claimed task
     skills jsonb[] := '{{}}';  -- of the nodes that claim
@@ -134,11 +134,12 @@ BEGIN
     -- Searches whose time depends on the number of tasks come before the lock.
     IF claim_nodes IS NOT NULL THEN
         WITH RECURSIVE heads AS (
-            (SELECT {GROUP} AS key, tasks.required_skills, {ORDER} FROM tasks WHERE {IS_READY}
+            (SELECT {GROUP} AS key, tasks.required_skills, {ORDER} FROM {schema}.tasks
+             WHERE {IS_READY}
              ORDER BY {GROUP}, {ORDER} LIMIT 1)
             UNION ALL
             SELECT next.* FROM heads, LATERAL (
-                SELECT {GROUP} AS key, tasks.required_skills, {ORDER} FROM tasks
+                SELECT {GROUP} AS key, tasks.required_skills, {ORDER} FROM {schema}.tasks
                 WHERE {IS_READY} AND {GROUP} > heads.key ORDER BY {GROUP}, {ORDER} LIMIT 1
             ) AS next
         )
@@ -147,19 +148,20 @@ BEGIN
         INTO groups, requirements FROM heads AS one;
         FOR claim IN 1 .. array_length(claim_nodes, 1) LOOP
             skills[claim] := (
-                SELECT {skills_of("available_skills")} FROM nodes WHERE node_id = claim_nodes[claim]
+                SELECT {skills_of("available_skills")} FROM {schema}.nodes
+                WHERE node_id = claim_nodes[claim]
             );
             matching[claim] := (SELECT coalesce(jsonb_agg(one.key), '[]') FROM (
                 SELECT given.key FROM unnest(groups, requirements) WITH ORDINALITY
                     AS given (key, requirement, place)
                 WHERE given.requirement <@ skills[claim] ORDER BY given.place LIMIT (
                     SELECT 32 + greatest(0, least(claim_places[claim], max_concurrent_tasks))
-                    FROM nodes WHERE node_id = claim_nodes[claim]
+                    FROM {schema}.nodes WHERE node_id = claim_nodes[claim]
                 )
             ) AS one);
             delayed[claim] := (SELECT coalesce(jsonb_agg(due.task_id), '[]') FROM (
                 SELECT one.task_id FROM (
-                    SELECT {ORDER}, required_skills, not_before, expires_at FROM tasks
+                    SELECT {ORDER}, required_skills, not_before, expires_at FROM {schema}.tasks
                     WHERE {IS_DELAYED} ORDER BY not_before LIMIT 1000
                 ) AS one WHERE not_before <= now_ AND {is_allowed} AND {IS_VALID}
                 ORDER BY {ORDER} LIMIT claim_places[claim] + 16
@@ -168,26 +170,27 @@ BEGIN
     END IF;
 
     PERFORM set_config('lock_timeout', lock_wait, true);
-    SELECT beat, compacted INTO heartbeats, first FROM counters WHERE id = 1 FOR UPDATE;
+    SELECT beat, compacted INTO heartbeats, first FROM {schema}.counters WHERE id = 1 FOR UPDATE;
     IF NOT FOUND THEN
         RETURN;
     END IF;
-    first := coalesce((SELECT revision FROM changes ORDER BY revision DESC LIMIT 1), first);
+    first := coalesce(
+        (SELECT revision FROM {schema}.changes ORDER BY revision DESC LIMIT 1), first);
     last := first;
 
     -- Nothing is written unless the batch was decided on the present rows.
     IF EXISTS (
         SELECT FROM unnest(ids || checked_ids, expected || checked_versions)
             AS given (task_id, version)
-        LEFT JOIN tasks ON tasks.task_id = given.task_id
+        LEFT JOIN {schema}.tasks ON tasks.task_id = given.task_id
         WHERE coalesce(tasks.version, -1) <> given.version
     ) OR EXISTS (
         SELECT FROM unnest(key_owners, keys) AS given (task_id, key)
-        JOIN tasks ON tasks.idempotency_key = given.key AND tasks.task_id <> given.task_id
+        JOIN {schema}.tasks ON tasks.idempotency_key = given.key AND tasks.task_id <> given.task_id
         WHERE tasks.idempotency_key IS NOT NULL AND tasks.{IS_LIVE}
     ) OR EXISTS (
         SELECT FROM unnest(claim_nodes) AS given (node_id)
-        LEFT JOIN nodes ON nodes.node_id = given.node_id WHERE nodes.node_id IS NULL
+        LEFT JOIN {schema}.nodes ON nodes.node_id = given.node_id WHERE nodes.node_id IS NULL
     ) THEN
         RETURN NEXT;
         RETURN;
@@ -195,17 +198,17 @@ BEGIN
     base := first;
 
     IF -1 = ANY (expected) THEN
-        INSERT INTO tasks (task_id, {names}, updated_at, version)
+        INSERT INTO {schema}.tasks (task_id, {names}, updated_at, version)
         SELECT given.task_id, {given}, now_, first + given.place
         FROM {rows} WHERE given.expected = -1;
     END IF;
     IF 0 <= ANY (expected) THEN
-        UPDATE tasks SET {updates}, updated_at = now_, version = first + given.place
+        UPDATE {schema}.tasks SET {updates}, updated_at = now_, version = first + given.place
         FROM {rows} WHERE tasks.task_id = given.task_id AND given.expected >= 0;
     END IF;
     IF change_ids IS NOT NULL THEN
-        INSERT INTO changes (revision, changed_at, item, item_id, kind, from_status, to_status,
-            node, reason, previous)
+        INSERT INTO {schema}.changes (revision, changed_at, item, item_id, kind, from_status,
+            to_status, node, reason, previous)
         SELECT first + given.place, now_, 'task', given.id, given.kind, given.was, given.now,
             given.node, given.reason,
             CASE WHEN given.previous < 0 THEN first - given.previous ELSE given.previous END
@@ -216,7 +219,7 @@ BEGIN
     END IF;
 
     FOR claim IN 1 .. coalesce(array_length(claim_nodes, 1), 0) LOOP
-        SELECT * INTO present FROM nodes WHERE node_id = claim_nodes[claim];
+        SELECT * INTO present FROM {schema}.nodes WHERE node_id = claim_nodes[claim];
         places := present.running_tasks + coalesce((
             SELECT sum(one.running) FROM unnest(node_ids, node_running) AS one (id, running)
             WHERE one.id = claim_nodes[claim]), 0);
@@ -229,14 +232,14 @@ BEGIN
             SELECT one.*, row_number() OVER (ORDER BY {ORDER}) AS place FROM (
                 SELECT * FROM (
                     SELECT ready.* FROM jsonb_array_elements(matching[claim]) AS key, LATERAL (
-                        SELECT {ORDER}, version, {CLAIMED_AT} FROM tasks
+                        SELECT {ORDER}, version, {CLAIMED_AT} FROM {schema}.tasks
                         WHERE {IS_READY} AND {GROUP} = (key->>0)::bigint
                         AND required_skills::text IS NOT DISTINCT FROM key->>1 AND {IS_VALID}
                         ORDER BY {ORDER} LIMIT places FOR UPDATE SKIP LOCKED
                     ) AS ready
                     UNION ALL
                     SELECT due.* FROM (
-                        SELECT {ORDER}, version, {CLAIMED_AT} FROM tasks AS one
+                        SELECT {ORDER}, version, {CLAIMED_AT} FROM {schema}.tasks AS one
                         JOIN jsonb_array_elements_text(delayed[claim]) AS id ON id = task_id
                         WHERE {IS_DELAYED} AND not_before <= now_ AND {is_allowed} AND {IS_VALID}
                         ORDER BY {ORDER} LIMIT places FOR UPDATE OF one SKIP LOCKED
@@ -244,7 +247,8 @@ BEGIN
                 ) AS found ORDER BY {ORDER} LIMIT places
             ) AS one
         ), claimed AS (
-            UPDATE tasks SET assigned_node = claim_nodes[claim], attempt = tasks.attempt + 1,
+            UPDATE {schema}.tasks SET assigned_node = claim_nodes[claim],
+                attempt = tasks.attempt + 1,
                 status = CASE WHEN claim_starts[claim] THEN 'running' ELSE 'scheduled' END,
                 scheduled_at = best.claimed_at, completed_at = NULL,
                 started_at = CASE WHEN claim_starts[claim] THEN best.claimed_at END,
@@ -252,15 +256,15 @@ BEGIN
             FROM best WHERE tasks.task_id = best.task_id
             RETURNING best.version AS was, tasks AS row_
         ), logged AS (
-            INSERT INTO changes (revision, changed_at, item, item_id, kind, from_status, to_status,
-                node, previous)
+            INSERT INTO {schema}.changes (revision, changed_at, item, item_id, kind, from_status,
+                to_status, node, previous)
             SELECT (row_).version - steps + 1, now_, 'task', (row_).task_id, 'status', 'pending',
                 'scheduled', (row_).assigned_node, nullif(was, 0) FROM claimed
             UNION ALL
             SELECT (row_).version, now_, 'task', (row_).task_id, 'status', 'scheduled',
                 'running', (row_).assigned_node, (row_).version - 1 FROM claimed WHERE steps = 2
         )
-        SELECT first, claimed.was, claimed.row_, NULL::nodes FROM claimed;
+        SELECT first, claimed.was, claimed.row_, NULL::{schema}.nodes FROM claimed;
         GET DIAGNOSTICS count_ = ROW_COUNT;
         IF count_ > 0 THEN
             last := last + count_ * steps;
@@ -282,9 +286,9 @@ BEGIN
         ), numbered AS (
             SELECT given.*, nodes.version AS was,
                 row_number() OVER (ORDER BY nodes.node_id) AS place
-            FROM given JOIN nodes ON nodes.node_id = given.node_id
+            FROM given JOIN {schema}.nodes ON nodes.node_id = given.node_id
         ), counted AS (
-            UPDATE nodes SET version = last + numbered.place,
+            UPDATE {schema}.nodes SET version = last + numbered.place,
                 running_tasks = greatest(0, nodes.running_tasks + numbered.running),
                 total_tasks_processed
                     = nodes.total_tasks_processed + numbered.successful + numbered.failed,
@@ -300,12 +304,12 @@ BEGIN
             FROM numbered WHERE nodes.node_id = numbered.node_id
             RETURNING numbered.was, nodes AS row_
         ), logged AS (
-            INSERT INTO changes (revision, changed_at, item, item_id, kind, from_status, to_status,
-                previous)
+            INSERT INTO {schema}.changes (revision, changed_at, item, item_id, kind, from_status,
+                to_status, previous)
             SELECT (row_).version, now_, 'node', (row_).node_id, 'updated', (row_).status,
                 (row_).status, nullif(was, 0) FROM counted
         )
-        SELECT first, counted.was, NULL::tasks, counted.row_ FROM counted;
+        SELECT first, counted.was, NULL::{schema}.tasks, counted.row_ FROM counted;
         GET DIAGNOSTICS count_ = ROW_COUNT;
         last := last + count_;
     END IF;
@@ -325,34 +329,39 @@ BEGIN
     task := NULL;
     node := NULL;
     RETURN NEXT;
-END $$"""  # noqa: S608 - made of constants
+END $$"""
 
 
 def upgrade() -> None:
-    op.add_column("tasks", sa.Column("losses", sa.BigInteger(), server_default="0", nullable=False))
-    op.add_column("tasks", sa.Column("max_losses", sa.BigInteger(), server_default="10"))
-    for name in ("expires_at", "cancel_requested_at", "cancel_deadline_at"):
-        op.add_column("tasks", sa.Column(name, Moment))
-    op.add_column("nodes", sa.Column("lease_seconds", sa.Float()))
-    op.add_column("nodes", sa.Column("status_reason", sa.Text()))
+    dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
+    prefix = f"{schema}." if schema else ""
+    losses = sa.Column("losses", sa.BigInteger(), server_default="0", nullable=False)
+    most = sa.Column("max_losses", sa.BigInteger(), server_default="10")
+    times = ("expires_at", "cancel_requested_at", "cancel_deadline_at")
+    for column in (losses, most, *(sa.Column(name, Moment) for name in times)):
+        op.add_column("tasks", column, schema=schema)
+    for column in (sa.Column("lease_seconds", sa.Float()), sa.Column("status_reason", sa.Text())):
+        op.add_column("nodes", column, schema=schema)
     op.execute(
-        "CREATE INDEX ix_tasks_expiring ON tasks (expires_at) "
+        f"CREATE INDEX ix_tasks_expiring ON {prefix}tasks (expires_at) "
         "WHERE status IN ('pending', 'scheduled') AND expires_at IS NOT NULL"
     )
-    if op.get_context().dialect.name == "postgresql":
-        op.execute("DROP FUNCTION store_write_1")
-        op.execute(function())
+    if dialect == "postgresql":
+        op.execute(f"DROP FUNCTION {prefix}store_write_1")
+        op.execute(function(schema))
 
 
 def downgrade() -> None:
     """Drop the columns and their content."""
-    if op.get_context().dialect.name == "postgresql":
-        op.execute("DROP FUNCTION store_write_2")
-    op.execute("DROP INDEX ix_tasks_expiring")
+    dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
+    prefix = f"{schema}." if schema else ""
+    if dialect == "postgresql":
+        op.execute(f"DROP FUNCTION {prefix}store_write_2")
+    op.execute(f"DROP INDEX {prefix}ix_tasks_expiring")
     # Raw SQL drops a column in place; a batch operation of Alembic copies the table on SQLite.
     for name in ("cancel_deadline_at", "cancel_requested_at", "expires_at", "max_losses", "losses"):
-        op.execute(f"ALTER TABLE tasks DROP COLUMN {name}")
+        op.execute(f"ALTER TABLE {prefix}tasks DROP COLUMN {name}")
     for name in ("status_reason", "lease_seconds"):
-        op.execute(f"ALTER TABLE nodes DROP COLUMN {name}")
-    if op.get_context().dialect.name == "postgresql":
-        op.execute(context.script.get_revision("0003").module.function())
+        op.execute(f"ALTER TABLE {prefix}nodes DROP COLUMN {name}")
+    if dialect == "postgresql":
+        op.execute(context.script.get_revision("0003").module.function(schema))

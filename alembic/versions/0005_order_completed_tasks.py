@@ -16,14 +16,20 @@ HAS_COMPLETION = f"{IS_FINISHED} OR completed_at IS NOT NULL"
 
 
 def upgrade() -> None:
+    schema = op.get_context().version_table_schema
+    prefix = f"{schema}." if schema else ""
     op.execute(
-        "CREATE INDEX ix_tasks_completed_at ON tasks (completed_at, task_id) "
+        f"CREATE INDEX ix_tasks_completed_at ON {prefix}tasks (completed_at, task_id) "
         f"WHERE {HAS_COMPLETION}"
     )
-    op.execute("DROP INDEX ix_tasks_finished")
+    op.execute(f"DROP INDEX {prefix}ix_tasks_finished")
 
 
 def downgrade() -> None:
     """Index finished tasks by time alone again."""
-    op.execute(f"CREATE INDEX ix_tasks_finished ON tasks (completed_at) WHERE {IS_FINISHED}")
-    op.execute("DROP INDEX ix_tasks_completed_at")
+    schema = op.get_context().version_table_schema
+    prefix = f"{schema}." if schema else ""
+    op.execute(
+        f"CREATE INDEX ix_tasks_finished ON {prefix}tasks (completed_at) WHERE {IS_FINISHED}"
+    )
+    op.execute(f"DROP INDEX {prefix}ix_tasks_completed_at")

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import func, select
 
 from openclaw_store import (
     Database,
@@ -28,6 +28,7 @@ from openclaw_store import (
     diagnose,
     verify,
 )
+from openclaw_store.database import TaskRow
 from openclaw_store.testing import FakeClock, NodeFactory, TaskFactory
 
 Make = Callable[[], Awaitable[Any]]
@@ -462,7 +463,7 @@ async def _get_stats(store: Store) -> Make:
 async def _in_session(store: Store) -> Make:
     async def count_tasks() -> Any:
         async with store.db.session() as session:
-            return await session.scalar(text("SELECT count(name) FROM tasks"))
+            return await session.scalar(select(func.count(TaskRow.name)))
 
     return count_tasks
 

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 import openclaw_store
@@ -29,7 +29,7 @@ from openclaw_store import (
     diagnose,
     verify,
 )
-from openclaw_store.database.tables import TaskRow
+from openclaw_store.database.tables import ChangeRow, CounterRow, NodeRow, TaskRow
 from openclaw_store.repositories.batches import apply
 
 Work = Callable[[Fixture], Awaitable[object]]
@@ -183,9 +183,9 @@ async def _empty_target(fixture: Fixture) -> None:
         except SchemaMismatchError:
             return
         tx = await stack.enter_async_context(target.transaction())
-        for table in ("tasks", "nodes", "changes"):
-            await tx.execute(text(f"DELETE FROM {table}"))
-        await tx.execute(text("UPDATE counters SET beat = 0, compacted = 0"))
+        for row in (TaskRow, NodeRow, ChangeRow):
+            await tx.execute(delete(row))
+        await tx.execute(update(CounterRow).values(beat=0, compacted=0))
 
 
 async def _copy(fixture: Fixture) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Final
 
-from sqlalchemy import text
+from sqlalchemy import func, select
 
 from openclaw_store import (
     CompactedError,
@@ -29,6 +29,7 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
+from openclaw_store.database import NodeRow
 
 LIVE_TASKS = 1000
 """Approximate maximum: above it, clients remove tasks instead of adding some."""
@@ -237,7 +238,7 @@ class Users:
         await self._store.task_repo.get(await self._id())
         await self._store.node_repo.get_available_nodes()
         async with self._store.db.session() as session:
-            await session.scalar(text("SELECT count(*) FROM nodes"))
+            await session.scalar(select(func.count()).select_from(NodeRow))
 
     async def watch(self) -> None:
         since = max(0, self._store.version - 10)

@@ -8,12 +8,14 @@ from openclaw_store.backends.base import (
     DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
+    SCHEMAS,
     Backend,
     BatchCursor,
     CounterStatements,
     Cursor,
     LockRequiredError,
     WriteSession,
+    qualified,
 )
 from openclaw_store.backends.cancellation import (
     STOPPING_SECONDS,

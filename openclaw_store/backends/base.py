@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -15,9 +15,19 @@ from openclaw_store.backends.error_mapping import ErrorMapping
 
 Result = TypeVar("Result")
 
+SCHEMAS: Mapping[str, str | None] = {"sqlite": None, "postgresql": "public"}
+"""The schema of the tables, by dialect. All SQL on a server names it, and operators are only those
+of the system: other roles may write to schemas in the search path."""
+
 DEFAULT_LOCATION = "./data/cluster.db"
 DEFAULT_TIMEOUT_SECONDS = 30.0
 DEFAULT_ANSWER_SECONDS = 10.0
+
+
+def qualified(dialect: str, name: str) -> str:
+    """Return the name of a table or function with its schema."""
+    schema = SCHEMAS[dialect]
+    return f"{schema}.{name}" if schema else name
 
 
 class CounterStatements(NamedTuple):

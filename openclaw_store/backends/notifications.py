@@ -9,17 +9,19 @@ each of them a fifth slower. All listeners share one advisory lock, except the f
 holds another lock, and a third one whose number only its own process knows: its writer sends a
 notification only if the shared lock is held or the third one is free. The statement that writes
 tests both, and keeps what it could take until the commit; a new listener waits for that, and then
-reads the counters.
+reads the counters. Any role of the server can hold these locks, or notify: a listener waits for the
+shared lock for a limited time, and asks for the counters now and then.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -27,6 +29,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from openclaw_store.backends.base import Backend, CounterStatements
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.protocol import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
+from openclaw_store.backends.postgresql.write_session import milliseconds
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.errors import logger_of
 
@@ -50,11 +53,17 @@ UNREADABLE_SECONDS = 0.1
 ALIVE_SECONDS = 10.0
 """Time without a notification after which the server is asked for the counters."""
 
+JOIN_SECONDS = 1.0
+"""Longest wait for the lock of all listeners, which another role may keep."""
+
 STOP_SECONDS = 1.0
 """Time for the server to answer when the listener stops; then the statement is cancelled."""
 
 RETRY_SECONDS = 0.1, 5.0
 """First and longest time before a lost connection is made again."""
+
+_COUNTERS = re.compile(r"([0-9]{1,19}) ([0-9]{1,19})")
+"""The payload of a notification; others may have been sent by any role."""
 
 _JOIN_OTHERS = f"SELECT pg_advisory_lock_shared({OTHER_LISTENERS})"
 _BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
@@ -166,14 +175,13 @@ class Listening:
             def on_notification(_: object, process: int, __: object, payload: str) -> None:
                 if process in registry.writers:  # this process's own commit
                     return
-                counters = payload.split()
-                if len(counters) == 2 and all(map(str.isdecimal, counters)):
-                    self._on_commit(*map(int, counters))
+                if counters := _COUNTERS.fullmatch(payload):
+                    self._on_commit(*map(int, counters.groups()))
                 else:  # a transaction of a session notifies before it writes the counters
                     woken.set()
 
             # The lock before LISTEN, and LISTEN before the counters: no commit is missed.
-            await driver.fetchval(_JOIN_OTHERS)
+            has_joined = await self._join(driver)
             await driver.add_listener(CHANNEL, on_notification)
             lock: int | None = None
             may_be_first = True
@@ -182,16 +190,31 @@ class Listening:
                     woken.clear()
                     if driver.is_closed() or self._stopping.is_set():
                         break
-                    if may_be_first and lock is None and await driver.fetchval(_BE_FIRST):
+                    has_joined = has_joined or await self._join(driver)
+                    may_be_first = may_be_first and has_joined and lock is None
+                    if may_be_first and await driver.fetchval(_BE_FIRST):
                         number = secrets.randbits(62)
                         await driver.fetchval(_LEAVE_OTHERS, number)
                         lock = registry.listener = number
                     self._on_commit(*await driver.fetchrow(self._counters.read))
+                    # Notifications without counters must not keep the server busy.
+                    await _is_set_within(BUSY_SECONDS, self._stopping)
                     may_be_first = not await _is_set_within(ALIVE_SECONDS, woken)
             finally:
                 # The server releases the locks of a lost connection; the writer must notify again.
                 if registry.listener == lock:
                     registry.listener = None
+
+    async def _join(self, driver: Any) -> bool:
+        """Share the lock of all listeners; return `False` if it is not free in time."""
+        await driver.execute(f"SET lock_timeout = {milliseconds(JOIN_SECONDS)}")
+        try:
+            await driver.fetchval(_JOIN_OTHERS)
+        except Exception as error:
+            if self._database.error_mapping.code(error) != "55P03":
+                raise
+            return False
+        return True
 
 
 async def _is_set_within(seconds: float, event: asyncio.Event) -> bool:

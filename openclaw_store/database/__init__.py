@@ -12,6 +12,7 @@ from openclaw_store.database.migrations import (
     COPYING_HEAD,
     HEAD,
     has_functions,
+    names_of_tables,
     require_unchanged,
     stored,
 )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from openclaw_store.backends import qualified
 from openclaw_store.database.row_codec import FIELDS
 from openclaw_store.database.tables import IS_DELAYED, IS_PENDING, IS_READY
 from openclaw_store.domain import Task, TaskStatus
@@ -41,21 +42,22 @@ class ClaimStatements(NamedTuple):
 def claim_statements(dialect: str) -> ClaimStatements:
     """Return the queries for `sqlite` or `postgresql`."""
     if dialect == "sqlite":
-        return _statements(_SQLITE_HEADS, _sqlite_ranges, "required_skills IS ?", "INDEXED BY {}")
-    return _statements(_POSTGRESQL_HEADS, lambda _: (), f"{_HASH} = $1", "", "$1", "$2", "$3")
+        tasks = "tasks INDEXED BY {}"
+        return _statements(_SQLITE_HEADS, _sqlite_ranges, "required_skills IS ?", tasks)
+    return _statements(_POSTGRESQL_HEADS, lambda _: (), f"{_HASH} = $1", _TASKS, "$1", "$2", "$3")
 
 
 def _statements(
     heads: str,
     ranges: Callable[[Iterable[str] | None], Sequence[Any]],
     in_group: str,
-    indexed_by: str,
+    tasks: str,
     first: str = "?",
     second: str = "?",
     third: str = "?",
 ) -> ClaimStatements:
     ready, delayed, pending = [
-        f"tasks {indexed_by.format(index)} WHERE {condition}"
+        f"{tasks.format(index)} WHERE {condition}"
         for index, condition in (
             ("ix_tasks_ready", IS_READY),
             ("ix_tasks_delayed", IS_DELAYED),
@@ -111,7 +113,8 @@ def _sqlite_ranges(skills: Iterable[str] | None) -> Sequence[Any]:
 
 # A hash, since a long list does not fit into an index of PostgreSQL.
 _HASH = "coalesce(hashtextextended(required_skills::text, 0), 0)"
-_NEXT_ROW = f"SELECT {_HASH} AS key, required_skills, {_ORDER} FROM tasks WHERE {IS_READY}"
+_TASKS = qualified("postgresql", "tasks")
+_NEXT_ROW = f"SELECT {_HASH} AS key, required_skills, {_ORDER} FROM {_TASKS} WHERE {IS_READY}"
 
 _POSTGRESQL_HEADS = f"""
 WITH RECURSIVE heads AS (

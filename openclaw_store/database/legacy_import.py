@@ -189,7 +189,7 @@ class _Importer:
     def move_all(self, kind: type[Any]) -> int:
         """Move all readable rows of a kind, and return their number."""
         table, before = f"{_PREFIX}{table_of(kind).name}", self._revision
-        found = self._connection.exec_driver_sql(f"SELECT * FROM {table}")  # noqa: S608 - our own names
+        found = self._connection.exec_driver_sql(f"SELECT * FROM {table}")
         names = [name.lower() for name in found.keys()]  # noqa: SIM118 - no mapping
         seen: set[str] = set()
         for rows in found.partitions(_BATCH):

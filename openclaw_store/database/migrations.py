@@ -1,8 +1,8 @@
 """Migrations of the schema, run in one way by Alembic's command line and by the library.
 
-A migration holds a lock from its first look at the version to its commit (SQLite's write lock; an
-advisory lock on PostgreSQL). So any number of processes may migrate at once, and a killed one
-leaves the schema as it was. A legacy database is imported in the same transaction.
+A migration holds a lock from its first look at the version to its commit (SQLite's write lock; on
+PostgreSQL, a lock of `alembic_version`). So any number of processes may migrate at once, and a
+killed one leaves the schema as it was. A legacy database is imported in the same transaction.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from datetime import tzinfo
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, create_engine, inspect, text
+from sqlalchemy import Connection, MetaData, create_engine, inspect, text
 
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
+    SCHEMAS,
     Backend,
     backend_of,
+    qualified,
     unused_name,
 )
 from openclaw_store.database import legacy_import, schema_check
@@ -89,8 +91,8 @@ def is_current(backend: Backend) -> bool:
 
 
 def _is_current(backend: Backend, connection: Connection) -> bool:
-    revision, tables = stored(connection), set(inspect(connection).get_table_names())
-    is_foreign = "alembic_version" not in tables and bool(tables & {"tasks", "nodes"})
+    revision, tables = stored(connection), names_of_tables(connection)
+    is_foreign = revision is None and bool(tables & {"tasks", "nodes"})
     is_legacy = legacy_import.is_legacy(connection)
     if is_foreign and not is_legacy:
         raise SchemaMismatchError(
@@ -188,13 +190,19 @@ def stored(connection: Connection) -> str | None:
     if connection.dialect.name == "sqlite":
         has_version = schema_check.has_version(connection)
     else:
-        has_version = schema_check.VERSION_TABLE in inspect(connection).get_table_names()
+        has_version = schema_check.VERSION_TABLE in names_of_tables(connection)
     if not has_version:
         return None
-    revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    table = qualified(connection.dialect.name, schema_check.VERSION_TABLE)
+    revision = connection.scalar(text(f"SELECT version_num FROM {table}"))
     if revision is None or (isinstance(revision, str) and len(revision) <= _LONGEST_REVISION):
         return revision
     raise schema_check.refusal(connection, f"its revision is {safe_repr(revision)}")
+
+
+def names_of_tables(connection: Connection) -> set[str]:
+    """Return the names of the tables in the schema of the store."""
+    return set(inspect(connection).get_table_names(SCHEMAS[connection.dialect.name]))
 
 
 def require(backend: Backend) -> None:
@@ -287,10 +295,13 @@ def has_functions(connection: Connection) -> bool:
     from alembic.script import ScriptDirectory
 
     module = ScriptDirectory.from_config(_config(connection)).get_revision("0004").module
-    query = text("SELECT prosrc FROM pg_proc WHERE proname = :name AND pg_function_is_visible(oid)")
-    return connection.execute(query, {"name": FUNCTION}).scalars().all() == [
-        module.function().split("$$")[1]
-    ]
+    schema = SCHEMAS["postgresql"]
+    query = text(
+        "SELECT prosrc FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace "
+        "WHERE proname = :name AND nspname = :schema"
+    )
+    found = connection.execute(query, {"name": FUNCTION, "schema": schema}).scalars().all()
+    return found == [module.function(schema).split("$$")[1]]
 
 
 def _config(connection: Connection) -> Config:
@@ -377,24 +388,37 @@ def is_to_head(context: EnvironmentContext) -> bool:
 
 def run(context: EnvironmentContext, connection: Connection) -> None:
     """Run the migrations of Alembic's command in the transaction of the connection."""
+    schema = SCHEMAS[connection.dialect.name]
 
     def is_ours(name: str | None, kind: str, _: object) -> bool:
+        if kind == "schema":
+            return name == schema
         return name in Base.metadata.tables if kind == "table" else name not in UNCOMPARED_INDEXES
 
     context.configure(
-        connection=connection,
-        target_metadata=Base.metadata,
-        render_as_batch=True,
-        include_name=is_ours,
-    )
+        connection=connection, include_schemas=True, include_name=is_ours,
+        **_options(connection.dialect.name),
+    )  # fmt: skip
     context.run_migrations()
+
+
+def _options(dialect: str) -> dict[str, Any]:
+    """Return the options of Alembic: the migrations take their schema from that of the version."""
+    schema, tables = SCHEMAS[dialect], Base.metadata
+    if schema is not None:
+        tables = MetaData(naming_convention=Base.metadata.naming_convention)
+        for table in Base.metadata.sorted_tables:
+            table.to_metadata(tables, schema=schema)
+    return {
+        "target_metadata": tables, "version_table_schema": schema, "render_as_batch": True
+    }  # fmt: skip
 
 
 def run_offline(context: EnvironmentContext, backend: Backend) -> None:
     """Print the SQL of the migrations."""
     context.configure(
-        dialect_name=backend.dialect, target_metadata=Base.metadata, literal_binds=True,
-        render_as_batch=True, transactional_ddl=True,
+        dialect_name=backend.dialect, literal_binds=True, transactional_ddl=True,
+        **_options(backend.dialect),
     )  # fmt: skip
     with context.begin_transaction():
         context.run_migrations()

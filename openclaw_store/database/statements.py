@@ -17,7 +17,9 @@ import orjson
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Compiled,
     Dialect,
+    FromClause,
     Select,
     TableValuedAlias,
     TextClause,
@@ -43,7 +45,7 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
-from openclaw_store.backends import CounterStatements, Cursor
+from openclaw_store.backends import SCHEMAS, CounterStatements, Cursor, qualified
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.claim_statements import claim_statements
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
@@ -220,7 +222,18 @@ class Statements(ABC):
 
     def _compile(self, statement: ClauseElement, columns: Sequence[str] | None = None) -> str:
         """Return the SQL; its parameters are in the order of `columns`, or of the statement."""
-        return str(statement.compile(dialect=self.dialect, column_keys=columns))
+        return str(self.compile(statement, columns))
+
+    def compile(self, statement: ClauseElement, columns: Sequence[str] | None = None) -> Compiled:
+        """Return the compiled statement, which names the schema of each table."""
+        options: dict[str, Any] = {}
+        if schema := SCHEMAS[self.dialect.name]:
+            options = {"schema_translate_map": {None: schema}, "render_schema_translate": True}
+        return statement.compile(dialect=self.dialect, column_keys=columns, **options)
+
+    def _named(self, table: FromClause) -> str:
+        """Return the name of a table with its schema."""
+        return qualified(self.dialect.name, str(table))
 
     def _with_counters(self, kind: type[Any]) -> Select[Any]:
         # Decisions need few columns of a task; nodes are few, and some writes need all of them.
@@ -338,28 +351,30 @@ class PostgreSQLStatements(Statements):
         }
         among = _is_among(Task, bindparam("ids"))
         self.read_tasks = self._compile(select(*COLUMNS[Task]).where(among))
-        self.call = call_of_store_write()
+        self.call = call_of_store_write(SCHEMAS["postgresql"])
         self.delete = {
-            kind: f"DELETE FROM {table_of(kind)} USING {_given([_key(kind)])} "
+            kind: f"DELETE FROM {self._named(table_of(kind))} USING {_given([_key(kind)])} "
             f"WHERE {_key(kind)} = given.{KEY[kind]}"
             for kind in ROWS
         }
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
+        changes = self._named(_CHANGES)
         matches = "revision = given.revision AND one.item = given.item"
         self._forget = f"""
             WITH RECURSIVE chain AS (
-                SELECT one.* FROM {newest} JOIN changes AS one
+                SELECT one.* FROM {newest} JOIN {changes} AS one
                 ON one.{matches} AND one.item_id = given.item_id
                 UNION ALL
-                SELECT older.* FROM chain JOIN changes AS older
+                SELECT older.* FROM chain JOIN {changes} AS older
                 ON older.revision = chain.previous AND older.revision < chain.revision
                 AND older.item = chain.item AND older.item_id = chain.item_id
             )
-            DELETE FROM changes WHERE revision IN (SELECT revision FROM chain)"""
+            DELETE FROM {changes} WHERE revision IN (SELECT revision FROM chain)"""
         columns = [_NODES.c[name] for name in (*USAGE, "last_heartbeat", "beat", "node_id")]
         usage = ", ".join(f"{name} = coalesce(given.{name}, nodes.{name})" for name in USAGE)
         self.beat = f"""
-            UPDATE nodes SET {usage}, last_heartbeat = given.last_heartbeat, beat = given.beat
+            UPDATE {self._named(_NODES)} SET {usage}, last_heartbeat = given.last_heartbeat,
+                beat = given.beat
             FROM {_given([*columns, *map(_NODES.c.last_heartbeat.label, ("at", "present"))])}
             WHERE nodes.node_id = given.node_id AND nodes.status <> '{NodeStatus.OFFLINE.value}'
             AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at
@@ -386,12 +401,14 @@ class PostgreSQLStatements(Statements):
     def _insert(self, columns: Sequence[Column[Any]]) -> str:
         names = ", ".join(one.name for one in columns)
         given = ", ".join(map(_value, columns))
-        return f"INSERT INTO {columns[0].table} ({names}) SELECT {given} FROM {_given(columns)}"
+        table = self._named(columns[0].table)
+        return f"INSERT INTO {table} ({names}) SELECT {given} FROM {_given(columns)}"
 
     def _update(self, key: Column[Any], columns: Sequence[Column[Any]]) -> str:
         changes = ", ".join(f"{one.name} = {_value(one)}" for one in columns)
         given = _given([key, *columns])
-        return f"UPDATE {key.table} SET {changes} FROM {given} WHERE {key} = given.{key.name}"
+        table = self._named(key.table)
+        return f"UPDATE {table} SET {changes} FROM {given} WHERE {key} = given.{key.name}"
 
 
 def _each(texts: Any) -> TableValuedAlias:

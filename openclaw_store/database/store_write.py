@@ -31,7 +31,7 @@ def element_type(kind: Any) -> str:
     return "text" if name.startswith("VARCHAR") or name == "JSON" else name
 
 
-def call_of_store_write() -> str:
+def call_of_store_write(schema: str | None) -> str:
     """Return the statement; its rows are the base revision, former versions, tasks and nodes."""
     arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
     kinds = [table_of(Task).c[name].type for name in CALL_FIELDS]
@@ -45,6 +45,6 @@ def call_of_store_write() -> str:
     found = [f"(one.task).{name}" for name in FIELDS[Task]]
     found += [f"(one.node).{name}" for name in FIELDS[NodeInfo]]
     return (
-        f"SELECT base, was, {', '.join(found)} FROM {FUNCTION}("
+        f"SELECT base, was, {', '.join(found)} FROM {schema}.{FUNCTION}("
         f"$1::timestamptz, {given}, ${last}::text, ${last + 1}::bigint) AS one"
     )

@@ -239,7 +239,7 @@ class CounterRow(Base):
     __tablename__ = "counters"
     __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
 
-    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The last heartbeat sequence number when a node was last removed."""
     compacted: Mapped[int] = mapped_column(BigInteger, server_default="0")

@@ -16,9 +16,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
-from sqlalchemy import Select, Table, delete, func, insert, select, text
+from sqlalchemy import (
+    Column,
+    MetaData,
+    Select,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from openclaw_store.backends import qualified
 from openclaw_store.database import (
     COLUMNS,
     COPYING_HEAD,
@@ -151,9 +164,9 @@ _TABLES = (
     _Rows(None, ChangeRow.metadata.tables["changes"], list(ChangeRow.__table__.c)),
 )
 
-_NAME = text("SELECT version_num FROM alembic_version")
-_RENAME = text("UPDATE alembic_version SET version_num = :new WHERE version_num = :old")
-_LOCK = text("UPDATE alembic_version SET version_num = version_num")
+_REVISION = Table("alembic_version", MetaData(), Column("version_num", String(32)))
+_NAME = select(_REVISION.c.version_num)
+_LOCK = update(_REVISION).values(version_num=_REVISION.c.version_num)
 
 
 async def copy(source: Database, target: Database, *, report: Report | None = None) -> Copied:
@@ -232,7 +245,8 @@ async def _begin(target: Database, name: str) -> Sequence[Any]:
         # Nodes are always copied again: the fingerprint does not cover their heartbeats.
         for rows in [nodes] if is_same else _TABLES:
             is_file = target.dialect == "sqlite"
-            await tx.execute(delete(rows.table) if is_file else text(f"TRUNCATE {rows.table}"))
+            truncate = text(f"TRUNCATE {qualified(target.dialect, rows.table.name)}")
+            await tx.execute(delete(rows.table) if is_file else truncate)
         await _rename(tx, before, name)
         keys = [await tx.scalar(select(func.max(*rows.table.primary_key))) for rows in others]
         return [None, *keys]
@@ -249,7 +263,8 @@ async def _require_empty(target: Database, tx: AsyncSession) -> None:
 
 
 async def _rename(tx: AsyncSession, before: str, name: str) -> None:
-    result: Any = await tx.execute(_RENAME, {"old": before, "new": name})
+    renaming = update(_REVISION).where(_REVISION.c.version_num == before).values(version_num=name)
+    result: Any = await tx.execute(renaming)
     if result.rowcount != 1:
         raise StoreError("another process has begun to copy to this database: wait for it")
 

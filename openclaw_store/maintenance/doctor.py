@@ -20,6 +20,7 @@ from typing import Any
 
 from sqlalchemy import Connection, inspect, select, text
 
+from openclaw_store.backends import SCHEMAS
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import (
@@ -29,6 +30,7 @@ from openclaw_store.database import (
     Database,
     NodeRow,
     legacy_import,
+    names_of_tables,
     require_unchanged,
     stored,
 )
@@ -81,6 +83,12 @@ _SNAPSHOTS = text("""
         FROM pg_prepared_xacts WHERE database = current_database()
     ) AS one (holder, age) WHERE age > :limit ORDER BY age DESC""")
 
+_WRITABLE = text("""
+    SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(grantee) END
+    FROM pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner)))
+    WHERE nspname = :schema AND privilege_type = 'CREATE'
+    AND grantee NOT IN (nspowner, (SELECT oid FROM pg_roles WHERE rolname = current_user))
+    ORDER BY 1""")
 _CONNECTIONS = text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'")
 _SETTINGS = text("SELECT name, setting FROM pg_settings")
 
@@ -251,6 +259,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "The server is a standby, which accepts no writes.",
     )
     yield from _check_settings(settings)
+    yield from _check_privileges(connection, settings)
     used = connection.scalar(_CONNECTIONS) or 0
     limit = int(settings["max_connections"])
     yield _judge(
@@ -293,6 +302,24 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     yield from _check_heartbeats(connection, after)
 
 
+def _check_privileges(connection: Connection, settings: Mapping[str, str]) -> Iterator[Finding]:
+    schema = SCHEMAS["postgresql"]
+    roles = ", ".join(connection.scalars(_WRITABLE, {"schema": schema}))
+    yield _judge(
+        "schema_privileges",
+        not roles,
+        f"No other role may create objects in the schema {schema}.",
+        f"REVOKE CREATE ON SCHEMA {schema} FROM {roles}",
+        otherwise=f"These roles may create objects in the schema {schema}: {roles}.",
+    )
+    yield _judge(
+        "search_path",
+        settings["search_path"] == postgresql.SEARCH_PATH,
+        f"The search path is {settings['search_path']}.",
+        f"a pooler ignores it: ALTER ROLE … SET search_path = {postgresql.SEARCH_PATH}",
+    )
+
+
 def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
     for name, level, danger in (
         ("fsync", Level.ERROR, "commits may be lost when the machine fails"),
@@ -322,7 +349,7 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
     name = "schema"
     advice = "run `openclaw-store db upgrade`"
     revision = stored(connection)
-    tables = set(inspect(connection).get_table_names())
+    tables = names_of_tables(connection)
     if revision is None:
         if not tables & {"tasks", "nodes"}:
             yield _error(name, "The database has no tables yet.", advice)
@@ -345,8 +372,11 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
             yield Finding(name, Level.OK, text)
     else:
         missing: set[str] = set()
+        schema = SCHEMAS[connection.dialect.name]
         for table in Base.metadata.sorted_tables:
-            present = {index["name"] for index in inspect(connection).get_indexes(table.name)}
+            present = {
+                index["name"] for index in inspect(connection).get_indexes(table.name, schema)
+            }
             missing |= {str(index.name) for index in table.indexes} - present
         yield _judge(
             name,

@@ -17,7 +17,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from openclaw_store.backends import SQLiteErrorMapping
+from openclaw_store.backends import SCHEMAS, SQLiteErrorMapping
 from openclaw_store.backends.sqlite.connections import limited
 from openclaw_store.database import (
     COLUMNS,
@@ -86,8 +86,9 @@ _PAGES_DAMAGED = ("*** in database", "Tree ", "Page ")
 _INVALID_INDEXES = text("""
     SELECT index.relname FROM pg_index JOIN pg_class AS index ON index.oid = indexrelid
     JOIN pg_class AS tables ON tables.oid = indrelid
+    JOIN pg_namespace ON pg_namespace.oid = tables.relnamespace
     WHERE NOT (indisvalid AND indisready) AND tables.relname IN
-    ('tasks', 'nodes', 'changes', 'counters') AND pg_table_is_visible(tables.oid)""")
+    ('tasks', 'nodes', 'changes', 'counters') AND nspname = :schema""")
 
 _CHANGE_TYPES: Sequence[Any] = (
     int, (int, datetime), str, str, str, *[(str, NoneType)] * 4, (int, NoneType)
@@ -245,7 +246,9 @@ class _Scan:
             for table, row, parent, _ in await session.execute(text("PRAGMA foreign_key_check")):
                 self._add("file", f"Row {row} of {table} refers to no row of {parent}.")
         else:
-            for (index,) in await session.execute(_INVALID_INDEXES):
+            for (index,) in await session.execute(
+                _INVALID_INDEXES, {"schema": SCHEMAS["postgresql"]}
+            ):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
             if not await connection.run_sync(has_functions):
                 self._add("file", f"The function {FUNCTION} was changed or dropped.")

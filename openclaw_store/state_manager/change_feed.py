@@ -408,7 +408,7 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
         query = sa.select(*state, page).select_from(counters.outerjoin(page, sa.true()))
         query = query.order_by(page.c.revision)
     query = query.where(counters.c.id == sa.literal_column("1"))
-    compiled = query.compile(dialect=statements_for(dialect).dialect)
+    compiled: Any = statements_for(dialect).compile(query)
     return str(compiled), tuple(compiled.positiontup or ())
 
 

@@ -33,7 +33,7 @@ PAGE = DOCS / "how-to" / "postgresql.md"
 [SETTINGS] = [
     block.text for block in blocks(PAGE, "ini") if "ignore_startup_parameters" in block.text
 ]
-[ROLE] = [block.text for block in blocks(PAGE, "sql")]
+[ROLE] = [block.text for block in blocks(PAGE, "sql") if "ALTER ROLE" in block.text]
 
 Bouncer = Callable[..., str]
 """Runs PgBouncer in a mode; gives the URL of the database by that way."""
@@ -44,7 +44,7 @@ def url(own_server: Server) -> Iterator[str]:
     """A migrated, empty database of a role with the documented settings, but short waits."""
     role = f"role_{uuid4().hex}"
     execute(own_server.url, f"CREATE ROLE {role} LOGIN")
-    for statement in ROLE.replace("scheduler", role).replace("'30s'", "'1s'").splitlines():
+    for statement in ROLE.replace("scheduler", role).replace("'9s'", "'1s'").splitlines():
         execute(own_server.url, statement)
     url = asyncio.run(own_server.create_database())
     create_database(url)

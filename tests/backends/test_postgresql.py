@@ -322,7 +322,7 @@ async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_eve
     ):
         assert (await tx.execute(text("SHOW lock_timeout"))).scalar_one() == "8s"
 
-    (locking,) = (sql for sql in sent if "FROM counters" in sql and "FOR UPDATE" in sql)
+    (locking,) = (sql for sql in sent if "FROM public.counters" in sql and "FOR UPDATE" in sql)
     left = re.match(r"SET LOCAL lock_timeout = (\d+);", locking)
     assert left is not None
     assert 1000 < int(left[1]) <= 7800
@@ -575,9 +575,9 @@ async def test_batch_keeps_whatever_there_is(database: Database, make_task: Make
 
 
 NEEDING: dict[str, Callable[[WriteTransaction], Any]] = {
-    "execute": lambda unit: unit.cursor.execute("SELECT task_id FROM tasks"),
+    "execute": lambda unit: unit.cursor.execute("SELECT task_id FROM public.tasks"),
     "count": lambda unit: unit.cursor.count(
-        "UPDATE tasks SET error = 'x' "
+        "UPDATE public.tasks SET error = 'x' "
         "FROM unnest($1::text::text[]) AS given (id) WHERE task_id = id",
         [("first",), ("second",)],
     ),

@@ -41,7 +41,7 @@ from openclaw_store import (
     TaskRepository,
     UnavailableError,
 )
-from openclaw_store.backends import Backend
+from openclaw_store.backends import Backend, qualified
 from openclaw_store.backends.base import CounterStatements, LockRequiredError
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.database import group_commit, metrics
@@ -1639,7 +1639,7 @@ class TestOnADatabase:
         await repository.create(make_task(task_id="before"))
 
         def end(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
-            unit.cursor.execute("DELETE FROM tasks")
+            unit.cursor.execute(f"DELETE FROM {qualified(unit.cursor.dialect, 'tasks')}")
             raise SystemExit
 
         with pytest.raises(UnavailableError):

@@ -44,8 +44,8 @@ from openclaw_store import (
     TaskRepository,
     UnavailableError,
 )
+from openclaw_store.backends import qualified
 from openclaw_store.backends.factory import backend_of
-from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.database import migrations
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.database.write_transaction import WriteTransaction
@@ -381,8 +381,12 @@ class TestUpgrade:
 
         def write(unit: WriteTransaction, operations: Sequence[str]) -> Sequence[Any]:
             for id in operations:
-                unit.cursor.execute(f"UPDATE tasks SET error = 'half' WHERE task_id = '{id}'")
-                unit.cursor.execute("UPDATE counters SET revision = revision + 1 WHERE id = 1")
+                for table, change in (
+                    ("tasks", f"error = 'half' WHERE task_id = '{id}'"),
+                    ("counters", "revision = revision + 1 WHERE id = 1"),
+                ):
+                    name = qualified(unit.cursor.dialect, table)
+                    unit.cursor.execute(f"UPDATE {name} SET {change}")
             return operations
 
         tasks, task = TaskRepository(database), make_task()
@@ -601,8 +605,10 @@ down_revision = "{TODAY}"
 
 
 def upgrade() -> None:
-    op.create_table("half", sa.Column("id", sa.Integer(), primary_key=True))
-    op.execute("UPDATE tasks SET name = 'changed'")
+    schema = op.get_context().version_table_schema
+    op.create_table("half", sa.Column("id", sa.Integer(), primary_key=True), schema=schema)
+    tasks = sa.table("tasks", sa.column("name"), schema=schema)
+    op.execute(sa.update(tasks).values(name="changed"))
     THEN
 '''
 
@@ -675,7 +681,7 @@ asyncio.run(Database(sys.argv[1]).initialize())
         async with Database(location):
             pass
         await asyncio.to_thread(migrations.downgrade, backend_of(location), "0002")
-        lock = f"SELECT pg_advisory_xact_lock({postgresql._MIGRATION_LOCK})"
+        lock = "LOCK TABLE alembic_version IN SHARE UPDATE EXCLUSIVE MODE"
         async with locked(location, "BEGIN IMMEDIATE" if isinstance(location, Path) else lock):
             with pytest.raises(UnavailableError, match="another process keeps it locked"):
                 await Database(location, timeout=0.1).initialize()

@@ -17,6 +17,7 @@ from sqlalchemy import text
 from support.scripts import run_scripts
 
 from openclaw_store import Database, Finding, Level, StateManager, TaskRepository, diagnose, utc_now
+from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.database.migrations import HEAD
 from openclaw_store.maintenance import doctor
 
@@ -287,7 +288,6 @@ class TestServer:
     ) -> None:
         """The catalogs of what this server lacks are replaced by views with rows of their own."""
         monkeypatch.setattr(doctor, "HORIZON_TRANSACTIONS", 2)
-        name = str(location).rsplit("/", 1)[1]
         async with engine_of(location).connect() as connection:
             pid = await connection.scalar(text("SELECT pg_backend_pid()"))
             own = await connection.scalar(text("SELECT pg_current_xact_id()::text"))
@@ -303,7 +303,7 @@ class TestServer:
                 execute(location, statement)
 
             findings = await diagnose(database)
-            execute(location, f"ALTER DATABASE {name} SET search_path = other, pg_catalog, public")
+            monkeypatch.setattr(postgresql, "SEARCH_PATH", "other, pg_catalog")
             more = await diagnose(database)
 
         assert bad(findings) == {"horizon": Level.WARNING}

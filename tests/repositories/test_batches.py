@@ -16,7 +16,7 @@ import pytest
 from conftest import ENTITY_KINDS, FakeClock, Location, new_location
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import delete
 from support.examples import in_profile
 
 from openclaw_store import (
@@ -33,7 +33,7 @@ from openclaw_store import (
     TaskType,
 )
 from openclaw_store.backends.postgresql.write_session import CallCursor
-from openclaw_store.database import WriteTransaction
+from openclaw_store.database import NodeRow, TaskRow, WriteTransaction
 from openclaw_store.domain import conditions, lifecycle
 from openclaw_store.domain.records import Record, encode
 from openclaw_store.errors import NodeNotFoundError
@@ -362,8 +362,8 @@ class Stage:
     async def play(self, scene: Scene) -> list[Any]:
         """Return all that is seen."""
         async with self.database.transaction() as tx:
-            for table in ("tasks", "nodes"):
-                await tx.execute(text(f"DELETE FROM {table}"))
+            for row in (TaskRow, NodeRow):
+                await tx.execute(delete(row))
         *_, changes = await stored(self.database, 0)
         since = max((change.revision for change in changes), default=0)
         await self.write(*self.creations(scene))

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, ExceptionContext, Pool, event, text
-from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import written_aside
-from openclaw_store.backends.base import CounterStatements
+from openclaw_store.backends.base import SCHEMAS, CounterStatements, qualified
 from openclaw_store.backends.cancellation import Stop, cancel_at
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.connections import (
@@ -43,7 +43,10 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest supported server; the PostgreSQL project no longer maintains older ones."""
 
-_TABLES = ["tasks", "nodes", "changes", "counters"]
+_TABLES = [qualified("postgresql", table) for table in ("tasks", "nodes", "changes", "counters")]
+
+SEARCH_PATH = "pg_catalog, pg_temp"
+"""The schemas in which a server looks up functions and operators for the library."""
 
 _PREPARE = "SELECT current_setting('server_version_num'), current_setting('synchronous_commit')"
 
@@ -57,8 +60,8 @@ _FOREIGN = """
         THEN NOT has_table_privilege(pg_class.oid, 'MAINTAIN') ELSE true END
     ORDER BY relname"""
 
+_REVISION = qualified("postgresql", "alembic_version")
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
-_MIGRATION_LOCK = 0x6F70656E636C6177  # "openclaw"
 _LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, expires first
 _CONNECT_SECONDS = 5.0  # a short timeout for locks does not limit connecting
 
@@ -131,11 +134,28 @@ class PostgreSQL:
         async def run() -> Result:
             engine = self.engine(write=True, is_long=True, json_deserializer=None)
             async with engine.begin() as connection:
-                await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+                await self._lock_revision(connection)
                 return await connection.run_sync(work)
 
         with self.error_mapping.mapped():
             return asyncio.run(run())
+
+    async def _lock_revision(self, connection: AsyncConnection) -> None:
+        """Lock the table of the revision, which takes a privilege; make it if necessary.
+
+        Any role can take an advisory lock, and never release it.
+        """
+        if await connection.scalar(text("SELECT to_regclass(:name)"), {"name": _REVISION}) is None:
+            try:
+                async with connection.begin_nested():
+                    await connection.exec_driver_sql(
+                        f"CREATE TABLE {_REVISION} (version_num varchar(32) NOT NULL "
+                        "CONSTRAINT alembic_version_pkc PRIMARY KEY)"
+                    )
+            except DBAPIError as error:  # another migration has made it, and committed
+                if self.error_mapping.code(error) not in ("23505", "42P07"):
+                    raise
+        await connection.exec_driver_sql(f"LOCK TABLE {_REVISION} IN SHARE UPDATE EXCLUSIVE MODE")
 
     def engine(
         self,
@@ -167,23 +187,26 @@ class PostgreSQL:
                     "application_name", "openclaw_store"
                 ),
                 "lock_timeout": milliseconds(lock_timeout),
+                "search_path": SEARCH_PATH,
                 **(settings or {}),
             },
         }
         if self._synchronous_commit is not None:  # explicit, as the role's default may change
             arguments["server_settings"]["synchronous_commit"] = self._synchronous_commit
+        execution: dict[str, Any] = {"schema_translate_map": {None: SCHEMAS["postgresql"]}}
         if write:  # a writer that waited for a lock sees the rows of its last holder
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # else the lock of a machine that vanishes is held for hours
                 arguments["server_settings"][_IDLE_LIMIT] = milliseconds(self._answer_timeout)
         else:
             options["isolation_level"] = "REPEATABLE READ"  # one snapshot, as on SQLite
-            options["execution_options"] = {"postgresql_readonly": True}
+            execution["postgresql_readonly"] = True
         engine = create_async_engine(
             "postgresql+asyncpg://",
             poolclass=pool,
             connect_args=arguments,
             hide_parameters=True,
+            execution_options=execution,
             # JSON stays text until it is used; but SQLAlchemy itself decodes JSON of the schema.
             **{"json_deserializer": str, **options},
         )

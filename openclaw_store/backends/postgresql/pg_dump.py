@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from openclaw_store.backends.base import SCHEMAS
 from openclaw_store.backends.cancellation import Stop
 from openclaw_store.errors import UnavailableError
 
-_TABLES = {"alembic_version", "changes", "counters", "nodes", "tasks"}
+_TABLES = ["alembic_version", "changes", "counters", "nodes", "tasks"]
 
 
 async def environment_of(connection: Any) -> dict[str, str]:
@@ -54,12 +55,11 @@ def dump(environment: Mapping[str, str], location: str, path: Path, stop: Stop) 
     run = partial(_run, environment, location, stop)
     run("pg_dump", "--format=custom", f"--file={path}")
     listed = run("pg_restore", "--list", str(path)).splitlines()
-    tables = {
-        words[6] for line in listed if (words := line.split())[3:6] == ["TABLE", "DATA", "public"]
-    }
-    if missing := _TABLES - tables:
+    contents = [line.split()[3:7] for line in listed]
+    data = ["TABLE", "DATA", SCHEMAS["postgresql"]]
+    if missing := [name for name in _TABLES if [*data, name] not in contents]:
         raise UnavailableError(
-            f"{location}: the archive of pg_dump lacks {', '.join(sorted(missing))}: check which "
+            f"{location}: the archive of pg_dump lacks {', '.join(missing)}: check which "
             "pg_dump is first in PATH"
         )
 
