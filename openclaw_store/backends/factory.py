@@ -36,7 +36,9 @@ def backend_of(
     if not isinstance(location, str | Path):
         raise InvalidDataError("db_path", f"must be a path or URL, not {type(location).__name__}")
     if is_postgresql(str(location)):
-        return PostgreSQL(str(location), timeout, answer_timeout)
+        if isinstance(location, Path):
+            raise InvalidDataError("db_path", "is a URL in a Path: give it as text")
+        return PostgreSQL(location, timeout, answer_timeout)
     if _SECRET.match(str(location)):
         raise InvalidDataError(
             "db_path",

@@ -175,6 +175,15 @@ def assert_meaning(backend: PostgreSQL, meaning: Any, location: str) -> None:
     assert again.location == backend.location
 
 
+def test_options_of_tls_reach_the_driver_and_the_programs_of_the_server() -> None:
+    backend: Any = backend_of("postgresql://db/cluster?direct_tls=true&sslrootcert=/a%20b/ca.pem")
+    options = backend._location
+
+    assert options.arguments()["direct_tls"] is True
+    assert options.arguments()["dsn"] == "postgresql://?sslrootcert=%2Fa%20b%2Fca.pem"
+    assert options.files() == {"PGSSLNEGOTIATION": "direct", "PGSSLROOTCERT": "/a b/ca.pem"}
+
+
 @pytest.mark.postgresql
 async def test_server_is_reached_by_a_keyword_string_and_an_application_name(
     location: str, migrated_postgresql: str

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import FakeClock, MakeNode
+from sqlalchemy import func, select
 
 from openclaw_store import Database, NodeInfo, NodeRepository, NodeStatus
+from openclaw_store.database import CounterRow, NodeRow
 from openclaw_store.database.statements import USAGE
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.heartbeats import Heartbeat, HeartbeatWritten, apply_heartbeats
@@ -33,17 +35,13 @@ async def stored(database: Database, node: NodeInfo) -> NodeInfo:
     return found
 
 
-COUNTERS = """
-    SELECT (SELECT coalesce(max(changes.revision), 0) FROM changes) AS revision,
-    (SELECT coalesce(max(nodes.beat), 0) FROM nodes) AS beat"""
-
-
 async def counters(database: Database) -> tuple[int, int]:
     """The revision, and the number of the newest flush."""
     async with database.session() as session:
-        connection = await session.connection()
-        row = (await connection.exec_driver_sql(COUNTERS)).one()
-        return row.revision, row.beat
+        return (
+            await session.scalar(select(CounterRow.revision)) or 0,
+            await session.scalar(select(func.max(NodeRow.beat))) or 0,
+        )
 
 
 async def test_numbers_go_on_though_no_heartbeat_updates_the_counters(
@@ -56,8 +54,7 @@ async def test_numbers_go_on_though_no_heartbeat_updates_the_counters(
 
     async def kept() -> Any:
         async with database.session() as session:
-            connection = await session.connection()
-            return (await connection.exec_driver_sql("SELECT beat FROM counters")).scalar_one()
+            return await session.scalar(select(CounterRow.beat))
 
     for node in nodes:
         await database.write(

@@ -157,10 +157,9 @@ class ServerLocation:
         return arguments
 
     def files(self) -> dict[str, str]:
-        """Return libpq's variables for the files of TLS, as the driver finds them."""
-        found = {
-            name: self.options.get(one) or os.environ.get(name) for one, name in _FILES.items()
-        }
+        """Return libpq's variables for TLS, as the driver finds them."""
+        names = {**_FILES, "sslnegotiation": "PGSSLNEGOTIATION"}
+        found = {name: self.options.get(one) or os.environ.get(name) for one, name in names.items()}
         return {name: value for name, value in found.items() if value}
 
 
