@@ -283,7 +283,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
 
 
 def unreadable_value(error: BaseException) -> BaseException | None:
-    """Return the driver's error, if the cause may be a value written by hand.
+    """Return the driver's error without the value, if a value written by hand may be the cause.
 
     On SQLite, `json_array` refuses a BLOB, and text that is not UTF-8 is an error without a code;
     on PostgreSQL, the driver refuses times outside Python's range.
@@ -291,6 +291,7 @@ def unreadable_value(error: BaseException) -> BaseException | None:
     cause = _cause(error)
     is_general = SQLiteErrorMapping.code(error) in (None, "SQLITE_ERROR")
     if isinstance(cause, OverflowError) or (isinstance(cause, sqlite3.Error) and is_general):
+        SQLiteErrorMapping.hide_values(error)
         return cause
     return None
 

@@ -6,18 +6,19 @@ import traceback
 from typing import Any
 
 import pytest
-from conftest import MakeTask, execute, refuse_tasks
+from conftest import MakeTask, OpenManager, execute, refuse_tasks
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from openclaw_store import Database, InvalidDataError, StoreError, TaskRepository
+from openclaw_store.backends import qualified
 
 SECRET = "hunter2"
 
 REFUSED = {
-    "a constraint": "INSERT INTO nodes (node_id, status) VALUES (:secret, 'nowhere')",
-    "a key": "INSERT INTO nodes (node_id) VALUES (:secret), (:secret)",
-    "nothing there": "INSERT INTO tasks (task_id, name) VALUES (:secret, NULL)",
+    "a constraint": "INSERT INTO {schema}nodes (node_id, status) VALUES (:secret, 'nowhere')",
+    "a key": "INSERT INTO {schema}nodes (node_id) VALUES (:secret), (:secret)",
+    "nothing there": "INSERT INTO {schema}tasks (task_id, name) VALUES (:secret, NULL)",
     "a table": "SELECT :secret FROM nowhere",
 }
 """Statements of a caller, and the reason for which the database refuses each."""
@@ -25,7 +26,7 @@ REFUSED = {
 REFUSED_BY_POSTGRESQL = {
     "a value": "SELECT CAST(CAST(:secret AS text) AS integer)",
     "the driver": "SELECT CAST(:secret AS integer)",
-    "JSON": "INSERT INTO nodes (node_id, tags) VALUES ('n', CAST(CAST(:secret AS text) AS json))",
+    "JSON": "SELECT CAST(CAST(:secret AS text) AS json)",
 }
 """The same for PostgreSQL, which quotes the value."""
 
@@ -38,6 +39,7 @@ def shown(error: BaseException) -> str:
 async def test_statement_of_a_caller_that_fails_shows_no_value(database: Database) -> None:
     extra = REFUSED_BY_POSTGRESQL if database.dialect == "postgresql" else {}
     for statement in (*REFUSED.values(), *extra.values()):
+        statement = statement.format(schema=qualified(database.dialect, ""))
         inside: list[str] = []
 
         async def run(statement: str = statement, inside: list[str] = inside) -> None:
@@ -69,7 +71,11 @@ async def test_refused_task_shows_the_constraint_and_no_value(
 
 @pytest.mark.sqlite
 async def test_text_that_cannot_be_decoded_is_not_shown(
-    database: Database, make_task: MakeTask, location: Any
+    database: Database,
+    make_task: MakeTask,
+    location: Any,
+    open_manager: OpenManager,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     tasks = TaskRepository(database)
     await tasks.create(make_task(task_id="t"))
@@ -77,5 +83,8 @@ async def test_text_that_cannot_be_decoded_is_not_shown(
 
     with pytest.raises(StoreError, match="column 'name'") as caught:
         await tasks.get("t")
+    await open_manager()
 
     assert SECRET not in shown(caught.value)
+    assert "column 'name'" in caplog.text
+    assert SECRET not in caplog.text
