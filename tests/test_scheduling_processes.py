@@ -54,8 +54,8 @@ NAMES = [f"worker{number}" for number in range(WORKERS)]
 CLAIMERS = 4
 SILENT_SECONDS = 3  # heartbeats are stored within a second
 ASSIGNED = (
-    "SELECT node_id, running_tasks, max_concurrent_tasks, (SELECT count(*) FROM tasks"
-    " WHERE assigned_node = node_id AND status IN ('scheduled', 'running')) FROM nodes"
+    "SELECT node_id, running_tasks, max_concurrent_tasks, (SELECT count(*) FROM {0}tasks"
+    " WHERE assigned_node = node_id AND status IN ('scheduled', 'running')) FROM {0}nodes"
 )
 
 
@@ -117,11 +117,12 @@ class Worker:
             await asyncio.sleep(0.1)
 
     async def recover(self):
+        assigned = ASSIGNED.format("" if self.store.db.dialect == "sqlite" else "public.")
         while not self.is_done:  # cancelled, it could not tell whom it has found out
             for name in (await self.store.recover(SILENT_SECONDS)).offline_nodes:
                 self.note("offline", name)
             async with self.store.db.session() as session:
-                for name, running, most, held in await session.execute(text(ASSIGNED)):
+                for name, running, most, held in await session.execute(text(assigned)):
                     is_right = running == held <= most
                     self.note("counted" if is_right else "miscounted", name, running, held)
             await asyncio.sleep(0.2)

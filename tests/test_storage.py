@@ -172,7 +172,7 @@ class TestDatabase:
         assert stats["db_size"] > 0
         del stats["db_size"], stats["writer"]  # the latter came later
         assert stats == {
-            "db_path": str(location),
+            "db_path": str(location).replace("+asyncpg", ""),
             "task_count": 1,
             "node_count": 1,
             "task_stats": {"pending": 1},

@@ -3,7 +3,7 @@
 This room holds the commands, the unit of work, the change log and its retention. It caches nothing.
 """
 
-from openclaw_store.repositories.base import Repository
+from openclaw_store.repositories.base import Repository, admit_entity
 from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.bulk import Refusals, TasksAdded, changes_of, insert_tasks
 from openclaw_store.repositories.change_log import (
@@ -46,7 +46,13 @@ from openclaw_store.repositories.row_reader import (
     read_rows,
     select_pending,
 )
-from openclaw_store.repositories.tasks import TaskRepository, check_ids, each_of_pages, is_known
+from openclaw_store.repositories.tasks import (
+    TaskRepository,
+    check_ids,
+    each_of_pages,
+    encode_result,
+    is_known,
+)
 from openclaw_store.repositories.unit_of_work import (
     Command,
     Event,

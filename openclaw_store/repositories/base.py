@@ -77,44 +77,14 @@ class Repository(Generic[Entity]):
 
         return await self._read(run)
 
-    async def admit(
-        self, entity: Entity, known: Record[Entity] | None = None, *, is_new: bool = False
-    ) -> Record[Entity]:
-        """Return the checked record of a caller's object.
-
-        Args:
-            known: The stored record, if it is known.
-            is_new: There is no stored record.
-
-        Raises:
-            InvalidDataError: With the first field that cannot be stored.
-        """
-        clock = self._database.clock
-        record: Record[Entity]
-        try:
-            record = admit(self.kind, entity, clock, known)
-        except LongValueError:
-            encoded = await self._database.slices.run(encode_long_values(entity))
-            record = admit(self.kind, entity, clock, known, encoded)
-        limit = self._database.max_json_bytes
-        if limit < MAX_JSON_BYTES:
-            texts = {name: record.encoded(name) or b"" for name in JSON_FIELDS[self.kind]}
-            names = [name for name, text in texts.items() if len(text) > limit]
-            if names and known is None and not is_new:
-                known = await self.get_record(record.id)
-            for name in names:  # a value that was stored under a higher limit may stay
-                if known is None or known.encoded(name) != texts[name]:
-                    raise too_long(name, limit)
-        return record
-
     async def _create(self, entity: Entity) -> bool:
-        record = await self.admit(entity, is_new=True)
+        record = await admit_entity(self, entity, is_new=True)
         command = Create(self.kind, record.id, record)
         self._write_back(await self._write(command), entity)
         return True
 
     async def _update(self, entity: Entity) -> bool:
-        record = await self.admit(entity)
+        record = await admit_entity(self, entity)
         command = Update(self.kind, record.id, record, CONTENT[self.kind], record.version)
         self._write_back(await self._write(command), entity)
         return True
@@ -187,3 +157,39 @@ def too_long(name: str, limit: int) -> InvalidDataError:
     return InvalidDataError(
         name, f"is larger than {limit} bytes of JSON: store less, or raise `max_json_bytes`"
     )
+
+
+async def admit_entity(
+    repository: Repository[Entity],
+    entity: Entity,
+    known: Record[Entity] | None = None,
+    *,
+    is_new: bool = False,
+) -> Record[Entity]:
+    """Return the checked record of a caller's object.
+
+    Args:
+        known: The stored record, if it is known.
+        is_new: There is no stored record.
+
+    Raises:
+        InvalidDataError: With the first field that cannot be stored.
+    """
+    kind, database = repository.kind, repository._database
+    clock = database.clock
+    record: Record[Entity]
+    try:
+        record = admit(kind, entity, clock, known)
+    except LongValueError:
+        encoded = await database.slices.run(encode_long_values(entity))
+        record = admit(kind, entity, clock, known, encoded)
+    limit = database.max_json_bytes
+    if limit < MAX_JSON_BYTES:
+        texts = {name: record.encoded(name) or b"" for name in JSON_FIELDS[kind]}
+        names = [name for name, text in texts.items() if len(text) > limit]
+        if names and known is None and not is_new:
+            known = await repository.get_record(record.id)
+        for name in names:  # a value that was stored under a higher limit may stay
+            if known is None or known.encoded(name) != texts[name]:
+                raise too_long(name, limit)
+    return record

@@ -24,7 +24,7 @@ from openclaw_store.domain import (
     check_text,
     conditions,
 )
-from openclaw_store.repositories.base import Repository
+from openclaw_store.repositories.base import Repository, admit_entity
 from openclaw_store.repositories.commands import Register, SetNodeStatus
 from openclaw_store.repositories.heartbeats import Heartbeat
 from openclaw_store.repositories.parts import register_in_parts
@@ -100,7 +100,7 @@ class NodeRepository(Repository[NodeInfo]):
         Raises:
             InvalidDataError: If a field cannot be stored.
         """
-        record = await self.admit(node)
+        record = await admit_entity(self, node)
         command = Register(record.node_id, record, check_backoff(backoff).draw())
         stored = await register_in_parts(self._write, command)
         self._write_back(stored, node, SET_BY_REGISTRATION)

@@ -148,16 +148,7 @@ class TaskRepository(Repository[Task]):
             NotOwnerError: If this attempt is no longer assigned to its node.
             InvalidDataError: If the result cannot be stored.
         """
-        return await self._advance(completion_of(task, await self.encode_result(result)))
-
-    async def encode_result(self, result: Any) -> bytes | None:
-        """Return the JSON of a result; `None` for no result."""
-        if result is None:
-            return None
-        text = await self._database.slices.run(encode_in_steps(encode_json, "result", result))
-        if len(text) > self._database.max_json_bytes:
-            raise too_long("result", self._database.max_json_bytes)
-        return text
+        return await self._advance(completion_of(task, await encode_result(self._database, result)))
 
     async def fail(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
         """Report an error; the task is PENDING again, or FAILED after its last retry.
@@ -414,3 +405,13 @@ async def is_known(work: Awaitable[object]) -> bool:
     except TaskNotFoundError:
         return False
     return True
+
+
+async def encode_result(database: Database, result: Any) -> bytes | None:
+    """Return the JSON of a result; `None` for no result."""
+    if result is None:
+        return None
+    text = await database.slices.run(encode_in_steps(encode_json, "result", result))
+    if len(text) > database.max_json_bytes:
+        raise too_long("result", database.max_json_bytes)
+    return text

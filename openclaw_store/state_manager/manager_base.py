@@ -31,7 +31,13 @@ from openclaw_store.errors import (
     logger_of,
     safe_repr,
 )
-from openclaw_store.repositories import Create, NodeRepository, Repository, TaskRepository
+from openclaw_store.repositories import (
+    Create,
+    NodeRepository,
+    Repository,
+    TaskRepository,
+    admit_entity,
+)
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Scheduler
@@ -219,7 +225,7 @@ class ManagerBase:
                 if inspect.iscoroutine(result):
                     result.close()
                 raise InvalidDataError("fn", "must be a plain function, not a coroutine function")
-            changed = await repository.admit(copy, known)
+            changed = await admit_entity(repository, copy, known)
             if changed.id != known.id:
                 raise InvalidDataError(
                     KEY[repository.kind], f"must not be changed, from {known.id!r}"
@@ -230,7 +236,7 @@ class ManagerBase:
 
     async def _add(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
         self._check_usable()
-        record = await self._repository(kind).admit(entity, is_new=True)
+        record = await admit_entity(self._repository(kind), entity, is_new=True)
         if persist:
             id, key = getattr(entity, KEY[kind]), None
             if kind is Task:
@@ -246,7 +252,7 @@ class ManagerBase:
         id = getattr(entity, KEY[kind], None)
         known = self._replica.cache.find((kind, id)) if type(id) is str else None
         update = self._replica.update if persist else self._replica.write_behind.update
-        record = await self._repository(kind).admit(entity, known)
+        record = await admit_entity(self._repository(kind), entity, known)
         write_back(await update(record), entity)
         return True
 

@@ -14,7 +14,7 @@ from openclaw_store.domain import (
     check_text,
     write_back,
 )
-from openclaw_store.repositories import Resume, SetNodeStatus, node_status
+from openclaw_store.repositories import Resume, SetNodeStatus, admit_entity, node_status
 from openclaw_store.state_manager.manager_base import ManagerBase
 
 
@@ -80,7 +80,7 @@ class NodeCalls(ManagerBase):
             InvalidDataError: If a field cannot be stored.
         """
         self._check_usable()
-        record = await self.node_repo.admit(node)
+        record = await admit_entity(self.node_repo, node)
         write_back(await self._scheduler.register(record), node, SET_BY_REGISTRATION)
         return True
 

@@ -25,7 +25,7 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.repositories import check_ids, commands, is_known
+from openclaw_store.repositories import admit_entity, check_ids, commands, encode_result, is_known
 from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
@@ -195,7 +195,7 @@ class TaskCalls(ManagerBase):
                     raise
                 # Another task had the key, and was removed or changed meanwhile: try again.
             else:
-                return (await self.db.slices.copies([await self.task_repo.admit(task)]))[0]
+                return (await self.db.slices.copies([await admit_entity(self.task_repo, task)]))[0]
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each task receives its version and its times in UTC.
@@ -237,7 +237,7 @@ class TaskCalls(ManagerBase):
             if len(batch.outcomes) % CHECK_SLICE_SIZE == CHECK_SLICE_SIZE - 1:
                 await asyncio.sleep(0)
             try:
-                record = await self.task_repo.admit(task, is_new=True)
+                record = await admit_entity(self.task_repo, task, is_new=True)
             except InvalidDataError as error:
                 batch.outcomes.append(error)
             else:
@@ -328,7 +328,7 @@ class TaskCalls(ManagerBase):
             InvalidDataError: If the result cannot be stored.
         """
         self._check_usable()
-        text = await self.task_repo.encode_result(result)
+        text = await encode_result(self.db, result)
         return await self._advance(commands.completion_of(task, text))
 
     async def fail_task(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
