@@ -222,16 +222,23 @@ def complete(task: Record[Task], now: datetime, *, owner: Owner, result: bytes |
 
 
 def fail(
-    task: Record[Task], now: datetime, *, owner: Owner, error: str, wait: Wait | None
+    task: Record[Task],
+    now: datetime,
+    *,
+    owner: Owner,
+    error: str,
+    wait: Wait | None,
+    status: TaskStatus = TaskStatus.FAILED,
 ) -> Outcome:
-    """Retry a task after `wait`, or end it as FAILED after its last retry; idempotent.
+    """Retry a task after `wait`, or end it after its last retry; idempotent.
 
     Args:
         wait: `None` for no retry.
+        status: The status at the end.
     """
-    if task.status is TaskStatus.FAILED and owner == owner_of(task):
+    if task.status is status and owner == owner_of(task):
         return None
-    return _not_owned(task, owner) or _failed(task, now, TaskStatus.FAILED, error, wait)
+    return _not_owned(task, owner) or _failed(task, now, status, error, wait)
 
 
 def cancel(

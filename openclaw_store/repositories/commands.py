@@ -304,12 +304,21 @@ def completion_of(task: Task, text: bytes | None) -> Advance:
     return _by_owner(task, partial(lifecycle.complete, result=text))
 
 
-def failure_of(task: Task, error: str | BaseException, wait: Wait | None) -> Advance:
-    """Return the command by which the owner reports a failure; without `wait`, the last one."""
+def failure_of(
+    task: Task,
+    error: str | BaseException,
+    wait: Wait | None,
+    status: TaskStatus = TaskStatus.FAILED,
+) -> Advance:
+    """Return the command by which the owner reports a failure; without `wait`, the last one.
+
+    Args:
+        status: The status after the last retry.
+    """
     if isinstance(error, BaseException):
         error = describe_exception(error)
     text = check_text("error", error)
-    return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait))
+    return _by_owner(task, partial(lifecycle.fail, error=text, wait=wait, status=status))
 
 
 def release_of(task: Task, reason: str | None) -> Advance:

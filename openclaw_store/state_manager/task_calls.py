@@ -12,6 +12,7 @@ from openclaw_store.domain import (
     FINISHED,
     Record,
     Task,
+    TaskStatus,
     check_key,
     check_limit,
     check_number,
@@ -331,7 +332,14 @@ class TaskCalls(ManagerBase):
         text = await encode_result(self.db, result)
         return await self._advance(commands.completion_of(task, text))
 
-    async def fail_task(self, task: Task, error: str | BaseException, retry: bool = True) -> Task:
+    async def fail_task(
+        self,
+        task: Task,
+        error: str | BaseException,
+        retry: bool = True,
+        *,
+        timed_out: bool = False,
+    ) -> Task:
         """Report a failed attempt on behalf of the node of a task, as in `start_task`.
 
         The task is PENDING again, and due after the delay of the manager's `backoff`. After its
@@ -339,14 +347,17 @@ class TaskCalls(ManagerBase):
 
         Args:
             error: A text, or an exception: its type and text.
-            retry: `False` ends the task as FAILED at once, for an error that a retry cannot cure.
+            retry: `False` ends the task at once, for an error that a retry cannot cure.
+            timed_out: The attempt exceeded the `timeout` of the task, which is TIMEOUT in place of
+                FAILED at the end, as by `recover`.
 
         Raises:
             TaskNotFoundError: If the task was removed.
             NotOwnerError: As in `start_task`.
         """
         wait = self._backoff.draw() if retry else None
-        return await self._advance(commands.failure_of(task, error, wait))
+        status = TaskStatus.TIMEOUT if timed_out else TaskStatus.FAILED
+        return await self._advance(commands.failure_of(task, error, wait, status))
 
     async def release_task(self, task: Task, reason: str | None = None) -> Task:
         """Give a task back on behalf of its node, as in `start_task`: it is PENDING at once.

@@ -125,7 +125,7 @@ async def test_timeout_ends_the_handler(
         await store.add_task(task)
         ended = await store.wait_for_task(task.task_id, PATIENCE)
 
-    assert (ended.status, ended.error) == (TaskStatus.FAILED, OVERDUE)
+    assert (ended.status, ended.error) == (TaskStatus.TIMEOUT, OVERDUE)
 
 
 async def test_task_is_cancelled_when_its_handler_has_ended(
