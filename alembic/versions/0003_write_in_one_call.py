@@ -351,6 +351,6 @@ def downgrade() -> None:
         f"(SELECT beat FROM {prefix}nodes UNION ALL SELECT counters.beat) AS numbers)"
     )
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION {prefix}store_write_1")
+        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_1")
     op.execute(f"DROP INDEX {prefix}ix_tasks_delayed")
     op.execute(f"DROP INDEX {prefix}ix_tasks_ready")

@@ -347,7 +347,7 @@ def upgrade() -> None:
         "WHERE status IN ('pending', 'scheduled') AND expires_at IS NOT NULL"
     )
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION {prefix}store_write_1")
+        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_1")
         op.execute(function(schema))
 
 
@@ -356,7 +356,7 @@ def downgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION {prefix}store_write_2")
+        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_2")
     op.execute(f"DROP INDEX {prefix}ix_tasks_expiring")
     # Raw SQL drops a column in place; a batch operation of Alembic copies the table on SQLite.
     for name in ("cancel_deadline_at", "cancel_requested_at", "expires_at", "max_losses", "losses"):

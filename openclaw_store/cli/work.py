@@ -28,7 +28,9 @@ async def work(
     skill: Annotated[
         list[str] | None, typer.Option(help="A skill of the node; may be repeated.")
     ] = None,
-    lease: Annotated[float, typer.Option(help="Seconds without a heartbeat until its loss.")] = 60,
+    lease: Annotated[
+        float, typer.Option(help="Seconds without a heartbeat until it counts as lost.")
+    ] = 60,
     grace: Annotated[float, typer.Option(help="Seconds for running tasks after a signal.")] = 30,
     recover_every: Annotated[
         float | None, typer.Option(help="Seconds between two recoveries of lost tasks.")
@@ -75,8 +77,9 @@ def _import(name: str) -> Handler:
         found: Any = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InvalidDataError("handler", f"{name!r} cannot be imported: {error}") from error
+    except Exception as error:  # the module may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise InvalidDataError("handler", f"{name!r} cannot be imported: {reason}") from error
     if not callable(found):
         raise InvalidDataError("handler", f"{name!r} is not a function")
     handle: Handler = found

@@ -273,8 +273,8 @@ def check(backend: Backend) -> None:
     require(backend)
     if not backend.inspect(has_functions):
         raise SchemaMismatchError(
-            f"the function {FUNCTION} of {backend.location} was changed or dropped: downgrade "
-            "to 0003, and upgrade again"
+            f"the function {FUNCTION} of {backend.location} was changed or dropped: restore a "
+            'backup, or run "alembic downgrade 0003" (it drops the columns of 0004) and upgrade'
         )
     from alembic import command
     from alembic.util import CommandError

@@ -15,7 +15,7 @@ _SLICE_BYTES = 1 << 18
 
 
 class Slices:
-    """The long computations of one event loop: one at a time, else their pauses would add up."""
+    """The long computations of one event loop: at most one runs at a time."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()

@@ -14,7 +14,7 @@ from openclaw_store.domain.changes import (
     key_of,
 )
 from openclaw_store.domain.clock import Clock, new_id, utc_now
-from openclaw_store.domain.conditions import free_slots, has_skills, is_due
+from openclaw_store.domain.conditions import free_slots, has_skills, is_due, is_expired
 from openclaw_store.domain.filters import (
     NodeFilter,
     TaskFilter,

@@ -97,7 +97,7 @@ def is_overdue(task: Record[Task], now: datetime) -> bool:
         return False
     limit: int = task.timeout
     started: datetime = task.started_at
-    # `_in_order` may have moved the start into the future; `updated_at` is the real time then.
+    # `lifecycle._in_order` may have moved the start into the future; `updated_at` is real.
     began = min(started, task.updated_at or started)
     # As in `is_silent`, the clock may have been turned back since.
     return abs((now - began).total_seconds()) > limit

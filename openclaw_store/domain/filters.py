@@ -105,8 +105,8 @@ class NodeFilter:
     """True for an ONLINE node that runs fewer tasks than it may, false for any other node."""
     silent_for: timedelta | None = None
     """More than this time has passed since the last heartbeat, or since the registration of a node
-    that never sent one; its lease does not matter. A heartbeat as far in the future does not count:
-    a clock was turned back.
+    that never sent one; its lease does not matter. A heartbeat that lies further than this in the
+    future counts as silence: a clock was turned back.
     """
 
     def checked(self, now: datetime) -> NodeFilter:

@@ -85,7 +85,7 @@ class Page:
     size: int
 
     async def queries(self, session: AsyncSession) -> Sequence[Select[Any]]:
-        """Return queries of which the first results together are the page."""
+        """Return the queries whose results, merged and cut to `size`, are the page."""
         filter, states = self.filter, self._states()
         has_states = () if filter.status is None else (TaskRow.status.in_(states),)
         matches = [*other_conditions(filter, session.get_bind().dialect.name)]

@@ -32,7 +32,9 @@ class ClaimWaiters:
 
     @contextmanager
     def waiting(self, node_id: str) -> Iterator[asyncio.Future[None]]:
-        """Yield a future that is done when the node should claim; await it, or it is passed on.
+        """Yield a future that is done when the node should claim.
+
+        A caller that was woken and does not claim calls `pass_on`.
 
         The caller claims *after* it has registered here: a commit in between wakes it.
         """

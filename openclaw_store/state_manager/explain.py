@@ -15,6 +15,7 @@ from openclaw_store.domain import (
     free_slots,
     has_skills,
     is_due,
+    is_expired,
 )
 
 FREE, FULL = "free", "full"
@@ -35,11 +36,16 @@ class Explanation:
     """The state of each node with all its skills, which is `free`, `full`, or its status."""
     ahead: int
     """The number of tasks that these nodes claim first."""
+    expired_at: datetime | None = None
+    """The time at which the task expired; `None` if it may be claimed."""
 
     def __str__(self) -> str:
         if self.status is not TaskStatus.PENDING:
             on_node = "" if self.assigned_node is None else f" on node {self.assigned_node!r}"
             return f"Task {self.task_id!r} does not wait: it is {self.status.value}{on_node}."
+        if self.expired_at is not None:
+            at = self.expired_at.isoformat()
+            return f"Task {self.task_id!r} expired at {at}: `recover` will end it."
         reasons: list[str] = []
         if self.not_before is not None:
             reasons.append(f"it is not due until {self.not_before.isoformat()}")
@@ -80,4 +86,5 @@ def explain(
         tuple(sorted(missing)),
         states,
         ahead,
+        task.expires_at if pending and is_expired(task, now) else None,
     )

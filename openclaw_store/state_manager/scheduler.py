@@ -286,7 +286,8 @@ class Scheduler:
         async for place, one in _pending_tasks(cache):
             if key is None or place >= key:
                 break
-            if one.status is TaskStatus.PENDING and conditions.is_due(one, now):
+            is_due = conditions.is_due(one, now) and not conditions.is_expired(one, now)
+            if one.status is TaskStatus.PENDING and is_due:
                 required = one.encoded("required_skills")
                 ahead += any(conditions.are_among(required, present) for present in skills)
         return explain(task, nodes, ahead, now)

@@ -343,7 +343,7 @@ class TaskCalls(ManagerBase):
         """Report a failed attempt on behalf of the node of a task, as in `start_task`.
 
         The task is PENDING again, and due after the delay of the manager's `backoff`. After its
-        last retry (`max_retries`) it is FAILED.
+        last retry (`max_retries`) it is FAILED, or TIMEOUT.
 
         Args:
             error: A text, or an exception: its type and text.

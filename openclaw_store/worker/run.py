@@ -6,17 +6,19 @@ import asyncio
 import inspect
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from contextvars import copy_context
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from openclaw_store.domain import Task
+from openclaw_store.domain import Task, describe_exception
 
 MAX_TRACEBACK_LENGTH = 4000
-"""Characters of the end of a traceback that are stored as the error of a task."""
+"""Characters of the end of a traceback, and of the text of an exception, that are stored."""
 
 Handler = Callable[[Task, "Run"], Any]
 """Runs a task: a coroutine function, or a plain function, which runs in a thread.
@@ -108,20 +110,34 @@ def is_coroutine_function(handler: Handler) -> bool:
 
 
 async def _await(handler: Handler, task: Task, run: Run) -> Any:
-    try:
+    with _no_exit():
         return await handler(task, run)
-    except SystemExit as error:  # it would end the worker, with all other tasks
-        raise RuntimeError(f"the handler has called sys.exit({error.code!r})") from error
 
 
 def _call(handler: Handler, task: Task, run: Run) -> Any:
-    try:
+    with _no_exit():
         return handler(task, run)
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """Turn `SystemExit`, which would end the worker with all other tasks, into an error."""
+    try:
+        yield
     except SystemExit as error:
         raise RuntimeError(f"the handler has called sys.exit({error.code!r})") from error
 
 
 def describe(error: BaseException) -> str:
-    """Return the end of the traceback of an exception, without the frames of this module."""
-    lines = traceback.TracebackException.from_exception(error).format()
-    return "".join(lines)[-MAX_TRACEBACK_LENGTH:].rstrip()
+    """Return the traceback of an exception, its end if it is long, and its type and text."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename not in _OWN_FILES
+    ]
+    lines = "".join(traceback.format_list(frames))[-MAX_TRACEBACK_LENGTH:]
+    return lines.replace("\0", "\\0") + describe_exception(error)[:MAX_TRACEBACK_LENGTH]
+
+
+_OWN_FILES = frozenset(str(Path(__file__).with_name(name)) for name in ("run.py", "worker.py"))
+"""Modules whose frames tell the user nothing."""

@@ -67,8 +67,10 @@ class Worker:
     never the worker. While the database is away, handlers go on, and their reports are repeated
     until the lease is lost.
     **Stop.** After SIGTERM, SIGINT or `stop`, the worker claims no more tasks, gives the running
-    ones `grace_seconds`, and releases the rest: they are PENDING again at no cost. A second signal
-    ends it at once.
+    ones `grace_seconds`, and releases the rest: they are PENDING again at no cost. A second SIGTERM
+    ends it at once; after a second SIGINT, plain functions still run to their end.
+    **Identity.** Each worker needs a node of its own: a worker that registers a node takes it from
+    the one before.
 
     Args:
         state: A `StateManager` that is open, or a `Database`, which the worker opens and closes.
@@ -114,7 +116,10 @@ class Worker:
         return f"<Worker of {self.node.node_id!r}, {used}>"
 
     def stop(self) -> None:
-        """Make `run` return, after the running tasks or their grace; call it on the event loop."""
+        """Make `run` return after the running tasks have ended, or after their grace.
+
+        Call it on the event loop.
+        """
         self._stopping.set()
 
     async def run(self) -> None:
@@ -234,7 +239,7 @@ class Worker:
                     return partial(manager.acknowledge_cancel, task)
                 case Interruption.TIMED_OUT:
                     return partial(manager.fail_task, task, OVERDUE, timed_out=True)
-            logger.info("task %r failed: %r", task.task_id, error)
+            logger.warning("task %r failed: %r", task.task_id, error)
             return partial(manager.fail_task, task, describe(error))
         return partial(manager.complete_task, task, result)
 

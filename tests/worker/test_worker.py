@@ -107,6 +107,8 @@ async def test_each_task_ends_by_itself(
                 assert task.status is TaskStatus.FAILED
                 assert task.error is not None
                 assert task.error.endswith("ValueError: boom")
+                assert "test_worker.py" in task.error
+                assert "openclaw_store/worker" not in task.error
             case "exit":
                 assert task.status is TaskStatus.FAILED
                 assert task.error is not None

@@ -83,7 +83,7 @@ _ADVICE = {
         "leave it out",
     ),
 }  # fmt: skip
-"""What to do instead of the options of libpq that the driver has not."""
+"""Advice for options of libpq that the driver does not support."""
 
 _ESCAPE = "in a user name or password, write %40 for @, %3A for :, %2F for / and %3F for ?"
 
