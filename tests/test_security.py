@@ -280,6 +280,17 @@ def store(location: Path, migrated_sqlite: Path) -> Path:
 
 
 @pytest.mark.sqlite
+async def test_backup_never_gets_the_name_of_a_journal(tmp_path: Path) -> None:
+    """SQLite deletes a file of that name, or takes it for its own."""
+    async with Database(tmp_path / "x.db") as database, Database(tmp_path / "y.db") as another:
+        for suffix in ("-wal", "-shm", "-journal"):
+            for one in (database, another):
+                with pytest.raises(InvalidDataError, match="path"):
+                    await one.backup(tmp_path / f"x.db{suffix}")
+        await database.backup(tmp_path / "z.db-wal")
+
+
+@pytest.mark.sqlite
 class TestHostileFiles:
     @pytest.mark.parametrize("attack", hostile_files.SCHEMAS)
     async def test_hostile_schema_is_refused_before_any_of_it_runs(

@@ -33,9 +33,13 @@ _BEGINNINGS = {
     "view": ("CREATE VIEW ",),
 }
 _DROPPED = ("index", "trigger")
+_LITERAL = re.compile(r"('(?:[^']|'')*')")
 _LITERALS = re.compile(r"( IN)\(('\w+'(?:,'\w+')*)\)", re.ASCII)
 # SQLite's own white space: to SQLite, any other is a letter of a name.
 _SPACE = re.compile(r"[ \t\n\f\r]+")
+
+_LONGEST = 20_000
+"""Characters of a definition that is compared; those of the store have a tenth of them."""
 
 Definition = tuple[str, ...]
 """The normalised parts of a definition: of a table, its columns and constraints."""
@@ -133,7 +137,7 @@ def require(
             elif one.name.lower() in names:
                 yield f"the {one} has the name of a part of the store"
             elif one.type == "table":
-                yield from _expressions(one, connection)
+                yield from _dangers(one, connection)
             elif mention.search(f"{one.table} {one.sql}"):
                 yield f"the {one} names a table of the store"
 
@@ -141,9 +145,18 @@ def require(
         raise refusal(connection, problem)
 
 
-def _expressions(table: Object, connection: Connection) -> Iterator[str]:
-    """Yield the expressions of a table of another program, which checks would evaluate."""
+def _dangers(table: Object, connection: Connection) -> Iterator[str]:
+    """Yield what keeps a table of another program from being ignored.
+
+    Checks would evaluate its expressions. A reference to a column of the store that is no key makes
+    every removal fail.
+    """
     quoted = table.name.replace("'", "''")
+    references = 'SELECT "table", "to" FROM pragma_foreign_key_list(\'{}\')'
+    for name, column in connection.exec_driver_sql(references.format(quoted)):
+        ours = Base.metadata.tables.get(name.lower())
+        if ours is not None and column is not None and column.lower() not in ours.primary_key:
+            yield f"the {table} refers to {safe_repr(column)} of {name}, which is no key"
     columns = "SELECT name FROM pragma_table_xinfo('{}') WHERE hidden"
     for (name,) in connection.exec_driver_sql(columns.format(quoted)):
         yield f"the {table} has a generated column, {safe_repr(name)}"
@@ -178,9 +191,13 @@ def normalised(sql: str) -> Definition:
 
     Migrations add columns at the end, and models list them by their meaning.
     """
-    text = _SPACE.sub(" ", sql).strip(" ")
-    text = re.sub(r'"([a-z_]+)"', r"\1", text)
-    text = re.sub(r" ?([(),]) ?", r"\1", text)
+    if len(sql) > _LONGEST:
+        return (f"{len(sql)} characters",)
+    parts = _LITERAL.split(sql)  # every second one is a literal, which stays as it is
+    for number in range(0, len(parts), 2):
+        part = re.sub(r'"([a-z_]+)"', r"\1", _SPACE.sub(" ", parts[number]))
+        parts[number] = re.sub(r" ?([(),]) ?", r"\1", part)
+    text = "".join(parts).strip(" ")
     text = _LITERALS.sub(lambda found: f"{found[1]}({','.join(_in_order(found[2]))})", text)
     start, _, rest = text.partition("(")
     if not start.startswith("CREATE TABLE "):
