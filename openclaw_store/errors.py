@@ -62,7 +62,10 @@ def _make_printable(record: logging.LogRecord) -> bool:
         record.msg, record.args = printable(message), ()
     if record.exc_info and not record.exc_text:
         text = logging.Formatter().formatException(record.exc_info)
-        record.exc_text = printable(text, "\n")
+        # Indented: a line of an error's text must not pass for another record.
+        record.exc_text = printable(text, "\n").replace("\n", "\n  ")
+    if record.stack_info:
+        record.stack_info = printable(record.stack_info, "\n").replace("\n", "\n  ")
     return True
 
 

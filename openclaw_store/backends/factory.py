@@ -14,7 +14,7 @@ from openclaw_store.errors import InvalidDataError
 
 # A file would have the password as its name.
 _SECRET = re.compile(
-    r"(?i)//[^/]*@|(?![a-z]:\\)[^/]*:[^/]*@|[^/]*\b(password|passwd|pwd)\s*=", re.DOTALL
+    r"(?i)\w*//[^/]*@|(?![a-z]:\\)[^/]*:[^/]*@|(?!\.{0,2}/).*(password|passwd|pwd)\s*=", re.DOTALL
 )
 
 

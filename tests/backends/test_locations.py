@@ -175,6 +175,27 @@ def assert_meaning(backend: PostgreSQL, meaning: Any, location: str) -> None:
     assert again.location == backend.location
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "postgresql//a:hunter2@db/x",
+        "PGPASSWORD=hunter2 PGHOST=db",
+        "db/x?user=a&password=hunter2",
+        "a:hunter2@db/x",
+    ],
+)
+def test_no_file_is_named_after_a_password(given: str) -> None:
+    with pytest.raises(InvalidDataError, match="looks like a URL") as caught:
+        backend_of(given)
+
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["./a:b@c.db", "/tmp/password=1.db", "a@b.db", "../pwd=.db"])
+def test_path_with_such_letters_is_a_file(given: str) -> None:
+    assert isinstance(backend_of(given), SQLite)
+
+
 def test_options_of_tls_reach_the_driver_and_the_programs_of_the_server() -> None:
     backend: Any = backend_of("postgresql://db/cluster?direct_tls=true&sslrootcert=/a%20b/ca.pem")
     options = backend._location
