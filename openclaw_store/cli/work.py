@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 from importlib import import_module
@@ -11,7 +12,7 @@ import typer
 
 from openclaw_store.cli.commands import app
 from openclaw_store.cli.context import Call, command
-from openclaw_store.errors import InvalidDataError, printable
+from openclaw_store.errors import InvalidDataError, logger_of, printable
 
 if TYPE_CHECKING:
     from openclaw_store.worker import Handler
@@ -47,6 +48,9 @@ async def work(
     host = socket.gethostname()
     info = NodeInfo(node or host, host, available_skills=skill or [], max_concurrent_tasks=slots)
     handle = _import(handler)
+    logger = logger_of("worker")
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
     async with call.opened() as database:
         worker = Worker(
             database,

@@ -239,7 +239,7 @@ class Worker:
                     return partial(manager.acknowledge_cancel, task)
                 case Interruption.TIMED_OUT:
                     return partial(manager.fail_task, task, OVERDUE, timed_out=True)
-            logger.warning("task %r failed: %r", task.task_id, error)
+            logger.info("task %r failed: %r", task.task_id, error)
             return partial(manager.fail_task, task, describe(error))
         return partial(manager.complete_task, task, result)
 

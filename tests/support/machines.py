@@ -334,7 +334,7 @@ class Machine(DatabaseMachine):
             node = replace(node, last_heartbeat=beat.at, **beat.usage)
             self.nodes[id] = node  # what the other one changed in it, the manager reads later
             if node.status is NodeStatus.OFFLINE and beat.at >= self.status_since[id]:
-                self.store_node(side, replace(node, status=NodeStatus.ONLINE))
+                self.store_node(side, replace(node, status=NodeStatus.ONLINE, status_reason=None))
 
     def flush(self, side: Side) -> None:
         for id in list(side.heartbeats):
@@ -510,7 +510,7 @@ class Machine(DatabaseMachine):
 
         assert known is (id in self.nodes)
         if known:
-            node = replace(self.nodes[id], status=status)
+            node = replace(self.nodes[id], status=status, status_reason=None)
             if status in ALIVE:
                 last = node.last_heartbeat
                 node.last_heartbeat = self.clock() if last is None else max(last, self.clock())
@@ -575,7 +575,9 @@ class Machine(DatabaseMachine):
 
         assert set(found) == silent
         for id in found:  # in the order in which they were set OFFLINE
-            self.store_node(side, replace(self.nodes[id], status=NodeStatus.OFFLINE))
+            reason = f"silent for more than {SILENT_SECONDS:g} s"
+            node = replace(self.nodes[id], status=NodeStatus.OFFLINE, status_reason=reason)
+            self.store_node(side, node)
 
     # Time, and the other one.
 
