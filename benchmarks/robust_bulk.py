@@ -5,16 +5,16 @@ A benchmark of this module belongs to the group `robust`: add it to `BENCHMARKS`
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
 from statistics import median
 from time import perf_counter
 
 from benchmarks.claims import make_node
-from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_least, at_most, percentile
-from benchmarks.processes import CLIENTS, Kind, database_of
+from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_least, at_most
+from benchmarks.processes import Kind, database_of
+from benchmarks.robust import beside
 from benchmarks.work import make_task, make_tasks
 from openclaw_store import Database, NodeInfo, StateManager, Task, TaskFilter
 
@@ -77,7 +77,7 @@ async def parts(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
                 "add": lambda: store.add_tasks(make_tasks(many)),
                 "cancel": lambda: store.cancel_tasks(TaskFilter.everything()),
             }
-            return {name: await _p99_beside(store, call()) for name, call in calls.items()}
+            return {name: (await beside(store, call()))["p99_ms"] for name, call in calls.items()}
 
     sample = (await bench.interleave({"p99": measure}, 1))["p99"]
     return [Figure(value, f"{value:.0f} ms", "") for value in sample.values()]
@@ -132,23 +132,6 @@ async def skills(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
 def _again(names: Sequence[str]) -> Iterator[str]:
     while True:
         yield from names
-
-
-async def _p99_beside(store: StateManager, work: Awaitable[object]) -> float:
-    """Return the 99th percentile of `add_task` of several callers while `work` runs, in ms."""
-    latencies: list[float] = []
-    running = asyncio.ensure_future(work)
-
-    async def add() -> None:
-        for number in count():
-            began = perf_counter()
-            await store.add_task(make_task(number))
-            latencies.append(perf_counter() - began)
-            if running.done():
-                return
-
-    await asyncio.gather(running, *[add() for _ in range(CLIENTS)])
-    return percentile(latencies, 0.99) * 1e3
 
 
 def _of_kind(kind: Kind) -> tuple[Benchmark, ...]:

@@ -483,7 +483,9 @@ CALLS: dict[str, Call] = {
     "TaskRepository.list_tasks": Call(lambda fixture: fixture.task_repo.list_tasks()),
     "TaskRepository.list_waiting": Call(lambda fixture: fixture.task_repo.list_waiting()),
     "TaskRepository.list_expired": Call(lambda fixture: fixture.task_repo.list_expired()),
-    "TaskRepository.next_due_at": Call(lambda fixture: fixture.task_repo.next_due_at()),
+    "TaskRepository.next_due_at": Call(
+        lambda fixture: fixture.task_repo.next_due_at(fixture.db.clock())
+    ),
     "TaskRepository.release": Call(
         lambda fixture: fixture.task_repo.release(fixture.tasks["running"])
     ),

@@ -1,7 +1,7 @@
 """Conditions on tasks and nodes, on which transitions depend.
 
-The caller passes the present time. A clock may be turned back: a time that lies too far in the
-future counts as old.
+The caller passes the present time. A clock may be turned back: a heartbeat, a claim or a start that
+lies too far in the future counts as old.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from openclaw_store.domain import (
     check_key,
     check_limit,
     check_some,
+    check_time,
     encode_in_steps,
     encode_json,
 )
@@ -309,11 +310,10 @@ class TaskRepository(Repository[Task]):
         query = select_pending().where(TaskRow.status != TaskStatus.SCHEDULED)
         return await self._list(query, check_limit(limit))
 
-    async def next_due_at(self) -> datetime | None:
-        """Return the earliest time at which a delayed task becomes due; `None` without any."""
-        query = select(func.min(TaskRow.not_before)).where(
-            IS_DELAYED, TaskRow.not_before > self._database.clock()
-        )
+    async def next_due_at(self, since: datetime) -> datetime | None:
+        """Return the earliest time after `since` at which a delayed task is due, or `None`."""
+        moment = check_time("since", since)
+        query = select(func.min(TaskRow.not_before)).where(IS_DELAYED, TaskRow.not_before > moment)
 
         async def run(session: AsyncSession) -> datetime | None:
             return await session.scalar(query)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
-from openclaw_store.domain import ENTITY_NAMES, NodeInfo, TaskStatus
+from openclaw_store.domain import ASSIGNED, ENTITY_NAMES, NodeInfo, TaskStatus
 
 _NODE, _PENDING = ENTITY_NAMES[NodeInfo], TaskStatus.PENDING.value
 
@@ -53,14 +53,13 @@ class ClaimWaiters:
         if future.done():
             self._wake(node_id, 1)
 
-    def notice(self, steps: Iterable[Step]) -> None:
+    def notice(self, steps: Sequence[Step]) -> None:
         """Wake waiters after a commit."""
-        tasks, nodes = 0, set()
-        for item, id, status in steps:
-            if item == _NODE:
-                nodes.add(id)
-            elif status == _PENDING:
-                tasks += 1
+        nodes = {id for item, id, _ in steps if item == _NODE}
+        states = [status for item, _, status in steps if item != _NODE]
+        tasks = states.count(_PENDING)
+        if states and ASSIGNED.issuperset(states):
+            nodes.clear()  # claims and starts free no slot
         for node_id in list(self._waiters):
             self._wake(node_id, tasks + (node_id in nodes))
 

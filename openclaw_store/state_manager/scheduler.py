@@ -109,19 +109,27 @@ class Scheduler:
         while True:
             with waiters.waiting(node_id) as woken:
                 try:
+                    # Before the claim: a task may become due during it.
+                    since = self._replica.database.clock()
                     claimed = await self.claim(node_id, limit, start=start)
                     left = deadline - loop.time()
                     if claimed or left <= 0:
                         waiters.pass_on(node_id, woken)
                         return claimed
-                    await self._wait_for_work(woken, left)
+                    await self._wait_for_work(woken, left, since)
                 except BaseException:
                     waiters.pass_on(node_id, woken)
                     raise
 
-    async def _wait_for_work(self, woken: asyncio.Future[None], seconds: float) -> None:
-        """Wait until a waiter is woken, a delayed task is due, or some seconds have passed."""
-        due = await self._replica.tasks.next_due_at()
+    async def _wait_for_work(
+        self, woken: asyncio.Future[None], seconds: float, since: datetime
+    ) -> None:
+        """Wait until a waiter is woken, some seconds have passed, or a delayed task is due.
+
+        Args:
+            since: Tasks that were due at this time are not waited for.
+        """
+        due = await self._replica.tasks.next_due_at(since)
         if due is not None:
             seconds = min(seconds, max(0, (due - self._replica.database.clock()).total_seconds()))
         if self._replica.is_following:

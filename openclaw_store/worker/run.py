@@ -140,4 +140,4 @@ def describe(error: BaseException) -> str:
 
 
 _OWN_FILES = frozenset(str(Path(__file__).with_name(name)) for name in ("run.py", "worker.py"))
-"""Modules whose frames tell the user nothing."""
+"""Files of the worker itself: their frames are left out of a traceback."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -375,7 +375,7 @@ class Worker:
 
 
 @contextmanager
-def _signals(stop: Any) -> Iterator[None]:
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` at the first signal; a second one has the effect it had before."""
     loop = asyncio.get_running_loop()
 
@@ -390,7 +390,9 @@ def _signals(stop: Any) -> Iterator[None]:
     try:
         for one in _SIGNALS:
             loop.add_signal_handler(one, handle)
-    except (NotImplementedError, RuntimeError, ValueError):  # Windows, or not the main thread
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        # Windows, or not the main thread: the program calls `Worker.stop` itself.
+        logger.info("signals do not stop this worker: %s", error)
         yield
         return
     try:

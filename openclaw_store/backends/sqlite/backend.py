@@ -41,7 +41,12 @@ from openclaw_store.backends.sqlite.connections import (
     options_of,
     time_limit,
 )
-from openclaw_store.backends.sqlite.files import BESIDES, check_version, copy_database
+from openclaw_store.backends.sqlite.files import (
+    BESIDES,
+    check_version,
+    copy_database,
+    require_other_file,
+)
 from openclaw_store.errors import (
     InvalidDataError,
     OutcomeUnknownError,
@@ -406,14 +411,7 @@ class SQLite:
 
     def backup(self, target: Path, stop: Stop, *, overwrite: bool) -> None:
         own = [self.path.with_name(self.path.name + suffix) for suffix in ("", *BESIDES)]
-        real = Path(os.path.realpath(target))
-        if real in own or any(
-            file.exists() and os.path.exists(target) and target.samefile(file) for file in own
-        ):
-            raise InvalidDataError("path", f"{target} is the database itself: choose another")
-        for suffix in BESIDES:  # SQLite would take it for its own, and delete it
-            if real.name.endswith(suffix) and Path(str(real).removesuffix(suffix)).exists():
-                raise InvalidDataError("path", f"{target} is the journal of another file's name")
+        require_other_file(target, own)
         with (
             SQLiteErrorMapping(str(target)).mapped(),
             written_aside(target, overwrite=overwrite, besides=BESIDES) as partial,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -85,3 +85,20 @@ def copy_database(
         finally:
             source.execute("RELEASE copy")
         copy.execute("PRAGMA journal_mode=DELETE")
+
+
+def require_other_file(target: Path, own: Sequence[Path]) -> None:
+    """Refuse the name of a backup that is a database's own, or that of a journal.
+
+    Args:
+        own: The database, and the files that SQLite makes beside it.
+    """
+    real = Path(os.path.realpath(target))
+    is_there = os.path.exists(target)
+    if real in own or any(is_there and file.exists() and target.samefile(file) for file in own):
+        raise InvalidDataError("path", f"{target} is the database itself: choose another")
+    for suffix in BESIDES:  # SQLite would take it for its own, and delete it
+        if real.name.endswith(suffix) and Path(str(real).removesuffix(suffix)).exists():
+            raise InvalidDataError(
+                "path", f"{target} is the name of a journal of another file: choose another"
+            )
