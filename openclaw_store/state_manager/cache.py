@@ -1,4 +1,4 @@
-"""The cache: committed entities, unsaved entries and waiting heartbeats, in memory.
+"""The cache: committed entities, unsaved entries and pending heartbeats, in memory.
 
 Changes arrive in two ways that may cross: from the commits of this process, as they happen, and
 from the change log, in order. Content is compared by `version`, so an entity never goes back; each
@@ -35,6 +35,7 @@ from openclaw_store.repositories import Event, Heartbeat, HeartbeatWritten, Task
 from openclaw_store.state_manager.applied_changes import AppliedChanges
 from openclaw_store.state_manager.change_feed import STEP_WIDTH, ChangeBatch, InitialState
 from openclaw_store.state_manager.node_index import NodeIndex
+from openclaw_store.state_manager.pending_heartbeats import PendingHeartbeats
 from openclaw_store.state_manager.snapshot import Records
 from openclaw_store.state_manager.task_index import Indexed, TaskIndex
 
@@ -72,12 +73,7 @@ class Cache:
         self.node_index = NodeIndex(self.nodes)
         # The last version of an entry while it was unsaved, and the version it was stored with.
         self._aliases: dict[EntityKey, tuple[int, int]] = {}
-        self.waiting: dict[str, Heartbeat] = {}
-        """Heartbeats not submitted yet, by node."""
-        self._in_flight: dict[str, list[Heartbeat]] = {}  # submitted, but not acknowledged
-        # By node and field: the value last written by this process, with its heartbeat sequence,
-        # unless `catch_up` has read it.
-        self._written_values: dict[str, dict[str, tuple[int, Any]]] = {}
+        self.heartbeats = PendingHeartbeats()
 
     def load(self, kind: type[Any], rows: Sequence[Raw]) -> list[InvalidDataError]:
         """Add rows of the initial state; return the errors of the ones that cannot be read."""
@@ -101,11 +97,11 @@ class Cache:
             entry.committed = self._visible(key)
             self._show_unsaved(key, entry)
         self._aliases.update(other._aliases)  # an outdated one yields `StaleVersionError`
-        self.waiting, self._in_flight = other.waiting, other._in_flight
-        for id in {*self.waiting, *self._in_flight}:
+        self.heartbeats.keep(other.heartbeats)
+        for id in self.heartbeats.node_ids():
             record = self.nodes.get(id)
             if record is not None:
-                self._replace_node(id, record, self._with_heartbeats(record))
+                self._replace_node(id, record, self.heartbeats.over(record))
 
     def apply(self, events: Iterable[Committed]) -> None:
         """Apply a commit of this process.
@@ -177,7 +173,9 @@ class Cache:
             unreadable = error
         unreadable = self._apply_tasks(tasks, batch) or unreadable
         for id in nodes:
-            node = self._with_written_values(batch.nodes.get(id), batch.heartbeat_sequence)
+            node = batch.nodes.get(id)
+            if node is not None:
+                node = self.heartbeats.written_over(node, batch.heartbeat_sequence)
             try:
                 self._apply_stored((NodeInfo, id), node, batch.read_at)
             except InvalidDataError as error:
@@ -186,14 +184,11 @@ class Cache:
             key = (NodeInfo, heartbeat.id)
             known = self.unsaved[key].committed if key in self.unsaved else self._visible(key)
             if known is not None and known.version == version:
-                node = self._with_written_values(heartbeat.over(known), batch.heartbeat_sequence)
+                node = heartbeat.over(known)
+                node = self.heartbeats.written_over(node, batch.heartbeat_sequence)
                 self._apply_stored(key, node, version)
-        sequence = self.heartbeat_sequence = max(self.heartbeat_sequence, batch.heartbeat_sequence)
-        self._written_values = {
-            id: newer
-            for id, written in self._written_values.items()
-            if (newer := {name: value for name, value in written.items() if value[0] > sequence})
-        }
+        self.heartbeat_sequence = max(self.heartbeat_sequence, batch.heartbeat_sequence)
+        self.heartbeats.forget_written(self.heartbeat_sequence)
         self.applied.finish_batch(batch)
         if unreadable is not None:
             raise unreadable
@@ -245,8 +240,7 @@ class Cache:
     def show_heartbeat(self, heartbeat: Heartbeat) -> None:
         """Show a heartbeat, which waits until it is taken."""
         id = heartbeat.id
-        waiting = self.waiting.get(id)
-        self.waiting[id] = heartbeat if waiting is None else heartbeat.after(waiting)
+        self.heartbeats.add(heartbeat)
         record = self.nodes.get(id)
         if record is not None:
             shown = heartbeat.over(record)
@@ -254,32 +248,13 @@ class Cache:
             if (NodeInfo, id) in self.unsaved:
                 self.unsaved[NodeInfo, id].record = shown
 
-    def take_heartbeats(self, node_ids: Iterable[str]) -> list[Heartbeat]:
-        """Return the waiting heartbeats of these nodes; the caller submits them."""
-        taken = [self.waiting.pop(id) for id in node_ids if id in self.waiting]
-        for heartbeat in taken:
-            self._in_flight.setdefault(heartbeat.id, []).append(heartbeat)
-        return taken
-
     def acknowledge_heartbeats(
         self, heartbeats: Sequence[Heartbeat], known: Sequence[bool] | None
     ) -> bool:
-        """Record the outcome of submitted heartbeats; return true if some wait again.
-
-        A written one was applied before, by its `HeartbeatWritten`. `known` is false for one of an
-        unknown node, and `None` if the write failed.
-        """
-        are_waiting = False
-        for index, heartbeat in enumerate(heartbeats):
-            id = heartbeat.id
-            is_written = not self._remove_in_flight(heartbeat)
-            # The heartbeat of an unsaved node waits until the node is stored.
-            if is_written or (known and (known[index] or (NodeInfo, id) not in self.unsaved)):
-                continue
-            newer = self.waiting.get(id)
-            self.waiting[id] = heartbeat if newer is None else newer.after(heartbeat)
-            are_waiting = True
-        return are_waiting
+        """Record the outcome of heartbeats, as `PendingHeartbeats.acknowledge` does."""
+        return self.heartbeats.acknowledge(
+            heartbeats, known, is_unsaved=lambda node_id: (NodeInfo, node_id) in self.unsaved
+        )
 
     def task(self, task_id: str) -> Record[Task] | None:
         """Return a live or unsaved task, or a finished task in memory."""
@@ -311,7 +286,7 @@ class Cache:
         return {
             "cached_tasks": len(self.tasks) + len(self._finished),
             "unsaved_entries": len(self.unsaved),
-            "unsaved_heartbeats": len({*self.waiting, *self._in_flight}),
+            "unsaved_heartbeats": len(self.heartbeats.node_ids()),
         }
 
     def state(self) -> ClusterState:
@@ -380,9 +355,7 @@ class Cache:
         known = self._visible(key) if entry is None else entry.committed
         if record is not None:
             revision = record.version
-            if record.kind is NodeInfo:
-                # Heartbeats have no version: the stored node may lack the ones of this process.
-                record = self._with_heartbeats(record)
+            record = self._with_heartbeats(record)
         if known is not None and known.version > revision:
             return
         if key in self._aliases and (record is None or record.version != self._aliases[key][1]):
@@ -396,45 +369,22 @@ class Cache:
         self._show(key, None, entry.record)
 
     def _with_heartbeats(self, record: Record[Any]) -> Record[Any]:
-        """Return a stored record with the heartbeats that are not written yet."""
-        if record.kind is NodeInfo:
-            id = record.node_id
-            heartbeats = self._in_flight.get(id, [])
-            if id in self.waiting:
-                heartbeats = [*heartbeats, self.waiting[id]]
-            for heartbeat in heartbeats:
-                if heartbeat.is_news_to(record):
-                    record = heartbeat.over(record)
-        return record
-
-    def _with_written_values(self, node: Record[Any] | None, sequence: int) -> Record[Any] | None:
-        """Return a node of a snapshot, with the values that this process wrote after it."""
-        written = {} if node is None else self._written_values.get(node.node_id, {})
-        newer = {name: value for name, (at, value) in written.items() if at > sequence}
-        return node.evolve(**newer) if node is not None and newer else node
+        """Return a stored record; a node with the heartbeats that are not written yet."""
+        return self.heartbeats.over(record) if record.kind is NodeInfo else record
 
     def _apply_written(self, event: HeartbeatWritten) -> None:
         heartbeat, sequence = event
-        is_shown = self._remove_in_flight(heartbeat)
+        is_shown = self.heartbeats.end_flight(heartbeat)
         entry = self.unsaved.get((NodeInfo, heartbeat.id)) if self.unsaved else None
         known = self.nodes.get(heartbeat.id) if entry is None else entry.committed
         if known is None or sequence <= self.heartbeat_sequence:  # removed, or already read
             return
-        values = {"last_heartbeat": heartbeat.at, **heartbeat.usage}
-        written = self._written_values.setdefault(heartbeat.id, {})
-        written.update((name, (sequence, value)) for name, value in values.items())
+        self.heartbeats.note_written(event)
         if entry is not None:
             entry.committed = heartbeat.over(known)
         elif not is_shown:
-            self._replace_node(heartbeat.id, known, self._with_heartbeats(heartbeat.over(known)))
-
-    def _remove_in_flight(self, heartbeat: Heartbeat) -> bool:
-        """Note that a heartbeat is no longer in flight; `False` if it was not."""
-        in_flight = self._in_flight.pop(heartbeat.id, ())
-        remaining = [one for one in in_flight if one is not heartbeat]
-        if remaining:
-            self._in_flight[heartbeat.id] = remaining
-        return len(remaining) < len(in_flight)
+            shown = self.heartbeats.over(heartbeat.over(known))
+            self._replace_node(heartbeat.id, known, shown)
 
     def _replace_node(self, id: str, old: Record[NodeInfo], new: Record[NodeInfo]) -> None:
         """Replace a node that differs only in the values of a heartbeat."""

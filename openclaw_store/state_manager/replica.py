@@ -175,7 +175,7 @@ class Replica:
         if self._notifier is not None:
             await self._notifier.stop()
         self._unlisten()
-        lost = len(self.cache.unsaved) + len(self.cache.waiting)
+        lost = len(self.cache.unsaved) + len(self.cache.heartbeats.waiting)
         if lost:
             raise UnavailableError(
                 f"the event loop was closed first, and {lost} unsaved entries and heartbeats are "
@@ -245,16 +245,16 @@ class Replica:
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, behind the waiting heartbeat of its node."""
-        if self.cache.waiting and not isinstance(command, Create):
+        if self.cache.heartbeats.waiting and not isinstance(command, Create):
             ids = [id for kind, id in command.related_keys if kind is NodeInfo]
             node_id = command.id if command.kind is NodeInfo else next(iter(ids), None)
-            if node_id in self.cache.waiting:
+            if node_id in self.cache.heartbeats.waiting:
                 return self._send_after_heartbeat(command, node_id)
         return self.database.write(apply, command)
 
     async def _send_after_heartbeat(self, command: Command, node_id: str) -> Any:
         # The heartbeat is taken inside the coroutine: one that never runs must not keep it.
-        heartbeats = self.cache.take_heartbeats([node_id])
+        heartbeats = self.cache.heartbeats.take([node_id])
         if not heartbeats:
             return await self.database.write(apply, command)
         known: Sequence[bool] | None = None
@@ -396,12 +396,12 @@ class Replica:
     async def flush_heartbeats(self) -> None:
         """Write the waiting heartbeats, after a flush that is under way."""
         async with self._flushing:
-            ids = list(self.cache.waiting)
+            ids = list(self.cache.heartbeats.waiting)
             for start in range(0, len(ids), HEARTBEAT_BATCH_SIZE):
                 await self._write_heartbeats(ids[start : start + HEARTBEAT_BATCH_SIZE])
 
     async def _write_heartbeats(self, node_ids: Sequence[str]) -> None:
-        heartbeats = self.cache.take_heartbeats(node_ids)
+        heartbeats = self.cache.heartbeats.take(node_ids)
         if not heartbeats:
             return
         known: Sequence[bool] | None = None

@@ -43,7 +43,7 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.backends.sqlite.backend import WriteSession
+from openclaw_store.backends.sqlite.writing import WriteSession
 from openclaw_store.domain.models import FINISHED, LIVE
 from openclaw_store.repositories import pages
 from openclaw_store.repositories.change_log import read_changes

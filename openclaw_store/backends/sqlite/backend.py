@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from functools import lru_cache
-from itertools import chain
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, Pool, create_engine, event
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
-from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import NullPool
@@ -47,6 +43,13 @@ from openclaw_store.backends.sqlite.files import (
     copy_database,
     require_other_file,
 )
+from openclaw_store.backends.sqlite.writing import (
+    Cursor,
+    WriteSession,
+    begin_writing,
+    delays,
+    retrying,
+)
 from openclaw_store.errors import (
     InvalidDataError,
     OutcomeUnknownError,
@@ -60,8 +63,6 @@ Result = TypeVar("Result")
 _ALONE_SECONDS = 1.0  # for another process that only inspects a file that is to be replaced
 
 _ENDING_READER_SECONDS = 0.1  # for a reader that no longer needs the WAL
-
-_ROWS_A_STATEMENT = (1000, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 32 columns
 
 
 class _Compiler(SQLiteCompiler):
@@ -87,111 +88,10 @@ def _write_engine(path: Path, kind: type[sqlite3.Connection] = WriteConnection) 
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        if not connection.connection.in_transaction:  # else `_begin_writing` has begun it
-            _begin_writing(connection)
+        if not connection.connection.in_transaction:  # else `begin_writing` has begun it
+            begin_writing(connection)
 
     return engine
-
-
-def _begin_writing(connection: Connection) -> None:
-    """Begin a transaction with the write lock, on the driver, which takes less time."""
-    connection.connection.cursor().execute("BEGIN IMMEDIATE")
-
-
-class Cursor:
-    """The driver's cursor of a write transaction, which holds the write lock."""
-
-    dialect = "sqlite"
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._driver_cursor: DBAPICursor | None = None
-
-    @property
-    def _cursor(self) -> DBAPICursor:
-        # The driver's own: through SQLAlchemy, a lone insert takes 40 % more time, a batch 10 %.
-        if self._driver_cursor is None:
-            self._driver_cursor = self._connection.connection.cursor()
-        return self._driver_cursor
-
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
-        cursor = self._cursor
-        cursor.execute(sql, parameters)
-        return cursor.fetchall()
-
-    def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
-        self._cursor.executemany(sql, rows)
-        return self._cursor.rowcount
-
-    def write(self, sql: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Execute a statement for many rows.
-
-        A statement with `VALUES (?, …)` is sent with the values of several rows. That takes two
-        thirds of the time of `executemany`, which also releases the interpreter's lock for each
-        row, and waits for it under load. Statements of few sizes serve all batches, so the driver
-        keeps them prepared.
-        """
-        if "VALUES (" not in sql:
-            self._cursor.executemany(sql, rows)
-            return
-        start = 0
-        for size in _ROWS_A_STATEMENT:
-            while len(rows) - start >= size:
-                part = rows[start : start + size]
-                self._cursor.execute(_for_rows(sql, size), list(chain.from_iterable(part)))
-                start += size
-
-
-@lru_cache(maxsize=256)
-def _for_rows(sql: str, count: int) -> str:
-    """Return the statement for several rows, made of the statement for one row."""
-    head, rest = sql.split("VALUES (", 1)
-    row, tail = rest.split(")", 1)
-    return f"{head}VALUES {', '.join([f'({row})'] * count)}{tail}"
-
-
-def _delays(timeout: float) -> Iterator[float]:
-    """Yield the seconds to wait between attempts to lock, jittered, until the timeout."""
-    end = time.monotonic() + timeout
-    is_first = True
-    while is_first or time.monotonic() < end:
-        yield random.uniform(0.0003, 0.003)
-        is_first = False
-
-
-def retrying(work: Callable[[], Result], timeout: float) -> Result:
-    """Run `work` on this thread, and again while the database is locked."""
-    for delay in _delays(timeout):
-        try:
-            return work()
-        except (DBAPIError, sqlite3.Error) as error:
-            if not SQLiteErrorMapping.is_busy(error):
-                raise
-        time.sleep(delay)
-    return work()
-
-
-class WriteSession:
-    """The connection of the writer, on the writer's thread."""
-
-    def __init__(self, engine: Engine, until: float, require_file: Callable[[], None]) -> None:
-        self._require_file = require_file
-        self._connection = retrying(engine.connect, until - time.monotonic())
-        self.cursor: Cursor
-
-    def is_lost(self) -> bool:
-        return False
-
-    def begin(self, until: float) -> None:
-        self._require_file()
-        retrying(lambda: _begin_writing(self._connection), until - time.monotonic())
-        self.cursor = Cursor(self._connection)
-
-    def commit(self) -> None:
-        self._connection.connection.commit()
-
-    def close(self) -> None:
-        self._connection.close()
 
 
 class SQLite:
@@ -387,7 +287,7 @@ class SQLite:
     async def begin(
         self, session: AsyncSession, counters: CounterStatements, until: float
     ) -> Connection:
-        for delay in _delays(until - time.monotonic()):
+        for delay in delays(until - time.monotonic()):
             try:
                 return (await session.connection()).sync_connection  # type: ignore[return-value]  # begun, so not None
             except (SQLAlchemyError, sqlite3.Error) as error:
@@ -498,7 +398,7 @@ class SQLite:
         try:
             with self._open(WriteConnection) as database:
                 # A reader of this process may just be ending: its rollback is not waited for.
-                for delay in _delays(_ENDING_READER_SECONDS):
+                for delay in delays(_ENDING_READER_SECONDS):
                     [[is_busy, *_]] = database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                     if not is_busy:
                         break
