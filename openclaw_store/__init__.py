@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         NodeFilter,
         NodeInfo,
         NodeStatus,
+        Progress,
         Task,
         TaskFilter,
         TaskPage,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         DuplicateError,
         InvalidDataError,
         InvalidTransitionError,
+        NodeInUseError,
         NodeNotFoundError,
         NotFoundError,
         NotOwnerError,
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
     from openclaw_store.maintenance.copy import Copied, copy
     from openclaw_store.maintenance.doctor import Finding, Level, diagnose
     from openclaw_store.maintenance.verify import Problem, Verification, verify
-    from openclaw_store.repositories import NodeRepository, TaskRepository
+    from openclaw_store.repositories import Lease, NodeRepository, TaskRepository
     from openclaw_store.state_manager import Explanation, Recovery, StateManager
     from openclaw_store.worker import Run, Worker
 else:
@@ -90,8 +92,10 @@ __all__ = [
     "Finding",
     "InvalidDataError",
     "InvalidTransitionError",
+    "Lease",
     "Level",
     "NodeFilter",
+    "NodeInUseError",
     "NodeInfo",
     "NodeNotFoundError",
     "NodeRepository",
@@ -100,6 +104,7 @@ __all__ = [
     "NotOwnerError",
     "OutcomeUnknownError",
     "Problem",
+    "Progress",
     "Recovery",
     "Run",
     "SchemaMismatchError",

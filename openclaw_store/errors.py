@@ -4,7 +4,7 @@ StoreError
 ├── InvalidDataError (ValueError)     a value cannot be stored
 ├── NotFoundError (LookupError)       TaskNotFoundError, NodeNotFoundError
 ├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError,
-│                                     InvalidTransitionError, NotOwnerError
+│                                     InvalidTransitionError, NotOwnerError, NodeInUseError
 ├── CompactedError                    the wanted part of the feed was removed
 └── BackendError                      UnavailableError, DeadlineError, SchemaMismatchError,
                                       OutcomeUnknownError
@@ -230,6 +230,24 @@ class NotOwnerError(ConflictError):
         self.status = status
         self.current_node = current_node
         self.current_attempt = current_attempt
+
+
+class NodeInUseError(ConflictError):
+    """Another worker has a lease of the node; each worker needs a node of its own.
+
+    Attributes:
+        node_id: The identifier of the node.
+        session: The session of the other worker; `None` if a call of `register_node` without a
+            session has replaced this one.
+    """
+
+    def __init__(self, node_id: str, session: str | None) -> None:
+        super().__init__(
+            f"node {node_id!r} is in use by another worker (session {session!r}): give each worker "
+            "a node_id of its own, or stop the other one first"
+        )
+        self.node_id = node_id
+        self.session = session
 
 
 class UnsavedConflictError(ConflictError):

@@ -19,6 +19,7 @@ from openclaw_store import (
     NodeInfo,
     NodeRepository,
     NodeStatus,
+    Progress,
     StateManager,
     Task,
     TaskFilter,
@@ -326,6 +327,40 @@ async def _drain_node(store: Store) -> Make:
 async def _resume_node(store: Store) -> Make:
     node = await store.node(status=NodeStatus.MAINTENANCE)
     return lambda: store.state.resume_node(node.node_id)
+
+
+@public("renew_lease, of an OFFLINE node")
+async def _renew_lease(store: Store) -> Make:
+    node = await store.node(status=NodeStatus.OFFLINE)
+    store.clock.advance(1)
+    return lambda: store.state.renew_lease(
+        node.node_id, {"task": Progress(1, 0.5, "half", store.clock())}
+    )
+
+
+@public()
+async def _get_lease(store: Store) -> Make:
+    task = await store.claimed()
+    return lambda: store.state.get_lease(task.assigned_node or "")
+
+
+@public()
+async def _get_progress(store: Store) -> Make:
+    task = await store.claimed()
+    return lambda: store.state.get_progress(task.task_id)
+
+
+@public()
+async def _watch_progress(store: Store) -> Make:
+    task = await store.state.start_task(await store.claimed())
+    progress = {task.task_id: Progress(task.attempt, 0.5, "half", store.clock())}
+    await store.state.renew_lease(task.assigned_node or "", progress)
+
+    async def first() -> Any:
+        async with aclosing(store.state.watch_progress(task.task_id)) as found:  # type: ignore[type-var]  # it is a generator
+            return await anext(found)
+
+    return first
 
 
 @public("update_heartbeat, of an OFFLINE node", is_kept=True)

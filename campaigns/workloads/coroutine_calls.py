@@ -6,6 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
@@ -19,6 +20,7 @@ from openclaw_store import (
     NodeInfo,
     NodeRepository,
     NodeStatus,
+    Progress,
     SchemaMismatchError,
     Task,
     TaskFilter,
@@ -161,6 +163,19 @@ async def _transaction(fixture: Fixture) -> None:
 async def _write_in(fixture: Fixture) -> None:
     async with fixture.db.transaction() as tx:
         await fixture.db.write_in(tx, apply, fixture.creation())
+
+
+_PROGRESS = Progress(1, 0.5, "half", datetime(2026, 3, 1, tzinfo=UTC))
+
+
+async def _report_progress(fixture: Fixture) -> None:
+    await fixture.manager.renew_lease(fixture.id("busy"), {fixture.id("running"): _PROGRESS})
+
+
+async def _watch_progress(fixture: Fixture) -> None:
+    found: Any = fixture.manager.watch_progress(fixture.id("running"))
+    async with aclosing(found):
+        await anext(found, None)  # other calls may end the task
 
 
 async def _watch(fixture: Fixture) -> None:
@@ -345,6 +360,10 @@ CALLS: dict[str, Call] = {
     "StateManager.get_tasks": Call(
         lambda fixture: fixture.manager.get_tasks([fixture.id("done"), fixture.id("nothing")])
     ),
+    "StateManager.get_lease": Call(lambda fixture: fixture.manager.get_lease(fixture.id("busy"))),
+    "StateManager.get_progress": Call(
+        lambda fixture: fixture.manager.get_progress(fixture.id("running"))
+    ),
     "StateManager.history": Call(lambda fixture: fixture.manager.history(fixture.id("waiting"))),
     "StateManager.initialize": Call(
         lambda fixture: fixture.other.initialize(), after=_open_and_close
@@ -387,6 +406,12 @@ CALLS: dict[str, Call] = {
             TaskFilter(user=fixture.id("user"), status=TaskStatus.COMPLETED)
         ),
         in_parts=True,
+    ),
+    "StateManager.renew_lease": Call(
+        lambda fixture: fixture.manager.renew_lease(
+            fixture.id("gone"), {fixture.id("running"): _PROGRESS}
+        ),
+        lingers=True,
     ),
     "StateManager.resume_node": Call(
         lambda fixture: fixture.manager.resume_node(fixture.id("busy")),
@@ -434,6 +459,7 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.manager.wait_for_task(fixture.id("ending"))
     ),
     "StateManager.watch": Call(_watch),
+    "StateManager.watch_progress": Call(_watch_progress, _report_progress),
     "TaskRepository.acknowledge_cancel": Call(
         lambda fixture: fixture.task_repo.acknowledge_cancel(fixture.tasks["running"]),
         _ask_to_cancel,

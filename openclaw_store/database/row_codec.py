@@ -9,14 +9,13 @@ from typing import Any, Final
 
 from sqlalchemy import Dialect, Text, type_coerce
 
-from openclaw_store.database.tables import ROWS, table_of
+from openclaw_store.database.tables import ROWS, UNVERSIONED, table_of
 from openclaw_store.database.types import EnumValue, UtcTime
 from openclaw_store.domain import JSON_FIELDS, Decode, Raw, Record, RowCodec, decode
 from openclaw_store.errors import InvalidDataError
 
-# `beat` is no field: each heartbeat writes it without a new version.
 FIELDS: Final = {
-    kind: tuple(column.name for column in row.__table__.columns if column.name != "beat")
+    kind: tuple(column.name for column in row.__table__.columns if column.name not in UNVERSIONED)
     for kind, row in ROWS.items()
 }
 """The columns that are fields of the domain class, in its order."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 from sqlalchemy import (
+    BindParameter,
     Column,
     ColumnElement,
     Compiled,
@@ -61,6 +62,7 @@ from openclaw_store.database.tables import (
     ROWS,
     Base,
     CounterRow,
+    NodeRow,
     TaskRow,
     table_of,
 )
@@ -143,6 +145,20 @@ class Statements(ABC):
         # Not `limit`: SQLAlchemy adds an OFFSET to it for SQLite, as a parameter.
         self.read_assigned = f"{self._compile(assigned)} LIMIT {self._parameter(2)}"
         """All columns of the tasks that a node has claimed and not finished; takes a limit."""
+        node: BindParameter[str] = bindparam("node")
+        held = (
+            select(TaskRow.task_id, TaskRow.attempt, TaskRow.cancel_requested_at)
+            .where(self._is_assigned, self._assigned == node)
+            .subquery()
+        )
+        self.lease = (
+            select(NodeRow.session, held)
+            .outerjoin_from(NodeRow, held, true())
+            .where(NodeRow.node_id == node)
+        )
+        """The session of a node, and the tasks that it has claimed and not finished."""
+        self.write_progress = self._update(_NODES.c.node_id, [_NODES.c.progress])
+        """Write the progress of running tasks: rows of node and JSON."""
         self.read_live_keys = self._compile(
             select(TaskRow.idempotency_key, TaskRow.task_id).where(IS_LIVE, self._has_given_key())
         )

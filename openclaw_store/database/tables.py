@@ -167,7 +167,7 @@ class TaskRow(Base):
 
 
 class NodeRow(Base):
-    """A row of `nodes`: the fields of `NodeInfo`, and `beat`."""
+    """A row of `nodes`: the fields of `NodeInfo`, and `UNVERSIONED`."""
 
     __tablename__ = "nodes"
     __table_args__ = (
@@ -199,7 +199,10 @@ class NodeRow(Base):
     tags: Mapped[Any] = mapped_column(Json, nullable=True)
     lease_seconds: Mapped[float | None] = mapped_column(Float)
     status_reason: Mapped[str | None] = mapped_column(Text)
+    session: Mapped[str | None] = mapped_column(Text)
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    progress: Mapped[Any] = mapped_column(Json, nullable=True)
+    """Progress of the running tasks, by identifier; see `repositories.progress`."""
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """Sequence number of the last heartbeat flush that wrote the row."""
 
@@ -261,6 +264,9 @@ class CounterRow(Base):
     )
     """The last heartbeat sequence number: that of the newest heartbeat."""
 
+
+UNVERSIONED: Final = frozenset({"beat", "progress"})
+"""Columns that are no fields: heartbeats write them, without a new version."""
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}
 """The declarative model of each domain class."""

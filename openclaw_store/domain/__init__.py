@@ -47,6 +47,12 @@ from openclaw_store.domain.models import (
     TaskStatus,
     TaskType,
 )
+from openclaw_store.domain.progress import (
+    Progress,
+    decode_progress,
+    encode_progress,
+    progress_of,
+)
 from openclaw_store.domain.records import (
     JSON_FIELDS,
     KEY,

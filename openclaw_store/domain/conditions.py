@@ -91,6 +91,13 @@ def is_silent(node: NodeInfo | Record[NodeInfo], now: datetime, patience: timede
     return abs(now - last_sign) > patience
 
 
+def is_in_use(node: Record[NodeInfo], session: str | None, now: datetime) -> bool:
+    """Return true if a worker with another session has a lease of the node."""
+    if node.session in (None, session) or node.lease_seconds is None:
+        return False
+    return not is_lost(node, now, timedelta(seconds=node.lease_seconds))
+
+
 def is_overdue(task: Record[Task], now: datetime) -> bool:
     """Return whether a running task has exceeded its timeout."""
     if task.status is not TaskStatus.RUNNING or None in (task.timeout, task.started_at):

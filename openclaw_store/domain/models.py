@@ -287,6 +287,8 @@ class NodeInfo:
     timeout of the call."""
     status_reason: str | None = None
     """Reason for the present status, as given to `drain_node`."""
+    session: str | None = None
+    """Identifier of the worker that has registered the node; `None` for another process."""
     version: int = 0
     """Revision of the last change of the node, heartbeats aside; see `Task.version`."""
 
@@ -352,7 +354,7 @@ FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         "average_execution_time": check_number,
         **dict.fromkeys(("registered_at", "last_heartbeat"), check_time),
         "lease_seconds": check_limit_seconds,
-        "status_reason": check_text,
+        **dict.fromkeys(("status_reason", "session"), check_text),
         "version": check_version,
     },
 }

@@ -35,6 +35,13 @@ from openclaw_store.repositories.heartbeats import (
     HeartbeatWritten,
     apply_heartbeats,
 )
+from openclaw_store.repositories.leases import (
+    Lease,
+    Owned,
+    apply_progress,
+    read_lease,
+    read_progress,
+)
 from openclaw_store.repositories.nodes import NodeRepository, node_status
 from openclaw_store.repositories.parts import claim_in_parts, register_in_parts
 from openclaw_store.repositories.retention import compact_feed

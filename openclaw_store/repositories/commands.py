@@ -41,6 +41,7 @@ from openclaw_store.domain import (
 from openclaw_store.errors import (
     DuplicateError,
     InvalidDataError,
+    NodeInUseError,
     StaleVersionError,
     StoreError,
 )
@@ -391,16 +392,23 @@ def advance(row: Row, task: Record[Task], decision: Decision) -> Advanced | Stor
 class Register(Command):
     """Register the new process of a node, and requeue the tasks of the former process.
 
-    The result is the record of the node; `None` if the former process had more tasks than
-    `PART_SIZE`. Then a part is released, and the command must be applied again.
+    The result is the record of the node, or `NodeInUseError`; `None` if the former process had more
+    tasks than `PART_SIZE`. Then a part is released, and the command must be applied again.
     """
 
     id: str
     record: Record[NodeInfo]
     wait: Wait
+    replaced: str | None = None
+    """The session that a process with a session may replace, though it has a lease."""
     kind: ClassVar[type[Any]] = NodeInfo
 
     def decide(self, row: Row) -> Record[NodeInfo] | StoreError | None:
+        known, session = row.record, self.record.session
+        if known is not None and session is not None and known.session != self.replaced:
+            is_in_use = conditions.is_in_use(known, session, row.now)
+            if is_in_use:
+                return NodeInUseError(self.id, known.session)
         assigned = _assigned_to(row, PART_SIZE + 1)
         for task_row in assigned[:PART_SIZE]:
             task = task_row.content()

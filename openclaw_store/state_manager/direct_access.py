@@ -87,6 +87,9 @@ class DirectAccess(Replica):
         self._advance_to(revision)
         self.last_refresh_at = self.database.clock()
 
+    async def write_heartbeat(self, node_id: str) -> bool:
+        return await self.show_heartbeat(node_id, {})
+
     async def show_heartbeat(self, node_id: str, usage: Mapping[str, float | int]) -> bool:
         """Write a heartbeat; `False` if there is no such node."""
         heartbeat = Heartbeat(node_id, self.database.clock(), usage)

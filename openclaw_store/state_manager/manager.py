@@ -11,12 +11,13 @@ from openclaw_store.domain import Change, ClusterState, check_count, check_key
 from openclaw_store.errors import UnavailableError
 from openclaw_store.repositories import compact_feed, read_history
 from openclaw_store.state_manager.filter_calls import FilterCalls
+from openclaw_store.state_manager.lease_calls import LeaseCalls
 from openclaw_store.state_manager.node_calls import NodeCalls
 from openclaw_store.state_manager.task_calls import TaskCalls
 from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
 
-class StateManager(TaskCalls, NodeCalls, FilterCalls):
+class StateManager(TaskCalls, NodeCalls, LeaseCalls, FilterCalls):
     """Cluster state: answered from memory, kept in a database.
 
     **Durability.** When a write returns, it is committed. There are two exceptions: heartbeats are

@@ -64,7 +64,7 @@ class NodeCalls(ManagerBase):
         """
         return await self._add(NodeInfo, node, persist)
 
-    async def register_node(self, node: NodeInfo) -> bool:
+    async def register_node(self, node: NodeInfo, *, replaced: str | None = None) -> bool:
         """Add a node, or replace its former process; `node` receives the stored values.
 
         Call this when the process of a node starts. Tasks assigned to the former process are
@@ -74,14 +74,19 @@ class NodeCalls(ManagerBase):
         registered in the last one: after an error, call this again.
 
         Args:
-            node: The node; its `version` is ignored.
+            node: The node; its `version` is ignored. With a `session`, it does not replace a
+                process with another session and a lease (`lease_seconds`) that holds.
+            replaced: The session that it replaces nevertheless, as its process has crashed.
 
         Raises:
             InvalidDataError: If a field cannot be stored.
+            NodeInUseError: If `node` has a session, and another one has a lease.
         """
         self._check_usable()
         record = await admit_entity(self.node_repo, node)
-        write_back(await self._scheduler.register(record), node, SET_BY_REGISTRATION)
+        if replaced is not None:
+            replaced = check_text("replaced", replaced)
+        write_back(await self._scheduler.register(record, replaced), node, SET_BY_REGISTRATION)
         return True
 
     async def update_node(self, node: NodeInfo, persist: bool = True) -> bool:

@@ -393,6 +393,13 @@ class Replica:
                 await self._write_heartbeats([node_id])
         return True
 
+    async def write_heartbeat(self, node_id: str) -> bool:
+        """Write a heartbeat before this returns; `False` if there is no such node."""
+        is_known = await self.show_heartbeat(node_id, {})
+        async with self._flushing:
+            await self._write_heartbeats([node_id])
+        return is_known
+
     async def flush_heartbeats(self) -> None:
         """Write the waiting heartbeats, after a flush that is under way."""
         async with self._flushing:

@@ -165,8 +165,8 @@ class Scheduler:
             await self._replica.catch_up_to(done.record.version)
         return done
 
-    async def register(self, record: Record[NodeInfo]) -> Record[NodeInfo]:
-        command = Register(record.node_id, record, self._backoff.draw())
+    async def register(self, record: Record[NodeInfo], replaced: str | None) -> Record[NodeInfo]:
+        command = Register(record.node_id, record, self._backoff.draw(), replaced)
         registered = await register_in_parts(self._replica.send, command)
         # An unsaved entry is from the former process.
         self._replica.cache.discard((NodeInfo, record.node_id))

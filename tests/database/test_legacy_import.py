@@ -107,6 +107,7 @@ def plain_node(node_id: Any, **values: Any) -> dict[str, Any]:
 NEW_FIELDS = {
     *("version", "attempt", "not_before", "idempotency_key", "updated_at", "losses", "max_losses"),
     *("expires_at", "cancel_requested_at", "cancel_deadline_at", "lease_seconds", "status_reason"),
+    "session",
 }
 """Fields that the original did not have."""
 

@@ -1,0 +1,58 @@
+"""The lease of a node: its heartbeat's answer, and the progress that travels with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Text, select, type_coerce
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.database import NodeRow, TaskRow, WriteTransaction, statements_for
+from openclaw_store.domain import Progress, TaskStatus, decode_progress
+from openclaw_store.repositories.batches import unit_of
+
+Owned = tuple[str, int]
+"""Identifier and attempt of a task."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The state of a node in the database, for its own process."""
+
+    node_id: str
+    session: str | None
+    """The session of the process that has registered the node last."""
+    held: Mapping[Owned, bool]
+    """The tasks that the node holds, by identifier and attempt; true if the node was asked to
+    cancel the task."""
+
+
+async def read_lease(session: AsyncSession, node_id: str) -> Lease | None:
+    """Return the lease of a node; `None` if there is no such node."""
+    sql = statements_for(session.get_bind().dialect.name)
+    rows = (await session.execute(sql.lease, {"node": node_id})).all()
+    if not rows:
+        return None
+    held = {(id, attempt): bool(asked) for _, id, attempt, asked in rows if id is not None}
+    return Lease(node_id, rows[0][0], held)
+
+
+def apply_progress(
+    transaction: WriteTransaction, given: Sequence[tuple[str, str]]
+) -> Sequence[None]:
+    """Write the progress of the running tasks of nodes: rows of node and JSON."""
+    newest = dict(given)
+    transaction.cursor.write(unit_of(transaction).sql.write_progress, list(newest.items()))
+    return [None] * len(given)
+
+
+async def read_progress(session: AsyncSession, task_id: str) -> Progress | None:
+    """Return the progress of a running task; `None` if it does not run, or has not reported."""
+    query = (
+        select(TaskRow.attempt, type_coerce(NodeRow.progress, Text))
+        .join(NodeRow, NodeRow.node_id == TaskRow.assigned_node)
+        .where(TaskRow.task_id == task_id, TaskRow.status == TaskStatus.RUNNING)
+    )
+    row = (await session.execute(query)).first()
+    return None if row is None else decode_progress(row[1], task_id, row[0])
