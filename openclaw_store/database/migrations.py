@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0006"
+HEAD = "0007"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"

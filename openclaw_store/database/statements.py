@@ -22,6 +22,7 @@ from sqlalchemy import (
     Dialect,
     FromClause,
     Select,
+    Table,
     TableValuedAlias,
     TextClause,
     UnaryExpression,
@@ -167,6 +168,10 @@ class Statements(ABC):
         """The time of the last change of status; takes the newest change, its item and its id."""
         self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}
         self._call_columns: dict[frozenset[str], tuple[Sequence[int], RowCodec]] = {}
+
+    def insert_into(self, table: Table) -> str:
+        """Return the statement that inserts many rows with all columns of a table."""
+        return self._insert(list(table.c))
 
     def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
         """Return the statement that updates the named columns of many rows, and their codec.

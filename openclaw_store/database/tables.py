@@ -232,6 +232,66 @@ class ChangeRow(Base):
     """Revision of the change before this one of the same task or node; NULL for its first."""
 
 
+class PastChangeRow(Base):
+    """A row of `past_changes`: a change of a restored task from the time before it was archived.
+
+    It is part of the history of the task, but not of the feed: no watcher reads it.
+    """
+
+    __tablename__ = "past_changes"
+
+    item_id: Mapped[str] = mapped_column(_Key, primary_key=True)
+    revision: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    changed_at: Mapped[datetime] = mapped_column(UtcTime)
+    item: Mapped[str] = mapped_column(String(4))
+    kind: Mapped[str] = mapped_column(String(7))
+    from_status: Mapped[str | None] = mapped_column(String(11))
+    to_status: Mapped[str | None] = mapped_column(String(11))
+    node: Mapped[str | None] = mapped_column(_Key)
+    reason: Mapped[str | None] = mapped_column(Text)
+    previous: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class ArchiveRunRow(Base):
+    """A row of `archive_runs`: the intent to move rows to or from an archive, and its state."""
+
+    __tablename__ = "archive_runs"
+
+    run: Mapped[str] = mapped_column(String(40), primary_key=True)
+    """Sorts by time; the names of its files begin with it."""
+    kind: Mapped[str] = mapped_column(String(8))
+    location: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(8))
+    files: Mapped[str | None] = mapped_column(Text)
+    """The written files as JSON, once they are verified."""
+    position: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """Number of rows of the files that were handled, in their order."""
+    changed_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class ArchiveVoidRow(Base):
+    """A row of `archive_voids`: an archived copy that no longer counts.
+
+    It waits here until a file of the archive lists it.
+    """
+
+    __tablename__ = "archive_voids"
+
+    task_id: Mapped[str] = mapped_column(_Key, primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    run: Mapped[str] = mapped_column(String(40))
+
+
+class LeaseRow(Base):
+    """A row of `leases`: the right of one process to do a kind of work until a time."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(64))
+    expires_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
 class CounterRow(Base):
     """The one row of `counters`; its lock on PostgreSQL is the write lock.
 

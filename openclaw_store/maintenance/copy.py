@@ -37,7 +37,7 @@ from openclaw_store.database import (
     COPYING_HEAD,
     FIELDS,
     HEAD,
-    ChangeRow,
+    Base,
     CounterRow,
     Database,
     NodeRow,
@@ -140,7 +140,7 @@ class _Rows:
         for batch in batches:
             images = batch if cursor.dialect == "sqlite" else [*map(self._with_datetimes, batch)]
             if self.kind is None:
-                cursor.write(sql.insert_change, images)
+                cursor.write(sql.insert_into(self.table), images)
                 continue
             insert, _ = sql.insert[self.kind]
             width = len(FIELDS[self.kind])
@@ -158,11 +158,19 @@ class _Rows:
         return values
 
 
+def _rows_of(name: str) -> _Rows:
+    table = Base.metadata.tables[name]
+    return _Rows(None, table, list(table.c))
+
+
 _TABLES = (
     _Rows(NodeInfo, table_of(NodeInfo), (*COLUMNS[NodeInfo], NodeRow.__table__.c.beat)),
     _Rows(Task, table_of(Task), COLUMNS[Task]),
-    _Rows(None, ChangeRow.metadata.tables["changes"], list(ChangeRow.__table__.c)),
+    *map(_rows_of, ("changes", "past_changes", "archive_runs", "archive_voids")),
 )
+
+_RESUMED = frozenset({"tasks", "changes"})
+"""Tables of which the fingerprint of a source covers each change."""
 
 _REVISION = Table("alembic_version", MetaData(), Column("version_num", String(32)))
 _NAME = select(_REVISION.c.version_num)
@@ -197,7 +205,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
         last_keys = await _begin(target, name)
         checksum = hashlib.sha256()
         for rows, last, total in zip(_TABLES, last_keys, extent.rows, strict=True):
-            progress = Progress(report, f"copying {rows.table}", total)
+            progress = Progress(report if total else None, f"copying {rows.table}", total)
             async for images in rows.read(session, checked=True):
                 _add(checksum, images)
                 new = images if last is None else [one for one in images if one[0] > last]
@@ -219,7 +227,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
         _, beat, compacted = extent.counters
         values = {"id": 1, "beat": beat, "compacted": compacted}
         await tx.execute(insert(CounterRow).values(values))
-    nodes, tasks, changes = extent.rows
+    nodes, tasks, changes, *_ = extent.rows
     return Copied(nodes, tasks, changes, checksum.hexdigest())
 
 
@@ -241,15 +249,17 @@ async def _begin(target: Database, name: str) -> Sequence[Any]:
             # Without counters, writers that opened the target before fail.
             await tx.execute(delete(CounterRow))
         is_same = before.split("-")[:3] == name.split("-")[:3]
-        nodes, *others = _TABLES
-        # Nodes are always copied again: the fingerprint does not cover their heartbeats.
-        for rows in [nodes] if is_same else _TABLES:
+        resumed = [is_same and rows.table.name in _RESUMED for rows in _TABLES]
+        # The others are always copied again: the fingerprint does not cover a heartbeat.
+        for rows in [rows for rows, is_kept in zip(_TABLES, resumed, strict=True) if not is_kept]:
             is_file = target.dialect == "sqlite"
             truncate = text(f"TRUNCATE {qualified(target.dialect, rows.table.name)}")
             await tx.execute(delete(rows.table) if is_file else truncate)
         await _rename(tx, before, name)
-        keys = [await tx.scalar(select(func.max(*rows.table.primary_key))) for rows in others]
-        return [None, *keys]
+        return [
+            await tx.scalar(select(func.max(*rows.table.primary_key))) if is_kept else None
+            for rows, is_kept in zip(_TABLES, resumed, strict=True)
+        ]
 
 
 async def _require_empty(target: Database, tx: AsyncSession) -> None:
@@ -281,7 +291,7 @@ async def _check(target: Database, extent: _Source, report: Report | None) -> by
     checksum = hashlib.sha256()
     async with target.session() as session:
         for rows, total in zip(_TABLES, extent.rows, strict=True):
-            progress = Progress(report, f"checking {rows.table}", total)
+            progress = Progress(report if total else None, f"checking {rows.table}", total)
             async for images in rows.read(session, checked=False):
                 _add(checksum, images)
                 progress.add(len(images))

@@ -43,7 +43,19 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest supported server; the PostgreSQL project no longer maintains older ones."""
 
-_TABLES = [qualified("postgresql", table) for table in ("tasks", "nodes", "changes", "counters")]
+_TABLES = [
+    qualified("postgresql", table)
+    for table in (
+        "tasks",
+        "nodes",
+        "changes",
+        "past_changes",
+        "archive_runs",
+        "archive_voids",
+        "leases",
+        "counters",
+    )
+]
 
 SEARCH_PATH = "pg_catalog, pg_temp"
 """The schemas in which a server looks up functions and operators for the library."""

@@ -15,7 +15,17 @@ from openclaw_store.backends.base import SCHEMAS
 from openclaw_store.backends.cancellation import Stop
 from openclaw_store.errors import UnavailableError
 
-_TABLES = ["alembic_version", "changes", "counters", "nodes", "tasks"]
+_TABLES = [
+    "alembic_version",
+    "archive_runs",
+    "archive_voids",
+    "changes",
+    "counters",
+    "leases",
+    "nodes",
+    "past_changes",
+    "tasks",
+]
 
 
 async def environment_of(connection: Any) -> dict[str, str]:
