@@ -4,6 +4,8 @@ The function that writes a batch in one call is replaced: it writes the new colu
 expired task, and starts the tasks that it claims if that is wanted.
 """
 
+from collections.abc import Mapping
+
 import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.dialects import postgresql
@@ -75,22 +77,27 @@ def skills_of(column: str) -> str:
             WHEN {column}::text ~ '{TEXTS}' THEN {column}::jsonb END"""
 
 
-def function(schema: str) -> str:
-    """Return the definition of the function, which names the schema of each table and type."""
-    names = ", ".join(COLUMNS)
-    arguments = ", ".join(f"given_{name} {kind}[]" for name, kind in COLUMNS.items())
-    arrays = ", ".join(f"given_{name}" for name in COLUMNS)
-    given = ", ".join(f"given.{name}" for name in COLUMNS)
+def function(
+    schema: str, own_name: str = "store_write_2", columns: Mapping[str, str] = COLUMNS
+) -> str:
+    """Return the definition of the function, which names the schema of each table and type.
+
+    Migration 0008 defines it again, under another name and with one more column.
+    """
+    names = ", ".join(columns)
+    arguments = ", ".join(f"given_{name} {kind}[]" for name, kind in columns.items())
+    arrays = ", ".join(f"given_{name}" for name in columns)
+    given = ", ".join(f"given.{name}" for name in columns)
     updates = ", ".join(
         f"{name} = CASE WHEN given.written & {1 << position} = 0 THEN tasks.{name} "
         f"ELSE given.{name} END"
-        for position, name in enumerate(COLUMNS)
+        for position, name in enumerate(columns)
     )
     rows = f"""unnest(ids, expected, offsets, written, {arrays})
             AS given (task_id, expected, place, written, {names})"""
     is_allowed = f"{skills_of('one.required_skills')} <@ skills[claim]"
     return f"""
-CREATE FUNCTION {schema}.store_write_2(
+CREATE FUNCTION {schema}.{own_name}(
     now_ timestamptz, ids text[], expected bigint[], offsets integer[], written integer[],
     {arguments},
     checked_ids text[], checked_versions bigint[], key_owners text[], keys text[],

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0007"
+HEAD = "0008"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"
@@ -274,7 +274,7 @@ def check(backend: Backend) -> None:
     if not backend.inspect(has_functions):
         raise SchemaMismatchError(
             f"the function {FUNCTION} of {backend.location} was changed or dropped: restore a "
-            'backup, or run "alembic downgrade 0003" (it drops the columns of 0004) and upgrade'
+            'backup, or run "alembic downgrade 0007" (it drops the column of 0008) and upgrade'
         )
     from alembic import command
     from alembic.util import CommandError
@@ -289,19 +289,20 @@ def check(backend: Backend) -> None:
 
 
 def has_functions(connection: Connection) -> bool:
-    """Return `True` if the database has the function `store_write` as migration 0004 made it."""
+    """Return `True` if the database has the function `store_write` as migration 0008 made it."""
     if connection.dialect.name == "sqlite":
         return True
     from alembic.script import ScriptDirectory
 
-    module = ScriptDirectory.from_config(_config(connection)).get_revision("0004").module
+    scripts = ScriptDirectory.from_config(_config(connection))
+    former, own = (scripts.get_revision(number).module for number in ("0004", "0008"))
     schema = SCHEMAS["postgresql"]
     query = text(
         "SELECT prosrc FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace "
         "WHERE proname = :name AND nspname = :schema"
     )
     found = connection.execute(query, {"name": FUNCTION, "schema": schema}).scalars().all()
-    return found == [module.function(schema).split("$$")[1]]
+    return found == [own.function(schema, former).split("$$")[1]]
 
 
 def _config(connection: Connection) -> Config:

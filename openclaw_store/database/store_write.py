@@ -1,4 +1,4 @@
-"""The call of PostgreSQL's function `store_write`, which migration 0004 defines.
+"""The call of PostgreSQL's function `store_write`, which migration 0008 defines.
 
 Its arguments are arrays, one for each column of the rows of a batch, as text.
 """
@@ -17,7 +17,7 @@ from openclaw_store.domain import NodeInfo, Task
 
 POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 
-FUNCTION = "store_write_2"
+FUNCTION = "store_write_3"
 
 CALL_FIELDS = tuple(
     name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")

@@ -67,6 +67,9 @@ IS_PENDING = _in(WAITING)
 IS_FINISHED = _in(FINISHED)
 """The condition of tasks that are completed, failed or cancelled."""
 
+HAS_FAILED = _in({TaskStatus.FAILED, TaskStatus.TIMEOUT})
+"""The condition of tasks that are failed or timed out."""
+
 IS_LIVE = _in(WAITING | ASSIGNED)
 """The condition of tasks that are not finished."""
 
@@ -124,6 +127,7 @@ class TaskRow(Base):
         _index("ix_tasks_assigned_node", "assigned_node", "submitted_at", where=_HAS_NODE),
         _index("ix_tasks_user_id", "user_id", "submitted_at", where=_HAS_USER),
         _index("ix_tasks_completed_at", "completed_at", "task_id", where=_HAS_COMPLETION),
+        _index("ix_tasks_failed", "completed_at", "task_id", where=HAS_FAILED),
         # Beside it, migration 0003 makes `ix_tasks_ready`; see `UNCOMPARED_INDEXES`.
         _index("ix_tasks_delayed", "not_before", where=IS_DELAYED),
         _index("ix_tasks_expiring", "expires_at", where=IS_EXPIRING),
@@ -162,6 +166,7 @@ class TaskRow(Base):
     expires_at: Mapped[datetime | None] = mapped_column(UtcTime)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcTime)
     cancel_deadline_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    traceparent: Mapped[str | None] = mapped_column(String(55))
     updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
 

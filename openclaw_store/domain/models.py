@@ -27,6 +27,7 @@ from openclaw_store.domain.validation import (
     check_percentage,
     check_text,
     check_time,
+    check_traceparent,
     check_version,
     encode_json,
     encode_object,
@@ -141,6 +142,8 @@ class Task:
     """Time at which the owner of the running task was asked to cancel it."""
     cancel_deadline_at: datetime | None = None
     """Time at which `recover` cancels the task if its owner has not done so."""
+    traceparent: str | None = None
+    """The span of its submitter, as the header of W3C Trace Context."""
     updated_at: datetime | None = None
     """Time of the last write, set by the store."""
     version: int = 0
@@ -168,6 +171,7 @@ class Task:
         expires_at: datetime | None = None,
         affinity_tags: Iterable[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        traceparent: str | None = None,
         submitted_at: datetime | None = None,
         **fields: Any,
     ) -> Task:
@@ -201,6 +205,7 @@ class Task:
             expires_at=expires_at,
             affinity_tags=_optional_list("affinity_tags", affinity_tags),
             metadata=_dict("metadata", metadata),
+            traceparent=traceparent,
             **fields,
         )
 
@@ -341,6 +346,7 @@ FIELD_CHECKS: Mapping[type[Any], Mapping[str, Check]] = {
         **dict.fromkeys(("completed_at", "not_before", "updated_at"), check_time),
         **dict.fromkeys(("expires_at", "cancel_requested_at"), check_time),
         "cancel_deadline_at": check_time,
+        "traceparent": check_traceparent,
         "version": check_version,
     },
     NodeInfo: {

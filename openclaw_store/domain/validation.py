@@ -33,6 +33,8 @@ MIN_INTEGER = -(1 << 63)
 _ALWAYS_JSON = frozenset({str, bool, type(None)})
 _NUL_IN_JSON = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
+_TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
 PLAIN_TYPES = frozenset({str, int, float, bool, type(None)})
 """The immutable types of JSON."""
 EMPTY: Mapping[type[Any], Any] = {list: [], dict: {}, type(None): None}
@@ -227,6 +229,14 @@ def read_time(name: str, value: Any) -> datetime:
         wanted = "must be a time in ISO 8601, such as 2026-03-01T12:00:00Z"
         raise InvalidDataError(name, f"{wanted}, not {safe_repr(value)}")
     return check_time(name, value)
+
+
+def check_traceparent(name: str, value: Any) -> str:
+    """Return the header `traceparent` of W3C Trace Context."""
+    if not isinstance(value, str) or not _TRACEPARENT.fullmatch(value):
+        example = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        raise InvalidDataError(name, f"must be like {example}, or None, not {safe_repr(value)}")
+    return value
 
 
 def check_enum(kind: type[Enum]) -> Check:

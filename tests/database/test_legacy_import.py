@@ -108,6 +108,7 @@ NEW_FIELDS = {
     *("version", "attempt", "not_before", "idempotency_key", "updated_at", "losses", "max_losses"),
     *("expires_at", "cancel_requested_at", "cancel_deadline_at", "lease_seconds", "status_reason"),
     "session",
+    "traceparent",
 }
 """Fields that the original did not have."""
 

@@ -59,6 +59,9 @@ STRATEGIES: dict[object, st.SearchStrategy[Any]] = {
     c.check_number: st.floats(0, allow_infinity=False),
     c.check_percentage: st.floats(0, 100),
     c.check_time: st.datetimes(timezones=st.just(UTC)).map(lambda time: time.replace(fold=0)),
+    c.check_traceparent: st.from_regex(
+        "[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", fullmatch=True
+    ),
     c.encode_texts: TEXTS,
     c.encode_object: st.dictionaries(TEXT, VALUES, max_size=3),
     c.encode_json: VALUES,
