@@ -4,6 +4,7 @@ This room stores rows. It knows neither the meaning of a write nor the caches.
 """
 
 from openclaw_store.database.change_chain import history_of
+from openclaw_store.database.claim_statements import SKILL_GROUPS
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply
 from openclaw_store.database.legacy_import import LegacyImport
@@ -20,12 +21,14 @@ from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
 from openclaw_store.database.statements import USAGE, Statements, statements_for
 from openclaw_store.database.store_write import CALL_FIELDS, FUNCTION
 from openclaw_store.database.tables import (
+    HAS_FAILED,
     IS_ASSIGNED,
     IS_DELAYED,
     IS_EXPIRING,
     IS_FINISHED,
     IS_LIVE,
     IS_PENDING,
+    IS_READY,
     ROWS,
     ArchiveRunRow,
     ArchiveVoidRow,

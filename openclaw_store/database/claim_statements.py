@@ -5,7 +5,7 @@ Tasks that require the same skills are a group: the first column of the index `i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
@@ -113,6 +113,9 @@ def _sqlite_ranges(skills: Iterable[str] | None) -> Sequence[Any]:
 
 # A hash, since a long list does not fit into an index of PostgreSQL.
 _HASH = "coalesce(hashtextextended(required_skills::text, 0), 0)"
+SKILL_GROUPS: Mapping[str, str] = {"sqlite": "required_skills", "postgresql": _HASH}
+"""The first column of the index, by dialect: tasks that require the same skills are a group."""
+
 _TASKS = qualified("postgresql", "tasks")
 _NEXT_ROW = f"SELECT {_HASH} AS key, required_skills, {_ORDER} FROM {_TASKS} WHERE {IS_READY}"
 
