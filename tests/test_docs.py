@@ -50,6 +50,7 @@ HOW_TO = DOCS / "how-to"
 NOT_ALONE = {
     "worker.py": "works until it is stopped: `TestTutorial`",
     "run_worker.py": "works until it is stopped: `TestWorker`",
+    "submit.py": "waits for a worker: `TestWorker`",
     "coordinator.py": "waits for a worker: `TestTutorial`",
     "test_scheduler.py": "is a test: `TestCommands` runs pytest on it",
 }
@@ -57,6 +58,7 @@ NOT_ALONE = {
 
 OTHER_TEXTS = {
     "claim_tasks": "the picture of the life of a task",
+    "completed {": "the output of `submit.py`: `TestWorker`",
     "node lost": "the output of programs that run together: `TestTutorial`",
     "Opened again": "the end of an output: `TestReplay`",
 }
@@ -697,6 +699,24 @@ class TestWorker:
                 await working
 
         assert results == [{"hello": "you"}, 2]
+
+    @pytest.mark.sqlite
+    async def test_submitted_task_is_run_by_the_worker_of_the_page(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        jobs = ModuleType("jobs")
+        vars(jobs).update(program(self.PAGE, "# jobs.py"))
+        monkeypatch.setitem(sys.modules, "jobs", jobs)
+        async with Database("./data/cluster.db"):  # as `db upgrade` makes it
+            working = asyncio.create_task(program(self.PAGE, "# run_worker.py")["main"]())
+
+            await program(self.PAGE, "# submit.py")["main"]()
+
+            signal.raise_signal(signal.SIGTERM)
+            await working
+        [shown] = [one.text for one in blocks(self.PAGE, "text") if "completed {" in one.text]
+        assert capsys.readouterr().out.strip() == shown.strip()
 
     def test_unit_of_systemd_waits_for_longer_than_the_grace(self) -> None:
         [block] = blocks(self.PAGE, "ini")

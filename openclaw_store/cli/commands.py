@@ -164,7 +164,12 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or nod
     """Show the fields and the history of a task or node, and why a task waits."""
     from openclaw_store.domain import NodeInfo, Task
     from openclaw_store.maintenance.summary import explain_task
-    from openclaw_store.repositories import NodeRepository, TaskRepository, read_history
+    from openclaw_store.repositories import (
+        NodeRepository,
+        TaskRepository,
+        read_history,
+        read_progress,
+    )
 
     async with call.opened() as database:
         task = await TaskRepository(database).get(id)
@@ -174,17 +179,21 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or nod
         for kind in (Task, NodeInfo) if entity is None else (type(entity),):
             changes = changes or await database.read(partial(read_history, id=id, kind=kind))
         why = await explain_task(database, id) if task and task.status in WAITING else None
+        progress = await database.read(partial(read_progress, task_id=id)) if task else None
     if entity is None and not changes:
         raise NotFoundError(f"no task or node has the id {id!r}")
     document = {
         "task": task,
         "node": node,
+        "progress": progress,
         "explanation": why and {**vars(why), "nodes": dict(why.nodes), "text": str(why)},
         "history": [change._asdict() for change in changes],
     }
     parts: list[Part] = [lambda: render.fields(entity)] if entity else [f"{id} was removed"]
     if why:
         parts += ["", str(why)]
+    if progress:
+        parts += ["", f"progress: {progress}, reported {render.when(progress.reported_at)}"]
     if changes:
         parts += ["", lambda: render.changes(changes, of_one=True)]
     call.show(document, *parts)

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openclaw_store.domain import Task, describe_exception
+from openclaw_store.domain import Progress, Task, describe_exception, progress_of, utc_now
 
 MAX_TRACEBACK_LENGTH = 4000
 """Characters of the end of a traceback, and of the text of an exception, that are stored."""
@@ -49,6 +49,8 @@ class Run:
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.latest: Progress | None = None
+        """The newest progress; `None` before the first call of `progress`."""
         self._is_interrupted = threading.Event()
 
     def __repr__(self) -> str:
@@ -63,12 +65,28 @@ class Run:
         """
         return self._is_interrupted.is_set()
 
+    def progress(self, fraction: float | None = None, note: str | None = None) -> None:
+        """Tell how far the work is; may be called often, and on any thread.
+
+        The next heartbeat carries the newest progress; see `StateManager.get_progress`.
+
+        Args:
+            fraction: The part that is done, 0 to 1.
+            note: A short text, such as `epoch 3`; 500 characters of it are kept.
+
+        Raises:
+            InvalidDataError: If the fraction is not a number from 0 to 1, or the note is not text.
+        """
+        self.latest = progress_of(self.task.attempt, fraction, note, utc_now())
+
 
 class Attempt(Run):
     """An attempt at a task, for its worker."""
 
     def __init__(self, task: Task) -> None:
         super().__init__(task)
+        self.owned = task.task_id, task.attempt
+        """The key of the attempt in a `Lease`."""
         self.interruption: Interruption | None = None
         """The reason for which the handler should end; `None` while it should run."""
         self._work: asyncio.Future[Any] | None = None
@@ -96,10 +114,16 @@ class Attempt(Run):
             self._work = loop.run_in_executor(executor, call)
         if self.interruption is not None and not self._is_in_thread:  # before it began
             self._work.cancel()
-        await asyncio.wait([self._work], timeout=self.task.timeout)
-        if not self._work.done():
-            self.interrupt(Interruption.TIMED_OUT)
-            await asyncio.wait([self._work])
+        try:
+            await asyncio.wait([self._work], timeout=self.task.timeout)
+            if not self._work.done():
+                self.interrupt(Interruption.TIMED_OUT)
+                await asyncio.wait([self._work])
+        except asyncio.CancelledError:  # the worker ends at once
+            self.interrupt(Interruption.STOPPED)
+            if not self._is_in_thread:
+                await asyncio.wait([self._work])
+            raise
         return self._work.result()
 
 

@@ -7,21 +7,18 @@ idempotent.
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 from openclaw_store.database import Database
 from openclaw_store.domain import (
     NodeInfo,
-    NodeStatus,
     Task,
-    TaskFilter,
-    TaskStatus,
+    TaskType,
     check_limit_seconds,
     check_number,
     check_some,
@@ -31,18 +28,19 @@ from openclaw_store.errors import (
     BackendError,
     ConflictError,
     InvalidDataError,
+    NodeInUseError,
     NodeNotFoundError,
     NotFoundError,
     StoreError,
     logger_of,
 )
+from openclaw_store.repositories import Lease, Owned
 from openclaw_store.state_manager import StateManager
+from openclaw_store.worker.lease import NodeLease
 from openclaw_store.worker.run import Attempt, Handler, Interruption, describe
+from openclaw_store.worker.waiting import either, first_of, stopped_by_signals
 
 logger = logger_of("worker")
-
-HEARTBEATS_PER_LEASE = 4
-"""Heartbeats in the time of a lease, so that a lost one does not end it."""
 
 CHECK_SECONDS = 1.0
 """Seconds between two looks for tasks that were cancelled, or taken from the node."""
@@ -52,9 +50,6 @@ RETRY_SECONDS = 0.5
 
 WAIT_SECONDS = 60.0
 """Longest wait of one claim; the next one follows at once."""
-
-_HELD = (TaskStatus.SCHEDULED, TaskStatus.RUNNING)
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Worker:
@@ -69,12 +64,13 @@ class Worker:
     **Stop.** After SIGTERM, SIGINT or `stop`, the worker claims no more tasks, gives the running
     ones `grace_seconds`, and releases the rest: they are PENDING again at no cost. A second SIGTERM
     ends it at once; after a second SIGINT, plain functions still run to their end.
-    **Identity.** Each worker needs a node of its own: a worker that registers a node takes it from
-    the one before.
+    **Identity.** Each worker needs a node of its own. A second worker of a node is refused, unless
+    the first one has crashed: it has ended without a stop, and sends no heartbeats.
 
     Args:
         state: A `StateManager` that is open, or a `Database`, which the worker opens and closes.
-        node: The node that is registered. It runs `max_concurrent_tasks` tasks at a time.
+        node: The node that is registered, as a copy. It runs `max_concurrent_tasks` tasks at a
+            time.
         handle: Runs a task; see `Handler`.
         lease_seconds: Seconds without a heartbeat after which `recover` releases the tasks.
         grace_seconds: Seconds that running tasks have when the worker is stopped.
@@ -96,7 +92,6 @@ class Worker:
     ) -> None:
         if not callable(handle):
             raise InvalidDataError("handle", f"must be a function, not {type(handle).__name__}")
-        self.node = node
         self._slots = check_some("max_concurrent_tasks", node.max_concurrent_tasks)
         self._state = state
         self._handle = handle
@@ -106,14 +101,13 @@ class Worker:
         if recover_every is not None:
             check_limit_seconds("recover_every", recover_every)
         self._stopping = asyncio.Event()
-        self._leased = asyncio.Event()  # the node is registered, and its lease holds
-        self._lease_until = 0.0  # by `time.monotonic`
-        self._registered = 0  # revision of the last registration
-        self._runs: dict[tuple[str, int], Attempt] = {}  # by task and attempt
+        self._lease = NodeLease(node, self._lease_seconds)
+        self._node_id = node.node_id
+        self._runs: dict[Owned, Attempt] = {}
 
     def __repr__(self) -> str:
         used = f"{len(self._runs)} of {self._slots} slots in use"
-        return f"<Worker of {self.node.node_id!r}, {used}>"
+        return f"<Worker of {self._node_id!r}, {used}>"
 
     def stop(self) -> None:
         """Make `run` return after the running tasks have ended, or after their grace.
@@ -126,15 +120,15 @@ class Worker:
         """Work until SIGTERM, SIGINT or `stop`.
 
         Raises:
+            NodeInUseError: If another worker of this node sends heartbeats, or has taken it over.
             StoreError: If the node cannot be registered.
         """
         async with self._open() as manager:
-            with (
-                _signals(self.stop),
-                ThreadPoolExecutor(self.node.max_concurrent_tasks) as executor,
-            ):
-                await self._register(manager)
-                await self._work(manager, executor)
+            with stopped_by_signals(self.stop), ThreadPoolExecutor(self._slots) as executor:
+                await either(self._lease.take(manager), self._stopping.wait())
+                if not self._stopping.is_set():
+                    await self._work(manager, executor)
+                await self._leave(manager)
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[StateManager]:
@@ -145,7 +139,7 @@ class Worker:
             yield self._state
 
     async def _work(self, manager: StateManager, executor: ThreadPoolExecutor) -> None:
-        duties = [self._keep_lease(manager), self._check_tasks(manager)]
+        duties = [self._keep_lease(manager), self._watch_lease()]
         if self._recover_every is not None:
             duties.append(self._recover(manager, self._recover_every))
         services: list[asyncio.Future[Any]] = [
@@ -156,12 +150,11 @@ class Worker:
             asyncio.ensure_future(self._fill_slot(manager, executor)) for _ in range(self._slots)
         ]
         try:
-            await _first([*services, *slots])
+            await first_of([*services, *slots])
             await asyncio.wait(slots, timeout=self._grace_seconds)
             for run in list(self._runs.values()):
                 run.interrupt(Interruption.STOPPED)
             await asyncio.gather(*slots)
-            await self._leave(manager)
         finally:
             for one in (*slots, *services):
                 one.cancel()
@@ -170,14 +163,14 @@ class Worker:
     async def _leave(self, manager: StateManager) -> None:
         """Release what the node holds, and set it OFFLINE; `recover` does it otherwise."""
         try:
-            for task in await self._held(manager):
-                with suppress(ConflictError, NotFoundError):
-                    await manager.release_task(task, "worker stopped")
-            node = await manager.get_node(self.node.node_id)
-            if node is not None and node.status is not NodeStatus.MAINTENANCE:
-                await manager.update_node_status(node.node_id, NodeStatus.OFFLINE)
+            lease = await manager.get_lease(self._node_id)
+            if lease is None or lease.session != self._lease.node.session:
+                return  # its tasks are those of another worker
+            for owned in lease.held:
+                await self._give_back(manager, owned, "worker stopped")
+            await manager.change_node(self._node_id, self._lease.end)
         except BackendError as error:
-            logger.warning("node %r could not be set OFFLINE: %s", self.node.node_id, error)
+            logger.warning("node %r could not be set OFFLINE: %s", self._node_id, error)
 
     # One slot: claim, run, report, and claim the next task in the same commit.
 
@@ -188,18 +181,19 @@ class Worker:
                 task = await self._claim(manager)
             else:
                 task = await self._run(manager, executor, task)
-            if task is not None and (task.version < self._registered or not self._leased.is_set()):
+            lease = self._lease
+            if task is not None and (task.version < lease.registered or not lease.holds.is_set()):
                 task = None  # the registration has released it, or will
 
     async def _claim(self, manager: StateManager) -> Task | None:
         """Return the next task; `None` if the worker stops, or the database is away."""
-        await _either(self._leased.wait(), self._stopping.wait())
+        await either(self._lease.holds.wait(), self._stopping.wait())
         if self._stopping.is_set():
             return None
-        claim = manager.claim_tasks(self.node.node_id, wait_seconds=WAIT_SECONDS, start=True)
+        claim = manager.claim_tasks(self._node_id, wait_seconds=WAIT_SECONDS, start=True)
         try:
             # A claim that is committed while the worker stops is released by `_leave`.
-            claimed = await _either(claim, self._stopping.wait())
+            claimed = await either(claim, self._stopping.wait())
         except NodeNotFoundError:
             self._lose_lease("it was removed")
             return None
@@ -212,13 +206,13 @@ class Worker:
         self, manager: StateManager, executor: ThreadPoolExecutor, task: Task
     ) -> Task | None:
         """Run a task and report its end; return the next task, if there is one."""
-        key = task.task_id, task.attempt
-        run = self._runs[key] = Attempt(task)
+        run = Attempt(task)
+        self._runs[run.owned] = run
         try:
             report = await self._call(manager, executor, run)
             return None if report is None else await self._report(manager, run, report)
         finally:
-            del self._runs[key]
+            del self._runs[run.owned]
 
     async def _call(
         self, manager: StateManager, executor: ThreadPoolExecutor, run: Attempt
@@ -250,8 +244,8 @@ class Worker:
         claimed: Task | None = None
         while run.interruption is not Interruption.LOST:
             calls: list[Coroutine[Any, Any, Any]] = [report()]
-            if claimed is None and self._leased.is_set() and not self._stopping.is_set():
-                calls.append(manager.claim_tasks(self.node.node_id, start=True))
+            if claimed is None and self._lease.holds.is_set() and not self._stopping.is_set():
+                calls.append(manager.claim_tasks(self._node_id, start=True))
             # Submitted together, they share a commit.
             reported, *claims = await asyncio.gather(*calls, return_exceptions=True)
             for one in claims:
@@ -261,6 +255,7 @@ class Worker:
                 case InvalidDataError():  # the result cannot be stored
                     report = partial(manager.fail_task, run.task, str(reported))
                 case BackendError():
+                    claimed = None  # no slot knows of it: `_obey` releases it
                     what = f"the end of {run.task.task_id!r} is not reported"
                     await self._pause(manager, what, reported)
                 case ConflictError() | NotFoundError():
@@ -274,90 +269,95 @@ class Worker:
 
     # The node: its lease, and the tasks that it holds in the database.
 
-    async def _give_back(self, manager: StateManager, task: Task) -> None:
-        with suppress(StoreError):  # `_check_tasks` tries again
-            await manager.release_task(task)
-
-    async def _register(self, manager: StateManager) -> None:
-        began = time.monotonic()
-        self.node.lease_seconds = self._lease_seconds
-        self.node.status = NodeStatus.ONLINE
-        await manager.register_node(self.node)
-        self._lease_until = began + self._lease_seconds
-        self._registered = self.node.version
-        self._leased.set()
+    async def _watch_lease(self) -> None:
+        """Notice the end of the lease in time, though the database may not answer."""
+        while True:
+            await self._lease.holds.wait()
+            if self._lease.left <= 0:
+                self._lose_lease("no heartbeat could be written in time")
+            await asyncio.sleep(max(0, min(self._lease.left, CHECK_SECONDS)))
 
     async def _keep_lease(self, manager: StateManager) -> None:
-        """Send heartbeats; register again after the lease was lost."""
-        pause = self._lease_seconds / HEARTBEATS_PER_LEASE
-        while True:
-            left = self._lease_until - time.monotonic()
-            if self._leased.is_set():
-                await asyncio.sleep(min(pause, max(0, left)))
-            try:
-                async with asyncio.timeout(self._lease_seconds):
-                    await self._renew(manager)
-            except (StoreError, TimeoutError) as error:
-                await self._pause(manager, "the lease of the node is not renewed", error)
-            if self._leased.is_set() and time.monotonic() >= self._lease_until:
-                self._lose_lease("no heartbeat could be written in time")
+        """Send heartbeats, obey their answers, and register again after the lease was lost.
 
-    async def _renew(self, manager: StateManager) -> None:
-        began = time.monotonic()
-        if self._leased.is_set() and began >= self._lease_until:
-            self._lose_lease("the process was stopped for too long")
-        if not self._leased.is_set():
-            await self._register(manager)
-        elif await manager.update_heartbeat(self.node.node_id):
-            await manager.sync_to_database()  # a manager with a cache writes it later
-            self._lease_until = began + self._lease_seconds
-        else:
-            self._lose_lease("it was removed")
-
-    def _lose_lease(self, reason: str) -> None:
-        logger.warning("node %r has lost its lease: %s", self.node.node_id, reason)
-        self._leased.clear()
-        for run in self._runs.values():
-            run.interrupt(Interruption.LOST)
-
-    async def _check_tasks(self, manager: StateManager) -> None:
-        """Interrupt what was cancelled or taken away; release what no slot knows of."""
-        unknown: set[tuple[str, int]] = set()
+        Between two heartbeats, each new revision makes it look for an answer without one.
+        """
+        unknown: dict[Owned, float] = {}
         version = -1
         while True:
-            await asyncio.sleep(CHECK_SECONDS)
-            if not unknown and manager.version == version:
-                continue
-            version = manager.version
+            await asyncio.sleep(max(0, min(self._lease.pause, CHECK_SECONDS)))
             known = list(self._runs.values())  # the tasks of later runs may be missing below
             try:
-                held = {task.task_id: task for task in await self._held(manager)}
+                if self._lease.holds.is_set() and self._lease.left <= 0:
+                    self._lose_lease("the process was stopped for too long")
+                if not self._lease.holds.is_set():
+                    await self._lease.register(manager)
+                    continue
+                if self._lease.pause <= 0:
+                    version = manager.version
+                    progress = {one.task.task_id: one.latest for one in known if one.latest}
+                    lease = await self._lease.renew(manager, progress)
+                elif unknown or manager.version != version:
+                    version = manager.version
+                    lease = await manager.get_lease(self._node_id)
+                else:
+                    continue
+                unknown = await self._obey(manager, lease, known, unknown)
+            except NodeInUseError:
+                self._lose_lease("another worker has taken the node over")
+                raise
             except StoreError as error:
-                await self._pause(manager, "the tasks of the node could not be read", error)
-                continue
-            for run in known:
-                task = held.get(run.task.task_id)
-                if task is None or task.attempt != run.task.attempt:
-                    run.interrupt(Interruption.LOST)
-                elif task.cancel_requested_at is not None:
-                    run.interrupt(Interruption.CANCELLED)
-            # The answer to a claim may have been lost. Seen twice: it may also be on its way.
-            found = {(id, one.attempt) for id, one in held.items()} - self._runs.keys()
-            for id, _ in found & unknown:
-                await self._give_back(manager, held[id])
-            unknown = found
+                await self._pause(manager, "the lease of the node is not renewed", error)
 
-    async def _held(self, manager: StateManager) -> list[Task]:
-        """Return the tasks that the node holds, by the database."""
-        held: list[Task] = []
-        after: str | None = None
-        filter = TaskFilter(node=self.node.node_id, status=_HELD)
-        while True:
-            page = await manager.list_tasks(filter, after=after)
-            held += page
-            after = page.after
-            if after is None:
-                return held
+    async def _obey(
+        self,
+        manager: StateManager,
+        lease: Lease | None,
+        known: list[Attempt],
+        unknown: Mapping[Owned, float],
+    ) -> dict[Owned, float]:
+        """Interrupt what was cancelled or taken away; release what no slot knows of.
+
+        Args:
+            unknown: The tasks that no slot knew of before, and since when.
+
+        Returns:
+            The tasks that no slot knows of now.
+
+        Raises:
+            NodeInUseError: If another worker has registered the node.
+        """
+        if lease is None:
+            self._lose_lease("it was removed")
+            return {}
+        if lease.session != self._lease.node.session:
+            raise NodeInUseError(self._node_id, lease.session)
+        for run in known:
+            is_asked = lease.held.get(run.owned)
+            if is_asked is None:
+                run.interrupt(Interruption.LOST)
+            elif is_asked:
+                run.interrupt(Interruption.CANCELLED)
+        # The answer to a claim may have been lost, but it may also be on its way.
+        now = time.monotonic()
+        found = {one: unknown.get(one, now) for one in lease.held.keys() - self._runs.keys()}
+        for owned in [one for one, since in found.items() if now - since >= CHECK_SECONDS]:
+            await self._give_back(manager, owned)
+        return found
+
+    async def _give_back(
+        self, manager: StateManager, owned: Owned, reason: str | None = None
+    ) -> None:
+        id, attempt = owned
+        task = Task(id, TaskType.BATCH, "", assigned_node=self._node_id, attempt=attempt)
+        with suppress(ConflictError, NotFoundError):  # it is not the node's any more
+            await manager.release_task(task, reason)
+
+    def _lose_lease(self, reason: str) -> None:
+        logger.warning("node %r has lost its lease: %s", self._node_id, reason)
+        self._lease.lose()
+        for run in self._runs.values():
+            run.interrupt(Interruption.LOST)
 
     async def _recover(self, manager: StateManager, seconds: float) -> None:
         while True:
@@ -372,49 +372,3 @@ class Worker:
             raise error
         logger.warning("%s, and tried again: %s", what, error)
         await asyncio.sleep(RETRY_SECONDS)
-
-
-@contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Call `stop` at the first signal; a second one has the effect it had before."""
-    loop = asyncio.get_running_loop()
-
-    def restore() -> None:
-        for one in _SIGNALS:
-            loop.remove_signal_handler(one)
-
-    def handle() -> None:
-        restore()
-        stop()
-
-    try:
-        for one in _SIGNALS:
-            loop.add_signal_handler(one, handle)
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        # Windows, or not the main thread: the program calls `Worker.stop` itself.
-        logger.info("signals do not stop this worker: %s", error)
-        yield
-        return
-    try:
-        yield
-    finally:
-        restore()
-
-
-async def _first(futures: list[asyncio.Future[Any]]) -> None:
-    """Wait for the first of several futures; raise its exception."""
-    done, _ = await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-    for one in done:
-        one.result()
-
-
-async def _either(work: Coroutine[Any, Any, Any], other: Coroutine[Any, Any, Any]) -> Any:
-    """Return the result of the work, or `None` if the other ends first, which cancels it."""
-    first, second = asyncio.ensure_future(work), asyncio.ensure_future(other)
-    try:
-        await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
-        return first.result() if first.done() else None
-    finally:
-        for one in (first, second):
-            one.cancel()
-        await asyncio.wait([first, second])

@@ -28,6 +28,7 @@ from typer.testing import CliRunner, Result
 
 from openclaw_store import (
     Database,
+    Progress,
     StateManager,
     Task,
     TaskFilter,
@@ -221,6 +222,19 @@ class TestLooking:
         assert re.search(r"^error +no paper$", text, re.MULTILINE)
         assert re.search(r"^\d+ .* running → failed on atlas \(no paper\)$", text, re.MULTILINE)
         assert "None" not in text
+
+    async def test_show_tells_the_progress_of_a_running_task(
+        self, run: Run, cluster: StateManager, clock: FakeClock
+    ) -> None:
+        progress = Progress(1, 0.4, "epoch 3", clock())
+        await cluster.renew_lease("atlas", {"task-0003": progress})
+
+        found = await document(run, "show", "task-0003")
+        text = (await run("show", "task-0003")).stdout
+
+        assert found["progress"]["fraction"] == 0.4
+        assert found["progress"]["note"] == "epoch 3"
+        assert f"\nprogress: 40%, epoch 3, reported {console.when(clock())}\n" in text
 
     async def test_why_a_task_waits_is_what_the_manager_says(
         self, run: Run, cluster: StateManager, make_task: MakeTask, clock: FakeClock

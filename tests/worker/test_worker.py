@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,6 +15,9 @@ from conftest import PATIENCE, Location, MakeNode, MakeTask, feed
 from openclaw_store import (
     Database,
     InvalidDataError,
+    Lease,
+    NodeInfo,
+    NodeInUseError,
     NodeStatus,
     Run,
     StateManager,
@@ -23,6 +27,7 @@ from openclaw_store import (
     Worker,
 )
 from openclaw_store.domain.lifecycle import OVERDUE
+from openclaw_store.worker import lease as lease_module
 from openclaw_store.worker import worker as worker_module
 
 pytestmark = pytest.mark.asyncio
@@ -236,13 +241,13 @@ async def test_worker_that_cannot_renew_its_lease_drops_its_tasks(
 ) -> None:
     """Planted: it goes on, while `recover` has given its tasks to others."""
     clock = Monotonic()
-    monkeypatch.setattr(worker_module, "time", clock)
+    monkeypatch.setattr(lease_module, "time", clock)
     monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.01)
-    monkeypatch.setattr(worker_module, "HEARTBEATS_PER_LEASE", 6000)
+    monkeypatch.setattr(lease_module, "HEARTBEATS_PER_LEASE", math.inf)
     is_away, interrupted = asyncio.Event(), asyncio.Event()
-    renew = StateManager.update_heartbeat
+    renew = StateManager.renew_lease
 
-    async def update_heartbeat(self: StateManager, *arguments: Any) -> bool:
+    async def renew_lease(self: StateManager, *arguments: Any) -> Lease | None:
         if is_away.is_set():
             clock.seconds += 20
             raise UnavailableError("away")
@@ -259,7 +264,7 @@ async def test_worker_that_cannot_renew_its_lease_drops_its_tasks(
             is_away.clear()
         return 1
 
-    monkeypatch.setattr(StateManager, "update_heartbeat", update_heartbeat)
+    monkeypatch.setattr(StateManager, "renew_lease", renew_lease)
     task = make_task()
     async with at_work(make_worker(handle)):
         await store.add_task(task)
@@ -352,3 +357,273 @@ async def test_senseless_argument_is_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidDataError, match=field):
         make_worker(**options)
+
+
+async def test_second_worker_of_a_node_is_refused(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    """Planted: it takes the tasks of the first one, which takes the node back, for ever."""
+    task = make_task(name="long")
+    first = make_worker(lease_seconds=6, grace_seconds=0)
+    async with at_work(first):
+        await store.add_task(task)
+        await until(lambda: "1 of 2" in repr(first))
+
+        with pytest.raises(NodeInUseError, match="node_id of its own"):
+            async with asyncio.timeout(PATIENCE):
+                await make_worker().run()
+
+        assert "1 of 2" in repr(first)
+        found = await store.task_repo.get(task.task_id)
+        assert found is not None
+        assert (found.status, found.losses) == (TaskStatus.RUNNING, 0)
+
+
+async def test_node_of_a_crashed_worker_is_taken_over(
+    store: StateManager, make_task: MakeTask, make_node: MakeNode, make_worker: MakeWorker
+) -> None:
+    crashed = make_node(node_id="atlas", session="crashed", lease_seconds=0.6)
+    await store.register_node(crashed)
+    task = make_task(name="good")
+    await store.add_task(task)
+    await store.claim_tasks("atlas", start=True)
+
+    async with at_work(make_worker()):
+        ended = await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert (ended.status, ended.attempt, ended.losses) == (TaskStatus.COMPLETED, 2, 1)
+
+
+async def test_stop_frees_the_node_for_the_next_worker(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    for _ in range(3):
+        task = make_task(name="good")
+        async with at_work(make_worker(lease_seconds=10_000)):
+            await store.drain_node("atlas")
+            await store.add_task(task)
+        async with at_work(make_worker(lease_seconds=10_000)):
+            await store.resume_node("atlas")
+            await store.wait_for_task(task.task_id, PATIENCE)
+
+
+async def test_replaced_worker_ends_and_leaves_the_tasks_of_the_other(
+    store: StateManager,
+    make_task: MakeTask,
+    make_node: MakeNode,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: it registers again, or releases what the other one has claimed."""
+    monkeypatch.setattr(worker_module, "CHECK_SECONDS", 0.01)
+    began = asyncio.Event()
+
+    async def handle(task: Task, run: Run) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    worker = make_worker(handle)
+    running = asyncio.create_task(worker.run())
+    await store.add_task(make_task())
+    await began.wait()
+    await store.drain_node("atlas")  # only one of them shall claim
+
+    await store.register_node(make_node(node_id="atlas"))
+    with pytest.raises(NodeInUseError) as caught:
+        async with asyncio.timeout(PATIENCE):
+            await running
+    await store.resume_node("atlas")
+    [task] = await store.claim_tasks("atlas", start=True)
+
+    assert (caught.value.node_id, caught.value.session) == ("atlas", None)
+    assert (task.attempt, task.losses) == (2, 1)
+    node = await store.node_repo.get("atlas")
+    assert node is not None
+    assert (node.status, node.running_tasks) == (NodeStatus.ONLINE, 1)
+
+
+async def test_node_of_the_caller_is_not_changed(
+    location: Location, store: StateManager, make_node: MakeNode, make_task: MakeTask
+) -> None:
+    task = make_task(name="good")
+    node = make_node(node_id="atlas")
+    before = NodeInfo(**vars(node))
+
+    async with at_work(Worker(Database(location), node, do)):
+        await store.add_task(task)
+        await store.wait_for_task(task.task_id, PATIENCE)
+
+    assert node == before
+
+
+async def test_progress_travels_with_the_heartbeats(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    go = threading.Event()
+
+    def handle(task: Task, run: Run) -> None:
+        run.progress(0.4, "epoch 3")
+        assert go.wait(PATIENCE)
+        run.progress(2)
+
+    task = make_task(max_retries=0)
+    await store.add_task(task)
+    async with at_work(make_worker(handle, lease_seconds=1)), asyncio.timeout(PATIENCE):
+        async for progress in store.watch_progress(task.task_id):
+            assert (progress.attempt, progress.fraction, progress.note) == (1, 0.4, "epoch 3")
+            go.set()
+        ended = await store.wait_for_task(task.task_id)
+
+    assert ended.status is TaskStatus.FAILED
+    assert ended.error is not None
+    assert "fraction" in ended.error
+
+
+async def test_removed_task_is_no_harm(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: the error of the report ends the worker."""
+    monkeypatch.setattr(worker_module, "CHECK_SECONDS", 0.01)
+    removed, kept = make_task(), make_task(name="good")
+    interrupted = asyncio.Event()
+
+    async def handle(task: Task, run: Run) -> int:
+        if task.task_id == kept.task_id:
+            return 1
+        await store.remove_task(task.task_id)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            interrupted.set()
+        return 2
+
+    async with at_work(make_worker(handle, slots=1)):
+        await store.add_task(removed)
+        await interrupted.wait()
+        await store.add_task(kept)
+        ended = await store.wait_for_task(kept.task_id, PATIENCE)
+
+    assert ended.result == 1
+    assert await store.task_repo.get(removed.task_id) is None
+
+
+async def test_never_more_handlers_than_slots(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: a cancelled, late or removed task frees its slot while its handler goes on."""
+    monkeypatch.setattr(worker_module, "CHECK_SECONDS", 0.01)
+    running, most, ended = 0, 0, 0
+    total, slots = 24, 3
+
+    async def handle(task: Task, run: Run) -> None:
+        nonlocal running, most, ended
+        running += 1
+        most = max(most, running)
+        try:
+            match task.name:
+                case "cancel":
+                    await store.cancel_task(task.task_id)
+                case "ask":
+                    await store.cancel_task(task.task_id, grace_seconds=600)
+                case "remove":
+                    await store.remove_task(task.task_id)
+            if task.name != "quick":
+                await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)  # it cleans up
+            running -= 1
+            ended += 1
+
+    names = ["quick", "cancel", "ask", "remove", "late", "quick"] * (total // 6)
+    tasks = [
+        make_task(name=name, timeout=1 if name == "late" else None, max_retries=0) for name in names
+    ]
+    await store.add_tasks(tasks)
+    async with at_work(make_worker(handle, slots=slots)):
+        await until(lambda: ended == total)
+
+    assert most == slots
+    node = await store.node_repo.get("atlas")
+    assert node is not None
+    assert node.running_tasks == 0
+
+
+async def test_database_away_for_a_minute_costs_nothing_within_the_lease(
+    store: StateManager,
+    make_task: MakeTask,
+    make_worker: MakeWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Handlers go on, reports are repeated, and the lease is renewed when the database is back."""
+    monkeypatch.setattr(worker_module, "RETRY_SECONDS", 0.001)
+    clock = Monotonic()
+    monkeypatch.setattr(lease_module, "time", clock)
+    is_away, go = asyncio.Event(), asyncio.Event()
+    refused = 0
+
+    def away(name: str) -> None:
+        call = getattr(StateManager, name)
+
+        async def called(self: StateManager, *arguments: Any, **options: Any) -> Any:
+            nonlocal refused
+            if self is not store and is_away.is_set():
+                refused += 1
+                clock.seconds += 1
+                if clock.seconds >= 60:
+                    is_away.clear()
+                raise UnavailableError("away")
+            return await call(self, *arguments, **options)
+
+        monkeypatch.setattr(StateManager, name, called)
+
+    for name in ("renew_lease", "get_lease", "claim_tasks", "complete_task"):
+        away(name)
+
+    async def handle(task: Task, run: Run) -> int:
+        await go.wait()
+        return 1
+
+    tasks = [make_task() for _ in range(4)]
+    worker = make_worker(handle, lease_seconds=90)
+    async with at_work(worker):
+        await store.add_tasks(tasks)
+        await until(lambda: "2 of 2" in repr(worker))
+        is_away.set()
+        go.set()
+        ended = [await store.wait_for_task(task.task_id, PATIENCE) for task in tasks]
+
+    assert refused >= 60
+    assert {(one.status, one.attempt, one.losses) for one in ended} == {
+        (TaskStatus.COMPLETED, 1, 0)
+    }
+
+
+async def test_cancelled_worker_leaves_no_handler_behind(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    """Planted: the coroutine of a handler goes on. (The fixtures look for it, too.)"""
+    began, ended = asyncio.Event(), asyncio.Event()
+
+    async def handle(task: Task, run: Run) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            assert run.cancelled
+            ended.set()
+
+    running = asyncio.create_task(make_worker(handle).run())
+    await store.add_task(make_task())
+    await began.wait()
+
+    running.cancel()
+    await asyncio.wait([running])
+
+    assert running.cancelled()
+    assert ended.is_set()
