@@ -46,7 +46,7 @@ class WriteSession(Protocol):
     def cursor(self) -> Cursor: ...
 
     def is_lost(self) -> bool:
-        """Return `True` if the server has closed the connection since its last transaction."""
+        """Return true if the server has closed the connection since its last transaction."""
 
     def begin(self, until: float) -> None:
         """Begin a transaction; it has the write lock, unless its cursor is a `BatchCursor`.
@@ -77,7 +77,7 @@ class Backend(Protocol):
     def error_mapping(self) -> ErrorMapping: ...
 
     def exists(self) -> bool:
-        """Return `True` if the file exists; a server is assumed to."""
+        """Return true if the file exists; a server is assumed to."""
 
     def make_folder(self) -> None:
         """Make the folder of the file.

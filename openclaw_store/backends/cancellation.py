@@ -127,12 +127,12 @@ def cancel_once_more() -> None:
 
 
 def was_interrupted(future: asyncio.Future[Any]) -> bool:
-    """Return `True` if the work stopped half-way: cancelled, by Ctrl-C, or with its event loop."""
+    """Return true if the work stopped half-way: cancelled, by Ctrl-C, or with its event loop."""
     if not future.done():
         return future.get_loop().is_closed()
     return future.cancelled() or not isinstance(future.exception(), Exception | None)
 
 
 def ended_badly(future: asyncio.Future[Any]) -> bool:
-    """Return `True` if there is no result; asyncio then no longer reports the error as unused."""
+    """Return true if there is no result; asyncio then no longer reports the error as unused."""
     return future.cancelled() or future.exception() is not None

@@ -148,7 +148,7 @@ class ErrorMapping(ABC):
 
     @classmethod
     def is_busy(cls, error: BaseException) -> bool:
-        """Return `True` if another connection holds a lock, so that waiting may help."""
+        """Return true if another connection holds a lock, so that waiting may help."""
         return cls.code(error) in cls.busy
 
     @classmethod
@@ -181,12 +181,12 @@ class SQLiteErrorMapping(ErrorMapping):
 
     @classmethod
     def is_damage(cls, error: BaseException) -> bool:
-        """Return `True` if the contents of the file are damaged."""
+        """Return true if the contents of the file are damaged."""
         return cls.code(error) == "SQLITE_CORRUPT" or cls.is_no_text(error)
 
     @classmethod
     def is_no_text(cls, error: BaseException) -> bool:
-        """Return `True` if text is not UTF-8, the driver's only error without a code."""
+        """Return true if text is not UTF-8, the driver's only error without a code."""
         return type(_cause(error)) is sqlite3.OperationalError and cls.code(error) is None
 
     @classmethod
@@ -312,7 +312,7 @@ def _set_text(error: BaseException, text: str) -> None:
 
 
 def _is_lost(cause: BaseException) -> bool:
-    """Return `True` if the connection failed or was lost, or the server did not answer."""
+    """Return true if the connection failed or was lost, or the server did not answer."""
     driver = importlib.import_module("asyncpg")
     lost = (
         OSError,

@@ -44,7 +44,13 @@ from openclaw_store.database.statements import statements_for
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
-from openclaw_store.domain import MAX_JSON_BYTES, Clock, check_limit_seconds, check_some, utc_now
+from openclaw_store.domain import (
+    MAX_JSON_BYTES,
+    Clock,
+    check_limit_seconds,
+    check_positive,
+    utc_now,
+)
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,
@@ -112,12 +118,12 @@ class Database:
         max_json_bytes: int = MAX_JSON_BYTES,
         legacy_timezone: str | None = None,
     ) -> None:
-        self.max_json_bytes = check_some("max_json_bytes", max_json_bytes, MAX_JSON_BYTES)
+        self.max_json_bytes = check_positive("max_json_bytes", max_json_bytes, MAX_JSON_BYTES)
         self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
         self.clock = clock
         self.timeout = timeout = check_limit_seconds("timeout", timeout)
         self.transaction_timeout = check_limit_seconds("transaction_timeout", transaction_timeout)
-        self._pool_size = check_some("pool_size", pool_size)
+        self._pool_size = check_positive("pool_size", pool_size)
         self._remove_folder: Callable[[], object] = lambda: None
         location = db_path
         if db_path == ":memory:":

@@ -313,7 +313,7 @@ class Writer:
         return waiting
 
     def _is_lock_error(self, error: Exception) -> bool:
-        """Return `True` if a lock was not free in time, so that nothing was written."""
+        """Return true if a lock was not free in time, so that nothing was written."""
         cause = error.__cause__
         return isinstance(error, DeadlineError) or (
             cause is not None and self._backend.error_mapping.is_busy(cause)

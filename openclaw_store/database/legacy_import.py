@@ -104,7 +104,7 @@ def zone_of(name: str | None) -> tzinfo | None:
 
 
 def is_legacy(connection: Connection) -> bool:
-    """Return `True` if the database has the tables of the legacy schema, and none of Alembic."""
+    """Return true if the database has the tables of the legacy schema, and none of Alembic."""
     if connection.dialect.name != "sqlite":
         return False
     inspector = inspect(connection)

@@ -86,7 +86,7 @@ def location_of(location: str | Path | None) -> str | Path:
 
 
 def is_current(backend: Backend) -> bool:
-    """Return `True` if the schema is current, `False` if it is older; refuse any other."""
+    """Return true if the schema is current, false if it is older; refuse any other."""
     return backend.inspect(lambda connection: _is_current(backend, connection))
 
 
@@ -181,7 +181,7 @@ def refuse_newer(revision: str | None, location: str) -> None:
 
 
 def is_half_copied(backend: Backend) -> bool:
-    """Return `True` if `copy` of this version has begun to fill the database."""
+    """Return true if `copy` of this version has begun to fill the database."""
     return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING_HEAD))
 
 
@@ -289,7 +289,7 @@ def check(backend: Backend) -> None:
 
 
 def has_functions(connection: Connection) -> bool:
-    """Return `True` if the database has the function `store_write` as migration 0008 made it."""
+    """Return true if the database has the function `store_write` as migration 0008 made it."""
     if connection.dialect.name == "sqlite":
         return True
     from alembic.script import ScriptDirectory
@@ -380,7 +380,7 @@ def migrate(
 
 
 def is_to_head(context: EnvironmentContext) -> bool:
-    """Return `True` if Alembic's command upgrades to the schema of this version."""
+    """Return true if Alembic's command upgrades to the schema of this version."""
     try:
         return context.get_revision_argument() == HEAD
     except KeyError:  # `current` and `check` have no such argument, and change nothing

@@ -89,7 +89,7 @@ def refusal(connection: Connection, problem: str) -> SchemaMismatchError:
 
 
 def has_version(connection: Connection) -> bool:
-    """Return `True` if the file has Alembic's table; refuse any other object of that name."""
+    """Return true if the file has Alembic's table; refuse any other object of that name."""
     for one in read_objects(connection):
         if one.name.lower() == VERSION_TABLE:
             if one.sql is None or normalised(one.sql) != _VERSION:

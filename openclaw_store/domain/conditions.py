@@ -19,19 +19,19 @@ AssignedNode = Record[NodeInfo] | None
 
 
 def is_due(task: Record[Task], now: datetime) -> bool:
-    """Return whether a pending task may be claimed at this time."""
+    """Return true if a pending task may be claimed at this time."""
     not_before: datetime | None = task.not_before
     return not_before is None or not_before <= now
 
 
 def is_expired(task: Record[Task], now: datetime) -> bool:
-    """Return whether a task that has not started may no longer be handed out."""
+    """Return true if a task that has not started may no longer be handed out."""
     expires_at: datetime | None = task.expires_at
     return expires_at is not None and expires_at <= now
 
 
 def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
-    """Return whether a node has all skills that a task requires."""
+    """Return true if a node has all skills that a task requires."""
     required = task.required_skills
     if type(required) is not bytes:  # decoded already, or empty
         required = task.encoded("required_skills")
@@ -39,7 +39,7 @@ def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
 
 
 def are_among(required: bytes | None, available: bytes | None) -> bool:
-    """Return whether one JSON list contains all texts of another; false for any other JSON."""
+    """Return true if one JSON list contains all texts of another; false for any other JSON."""
     wanted, present = skill_set(required), skill_set(available)
     return wanted is not None and present is not None and wanted <= present
 
@@ -65,19 +65,19 @@ def free_slots(node: Record[NodeInfo]) -> int:
 
 
 def is_assigned(task: Record[Task]) -> bool:
-    """Return whether a task occupies a slot of a node."""
+    """Return true if a task occupies a slot of a node."""
     return task.assigned_node is not None and task.status in ASSIGNED
 
 
 def is_lost(node: AssignedNode, now: datetime, patience: timedelta) -> bool:
-    """Return whether the tasks of a node must be released."""
+    """Return true if the tasks of a node must be released."""
     if node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR):
         return True
     return is_silent(node, now, patience)
 
 
 def is_silent(node: NodeInfo | Record[NodeInfo], now: datetime, patience: timedelta) -> bool:
-    """Return whether the last heartbeat (or the registration) of a node is too old.
+    """Return true if the last heartbeat (or the registration) of a node is too old.
 
     Args:
         patience: Maximum age for a node without a lease of its own.
@@ -99,7 +99,7 @@ def is_in_use(node: Record[NodeInfo], session: str | None, now: datetime) -> boo
 
 
 def is_overdue(task: Record[Task], now: datetime) -> bool:
-    """Return whether a running task has exceeded its timeout."""
+    """Return true if a running task has exceeded its timeout."""
     if task.status is not TaskStatus.RUNNING or None in (task.timeout, task.started_at):
         return False
     limit: int = task.timeout
@@ -111,7 +111,7 @@ def is_overdue(task: Record[Task], now: datetime) -> bool:
 
 
 def is_unstarted(task: Record[Task], now: datetime, limit: timedelta | None) -> bool:
-    """Return whether a node has kept a claimed task for too long without starting it."""
+    """Return true if a node has kept a claimed task for too long without starting it."""
     if limit is None or task.status is not TaskStatus.SCHEDULED or task.scheduled_at is None:
         return False
     claimed: datetime = task.scheduled_at
@@ -120,13 +120,13 @@ def is_unstarted(task: Record[Task], now: datetime, limit: timedelta | None) -> 
 
 
 def is_cancel_overdue(task: Record[Task], now: datetime) -> bool:
-    """Return whether the owner of a task should have cancelled it by now."""
+    """Return true if the owner of a task should have cancelled it by now."""
     deadline: datetime | None = task.cancel_deadline_at
     return task.status is TaskStatus.RUNNING and deadline is not None and deadline <= now
 
 
-def is_delayed(task: Record[Task], now: datetime, longest: timedelta) -> bool:
-    """Return whether the retry of a task is due later than any backoff allows.
+def is_beyond_backoff(task: Record[Task], now: datetime, longest: timedelta) -> bool:
+    """Return true if the retry of a task is due later than any backoff allows.
 
     This happens when the clock was turned back after the task had failed.
     """

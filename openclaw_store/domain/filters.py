@@ -118,7 +118,7 @@ class NodeFilter:
         return NodeFilter(**_checked(self, now))
 
     def selects(self, node: Record[NodeInfo], now: datetime) -> bool:
-        """Return whether a node meets the conditions of a checked filter."""
+        """Return true if a node meets the conditions of a checked filter."""
         return (
             (not isinstance(self.status, tuple) or node.status in self.status)
             and (self.skill is None or _contains(node.decoded("available_skills"), self.skill))

@@ -23,8 +23,8 @@ from openclaw_store.domain.conditions import (
     free_slots,
     has_skills,
     is_assigned,
+    is_beyond_backoff,
     is_cancel_overdue,
-    is_delayed,
     is_due,
     is_expired,
     is_lost,
@@ -337,7 +337,7 @@ def recover(
         return release(task, now, wait=wait)
     if task.status in WAITING and is_expired(task, now):
         return Step(_ended(task, TaskStatus.TIMEOUT, now, error=EXPIRED), _released(task), EXPIRED)
-    if is_delayed(task, now, longest_wait):
+    if is_beyond_backoff(task, now, longest_wait):
         return Step({"not_before": None}, reason=TURNED_BACK)
     if is_unstarted(task, now, unstarted):
         return _returned(task, now, NEVER_STARTED)

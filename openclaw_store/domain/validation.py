@@ -89,7 +89,7 @@ def check_fields(
 
 
 def _is_same_json(value: Any, stored: Any) -> bool:
-    """Return whether two values are the same JSON, including the types of their elements."""
+    """Return true if two values are the same JSON, including the types of their elements."""
     kind = type(value)
     if kind is not type(stored) or kind not in (list, dict):  # `bytes` is JSON not decoded yet
         return False
@@ -155,7 +155,7 @@ def check_optional_count(name: str, value: Any) -> int | None:
     return None if value is None else check_count(name, value)
 
 
-def check_some(name: str, value: Any, greatest: int = MAX_INTEGER) -> int:
+def check_positive(name: str, value: Any, greatest: int = MAX_INTEGER) -> int:
     """Return a whole number from 1 to `greatest`."""
     if check_count(name, value) < 1:
         raise InvalidDataError(name, "must be at least 1")
@@ -166,7 +166,7 @@ def check_some(name: str, value: Any, greatest: int = MAX_INTEGER) -> int:
 
 def check_limit(limit: int | None) -> int | None:
     """Return the limit of a list: at least 1, or `None` for all."""
-    return None if limit is None else check_some("limit", limit)
+    return None if limit is None else check_positive("limit", limit)
 
 
 def check_version(name: str, value: Any) -> int:

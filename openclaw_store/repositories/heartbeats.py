@@ -32,7 +32,7 @@ class Heartbeat(Command):
     kind: ClassVar[type[Any]] = NodeInfo
 
     def is_news_to(self, record: Record[NodeInfo], now: datetime | None = None) -> bool:
-        """Return `True` if the last heartbeat of the node is not newer.
+        """Return true if the last heartbeat of the node is not newer.
 
         Args:
             now: A last heartbeat after this time does not count: a clock was ahead.

@@ -31,7 +31,7 @@ from openclaw_store.domain import (
     check_filter,
     check_key,
     check_limit,
-    check_some,
+    check_positive,
     check_time,
     encode_in_steps,
     encode_json,
@@ -128,7 +128,7 @@ class TaskRepository(Repository[Task]):
             NodeNotFoundError: If there is no such node.
         """
         node_id = check_key("node_id", node_id)
-        limit = check_some("limit", limit)
+        limit = check_positive("limit", limit)
         parts = claim_in_parts(self._write, node_id, limit, start=start)
         return [task async for part in parts for task in await self._copies(part)]
 
@@ -229,7 +229,7 @@ class TaskRepository(Repository[Task]):
         self, filter: TaskFilter | None, *, after: str | None, limit: int
     ) -> tuple[list[Record[Task]], str | None]:
         """Return a page as `list_tasks`, as records, and the cursor of the next one."""
-        check_some("limit", limit)
+        check_positive("limit", limit)
         checked = check_filter(TaskFilter, filter, self._database.clock())
         behind = None if after is None else after_cursor(after)
         page = Page(checked, behind, min(limit + 1, MAX_INTEGER))

@@ -311,7 +311,7 @@ class Scheduler:
             found += [
                 one.task_id
                 async for _, one in _pending_tasks(cache)
-                if conditions.is_delayed(one, now, longest_wait)
+                if conditions.is_beyond_backoff(one, now, longest_wait)
             ]
         self._latest = now if latest is None else max(latest, now)
         for node_id, ids in list(cache.task_index.assigned.items()):

@@ -16,7 +16,7 @@ from openclaw_store.domain import (
     check_key,
     check_limit,
     check_number,
-    check_some,
+    check_positive,
     write_back,
 )
 from openclaw_store.errors import (
@@ -293,7 +293,7 @@ class TaskCalls(ManagerBase):
         """
         self._check_usable()
         node_id = check_key("node_id", node_id)
-        limit = check_some("limit", limit)
+        limit = check_positive("limit", limit)
         if wait_seconds is None:
             claimed = await self._scheduler.claim(node_id, limit, start=start)
         else:

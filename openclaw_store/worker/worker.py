@@ -21,7 +21,7 @@ from openclaw_store.domain import (
     TaskType,
     check_limit_seconds,
     check_number,
-    check_some,
+    check_positive,
 )
 from openclaw_store.domain.lifecycle import OVERDUE
 from openclaw_store.errors import (
@@ -92,7 +92,7 @@ class Worker:
     ) -> None:
         if not callable(handle):
             raise InvalidDataError("handle", f"must be a function, not {type(handle).__name__}")
-        self._slots = check_some("max_concurrent_tasks", node.max_concurrent_tasks)
+        self._slots = check_positive("max_concurrent_tasks", node.max_concurrent_tasks)
         self._state = state
         self._handle = handle
         self._lease_seconds = check_limit_seconds("lease_seconds", lease_seconds)

@@ -26,7 +26,7 @@ _CLOSING_STEPS = 10
 
 
 def may_be_lost(connection: Any) -> bool:
-    """Return `True` if an idle connection is closed or suspect, or has unread input."""
+    """Return true if an idle connection is closed or suspect, or has unread input."""
     if connection.is_closed() or connection.made_at < connection.connector.silent_at:
         return True
     descriptor = descriptor_of(connection)
@@ -38,7 +38,7 @@ def may_be_lost(connection: Any) -> bool:
 
 
 async def is_lost(connection: Any) -> bool:
-    """Return `True` if an idle connection should not be used; read what the server has sent."""
+    """Return true if an idle connection should not be used; read what the server has sent."""
     for _ in range(_CLOSING_STEPS):
         if not may_be_lost(connection):
             return False

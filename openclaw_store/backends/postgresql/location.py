@@ -91,7 +91,7 @@ _KEYWORDS = re.compile(rf"\s*(?:{'|'.join((*OPTIONS, *_SYNONYMS, *_ADVICE))})\s*
 
 
 def is_postgresql(location: str) -> bool:
-    """Return `True` if a location is meant for PostgreSQL, if only to be refused."""
+    """Return true if a location is meant for PostgreSQL, if only to be refused."""
     return (
         _is_pairs(location) or re.match(r"postgres(ql)?[:+]", location, re.IGNORECASE) is not None
     )

@@ -31,7 +31,7 @@ def note_closed(connection: object) -> None:
 
 
 def is_inherited(path: str | Path) -> bool:
-    """Return `True` if the file was open when this process was forked."""
+    """Return true if the file was open when this process was forked."""
     with suppress(OSError):
         return bool(_inherited_files) and identity(path) in _inherited_files
     return False
