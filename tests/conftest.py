@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import shutil
+import signal
 import sys
 import threading
 from collections import Counter
@@ -203,6 +204,8 @@ def pytest_configure() -> None:
     """
     sys.dont_write_bytecode = False
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell that runs pytest by `&`
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of tests inherit it
     os.environ.setdefault("PYTHONHASHSEED", str(random.SystemRandom().getrandbits(32)))
     if (folder := memory()) is not None:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", folder)
