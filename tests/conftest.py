@@ -45,6 +45,7 @@ from openclaw_store import (
     Task,
     TaskPriority,
 )
+from openclaw_store.backends import PostgreSQL
 from openclaw_store.backends.postgresql.write_session import Cursor, WriteSession
 from openclaw_store.domain.models import ASSIGNED, LIVE
 from openclaw_store.repositories.change_log import read_changes
@@ -62,6 +63,22 @@ EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in EN
 
 PATIENCE = 30.0
 """Seconds after which something that should have happened counts as hanging."""
+
+CLUSTER = os.environ.get("OPENCLAW_STORE_TEST_CLUSTER")
+"""A cluster in whose schema all tests on PostgreSQL are to run, except those that start processes.
+
+    OPENCLAW_STORE_TEST_CLUSTER=berlin pytest -m postgresql tests/repositories tests/state_manager
+"""
+
+if CLUSTER is not None:
+    _make: Any = PostgreSQL.__init__
+
+    def _make_in_cluster(
+        self: Any, location: str, timeout: float, answer: float, cluster: str | None = None
+    ) -> None:
+        _make(self, location, timeout, answer, cluster or CLUSTER)
+
+    PostgreSQL.__init__ = _make_in_cluster  # type: ignore[method-assign]
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
@@ -353,9 +370,11 @@ def engine_of(location: Location) -> AsyncEngine:
     """An engine to go past the library with."""
     if isinstance(location, Path):
         url = URL.create("sqlite+aiosqlite", database=str(location))
-    else:
-        url = make_url(location)
-    return create_async_engine(url, poolclass=NullPool)
+        return create_async_engine(url, poolclass=NullPool)
+    settings = {"search_path": CLUSTER} if CLUSTER else {}
+    return create_async_engine(
+        make_url(location), poolclass=NullPool, connect_args={"server_settings": settings}
+    )
 
 
 def execute(location: Location, statement: str) -> list[tuple[Any, ...]]:

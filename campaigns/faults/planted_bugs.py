@@ -206,7 +206,7 @@ def acknowledge_before_commit() -> Iterator[None]:
     commits = count()
 
     def too_soon(self: Writer, entries: Sequence[Any], until: float, began: float) -> bool:
-        counters = statements_for(self._backend.dialect).counters
+        counters = statements_for(self._backend).counters
         self._session = self._session or self._backend.write_session(until, counters)
         self._session.begin(until)
         transaction = WriteTransaction(self._session.cursor, self._clock())

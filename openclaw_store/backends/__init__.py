@@ -8,7 +8,7 @@ from openclaw_store.backends.base import (
     DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
-    SCHEMAS,
+    PUBLIC,
     Backend,
     BatchCursor,
     CounterStatements,
@@ -16,6 +16,7 @@ from openclaw_store.backends.base import (
     LockRequiredError,
     WriteSession,
     qualified,
+    schema_of,
 )
 from openclaw_store.backends.cancellation import (
     STOPPING_SECONDS,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Engine
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from openclaw_store.backends.cancellation import Stop
@@ -15,19 +15,26 @@ from openclaw_store.backends.error_mapping import ErrorMapping
 
 Result = TypeVar("Result")
 
-SCHEMAS: Mapping[str, str | None] = {"sqlite": None, "postgresql": "public"}
-"""The schema of the tables, by dialect. All SQL on a server names it, and operators are only those
-of the system: other roles may write to schemas in the search path."""
+PUBLIC = "public"
+"""The schema of the tables on a server, unless they are of a cluster. All SQL names the schema, and
+operators are only those of the system: other roles may write to schemas in the search path."""
 
 DEFAULT_LOCATION = "./data/cluster.db"
 DEFAULT_TIMEOUT_SECONDS = 30.0
 DEFAULT_ANSWER_SECONDS = 10.0
 
 
-def qualified(dialect: str, name: str) -> str:
-    """Return the name of a table or function with its schema."""
-    schema = SCHEMAS[dialect]
+def qualified(schema: str | None, name: str) -> str:
+    """Return the name of a table or function with its schema; SQLite has none."""
     return f"{schema}.{name}" if schema else name
+
+
+def schema_of(bind: Connection | Engine) -> str | None:
+    """Return the schema of the tables, with which a backend makes its engines; `None` on SQLite."""
+    translated: Mapping[str | None, str] = bind.get_execution_options().get(
+        "schema_translate_map", {}
+    )
+    return translated.get(None)
 
 
 class CounterStatements(NamedTuple):
@@ -70,8 +77,20 @@ class Backend(Protocol):
         """`sqlite` or `postgresql`."""
 
     @property
+    def schema(self) -> str | None:
+        """The schema of the tables; `None` on SQLite."""
+
+    @property
+    def cluster(self) -> str | None:
+        """The name of the cluster; `None` for the tables of `public`, or a file without a name."""
+
+    @property
     def location(self) -> str:
-        """The path or URL without its password, for messages."""
+        """The path, or the URL without its password and the cluster, for messages."""
+
+    @property
+    def address(self) -> str:
+        """The path, or the URL without its password, for commands."""
 
     @property
     def error_mapping(self) -> ErrorMapping: ...
@@ -186,6 +205,10 @@ class Cursor(Protocol):
     @property
     def dialect(self) -> str:
         """`sqlite` or `postgresql`."""
+
+    @property
+    def schema(self) -> str | None:
+        """The schema of the tables; `None` on SQLite."""
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         """Run any statement, and return its rows."""

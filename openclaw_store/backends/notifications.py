@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from openclaw_store.backends.base import Backend, CounterStatements
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.postgresql.protocol import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
+from openclaw_store.backends.postgresql.protocol import listener_names
 from openclaw_store.backends.postgresql.write_session import milliseconds
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.errors import logger_of
@@ -65,9 +65,9 @@ RETRY_SECONDS = 0.1, 5.0
 _COUNTERS = re.compile(r"([0-9]{1,19}) ([0-9]{1,19})")
 """The payload of a notification; others may have been sent by any role."""
 
-_JOIN_OTHERS = f"SELECT pg_advisory_lock_shared({OTHER_LISTENERS})"
-_BE_FIRST = f"SELECT pg_try_advisory_lock({FIRST_LISTENER})"
-_LEAVE_OTHERS = f"SELECT pg_advisory_lock($1), pg_advisory_unlock_shared({OTHER_LISTENERS})"
+_JOIN_OTHERS = "SELECT pg_advisory_lock_shared($1)"
+_BE_FIRST = "SELECT pg_try_advisory_lock($1)"
+_LEAVE_OTHERS = "SELECT pg_advisory_lock($1), pg_advisory_unlock_shared($2)"
 
 
 class Notifier(Protocol):
@@ -180,9 +180,12 @@ class Listening:
                 else:  # a transaction of a session notifies before it writes the counters
                     woken.set()
 
+            schema = self._database.schema
+            cluster_id = await driver.fetchval(f"SELECT cluster_id FROM {schema}.counters")
+            names = listener_names(schema, cluster_id or 0)
             # The lock before LISTEN, and LISTEN before the counters: no commit is missed.
-            has_joined = await self._join(driver)
-            await driver.add_listener(CHANNEL, on_notification)
+            has_joined = await self._join(driver, names.others)
+            await driver.add_listener(names.channel, on_notification)
             lock: int | None = None
             may_be_first = True
             try:
@@ -190,11 +193,11 @@ class Listening:
                     woken.clear()
                     if driver.is_closed() or self._stopping.is_set():
                         break
-                    has_joined = has_joined or await self._join(driver)
+                    has_joined = has_joined or await self._join(driver, names.others)
                     may_be_first = may_be_first and has_joined and lock is None
-                    if may_be_first and await driver.fetchval(_BE_FIRST):
+                    if may_be_first and await driver.fetchval(_BE_FIRST, names.first):
                         number = secrets.randbits(62)
-                        await driver.fetchval(_LEAVE_OTHERS, number)
+                        await driver.fetchval(_LEAVE_OTHERS, number, names.others)
                         lock = registry.listener = number
                     self._on_commit(*await driver.fetchrow(self._counters.read))
                     # Notifications without counters must not keep the server busy.
@@ -205,11 +208,11 @@ class Listening:
                 if registry.listener == lock:
                     registry.listener = None
 
-    async def _join(self, driver: Any) -> bool:
+    async def _join(self, driver: Any, lock: int) -> bool:
         """Share the lock of all listeners; return `False` if it is not free in time."""
         await driver.execute(f"SET lock_timeout = {milliseconds(JOIN_SECONDS)}")
         try:
-            await driver.fetchval(_JOIN_OTHERS)
+            await driver.fetchval(_JOIN_OTHERS, lock)
         except Exception as error:
             if self._database.error_mapping.code(error) != "55P03":
                 raise

@@ -5,6 +5,7 @@ This room stores rows. It knows neither the meaning of a write nor the caches.
 
 from openclaw_store.database.change_chain import history_of
 from openclaw_store.database.claim_statements import SKILL_GROUPS
+from openclaw_store.database.cluster_id import cluster_id_of
 from openclaw_store.database.database import Database
 from openclaw_store.database.group_commit import Apply
 from openclaw_store.database.legacy_import import LegacyImport
@@ -18,7 +19,13 @@ from openclaw_store.database.migrations import (
     stored,
 )
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
-from openclaw_store.database.statements import USAGE, Statements, statements_for
+from openclaw_store.database.statements import (
+    USAGE,
+    Statements,
+    statements_for,
+    statements_in,
+    statements_of,
+)
 from openclaw_store.database.store_write import CALL_FIELDS, FUNCTION
 from openclaw_store.database.tables import (
     HAS_FAILED,

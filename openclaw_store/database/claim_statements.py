@@ -39,12 +39,14 @@ class ClaimStatements(NamedTuple):
     """All columns of delayed tasks that are due; takes the time and a limit."""
 
 
-def claim_statements(dialect: str) -> ClaimStatements:
-    """Return the queries for `sqlite` or `postgresql`."""
+def claim_statements(dialect: str, schema: str | None) -> ClaimStatements:
+    """Return the queries for `sqlite` or `postgresql`, and for tables in a schema."""
     if dialect == "sqlite":
         tasks = "tasks INDEXED BY {}"
         return _statements(_SQLITE_HEADS, _sqlite_ranges, "required_skills IS ?", tasks)
-    return _statements(_POSTGRESQL_HEADS, lambda _: (), f"{_HASH} = $1", _TASKS, "$1", "$2", "$3")
+    tasks = qualified(schema, "tasks")
+    heads = _postgresql_heads(tasks)
+    return _statements(heads, lambda _: (), f"{_HASH} = $1", tasks, "$1", "$2", "$3")
 
 
 def _statements(
@@ -116,15 +118,15 @@ _HASH = "coalesce(hashtextextended(required_skills::text, 0), 0)"
 SKILL_GROUPS: Mapping[str, str] = {"sqlite": "required_skills", "postgresql": _HASH}
 """The first column of the index, by dialect: tasks that require the same skills are a group."""
 
-_TASKS = qualified("postgresql", "tasks")
-_NEXT_ROW = f"SELECT {_HASH} AS key, required_skills, {_ORDER} FROM {_TASKS} WHERE {IS_READY}"
 
-_POSTGRESQL_HEADS = f"""
+def _postgresql_heads(tasks: str) -> str:
+    next_row = f"SELECT {_HASH} AS key, required_skills, {_ORDER} FROM {tasks} WHERE {IS_READY}"
+    return f"""
 WITH RECURSIVE heads AS (
-    ({_NEXT_ROW} ORDER BY {_HASH}, {_ORDER} LIMIT 1)
+    ({next_row} ORDER BY {_HASH}, {_ORDER} LIMIT 1)
     UNION ALL
     SELECT next.* FROM heads, LATERAL (
-        {_NEXT_ROW} AND {_HASH} > heads.key ORDER BY {_HASH}, {_ORDER} LIMIT 1
+        {next_row} AND {_HASH} > heads.key ORDER BY {_HASH}, {_ORDER} LIMIT 1
     ) AS next
 )
 SELECT key, required_skills, {_ORDER} FROM heads LIMIT $1"""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
 import time
-import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from contextvars import ContextVar
@@ -35,9 +32,11 @@ from openclaw_store.backends import (
     shield_until_done,
     was_interrupted,
 )
+from openclaw_store.backends.cluster_names import PLACE
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import legacy_import, migrations
 from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer
+from openclaw_store.database.private_folder import private_folder
 from openclaw_store.database.sessions import LoopSessions
 from openclaw_store.database.slices import Slices
 from openclaw_store.database.statements import statements_for
@@ -100,9 +99,11 @@ class Database:
         pool_size: Most connections of `session()` blocks; the library's own reads use others.
         max_json_bytes: Longest JSON of a field to store, up to 16 MiB; stored values may be longer.
         legacy_timezone: Time zone of a legacy database to import; `None` for the local zone.
+        cluster: Name of one of many clusters: a schema on PostgreSQL (`None` for `public`), or a
+            file, the name of which stands for `{cluster}` in `db_path`.
 
     Raises:
-        InvalidDataError: If `db_path` is not one of these, or the time zone is unknown.
+        InvalidDataError: If `db_path` is not one of these, or a name or the time zone is refused.
         UnavailableError: If the folder cannot be made.
     """
 
@@ -117,6 +118,7 @@ class Database:
         pool_size: int = 5,
         max_json_bytes: int = MAX_JSON_BYTES,
         legacy_timezone: str | None = None,
+        cluster: str | None = None,
     ) -> None:
         self.max_json_bytes = check_positive("max_json_bytes", max_json_bytes, MAX_JSON_BYTES)
         self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
@@ -127,15 +129,17 @@ class Database:
         self._remove_folder: Callable[[], object] = lambda: None
         location = db_path
         if db_path == ":memory:":
-            folder = tempfile.mkdtemp(prefix="openclaw_store-")
-            self._remove_folder = weakref.finalize(self, _remove_folder, folder, os.getpid())
-            location = Path(folder, "memory.db")
+            folder, self._remove_folder = private_folder(self)
+            location = folder / ("memory.db" if cluster is None else PLACE)
         answer_timeout = check_limit_seconds("answer_timeout", answer_timeout)
-        self._backend = backend_of(location, timeout, answer_timeout)
+        self._backend = backend_of(location, timeout, answer_timeout, cluster)
         self._backend.make_folder()
-        self.dialect = self._backend.dialect
-        """`sqlite` or `postgresql`."""
-        self.db_path = str(db_path) if self.dialect == "sqlite" else self._backend.location
+        self.dialect, self.cluster = self._backend.dialect, cluster
+        """`sqlite` or `postgresql`, and the name of the cluster."""
+        self.schema = self._backend.schema
+        """The schema of the tables, to be named in SQL text; `None` on SQLite."""
+        is_given = self.dialect == "sqlite" and cluster is None
+        self.db_path = str(db_path) if is_given else self._backend.location
         """The given location, without a password."""
         self._forks = _forks
         self._state = "new"
@@ -461,7 +465,7 @@ class Database:
 
     @property
     def _counters(self) -> CounterStatements:
-        return statements_for(self.dialect).counters  # compiled at the first use
+        return statements_for(self).counters  # compiled at the first use
 
     def _sessions_here(self) -> LoopSessions:
         self._check_ready()
@@ -499,8 +503,3 @@ class Database:
                 "this call would wait for the transaction it is in: use the session of the "
                 "transaction, as in TaskRepository(tx)"
             )
-
-
-def _remove_folder(folder: str, pid: int) -> None:
-    if os.getpid() == pid:  # otherwise a forked child would delete the parent's database
-        shutil.rmtree(folder, ignore_errors=True)

@@ -327,7 +327,7 @@ class Writer:
             if self._session is not None and self._session.is_lost():
                 self._close_session()
             if self._session is None:
-                counters = statements_for(self._backend.dialect).counters
+                counters = statements_for(self._backend).counters
                 self._session = self._backend.write_session(until, counters)
             session = self._session
             session.begin(until)

@@ -29,7 +29,7 @@ from sqlalchemy import Connection, inspect
 
 from openclaw_store.backends import Cursor
 from openclaw_store.database.schema_check import normalised
-from openclaw_store.database.statements import statements_for
+from openclaw_store.database.statements import statements_of
 from openclaw_store.database.tables import table_of
 from openclaw_store.domain import ENTITY_NAMES, KEY, NodeInfo, Record, Task, check_time, encode
 from openclaw_store.errors import InvalidDataError, logger_of, safe_repr
@@ -199,7 +199,7 @@ class _Importer:
 
     def _move(self, kind: type[Any], rows: Sequence[dict[str, Any]], seen: set[str]) -> None:
         sql, item, known = (
-            statements_for("sqlite"),
+            statements_of("sqlite"),
             ENTITY_NAMES[kind],
             _READERS[kind].keys() | _DROPPED,
         )

@@ -20,10 +20,11 @@ from sqlalchemy import Connection, MetaData, create_engine, inspect, text
 
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
-    SCHEMAS,
+    PUBLIC,
     Backend,
     backend_of,
     qualified,
+    schema_of,
     unused_name,
 )
 from openclaw_store.database import legacy_import, schema_check
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0008"
+HEAD = "0009"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"
@@ -67,9 +68,9 @@ _LONGEST_REVISION = 32
 _LOCK = threading.RLock()  # Alembic's state is global
 
 
-def named_by(location: str | Path | None) -> Backend:
+def named_by(location: str | Path | None, cluster: str | None = None) -> Backend:
     """Return the backend of the command line's database, at `location_of(location)`."""
-    return backend_of(location_of(location))
+    return backend_of(location_of(location), cluster=cluster)
 
 
 def location_of(location: str | Path | None) -> str | Path:
@@ -193,7 +194,7 @@ def stored(connection: Connection) -> str | None:
         has_version = schema_check.VERSION_TABLE in names_of_tables(connection)
     if not has_version:
         return None
-    table = qualified(connection.dialect.name, schema_check.VERSION_TABLE)
+    table = qualified(schema_of(connection), schema_check.VERSION_TABLE)
     revision = connection.scalar(text(f"SELECT version_num FROM {table}"))
     if revision is None or (isinstance(revision, str) and len(revision) <= _LONGEST_REVISION):
         return revision
@@ -202,7 +203,7 @@ def stored(connection: Connection) -> str | None:
 
 def names_of_tables(connection: Connection) -> set[str]:
     """Return the names of the tables in the schema of the store."""
-    return set(inspect(connection).get_table_names(SCHEMAS[connection.dialect.name]))
+    return set(inspect(connection).get_table_names(schema_of(connection)))
 
 
 def require(backend: Backend) -> None:
@@ -213,8 +214,13 @@ def require(backend: Backend) -> None:
             f"the schema of {backend.location} is "
             f"{'the original one' if is_legacy else f'older than {HEAD}'}: call "
             'initialize(migrate=True), or run "openclaw-store db upgrade" or, in a checkout, '
-            f'"alembic -x url={backend.location} upgrade head"'
+            f'"alembic -x url={backend.address}{_named(backend)} upgrade head"'
         )
+
+
+def _named(backend: Backend) -> str:
+    """Return the option of Alembic's command that names the cluster."""
+    return f" -x cluster={backend.cluster}" if backend.cluster else ""
 
 
 def revision_of(backend: Backend) -> str | None:
@@ -289,20 +295,20 @@ def check(backend: Backend) -> None:
 
 
 def has_functions(connection: Connection) -> bool:
-    """Return true if the database has the function `store_write` as migration 0008 made it."""
+    """Return `True` if the database has the function `store_write` as the migrations made it."""
     if connection.dialect.name == "sqlite":
         return True
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config(connection))
-    former, own = (scripts.get_revision(number).module for number in ("0004", "0008"))
-    schema = SCHEMAS["postgresql"]
+    schema = schema_of(connection)
+    definition = scripts.get_revision("0009").module.function(schema, scripts)
     query = text(
         "SELECT prosrc FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace "
         "WHERE proname = :name AND nspname = :schema"
     )
     found = connection.execute(query, {"name": FUNCTION, "schema": schema}).scalars().all()
-    return found == [own.function(schema, former).split("$$")[1]]
+    return found == [definition.split("$$")[1]]
 
 
 def _config(connection: Connection) -> Config:
@@ -389,7 +395,7 @@ def is_to_head(context: EnvironmentContext) -> bool:
 
 def run(context: EnvironmentContext, connection: Connection) -> None:
     """Run the migrations of Alembic's command in the transaction of the connection."""
-    schema = SCHEMAS[connection.dialect.name]
+    schema = schema_of(connection)
 
     def is_ours(name: str | None, kind: str, _: object) -> bool:
         if kind == "schema":
@@ -398,14 +404,14 @@ def run(context: EnvironmentContext, connection: Connection) -> None:
 
     context.configure(
         connection=connection, include_schemas=True, include_name=is_ours,
-        **_options(connection.dialect.name),
+        **_options(schema),
     )  # fmt: skip
     context.run_migrations()
 
 
-def _options(dialect: str) -> dict[str, Any]:
+def _options(schema: str | None) -> dict[str, Any]:
     """Return the options of Alembic: the migrations take their schema from that of the version."""
-    schema, tables = SCHEMAS[dialect], Base.metadata
+    tables = Base.metadata
     if schema is not None:
         tables = MetaData(naming_convention=Base.metadata.naming_convention)
         for table in Base.metadata.sorted_tables:
@@ -419,7 +425,9 @@ def run_offline(context: EnvironmentContext, backend: Backend) -> None:
     """Print the SQL of the migrations."""
     context.configure(
         dialect_name=backend.dialect, literal_binds=True, transactional_ddl=True,
-        **_options(backend.dialect),
+        **_options(backend.schema),
     )  # fmt: skip
     with context.begin_transaction():
+        if backend.cluster and backend.schema:
+            context.execute(f"CREATE SCHEMA IF NOT EXISTS {backend.schema}")
         context.run_migrations()

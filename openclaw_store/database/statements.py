@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from sqlalchemy import (
@@ -43,11 +43,13 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
-from openclaw_store.backends import SCHEMAS, CounterStatements, Cursor, qualified
+from openclaw_store.backends import PUBLIC, CounterStatements, Cursor, qualified, schema_of
 from openclaw_store.database.change_chain import chain_of_changes, status_changes
 from openclaw_store.database.claim_statements import claim_statements
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
@@ -84,8 +86,9 @@ _COUNTERS = (CounterRow.revision, CounterRow.heartbeats)
 class Statements(ABC):
     """The statements for one database. Rows are tuples of values that its driver takes."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, schema: str | None) -> None:
         self.dialect = dialect
+        self.schema = schema
         read_counters = select(*_COUNTERS).where(_ONLY_COUNTERS)
         self.read_counters = self._compile(read_counters)
         write_counters = update(CounterRow).where(_ONLY_COUNTERS)
@@ -140,7 +143,7 @@ class Statements(ABC):
         tasks = select(*COLUMNS[Task])
         self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
-        self.claims = claim_statements(dialect.name)
+        self.claims = claim_statements(dialect.name, schema)
         """The queries of a claim."""
         assigned = tasks.where(self._is_assigned, self._assigned == bindparam("node"))
         # Not `limit`: SQLAlchemy adds an OFFSET to it for SQLite, as a parameter.
@@ -248,13 +251,14 @@ class Statements(ABC):
     def compile(self, statement: ClauseElement, columns: Sequence[str] | None = None) -> Compiled:
         """Return the compiled statement, which names the schema of each table."""
         options: dict[str, Any] = {}
-        if schema := SCHEMAS[self.dialect.name]:
-            options = {"schema_translate_map": {None: schema}, "render_schema_translate": True}
+        if self.schema:
+            translation = {None: self.schema}
+            options = {"schema_translate_map": translation, "render_schema_translate": True}
         return statement.compile(dialect=self.dialect, column_keys=columns, **options)
 
     def _named(self, table: FromClause) -> str:
         """Return the name of a table with its schema."""
-        return qualified(self.dialect.name, str(table))
+        return qualified(self.schema, str(table))
 
     def _with_counters(self, kind: type[Any]) -> Select[Any]:
         # Decisions need few columns of a task; nodes are few, and some writes need all of them.
@@ -276,7 +280,7 @@ class SQLiteStatements(Statements):
     _assigned = UnaryExpression(_TASKS.c.assigned_node, operator=custom_op("+"))
 
     def __init__(self) -> None:
-        super().__init__(sqlite.dialect())
+        super().__init__(sqlite.dialect(), None)
         given = _each(bindparam("ids"))
         self.read_many = {
             kind: self._compile(
@@ -360,8 +364,8 @@ class PostgreSQLStatements(Statements):
     The arrays `$1::text::type[]` are not built by SQLAlchemy.
     """
 
-    def __init__(self) -> None:
-        super().__init__(POSTGRESQL)
+    def __init__(self, schema: str) -> None:
+        super().__init__(POSTGRESQL, schema)
         self.read_many = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
@@ -372,7 +376,7 @@ class PostgreSQLStatements(Statements):
         }
         among = _is_among(Task, bindparam("ids"))
         self.read_tasks = self._compile(select(*COLUMNS[Task]).where(among))
-        self.call = call_of_store_write(SCHEMAS["postgresql"])
+        self.call = call_of_store_write(schema)
         self.delete = {
             kind: f"DELETE FROM {self._named(table_of(kind))} USING {_given([_key(kind)])} "
             f"WHERE {_key(kind)} = given.{KEY[kind]}"
@@ -464,7 +468,34 @@ def _identity(value: Any) -> Any:
     return value
 
 
+class Place(Protocol):
+    """An object that knows its database, as `Database`, a backend and a cursor do."""
+
+    @property
+    def dialect(self) -> str: ...
+    @property
+    def schema(self) -> str | None: ...
+
+
+def statements_for(place: Place) -> Statements:
+    """Return the statements for the tables of a database."""
+    return _statements(place.dialect, place.schema)
+
+
+def statements_in(session: Session | AsyncSession) -> Statements:
+    """Return the statements for the tables of a session."""
+    bind = session.get_bind()
+    return _statements(bind.dialect.name, schema_of(bind))
+
+
+def statements_of(dialect: str) -> Statements:
+    """Return statements for `sqlite` or `postgresql`, to convert values alone: without a table."""
+    return _statements(dialect, None if dialect == "sqlite" else PUBLIC)
+
+
 @cache
-def statements_for(dialect: str) -> Statements:
-    """Return the statements for `sqlite` or `postgresql`."""
-    return SQLiteStatements() if dialect == "sqlite" else PostgreSQLStatements()
+def _statements(dialect: str, schema: str | None) -> Statements:
+    if dialect == "sqlite":
+        return SQLiteStatements()
+    assert schema is not None
+    return PostgreSQLStatements(schema)

@@ -31,7 +31,7 @@ def element_type(kind: Any) -> str:
     return "text" if name.startswith("VARCHAR") or name == "JSON" else name
 
 
-def call_of_store_write(schema: str | None) -> str:
+def call_of_store_write(schema: str) -> str:
     """Return the statement; its rows are the base revision, former versions, tasks and nodes."""
     arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
     kinds = [table_of(Task).c[name].type for name in CALL_FIELDS]

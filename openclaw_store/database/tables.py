@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import datetime
 from enum import Enum
+from functools import partial
+from secrets import randbits
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -312,6 +314,10 @@ class CounterRow(Base):
     """The last heartbeat sequence number when a node was last removed."""
     compacted: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The revision up to which changes were removed from the feed."""
+    cluster_id: Mapped[int] = mapped_column(
+        BigInteger, server_default="0", default=partial(randbits, 62)
+    )
+    """A random number, which identifies the cluster whatever its name is, and never changes."""
     revision: Mapped[int] = column_property(
         func.coalesce(
             select(func.max(ChangeRow.revision)).correlate(None).scalar_subquery(), compacted

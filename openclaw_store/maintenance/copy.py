@@ -45,6 +45,7 @@ from openclaw_store.database import (
     WriteTransaction,
     from_microseconds,
     statements_for,
+    statements_in,
     table_of,
     to_microseconds,
 )
@@ -107,7 +108,7 @@ class _Rows:
 
     async def read(self, session: AsyncSession, *, checked: bool) -> AsyncIterator[Sequence[Image]]:
         """Read all rows in the order of their primary keys; `checked` refuses invalid ones."""
-        sql = statements_for(session.get_bind().dialect.name)
+        sql = statements_in(session)
         async for rows in read_rows(session, self.query, COPY_BATCH_SIZE):
             if checked and self.kind is not None:
                 self._check(rows, self.kind, decoder_here(session, self.kind))
@@ -136,7 +137,7 @@ class _Rows:
     ) -> Sequence[None]:
         """Insert batches of rows."""
         cursor = transaction.cursor
-        sql = statements_for(cursor.dialect)
+        sql = statements_for(cursor)
         for batch in batches:
             images = batch if cursor.dialect == "sqlite" else [*map(self._with_datetimes, batch)]
             if self.kind is None:
@@ -253,7 +254,7 @@ async def _begin(target: Database, name: str) -> Sequence[Any]:
         # The others are always copied again: the fingerprint does not cover a heartbeat.
         for rows in [rows for rows, is_kept in zip(_TABLES, resumed, strict=True) if not is_kept]:
             is_file = target.dialect == "sqlite"
-            truncate = text(f"TRUNCATE {qualified(target.dialect, rows.table.name)}")
+            truncate = text(f"TRUNCATE {qualified(target.schema, rows.table.name)}")
             await tx.execute(delete(rows.table) if is_file else truncate)
         await _rename(tx, before, name)
         return [

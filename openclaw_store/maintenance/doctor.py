@@ -20,7 +20,7 @@ from typing import Any
 
 from sqlalchemy import Connection, inspect, select, text
 
-from openclaw_store.backends import SCHEMAS
+from openclaw_store.backends import schema_of
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import (
@@ -303,7 +303,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
 
 
 def _check_privileges(connection: Connection, settings: Mapping[str, str]) -> Iterator[Finding]:
-    schema = SCHEMAS["postgresql"]
+    schema = schema_of(connection)
     roles = ", ".join(connection.scalars(_WRITABLE, {"schema": schema}))
     yield _judge(
         "schema_privileges",
@@ -372,7 +372,7 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
             yield Finding(name, Level.OK, text)
     else:
         missing: set[str] = set()
-        schema = SCHEMAS[connection.dialect.name]
+        schema = schema_of(connection)
         for table in Base.metadata.sorted_tables:
             present = {
                 index["name"] for index in inspect(connection).get_indexes(table.name, schema)

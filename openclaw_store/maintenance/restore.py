@@ -66,7 +66,7 @@ def restore(
     if isinstance(backend, PostgreSQL):
         raise UnavailableError(
             f"{backend.location} is restored by PostgreSQL's own program: stop all coordinators, "
-            f"then run: {_pg_restore(backend.location, source)}"
+            f"then run: {_pg_restore(backend.address, source)}"
         )
     assert isinstance(backend, SQLite)
     backend.refuse_inherited()

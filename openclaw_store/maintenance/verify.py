@@ -17,7 +17,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from openclaw_store.backends import SCHEMAS, SQLiteErrorMapping
+from openclaw_store.backends import SQLiteErrorMapping, schema_of
 from openclaw_store.backends.sqlite.connections import limited
 from openclaw_store.database import (
     COLUMNS,
@@ -246,9 +246,8 @@ class _Scan:
             for table, row, parent, _ in await session.execute(text("PRAGMA foreign_key_check")):
                 self._add("file", f"Row {row} of {table} refers to no row of {parent}.")
         else:
-            for (index,) in await session.execute(
-                _INVALID_INDEXES, {"schema": SCHEMAS["postgresql"]}
-            ):
+            schema = schema_of(session.get_bind())
+            for (index,) in await session.execute(_INVALID_INDEXES, {"schema": schema}):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
             if not await connection.run_sync(has_functions):
                 self._add("file", f"The function {FUNCTION} was changed or dropped.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sqlalchemy import Text, select, type_coerce
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import NodeRow, TaskRow, WriteTransaction, statements_for
+from openclaw_store.database import NodeRow, TaskRow, WriteTransaction, statements_in
 from openclaw_store.domain import Progress, TaskStatus, decode_progress
 from openclaw_store.repositories.batches import unit_of
 
@@ -30,7 +30,7 @@ class Lease:
 
 async def read_lease(session: AsyncSession, node_id: str) -> Lease | None:
     """Return the lease of a node; `None` if there is no such node."""
-    sql = statements_for(session.get_bind().dialect.name)
+    sql = statements_in(session)
     rows = (await session.execute(sql.lease, {"node": node_id})).all()
     if not rows:
         return None

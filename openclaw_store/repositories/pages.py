@@ -17,7 +17,7 @@ from openclaw_store.database import (
     COLUMNS,
     TaskRow,
     from_microseconds,
-    statements_for,
+    statements_in,
     to_microseconds,
 )
 from openclaw_store.domain import (
@@ -124,7 +124,7 @@ class Page:
         yield from indexed_conditions(self.filter)
 
     async def _by_ids(self, session: AsyncSession, found: Select[Any]) -> Select[Any]:
-        sql = statements_for(session.get_bind().dialect.name)
+        sql = statements_in(session)
         ids = (await session.scalars(found)).all()
         return sql.by_ids(Task, COLUMNS[Task], sql.given(ids))
 

@@ -22,7 +22,7 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from openclaw_store.database import NodeRow, TaskRow, statements_for
+from openclaw_store.database import NodeRow, TaskRow, statements_of
 from openclaw_store.domain import LIVE, MAX_INTEGER, NodeFilter, NodeStatus, TaskFilter
 
 Condition = ColumnElement[bool]
@@ -118,7 +118,7 @@ def _has_element(texts: Any, wanted: str, dialect: str) -> Condition:
     # with a backslash, it may be written in another way.
     text = type_coerce(texts, Text) if is_sqlite else cast(texts, Text)
     parts = orjson.dumps(wanted).decode(), "\\"
-    elements = statements_for(dialect).elements(_readable(texts) if is_sqlite else texts)
+    elements = statements_of(dialect).elements(_readable(texts) if is_sqlite else texts)
     return and_(
         or_(*(_contains(text, part, dialect) for part in parts)),
         select(elements).where(elements == wanted).exists(),

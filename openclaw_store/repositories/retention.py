@@ -216,7 +216,7 @@ class Compact:
 
 def compact(transaction: WriteTransaction, commands: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` commands."""
-    sql, cursor = statements_for(transaction.cursor.dialect), transaction.cursor
+    sql, cursor = statements_for(transaction.cursor), transaction.cursor
     newest, _ = counters_of(cursor.execute(sql.read_counters))
     counts = []
     for command in commands:

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from openclaw_store.backends import fetch_raw_rows, unreadable_value
-from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of, statements_for
+from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of, statements_in
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Decode,
@@ -88,7 +88,7 @@ class TolerantReader:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.sql = statements_for(session.get_bind().dialect.name)
+        self.sql = statements_in(session)
         self.unreadable: dict[EntityKey, InvalidDataError] = {}
         """The error of each unreadable row, which names it."""
 

@@ -283,7 +283,7 @@ class TaskRepository(Repository[Task]):
 
     async def get_records(self, ids: Sequence[str]) -> dict[str, Record[Task]]:
         """Return the records of up to `ID_BATCH_SIZE` tasks, without unknown ones."""
-        sql = statements_for(self._database.dialect)
+        sql = statements_for(self._database)
         query = sql.by_ids(Task, COLUMNS[Task], sql.given(list(dict.fromkeys(ids))))
         records = await self._read(partial(read_records, kind=Task, query=query))
         return {record.task_id: record for record in records}

@@ -222,7 +222,7 @@ class UnitOfWork:
         self.transaction = transaction
         self.now = transaction.now
         self.cursor = transaction.cursor
-        self.sql = statements_for(transaction.cursor.dialect)
+        self.sql = statements_for(transaction.cursor)
         self.rows: dict[type[Any], dict[str, Row]] = {}
         """The rows of the current run of commands."""
         self._ready: dict[bytes | None, Iterator[Record[Task]]] = {}  # by skills, in this run

@@ -38,8 +38,10 @@ from openclaw_store.database import (
     ChangeRow,
     CounterRow,
     NodeRow,
+    Statements,
     TaskRow,
-    statements_for,
+    statements_in,
+    statements_of,
     table_of,
 )
 from openclaw_store.domain import (
@@ -146,7 +148,7 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     newest = sa.select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await session.run_sync(_task_counts)
     dialect = session.get_bind().dialect.name
-    decode = statements_for(dialect).decode
+    decode = statements_of(dialect).decode
     return InitialState(revision, sequence, updated_at, counts, decode, entry_reader(dialect))
 
 
@@ -210,7 +212,7 @@ def read_change_batch(
     heartbeats: Sequence[tuple[int, Heartbeat]] = []
     if newest_sequence > heartbeat_sequence:
         heartbeats = contents.heartbeats(heartbeat_sequence)
-    sql = statements_for(session.get_bind().dialect.name)
+    sql = statements_in(session)
     return ChangeBatch(
         revision=until,
         read_at=revision,
@@ -238,7 +240,7 @@ def _read_changes(
         "skipped": orjson.dumps(skipped).decode() if is_sqlite else skipped,
         "small": PAGE_BYTES // (until - since),
     }
-    sql, names = _statement(dialect, is_skipping=bool(skipped))
+    sql, names = _statement(statements_in(session), is_skipping=bool(skipped))
     try:
         found = _fetch(session, sql, *(values[name] for name in names))
     except Exception as error:
@@ -255,7 +257,7 @@ def _read_changes(
 @cache
 def entry_reader(dialect: str) -> Callable[[Raw], IndexEntry]:
     """Return the function that makes the index entry of a row of a task, without decoding it."""
-    sql = statements_for(dialect)
+    sql = statements_of(dialect)
     moment, decode = sql.from_moment, sql.decode[Task]
 
     def read(row: Raw) -> IndexEntry:
@@ -363,10 +365,10 @@ class _Contents:
 
 
 @cache
-def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
+def _statement(sql: Statements, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
     """Return the statement for a page, and the names of its parameters in order."""
     tasks, changes, counters = table_of(Task), ChangeRow.__table__, CounterRow.__table__
-    is_sqlite = dialect == "sqlite"
+    is_sqlite = sql.dialect.name == "sqlite"
     until: sa.BindParameter[int] = sa.bindparam("until")
     # The version of a task is the revision of its last change. The last change of a task that is
     # read brings the content: the last of all, or any if the last one is not on this page.
@@ -408,7 +410,7 @@ def _statement(dialect: str, *, is_skipping: bool) -> tuple[str, Sequence[str]]:
         query = sa.select(*state, page).select_from(counters.outerjoin(page, sa.true()))
         query = query.order_by(page.c.revision)
     query = query.where(counters.c.id == sa.literal_column("1"))
-    compiled: Any = statements_for(dialect).compile(query)
+    compiled: Any = sql.compile(query)
     return str(compiled), tuple(compiled.positiontup or ())
 
 

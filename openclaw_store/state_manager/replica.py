@@ -102,7 +102,7 @@ class Replica:
         self.tasks = tasks
         self.nodes = nodes
         self._finished_limit = finished_limit
-        decode = statements_for(database.dialect).decode
+        decode = statements_for(database).decode
         nothing = InitialState(0, 0, None, {}, decode, entry_reader(database.dialect))
         self.cache = Cache(nothing, finished_limit)
         """The state in memory; another object after each load."""

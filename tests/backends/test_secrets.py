@@ -39,7 +39,7 @@ def shown(error: BaseException) -> str:
 async def test_statement_of_a_caller_that_fails_shows_no_value(database: Database) -> None:
     extra = REFUSED_BY_POSTGRESQL if database.dialect == "postgresql" else {}
     for statement in (*REFUSED.values(), *extra.values()):
-        statement = statement.format(schema=qualified(database.dialect, ""))
+        statement = statement.format(schema=qualified(database.schema, ""))
         inside: list[str] = []
 
         async def run(statement: str = statement, inside: list[str] = inside) -> None:

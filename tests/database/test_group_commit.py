@@ -1639,7 +1639,7 @@ class TestOnADatabase:
         await repository.create(make_task(task_id="before"))
 
         def end(unit: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
-            unit.cursor.execute(f"DELETE FROM {qualified(unit.cursor.dialect, 'tasks')}")
+            unit.cursor.execute(f"DELETE FROM {qualified(unit.cursor.schema, 'tasks')}")
             raise SystemExit
 
         with pytest.raises(UnavailableError):

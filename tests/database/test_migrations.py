@@ -385,7 +385,7 @@ class TestUpgrade:
                     ("tasks", f"error = 'half' WHERE task_id = '{id}'"),
                     ("counters", "revision = revision + 1 WHERE id = 1"),
                 ):
-                    name = qualified(unit.cursor.dialect, table)
+                    name = qualified(unit.cursor.schema, table)
                     unit.cursor.execute(f"UPDATE {name} SET {change}")
             return operations
 

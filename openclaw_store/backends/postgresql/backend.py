@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import written_aside
-from openclaw_store.backends.base import SCHEMAS, CounterStatements, qualified
+from openclaw_store.backends.base import PUBLIC, CounterStatements
 from openclaw_store.backends.cancellation import Stop, cancel_at
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.connections import (
@@ -28,7 +28,7 @@ from openclaw_store.backends.postgresql.connections import (
 )
 from openclaw_store.backends.postgresql.location import ServerLocation
 from openclaw_store.backends.postgresql.pg_dump import dump, environment_of
-from openclaw_store.backends.postgresql.protocol import CHANNEL
+from openclaw_store.backends.postgresql.protocol import notify
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
     ConnectionRegistry,
@@ -43,19 +43,16 @@ Result = TypeVar("Result")
 MINIMUM_VERSION = 13
 """The oldest supported server; the PostgreSQL project no longer maintains older ones."""
 
-_TABLES = [
-    qualified("postgresql", table)
-    for table in (
-        "tasks",
-        "nodes",
-        "changes",
-        "past_changes",
-        "archive_runs",
-        "archive_voids",
-        "leases",
-        "counters",
-    )
-]
+_TABLES = (
+    "tasks",
+    "nodes",
+    "changes",
+    "past_changes",
+    "archive_runs",
+    "archive_voids",
+    "leases",
+    "counters",
+)
 
 SEARCH_PATH = "pg_catalog, pg_temp"
 """The schemas in which a server looks up functions and operators for the library."""
@@ -72,7 +69,11 @@ _FOREIGN = """
         THEN NOT has_table_privilege(pg_class.oid, 'MAINTAIN') ELSE true END
     ORDER BY relname"""
 
-_REVISION = qualified("postgresql", "alembic_version")
+_SIZE_OF_DATABASE = "SELECT pg_database_size(current_database())"
+_SIZE_OF_SCHEMA = """
+    SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class
+    WHERE relkind = 'r' AND relnamespace = to_regnamespace('{}')"""
+
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, expires first
 _CONNECT_SECONDS = 5.0  # a short timeout for locks does not limit connecting
@@ -85,6 +86,7 @@ class PostgreSQL:
         location: Its URL, or the keyword string of libpq.
         timeout: Seconds to wait for a lock.
         answer_timeout: Seconds to wait for the answer to a statement.
+        cluster: The name of a cluster, which is that of its schema; `None` for the schema `public`.
 
     Raises:
         InvalidDataError: If the location is not understood.
@@ -93,7 +95,9 @@ class PostgreSQL:
 
     dialect = "postgresql"
 
-    def __init__(self, location: str, timeout: float, answer_timeout: float) -> None:
+    def __init__(
+        self, location: str, timeout: float, answer_timeout: float, cluster: str | None = None
+    ) -> None:
         self._location = ServerLocation(location)
         if find_spec("asyncpg") is None:
             raise UnavailableError(
@@ -104,7 +108,10 @@ class PostgreSQL:
         # A server that waits for a lock says nothing, as one that hangs. So each attempt to lock
         # waits for half of the time at most; it is repeated until the deadline of the caller.
         self._lock_seconds = min(timeout, answer_timeout / 2)
-        self.location = str(self._location)
+        self.cluster = cluster
+        self.schema = cluster or PUBLIC
+        self.address = str(self._location)
+        self.location = f"{self.address} (cluster {cluster})" if cluster else self.address
         self._connector = Connector()
         self.error_mapping = PostgreSQLErrorMapping(self.location, self._connector.note_silence)
         self._version = MINIMUM_VERSION  # at least
@@ -146,28 +153,42 @@ class PostgreSQL:
         async def run() -> Result:
             engine = self.engine(write=True, is_long=True, json_deserializer=None)
             async with engine.begin() as connection:
+                if self.cluster is not None:
+                    await self._make_schema(connection)
                 await self._lock_revision(connection)
                 return await connection.run_sync(work)
 
         with self.error_mapping.mapped():
             return asyncio.run(run())
 
+    async def _make_schema(self, connection: AsyncConnection) -> None:
+        """Make the schema of the cluster if necessary, which takes a privilege."""
+        exists = text("SELECT to_regnamespace(:name)")
+        if await connection.scalar(exists, {"name": self.schema}) is None:
+            try:
+                async with connection.begin_nested():
+                    await connection.exec_driver_sql(f"CREATE SCHEMA {self.schema}")
+            except DBAPIError as error:  # another migration has made it, and committed
+                if self.error_mapping.code(error) not in ("23505", "42P06"):
+                    raise
+
     async def _lock_revision(self, connection: AsyncConnection) -> None:
         """Lock the table of the revision, which takes a privilege; make it if necessary.
 
         Any role can take an advisory lock, and never release it.
         """
-        if await connection.scalar(text("SELECT to_regclass(:name)"), {"name": _REVISION}) is None:
+        table = f"{self.schema}.alembic_version"
+        if await connection.scalar(text("SELECT to_regclass(:name)"), {"name": table}) is None:
             try:
                 async with connection.begin_nested():
                     await connection.exec_driver_sql(
-                        f"CREATE TABLE {_REVISION} (version_num varchar(32) NOT NULL "
+                        f"CREATE TABLE {table} (version_num varchar(32) NOT NULL "
                         "CONSTRAINT alembic_version_pkc PRIMARY KEY)"
                     )
             except DBAPIError as error:  # another migration has made it, and committed
                 if self.error_mapping.code(error) not in ("23505", "42P07"):
                     raise
-        await connection.exec_driver_sql(f"LOCK TABLE {_REVISION} IN SHARE UPDATE EXCLUSIVE MODE")
+        await connection.exec_driver_sql(f"LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE")
 
     def engine(
         self,
@@ -205,7 +226,7 @@ class PostgreSQL:
         }
         if self._synchronous_commit is not None:  # explicit, as the role's default may change
             arguments["server_settings"]["synchronous_commit"] = self._synchronous_commit
-        execution: dict[str, Any] = {"schema_translate_map": {None: SCHEMAS["postgresql"]}}
+        execution: dict[str, Any] = {"schema_translate_map": {None: self.schema}}
         if write:  # a writer that waited for a lock sees the rows of its last holder
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # else the lock of a machine that vanishes is held for hours
@@ -268,7 +289,7 @@ class PostgreSQL:
         wait = milliseconds(min(until - time.monotonic(), self._lock_seconds))
         try:
             await raw.driver_connection.execute(
-                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; NOTIFY {CHANNEL}; "
+                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; {notify(self.schema)}; "
                 f"SET LOCAL lock_timeout = DEFAULT; {limits}"
             )
         except asyncio.CancelledError:  # SQLAlchemy would reuse the busy connection
@@ -301,7 +322,7 @@ class PostgreSQL:
             await session.invalidate()
 
     def cursor(self, connection: Connection) -> Cursor:
-        return Cursor(connection.connection.driver_connection, await_only)
+        return Cursor(connection.connection.driver_connection, await_only, self.schema)
 
     def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)
@@ -315,6 +336,8 @@ class PostgreSQL:
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),
             answer_seconds=answer / 2,
             lock=f"{counters.lock}; {self._limits(answer, 2 * answer)}",
+            notify=notify(self.schema),
+            schema=self.schema,
         )
 
     def dispose(self) -> None:
@@ -330,21 +353,22 @@ class PostgreSQL:
         with self.error_mapping.mapped():
             environment = {**asyncio.run(run()), **self._location.files()}
         with written_aside(target, overwrite=overwrite) as partial:
-            dump(environment, self.location, partial, stop)
+            dump(environment, self.location, self.schema, partial, stop)
 
     def vacuum(self, stop: Stop) -> None:
         async def run() -> None:
             cancel_at(stop)
             engine = self.engine(write=True, is_long=True, isolation_level="AUTOCOMMIT")
             async with engine.connect() as connection:
-                foreign = (await connection.execute(text(_FOREIGN), {"tables": _TABLES})).all()
+                tables = [f"{self.schema}.{name}" for name in _TABLES]
+                foreign = (await connection.execute(text(_FOREIGN), {"tables": tables})).all()
                 if foreign:
-                    tables = ", ".join(table for table, _ in foreign)
+                    names = ", ".join(table for table, _ in foreign)
                     raise UnavailableError(
-                        f"{self.location}: this role does not own {tables}: vacuum as "
+                        f"{self.location}: this role does not own {names}: vacuum as "
                         f"{foreign[0][1]}, who does, or leave it to the server's autovacuum"
                     )
-                for table in _TABLES:
+                for table in tables:
                     await connection.exec_driver_sql(f"VACUUM (ANALYZE) {table}")
 
         with self.error_mapping.mapped():
@@ -352,5 +376,7 @@ class PostgreSQL:
 
     async def size(self, session: AsyncSession) -> int:
         connection = await session.connection()
-        found = await connection.exec_driver_sql("SELECT pg_database_size(current_database())")
+        found = await connection.exec_driver_sql(
+            _SIZE_OF_DATABASE if self.cluster is None else _SIZE_OF_SCHEMA.format(self.schema)
+        )
         return int(found.scalar_one())

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openclaw_store.backends.base import SCHEMAS
+from openclaw_store.backends.base import PUBLIC
 from openclaw_store.backends.cancellation import Stop
 from openclaw_store.errors import UnavailableError
 
@@ -51,22 +51,26 @@ async def environment_of(connection: Any) -> dict[str, str]:
     return {name: str(value) for name, value in found.items() if value}
 
 
-def dump(environment: Mapping[str, str], location: str, path: Path, stop: Stop) -> None:
+def dump(
+    environment: Mapping[str, str], location: str, schema: str, path: Path, stop: Stop
+) -> None:
     """Write a consistent archive of the database, for pg_restore, until `stop`.
 
     Args:
         environment: The variables of libpq; no other ones are used.
         location: For messages.
+        schema: The schema of the cluster to write alone; with `public`, all schemas are written.
 
     Raises:
         UnavailableError: If pg_dump is not installed, or fails, or archives other tables.
     """
     # Nothing secret on the command line, which all users of the machine can read.
     run = partial(_run, environment, location, stop)
-    run("pg_dump", "--format=custom", f"--file={path}")
+    only = [] if schema == PUBLIC else [f"--schema={schema}"]
+    run("pg_dump", "--format=custom", f"--file={path}", *only)
     listed = run("pg_restore", "--list", str(path)).splitlines()
     contents = [line.split()[3:7] for line in listed]
-    data = ["TABLE", "DATA", SCHEMAS["postgresql"]]
+    data = ["TABLE", "DATA", schema]
     if missing := [name for name in _TABLES if [*data, name] not in contents]:
         raise UnavailableError(
             f"{location}: the archive of pg_dump lacks {', '.join(missing)}: check which "

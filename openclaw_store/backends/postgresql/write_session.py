@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from openclaw_store.backends.base import BatchCursor, LockRequiredError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.connections import is_lost, may_be_lost
-from openclaw_store.backends.postgresql.protocol import CHANNEL, array
+from openclaw_store.backends.postgresql.protocol import array
 
 Result = TypeVar("Result")
 
@@ -58,6 +58,7 @@ class Cursor:
     Args:
         connection: The driver's connection.
         wait: Run a coroutine on the event loop of the connection.
+        schema: The schema of the tables.
         limit: Return the seconds for the server to answer; `None` for those of the connection.
     """
 
@@ -67,11 +68,17 @@ class Cursor:
         self,
         connection: Any,
         wait: Callable[[Coroutine[Any, Any, Any]], Any],
+        schema: str,
         limit: Callable[[], float | None] = lambda: None,
     ) -> None:
+        self._schema = schema
         self._connection = connection
         self._wait = wait
         self._limit = limit
+
+    @property
+    def schema(self) -> str:
+        return self._schema
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         answer = self._connection.fetch(sql, *parameters, timeout=self._limit())
@@ -100,6 +107,10 @@ class CallCursor(BatchCursor):
         """True if the next transaction must have the lock."""
         self.call: tuple[str, Sequence[Any], Callable[[Sequence[Any]], None]] | None = None
         """The call of this transaction: SQL, parameters, and the receiver of its rows."""
+
+    @property
+    def schema(self) -> str:
+        return self._cursor.schema
 
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
         self.require_lock()
@@ -135,6 +146,8 @@ class WriteSession:
         extra: Seconds that connecting may take beyond the deadline.
         answer_seconds: Seconds for the server to answer after its own limits.
         lock: SQL that takes the write lock of a transaction, and limits that transaction.
+        notify: SQL that notifies the listeners.
+        schema: The schema of the tables.
     """
 
     def __init__(
@@ -148,9 +161,11 @@ class WriteSession:
         extra: float,
         answer_seconds: float,
         lock: str,
+        notify: str,
+        schema: str,
     ) -> None:
         self._error_mapping = error_mapping
-        self._lock = lock
+        self._lock, self._notify = lock, notify
         self._registry = registry
         self._lock_timeout, self._answer_seconds = lock_timeout, answer_seconds
         self._loop = asyncio.new_event_loop()
@@ -163,7 +178,7 @@ class WriteSession:
         now = time.monotonic()  # connecting may have used up the time for the lock
         self._until = until if now < until else min(now + lock_timeout, until + extra)
         self._driver = raw.driver_connection
-        self._locked = Cursor(self._driver, self._wait, self._limit)
+        self._locked = Cursor(self._driver, self._wait, schema, self._limit)
         self._call = CallCursor(self._locked)
         self.cursor: Cursor | CallCursor = self._call
         self._process: int = self._driver.get_server_pid()
@@ -184,7 +199,7 @@ class WriteSession:
 
     def commit(self) -> None:
         if self.cursor is self._locked:
-            self._execute(f"NOTIFY {CHANNEL}; COMMIT")
+            self._execute(f"{self._notify}; COMMIT")
         elif self._call.call is not None:
             (sql, parameters, finish), self._call.call = self._call.call, None
             wait, listener = milliseconds(self._left()), self._registry.listener

@@ -100,14 +100,17 @@ class SQLite:
     Args:
         path: The file.
         timeout: Seconds to wait for a lock.
+        cluster: The name of the cluster, which is part of the path.
     """
 
     dialect = "sqlite"
+    schema = None
 
-    def __init__(self, path: Path, timeout: float) -> None:
+    def __init__(self, path: Path, timeout: float, cluster: str | None = None) -> None:
         # SQLite follows symbolic links too, and its journals are beside the file itself.
         self.path = Path(os.path.realpath(path))
-        self.location = str(path)
+        self.location = self.address = str(path)
+        self.cluster = cluster
         self.error_mapping = SQLiteErrorMapping(self.location)
         self.write_engine = self._checked(_write_engine(path))
         self._timeout = timeout

@@ -51,6 +51,7 @@ class Cursor:
     """The driver's cursor of a write transaction, which holds the write lock."""
 
     dialect = "sqlite"
+    schema = None
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
