@@ -78,7 +78,7 @@ if CLUSTER is not None:
     ) -> None:
         _make(self, location, timeout, answer, cluster or CLUSTER)
 
-    PostgreSQL.__init__ = _make_in_cluster  # type: ignore[method-assign]
+    PostgreSQL.__init__ = _make_in_cluster  # type: ignore[assignment,method-assign]
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
