@@ -20,7 +20,6 @@ from sqlalchemy import Connection, MetaData, create_engine, inspect, text
 
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
-    PUBLIC,
     Backend,
     backend_of,
     qualified,
