@@ -657,12 +657,81 @@ class TestWebService:
         async with Database("./data/cluster.db") as db:
             assert await TaskRepository(db).count_by_status() == 2
 
+    @pytest.mark.sqlite
+    async def test_hostile_numbers_are_refused(self, service: tuple[Any, Any]) -> None:
+        """A number out of range in a body that was refused could not be written in the answer."""
+        client, _ = service
+        task = (await client.post("/tasks", json=WANTED)).json()
+        path, kind = f"/tasks/{task['task_id']}", {"content-type": "application/json"}
+        numbers = [
+            "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "1e308", "1.0", "0.1", "-1", "true",
+            "9" * 400, "9" * 5000, str(2**63), str(-(2**63) - 1), '"1"', "null", "[1e400]",
+            '{"\\ud800": 1e400}',
+        ]  # fmt: skip
+
+        statuses = {}
+        for number in numbers:
+            bodies = {
+                "POST": ["priority", "name", "idempotency_key", "task_type", "x", "\\ud800"],
+                "PATCH": ["version", "priority", "name", "parameters", "x"],
+            }
+            for method, fields in bodies.items():
+                for field in fields:
+                    given = {name: json.dumps(value) for name, value in WANTED.items()}
+                    others = given if method == "POST" else {"version": str(task["version"])}
+                    pairs = {**others, field: number}.items()
+                    body = ", ".join(f'"{name}": {value}' for name, value in pairs)
+                    where = "/tasks" if method == "POST" else path
+                    answer = await client.request(
+                        method, where, content=f"{{{body}}}", headers=kind
+                    )
+                    statuses[method, field, number] = answer.status_code
+        nested = [
+            await client.post(
+                "/tasks",
+                content=f'{{"task_type": "batch", "name": "a", "parameters": {{"a": {number}}}}}',
+                headers=kind,
+            )
+            for number in numbers
+        ]
+
+        assert {code for code in statuses.values() if code >= 500} == set()
+        assert statuses["PATCH", "version", "1e400"] == 422
+        accepted = {(field, number) for (_, field, number), code in statuses.items() if code < 400}
+        assert accepted <= {
+            ("name", '"1"'), ("idempotency_key", '"1"'), ("idempotency_key", "null"),
+            ("parameters", "null"),
+        }  # fmt: skip
+        assert {answer.status_code for answer in nested} <= {201, 400, 422}
+        assert nested[0].status_code == 422
+
     def test_request_of_the_page_is_one_that_the_service_takes(self) -> None:
         [block] = [b for b in blocks(HOW_TO / "web-service.md", "bash") if "curl" in b.text]
         words = shlex.split(block.text)
 
         assert json.loads(words[words.index("-d") + 1]) == WANTED
         assert words[words.index("POST") + 1].endswith("/tasks")
+
+
+class TestThreats:
+    PAGE = ROOT / "docs" / "explanation" / "threats.md"
+
+    def rows(self) -> list[list[str]]:
+        """The cells of the rows of all tables."""
+        lines = self.PAGE.read_text(encoding="utf-8").splitlines()
+        cells = [line.strip("|").split(" | ") for line in lines if line.startswith("| ")]
+        return [row for row in cells if row[0].strip() != "attack"]
+
+    def test_each_attack_has_a_defence_and_tests_that_exist(self) -> None:
+        assert len(self.rows()) > 20
+        for attack, _, tests in self.rows():
+            named = re.findall(r"`([\w/.:]*test_[\w/.:]+)`", tests)
+            assert named, attack
+            for name in named:
+                file, *parts = name.split("::") if ".py" in name else ("test_security.py", name)
+                text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+                for part in parts:
+                    assert re.search(rf"(def|class) {part}\b", text), name
 
 
 WANTED = {"task_type": "batch", "name": "train"}

@@ -253,6 +253,23 @@ class TestLinks:
 
         assert location.read_text() == "theirs"
 
+    def test_restore_over_a_new_file_names_no_option_that_it_lacks(
+        self, location: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        link = os.link
+
+        def appear(source: Path, name: Path) -> None:
+            if name == location:
+                location.write_text("theirs")
+            link(source, name)
+
+        monkeypatch.setattr(os, "link", appear)
+        with pytest.raises(InvalidDataError, match="exists: move it away") as caught:
+            restore(backend_of(location), migrated_sqlite)
+
+        assert "overwrite" not in str(caught.value)
+        assert location.read_text() == "theirs"
+
     def test_journal_is_not_moved_onto_another(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_text("mine")
         (tmp_path / "b").write_text("theirs")

@@ -319,6 +319,12 @@ BEGIN
 END $$"""
 
 
+def drop(definition: str) -> str:
+    """Return the statement that drops a function, and no other one of its name."""
+    declaration = definition.partition("\nRETURNS ")[0]
+    return declaration.replace("CREATE FUNCTION", "DROP FUNCTION IF EXISTS")
+
+
 def upgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
@@ -351,6 +357,6 @@ def downgrade() -> None:
         f"(SELECT beat FROM {prefix}nodes UNION ALL SELECT counters.beat) AS numbers)"
     )
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_1")
+        op.execute(drop(function(schema)))
     op.execute(f"DROP INDEX {prefix}ix_tasks_delayed")
     op.execute(f"DROP INDEX {prefix}ix_tasks_ready")

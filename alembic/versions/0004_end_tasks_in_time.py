@@ -339,6 +339,12 @@ BEGIN
 END $$"""
 
 
+def drop(definition: str) -> str:
+    """Return the statement that drops a function, and no other one of its name."""
+    declaration = definition.partition("\nRETURNS ")[0]
+    return declaration.replace("CREATE FUNCTION", "DROP FUNCTION IF EXISTS")
+
+
 def upgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
@@ -354,7 +360,7 @@ def upgrade() -> None:
         "WHERE status IN ('pending', 'scheduled') AND expires_at IS NOT NULL"
     )
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_1")
+        op.execute(drop(context.script.get_revision("0003").module.function(schema)))
         op.execute(function(schema))
 
 
@@ -363,7 +369,7 @@ def downgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_2")
+        op.execute(drop(function(schema)))
     op.execute(f"DROP INDEX {prefix}ix_tasks_expiring")
     # Raw SQL drops a column in place; a batch operation of Alembic copies the table on SQLite.
     for name in ("cancel_deadline_at", "cancel_requested_at", "expires_at", "max_losses", "losses"):

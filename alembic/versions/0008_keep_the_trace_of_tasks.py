@@ -13,7 +13,7 @@ down_revision = "0007"
 branch_labels = None
 depends_on = None
 
-FORMER, OWN = "store_write_2", "store_write_3"
+OWN = "store_write_3"
 
 
 def function(schema: str, former: Any) -> str:
@@ -31,7 +31,7 @@ def upgrade() -> None:
     )
     if dialect == "postgresql":
         former = context.script.get_revision("0004").module
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}{FORMER}")
+        op.execute(former.drop(former.function(schema)))
         op.execute(function(schema, former))
 
 
@@ -40,9 +40,10 @@ def downgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}{OWN}")
+        former = context.script.get_revision("0004").module
+        op.execute(former.drop(function(schema, former)))
     op.execute(f"DROP INDEX {prefix}ix_tasks_failed")
     # Raw SQL drops a column in place; a batch operation of Alembic copies the table on SQLite.
     op.execute(f"ALTER TABLE {prefix}tasks DROP COLUMN traceparent")
     if dialect == "postgresql":
-        op.execute(context.script.get_revision("0004").module.function(schema))
+        op.execute(former.function(schema))

@@ -54,6 +54,12 @@ def with_own_names(sql: str) -> str:
     return sql
 
 
+def _replace(definition: str) -> None:
+    """Replace the function by one with the same arguments, and no other one of its name."""
+    op.execute(context.script.get_revision("0004").module.drop(definition))
+    op.execute(definition)
+
+
 def upgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
@@ -61,8 +67,7 @@ def upgrade() -> None:
     op.add_column("counters", number, schema=schema)
     op.execute(f"UPDATE {prefix}counters SET cluster_id = {NUMBERS[dialect]}")
     if dialect == "postgresql" and schema != "public":
-        op.execute(f"DROP FUNCTION {prefix}store_write_3")
-        op.execute(function(schema, context.script))
+        _replace(function(schema, context.script))
 
 
 def downgrade() -> None:
@@ -70,8 +75,6 @@ def downgrade() -> None:
     dialect, schema = op.get_context().dialect.name, op.get_context().version_table_schema
     prefix = f"{schema}." if schema else ""
     if dialect == "postgresql" and schema != "public":
-        op.execute(f"DROP FUNCTION {prefix}store_write_3")
-        scripts = context.script
-        before = scripts.get_revision("0008").module
-        op.execute(before.function(schema, scripts.get_revision("0004").module))
+        before, first = (context.script.get_revision(one).module for one in ("0008", "0004"))
+        _replace(before.function(schema, first))
     op.execute(f"ALTER TABLE {prefix}counters DROP COLUMN cluster_id")

@@ -13,7 +13,13 @@ from openclaw_store.errors import InvalidDataError, UnavailableError
 
 
 @contextmanager
-def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ()) -> Iterator[Path]:
+def written_aside(
+    target: Path,
+    *,
+    overwrite: bool,
+    besides: Sequence[str] = (),
+    remedy: str = "choose another, or pass overwrite=True (--overwrite)",
+) -> Iterator[Path]:
     """Yield the path of a temporary file, which becomes `target` at the end of the block.
 
     Only the user of this process can read the file, under any umask.
@@ -23,6 +29,7 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
         overwrite: Replace an existing file. Without it, not even a file is replaced that another
             process makes during the block.
         besides: Suffixes of files beside `target` that belong to it.
+        remedy: What to do if a file exists, for the error.
 
     Raises:
         InvalidDataError: If `target` exists and `overwrite` is off.
@@ -31,7 +38,7 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
     target = Path(os.path.realpath(target))
     beside = [target.with_name(target.name + ending) for ending in besides]
     if not overwrite:
-        _refuse_existing(target)
+        _refuse_existing(remedy, target)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         make_folder(target.parent)
@@ -46,11 +53,11 @@ def written_aside(target: Path, *, overwrite: bool, besides: Sequence[str] = ())
                 old.unlink(missing_ok=True)
             partial.replace(target)
         else:
-            _refuse_existing(target, *beside)
+            _refuse_existing(remedy, target, *beside)
             try:
                 rename_to_unused(partial, target)
             except FileExistsError:
-                _refuse_existing(target)
+                _refuse_existing(remedy, target)
                 raise
         try:
             _sync_folder(target.parent)
@@ -110,12 +117,10 @@ def rename_to_unused(source: Path, target: Path) -> None:
         source.unlink()
 
 
-def _refuse_existing(*paths: Path) -> None:
+def _refuse_existing(remedy: str, *paths: Path) -> None:
     for path in paths:
         if os.path.lexists(path):
-            raise InvalidDataError(
-                "path", f"{path} exists: choose another, or pass overwrite=True (--overwrite)"
-            )
+            raise InvalidDataError("path", f"{path} exists: {remedy}")
 
 
 def unused_name(path: Path, ending: str, besides: Sequence[str] = ()) -> Path:

@@ -74,6 +74,11 @@ _POSTGRESQL_ADVICE = {
 }
 """Advice by the beginning of the SQLSTATE."""
 
+_WITHOUT_VALUES = (
+    "08", "23", "25", "28", "40", "42501", "53", "55P", "57", "P0",
+)  # fmt: skip
+"""The beginnings of SQLSTATEs whose messages name objects and roles, but quote no values."""
+
 
 class ErrorMapping(ABC):
     """Maps the errors of one database.
@@ -248,8 +253,12 @@ class PostgreSQLErrorMapping(ErrorMapping):
         code, cause = cls.code(error), _cause(error)
         if code is not None:
             cause.detail = None  # type: ignore[attr-defined]  # the whole row
-            # Errors of data quote the value itself, and so do the driver's own.
-            _set_text(error, type(cause).__name__ if code[:2] == "22" else str(*cause.args[:1]))
+            # With a position and no context, the message quotes the text of the statement.
+            # Otherwise, it may quote a value, as that of data, or a name cast to `regclass`.
+            place, context = (getattr(cause, name, None) for name in ("position", "context"))
+            is_text = place is not None and context is None and code[:2] != "22"
+            is_safe = is_text or code.startswith(_WITHOUT_VALUES)
+            _set_text(error, str(*cause.args[:1]) if is_safe else type(cause).__name__)
 
     def _meaning(self, error: Exception, *, own: bool, committing: bool) -> StoreError | None:
         code, cause = self.code(error), _cause(error)

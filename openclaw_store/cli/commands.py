@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openclaw_store.cli import render
-from openclaw_store.cli.context import AsJson, Call, Location, command
+from openclaw_store.cli.context import AsJson, Call, Group, Location, command
 from openclaw_store.domain import WAITING, NodeStatus, TaskStatus, TaskType
 from openclaw_store.errors import NotFoundError, printable
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="openclaw-store",
+    cls=Group,
     help="Inspect the state of a cluster, check it and maintain it.",
     epilog="Exit status: 0; 1 after a failure, or if a check found a problem; 2 for wrong usage; "
     "130 after Ctrl-C.",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from openclaw_store.cli import render
-from openclaw_store.errors import StoreError, UnavailableError
+from openclaw_store.errors import StoreError, UnavailableError, printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,6 +81,38 @@ class Call:
             typer.echo(render.as_json(document))
         else:
             render.show(*(part if isinstance(part, str) else part() for part in parts))
+
+
+class Group(TyperGroup):
+    """The commands; a message about wrong usage is printable, and shows no location."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> Any:
+        given = list(args)
+        with _hiding(given):
+            context = super().make_context(info_name, args, parent, **extra)
+            context.meta[__name__] = given
+            return context
+
+    def invoke(self, context: Any) -> Any:
+        with _hiding(context.meta[__name__]):
+            return super().invoke(context)
+
+
+@contextmanager
+def _hiding(given: list[str]) -> Iterator[None]:
+    """Remove the arguments that may have a password from the message of an error."""
+    try:
+        yield
+    except typer.TyperException as error:
+        values = {part for one in given for part in (one, one.partition("=")[2])}
+        for value in sorted(values, key=len, reverse=True):
+            if "@" in value or "://" in value or "password" in value.lower():
+                for form in (repr(value), value):
+                    error.message = error.message.replace(form, "…")
+        error.message = printable(error.message, "\n")
+        raise
 
 
 def _warn_of_passwords(*given: Any) -> None:

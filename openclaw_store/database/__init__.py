@@ -13,8 +13,8 @@ from openclaw_store.database.migrations import (
     COPYING,
     COPYING_HEAD,
     HEAD,
-    has_functions,
     names_of_tables,
+    overloads,
     require_unchanged,
     stored,
 )

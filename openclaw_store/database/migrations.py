@@ -26,7 +26,7 @@ from openclaw_store.backends import (
     schema_of,
     unused_name,
 )
-from openclaw_store.database import legacy_import, schema_check
+from openclaw_store.database import legacy_import, schema_check, server_check
 from openclaw_store.database.store_write import FUNCTION
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.domain import Clock, utc_now
@@ -35,6 +35,7 @@ from openclaw_store.errors import (
     SchemaMismatchError,
     UnavailableError,
     safe_repr,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
             f"{backend.location} has tables that this library did not make: give another path"
         )
     refuse_newer(revision, backend.location)
-    require_unchanged(connection, revision, is_legacy=is_legacy)
-    return revision == HEAD
+    is_complete = require_unchanged(connection, revision, is_legacy=is_legacy)
+    return is_complete and revision == HEAD
 
 
 def accept(backend: Backend, connection: Connection, *, is_copy_target: bool = False) -> None:
@@ -125,19 +126,25 @@ def require_store(connection: Connection, location: str) -> None:
 
 def require_unchanged(
     connection: Connection, revision: str | None, *, is_legacy: bool = False
-) -> None:
-    """Refuse a file that differs from its revision, or holds more than ordinary tables.
+) -> bool:
+    """Refuse a file that differs from its revision, or tables that run the code of other roles.
+
+    Returns:
+        False if the database lacks the function that writes, as after a restore.
 
     Raises:
         SchemaMismatchError: With the first object that differs.
     """
-    if connection.dialect.name == "sqlite":
-        schema_check.require(
-            connection,
-            _definitions(revision),
-            legacy_import.OPTIONAL,
-            legacy_import.REPLACED if is_legacy else frozenset(),
-        )
+    schema = schema_of(connection)
+    if schema is not None:
+        return server_check.require(connection, schema)
+    schema_check.require(
+        connection,
+        _definitions(revision),
+        legacy_import.OPTIONAL,
+        legacy_import.REPLACED if is_legacy else frozenset(),
+    )
+    return True
 
 
 @cache
@@ -187,10 +194,11 @@ def is_half_copied(backend: Backend) -> bool:
 
 def stored(connection: Connection) -> str | None:
     """Return the revision of the database; `None` if it has none."""
-    if connection.dialect.name == "sqlite":
+    schema = schema_of(connection)
+    if schema is None:
         has_version = schema_check.has_version(connection)
     else:
-        has_version = schema_check.VERSION_TABLE in names_of_tables(connection)
+        has_version = server_check.has_version(connection, schema)
     if not has_version:
         return None
     table = qualified(schema_of(connection), schema_check.VERSION_TABLE)
@@ -209,9 +217,11 @@ def require(backend: Backend) -> None:
     """Refuse a database with another schema; the error names the command to run."""
     if not is_current(backend):
         is_legacy = backend.inspect(legacy_import.is_legacy)
+        is_complete = revision_of(backend) != HEAD
+        is_so = "is the original one" if is_legacy else f"is older than {HEAD}"
         raise SchemaMismatchError(
-            f"the schema of {backend.location} is "
-            f"{'the original one' if is_legacy else f'older than {HEAD}'}: call "
+            f"the schema of {backend.location} "
+            f"{is_so if is_complete else f'lacks the function {FUNCTION}'}: call "
             'initialize(migrate=True), or run "openclaw-store db upgrade" or, in a checkout, '
             f'"alembic -x url={backend.address}{_named(backend)} upgrade head"'
         )
@@ -276,10 +286,10 @@ def downgrade(backend: Backend, revision: str) -> None:
 def check(backend: Backend) -> None:
     """Refuse a database of which the tables differ from the declarative models."""
     require(backend)
-    if not backend.inspect(has_functions):
+    if others := backend.inspect(overloads):
         raise SchemaMismatchError(
-            f"the function {FUNCTION} of {backend.location} was changed or dropped: restore a "
-            'backup, or run "alembic downgrade 0007" (it drops the column of 0008) and upgrade'
+            f"{backend.location} has another function {shown(others[0])}: drop it, if you know "
+            "where it comes from"
         )
     from alembic import command
     from alembic.util import CommandError
@@ -293,21 +303,21 @@ def check(backend: Backend) -> None:
         ) from error
 
 
-def has_functions(connection: Connection) -> bool:
-    """Return `True` if the database has the function `store_write` as the migrations made it."""
-    if connection.dialect.name == "sqlite":
-        return True
+def overloads(connection: Connection) -> list[str]:
+    """Return the functions that have the name of the store's, and other arguments."""
+    schema = schema_of(connection)
+    return server_check.overloads(connection, schema) if schema is not None else []
+
+
+def _make_function(connection: Connection) -> None:
+    """Make the function that writes, if a server lacks it: `pg_dump` archives the tables alone."""
+    schema = schema_of(connection)
+    if schema is None or server_check.require(connection, schema):
+        return
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config(connection))
-    schema = schema_of(connection)
-    definition = scripts.get_revision("0009").module.function(schema, scripts)
-    query = text(
-        "SELECT prosrc FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace "
-        "WHERE proname = :name AND nspname = :schema"
-    )
-    found = connection.execute(query, {"name": FUNCTION, "schema": schema}).scalars().all()
-    return found == [definition.split("$$")[1]]
+    connection.exec_driver_sql(scripts.get_revision("0009").module.function(schema, scripts))
 
 
 def _config(connection: Connection) -> Config:
@@ -366,6 +376,8 @@ def migrate(
         _is_current(backend, connection)
         if not legacy_import.is_legacy(connection):
             work(connection)
+            if to_head:
+                _make_function(connection)
             return
         if copy is None:
             raise UnavailableError(

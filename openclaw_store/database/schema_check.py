@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
@@ -83,9 +83,15 @@ def read_objects(connection: Connection) -> list[Object]:
 def refusal(connection: Connection, problem: str) -> SchemaMismatchError:
     """Return the error that refuses the file of a connection."""
     return SchemaMismatchError(
-        f"{connection.info.get(SHOWN, connection.engine.url.database)} is refused, because "
+        f"{shown_location(connection)} is refused, because "
         f"{problem}: restore a backup, or change that with another program if the file is yours"
     )
+
+
+def shown_location(connection: Connection) -> Any:
+    """Return the location of a connection, for messages."""
+    location = connection.get_execution_options().get("location")
+    return connection.info.get(SHOWN) or location or connection.engine.url.database
 
 
 def has_version(connection: Connection) -> bool:

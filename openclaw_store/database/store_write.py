@@ -19,6 +19,19 @@ POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it h
 
 FUNCTION = "store_write_3"
 
+BODIES = {
+    "ed0a7b53d75a07e7115d2101951f34c29f9f343898ffa39e21fe23eafe42fd6b",
+    "3d8f72edc5b50a89346129dff4a881c87d73635ca70e7261aa8e6eebf07e2783",
+}
+"""The SHA-256 of its bodies in `public` and in a cluster, without the schema of the tables."""
+
+SETTINGS = [
+    "search_path=pg_catalog, pg_temp", "plan_cache_mode=force_generic_plan", "jit=off",
+    *(f"enable_{kind}=off" for kind in ("seqscan", "hashjoin", "mergejoin", "material")),
+    "enable_bitmapscan=off",
+]  # fmt: skip
+"""Its settings, in the order in which the server stores them."""
+
 CALL_FIELDS = tuple(
     name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
 )
@@ -31,8 +44,8 @@ def element_type(kind: Any) -> str:
     return "text" if name.startswith("VARCHAR") or name == "JSON" else name
 
 
-def call_of_store_write(schema: str) -> str:
-    """Return the statement; its rows are the base revision, former versions, tasks and nodes."""
+def _arrays() -> list[str]:
+    """Return the types of the arguments between the first one and the last two."""
     arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
     kinds = [table_of(Task).c[name].type for name in CALL_FIELDS]
     arrays += [f"{'json' if isinstance(one, Json) else element_type(one)}[]" for one in kinds]
@@ -40,6 +53,17 @@ def call_of_store_write(schema: str) -> str:
     arrays += [*["text[]"] * 6, "bigint[]"]  # changes
     arrays += ["text[]", *["integer[]"] * 3, "float8[]"]  # additions to nodes
     arrays += ["text[]", "integer[]", "boolean[]"]  # claims
+    return arrays
+
+
+def signature(schema: str) -> str:
+    """Return the name of the function with the types of its arguments."""
+    return f"{schema}.{FUNCTION}({', '.join(['timestamptz', *_arrays(), 'text', 'bigint'])})"
+
+
+def call_of_store_write(schema: str) -> str:
+    """Return the statement; its rows are the base revision, former versions, tasks and nodes."""
+    arrays = _arrays()
     given = ", ".join(f"${number}::text::{kind}" for number, kind in enumerate(arrays, 2))
     last = len(arrays) + 2
     found = [f"(one.task).{name}" for name in FIELDS[Task]]

@@ -25,17 +25,19 @@ from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import (
     COPYING,
+    FUNCTION,
     HEAD,
     Base,
     Database,
     NodeRow,
     legacy_import,
     names_of_tables,
+    overloads,
     require_unchanged,
     stored,
 )
 from openclaw_store.domain import Clock
-from openclaw_store.errors import BackendError, SchemaMismatchError
+from openclaw_store.errors import BackendError, SchemaMismatchError, shown
 
 MOUNTS = Path("/proc/self/mountinfo")
 """Linux's table of mounted file systems."""
@@ -362,29 +364,43 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
     elif revision != HEAD:
         text = f"The schema is {revision}; this version of the library needs {HEAD}."
         yield _error(name, text, "upgrade the library" if revision > HEAD else advice)
-    elif connection.dialect.name == "sqlite":
-        text = f"The schema is {HEAD}, which this version of the library needs."
-        try:
-            require_unchanged(connection, revision)
-        except SchemaMismatchError as error:
-            yield _error(name, f"{error}.", "do not open it, unless you know the cause")
-        else:
-            yield Finding(name, Level.OK, text)
     else:
-        missing: set[str] = set()
-        schema = schema_of(connection)
+        yield _check_current_schema(connection)
+
+
+def _check_current_schema(connection: Connection) -> Finding:
+    name, is_good = "schema", f"The schema is {HEAD}, which this version of the library needs."
+    schema = schema_of(connection)
+    try:
+        is_complete = require_unchanged(connection, HEAD)
+    except SchemaMismatchError as error:
+        return _error(name, f"{error}.", "do not open it, unless you know the cause")
+    if not is_complete:
+        return _error(
+            name, f"The function {FUNCTION} is missing.", "run `openclaw-store db upgrade`"
+        )
+    missing: set[str] = set()
+    if schema is not None:
         for table in Base.metadata.sorted_tables:
             present = {
                 index["name"] for index in inspect(connection).get_indexes(table.name, schema)
             }
             missing |= {str(index.name) for index in table.indexes} - present
-        yield _judge(
+    if others := overloads(connection):
+        return _judge(
             name,
-            not missing,
-            f"The schema is {HEAD}, which this version of the library needs.",
-            "create the indexes again: without them, queries read whole tables",
-            otherwise=f"The schema is {HEAD}, but lacks {', '.join(sorted(missing))}.",
+            False,
+            is_good,
+            "drop it, if you know where it comes from: it is never called, but GRANT fails",
+            otherwise=f"There is another function {shown(others[0])}.",
         )
+    return _judge(
+        name,
+        not missing,
+        is_good,
+        "create the indexes again: without them, queries read whole tables",
+        otherwise=f"The schema is {HEAD}, but lacks {', '.join(sorted(missing))}.",
+    )
 
 
 def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding]:

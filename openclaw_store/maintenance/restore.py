@@ -23,6 +23,7 @@ from openclaw_store.backends import (
     PostgreSQL,
     SQLite,
     SQLiteErrorMapping,
+    qualified,
     rename_to_unused,
     unused_name,
     written_aside,
@@ -33,12 +34,14 @@ from openclaw_store.backends.sqlite.connections import (
     options_of,
     time_limit,
 )
-from openclaw_store.database import migrations, schema_check
+from openclaw_store.database import FUNCTION, migrations, schema_check
 from openclaw_store.errors import UnavailableError
 from openclaw_store.maintenance.progress import Report
 
 _PAGES = 4096
 """Pages copied between two progress reports."""
+
+_MOVE = "move it away if no program uses it, then try again"
 
 
 def restore(
@@ -60,13 +63,13 @@ def restore(
 
     Raises:
         UnavailableError: If the backup is damaged or unreadable, the database is in use, or the
-            restore was stopped; for a database on a server, with the command to run instead.
+            restore was stopped; for a database on a server, with the commands to run instead.
         SchemaMismatchError: If the backup has tables of another program, or a newer schema.
     """
     if isinstance(backend, PostgreSQL):
         raise UnavailableError(
-            f"{backend.location} is restored by PostgreSQL's own program: stop all coordinators, "
-            f"then run: {_pg_restore(backend.address, source)}"
+            f"{backend.location} is restored by PostgreSQL's own programs: stop all coordinators, "
+            f"then run: {_pg_restore(backend, source)}"
         )
     assert isinstance(backend, SQLite)
     backend.refuse_inherited()
@@ -85,7 +88,7 @@ def restore(
     with (
         # Keeps the lock on the database until `written_aside` has renamed the copy onto it.
         ExitStack() as lock,
-        written_aside(target, overwrite=not is_new, besides=BESIDES) as partial,
+        written_aside(target, overwrite=not is_new, besides=BESIDES, remedy=_MOVE) as partial,
     ):
         with (
             SQLiteErrorMapping(str(source)).mapped(),
@@ -148,8 +151,18 @@ def _set_aside(target: Path) -> Path | None:
     return aside if is_there else None
 
 
-def _pg_restore(location: str, source: Path) -> str:
-    """Return the shell command that restores an archive, without the password."""
+def _pg_restore(backend: PostgreSQL, source: Path) -> str:
+    """Return the shell commands that restore an archive, without the password.
+
+    The function depends on the tables, and is no part of the archive: it is dropped before, and
+    made again when the database is opened.
+    """
     options = "--clean --if-exists --no-owner --single-transaction"
-    database = shlex.quote(f"--dbname={location.replace(':***@', '@', 1)}")
-    return f"pg_restore {options} {database} {shlex.quote(str(source))}"
+    database = shlex.quote(f"--dbname={backend.address.replace(':***@', '@', 1)}")
+    prepare = f"DROP FUNCTION IF EXISTS {qualified(backend.schema, FUNCTION)}"
+    if backend.cluster is not None:
+        prepare = f"CREATE SCHEMA IF NOT EXISTS {backend.schema}; {prepare}"
+    return (
+        f"psql --no-psqlrc {database} --command={shlex.quote(prepare)} && "
+        f"pg_restore {options} {database} {shlex.quote(str(source))}"
+    )

@@ -32,7 +32,7 @@ from openclaw_store.database import (
     Database,
     NodeRow,
     TaskRow,
-    has_functions,
+    overloads,
     require_unchanged,
 )
 from openclaw_store.domain import (
@@ -232,9 +232,8 @@ class _Scan:
         """Return `False` if rows cannot be read: in damaged pages, a search may never end."""
         progress = Progress(self._report, "file", 1)
         connection = await session.connection()
-        await connection.run_sync(
-            require_unchanged, HEAD
-        )  # it may have changed since it was opened
+        # The schema may have changed since it was opened.
+        is_complete = await connection.run_sync(require_unchanged, HEAD)
         if session.get_bind().dialect.name == "sqlite":
             first = await session.scalar(text("PRAGMA integrity_check(1)"))
             if first and first.startswith(_PAGES_DAMAGED):
@@ -249,8 +248,10 @@ class _Scan:
             schema = schema_of(session.get_bind())
             for (index,) in await session.execute(_INVALID_INDEXES, {"schema": schema}):
                 self._add("file", f"The index {index} is invalid: REINDEX INDEX {index}.")
-            if not await connection.run_sync(has_functions):
-                self._add("file", f"The function {FUNCTION} was changed or dropped.")
+            if not is_complete:
+                self._add("file", f"The function {FUNCTION} was dropped.")
+            for other in await connection.run_sync(overloads):
+                self._add("file", f"There is another function {shown(other)}.")
         self.found.checked["file"] = 1
         progress.add(1)
         return True

@@ -27,6 +27,21 @@ REFUSED_BY_POSTGRESQL = {
     "a value": "SELECT CAST(CAST(:secret AS text) AS integer)",
     "the driver": "SELECT CAST(:secret AS integer)",
     "JSON": "SELECT CAST(CAST(:secret AS text) AS json)",
+    "a name": "SELECT CAST(CAST(:secret AS text) AS regclass)",
+    "a parameter": "SELECT CAST(:secret AS regclass)",
+    "a role": "SELECT CAST(CAST(:secret AS text) AS regrole)",
+    "a type": "SELECT CAST(CAST(:secret || ' ' || :secret AS text) AS regtype)",
+    "a schema": "SELECT CAST(CAST(:secret AS text) AS regnamespace)",
+    "a function": "SELECT CAST(CAST(:secret AS text) AS regproc)",
+    "a signature": "SELECT CAST(CAST(:secret AS text) || '(' AS regprocedure)",
+    "a path": "SELECT CAST(CAST(:secret || '.b.c' AS text) AS regclass)",
+    "a file": "SELECT pg_catalog.pg_read_file(:secret)",
+    "a sequence": "SELECT pg_catalog.nextval(CAST(CAST(:secret AS text) AS regclass))",
+    "a search": "SELECT pg_catalog.to_tsquery(CAST(:secret || ' ' || :secret AS text))",
+    "a setting": "SELECT pg_catalog.set_config(:secret, :secret, true)",
+    "a place": "SELECT CAST(CAST(:secret AS text) AS pg_lsn)",
+    "a database": "SELECT pg_catalog.pg_database_size(CAST(:secret AS name))",
+    "XML": "SELECT pg_catalog.query_to_xml(CAST(:secret AS text), true, true, '')",
 }
 """The same for PostgreSQL, which quotes the value."""
 

@@ -226,7 +226,9 @@ class PostgreSQL:
         }
         if self._synchronous_commit is not None:  # explicit, as the role's default may change
             arguments["server_settings"]["synchronous_commit"] = self._synchronous_commit
-        execution: dict[str, Any] = {"schema_translate_map": {None: self.schema}}
+        execution: dict[str, Any] = {
+            "schema_translate_map": {None: self.schema}, "location": self.location
+        }  # fmt: skip
         if write:  # a writer that waited for a lock sees the rows of its last holder
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # else the lock of a machine that vanishes is held for hours

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openclaw_store.backends.base import PUBLIC
+from openclaw_store.backends.base import qualified
 from openclaw_store.backends.cancellation import Stop
 from openclaw_store.errors import UnavailableError
 
-_TABLES = [
+TABLES = [
     "alembic_version",
     "archive_runs",
     "archive_voids",
@@ -26,6 +26,9 @@ _TABLES = [
     "past_changes",
     "tasks",
 ]
+"""The tables of an archive. It has nothing of other roles, which the role may not read, and which
+would be run when it is restored; `pg_dump` cannot select functions, so the library makes its own
+again."""
 
 
 async def environment_of(connection: Any) -> dict[str, str]:
@@ -54,7 +57,7 @@ async def environment_of(connection: Any) -> dict[str, str]:
 def dump(
     environment: Mapping[str, str], location: str, schema: str, path: Path, stop: Stop
 ) -> None:
-    """Write a consistent archive of the database, for pg_restore, until `stop`.
+    """Write a consistent archive of the tables, for pg_restore, until `stop`.
 
     Args:
         environment: The variables of libpq; no other ones are used.
@@ -66,12 +69,12 @@ def dump(
     """
     # Nothing secret on the command line, which all users of the machine can read.
     run = partial(_run, environment, location, stop)
-    only = [] if schema == PUBLIC else [f"--schema={schema}"]
-    run("pg_dump", "--format=custom", f"--file={path}", *only)
+    tables = [f"--table={qualified(schema, table)}" for table in TABLES]
+    run("pg_dump", "--format=custom", *tables, f"--file={path}")
     listed = run("pg_restore", "--list", str(path)).splitlines()
     contents = [line.split()[3:7] for line in listed]
     data = ["TABLE", "DATA", schema]
-    if missing := [name for name in _TABLES if [*data, name] not in contents]:
+    if missing := [name for name in TABLES if [*data, name] not in contents]:
         raise UnavailableError(
             f"{location}: the archive of pg_dump lacks {', '.join(missing)}: check which "
             "pg_dump is first in PATH"
