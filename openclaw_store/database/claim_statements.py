@@ -1,6 +1,7 @@
 """SQL of a claim: pending tasks in the order of claims, by the skills that they require.
 
-Tasks that require the same skills are a group: the first column of the index `ix_tasks_ready`.
+Tasks that require the same skills are a group. The index `ix_tasks_ready` begins with the groups,
+ordered by their first skill (on PostgreSQL, by its hash).
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import orjson
+from sqlalchemy import BigInteger, ColumnElement, Text, literal_column
 
 from openclaw_store.backends import qualified
 from openclaw_store.database.row_codec import FIELDS
-from openclaw_store.database.tables import IS_DELAYED, IS_PENDING, IS_READY
+from openclaw_store.database.tables import IS_DELAYED, IS_PENDING, IS_PREFERRING, IS_READY
 from openclaw_store.domain import Task, TaskStatus
 
 _ORDER = "priority, submitted_at, task_id"
@@ -23,52 +25,76 @@ _IS_DUE = f"status = '{TaskStatus.PENDING.value}' AND (not_before IS NULL OR not
 class ClaimStatements(NamedTuple):
     """The queries of a claim. A place is the columns by which claims are ordered."""
 
-    heads: str
-    """Group, required skills, and place of the first task of each group; takes `ranges`, a limit.
+    all_heads: str
+    """Required skills and place of the first task of each group; takes `ranges`, a limit.
 
     Without the group of no skills on SQLite, which is NULL."""
+    heads: str
+    """The same for the groups of some skills, and perhaps a few more."""
     ranges: Callable[[Iterable[str] | None], Sequence[Any]]
-    """Makes the parameters that limit `heads` to groups that begin with one of these skills, and
-    perhaps a few more; `None` for all."""
+    """Makes the parameters that limit `heads` to groups that begin with one of these skills; `None`
+    for those of `all_heads`."""
     group: str
-    """All columns of the first tasks of a group; takes the group, the time and a limit."""
+    """All columns of the first tasks of a group; takes its skills, the time and a limit."""
     front: str
     """All columns of the due tasks among the first pending and scheduled ones; takes a limit, and
     the time."""
     due_retries: str
     """All columns of delayed tasks that are due; takes the time and a limit."""
+    prefers: str
+    """A row if any pending task has preferences."""
+    passed_over: str
+    """Identifier and time of those of the given tasks that were passed over since their last
+    change."""
+    pass_over: str
+    """Write the time at which tasks were passed over; takes it, and their identifiers."""
 
 
 def claim_statements(dialect: str, schema: str | None) -> ClaimStatements:
     """Return the queries for `sqlite` or `postgresql`, and for tables in a schema."""
     if dialect == "sqlite":
         tasks = "tasks INDEXED BY {}"
-        return _statements(_SQLITE_HEADS, _sqlite_ranges, "required_skills IS ?", tasks)
+        in_group = "required_skills IS ?"
+        among = "task_id IN (SELECT value FROM json_each(?))"
+        return _statements(
+            (_SQLITE_HEADS, _SQLITE_HEADS, _sqlite_ranges), in_group, tasks, among, among
+        )
+    given = "$1::text"
+    in_group = f"""{_BUCKET} = {_bucket_of(given)} AND {_GROUP} = {_group_of(given)}
+        AND required_skills::text IS NOT DISTINCT FROM {given}"""
     tasks = qualified(schema, "tasks")
-    heads = _postgresql_heads(tasks)
-    return _statements(heads, lambda _: (), f"{_HASH} = $1", tasks, "$1", "$2", "$3")
+    unlocked = f"SELECT task_id FROM {tasks} WHERE task_id = ANY ($2) FOR UPDATE SKIP LOCKED"
+    return _statements(
+        (*_postgresql_heads(tasks), _postgresql_ranges),
+        in_group,
+        tasks,
+        "task_id = ANY ($1)",
+        f"task_id IN ({unlocked})",
+        ("$1", "$2", "$3"),
+    )
 
 
 def _statements(
-    heads: str,
-    ranges: Callable[[Iterable[str] | None], Sequence[Any]],
+    heads: tuple[str, str, Callable[[Iterable[str] | None], Sequence[Any]]],
     in_group: str,
     tasks: str,
-    first: str = "?",
-    second: str = "?",
-    third: str = "?",
+    among: str,
+    among_unlocked: str,
+    parameters: Sequence[str] = ("?", "?", "?"),
 ) -> ClaimStatements:
-    ready, delayed, pending = [
+    first, second, third = parameters
+    table = tasks.split()[0]
+    ready, delayed, pending, preferring = [
         f"{tasks.format(index)} WHERE {condition}"
         for index, condition in (
             ("ix_tasks_ready", IS_READY),
             ("ix_tasks_delayed", IS_DELAYED),
             ("ix_tasks_pending", IS_PENDING),
+            ("ix_tasks_preferring", IS_PREFERRING),
         )
     ]
     return ClaimStatements(
-        heads,
-        ranges,
+        *heads,
         f"""
         SELECT {_COLUMNS} FROM {ready} AND {in_group}
         AND (expires_at IS NULL OR expires_at > {second}) ORDER BY {_ORDER} LIMIT {third}""",
@@ -78,6 +104,11 @@ def _statements(
         f"""
         SELECT {_COLUMNS} FROM {delayed} AND not_before <= {first}
         ORDER BY not_before LIMIT {second}""",
+        f"SELECT 1 FROM {preferring} ORDER BY max_retries LIMIT 1",
+        f"""
+        SELECT task_id, passed_over_at FROM {table} WHERE {among} AND passed_over_at > updated_at
+        """,
+        f"UPDATE {table} SET passed_over_at = {first} WHERE {among_unlocked}",
     )
 
 
@@ -94,7 +125,7 @@ WITH RECURSIVE heads (head, top) AS (
         SELECT required_skills FROM tasks WHERE rowid = head) {_IN_GROUPS}), top
     FROM heads WHERE head IS NOT NULL LIMIT ?
 )
-SELECT required_skills, required_skills, {_ORDER}
+SELECT required_skills, {_ORDER}
 FROM heads CROSS JOIN tasks ON tasks.rowid = head"""
 
 _ALL_JSON = "\x7f"  # JSON begins with a smaller character
@@ -113,20 +144,53 @@ def _sqlite_ranges(skills: Iterable[str] | None) -> Sequence[Any]:
     return (orjson.dumps(ranges).decode(),)
 
 
-# A hash, since a long list does not fit into an index of PostgreSQL.
-_HASH = "coalesce(hashtextextended(required_skills::text, 0), 0)"
-SKILL_GROUPS: Mapping[str, str] = {"sqlite": "required_skills", "postgresql": _HASH}
-"""The first column of the index, by dialect: tasks that require the same skills are a group."""
+def _bucket_of(skills: str) -> str:
+    """Return the hash of the first skill of a list in JSON; that of no text for any odd list."""
+    return f"""hashtextextended(CASE WHEN strpos({skills}, chr(92)) > 0 THEN ''
+        ELSE coalesce(split_part({skills}, '"', 2), '') END, 0)"""
 
 
-def _postgresql_heads(tasks: str) -> str:
-    next_row = f"SELECT {_HASH} AS key, required_skills, {_ORDER} FROM {tasks} WHERE {IS_READY}"
-    return f"""
-WITH RECURSIVE heads AS (
-    ({next_row} ORDER BY {_HASH}, {_ORDER} LIMIT 1)
-    UNION ALL
-    SELECT next.* FROM heads, LATERAL (
-        {next_row} AND {_HASH} > heads.key ORDER BY {_HASH}, {_ORDER} LIMIT 1
-    ) AS next
-)
-SELECT key, required_skills, {_ORDER} FROM heads LIMIT $1"""
+def _group_of(skills: str) -> str:
+    """Return the hash of a list in JSON: a long list does not fit into an index of PostgreSQL."""
+    return f"coalesce(hashtextextended({skills}, 0), 0)"
+
+
+_BUCKET, _GROUP = _bucket_of("required_skills::text"), _group_of("required_skills::text")
+SKILL_GROUPS: Mapping[str, Sequence[ColumnElement[Any]]] = {
+    "sqlite": [literal_column("required_skills", Text())],
+    "postgresql": [literal_column(one, BigInteger()) for one in (_BUCKET, _GROUP)],
+}
+"""The first columns of the index, by dialect: tasks that require the same skills are a group."""
+
+
+def _postgresql_heads(tasks: str) -> tuple[str, str]:
+    """Return the queries of all heads, and of those of some skills."""
+    next_row = f"""SELECT {_BUCKET} AS bucket, {_GROUP} AS key, required_skills, {_ORDER}
+        FROM {tasks} WHERE {IS_READY}"""
+    best = f"ORDER BY {_BUCKET}, {_GROUP}, {_ORDER} LIMIT 1"
+    every = f"""
+        WITH RECURSIVE heads AS (
+            ({next_row} {best})
+            UNION ALL
+            SELECT next.* FROM heads, LATERAL (
+                {next_row} AND ({_BUCKET}, {_GROUP}) > (heads.bucket, heads.key) {best}
+            ) AS next
+        )
+        SELECT required_skills::text, {_ORDER} FROM heads LIMIT $1"""
+    some = f"""
+        WITH RECURSIVE heads AS (
+            SELECT next.* FROM (
+                SELECT DISTINCT hashtextextended(skill, 0) AS bucket
+                FROM unnest($1::text[]) AS skill
+            ) AS buckets, LATERAL ({next_row} AND {_BUCKET} = buckets.bucket {best}) AS next
+            UNION ALL
+            SELECT next.* FROM heads, LATERAL (
+                {next_row} AND {_BUCKET} = heads.bucket AND {_GROUP} > heads.key {best}
+            ) AS next
+        )
+        SELECT required_skills::text, {_ORDER} FROM heads LIMIT $2"""
+    return every, some
+
+
+def _postgresql_ranges(skills: Iterable[str] | None) -> Sequence[Any]:
+    return () if skills is None else (["", *skills],)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0009"
+HEAD = "0010"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"
@@ -317,7 +317,7 @@ def _make_function(connection: Connection) -> None:
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory.from_config(_config(connection))
-    connection.exec_driver_sql(scripts.get_revision("0009").module.function(schema, scripts))
+    connection.exec_driver_sql(scripts.get_revision("0010").module.function(schema, scripts))
 
 
 def _config(connection: Connection) -> Config:

@@ -1,4 +1,4 @@
-"""The call of PostgreSQL's function `store_write`, which migration 0008 defines.
+"""The call of PostgreSQL's function `store_write`, which migration 0010 defines.
 
 Its arguments are arrays, one for each column of the rows of a batch, as text.
 """
@@ -17,7 +17,7 @@ from openclaw_store.domain import NodeInfo, Task
 
 POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 
-FUNCTION = "store_write_3"
+FUNCTION = "store_write_4"
 
 BODIES = {
     "ed0a7b53d75a07e7115d2101951f34c29f9f343898ffa39e21fe23eafe42fd6b",

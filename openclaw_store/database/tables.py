@@ -85,6 +85,11 @@ IS_READY = text(f"{_PENDING} AND not_before IS NULL")
 IS_DELAYED = text(f"{_PENDING} AND not_before IS NOT NULL")
 """The condition of pending tasks that are delayed, or were."""
 
+IS_PREFERRING = text(
+    f"{_PENDING} AND (CAST(optional_skills AS TEXT) <> '[]' OR CAST(affinity_tags AS TEXT) <> '[]')"
+)
+"""The condition of pending tasks that prefer some nodes."""
+
 IS_EXPIRING = text(f"{IS_PENDING} AND expires_at IS NOT NULL")
 """The condition of tasks that have not started and expire."""
 
@@ -116,7 +121,7 @@ class Base(DeclarativeBase):
 
 
 class TaskRow(Base):
-    """A row of `tasks`."""
+    """A row of `tasks`: the fields of `Task`, and `UNVERSIONED`."""
 
     __tablename__ = "tasks"
     __table_args__ = (
@@ -130,9 +135,12 @@ class TaskRow(Base):
         _index("ix_tasks_user_id", "user_id", "submitted_at", where=_HAS_USER),
         _index("ix_tasks_completed_at", "completed_at", "task_id", where=_HAS_COMPLETION),
         _index("ix_tasks_failed", "completed_at", "task_id", where=HAS_FAILED),
-        # Beside it, migration 0003 makes `ix_tasks_ready`; see `UNCOMPARED_INDEXES`.
+        # Beside it, migrations 0003 and 0010 make `ix_tasks_ready`; see `UNCOMPARED_INDEXES`.
         _index("ix_tasks_delayed", "not_before", where=IS_DELAYED),
         _index("ix_tasks_expiring", "expires_at", where=IS_EXPIRING),
+        # Tells whether there is such a task. No other index begins with the column, and so none can
+        # be mistaken for it.
+        _index("ix_tasks_preferring", "max_retries", where=IS_PREFERRING),
         # Not unique: the writer refuses duplicates, and one batch may end a task and add the next.
         _index("ix_tasks_idempotency_key", "idempotency_key", where=_HAS_LIVE_KEY),
     )
@@ -171,6 +179,9 @@ class TaskRow(Base):
     traceparent: Mapped[str | None] = mapped_column(String(55))
     updated_at: Mapped[datetime] = mapped_column(UtcTime, server_default=_UtcNow())
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    passed_over_at: Mapped[datetime | None] = mapped_column(UtcTime)
+    """Time of the first claim that took a later task for its preferences. It counts only while it
+    is after `updated_at`: a change of the task makes it void."""
 
 
 class NodeRow(Base):
@@ -336,7 +347,7 @@ class CounterRow(Base):
     """The last heartbeat sequence number: that of the newest heartbeat."""
 
 
-UNVERSIONED: Final = frozenset({"beat", "progress"})
+UNVERSIONED: Final = frozenset({"beat", "progress", "passed_over_at"})
 """Columns that are no fields: heartbeats write them, without a new version."""
 
 ROWS: Final[dict[type[Any], type[Base]]] = {Task: TaskRow, NodeInfo: NodeRow}

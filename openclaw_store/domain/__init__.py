@@ -47,6 +47,7 @@ from openclaw_store.domain.models import (
     TaskStatus,
     TaskType,
 )
+from openclaw_store.domain.preferences import WINDOW, by_preference, passed_over
 from openclaw_store.domain.progress import (
     Progress,
     decode_progress,

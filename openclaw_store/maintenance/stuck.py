@@ -17,9 +17,11 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Text,
+    and_,
     func,
-    literal_column,
+    literal,
     select,
+    tuple_,
     type_coerce,
 )
 
@@ -178,18 +180,19 @@ def _skill_groups(connection: Connection) -> Iterator[tuple[ColumnElement[bool],
 
     An index has the groups in order: the first task of the next one is found at once.
     """
-    dialect = connection.dialect.name
-    key: ColumnElement[Any] = literal_column(SKILL_GROUPS[dialect])
+    keys = SKILL_GROUPS[connection.dialect.name]
     text = type_coerce(TaskRow.required_skills, Text)
-    query = select(key, text).where(IS_READY).order_by(key, *_PLACE).limit(1)
+    query = select(*keys, text).where(IS_READY).order_by(*keys, *_PLACE).limit(1)
     query = query.with_hint(TaskRow.__table__, "INDEXED BY ix_tasks_ready", "sqlite")
     row = connection.execute(query).first()
     for _ in range(MOST_GROUPS):
         if row is None:
             return
-        last, required = row
-        yield key.is_(None) if last is None else key == last, required
-        later = key.is_not(None) if last is None else key > last
+        *last, required = row
+        yield and_(*(key == value for key, value in zip(keys, last, strict=True))), required
+        later = tuple_(*keys) > tuple_(*map(literal, last, [key.type for key in keys]))
+        if last == [None]:
+            later = keys[0].is_not(None)
         row = connection.execute(query.where(later)).first()
 
 

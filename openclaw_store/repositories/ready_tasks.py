@@ -53,17 +53,17 @@ def ready_tasks(
         return conditions.are_among(required.encode() if required else None, skills)
 
     has_few = len(available) <= _FEW
-    heads = execute(queries.heads, (*queries.ranges(None), _FEW + 1))
+    heads = execute(queries.all_heads, (*queries.ranges(None), _FEW + 1))
     if len(heads) > _FEW:
         if not has_few:
             front = execute(queries.front, (_FRONT, at))
             yield from (sql.decode[Task](row) for row in front if is_able(_required(row)))
-        ranges = queries.ranges(available if has_few else None)
-        heads = execute(queries.heads, (*ranges, _ALL))
+        statement = queries.heads if has_few else queries.all_heads
+        heads = execute(statement, (*queries.ranges(available if has_few else None), _ALL))
     # A group without rows yet is at the place of its first task.
     queue: list[tuple[Any, Raw | None, Iterator[Raw]]] = [
-        (tuple(place), None, _rows_of(queries.group, execute, key, at, count))
-        for key, (required, *place) in {None: (None,), **{key: row for key, *row in heads}}.items()
+        (tuple(place), None, _rows_of(queries.group, execute, required, at, count))
+        for required, place in {None: (), **{key: place for key, *place in heads}}.items()
         if is_able(required)
     ]
     # A due retry may come before any other task; there are few at a time.
@@ -79,11 +79,11 @@ def ready_tasks(
             heappush(queue, (_place(following), following, rest))
 
 
-def _rows_of(query: str, execute: Execute, key: Any, at: Any, count: int) -> Iterator[Raw]:
+def _rows_of(query: str, execute: Execute, group: Any, at: Any, count: int) -> Iterator[Raw]:
     """Yield the rows of a group in the order of claims."""
     done = 0
     while True:
-        rows = execute(query, (key, at, count))
+        rows = execute(query, (group, at, count))
         yield from rows[done:]
         if len(rows) < count:
             return

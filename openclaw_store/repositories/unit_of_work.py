@@ -10,7 +10,7 @@ even when a row is removed and created again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
@@ -39,7 +39,7 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.repositories.ready_tasks import ready_tasks
+from openclaw_store.repositories.claim_choice import ClaimChoice
 
 ChainEnd = tuple[int | None, str, str]
 """Revision, item and identifier of a change that is removed with all earlier ones of its row."""
@@ -225,8 +225,7 @@ class UnitOfWork:
         self.sql = statements_for(transaction.cursor)
         self.rows: dict[type[Any], dict[str, Row]] = {}
         """The rows of the current run of commands."""
-        self._ready: dict[bytes | None, Iterator[Record[Task]]] = {}  # by skills, in this run
-        self._size = 0  # number of commands in this run
+        self._choice: ClaimChoice | None = None  # of this run
         self.key_owners: dict[str, str | None] = {}
         """The live task of each idempotency key that was read; `None` if there is none."""
         self._keys_of_live_tasks: dict[str, str] = {}  # the reverse of `key_owners`
@@ -251,7 +250,7 @@ class UnitOfWork:
     def run(self, commands: Sequence[Command]) -> Sequence[Any]:
         """Apply the commands in order, write their rows, and return their results."""
         rows = self.rows = {kind: {} for kind in ROWS}
-        self._ready, self._size = {}, len(commands)
+        self._choice = ClaimChoice(self, len(commands))
         targets: list[Row] = []
         keys: list[str] = []
         for command in commands:
@@ -277,7 +276,7 @@ class UnitOfWork:
 
     def release(self) -> None:
         """Drop what refers back to the unit: only the garbage collector frees such cycles."""
-        self.rows, self._ready = {}, {}
+        self.rows, self._choice = {}, None
 
     def load(self, kind: type[Any], rows: Mapping[str, Row]) -> None:
         """Read rows: nodes with their content, of tasks the columns that all decisions need."""
@@ -315,17 +314,8 @@ class UnitOfWork:
             return missing(NodeInfo, row.id)
         claimed: list[Record[Task]] = []
         wanted = min(limit, conditions.free_slots(row.record))
-        skills = row.record.encoded("available_skills")
-        if skills not in self._ready:
-            self._ready[skills] = ready_tasks(
-                self.sql, self.cursor.execute, self.now, skills, max(wanted, self._size)
-            )
-        while len(claimed) < wanted and (task := next(self._ready[skills], None)) is not None:
-            task_row = self.rows[Task].get(task.task_id) or self.row(Task, task.task_id).load(task)
-            present = task_row.content()
-            step = None if present is None else lifecycle.claim(present, row.record, self.now)
-            if present is None or step is None:
-                continue
+        assert self._choice is not None  # a run is under way
+        for task_row, present, step in self._choice.choose(row.record, wanted):
             record = task_row.write(present.evolve(**step.task), step.task)
             if start:
                 started = lifecycle.started(record, self.now)

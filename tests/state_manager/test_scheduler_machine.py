@@ -88,6 +88,8 @@ class World:
     held: Sequence[Task] = ()
     """Those of them that their nodes still had before the step."""
     changes: list[Told] = field(default_factory=list)
+    passed_over: dict[str, datetime] = field(default_factory=dict)
+    """When a task was passed over by a claim; void once the task has changed."""
 
     def copy(self) -> World:
         """One that can go another way."""
@@ -97,6 +99,7 @@ class World:
             nodes=self.nodes.copy(),
             status_since=self.status_since.copy(),
             changes=self.changes.copy(),
+            passed_over=self.passed_over.copy(),
         )
 
     def begin_step(self, now: datetime) -> None:
@@ -201,6 +204,37 @@ class World:
         ]
         return sorted(ready, key=lambda task: (task.priority, task.submitted_at, task.task_id))
 
+    def passed_since(self, task: Task) -> datetime | None:
+        since, changed = self.passed_over.get(task.task_id), task.updated_at
+        return since if since is not None and changed is not None and since > changed else None
+
+    def preferred(self, node: NodeInfo) -> list[Task]:
+        """What a node could do now, as it likes it best; all fit into the window."""
+
+        def liking(task: Task) -> tuple[int, bool, int]:
+            since = self.passed_since(task)
+            waits_too_long = since is not None and self.now - since >= timedelta(seconds=60)
+            wanted = {*(task.optional_skills or ())} & {*node.available_skills}
+            tags = {*(task.affinity_tags or ())} & {*node.tags}
+            return task.priority, not waits_too_long, -len(wanted) - len(tags)
+
+        ready = self.claimable(node)
+        prefer = (task.optional_skills or task.affinity_tags for task in self.pending())
+        return sorted(ready, key=liking) if any(prefer) else ready
+
+    def pending(self) -> list[Task]:
+        return [task for task in self.tasks.values() if task.status is PENDING]
+
+    def pass_over(self, ready: Sequence[Task], taken: Sequence[Task]) -> None:
+        """Note the tasks that had to wait for later ones of their priority."""
+        ids = [task.task_id for task in taken]
+        for number, task in enumerate(ready):
+            later = [one for one in ready[number:] if one.priority is task.priority]
+            if task.task_id in ids or not any(one.task_id in ids for one in later):
+                continue
+            if self.passed_since(task) is None:
+                self.passed_over[task.task_id] = self.now
+
     def is_silent(self, node: NodeInfo) -> bool:
         return last_sign(node) < self.now - timedelta(seconds=SILENT_SECONDS)
 
@@ -248,6 +282,8 @@ class Draft(NamedTuple):
     max_retries: int = 1
     max_losses: int | None = 1
     expires_in: int | None = None
+    likes: Sequence[str] = ()
+    tags: Sequence[str] = ()
 
     def task(self, now: datetime | None = None) -> Task:
         return Task(
@@ -255,6 +291,8 @@ class Draft(NamedTuple):
             TaskType.BATCH,
             "a task",
             required_skills=list(self.skills),
+            optional_skills=[*self.likes],
+            affinity_tags=[*self.tags] or None,
             priority=self.priority,
             idempotency_key=self.key,
             timeout=self.timeout,
@@ -319,13 +357,14 @@ class Claim:
         node = world.nodes.get(self.node_id)
         if node is None:  # whoever has nothing to hand out need not notice
             return [] if got == [] and not self.sees_all else NodeNotFoundError
-        ready = world.claimable(node)
+        ready = world.preferred(node)
         best = ready[: min(self.limit, world.free_places(node))]
         if not self.sees_all and isinstance(got, list) and len(got) <= len(best):
             chosen = [task.task_id for task in got]  # not the best, perhaps, but legal?
             best = [task for id in chosen for task in ready if task.task_id == id]
         if not best:
             return []
+        world.pass_over(world.claimable(node), best)
         world.put_node(node, running_tasks=node.running_tasks + len(best))
         values = {**UNASSIGNED, "status": SCHEDULED, "assigned_node": self.node_id}
         claimed = [
@@ -560,6 +599,7 @@ class Register:
     places: int
     skills: Sequence[str]
     is_direct: bool = False
+    tags: Sequence[str] = ()
 
     async def call(self, manager: StateManager, world: World) -> Any:
         node = self.node()
@@ -570,7 +610,11 @@ class Register:
     def node(self) -> NodeInfo:
         skills = list(self.skills)
         return NodeInfo(
-            self.node_id, "host", max_concurrent_tasks=self.places, available_skills=skills
+            self.node_id,
+            "host",
+            max_concurrent_tasks=self.places,
+            available_skills=skills,
+            tags=[*self.tags],
         )
 
     def expect(self, world: World, got: Any) -> Any:
@@ -756,6 +800,7 @@ def is_overdue(task: Task, now: datetime) -> bool:
 task_ids = st.sampled_from(TASKS)
 node_ids = st.sampled_from(NODES)
 skills = st.sampled_from([(), ("gpu",)])
+tags = st.sampled_from([(), (), ("rack", "gpu"), ("rack",)])
 backs = st.integers(0, 4)
 is_direct = st.booleans()
 is_late = st.integers(0, 2).map(lambda it: it == 2)
@@ -769,6 +814,8 @@ drafts = st.builds(
     st.integers(0, 2),
     st.sampled_from([None, 0, 1, 2]),
     st.sampled_from([None, None, 100, 200]),
+    st.sampled_from([(), (), ("gpu",), ("gpu", "gpu"), ("ssd",)]),
+    tags,
 )
 adding = st.builds(Add, st.lists(drafts, min_size=1, max_size=3)) | st.builds(Submit, drafts)
 claiming = st.builds(Claim, node_ids, st.integers(1, 3), is_direct, st.booleans())
@@ -788,7 +835,7 @@ stopping = (
 editing = st.builds(Note, task_ids) | st.builds(
     SetStatus, backs, is_late, st.sampled_from(TaskStatus)
 )
-joining = st.builds(Register, node_ids, st.integers(1, 3), skills, is_direct)
+joining = st.builds(Register, node_ids, st.integers(1, 3), skills, is_direct, tags)
 setting = st.builds(SetNodeStatus, node_ids, st.sampled_from(NodeStatus)) | st.builds(
     lambda verb, node_id: verb(node_id), st.sampled_from([RemoveNode, Drain, Resume]), node_ids
 )
@@ -921,7 +968,8 @@ class Machine(DatabaseMachine):
         self.side = [self.open(), self.open()]
         for id in NODES:
             self.do((0, Register(id, 2, ["gpu"])))
-        self.do((0, Add([Draft(id, key=KEYS.get(id), timeout=50) for id in TASKS[1:]])))
+        new = [Draft(id, key=KEYS.get(id), timeout=50) for id in TASKS[1:]]
+        self.do((0, Add([*new[:-1], new[-1]._replace(likes=("gpu",))])))
         self.refresh(1)
 
     def teardown(self) -> None:
