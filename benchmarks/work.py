@@ -28,7 +28,7 @@ INSERT = str(insert(TaskRow).compile(dialect=sqlite.dialect(), column_keys=list(
 
 # Without changes, this is the last revision.
 _COUNT = "UPDATE counters SET compacted = (SELECT max(version) FROM tasks)"
-_MOMENTS = [isinstance(column.type, UtcTime) for column in TaskRow.__table__.columns]
+_MOMENTS = [isinstance(TaskRow.__table__.c[name].type, UtcTime) for name in FIELDS]
 START = datetime(2024, 1, 1, tzinfo=UTC)
 _SKILLS = ("python", "ffmpeg", "pandas", "playwright", "torch", "latex", "java")
 _FLAT = {

@@ -209,11 +209,14 @@ DECLARE
     present_skills jsonb;  -- of the node of a claim, as the keys of an object
     places bigint;
     reach bigint;  -- tasks among which a claim chooses
-    steps bigint;  -- changes of each claimed task
+    claims integer := coalesce(array_length(claim_nodes, 1), 0);
+    first_claim integer := 1;  -- of the claims that are served together
+    granted integer[] := '{{}}';  -- places of each claim
     preferring boolean := false;
     skills jsonb[] := '{{}}';  -- of the node of each claim
     groups jsonb[] := '{{}}';  -- the skills that tasks require, for each claim
     listed jsonb[] := '{{}}';  -- identifiers of other tasks for each claim
+    reaches bigint[] := '{{}}';
     is_listed boolean[] := '{{}}';  -- all tasks of a claim are listed
     chosen jsonb;
     passed text[];  -- tasks that a claim passes over for the first time
@@ -228,7 +231,7 @@ BEGIN
         preferring := coalesce((
             SELECT true FROM {schema}.tasks WHERE {IS_PREFERRING} ORDER BY max_retries LIMIT 1
         ), false);
-        FOR claim IN 1 .. array_length(claim_nodes, 1) LOOP
+        FOR claim IN 1 .. claims LOOP
             SELECT {keys_of("available_skills")},
                 greatest(CASE WHEN preferring THEN {WINDOW} ELSE 0 END,
                     least(claim_places[claim], nodes.max_concurrent_tasks))
@@ -238,6 +241,14 @@ BEGIN
             listed[claim] := '[]';
             is_listed[claim] := false;
             CONTINUE WHEN present_skills IS NULL;
+            reaches[claim] := reach;
+            IF present_skills = skills[claim - 1] AND reach = reaches[claim - 1] THEN
+                groups[claim] := groups[claim - 1];
+                listed[claim] := listed[claim - 1];
+                is_listed[claim] := is_listed[claim - 1];
+                CONTINUE;
+            END IF;
+            reach := reach * claims;  -- the next claims may choose from the same tasks
             IF (SELECT count(*) > 32 FROM jsonb_object_keys(present_skills)) THEN
                 SELECT jsonb_agg(one.task_id ORDER BY {ORDER}) INTO chosen FROM (
                     SELECT {ORDER}, status, required_skills, not_before, expires_at
@@ -333,16 +344,23 @@ BEGIN
         last := last + array_length(change_ids, 1);
     END IF;
 
-    FOR claim IN 1 .. coalesce(array_length(claim_nodes, 1), 0) LOOP
+    FOR claim IN 1 .. claims LOOP
         SELECT * INTO present FROM {schema}.nodes WHERE node_id = claim_nodes[claim];
         places := present.running_tasks + coalesce((
             SELECT sum(one.running) FROM unnest(node_ids, node_running) AS one (id, running)
             WHERE one.id = claim_nodes[claim]), 0);
-        places := CASE WHEN present.status = 'online'
-            THEN least(claim_places[claim], present.max_concurrent_tasks - greatest(0, places))
+        granted[claim] := CASE WHEN present.status = 'online' THEN greatest(0,
+            least(claim_places[claim], present.max_concurrent_tasks - greatest(0, places)))
             ELSE 0 END;
-        CONTINUE WHEN places <= 0;
-        steps := CASE WHEN claim_starts[claim] THEN 2 ELSE 1 END;
+        node_ids := node_ids || claim_nodes[claim];
+        node_running := node_running || granted[claim];
+        node_successful := node_successful || 0;
+        node_failed := node_failed || 0;
+        node_seconds := node_seconds || 0::double precision;
+        -- Claims that choose from the same tasks are served together, in their order.
+        CONTINUE WHEN claim < claims AND NOT preferring AND groups[claim] = groups[claim + 1]
+            AND listed[claim] = listed[claim + 1] AND is_listed[claim] = is_listed[claim + 1];
+        places := (SELECT sum(one) FROM unnest(granted[first_claim:claim]) AS one);
         IF preferring THEN
             reach := greatest({WINDOW}, places);
             WITH seen AS (
@@ -370,19 +388,29 @@ BEGIN
             is_listed[claim] := true;
         END IF;
         RETURN QUERY WITH best AS MATERIALIZED (
-            SELECT one.*, row_number() OVER (ORDER BY list_place, {ORDER}) AS place FROM (
-                SELECT * FROM ({candidates(claimed, "places", "FOR UPDATE OF tasks SKIP LOCKED")}
+            SELECT one.*, asked.node_id, asked.steps,
+                sum(asked.steps) OVER (ORDER BY one.place) AS step
+            FROM (
+                SELECT found.*, row_number() OVER (ORDER BY list_place, {ORDER}) AS place
+                FROM ({candidates(claimed, "places", "FOR UPDATE OF tasks SKIP LOCKED")}
                 ) AS found ORDER BY list_place, {ORDER} LIMIT places
-            ) AS one
+            ) AS one JOIN (
+                SELECT given.node_id, CASE WHEN given.starts THEN 2 ELSE 1 END AS steps,
+                    given.places, sum(given.places) OVER (ORDER BY given.place) AS last_place
+                FROM unnest(claim_nodes[first_claim:claim], granted[first_claim:claim],
+                    claim_starts[first_claim:claim])
+                    WITH ORDINALITY AS given (node_id, places, starts, place)
+            ) AS asked ON one.place <= asked.last_place
+                AND one.place > asked.last_place - asked.places
         ), claimed AS (
-            UPDATE {schema}.tasks SET assigned_node = claim_nodes[claim],
+            UPDATE {schema}.tasks SET assigned_node = best.node_id,
                 attempt = tasks.attempt + 1,
-                status = CASE WHEN claim_starts[claim] THEN 'running' ELSE 'scheduled' END,
+                status = CASE WHEN best.steps = 2 THEN 'running' ELSE 'scheduled' END,
                 scheduled_at = best.claimed_at, completed_at = NULL,
-                started_at = CASE WHEN claim_starts[claim] THEN best.claimed_at END,
-                updated_at = now_, version = last + best.place * steps
+                started_at = CASE WHEN best.steps = 2 THEN best.claimed_at END,
+                updated_at = now_, version = last + best.step
             FROM best WHERE tasks.task_id = best.task_id
-            RETURNING best.version AS was, tasks AS row_
+            RETURNING best.version AS was, best.steps, tasks AS row_
         ), logged AS (
             INSERT INTO {schema}.changes (revision, changed_at, item, item_id, kind, from_status,
                 to_status, node, previous)
@@ -400,14 +428,13 @@ BEGIN
                 FOR UPDATE SKIP LOCKED
             );
         END IF;
-        IF count_ > 0 THEN
-            last := last + count_ * steps;
-            node_ids := node_ids || claim_nodes[claim];
-            node_running := node_running || count_::integer;
-            node_successful := node_successful || 0;
-            node_failed := node_failed || 0;
-            node_seconds := node_seconds || 0::double precision;
-        END IF;
+        FOR one IN first_claim .. claim LOOP
+            places := least(granted[one], count_);
+            count_ := count_ - places;
+            last := last + places * CASE WHEN claim_starts[one] THEN 2 ELSE 1 END;
+            node_running[array_length(node_ids, 1) - claim + one] := places;
+        END LOOP;
+        first_claim := claim + 1;
     END LOOP;
 
     IF node_ids IS NOT NULL THEN
@@ -416,6 +443,7 @@ BEGIN
                 sum(one.failed) AS failed, sum(one.seconds) AS seconds
             FROM unnest(node_ids, node_running, node_successful, node_failed, node_seconds)
                 AS one (node_id, running, successful, failed, seconds)
+            WHERE one.running <> 0 OR one.successful <> 0 OR one.failed <> 0
             GROUP BY one.node_id
         ), numbered AS (
             SELECT given.*, nodes.version AS was,
