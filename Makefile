@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: check lint test coverage demo bench docs clean
+.PHONY: check lint test coverage demo bench docs screenshots clean
 
 check:
 	@for step in test lint docs; do echo "== make $$step"; $(MAKE) --no-print-directory $$step || exit 1; done
@@ -23,6 +23,9 @@ coverage: $(BIN)/pytest
 docs: $(BIN)/pytest
 	rm -rf build/docs
 	$(BIN)/sphinx-build -q -b html -W --keep-going -n docs build/docs
+
+screenshots: $(BIN)/pytest
+	$(BIN)/python -m devtools.screenshots
 
 demo: $(BIN)/pytest
 	$(BIN)/python examples/storage_demo.py

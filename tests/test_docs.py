@@ -30,6 +30,7 @@ from conftest import FakeClock, Maker, MakeTask
 from support.pages import DOCS, PLACEHOLDER, README, ROOT, Block, blocks, pages
 from typer.testing import CliRunner
 
+import openclaw_store.cli.web  # noqa: F401 - it adds a command
 import openclaw_store.cli.work  # noqa: F401 - it adds a command
 from campaigns.scenarios.catalogue import CAMPAIGNS
 from devtools.postgres import Databases, wait_until
@@ -73,6 +74,8 @@ NOT_RUN = {
     r"createdb .*": "is PostgreSQL's own; the tests make databases with SQL",
     r"(sudo )?systemctl .*": "changes the machine; `TestCleanUp` runs the units' command",
     r"openclaw-store work .*": "works until it is stopped: `TestWorker`, `test_work.py`",
+    r"openclaw-store web.*": "serves until it is stopped: `test_web.py`",
+    r"install -m 600 .*": "needs openssl",
     r"uvicorn .*": "serves until it is stopped; `TestWebService` calls the application",
     r"python examples/scheduler_demo\.py.*": "`test_examples.py::TestSchedulerDemo`",
     r"python examples/two_coordinators\.py.*": "`test_examples.py::TestTwoCoordinators`",

@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Text, and_, cast, func, or_, select
+from sqlalchemy import Connection, Text, and_, cast, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import COLUMNS, HEAD, ChangeRow, CounterRow, Database, NodeRow, TaskRow
@@ -76,19 +76,9 @@ async def summarize(database: Database) -> Summary:
     """
 
     async def read(session: AsyncSession) -> dict[str, Any]:
-        oldest = [
-            Waiting(*row)
-            for status in sorted(WAITING)
-            for row in await session.execute(
-                select(TaskRow.task_id, TaskRow.name, TaskRow.status, TaskRow.submitted_at)
-                .where(TaskRow.status == status)
-                .order_by(TaskRow.submitted_at)
-                .limit(1)
-            )
-        ]
         newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
         return {
-            "oldest_waiting": min(oldest, key=lambda task: task.submitted_at, default=None),
+            "oldest_waiting": await session.run_sync(lambda sync: find_oldest(sync.connection())),
             "revision": await session.scalar(select(CounterRow.revision)),
             "changed_at": await session.scalar(newest),
             "compacted": await session.scalar(select(CounterRow.compacted)),
@@ -106,6 +96,21 @@ async def summarize(database: Database) -> Summary:
         tasks=_with_total(TaskStatus, counted["task_stats"]),
         **await database.read(read),
     )
+
+
+def find_oldest(connection: Connection) -> Waiting | None:
+    """Return the pending or scheduled task that was submitted first."""
+    oldest = [
+        Waiting(*row)
+        for status in sorted(WAITING)
+        for row in connection.execute(
+            select(TaskRow.task_id, TaskRow.name, TaskRow.status, TaskRow.submitted_at)
+            .where(TaskRow.status == status)
+            .order_by(TaskRow.submitted_at)
+            .limit(1)
+        )
+    ]
+    return min(oldest, key=lambda task: task.submitted_at, default=None)
 
 
 def _with_total(kind: type[StrEnum], counts: Mapping[str, int]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from openclaw_store.repositories.change_log import (
     read_changes,
     read_counters,
     read_history,
+    read_newest_changes,
 )
 from openclaw_store.repositories.commands import (
     CONTENT,

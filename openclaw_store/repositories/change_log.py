@@ -59,6 +59,12 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
     return changes, read_at if is_last else changes[-1].revision
 
 
+async def read_newest_changes(session: AsyncSession, before: int, count: int) -> list[Change]:
+    """Return the changes before a revision, newest first."""
+    query = _ALL.where(ChangeRow.revision < before).order_by(ChangeRow.revision.desc())
+    return _as_changes(await session.execute(query.limit(count)))
+
+
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
     """Return the logged changes of a task or node, oldest first."""
     # The version of a row is its last change, and each change names the one before. Only for a
