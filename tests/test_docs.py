@@ -30,7 +30,7 @@ from conftest import FakeClock, Maker, MakeTask
 from support.pages import DOCS, PLACEHOLDER, README, ROOT, Block, blocks, pages
 from typer.testing import CliRunner
 
-import openclaw_store.cli.web  # noqa: F401 - it adds a command
+import openclaw_store.cli.web
 import openclaw_store.cli.work  # noqa: F401 - it adds a command
 from campaigns.scenarios.catalogue import CAMPAIGNS
 from devtools.postgres import Databases, wait_until

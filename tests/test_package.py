@@ -98,7 +98,11 @@ class TestWheel:
     def test_wheel_carries_the_library_its_types_and_its_migrations_and_no_more(
         self, wheel: Path
     ) -> None:
-        library = (ROOT / "openclaw_store").rglob("*.py")
+        page = (ROOT / "openclaw_store" / "web").rglob("*.*")
+        library = [
+            *(ROOT / "openclaw_store").rglob("*.py"),
+            *(file for file in page if file.suffix in (".html", ".css", ".js", ".svg", ".json")),
+        ]
         modules = {file.relative_to(ROOT).as_posix() for file in library}
         scripts = {
             f"openclaw_store/_alembic/{file.relative_to(ROOT / 'alembic').as_posix()}"

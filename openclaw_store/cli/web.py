@@ -30,7 +30,9 @@ async def web(
     allow_actions: Annotated[
         bool, typer.Option("--allow-actions", help="Let callers change tasks and nodes.")
     ] = False,
-    prefix: Annotated[str, typer.Option(help="The path below which a proxy shows the page.")] = "",
+    prefix: Annotated[
+        str | None, typer.Option(help="The path below which a proxy shows the page.")
+    ] = None,
 ) -> None:
     """Serve a page with the state of the cluster until Ctrl-C.
 
@@ -56,10 +58,9 @@ async def web(
             allow_actions=allow_actions,
             hosts=_LOOPBACK_NAMES if token is None else None,
         )
-        server = Server(page, host, port, prefix)
-        text = (
-            f"http://{host}:{port}{prefix.rstrip('/')}/ shows {database.db_path}: Ctrl-C stops it"
-        )
+        path = (prefix or "").rstrip("/")
+        server = Server(page, host, port, path)
+        text = f"http://{host}:{port}{path}/ shows {database.db_path}: Ctrl-C stops it"
         typer.echo(printable(text), err=True)
         await server.serve()
 

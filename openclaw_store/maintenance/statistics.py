@@ -99,6 +99,21 @@ def read_intervals(
     ]
 
 
+def merged(intervals: Sequence[Interval], count: int) -> list[Interval]:
+    """Return the numbers in fewer parts, of which each has the same number of intervals."""
+    size = len(intervals) // count
+    parts = (intervals[start : start + size] for start in range(0, count * size, size))
+    return [
+        Interval(
+            part[0].at,
+            sum(one.submitted for one in part),
+            sum(one.finished for one in part),
+            sum(one.failed for one in part),
+        )
+        for part in parts
+    ]
+
+
 def read_timings(
     connection: Connection, intervals: Sequence[Interval], until: datetime, *, most: int = 100
 ) -> Statistics:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Any, Generic, TypeVar
@@ -118,7 +118,7 @@ class Live:
         moments = (first + part * _MINUTE for part in range(MINUTES))
         return [Interval(at, *self._minutes.get(at, (0, 0, 0))) for at in moments]
 
-    async def events(self, since: int) -> AsyncIterator[bytes]:
+    async def events(self, since: int) -> AsyncGenerator[bytes, None]:
         """Yield the events after a revision, as `text/event-stream`, until `stop`."""
         await self.start()
         position = self._sent

@@ -34,7 +34,7 @@ from openclaw_store.maintenance.doctor import diagnose
 from openclaw_store.maintenance.failures import Failures, find_failures
 from openclaw_store.maintenance.statistics import (
     Statistics,
-    read_intervals,
+    merged,
     read_timings,
 )
 from openclaw_store.maintenance.stuck import StuckGroup, find_stuck
@@ -117,9 +117,9 @@ class Pages:
 
     async def _read_overview(self) -> Overview:
         now = self._database.clock()
+        intervals = merged(self._live.intervals(now), TIMING_PARTS)
 
         def read(connection: Connection) -> Overview:
-            intervals = read_intervals(connection, now - HOUR, now, TIMING_PARTS)
             return Overview(
                 find_oldest(connection),
                 find_failures(connection, now - HOUR, most=MOST),

@@ -94,7 +94,9 @@ def change(location: Path, work: Callable[[StateManager], Awaitable[Any]]) -> No
 
 
 def findings(page: Page) -> list[str]:
-    from axe_playwright_python.sync_playwright import Axe
+    from axe_playwright_python.sync_playwright import (  # type: ignore[import-untyped]  # it has none
+        Axe,
+    )
 
     found = Axe().run(page).response["violations"]
     return [f"{one['id']}: {one['nodes'][0]['html']}" for one in found]
