@@ -502,9 +502,11 @@ def upgrade() -> None:
         f"CREATE INDEX ix_tasks_preferring ON {prefix}tasks (max_retries) WHERE {IS_PREFERRING}"
     )
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_3")
+        scripts = context.script
+        drop = scripts.get_revision("0004").module.drop
+        op.execute(drop(scripts.get_revision("0009").module.function(schema, scripts)))
         _index_ready_tasks(prefix, GROUP)
-        op.execute(function(schema, context.script))
+        op.execute(function(schema, scripts))
 
 
 def downgrade() -> None:
@@ -513,11 +515,11 @@ def downgrade() -> None:
     prefix = f"{schema}." if schema else ""
     op.execute(f"DROP INDEX {prefix}ix_tasks_preferring")
     if dialect == "postgresql":
-        op.execute(f"DROP FUNCTION IF EXISTS {prefix}store_write_4")
+        scripts = context.script
+        op.execute(scripts.get_revision("0004").module.drop(function(schema, scripts)))
         _index_ready_tasks(prefix, group_of(SKILLS))
     op.execute(f"ALTER TABLE {prefix}tasks DROP COLUMN passed_over_at")
     if dialect == "postgresql":
-        scripts = context.script
         op.execute(scripts.get_revision("0009").module.function(schema, scripts))
 
 

@@ -20,8 +20,8 @@ POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it h
 FUNCTION = "store_write_4"
 
 BODIES = {
-    "ed0a7b53d75a07e7115d2101951f34c29f9f343898ffa39e21fe23eafe42fd6b",
-    "3d8f72edc5b50a89346129dff4a881c87d73635ca70e7261aa8e6eebf07e2783",
+    "f8547d8cce37ed71b704af089a94f0e26f301357487dd0934d30c3340edad49c",
+    "fdab1199be937cde57f256126e5de95eb375dac47f480b2cf2e4a839448e4ff2",
 }
 """The SHA-256 of its bodies in `public` and in a cluster, without the schema of the tables."""
 
