@@ -20,8 +20,8 @@ POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it h
 FUNCTION = "store_write_4"
 
 BODIES = {
-    "f8547d8cce37ed71b704af089a94f0e26f301357487dd0934d30c3340edad49c",
-    "fdab1199be937cde57f256126e5de95eb375dac47f480b2cf2e4a839448e4ff2",
+    "7b4b1ea11d722171650ad732bfa44da76536f24438d3fc38b0b926c1caa90a90",
+    "5512dbcbdb3aa9685c5adec28b65377faf604f8fcf397bd2d50f8b69d613911d",
 }
 """The SHA-256 of its bodies in `public` and in a cluster, without the schema of the tables."""
 
