@@ -29,6 +29,7 @@ from openclaw_store.backends import (
     ended_badly,
     notify_of_commits,
     on_thread,
+    refuse_location,
     shield_until_done,
     was_interrupted,
 )
@@ -411,6 +412,7 @@ class Database:
             UnavailableError: If it cannot be written there.
         """
         self._check_ready()
+        refuse_location("path", path)
         await on_thread(partial(self._backend.backup, sqlite.file_of(path), overwrite=overwrite))
 
     async def vacuum(self) -> None:
