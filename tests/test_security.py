@@ -170,19 +170,6 @@ async def test_doctor_warns_of_a_database_that_others_can_read(
 
 
 @pytest.mark.sqlite
-async def test_doctor_warns_of_a_database_with_two_names(
-    location: Path, migrated_sqlite: Path
-) -> None:
-    shutil.copy(migrated_sqlite, location)
-    for level in (Level.OK, Level.WARNING):
-        [found] = [one for one in await diagnose(Database(location)) if one.name == "links"]
-        assert found.level is level
-        if level is Level.OK:
-            location.with_name("other.db").hardlink_to(location)
-    assert "2 names" in found.text
-
-
-@pytest.mark.sqlite
 class TestLinks:
     @pytest.fixture
     def link(self, location: Path, migrated_sqlite: Path) -> Path:

@@ -179,15 +179,6 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "end programs that keep a read transaction open: they prevent the move, and slow reading",
     )
     yield _check_permissions(path)
-    names = path.stat().st_nlink
-    yield _judge(
-        "links",
-        names == 1,
-        "The file has one name.",
-        "remove the others (hard links): each name has its own journal, so a program that uses "
-        "another one damages the database",
-        otherwise=f"The file has {names} names.",
-    )
     yield _check_file_system(path)
     yield _check_disk(path, size * pages)
     if all(finding.level is Level.OK for finding in schema):  # else the tables may be hostile

@@ -11,7 +11,7 @@ from operator import itemgetter, methodcaller
 from typing import Any
 
 from openclaw_store.backends import Notifier
-from openclaw_store.database import Database, statements_for
+from openclaw_store.database import Database
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Change,
@@ -92,7 +92,7 @@ class Replica:
         self.tasks = tasks
         self.nodes = nodes
         self._finished_limit = finished_limit
-        decode = statements_for(database).decode
+        decode = database.statements.decode
         nothing = InitialState(0, 0, None, {}, decode, entry_reader(database.dialect))
         self.cache = Cache(nothing, finished_limit)
         """The state in memory; another object after each load."""
