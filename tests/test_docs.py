@@ -30,6 +30,7 @@ from conftest import FakeClock, Maker, MakeTask
 from support.pages import DOCS, PLACEHOLDER, README, ROOT, Block, blocks, pages
 from typer.testing import CliRunner
 
+import openclaw_store.cli.metrics
 import openclaw_store.cli.web
 import openclaw_store.cli.work  # noqa: F401 - it adds a command
 from campaigns.scenarios.catalogue import CAMPAIGNS
@@ -58,6 +59,7 @@ NOT_ALONE = {
 """Programs that are not run by themselves, and the reason."""
 
 OTHER_TEXTS = {
+    "scrape_configs": "a configuration of Prometheus",
     "claim_tasks": "the picture of the life of a task",
     "completed {": "the output of `submit.py`: `TestWorker`",
     "node lost": "the output of programs that run together: `TestTutorial`",

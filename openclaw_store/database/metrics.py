@@ -20,7 +20,7 @@ class WriteMetrics:
         self._lock = threading.Lock()  # for both below
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT_BATCHES)
         self._totals: dict[str, Any] = {
-            **dict.fromkeys(("batches", "operations", "failed_batches"), 0),
+            **dict.fromkeys(("batches", "operations", "failed_batches", "connections"), 0),
             **dict.fromkeys(("last_failure", "last_failure_at")),
         }
 
@@ -29,6 +29,10 @@ class WriteMetrics:
             self._recent.append((operations, seconds))
             self._totals["batches"] += 1
             self._totals["operations"] += operations
+
+    def note_connection(self) -> None:
+        with self._lock:
+            self._totals["connections"] += 1
 
     def note_failure(self, error: BaseException) -> None:
         text, failed_at = f"{type(error).__name__}: {error}", self._clock()

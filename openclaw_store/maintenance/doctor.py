@@ -251,8 +251,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "upgrade the server",
         Level.ERROR,
     )
-    schema = list(_check_schema(connection))
-    yield from schema
+    yield from _check_schema(connection)
     yield _judge(
         "recovery",
         not connection.scalar(text("SELECT pg_is_in_recovery()")),
@@ -302,8 +301,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"The clocks of this machine and of the server are {skew:.1f} s apart.",
         "synchronise the clocks of all machines, as by NTP",
     )
-    if all(finding.level is not Level.ERROR for finding in schema):  # else a policy may run
-        yield from _check_heartbeats(connection, after)
+    yield from _check_heartbeats(connection, after)
 
 
 def _check_privileges(connection: Connection, settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -352,11 +350,7 @@ def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
 def _check_schema(connection: Connection) -> Iterator[Finding]:
     name = "schema"
     advice = "run `openclaw-store db upgrade`"
-    try:
-        revision = stored(connection)
-    except SchemaMismatchError as error:
-        yield _error(name, f"{error}.", "do not open it, unless you know the cause")
-        return
+    revision = stored(connection)
     tables = names_of_tables(connection)
     if revision is None:
         if not tables & {"tasks", "nodes"}:

@@ -97,6 +97,8 @@ class ManagerBase:
         self._ending: asyncio.Future[None] | None = None
         self._is_inherited = False
         _managers.add(self)
+        for one in database.writer.telemetry:
+            one.attach(self)
 
     def __repr__(self) -> str:
         state = f"version {self.version}" if self.is_initialized else "not initialized"
@@ -191,6 +193,12 @@ class ManagerBase:
     def version(self) -> int:
         """Revision of the newest change in memory; survives a restart."""
         return self._replica.version
+
+    @property
+    def cached_tasks(self) -> int:
+        """Number of tasks in memory."""
+        count: int = self._replica.cache.sizes()["cached_tasks"]
+        return count
 
     async def _sync_every(self, seconds: float) -> None:
         while True:

@@ -91,6 +91,7 @@ def app(
         Route("/logout", actions.logout, methods=post),
         Route("/events", pages.events, methods=get),
         Route("/healthz", pages.healthz, methods=get),
+        Route("/metrics", pages.metrics, methods=get),
         Mount("/static", StaticFiles(directory=Path(__file__).with_name("static"))),
     ]
     if clusters is not None:

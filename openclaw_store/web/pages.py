@@ -40,6 +40,7 @@ from openclaw_store.maintenance.statistics import (
 from openclaw_store.maintenance.stuck import StuckGroup, find_stuck
 from openclaw_store.maintenance.summary import Waiting, explain_task, find_oldest
 from openclaw_store.maintenance.verify import Verification, verify
+from openclaw_store.observability.prometheus import CONTENT_TYPE, PrometheusExporter
 from openclaw_store.repositories import read_history, read_newest_changes
 from openclaw_store.state_manager import StateManager
 from openclaw_store.web import charts
@@ -100,6 +101,7 @@ class Pages:
         self._overview = Shared(self._read_overview, 2.0)
         self._findings = Shared(partial(diagnose, state.db), 2.0)
         self._verifying: asyncio.Task[Verification] | None = None
+        self._exporter: PrometheusExporter | None = None
 
     async def overview(self, request: Request) -> Response:
         await self._live.start()
@@ -288,6 +290,13 @@ class Pages:
     async def login(self, request: Request, *, is_wrong: bool) -> Response:
         """Return the form for the token."""
         return self._page(request, "login", 401 if is_wrong else 200, is_wrong=is_wrong)
+
+    async def metrics(self, request: Request) -> Response:
+        """Return all metrics for Prometheus; this process is measured from the first call on."""
+        if self._exporter is None:
+            self._exporter = PrometheusExporter(self._database)
+            self._exporter.attach(self._state)
+        return Response(await self._exporter.text(), media_type=CONTENT_TYPE)
 
     async def refused(self, request: Request, text: str, status: int) -> Response:
         """Return the page of an error."""

@@ -94,6 +94,9 @@ class Worker:
             raise InvalidDataError("handle", f"must be a function, not {type(handle).__name__}")
         self._slots = check_positive("max_concurrent_tasks", node.max_concurrent_tasks)
         self._state = state
+        database = state if isinstance(state, Database) else state.db
+        for one in database.writer.telemetry:
+            handle = one.traced(handle)
         self._handle = handle
         self._lease_seconds = check_limit_seconds("lease_seconds", lease_seconds)
         self._grace_seconds = check_number("grace_seconds", grace_seconds)

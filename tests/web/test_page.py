@@ -38,6 +38,7 @@ async def browsing(state: StateManager, **options: Any) -> AsyncIterator[AsyncCl
     async with AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
     await page.state.stop()
+    await until(lambda: not state.db.checked_out_connections)  # a read may still end
 
 
 async def log_in(client: AsyncClient, token: str = TOKEN) -> Response:

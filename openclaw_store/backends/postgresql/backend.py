@@ -51,7 +51,6 @@ _TABLES = (
     "archive_runs",
     "archive_voids",
     "leases",
-    "sealing_keys",
     "counters",
 )
 
