@@ -1,11 +1,12 @@
 """The errors of the store: one class for each different reaction of a caller.
 
 StoreError
-├── InvalidDataError (ValueError)     a value cannot be stored
+├── InvalidDataError (ValueError)     a value cannot be stored; SealedValueError
 ├── NotFoundError (LookupError)       TaskNotFoundError, NodeNotFoundError
 ├── ConflictError                     DuplicateError, StaleVersionError, UnsavedConflictError,
 │                                     InvalidTransitionError, NotOwnerError, NodeInUseError
 ├── CompactedError                    the wanted part of the feed was removed
+├── KeyRingError                      the keys of the process do not suffice
 └── BackendError                      UnavailableError, DeadlineError, SchemaMismatchError,
                                       OutcomeUnknownError
 """
@@ -100,6 +101,34 @@ class InvalidDataError(StoreError, ValueError):
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason
+
+
+class SealedValueError(InvalidDataError):
+    """A sealed value cannot be opened; other rows stay readable.
+
+    Attributes:
+        field: The name of the column.
+        reason: The problem, and the next step.
+        table: The name of the table.
+        row_id: The identifier of the row.
+    """
+
+    def __init__(self, table: str, column: str, row_id: object, problem: str) -> None:
+        super().__init__(column, f"of {safe_repr(row_id)} in {table} {problem}")
+        self.table = table
+        self.row_id = row_id
+
+
+class KeyRingError(StoreError):
+    """The key ring of the process is missing, malformed, or lacks a key; nothing was changed.
+
+    Attributes:
+        key_id: The number of the key that is concerned; `None` if there is no single one.
+    """
+
+    def __init__(self, problem: str, key_id: int | None = None) -> None:
+        super().__init__(problem)
+        self.key_id = key_id
 
 
 class NotFoundError(StoreError, LookupError):

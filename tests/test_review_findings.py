@@ -37,7 +37,7 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
 )
-from openclaw_store.state_manager import replica as replica
+from openclaw_store.state_manager import heartbeat_writer
 
 
 class RefusedError(Exception):
@@ -166,7 +166,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The timer had the context of the transaction, and so had all after it."""
-        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_SECONDS", 0.01)
         node = make_node()
         await manager.add_node(node)
 
@@ -186,11 +186,12 @@ class TestHeartbeats:
         async with StateManager(Database(location, timeout=0.2), None) as manager:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=9)
-            manager._replica._flush_later()
-            assert manager._replica._flush_timer is not None
-            manager._replica._flush_timer.cancel()  # so that only the failed write has it
-            manager._replica._flush_timer = None
-            monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
+            writer = manager._replica.heartbeat_writer
+            writer.flush_later()
+            assert writer._timer is not None
+            writer._timer.cancel()  # so that only the failed write has it
+            writer._timer = None
+            monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_SECONDS", 0.01)
 
             async with locked(location):
                 with pytest.raises(UnavailableError):
@@ -245,7 +246,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Else the last one is no longer the one to wait for before the database is closed."""
-        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 3600)
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_SECONDS", 3600)
         node = make_node()
         await manager.add_node(node)
         write, go, written = manager.db.write, asyncio.Event(), []
@@ -259,8 +260,8 @@ class TestHeartbeats:
         flushes = []
         for cpu_usage in (1, 2):
             await manager.update_heartbeat(node.node_id, cpu_usage=cpu_usage)
-            manager._replica._flush_now()  # as the timer does
-            flushes.append(manager._replica._flush)
+            manager._replica.heartbeat_writer._flush_now()  # as the timer does
+            flushes.append(manager._replica.heartbeat_writer._flush)
             await asyncio.sleep(0)
         at_first = len(written)
         go.set()
@@ -305,7 +306,7 @@ class TestHeartbeats:
         node = make_node()
         await manager.add_node(node)
         await manager.update_heartbeat(node.node_id, cpu_usage=10)
-        await manager._replica.flush_heartbeats()
+        await manager._replica.heartbeat_writer.flush()
         await manager.change_node(node.node_id, lambda node: setattr(node, "cpu_usage", 50))
         read = manager.db.read
 
@@ -313,7 +314,7 @@ class TestHeartbeats:
             batch = await read(work)
             monkeypatch.undo()
             await manager.update_heartbeat(node.node_id, memory_usage=20)
-            await manager._replica.flush_heartbeats()  # while the batch are on their way
+            await manager._replica.heartbeat_writer.flush()  # while the batch are on their way
             return batch
 
         monkeypatch.setattr(manager.db, "read", read_then_beat)
@@ -332,7 +333,7 @@ class TestHeartbeats:
 
         await asyncio.gather(
             manager.node_repo.update_status(node.node_id, NodeStatus.OFFLINE),
-            manager._replica.flush_heartbeats(),
+            manager._replica.heartbeat_writer.flush(),
         )
 
         stored = await manager.node_repo.get(node.node_id)

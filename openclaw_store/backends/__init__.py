@@ -27,7 +27,7 @@ from openclaw_store.backends.cancellation import (
     was_interrupted,
 )
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping, unreadable_value
-from openclaw_store.backends.factory import backend_of
+from openclaw_store.backends.factory import backend_of, has_secret, refuse_location
 from openclaw_store.backends.internals import fetch_raw_rows
 from openclaw_store.backends.notifications import Notifier, OnCommit, notify_of_commits
 from openclaw_store.backends.postgresql.backend import PostgreSQL

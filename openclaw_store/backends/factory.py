@@ -13,10 +13,29 @@ from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.backends.sqlite.files import file_of
 from openclaw_store.errors import InvalidDataError
 
-# A file would have the password as its name.
+# A path made of a URL has one slash in place of two.
 _SECRET = re.compile(
-    r"(?i)\w*//[^/]*@|(?![a-z]:\\)[^/]*:[^/]*@|(?!\.{0,2}/).*(password|passwd|pwd)\s*=", re.DOTALL
+    r"(?i)\w*//[^/]*@|[\w+.-]{2,}://?[^/]*@|(?![a-z]:\\)[^/]*:[^/]*@|"
+    r"(?!\.{0,2}/).*(password|passwd|pwd)\s*=",
+    re.DOTALL,
 )
+
+
+def has_secret(text: str | Path) -> bool:
+    """Return true if a text looks like the location of a server, which may have a password."""
+    return is_postgresql(str(text)) or _SECRET.match(str(text)) is not None
+
+
+def refuse_location(name: str, path: str | Path) -> None:
+    """Refuse the location of a server in place of a path.
+
+    Raises:
+        InvalidDataError: With `name`, and without the location.
+    """
+    if has_secret(path):
+        raise InvalidDataError(
+            name, "looks like the location of a server: give a path, an absolute one if it is none"
+        )
 
 
 def backend_of(
@@ -44,7 +63,7 @@ def backend_of(
         if isinstance(location, Path):
             raise InvalidDataError("db_path", "is a URL in a Path: give it as text")
         return PostgreSQL(location, timeout, answer_timeout, cluster)
-    if _SECRET.match(str(location)):
+    if "://" not in str(location) and has_secret(location):  # the file would have it as its name
         raise InvalidDataError(
             "db_path",
             "looks like a URL without its scheme: begin it with postgresql://, or a path with ./",

@@ -106,13 +106,19 @@ def _hiding(given: list[str]) -> Iterator[None]:
     try:
         yield
     except typer.TyperException as error:
-        values = {part for one in given for part in (one, one.partition("=")[2])}
-        for value in sorted(values, key=len, reverse=True):
-            if "@" in value or "://" in value or "password" in value.lower():
-                for form in (repr(value), value):
-                    error.message = error.message.replace(form, "…")
-        error.message = printable(error.message, "\n")
+        error.message = printable(_without_locations(error.message, given), "\n")
         raise
+
+
+def _without_locations(message: str, given: list[str]) -> str:
+    """Remove the arguments that may have a password from a message that quotes them."""
+    from openclaw_store.backends import has_secret
+
+    values = {part for one in given for part in (one, one.partition("=")[2])}
+    for value in sorted(filter(has_secret, values), key=len, reverse=True):
+        for form in (repr(value), value):
+            message = message.replace(form, "…")
+    return message
 
 
 def _warn_of_passwords(*given: Any) -> None:
@@ -143,7 +149,8 @@ def command(
                 _warn_of_passwords(call.location, given.get("source"), given.get("target"))
                 asyncio.run(work(call, **given))
             except StoreError as error:
-                typer.echo(f"openclaw-store: {render.one_line(error)}", err=True)
+                message = _without_locations(render.one_line(error), context.meta[__name__])
+                typer.echo(f"openclaw-store: {message}", err=True)
                 raise typer.Exit(1) from None
 
         # Typer reads the options from the signature. `eval_str` resolves the annotations in the

@@ -18,8 +18,9 @@ from openclaw_store.database.migrations import (
     require_unchanged,
     stored,
 )
-from openclaw_store.database.row_codec import COLUMNS, FIELDS, decoder_of
+from openclaw_store.database.row_codec import COLUMNS, FIELDS, places_of
 from openclaw_store.database.statements import (
+    REASON,
     USAGE,
     Statements,
     statements_for,
@@ -45,8 +46,9 @@ from openclaw_store.database.tables import (
     LeaseRow,
     NodeRow,
     PastChangeRow,
+    SealingKeyRow,
     TaskRow,
     table_of,
 )
-from openclaw_store.database.types import UtcTime, from_microseconds, to_microseconds
+from openclaw_store.database.types import SealableText, UtcTime, from_microseconds, to_microseconds
 from openclaw_store.database.write_transaction import WriteTransaction

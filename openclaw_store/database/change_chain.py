@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import CTE, Select, and_, bindparam, select
+from sqlalchemy import CTE, Select, Text, and_, bindparam, select, type_coerce
 
 from openclaw_store.database.tables import Base
 
@@ -14,7 +14,10 @@ _CHANGES = Base.metadata.tables["changes"]
 def history_of(newest: int, item: str, id: str) -> Select[Any]:
     """Return the query of the changes of one task or node up to the `newest`, newest first."""
     chain = chain_of_changes()
-    query = select(chain).order_by(chain.c.revision.desc())
+    # Reasons as they are stored: the type would return sealed ones as objects for callers.
+    reason = type_coerce(chain.c.reason, Text).label("reason")
+    columns = [reason if one.name == "reason" else one for one in chain.c]
+    query = select(*columns).order_by(chain.c.revision.desc())
     return query.params(newest=newest, item_=item, id=id)
 
 

@@ -29,17 +29,19 @@ from openclaw_store.backends import (
     ended_badly,
     notify_of_commits,
     on_thread,
+    refuse_location,
     shield_until_done,
     was_interrupted,
 )
 from openclaw_store.backends.cluster_names import PLACE
 from openclaw_store.backends.sqlite import files as sqlite
-from openclaw_store.database import legacy_import, migrations
+from openclaw_store.database import legacy_import, migrations, sealing
 from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer
 from openclaw_store.database.private_folder import private_folder
+from openclaw_store.database.rekeying import Rekeyed, Report, rekey
 from openclaw_store.database.sessions import LoopSessions
 from openclaw_store.database.slices import Slices
-from openclaw_store.database.statements import statements_for
+from openclaw_store.database.statements import Statements, statements_for
 from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.database.telemetry import note_commit
 from openclaw_store.database.write_queue import FairLock
@@ -51,6 +53,7 @@ from openclaw_store.domain import (
     check_positive,
     utc_now,
 )
+from openclaw_store.encryption import KeyRing, Sealed, keys_of
 from openclaw_store.errors import (
     BackendError,
     DeadlineError,
@@ -102,9 +105,12 @@ class Database:
         legacy_timezone: Time zone of a legacy database to import; `None` for the local zone.
         cluster: Name of one of many clusters: a schema on PostgreSQL (`None` for `public`), or a
             file, the name of which stands for `{cluster}` in `db_path`.
+        keys: The keys that seal and open values; `None` for those of `OPENCLAW_STORE_KEYS`, if
+            that is set, and for values in clear otherwise.
 
     Raises:
         InvalidDataError: If `db_path` is not one of these, or a name or the time zone is refused.
+        KeyRingError: If the file of `OPENCLAW_STORE_KEYS` cannot be used.
         UnavailableError: If the folder cannot be made.
     """
 
@@ -120,7 +126,9 @@ class Database:
         max_json_bytes: int = MAX_JSON_BYTES,
         legacy_timezone: str | None = None,
         cluster: str | None = None,
+        keys: KeyRing | None = None,
     ) -> None:
+        self._keys = keys_of(keys)
         self.max_json_bytes = check_positive("max_json_bytes", max_json_bytes, MAX_JSON_BYTES)
         self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
         self.clock = clock
@@ -145,7 +153,10 @@ class Database:
         self._forks = _forks
         self._state = "new"
         self._write_lock = FairLock(timeout)
-        self._writer = Writer(self._backend, self._write_lock, clock, timeout)
+        self._sealing_statements: Statements | None = None
+        self._writer = Writer(
+            self._backend, self._write_lock, clock, timeout, lambda: self.statements
+        )
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop_sessions: dict[asyncio.AbstractEventLoop, LoopSessions] = {}
         self._background: set[asyncio.Task[Any]] = set()  # `close` waits for these reads
@@ -163,6 +174,7 @@ class Database:
 
         Raises:
             SchemaMismatchError: If the schema is newer, or older and `migrate` is off.
+            KeyRingError: If values are sealed by a key that is missing.
             UnavailableError: If the file cannot be used; with the remedy.
         """
         self._check_process()
@@ -170,6 +182,8 @@ class Database:
             if self._state != "new":
                 self._check_ready()  # raises if it is closed
                 return
+            if self._keys is not None:
+                await self._keys.unlock()
             await shield_until_done(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # otherwise it was closed meanwhile
                 self._home = asyncio.get_running_loop()
@@ -178,12 +192,16 @@ class Database:
     def _open(self, migrate: bool, is_copy_target: bool) -> None:
         accept = partial(migrations.accept, self._backend, is_copy_target=is_copy_target)
         self._backend.prepare(accept)
-        if is_copy_target and migrations.is_half_copied(self._backend):
-            return
-        if migrate:
-            migrations.upgrade(self._backend, self._legacy_timezone, self.clock)
-        else:
-            migrations.require(self._backend)
+        check = sealing.require_no_keys if self._keys is None else sealing.accept
+        if not (is_copy_target and migrations.is_half_copied(self._backend)):
+            if migrate:
+                zone, keys = self._legacy_timezone, self._keys
+                migrations.upgrade(self._backend, zone, self.clock, keys, check)
+            else:
+                migrations.require(self._backend, check)
+        if self._keys is not None:
+            open_statements = sealing.open_statements
+            self._sealing_statements = open_statements(self._backend, self._keys, self.clock)
 
     async def close(self) -> None:
         """Commit the queue and close all connections; call it again after an interruption."""
@@ -224,6 +242,11 @@ class Database:
     def session_factory(self) -> async_sessionmaker[AsyncSession]:
         """The factory of the sessions of `session()` on the running event loop; read-only."""
         return self._sessions_here().sessions
+
+    @property
+    def statements(self) -> Statements:
+        """The SQL of the library, and the codecs of rows, which seal and open values with keys."""
+        return self._sealing_statements or statements_for(self)
 
     @property
     def slices(self) -> Slices:
@@ -284,7 +307,9 @@ class Database:
                     with self._backend.error_mapping.mapped():
                         begin = self._backend.begin(session, self._counters, until)
                         connection = await cancel_once(begin)
-                    transaction = WriteTransaction(self._backend.cursor(connection), self.clock())
+                    transaction = WriteTransaction(
+                        self._backend.cursor(connection), self.clock(), self.statements
+                    )
                     session.info.update(transaction=transaction, cursor_lock=asyncio.Lock())
                     outside = _inside.get()
                     _inside.set((self, transaction))
@@ -399,6 +424,35 @@ class Database:
             raise outcome
         return outcome
 
+    def unseal(self, sealed: Sealed, row_id: str) -> Any:
+        """Return the value of a sealed one that a query of your own has returned.
+
+        Args:
+            row_id: The identifier of its row; of a change, the item as well: `task:train-7`.
+
+        Raises:
+            SealedValueError: If it belongs to another row, or was damaged.
+        """
+        return sealed.open_with(self.statements.protection, row_id)
+
+    async def rekey(
+        self, *, accept_clear: bool = False, dry_run: bool = False, report: Report | None = None
+    ) -> Rekeyed:
+        """Seal all values again by the primary key; without one, store all of them in clear.
+
+        Reads and writes continue. After an interruption, call it again: it continues.
+
+        Args:
+            accept_clear: Seal values in clear even if all values were sealed before: such a value
+                was written by hand, or damaged. Without this, they are problems.
+            dry_run: Only count the rows.
+            report: Receives the table, and the numbers of rows that are done and in all.
+
+        Raises:
+            KeyRingError: If the database was opened without keys.
+        """
+        return await rekey(self, accept_clear=accept_clear, dry_run=dry_run, report=report)
+
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call `listener` on this loop with committed events; return the function that ends it."""
         return self._writer.listen(asyncio.get_running_loop(), listener)
@@ -418,6 +472,7 @@ class Database:
             UnavailableError: If it cannot be written there.
         """
         self._check_ready()
+        refuse_location("path", path)
         await on_thread(partial(self._backend.backup, sqlite.file_of(path), overwrite=overwrite))
 
     async def vacuum(self) -> None:
@@ -472,7 +527,7 @@ class Database:
 
     @property
     def _counters(self) -> CounterStatements:
-        return statements_for(self).counters  # compiled at the first use
+        return self.statements.counters  # compiled at the first use
 
     def _sessions_here(self) -> LoopSessions:
         self._check_ready()

@@ -37,7 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from openclaw_store.backends import Backend, LockRequiredError, WriteSession, shield_until_done
 from openclaw_store.database.metrics import WriteMetrics
-from openclaw_store.database.statements import statements_for
+from openclaw_store.database.statements import Statements
 from openclaw_store.database.telemetry import Telemetry, note_commit
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
@@ -79,15 +79,22 @@ class Writer:
         write_lock: The lock that admits one writer of this process at a time.
         clock: Returns the time that a transaction stamps.
         timeout: Seconds that an operation waits for the fair lock and for locks of other processes.
+        statements: Returns the statements of the open database.
     """
 
     def __init__(
-        self, backend: Backend, write_lock: FairLock, clock: Clock, timeout: float
+        self,
+        backend: Backend,
+        write_lock: FairLock,
+        clock: Clock,
+        timeout: float,
+        statements: Callable[[], Statements],
     ) -> None:
         self._backend = backend
         self._write_lock = write_lock
         self._clock = clock
         self._timeout = timeout
+        self._statements = statements
         self._session: WriteSession | None = None  # opened, used and closed on the thread
         self._metrics = WriteMetrics(clock)
         self.telemetry: tuple[Telemetry, ...] = ()
@@ -329,12 +336,11 @@ class Writer:
             if self._session is not None and self._session.is_lost():
                 self._close_session()
             if self._session is None:
-                counters = statements_for(self._backend).counters
-                self._session = self._backend.write_session(until, counters)
+                self._session = self._backend.write_session(until, self._statements().counters)
                 self._metrics.note_connection()
             session = self._session
             session.begin(until)
-            transaction = WriteTransaction(session.cursor, self._clock())
+            transaction = WriteTransaction(session.cursor, self._clock(), self._statements())
             for apply, run in groupby(entries, key=itemgetter(1)):
                 outcomes.extend(apply(transaction, [operation for _, _, operation, _ in run]))
             transaction.finish()

@@ -29,9 +29,10 @@ from sqlalchemy import Connection, inspect
 
 from openclaw_store.backends import Cursor
 from openclaw_store.database.schema_check import normalised
-from openclaw_store.database.statements import statements_of
+from openclaw_store.database.statements import Statements
 from openclaw_store.database.tables import table_of
 from openclaw_store.domain import ENTITY_NAMES, KEY, NodeInfo, Record, Task, check_time, encode
+from openclaw_store.encryption import Escaping, SealedColumn
 from openclaw_store.errors import InvalidDataError, logger_of, safe_repr
 
 logger = logger_of("adoption")
@@ -60,6 +61,11 @@ LEFTOVERS = {
     )""",
 }
 """The tables of rejected rows and of additional values, which no migration knows."""
+
+_REJECTED_ROW = SealedColumn("legacy_rejected", "row", is_json=False)
+_REJECTED_REASON = SealedColumn("legacy_rejected", "reason", is_json=False)
+_EXTRA_ROW = SealedColumn("legacy_extra", "row", is_json=False)
+"""Sealed columns; the row of a value is its item and identifier: `task:train-7`."""
 
 _INSERT_REJECTED = 'INSERT INTO legacy_rejected (item, item_id, reason, "row") VALUES (?, ?, ?, ?)'
 _INSERT_EXTRA = 'INSERT INTO legacy_extra (item, item_id, "row") VALUES (?, ?, ?)'
@@ -144,31 +150,44 @@ def find_damage(connection: Connection) -> str | None:
 
 
 def import_rows(
-    connection: Connection, cursor: Cursor, zone: tzinfo | None, now: datetime, copy: Path
+    connection: Connection,
+    cursor: Cursor,
+    sql: Statements,
+    zone: tzinfo | None,
+    now: datetime,
+    copy: Path,
 ) -> LegacyImport:
     """Move the rows of the renamed tables to the tables of the library, nodes first.
+
+    With keys, the pages of the renamed tables are overwritten with zeros.
 
     Times without a zone are in `zone`, `None` for the local one. The changes have the time `now`.
     """
     for statement in LEFTOVERS.values():
         connection.exec_driver_sql(statement.replace("TABLE", "TABLE IF NOT EXISTS", 1))
     driver: Any = connection.connection.driver_connection
+    if not isinstance(sql.protection, Escaping):
+        connection.exec_driver_sql("PRAGMA secure_delete=ON")
     factory, driver.text_factory = driver.text_factory, _decode_text
     try:
-        rows = _Importer(connection, cursor, zone, now)
+        rows = _Importer(connection, cursor, sql, zone, now)
         nodes, tasks = rows.move_all(NodeInfo), rows.move_all(Task)
     finally:
         driver.text_factory = factory
     return LegacyImport(nodes, tasks, rows.rejected, copy)
 
 
-def report(result: LegacyImport, location: str) -> None:
-    """Log the result of an import."""
+def report(result: LegacyImport, location: str, *, is_sealed: bool) -> None:
+    """Log the result of an import; if values are sealed, without reasons, which quote them."""
     for row in result.rejected:
         logger.warning(
             "the %s %s was not adopted, but put into legacy_rejected: %s",
-            row.item, safe_repr(row.item_id), row.reason,
-        )  # fmt: skip
+            *(
+                row.item,
+                safe_repr(row.item_id),
+                "its values are sealed" if is_sealed else row.reason,
+            ),
+        )
     logger.info(
         "%s: adopted %d nodes and %d tasks of the original database, which is kept in %s",
         location, result.nodes, result.tasks, result.copy,
@@ -181,6 +200,7 @@ class _Importer:
 
     _connection: Connection
     _cursor: Cursor
+    _sql: Statements
     _zone: tzinfo | None
     _now: datetime
     _revision: int = 0
@@ -198,10 +218,9 @@ class _Importer:
         return self._revision - before
 
     def _move(self, kind: type[Any], rows: Sequence[dict[str, Any]], seen: set[str]) -> None:
-        sql, item, known = (
-            statements_of("sqlite"),
-            ENTITY_NAMES[kind],
-            _READERS[kind].keys() | _DROPPED,
+        sql, item, known = self._sql, ENTITY_NAMES[kind], _READERS[kind].keys() | _DROPPED
+        row_of_rejected, reason_of_rejected, row_of_extra = map(
+            sql.protection.storing, (_REJECTED_ROW, _REJECTED_REASON, _EXTRA_ROW)
         )
         insert, codec = sql.insert[kind]
         at = sql.to_moment(self._now)
@@ -216,7 +235,15 @@ class _Importer:
                 key = row.get(KEY[kind])
                 id = key if isinstance(key, str) else None
                 reports.append(Rejected(item, id, str(error)))
-                rejected.append((*reports[-1], _json(row)))
+                owner, reason = f"{item}:{id}", str(error)
+                rejected.append(
+                    (
+                        item,
+                        id,
+                        reason_of_rejected(owner, reason),
+                        row_of_rejected(owner, _json(row)),
+                    )
+                )
                 continue
             seen.add(record.id)
             self._revision += 1
@@ -230,7 +257,7 @@ class _Importer:
                 name: one for name, one in row.items() if name not in known and one is not None
             }
             if added:
-                extra.append((item, id, _json(added)))
+                extra.append((item, id, row_of_extra(f"{item}:{id}", _json(added))))
         self._cursor.write(insert, written)
         self._cursor.write(sql.insert_change, changes)
         self._cursor.write(_INSERT_EXTRA, extra)

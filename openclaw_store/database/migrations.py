@@ -26,10 +26,12 @@ from openclaw_store.backends import (
     schema_of,
     unused_name,
 )
-from openclaw_store.database import legacy_import, schema_check, server_check
+from openclaw_store.database import legacy_import, schema_check, sealing, server_check
+from openclaw_store.database.statements import statements_for
 from openclaw_store.database.store_write import FUNCTION
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.domain import Clock, utc_now
+from openclaw_store.encryption import KeyRing
 from openclaw_store.errors import (
     InvalidDataError,
     SchemaMismatchError,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0010"
+HEAD = "0011"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"
@@ -67,6 +69,13 @@ _LONGEST_REVISION = 32
 
 _LOCK = threading.RLock()  # Alembic's state is global
 
+Check = Callable[[Connection], object]
+"""Raises an error if a database must not be opened."""
+
+
+def _accept_all(connection: Connection) -> None:
+    """Accept any content."""
+
 
 def named_by(location: str | Path | None, cluster: str | None = None) -> Backend:
     """Return the backend of the command line's database, at `location_of(location)`."""
@@ -86,9 +95,20 @@ def location_of(location: str | Path | None) -> str | Path:
         raise UnavailableError(f"{FILE_VARIABLE}: {file} cannot be read: {reason}") from None
 
 
-def is_current(backend: Backend) -> bool:
-    """Return true if the schema is current, false if it is older; refuse any other."""
-    return backend.inspect(lambda connection: _is_current(backend, connection))
+def is_current(backend: Backend, check: Check = _accept_all) -> bool:
+    """Return true if the schema is current, false if it is older; refuse any other.
+
+    Args:
+        check: Refuses the content of a database with the current schema.
+    """
+
+    def work(connection: Connection) -> bool:
+        is_current = _is_current(backend, connection)
+        if is_current:
+            check(connection)
+        return is_current
+
+    return backend.inspect(work)
 
 
 def _is_current(backend: Backend, connection: Connection) -> bool:
@@ -213,9 +233,12 @@ def names_of_tables(connection: Connection) -> set[str]:
     return set(inspect(connection).get_table_names(schema_of(connection)))
 
 
-def require(backend: Backend) -> None:
-    """Refuse a database with another schema; the error names the command to run."""
-    if not is_current(backend):
+def require(backend: Backend, check: Check = _accept_all) -> None:
+    """Refuse a database with another schema; the error names the command to run.
+
+    `check` refuses its content.
+    """
+    if not is_current(backend, check):
         is_legacy = backend.inspect(legacy_import.is_legacy)
         is_complete = revision_of(backend) != HEAD
         is_so = "is the original one" if is_legacy else f"is older than {HEAD}"
@@ -238,14 +261,18 @@ def revision_of(backend: Backend) -> str | None:
 
 
 def upgrade(
-    backend: Backend, legacy_timezone: tzinfo | None = None, clock: Clock = utc_now
+    backend: Backend,
+    legacy_timezone: tzinfo | None = None,
+    clock: Clock = utc_now,
+    keys: KeyRing | None = None,
+    check: Check = _accept_all,
 ) -> legacy_import.LegacyImport | None:
     """Upgrade the database to the schema of this version; blocks the thread.
 
     Returns the result of the import of a legacy database. Arguments and errors are those of
     `migrate`.
     """
-    if backend.exists() and is_current(backend):
+    if backend.exists() and is_current(backend, check):
         return None
     # Imported here, as below: opening a current database must not take the time to load Alembic.
     from alembic import command
@@ -258,6 +285,8 @@ def upgrade(
                 lambda connection: command.upgrade(_config(connection), "head"),
                 legacy_timezone,
                 clock,
+                keys,
+                check,
                 to_head=True,
             )
     except CommandError as error:
@@ -335,6 +364,8 @@ def migrate(
     work: Callable[[Connection], None],
     legacy_timezone: tzinfo | None = None,
     clock: Clock = utc_now,
+    keys: KeyRing | None = None,
+    check: Check = _accept_all,
     *,
     to_head: bool = False,
 ) -> legacy_import.LegacyImport | None:
@@ -345,6 +376,8 @@ def migrate(
     Args:
         work: Calls `run`.
         legacy_timezone: Zone of the times of a legacy database; `None` for the local one.
+        keys: An unlocked key ring, which seals the values of a legacy database.
+        check: Refuses the content of the migrated database.
         to_head: `work` upgrades to the schema of this version. A legacy database is imported then,
             and refused otherwise.
 
@@ -378,6 +411,7 @@ def migrate(
             work(connection)
             if to_head:
                 _make_function(connection)
+            check(connection)
             return
         if copy is None:
             raise UnavailableError(
@@ -386,13 +420,18 @@ def migrate(
             )
         legacy_import.rename_tables(connection)
         work(connection)
+        sql = statements_for(backend)
+        if keys is not None:
+            sql = sql.protected_by(sealing.add_keys(connection, keys, clock))
         cursor = backend.cursor(connection)
-        imported = legacy_import.import_rows(connection, cursor, legacy_timezone, clock(), copy)
+        imported = legacy_import.import_rows(
+            connection, cursor, sql, legacy_timezone, clock(), copy
+        )
 
     backend.prepare(partial(accept, backend))
     backend.migrate(checked, copy_to)
     if imported is not None:
-        legacy_import.report(imported, backend.location)
+        legacy_import.report(imported, backend.location, is_sealed=keys is not None)
     return imported
 
 

@@ -1,17 +1,20 @@
-"""Encoding of records as parameters of statements, and decoding of rows as records."""
+"""Encoding of records as parameters of statements, and decoding of rows as records.
+
+A `Protection` converts the values of sealed columns on both ways: it escapes them, or seals them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Final
 
-from sqlalchemy import Dialect, Text, type_coerce
+from sqlalchemy import Dialect, Table, Text, type_coerce
 
 from openclaw_store.database.tables import ROWS, UNVERSIONED, table_of
-from openclaw_store.database.types import EnumValue, UtcTime
+from openclaw_store.database.types import EnumValue, SealableJson, SealableText, UtcTime
 from openclaw_store.domain import JSON_FIELDS, Decode, Raw, Record, RowCodec, decode
+from openclaw_store.encryption import Protection, SealedColumns
 from openclaw_store.errors import InvalidDataError
 
 FIELDS: Final = {
@@ -32,7 +35,19 @@ COLUMNS: Final = {
 """The columns to select for `decoder_of`; JSON stays text."""
 
 
-def codec_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> RowCodec:
+def places_of(table: Table, names: Sequence[str]) -> SealedColumns:
+    """Return the sealed columns among the named ones of a table, with their positions."""
+    kinds = [table.c[name].type for name in names]
+    return [
+        (position, kind.place)
+        for position, kind in enumerate(kinds)
+        if isinstance(kind, SealableText | SealableJson)
+    ]
+
+
+def codec_of(
+    kind: type[Any], names: Sequence[str], dialect: Dialect, protection: Protection
+) -> RowCodec:
     """Return the codec that makes parameters for the named columns of a record."""
     columns = table_of(kind).c
     bind_processors = []
@@ -42,7 +57,9 @@ def codec_of(kind: type[Any], names: Sequence[str], dialect: Dialect) -> RowCode
             if encoder is not None:
                 bind_processors.append((index, encoder))
     json = [(index, name) for index, name in enumerate(names) if name in JSON_FIELDS[kind]]
-    return RowCodec(_picker(names), bind_processors, json)
+    places = places_of(table_of(kind), names)
+    protect = protection.storing_row(places) if places else None
+    return RowCodec(_picker(names), bind_processors, json, protect)
 
 
 def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
@@ -51,8 +68,7 @@ def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]
     return itemgetter(*names)
 
 
-@lru_cache(maxsize=32)  # making a decoder takes longer than decoding a row
-def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
+def decoder_of(kind: type[Any], dialect: Dialect, protection: Protection) -> Decode:
     """Return the function that makes a record of the driver's values of `COLUMNS`."""
     columns = table_of(kind).c
     decoders = []
@@ -61,6 +77,7 @@ def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
             decoder = columns[name].type.result_processor(dialect, None)
             if decoder is not None:
                 decoders.append((index, decoder))
+    unprotect = protection.loading_row(places_of(table_of(kind), FIELDS[kind]))
 
     def decode_row(raw: Raw) -> Record[Any]:
         values = list(raw)
@@ -70,6 +87,7 @@ def decoder_of(kind: type[Any], dialect: Dialect) -> Decode:
                     values[index] = decoder(values[index])
         except InvalidDataError as error:
             raise InvalidDataError(FIELDS[kind][index], f"of {raw[0]!r}: {error}") from error
+        unprotect(raw[0], values)
         return decode(kind, values)
 
     return decode_row

@@ -79,15 +79,22 @@ SELECT item, kind, name, detail FROM (
         FROM piece JOIN pg_depend ON classid = class AND objid = piece.oid
         WHERE refclassid NOT IN ('pg_class'::regclass, 'pg_namespace'::regclass,
             'pg_constraint'::regclass, 'pg_attrdef'::regclass, 'pg_extension'::regclass)
+        AND NOT EXISTS (  -- an owner may index a column with the operators of an extension
+            SELECT FROM pg_depend AS member WHERE member.classid = pg_depend.refclassid
+            AND member.objid = pg_depend.refobjid AND member.deptype = 'e')
 ) AS found
 ORDER BY kind <> 'table', kind <> 'owner', item, kind, name""")
 
-_FUNCTIONS = text(f"""{_TRUST}
-SELECT pg_proc.oid = to_regprocedure(:signature) AS is_ours, pg_get_userbyid(proowner) AS owner,
-    proowner IN (SELECT oid FROM trusted) AS is_trusted, prosrc, proconfig, prosecdef, lanname,
-    pg_get_function_identity_arguments(pg_proc.oid) AS arguments
-FROM pg_proc JOIN place ON pronamespace = place.oid JOIN pg_language ON pg_language.oid = prolang
-WHERE proname = :name ORDER BY arguments""")
+_FUNCTION = text(f"""{_TRUST}
+SELECT pg_get_userbyid(proowner) AS owner, proowner IN (SELECT oid FROM trusted) AS is_trusted,
+    prosrc, proconfig, prosecdef, lanname
+FROM pg_proc JOIN pg_language ON pg_language.oid = prolang
+WHERE pg_proc.oid = to_regprocedure(:signature)""")
+
+_OVERLOADS = text("""
+SELECT pg_get_function_identity_arguments(oid) FROM pg_proc
+WHERE proname = :name AND pronamespace = to_regnamespace(:schema)
+AND oid IS DISTINCT FROM to_regprocedure(:signature) ORDER BY 1 LIMIT 10""")
 
 _CONSTANT = re.compile(r"now\(\)|-?\d+|'[^']*'::[a-z ]+")
 """A default of a column, as the server shows it."""
@@ -127,25 +134,23 @@ def require(connection: Connection, schema: str) -> bool:
         SchemaMismatchError: With the first object, and what to do with it.
     """
     _require_tables(connection, schema, [*Base.metadata.tables, VERSION_TABLE])
-    ours = [one for one in _functions(connection, schema) if one.is_ours]
-    for one in ours:
-        if problem := _problem_of_function(one, schema):
-            again = "drop it, then run `openclaw-store db upgrade`, which makes it again"
-            name = qualified(schema, FUNCTION)
-            raise _refusal(connection, f"the function {name} {problem}", again)
-    return bool(ours)
+    wanted = {"schema": schema, "signature": signature(schema)}
+    function = connection.execute(_FUNCTION, wanted).one_or_none()
+    if function is not None and (problem := _problem_of_function(function, schema)):
+        again = "drop it, then run `openclaw-store db upgrade`, which makes it again"
+        name = qualified(schema, FUNCTION)
+        raise _refusal(connection, f"the function {name} {problem}", again)
+    return function is not None
 
 
 def overloads(connection: Connection, schema: str) -> list[str]:
-    """Return other functions of the same name, with their arguments.
+    """Return up to ten other functions of the same name, with their arguments.
 
     They are never called, as ours has exactly the types of the call.
     """
-    return [
-        f"{qualified(schema, FUNCTION)}({one.arguments})"
-        for one in _functions(connection, schema)
-        if not one.is_ours
-    ]
+    wanted = {"schema": schema, "name": FUNCTION, "signature": signature(schema)}
+    found = connection.scalars(_OVERLOADS, wanted).all()
+    return [f"{qualified(schema, FUNCTION)}({arguments})" for arguments in found]
 
 
 def _require_tables(connection: Connection, schema: str, names: Sequence[str]) -> set[str]:
@@ -196,11 +201,6 @@ def _problem_of_function(one: Any, schema: str) -> str | None:
     if one.prosecdef or one.lanname != "plpgsql" or one.proconfig != SETTINGS:
         return "has other settings than the store's"
     return None if digest(one.prosrc, schema) in BODIES else "was changed"
-
-
-def _functions(connection: Connection, schema: str) -> Sequence[Any]:
-    wanted = {"schema": schema, "name": FUNCTION, "signature": signature(schema)}
-    return connection.execute(_FUNCTIONS, wanted).all()
 
 
 def _refusal(connection: Connection, problem: str, remedy: str) -> SchemaMismatchError:

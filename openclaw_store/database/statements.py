@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import orjson
 from sqlalchemy import (
@@ -71,9 +72,15 @@ from openclaw_store.database.tables import (
 )
 from openclaw_store.database.types import Json, UtcTime
 from openclaw_store.domain import KEY, Decode, NodeInfo, NodeStatus, RowCodec, Task
+from openclaw_store.encryption import Escaping, Protection, SealedColumn
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """The fields that a heartbeat may report."""
+
+REASON = SealedColumn("changes", "reason", is_json=False)
+"""The sealed column of the feed; its row is the item and its identifier, as `task:train-7`."""
+
+_PROGRESS = SealedColumn("nodes", "progress", is_json=True)
 
 _CHANGES = Base.metadata.tables["changes"]
 _NODES = table_of(NodeInfo)
@@ -110,14 +117,10 @@ class Statements(ABC):
             for kind, row in ROWS.items()
         }
         """The columns that decisions on a row need, behind the counters; NULLs if it is missing."""
-        self.insert = {
-            kind: (
-                self._insert([table_of(kind).c[name] for name in names]),
-                codec_of(kind, names, dialect),
-            )
+        self._insert_rows = {
+            kind: self._insert([table_of(kind).c[name] for name in names])
             for kind, names in FIELDS.items()
         }
-        """The statement for many rows, and the codec that makes a row of a record."""
         self.forget_until = self._compile(
             delete(_CHANGES)
             .where(_CHANGES.c.revision <= bindparam("until"))
@@ -135,11 +138,6 @@ class Statements(ABC):
             moment.result_processor(dialect, None) or _identity
         )
         """Convert the driver's value to a time."""
-        self.decode: Mapping[type[Any], Decode] = {
-            Task: decoder_of(Task, dialect),
-            NodeInfo: decoder_of(NodeInfo, dialect),
-        }
-        """Make a record of a row of all columns."""
         tasks = select(*COLUMNS[Task])
         self.read_task = self._compile(tasks.where(TaskRow.task_id == bindparam("id")))
         """All columns of a task."""
@@ -169,12 +167,52 @@ class Statements(ABC):
         """Idempotency key and identifier of the live tasks that have one of the `given` keys."""
         self.status_since = self._compile(status_changes()) + " LIMIT 1"
         """The time of the last change of status; takes the newest change, its item and its id."""
+        self.without_keys = self
+        """The same statements without keys."""
+        self._protect(Escaping())
+
+    def protected_by(self, protection: Protection) -> Self:
+        """Return the same statements, with codecs that seal and open values."""
+        protected = copy(self)
+        protected._protect(protection)
+        return protected
+
+    def _protect(self, protection: Protection) -> None:
+        dialect = self.dialect
+        self.protection = protection
+        """The conversion of values to their stored form and back."""
+        self.insert = {
+            kind: (self._insert_rows[kind], codec_of(kind, names, dialect, protection))
+            for kind, names in FIELDS.items()
+        }
+        """The statement for many rows, and the codec that makes a row of a record."""
+        self.decode: Mapping[type[Any], Decode] = {
+            kind: decoder_of(kind, dialect, protection) for kind in ROWS
+        }
+        """Make a record of a row of all columns."""
+        self.store_progress = protection.storing(_PROGRESS)
+        self.load_progress = protection.loading(_PROGRESS)
+        """Seal and open the progress of a node; they take its identifier."""
+        self._store_reason = protection.storing(REASON)
+        self._load_reason = protection.loading(REASON)
         self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}
         self._call_columns: dict[frozenset[str], tuple[Sequence[int], RowCodec]] = {}
 
     def insert_into(self, table: Table) -> str:
         """Return the statement that inserts many rows with all columns of a table."""
         return self._insert(list(table.c))
+
+    def stored_reason(self, item: str, id: str, reason: str | None) -> str | None:
+        """Return the stored form of the reason of a change of an item."""
+        return self._store_reason(f"{item}:{id}", reason) if reason else reason
+
+    def read_reason(self, item: str, id: str, stored: str | None) -> str | None:
+        """Return the reason of a change from its stored form.
+
+        Raises:
+            SealedValueError: If it cannot be opened.
+        """
+        return self._load_reason(f"{item}:{id}", stored) if stored else stored
 
     def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
         """Return the statement that updates the named columns of many rows, and their codec.
@@ -186,7 +224,8 @@ class Statements(ABC):
             columns = [one for one in table.c if one.name in names]
             fields = [one.name for one in columns if one.name != "beat"]
             statement = self._update(table.c[KEY[kind]], columns)
-            self._updates[kind, names] = statement, codec_of(kind, fields, self.dialect)
+            codec = codec_of(kind, fields, self.dialect, self.protection)
+            self._updates[kind, names] = statement, codec
         return self._updates[kind, names]
 
     def call_columns(self, names: frozenset[str]) -> tuple[Sequence[int], RowCodec]:
@@ -194,7 +233,8 @@ class Statements(ABC):
         if names not in self._call_columns:
             fields = [name for name in CALL_FIELDS if name in names]
             positions = list(map(CALL_FIELDS.index, fields))
-            self._call_columns[names] = positions, codec_of(Task, fields, self.dialect)
+            codec = codec_of(Task, fields, self.dialect, self.protection)
+            self._call_columns[names] = positions, codec
         return self._call_columns[names]
 
     read_many: dict[type[Any], str]
@@ -483,7 +523,11 @@ def statements_for(place: Place) -> Statements:
 
 
 def statements_in(session: Session | AsyncSession) -> Statements:
-    """Return the statements for the tables of a session."""
+    """Return the statements for the tables of a session, with the keys of its database."""
+    database = session.info.get("database")
+    if database is not None:
+        statements: Statements = database.statements
+        return statements
     bind = session.get_bind()
     return _statements(bind.dialect.name, schema_of(bind))
 

@@ -32,6 +32,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_colu
 from openclaw_store.database.types import (
     EnumValue,
     Json,
+    SealableJson,
+    SealableText,
     UtcTime,
     _Key,
     _UtcNow,
@@ -148,7 +150,9 @@ class TaskRow(Base):
     task_id: Mapped[str] = mapped_column(_Key, primary_key=True)
     task_type: Mapped[TaskType] = mapped_column(EnumValue(TaskType))
     name: Mapped[str] = mapped_column(Text)
-    description: Mapped[str] = mapped_column(Text, server_default="")
+    description: Mapped[str] = mapped_column(
+        SealableText("tasks", "description"), server_default=""
+    )
     required_skills: Mapped[Any] = mapped_column(Json, nullable=True)
     optional_skills: Mapped[Any] = mapped_column(Json, nullable=True)
     status: Mapped[TaskStatus] = mapped_column(EnumValue(TaskStatus), server_default="pending")
@@ -160,17 +164,19 @@ class TaskRow(Base):
     started_at: Mapped[datetime | None] = mapped_column(UtcTime)
     completed_at: Mapped[datetime | None] = mapped_column(UtcTime)
     not_before: Mapped[datetime | None] = mapped_column(UtcTime)
-    parameters: Mapped[Any] = mapped_column(Json, nullable=True)
+    parameters: Mapped[Any] = mapped_column(SealableJson("tasks", "parameters"), nullable=True)
     timeout: Mapped[int | None] = mapped_column(BigInteger)
     retry_count: Mapped[int] = mapped_column(BigInteger, server_default="0")
     max_retries: Mapped[int] = mapped_column(BigInteger, server_default="3")
-    result: Mapped[Any] = mapped_column(Json, nullable=True)
-    error: Mapped[str | None] = mapped_column(Text)
+    result: Mapped[Any] = mapped_column(SealableJson("tasks", "result"), nullable=True)
+    error: Mapped[str | None] = mapped_column(SealableText("tasks", "error"))
     user_id: Mapped[str | None] = mapped_column(_Key)
     idempotency_key: Mapped[str | None] = mapped_column(_Key)
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
     # `metadata` is reserved on a declarative class; the column has the real name.
-    metadata_: Mapped[Any] = mapped_column("metadata", Json, nullable=True)
+    metadata_: Mapped[Any] = mapped_column(
+        "metadata", SealableJson("tasks", "metadata"), nullable=True
+    )
     losses: Mapped[int] = mapped_column(BigInteger, server_default="0")
     max_losses: Mapped[int | None] = mapped_column(BigInteger, server_default="10")
     expires_at: Mapped[datetime | None] = mapped_column(UtcTime)
@@ -205,8 +211,10 @@ class NodeRow(Base):
     available_skills: Mapped[Any] = mapped_column(Json, nullable=True)
     max_concurrent_tasks: Mapped[int] = mapped_column(BigInteger, server_default="5")
     running_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    ip_address: Mapped[str] = mapped_column(Text, server_default="")
-    tailscale_ip: Mapped[str] = mapped_column(Text, server_default="")
+    ip_address: Mapped[str] = mapped_column(SealableText("nodes", "ip_address"), server_default="")
+    tailscale_ip: Mapped[str] = mapped_column(
+        SealableText("nodes", "tailscale_ip"), server_default=""
+    )
     port: Mapped[int] = mapped_column(BigInteger, server_default="18789")
     total_tasks_processed: Mapped[int] = mapped_column(BigInteger, server_default="0")
     successful_tasks: Mapped[int] = mapped_column(BigInteger, server_default="0")
@@ -219,7 +227,7 @@ class NodeRow(Base):
     status_reason: Mapped[str | None] = mapped_column(Text)
     session: Mapped[str | None] = mapped_column(Text)
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    progress: Mapped[Any] = mapped_column(Json, nullable=True)
+    progress: Mapped[Any] = mapped_column(SealableJson("nodes", "progress"), nullable=True)
     """Progress of the running tasks, by identifier; see `repositories.progress`."""
     beat: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """Sequence number of the last heartbeat flush that wrote the row."""
@@ -245,7 +253,7 @@ class ChangeRow(Base):
     from_status: Mapped[str | None] = mapped_column(String(11))
     to_status: Mapped[str | None] = mapped_column(String(11))
     node: Mapped[str | None] = mapped_column(_Key)
-    reason: Mapped[str | None] = mapped_column(Text)
+    reason: Mapped[str | None] = mapped_column(SealableText("changes", "reason"))
     previous: Mapped[int | None] = mapped_column(BigInteger)
     """Revision of the change before this one of the same task or node; NULL for its first."""
 
@@ -266,7 +274,7 @@ class PastChangeRow(Base):
     from_status: Mapped[str | None] = mapped_column(String(11))
     to_status: Mapped[str | None] = mapped_column(String(11))
     node: Mapped[str | None] = mapped_column(_Key)
-    reason: Mapped[str | None] = mapped_column(Text)
+    reason: Mapped[str | None] = mapped_column(SealableText("changes", "reason"))
     previous: Mapped[int | None] = mapped_column(BigInteger)
 
 
@@ -308,6 +316,22 @@ class LeaseRow(Base):
     name: Mapped[str] = mapped_column(String(32), primary_key=True)
     holder: Mapped[str] = mapped_column(String(64))
     expires_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class SealingKeyRow(Base):
+    """A row of `sealing_keys`: a key by which values of the database may be sealed."""
+
+    __tablename__ = "sealing_keys"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    """The number of the key; the key itself is never stored."""
+    cluster_id: Mapped[int] = mapped_column(BigInteger)
+    """The number of the cluster, to which the sealed values are bound."""
+    proof: Mapped[str] = mapped_column(Text)
+    """A known text that the key has sealed, by which another key of this number is noticed."""
+    is_complete: Mapped[int] = mapped_column(Integer, server_default="0")
+    """1 if no value in clear was left when the key was added, or at the end of a rotation."""
+    added_at: Mapped[datetime] = mapped_column(UtcTime)
 
 
 class CounterRow(Base):

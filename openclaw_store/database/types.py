@@ -15,6 +15,7 @@ from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
 from openclaw_store.domain import MAX_ID_LENGTH, encode_json
+from openclaw_store.encryption import Sealed, SealedColumn
 from openclaw_store.errors import InvalidDataError, safe_repr
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -123,6 +124,49 @@ class Json(TypeDecorator[Any]):
 
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
         return None if value is None else orjson.loads(value)
+
+
+class SealableText(TypeDecorator[Any]):
+    """Text that may be sealed; a query returns a sealed value as `Sealed`.
+
+    Args:
+        table: The table in whose name the values are sealed.
+        column: The name of the column.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def __init__(self, table: str, column: str) -> None:
+        self.table, self.column = table, column
+        self.place = SealedColumn(table, column, is_json=False)
+        super().__init__()
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return value.text if isinstance(value, Sealed) else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        return value and self.place.receive(value)
+
+
+class SealableJson(Json):
+    """JSON that may be sealed; see `SealableText`."""
+
+    cache_ok = True
+
+    def __init__(self, table: str, column: str) -> None:
+        self.table, self.column = table, column
+        self.place = SealedColumn(table, column, is_json=True)
+        super().__init__()
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        if isinstance(value, Sealed):
+            return f'"{value.text}"'
+        return super().process_bind_param(value, dialect)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        found = value and self.place.receive(value)
+        return found if isinstance(found, Sealed) else super().process_result_value(found, dialect)
 
 
 class _UtcNow(GenericFunction[datetime]):

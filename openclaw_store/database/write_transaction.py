@@ -7,14 +7,20 @@ from datetime import datetime
 from typing import Any
 
 from openclaw_store.backends import Cursor
+from openclaw_store.database.statements import Statements, statements_for
 
 
 class WriteTransaction:
-    """One write transaction: its cursor, its time, and the events to publish after its commit."""
+    """One write transaction: its cursor, its time, and the events to publish after its commit.
 
-    def __init__(self, cursor: Cursor, now: datetime) -> None:
+    Args:
+        sql: The statements of the database; `None` for ones without keys.
+    """
+
+    def __init__(self, cursor: Cursor, now: datetime, sql: Statements | None = None) -> None:
         self.cursor = cursor
         self.now = now
+        self.sql = statements_for(cursor) if sql is None else sql
         self.committed: list[Any] = []
         """Events for the listeners, published after the commit."""
         self.before_commit: list[Callable[[], None]] = []

@@ -57,6 +57,8 @@ class RowCodec(NamedTuple):
     """Position and conversion of each value that the driver takes in another form."""
     json: Sequence[tuple[int, str]]
     """Position and name of each JSON field, which is text, or `None` for its default."""
+    protect: Callable[[object, list[Any]], None] | None = None
+    """Converts values to their stored form in place; takes the identifier of the row."""
 
 
 class Record(Generic[Entity]):
@@ -159,6 +161,8 @@ class Record(Generic[Entity]):
             if text is not None and type(text) is not bytes:
                 text = self.encoded(name)
             row[position] = None if text is None else text.decode()
+        if codec.protect is not None:
+            codec.protect(self._fields[KEY[self.kind]], row)
         return row
 
     def evolve(self, **values: Any) -> Record[Entity]:

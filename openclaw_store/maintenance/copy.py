@@ -5,6 +5,8 @@ opened, and it has no counters, so writers that opened it earlier fail. The name
 contains a fingerprint of the source and a random token of the process that copies. An interrupted
 copy continues if the fingerprint is the same, and starts again if not; the token lets a second
 process take over from the first.
+
+Sealed values are opened with the keys of the source, and sealed again with the ones of the target.
 """
 
 from __future__ import annotations
@@ -41,15 +43,17 @@ from openclaw_store.database import (
     CounterRow,
     Database,
     NodeRow,
+    SealingKeyRow,
     UtcTime,
     WriteTransaction,
     from_microseconds,
-    statements_for,
+    places_of,
     statements_in,
     table_of,
     to_microseconds,
 )
 from openclaw_store.domain import Decode, NodeInfo, Raw, Task, encode
+from openclaw_store.encryption import ConvertRow, Hash
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.repositories import decoder_here, read_counters, read_rows
@@ -64,7 +68,8 @@ _STALE = "0" * 8
 """A fingerprint that no source has, so the next copy starts again."""
 
 Image = list[Any]
-"""The values of a row in a form common to both databases: times are whole microseconds."""
+"""The values of a row in a form common to both databases: times are whole microseconds, and no
+value is sealed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,9 @@ class Copied:
     tasks: int
     changes: int
     checksum: str
-    """SHA-256 over all rows; equal states have equal checksums in both kinds of database."""
+    """SHA-256 over all rows; equal states have equal checksums in both kinds of database.
+
+    With keys it is keyed by the primary one: else it would confirm guesses of sealed values."""
 
 
 class _Source(NamedTuple):
@@ -105,20 +112,31 @@ class _Rows:
             for position, column in enumerate(columns)
             if isinstance(table.c[column.name].type, UtcTime)
         ]
+        names = [column.name for column in columns]
+        self._places = places_of(table, names)
+        owner = ["item", "item_id"] if kind is None else names[:1]
+        self._owner = [names.index(name) for name in owner if name in names]
 
     async def read(self, session: AsyncSession, *, checked: bool) -> AsyncIterator[Sequence[Image]]:
         """Read all rows in the order of their primary keys; `checked` refuses invalid ones."""
         sql = statements_in(session)
+        load = sql.protection.loading_row(self._places)
         async for rows in read_rows(session, self.query, COPY_BATCH_SIZE):
             if checked and self.kind is not None:
                 self._check(rows, self.kind, decoder_here(session, self.kind))
             images = [list(row) for row in rows]
+            self._convert(load, images)
             if sql.dialect.name != "sqlite":
                 for position in self._times:
                     for image in images:
                         if image[position] is not None:
                             image[position] = to_microseconds(sql.from_moment(image[position]))
             yield images
+
+    def _convert(self, convert: ConvertRow, images: Sequence[Image]) -> None:
+        if self._places:
+            for image in images:
+                convert(":".join([image[position] for position in self._owner]), image)
 
     def _check(self, rows: Sequence[Raw], kind: type[Any], decode: Decode) -> None:
         width = len(FIELDS[kind])
@@ -137,8 +155,11 @@ class _Rows:
     ) -> Sequence[None]:
         """Insert batches of rows."""
         cursor = transaction.cursor
-        sql = statements_for(cursor)
+        sql = transaction.sql
+        store = sql.protection.storing_row(self._places)
         for batch in batches:
+            batch = [image.copy() for image in batch]  # it is written again after a failed attempt
+            self._convert(store, batch)
             images = batch if cursor.dialect == "sqlite" else [*map(self._with_datetimes, batch)]
             if self.kind is None:
                 cursor.write(sql.insert_into(self.table), images)
@@ -200,11 +221,13 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
         raise InvalidDataError("target", f"{target.db_path} is the source itself: give another")
     await source.initialize(migrate=False)
     await target.initialize(is_copy_target=True)
+    protections = [one.statements.protection for one in (source, target)]
+    new_hash = max(protections, key=lambda one: one.has_keys).new_hash
     async with source.session() as session:
         extent = await _measure(session)
         name = f"{COPYING_HEAD}{extent.fingerprint}-{secrets.token_hex(4)}"
         last_keys = await _begin(target, name)
-        checksum = hashlib.sha256()
+        checksum = new_hash()
         for rows, last, total in zip(_TABLES, last_keys, extent.rows, strict=True):
             progress = Progress(report if total else None, f"copying {rows.table}", total)
             async for images in rows.read(session, checked=True):
@@ -214,7 +237,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
                     await _store(target, name, rows, new)
                 progress.add(len(images))
         _add(checksum, [list(extent.counters)])
-    found = await _check(target, extent, report)
+    found = await _check(target, extent, new_hash(), report)
     if found != checksum.digest():
         async with target.transaction(timeout=_BATCH_SECONDS) as tx:
             await _rename(tx, name, f"{COPYING_HEAD}{_STALE}-{secrets.token_hex(4)}")
@@ -227,6 +250,10 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
         await _rename(tx, name, HEAD)
         _, beat, compacted = extent.counters
         values = {"id": 1, "beat": beat, "compacted": compacted}
+        # Its sealed values are bound to this number.
+        number = select(SealingKeyRow.cluster_id).limit(1)
+        if (cluster_id := await tx.scalar(number)) is not None:
+            values["cluster_id"] = cluster_id
         await tx.execute(insert(CounterRow).values(values))
     nodes, tasks, changes, *_ = extent.rows
     return Copied(nodes, tasks, changes, checksum.hexdigest())
@@ -287,9 +314,8 @@ async def _store(target: Database, name: str, rows: _Rows, images: Sequence[Imag
         await target.write_in(tx, rows.write, images)
 
 
-async def _check(target: Database, extent: _Source, report: Report | None) -> bytes:
+async def _check(target: Database, extent: _Source, checksum: Hash, report: Report | None) -> bytes:
     """Return the checksum of the rows in the target and the counters of the source."""
-    checksum = hashlib.sha256()
     async with target.session() as session:
         for rows, total in zip(_TABLES, extent.rows, strict=True):
             progress = Progress(report if total else None, f"checking {rows.table}", total)
@@ -300,5 +326,5 @@ async def _check(target: Database, extent: _Source, report: Report | None) -> by
     return checksum.digest()
 
 
-def _add(checksum: Any, images: Sequence[Image]) -> None:
+def _add(checksum: Hash, images: Sequence[Image]) -> None:
     checksum.update(b"\n".join([*map(orjson.dumps, images), b""]))

@@ -251,7 +251,8 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "upgrade the server",
         Level.ERROR,
     )
-    yield from _check_schema(connection)
+    schema = list(_check_schema(connection))
+    yield from schema
     yield _judge(
         "recovery",
         not connection.scalar(text("SELECT pg_is_in_recovery()")),
@@ -301,7 +302,8 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"The clocks of this machine and of the server are {skew:.1f} s apart.",
         "synchronise the clocks of all machines, as by NTP",
     )
-    yield from _check_heartbeats(connection, after)
+    if all(finding.level is not Level.ERROR for finding in schema):  # else a policy may run
+        yield from _check_heartbeats(connection, after)
 
 
 def _check_privileges(connection: Connection, settings: Mapping[str, str]) -> Iterator[Finding]:
@@ -350,7 +352,11 @@ def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
 def _check_schema(connection: Connection) -> Iterator[Finding]:
     name = "schema"
     advice = "run `openclaw-store db upgrade`"
-    revision = stored(connection)
+    try:
+        revision = stored(connection)
+    except SchemaMismatchError as error:
+        yield _error(name, f"{error}.", "do not open it, unless you know the cause")
+        return
     tables = names_of_tables(connection)
     if revision is None:
         if not tables & {"tasks", "nodes"}:

@@ -24,6 +24,7 @@ from openclaw_store.backends import (
     SQLite,
     SQLiteErrorMapping,
     qualified,
+    refuse_location,
     rename_to_unused,
     unused_name,
     written_aside,
@@ -73,6 +74,7 @@ def restore(
         )
     assert isinstance(backend, SQLite)
     backend.refuse_inherited()
+    refuse_location("path", source)
     target, is_new = backend.path, not backend.exists()
     if not source.is_file():
         raise UnavailableError(f"{source}: there is no such file: give the path of a backup")

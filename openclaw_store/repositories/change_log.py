@@ -5,15 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import case, func, select
+from sqlalchemy import Text, case, func, select, type_coerce
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import ROWS, ChangeRow, CounterRow, history_of
+from openclaw_store.database import (
+    REASON,
+    ROWS,
+    ChangeRow,
+    CounterRow,
+    history_of,
+    statements_in,
+)
 from openclaw_store.domain import ENTITY_NAMES, KEY, Change, ChangeKind, Task
 from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.repositories.unit_of_work import counters_of
 
-_ALL = select(*ChangeRow.__table__.c)
+# Without the type, which would return sealed reasons as objects for callers.
+_COLUMNS = [
+    type_coerce(one, Text).label(one.name) if one.name == REASON.column else one
+    for one in ChangeRow.__table__.c
+]
+_REASON = [one.name for one in _COLUMNS].index(REASON.column)
+_ALL = select(*_COLUMNS)
 
 CHANGE_BATCH_SIZE = 400
 """Changes in a batch, read before other coroutines run.
@@ -41,16 +54,18 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
         raise CompactedError(since, compacted + 1)
     length = func.coalesce(func.length(ChangeRow.reason), 0)
     is_short = length <= PAGE_BYTES // CHANGE_BATCH_SIZE
-    columns = {**ChangeRow.__table__.c, "reason": case((is_short, ChangeRow.reason))}
-    query = select(*columns.values(), length, is_short).where(ChangeRow.revision > since)
+    columns: list[Any] = _COLUMNS.copy()
+    columns[_REASON] = case((is_short, columns[_REASON]))
+    query = select(*columns, length, is_short).where(ChangeRow.revision > since)
     rows = await session.execute(query.order_by(ChangeRow.revision).limit(CHANGE_BATCH_SIZE))
     changes: list[Change] = []
     size = 0
     for *row, length_here, is_short_here in rows:
-        [change] = _as_changes([row])
+        [change] = _as_changes(session, [row])
         if not is_short_here:
-            reason = select(ChangeRow.reason).where(ChangeRow.revision == change.revision)
-            change = change._replace(reason=await session.scalar(reason))
+            reason = select(_COLUMNS[_REASON]).where(ChangeRow.revision == change.revision)
+            row[_REASON] = await session.scalar(reason)
+            [change] = _as_changes(session, [row])
             size += length_here
         changes.append(change)
         if size > PAGE_BYTES:
@@ -62,7 +77,7 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
 async def read_newest_changes(session: AsyncSession, before: int, count: int) -> list[Change]:
     """Return the changes before a revision, newest first."""
     query = _ALL.where(ChangeRow.revision < before).order_by(ChangeRow.revision.desc())
-    return _as_changes(await session.execute(query.limit(count)))
+    return _as_changes(session, await session.execute(query.limit(count)))
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
@@ -73,15 +88,16 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
     version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
     if version is None:
         query = _ALL.where(ChangeRow.item == ENTITY_NAMES[kind], ChangeRow.item_id == id)
-        return _as_changes(await session.execute(query.order_by(ChangeRow.revision)))
+        return _as_changes(session, await session.execute(query.order_by(ChangeRow.revision)))
     query = history_of(version, ENTITY_NAMES[kind], id)
-    return _as_changes(await session.execute(query))[::-1]
+    return _as_changes(session, await session.execute(query))[::-1]
 
 
-def _as_changes(rows: Iterable[Any]) -> list[Change]:
+def _as_changes(session: AsyncSession, rows: Iterable[Any]) -> list[Change]:
+    read = statements_in(session).read_reason
     return [
-        Change(revision, at, name, id, ChangeKind(kind), *rest)
-        for revision, at, name, id, kind, *rest in rows
+        Change(revision, at, name, id, ChangeKind(kind), was, now, node, read(name, id, why), prior)
+        for revision, at, name, id, kind, was, now, node, why, prior in rows
     ]
 
 

@@ -42,17 +42,22 @@ def apply_progress(
     transaction: WriteTransaction, given: Sequence[tuple[str, str]]
 ) -> Sequence[None]:
     """Write the progress of the running tasks of nodes: rows of node and JSON."""
-    newest = dict(given)
-    transaction.cursor.write(unit_of(transaction).sql.write_progress, list(newest.items()))
+    sql = unit_of(transaction).sql
+    rows = [(id, sql.store_progress(id, text)) for id, text in dict(given).items()]
+    transaction.cursor.write(sql.write_progress, rows)
     return [None] * len(given)
 
 
 async def read_progress(session: AsyncSession, task_id: str) -> Progress | None:
     """Return the progress of a running task; `None` if it does not run, or has not reported."""
     query = (
-        select(TaskRow.attempt, type_coerce(NodeRow.progress, Text))
+        select(TaskRow.attempt, NodeRow.node_id, type_coerce(NodeRow.progress, Text))
         .join(NodeRow, NodeRow.node_id == TaskRow.assigned_node)
         .where(TaskRow.task_id == task_id, TaskRow.status == TaskStatus.RUNNING)
     )
     row = (await session.execute(query)).first()
-    return None if row is None else decode_progress(row[1], task_id, row[0])
+    if row is None:
+        return None
+    attempt, node_id, stored = row
+    text = stored and statements_in(session).load_progress(node_id, stored)
+    return decode_progress(text, task_id, attempt)

@@ -141,8 +141,13 @@ class OneCall(UnitOfWork):
             for (id, start), claims in self._claims.items()
         ]
         values = list(map(self._values, written))
+        stored = self.sql.stored_reason
         changes = [
-            (one.item_id, str(one.kind), *one[5:9], self._moved(one.previous))
+            (
+                *(one.item_id, str(one.kind), *one[5:8]),
+                stored(one.item, one.item_id, one.reason),
+                self._moved(one.previous),
+            )
             for one in self.changes
         ]
         if not (values or checked or self._deltas or places):

@@ -88,7 +88,7 @@ class Page:
         """Return the queries whose results, merged and cut to `size`, are the page."""
         filter, states = self.filter, self._states()
         has_states = () if filter.status is None else (TaskRow.status.in_(states),)
-        matches = [*other_conditions(filter, session.get_bind().dialect.name)]
+        matches = [*other_conditions(filter, statements_in(session))]
         if filter.node is not None or filter.user is not None:
             return [self._walk(*has_states, *matches)]
         if await self._is_short(session):

@@ -22,16 +22,21 @@ from sqlalchemy import (
     type_coerce,
 )
 
-from openclaw_store.database import NodeRow, TaskRow, statements_of
+from openclaw_store.database import NodeRow, Statements, TaskRow, statements_of
 from openclaw_store.domain import LIVE, MAX_INTEGER, NodeFilter, NodeStatus, TaskFilter
+from openclaw_store.errors import InvalidDataError
 
 Condition = ColumnElement[bool]
 
 
-def task_conditions(filter: TaskFilter, dialect: str) -> Iterator[Condition]:
-    """Yield the conditions of a checked filter, except the one on the status."""
+def task_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]:
+    """Yield the conditions of a checked filter, except the one on the status.
+
+    Raises:
+        InvalidDataError: If a condition searches in sealed values.
+    """
     yield from indexed_conditions(filter)
-    yield from other_conditions(filter, dialect)
+    yield from other_conditions(filter, sql)
 
 
 def indexed_conditions(filter: TaskFilter) -> Iterator[Condition]:
@@ -59,9 +64,22 @@ def selects_finished(filter: TaskFilter) -> bool:
     return filter.finished_after is not None or filter.finished_before is not None
 
 
-def other_conditions(filter: TaskFilter, dialect: str) -> Iterator[Condition]:
-    """Yield the conditions of a checked filter that are checked for each task of a list."""
+def other_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]:
+    """Yield the conditions of a checked filter that are checked for each task of a list.
+
+    Raises:
+        InvalidDataError: If a condition searches in sealed values.
+    """
     row: Any = TaskRow
+    dialect = sql.dialect.name
+    if sql.protection.has_keys:
+        for name in ("error_contains", "metadata"):
+            if getattr(filter, name) is not None:
+                raise InvalidDataError(
+                    name,
+                    "is a search in sealed values, which the database cannot read: select by other "
+                    "conditions, and search in the tasks that are found",
+                )
     for column, alternatives in (
         (row.task_type, filter.task_type),
         (row.priority, filter.priority),

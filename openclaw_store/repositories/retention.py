@@ -21,7 +21,6 @@ from openclaw_store.database import (
     Database,
     TaskRow,
     WriteTransaction,
-    statements_for,
 )
 from openclaw_store.domain import (
     TURNED_BACK,
@@ -216,7 +215,7 @@ class Compact:
 
 def compact(transaction: WriteTransaction, commands: Sequence[Compact]) -> Sequence[int]:
     """Apply `Compact` commands."""
-    sql, cursor = statements_for(transaction.cursor), transaction.cursor
+    sql, cursor = transaction.sql, transaction.cursor
     newest, _ = counters_of(cursor.execute(sql.read_counters))
     counts = []
     for command in commands:

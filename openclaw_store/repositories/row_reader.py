@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from openclaw_store.backends import fetch_raw_rows, unreadable_value
-from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, decoder_of, statements_in
+from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, statements_in
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Decode,
@@ -76,7 +76,7 @@ async def read_records(
 
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
     """Return the decoder of the rows of `read_rows`."""
-    return decoder_of(kind, session.get_bind().dialect)  # type: ignore[arg-type]  # it is hashable
+    return statements_in(session).decode[kind]
 
 
 class TolerantReader:

@@ -16,7 +16,6 @@ from openclaw_store.database import (
     IS_EXPIRING,
     Database,
     TaskRow,
-    statements_for,
 )
 from openclaw_store.domain import (
     DEFAULT_BACKOFF,
@@ -265,7 +264,7 @@ class TaskRepository(Repository[Task]):
             InvalidDataError: If a condition of the filter is invalid.
         """
         checked = check_filter(TaskFilter, filter, self._database.clock())
-        wanted = list(task_conditions(checked, self._database.dialect))
+        wanted = list(task_conditions(checked, self._database.statements))
         if isinstance(checked.status, tuple):
             wanted.append(TaskRow.status.in_(checked.status))
         return await self._count(*wanted)
@@ -283,7 +282,7 @@ class TaskRepository(Repository[Task]):
 
     async def get_records(self, ids: Sequence[str]) -> dict[str, Record[Task]]:
         """Return the records of up to `ID_BATCH_SIZE` tasks, without unknown ones."""
-        sql = statements_for(self._database)
+        sql = self._database.statements
         query = sql.by_ids(Task, COLUMNS[Task], sql.given(list(dict.fromkeys(ids))))
         records = await self._read(partial(read_records, kind=Task, query=query))
         return {record.task_id: record for record in records}

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
-from openclaw_store.database import FIELDS, ROWS, WriteTransaction, statements_for
+from openclaw_store.database import FIELDS, ROWS, WriteTransaction
 from openclaw_store.domain import (
     ENTITY_NAMES,
     FINISHED,
@@ -222,7 +222,7 @@ class UnitOfWork:
         self.transaction = transaction
         self.now = transaction.now
         self.cursor = transaction.cursor
-        self.sql = statements_for(transaction.cursor)
+        self.sql = transaction.sql
         self.rows: dict[type[Any], dict[str, Row]] = {}
         """The rows of the current run of commands."""
         self._choice: ClaimChoice | None = None  # of this run
@@ -401,8 +401,13 @@ class UnitOfWork:
         changes = list(new.values()) if removed_history else self.changes
         if changes:
             at = self.sql.to_moment(self.now)
+            stored = self.sql.stored_reason
             rows = [
-                (one.revision, at, one.item, one.item_id, str(one.kind), *one[5:])
+                (
+                    *(one.revision, at, one.item, one.item_id, str(one.kind), *one[5:8]),
+                    stored(one.item, one.item_id, one.reason),
+                    one.previous,
+                )
                 for one in changes
             ]
             self.cursor.write(self.sql.insert_change, rows)

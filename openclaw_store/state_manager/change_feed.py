@@ -38,6 +38,7 @@ from openclaw_store.database import (
     ChangeRow,
     CounterRow,
     NodeRow,
+    SealableText,
     Statements,
     TaskRow,
     statements_in,
@@ -148,7 +149,7 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     newest = sa.select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await session.run_sync(_task_counts)
     dialect = session.get_bind().dialect.name
-    decode = statements_of(dialect).decode
+    decode = statements_in(session).decode
     return InitialState(revision, sequence, updated_at, counts, decode, entry_reader(dialect))
 
 
@@ -240,7 +241,7 @@ def _read_changes(
         "skipped": orjson.dumps(skipped).decode() if is_sqlite else skipped,
         "small": PAGE_BYTES // (until - since),
     }
-    sql, names = _statement(statements_in(session), is_skipping=bool(skipped))
+    sql, names = _statement(statements_in(session).without_keys, is_skipping=bool(skipped))
     try:
         found = _fetch(session, sql, *(values[name] for name in names))
     except Exception as error:
@@ -419,7 +420,7 @@ def _is_small(kind: type[Any], *, is_sqlite: bool) -> sa.ColumnElement[bool]:
     columns = [
         one
         for one in table_of(kind).c
-        if one.name in JSON_FIELDS[kind] or isinstance(one.type, sa.Text)
+        if one.name in JSON_FIELDS[kind] or isinstance(one.type, sa.Text | SealableText)
     ]
     most = sa.bindparam("small", type_=sa.BigInteger)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextvars import Context
 from datetime import datetime, timedelta
 from functools import partial
 from operator import itemgetter, methodcaller
 from typing import Any
 
 from openclaw_store.backends import Notifier
-from openclaw_store.database import Database, statements_for
+from openclaw_store.database import Database
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Change,
@@ -25,7 +24,6 @@ from openclaw_store.domain import (
     key_of,
 )
 from openclaw_store.errors import (
-    ConflictError,
     DuplicateError,
     NotFoundError,
     StaleVersionError,
@@ -35,7 +33,6 @@ from openclaw_store.errors import (
 )
 from openclaw_store.repositories import (
     CONTENT,
-    AfterHeartbeat,
     Command,
     Create,
     Heartbeat,
@@ -46,8 +43,6 @@ from openclaw_store.repositories import (
     Repository,
     TaskRepository,
     Update,
-    apply,
-    apply_heartbeats,
     change_of,
     changes_of,
     insert_tasks,
@@ -63,20 +58,15 @@ from openclaw_store.state_manager.change_feed import (
     entry_reader,
     read_change_batch,
 )
+from openclaw_store.state_manager.heartbeat_writer import HeartbeatWriter
 from openclaw_store.state_manager.load import load_cache
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 
 logger = logger_of("mirror")
 
-HEARTBEAT_SECONDS = 0.5
-"""Delay of a flush of heartbeats, in which more of them join it."""
-
 WRITTEN_WITHIN = timedelta(seconds=1)
 """Longest time until a heartbeat is written: a stored one that is newer by more is wrong."""
-
-HEARTBEAT_BATCH_SIZE = 128
-"""Heartbeats submitted together."""
 
 FOLLOWING_PAUSE, LONGEST_PAUSE_SECONDS = 4.0, 0.05
 """Pause after a refresh by notification: a multiple of its duration, and the maximum."""
@@ -102,7 +92,7 @@ class Replica:
         self.tasks = tasks
         self.nodes = nodes
         self._finished_limit = finished_limit
-        decode = statements_for(database).decode
+        decode = database.statements.decode
         nothing = InitialState(0, 0, None, {}, decode, entry_reader(database.dialect))
         self.cache = Cache(nothing, finished_limit)
         """The state in memory; another object after each load."""
@@ -116,14 +106,12 @@ class Replica:
         # The events committed during a load; `None` at other times.
         self._loading: list[Sequence[Committed]] | None = None
         self._refreshing = asyncio.Lock()
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._flush: asyncio.Task[None] | None = None
-        self._flushing = asyncio.Lock()  # heartbeats are flushed by one caller at a time
         self._loop: asyncio.AbstractEventLoop | None = None  # set by `follow`
         self._notifier: Notifier | None = None
         self._outdated = asyncio.Event()  # another process has committed a change
         self._follower: asyncio.Task[None] | None = None
         self._own_heartbeat_sequence = 0  # of this process's last flush, which needs no refresh
+        self.heartbeat_writer = HeartbeatWriter(self)
         self.write_behind = WriteBehind(self)
         """The unsaved entries."""
 
@@ -157,12 +145,10 @@ class Replica:
             self._follower.cancel()
             await asyncio.wait([self._follower])
         try:
-            if self._flush is not None:
-                await asyncio.wait([self._flush])
+            await self.heartbeat_writer.finish()
             await self.sync()
         finally:
-            if self._flush_timer is not None:
-                self._flush_timer.cancel()
+            self.heartbeat_writer.stop()
             self._unlisten()
             self.watchers.wake_all()
 
@@ -244,29 +230,8 @@ class Replica:
         return refusals
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
-        """Commit a command, behind the waiting heartbeat of its node."""
-        if self.cache.heartbeats.waiting and not isinstance(command, Create):
-            ids = [id for kind, id in command.related_keys if kind is NodeInfo]
-            node_id = command.id if command.kind is NodeInfo else next(iter(ids), None)
-            if node_id in self.cache.heartbeats.waiting:
-                return self._send_after_heartbeat(command, node_id)
-        return self.database.write(apply, command)
-
-    async def _send_after_heartbeat(self, command: Command, node_id: str) -> Any:
-        # The heartbeat is taken inside the coroutine: one that never runs must not keep it.
-        heartbeats = self.cache.heartbeats.take([node_id])
-        if not heartbeats:
-            return await self.database.write(apply, command)
-        known: Sequence[bool] | None = None
-        try:
-            outcome = await self.database.write(apply, AfterHeartbeat(heartbeats[0], command))
-            known = [True]
-            return outcome
-        except (ConflictError, NotFoundError):
-            known = [True]  # the command was refused, but the heartbeat was written
-            raise
-        finally:
-            self._acknowledge_heartbeats(heartbeats, known)
+        """Commit a command, whatever entries are unsaved."""
+        return self.heartbeat_writer.send(command)
 
     async def update(self, record: Record[Entity]) -> Record[Entity]:
         """Replace the entity of the same version; return the stored record."""
@@ -320,7 +285,7 @@ class Replica:
     async def sync(self) -> None:
         """Flush all unsaved entries and heartbeats; see `StateManager.sync_to_database`."""
         conflicts = await self.write_behind.flush_all()
-        await self.flush_heartbeats()
+        await self.heartbeat_writer.flush()
         self.last_sync_at = self.database.clock()
         if conflicts:
             raise UnsavedConflictError(conflicts)
@@ -388,58 +353,16 @@ class Replica:
         heartbeat = Heartbeat(node_id, self.database.clock(), usage)
         if heartbeat.is_news_to(node, heartbeat.at + WRITTEN_WITHIN):
             self.cache.show_heartbeat(heartbeat)
-            self._flush_later()
+            self.heartbeat_writer.flush_later()
             if node.status is NodeStatus.OFFLINE:
-                await self._write_heartbeats([node_id])
+                await self.heartbeat_writer.write([node_id])
         return True
 
     async def write_heartbeat(self, node_id: str) -> bool:
         """Write a heartbeat before this returns; `False` if there is no such node."""
         is_known = await self.show_heartbeat(node_id, {})
-        async with self._flushing:
-            await self._write_heartbeats([node_id])
+        await self.heartbeat_writer.flush([node_id])
         return is_known
-
-    async def flush_heartbeats(self) -> None:
-        """Write the waiting heartbeats, after a flush that is under way."""
-        async with self._flushing:
-            ids = list(self.cache.heartbeats.waiting)
-            for start in range(0, len(ids), HEARTBEAT_BATCH_SIZE):
-                await self._write_heartbeats(ids[start : start + HEARTBEAT_BATCH_SIZE])
-
-    async def _write_heartbeats(self, node_ids: Sequence[str]) -> None:
-        heartbeats = self.cache.heartbeats.take(node_ids)
-        if not heartbeats:
-            return
-        known: Sequence[bool] | None = None
-        try:
-            known = await self.database.write(apply_heartbeats, heartbeats)
-        finally:
-            self._acknowledge_heartbeats(heartbeats, known)
-
-    def _acknowledge_heartbeats(
-        self, heartbeats: Sequence[Heartbeat], known: Sequence[bool] | None
-    ) -> None:
-        if self.cache.acknowledge_heartbeats(heartbeats, known):
-            self._flush_later()
-
-    def _flush_later(self) -> None:
-        if self._flush_timer is None:
-            loop = asyncio.get_running_loop()
-            # An empty context: that of the caller may have a transaction, which forbids writing.
-            self._flush_timer = loop.call_later(
-                HEARTBEAT_SECONDS, self._flush_now, context=Context()
-            )
-
-    def _flush_now(self) -> None:
-        async def flush() -> None:
-            try:
-                await self.flush_heartbeats()
-            except Exception:  # no caller awaits this task; the heartbeats wait for the next flush
-                logger.exception("heartbeats could not be written; they are tried again")
-
-        self._flush_timer = None
-        self._flush = asyncio.get_running_loop().create_task(flush())
 
     async def _load(self) -> None:
         """Load a new cache, and replace the old one."""

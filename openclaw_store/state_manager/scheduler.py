@@ -174,7 +174,7 @@ class Scheduler:
 
     async def set_silent_offline(self, timeout_seconds: float) -> list[str]:
         patience = check_seconds("timeout_seconds", timeout_seconds)
-        await self._replica.flush_heartbeats()
+        await self._replica.heartbeat_writer.flush()
         commands = []
         for node in await self._replica.nodes.find_stale_nodes(timeout_seconds):
             reason = f"silent for more than {node.lease_seconds or timeout_seconds:g} s"

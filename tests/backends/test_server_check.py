@@ -71,7 +71,8 @@ async def is_refused(location: str, said: str, *, role: str | None = None) -> No
             await asyncio.to_thread(call, backend_of(location))
     with pytest.raises(SchemaMismatchError, match=said):
         await asyncio.to_thread(migrations.downgrade, backend_of(location), "base")
-    assert Level.ERROR in {one.level for one in await diagnose(Database(location))}
+    [found] = [one for one in await diagnose(Database(location)) if one.level is Level.ERROR]
+    assert found.name == "schema"
     assert execute(owner, "SELECT * FROM loot.evidence") == []
 
 
@@ -99,6 +100,12 @@ async def test_whole_store_of_another_role_is_refused(
     async with Database(as_role(location, roles[0])):
         pass
     execute(location, f"GRANT ALL ON {', '.join(TABLES)} TO {roles[1]}")
+    for table, column in (("nodes", "node_id"), ("alembic_version", "version_num")):
+        script(
+            as_role(location, roles[0]),
+            f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY;"
+            f"CREATE POLICY p ON {table} USING (loot.yes({column}))",
+        )
 
     await is_refused(location, "alembic_version belongs to the role")
     await is_refused(location, "alembic_version belongs to the role", role=roles[1])
@@ -200,6 +207,19 @@ async def test_changed_function_is_refused_and_made_again(
     async with Database(location) as again:
         await TaskRepository(again).create(make_task())
     await asyncio.to_thread(migrations.check, backend_of(location))
+
+
+async def test_index_with_operators_of_an_extension_is_the_owners_matter(
+    database: Database, location: str
+) -> None:
+    script(
+        location,
+        "CREATE SCHEMA words; CREATE EXTENSION citext SCHEMA words;"
+        "CREATE INDEX i ON tasks (CAST(name AS words.citext))",
+    )
+
+    async with Database(location) as again:
+        assert not (await verify(again)).problems
 
 
 async def test_other_functions_of_the_name_are_found_and_harm_nothing(

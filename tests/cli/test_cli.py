@@ -704,6 +704,24 @@ class TestUse:
         assert (done.exit_code, "nonsense" in done.output) == (2, True)
         assert done.output.replace("\n", "").isprintable()
 
+    @pytest.mark.sqlite
+    async def test_location_in_place_of_another_argument_is_not_shown(
+        self, run: Run, location: Path
+    ) -> None:
+        """A backup got the password as its name, and could be restored by it."""
+        await run("db", "upgrade")
+        before = sorted(os.listdir(location.parent))
+
+        for url in (
+            "postgresql://anna:hunter2@db/cluster", "mysql://anna:hunter2@db/cluster",
+            "host=db password=hunter2", "anna:hunter2@db/cluster",
+        ):  # fmt: skip
+            for command in ("backup", "restore", "show"):
+                assert "hunter" not in (await run(command, url, status=1)).stderr
+        await run("backup", location.parent / "a@b:c@d.db")
+
+        assert sorted(os.listdir(location.parent)) == sorted([*before, "a@b:c@d.db"])
+
     async def test_location_that_cannot_be_is_told_without_its_password(self, run: Run) -> None:
         nowhere = "postgresql://anna:secret@127.0.0.1:1/cluster"
 

@@ -46,6 +46,7 @@ from openclaw_store.backends.base import CounterStatements, LockRequiredError
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.database import group_commit, metrics
 from openclaw_store.database.group_commit import Writer
+from openclaw_store.database.statements import statements_of
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 
@@ -83,7 +84,9 @@ class Shelf:
         self.stopped = 0
 
     def writer(self, *, clock: Callable[[], datetime] = lambda: NOON) -> Writer:
-        return Writer(cast(Backend, self), Turns(self), clock, PATIENCE)
+        return Writer(
+            cast(Backend, self), Turns(self), clock, PATIENCE, lambda: statements_of("sqlite")
+        )
 
     def write_session(self, until: float, counters: CounterStatements) -> Shelf:
         return self

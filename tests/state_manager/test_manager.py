@@ -54,8 +54,7 @@ from openclaw_store import (
 from openclaw_store.domain.models import LIVE
 from openclaw_store.repositories import retention
 from openclaw_store.state_manager import change_feed as feed
-from openclaw_store.state_manager import load, write_behind
-from openclaw_store.state_manager import replica as replica
+from openclaw_store.state_manager import heartbeat_writer, load, replica, write_behind
 
 FINISHED = [TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED, TaskStatus.TIMEOUT]
 
@@ -1160,8 +1159,8 @@ class TestHeartbeats:
         self, manager: StateManager, node: NodeInfo, clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        assert replica.HEARTBEAT_SECONDS < 1
-        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
+        assert heartbeat_writer.HEARTBEAT_SECONDS < 1
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_SECONDS", 0.01)
 
         await manager.update_heartbeat(node.node_id, cpu_usage=77)
 
@@ -1177,7 +1176,7 @@ class TestHeartbeats:
         self, impatient: StateManager, make_node: MakeNode, clock: FakeClock, location: Location,
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_SECONDS", 0.01)
         node = make_node()
         await impatient.add_node(node)
 
@@ -1233,7 +1232,7 @@ class TestHeartbeats:
 
         holding = start(hold())
         await held.wait()
-        manager._replica._flush_now()
+        manager._replica.heartbeat_writer._flush_now()
         await asyncio.sleep(0)
         syncing = start(manager.sync_to_database())
         for _ in range(20):
@@ -1249,7 +1248,7 @@ class TestHeartbeats:
         self, manager: StateManager, make_node: MakeNode, make_task: MakeTask,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(replica, "HEARTBEAT_BATCH_SIZE", 2)
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_BATCH_SIZE", 2)
         for node in [make_node() for _ in range(5)]:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -1260,7 +1259,9 @@ class TestHeartbeats:
             return await write(apply, operation)
 
         monkeypatch.setattr(manager.db, "write", note)
-        await asyncio.gather(manager._replica.flush_heartbeats(), manager.add_task(make_task()))
+        await asyncio.gather(
+            manager._replica.heartbeat_writer.flush(), manager.add_task(make_task())
+        )
 
         assert sorted(map(str, written)) == ["1", "2", "2", "task"]
         assert written[-1] != "task"
@@ -1269,7 +1270,7 @@ class TestHeartbeats:
     async def test_that_follow_a_slice_that_could_not_be_written_are_tried_again(
         self, manager: StateManager, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(replica, "HEARTBEAT_BATCH_SIZE", 2)
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_BATCH_SIZE", 2)
         for node in [make_node() for _ in range(5)]:
             await manager.add_node(node)
             await manager.update_heartbeat(node.node_id, cpu_usage=50)
@@ -1362,7 +1363,7 @@ class TestHeartbeats:
         node.hostname = "renamed"
         await manager.update_node(node, persist=False)
         await manager.update_heartbeat(node.node_id, cpu_usage=50)
-        await manager._replica.flush_heartbeats()
+        await manager._replica.heartbeat_writer.flush()
 
         manager._replica.cache.discard((NodeInfo, node.node_id))
 
@@ -1607,7 +1608,7 @@ class TestHeartbeats:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Else other managers would take it for lost, when the sync interval is long."""
-        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 0.01)
+        monkeypatch.setattr(heartbeat_writer, "HEARTBEAT_SECONDS", 0.01)
         node.hostname = "renamed"
         await manager.update_node(node, persist=False)
 
@@ -2813,5 +2814,5 @@ class TestAutomaticSynchronisation:
 
 
 def test_constants_are_those_of_the_promises() -> None:
-    assert replica.HEARTBEAT_SECONDS < 1
+    assert heartbeat_writer.HEARTBEAT_SECONDS < 1
     assert retention.CLEANUP_BATCH <= 1_000

@@ -52,7 +52,7 @@ from openclaw_store import (
 )
 from openclaw_store.domain.lifecycle import LOST_TOO_OFTEN, NODE_LOST, OVERDUE
 from openclaw_store.domain.models import ASSIGNED, FINISHED
-from openclaw_store.state_manager import replica as replica
+from openclaw_store.state_manager import heartbeat_writer
 from openclaw_store.state_manager import scheduler as scheduler
 
 
@@ -1404,7 +1404,9 @@ class TestClockTurnedBack:
     async def test_node_that_beats_is_alive_and_its_beats_are_stored(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(replica, "HEARTBEAT_SECONDS", 3600)  # only synchronisation writes them
+        monkeypatch.setattr(
+            heartbeat_writer, "HEARTBEAT_SECONDS", 3600
+        )  # only synchronisation writes them
         node = await cluster.join()
         await cluster.one.update_heartbeat(node, cpu_usage=1)
         await cluster.one.sync_to_database()

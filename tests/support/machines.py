@@ -48,7 +48,7 @@ from openclaw_store import (
     TaskType,
     UnsavedConflictError,
 )
-from openclaw_store.state_manager import replica as replica
+from openclaw_store.state_manager import heartbeat_writer
 from support.examples import in_profile
 
 Result = TypeVar("Result")
@@ -165,7 +165,9 @@ def run_machine(
         suppress_health_check=list(HealthCheck),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replica, "HEARTBEAT_SECONDS", 3600)  # flushed only where the rules say so
+        patch.setattr(
+            heartbeat_writer, "HEARTBEAT_SECONDS", 3600
+        )  # flushed only where the rules say so
         try:
             for done in range(0, examples, 10):  # of a longer run, most are variations of others
                 if seed is not None:

@@ -51,6 +51,7 @@ _TABLES = (
     "archive_runs",
     "archive_voids",
     "leases",
+    "sealing_keys",
     "counters",
 )
 

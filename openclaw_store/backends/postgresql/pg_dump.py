@@ -24,6 +24,7 @@ TABLES = [
     "leases",
     "nodes",
     "past_changes",
+    "sealing_keys",
     "tasks",
 ]
 """The tables of an archive. It has nothing of other roles, which the role may not read, and which

@@ -1,0 +1,267 @@
+"""Rotation: seal all values again by the primary key, or open all of them if there is none.
+
+A value is replaced only if its row still has the version and the value that were read. The content
+does not change, so there is no new version and no entry in the feed. A rotation that was
+interrupted is started again: it skips the values that are sealed by the primary key already.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    Select,
+    Table,
+    Text,
+    case,
+    cast,
+    func,
+    inspect,
+    literal,
+    select,
+    text,
+    tuple_,
+    type_coerce,
+    update,
+)
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from openclaw_store.database.row_codec import places_of
+from openclaw_store.database.sealing import finish_rotation
+from openclaw_store.database.tables import Base
+from openclaw_store.database.types import SealableText
+from openclaw_store.encryption import FIXED_REASONS, SEALED_FIELDS, SealedColumn
+from openclaw_store.errors import KeyRingError, SealedValueError
+
+if TYPE_CHECKING:
+    from openclaw_store.database.database import Database
+    from openclaw_store.encryption.cipher import Cipher
+
+REKEY_BATCH_SIZE = 200
+"""Rows sealed in one transaction; other writers get their turn between two of them."""
+
+_MOST_PASSES = 10
+_BATCH_SECONDS = 60.0
+
+Report = Callable[[str, int, int], None]
+"""Takes the table, and the numbers of rows that are done and in all."""
+
+
+def _legacy(name: str) -> Table:
+    text_columns = [Column(one, Text) for one in ("item", "item_id")]
+    sealed: list[Column[Any]] = [
+        Column(one, SealableText(name, one)) for one in SEALED_FIELDS[name]
+    ]
+    return Table(name, MetaData(), Column("id", Integer, primary_key=True), *text_columns, *sealed)
+
+
+_TABLES: Sequence[Table] = [
+    *(Base.metadata.tables[name] for name in ("nodes", "tasks", "changes", "past_changes")),
+    *map(_legacy, ("legacy_rejected", "legacy_extra")),
+]
+
+
+class KeyUse(NamedTuple):
+    """The values of one column that one key has sealed."""
+
+    table: str
+    column: str
+    key: int | None
+    """`None` for values in clear."""
+    values: int
+
+
+@dataclass
+class Rekeyed:
+    """The result of a rotation; true if nothing is left to do."""
+
+    checked: int = 0
+    """Number of rows."""
+    changed: int = 0
+    """Number of rows that were sealed again, or would be."""
+    problems: list[str] = field(default_factory=list)
+    """The values that could not be opened, each as a sentence."""
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+
+class _Change(NamedTuple):
+    """The new values of a row."""
+
+    key: Sequence[Any]
+    guard: Mapping[str, Any]
+    """The version, if the row has one."""
+    values: Mapping[str, tuple[str, str]]
+    """The old and the new text of columns."""
+
+
+async def rekey(
+    database: Database,
+    *,
+    accept_clear: bool = False,
+    dry_run: bool = False,
+    report: Report | None = None,
+) -> Rekeyed:
+    """Rotate the keys; see `Database.rekey`."""
+    cipher = _cipher_of(database)
+    before = cipher.accepts_clear or cipher.ring.primary is None
+    lenient = cipher.accepting_clear() if accept_clear or before else cipher
+    changed = 0
+    for _ in range(_MOST_PASSES):
+        one = _Pass(database, lenient, dry_run=dry_run, report=report)
+        await one.run()
+        changed += one.found.changed
+        if dry_run or not one.is_unfinished:
+            break
+    found, one.found.changed = one.found, changed
+    if not dry_run and not one.is_unfinished:
+        async with database.transaction() as tx:
+            await finish_rotation(tx, cipher, one.left, is_complete=not found.problems)
+        cipher.accepts_clear = cipher.ring.primary is None or (
+            cipher.accepts_clear and bool(found.problems)
+        )
+    return found
+
+
+def _cipher_of(database: Database) -> Cipher:
+    protection: Any = database.statements.protection
+    if not protection.has_keys:
+        raise KeyRingError("there are no keys: open the database with Database(keys=…)")
+    cipher: Cipher = protection
+    return cipher
+
+
+class _Pass:
+    """One look at all rows."""
+
+    def __init__(
+        self, database: Database, cipher: Cipher, *, dry_run: bool, report: Report | None
+    ) -> None:
+        self._database = database
+        self._cipher = cipher
+        self._dry_run = dry_run
+        self._report = report
+        self.found = Rekeyed()
+        self.is_unfinished = False
+        """True if a row was changed by another writer, so that it must be looked at again."""
+        self.left: set[int] = set()
+        """The keys of values that could not be opened."""
+
+    async def run(self) -> None:
+        for table in await _existing_tables(self._database):
+            [(rows,)] = await _fetch(self._database, select(func.count()).select_from(table))
+            done = 0
+            async for changes, count in self._batches(table):
+                done += count
+                if changes and not self._dry_run:
+                    await self._write(table, changes)
+                self.found.changed += len(changes)
+                if self._report is not None:
+                    self._report(table.name, done, max(rows, done))
+            self.found.checked += done
+
+    async def _batches(self, table: Table) -> AsyncIterator[tuple[Sequence[_Change], int]]:
+        """Yield the changes of rows by primary key, and the number of rows."""
+        keys = list(table.primary_key)
+        version = [table.c.version] if "version" in table.c else []
+        owner = [table.c[name] for name in ("item", "item_id") if name in table.c] or keys
+        places = dict(places_of(table, list(table.c.keys()))).values()
+        stored = [type_coerce(table.c[one.column], Text).label(one.column) for one in places]
+        query = select(*keys, *version, *owner, *stored).order_by(*keys).limit(REKEY_BATCH_SIZE)
+        widths = len(keys), len(keys) + len(version), len(keys) + len(version) + len(owner)
+        rest = query
+        while True:
+            rows = await _fetch(self._database, rest)
+            changes = []
+            for row in rows:
+                key, id = row[: widths[0]], ":".join(map(str, row[widths[1] : widths[2]]))
+                guard = {"version": row[widths[0]]} if version else {}
+                values = self._changes(places, id, row[widths[2] :])
+                if values:
+                    changes.append(_Change(key, guard, values))
+            yield changes, len(rows)
+            if len(rows) < REKEY_BATCH_SIZE:
+                return
+            last = rows[-1][: widths[0]]
+            rest = query.where(tuple_(*keys) > tuple_(*last, types=[one.type for one in keys]))
+
+    def _changes(
+        self, places: Collection[SealedColumn], id: str, stored: Sequence[Any]
+    ) -> Mapping[str, tuple[str, str]]:
+        values: dict[str, tuple[str, str]] = {}
+        for place, old in zip(places, stored, strict=True):
+            if self._cipher.is_current(place, old):
+                continue
+            try:
+                new = self._cipher.storing(place)(id, self._cipher.loading(place)(id, old))
+            except SealedValueError as error:
+                self.found.problems.append(str(error))
+                self.left |= place.key_number(old)
+                continue
+            if new != old:
+                values[place.column] = (old, new)
+        return values
+
+    async def _write(self, table: Table, changes: Sequence[_Change]) -> None:
+        async with self._database.transaction(timeout=_BATCH_SECONDS) as tx:
+            if self._database.dialect == "sqlite":
+                await tx.execute(text("PRAGMA secure_delete=ON"))
+            for change in changes:
+                keys = zip(table.primary_key, change.key, strict=True)
+                guards = [table.c[name] == value for name, value in change.guard.items()]
+                same = [
+                    cast(table.c[name], Text) == literal(old, Text)
+                    for name, (old, _) in change.values.items()
+                ]
+                new = {
+                    name: cast(literal(value, Text), table.c[name].type)
+                    for name, (_, value) in change.values.items()
+                }
+                statement = update(table).where(*(key == one for key, one in keys), *guards, *same)
+                result: Any = await tx.execute(statement.values(new))
+                self.is_unfinished |= result.rowcount != 1
+
+
+async def _fetch(database: Database, query: Select[Any]) -> Sequence[Any]:
+    async def read(session: AsyncSession) -> Sequence[Any]:
+        rows: Sequence[Any] = (await session.execute(query)).all()
+        return rows
+
+    return await database.read(read)
+
+
+async def _existing_tables(database: Database) -> Sequence[Table]:
+    async def read(session: AsyncSession) -> Sequence[Table]:
+        connection = await session.connection()
+        names = await connection.run_sync(
+            lambda one: set(inspect(one).get_table_names(database.schema))
+        )
+        return [table for table in _TABLES if table.name in names]
+
+    return await database.read(read)
+
+
+async def key_uses(database: Database) -> Sequence[KeyUse]:
+    """Count the values of each sealed column by the key that has sealed them."""
+    uses: Counter[tuple[str, str, int | None]] = Counter()
+    for table in await _existing_tables(database):
+        for _, place in places_of(table, list(table.c.keys())):
+            column = cast(table.c[place.column], Text)
+            start = func.substr(column, 1, place.header_length)
+            is_sealed = func.substr(column, 1, len(place.prefix)) == place.prefix
+            header = case((is_sealed, start), else_=literal("", Text))
+            query = select(header, func.count()).where(column != literal("", Text))
+            if place.column == "reason":
+                query = query.where(column.not_in(FIXED_REASONS))
+            rows = await _fetch(database, query.group_by(header))
+            for found, count in rows:
+                key = next(iter(place.key_number(found)), None)
+                uses[table.name, place.column, key] += count
+    return [KeyUse(*use, count) for use, count in sorted(uses.items(), key=repr)]
