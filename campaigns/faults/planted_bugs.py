@@ -33,6 +33,7 @@ from openclaw_store.repositories.heartbeats import Heartbeat
 from openclaw_store.repositories.ready_tasks import ready_tasks
 from openclaw_store.repositories.unit_of_work import Row, UnitOfWork
 from openclaw_store.state_manager.replica import Replica
+from openclaw_store.worker.run import Attempt, Interruption
 
 SLOW_DISK_SECONDS = 0.002
 """Seconds that a commit takes on a slow disk."""
@@ -264,4 +265,17 @@ def abandoned_batch() -> Iterator[None]:
         patch.object(Writer, "_withdraw", withdraw),
         patch.object(WriteTransaction, "finish", finish_late),
     ):
+        yield
+
+
+@bug
+def deaf_handlers() -> Iterator[None]:
+    """P4: a worker that has lost a task lets its handler go on."""
+    interrupt = Attempt.interrupt
+
+    def ignore(self: Attempt, reason: Interruption) -> None:
+        if reason is not Interruption.LOST:
+            interrupt(self, reason)
+
+    with patch.object(Attempt, "interrupt", ignore):
         yield
