@@ -6,6 +6,7 @@ from functools import partial
 
 from benchmarks import (
     claims,
+    life,
     lives,
     loop,
     processes,
@@ -82,6 +83,56 @@ def _of_processes(kind: processes.Kind) -> tuple[Benchmark, ...]:
         ),
     )
 
+
+def _of_life(kind: processes.Kind) -> tuple[Benchmark, ...]:
+    """Return the benchmarks of the whole life of a task on a kind of database."""
+    is_server = kind == "postgresql"
+    prefix, title = ("pg-", "PostgreSQL") if is_server else ("", "SQLite")
+    bare = "asyncpg: FOR UPDATE SKIP LOCKED" if is_server else "sqlite3: BEGIN IMMEDIATE"
+    peers = (
+        (
+            Line("… 1 worker / PgQueuer's queries", "×", at_least(1.2, 2)),
+            Line("… 1 worker / Procrastinate's worker", "×", at_least(1.2, 2)),
+        )
+        if is_server
+        else (Line("… 64 workers / huey's consumer, 64 threads", "×", at_least(4, 6)),)
+    )
+    return (
+        Benchmark(
+            f"{prefix}life",
+            partial(life.life, kind=kind),
+            (
+                Line(
+                    f"{title}: the life of a task by Worker, 1 worker / {bare}, "
+                    "a commit for each step",
+                    "×",
+                    at_least(0.8, 1) if is_server else at_least(0.5, 0.8),
+                ),
+                Line("… 16 workers", "×", at_least(2, 3)),
+                Line("… 64 workers", "×", at_least(2.5, 4) if is_server else at_least(3, 4)),
+                *peers,
+            ),
+            needs_server=is_server,
+        ),
+        Benchmark(
+            f"{prefix}idle-worker",
+            partial(life.idle, kind=kind),
+            (
+                Line(
+                    f"{title}: from the commit of a task to the call of its handler, "
+                    "idle worker, p50",
+                    "ms",
+                    at_most(3, 1),
+                ),
+                Line("… worker in another process", "ms", at_most(8, 4)),
+                Line("… share of a core, idle worker", "%", at_most(1, 0.3)),
+            ),
+            needs_server=is_server,
+        ),
+    )
+
+
+_OF_LIFE = (*_of_life("sqlite"), *_of_life("postgresql"))
 
 _OF_PROCESSES = (*_of_processes("sqlite"), *_of_processes("postgresql"))
 
@@ -256,12 +307,14 @@ BENCHMARKS = (
         needs_server=True,
     ),
     *_OF_PROCESSES,
+    *_OF_LIFE,
     *robust.BENCHMARKS,
     *robust_bulk.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
 
 GROUPS = {
+    "life": tuple(benchmark.name for benchmark in _OF_LIFE),
     "processes": (
         "pg-claims",
         "pg-insert-1",

@@ -48,7 +48,7 @@ WORKERS = 8
 OPEN_TASKS = 300
 """Tasks that are unfinished at a time."""
 
-PAUSE_SECONDS = 0.05, 0.5
+PAUSE_SECONDS = 0.2, 1.2
 """Shortest and longest pause between two faults."""
 
 LONGEST_OVERLAP = LEASE_SECONDS / HEARTBEATS_PER_LEASE + CHECK_SECONDS + 1.0
@@ -143,7 +143,7 @@ class _Story:
             TaskType.BATCH,
             "work",
             parameters={
-                "seconds": 1.2 if kind < 0.003 else random.choice([0.001, 0.01, 0.05]),
+                "steps": 500 if kind < 0.01 else random.choice([1, 2, 10]),
                 "fails": 0.5 < kind < 0.52,
             },
             timeout=1 if kind < 0.003 else None,

@@ -26,7 +26,7 @@ LEASE_SECONDS = 2.0
 """Lease of a worker."""
 
 STEP_SECONDS = 0.005
-"""Pause between two looks of a handler at the clock."""
+"""Pause after each step of a handler."""
 
 GRACES = (0.0, 0.05, 1.0)
 """Seconds that a stopped worker gives its handlers."""
@@ -83,9 +83,8 @@ async def _work(send: Send, location: str, number: int, random: Random) -> None:
         send("began", pid, *key, time.monotonic())
         try:
             wanted: dict[str, Any] = task.parameters
-            until = time.monotonic() + wanted["seconds"]
-            while (now := time.monotonic()) < until:
-                run.progress(max(0.0, 1 - (until - now) / wanted["seconds"]))
+            for step in range(wanted["steps"]):
+                run.progress(step / wanted["steps"], "working")
                 await asyncio.sleep(STEP_SECONDS)
             if wanted["fails"] and task.attempt == 1:
                 raise ValueError("the first attempt fails")
