@@ -19,6 +19,7 @@ from openclaw_store.repositories.commands import (
     PART_SIZE,
     Advance,
     Advanced,
+    Claim,
     Create,
     Recover,
     Register,

@@ -39,6 +39,7 @@ from openclaw_store.repositories import (
     PART_SIZE,
     Advance,
     Advanced,
+    Claim,
     Command,
     Recover,
     Register,
@@ -97,6 +98,8 @@ class Scheduler:
     async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Record[Task]]:
         if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
             await self._replica.write_behind.flush_all()
+        if limit <= PART_SIZE:
+            return list(await self._replica.submit(Claim(node_id, limit, start)))
         parts = claim_in_parts(self._replica.submit, node_id, limit, start=start)
         return [record async for part in parts for record in part]
 

@@ -114,17 +114,19 @@ class Attempt(Run):
             self._work = loop.run_in_executor(executor, call)
         if self.interruption is not None and not self._is_in_thread:  # before it began
             self._work.cancel()
+        limit, timer = self.task.timeout, None
+        if limit is not None:
+            timer = loop.call_later(limit, self.interrupt, Interruption.TIMED_OUT)
         try:
-            await asyncio.wait([self._work], timeout=self.task.timeout)
-            if not self._work.done():
-                self.interrupt(Interruption.TIMED_OUT)
-                await asyncio.wait([self._work])
-        except asyncio.CancelledError:  # the worker ends at once
-            self.interrupt(Interruption.STOPPED)
-            if not self._is_in_thread:
-                await asyncio.wait([self._work])
-            raise
-        return self._work.result()
+            # The cancellation of the caller cancels a coroutine, and waits for its end.
+            result = await self._work
+        finally:
+            if timer is not None:
+                timer.cancel()
+        caller = asyncio.current_task()
+        if caller is not None and caller.cancelling():  # the handler has ignored it
+            raise asyncio.CancelledError
+        return result
 
 
 def is_coroutine_function(handler: Handler) -> bool:

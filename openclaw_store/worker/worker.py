@@ -155,10 +155,10 @@ class Worker:
         try:
             await first_of([*services, *slots])
             await asyncio.wait(slots, timeout=self._grace_seconds)
-            for run in list(self._runs.values()):
-                run.interrupt(Interruption.STOPPED)
+            self._interrupt(Interruption.STOPPED)
             await asyncio.gather(*slots)
         finally:
+            self._interrupt(Interruption.STOPPED)
             for one in (*slots, *services):
                 one.cancel()
             await asyncio.gather(*slots, *services, return_exceptions=True)
@@ -205,6 +205,12 @@ class Worker:
             return None
         return claimed[0] if isinstance(claimed, list) and claimed else None
 
+    async def _claim_now(self, manager: StateManager) -> Task | None:
+        """Return the next task, if there is one; an error will come up again in `_claim`."""
+        with suppress(StoreError):
+            return next(iter(await manager.claim_tasks(self._node_id, start=True)), None)
+        return None
+
     async def _run(
         self, manager: StateManager, executor: ThreadPoolExecutor, task: Task
     ) -> Task | None:
@@ -246,14 +252,10 @@ class Worker:
         """Report the end of a task, and claim the next one; repeat until the lease is lost."""
         claimed: Task | None = None
         while run.interruption is not Interruption.LOST:
-            calls: list[Coroutine[Any, Any, Any]] = [report()]
-            if claimed is None and self._lease.holds.is_set() and not self._stopping.is_set():
-                calls.append(manager.claim_tasks(self._node_id, start=True))
-            # Submitted together, they share a commit.
-            reported, *claims = await asyncio.gather(*calls, return_exceptions=True)
-            for one in claims:
-                if isinstance(one, list) and one:  # an error of the claim will come up again
-                    [claimed] = one
+            is_free = claimed is None and self._lease.holds.is_set()
+            claim = self._claim_now(manager) if is_free and not self._stopping.is_set() else None
+            reported, found = await _together(report(), claim)
+            claimed = found or claimed
             match reported:
                 case InvalidDataError():  # the result cannot be stored
                     report = partial(manager.fail_task, run.task, str(reported))
@@ -264,7 +266,7 @@ class Worker:
                 case ConflictError() | NotFoundError():
                     logger.info("task %r is not the node's any more", run.task.task_id)
                     return claimed
-                case BaseException():
+                case StoreError():
                     raise reported
                 case _:
                     return claimed
@@ -359,8 +361,11 @@ class Worker:
     def _lose_lease(self, reason: str) -> None:
         logger.warning("node %r has lost its lease: %s", self._node_id, reason)
         self._lease.lose()
+        self._interrupt(Interruption.LOST)
+
+    def _interrupt(self, reason: Interruption) -> None:
         for run in self._runs.values():
-            run.interrupt(Interruption.LOST)
+            run.interrupt(reason)
 
     async def _recover(self, manager: StateManager, seconds: float) -> None:
         while True:
@@ -375,3 +380,22 @@ class Worker:
             raise error
         logger.warning("%s, and tried again: %s", what, error)
         await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _together(
+    report: Coroutine[Any, Any, Task], claim: Coroutine[Any, Any, Task | None] | None
+) -> tuple[Task | StoreError, Task | None]:
+    """Submit a report and behind it a claim, so that they share a commit; return both answers."""
+    # Its first step comes when this coroutine waits for the report, and before the commit.
+    claiming = None if claim is None else asyncio.ensure_future(claim)
+    try:
+        reported: Task | StoreError
+        try:
+            reported = await report
+        except StoreError as error:
+            reported = error
+        return reported, None if claiming is None else await claiming
+    finally:
+        if claiming is not None and not claiming.done():  # the worker ends at once
+            claiming.cancel()
+            await asyncio.wait([claiming])
