@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
@@ -111,7 +112,8 @@ class Polling:
         cursor = connection.connection.cursor()
         seen: object = None
         pause = LONGEST_SECONDS
-        while not self._ended.wait(pause):
+        while not self._ended.is_set():
+            time.sleep(pause)  # waiting for an event would take as long as the rest of a poll
             cursor.execute("PRAGMA data_version")
             [[version]] = cursor.fetchall()
             if version == seen:
