@@ -195,6 +195,14 @@ async def _cancel_tasks(store: Store) -> Make:
 
 
 @public(in_batches=True)
+async def _remove_tasks(store: Store) -> Make:
+    user = store.make_task().task_id
+    for _ in range(3):
+        await store.task(user_id=user)
+    return lambda: store.state.remove_tasks(TaskFilter(user=user))
+
+
+@public(in_batches=True)
 async def _requeue_tasks(store: Store) -> Make:
     user = store.make_task().task_id
     for _ in range(3):

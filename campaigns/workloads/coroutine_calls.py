@@ -407,6 +407,11 @@ CALLS: dict[str, Call] = {
         ),
         in_parts=True,
     ),
+    "StateManager.remove_tasks": Call(
+        lambda fixture: fixture.manager.remove_tasks(TaskFilter(user=fixture.id("user"))),
+        hold_unsaved,
+        in_parts=True,
+    ),
     "StateManager.renew_lease": Call(
         lambda fixture: fixture.manager.renew_lease(
             fixture.id("gone"), {fixture.id("running"): _PROGRESS}

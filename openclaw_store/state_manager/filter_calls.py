@@ -24,6 +24,7 @@ from openclaw_store.domain import (
 from openclaw_store.errors import NotFoundError, StaleVersionError
 from openclaw_store.repositories import (
     Command,
+    Remove,
     cancellation_of,
     change_of,
     each_of_pages,
@@ -130,6 +131,26 @@ class FilterCalls(ManagerBase):
             return requeue_of(task.task_id, task.version)
 
         return await self._scheduler.write_selected(self._selection(filter, FINISHED), requeue)
+
+    async def remove_tasks(self, filter: TaskFilter) -> list[str]:
+        """Remove the tasks that match a filter as `remove_task`, live ones too, in batches.
+
+        Args:
+            filter: At least one condition; `TaskFilter.everything()` selects all tasks.
+
+        Returns:
+            The identifiers of the removed tasks.
+
+        Raises:
+            InvalidDataError: If a condition of the filter is invalid.
+            BackendError: If the database could not be written. Tasks removed before stay removed;
+                the call can be repeated.
+        """
+
+        async def remove(task: Record[Task]) -> Command:
+            return Remove(Task, task.task_id, version=task.version)
+
+        return await self._scheduler.write_selected(self._selection(filter), remove)
 
     async def change_tasks(self, filter: TaskFilter, fn: Callable[[Task], object]) -> list[str]:
         """Change the tasks that match a filter as `change_task`, in batches.

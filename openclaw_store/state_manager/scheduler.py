@@ -276,7 +276,7 @@ class Scheduler:
                 if isinstance(outcome, BaseException):
                     if not isinstance(outcome, skipped):
                         raise outcome
-                elif not isinstance(outcome, Advanced) or outcome.is_changed:
+                elif outcome.is_changed if isinstance(outcome, Advanced) else outcome:
                     yield command, outcome
 
     def _write(self, command: Command) -> Coroutine[Any, Any, Any]:

@@ -306,6 +306,7 @@ class TestChanges:
                 for call in (
                     manager.cancel_tasks(filter),
                     manager.requeue_tasks(filter),
+                    manager.remove_tasks(filter),
                     manager.change_tasks(filter, lambda task: None),
                 ):
                     with pytest.raises(InvalidDataError, match=r"TaskFilter\.everything\(\)"):
@@ -340,6 +341,34 @@ class TestChanges:
             assert (found.status, found.retry_count, found.error) == ("pending", 0, None)
         assert [await cluster.task(task.task_id) for task in others] == others
         assert await cluster.one.requeue_tasks(TaskFilter(error_contains="GPU")) == []
+
+    async def test_removed_tasks_free_their_slots(
+        self, cluster: Cluster, both: Sequence[StateManager], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Planted: a task that was removed meanwhile counts as removed by this call."""
+        monkeypatch.setattr(scheduler, "TASK_PAGE_SIZE", 2)
+        await cluster.one.register_node(NodeInfo("atlas", "host", max_concurrent_tasks=2))
+        mine = [await cluster.add(user_id="anna") for _ in range(5)]
+        others = [await cluster.add(user_id="bert") for _ in range(2)]
+        await cluster.one.claim_tasks("atlas", 2)
+        submit, gone = cluster.one._replica.submit, list[str]()
+
+        async def submit_late(command: Any) -> Any:
+            if not gone:
+                gone.append(command.id)
+                await both[1].remove_task(command.id)
+            return await submit(command)
+
+        monkeypatch.setattr(cluster.one._replica, "submit", submit_late)
+
+        done = await cluster.one.remove_tasks(TaskFilter(user="anna"))
+
+        assert sorted(done) == ids([task for task in mine if task.task_id not in gone])
+        left = [one.task_id async for one in both[1].iter_tasks()]
+        assert sorted(left) == ids(others)
+        node = await cluster.one.node_repo.get("atlas")
+        assert node is not None
+        assert node.running_tasks == 0
 
     async def test_each_task_is_changed_once(
         self, cluster: Cluster, both: Sequence[StateManager], monkeypatch: pytest.MonkeyPatch
