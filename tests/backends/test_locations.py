@@ -191,6 +191,15 @@ def test_no_file_is_named_after_a_password(given: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.parametrize("host", ["anna:hunter2%3Asecret:5432", "[anna:hunter2]", "anna:1:hunter2"])
+def test_login_without_its_at_sign_is_no_host(host: str) -> None:
+    """It passed for an address of IPv6, and was shown."""
+    with pytest.raises(InvalidDataError, match=r"has a (host|port) that is n") as caught:
+        backend_of(f"postgresql://{host}/cluster")
+
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("given", ["./a:b@c.db", "/tmp/password=1.db", "a@b.db", "../pwd=.db"])
 def test_path_with_such_letters_is_a_file(given: str) -> None:
     assert isinstance(backend_of(given), SQLite)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
 
@@ -232,9 +233,13 @@ def _port(text: str) -> int:
 
 def _host(host: str | None) -> str:
     host = (host or "").strip("[]")
+    if host.startswith("/"):  # as a socket does
+        return host
     try:
-        if host.startswith("/") or host.encode("idna"):  # as a socket does
+        if ":" in host:  # without an @, a password would pass for a part of such an address
+            ip_address(host)
+        if host.encode("idna"):
             return host
-    except UnicodeError:
+    except ValueError:
         pass
     raise refused(f"has a host that is none: {_ESCAPE}")
