@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from openclaw_store.clusters import ClusterInfo, Clusters
     from openclaw_store.database import Database
     from openclaw_store.domain import (
         Backoff,
@@ -63,6 +64,7 @@ else:
         "state_manager",
         "worker",
         "maintenance.copy",
+        "clusters",
         "maintenance.verify",
         "maintenance.doctor",
     )
@@ -85,7 +87,9 @@ __all__ = [
     "Change",
     "ChangeKind",
     "Clock",
+    "ClusterInfo",
     "ClusterState",
+    "Clusters",
     "CompactedError",
     "ConflictError",
     "Copied",

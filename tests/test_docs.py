@@ -30,6 +30,8 @@ from conftest import FakeClock, Maker, MakeTask
 from support.pages import DOCS, PLACEHOLDER, README, ROOT, Block, blocks, pages
 from typer.testing import CliRunner
 
+import openclaw_store.cli.clusters
+import openclaw_store.cli.copying
 import openclaw_store.cli.metrics
 import openclaw_store.cli.web
 import openclaw_store.cli.work  # noqa: F401 - it adds a command

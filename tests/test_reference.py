@@ -31,7 +31,7 @@ from openclaw_store import (
     errors,
 )
 from openclaw_store.backends.postgresql.location import OPTIONS
-from openclaw_store.cli import metrics, web, work  # noqa: F401 - they add commands
+from openclaw_store.cli import clusters, copying, metrics, web, work  # noqa: F401 - they add commands
 from openclaw_store.cli.commands import app
 from openclaw_store.domain.models import ALIVE, ASSIGNED, FIELD_CHECKS, JSON_CHECKS, LIVE
 from openclaw_store.domain.serialization import STORE_FIELDS
@@ -221,7 +221,7 @@ class TestCommandLine:
                 documented[names] = rest[0] if len(rest) == 2 else "required"
             expected = {}
             for one in command.params:
-                if one.name in ("database", "json"):
+                if one.name in ("database", "cluster", "json"):
                     continue
                 is_argument = one.param_type_name == "argument"
                 spelled = [one.metavar or one.name.upper()] if is_argument else one.opts

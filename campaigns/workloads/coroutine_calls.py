@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 import openclaw_store
 from campaigns.workloads.fixture import Fixture
 from openclaw_store import (
+    Clusters,
     Database,
     NodeFilter,
     NodeInfo,
@@ -211,7 +212,32 @@ async def _copy(fixture: Fixture) -> None:
         await target.close()
 
 
+def _clusters(fixture: Fixture) -> Clusters:
+    """Return the clusters of the manager's server, or of a folder beside its file."""
+    is_file = fixture.db.dialect == "sqlite"
+    return Clusters(fixture.folder / "{cluster}.db" if is_file else fixture.location)
+
+
+async def _with_clusters(fixture: Fixture) -> None:
+    """Have one cluster to rename or drop, and none that a former call has made."""
+    clusters = _clusters(fixture)
+    for name in await clusters.names():
+        await clusters.drop(name, force=True)
+    await clusters.create("old")
+
+
 CALLS: dict[str, Call] = {
+    "Clusters.create": Call(
+        lambda fixture: _clusters(fixture).create("new"), _with_clusters, is_slow=True
+    ),
+    "Clusters.drop": Call(
+        lambda fixture: _clusters(fixture).drop("old"), _with_clusters, is_slow=True
+    ),
+    "Clusters.list": Call(lambda fixture: _clusters(fixture).list()),
+    "Clusters.names": Call(lambda fixture: _clusters(fixture).names()),
+    "Clusters.rename": Call(
+        lambda fixture: _clusters(fixture).rename("old", "new"), _with_clusters, is_slow=True
+    ),
     "Database.__aenter__": Call(_enter_database, after=lambda fixture: fixture.other.db.close()),
     "Database.__aexit__": Call(
         lambda fixture: fixture.other.db.__aexit__(None, None, None),

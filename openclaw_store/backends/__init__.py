@@ -3,7 +3,12 @@
 Drivers, connections and error mapping belong here; tables and rules about tasks do not.
 """
 
-from openclaw_store.backends.atomic_files import rename_to_unused, unused_name, written_aside
+from openclaw_store.backends.atomic_files import (
+    make_folder,
+    rename_to_unused,
+    unused_name,
+    written_aside,
+)
 from openclaw_store.backends.base import (
     DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
@@ -26,6 +31,7 @@ from openclaw_store.backends.cancellation import (
     shield_until_done,
     was_interrupted,
 )
+from openclaw_store.backends.cluster_names import PLACE, check_cluster
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping, unreadable_value
 from openclaw_store.backends.factory import backend_of, has_secret, refuse_location
 from openclaw_store.backends.internals import fetch_raw_rows
@@ -33,4 +39,4 @@ from openclaw_store.backends.notifications import Notifier, OnCommit, notify_of_
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.protocol import array
 from openclaw_store.backends.sqlite.backend import SQLite
-from openclaw_store.backends.sqlite.files import BESIDES
+from openclaw_store.backends.sqlite.files import BESIDES, file_of

@@ -45,13 +45,14 @@ def path_of_cluster(location: str | Path, cluster: str | None) -> str | Path:
     Raises:
         InvalidDataError: If only one of the path and the caller names a cluster.
     """
-    has_place = PLACE in str(location)
+    has_place = str(location).count(PLACE) == 1
     if has_place and cluster is None:
         raise InvalidDataError("cluster", f"is missing, though the path contains {PLACE}")
     if cluster is None:
         return location
     if not has_place:
+        example = f"./data/{PLACE}.db"
         raise InvalidDataError(
-            "db_path", f'must contain {PLACE}, as in "./data/{PLACE}.db": a file is one cluster'
+            "db_path", f"must contain {PLACE} once, as {example} does: a file is one cluster"
         )
     return type(location)(str(location).replace(PLACE, cluster))

@@ -282,7 +282,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
         for beginning, advice in _POSTGRESQL_ADVICE.items():
             if code.startswith(beginning):
                 return UnavailableError(f"{self.location}: {advice}")
-        if own and code.startswith("42"):
+        if own and code.startswith(("42", "3F")):  # 3F: the schema is gone
             return SchemaMismatchError(
                 f"{self.location}: {cause}: its schema is another one, or was changed"
             )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openclaw_store.cli import render
-from openclaw_store.cli.context import AsJson, Call, Group, Location, command
+from openclaw_store.cli.context import AsJson, Call, Cluster, Group, Location, command
 from openclaw_store.domain import WAITING, NodeStatus, TaskStatus, TaskType
 from openclaw_store.errors import NotFoundError, printable
 
@@ -61,18 +61,27 @@ def _print_version(wanted: bool) -> None:
 def _common(
     context: typer.Context,
     database: Location = None,
+    cluster: Cluster = None,
     json: AsJson = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    context.obj = Call(database, json)
+    context.obj = Call(database, json, cluster)
 
 
 @command(app)
-async def status(call: Call) -> None:
+async def status(
+    call: Call,
+    all: Annotated[bool, typer.Option("--all", help="Show all clusters, and their sums.")] = False,
+) -> None:
     """Show nodes and tasks by status, the longest wait, and the age of the newest change."""
+    if all:
+        from openclaw_store.cli.clusters import show_all
+
+        await show_all(call)
+        return
     from openclaw_store.maintenance.summary import summarize
 
     async with call.opened() as database:
@@ -262,7 +271,7 @@ async def doctor(call: Call) -> None:
 
     call.existing()
     # Never opened: opening would change the journal mode and refuse other schemas.
-    database = Database(migrations.location_of(call.location))
+    database = Database(migrations.location_of(call.location), cluster=call.cluster)
     try:
         findings = await diagnose(database)
     finally:
@@ -412,35 +421,6 @@ async def _until_stopped(work: Callable[[Callable[[], bool]], Path | None]) -> P
         if done.exception() is None:
             return done.result()  # Ctrl-C came too late
         raise
-
-
-@command(app)
-async def copy(
-    call: Call,
-    source: Annotated[str, typer.Argument(metavar="FROM", help="A file or a URL.")],
-    target: Annotated[str, typer.Argument(metavar="TO", help="A file or a URL, new or empty.")],
-) -> None:
-    """Copy the whole state to another database, of either kind.
-
-    Start an interrupted copy again to continue it.
-    """
-    from openclaw_store.database import Database
-    from openclaw_store.maintenance.copy import copy
-
-    # No `async with` for the target: it would open, and so migrate, a half of a copy.
-    async with Call(source, as_json=False).opened() as origin:
-        destination = Database(target)
-        try:
-            with render.progress("copying") as report:
-                copied = await copy(origin, destination, report=report)
-        finally:
-            await destination.close()
-    call.show(
-        {"source": origin.db_path, "target": destination.db_path, **asdict(copied)},
-        f"{render.number(copied.tasks, 'task')}, {render.number(copied.nodes, 'node')} and "
-        f"{render.number(copied.changes, 'change')} copied to {destination.db_path}",
-        f"checksum {copied.checksum}",
-    )
 
 
 @command(app)

@@ -33,6 +33,12 @@ Location = Annotated[
         show_default=False,
     ),
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster", metavar="NAME", help="One of many clusters in it.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
@@ -42,13 +48,14 @@ class Call:
 
     location: str | None
     as_json: bool
+    cluster: str | None = None
 
     @property
     def backend(self) -> Backend:
         """The backend of the database; nothing is opened."""
         from openclaw_store.database import migrations
 
-        return migrations.named_by(self.location)
+        return migrations.named_by(self.location, self.cluster)
 
     def existing(self) -> Backend:
         """Return the backend of a database, of which the file must exist."""
@@ -68,7 +75,7 @@ class Call:
         backend = self.existing()
         # Before opening, which turns the WAL on: the file may belong to another program.
         await asyncio.to_thread(migrations.require, backend)
-        database = Database(migrations.location_of(self.location))
+        database = Database(migrations.location_of(self.location), cluster=self.cluster)
         try:
             await database.initialize(migrate=False)
             yield database
@@ -122,10 +129,14 @@ def _without_locations(message: str, given: list[str]) -> str:
 
 
 def _warn_of_passwords(*given: Any) -> None:
-    from openclaw_store.backends import backend_of
+    from openclaw_store.backends import PLACE, backend_of
     from openclaw_store.database import migrations
 
-    locations = [backend_of(one).location for one in given if isinstance(one, str)]
+    locations = [
+        backend_of(one, cluster="a" if PLACE in one else None).location
+        for one in given
+        if isinstance(one, str)
+    ]
     if any(":***@" in location for location in locations):
         advice = f"use {migrations.URL_VARIABLE}, {migrations.FILE_VARIABLE} or ~/.pgpass"
         reason = "all users of this machine can read a password on a command line"
@@ -134,6 +145,7 @@ def _warn_of_passwords(*given: Any) -> None:
 
 def command(
     group: typer.Typer,
+    name: str | None = None,
 ) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
     """Register a coroutine function as a command with the common options.
 
@@ -144,7 +156,8 @@ def command(
         def run(context: typer.Context, **given: Any) -> None:
             common: Call = context.obj  # from the options before the name of the command
             location, as_json = given.pop("database"), given.pop("json")
-            call = Call(location or common.location, as_json or common.as_json)
+            cluster = given.pop("cluster") or common.cluster
+            call = Call(location or common.location, as_json or common.as_json, cluster)
             try:
                 _warn_of_passwords(call.location, given.get("source"), given.get("target"))
                 asyncio.run(work(call, **given))
@@ -162,10 +175,11 @@ def command(
                 inspect.Parameter("context", keyword, annotation=typer.Context),
                 *(own.replace(kind=keyword) for own in [*signature.parameters.values()][1:]),
                 inspect.Parameter("database", keyword, annotation=Location, default=None),
+                inspect.Parameter("cluster", keyword, annotation=Cluster, default=None),
                 inspect.Parameter("json", keyword, annotation=AsJson, default=False),
             ]
         )
         run.__name__, run.__doc__ = work.__name__, work.__doc__
-        return group.command()(run)
+        return group.command(name)(run)
 
     return register

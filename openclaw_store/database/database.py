@@ -20,6 +20,7 @@ from openclaw_store.backends import (
     DEFAULT_ANSWER_SECONDS,
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
+    PLACE,
     STOPPING_SECONDS,
     CounterStatements,
     Notifier,
@@ -33,7 +34,6 @@ from openclaw_store.backends import (
     shield_until_done,
     was_interrupted,
 )
-from openclaw_store.backends.cluster_names import PLACE
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import legacy_import, migrations, sealing
 from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer

@@ -59,6 +59,9 @@ URL_VARIABLE = "OPENCLAW_STORE_URL"
 FILE_VARIABLE = "OPENCLAW_STORE_URL_FILE"
 """Environment variable with the path of a file that contains the location."""
 
+OWN_TABLES = frozenset({*Base.metadata.tables, schema_check.VERSION_TABLE})
+"""The tables of the store."""
+
 _PACKAGE = Path(__file__).parent.parent
 # The wheel has the scripts inside the package, a checkout beside it.
 SCRIPTS = next(
@@ -347,6 +350,12 @@ def _make_function(connection: Connection) -> None:
 
     scripts = ScriptDirectory.from_config(_config(connection))
     connection.exec_driver_sql(scripts.get_revision("0010").module.function(schema, scripts))
+
+
+def replace_function(connection: Connection) -> None:
+    """Define the function anew, for tables that were moved to the schema of the connection."""
+    connection.exec_driver_sql(f"DROP FUNCTION {qualified(schema_of(connection), FUNCTION)}")
+    _make_function(connection)
 
 
 def _config(connection: Connection) -> Config:

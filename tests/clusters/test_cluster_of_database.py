@@ -201,8 +201,9 @@ async def test_function_with_the_names_of_another_cluster_is_found(places: str) 
         assert "to_hex(own)" in source
         execute(places, source.replace("'openclaw_store_' || to_hex(own)", "'openclaw_store'"))
 
-        assert not await verify(berlin)
-        with pytest.raises(SchemaMismatchError, match="store_write"):
+        with pytest.raises(SchemaMismatchError, match=r"berlin\.store_write"):
+            await verify(berlin)
+        with pytest.raises(SchemaMismatchError, match=r"berlin\.store_write"):
             await asyncio.to_thread(migrations.check, backend_of(places, cluster="berlin"))
 
 
