@@ -198,6 +198,8 @@ SET enable_hashjoin = off
 SET enable_mergejoin = off
 SET enable_material = off
 SET enable_bitmapscan = off
+SET enable_sort = off
+SET enable_incremental_sort = off
 AS $$
 #variable_conflict use_column
 DECLARE

@@ -23,6 +23,7 @@ from campaigns.scenarios import (
     power,
     processes,
     soak,
+    stalls,
 )
 
 CAMPAIGNS: tuple[Campaign, ...] = (
@@ -45,4 +46,5 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     clock.CAMPAIGN,
     machine_clock.CAMPAIGN,
     soak.CAMPAIGN,
+    stalls.CAMPAIGN,
 )

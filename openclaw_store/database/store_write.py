@@ -28,7 +28,7 @@ BODIES = {
 SETTINGS = [
     "search_path=pg_catalog, pg_temp", "plan_cache_mode=force_generic_plan", "jit=off",
     *(f"enable_{kind}=off" for kind in ("seqscan", "hashjoin", "mergejoin", "material")),
-    "enable_bitmapscan=off",
+    *(f"enable_{kind}=off" for kind in ("bitmapscan", "sort", "incremental_sort")),
 ]  # fmt: skip
 """Its settings, in the order in which the server stores them."""
 

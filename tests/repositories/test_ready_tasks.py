@@ -125,3 +125,11 @@ async def test_search_does_not_grow_with_the_groups_of_other_skills(cluster: Clu
     _, after = await steps_of_claim(cluster, node)
 
     assert after <= 1.2 * before
+
+
+@pytest.mark.postgresql
+async def test_function_sorts_no_tasks(cluster: Cluster, location: Location) -> None:
+    """With statistics of an empty table, a claim read 10,000 tasks by their status, and sorted."""
+    [[settings]] = execute(location, "SELECT proconfig FROM pg_proc WHERE proname ~ '^store_write'")
+
+    assert {"enable_sort=off", "enable_incremental_sort=off"} <= set(settings)
