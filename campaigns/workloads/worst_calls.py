@@ -12,6 +12,7 @@ from openclaw_store import (
     Database,
     NodeFilter,
     NodeInfo,
+    NodeStatus,
     StateManager,
     Task,
     TaskFilter,
@@ -90,7 +91,7 @@ async def _hold(crowd: Crowd) -> None:
 
 async def _lose(crowd: Crowd) -> None:
     await _hold(crowd)
-    await crowd.store.update_node_status("crowd", "offline")
+    await crowd.store.update_node_status("crowd", NodeStatus.OFFLINE)
 
 
 async def _copy(crowd: Crowd) -> None:
