@@ -10,8 +10,7 @@ def main() -> None:
     """Run the command line, or name the missing packages."""
     if not all(map(find_spec, ("typer", "rich"))):
         sys.exit('the command line needs typer and rich: pip install "openclaw-store[cli]"')
-    from openclaw_store.cli import clusters, copying, metrics, web, work  # noqa: F401 - they add commands
-    from openclaw_store.cli.commands import main as run
+    from openclaw_store.cli.main import main as run
 
     run()
 

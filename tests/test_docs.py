@@ -30,11 +30,6 @@ from conftest import FakeClock, Maker, MakeTask
 from support.pages import DOCS, PLACEHOLDER, README, ROOT, Block, blocks, pages
 from typer.testing import CliRunner
 
-import openclaw_store.cli.clusters
-import openclaw_store.cli.copying
-import openclaw_store.cli.metrics
-import openclaw_store.cli.web
-import openclaw_store.cli.work  # noqa: F401 - it adds a command
 from campaigns.scenarios.catalogue import CAMPAIGNS
 from devtools.postgres import Databases, wait_until
 from openclaw_store import (
@@ -46,7 +41,7 @@ from openclaw_store import (
     TaskType,
     errors,
 )
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.testing import create_database
 
 HOW_TO = DOCS / "how-to"

@@ -31,8 +31,7 @@ from openclaw_store import (
     errors,
 )
 from openclaw_store.backends.postgresql.location import OPTIONS
-from openclaw_store.cli import clusters, copying, metrics, web, work  # noqa: F401 - they add commands
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.domain.models import ALIVE, ASSIGNED, FIELD_CHECKS, JSON_CHECKS, LIVE
 from openclaw_store.domain.serialization import STORE_FIELDS
 from openclaw_store.domain.validation import (

@@ -36,7 +36,7 @@ from openclaw_store import (
 from openclaw_store.backends import atomic_files
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.sqlite import connections
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.database import migrations
 from openclaw_store.errors import logger_of
 from openclaw_store.maintenance.copy import copy

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -236,52 +235,6 @@ async def watch(
             await live_view.view(database, batches)
 
 
-@command(app)
-async def verify(
-    call: Call,
-    repair: Annotated[bool, typer.Option("--repair", help="Repair without data loss.")] = False,
-) -> None:
-    """Check the invariants of the state, while the database is in use.
-
-    The exit status is 1 if a problem is left.
-    """
-    from openclaw_store.maintenance.verify import verify
-
-    async with call.opened() as database:
-        with render.progress("reading") as report:
-            found = await verify(database, repair=repair, report=report)
-    call.show(
-        {"is_sound": bool(found), **asdict(found)},
-        *([lambda: render.problems(found.problems)] if found.problems else []),
-        *(f"(remark) {remark.text}" for remark in found.remarks),
-        render.verdict(found),
-    )
-    if not found:
-        raise typer.Exit(1)
-
-
-@command(app)
-async def doctor(call: Call) -> None:
-    """Check the environment of the database.
-
-    The database may be in any state, and is not changed. The exit status is 1 after an error.
-    """
-    from openclaw_store.database import Database, migrations
-    from openclaw_store.maintenance.doctor import Level, diagnose
-
-    call.existing()
-    # Never opened: opening would change the journal mode and refuse other schemas.
-    database = Database(migrations.location_of(call.location), cluster=call.cluster)
-    try:
-        findings = await diagnose(database)
-    finally:
-        await database.close()
-    is_well = all(finding.level is not Level.ERROR for finding in findings)
-    call.show({"is_well": is_well, "findings": findings}, lambda: render.findings(findings))
-    if not is_well:
-        raise typer.Exit(1)
-
-
 @command(db)
 async def upgrade(
     call: Call,
@@ -478,12 +431,3 @@ async def compact(
         with render.progress("removing"):
             count = await compact_feed(database, days)
     call.show({"changes": count}, f"{render.number(count, 'change')} removed")
-
-
-def main() -> None:
-    """Run the command line, and end the process."""
-    # Without this, a name with letters that the terminal cannot show would end the program.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    app(prog_name="openclaw-store")

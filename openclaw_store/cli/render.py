@@ -174,15 +174,13 @@ def changes(found: Iterable[Change], *, of_one: bool = False) -> Table:
 
 
 def problems(found: Iterable[Problem]) -> Table:
-    """Make a table with one line per problem."""
-    rows = (
-        (
-            problem.invariant,
-            "repaired" if problem.is_repaired else "can be repaired" if problem.is_safe else "",
-            problem.text,
-        )
-        for problem in found
-    )
+    """Make a table with one line per problem, and one for its advice."""
+    rows: list[tuple[str, str, str]] = []
+    for problem in found:
+        state = "repaired" if problem.is_repaired else "can be repaired" if problem.is_safe else ""
+        rows.append((problem.invariant, state, problem.text))
+        if problem.advice and not problem.is_repaired:
+            rows.append(("", "", f"→ {problem.advice}"))
     return table(("invariant", "", "problem"), rows)
 
 
@@ -196,8 +194,8 @@ def findings(found: Iterable[Finding]) -> Table:
     return table(("", "", ""), rows)
 
 
-def verdict(found: Verification) -> str:
-    """Format the result of `verify` in one line."""
+def verdict(found: Verification, *, was_repaired: bool) -> str:
+    """Format the result of `verify` in one line; `was_repaired` if it repaired what it could."""
     left = [problem for problem in found.problems if not problem.is_repaired]
     safe = sum(problem.is_safe for problem in left)
     repaired = len(found.problems) - len(left)
@@ -205,8 +203,12 @@ def verdict(found: Verification) -> str:
         f"{sum(found.checked.values()):,} values were checked",
         "no problem is left" if found else number(len(left) + found.omitted, "problem is", "left"),
         *([number(repaired, "problem was", "repaired")] if repaired else []),
-        *([f"verify --repair can repair {safe:,} of them"] if safe else []),
+        *([] if found.is_complete else ["the rows were not checked"]),
     ]
+    if safe and was_repaired:
+        parts.append(f"{safe:,} of them could not be repaired, or are gone: verify again")
+    elif safe:
+        parts.append(f"verify --repair can repair {safe:,} of them")
     return "; ".join(parts)
 
 

@@ -7,12 +7,14 @@ from openclaw_store.database.change_chain import history_of
 from openclaw_store.database.claim_statements import SKILL_GROUPS
 from openclaw_store.database.cluster_id import cluster_id_of
 from openclaw_store.database.database import Database
+from openclaw_store.database.difference import Difference
 from openclaw_store.database.group_commit import Apply
 from openclaw_store.database.legacy_import import LegacyImport
 from openclaw_store.database.migrations import (
     COPYING,
     COPYING_HEAD,
     HEAD,
+    differences,
     names_of_tables,
     overloads,
     require_unchanged,
@@ -50,5 +52,12 @@ from openclaw_store.database.tables import (
     TaskRow,
     table_of,
 )
-from openclaw_store.database.types import SealableText, UtcTime, from_microseconds, to_microseconds
+from openclaw_store.database.types import (
+    EnumValue,
+    Json,
+    SealableText,
+    UtcTime,
+    from_microseconds,
+    to_microseconds,
+)
 from openclaw_store.database.write_transaction import WriteTransaction

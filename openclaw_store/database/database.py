@@ -388,6 +388,17 @@ class Database:
         self._check_process()
         return await shield_until_done(asyncio.to_thread(self._backend.inspect, work))
 
+    async def alter(self, work: Callable[[Connection], Result]) -> Result:
+        """Run `work`, which changes the schema, on a thread, in a transaction of its own.
+
+        It excludes all migrations. The schema is not checked: only repairs may need this.
+
+        Raises:
+            UnavailableError: If the database is locked, or cannot be reached.
+        """
+        self._check_process()
+        return await shield_until_done(asyncio.to_thread(self._backend.migrate, work))
+
     def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
         """Submit an operation to the writer; the coroutine returns its result after the commit.
 

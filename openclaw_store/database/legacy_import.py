@@ -115,7 +115,7 @@ def is_legacy(connection: Connection) -> bool:
         return False
     inspector = inspect(connection)
     tables = set(inspector.get_table_names())
-    if "alembic_version" in tables or not tables.issuperset(_NEEDED):
+    if tables & {"alembic_version", "counters"} or not tables.issuperset(_NEEDED):
         return False
     return all(
         needed <= {column["name"].lower() for column in inspector.get_columns(name)}

@@ -17,6 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from openclaw_store.database.difference import Difference
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.errors import SchemaMismatchError, safe_repr
 
@@ -112,6 +113,25 @@ def require(
 ) -> None:
     """Refuse a file without exactly the expected tables and indexes, or with dangerous objects.
 
+    Arguments are those of `compare`.
+
+    Raises:
+        SchemaMismatchError: With the first object that differs.
+    """
+    for difference in compare(connection, expected, optional, replaced):
+        raise refusal(connection, difference.text)
+
+
+def compare(
+    connection: Connection,
+    expected: Schema,
+    optional: Schema,
+    replaced: frozenset[str] = frozenset(),
+) -> Iterator[Difference]:
+    """Yield the objects that differ from the expected tables and indexes, or are dangerous.
+
+    The remedies are those for the schema of the models.
+
     Args:
         expected: The definitions of the revision.
         optional: Definitions of further tables that the file may have.
@@ -119,71 +139,123 @@ def require(
             columns, and it drops their indexes and triggers.
 
     Raises:
-        SchemaMismatchError: With the first object that differs.
+        SchemaMismatchError: If the catalogue is no list of ordinary objects.
     """
     objects = read_objects(connection)
     known = {**optional, **expected, VERSION_TABLE: _VERSION}
     names = {*Base.metadata.tables, *known} - replaced
     mention = re.compile(rf"\b({'|'.join({*names, *replaced})})\b", re.IGNORECASE)
+    present = {one.name for one in objects}
+    for name in sorted(expected.keys() - present):
+        table = next((table for table, made in _indexes().items() if name in made), None)
+        text = f"it lacks {name}, {_shown(expected[name])}"
+        if table is None:
+            yield Difference(text)
+        elif table in present:
+            yield Difference(text, [_sql()[name]], is_safe=True)
+    roots = [one.root for one in objects if one.root]
+    if len(set(roots)) < len(roots) or 1 in roots:  # 1 is the root of `sqlite_master` itself
+        yield Difference("two of its tables or indexes share pages")
+    for one in objects:
+        if one.sql is None or (one.table.lower() in replaced and one.type in _DROPPED):
+            continue
+        drop = [f"DROP {one.type.upper()} {_quoted(one.name)}"]
+        if one.name in known:
+            found, wanted = normalised(one.sql), known[one.name]
+            if found != wanted:
+                added, lacking = set(found) - set(wanted), set(wanted) - set(found)
+                text = f"the {one} has {_shown(added)} instead of {_shown(lacking)}"
+                yield _changed(connection, one, text)
+        elif one.name.lower() in names:
+            yield Difference(f"the {one} has the name of a part of the store", drop)
+        elif one.type == "table":
+            yield from _dangers(one, connection)
+        elif mention.search(f"{one.table} {one.sql}"):
+            yield Difference(f"the {one} names a table of the store", drop)
 
-    def problems() -> Iterator[str]:
-        for name in sorted(expected.keys() - {one.name for one in objects}):
-            yield f"it lacks {name}, {_shown(expected[name])}"
-        roots = [one.root for one in objects if one.root]
-        if len(set(roots)) < len(roots) or 1 in roots:  # 1 is the root of `sqlite_master` itself
-            yield "two of its tables or indexes share pages"
-        for one in objects:
-            if one.sql is None or (one.table.lower() in replaced and one.type in _DROPPED):
-                continue
-            if one.name in known:
-                found, wanted = normalised(one.sql), known[one.name]
-                if found != wanted:
-                    added, lacking = set(found) - set(wanted), set(wanted) - set(found)
-                    yield f"the {one} has {_shown(added)} instead of {_shown(lacking)}"
-            elif one.name.lower() in names:
-                yield f"the {one} has the name of a part of the store"
-            elif one.type == "table":
-                yield from _dangers(one, connection)
-            elif mention.search(f"{one.table} {one.sql}"):
-                yield f"the {one} names a table of the store"
 
-    for problem in problems():
-        raise refusal(connection, problem)
+def _changed(connection: Connection, one: Object, text: str) -> Difference:
+    """Return the difference of an object that has another definition."""
+    sql = _sql()
+    if one.type == "index" and one.name in sql:
+        remedy = [f"DROP INDEX {one.name}", sql[one.name]]
+        return Difference(text, remedy, is_safe=True)
+    if one.type != "table" or one.name not in Base.metadata.tables:
+        return Difference(text)
+    columns = f"SELECT name FROM pragma_table_xinfo('{one.name}')"
+    there = [name for (name,) in connection.exec_driver_sql(columns)]
+    ours = Base.metadata.tables[one.name].columns
+    lost = [
+        name for name, column in ours.items()
+        if name not in there and not column.nullable and column.server_default is None
+    ]  # fmt: skip
+    if lost:  # nothing can give their values back
+        return Difference(text)
+    kept = ", ".join(name for name in ours.keys() if name in there)  # noqa: SIM118
+    new = f"new_{one.name}"
+    remedy = [
+        sql[one.name].replace(f"CREATE TABLE {one.name} ", f"CREATE TABLE {new} ", 1),
+        f"INSERT INTO {new} ({kept}) SELECT {kept} FROM {one.name}",
+        f"DROP TABLE {one.name}",
+        f"ALTER TABLE {new} RENAME TO {one.name}",
+        *_indexes()[one.name].values(),
+    ]
+    return Difference(text, remedy, is_safe=set(there) <= set(ours.keys()))
 
 
-def _dangers(table: Object, connection: Connection) -> Iterator[str]:
+def _dangers(table: Object, connection: Connection) -> Iterator[Difference]:
     """Yield what keeps a table of another program from being ignored.
 
     Checks would evaluate its expressions. A reference to a column of the store that is no key makes
     every removal fail.
     """
-    quoted = table.name.replace("'", "''")
+    quoted, drop = table.name.replace("'", "''"), [f"DROP TABLE {_quoted(table.name)}"]
     references = 'SELECT "table", "to" FROM pragma_foreign_key_list(\'{}\')'
     for name, column in connection.exec_driver_sql(references.format(quoted)):
         ours = Base.metadata.tables.get(name.lower())
         if ours is not None and column is not None and column.lower() not in ours.primary_key:
-            yield f"the {table} refers to {safe_repr(column)} of {name}, which is no key"
+            text = f"the {table} refers to {safe_repr(column)} of {name}, which is no key"
+            yield Difference(text, drop)
     columns = "SELECT name FROM pragma_table_xinfo('{}') WHERE hidden"
     for (name,) in connection.exec_driver_sql(columns.format(quoted)):
-        yield f"the {table} has a generated column, {safe_repr(name)}"
+        yield Difference(f"the {table} has a generated column, {safe_repr(name)}", drop)
     indexes = (
         "SELECT one.name FROM pragma_index_list('{}') AS one WHERE partial"
         " OR EXISTS (SELECT 1 FROM pragma_index_xinfo(one.name) WHERE cid = -2)"
     )
     for (name,) in connection.exec_driver_sql(indexes.format(quoted)):
-        yield f"the {table} has an index with an expression, {safe_repr(name)}"
+        text = f"the {table} has an index with an expression, {safe_repr(name)}"
+        yield Difference(text, [f"DROP INDEX {_quoted(name)}"])
 
 
 @cache
 def head() -> Schema:
     """Return the definitions of the models."""
+    return {name: normalised(sql) for name, sql in _sql().items()}
+
+
+@cache
+def _sql() -> Mapping[str, str]:
+    """Return the statements that make the tables and indexes of the models."""
     dialect = SQLiteDialect()
-    made = dict(UNCOMPARED_INDEXES)
+    tables = {
+        table.name: str(CreateTable(table).compile(dialect=dialect)).strip()
+        for table in Base.metadata.sorted_tables
+    }
+    return tables | {name: sql for indexes in _indexes().values() for name, sql in indexes.items()}
+
+
+@cache
+def _indexes() -> Mapping[str, Mapping[str, str]]:
+    """Return the statements that make the indexes of each table."""
+    dialect, made = SQLiteDialect(), dict[str, dict[str, str]]()
     for table in Base.metadata.sorted_tables:
-        made[table.name] = str(CreateTable(table).compile(dialect=dialect))
-        for index in table.indexes:
-            made[str(index.name)] = str(CreateIndex(index).compile(dialect=dialect))
-    return {name: normalised(sql) for name, sql in made.items()}
+        made[table.name] = {
+            str(index.name): str(CreateIndex(index).compile(dialect=dialect))
+            for index in sorted(table.indexes, key=lambda index: str(index.name))
+        }
+    made["tasks"].update(UNCOMPARED_INDEXES)
+    return made
 
 
 def definitions(connection: Connection) -> Schema:
@@ -229,11 +301,19 @@ def _in_order(body: str) -> list[str]:
     return sorted(parts)
 
 
+def _quoted(name: str) -> str:
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
+
+
 def _shown(parts: Iterable[str]) -> str:
     return safe_repr(", ".join(parts))
 
 
-_VERSION = normalised(
-    f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) NOT NULL,"
+CREATE_VERSION = (
+    "CREATE TABLE IF NOT EXISTS {} (version_num VARCHAR(32) NOT NULL,"
     f" CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY (version_num))"
 )
+"""The statement that makes Alembic's table, with a place for its name."""
+
+_VERSION = normalised(CREATE_VERSION.replace("IF NOT EXISTS ", "").format(VERSION_TABLE))

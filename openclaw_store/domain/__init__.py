@@ -52,6 +52,7 @@ from openclaw_store.domain.progress import (
     Progress,
     decode_progress,
     encode_progress,
+    is_progress,
     progress_of,
 )
 from openclaw_store.domain.records import (
@@ -74,6 +75,8 @@ from openclaw_store.domain.validation import (
     MAX_ID_LENGTH,
     MAX_INTEGER,
     MAX_JSON_BYTES,
+    MAX_JSON_DEPTH,
+    MAX_TEXT_LENGTH,
     LongValueError,
     Steps,
     check_count,

@@ -51,6 +51,18 @@ def encode_progress(progress: Mapping[str, Progress]) -> str:
     return orjson.dumps({id: vars(one) for id, one in progress.items()}).decode()
 
 
+def is_progress(text: Any) -> bool:
+    """Return `True` if `decode_progress` can read a stored value."""
+    try:
+        values: Any = orjson.loads(text)
+        for one in values.values():
+            read_time("reported_at", one["reported_at"])
+            progress_of(one["attempt"], one["fraction"], one["note"], one["reported_at"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
 def decode_progress(text: str | None, task_id: str, attempt: int) -> Progress | None:
     """Return the progress of an attempt from JSON; `None` if there is none."""
     try:

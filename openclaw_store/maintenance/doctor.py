@@ -18,26 +18,24 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, inspect, select, text
+from sqlalchemy import Connection, select, text
 
 from openclaw_store.backends import schema_of
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import (
     COPYING,
-    FUNCTION,
     HEAD,
     Base,
     Database,
     NodeRow,
     legacy_import,
     names_of_tables,
-    overloads,
-    require_unchanged,
     stored,
 )
 from openclaw_store.domain import Clock
-from openclaw_store.errors import BackendError, SchemaMismatchError, shown
+from openclaw_store.errors import BackendError, SchemaMismatchError
+from openclaw_store.maintenance.schema import find_differences
 
 MOUNTS = Path("/proc/self/mountinfo")
 """Linux's table of mounted file systems."""
@@ -353,16 +351,17 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
     name = "schema"
     advice = "run `openclaw-store db upgrade`"
     try:
-        revision = stored(connection)
+        revision, tables = stored(connection), names_of_tables(connection)
     except SchemaMismatchError as error:
         yield _error(name, f"{error}.", "do not open it, unless you know the cause")
         return
-    tables = names_of_tables(connection)
     if revision is None:
         if not tables & {"tasks", "nodes"}:
             yield _error(name, "The database has no tables yet.", advice)
         elif connection.dialect.name == "sqlite" and legacy_import.is_legacy(connection):
             yield _error(name, "The schema is a legacy one.", f"{advice}, which imports it")
+        elif Base.metadata.tables.keys() <= tables:
+            yield from _check_tables(connection)
         else:
             yield _error(name, "The tables are of another program.", "give another path")
     elif revision.startswith(COPYING):
@@ -371,42 +370,20 @@ def _check_schema(connection: Connection) -> Iterator[Finding]:
         text = f"The schema is {revision}; this version of the library needs {HEAD}."
         yield _error(name, text, "upgrade the library" if revision > HEAD else advice)
     else:
-        yield _check_current_schema(connection)
+        yield from _check_tables(connection)
 
 
-def _check_current_schema(connection: Connection) -> Finding:
-    name, is_good = "schema", f"The schema is {HEAD}, which this version of the library needs."
-    schema = schema_of(connection)
-    try:
-        is_complete = require_unchanged(connection, HEAD)
-    except SchemaMismatchError as error:
-        return _error(name, f"{error}.", "do not open it, unless you know the cause")
-    if not is_complete:
-        return _error(
-            name, f"The function {FUNCTION} is missing.", "run `openclaw-store db upgrade`"
-        )
-    missing: set[str] = set()
-    if schema is not None:
-        for table in Base.metadata.sorted_tables:
-            present = {
-                index["name"] for index in inspect(connection).get_indexes(table.name, schema)
-            }
-            missing |= {str(index.name) for index in table.indexes} - present
-    if others := overloads(connection):
-        return _judge(
-            name,
-            False,
-            is_good,
-            "drop it, if you know where it comes from: it is never called, but GRANT fails",
-            otherwise=f"There is another function {shown(others[0])}.",
-        )
-    return _judge(
-        name,
-        not missing,
-        is_good,
-        "create the indexes again: without them, queries read whole tables",
-        otherwise=f"The schema is {HEAD}, but lacks {', '.join(sorted(missing))}.",
-    )
+def _check_tables(connection: Connection) -> Iterator[Finding]:
+    """Yield one finding for each difference of the schema."""
+    found = find_differences(connection)
+    for one in found:
+        name = "counters" if one.invariant == "counters" else "schema"
+        repair = "run `openclaw-store verify --repair`, which runs: " if one.is_safe else ""
+        level = Level.ERROR if one.is_blocking else Level.WARNING
+        yield Finding(name, level, f"The schema differs: {one.text}.", f"{repair}{one.advice}")
+    if not found:
+        text = f"The schema is {HEAD}, which this version of the library needs."
+        yield Finding("schema", Level.OK, text)
 
 
 def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding]:

@@ -38,7 +38,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.cli import render as console
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.database.migrations import HEAD
 from openclaw_store.errors import UnavailableError
 from openclaw_store.maintenance.restore import restore

@@ -13,8 +13,7 @@ from conftest import PATIENCE, MakeTask
 from typer.testing import CliRunner
 
 from openclaw_store import Database, NodeStatus, StateManager, TaskStatus
-from openclaw_store.cli import work  # noqa: F401 - it adds a command
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.testing import create_database
 
 HANDLERS = """

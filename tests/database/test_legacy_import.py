@@ -53,7 +53,7 @@ from openclaw_store.backends.base import Backend
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.backends.sqlite.connections import LoneConnection
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.database import legacy_import as adoption
 from openclaw_store.database import migrations
 
