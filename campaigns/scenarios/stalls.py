@@ -65,6 +65,7 @@ class Load:
     async def _call(self, caller: int, stop: asyncio.Event) -> None:
         for number in count():
             task = Task.create(TaskType.BATCH, "beside", required_skills=["beside"])
+            await self.store.update_heartbeat(f"beside-{caller}")  # `recover` leaves it online
             for work in (
                 self.store.add_task(task),
                 self.store.get_task(task.task_id),
