@@ -48,8 +48,11 @@ WORKERS = 8
 OPEN_TASKS = 300
 """Tasks that are unfinished at a time."""
 
-PAUSE_SECONDS = 0.2, 1.2
-"""Shortest and longest pause between two faults."""
+BETWEEN_FAULTS = 1, 30
+"""Fewest and most tasks that end between two faults, however slow the machine is."""
+
+PAUSE_SECONDS = 0.0, 0.2
+"""Shortest and longest pause after them."""
 
 LONGEST_OVERLAP = LEASE_SECONDS / HEARTBEATS_PER_LEASE + CHECK_SECONDS + 1.0
 """Seconds that a handler may run beside its successor: a heartbeat, a look, and a busy machine."""
@@ -87,6 +90,7 @@ class _Story:
         self.tasks: dict[str, Task] = {}
         """The acknowledged tasks."""
         self.faults: dict[str, int] = {}
+        self._finished = 0
 
     async def tell(self, child: Child, location: Location, records: Records) -> None:
         """Add the tasks, interrupt the workers, and end them after the last task."""
@@ -119,6 +123,7 @@ class _Story:
         while done < self._run.rounds:
             stats = await state.get_task_stats()
             finished = sum(stats[name] for name in _FINISHED)
+            self._finished = finished
             if finished > done:
                 self._run.done(finished - done)
                 done, last = finished, time.monotonic()
@@ -177,6 +182,9 @@ class _Story:
         working: set[asyncio.Future[None]] = set()
         try:
             while True:
+                until = self._finished + self._random.randint(*BETWEEN_FAULTS)
+                while self._finished < until:  # noqa: ASYNC110 - the workers give no event
+                    await asyncio.sleep(0.02)
                 await asyncio.sleep(self._random.uniform(*PAUSE_SECONDS))
                 living = records.living()
                 if not living:

@@ -17,7 +17,16 @@ from threading import Lock
 from typing import Any
 
 from campaigns.faults.children import Send
-from openclaw_store import Database, NodeInfo, Run, Task, TaskRepository, Worker
+from openclaw_store import (
+    Backoff,
+    Database,
+    NodeInfo,
+    Run,
+    StateManager,
+    Task,
+    TaskRepository,
+    Worker,
+)
 
 SLOTS = 4
 """Tasks that a worker runs at a time."""
@@ -27,6 +36,9 @@ LEASE_SECONDS = 2.0
 
 STEP_SECONDS = 0.005
 """Pause after each step of a handler."""
+
+BACKOFF = Backoff(first_seconds=0.01, longest_seconds=0.1)
+"""Delay of a task that failed or was lost: with the usual one, the last tasks take minutes."""
 
 GRACES = (0.0, 0.05, 1.0)
 """Seconds that a stopped worker gives its handlers."""
@@ -93,14 +105,15 @@ async def _work(send: Send, location: str, number: int, random: Random) -> None:
             send("left", pid, *key, time.monotonic())
 
     node = NodeInfo(f"node-{number}", "host", max_concurrent_tasks=SLOTS)
-    await Worker(
-        Database(location),
-        node,
-        handle,
-        lease_seconds=LEASE_SECONDS,
-        grace_seconds=random.choice(GRACES),
-        recover_every=0.5,
-    ).run()
+    async with StateManager(Database(location), cache=False, backoff=BACKOFF) as state:
+        await Worker(
+            state,
+            node,
+            handle,
+            lease_seconds=LEASE_SECONDS,
+            grace_seconds=random.choice(GRACES),
+            recover_every=0.5,
+        ).run()
 
 
 @dataclass
