@@ -28,6 +28,9 @@ _FRONT = 100
 
 _ALL = 1 << 30
 
+_FEWEST = 16
+"""Fewest tasks of a group that are read first; then four times as many are."""
+
 _place = itemgetter(*map(FIELDS[Task].index, ("priority", "submitted_at", "task_id")))
 """The position of a row in the order of claims."""
 
@@ -42,7 +45,7 @@ def ready_tasks(
     Args:
         execute: Returns the rows of a query.
         skills: The skills of the node, as JSON.
-        count: Number of tasks of a group to read first; then four times as many are read.
+        count: Number of tasks that are probably wanted.
     """
     available = conditions.skill_set(skills)
     if available is None:
@@ -60,11 +63,14 @@ def ready_tasks(
             yield from (sql.decode[Task](row) for row in front if is_able(_required(row)))
         statement = queries.heads if has_few else queries.all_heads
         heads = execute(statement, (*queries.ranges(available if has_few else None), _ALL))
+    places = {None: (), **{key: tuple(place) for key, *place in heads}}
+    groups = [group for group in places if is_able(group)]
+    # Many tasks come from several groups: to read them all from each would take most of the time.
+    count = min(count, max(_FEWEST, 2 * count // len(groups)))
     # A group without rows yet is at the place of its first task.
     queue: list[tuple[Any, Raw | None, Iterator[Raw]]] = [
-        (tuple(place), None, _rows_of(queries.group, execute, required, at, count))
-        for required, place in {None: (), **{key: place for key, *place in heads}}.items()
-        if is_able(required)
+        (places[group], None, _rows_of(queries.group, execute, group, at, count))
+        for group in groups
     ]
     # A due retry may come before any other task; there are few at a time.
     due = execute(queries.due_retries, (at, _MAX_DUE_RETRIES))
