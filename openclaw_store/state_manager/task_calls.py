@@ -110,7 +110,12 @@ class TaskCalls(ManagerBase):
         """
         self._check_usable()
         wanted = check_ids(ids)
-        found = {id: self._replica.cache.task(id) for id in wanted}
+        found: dict[str, Record[Task] | None] = {}
+        for start in range(0, len(wanted), ID_BATCH_SIZE):
+            if start:  # a task may have to be decoded
+                await asyncio.sleep(0)
+            part = wanted[start : start + ID_BATCH_SIZE]
+            found.update((id, self._replica.cache.task(id)) for id in part)
         unknown = [id for id, record in found.items() if record is None]
         for start in range(0, len(unknown), ID_BATCH_SIZE):
             read = await self.task_repo.get_records(unknown[start : start + ID_BATCH_SIZE])

@@ -31,6 +31,7 @@ from openclaw_store import (
 )
 from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
+from openclaw_store.state_manager.cache import Cache
 from openclaw_store.testing import NodeFactory, TaskFactory
 
 
@@ -452,3 +453,31 @@ class TestChanges:
 
 def rename(task: Task) -> None:
     task.name = "renamed"
+
+
+async def test_other_coroutines_run_while_many_tasks_are_decoded(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`get_tasks` of 20,000 identifiers decoded all of them at once."""
+    tasks = [cluster.make_task() for _ in range(4 * task_calls.ID_BATCH_SIZE)]
+    await cluster.one.add_tasks(tasks)
+    turns, seen = 0, list[int]()
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    def look_up(cache: Cache, task_id: str) -> Any:
+        seen.append(turns)
+        return find(cache, task_id)
+
+    find = Cache.task
+    monkeypatch.setattr(Cache, "task", look_up)
+    beside = asyncio.create_task(take_turns())
+    found = await cluster.one.get_tasks(task.task_id for task in tasks)
+    beside.cancel()
+
+    assert found == tasks
+    assert seen[0] < seen[len(tasks) - 1]
