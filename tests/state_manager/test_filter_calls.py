@@ -29,6 +29,7 @@ from openclaw_store import (
     TaskPriority,
     TaskStatus,
 )
+from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
 from openclaw_store.state_manager.cache import Cache
@@ -459,7 +460,7 @@ async def test_other_coroutines_run_while_many_tasks_are_decoded(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`get_tasks` of 20,000 identifiers decoded all of them at once."""
-    tasks = [cluster.make_task() for _ in range(4 * task_calls.ID_BATCH_SIZE)]
+    tasks = [cluster.make_task() for _ in range(4 * ID_BATCH_SIZE)]
     await cluster.one.add_tasks(tasks)
     turns, seen = 0, list[int]()
 
