@@ -9,6 +9,7 @@ from alembic.util import CommandError
 
 from openclaw_store.clusters import Clusters
 from openclaw_store.database import legacy_import, migrations
+from openclaw_store.encryption import keys_of
 from openclaw_store.errors import StoreError
 
 config = context.config
@@ -37,6 +38,7 @@ def upgrade(name: str | None) -> None:
         partial(migrations.run, context),
         to_head=migrations.is_to_head(context),
         legacy_timezone=legacy_import.zone_of(options.get("legacy_timezone")),
+        keys=keys_of(None),
     )
 
 

@@ -9,7 +9,6 @@ from benchmarks import (
     life,
     lives,
     loop,
-    operator,
     processes,
     reads,
     robust,
@@ -311,7 +310,6 @@ BENCHMARKS = (
     *_OF_LIFE,
     *robust.BENCHMARKS,
     *robust_bulk.BENCHMARKS,
-    *operator.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
 
@@ -322,7 +320,6 @@ GROUPS = {
         "pg-insert-1",
         *(benchmark.name for benchmark in _OF_PROCESSES),
     ),
-    "operator": tuple(benchmark.name for benchmark in operator.BENCHMARKS),
     "robust": tuple(benchmark.name for benchmark in (*robust.BENCHMARKS, *robust_bulk.BENCHMARKS)),
 }
 """Names for several benchmarks."""

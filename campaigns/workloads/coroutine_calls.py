@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +17,8 @@ from campaigns.workloads.fixture import Fixture
 from openclaw_store import (
     Clusters,
     Database,
+    DuplicateError,
+    KeyRing,
     NodeFilter,
     NodeInfo,
     NodeRepository,
@@ -33,6 +35,7 @@ from openclaw_store import (
     verify,
 )
 from openclaw_store.database.tables import ChangeRow, CounterRow, NodeRow, TaskRow
+from openclaw_store.encryption import key_file
 from openclaw_store.repositories.batches import apply
 
 Work = Callable[[Fixture], Awaitable[object]]
@@ -226,6 +229,18 @@ async def _with_clusters(fixture: Fixture) -> None:
     await clusters.create("old")
 
 
+async def _rekey(fixture: Fixture) -> None:
+    path, file = fixture.folder / fixture.id("sealed.db"), fixture.folder / fixture.id("keys.json")
+    if not file.exists():
+        key_file.create(file)
+    async with Database(path, keys=KeyRing.load(file)) as database:
+        with suppress(DuplicateError):  # an interrupted call has added it
+            await TaskRepository(database).create(fixture.task("sealed"))
+        key_file.add(file)
+    async with Database(path, keys=KeyRing.load(file)) as database:
+        assert await database.rekey()
+
+
 CALLS: dict[str, Call] = {
     "Clusters.create": Call(
         lambda fixture: _clusters(fixture).create("new"), _with_clusters, is_slow=True
@@ -261,6 +276,7 @@ CALLS: dict[str, Call] = {
     "Database.inspect": Call(lambda fixture: fixture.db.inspect(_count_at_once)),
     "Database.read": Call(lambda fixture: fixture.db.read(_count)),
     "Database.read_in": Call(_read_in),
+    "Database.rekey": Call(_rekey, is_slow=True),
     "Database.session": Call(_session),
     "Database.transaction": Call(_transaction),
     "Database.vacuum": Call(lambda fixture: fixture.db.vacuum(), is_slow=True),

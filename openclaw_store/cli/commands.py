@@ -21,6 +21,7 @@ import typer
 from openclaw_store.cli import render
 from openclaw_store.cli.context import AsJson, Call, Cluster, Group, Location, command
 from openclaw_store.domain import WAITING, NodeStatus, TaskStatus, TaskType
+from openclaw_store.encryption import keys_of
 from openclaw_store.errors import NotFoundError, printable
 
 if TYPE_CHECKING:
@@ -253,13 +254,15 @@ async def upgrade(
     """
     from openclaw_store.database import legacy_import, migrations
 
+    if (keys := keys_of(None)) is not None:
+        await keys.unlock()
     # The zone is checked before anything is changed.
     zone, backend, before = legacy_import.zone_of(legacy_timezone), call.backend, None
     if backend.exists():
         before = await asyncio.to_thread(migrations.revision_of, backend)
     with render.progress("upgrading"):
         await asyncio.to_thread(backend.prepare, partial(migrations.accept, backend))
-        imported = await asyncio.to_thread(migrations.upgrade, backend, zone)
+        imported = await asyncio.to_thread(migrations.upgrade, backend, zone, keys=keys)
     _show_step(call, before, migrations.HEAD, imported)
 
 

@@ -8,6 +8,7 @@ from openclaw_store.cli import (  # noqa: F401 - they add commands
     checks,
     clusters,
     copying,
+    keys,
     metrics,
     web,
     work,

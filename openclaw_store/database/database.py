@@ -39,6 +39,7 @@ from openclaw_store.database import legacy_import, migrations, sealing
 from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer
 from openclaw_store.database.private_folder import private_folder
 from openclaw_store.database.rekeying import Rekeyed, Report, rekey
+from openclaw_store.database.sealed_entities import open_when_loaded
 from openclaw_store.database.sessions import LoopSessions
 from openclaw_store.database.slices import Slices
 from openclaw_store.database.statements import Statements, statements_for
@@ -128,7 +129,7 @@ class Database:
         cluster: str | None = None,
         keys: KeyRing | None = None,
     ) -> None:
-        self._keys = keys_of(keys)
+        self.keys = keys_of(keys)
         self.max_json_bytes = check_positive("max_json_bytes", max_json_bytes, MAX_JSON_BYTES)
         self._legacy_timezone = legacy_import.zone_of(legacy_timezone)
         self.clock = clock
@@ -182,8 +183,8 @@ class Database:
             if self._state != "new":
                 self._check_ready()  # raises if it is closed
                 return
-            if self._keys is not None:
-                await self._keys.unlock()
+            if self.keys is not None:
+                await self.keys.unlock()
             await shield_until_done(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # otherwise it was closed meanwhile
                 self._home = asyncio.get_running_loop()
@@ -192,16 +193,17 @@ class Database:
     def _open(self, migrate: bool, is_copy_target: bool) -> None:
         accept = partial(migrations.accept, self._backend, is_copy_target=is_copy_target)
         self._backend.prepare(accept)
-        check = sealing.require_no_keys if self._keys is None else sealing.accept
+        check = sealing.require_no_keys if self.keys is None else sealing.accept
         if not (is_copy_target and migrations.is_half_copied(self._backend)):
             if migrate:
-                zone, keys = self._legacy_timezone, self._keys
+                zone, keys = self._legacy_timezone, self.keys
                 migrations.upgrade(self._backend, zone, self.clock, keys, check)
             else:
                 migrations.require(self._backend, check)
-        if self._keys is not None:
+        if self.keys is not None:
             open_statements = sealing.open_statements
-            self._sealing_statements = open_statements(self._backend, self._keys, self.clock)
+            self._sealing_statements = open_statements(self._backend, self.keys, self.clock)
+            open_when_loaded()
 
     async def close(self) -> None:
         """Commit the queue and close all connections; call it again after an interruption."""

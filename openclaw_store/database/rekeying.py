@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import (
@@ -19,23 +20,27 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    bindparam,
     case,
     cast,
     func,
     inspect,
     literal,
     select,
-    text,
     tuple_,
     type_coerce,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
+from openclaw_store.backends import BatchCursor, fetch_raw_rows
 from openclaw_store.database.row_codec import places_of
 from openclaw_store.database.sealing import finish_rotation
+from openclaw_store.database.statements import Statements
 from openclaw_store.database.tables import Base
 from openclaw_store.database.types import SealableText
+from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.encryption import FIXED_REASONS, SEALED_FIELDS, SealedColumn
 from openclaw_store.errors import KeyRingError, SealedValueError
 
@@ -47,9 +52,8 @@ REKEY_BATCH_SIZE = 200
 """Rows sealed in one transaction; other writers get their turn between two of them."""
 
 _MOST_PASSES = 10
-_BATCH_SECONDS = 60.0
 
-Report = Callable[[str, int, int], None]
+Report = Callable[[str, int, int], object]
 """Takes the table, and the numbers of rows that are done and in all."""
 
 
@@ -210,31 +214,66 @@ class _Pass:
         return values
 
     async def _write(self, table: Table, changes: Sequence[_Change]) -> None:
-        async with self._database.transaction(timeout=_BATCH_SECONDS) as tx:
-            if self._database.dialect == "sqlite":
-                await tx.execute(text("PRAGMA secure_delete=ON"))
-            for change in changes:
-                keys = zip(table.primary_key, change.key, strict=True)
-                guards = [table.c[name] == value for name, value in change.guard.items()]
-                same = [
-                    cast(table.c[name], Text) == literal(old, Text)
-                    for name, (old, _) in change.values.items()
-                ]
-                new = {
-                    name: cast(literal(value, Text), table.c[name].type)
-                    for name, (_, value) in change.values.items()
-                }
-                statement = update(table).where(*(key == one for key, one in keys), *guards, *same)
-                result: Any = await tx.execute(statement.values(new))
-                self.is_unfinished |= result.rowcount != 1
+        written: int = await self._database.write(_replace, (table, changes))
+        self.is_unfinished |= written < len(changes)
+
+
+def _replace(
+    transaction: WriteTransaction, operations: Sequence[tuple[Table, Sequence[_Change]]]
+) -> Sequence[int]:
+    """Replace values in rows that have not changed since; return the number of rows.
+
+    Not by a session: its libraries write parameters to their logs, and these may be clear.
+    """
+    cursor = transaction.cursor
+    if isinstance(cursor, BatchCursor):
+        cursor.require_lock()
+    before: Sequence[Any] = ()
+    if cursor.dialect == "sqlite":  # zeros replace the old values in the pages
+        before = cursor.execute("PRAGMA secure_delete")
+        cursor.execute("PRAGMA secure_delete=ON")
+    try:
+        return [
+            sum(len(_replace_row(transaction, table, change)) for change in changes)
+            for table, changes in operations
+        ]
+    finally:
+        if before:
+            cursor.execute(f"PRAGMA secure_delete={before[0][0]}")
+
+
+def _replace_row(
+    transaction: WriteTransaction, table: Table, change: _Change
+) -> Sequence[Sequence[Any]]:
+    names = [column.name for column in table.primary_key] + list(change.guard)
+    given = dict(zip(names, [*change.key, *change.guard.values()], strict=True))
+    for name, (old, new) in change.values.items():
+        given[f"old_{name}"], given[f"new_{name}"] = old, new
+    sql, order = _update_of(transaction.sql.without_keys, table, (*names,), (*change.values,))
+    return transaction.cursor.execute(sql, [given[name] for name in order])
+
+
+@cache
+def _update_of(
+    sql: Statements, table: Table, names: Sequence[str], columns: Sequence[str]
+) -> tuple[str, Sequence[str]]:
+    """Return the statement for one row, and the names of its parameters in order."""
+    same = [table.c[name] == bindparam(name, type_=table.c[name].type) for name in names]
+    same += [cast(table.c[name], Text) == bindparam(f"old_{name}", type_=Text) for name in columns]
+    new = {name: cast(bindparam(f"new_{name}", type_=Text), table.c[name].type) for name in columns}
+    statement = update(table).where(*same).values(new).returning(*table.primary_key)
+    compiled: Any = sql.compile(statement)
+    return str(compiled), tuple(compiled.positiontup or ())
 
 
 async def _fetch(database: Database, query: Select[Any]) -> Sequence[Any]:
-    async def read(session: AsyncSession) -> Sequence[Any]:
-        rows: Sequence[Any] = (await session.execute(query)).all()
-        return rows
+    """Return rows as the driver gives them: SQLAlchemy's may be written to its log."""
 
-    return await database.read(read)
+    def read(session: Session) -> Sequence[Any]:
+        rows: Sequence[Any] = fetch_raw_rows(session.connection().execute(query))
+        return [tuple(row) for row in rows]
+
+    return await database.read(lambda session: session.run_sync(read))
 
 
 async def _existing_tables(database: Database) -> Sequence[Table]:

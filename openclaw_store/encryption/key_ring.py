@@ -164,7 +164,7 @@ def read_file(path: Path) -> tuple[Sequence[Key], int | None]:
         document = orjson.loads(content)
         keys = [_key_of(one) for one in document["keys"]]
         primary = document["primary"]
-    except (ValueError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         # Without the cause: an error of JSON quotes the file.
         raise KeyRingError(f"{path} is no file of keys: see `openclaw-store keys new`") from None
     if primary is not None and type(primary) is not int:

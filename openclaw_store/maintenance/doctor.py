@@ -29,11 +29,13 @@ from openclaw_store.database import (
     Base,
     Database,
     NodeRow,
+    SealingKeyRow,
     legacy_import,
     names_of_tables,
     stored,
 )
 from openclaw_store.domain import Clock
+from openclaw_store.encryption import KEYS_VARIABLE, KeyRing
 from openclaw_store.errors import BackendError, SchemaMismatchError
 from openclaw_store.maintenance.schema import find_differences
 
@@ -123,8 +125,15 @@ async def diagnose(database: Database) -> list[Finding]:
             advice = "check the path; `openclaw-store db upgrade` makes a new database"
             return [_error("connection", f"There is no file {path}.", advice)]
     check = _check_file if database.dialect == "sqlite" else _check_server
+
+    def find(connection: Connection) -> list[Finding]:
+        found = list(check(connection, database.clock))
+        if any(finding.name == "heartbeats" for finding in found):  # else the schema is another one
+            found += _check_keys(connection, database.keys)
+        return found
+
     try:
-        return await database.inspect(lambda connection: list(check(connection, database.clock)))
+        return await database.inspect(find)
     except BackendError as error:
         return [_error("connection", f"It cannot be read: {error}.", "solve the problem named")]
 
@@ -403,6 +412,35 @@ def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding
         "No node has sent a heartbeat from the future.",
         "synchronise the clocks of all machines, as by NTP: lost nodes are found late, or early",
         otherwise=f"{len(early)} nodes sent heartbeats from the future: {', '.join(ahead[:3])}.",
+    )
+
+
+def _check_keys(connection: Connection, ring: KeyRing | None) -> Iterator[Finding]:
+    """Compare the keys that the database needs with the ones that there are; nothing without any.
+
+    The bytes of the keys are compared when the database is opened.
+    """
+    columns = SealingKeyRow.id, SealingKeyRow.is_complete
+    listed = {row.id: row.is_complete for row in connection.execute(select(*columns))}
+    if not listed and ring is None:
+        return
+    numbers = ", ".join(map(str, sorted(listed)))
+    missing = sorted(listed.keys() - (set() if ring is None else ring.keys.keys()))
+    if missing:
+        text = f"Values are sealed by the keys {numbers}; of these, {missing} are not there."
+        yield _error("encryption", text, f"set {KEYS_VARIABLE} to the file with these keys")
+        return
+    is_off = ring is not None and ring.primary is None
+    yield _judge(
+        "encryption",
+        is_off or any(listed.values()),
+        f"No key seals; values may still be sealed by the keys {numbers}."
+        if is_off
+        else f"All values are sealed; the keys {numbers} are needed.",
+        "run `openclaw-store keys rotate --vacuum`",
+        otherwise=f"Some values may be in clear; others are sealed by the keys {numbers}."
+        if listed
+        else "The database was never opened with its keys: all values are in clear.",
     )
 
 

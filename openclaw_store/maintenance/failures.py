@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Text, func, select, type_coerce
 
-from openclaw_store.database import HAS_FAILED, TaskRow
+from openclaw_store.database import HAS_FAILED, Statements, TaskRow
 from openclaw_store.domain import TaskStatus
+from openclaw_store.encryption import SealedColumn
+from openclaw_store.errors import SealedValueError
+
+_ERROR = SealedColumn("tasks", "error", is_json=False)
 
 EXAMPLES = 3
 """Identifiers that a group lists."""
@@ -58,10 +62,15 @@ class Failures:
     """False if older failures were left out, because of the limit."""
 
 
-def find_failures(connection: Connection, since: datetime, *, most: int = 2000) -> Failures:
+def find_failures(
+    connection: Connection, sql: Statements, since: datetime, *, most: int = 2000
+) -> Failures:
     """Group the newest failed and timed out tasks by status and text.
 
+    A sealed error is read as a whole, to open it; one that cannot be opened is empty.
+
     Args:
+        sql: The statements of the database.
         since: Earliest time of the end of a task.
         most: Maximum number of tasks that are read.
     """
@@ -71,7 +80,7 @@ def find_failures(connection: Connection, since: datetime, *, most: int = 2000) 
             TaskRow.status,
             TaskRow.completed_at,
             TaskRow.assigned_node,
-            _end_of(TaskRow.error, connection.dialect.name),
+            _stored_error(sql),
         )
         .where(HAS_FAILED, TaskRow.completed_at >= since)
         .with_hint(TaskRow.__table__, "INDEXED BY ix_tasks_failed", "sqlite")
@@ -81,7 +90,7 @@ def find_failures(connection: Connection, since: datetime, *, most: int = 2000) 
     rows = connection.execute(query).all()
     found: defaultdict[tuple[TaskStatus, str], list[Any]] = defaultdict(list)
     for row in rows[:most]:
-        found[row.status, fold(row[-1] or "")].append(row)
+        found[row.status, fold(_opened(sql, row.task_id, row[-1]))].append(row)
     groups = [
         FailureGroup(
             status,
@@ -103,8 +112,20 @@ def fold(error: str) -> str:
     return _VARIABLE.sub("#", lines[-1].strip())[:_LONGEST] if lines else ""
 
 
-def _end_of(text: Any, dialect: str) -> Any:
-    return func.substr(text, -_END) if dialect == "sqlite" else func.right(text, _END)
+def _stored_error(sql: Statements) -> Any:
+    text = type_coerce(TaskRow.error, Text)
+    if sql.protection.has_keys:
+        return text
+    return func.substr(text, -_END) if sql.dialect.name == "sqlite" else func.right(text, _END)
+
+
+def _opened(sql: Statements, id: str, stored: str | None) -> str:
+    if not stored or not sql.protection.has_keys:
+        return stored or ""
+    try:
+        return sql.protection.loading(_ERROR)(id, stored)[-_END:]
+    except SealedValueError:  # `verify` reports it
+        return ""
 
 
 def _most_frequent(values: Sequence[str]) -> list[str]:

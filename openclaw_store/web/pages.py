@@ -124,7 +124,7 @@ class Pages:
         def read(connection: Connection) -> Overview:
             return Overview(
                 find_oldest(connection),
-                find_failures(connection, now - HOUR, most=MOST),
+                find_failures(connection, self._database.statements, now - HOUR, most=MOST),
                 find_stuck(connection, now, most=MOST),
                 read_timings(connection, intervals, now, most=SAMPLED),
             )

@@ -51,7 +51,7 @@ class TestFailures:
         )
         await manager.add_tasks([*failed, make_task(status=TaskStatus.COMPLETED)])
 
-        found = await ask(manager, find_failures, clock() - HOUR)
+        found = await ask(manager, find_failures, manager.db.statements, clock() - HOUR)
 
         assert [(one.status, one.text, one.count) for one in found.groups] == [
             (TaskStatus.FAILED, "OSError: page # of #", 4),
@@ -77,7 +77,7 @@ class TestFailures:
             ]
         )
 
-        found = await ask(manager, find_failures, clock() - HOUR, most=2)
+        found = await ask(manager, find_failures, manager.db.statements, clock() - HOUR, most=2)
 
         assert (found.count, found.is_complete) == (2, False)
         assert {one.text for one in found.groups} == {"error of kind a", "error of kind b"}
