@@ -57,7 +57,7 @@ PAUSE_SECONDS = 0.0, 0.2
 LONGEST_OVERLAP = LEASE_SECONDS / HEARTBEATS_PER_LEASE + CHECK_SECONDS + 1.0
 """Seconds that a handler may run beside its successor: a heartbeat, a look, and a busy machine."""
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 """Seconds without the end of any task after which the workers count as hanging."""
 
 _TASKS = "SELECT task_id, status, attempt, result, error, losses, retry_count FROM tasks"
@@ -148,7 +148,7 @@ class _Story:
             TaskType.BATCH,
             "work",
             parameters={
-                "steps": 500 if kind < 0.01 else random.choice([1, 2, 10]),
+                "steps": 250 if kind < 0.01 else random.choice([1, 2, 10]),
                 "fails": 0.5 < kind < 0.52,
             },
             timeout=1 if kind < 0.003 else None,

@@ -31,7 +31,7 @@ from openclaw_store import (
 SLOTS = 4
 """Tasks that a worker runs at a time."""
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 3.0
 """Lease of a worker."""
 
 STEP_SECONDS = 0.005
