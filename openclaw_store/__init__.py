@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from openclaw_store.archive import open_archive
     from openclaw_store.clusters import ClusterInfo, Clusters
     from openclaw_store.database import Database
     from openclaw_store.domain import (
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
         NodeInfo,
         NodeStatus,
         Progress,
+        Retention,
         Task,
         TaskFilter,
         TaskPage,
@@ -61,6 +63,7 @@ else:
         "encryption",
         "database",
         "repositories",
+        "archive",
         "state_manager",
         "worker",
         "maintenance.copy",
@@ -117,6 +120,7 @@ __all__ = [
     "Problem",
     "Progress",
     "Recovery",
+    "Retention",
     "Run",
     "SchemaMismatchError",
     "Sealed",
@@ -140,6 +144,7 @@ __all__ = [
     "copy",
     "diagnose",
     "new_id",
+    "open_archive",
     "utc_now",
     "verify",
 ]

@@ -24,6 +24,7 @@ from openclaw_store import (
     Database,
     NodeInfo,
     NodeStatus,
+    Retention,
     StateManager,
     StoreError,
     Task,
@@ -158,7 +159,7 @@ class TestFields:
 
 
 class TestOptions:
-    @pytest.mark.parametrize("kind", [Database, StateManager, Backoff])
+    @pytest.mark.parametrize("kind", [Database, StateManager, Backoff, Retention])
     def test_every_option_has_a_row(self, kind: type[Any]) -> None:
         rows = tables(section("reference/options", f"## `{kind.__name__}`"))[0]
         expected = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from itertools import count
 from operator import attrgetter
@@ -20,6 +21,7 @@ from openclaw_store import (
     NodeRepository,
     NodeStatus,
     Progress,
+    Retention,
     StateManager,
     Task,
     TaskFilter,
@@ -27,6 +29,7 @@ from openclaw_store import (
     TaskStatus,
     copy,
     diagnose,
+    open_archive,
     verify,
 )
 from openclaw_store.database import TaskRow
@@ -453,6 +456,29 @@ async def _get_node(store: Store) -> Make:
 @public()
 async def _list_tasks(store: Store) -> Make:
     return lambda: store.state.list_tasks(TaskFilter(status=TaskStatus.PENDING), limit=5)
+
+
+@public()
+async def _find_task(store: Store) -> Make:
+    task = await store.task()
+
+    async def find() -> Task | None:
+        async with open_archive(store.folder / "archive") as archive:
+            return await store.state.find_task(task.task_id, archive)
+
+    return find
+
+
+@public(in_batches=True)
+async def _apply_retention(store: Store) -> Make:
+    policy = Retention(cancelled=timedelta(days=30), archive=store.folder / "archive")
+    return lambda: store.state.apply_retention(policy)
+
+
+@public(in_batches=True)
+async def _restore_tasks(store: Store) -> Make:
+    user = TaskFilter(user="nobody")
+    return lambda: store.state.restore_tasks(user, store.folder / "archive")
 
 
 @public()

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
@@ -24,6 +24,7 @@ from openclaw_store import (
     NodeRepository,
     NodeStatus,
     Progress,
+    Retention,
     SchemaMismatchError,
     Task,
     TaskFilter,
@@ -32,9 +33,18 @@ from openclaw_store import (
     Worker,
     copy,
     diagnose,
+    open_archive,
     verify,
 )
-from openclaw_store.database.tables import ChangeRow, CounterRow, NodeRow, TaskRow
+from openclaw_store.database.tables import (
+    ArchiveRunRow,
+    ArchiveVoidRow,
+    ChangeRow,
+    CounterRow,
+    NodeRow,
+    PastChangeRow,
+    TaskRow,
+)
 from openclaw_store.encryption import key_file
 from openclaw_store.repositories.batches import apply
 
@@ -190,6 +200,16 @@ async def _watch(fixture: Fixture) -> None:
                 break
 
 
+async def _find_task(fixture: Fixture) -> Task | None:
+    async with open_archive(fixture.folder / "archive") as archive:
+        return await fixture.manager.find_task(fixture.id("done"), archive)
+
+
+async def _count_archived(fixture: Fixture) -> int:
+    async with open_archive(fixture.folder / "archive") as archive:
+        return await archive.count_tasks()
+
+
 async def _collect(tasks: AsyncIterator[Task]) -> list[Task]:
     return [task async for task in tasks]
 
@@ -202,7 +222,7 @@ async def _empty_target(fixture: Fixture) -> None:
         except SchemaMismatchError:
             return
         tx = await stack.enter_async_context(target.transaction())
-        for row in (TaskRow, NodeRow, ChangeRow):
+        for row in (TaskRow, NodeRow, ChangeRow, PastChangeRow, ArchiveRunRow, ArchiveVoidRow):
             await tx.execute(delete(row))
         await tx.execute(update(CounterRow).values(beat=0, compacted=0))
 
@@ -386,6 +406,20 @@ CALLS: dict[str, Call] = {
     "StateManager.fail_task": Call(
         lambda fixture: fixture.manager.fail_task(fixture.tasks["running"], "it broke")
     ),
+    "StateManager.apply_retention": Call(
+        lambda fixture: fixture.manager.apply_retention(
+            Retention(cancelled=timedelta(days=30), archive=fixture.folder / "archive")
+        ),
+        in_parts=True,
+    ),
+    "StateManager.find_task": Call(lambda fixture: _find_task(fixture)),
+    "StateManager.restore_tasks": Call(
+        lambda fixture: fixture.manager.restore_tasks(
+            TaskFilter(user=fixture.id("user")), fixture.folder / "archive"
+        ),
+        in_parts=True,
+    ),
+    "open_archive": Call(lambda fixture: _count_archived(fixture)),
     "StateManager.find_nodes_by_skill": Call(
         lambda fixture: fixture.manager.find_nodes_by_skill(fixture.id("skill"))
     ),

@@ -44,7 +44,8 @@ db = typer.Typer(help="Upgrade or inspect the schema of a database.", no_args_is
 app.add_typer(db, name="db")
 
 
-def _either(kind: type[StrEnum]) -> str:
+def either(kind: type[StrEnum]) -> str:
+    """Return the values of an enumeration, for a help text."""
     *others, last = (member.value for member in kind)
     return f"{', '.join(others)} or {last}"
 
@@ -93,7 +94,7 @@ async def status(
 async def nodes(
     call: Call,
     status: Annotated[
-        NodeStatus | None, typer.Option(metavar="STATUS", help=f"{_either(NodeStatus)}.")
+        NodeStatus | None, typer.Option(metavar="STATUS", help=f"{either(NodeStatus)}.")
     ] = None,
 ) -> None:
     """List nodes, newest registered first."""
@@ -113,7 +114,8 @@ def _moment(text: str | datetime) -> datetime:
         raise typer.BadParameter(f"{text!r} is no time: write 2026-11-25T09:30+01:00") from None
 
 
-def _time_option(help: str) -> Any:
+def time_option(help: str) -> Any:
+    """Return an option that takes a time."""
     return typer.Option(parser=_moment, metavar="TIME", help=help, show_default=False)
 
 
@@ -122,20 +124,20 @@ async def tasks(
     call: Call,
     status: Annotated[
         list[TaskStatus] | None,
-        typer.Option(metavar="STATUS", help=f"{_either(TaskStatus)}; may be repeated."),
+        typer.Option(metavar="STATUS", help=f"{either(TaskStatus)}; may be repeated."),
     ] = None,
     type: Annotated[
         list[TaskType] | None,
-        typer.Option(metavar="TYPE", help=f"{_either(TaskType)}; may be repeated."),
+        typer.Option(metavar="TYPE", help=f"{either(TaskType)}; may be repeated."),
     ] = None,
     node: Annotated[str | None, typer.Option(help="Assigned to this node.")] = None,
     user: Annotated[str | None, typer.Option(help="Submitted by this user.")] = None,
     skill: Annotated[str | None, typer.Option(help="Requiring this skill.")] = None,
     name: Annotated[str | None, typer.Option(help="With this text in the name.")] = None,
-    submitted_from: Annotated[datetime | None, _time_option("Submitted since.")] = None,
-    submitted_until: Annotated[datetime | None, _time_option("Submitted before.")] = None,
-    completed_from: Annotated[datetime | None, _time_option("Finished since.")] = None,
-    completed_until: Annotated[datetime | None, _time_option("Finished before.")] = None,
+    submitted_from: Annotated[datetime | None, time_option("Submitted since.")] = None,
+    submitted_until: Annotated[datetime | None, time_option("Submitted before.")] = None,
+    completed_from: Annotated[datetime | None, time_option("Finished since.")] = None,
+    completed_until: Annotated[datetime | None, time_option("Finished before.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number.")] = 20,
     after: Annotated[
         str | None, typer.Option(metavar="CURSOR", help="Continue a list from this cursor.")

@@ -149,7 +149,8 @@ def command(
 ) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
     """Register a coroutine function as a command with the common options.
 
-    Its first argument is the `Call`; the others are its own options.
+    Its first argument is the `Call`; the others are its own options. Without a name, it has that
+    of the function.
     """
 
     def register(work: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:

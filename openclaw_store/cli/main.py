@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from openclaw_store.cli import (  # noqa: F401 - they add commands
+    archive,
     checks,
     clusters,
     copying,

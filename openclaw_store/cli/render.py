@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+    from openclaw_store.archive.check import ArchivedDay
     from openclaw_store.domain import Change, NodeInfo, Task
     from openclaw_store.maintenance.doctor import Finding
     from openclaw_store.maintenance.summary import Summary
@@ -103,6 +104,13 @@ def summary(found: Summary) -> Table:
         ("newest heartbeat", heartbeat),
     ]
     return table(("", ""), rows)
+
+
+def days(found: Iterable[ArchivedDay]) -> Table:
+    """Make a table with one line per day of an archive."""
+    headers = ("day", "cluster", "tasks", "files", "size")
+    rows = [(one.day, one.cluster, one.tasks, one.files, size(one.bytes)) for one in found]
+    return table(headers, rows)
 
 
 def nodes(found: Iterable[NodeInfo], now: datetime) -> Table:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import CTE, Select, Text, and_, bindparam, select, type_coerce
+from sqlalchemy import (
+    CTE,
+    ColumnElement,
+    FromClause,
+    Select,
+    Text,
+    and_,
+    bindparam,
+    select,
+    type_coerce,
+)
 
 from openclaw_store.database.tables import Base
 
@@ -19,6 +29,21 @@ def history_of(newest: int, item: str, id: str) -> Select[Any]:
     columns = [reason if one.name == "reason" else one for one in chain.c]
     query = select(*columns).order_by(chain.c.revision.desc())
     return query.params(newest=newest, item_=item, id=id)
+
+
+def histories(given: FromClause, *, is_outer: bool) -> Select[Any]:
+    """Return the query of the changes of many tasks; `given` has their versions as `value`.
+
+    Args:
+        is_outer: Join by outer joins, which SQLite never reverses: with old statistics, it would
+            read all changes.
+    """
+    newest, older = _CHANGES.alias(), _CHANGES.alias()
+    start = given.join(newest, newest.c.revision == given.c["value"], isouter=is_outer)
+    chain = select(newest).select_from(start).cte("chain", recursive=True)
+    step = chain.join(older, _is_next(chain, older), isouter=is_outer)
+    chain = chain.union_all(select(older).select_from(step).where(chain.c.previous.is_not(None)))
+    return select(chain).where(chain.c.revision.is_not(None))
 
 
 def status_changes() -> Select[Any]:
@@ -41,12 +66,15 @@ def chain_of_changes() -> CTE:
         .cte("chain", recursive=True)
     )
     older = _CHANGES.alias()
+    return chain.union_all(select(older).join(chain, _is_next(chain, older)))
+
+
+def _is_next(chain: CTE, older: FromClause) -> ColumnElement[bool]:
     # `older.revision < chain.revision` ends the recursion: a `previous` that was written by hand
     # may refer to any revision, even a later one.
-    is_next = and_(
+    return and_(
         older.c.revision == chain.c.previous,
         older.c.revision < chain.c.revision,
         older.c.item == chain.c.item,
         older.c.item_id == chain.c.item_id,
     )
-    return chain.union_all(select(older).join(chain, is_next))

@@ -16,6 +16,7 @@ from typing import Any, Protocol, Self
 
 import orjson
 from sqlalchemy import (
+    BigInteger,
     BindParameter,
     Column,
     ColumnElement,
@@ -51,7 +52,7 @@ from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
 from openclaw_store.backends import PUBLIC, CounterStatements, Cursor, qualified, schema_of
-from openclaw_store.database.change_chain import chain_of_changes, status_changes
+from openclaw_store.database.change_chain import chain_of_changes, histories, status_changes
 from openclaw_store.database.claim_statements import claim_statements
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
 from openclaw_store.database.store_write import (
@@ -83,6 +84,7 @@ REASON = SealedColumn("changes", "reason", is_json=False)
 _PROGRESS = SealedColumn("nodes", "progress", is_json=True)
 
 _CHANGES = Base.metadata.tables["changes"]
+_PAST = Base.metadata.tables["past_changes"]
 _NODES = table_of(NodeInfo)
 _TASKS = table_of(Task)
 
@@ -241,6 +243,10 @@ class Statements(ABC):
     """As `read_one`, for `given` identifiers."""
     delete: dict[type[Any], str]
     """The statement for many rows of an identifier."""
+    delete_change: str
+    """The statement for many rows of a revision."""
+    delete_past: str
+    """The statement for many rows of an identifier: delete the past changes of a task."""
     read_tasks: str
     """All columns of the tasks with `given` identifiers; on PostgreSQL."""
     call: str
@@ -269,6 +275,10 @@ class Statements(ABC):
     @abstractmethod
     def by_ids(self, kind: type[Any], columns: Sequence[Any], ids: Any) -> Select[Any]:
         """Return the query of rows by their `given` identifiers; a missing row may have NULLs."""
+
+    @abstractmethod
+    def histories(self, versions: Sequence[int]) -> Select[Any]:
+        """Return the query of the changes of many tasks, by the versions of their rows."""
 
     @abstractmethod
     def elements(self, texts: Any) -> Any:
@@ -336,9 +346,10 @@ class SQLiteStatements(Statements):
             for kind in ROWS
         }
         self._read_chain = self._compile(select(chain_of_changes().c.revision))
-        self._delete_change = self._compile(
+        self.delete_change = self._compile(
             delete(_CHANGES).where(_CHANGES.c.revision == bindparam("old"))
         )
+        self.delete_past = self._compile(delete(_PAST).where(_PAST.c.item_id == bindparam("id")))
         self.beat = self._compile(
             update(_NODES)
             .where(
@@ -369,13 +380,16 @@ class SQLiteStatements(Statements):
         found = given.outerjoin(table_of(kind), _key(kind) == given.c.value)
         return select(*columns).select_from(found)
 
+    def histories(self, versions: Sequence[int]) -> Select[Any]:
+        return histories(_each(orjson.dumps(list(versions)).decode()), is_outer=True)
+
     def elements(self, texts: Any) -> Any:
         return _each(texts).c.value
 
     def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
         # One by one: with old statistics, a search for the whole chain would read all changes.
         old = [row for change in changes for row in cursor.execute(self._read_chain, change)]
-        cursor.write(self._delete_change, old)
+        cursor.write(self.delete_change, old)
 
     def _parameter(self, number: int) -> str:
         return "?"
@@ -422,6 +436,11 @@ class PostgreSQLStatements(Statements):
             f"WHERE {_key(kind)} = given.{KEY[kind]}"
             for kind in ROWS
         }
+        self.delete_change, self.delete_past = (
+            f"DELETE FROM {self._named(column.table)} USING {_given([column])} "
+            f"WHERE {column} = given.{column.name}"
+            for column in (_CHANGES.c.revision, _PAST.c.item_id)
+        )
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
         changes = self._named(_CHANGES)
         matches = "revision = given.revision AND one.item = given.item"
@@ -453,6 +472,10 @@ class PostgreSQLStatements(Statements):
 
     def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
         cursor.write(self._forget, changes)
+
+    def histories(self, versions: Sequence[int]) -> Select[Any]:
+        given = func.unnest(cast(list(versions), ARRAY(BigInteger))).table_valued("value")
+        return histories(given.render_derived("given"), is_outer=False)
 
     def elements(self, texts: Any) -> Any:
         return func.json_array_elements_text(texts).table_valued("value").c.value

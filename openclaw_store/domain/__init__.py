@@ -70,6 +70,7 @@ from openclaw_store.domain.records import (
     encode_long_values,
     write_back,
 )
+from openclaw_store.domain.retention import Retention
 from openclaw_store.domain.serialization import STORE_FIELDS
 from openclaw_store.domain.validation import (
     MAX_ID_LENGTH,

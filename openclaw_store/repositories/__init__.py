@@ -4,7 +4,7 @@ This room holds the commands, the unit of work, the change log and its retention
 """
 
 from openclaw_store.repositories.base import Repository, admit_entity
-from openclaw_store.repositories.batches import apply
+from openclaw_store.repositories.batches import apply, apply_together
 from openclaw_store.repositories.bulk import Refusals, TasksAdded, changes_of, insert_tasks
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,
@@ -46,7 +46,19 @@ from openclaw_store.repositories.leases import (
 )
 from openclaw_store.repositories.nodes import NodeRepository, node_status
 from openclaw_store.repositories.parts import claim_in_parts, register_in_parts
-from openclaw_store.repositories.retention import compact_feed
+from openclaw_store.repositories.removal import Removal, remove_tasks
+from openclaw_store.repositories.retention import (
+    COMPACTION_BATCH_SIZE,
+    Compact,
+    Policy,
+    compact,
+    compact_feed,
+    count_old_tasks,
+    old_revisions,
+    old_rows,
+    redate_tasks,
+    remove_old_tasks,
+)
 from openclaw_store.repositories.row_reader import (
     FETCH_SIZE,
     TolerantReader,

@@ -13,6 +13,7 @@ from openclaw_store.database import (
     ROWS,
     ChangeRow,
     CounterRow,
+    PastChangeRow,
     history_of,
     statements_in,
 )
@@ -21,10 +22,15 @@ from openclaw_store.errors import CompactedError, InvalidDataError
 from openclaw_store.repositories.unit_of_work import counters_of
 
 # Without the type, which would return sealed reasons as objects for callers.
-_COLUMNS = [
-    type_coerce(one, Text).label(one.name) if one.name == REASON.column else one
-    for one in ChangeRow.__table__.c
-]
+_COLUMNS, _PAST = (
+    [
+        type_coerce(row.__table__.c[one.name], Text).label(one.name)
+        if one.name == REASON.column
+        else row.__table__.c[one.name]
+        for one in ChangeRow.__table__.c
+    ]
+    for row in (ChangeRow, PastChangeRow)
+)
 _REASON = [one.name for one in _COLUMNS].index(REASON.column)
 _ALL = select(*_COLUMNS)
 
@@ -81,16 +87,22 @@ async def read_newest_changes(session: AsyncSession, before: int, count: int) ->
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
-    """Return the logged changes of a task or node, oldest first."""
+    """Return the logged changes of a task or node, oldest first, with those before a restore."""
+    past: list[Change] = []
+    if kind is Task:
+        rows = select(*_PAST).where(PastChangeRow.item_id == id).order_by(PastChangeRow.revision)
+        past = _as_changes(session, await session.execute(rows))
     # The version of a row is its last change, and each change names the one before. Only for a
     # removed row all changes are searched.
-    columns = ROWS[kind].__table__.c
-    version = await session.scalar(select(columns.version).where(columns[KEY[kind]] == id))
+    fields = ROWS[kind].__table__.c
+    version = await session.scalar(select(fields.version).where(fields[KEY[kind]] == id))
     if version is None:
         query = _ALL.where(ChangeRow.item == ENTITY_NAMES[kind], ChangeRow.item_id == id)
-        return _as_changes(session, await session.execute(query.order_by(ChangeRow.revision)))
+        return past + _as_changes(
+            session, await session.execute(query.order_by(ChangeRow.revision))
+        )
     query = history_of(version, ENTITY_NAMES[kind], id)
-    return _as_changes(session, await session.execute(query))[::-1]
+    return past + _as_changes(session, await session.execute(query))[::-1]
 
 
 def _as_changes(session: AsyncSession, rows: Iterable[Any]) -> list[Change]:

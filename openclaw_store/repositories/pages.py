@@ -61,18 +61,26 @@ def after_cursor(cursor: str) -> Condition:
     Raises:
         InvalidDataError: If the text is no cursor.
     """
+    microseconds, id = position_of(cursor)
+    at, row = from_microseconds(microseconds), TaskRow
+    # The second condition implies the first, but only the first can use the index.
+    return and_(row.submitted_at <= at, or_(row.submitted_at < at, row.task_id < id))
+
+
+def position_of(cursor: str) -> tuple[int, str]:
+    """Return the time of submission in microseconds, and the identifier, of a cursor's task.
+
+    Raises:
+        InvalidDataError: If the text is no cursor.
+    """
     moment, dot, id = check_text("after", cursor).partition(".")
     try:
-        at = from_microseconds(int(moment))
+        at = to_microseconds(from_microseconds(int(moment)))
     except (ValueError, OverflowError):
         at = None
     if at is None or not dot:
         raise InvalidDataError("after", "must be the `after` of the page before, or None")
-    row = TaskRow
-    # The second condition implies the first, but only the first can use the index.
-    return and_(
-        row.submitted_at <= at, or_(row.submitted_at < at, row.task_id < check_key("after", id))
-    )
+    return at, check_key("after", id)
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,14 +72,7 @@ def other_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]
     """
     row: Any = TaskRow
     dialect = sql.dialect.name
-    if sql.protection.has_keys:
-        for name in ("error_contains", "metadata"):
-            if getattr(filter, name) is not None:
-                raise InvalidDataError(
-                    name,
-                    "is a search in sealed values, which the database cannot read: select by other "
-                    "conditions, and search in the tasks that are found",
-                )
+    refuse_sealed(filter, sql)
     for column, alternatives in (
         (row.task_type, filter.task_type),
         (row.priority, filter.priority),
@@ -97,6 +90,22 @@ def other_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]
     for path, wanted in (filter.metadata or {}).items():
         is_value = _is_value_on_sqlite if dialect == "sqlite" else _is_value_on_postgresql
         yield is_value(row.metadata_, path.split("."), wanted)
+
+
+def refuse_sealed(filter: TaskFilter, sql: Statements) -> None:
+    """Refuse a search in sealed values.
+
+    Raises:
+        InvalidDataError: It names the condition.
+    """
+    if sql.protection.has_keys:
+        for name in ("error_contains", "metadata"):
+            if getattr(filter, name) is not None:
+                raise InvalidDataError(
+                    name,
+                    "is a search in sealed values, which the database cannot read: select by other "
+                    "conditions, and search in the tasks that are found",
+                )
 
 
 def node_conditions(filter: NodeFilter, now: datetime, dialect: str) -> Iterator[Condition]:

@@ -413,6 +413,7 @@ class UnitOfWork:
             self.cursor.write(self.sql.insert_change, rows)
         if removed_history:
             self.sql.forget(self.cursor, removed_history)
+            self.cursor.write(self.sql.delete_past, [(id,) for _, _, id in removed_history])
         if self.has_removed_nodes:
             self.cursor.execute(self.sql.write_beat, (self.heartbeat_sequence,))
 

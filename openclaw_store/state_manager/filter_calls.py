@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from openclaw_store.domain import (
     FINISHED,
@@ -31,10 +32,13 @@ from openclaw_store.repositories import (
     requeue_of,
 )
 from openclaw_store.repositories.tasks import ITER_PAGE_SIZE
-from openclaw_store.state_manager.manager_base import ManagerBase
+from openclaw_store.state_manager.archive_calls import ArchiveCalls
+
+if TYPE_CHECKING:
+    from openclaw_store.archive.reader import Archive
 
 
-class FilterCalls(ManagerBase):
+class FilterCalls(ArchiveCalls):
     """List, count and change the tasks that a filter selects, and list nodes."""
 
     async def list_tasks(
@@ -59,18 +63,28 @@ class FilterCalls(ManagerBase):
         await self._replica.catch_up_to(max((task.version for task in page), default=0))
         return page
 
-    async def iter_tasks(self, filter: TaskFilter | None = None) -> AsyncIterator[Task]:
+    async def iter_tasks(
+        self, filter: TaskFilter | None = None, *, archive: Archive | None = None
+    ) -> AsyncIterator[Task]:
         """Yield the tasks that match a filter, in the order and with the promises of `list_tasks`.
 
         Only one page is in memory at a time, however many tasks match.
 
         Args:
             filter: `None` for all tasks. A `timedelta` in it counts from the beginning.
+            archive: An archive of which the tasks are listed together with the live ones. A task
+                that moves there meanwhile comes once; one that is restored meanwhile may not come.
 
         Raises:
             InvalidDataError: If a condition of the filter is invalid.
+            UnavailableError: If the archive cannot be read.
         """
         checked = check_filter(TaskFilter, filter, self.db.clock())
+        if archive is not None:
+            self._check_usable()
+            async for task in self._with_archived(checked, archive):
+                yield task
+            return
         async for task in each_of_pages(partial(self.list_tasks, checked, limit=ITER_PAGE_SIZE)):
             yield task
 

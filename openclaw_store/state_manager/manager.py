@@ -43,6 +43,8 @@ class StateManager(TaskCalls, NodeCalls, LeaseCalls, FilterCalls):
         wake_ups: Receive a notification at each commit of another process. This takes a thread on
             SQLite and a connection on PostgreSQL. It is off without `auto_sync_interval`.
         backoff: The delay of a failed task before its next attempt.
+        retention: The ages at which finished tasks and old changes leave the database. One process
+            at a time applies it, from `initialize` to `shutdown`.
 
     Attributes:
         db: The database.

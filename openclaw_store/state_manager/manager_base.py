@@ -20,6 +20,7 @@ from openclaw_store.domain import (
     Backoff,
     Entity,
     Record,
+    Retention,
     Task,
     check_count,
     write_back,
@@ -69,7 +70,10 @@ class ManagerBase:
         finished_cache_size: int = 10_000,
         wake_ups: bool = True,
         backoff: Backoff = DEFAULT_BACKOFF,
+        retention: Retention | None = None,
     ) -> None:
+        if retention is not None and not isinstance(retention, Retention):
+            raise InvalidDataError("retention", f"must be a Retention, not {safe_repr(retention)}")
         if auto_sync_interval is not None and (
             isinstance(auto_sync_interval, bool)
             or not isinstance(auto_sync_interval, int | float)
@@ -84,6 +88,9 @@ class ManagerBase:
         self.node_repo = NodeRepository(database)
         self._backoff = backoff
         self._interval = auto_sync_interval
+        self._retention = retention
+        self._retention_loop: asyncio.Task[None] | None = None
+        self._opened_archive: Any = None
         self._wake_ups = wake_ups
         limit = check_count("finished_cache_size", finished_cache_size)
         access = Replica if cache else DirectAccess
@@ -120,6 +127,9 @@ class ManagerBase:
                 await self.db.initialize()
                 await self._replica.start()
                 self._thread = get_ident()
+                if self._retention is not None:
+                    work = self._retain_every(self._retention)
+                    self._retention_loop = self._loop.create_task(work, context=Context())
                 if self._interval is not None:
                     # An empty context: that of the caller may have a transaction, which forbids
                     # writing.
@@ -166,9 +176,11 @@ class ManagerBase:
             if self._loop.is_closed():
                 await self._replica.abandon()
                 return
-            if self._sync_loop is not None:
-                self._sync_loop.cancel()
-                await asyncio.wait([self._sync_loop])
+            loops = [one for one in (self._sync_loop, self._retention_loop) if one is not None]
+            for one in loops:
+                one.cancel()
+            if loops:
+                await asyncio.wait(loops)
             await self._replica.stop()
         finally:
             self._thread = None
@@ -199,6 +211,9 @@ class ManagerBase:
         """Number of tasks in memory."""
         count: int = self._replica.cache.sizes()["cached_tasks"]
         return count
+
+    async def _retain_every(self, retention: Retention) -> None:
+        raise NotImplementedError
 
     async def _sync_every(self, seconds: float) -> None:
         while True:
