@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.pool import NullPool
 
 import openclaw_store
 from campaigns.workloads.fixture import Fixture
@@ -174,6 +176,17 @@ async def _transaction(fixture: Fixture) -> None:
         await NodeRepository(tx).update_status(fixture.id("gone"), NodeStatus.MAINTENANCE)
 
 
+async def _joined(fixture: Fixture) -> None:
+    """Write in the transaction of a session of the caller's own engine."""
+    location = fixture.location
+    url = f"sqlite+aiosqlite:///{location}" if isinstance(location, Path) else location
+    engine = create_async_engine(url, poolclass=NullPool)
+    async with AsyncSession(engine) as session:
+        async with fixture.db.joined(session) as tx:
+            await TaskRepository(tx).create(fixture.task("new"))
+        await session.commit()
+
+
 async def _write_in(fixture: Fixture) -> None:
     async with fixture.db.transaction() as tx:
         await fixture.db.write_in(tx, apply, fixture.creation())
@@ -294,6 +307,7 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.other.db.initialize(), after=_open_and_close_database
     ),
     "Database.inspect": Call(lambda fixture: fixture.db.inspect(_count_at_once)),
+    "Database.joined": Call(_joined),
     "Database.read": Call(lambda fixture: fixture.db.read(_count)),
     "Database.read_in": Call(_read_in),
     "Database.rekey": Call(_rekey, is_slow=True),

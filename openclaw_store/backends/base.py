@@ -157,6 +157,19 @@ class Backend(Protocol):
             until: Deadline for the lock, by `time.monotonic`.
         """
 
+    async def join(
+        self, session: AsyncSession, counters: CounterStatements, until: float, seconds: float
+    ) -> Connection:
+        """Take the write lock in the transaction of a caller's session.
+
+        Args:
+            until: Deadline for the lock, by `time.monotonic`.
+            seconds: Limit for the transaction to be idle, on a server.
+
+        Raises:
+            InvalidDataError: If the session has another database, driver or isolation.
+        """
+
     async def end(self, session: AsyncSession) -> None:
         """Close `session`, in any state of its connection."""
 

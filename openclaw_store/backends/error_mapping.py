@@ -184,6 +184,11 @@ class SQLiteErrorMapping(ErrorMapping):
         name = getattr(_cause(error), "sqlite_errorname", None)
         return "_".join(name.split("_")[:2]) if name else None
 
+    @staticmethod
+    def is_old_snapshot(error: BaseException) -> bool:
+        """Return true if a transaction cannot write, as another one has since it began to read."""
+        return getattr(_cause(error), "sqlite_errorname", None) == "SQLITE_BUSY_SNAPSHOT"
+
     @classmethod
     def is_damage(cls, error: BaseException) -> bool:
         """Return true if the contents of the file are damaged."""

@@ -15,10 +15,13 @@ from sqlalchemy import BigInteger, ColumnElement, Text, literal_column
 from openclaw_store.backends import qualified
 from openclaw_store.database.row_codec import FIELDS
 from openclaw_store.database.tables import IS_DELAYED, IS_PENDING, IS_PREFERRING, IS_READY
-from openclaw_store.domain import Task, TaskStatus
+from openclaw_store.domain import JSON_FIELDS, Task, TaskStatus
 
 _ORDER = "priority, submitted_at, task_id"
 _COLUMNS = ", ".join(FIELDS[Task])
+_AS_TEXT = ", ".join(
+    f"{name}::text" if name in JSON_FIELDS[Task] else name for name in FIELDS[Task]
+)
 _IS_DUE = f"status = '{TaskStatus.PENDING.value}' AND (not_before IS NULL OR not_before <= {{}})"
 
 
@@ -83,6 +86,7 @@ def _statements(
     parameters: Sequence[str] = ("?", "?", "?"),
 ) -> ClaimStatements:
     first, second, third = parameters
+    columns = _COLUMNS if first == "?" else _AS_TEXT
     table = tasks.split()[0]
     ready, delayed, pending, preferring = [
         f"{tasks.format(index)} WHERE {condition}"
@@ -96,13 +100,13 @@ def _statements(
     return ClaimStatements(
         *heads,
         f"""
-        SELECT {_COLUMNS} FROM {ready} AND {in_group}
+        SELECT {columns} FROM {ready} AND {in_group}
         AND (expires_at IS NULL OR expires_at > {second}) ORDER BY {_ORDER} LIMIT {third}""",
         f"""
-        SELECT {_COLUMNS} FROM (SELECT * FROM {pending} ORDER BY {_ORDER} LIMIT {first}) AS front
+        SELECT {columns} FROM (SELECT * FROM {pending} ORDER BY {_ORDER} LIMIT {first}) AS front
         WHERE {_IS_DUE.format(second)} ORDER BY {_ORDER}""",
         f"""
-        SELECT {_COLUMNS} FROM {delayed} AND not_before <= {first}
+        SELECT {columns} FROM {delayed} AND not_before <= {first}
         ORDER BY not_before LIMIT {second}""",
         f"SELECT 1 FROM {preferring} ORDER BY max_retries LIMIT 1",
         f"""

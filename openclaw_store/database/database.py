@@ -37,6 +37,7 @@ from openclaw_store.backends import (
 from openclaw_store.backends.sqlite import files as sqlite
 from openclaw_store.database import legacy_import, migrations, sealing
 from openclaw_store.database.group_commit import CLOSED, Apply, Listener, Writer
+from openclaw_store.database.joined import Hold, hold_of, in_savepoint
 from openclaw_store.database.private_folder import private_folder
 from openclaw_store.database.rekeying import Rekeyed, Report, rekey
 from openclaw_store.database.sealed_entities import open_when_loaded
@@ -67,8 +68,10 @@ logger = logger_of("database")
 
 Result = TypeVar("Result")
 
-_inside: ContextVar[tuple[Database, WriteTransaction] | None] = ContextVar("inside", default=None)
-"""The `transaction()` block of the running asyncio task, or of the task that created it."""
+_inside: ContextVar[tuple[Database, WriteTransaction | Hold] | None] = ContextVar(
+    "inside", default=None
+)
+"""The `transaction()` or `joined()` of the running asyncio task, or of the task that made it."""
 
 _forks = 0
 """Number of forks between the import of this module and this process."""
@@ -334,6 +337,47 @@ class Database:
                 raise
             finally:
                 await shield_until_done(self._backend.end(session))
+
+    @asynccontextmanager
+    async def joined(
+        self, session: AsyncSession, *, timeout: float | None = None
+    ) -> AsyncIterator[AsyncSession]:
+        """Write tasks and nodes in the transaction of your own session, with your own rows.
+
+        Commit `session` yourself: its rows, tasks and nodes commit together, or not at all. The
+        block is a savepoint; if it raises, what it wrote is undone. From its beginning until your
+        commit, the write lock is held: keep that short. Caches show the writes after the commit.
+
+        Args:
+            session: A session of an engine of yours on the same database, in READ COMMITTED.
+            timeout: Seconds that the block may take, and that the server lets your transaction be
+                idle then; `None` for `transaction_timeout`.
+
+        Raises:
+            DeadlineError: If the block took longer; your whole transaction is rolled back.
+            InvalidDataError: If the session has another database, driver or isolation.
+            UnavailableError: If the write lock was not free in time; roll back.
+        """
+        self._check_ready()
+        hold = hold_of(session, self)
+        inside = _inside.get()
+        if inside is None or inside[1] is not hold:
+            self.refuse_inside()
+        limit = self.transaction_timeout if timeout is None else timeout
+        seconds = check_limit_seconds("timeout", limit)
+        with self._backend.error_mapping.mapped(own=False):
+            with self._backend.error_mapping.mapped():
+                until = time.monotonic() + self.timeout
+                connection = await self._backend.join(session, self._counters, until, seconds)
+            _inside.set((self, hold))  # until the caller's commit
+            cursor = self._backend.cursor(connection)
+            transaction = WriteTransaction(cursor, self.clock(), self.statements)
+            block = in_savepoint(
+                session, transaction, hold, {"database": self}, self.schema,
+                self._backend.error_mapping.mapped,
+            )  # fmt: skip
+            async with self._deadline(seconds), block as tx:
+                yield tx
 
     @asynccontextmanager
     async def _deadline(self, seconds: float) -> AsyncIterator[None]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Final
 
-from sqlalchemy import Dialect, Table, Text, type_coerce
+from sqlalchemy import Dialect, Table, Text
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 
 from openclaw_store.database.tables import ROWS, UNVERSIONED, table_of
 from openclaw_store.database.types import EnumValue, SealableJson, SealableText, UtcTime
@@ -23,9 +25,28 @@ FIELDS: Final = {
 }
 """The columns that are fields of the domain class, in its order."""
 
+
+class _JsonText(FunctionElement[str]):
+    """JSON as text, whatever codec of JSON the connection has: it may be that of a caller."""
+
+    type = Text()
+    inherit_cache = True
+
+
+@compiles(_JsonText)
+def _stay(element: _JsonText, compiler: Any, **options: Any) -> str:
+    text: str = compiler.process(element.clauses, **options)
+    return text
+
+
+@compiles(_JsonText, "postgresql")
+def _cast(element: _JsonText, compiler: Any, **options: Any) -> str:
+    return f"CAST({compiler.process(element.clauses, **options)} AS TEXT)"
+
+
 COLUMNS: Final = {
     kind: tuple(
-        type_coerce(row.__table__.c[name], Text).label(name)
+        _JsonText(row.__table__.c[name]).label(name)
         if name in JSON_FIELDS[kind]
         else row.__table__.c[name]
         for name in FIELDS[kind]

@@ -79,7 +79,7 @@ class LoopSessions:
         self.sessions, self.own_sessions, self.write_sessions = (
             async_sessionmaker(engine, expire_on_commit=False, info=info) for engine in engines
         )
-        self.write_sessions.configure(sync_session_class=_WriteSession)
+        self.write_sessions.configure(sync_session_class=WriteSession)
         self._engines = engines
         self.slices = Slices()
         self.checked_out: set[int] = set()
@@ -114,7 +114,7 @@ class LoopSessions:
             self.checked_out.discard(id(record))
 
 
-class _WriteSession(Session):
+class WriteSession(Session):
     """A session that leaves the end of its transaction to `Database.transaction`."""
 
     def commit(self) -> None:

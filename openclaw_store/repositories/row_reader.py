@@ -48,7 +48,7 @@ async def read_rows(
     """
 
     def execute(session: Session) -> CursorResult[Any]:
-        options = {"stream_results": size is not None}
+        options = {**session.execution_options, "stream_results": size is not None}
         return session.connection().execute(query, execution_options=options)
 
     def fetch(_: Session) -> Sequence[Raw]:

@@ -36,7 +36,7 @@ from openclaw_store.backends.postgresql.write_session import (
     WriteSession,
     milliseconds,
 )
-from openclaw_store.errors import UnavailableError
+from openclaw_store.errors import InvalidDataError, UnavailableError
 
 Result = TypeVar("Result")
 
@@ -74,6 +74,15 @@ _SIZE_OF_DATABASE = "SELECT pg_database_size(current_database())"
 _SIZE_OF_SCHEMA = """
     SELECT coalesce(sum(pg_total_relation_size(oid)), 0) FROM pg_class
     WHERE relkind = 'r' AND relnamespace = to_regnamespace('{}')"""
+
+_IDENTITY = "SELECT current_database(), pg_postmaster_start_time()"
+_JOINED = (
+    _IDENTITY
+    + """, to_regclass('{}.counters') IS NOT NULL AS has_tables,
+    current_setting('transaction_isolation') AS isolation,
+    current_setting('transaction_read_only') AS read_only,
+    current_setting('lock_timeout') AS lock_timeout"""
+)
 
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, expires first
@@ -118,6 +127,7 @@ class PostgreSQL:
         self._version = MINIMUM_VERSION  # at least
         self._synchronous_commit: str | None = None  # unknown: the server's setting stays
         self.registry = ConnectionRegistry()
+        self._own_identity: tuple[Any, ...] | None = None
 
     def exists(self) -> bool:
         return True
@@ -299,6 +309,45 @@ class PostgreSQL:
             await session.invalidate()
             raise
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
+
+    async def join(
+        self, session: AsyncSession, counters: CounterStatements, until: float, seconds: float
+    ) -> Connection:
+        connection = await session.connection()
+        if (connection.dialect.name, connection.dialect.driver) != ("postgresql", "asyncpg"):
+            name = f"{connection.dialect.name}+{connection.dialect.driver}"
+            raise InvalidDataError("session", f"has {name}: make it of postgresql+asyncpg")
+        found = (await connection.exec_driver_sql(_JOINED.format(self.schema))).one()
+        raw: Any = await connection.get_raw_connection()
+        driver = raw.driver_connection
+        for is_wrong, reason in (
+            (tuple(found[:2]) != await self._identity(), f"is not on {self.location}"),
+            (not found.has_tables, f"does not see the tables of {self.location}"),
+            (not driver.is_in_transaction(), "commits each statement: leave AUTOCOMMIT out"),
+            (found.isolation != "read committed", f"is {found.isolation}: use READ COMMITTED"),
+            (found.read_only == "on", "only reads: connect to the primary, and allow writes"),
+        ):
+            if is_wrong:
+                raise InvalidDataError("session", reason)
+        wait = milliseconds(min(until - time.monotonic(), self._lock_seconds))
+        try:
+            await driver.execute(
+                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; {notify(self.schema)}; "
+                f"SET LOCAL lock_timeout = '{found.lock_timeout}'; "
+                f"{self._limits(seconds, 2 * seconds)}"
+            )
+        except asyncio.CancelledError:  # SQLAlchemy would reuse the busy connection
+            await session.invalidate()
+            raise
+        return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
+
+    async def _identity(self) -> tuple[Any, ...]:
+        """Return values that no other database has: its name, and the start of its server."""
+        if self._own_identity is None:
+            async with self.engine(write=False).connect() as connection:
+                found = (await connection.exec_driver_sql(_IDENTITY)).one()
+            self._own_identity = tuple(found)
+        return self._own_identity
 
     def _limits(self, idle: float, whole: float) -> str:
         """Return SQL that makes the server abort the transaction of a client that vanished.

@@ -300,6 +300,37 @@ class SQLite:
             await asyncio.sleep(delay)
         raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
 
+    def _is_own_file(self, path: str | None) -> bool:
+        return path is not None and os.path.realpath(path) == str(self.path)
+
+    async def join(
+        self, session: AsyncSession, counters: CounterStatements, until: float, seconds: float
+    ) -> Connection:
+        connection = await session.connection()
+        if (connection.dialect.name, connection.dialect.driver) != ("sqlite", "aiosqlite"):
+            name = f"{connection.dialect.name}+{connection.dialect.driver}"
+            raise InvalidDataError("session", f"has {name}: make it of sqlite+aiosqlite")
+        if not await asyncio.to_thread(self._is_own_file, connection.engine.url.database):
+            raise InvalidDataError("session", f"is not on {self.location}")
+        raw: Any = await connection.get_raw_connection()
+        # Of a transaction that began to read, the snapshot must be the newest one; else it is busy.
+        is_begun = raw.driver_connection.in_transaction
+        lock = "UPDATE counters SET id = id WHERE id = 0" if is_begun else "BEGIN IMMEDIATE"
+        for delay in delays(until - time.monotonic()):
+            try:
+                await connection.exec_driver_sql(lock)
+                return connection.sync_connection  # type: ignore[return-value]  # begun
+            except SQLAlchemyError as error:
+                if SQLiteErrorMapping.is_old_snapshot(error):
+                    raise InvalidDataError(
+                        "session",
+                        "read before another process wrote: begin with joined(), then read",
+                    ) from error
+                if not SQLiteErrorMapping.is_busy(error):
+                    raise
+            await asyncio.sleep(delay)
+        raise UnavailableError(f"{self.path}: another process keeps it locked: roll back")
+
     async def end(self, session: AsyncSession) -> None:
         await session.close()
 
