@@ -103,6 +103,8 @@ class TestStuck:
         await manager.register_node(make_node(node_id="dead", available_skills=["gpu"]))
         clock.advance(seconds=1000)
         await manager.register_node(make_node(node_id="atlas", available_skills=["cpu"]))
+        await manager.register_node(make_node(node_id="drained", available_skills=["ocr"]))
+        await manager.drain_node("drained")
         long_ago = clock() - 500 * SECOND
         on_atlas = {"assigned_node": "atlas", "scheduled_at": long_ago}
         running = {"status": TaskStatus.RUNNING, "started_at": long_ago}
@@ -120,6 +122,7 @@ class TestStuck:
                 task_id="odd retry", required_skills=["quantum"], not_before=clock() + MINUTE
             ),
             make_task(task_id="dark", required_skills=["gpu"], submitted_at=long_ago),
+            make_task(task_id="scan", required_skills=["ocr"], submitted_at=long_ago),
             make_task(task_id="late", expires_at=clock() - MINUTE, **cpu),
         ]
         await manager.add_tasks(tasks)
@@ -137,6 +140,7 @@ class TestStuck:
             (Reason.NO_SKILL, "cpu, quantum"): ["odd", "odd too"],
             (Reason.NO_SKILL, "quantum"): ["odd retry"],
             (Reason.NO_LIVE_NODE, "gpu"): ["dark"],
+            (Reason.NO_LIVE_NODE, "ocr"): ["scan"],
             (Reason.EXPIRED, ""): ["late"],
         }
         assert found[0].subject == "cpu, quantum"  # the largest group is first
