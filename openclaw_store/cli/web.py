@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -57,12 +58,31 @@ async def web(
             token=token,
             allow_actions=allow_actions,
             hosts=_LOOPBACK_NAMES if token is None else None,
+            clusters=partial(list_clusters, call.location) if call.cluster else None,
         )
         path = (prefix or "").rstrip("/")
         server = Server(page, host, port, path)
         text = f"http://{host}:{port}{path}/ shows {database.db_path}: Ctrl-C stops it"
         typer.echo(printable(text), err=True)
         await server.serve()
+
+
+async def list_clusters(location: str | None) -> list[dict[str, str]]:
+    """Return the rows of the page that lists all clusters of a location."""
+    from openclaw_store.clusters import Clusters
+    from openclaw_store.database import migrations
+
+    found = await Clusters(migrations.location_of(location)).list()
+    return [
+        {
+            "Cluster": one.name or "(public)",
+            "Nodes": f"{sum(one.nodes.values()):,}",
+            "Tasks": f"{sum(one.tasks.values()):,}",
+            "Schema": one.revision or "",
+            "Problem": one.problem or "",
+        }
+        for one in found
+    ]
 
 
 def _is_loopback(host: str) -> bool:

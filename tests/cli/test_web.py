@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from devtools.postgres import free_port
 from openclaw_store import Database, StateManager
-from openclaw_store.cli import web as _web  # noqa: F401 - it adds the command
 from openclaw_store.cli.commands import app
+from openclaw_store.cli.web import list_clusters
+from openclaw_store.clusters import Clusters
+from openclaw_store.web.render import CHINESE
 
 pytestmark = pytest.mark.sqlite
 
@@ -121,3 +123,19 @@ async def test_page_is_served_until_sigterm_while_browsers_watch(
         f"http://127.0.0.1:{port}/ shows {path}: Ctrl-C stops it"
     ]
     assert process.returncode in (0, -signal.SIGTERM)
+
+
+async def test_clusters_of_the_location_are_listed(tmp_path: Path, make_task: MakeTask) -> None:
+    location = f"{tmp_path}/{{cluster}}.db"
+    for name in ("alpha", "beta"):
+        await Clusters(location).create(name)
+    async with StateManager(Database(location, cluster="beta"), None) as state:
+        await state.add_task(make_task())
+
+    found = await list_clusters(location)
+
+    assert [(one["Cluster"], one["Tasks"], one["Problem"]) for one in found] == [
+        ("alpha", "0", ""),
+        ("beta", "1", ""),
+    ]
+    assert found[0].keys() <= CHINESE.keys()
