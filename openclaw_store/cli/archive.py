@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from openclaw_store.cli import render
-from openclaw_store.cli.commands import app, either, time_option
+from openclaw_store.cli.commands import app
 from openclaw_store.cli.context import Call, command
+from openclaw_store.cli.options import either, time_option
 from openclaw_store.domain import TaskStatus, TaskType
 
 if TYPE_CHECKING:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from datetime import datetime
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -20,7 +18,8 @@ import typer
 
 from openclaw_store.cli import render
 from openclaw_store.cli.context import AsJson, Call, Cluster, Group, Location, command
-from openclaw_store.domain import WAITING, NodeStatus, TaskStatus, TaskType
+from openclaw_store.cli.options import either
+from openclaw_store.domain import WAITING, NodeStatus, TaskStatus
 from openclaw_store.encryption import keys_of
 from openclaw_store.errors import NotFoundError, printable
 
@@ -42,12 +41,6 @@ app = typer.Typer(
 )
 db = typer.Typer(help="Upgrade or inspect the schema of a database.", no_args_is_help=True)
 app.add_typer(db, name="db")
-
-
-def either(kind: type[StrEnum]) -> str:
-    """Return the values of an enumeration, for a help text."""
-    *others, last = (member.value for member in kind)
-    return f"{', '.join(others)} or {last}"
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,70 +98,6 @@ async def nodes(
         found = await (repository.list_by_status(status) if status else repository.get_all_nodes())
         now = database.clock()
     call.show({"nodes": found}, lambda: render.nodes(found, now))
-
-
-def _moment(text: str | datetime) -> datetime:
-    try:
-        return text if isinstance(text, datetime) else datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no time: write 2026-11-25T09:30+01:00") from None
-
-
-def time_option(help: str) -> Any:
-    """Return an option that takes a time."""
-    return typer.Option(parser=_moment, metavar="TIME", help=help, show_default=False)
-
-
-@command(app)
-async def tasks(
-    call: Call,
-    status: Annotated[
-        list[TaskStatus] | None,
-        typer.Option(metavar="STATUS", help=f"{either(TaskStatus)}; may be repeated."),
-    ] = None,
-    type: Annotated[
-        list[TaskType] | None,
-        typer.Option(metavar="TYPE", help=f"{either(TaskType)}; may be repeated."),
-    ] = None,
-    node: Annotated[str | None, typer.Option(help="Assigned to this node.")] = None,
-    user: Annotated[str | None, typer.Option(help="Submitted by this user.")] = None,
-    skill: Annotated[str | None, typer.Option(help="Requiring this skill.")] = None,
-    name: Annotated[str | None, typer.Option(help="With this text in the name.")] = None,
-    submitted_from: Annotated[datetime | None, time_option("Submitted since.")] = None,
-    submitted_until: Annotated[datetime | None, time_option("Submitted before.")] = None,
-    completed_from: Annotated[datetime | None, time_option("Finished since.")] = None,
-    completed_until: Annotated[datetime | None, time_option("Finished before.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number.")] = 20,
-    after: Annotated[
-        str | None, typer.Option(metavar="CURSOR", help="Continue a list from this cursor.")
-    ] = None,
-) -> None:
-    """List tasks, newest submitted first, one page at a time.
-
-    A time is 2026-11-25, 2026-11-25T09:30 or 2026-11-25T09:30+01:00; without a zone, it is local.
-    """
-    from openclaw_store.domain import TaskFilter
-    from openclaw_store.repositories import TaskRepository
-
-    filter = TaskFilter(
-        status=status or None,
-        task_type=type or None,
-        node=node,
-        user=user,
-        skill=skill,
-        name_contains=name,
-        submitted_from=submitted_from,
-        submitted_until=submitted_until,
-        completed_from=completed_from,
-        completed_until=completed_until,
-    )
-    async with call.opened() as database:
-        page = await TaskRepository(database).list_tasks(filter, after=after, limit=limit)
-    call.show(
-        {"tasks": page.tasks, "after": page.after},
-        lambda: render.tasks(page),
-        *([f"the next page: --after {page.after}"] if page.after else ()),
-    )
 
 
 @command(app)

@@ -180,7 +180,11 @@ def command(
                 inspect.Parameter("json", keyword, annotation=AsJson, default=False),
             ]
         )
-        run.__name__, run.__doc__ = work.__name__, work.__doc__
+        # Typer fills paragraphs, but not one that begins with this character: the examples.
+        run.__name__ = work.__name__
+        run.__doc__ = inspect.cleandoc(work.__doc__ or "").replace(
+            "\n\nopenclaw-store ", "\n\n\b\nopenclaw-store "
+        )
         return group.command(name)(run)
 
     return register

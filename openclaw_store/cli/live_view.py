@@ -11,7 +11,7 @@ from rich.live import Live
 
 from openclaw_store.cli import render
 from openclaw_store.database import Database
-from openclaw_store.domain import Change
+from openclaw_store.domain import Change, NodeInfo
 from openclaw_store.maintenance.summary import summarize
 from openclaw_store.repositories import NodeRepository
 
@@ -35,9 +35,14 @@ async def view(database: Database, batches: AsyncIterator[Sequence[Change]]) -> 
         live.update(await _frame(database, newest, live.console.height), refresh=True)
 
 
+def load(node: NodeInfo) -> tuple[float, int]:
+    """Return the used share of the slots of a node, and the number of its tasks."""
+    return node.running_tasks / max(1, node.max_concurrent_tasks), node.running_tasks
+
+
 async def _frame(database: Database, newest: Sequence[Change], height: int) -> Group:
     found = await summarize(database)
-    nodes = await NodeRepository(database).get_all_nodes()
+    nodes = sorted(await NodeRepository(database).get_all_nodes(), key=load, reverse=True)
     parts: list[RenderableType] = [
         render.summary(found),
         "",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 
 from openclaw_store.cli import (  # noqa: F401 - they add commands
+    actions,
     archive,
     checks,
     clusters,
     copying,
     keys,
+    lists,
     metrics,
     web,
     work,

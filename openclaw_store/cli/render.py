@@ -228,6 +228,11 @@ def number(count: int, what: str, verb: str = "") -> str:
     return " ".join(filter(None, [f"{count:,}", noun, auxiliary, verb]))
 
 
+def id_list(ids: Sequence[str]) -> str:
+    """Return identifiers, one on each line."""
+    return "\n".join(ids)
+
+
 def as_json(document: Any, *, compact: bool = False) -> str:
     """Format a document as JSON, with tasks and nodes as in `to_dict`."""
     import orjson

@@ -142,6 +142,31 @@ def _held(
         yield StuckGroup(reason, subject, len(members), is_complete, since, examples)
 
 
+def find_held(
+    connection: Connection, now: datetime, *, unstarted: timedelta = UNSTARTED
+) -> list[str]:
+    """Return the identifiers of all tasks that lost nodes hold, or that are not started."""
+    row = NodeRow
+    query = select(
+        row.node_id, row.status, row.lease_seconds, row.last_heartbeat, row.registered_at
+    )
+    nodes: Mapping[str, Any] = {node.node_id: node for node in connection.execute(query)}
+    task = TaskRow
+    held = (
+        select(task.task_id, task.status, task.assigned_node, task.scheduled_at, task.started_at)
+        .add_columns(task.timeout, task.updated_at)
+        .where(task.status.in_(sorted(ASSIGNED)))
+        .order_by(task.submitted_at)
+    )
+    tasks: Sequence[Any] = connection.execute(held).all()
+    return [
+        one.task_id
+        for one in tasks
+        if conditions.is_lost(nodes.get(one.assigned_node or ""), now, PATIENCE)
+        or conditions.is_unstarted(one, now, unstarted)
+    ]
+
+
 def _waiting(
     connection: Connection, nodes: Mapping[str, Any], now: datetime, most: int
 ) -> Iterator[StuckGroup]:
