@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from campaigns.harness.campaign import Campaign
 from campaigns.scenarios import (
+    archive,
     backups,
     cancel,
     clock,
@@ -43,6 +44,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     hostile_files.CAMPAIGN,
     migrations.CAMPAIGN,
     backups.CAMPAIGN,
+    archive.CAMPAIGN,
     clock.CAMPAIGN,
     machine_clock.CAMPAIGN,
     soak.CAMPAIGN,
