@@ -6,10 +6,10 @@ from functools import partial
 
 from benchmarks import (
     claims,
+    encryption,
     life,
     lives,
     loop,
-    operator,
     processes,
     reads,
     robust,
@@ -311,18 +311,18 @@ BENCHMARKS = (
     *_OF_LIFE,
     *robust.BENCHMARKS,
     *robust_bulk.BENCHMARKS,
-    *operator.BENCHMARKS,
+    *encryption.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
 
 GROUPS = {
+    "encryption": tuple(benchmark.name for benchmark in encryption.BENCHMARKS),
     "life": tuple(benchmark.name for benchmark in _OF_LIFE),
     "processes": (
         "pg-claims",
         "pg-insert-1",
         *(benchmark.name for benchmark in _OF_PROCESSES),
     ),
-    "operator": tuple(benchmark.name for benchmark in operator.BENCHMARKS),
     "robust": tuple(benchmark.name for benchmark in (*robust.BENCHMARKS, *robust_bulk.BENCHMARKS)),
 }
 """Names for several benchmarks."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from campaigns.harness.campaign import Campaign
 from campaigns.scenarios import (
-    archive,
     backups,
     cancel,
     clock,
@@ -16,6 +15,7 @@ from campaigns.scenarios import (
     hostile,
     hostile_files,
     io,
+    keys,
     lost_writes,
     machine_clock,
     migrations,
@@ -44,7 +44,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     hostile_files.CAMPAIGN,
     migrations.CAMPAIGN,
     backups.CAMPAIGN,
-    archive.CAMPAIGN,
+    keys.CAMPAIGN,
     clock.CAMPAIGN,
     machine_clock.CAMPAIGN,
     soak.CAMPAIGN,
