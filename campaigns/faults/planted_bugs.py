@@ -279,3 +279,28 @@ def deaf_handlers() -> Iterator[None]:
 
     with patch.object(Attempt, "interrupt", ignore):
         yield
+
+
+@bug
+def delete_before_archive() -> Iterator[None]:
+    """The archive deletes rows of which it has written no file."""
+    # Imported here, as pyarrow takes longer to load than all other bugs.
+    from openclaw_store.archive import mover
+    from openclaw_store.archive.manifest import write_file
+
+    def write_nothing(folder: Any, layout: Any, path: str, table: Any) -> Any:
+        written = write_file(folder, layout, path, table)
+        folder.remove(path)
+        return written
+
+    def read(folder: Any, file: Any) -> Any:
+        return tables[file.path]
+
+    tables: dict[str, Any] = {}
+
+    def remember(folder: Any, layout: Any, path: str, table: Any) -> Any:
+        tables[path] = table
+        return write_nothing(folder, layout, path, table)
+
+    with patch.object(mover, "write_file", remember), patch.object(mover, "read_file", read):
+        yield

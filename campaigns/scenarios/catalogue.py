@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from campaigns.harness.campaign import Campaign
 from campaigns.scenarios import (
+    archive,
     backups,
     cancel,
     clock,
@@ -45,6 +46,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     migrations.CAMPAIGN,
     backups.CAMPAIGN,
     keys.CAMPAIGN,
+    archive.CAMPAIGN,
     clock.CAMPAIGN,
     machine_clock.CAMPAIGN,
     soak.CAMPAIGN,
