@@ -10,6 +10,7 @@ from benchmarks import (
     life,
     lives,
     loop,
+    operator,
     processes,
     reads,
     robust,
@@ -311,6 +312,7 @@ BENCHMARKS = (
     *_OF_LIFE,
     *robust.BENCHMARKS,
     *robust_bulk.BENCHMARKS,
+    *operator.BENCHMARKS,
     *encryption.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
@@ -323,6 +325,7 @@ GROUPS = {
         "pg-insert-1",
         *(benchmark.name for benchmark in _OF_PROCESSES),
     ),
+    "operator": tuple(benchmark.name for benchmark in operator.BENCHMARKS),
     "robust": tuple(benchmark.name for benchmark in (*robust.BENCHMARKS, *robust_bulk.BENCHMARKS)),
 }
 """Names for several benchmarks."""

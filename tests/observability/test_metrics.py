@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.pages import ROOT
 from typer.testing import CliRunner
 
-from openclaw_store import Database, DuplicateError, NodeRepository, StateManager, TaskRepository
+from openclaw_store import (
+    Database,
+    DuplicateError,
+    NodeRepository,
+    StateManager,
+    TaskRepository,
+    UnavailableError,
+)
 from openclaw_store.cli import metrics as _metrics  # noqa: F401 - it adds the command
 from openclaw_store.cli.commands import app
 from openclaw_store.observability import METRICS, Kind, instrument
@@ -191,8 +201,6 @@ class TestPrometheus:
     async def test_command_prints_every_metric_of_an_empty_database(
         self, location: Location, database: Database
     ) -> None:
-        import asyncio
-
         def run(*options: str) -> Any:
             return CliRunner().invoke(app, ["-d", str(location), "metrics", *options])
 
@@ -201,6 +209,16 @@ class TestPrometheus:
         assert text.exit_code == 0
         assert of_prometheus(text.stdout).keys() == {one.name for one in METRICS}
         assert json.loads(document.stdout).keys() == {"text"}
+
+
+@pytest.mark.sqlite
+async def test_missing_package_is_named(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openclaw_store.observability.opentelemetry", None)
+
+    with pytest.raises(UnavailableError, match=r"openclaw-store\[otel\]"):
+        instrument(database)
 
 
 @pytest.mark.sqlite
@@ -262,9 +280,6 @@ class TestDocuments:
         assert {one.attribute for one in METRICS} == {"", "status", "reason", "error.type"}
 
     def test_library_loads_no_telemetry_by_itself(self, tmp_path: Path) -> None:
-        import subprocess
-        import sys
-
         code = (
             "import sys, openclaw_store; openclaw_store.Database(':memory:');"
             "print([n for n in sys.modules if n.startswith(('opentelemetry', 'prometheus'))])"

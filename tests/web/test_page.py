@@ -217,6 +217,7 @@ class TestPages:
         assert "database" in page.text
 
 
+@pytest.mark.sqlite
 class TestAccess:
     @pytest.mark.parametrize(
         ("options", "reason"),
@@ -465,6 +466,7 @@ class TestLive:
         assert [event async for event in events] == []
 
 
+@pytest.mark.sqlite
 class TestTexts:
     def test_every_text_has_a_translation(self) -> None:
         used: set[str] = {*DONE.values(), *Reason, "Pages"}
