@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,12 @@ from openclaw_store import (
     copy,
     verify,
 )
+from openclaw_store.archive import open_archive
+from openclaw_store.archive.restore import restore_tasks
+from openclaw_store.archive.retain import retain
 from openclaw_store.database import ChangeRow, NodeRow, SealingKeyRow, TaskRow
 from openclaw_store.database.rekeying import key_uses
+from openclaw_store.domain import Retention
 from openclaw_store.encryption import Key, KeyState, key_file
 from openclaw_store.maintenance.doctor import Level, diagnose
 from openclaw_store.maintenance.failures import find_failures
@@ -45,6 +49,7 @@ from openclaw_store.testing import FakeClock
 KEYS = [Key(id, bytes([id] * 32)) for id in (1, 2, 3)]
 RING = KeyRing(KEYS[:1], 1)
 SECRET = "my-secret"
+DAY = timedelta(days=1)
 
 Open = Callable[..., Any]
 
@@ -508,6 +513,37 @@ class TestCopies:
         async with Database(another_location, keys=RING) as database:
             with pytest.raises(SealedValueError, match="cluster"):
                 await TaskRepository(database).get("t1")
+
+
+class TestArchive:
+    async def test_archived_tasks_stay_sealed_and_can_be_restored(
+        self,
+        sealed: StateManager,
+        clock: FakeClock,
+        tmp_path: Path,
+        make_task: MakeTask,
+        make_node: MakeNode,
+    ) -> None:
+        await fill(sealed, make_task, make_node)
+        clock.advance(seconds=90 * 86_400)
+        policy = Retention(
+            completed=30 * DAY, failed=30 * DAY, cancelled=30 * DAY,
+            archive=tmp_path / "archive", load=1.0,
+        )  # fmt: skip
+        await retain(sealed.db, policy)
+
+        assert await sealed.get_task("t1") is None
+        files = files_in(tmp_path / "archive")
+        assert len(files) >= 2
+        assert [one.name for one in files if SECRET.encode() in one.read_bytes()] == []
+        async with open_archive(tmp_path / "archive", database=sealed.db) as archive:
+            archived = await archive.get("t1")
+            assert archived is not None
+            assert archived.result == {"answer": SECRET}
+        await restore_tasks(sealed.db, tmp_path / "archive", TaskFilter.everything())
+        task = await TaskRepository(sealed.db).get("t1")
+        assert task is not None
+        assert task.result == {"answer": SECRET}
 
 
 @pytest.mark.sqlite
