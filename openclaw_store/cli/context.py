@@ -166,6 +166,12 @@ def command(
                 message = _without_locations(render.one_line(error), context.meta[__name__])
                 typer.echo(f"openclaw-store: {message}", err=True)
                 raise typer.Exit(1) from None
+            except (TypeError, ValueError) as error:
+                # A value that was written by hand, past the checks of the store.
+                reason = printable(f"{type(error).__name__}: {error}")
+                advice = "`openclaw-store verify` names the row"
+                typer.echo(f"openclaw-store: a value cannot be read ({reason}): {advice}", err=True)
+                raise typer.Exit(1) from None
 
         # Typer reads the options from the signature. `eval_str` resolves the annotations in the
         # module of the command, where their names are defined.

@@ -48,7 +48,7 @@ def ago(text: str | datetime) -> datetime:
         return utc_now() - timedelta(**{_UNITS[unit]: float(number)})
     except (KeyError, ValueError, OverflowError):
         try:
-            return datetime.fromisoformat(text)
+            return datetime.fromisoformat(text).astimezone()  # without a zone, it is local
         except ValueError:
             problem = f"{text!r} is neither a duration, as 90s, 30min, 1h or 2d, nor a time"
             raise typer.BadParameter(problem) from None

@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask
+from conftest import FakeClock, Location, MakeNode, MakeTask, execute
 from typer.testing import CliRunner, Result
 
 from openclaw_store import NodeStatus, StateManager, TaskPriority, TaskStatus, utc_now, verify
@@ -180,6 +180,7 @@ class TestAnswers:
         text = (await shell("failures")).stdout
         assert "printer # has no paper" in text
         assert "2 failures since" in text
+        assert (await shell.json("failures", "--since", "2020-01-01"))["count"] == 2
 
     async def test_stats_are_those_of_the_period(self, cluster: StateManager, shell: Shell) -> None:
         # The clock of the store is a little ahead of the one of the command.
@@ -204,6 +205,15 @@ class TestAnswers:
         ordered = await shell.json("tasks", "--sort", "-task_id")
         assert [task["task_id"] for task in ordered["tasks"]] == list("edcba")
         assert (await shell.json("tasks", "--since", "2020-01-01"))["tasks"] != []
+
+    async def test_value_past_all_checks_ends_no_command_in_a_traceback(
+        self, cluster: StateManager, location: Location, shell: Shell
+    ) -> None:
+        execute(location, "UPDATE changes SET kind = 'odd' WHERE item_id = 'a'")
+
+        for command in ("show a", "watch --since 0 -n 1"):
+            assert "verify` names the row" in (await shell(*command.split(), status=1)).stderr
+        assert "'odd'" in (await shell("verify", status=1)).stdout
 
     async def test_every_waiting_task_is_explained(
         self, cluster: StateManager, shell: Shell
