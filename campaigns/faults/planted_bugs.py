@@ -20,8 +20,8 @@ from openclaw_store.backends import notifications
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.sqlite.connections import WriteConnection
 from openclaw_store.database.database import Database
+from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.group_commit import Apply, Writer
-from openclaw_store.database.statements import statements_for
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.changes import Change

@@ -7,6 +7,7 @@ from openclaw_store.database.change_chain import history_of
 from openclaw_store.database.claim_statements import SKILL_GROUPS
 from openclaw_store.database.cluster_id import cluster_id_of
 from openclaw_store.database.database import Database
+from openclaw_store.database.dialects import statements_for, statements_in, statements_of
 from openclaw_store.database.difference import Difference
 from openclaw_store.database.group_commit import Apply
 from openclaw_store.database.legacy_import import LegacyImport
@@ -21,14 +22,7 @@ from openclaw_store.database.migrations import (
     stored,
 )
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, places_of
-from openclaw_store.database.statements import (
-    REASON,
-    USAGE,
-    Statements,
-    statements_for,
-    statements_in,
-    statements_of,
-)
+from openclaw_store.database.statements import REASON, USAGE, Statements
 from openclaw_store.database.store_write import CALL_FIELDS, FUNCTION
 from openclaw_store.database.tables import (
     HAS_FAILED,

@@ -33,8 +33,8 @@ from openclaw_store.database import (
     server_check,
     server_schema,
 )
+from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.difference import Difference
-from openclaw_store.database.statements import statements_for
 from openclaw_store.database.store_write import FUNCTION
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
 from openclaw_store.domain import Clock, utc_now

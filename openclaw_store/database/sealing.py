@@ -15,7 +15,8 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.backends import Backend
-from openclaw_store.database.statements import Statements, statements_for
+from openclaw_store.database.dialects import statements_for
+from openclaw_store.database.statements import Statements
 from openclaw_store.database.tables import (
     ChangeRow,
     CounterRow,

@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import Any
 
 from openclaw_store.backends import Cursor
-from openclaw_store.database.statements import Statements, statements_for
+from openclaw_store.database.dialects import statements_for
+from openclaw_store.database.statements import Statements
 
 
 class WriteTransaction:

@@ -45,8 +45,8 @@ from openclaw_store.backends import Backend, qualified
 from openclaw_store.backends.base import CounterStatements, LockRequiredError
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 from openclaw_store.database import group_commit, metrics
+from openclaw_store.database.dialects import statements_of
 from openclaw_store.database.group_commit import Writer
-from openclaw_store.database.statements import statements_of
 from openclaw_store.database.write_queue import FairLock
 from openclaw_store.database.write_transaction import WriteTransaction
 
