@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
 from openclaw_store.backends import unreadable_value
-from openclaw_store.database import COLUMNS, FIELDS, ROWS, ChangeRow, Json, table_of
+from openclaw_store.database import COLUMNS, FIELDS, ROWS, ChangeRow, Json, statements_in, table_of
 from openclaw_store.domain import (
     ENTITY_NAMES,
     FINISHED,
@@ -102,6 +102,7 @@ class RowCheck:
         self._assigned = assigned
         self._now = now
         self._dialect = session.get_bind().dialect.name
+        self._statements = statements_in(session)
         self._columns = table_of(kind).columns
         self._last = aliased(ChangeRow)
         # SQLite has rows without a usable key; any value of it may be one that was written by hand.
@@ -132,7 +133,9 @@ class RowCheck:
         self._findings.count(progress.done, "values", "json", "version", *names)
 
     def _is_suspicious(self) -> ColumnElement[bool]:
-        if self._kind is NodeInfo:  # they are few, and each has its number of tasks to compare
+        # Nodes are few, and each has its number of tasks to compare; the database cannot see the
+        # damage of a sealed value.
+        if self._kind is NodeInfo or self._statements is not self._statements.without_keys:
             return true()
         columns, last, references = self._columns, self._last, self._references
         agrees = and_(
@@ -277,9 +280,16 @@ class RowCheck:
     def _check_unversioned(self, key: Key, beat: Any, progress: Any) -> None:
         if type(beat) is not int or beat < 0:
             self._findings.add("values", f"{label(key)} has the beat {safe_repr(beat)}.", key)
-        if progress is not None and not is_progress(progress):
-            text = f"{label(key)} has progress that cannot be read: {safe_repr(progress)}."
-            self._findings.add("json", text, key)
+        if progress is None:
+            return
+        try:
+            text = self._statements.load_progress(key[1], progress)
+        except InvalidDataError as error:
+            self._findings.add("json", f"{label(key)}: {error}.", key)
+            return
+        if not is_progress(text):
+            problem = f"{label(key)} has progress that cannot be read: {safe_repr(text)}."
+            self._findings.add("json", problem, key)
 
     def _check_version(self, key: Key, values: Mapping[str, Any], change: Raw) -> None:
         version, references = values["version"], self._references

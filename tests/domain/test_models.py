@@ -89,7 +89,7 @@ def test_states_that_end_a_task_and_states_in_which_a_node_lives() -> None:
 
 @pytest.mark.parametrize(("kind", "row"), [(Task, TaskRow), (NodeInfo, NodeRow)])
 def test_fields_and_columns_are_the_same_in_the_same_order(kind: Any, row: Any) -> None:
-    of_the_store_alone = {"beat", "progress"}
+    of_the_store_alone = {"beat", "progress", "passed_over_at"}
 
     columns = [column.name for column in row.__table__.columns]
 
