@@ -36,7 +36,7 @@ class Retention:
     history: timedelta | None = None
     """Age of the changes in the feed; tasks and nodes stay."""
     archive: str | Path | None = None
-    """A folder, or the location of one, such as `s3://bucket/folder`."""
+    """A folder, or the URL of one in an object store such as S3."""
     load: float = 0.5
     """Largest share of the time in which the work runs, above 0; at 1 it never rests."""
     interval_seconds: float = 3600
