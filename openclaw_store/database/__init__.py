@@ -15,13 +15,13 @@ from openclaw_store.database.migrations import (
     COPYING,
     COPYING_HEAD,
     HEAD,
-    differences,
     names_of_tables,
     overloads,
     require_unchanged,
     stored,
 )
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, places_of
+from openclaw_store.database.schema_differences import differences
 from openclaw_store.database.statements import REASON, USAGE, Statements
 from openclaw_store.database.store_write import CALL_FIELDS, FUNCTION
 from openclaw_store.database.tables import (
