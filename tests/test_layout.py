@@ -25,8 +25,12 @@ MODULES = sorted(
 """Every module of the library, by its path: `domain/models`."""
 
 
+def source(module: str) -> str:
+    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+
+
 def tree(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse(source(module))
 
 
 def imports(module: str) -> set[str]:
@@ -60,6 +64,11 @@ class TestLayers:
         )
 
         assert done.returncode == 0, done.stdout
+
+    def test_no_module_is_too_long_to_read(self) -> None:
+        lengths = {one: len(source(one).splitlines()) for one in MODULES}
+
+        assert {one: length for one, length in lengths.items() if length > 500} == {}
 
     @pytest.mark.parametrize("module", ["errors", "domain/clock"])
     def test_lowest_modules_use_nothing_but_python(self, module: str) -> None:
@@ -221,7 +230,7 @@ assert Database is its_own
 
     def test_errors_of_the_docstrings_exist(self) -> None:
         for module in MODULES:
-            text = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+            text = source(module)
             raised = re.findall(r"^ +(\w+(?:, \w+)*): ", text, re.MULTILINE)
             named = {name for names in raised for name in names.split(", ") if "Error" in name}
 
