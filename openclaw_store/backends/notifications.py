@@ -18,10 +18,10 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Event, Thread
+from time import sleep
 from typing import Any, Protocol
 
 from sqlalchemy import Connection
@@ -113,7 +113,7 @@ class Polling:
         seen: object = None
         pause = LONGEST_SECONDS
         while not self._ended.is_set():
-            time.sleep(pause)  # waiting for an event would take as long as the rest of a poll
+            sleep(pause)  # waiting for an event would take as long as the rest of a poll
             cursor.execute("PRAGMA data_version")
             [[version]] = cursor.fetchall()
             if version == seen:

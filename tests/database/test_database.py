@@ -1659,8 +1659,8 @@ class TestVacuumAndStats:
                     await TaskRepository(database).create(make_task())
             after = (await database.get_stats())["writer"]
 
-        nothing_yet = {"queued_operations": 0, "batches": 0, "operations": 0, "failed_batches": 0}
-        assert before == {**dict.fromkeys(after), **nothing_yet}
+        counts = ("queued_operations", "batches", "operations", "failed_batches", "connections")
+        assert before == {**dict.fromkeys(after), **dict.fromkeys(counts, 0)}
         assert (after["batches"], after["operations"], after["failed_batches"]) == (1, 3, 1)
         assert (after["mean_batch"], after["largest_batch"]) == (3, 3)
         assert after["commit_seconds_p50"] == after["commit_seconds_max"] > 0

@@ -14,6 +14,7 @@ from openclaw_store import NodeRepository, StoreError, Task, TaskRepository, Tas
 from openclaw_store.repositories import commands, parts
 from openclaw_store.repositories.batches import apply
 from openclaw_store.repositories.commands import Register
+from openclaw_store.state_manager import scheduler
 
 Call = Callable[[], Awaitable[Any]]
 
@@ -22,6 +23,7 @@ Call = Callable[[], Awaitable[Any]]
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "PART_SIZE", 3)
     monkeypatch.setattr(parts, "PART_SIZE", 3)
+    monkeypatch.setattr(scheduler, "PART_SIZE", 3)
 
 
 async def busy_node(cluster: Cluster, count: int) -> tuple[str, list[Task]]:
