@@ -101,7 +101,7 @@ def _of_life(kind: processes.Kind) -> tuple[Benchmark, ...]:
     )
     return (
         Benchmark(
-            f"{prefix}life",
+            f"{prefix}worker-life",
             partial(life.life, kind=kind),
             (
                 Line(

@@ -15,7 +15,7 @@ TASKS = 4000
 
 
 @pytest.mark.parametrize(
-    ("with_history", "most"), [(False, 530 + 80), (True, 900)], ids=["created", "lived"]
+    ("with_history", "most"), [(False, 540 + 80), (True, 900)], ids=["created", "lived"]
 )
 async def test_task_is_small(
     tmp_path: Path, clock: FakeClock, with_history: bool, most: int
