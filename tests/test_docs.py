@@ -240,7 +240,16 @@ class TestPrograms:
         languages = {block.language for page in pages() for block in blocks(page)}
         directives = {language for language in languages if language.startswith("{")}
 
-        assert languages - directives <= {"python", "console", "bash", "text", "ini", "sql", "yaml", "json"}
+        assert languages - directives <= {
+            "python",
+            "console",
+            "bash",
+            "text",
+            "ini",
+            "sql",
+            "yaml",
+            "json",
+        }
 
 
 class TestCommands:

@@ -96,7 +96,7 @@ def claimed_twice() -> Iterator[None]:
         known[skills] = [*tasks.values()]
         return iter(tasks.values())
 
-    with patch("openclaw_store.repositories.unit_of_work.ready_tasks", remembered):
+    with patch("openclaw_store.repositories.claim_choice.ready_tasks", remembered):
         yield
 
 

@@ -79,6 +79,8 @@ def public_coroutines() -> set[str]:
     found: set[str] = set()
     for name in openclaw_store.__all__:
         thing = getattr(openclaw_store, name)
+        if thing is openclaw_store.KeyProvider:
+            continue  # a protocol, implemented by callers
         if inspect.isclass(thing):
             for attribute, member in inspect.getmembers(thing, inspect.isfunction):
                 is_public = not attribute.startswith("_") or attribute in _ENTRANCES
@@ -274,6 +276,13 @@ async def _rekey(fixture: Fixture) -> None:
         assert await database.rekey()
 
 
+async def _unlock(fixture: Fixture) -> None:
+    file = fixture.folder / fixture.id("unlocked.json")
+    if not file.exists():
+        key_file.create(file)
+    await KeyRing.load(file).unlock()
+
+
 CALLS: dict[str, Call] = {
     "Clusters.create": Call(
         lambda fixture: _clusters(fixture).create("new"), _with_clusters, is_slow=True
@@ -293,6 +302,7 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.other.db.close(),
         is_open=True,
     ),
+    "Database.alter": Call(lambda fixture: fixture.db.alter(_count_at_once), is_slow=True),
     "Database.backup": Call(
         lambda fixture: fixture.db.backup(fixture.folder / fixture.id("backup")), is_slow=True
     ),
@@ -316,6 +326,7 @@ CALLS: dict[str, Call] = {
     "Database.vacuum": Call(lambda fixture: fixture.db.vacuum(), is_slow=True),
     "Database.write": Call(lambda fixture: fixture.db.write(apply, fixture.creation())),
     "Database.write_in": Call(_write_in),
+    "KeyRing.unlock": Call(_unlock),
     "NodeRepository.create": Call(
         lambda fixture: fixture.node_repo.create(fixture.node("newcomer"))
     ),

@@ -22,7 +22,9 @@ from random import Random
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo
 
-from openclaw_store import Backoff, NodeFilter, NodeInfo, Task, TaskFilter, TaskPriority
+from openclaw_store import Backoff, NodeFilter, NodeInfo, Retention, Task, TaskFilter, TaskPriority
+from openclaw_store.archive.reader import Archive
+from openclaw_store.archive.restore import Restored
 
 GREATEST, LEAST = 2**63 - 1, -(2**63)
 
@@ -173,7 +175,9 @@ def hints_of(thing: object) -> dict[str, Any]:
     return _hints_of(thing)
 
 
-_hints_of = cache(get_type_hints)  # it is slow
+@cache  # it is slow
+def _hints_of(thing: object) -> dict[str, Any]:
+    return get_type_hints(thing, localns={"Archive": Archive, "Restored": Restored})
 
 
 _USUAL: Mapping[Any, Any] = {
@@ -229,6 +233,8 @@ class Values:
             timedelta: self.duration,
             BaseException: lambda: ValueError(self.text()),
             Backoff: lambda: Backoff(jitter=0),
+            Retention: lambda: Retention(completed=timedelta(days=self.random.randrange(9))),
+            Archive: lambda: None,  # a text or number instead, now and then
             Path: self.path,
             types.NoneType: lambda: None,
         }

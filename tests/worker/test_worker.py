@@ -493,8 +493,8 @@ async def test_removed_task_is_no_harm(
     async def handle(task: Task, run: Run) -> int:
         if task.task_id == kept.task_id:
             return 1
-        await store.remove_task(task.task_id)
         try:
+            await store.remove_task(task.task_id)  # the worker may see it before this returns
             await asyncio.Event().wait()
         finally:
             interrupted.set()
