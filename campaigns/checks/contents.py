@@ -28,9 +28,13 @@ FROM information_schema.columns WHERE table_schema = 'public'
 """
 """Names and definitions of constraints, indexes, functions and columns."""
 
-_COLUMNS_OF_POSTGRESQL = """
+RANDOM_COLUMN = "cluster_id"
+"""The column that each migration fills with another value."""
+
+_COLUMNS_OF_POSTGRESQL = f"""
 SELECT table_name, string_agg(quote_ident(column_name), ', ' ORDER BY column_name)
-FROM information_schema.columns WHERE table_schema = 'public' GROUP BY table_name
+FROM information_schema.columns
+WHERE table_schema = 'public' AND column_name <> '{RANDOM_COLUMN}' GROUP BY table_name
 """
 
 _ASIDE = ("legacy_rejected", "legacy_extra")
@@ -123,7 +127,8 @@ def _in_order(table: re.Match[str]) -> str:
 
 
 def _checksum(connection: sqlite3.Connection, table: str) -> str:
-    names = sorted(row[1] for row in connection.execute(f"PRAGMA table_info({table})"))
+    found = connection.execute(f"PRAGMA table_info({table})")
+    names = sorted(row[1] for row in found if row[1] != RANDOM_COLUMN)
     texts = " || ',' || ".join(f'quote("{name}")' for name in names)
     found = connection.execute(f"SELECT {texts} FROM {table} ORDER BY rowid")
     count, checksum = 0, hashlib.blake2b(digest_size=8)

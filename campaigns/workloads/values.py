@@ -22,7 +22,16 @@ from random import Random
 from typing import Any, Union, get_args, get_origin, get_type_hints
 from zoneinfo import ZoneInfo
 
-from openclaw_store import Backoff, NodeFilter, NodeInfo, Retention, Task, TaskFilter, TaskPriority
+from openclaw_store import (
+    Backoff,
+    KeyRing,
+    NodeFilter,
+    NodeInfo,
+    Retention,
+    Task,
+    TaskFilter,
+    TaskPriority,
+)
 from openclaw_store.archive.reader import Archive
 from openclaw_store.archive.restore import Restored
 
@@ -234,6 +243,7 @@ class Values:
             BaseException: lambda: ValueError(self.text()),
             Backoff: lambda: Backoff(jitter=0),
             Retention: lambda: Retention(completed=timedelta(days=self.random.randrange(9))),
+            KeyRing: lambda: None,
             Archive: lambda: None,  # a text or number instead, now and then
             Path: self.path,
             types.NoneType: lambda: None,
