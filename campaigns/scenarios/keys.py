@@ -198,7 +198,10 @@ async def _search(run: Run, location: Location, file: Path) -> None:
             files = {one for folder in folders for one in folder.rglob("*") if one.is_file()}
             texts = [secret(number).encode() for number in range(SECRETS)]
             for one in sorted(files):
-                content = one.read_bytes()
+                try:
+                    content = one.read_bytes()
+                except FileNotFoundError:  # a server removes some of its files
+                    continue
                 hits = sum(text in content for text in texts)
                 run.check(not hits, f"{one.name} has {hits} secrets")
     finally:

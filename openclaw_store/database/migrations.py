@@ -115,6 +115,8 @@ def is_current(backend: Backend, check: Check = _accept_all) -> bool:
 
 
 def _is_current(backend: Backend, connection: Connection) -> bool:
+    if backend.dialect == "sqlite" and not connection.connection.in_transaction:
+        connection.connection.cursor().execute("BEGIN")  # else others migrate between two reads
     revision, tables = stored(connection), names_of_tables(connection)
     is_foreign = revision is None and bool(tables & {"tasks", "nodes"})
     is_legacy = legacy_import.is_legacy(connection)
