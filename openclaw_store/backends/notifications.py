@@ -32,6 +32,7 @@ from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.protocol import listener_names
 from openclaw_store.backends.postgresql.write_session import milliseconds
 from openclaw_store.backends.sqlite.backend import SQLite
+from openclaw_store.backends.sqlite.file_watch import FileWatch
 from openclaw_store.errors import logger_of
 
 logger = logger_of("wakeups")
@@ -42,8 +43,11 @@ OnCommit = Callable[[int, int], object]
 `False` means that an earlier notification is still being processed, and will include this one.
 """
 
-SHORTEST_SECONDS, LONGEST_SECONDS = 0.002, 0.005
-"""Limits of the time between two polls of a file; frequent commits shorten it."""
+SHORTEST_SECONDS, LONGEST_SECONDS = 0.001, 0.005
+"""Limits of the time between two polls of a file; commits and writes to its WAL shorten it."""
+
+IDLE_SECONDS = 0.05
+"""Time between two polls while the system would report a write to the WAL."""
 
 BUSY_SECONDS = 0.01
 """Time to the next poll while the receiver still processes an earlier notification."""
@@ -80,8 +84,9 @@ class Notifier(Protocol):
 class Polling:
     """Polls a SQLite file on a thread of its own.
 
-    A poll takes a few microseconds: `PRAGMA data_version` reads a number in shared memory that
-    changes with each commit of another connection.
+    A poll takes some microseconds: `PRAGMA data_version` reads a number in shared memory that
+    changes with each commit of another connection. A commit writes to the WAL first. Where the
+    system reports that, the thread sleeps until then.
     """
 
     def __init__(self, database: SQLite, counters: CounterStatements, on_commit: OnCommit) -> None:
@@ -89,13 +94,17 @@ class Polling:
         self._counters = counters
         self._on_commit = on_commit
         self._ended = Event()
+        self._watch = FileWatch()
         self._pause = LONGEST_SECONDS  # before the next attempt, after a failed one
         self._thread = Thread(target=self._run, name="openclaw-store-wakeups", daemon=True)
         self._thread.start()
 
     async def stop(self) -> None:
-        self._ended.set()
-        await asyncio.to_thread(self._thread.join)
+        if not self._ended.is_set():
+            self._ended.set()
+            self._watch.stop()
+            await asyncio.to_thread(self._thread.join)
+            self._watch.close()
 
     def _run(self) -> None:
         while not self._ended.is_set():
@@ -110,16 +119,25 @@ class Polling:
 
     def _poll(self, connection: Connection) -> None:
         cursor = connection.connection.cursor()
+        cursor.execute("PRAGMA data_version")  # which makes the WAL, if there is none
+        cursor.fetchall()
+        is_reported = self._watch.start(self._database.wal)
         seen: object = None
-        pause = LONGEST_SECONDS
+        pause, is_idle = LONGEST_SECONDS, False
         while not self._ended.is_set():
-            sleep(pause)  # waiting for an event would take as long as the rest of a poll
+            if not is_idle:
+                sleep(pause)  # waiting for an event would take as long as the rest of a poll
+            elif self._watch.wait(IDLE_SECONDS):
+                pause, is_idle = SHORTEST_SECONDS, False  # the commit follows its writes
             cursor.execute("PRAGMA data_version")
             [[version]] = cursor.fetchall()
             if version == seen:
                 pause = min(pause * 1.2, LONGEST_SECONDS)
+                is_idle = is_reported and pause == LONGEST_SECONDS
                 continue
-            seen, pause = version, SHORTEST_SECONDS
+            if is_idle and not self._watch.wait(0):
+                is_reported = False  # some file systems report nothing
+            seen, pause, is_idle = version, SHORTEST_SECONDS, False
             cursor.execute(self._counters.read)
             [counters] = cursor.fetchall()
             self._pause = LONGEST_SECONDS

@@ -52,6 +52,7 @@ from openclaw_store.backends.notifications import (
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.protocol import CHANNEL, OTHER_LISTENERS
 from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
+from openclaw_store.backends.sqlite.file_watch import FileWatch
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.retention import Compact, compact
 
@@ -707,6 +708,37 @@ class TestWakeUps:
 
         assert (BUSY_SECONDS in pauses) is is_busy
         assert (SHORTEST_SECONDS in pauses) is not is_busy
+
+    @pytest.mark.sqlite
+    @pytest.mark.parametrize("is_reporting", [True, False])
+    async def test_file_is_polled_rarely_only_where_its_writes_are_reported(
+        self, manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch,
+        is_reporting: bool,
+    ) -> None:  # fmt: skip
+        waits: list[bool] = []
+        original = FileWatch.wait
+
+        def wait(self: FileWatch, seconds: float) -> bool:
+            is_written = original(self, min(seconds, 0.001)) and is_reporting
+            waits.append(is_written)
+            return is_written
+
+        monkeypatch.setattr(FileWatch, "wait", wait)
+        told: list[int] = []
+        polling = manager.db.follow(lambda revision, _: told.append(revision))
+        await until(lambda: waits)
+        await manager.add_task(make_task())
+        await until(lambda: told[-1:] == [1])
+        if is_reporting:
+            assert True in waits
+            await until(lambda: waits[-1] is False)  # idle again
+        waits.clear()
+        await asyncio.sleep(0.1)
+        await manager.add_task(make_task())
+        await until(lambda: told[-1:] == [2])
+        await polling.stop()
+
+        assert bool(waits) is is_reporting
 
     @pytest.mark.sqlite
     async def test_file_that_cannot_be_read_for_a_while_is_looked_at_again(

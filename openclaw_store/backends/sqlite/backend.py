@@ -109,6 +109,8 @@ class SQLite:
     def __init__(self, path: Path, timeout: float, cluster: str | None = None) -> None:
         # SQLite follows symbolic links too, and its journals are beside the file itself.
         self.path = Path(os.path.realpath(path))
+        self.wal = self.path.with_name(self.path.name + "-wal")
+        """The write-ahead log, to which each commit writes."""
         self.location = self.address = str(path)
         self.cluster = cluster
         self.error_mapping = SQLiteErrorMapping(self.location)
@@ -391,7 +393,7 @@ class SQLite:
             self._empty_wal()  # VACUUM writes the new pages to the WAL: the file shrinks only now
 
     async def size(self, session: AsyncSession) -> int:
-        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        files = (self.path, self.wal)
         return sum(file.stat().st_size for file in files if file.exists())
 
     def _open(self, kind: type[WriteConnection]) -> closing[WriteConnection]:

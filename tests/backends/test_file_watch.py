@@ -1,0 +1,59 @@
+"""A wait for writes to a file."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE
+
+from openclaw_store.backends.sqlite.file_watch import FileWatch
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports writes")
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> Iterator[FileWatch]:
+    (tmp_path / "file").touch()
+    with closing(FileWatch()) as watch:
+        assert watch.start(tmp_path / "file")
+        yield watch
+
+
+def test_write_to_the_file_alone_is_reported_once(watch: FileWatch, tmp_path: Path) -> None:
+    (tmp_path / "another").write_text("text")
+    assert not watch.wait(0)
+    with (tmp_path / "file").open("r+b", buffering=0) as file:
+        for _ in range(1000):
+            file.write(b"text")
+    assert watch.wait(PATIENCE)
+    while watch.wait(0):
+        pass
+    assert not watch.wait(0)
+
+
+async def test_wait_is_ended_by_another_thread(watch: FileWatch) -> None:
+    waiting = asyncio.create_task(asyncio.to_thread(watch.wait, PATIENCE))
+    await asyncio.sleep(0.01)
+    watch.stop()
+    async with asyncio.timeout(PATIENCE / 2):
+        assert await waiting is False
+    assert not watch.wait(PATIENCE)
+
+
+def test_file_that_is_missing_is_not_watched(watch: FileWatch, tmp_path: Path) -> None:
+    assert not watch.start(tmp_path / "missing")
+    (tmp_path / "file").write_text("text")
+    assert not watch.wait(0)
+
+
+def test_other_systems_report_nothing(
+    watch: FileWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not watch.start(tmp_path / "file")
+    assert not watch.wait(0)
