@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from openclaw_store.domain import ENTITY_NAMES, Change, Record, Task, TaskStatus
-from openclaw_store.state_manager.change_feed import REVISION, STEP_WIDTH, ChangeBatch, InitialState
+from openclaw_store.state_manager.change_feed import REVISION, TO_STATUS, ChangeBatch, InitialState
 
 _TASK = ENTITY_NAMES[Task]
 
@@ -74,7 +74,7 @@ class AppliedChanges:
         # A row inserted by hand was never counted under its first status.
         is_counted = self.is_counted and batch.is_complete
         for change in batch.changes:
-            revision, _, item, id, before, after = change[:STEP_WIDTH]
+            revision, _, item, id, before, after = change[: TO_STATUS + 1]
             if revision <= contiguous or revision in out_of_order:
                 if item == _TASK and id in tasks:  # only the last change of a task has its content
                     tasks[id] = change

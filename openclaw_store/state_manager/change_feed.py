@@ -73,14 +73,20 @@ from openclaw_store.repositories import (
 )
 from openclaw_store.state_manager.task_index import IndexEntry
 
-STEP = ("revision", "changed_at", "item", "item_id", "from_status", "to_status")
-"""The columns of a change that a cache needs, in this order."""
+STEP = (
+    *("revision", "changed_at", "item", "item_id", "from_status", "to_status"),
+    *("kind", "node", "reason", "previous"),
+)
+"""The columns of a change, in this order: a cache needs the first six, watchers need all."""
 
 STEP_WIDTH = len(STEP)
 """The number of these columns in a row; the columns of the task follow."""
 
-REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, *_ = range(STEP_WIDTH)
+REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, _, TO_STATUS, *_ = range(STEP_WIDTH)
 """The positions of these columns."""
+
+REASON_CHARACTERS = 1000
+"""Longest reason that a batch has in full; a longer one is cut after one character more."""
 
 _INDEXED = ("version", "status", "assigned_node", "priority", "submitted_at")
 _indexed = itemgetter(*map(FIELDS[Task].index, _INDEXED))
@@ -393,7 +399,13 @@ def _statement(sql: Statements, *, is_skipping: bool) -> tuple[str, Sequence[str
             _is_small(Task, is_sqlite=is_sqlite),
         ),
     )
-    columns = [*(changes.c[name] for name in STEP), *(tasks.c[name] for name in FIELDS[Task])]
+    longest: sa.ColumnElement[int] = sa.literal_column(str(REASON_CHARACTERS + 1))
+    text = sa.cast(changes.c.reason, sa.Text)
+    reason = sa.func.substr(text, sa.literal_column("1"), longest)
+    columns = [
+        *(reason.label(name) if name == "reason" else changes.c[name] for name in STEP),
+        *(tasks.c[name] for name in FIELDS[Task]),
+    ]
     state = [CounterRow.revision, CounterRow.heartbeats, counters.c.compacted]
     if is_sqlite:
         # One row: for each row SQLite's driver releases the interpreter's lock and waits for it

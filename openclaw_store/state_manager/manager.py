@@ -112,20 +112,27 @@ class StateManager(TaskCalls, NodeCalls, LeaseCalls, FilterCalls):
         return self._watch(self.version if since is None else check_count("since", since))
 
     async def _watch(self, since: int) -> AsyncIterator[Change]:
+        is_read = False  # the log was read up to `since`, and nothing has happened after it
         while self.is_initialized:
             self._check_usable()
             # Wait before the read: a change between the read and the wait must wake this.
             with self._replica.watchers.next_change() as woken:
-                try:
-                    changes, until = await self._replica.changes(since)
-                except UnavailableError:
-                    if self.is_initialized:
-                        raise
-                    return  # shut down during the read
+                until = since
+                changes = self._replica.changes_in_memory(since)
+                if changes:
+                    until, is_read = changes[-1].revision, True
+                elif not is_read or since < self.version:
+                    try:
+                        changes, until = await self._replica.changes(since)
+                    except UnavailableError:
+                        if self.is_initialized:
+                            raise
+                        return  # shut down during the read
                 for change in changes:
                     yield change
                 if until == since:  # the end of the log
                     await asyncio.wait([woken], timeout=WATCH_SECONDS)
+                    is_read = woken.done()
                 since = until
 
     async def history(self, task_id: str) -> list[Change]:

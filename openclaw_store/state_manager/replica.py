@@ -52,7 +52,7 @@ from openclaw_store.state_manager.cache import Cache, Committed
 from openclaw_store.state_manager.change_feed import (
     ENTITY_ID,
     ENTITY_NAME,
-    STEP_WIDTH,
+    TO_STATUS,
     ChangeBatch,
     InitialState,
     entry_reader,
@@ -60,6 +60,7 @@ from openclaw_store.state_manager.change_feed import (
 )
 from openclaw_store.state_manager.heartbeat_writer import HeartbeatWriter
 from openclaw_store.state_manager.load import load_cache
+from openclaw_store.state_manager.recent_changes import RecentChanges
 from openclaw_store.state_manager.watchers import Watchers
 from openclaw_store.state_manager.write_behind import WriteBehind
 
@@ -78,7 +79,7 @@ Applying a change takes a little longer than loading a task.
 """
 
 
-_step = itemgetter(ENTITY_NAME, ENTITY_ID, STEP_WIDTH - 1)
+_step = itemgetter(ENTITY_NAME, ENTITY_ID, TO_STATUS)
 """Item, identifier and new status of a change in a batch."""
 
 
@@ -102,6 +103,7 @@ class Replica:
         """End of the last complete refresh."""
         self.watchers = Watchers()
         """Waiters for changes and for work; all wake when the replica stops."""
+        self.recent_changes = RecentChanges()
         self._unlisten: Callable[[], None] = lambda: None
         # The events committed during a load; `None` at other times.
         self._loading: list[Sequence[Committed]] | None = None
@@ -317,6 +319,7 @@ class Replica:
                     cache.catch_up(batch)
                 finally:
                     if self.watchers:
+                        self._keep_for_watchers(batch)
                         self.watchers.notice(list(map(_step, batch.changes)))
                 is_behind = batch.revision < batch.read_at
             self.last_refresh_at = self.database.clock()
@@ -377,6 +380,7 @@ class Replica:
             self._loading = None
         cache.keep_unsaved(self.cache)
         self.cache = cache
+        self.recent_changes.clear()
         self.watchers.wake_all()
         self.last_refresh_at = self.database.clock()
 
@@ -394,8 +398,19 @@ class Replica:
     def _wake_after(self, events: Sequence[Committed]) -> None:
         """Wake the waiters after a commit of this process."""
         if self.watchers:
-            changes = changes_of(events)
+            changes = list(changes_of(events))
+            if self.watchers.count:
+                self.recent_changes.add(changes)
             self.watchers.notice([(one.item, one.item_id, one.to_status) for one in changes])
+
+    def _keep_for_watchers(self, batch: ChangeBatch) -> None:
+        if self.watchers.count:
+            sql = self.database.statements
+            self.recent_changes.add_rows(batch.changes, sql.from_moment, sql.read_reason)
+
+    def changes_in_memory(self, since: int) -> Sequence[Change]:
+        """Return the changes after a revision that are in memory, and were applied."""
+        return self.recent_changes.after(since, self.cache.applied.contiguous)
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         """Request a refresh if the counters are ahead of the cache; called on any thread.

@@ -24,6 +24,7 @@ from conftest import (
     OpenManager,
     engine_of,
     execute,
+    feed,
     until,
 )
 
@@ -55,6 +56,8 @@ from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
 from openclaw_store.backends.sqlite.file_watch import FileWatch
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.repositories.retention import Compact, compact
+from openclaw_store.state_manager.change_feed import REASON_CHARACTERS
+from openclaw_store.state_manager.replica import Replica
 
 
 async def first(count: int, changes: AsyncIterator[Change]) -> list[Change]:
@@ -117,6 +120,54 @@ class TestWatch:
             (4, "t", ChangeKind.STATUS),
             (5, "t", ChangeKind.REMOVED),
         ]
+
+    async def test_watcher_that_keeps_up_reads_nothing(
+        self, manager: StateManager, location: Location, make_task: MakeTask,
+        make_node: MakeNode, monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Neither the changes of its own process, nor those of other ones."""
+        monkeypatch.setattr("openclaw_store.state_manager.manager.WATCH_SECONDS", PATIENCE)
+        reads: list[int] = []
+        original = Replica.changes
+
+        async def changes(replica: Replica, since: int) -> Any:
+            reads.append(since)
+            return await original(replica, since)
+
+        async with StateManager(Database(location, clock=manager.db.clock), None) as watching:
+            seen: list[Change] = []
+
+            async def see() -> None:
+                async for change in watching.watch():
+                    seen.append(change)  # noqa: PERF401  # others look at it meanwhile
+
+            watcher = asyncio.create_task(see())
+            await watching.add_task(make_task(task_id="t"))
+            await until(lambda: len(seen) == 1)
+            monkeypatch.setattr(Replica, "changes", changes)
+            await manager.register_node(make_node(node_id="n"))
+            await manager.refresh_from_database()
+            [task] = await manager.claim_tasks("n")
+            await manager.fail_task(task, "no paper", retry=False)
+            await watching.refresh_from_database()
+            await until(lambda: len(seen) == manager.version)
+            await manager.add_task(make_task(task_id="u"))
+            await watching.add_task(make_task(task_id="v"))  # before `u` is known
+            await watching.refresh_from_database()
+            await until(lambda: len(seen) == watching.version)
+            assert reads == [6]  # what was committed before its own change
+
+            long = "x" * (REASON_CHARACTERS + 1)
+            await manager.cancel_task("u", long[1:])
+            await manager.cancel_task("v", long)
+            await watching.refresh_from_database()
+            await until(lambda: len(seen) == manager.version)
+            assert reads == [6, manager.version - 1]  # the last one alone is not in memory
+            watcher.cancel()
+            await asyncio.wait([watcher])
+
+            assert seen == await feed(watching)
+        assert [change.reason for change in seen[-2:]] == [long[1:], long]
 
     async def test_since_none_begins_with_the_next_change(
         self, manager: StateManager, make_task: MakeTask
