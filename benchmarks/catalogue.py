@@ -16,6 +16,7 @@ from benchmarks import (
     robust,
     robust_bulk,
     server_writes,
+    transactions,
     writes,
 )
 from benchmarks.measure import Benchmark, Line, at_least, at_most
@@ -314,6 +315,7 @@ BENCHMARKS = (
     *robust_bulk.BENCHMARKS,
     *operator.BENCHMARKS,
     *encryption.BENCHMARKS,
+    *transactions.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
 
@@ -326,6 +328,7 @@ GROUPS = {
         *(benchmark.name for benchmark in _OF_PROCESSES),
     ),
     "operator": tuple(benchmark.name for benchmark in operator.BENCHMARKS),
+    "transactions": tuple(benchmark.name for benchmark in transactions.BENCHMARKS),
     "robust": tuple(benchmark.name for benchmark in (*robust.BENCHMARKS, *robust_bulk.BENCHMARKS)),
 }
 """Names for several benchmarks."""

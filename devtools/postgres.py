@@ -35,6 +35,7 @@ SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
     "shared_buffers": "32MB",
+    "max_prepared_transactions": 16,
     "dynamic_shared_memory_type": "mmap",  # in the folder, so that `kill` leaves nothing
 }
 

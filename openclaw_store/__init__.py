@@ -5,7 +5,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from openclaw_store.archive import open_archive
-    from openclaw_store.clusters import ClusterInfo, Clusters
+    from openclaw_store.clusters import (
+        ClusterInfo,
+        Clusters,
+        Resolved,
+        Transferred,
+        resolve,
+        transaction,
+        transfer,
+    )
     from openclaw_store.database import Database
     from openclaw_store.domain import (
         Backoff,
@@ -120,6 +128,7 @@ __all__ = [
     "Problem",
     "Progress",
     "Recovery",
+    "Resolved",
     "Retention",
     "Run",
     "SchemaMismatchError",
@@ -136,6 +145,7 @@ __all__ = [
     "TaskRepository",
     "TaskStatus",
     "TaskType",
+    "Transferred",
     "UnavailableError",
     "UnsavedConflictError",
     "Verification",
@@ -145,6 +155,9 @@ __all__ = [
     "diagnose",
     "new_id",
     "open_archive",
+    "resolve",
+    "transaction",
+    "transfer",
     "utc_now",
     "verify",
 ]

@@ -9,19 +9,20 @@ import asyncio
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from itertools import count, groupby
 from operator import itemgetter
 from typing import Any
 from unittest.mock import patch
 
-from openclaw_store.backends import notifications
+from openclaw_store.backends import notifications, qualified
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.sqlite.connections import WriteConnection
 from openclaw_store.database.database import Database
 from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.group_commit import Apply, Writer
+from openclaw_store.database.transactions import Unit
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import lifecycle
 from openclaw_store.domain.changes import Change
@@ -303,4 +304,58 @@ def delete_before_archive() -> Iterator[None]:
         return write_nothing(folder, layout, path, table)
 
     with patch.object(mover, "write_file", remember), patch.object(mover, "read_file", read):
+        yield
+
+
+@bug
+def one_after_the_other() -> Iterator[None]:
+    """P2: the clusters of a transaction have transactions of their own, which commit in turn."""
+    open_unit = Unit.opened
+
+    @asynccontextmanager
+    async def opened(self: Unit, until: float, seconds: float) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            units = [Unit([database]) for database in self.databases]
+            for unit in units:
+                await stack.enter_async_context(open_unit(unit, until, seconds))
+            self.sessions = [unit.sessions[0] for unit in units]
+            yield
+
+    async def commit_in_turn(self: Unit) -> None:
+        for session in self.sessions:
+            await session.commit()
+            await asyncio.sleep(STALL_SECONDS)
+
+    with patch.multiple(Unit, opened=opened, commit=commit_in_turn):
+        yield
+
+
+@bug
+def resolve_without_asking() -> Iterator[None]:
+    """P2: a prepared transaction is rolled back, whatever was decided."""
+
+    async def never(*_: object) -> bool:
+        return False
+
+    with patch("openclaw_store.clusters.resolver.is_decided", never):
+        yield
+
+
+@bug
+def arrival_is_not_noted() -> Iterator[None]:
+    """A batch that has arrived arrives again after a crash."""
+    from openclaw_store.clusters import transfers
+    from openclaw_store.clusters.transit import arrive, settle
+
+    def forget(transaction: WriteTransaction, arrivals: Sequence[Any]) -> Sequence[Any]:
+        refused = arrive(transaction, arrivals)
+        cursor = transaction.cursor
+        cursor.execute(f"DELETE FROM {qualified(cursor.schema, 'incoming')}")
+        return refused
+
+    def settle_late(transaction: WriteTransaction, settlements: Sequence[Any]) -> Sequence[Any]:
+        time.sleep(STALL_SECONDS)
+        return settle(transaction, settlements)
+
+    with patch.multiple(transfers, arrive=forget, settle=settle_late):
         yield

@@ -26,6 +26,7 @@ from campaigns.scenarios import (
     processes,
     soak,
     stalls,
+    transactions,
 )
 
 CAMPAIGNS: tuple[Campaign, ...] = (
@@ -47,6 +48,7 @@ CAMPAIGNS: tuple[Campaign, ...] = (
     backups.CAMPAIGN,
     keys.CAMPAIGN,
     archive.CAMPAIGN,
+    transactions.CAMPAIGN,
     clock.CAMPAIGN,
     machine_clock.CAMPAIGN,
     soak.CAMPAIGN,

@@ -36,6 +36,9 @@ from openclaw_store import (
     copy,
     diagnose,
     open_archive,
+    resolve,
+    transaction,
+    transfer,
     verify,
 )
 from openclaw_store.database.tables import (
@@ -187,6 +190,16 @@ async def _joined(fixture: Fixture) -> None:
         async with fixture.db.joined(session) as tx:
             await TaskRepository(tx).create(fixture.task("new"))
         await session.commit()
+
+
+async def _over_clusters(fixture: Fixture) -> None:
+    async with transaction(fixture.db) as (tx,):
+        await TaskRepository(tx).create(fixture.task("new"))
+
+
+async def _transfer(fixture: Fixture) -> None:
+    async with Database(fixture.folder / "target.db") as target:
+        await transfer(fixture.db, target, TaskFilter(user=fixture.id("user")), dry_run=True)
 
 
 async def _write_in(fixture: Fixture) -> None:
@@ -629,6 +642,9 @@ CALLS: dict[str, Call] = {
     "Worker.run": Call(_work, in_parts=True),
     "copy": Call(_copy, _empty_target, is_slow=True),
     "diagnose": Call(lambda fixture: diagnose(fixture.db)),
+    "resolve": Call(lambda fixture: resolve(fixture.db)),
+    "transaction": Call(_over_clusters),
+    "transfer": Call(_transfer, is_slow=True),
     "verify": Call(lambda fixture: verify(fixture.db)),
 }
 """All calls, by the name of the coroutine and, if needed, of the special case."""

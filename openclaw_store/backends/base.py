@@ -44,6 +44,8 @@ class CounterStatements(NamedTuple):
     """Select the revision and the heartbeat sequence number."""
     lock: str
     """Lock the row."""
+    schema: str | None
+    """The schema of the table; `None` on SQLite."""
 
 
 class WriteSession(Protocol):
@@ -149,12 +151,28 @@ class Backend(Protocol):
         """
 
     async def begin(
-        self, session: AsyncSession, counters: CounterStatements, until: float
+        self,
+        session: AsyncSession,
+        counters: Sequence[CounterStatements],
+        until: float,
+        *,
+        notifies: bool = True,
     ) -> Connection:
         """Begin the transaction of `session` with the write lock.
 
         Args:
-            until: Deadline for the lock, by `time.monotonic`.
+            counters: Of this database, and of others on the server, in the order of their locks.
+            until: Deadline for the locks, by `time.monotonic`.
+            notifies: Notify the listeners of a server at the commit.
+        """
+
+    async def is_beside(self, other: Backend) -> bool:
+        """Return true if one engine transaction can write to this database and another one."""
+
+    async def end_prepared(self, gid: str, *, commit: bool) -> bool:
+        """Commit or roll back a prepared transaction; `False` if there is none.
+
+        After a commit, it notifies the listeners.
         """
 
     async def join(

@@ -160,7 +160,8 @@ def command(
             cluster = given.pop("cluster") or common.cluster
             call = Call(location or common.location, as_json or common.as_json, cluster)
             try:
-                _warn_of_passwords(call.location, given.get("source"), given.get("target"))
+                names = (given.get("source"), given.get("target"), *given.get("locations", ()))
+                _warn_of_passwords(call.location, *names)
                 asyncio.run(work(call, **given))
             except StoreError as error:
                 message = _without_locations(render.one_line(error), context.meta[__name__])

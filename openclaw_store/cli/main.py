@@ -13,6 +13,7 @@ from openclaw_store.cli import (  # noqa: F401 - they add commands
     keys,
     lists,
     metrics,
+    transfers,
     web,
     work,
 )

@@ -39,6 +39,7 @@ from openclaw_store.database import (
     ChangeRow,
     CounterRow,
     NodeRow,
+    OutgoingRow,
     TaskRow,
     migrations,
 )
@@ -79,6 +80,10 @@ _OBJECTS = """
 
 _IDENTIFIED = "0009"
 """The schema revision since which a cluster has a number."""
+
+
+_TRANSFERS = "0012"
+"""The schema revision since which tasks can be in transit."""
 
 
 @dataclass(frozen=True)
@@ -313,6 +318,13 @@ def _refuse_live(connection: Connection, location: str) -> None:
         raise ConflictError(
             f"{location} has {live} tasks that are not finished: wait for them, or drop it by force"
         )
+    if (migrations.stored(connection) or "") >= _TRANSFERS:
+        leaving = connection.scalar(select(func.sum(OutgoingRow.number)))
+        if leaving:
+            raise ConflictError(
+                f"{location} has {leaving} tasks in transit to another cluster: complete the "
+                "transfer, or drop it by force"
+            )
 
 
 def _drop_schema(location: str, name: str, force: bool, connection: Connection) -> None:

@@ -39,12 +39,22 @@ from openclaw_store.database.tables import (
     Base,
     ChangeRow,
     CounterRow,
+    DecisionRow,
+    IncomingRow,
     LeaseRow,
     NodeRow,
+    OutgoingRow,
     PastChangeRow,
     SealingKeyRow,
     TaskRow,
     table_of,
+)
+from openclaw_store.database.transactions import (
+    Unit,
+    commit_unit,
+    end_prepared,
+    is_beside,
+    open_block,
 )
 from openclaw_store.database.types import (
     EnumValue,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, func, select
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.backends import (
@@ -26,22 +25,23 @@ from openclaw_store.backends import (
     shield_until_done,
 )
 from openclaw_store.backends.sqlite import files as sqlite
-from openclaw_store.database.database_base import DatabaseBase, current_block
+from openclaw_store.database.database_base import DatabaseBase
 from openclaw_store.database.group_commit import Apply, Listener
 from openclaw_store.database.joined import hold_of, in_savepoint
 from openclaw_store.database.rekeying import Rekeyed, Report, rekey
 from openclaw_store.database.tables import NodeRow, TaskRow
-from openclaw_store.database.telemetry import note_commit
+from openclaw_store.database.transactions import (
+    Unit,
+    commit_unit,
+    current_blocks,
+    deadline,
+    holds_here,
+    open_block,
+)
 from openclaw_store.database.write_transaction import WriteTransaction
-from openclaw_store.domain import (
-    check_limit_seconds,
-)
+from openclaw_store.domain import check_limit_seconds
 from openclaw_store.encryption import Sealed
-from openclaw_store.errors import (
-    BackendError,
-    DeadlineError,
-    StoreError,
-)
+from openclaw_store.errors import StoreError
 
 Result = TypeVar("Result")
 
@@ -109,44 +109,9 @@ class Database(DatabaseBase):
             UnavailableError: If the database is not open, or cannot be written.
             OutcomeUnknownError: If the disk failed while committing.
         """
-        self._check_ready()
-        self.refuse_inside()
-        limit = self.transaction_timeout if timeout is None else timeout
-        seconds = check_limit_seconds("timeout", limit)
-        async with self._exclusive("a transaction") as until:
-            session = self._sessions_here().write_sessions()
-            session.info["seconds"] = seconds
-            try:
-                # The statements of the block are the caller's: its SQL errors stay as they are.
-                with self._backend.error_mapping.mapped(own=False):
-                    with self._backend.error_mapping.mapped():
-                        begin = self._backend.begin(session, self._counters, until)
-                        connection = await cancel_once(begin)
-                    transaction = WriteTransaction(
-                        self._backend.cursor(connection), self.clock(), self.statements
-                    )
-                    session.info.update(transaction=transaction, cursor_lock=asyncio.Lock())
-                    outside = current_block.get()
-                    current_block.set((self, transaction))
-                    try:
-                        async with self._deadline(seconds):
-                            yield session
-                        if transaction.failure is not None:
-                            text = "a write in the transaction failed, so all of it was rolled back"
-                            raise StoreError(text) from transaction.failure
-                        if not transaction.finished:  # otherwise the block rolled back by itself
-                            await shield_until_done(self._commit(session, transaction))
-                    finally:
-                        transaction.finished = True
-                        current_block.set(outside)
-                        for restore in reversed(transaction.undo):
-                            restore()
-            except BackendError:
-                # A rollback could wait for an answer on a broken connection.
-                await shield_until_done(session.invalidate())
-                raise
-            finally:
-                await shield_until_done(self._backend.end(session))
+        unit = Unit([self])
+        async with open_block([unit], self._seconds(timeout), partial(commit_unit, unit)) as [tx]:
+            yield tx
 
     @asynccontextmanager
     async def joined(
@@ -170,52 +135,28 @@ class Database(DatabaseBase):
         """
         self._check_ready()
         hold = hold_of(session, self)
-        inside = current_block.get()
-        if inside is None or inside[1] is not hold:
+        held = [*holds_here()]
+        if (self, hold) not in held:
             self.refuse_inside()
-        limit = self.transaction_timeout if timeout is None else timeout
-        seconds = check_limit_seconds("timeout", limit)
+            held.append((self, hold))
+        seconds = self._seconds(timeout)
         with self._backend.error_mapping.mapped(own=False):
             with self._backend.error_mapping.mapped():
                 until = time.monotonic() + self.timeout
                 connection = await self._backend.join(session, self._counters, until, seconds)
-            current_block.set((self, hold))  # until the caller's commit
+            current_blocks.set(tuple(held))  # until the caller's commit
             cursor = self._backend.cursor(connection)
             transaction = WriteTransaction(cursor, self.clock(), self.statements)
             block = in_savepoint(
                 session, transaction, hold, {"database": self}, self.schema,
                 self._backend.error_mapping.mapped,
             )  # fmt: skip
-            async with self._deadline(seconds), block as tx:
+            async with deadline(seconds), block as tx:
                 yield tx
 
-    @asynccontextmanager
-    async def _deadline(self, seconds: float) -> AsyncIterator[None]:
-        limit = asyncio.timeout(seconds)
-        try:
-            async with limit:
-                yield
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise DeadlineError(
-                f"the transaction took longer than {seconds:g} s and was rolled back: "
-                "do the slow part outside, or pass transaction(timeout=…)"
-            ) from error
-
-    async def _commit(self, session: AsyncSession, transaction: WriteTransaction) -> None:
-        async with session.info["cursor_lock"]:  # a call that the block did not await may write
-            with self._backend.error_mapping.mapped():
-                await session.run_sync(lambda _: transaction.finish())
-        try:
-            await session.commit()
-        except (SQLAlchemyError, OSError) as error:
-            raise self._backend.error_mapping.map_error(error, committing=True) from error
-        transaction.undo.clear()
-        # Still under the write lock: events must be in the order of commits.
-        self._writer.publish(transaction.committed)
-        note_commit(self._writer.telemetry, 1, None, transaction.committed, ())
-        await asyncio.sleep(0)  # the caches of this loop apply the events before the caller runs
+    def _seconds(self, timeout: float | None) -> float:
+        limit = self.transaction_timeout if timeout is None else timeout
+        return check_limit_seconds("timeout", limit)
 
     async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
         """Run `work` with a session, in its own task, so that cancelling the caller is safe."""

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -27,14 +26,13 @@ from openclaw_store.backends import (
 from openclaw_store.database import legacy_import, migrations, sealing
 from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.group_commit import CLOSED, Writer
-from openclaw_store.database.joined import Hold
 from openclaw_store.database.private_folder import private_folder
 from openclaw_store.database.sealed_entities import open_when_loaded
 from openclaw_store.database.sessions import LoopSessions
 from openclaw_store.database.slices import Slices
 from openclaw_store.database.statements import Statements
+from openclaw_store.database.transactions import current_blocks
 from openclaw_store.database.write_queue import FairLock
-from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import (
     MAX_JSON_BYTES,
     Clock,
@@ -50,11 +48,6 @@ from openclaw_store.errors import (
 )
 
 logger = logger_of("database")
-
-current_block: ContextVar[tuple[DatabaseBase, WriteTransaction | Hold] | None] = ContextVar(
-    "current_block", default=None
-)
-"""The `transaction()` or `joined()` of the running asyncio task, or of the task that made it."""
 
 _forks = 0
 """Number of forks between the import of this module and this process."""
@@ -266,9 +259,9 @@ class DatabaseBase:
 
     def refuse_inside(self) -> None:
         """Raise `DeadlineError` inside a `transaction()`, for which a write would wait forever."""
-        inside = current_block.get()
-        if inside is not None and inside[0] is self and not inside[1].finished:
-            raise DeadlineError(
-                "this call would wait for the transaction it is in: use the session of the "
-                "transaction, as in TaskRepository(tx)"
-            )
+        for database, transaction in current_blocks.get():
+            if database is self and not transaction.finished:
+                raise DeadlineError(
+                    "this call would wait for the transaction it is in: use the session of the "
+                    "transaction, as in TaskRepository(tx)"
+                )

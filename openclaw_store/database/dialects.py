@@ -52,7 +52,7 @@ from openclaw_store.database.tables import (
     table_of,
 )
 from openclaw_store.database.types import Json
-from openclaw_store.domain import KEY, NodeInfo, NodeStatus, Task
+from openclaw_store.domain import NodeInfo, NodeStatus, Task
 
 _CHANGES = Base.metadata.tables["changes"]
 _PAST = Base.metadata.tables["past_changes"]
@@ -84,15 +84,7 @@ class SQLiteStatements(Statements):
             )
             for kind, row in ROWS.items()
         }
-        self.delete = {
-            kind: self._compile(delete(table_of(kind)).where(key_column(kind) == bindparam("key")))
-            for kind in ROWS
-        }
         self._read_chain = self._compile(select(chain_of_changes().c.revision))
-        self.delete_change = self._compile(
-            delete(_CHANGES).where(_CHANGES.c.revision == bindparam("old"))
-        )
-        self.delete_past = self._compile(delete(_PAST).where(_PAST.c.item_id == bindparam("id")))
         self.beat = self._compile(
             update(_NODES)
             .where(
@@ -112,6 +104,9 @@ class SQLiteStatements(Statements):
                 }
             )
         )
+
+    def delete_from(self, column: Column[Any]) -> str:
+        return self._compile(delete(column.table).where(column == bindparam("value")))
 
     def given(self, ids: Sequence[str]) -> str:
         return orjson.dumps(list(ids)).decode()
@@ -174,16 +169,6 @@ class PostgreSQLStatements(Statements):
         among = _is_among(Task, bindparam("ids"))
         self.read_tasks = self._compile(select(*COLUMNS[Task]).where(among))
         self.call = call_of_store_write(schema)
-        self.delete = {
-            kind: f"DELETE FROM {self._named(table_of(kind))} USING {_given([key_column(kind)])} "
-            f"WHERE {key_column(kind)} = given.{KEY[kind]}"
-            for kind in ROWS
-        }
-        self.delete_change, self.delete_past = (
-            f"DELETE FROM {self._named(column.table)} USING {_given([column])} "
-            f"WHERE {column} = given.{column.name}"
-            for column in (_CHANGES.c.revision, _PAST.c.item_id)
-        )
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
         changes = self._named(_CHANGES)
         matches = "revision = given.revision AND one.item = given.item"
@@ -206,6 +191,10 @@ class PostgreSQLStatements(Statements):
             WHERE nodes.node_id = given.node_id AND nodes.status <> '{NodeStatus.OFFLINE.value}'
             AND (nodes.last_heartbeat IS NULL OR nodes.last_heartbeat <= given.at
                 OR nodes.last_heartbeat > given.present)"""
+
+    def delete_from(self, column: Column[Any]) -> str:
+        table, given = self._named(column.table), _given([column])
+        return f"DELETE FROM {table} USING {given} WHERE {column} = given.{column.name}"
 
     def given(self, ids: Sequence[str]) -> Sequence[str]:
         return list(ids)

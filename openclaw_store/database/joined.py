@@ -83,13 +83,22 @@ async def in_savepoint(
 ) -> AsyncIterator[AsyncSession]:
     """Open a session for repositories on the connection of the caller, within a savepoint."""
     options = {"schema_translate_map": {None: schema}} if schema else {}
-    nested = await session.begin_nested()
+    try:  # whole, as SQLAlchemy would try to undo a half of it on the busy connection
+        nested = await shield_until_done(session.begin_nested())
+    except asyncio.CancelledError:
+        await shield_until_done(session.invalidate())
+        raise
     tx = AsyncSession(
         bind=await session.connection(),
         sync_session_class=WriteSession,
         expire_on_commit=False,
         execution_options=options,
-        info={**info, "transaction": transaction, "cursor_lock": asyncio.Lock()},
+        info={
+            **info,
+            "transaction": transaction,
+            "transactions": [transaction],
+            "cursor_lock": asyncio.Lock(),
+        },
         join_transaction_mode="rollback_only",
     )
     try:
@@ -103,7 +112,7 @@ async def in_savepoint(
         async with tx.info["cursor_lock"]:  # a call that the block did not await may write
             with mapped():
                 await tx.run_sync(lambda _: transaction.finish())
-        await nested.commit()
+        await shield_until_done(nested.commit())
         hold.undo += transaction.undo
     except asyncio.CancelledError:  # by the caller, or at the end of the time
         _undo(transaction)

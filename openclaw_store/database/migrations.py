@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0011"
+HEAD = "0012"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"

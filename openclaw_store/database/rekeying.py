@@ -66,7 +66,10 @@ def _legacy(name: str) -> Table:
 
 
 _TABLES: Sequence[Table] = [
-    *(Base.metadata.tables[name] for name in ("nodes", "tasks", "changes", "past_changes")),
+    *(
+        Base.metadata.tables[name]
+        for name in ("nodes", "tasks", "changes", "past_changes", "outgoing")
+    ),
     *map(_legacy, ("legacy_rejected", "legacy_extra")),
 ]
 

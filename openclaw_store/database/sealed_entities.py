@@ -11,7 +11,7 @@ from sqlalchemy.orm import QueryContext
 from sqlalchemy.orm.attributes import set_committed_value
 
 from openclaw_store.database.row_codec import places_of
-from openclaw_store.database.tables import ChangeRow, NodeRow, PastChangeRow, TaskRow
+from openclaw_store.database.tables import ChangeRow, NodeRow, OutgoingRow, PastChangeRow, TaskRow
 from openclaw_store.encryption import Sealed
 
 
@@ -21,7 +21,7 @@ def open_when_loaded() -> None:
 
     The query raises `SealedValueError` if one of them cannot be opened.
     """
-    for row in (TaskRow, NodeRow, ChangeRow, PastChangeRow):
+    for row in (TaskRow, NodeRow, ChangeRow, PastChangeRow, OutgoingRow):
         _listen(row)
 
 

@@ -21,6 +21,7 @@ from openclaw_store.database.tables import (
     ChangeRow,
     CounterRow,
     NodeRow,
+    OutgoingRow,
     PastChangeRow,
     SealingKeyRow,
     TaskRow,
@@ -160,7 +161,7 @@ def _listed(connection: Connection) -> Mapping[int, str]:
 
 
 def _has_rows(connection: Connection) -> bool:
-    rows = (TaskRow, NodeRow, ChangeRow, PastChangeRow)
+    rows = (TaskRow, NodeRow, ChangeRow, PastChangeRow, OutgoingRow)
     return any(connection.scalar(select(select(row).exists())) for row in rows)
 
 

@@ -127,8 +127,7 @@ class WriteSession(Session):
         raise StoreError("a transaction has no savepoints: what fails in it undoes all of it")
 
     def rollback(self) -> None:
-        transaction = self.info.get("transaction")
-        if transaction is not None:
+        for transaction in self.info.get("transactions", ()):
             transaction.finished = True
         super().rollback()
 

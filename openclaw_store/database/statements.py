@@ -84,7 +84,7 @@ class Statements(ABC):
             select(literal_column("1")).select_from(CounterRow).where(_ONLY_COUNTERS)
         )
         self.counters = CounterStatements(
-            read=self.read_counters, lock=self._compile(lock.with_for_update())
+            read=self.read_counters, lock=self._compile(lock.with_for_update()), schema=schema
         )
         """The statements that a backend needs itself."""
         self.write_beat = self._compile(write_counters.values(beat=bindparam("newest")))
@@ -112,6 +112,12 @@ class Statements(ABC):
         """Record the revision up to which changes were deleted."""
         self.insert_change = self._insert(list(_CHANGES.c))
         """The statement for many rows."""
+        self.delete = {kind: self.delete_from(key_column(kind)) for kind in ROWS}
+        """The statement for many rows of an identifier."""
+        self.delete_change = self.delete_from(_CHANGES.c.revision)
+        """The statement for many rows of a revision."""
+        self.delete_past = self.delete_from(_PAST.c.item_id)
+        """The statement for many rows of an identifier: delete the past changes of a task."""
         moment = UtcTime()
         self.to_moment: Callable[[datetime], Any] = moment.bind_processor(dialect) or _identity
         """Convert a time to the driver's value."""
@@ -220,12 +226,6 @@ class Statements(ABC):
 
     read_many: dict[type[Any], str]
     """As `read_one`, for `given` identifiers."""
-    delete: dict[type[Any], str]
-    """The statement for many rows of an identifier."""
-    delete_change: str
-    """The statement for many rows of a revision."""
-    delete_past: str
-    """The statement for many rows of an identifier: delete the past changes of a task."""
     read_tasks: str
     """All columns of the tasks with `given` identifiers; on PostgreSQL."""
     call: str
@@ -246,6 +246,10 @@ class Statements(ABC):
     @abstractmethod
     def _has_given_key(self) -> ColumnElement[bool]:
         """Return the condition of tasks with one of the `given` idempotency keys."""
+
+    @abstractmethod
+    def delete_from(self, column: Column[Any]) -> str:
+        """Return the statement for many rows of a value: delete the rows with it."""
 
     @abstractmethod
     def given(self, ids: Sequence[str]) -> Any:

@@ -334,6 +334,48 @@ class SealingKeyRow(Base):
     added_at: Mapped[datetime] = mapped_column(UtcTime)
 
 
+class OutgoingRow(Base):
+    """A row of `outgoing`: tasks that have left for another cluster, until they have arrived."""
+
+    __tablename__ = "outgoing"
+
+    batch: Mapped[str] = mapped_column(String(32), primary_key=True)
+    target: Mapped[int] = mapped_column(BigInteger)
+    """The number of the other cluster."""
+    tasks: Mapped[str] = mapped_column(SealableText("outgoing", "tasks"))
+    """The tasks and their changes as JSON."""
+    number: Mapped[int] = mapped_column(Integer)
+    """Number of the tasks."""
+    left_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class IncomingRow(Base):
+    """A row of `incoming`: tasks that have arrived, until the other cluster knows."""
+
+    __tablename__ = "incoming"
+
+    batch: Mapped[str] = mapped_column(String(32), primary_key=True)
+    source: Mapped[int] = mapped_column(BigInteger)
+    """The number of the other cluster."""
+    refused: Mapped[str] = mapped_column(Text)
+    """JSON: the reason for each task that has to return."""
+    arrived_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
+class DecisionRow(Base):
+    """A row of `decisions`: a transaction over several databases that has committed.
+
+    It is removed when all of them have committed.
+    """
+
+    __tablename__ = "decisions"
+
+    decision: Mapped[str] = mapped_column(String(32), primary_key=True)
+    participants: Mapped[str] = mapped_column(Text)
+    """JSON: the numbers of the other clusters."""
+    decided_at: Mapped[datetime] = mapped_column(UtcTime)
+
+
 class CounterRow(Base):
     """The one row of `counters`; its lock on PostgreSQL is the write lock.
 

@@ -11,6 +11,7 @@ SEALED_FIELDS: Final[Mapping[str, Sequence[str]]] = {
     "tasks": ("description", "parameters", "result", "error", "metadata"),
     "nodes": ("ip_address", "tailscale_ip", "progress"),
     "changes": ("reason",),
+    "outgoing": ("tasks",),
     "legacy_rejected": ("reason", "row"),
     "legacy_extra": ("row",),
 }
@@ -61,6 +62,12 @@ CLEAR_FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
         **dict.fromkeys(("item", "item_id"), _IDENTITY),
         **dict.fromkeys(("kind", "from_status", "to_status", "node"), "The feed counts by it."),
         "previous": "The history of a row follows it.",
+    },
+    "outgoing": {
+        "batch": _IDENTITY,
+        "target": "A transfer finds its rows by it.",
+        "number": "Operators see how many tasks are in transit.",
+        "left_at": _ORDER,
     },
 }
 """The reason of each column in clear."""

@@ -114,8 +114,7 @@ class _Rows:
         ]
         names = [column.name for column in columns]
         self._places = places_of(table, names)
-        owner = ["item", "item_id"] if kind is None else names[:1]
-        self._owner = [names.index(name) for name in owner if name in names]
+        self._owner = [names.index(one) for one in ("item", "item_id") if one in names] or [0]
 
     async def read(self, session: AsyncSession, *, checked: bool) -> AsyncIterator[Sequence[Image]]:
         """Read all rows in the order of their primary keys; `checked` refuses invalid ones."""
@@ -188,7 +187,10 @@ def _rows_of(name: str) -> _Rows:
 _TABLES = (
     _Rows(NodeInfo, table_of(NodeInfo), (*COLUMNS[NodeInfo], NodeRow.__table__.c.beat)),
     _Rows(Task, table_of(Task), COLUMNS[Task]),
-    *map(_rows_of, ("changes", "past_changes", "archive_runs", "archive_voids")),
+    *map(
+        _rows_of,
+        ("changes", "past_changes", "archive_runs", "archive_voids", "outgoing", "incoming"),
+    ),
 )
 
 _RESUMED = frozenset({"tasks", "changes"})

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, func, select, text
 
 from openclaw_store.backends import schema_of
 from openclaw_store.backends.postgresql import backend as postgresql
@@ -29,6 +29,7 @@ from openclaw_store.database import (
     Base,
     Database,
     NodeRow,
+    OutgoingRow,
     SealingKeyRow,
     legacy_import,
     names_of_tables,
@@ -85,6 +86,11 @@ _SNAPSHOTS = text("""
         FROM pg_prepared_xacts WHERE database = current_database()
     ) AS one (holder, age) WHERE age > :limit ORDER BY age DESC""")
 
+_PREPARED = text("""
+    SELECT gid, owner, extract(epoch FROM clock_timestamp() - prepared)::int
+    FROM pg_catalog.pg_prepared_xacts
+    WHERE database = current_database() AND gid LIKE 'openclaw_store_%'
+    ORDER BY prepared""")
 _WRITABLE = text("""
     SELECT DISTINCT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE pg_get_userbyid(grantee) END
     FROM pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner)))
@@ -130,6 +136,7 @@ async def diagnose(database: Database) -> list[Finding]:
         found = list(check(connection, database.clock))
         if any(finding.name == "heartbeats" for finding in found):  # else the schema is another one
             found += _check_keys(connection, database.keys)
+            found.append(_check_transfers(connection))
         return found
 
     try:
@@ -299,6 +306,16 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         "back: until then, rows that were written often are read more and more slowly",
         otherwise=f"Old rows are kept by {'; '.join(holders[:5])}.",
     )
+    prepared = connection.execute(_PREPARED).all()
+    listed = "; ".join(f"{gid} by {owner} for {seconds} s" for gid, owner, seconds in prepared[:5])
+    yield _judge(
+        "prepared_transactions",
+        not prepared,
+        "No transaction of the store over several servers is left prepared.",
+        "run `openclaw-store resolve` with the locations of all databases that took part",
+        otherwise=f"{len(prepared)} transactions over several servers hold the write lock of their "
+        f"clusters: {listed}.",
+    )
     before = clock()
     server: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
     after = clock()
@@ -412,6 +429,19 @@ def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding
         "No node has sent a heartbeat from the future.",
         "synchronise the clocks of all machines, as by NTP: lost nodes are found late, or early",
         otherwise=f"{len(early)} nodes sent heartbeats from the future: {', '.join(ahead[:3])}.",
+    )
+
+
+def _check_transfers(connection: Connection) -> Finding:
+    row = OutgoingRow
+    query = select(func.coalesce(func.sum(row.number), 0), func.min(row.left_at))
+    number, since = connection.execute(query).one()
+    return _judge(
+        "transfers",
+        not number,
+        "No task is in transit to another cluster.",
+        "call transfer again, with the same two clusters: it completes what an interruption left",
+        otherwise=f"{number} tasks are in transit to another cluster since {since}.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
 
 from openclaw_store.backends.atomic_files import written_aside
-from openclaw_store.backends.base import PUBLIC, CounterStatements
+from openclaw_store.backends.base import PUBLIC, Backend, CounterStatements
 from openclaw_store.backends.cancellation import Stop, cancel_at
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql.connections import (
@@ -52,6 +52,9 @@ _TABLES = (
     "archive_voids",
     "leases",
     "sealing_keys",
+    "outgoing",
+    "incoming",
+    "decisions",
     "counters",
 )
 
@@ -85,6 +88,7 @@ _JOINED = (
 )
 
 _IDLE_LIMIT = "idle_in_transaction_session_timeout"
+_NO_SUCH_OBJECT = "42704"
 _LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, expires first
 _CONNECT_SECONDS = 5.0  # a short timeout for locks does not limit connecting
 
@@ -279,30 +283,38 @@ class PostgreSQL:
         return engine
 
     async def begin(
-        self, session: AsyncSession, counters: CounterStatements, until: float
+        self,
+        session: AsyncSession,
+        counters: Sequence[CounterStatements],
+        until: float,
+        *,
+        notifies: bool = True,
     ) -> Connection:
+        statements = [one.lock for one in counters]
+        if notifies:
+            statements += [notify(one.schema) for one in counters]
         # A moment for the lock, though connecting may take longer than the timeout.
         late = max(until, time.monotonic() + _CONNECT_SECONDS)
         while True:
             try:
-                return await self._begin(session, counters, late)
+                return await self._begin(session, statements, len(counters), late)
             except self.error_mapping.raised() as error:
                 if not self.error_mapping.is_busy(error) or time.monotonic() >= until:
                     raise
                 await session.rollback()
 
     async def _begin(
-        self, session: AsyncSession, counters: CounterStatements, until: float
+        self, session: AsyncSession, statements: Sequence[str], locks: int, until: float
     ) -> Connection:
         connection = await session.connection()
         seconds = max(session.info["seconds"], _CONNECT_SECONDS) + 1
         limits = self._limits(seconds, seconds + self._timeout)  # the timeout is for the commit
         await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy sends BEGIN with the first one
         raw: Any = await connection.get_raw_connection()
-        wait = milliseconds(min(until - time.monotonic(), self._lock_seconds))
+        wait = milliseconds(min(until - time.monotonic(), self._lock_seconds) / locks)
         try:
             await raw.driver_connection.execute(
-                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; {notify(self.schema)}; "
+                f"SET LOCAL lock_timeout = {wait}; {'; '.join(statements)}; "
                 f"SET LOCAL lock_timeout = DEFAULT; {limits}"
             )
         except asyncio.CancelledError:  # SQLAlchemy would reuse the busy connection
@@ -318,6 +330,8 @@ class PostgreSQL:
             name = f"{connection.dialect.name}+{connection.dialect.driver}"
             raise InvalidDataError("session", f"has {name}: make it of postgresql+asyncpg")
         found = (await connection.exec_driver_sql(_JOINED.format(self.schema))).one()
+        if tuple(found[:2]) != self._own_identity:  # the server may have been started again
+            self._own_identity = None
         raw: Any = await connection.get_raw_connection()
         driver = raw.driver_connection
         for is_wrong, reason in (
@@ -340,6 +354,29 @@ class PostgreSQL:
             await session.invalidate()
             raise
         return connection.sync_connection  # type: ignore[return-value]  # begun, so not None
+
+    async def is_beside(self, other: Backend) -> bool:
+        if not isinstance(other, PostgreSQL):
+            return False
+        if await self._identity() != await other._identity():
+            self._own_identity = other._own_identity = None  # one may be older than a restart
+        return await self._identity() == await other._identity()
+
+    async def end_prepared(self, gid: str, *, commit: bool) -> bool:
+        verb = "COMMIT" if commit else "ROLLBACK"
+        engine = self.engine(write=True, isolation_level="AUTOCOMMIT")
+        with self.error_mapping.mapped():
+            async with engine.connect() as connection:
+                raw: Any = await connection.get_raw_connection()
+                try:
+                    await raw.driver_connection.execute(f"{verb} PREPARED '{gid}'")
+                except self.error_mapping.raised() as error:
+                    if self.error_mapping.code(error) != _NO_SUCH_OBJECT:
+                        raise
+                    return False
+                if commit:
+                    await raw.driver_connection.execute(notify(self.schema))
+        return True
 
     async def _identity(self) -> tuple[Any, ...]:
         """Return values that no other database has: its name, and the start of its server."""

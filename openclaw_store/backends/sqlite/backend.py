@@ -10,7 +10,8 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from operator import methodcaller
 from pathlib import Path
@@ -23,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.pool import NullPool
 
 from openclaw_store.backends.atomic_files import make_folder, written_aside
-from openclaw_store.backends.base import CounterStatements
+from openclaw_store.backends.base import Backend, CounterStatements
 from openclaw_store.backends.cancellation import Stop
 from openclaw_store.backends.error_mapping import SQLITE_ADVICE, SQLiteErrorMapping
 from openclaw_store.backends.sqlite import fork_safety
@@ -45,6 +46,7 @@ from openclaw_store.backends.sqlite.files import (
 )
 from openclaw_store.backends.sqlite.writing import (
     Cursor,
+    LoopCursor,
     WriteSession,
     begin_writing,
     delays,
@@ -117,6 +119,8 @@ class SQLite:
         self.write_engine = self._checked(_write_engine(path))
         self._timeout = timeout
         self._file: tuple[int, int] | None = None  # its identity, from `prepare` on
+        # The last engine of a caller that is known to be of this file.
+        self._joined_engine: Callable[[], object] = lambda: None
 
     def exists(self) -> bool:
         return os.path.exists(self.path)
@@ -290,7 +294,12 @@ class SQLite:
         return engine
 
     async def begin(
-        self, session: AsyncSession, counters: CounterStatements, until: float
+        self,
+        session: AsyncSession,
+        counters: Sequence[CounterStatements],
+        until: float,
+        *,
+        notifies: bool = True,
     ) -> Connection:
         for delay in delays(until - time.monotonic()):
             try:
@@ -302,6 +311,12 @@ class SQLite:
             await asyncio.sleep(delay)
         raise UnavailableError(f"{self.path}: another process keeps it locked: try again")
 
+    async def is_beside(self, other: Backend) -> bool:
+        return False  # in WAL mode, a commit of attached files is not atomic
+
+    async def end_prepared(self, gid: str, *, commit: bool) -> bool:
+        return False  # a file prepares none
+
     def _is_own_file(self, path: str | None) -> bool:
         return path is not None and os.path.realpath(path) == str(self.path)
 
@@ -312,17 +327,20 @@ class SQLite:
         if (connection.dialect.name, connection.dialect.driver) != ("sqlite", "aiosqlite"):
             name = f"{connection.dialect.name}+{connection.dialect.driver}"
             raise InvalidDataError("session", f"has {name}: make it of sqlite+aiosqlite")
-        if not await asyncio.to_thread(self._is_own_file, connection.engine.url.database):
-            raise InvalidDataError("session", f"is not on {self.location}")
         raw: Any = await connection.get_raw_connection()
+        engine = connection.engine
+        if self._joined_engine() is not engine.sync_engine:
+            if not await asyncio.to_thread(self._is_own_file, engine.url.database):
+                raise InvalidDataError("session", f"is not on {self.location}")
+            self._joined_engine = weakref.ref(engine.sync_engine)
         # Of a transaction that began to read, the snapshot must be the newest one; else it is busy.
         is_begun = raw.driver_connection.in_transaction
         lock = "UPDATE counters SET id = id WHERE id = 0" if is_begun else "BEGIN IMMEDIATE"
         for delay in delays(until - time.monotonic()):
             try:
-                await connection.exec_driver_sql(lock)
+                await raw.driver_connection.execute_fetchall(lock)
                 return connection.sync_connection  # type: ignore[return-value]  # begun
-            except SQLAlchemyError as error:
+            except sqlite3.Error as error:
                 if SQLiteErrorMapping.is_old_snapshot(error):
                     raise InvalidDataError(
                         "session",
@@ -337,7 +355,7 @@ class SQLite:
         await session.close()
 
     def cursor(self, connection: Connection) -> Cursor:
-        return Cursor(connection)
+        return (LoopCursor if connection.dialect.is_async else Cursor)(connection)
 
     def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
         return WriteSession(self.write_engine, until, self._require_file)

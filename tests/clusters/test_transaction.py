@@ -1,0 +1,214 @@
+"""`transaction(a, b)`: one transaction over clusters of one server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, Location, MakeNode, MakeTask, assert_in_step, execute, until
+
+from openclaw_store import (
+    Database,
+    DeadlineError,
+    DuplicateError,
+    InvalidDataError,
+    NodeRepository,
+    StateManager,
+    StoreError,
+    Task,
+    TaskRepository,
+    TaskType,
+    transaction,
+    verify,
+)
+
+pytestmark = pytest.mark.postgresql
+
+NAMES = ("berlin", "tokyo")
+
+
+@pytest.fixture
+async def managers(location: Location) -> AsyncIterator[list[StateManager]]:
+    """Two clusters of one server, with their caches."""
+    async with AsyncExitStack() as stack:
+        made = [StateManager(Database(location, cluster=name), None) for name in NAMES]
+        yield [await stack.enter_async_context(one) for one in made]
+
+
+async def tasks_in(*managers: StateManager) -> list[list[str]]:
+    """The tasks of each cluster, in the database."""
+    found = [await one.task_repo.list_tasks() for one in managers]
+    return [[task.task_id for task in page] for page in found]
+
+
+async def test_both_clusters_commit_together(
+    managers: list[StateManager], make_task: MakeTask, make_node: MakeNode
+) -> None:
+    berlin, tokyo = managers
+    await berlin.add_task(task := make_task())
+
+    async with transaction(tokyo.db, berlin.db) as (t, b):  # in the order of the caller
+        moved = await TaskRepository(b).get(task.task_id)
+        assert moved is not None
+        await TaskRepository(b).delete(task.task_id)
+        moved.version = 0
+        await TaskRepository(t).create(moved)
+        await NodeRepository(t).register(make_node(node_id="atlas"))
+        assert await tasks_in(berlin, tokyo) == [[task.task_id], []]  # nothing is committed yet
+
+    assert await berlin.get_task(task.task_id) is None  # the caches of this process know at once
+    assert await tokyo.get_task(task.task_id) == moved
+    assert [berlin.version, tokyo.version] == [2, 2]
+    await assert_in_step(berlin, tokyo)
+    assert await verify(berlin.db)
+    assert await verify(tokyo.db)
+
+
+async def test_error_rolls_both_back(managers: list[StateManager], make_task: MakeTask) -> None:
+    berlin, tokyo = managers
+    first, second = make_task(), make_task()
+
+    async def fail() -> None:
+        async with transaction(berlin.db, tokyo.db) as (b, t):
+            await TaskRepository(b).create(first)
+            await TaskRepository(t).create(second)
+            raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError):
+        await fail()
+
+    assert (first.version, second.version) == (0, 0)
+    assert await tasks_in(*managers) == [[], []]
+    await berlin.add_task(first)  # the locks are free, and no revision is missing
+    assert first.version == 1
+    await assert_in_step(*managers)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_rollback_of_either_session_ends_both(
+    managers: list[StateManager], make_task: MakeTask, which: int
+) -> None:
+    async with transaction(*[one.db for one in managers]) as sessions:
+        await TaskRepository(sessions[0]).create(make_task())
+        await sessions[which].rollback()
+        for one in sessions:
+            with pytest.raises(StoreError):
+                await TaskRepository(one).create(make_task())
+
+    assert await tasks_in(*managers) == [[], []]
+
+
+async def test_write_that_fails_in_one_cluster_rolls_both_back(
+    managers: list[StateManager], make_task: MakeTask, location: Location
+) -> None:
+    execute(location, "ALTER TABLE tokyo.tasks ADD CONSTRAINT refused CHECK (name <> 'bad')")
+
+    async def write() -> None:
+        async with transaction(*[one.db for one in managers]) as (b, t):
+            await TaskRepository(b).create(make_task())
+            await TaskRepository(t).create(make_task(name="bad"))
+
+    with pytest.raises(InvalidDataError):
+        await write()
+
+    assert await tasks_in(*managers) == [[], []]
+
+
+async def test_refused_write_changes_nothing_and_the_block_goes_on(
+    managers: list[StateManager], make_task: MakeTask
+) -> None:
+    berlin, tokyo = managers
+    await tokyo.add_task(task := make_task())
+
+    async with transaction(berlin.db, tokyo.db) as (b, t):
+        with pytest.raises(DuplicateError):
+            await TaskRepository(t).create(task)
+        await asyncio.gather(
+            TaskRepository(b).create(make_task()), TaskRepository(t).create(make_task())
+        )
+
+    assert [len(ids) for ids in await tasks_in(berlin, tokyo)] == [1, 2]
+    await assert_in_step(*managers)
+
+
+async def test_order_of_the_caller_makes_no_deadlock(
+    managers: list[StateManager], location: Location, make_task: MakeTask
+) -> None:
+    """Both orders at once, in this process and from another one as far as the server knows."""
+    async with AsyncExitStack() as stack:
+        own = [one.db for one in managers]
+        others = [
+            await stack.enter_async_context(Database(location, cluster=name)) for name in NAMES
+        ]
+
+        async def write(*databases: Database) -> None:
+            for _ in range(3):
+                async with transaction(*databases) as sessions:
+                    for one in sessions:
+                        await TaskRepository(one).create(make_task())
+
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.gather(*(write(*pair) for pair in (own, own[::-1], others, others[::-1])))
+
+    assert [len(ids) for ids in await tasks_in(*managers)] == [12, 12]
+
+
+async def test_calls_inside_the_block_do_not_wait_for_it(
+    managers: list[StateManager], make_task: MakeTask
+) -> None:
+    berlin, tokyo = managers
+    async with transaction(berlin.db, tokyo.db):
+        for one in (berlin, tokyo):
+            with pytest.raises(DeadlineError):
+                await one.add_task(make_task())
+            with pytest.raises(DeadlineError):
+                async with one.db.transaction():
+                    pass
+
+
+async def test_other_processes_hear_of_both(
+    managers: list[StateManager], location: Location, make_task: MakeTask
+) -> None:
+    async with AsyncExitStack() as stack:
+        foreign = [
+            await stack.enter_async_context(StateManager(Database(location, cluster=name), 30))
+            for name in NAMES
+        ]
+        async with transaction(*[one.db for one in managers]) as sessions:
+            for one in sessions:
+                await TaskRepository(one).create(make_task())
+
+        await until(lambda: [one.version for one in foreign] == [1, 1])
+
+
+async def test_block_that_takes_too_long_writes_nothing(
+    managers: list[StateManager], make_task: MakeTask
+) -> None:
+    async def write() -> None:
+        async with transaction(*[one.db for one in managers], timeout=0.05) as (b, _):
+            await TaskRepository(b).create(make_task())
+            await asyncio.sleep(PATIENCE)
+
+    with pytest.raises(DeadlineError):
+        await write()
+
+    assert await tasks_in(*managers) == [[], []]
+
+
+async def test_databases_without_a_common_transaction_are_refused(
+    managers: list[StateManager], tmp_path: Path
+) -> None:
+    berlin, tokyo = [one.db for one in managers]
+    given: list[tuple[Any, ...]] = [(berlin, managers[1]), (berlin, berlin), ()]
+    async with Database(tmp_path / "a.db") as file, Database(tmp_path / "b.db") as another:
+        given += [(berlin, file), (file, tokyo), (file, another)]
+        for databases in given:
+            with pytest.raises(InvalidDataError, match="databases"):
+                async with transaction(*databases):
+                    raise AssertionError
+        async with transaction(file) as (tx,):  # a single one is an ordinary transaction
+            await TaskRepository(tx).create(Task.create(TaskType.BATCH, "one"))
