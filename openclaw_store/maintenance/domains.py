@@ -6,7 +6,7 @@ judge. A condition may be true for a good value; it must never be false for a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -53,7 +53,8 @@ PLANNED = frozenset({"not_before", "expires_at", "cancel_deadline_at"})
 
 _GREATEST = {"cpu_usage": 100.0, "memory_usage": 100.0, "disk_usage": 100.0, "lease_seconds": 1e9}
 _NEVER_EMPTY = frozenset({"task_id", "node_id", "idempotency_key", "item_id"})
-_EARLIEST, _LATEST = datetime(1, 12, 31, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+EARLIEST, LATEST = datetime(1, 12, 31, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+"""Times outside are damage, or endless."""
 _LISTS = frozenset(
     {"required_skills", "optional_skills", "affinity_tags", "available_skills", "tags"}
 )
@@ -68,7 +69,7 @@ def suspicious_rows(kind: type[Any], dialect: str, now: datetime) -> Condition:
 
 def is_endless(moment: datetime) -> bool:
     """Return `True` for the ends of the calendar, as which drivers read an infinite time."""
-    return moment.year in (_EARLIEST.year, _LATEST.year)
+    return moment.year in (EARLIEST.year, LATEST.year)
 
 
 def _relations(kind: type[Any]) -> Iterator[Condition]:
@@ -95,8 +96,8 @@ def suspicious_value(column: Column[Any], dialect: str, now: datetime) -> Condit
     rules: list[Condition]
     types = ["text"]
     if isinstance(kind, UtcTime):
-        latest = _LATEST if column.name in PLANNED else now + FUTURE
-        types, rules = ["integer"], [not_(column.between(_EARLIEST, latest))]
+        latest = LATEST if column.name in PLANNED else now + FUTURE
+        types, rules = ["integer"], [not_(column.between(EARLIEST, latest))]
     elif isinstance(kind, Json):
         rules = [_suspicious_json(column, is_file)]
     elif isinstance(kind, EnumValue):
@@ -116,11 +117,21 @@ def suspicious_value(column: Column[Any], dialect: str, now: datetime) -> Condit
         if column.name in _NEVER_EMPTY:
             rules.append(column == "")
         if is_file:
-            rules.append(func.instr(column, func.char(0)) > 0)
+            rules.append(func.instr(column, "\0") > 0)
     if is_file:
-        rules.insert(0, func.typeof(column).not_in(types))
+        rules.insert(0, _is_of_other_type(column, types))
     absent = false() if column.nullable else true()
     return case((column.is_(None), absent), *((rule, true()) for rule in rules), else_=false())
+
+
+def ill_typed(column: Column[Any], dialect: str) -> Condition:
+    """Return the condition of values that are not even text, which only SQLite stores."""
+    is_other = _is_of_other_type(column, ["text"]) if dialect == "sqlite" else false()
+    return and_(column.is_not(None), is_other) if column.nullable else is_other
+
+
+def _is_of_other_type(column: Column[Any], types: Sequence[str]) -> Condition:
+    return and_(*(func.typeof(column) != one for one in types))
 
 
 def _suspicious_json(column: Column[Any], is_file: bool) -> Condition:

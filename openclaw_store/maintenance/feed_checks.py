@@ -7,7 +7,7 @@ from datetime import datetime
 from types import NoneType
 from typing import Any
 
-from sqlalchemy import and_, case, false, func, not_, null, or_, select
+from sqlalchemy import and_, case, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
@@ -25,10 +25,17 @@ from openclaw_store.domain import (
     TaskStatus,
 )
 from openclaw_store.errors import InvalidDataError, safe_repr
-from openclaw_store.maintenance.domains import FUTURE, Condition, is_endless, suspicious_value
+from openclaw_store.maintenance.domains import (
+    FUTURE,
+    Condition,
+    ill_typed,
+    is_endless,
+    suspicious_value,
+)
 from openclaw_store.maintenance.findings import Findings, Key, label
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import LogUpdate, RemoveFromFeed
+from openclaw_store.maintenance.revisions import BATCH
 from openclaw_store.maintenance.row_checks import PAGE, References
 from openclaw_store.maintenance.text_checks import undecodable
 from openclaw_store.repositories import read_rows
@@ -37,12 +44,16 @@ _STATUSES = {
     ENTITY_NAMES[Task]: {str(one) for one in TaskStatus},
     ENTITY_NAMES[NodeInfo]: {str(one) for one in NodeStatus},
 }
-_ENDS, _ODD, _GONE, _ILL = 1, 2, 4, 8
-"""The bits of a change: it removes its row; it is suspicious; it removed its history as well; it
-does not tell its row or status, so that nothing can be concluded from it."""
+_NAMES, _ENDS, _GONE, _ILL, _UNLINKED, _ODD = 1, 2, 4, 8, 16, 32
+"""The bits of a change: it names the change before it; it removes its row; it removed its history
+as well; it does not tell its row or status, so that nothing can be concluded from it; it follows
+no change that leads to it; another value is suspicious."""
 
 _LINKS = frozenset({"item", "item_id", "from_status", "to_status", "previous"})
 """The columns that link changes and rows."""
+
+_NAMES_OF_VALUES = frozenset({"item", "kind", "from_status", "to_status"})
+"""The columns with few values."""
 
 # SQLite stores any type in any column but the first.
 _TYPES: Sequence[Any] = (
@@ -79,26 +90,23 @@ class FeedCheck:
             change.previous.is_not(None),
             before.item.is_(None),
         )
-        is_known = or_(
-            change.previous.is_(None),
-            is_gone,
-            follows,
-            and_(before.item.is_(None), change.previous <= references.compacted),
+        # Each condition once: SQLite does not notice that it evaluates one again.
+        link = case(
+            (or_(*self._suspicious_values(of_links=True)), _ILL),
+            (change.previous.is_(None), 0),
+            (follows, _NAMES),
+            (is_gone, _GONE),
+            (and_(before.item.is_(None), change.previous <= references.compacted), 0),
+            else_=_UNLINKED,
         )
-        is_ill = or_(*self._suspicious_values(of_links=True))
-        others = self._suspicious_values(of_links=False)
-        is_odd = or_(
-            is_ill, *others, *self._contradictions(), not_(func.coalesce(is_known, false()))
+        odd_values = or_(*self._suspicious_values(of_links=False), *self._contradictions())
+        state = (
+            link
+            + case((change.to_status.is_(None), _ENDS), else_=0)
+            + case((odd_values, _ODD), else_=0)
         )
-        bits = (
-            case((change.to_status.is_(None), _ENDS), else_=0)
-            + case((is_odd, _ODD), else_=0)
-            + case((is_gone, _GONE), else_=0)
-            + case((is_ill, _ILL), else_=0)
-        )
-        named = case((is_ill, null()), (or_(follows, is_gone), change.previous))
         query = (
-            select(change.revision, named, bits)
+            select(change.revision, change.previous, state)
             .outerjoin_from(change, before, before.revision == change.previous)
             .order_by(change.revision.desc())
         )
@@ -106,7 +114,7 @@ class FeedCheck:
         successor = references.newest + 1
         removed = 0  # up to this revision, clean-up has removed the histories of tasks
         compacted, names = references.compacted, references.named
-        async for rows in read_rows(self._session, query):
+        async for rows in read_rows(self._session, query, BATCH):
             odd: list[int] = []
             for revision, previous, state in rows:
                 # Newest first: `successor` is the change after this one in the whole feed.
@@ -116,24 +124,24 @@ class FeedCheck:
                     text = f"Change {revision} was compacted, but is still there."
                     self._findings.add("feed", text)
                 successor = revision
-                if state:
-                    if state & _ODD:
+                if state >= _GONE:
+                    if state & (_ILL | _UNLINKED | _ODD):
                         odd.append(revision)
                     if state & _GONE:
                         removed = max(removed, previous)
-                        previous = None
-                if not state & (_ENDS | _ILL) and revision not in names:
-                    references.check_later(self._unnamed, revision, revision)
-                if previous is not None:
-                    names.add(previous)
-            await self._judge_all(odd)
+            names.update(previous for _, previous, state in rows if state & _NAMES)
+            lasting = (revision for revision, _, state in rows if not state & (_ENDS | _ILL))
+            for revision in names.missing(lasting):
+                references.check_later(self._unnamed, revision, revision)
+            for start in range(0, len(odd), PAGE):
+                await self._judge_all(odd[start : start + PAGE])
             progress.add(len(rows))
         self._check_gap(compacted, successor, removed)
         if self._dialect == "sqlite":
             columns = Base.metadata.tables[ChangeRow.__tablename__].columns
             texts = [columns.reason, columns.node]
             has_text = or_(change.reason.is_not(None), change.node.op("GLOB")("*[^ -~]*"))
-            async for place in undecodable(self._session, change.revision, texts, has_text):
+            for place in await undecodable(self._session, change.revision, texts, has_text):
                 await self._judge_all([place])
         self._findings.count(progress.done, "feed", "changes")
         await self._check_unnamed()
@@ -141,7 +149,9 @@ class FeedCheck:
     def _suspicious_values(self, *, of_links: bool) -> list[Condition]:
         columns = Base.metadata.tables[ChangeRow.__tablename__].columns
         return [
-            suspicious_value(one, self._dialect, self._now)
+            ill_typed(one, self._dialect)  # `_contradictions` has the values of the others
+            if one.name in _NAMES_OF_VALUES
+            else suspicious_value(one, self._dialect, self._now)
             for one in columns
             if (one.name in _LINKS) is of_links
         ]

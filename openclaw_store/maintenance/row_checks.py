@@ -49,12 +49,12 @@ from openclaw_store.maintenance.domains import (
 from openclaw_store.maintenance.findings import MOST, Findings, Key, label
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import CountTasks, SetStatusTime
-from openclaw_store.maintenance.revisions import Revisions
+from openclaw_store.maintenance.revisions import BATCH, Revisions
 from openclaw_store.maintenance.text_checks import undecodable
 from openclaw_store.repositories import decoder_here, read_rows
 
 PAGE = 250
-"""Suspicious rows, or rows of text, that are read together."""
+"""Suspicious rows that are read together."""
 
 
 class References:
@@ -116,18 +116,19 @@ class RowCheck:
         kind, columns = self._kind, self._columns
         progress = Progress(report, f"{ENTITY_NAMES[kind]}s", count)
         query = select(columns.version, case((self._is_suspicious(), self._place)))
-        async for rows in read_rows(self._session, self._joined(query)):
+        async for rows in read_rows(self._session, self._joined(query), BATCH):
             self._references.named.update(
                 version for version, place in rows if place is None and version
             )
             places = [place for _, place in rows if place is not None]
-            await self._judge_all(places)
+            for start in range(0, len(places), PAGE):
+                await self._judge_all(places[start : start + PAGE])
             progress.add(len(rows))
         if self._dialect == "sqlite":
             texts = [
                 one for one in columns if one.type.python_type is str or isinstance(one.type, Json)
             ]
-            async for place in undecodable(self._session, self._place, texts):
+            for place in await undecodable(self._session, self._place, texts):
                 await self._judge_all([place])
         names = ("times", "limits") if kind is Task else ("running_tasks", "limits")
         self._findings.count(progress.done, "values", "json", "version", *names)
@@ -193,7 +194,7 @@ class RowCheck:
             select(self._columns.version).where(self._place == place)
         )
         if type(version) is int:  # else its change would be named as one without a row
-            self._references.named.add(version)
+            self._references.named.update([version])
         key: Key | None = None
         name = f"Row {place} of {ROWS[self._kind].__tablename__}"
         try:
@@ -306,7 +307,7 @@ class RowCheck:
             if version > references.compacted or item is not None:
                 references.check_later(references.unmatched, key, version)
             return
-        references.named.add(version)
+        references.named.update([version])
         is_task = self._kind is Task
         if values["status"] != status or (is_task and values["assigned_node"] != node):
             now = _state(values["status"], values.get("assigned_node"))

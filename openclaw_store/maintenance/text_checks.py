@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Text, func, select, type_coerce
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import unreadable_value
+from openclaw_store.backends.sqlite.connections import reading_text
+from openclaw_store.maintenance.findings import MOST
+from openclaw_store.maintenance.revisions import BATCH
 from openclaw_store.repositories import read_rows
-
-_PAGE = 250
-"""Rows that are read together; the rows of a page that fails are read one by one."""
 
 
 async def undecodable(
@@ -20,8 +19,8 @@ async def undecodable(
     place: Any,
     columns: Sequence[ColumnElement[Any]],
     condition: ColumnElement[bool] | None = None,
-) -> AsyncIterator[int]:
-    """Yield the places of rows with such text.
+) -> Sequence[int]:
+    """Return the places of rows with such text, as many as are named.
 
     Args:
         place: The column of their numbers.
@@ -30,25 +29,21 @@ async def undecodable(
     content: ColumnElement[Any] = func.coalesce(type_coerce(columns[0], Text), "")
     for one in columns[1:]:
         content = content.concat(func.coalesce(type_coerce(one, Text), ""))
-    # The page as a whole is a subquery, so that the same rows can be named without their text.
-    rows = select(place.label("place"), content.label("content")).select_from(columns[0].table)
-    rows = rows.order_by(place) if condition is None else rows.order_by(place).where(condition)
-    after, size = None, _PAGE
-    while True:
-        page = (rows if after is None else rows.where(place > after)).limit(size)
-        try:
-            found = [row async for batch in read_rows(session, page, None) for row in batch]
-        except Exception as error:
-            if unreadable_value(error) is None:
-                raise
-            if size > 1:
-                size = 1
-                continue
-            after = await session.scalar(select(page.subquery().c.place))
-            assert after is not None  # its text was refused
-            yield after
-            size = _PAGE
-            continue
-        if not found:
-            return
-        after = found[-1][0]
+    rows = select(place, content).select_from(columns[0].table)
+    if condition is not None:
+        rows = rows.where(condition)
+    found: list[int] = []
+    async with reading_text(session, bytes):
+        async for batch in read_rows(session, rows, BATCH):
+            found += [place for place, text in batch if not (text.isascii() or _is_utf8(text))]
+            if len(found) > MOST:
+                break
+    return found
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -123,13 +123,30 @@ async def limited(session: AsyncSession) -> AsyncIterator[None]:
     if session.get_bind().dialect.name != "sqlite":
         yield
         return
-    driver: Any = (await (await session.connection()).get_raw_connection()).driver_connection
+    driver = await _driver_of(session)
     pages = "SELECT page_size * page_count FROM pragma_page_size, pragma_page_count"
     driver.limits.is_late, _ = time_limit(await session.scalar(text(pages)) or 0)
     try:
         yield
     finally:
         driver.limits.is_late = _never
+
+
+@asynccontextmanager
+async def reading_text(
+    session: AsyncSession, convert: Callable[[bytes], str | bytes]
+) -> AsyncIterator[None]:
+    """Convert the text that is read in the block: the driver refuses text that is not UTF-8."""
+    driver = await _driver_of(session)
+    driver.text_factory = convert
+    try:
+        yield
+    finally:
+        driver.text_factory = str
+
+
+async def _driver_of(session: AsyncSession) -> Any:
+    return (await (await session.connection()).get_raw_connection()).driver_connection
 
 
 def _never() -> bool:
