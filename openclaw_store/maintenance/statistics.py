@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, cast, func, literal, select, type_coerce
+from sqlalchemy import Connection, func, select
 
-from openclaw_store.database import HAS_FAILED, TaskRow, to_microseconds
+from openclaw_store.database import HAS_FAILED, TaskRow
 from openclaw_store.domain import TaskStatus
 
 _BY_COMPLETION = "INDEXED BY ix_tasks_completed_at"
@@ -84,19 +85,13 @@ def read_intervals(
     connection: Connection, since: datetime, until: datetime, count: int
 ) -> list[Interval]:
     """Count the tasks that were submitted, finished and failed in equal parts of a period."""
-    step = (until - since) / count
-    row = TaskRow
-    submitted = _count(
-        connection, row.submitted_at, since, until, step, row.status.in_(list(TaskStatus))
-    )
-    hint = _BY_COMPLETION
-    finished = _count(connection, row.completed_at, since, until, step, hint=hint)
+    row, ends = TaskRow, [since + (until - since) / count * part for part in range(count + 1)]
+    submitted = _count(connection, row.submitted_at, ends, row.status.in_(list(TaskStatus)))
+    finished = _count(connection, row.completed_at, ends, hint=_BY_COMPLETION)
     hint = "INDEXED BY ix_tasks_failed"
-    failed = _count(connection, row.completed_at, since, until, step, HAS_FAILED, hint=hint)
-    return [
-        Interval(since + part * step, submitted[part], finished[part], failed[part])
-        for part in range(count)
-    ]
+    failed = _count(connection, row.completed_at, ends, HAS_FAILED, hint=hint)
+    numbers = zip(ends, submitted, finished, failed, strict=False)
+    return [Interval(*one) for one in numbers]
 
 
 def merged(intervals: Sequence[Interval], count: int) -> list[Interval]:
@@ -165,23 +160,20 @@ def read_statistics(
 def _count(
     connection: Connection,
     column: Any,
-    since: datetime,
-    until: datetime,
-    step: timedelta,
+    ends: Sequence[datetime],
     *conditions: Any,
     hint: str = "",
-) -> Counter[int]:
-    """Count tasks by the part of the period in which a time lies."""
-    microseconds = step // timedelta(microseconds=1)
-    if connection.dialect.name == "sqlite":
-        passed = type_coerce(column, BigInteger) - to_microseconds(since)
-    else:
-        passed = cast(func.extract("epoch", column - since) * 1_000_000, BigInteger)
-    part = (passed // literal(microseconds, BigInteger)).label("part")
-    query = select(part, func.count()).where(column >= since, column < until, *conditions)
-    if hint:
-        query = query.with_hint(TaskRow.__table__, hint, "sqlite")
-    return Counter({int(at): count for at, count in connection.execute(query.group_by(part))})
+) -> Sequence[int]:
+    """Count tasks by the part of the period in which a time lies: each is a range of an index."""
+    counts = [
+        select(func.count())
+        .select_from(TaskRow)
+        .where(column >= begin, column < end, *conditions)
+        .with_hint(TaskRow.__table__, hint, "sqlite")
+        .scalar_subquery()
+        for begin, end in pairwise(ends)
+    ]
+    return connection.execute(select(*counts)).one()
 
 
 def _finished(connection: Connection, since: datetime, until: datetime, most: int) -> Sequence[Any]:
