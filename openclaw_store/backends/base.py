@@ -117,8 +117,8 @@ class Backend(Protocol):
             StoreError: With the location, the problem and the remedy.
         """
 
-    def inspect(self, work: Callable[[Connection], Result]) -> Result:
-        """Run `work`, which only reads, with a connection; blocks the thread.
+    def inspect(self, work: Callable[[Connection], Result], stop: Stop | None = None) -> Result:
+        """Run `work`, which only reads, with a connection; blocks the thread until `stop`.
 
         A file must exist, and may be hostile: the time of each statement is limited.
         """

@@ -183,7 +183,7 @@ class Database(DatabaseBase):
             UnavailableError: If the database cannot be reached.
         """
         self._check_process()
-        return await shield_until_done(asyncio.to_thread(self._backend.inspect, work))
+        return await on_thread(partial(self._backend.inspect, work))
 
     async def alter(self, work: Callable[[Connection], Result]) -> Result:
         """Run `work`, which changes the schema, on a thread, in a transaction of its own.

@@ -15,7 +15,7 @@ from conftest import PATIENCE, Location, execute, locked, start, until
 from sqlalchemy import TextClause, text
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store import Database, TaskRepository
+from openclaw_store import Database, TaskRepository, verify
 from openclaw_store.backends.sqlite.connections import WriteConnection, limited
 from openclaw_store.database import database as database_module
 
@@ -120,6 +120,31 @@ async def test_statement_of_a_read_ends_soon_after_its_caller(
     await asyncio.wait([closing], timeout=PATIENCE)
     is_closed, running.is_over = closing.done(), True
     assert is_closed
+
+
+async def test_statement_of_an_inspection_ends_with_its_caller(
+    opened: Database, location: Location, running: Running
+) -> None:
+    """Ctrl-C in `doctor`, and in the check of the schema, had to wait for a lock."""
+    work = opened.inspect(lambda connection: connection.execute(statement(location)))
+
+    await cancelled(work, location, running)
+
+
+@pytest.mark.postgresql
+async def test_verification_that_waits_for_a_lock_ends_with_its_caller(
+    opened: Database, location: Location
+) -> None:
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    async with locked(location, "LOCK TABLE tasks"):
+        caller = start(verify(opened))
+        await until(lambda: execute(location, waiting) == [(1,)])
+
+        caller.cancel()
+        await asyncio.wait([caller], timeout=PATIENCE)
+
+        assert caller.cancelled()
+        await until(lambda: execute(location, waiting) == [(0,)])
 
 
 @pytest.mark.sqlite

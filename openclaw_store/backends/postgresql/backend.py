@@ -152,8 +152,10 @@ class PostgreSQL:
         # With `off`, a commit would return before it is on the disk.
         self._synchronous_commit = "on" if commit == "off" else commit
 
-    def inspect(self, work: Callable[[Connection], Result]) -> Result:
+    def inspect(self, work: Callable[[Connection], Result], stop: Stop | None = None) -> Result:
         async def run() -> Result:
+            if stop is not None:
+                cancel_at(stop)
             async with self.engine(write=False).connect() as connection:
                 return await connection.run_sync(work)
 

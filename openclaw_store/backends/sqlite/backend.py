@@ -170,19 +170,24 @@ class SQLite:
                 "that: start the process by spawn, or fork before the file is opened"
             )
 
-    def inspect(self, work: Callable[[Connection], Result]) -> Result:
+    def inspect(self, work: Callable[[Connection], Result], stop: Stop | None = None) -> Result:
         self.refuse_inherited()
         if not self.exists():  # SQLite would make it
             raise UnavailableError(f"{self.path}: there is no such file: give another path")
         engine = self._checked(_engine(self.path, ReadConnection, timeout=self._timeout))
-        with self.error_mapping.mapped(), engine.connect() as connection, self.limited(connection):
+        with (
+            self.error_mapping.mapped(),
+            engine.connect() as connection,
+            self.limited(connection, stop),
+        ):
             return work(connection)
 
     @contextmanager
-    def limited(self, connection: Connection) -> Iterator[None]:
+    def limited(self, connection: Connection, stop: Stop | None = None) -> Iterator[None]:
         """Limit the time of the statements in the block, which check the file."""
         driver: Any = connection.connection.driver_connection
-        driver.set_progress_handler(*time_limit(self.path.stat().st_size))
+        is_stopped = (stop or Stop()).done
+        driver.set_progress_handler(*time_limit(self.path.stat().st_size, is_stopped))
         try:
             yield
         finally:
