@@ -84,9 +84,9 @@ _POSTGRESQL_SCHEMA: dict[str, tuple[Any, ...]] = {
         "trigger 'stray'.*DROP TRIGGER",
     ),
     "trigger after": (
-        "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL#SEMI# END';"
-        "CREATE TRIGGER stray AFTER INSERT ON changes FOR EACH ROW EXECUTE FUNCTION no()",
-        "trigger 'stray'.*DROP TRIGGER",
+        "CREATE FUNCTION later() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL#SEMI# END';"
+        "CREATE TRIGGER late AFTER INSERT ON changes FOR EACH ROW EXECUTE FUNCTION later()",
+        "trigger 'late'.*DROP TRIGGER",
     ),
     "child": ("CREATE TABLE child () INHERITS (tasks)", "child.*NO INHERIT"),
     "parent": (
@@ -215,7 +215,7 @@ _SCHEMA = {
     },
 }  # fmt: skip
 
-_COUNTERS = {
+_WHOLE = {
     "no counters": Fault("DELETE FROM counters", "row of counters is missing", True),
     "negative counter": Fault("UPDATE counters SET compacted = -5", "negative"),
     "compacted too far": Fault("UPDATE counters SET compacted = 999", "compacted up to 999"),
@@ -223,6 +223,15 @@ _COUNTERS = {
         "UPDATE counters SET compacted = (SELECT max(revision) FROM changes) - 1", "still there",
     ),
     "beat at the end": Fault(f"UPDATE nodes SET beat = {2**62 + 1} WHERE node_id = 'n'", "largest"),
+    "revision far ahead": _change("revision = 900", "missing"),
+    "newest change": Fault(
+        "DELETE FROM changes WHERE revision = (SELECT max(revision) FROM changes)", "the newest is",
+    ),
+    "empty item": _change("item_id = ''", "''"),
+    "empty identifier": Fault("UPDATE tasks SET task_id = '' WHERE task_id = 'a'", "''"),
+    "bytes as an identifier": Fault(
+        "UPDATE tasks SET task_id = x'6161' WHERE task_id = 'd'", "is not text", kind=SQLITE,
+    ),
     "text as a counter": Fault("UPDATE counters SET beat = 'x'", "not all are int", kind=SQLITE),
     "text as a beat": Fault(
         "UPDATE nodes SET beat = 'x' WHERE node_id = 'n'", "not all are int", kind=SQLITE,
@@ -234,7 +243,6 @@ _VALUES = {
     "status of a task": _task("status = 'odd'{odd}", "odd"),
     "priority": _task("priority = 9{odd}", "9"),
     "status of a node": _node("status = 'odd'{odd}", "odd"),
-    "empty identifier": Fault("UPDATE tasks SET task_id = '' WHERE task_id = 'a'", "''"),
     "empty key": _task("idempotency_key = ''", "idempotency_key"),
     "negative retries": _task("retry_count = -1", "retry_count"),
     "negative limit": _task("max_retries = -1", "max_retries"),
@@ -273,9 +281,6 @@ _VALUES = {
     "no text in JSON": _task("result = CAST(x'22ff22' AS TEXT)", "", kind=SQLITE),
     "text as a version": _task("version = 'x'", "version", kind=SQLITE),
     "fraction as a version": _task("version = 1.5", "version", kind=SQLITE),
-    "bytes as an identifier": Fault(
-        "UPDATE tasks SET task_id = x'6161' WHERE task_id = 'd'", "is not text", kind=SQLITE,
-    ),
     "bytes as a node": _task("assigned_node = x'ff'", "assigned_node", "b", kind=SQLITE),
 }  # fmt: skip
 
@@ -324,7 +329,7 @@ _JSON = {
 }
 
 _FEED = {
-    "version of the future": _task("version = 1000", "version 1000"),
+    "version of the future": _task("version = 999999", "version 999999"),
     "version of another": Fault(
         "UPDATE tasks SET version = (SELECT version FROM nodes WHERE node_id = 'n')"
         " WHERE task_id = 'a'", "'a'.*version", True,
@@ -340,9 +345,6 @@ _FEED = {
     "status of a node past the feed": _node("status = 'error'", "past the feed", heals=True),
     "removed task": Fault("DELETE FROM tasks WHERE task_id = 'd'", "'d' is gone", True),
     "removed node": Fault("DELETE FROM nodes WHERE node_id = 'idle'", "'idle' is gone", True),
-    "newest change": Fault(
-        "DELETE FROM changes WHERE revision = (SELECT max(revision) FROM changes)", "the newest is",
-    ),
     "change in between": Fault(
         "DELETE FROM changes WHERE revision = (SELECT max(previous) FROM changes"
         " WHERE item_id = 'a')", "missing",
@@ -351,23 +353,34 @@ _FEED = {
         f"UPDATE changes SET previous = (SELECT version FROM nodes WHERE node_id = 'n') {LAST}",
         "another task or node",
     ),
-    "later change before": _change("previous = 9999", "follows 9999"),
+    "later change before": _change("previous = 999999", "follows 999999"),
     "step": _change("from_status = 'failed'", "does not lead"),
     "kind": _change("kind = 'created'", "kind 'created'"),
     "unknown kind": _change("kind = 'odd'", "kind 'odd'"),
     "unknown item": _change("item = 'odd'", "Odd"),
     "unknown status": _change("to_status = 'odd'", "odd"),
-    "empty item": _change("item_id = ''", "''"),
     "item of another": _change("item_id = 'b'", "'b'"),
-    "revision far ahead": _change("revision = 900", "missing"),
     "bytes as a status": _change("to_status = x'00'", "wrong type", kind=SQLITE),
     "bytes as an item": _change("item_id = x'ff'", "wrong type", kind=SQLITE),
     "text as a revision": _change("previous = 'b'", "wrong type", kind=SQLITE),
     "no text as a reason": _change("reason = CAST(x'ff' AS TEXT)", "", kind=SQLITE),
 }  # fmt: skip
 
-ROW_FAULTS = {**_COUNTERS, **_VALUES, **_TIMES, **_JSON, **_FEED}
-"""Faults of rows, by name."""
+ROW_FAULTS = {**_VALUES, **_TIMES, **_JSON, **_FEED}
+"""Faults of single rows, by name: the checks of other rows must not suffer."""
 
-SCHEMA_FAULTS = _SCHEMA
-"""Faults of the schema, by name."""
+_ALONE = frozenset(
+    {"no key of nodes", "foreign key", "parent", "renamed function", "function of the name"}
+)
+
+JOINT_FAULTS = {
+    name: fault
+    for name, fault in _SCHEMA.items()
+    if name.endswith(" (postgresql)") and name.removesuffix(" (postgresql)") not in _ALONE
+}
+"""Faults of the schema of PostgreSQL that do not hide each other, by name."""
+
+STORE_FAULTS = {
+    name: fault for name, fault in {**_SCHEMA, **_WHOLE}.items() if name not in JOINT_FAULTS
+}
+"""Other faults of the schema, and of rows that concern the whole store, by name."""
