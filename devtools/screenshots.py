@@ -116,6 +116,10 @@ async def fill(state: StateManager, seed: int = 7) -> None:
     await state.drain_node("cygnus", "new disk on Tuesday")
 
 
+async def _list_clusters() -> list[dict[str, str]]:
+    return [{"Cluster": "berlin", "Nodes": "6", "Tasks": "1,565"}]
+
+
 @contextmanager
 def served(location: str | Path) -> Iterator[str]:
     """Serve the page of a filled store on a thread, and yield its address."""
@@ -126,7 +130,7 @@ def served(location: str | Path) -> Iterator[str]:
         nonlocal server
         async with StateManager(Database(location), cache=False) as state:
             await fill(state)
-            page = app(state, token=TOKEN, allow_actions=True)
+            page = app(state, token=TOKEN, allow_actions=True, clusters=_list_clusters)
             server = Server(page, "127.0.0.1", port)
             serving = asyncio.ensure_future(server.serve())
             while not server.started:  # noqa: ASYNC110 - it has no event

@@ -197,10 +197,11 @@ async def release(
 
 async def _held_tasks(manager: StateManager) -> list[str]:
     """Return the tasks that lost nodes hold, or that their nodes do not start."""
+    from openclaw_store.maintenance.read_around import on_connection
     from openclaw_store.maintenance.stuck import find_held
 
     now = manager.db.clock()
-    return await manager.db.inspect(lambda connection: find_held(connection, now))
+    return await manager.db.read(on_connection(lambda one: find_held(one, now)))
 
 
 async def _nodes(manager: StateManager, ids: Sequence[str] | None, every: Any) -> list[str]:

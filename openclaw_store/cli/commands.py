@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -104,11 +104,10 @@ async def nodes(
 async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or node.")]) -> None:
     """Show the fields and the history of a task or node, and why a task waits."""
     from openclaw_store.domain import NodeInfo, Task
-    from openclaw_store.maintenance.summary import explain_task
+    from openclaw_store.maintenance.summary import explain_task, read_shown_history
     from openclaw_store.repositories import (
         NodeRepository,
         TaskRepository,
-        read_history,
         read_progress,
     )
 
@@ -116,21 +115,26 @@ async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or nod
         task = await TaskRepository(database).get(id)
         node = None if task else await NodeRepository(database).get(id)
         entity = task or node
-        changes: list[Change] = []
+        changes: Sequence[Change] = []
         for kind in (Task, NodeInfo) if entity is None else (type(entity),):
-            changes = changes or await database.read(partial(read_history, id=id, kind=kind))
+            changes = changes or await database.read(partial(read_shown_history, id=id, kind=kind))
         why = await explain_task(database, id) if task and task.status in WAITING else None
-        progress = await database.read(partial(read_progress, task_id=id)) if task else None
-    if entity is None and not changes:
+        known = await database.read(partial(read_progress, ids=[id]))
+        progress = known.get(id)
+    problem = next((one.text for one in database.left_out if one.id == id), None)
+    if entity is None and not changes and problem is None:
         raise NotFoundError(f"no task or node has the id {id!r}")
     document = {
         "task": task,
         "node": node,
         "progress": progress,
+        "problem": problem,
         "explanation": why and {**vars(why), "nodes": dict(why.nodes), "text": str(why)},
         "history": [change._asdict() for change in changes],
     }
-    parts: list[Part] = [lambda: render.fields(entity)] if entity else [f"{id} was removed"]
+    parts: list[Part] = [printable(problem or f"{id} was removed")]
+    if entity:
+        parts = [lambda: render.fields(entity)]
     if why:
         parts += ["", str(why)]
     if progress:

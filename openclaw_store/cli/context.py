@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from openclaw_store.backends import Backend
-    from openclaw_store.database import Database
+    from openclaw_store.maintenance.read_around import TolerantDatabase
 
     Part = Callable[[], RenderableType] | str
 
@@ -68,14 +68,18 @@ class Call:
         return backend
 
     @asynccontextmanager
-    async def opened(self) -> AsyncIterator[Database]:
-        """Open a database that exists and has the schema of this version."""
-        from openclaw_store.database import Database, migrations
+    async def opened(self) -> AsyncIterator[TolerantDatabase]:
+        """Open a database that exists and has the schema of this version.
+
+        Rows that cannot be read are left out, and named in a warning.
+        """
+        from openclaw_store.database import migrations
+        from openclaw_store.maintenance.read_around import TolerantDatabase
 
         backend = self.existing()
         # Before opening, which turns the WAL on: the file may belong to another program.
         await asyncio.to_thread(migrations.require, backend)
-        database = Database(migrations.location_of(self.location), cluster=self.cluster)
+        database = TolerantDatabase(migrations.location_of(self.location), cluster=self.cluster)
         try:
             await database.initialize(migrate=False)
             yield database

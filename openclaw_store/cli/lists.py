@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -150,11 +151,12 @@ async def failures(call: Call, since: Period = _HOUR) -> None:
     openclaw-store failures --since 1d
     """
     from openclaw_store.maintenance.failures import find_failures
+    from openclaw_store.maintenance.read_around import on_connection
 
     begin = ago(since)
     async with call.opened() as database:
-        found = await database.inspect(
-            lambda connection: find_failures(connection, database.statements, begin)
+        found = await database.read(
+            on_connection(lambda one: find_failures(one, database.statements, begin))
         )
     rows = (
         (one.count, one.status.value, render.when(one.newest_at), one.text or "(no error)",
@@ -176,11 +178,12 @@ async def stuck(call: Call) -> None:
 
     `openclaw-store release --stuck` frees the ones that lost nodes hold.
     """
+    from openclaw_store.maintenance.read_around import on_connection
     from openclaw_store.maintenance.stuck import find_stuck
 
     async with call.opened() as database:
         now = database.clock()
-        found = await database.inspect(lambda connection: find_stuck(connection, now))
+        found = await database.read(on_connection(lambda one: find_stuck(one, now)))
     rows = (
         (f"{one.count}{'' if one.is_complete else '+'}", one.reason.value, one.subject,
          render.age(one.since, now), ", ".join(one.examples))
@@ -199,6 +202,7 @@ async def stats(call: Call, since: Period = _HOUR) -> None:
 
     openclaw-store stats --since 30min
     """
+    from openclaw_store.maintenance.read_around import on_connection
     from openclaw_store.maintenance.statistics import read_statistics
 
     begin = ago(since)
@@ -206,7 +210,7 @@ async def stats(call: Call, since: Period = _HOUR) -> None:
         until = database.clock()
         if begin >= until:
             raise InvalidDataError("since", "must lie in the past")
-        found = await database.inspect(lambda one: read_statistics(one, begin, until))
+        found = await database.read(on_connection(lambda one: read_statistics(one, begin, until)))
     call.show(asdict(found), *_parts(found))
 
 
@@ -226,7 +230,7 @@ def _parts(found: Statistics) -> Sequence[Any]:
     for name, counts in found.by.items():
         if counts:
             rows = [(key, f"{count:,}") for key, count in list(counts.items())[:10]]
-            parts += ["", render.table((name, "finished"), rows)]
+            parts += ["", partial(render.table, (name, "finished"), rows)]
     if found.is_sampled:
         parts.append("times, and numbers by node, user and type, are estimates from a sample")
     return parts

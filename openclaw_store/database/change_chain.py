@@ -23,11 +23,12 @@ _CHANGES = Base.metadata.tables["changes"]
 
 def history_of(newest: int, item: str, id: str) -> Select[Any]:
     """Return the query of the changes of one task or node up to the `newest`, newest first."""
-    chain = chain_of_changes()
+    revisions = select(chain_of_changes().c.revision)
     # Reasons as they are stored: the type would return sealed ones as objects for callers.
-    reason = type_coerce(chain.c.reason, Text).label("reason")
-    columns = [reason if one.name == "reason" else one for one in chain.c]
-    query = select(*columns).order_by(chain.c.revision.desc())
+    reason = type_coerce(_CHANGES.c.reason, Text).label("reason")
+    columns = [reason if one.name == "reason" else one for one in _CHANGES.c]
+    query = select(*columns).where(_CHANGES.c.revision.in_(revisions))
+    query = query.order_by(_CHANGES.c.revision.desc())
     return query.params(newest=newest, item_=item, id=id)
 
 

@@ -38,6 +38,7 @@ from openclaw_store.database import (
 from openclaw_store.domain import Clock
 from openclaw_store.encryption import KEYS_VARIABLE, KeyRing
 from openclaw_store.errors import BackendError, SchemaMismatchError
+from openclaw_store.maintenance.domains import LATEST
 from openclaw_store.maintenance.schema import find_differences
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -418,7 +419,7 @@ def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding
     latest = now + timedelta(seconds=SKEW_SECONDS)
     query = (
         select(NodeRow.node_id, NodeRow.last_heartbeat)
-        .where(NodeRow.last_heartbeat > latest)
+        .where(NodeRow.last_heartbeat.between(latest, LATEST))  # text sorts behind it
         .order_by(NodeRow.last_heartbeat.desc())
     )
     early = connection.execute(query).all()

@@ -27,7 +27,8 @@ from openclaw_store.domain import (
     has_skills,
 )
 from openclaw_store.errors import TaskNotFoundError
-from openclaw_store.repositories import read_changes, read_records
+from openclaw_store.maintenance.read_around import ReadAround, on_connection, shown
+from openclaw_store.repositories import read_changes, read_history, read_records
 from openclaw_store.state_manager import WATCH_SECONDS, Explanation, explain
 
 
@@ -78,7 +79,7 @@ async def summarize(database: Database) -> Summary:
     async def read(session: AsyncSession) -> dict[str, Any]:
         newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
         return {
-            "oldest_waiting": await session.run_sync(lambda sync: find_oldest(sync.connection())),
+            "oldest_waiting": await on_connection(find_oldest)(session),
             "revision": await session.scalar(select(CounterRow.revision)),
             "changed_at": await session.scalar(newest),
             "compacted": await session.scalar(select(CounterRow.compacted)),
@@ -123,18 +124,18 @@ async def explain_task(database: Database, task_id: str) -> Explanation:
     Raises:
         TaskNotFoundError: If there is no such task.
     """
+    return await database.read(partial(read_explanation, task_id=task_id, now=database.clock()))
 
-    async def read(session: AsyncSession) -> Explanation:
-        query = select(*COLUMNS[Task]).where(TaskRow.task_id == task_id)
-        found = await read_records(session, Task, query)
-        if not found:
-            raise TaskNotFoundError(task_id)
-        nodes = await read_records(session, NodeInfo, select(*COLUMNS[NodeInfo]))
-        now = database.clock()
-        ahead = await _count_ahead(session, found[0], nodes, now)
-        return explain(found[0], nodes, ahead, now)
 
-    return await database.read(read)
+async def read_explanation(session: AsyncSession, task_id: str, now: datetime) -> Explanation:
+    """Explain as `explain_task`."""
+    query = select(*COLUMNS[Task]).where(TaskRow.task_id == task_id)
+    found = await read_records(session, Task, query)
+    if not found:
+        raise TaskNotFoundError(task_id)
+    nodes = await read_records(session, NodeInfo, select(*COLUMNS[NodeInfo]))
+    ahead = await _count_ahead(session, found[0], nodes, now)
+    return explain(found[0], nodes, ahead, now)
 
 
 async def _count_ahead(
@@ -179,7 +180,7 @@ async def watch(
         CompactedError: If the feed was compacted beyond `since`.
         InvalidDataError: If `since` is in the future.
     """
-    loop, woken = asyncio.get_running_loop(), asyncio.Event()
+    loop, woken, read = asyncio.get_running_loop(), asyncio.Event(), ReadAround(database.read)
     newest = select(CounterRow.revision)
     notifications = database.follow(lambda *_: loop.call_soon_threadsafe(woken.set))
     try:
@@ -187,7 +188,7 @@ async def watch(
             since = await database.read(lambda session: session.scalar(newest)) or 0
         while True:
             woken.clear()  # before the read: a change committed after it wakes the next wait
-            changes, until = await database.read(partial(read_changes, since=since))
+            changes, until = await read(partial(_read_shown, since=since))
             if count is not None:
                 changes = changes[:count]
                 count -= len(changes)
@@ -201,3 +202,13 @@ async def watch(
             since = until
     finally:
         await notifications.stop()
+
+
+async def _read_shown(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
+    changes, until = await read_changes(session, since)
+    return shown(changes), until
+
+
+async def read_shown_history(session: AsyncSession, id: str, kind: type[Any]) -> Sequence[Change]:
+    """Return the changes of a task or node as `read_history`, each of which can be shown."""
+    return shown(await read_history(session, id, kind))

@@ -32,7 +32,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from openclaw_store.database import Database
 from openclaw_store.database.telemetry import Handler
 from openclaw_store.domain import Task
-from openclaw_store.errors import StoreError, logger_of
+from openclaw_store.errors import logger_of
 from openclaw_store.observability.catalogue import BUCKETS, METRICS, Kind, Metric
 from openclaw_store.observability.measurement import Meter, Record, Sample, read_samples
 
@@ -170,7 +170,6 @@ class Instrumentation:
         make(metric.name, [partial(self._present, metric)], metric.unit, metric.text)
 
     def _present(self, metric: Metric, _: CallbackOptions) -> list[Observation]:
-
         # One reading serves all metrics of a collection: each metric takes its part once.
         if metric not in self._read:
             self._read = self._samples()
@@ -187,7 +186,7 @@ class Instrumentation:
             with ThreadPoolExecutor(1) as executor:
                 read = executor.submit(asyncio.run, self._database.inspect(self._read_database))
                 found += read.result()
-        except StoreError as error:
+        except Exception as error:  # the exporter must get the rest
             logger.warning("the metrics of the database could not be read: %s", error)
         samples: dict[Metric, list[Sample]] = {}
         for sample in found:

@@ -11,6 +11,7 @@ from prometheus_client.metrics_core import Metric as Family
 
 from openclaw_store.database import Database
 from openclaw_store.database.telemetry import Handler
+from openclaw_store.maintenance.read_around import ReadAround, on_connection
 from openclaw_store.observability.catalogue import BUCKETS, Kind, Metric
 from openclaw_store.observability.measurement import Meter, Record, Sample, read_samples
 
@@ -22,6 +23,7 @@ class PrometheusExporter:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._read = ReadAround(database.read)
         self._registry = CollectorRegistry()
         self.meter = Meter(database, self)
         self.note_commit, self.attach = self.meter.note_commit, self.meter.attach
@@ -54,9 +56,7 @@ class PrometheusExporter:
             UnavailableError: If the database cannot be read.
         """
         now = self._database.clock()
-        samples = await self._database.read(
-            lambda session: session.run_sync(lambda sync: read_samples(sync.connection(), now))
-        )
+        samples = await self._read(on_connection(lambda one: read_samples(one, now)))
         revision = next(int(one.value) for one in samples if one.metric.name.endswith("revision"))
         samples += [*self.meter.of_process(), self.meter.lag(revision)]
         return generate_latest(self._registry) + generate_latest(_present(samples))

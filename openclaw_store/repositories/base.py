@@ -63,19 +63,22 @@ class Repository(Generic[Entity]):
 
     async def get(self, id: str) -> Entity | None:
         """Return the task or node with this identifier, or `None`."""
-        record = await self.get_record(id)
-        return None if record is None else (await self._copies([record]))[0]
+        found = await self._list(self._by_id(id), 1)
+        return found[0] if found else None
 
     async def get_record(self, id: str) -> Record[Entity] | None:
         """Return the record with this identifier, or `None`."""
-        key = KEY[self.kind]
-        query = self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
+        query = self._by_id(id)
 
         async def run(session: AsyncSession) -> Record[Entity] | None:
             found = await read_records(session, self.kind, query)
             return found[0] if found else None
 
         return await self._read(run)
+
+    def _by_id(self, id: str) -> Select[Any]:
+        key = KEY[self.kind]
+        return self._select(ROWS[self.kind].__table__.c[key] == check_key(key, id))
 
     async def _create(self, entity: Entity) -> bool:
         record = await admit_entity(self, entity, is_new=True)

@@ -48,16 +48,19 @@ def apply_progress(
     return [None] * len(given)
 
 
-async def read_progress(session: AsyncSession, task_id: str) -> Progress | None:
-    """Return the progress of a running task; `None` if it does not run, or has not reported."""
+async def read_progress(session: AsyncSession, ids: Sequence[str]) -> dict[str, Progress]:
+    """Return the progress of the tasks that run and have reported it, by their identifiers."""
     query = (
-        select(TaskRow.attempt, NodeRow.node_id, type_coerce(NodeRow.progress, Text))
+        select(
+            TaskRow.task_id, TaskRow.attempt, NodeRow.node_id, type_coerce(NodeRow.progress, Text)
+        )
         .join(NodeRow, NodeRow.node_id == TaskRow.assigned_node)
-        .where(TaskRow.task_id == task_id, TaskRow.status == TaskStatus.RUNNING)
+        .where(TaskRow.task_id.in_(ids), TaskRow.status == TaskStatus.RUNNING)
     )
-    row = (await session.execute(query)).first()
-    if row is None:
-        return None
-    attempt, node_id, stored = row
-    text = stored and statements_in(session).load_progress(node_id, stored)
-    return decode_progress(text, task_id, attempt)
+    found: dict[str, Progress] = {}
+    for task_id, attempt, node_id, stored in await session.execute(query):
+        text = stored and statements_in(session).load_progress(node_id, stored)
+        progress = decode_progress(text, task_id, attempt)
+        if progress is not None:
+            found[task_id] = progress
+    return found

@@ -221,31 +221,25 @@ class TaskRepository(Repository[Task]):
         Raises:
             InvalidDataError: If a condition of the filter, or the cursor, is invalid.
         """
-        records, after = await self.list_records(filter, after=after, limit=limit)
-        return TaskPage(await self._copies(records), after)
+        page = self._page(filter, after, limit)
+
+        async def run(session: AsyncSession) -> TaskPage:
+            records, following = await _records_of(session, page)
+            return TaskPage(await self._copies(records), following)
+
+        return await self._read(run)
 
     async def list_records(
         self, filter: TaskFilter | None, *, after: str | None, limit: int
     ) -> tuple[list[Record[Task]], str | None]:
         """Return a page as `list_tasks`, as records, and the cursor of the next one."""
+        return await self._read(partial(_records_of, page=self._page(filter, after, limit)))
+
+    def _page(self, filter: TaskFilter | None, after: str | None, limit: int) -> Page:
         check_positive("limit", limit)
         checked = check_filter(TaskFilter, filter, self._database.clock())
         behind = None if after is None else after_cursor(after)
-        page = Page(checked, behind, min(limit + 1, MAX_INTEGER))
-
-        async def run(session: AsyncSession) -> list[Record[Task]]:
-            decode = decoder_here(session, Task)
-            found = [
-                decode(row)
-                for query in await page.queries(session)
-                async for rows in read_rows(session, query)
-                for row in rows
-            ]
-            found.sort(key=lambda task: (task.submitted_at, task.task_id), reverse=True)
-            return found[: limit + 1]
-
-        found = await self._read(run)
-        return found[:limit], cursor_of(found[limit - 1]) if len(found) > limit else None
+        return Page(checked, behind, min(limit + 1, MAX_INTEGER))
 
     async def iter_tasks(self, filter: TaskFilter | None = None) -> AsyncIterator[Task]:
         """Yield the tasks that match a filter as `list_tasks`, one page in memory at a time.
@@ -377,6 +371,18 @@ class TaskRepository(Repository[Task]):
     async def _newest(self, condition: Any, limit: int | None) -> list[Task]:
         query = self._select(condition).order_by(*NEWEST_FIRST)
         return await self._list(query, check_limit(limit))
+
+
+async def _records_of(session: AsyncSession, page: Page) -> tuple[list[Record[Task]], str | None]:
+    decode, limit = decoder_here(session, Task), page.size - 1
+    found = [
+        decode(row)
+        for query in await page.queries(session)
+        async for rows in read_rows(session, query)
+        for row in rows
+    ]
+    found.sort(key=lambda task: (task.submitted_at, task.task_id), reverse=True)
+    return found[:limit], cursor_of(found[limit - 1]) if len(found) > limit else None
 
 
 async def each_of_pages(list_page: Callable[..., Awaitable[TaskPage]]) -> AsyncIterator[Task]:

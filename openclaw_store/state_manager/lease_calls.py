@@ -50,7 +50,8 @@ class LeaseCalls(ManagerBase):
             `None` if there is no such task, it does not run, or its handler has reported nothing.
         """
         self._check_usable()
-        return await self.db.read(partial(read_progress, task_id=check_key("task_id", task_id)))
+        ids = [check_key("task_id", task_id)]
+        return (await self.db.read(partial(read_progress, ids=ids))).get(task_id)
 
     async def watch_progress(self, task_id: str) -> AsyncIterator[Progress]:
         """Iterate over the progress of a task, until it is finished.

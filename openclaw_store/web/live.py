@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.database import CounterRow, NodeRow, TaskRow
 from openclaw_store.domain import FINISHED, Change, ChangeKind, TaskStatus
 from openclaw_store.errors import CompactedError, StoreError, UnavailableError, logger_of
+from openclaw_store.maintenance.read_around import ReadAround, on_connection
 from openclaw_store.maintenance.statistics import Interval, read_intervals
 from openclaw_store.maintenance.summary import watch
 from openclaw_store.repositories import CHANGE_BATCH_SIZE
@@ -157,13 +158,13 @@ class Live:
                 query = select(row.status, func.count()).group_by(row.status)
                 counts.append({one.value: number for one, number in await session.execute(query)})
             until = since + MINUTES * _MINUTE
-            intervals = await session.run_sync(
-                lambda sync: read_intervals(sync.connection(), since, until, MINUTES)
+            intervals = await on_connection(lambda one: read_intervals(one, since, until, MINUTES))(
+                session
             )
             tasks, nodes = counts
             return revision or 0, tasks, nodes, intervals
 
-        self.revision, tasks, nodes, intervals = await self._database.read(read)
+        self.revision, tasks, nodes, intervals = await ReadAround(self._database.read)(read)
         self.tasks, self.nodes = Counter(tasks), Counter(nodes)
         self._minutes = {one.at: [one.submitted, one.finished, one.failed] for one in intervals}
         self._counted = time.monotonic()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlencode
 
 from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.requests import Request
 from starlette.responses import (
     HTMLResponse,
@@ -24,31 +25,41 @@ from openclaw_store.domain import (
     ASSIGNED,
     FINISHED,
     LIVE,
+    Change,
+    NodeInfo,
     NodeStatus,
+    Progress,
+    Task,
     TaskFilter,
+    TaskPage,
     TaskStatus,
     TaskType,
 )
 from openclaw_store.errors import NodeNotFoundError, StoreError, TaskNotFoundError
 from openclaw_store.maintenance.doctor import diagnose
 from openclaw_store.maintenance.failures import Failures, find_failures
-from openclaw_store.maintenance.statistics import (
-    Statistics,
-    merged,
-    read_timings,
-)
+from openclaw_store.maintenance.read_around import ReadAround, on_connection, shown
+from openclaw_store.maintenance.statistics import Statistics, merged, read_timings
 from openclaw_store.maintenance.stuck import StuckGroup, find_stuck
-from openclaw_store.maintenance.summary import Waiting, explain_task, find_oldest
+from openclaw_store.maintenance.summary import (
+    Waiting,
+    find_oldest,
+    read_explanation,
+    read_shown_history,
+)
 from openclaw_store.maintenance.verify import Verification, verify
 from openclaw_store.observability.prometheus import CONTENT_TYPE, PrometheusExporter
-from openclaw_store.repositories import read_history, read_newest_changes
+from openclaw_store.repositories import (
+    NodeRepository,
+    TaskRepository,
+    read_newest_changes,
+    read_progress,
+)
 from openclaw_store.state_manager import StateManager
 from openclaw_store.web import charts
 from openclaw_store.web.live import Live, Shared
 from openclaw_store.web.render import TEMPLATES, View
 from openclaw_store.web.security import COOKIE, Sessions, root_of
-
-Result = TypeVar("Result")
 
 PAGE_SIZE = 50
 """Rows of a list."""
@@ -98,6 +109,7 @@ class Pages:
         self._sessions = sessions
         self._list_clusters = list_clusters
         self._allow_actions = allow_actions
+        self._read = ReadAround(state.db.read)
         self._overview = Shared(self._read_overview, 2.0)
         self._findings = Shared(partial(diagnose, state.db), 2.0)
         self._verifying: asyncio.Task[Verification] | None = None
@@ -129,13 +141,14 @@ class Pages:
                 read_timings(connection, intervals, now, most=SAMPLED),
             )
 
-        return await self._read(read)
+        return await self._read(on_connection(read))
 
     async def tasks(self, request: Request) -> Response:
         given = {name: request.query_params.get(name, "") for name in FILTERS}
         if wanted := request.query_params.get("id", "").strip():
-            kind = "task" if await self._state.get_task(wanted) else "node"
-            if kind == "task" or await self._state.get_node(wanted):
+            kind = await self._read(partial(_kind_of, id=wanted))
+            kind = next((one.item for one in self._read.left_out if one.id == wanted), kind)
+            if kind is not None:
                 address = f"{root_of(request)}/{kind}?{urlencode({'id': wanted})}"
                 return RedirectResponse(address, 303)
         filter = TaskFilter(
@@ -148,12 +161,13 @@ class Pages:
             error_contains=given["error"] or None,
         )
         after = request.query_params.get("after")
-        page = await self._state.task_repo.list_tasks(filter, after=after, limit=PAGE_SIZE)
+        page, progress = await self._read(partial(_list, filter=filter, after=after))
         query = {name: value for name, value in given.items() if value}
         return self._page(
             request,
             "tasks",
             tasks=page.tasks,
+            progress=progress,
             given=given,
             wanted=wanted,
             is_first=after is None,
@@ -165,23 +179,27 @@ class Pages:
 
     async def task(self, request: Request) -> Response:
         id = request.query_params.get("id", "")
-        task = await self._state.task_repo.get(id)
-        history = await self._database.read(partial(read_history, id=id))
-        if task is None and not history:
+        task = await self._read(lambda session: TaskRepository(session).get(id))
+        history = await self._read(partial(read_shown_history, id=id, kind=Task))
+        progress = await self._read(partial(read_progress, ids=[id]))
+        problem = self._problem_of(id)
+        if task is None and not history and not problem:
             raise TaskNotFoundError(id)
         why = None
         can_explain = task is not None and task.status is TaskStatus.PENDING
         if can_explain and (
             self._live.tasks["pending"] <= FEW or "explain" in request.query_params
         ):
-            why = await explain_task(self._database, id)
+            now = self._database.clock()
+            why = await self._read(partial(read_explanation, task_id=id, now=now))
         return self._page(
             request,
             "task",
             id=id,
             task=task,
             history=history[-PAGE_SIZE:],
-            progress=task and await self._state.get_progress(id),
+            problem=problem,
+            progress=progress.get(id),
             why=why,
             can_explain=can_explain,
             can_cancel=task is not None and task.status in LIVE,
@@ -191,12 +209,14 @@ class Pages:
 
     async def nodes(self, request: Request) -> Response:
         given = request.query_params.get("status", "")
-        repository = self._state.node_repo
-        found = await (
-            repository.list_by_status(NodeStatus(given))
-            if given in set(NodeStatus)
-            else repository.get_all_nodes()
-        )
+
+        async def read(session: AsyncSession) -> list[NodeInfo]:
+            repository = NodeRepository(session)
+            if given in set(NodeStatus):
+                return await repository.list_by_status(NodeStatus(given))
+            return await repository.get_all_nodes()
+
+        found = await self._read(read)
         return self._page(
             request,
             "nodes",
@@ -209,14 +229,21 @@ class Pages:
 
     async def node(self, request: Request) -> Response:
         id = request.query_params.get("id", "")
-        node = await self._state.node_repo.get(id)
+        node = await self._read(lambda session: NodeRepository(session).get(id))
         if node is None:
+            if problem := self._problem_of(id):
+                return await self.refused(request, problem, 200)
             raise NodeNotFoundError(id)
         filter = TaskFilter(node=id, status=tuple(ASSIGNED))
-        held = await self._state.task_repo.list_tasks(filter, limit=PAGE_SIZE)
-        is_drained = node.status is NodeStatus.MAINTENANCE
+        held, progress = await self._read(partial(_list, filter=filter))
         return self._page(
-            request, "node", node=node, held=held, is_drained=is_drained, now=self._database.clock()
+            request,
+            "node",
+            node=node,
+            held=held,
+            progress=progress,
+            is_drained=node.status is NodeStatus.MAINTENANCE,
+            now=self._database.clock(),
         )
 
     async def changes(self, request: Request) -> Response:
@@ -224,9 +251,11 @@ class Pages:
         before = request.query_params.get("before", "")
         limit = int(before) if before.isdecimal() and len(before) < 19 else None
         until = self._live.revision + 1 if limit is None else limit
-        found = await self._database.read(
-            partial(read_newest_changes, before=until, count=2 * PAGE_SIZE)
-        )
+
+        async def read(session: AsyncSession) -> Sequence[Change]:
+            return shown(await read_newest_changes(session, until, 2 * PAGE_SIZE))
+
+        found = await self._read(read)
         return self._page(
             request, "changes", changes=found, is_newest=limit is None, live=self._live
         )
@@ -282,7 +311,7 @@ class Pages:
         """Tell a supervisor whether the database can be read."""
         try:
             async with asyncio.timeout(5):
-                await self._read(find_oldest)
+                await self._read(on_connection(find_oldest))
         except (StoreError, TimeoutError):
             return PlainTextResponse("the database cannot be read\n", 503)
         return PlainTextResponse("ok\n")
@@ -312,9 +341,14 @@ class Pages:
             can_act=self._allow_actions,
             has_sessions=self._sessions is not None,
             has_clusters=self._list_clusters is not None,
+            left_out=self._read.left_out,
         )
         template = TEMPLATES.get_template(f"{name}.html")
         return HTMLResponse(template.render(view=view, _=view.translate, **values), status)
+
+    def _problem_of(self, id: str) -> str:
+        """Return the reason why a row cannot be read; empty if it can."""
+        return next((one.text for one in self._read.left_out if one.id == id), "")
 
     async def stop(self) -> None:
         """End a verification that runs."""
@@ -322,10 +356,21 @@ class Pages:
             self._verifying.cancel()
             await asyncio.wait([self._verifying])
 
-    async def _read(self, read: Callable[[Connection], Result]) -> Result:
-        return await self._database.read(
-            lambda session: session.run_sync(lambda sync: read(sync.connection()))
-        )
+
+async def _kind_of(session: AsyncSession, id: str) -> str | None:
+    """Return `task` or `node`; `None` for an unknown identifier."""
+    if await TaskRepository(session).get(id):
+        return "task"
+    return "node" if await NodeRepository(session).get(id) else None
+
+
+async def _list(
+    session: AsyncSession, filter: TaskFilter, after: str | None = None
+) -> tuple[TaskPage, dict[str, Progress]]:
+    """Read a page of tasks, and the progress of those that run."""
+    page = await TaskRepository(session).list_tasks(filter, after=after, limit=PAGE_SIZE)
+    ids = [task.task_id for task in page if task.status is TaskStatus.RUNNING]
+    return page, await read_progress(session, ids) if ids else {}
 
 
 def local(target: str) -> str:

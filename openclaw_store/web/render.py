@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from markupsafe import Markup
 from starlette.requests import Request
 
 from openclaw_store.domain import NodeStatus, TaskStatus
+from openclaw_store.maintenance.read_around import Unreadable
 from openclaw_store.web.security import root_of
 
 _HERE = Path(__file__).parent
@@ -48,6 +50,7 @@ class View:
         can_act: bool,
         has_sessions: bool,
         has_clusters: bool,
+        left_out: Sequence[Unreadable],
     ) -> None:
         self.name = name
         self.revision = revision
@@ -55,6 +58,7 @@ class View:
         self.can_act = can_act
         self.has_sessions = has_sessions
         self.has_clusters = has_clusters
+        self.left_out = left_out
         self.root = root_of(request)
         self.language = _language_of(request)
         self.theme = request.cookies.get("openclaw_store_theme", "")

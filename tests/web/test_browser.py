@@ -16,7 +16,16 @@ import pytest
 
 from devtools.browser import missing, running_browser
 from devtools.screenshots import SHOTS, TOKEN, served
-from openclaw_store import Database, StateManager, Task, TaskType
+from openclaw_store import (
+    Database,
+    Progress,
+    StateManager,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    TaskType,
+    utc_now,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
@@ -29,7 +38,16 @@ pytestmark = [
 ]
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'<script>alert(2)</script>"
-PATHS = ("/", "/tasks", "/nodes", "/node?id=cygnus", "/task?id=train-fold", "/changes", "/health")
+PATHS = (
+    "/",
+    "/tasks",
+    "/nodes",
+    "/node?id=cygnus",
+    "/task?id=train-fold",
+    "/changes",
+    "/health",
+    "/clusters",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,9 +78,10 @@ def context(browser: Browser, address: str) -> Iterator[BrowserContext]:
     context = browser.new_context(base_url=address)
     page = context.new_page()
     page.goto("/")
+    assert findings(page) == []
     page.fill("input[type=password]", TOKEN)
     page.keyboard.press("Enter")
-    page.wait_for_selector("h1")
+    page.wait_for_selector("nav")
     page.close()
     yield context
     context.close()
@@ -153,6 +172,28 @@ def test_changes_appear_by_themselves(page: Page, location: Path) -> None:
     change(location, lambda state: state.remove_task(other.task_id))
 
 
+def test_progress_appears_by_itself(page: Page, location: Path) -> None:
+    found: list[Task] = []
+
+    async def find(state: StateManager) -> None:
+        found.extend(await state.list_tasks(TaskFilter(status=TaskStatus.RUNNING), limit=1))
+
+    change(location, find)
+    [task] = found
+    page.clock.install()
+    page.goto(f"/task?id={task.task_id}")
+    assert page.is_visible("main .badge.running")
+    assert not page.is_visible("main progress")
+
+    progress = {task.task_id: Progress(task.attempt, 0.25, HOSTILE, utc_now())}
+    change(location, lambda state: state.renew_lease(str(task.assigned_node), progress))
+    page.clock.run_for(4000)
+
+    page.wait_for_selector("main progress[value='0.25']")
+    assert HOSTILE in page.inner_text("main")
+    assert findings(page) == []
+
+
 def test_task_is_cancelled_and_requeued_with_the_keyboard_alone(page: Page, location: Path) -> None:
     task = Task.create(TaskType.BATCH, "by keys", task_id="keys")
     change(location, lambda state: state.add_task(task))
@@ -203,14 +244,23 @@ def test_page_works_without_a_script(browser: Browser, address: str, location: P
     assert page.is_hidden("#zone")
     page.fill("main input[name=reason]", "no longer wanted")
     page.click("text=Cancel the task")
-    assert page.is_visible("main .badge.cancelled")
+    page.wait_for_selector("main .badge.cancelled")
     for path in PATHS:
         page.goto(path)
         assert page.inner_text("h1")
     page.goto("/nodes")
     page.click("main a.id >> nth=0")
     page.click("text=Drain the node" if page.is_visible("text=Drain the node") else "text=Resume")
-    assert page.is_visible("main .done")
+    page.wait_for_selector("main .done")
+    page.goto("/tasks?status=running&node=draco")
+    page.click("main a.id >> nth=0")
+    page.click("text=Release the task")
+    page.wait_for_selector("main .done")
+    assert page.inner_text("main p .badge") == "pending"
+    page.goto("/node?id=draco")
+    page.click("text=Release all its tasks")
+    page.wait_for_selector("main .done")
+    assert page.is_hidden("text=Release all its tasks")
     context.close()
 
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient, Response
 
 import openclaw_store.web
-from openclaw_store import InvalidDataError, StateManager, TaskStatus
+from openclaw_store import InvalidDataError, Progress, StateManager, TaskStatus
 from openclaw_store.maintenance.stuck import Reason
 from openclaw_store.web import app
 from openclaw_store.web.live import RELOAD, STILL_HERE, Live
@@ -168,6 +168,20 @@ class TestPages:
             text = (await client.get("/task?id=t")).text
 
         assert "This task was removed." in text
+
+    async def test_progress_of_running_tasks_is_shown_in_lists_and_alone(
+        self, manager: StateManager, make_task: MakeTask, make_node: MakeNode, clock: FakeClock
+    ) -> None:
+        await manager.register_node(make_node(node_id="atlas"))
+        await manager.add_tasks([make_task(task_id="t"), make_task(task_id="silent")])
+        await manager.claim_tasks("atlas", 2, start=True)
+        await manager.renew_lease("atlas", {"t": Progress(1, 0.4, HOSTILE, clock())})
+        async with browsing(manager) as client:
+            paths = ("/tasks", "/node?id=atlas", "/task?id=t", "/task?id=silent")
+            shown = [(await client.get(path)).text for path in paths]
+
+        assert [text.count('<progress value="0.4"') for text in shown] == [1, 1, 1, 0]
+        assert [text.count("40%, &lt;script&gt;alert(1)") for text in shown] == [1, 1, 1, 0]
 
     async def test_page_works_under_a_prefix_of_another_program(
         self, manager: StateManager, make_task: MakeTask

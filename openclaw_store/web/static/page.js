@@ -96,6 +96,9 @@ if (page !== "login" && page !== "refused") {
   source.onerror = () => { light.hidden = true; };
   source.onmessage = (message) => show(JSON.parse(message.data));
   source.addEventListener("reload", () => renew());
-  if (page === "overview" || page === "nodes") setInterval(() => document.hidden || renew(), 15000);
+  // Heartbeats and progress are no changes.
+  const seconds = { overview: 15, nodes: 15, node: 15, task: 3 }[page];
+  const isStill = () => document.hidden || page === "task" && !$("main .badge.running");
+  if (seconds) setInterval(() => isStill() || renew(), 1000 * seconds);
   addEventListener("pagehide", () => source.close());
 }
