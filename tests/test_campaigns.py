@@ -57,7 +57,7 @@ def perform(
     server = request.getfixturevalue("own_server") if kind == POSTGRESQL else None
     run = Run(
         kind,
-        campaign.quick_rounds if bug else -(-campaign.quick_rounds // 2),
+        campaign.quick_rounds if bug else -(-campaign.quick_rounds // 4),
         folder,
         seed=seed,
         server=server,
