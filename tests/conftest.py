@@ -403,7 +403,8 @@ async def locked(location: Location, lock: str | None = None) -> AsyncIterator[A
     """Somebody else has what every writer needs first: the write lock, or the counters."""
     if lock is None:
         is_file = isinstance(location, Path)
-        lock = "BEGIN IMMEDIATE" if is_file else "SELECT FROM counters FOR UPDATE"
+        counters = f"{CLUSTER or 'public'}.counters"
+        lock = "BEGIN IMMEDIATE" if is_file else f"SELECT FROM {counters} FOR UPDATE"
     async with engine_of(location).connect() as connection:
         await connection.exec_driver_sql(lock)
         yield connection

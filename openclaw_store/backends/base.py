@@ -97,6 +97,10 @@ class Backend(Protocol):
     @property
     def error_mapping(self) -> ErrorMapping: ...
 
+    @property
+    def one_statement(self) -> Mapping[str, Any]:
+        """Options of a connection that reads by one statement, and needs no transaction for it."""
+
     def exists(self) -> bool:
         """Return true if the file exists; a server is assumed to."""
 

@@ -158,12 +158,21 @@ class Database(DatabaseBase):
         limit = self.transaction_timeout if timeout is None else timeout
         return check_limit_seconds("timeout", limit)
 
-    async def read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
-        """Run `work` with a session, in its own task, so that cancelling the caller is safe."""
+    async def read(
+        self, work: Callable[[AsyncSession], Awaitable[Result]], *, is_one_statement: bool = False
+    ) -> Result:
+        """Run `work` with a session, in its own task, so that cancelling the caller is safe.
+
+        Args:
+            is_one_statement: It reads by one statement: so two round trips to a server are saved.
+        """
+        options = self._backend.one_statement if is_one_statement else None
 
         async def in_own_task() -> Result:
             with self._backend.error_mapping.mapped(reading=True):
                 async with aclosing(self._sessions_here().own_sessions()) as session:
+                    if options:
+                        await session.connection(execution_options=options)
                     return await work(session)
 
         task = asyncio.ensure_future(in_own_task())

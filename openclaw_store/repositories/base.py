@@ -74,7 +74,7 @@ class Repository(Generic[Entity]):
             found = await read_records(session, self.kind, query)
             return found[0] if found else None
 
-        return await self._read(run)
+        return await self._read(run, is_one_statement=True)
 
     def _by_id(self, id: str) -> Select[Any]:
         key = KEY[self.kind]
@@ -140,10 +140,12 @@ class Repository(Generic[Entity]):
                     transaction.undo.append(partial(setattr, entity, "version", UNDONE))
         return entities
 
-    async def _read(self, work: Callable[[AsyncSession], Awaitable[Result]]) -> Result:
+    async def _read(
+        self, work: Callable[[AsyncSession], Awaitable[Result]], *, is_one_statement: bool = False
+    ) -> Result:
         if self._session is not None:
             return await self._database.read_in(self._session, work)
-        return await self._database.read(work)
+        return await self._database.read(work, is_one_statement=is_one_statement)
 
     async def _write(self, command: Any, apply: Apply = apply) -> Any:
         try:

@@ -83,7 +83,7 @@ class DirectAccess(Replica):
 
     async def refresh(self) -> None:
         """Read the newest revision."""
-        revision, _, _ = await self.database.read(read_counters)
+        revision, _, _ = await self.database.read(read_counters, is_one_statement=True)
         self._advance_to(revision)
         self.last_refresh_at = self.database.clock()
 
@@ -128,9 +128,9 @@ class DirectAccess(Replica):
             self._advance_to(self._noticed)
             if self.watchers.claims:
                 try:
-                    self.watchers.claims.notice(
-                        await self.database.read(partial(_steps, since=since))
-                    )
+                    read = partial(_steps, since=since)
+                    steps = await self.database.read(read, is_one_statement=True)
+                    self.watchers.claims.notice(steps)
                 except BackendError:  # the next commit, or the end of the wait, tries again
                     logger.exception("the changes of other processes could not be read")
             await asyncio.sleep(WAKE_SECONDS)

@@ -41,7 +41,8 @@ class LeaseCalls(ManagerBase):
     async def get_lease(self, node_id: str) -> Lease | None:
         """Return the session and the tasks of a node, from the database; `None` without a node."""
         self._check_usable()
-        return await self.db.read(partial(read_lease, node_id=check_key("node_id", node_id)))
+        read = partial(read_lease, node_id=check_key("node_id", node_id))
+        return await self.db.read(read, is_one_statement=True)
 
     async def get_progress(self, task_id: str) -> Progress | None:
         """Return the newest progress of a running task, as its handler reported it.
@@ -50,8 +51,8 @@ class LeaseCalls(ManagerBase):
             `None` if there is no such task, it does not run, or its handler has reported nothing.
         """
         self._check_usable()
-        ids = [check_key("task_id", task_id)]
-        return (await self.db.read(partial(read_progress, ids=ids))).get(task_id)
+        read = partial(read_progress, ids=[check_key("task_id", task_id)])
+        return (await self.db.read(read, is_one_statement=True)).get(task_id)
 
     async def watch_progress(self, task_id: str) -> AsyncIterator[Progress]:
         """Iterate over the progress of a task, until it is finished.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +108,7 @@ class PostgreSQL:
     """
 
     dialect = "postgresql"
+    one_statement: Mapping[str, Any] = {"isolation_level": "AUTOCOMMIT"}
 
     def __init__(
         self, location: str, timeout: float, answer_timeout: float, cluster: str | None = None

@@ -11,7 +11,7 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from operator import methodcaller
 from pathlib import Path
@@ -107,6 +107,7 @@ class SQLite:
 
     dialect = "sqlite"
     schema = None
+    one_statement: Mapping[str, Any] = {}  # BEGIN costs nothing
 
     def __init__(self, path: Path, timeout: float, cluster: str | None = None) -> None:
         # SQLite follows symbolic links too, and its journals are beside the file itself.
