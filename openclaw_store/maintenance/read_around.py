@@ -199,8 +199,8 @@ class TolerantDatabase(Database):
         super().__init__(location, cluster=cluster)
         self._around = ReadAround(super().read)
 
-    async def read(self, work: Work[Result]) -> Result:
-        """Run `work`, which reads, perhaps a second time."""
+    async def read(self, work: Work[Result], *, is_one_statement: bool = False) -> Result:
+        """Run `work`, which reads, perhaps a second time, and in a transaction in any case."""
         return await self._around(work)
 
     @property
