@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from benchmarks import (
+    archive,
     claims,
     encryption,
     life,
@@ -316,10 +317,12 @@ BENCHMARKS = (
     *operator.BENCHMARKS,
     *encryption.BENCHMARKS,
     *transactions.BENCHMARKS,
+    *archive.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
 
 GROUPS = {
+    "archive": tuple(benchmark.name for benchmark in archive.BENCHMARKS),
     "encryption": tuple(benchmark.name for benchmark in encryption.BENCHMARKS),
     "life": tuple(benchmark.name for benchmark in _OF_LIFE),
     "processes": (

@@ -294,8 +294,8 @@ def delete_before_archive() -> Iterator[None]:
         folder.remove(path)
         return written
 
-    def read(folder: Any, file: Any) -> Any:
-        return tables[file.path]
+    def read(folder: Any, file: Any, columns: Any) -> Any:
+        return tables[file.path].select(columns)
 
     tables: dict[str, Any] = {}
 

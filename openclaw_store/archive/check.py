@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections import Counter
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
-from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Folder
 from openclaw_store.archive.layout import LAYOUTS
-from openclaw_store.archive.manifest import manifests
-from openclaw_store.archive.reader import Archive
+from openclaw_store.archive.manifest import digest, manifests
+from openclaw_store.archive.selection import Selection
+from openclaw_store.archive.snapshot import Catalogue
+from openclaw_store.domain import TaskFilter
 
 
 @dataclass
@@ -51,12 +51,13 @@ async def verify_archive(location: str | Path) -> ArchiveCheck:
 
 def _verify(folder: Folder) -> ArchiveCheck:
     found = ArchiveCheck()
-    present = {entry.path for name in LAYOUTS for entry in folder.list(name)}
+    present = {entry.path for kind in LAYOUTS for entry in folder.list(kind)}
     listed: set[str] = set()
-    for manifest in manifests(folder):
+    for path, manifest in manifests(folder):
         found.files += 1
-        if not manifest.is_sound:
-            found.problems.append(f"{manifest.path} was changed: restore it from a backup")
+        if manifest is None:
+            found.problems.append(f"{path} was changed: restore it from a backup")
+            continue
         for file in manifest.files:
             listed.add(file.path)
             if file.path not in present:
@@ -65,7 +66,7 @@ def _verify(folder: Folder) -> ArchiveCheck:
             contents = folder.read(file.path)
             found.files += 1
             found.bytes += len(contents)
-            if hashlib.sha256(contents).hexdigest() != file.sha256:
+            if digest(contents) != file.sha256:
                 found.problems.append(f"{file.path} was changed: restore it from a backup")
     for path in sorted(present - listed):
         found.remarks.append(f"{path} is in no manifest: its run has not ended")
@@ -78,28 +79,21 @@ async def list_archive(location: str | Path, cluster: str | None = None) -> list
     Raises:
         UnavailableError: If the archive cannot be read.
     """
-    return await asyncio.to_thread(_list, Archive(location, cluster))
+    return await asyncio.to_thread(_list, Catalogue(Folder(location), cluster))
 
 
-def _list(archive: Archive) -> list[ArchivedDay]:
-    days: dict[tuple[str, str], list[ArchiveFile]] = {}
-    snapshot = archive.snapshot()
-    voids: Counter[str] = Counter()
-    for file in snapshot.tasks:
-        day = file.path.split("/")[-2].partition("=")[2]
-        days.setdefault((day, file.cluster), []).append(file)
-        pairs = snapshot.voids.get(file.cluster)
-        if pairs:
-            table = file.read(columns=["task_id", "version"])
-            rows = zip(table["task_id"].to_pylist(), table["version"].to_pylist(), strict=True)
-            voids[file.path] = sum(pair in pairs for pair in rows)
-    return [
-        ArchivedDay(
-            cluster,
-            day,
-            len(files),
-            sum(file.rows - voids[file.path] for file in files),
-            sum(file.size for file in files),
+def _list(catalogue: Catalogue) -> list[ArchivedDay]:
+    snapshot, everything = catalogue.snapshot(), Selection(TaskFilter.everything())
+    days = groupby(
+        sorted(snapshot.tasks, key=lambda file: (file.day, file.cluster)),
+        key=lambda file: (file.day, file.cluster),
+    )
+    found = []
+    for (day, cluster), of_day in days:
+        files = [*of_day]
+        tasks = sum(
+            len(snapshot.read(one, everything, columns=())) if snapshot.has_voids else one.rows
+            for one in files
         )
-        for (day, cluster), files in sorted(days.items())
-    ]
+        found.append(ArchivedDay(cluster, day, len(files), tasks, sum(one.size for one in files)))
+    return found

@@ -1,4 +1,4 @@
-"""Collect the rows that a policy moves, as tables of Arrow by the day of their end."""
+"""Collect the rows that a policy moves, as tables of Arrow by day."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -15,11 +16,12 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.archive.layout import HISTORIES, MISFITS, TASKS, Layout
+from openclaw_store.archive.layout import CHANGES, HISTORY, MISFITS, TASKS, Layout
 from openclaw_store.archive.runs import logger
 from openclaw_store.backends import fetch_raw_rows
 from openclaw_store.database import (
     COLUMNS,
+    ChangeRow,
     Database,
     PastChangeRow,
     TaskRow,
@@ -27,7 +29,14 @@ from openclaw_store.database import (
     to_microseconds,
 )
 from openclaw_store.domain import Raw, Task
-from openclaw_store.repositories import Policy, TolerantReader, old_rows
+from openclaw_store.repositories import (
+    Policy,
+    TolerantReader,
+    old_revisions,
+    old_rows,
+    read_counters,
+    read_rows,
+)
 
 RUN_ROWS = 100_000
 """Rows that one run moves at most, so that it needs little memory."""
@@ -35,26 +44,21 @@ RUN_ROWS = 100_000
 RUN_BYTES = 64 << 20
 """Bytes of rows in memory after which a run is not extended."""
 
-PAGE_ROWS = 500
+PAGE_ROWS = 1000
 """Rows read together, between which other coroutines run."""
 
-DAY_MICROSECONDS = 86_400_000_000
-
-_PAST_COLUMNS = [PastChangeRow.__table__.c[name] for name in HISTORIES.names]
+_PAST = [PastChangeRow.__table__.c[name] for name in ("item_id", *HISTORY)]
 _HAS_PAST = select(select(PastChangeRow).exists())
-_VERSION, _ITEM_ID = TASKS.names.index("version"), HISTORIES.names.index("item_id")
-
-
-DayTable = tuple[Layout, str, Any]
-"""The layout of a file, its day, and its rows as a table of Arrow."""
+_VERSION = TASKS.names.index("version")
 
 
 @dataclass
 class Collected:
     """Rows of one run, in memory."""
 
-    tables: dict[tuple[str, str], list[Any]] = field(default_factory=lambda: defaultdict(list))
-    """Parts of tables by folder and day."""
+    layout: Layout
+    days: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+    """Parts of tables by day."""
     rows: int = 0
     bytes: int = 0
 
@@ -62,23 +66,32 @@ class Collected:
     def is_full(self) -> bool:
         return self.rows >= RUN_ROWS or self.bytes >= RUN_BYTES
 
-    def add(self, layout: Layout, day: str, table: Any) -> None:
-        """Add rows of one day."""
-        self.tables[layout.folder, day].append(table)
+    def add(self, table: Any, times: Any) -> None:
+        """Add rows, each with its time in microseconds."""
+        days = times.cast(pa.timestamp("us")).cast(pa.date32()).cast(pa.int32())
+        for day in pc.unique(days).to_pylist():
+            self.days[_name(day)].append(table.filter(pc.equal(days, day)))
+        self.rows += len(table)
         self.bytes += table.nbytes
 
-    def tables_of(self, layout: Layout) -> list[DayTable]:
+    def tables(self) -> list[tuple[str, Any]]:
         """Return the sorted table of each day, in the order of the days."""
-        order = [(name, "ascending") for name in layout.order]
         return [
-            (layout, day, pa.concat_tables(parts).sort_by(order))
-            for (folder, day), parts in sorted(self.tables.items())
-            if folder == layout.folder
+            (day, pa.concat_tables(parts).sort_by(self.layout.order))
+            for day, parts in sorted(self.days.items())
         ]
 
 
+def _name(day: int) -> str:
+    """Return a day, counted from 1970, as 2026-11-30."""
+    try:
+        return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
+    except (ValueError, OverflowError, OSError):  # of a row written by hand
+        return "1970-01-01"
+
+
 class TaskCollector:
-    """Collects old tasks, and their histories.
+    """Collects old tasks with their histories.
 
     Args:
         skipped: Receives the identifiers of tasks that no file can hold, and that stay.
@@ -91,7 +104,7 @@ class TaskCollector:
 
     async def pages(self) -> AsyncIterator[Collected]:
         """Yield the same collection after each page that was added to it."""
-        found = Collected()
+        found = Collected(TASKS)
         for condition in self._policy.old():
             columns = [TaskRow.task_id]
             pages = old_rows(self._database.read, self._policy, condition, columns, PAGE_ROWS)
@@ -100,86 +113,82 @@ class TaskCollector:
                 tasks, histories = await self._database.read(
                     partial(AsyncSession.run_sync, fn=partial(self._read, ids=ids))
                 )
-                self._add(found, tasks, histories)
+                table = self._table(tasks, histories)
+                found.add(table, self._ends(table))
                 yield found
 
-    def _read(self, session: Session, ids: Sequence[str]) -> tuple[list[Raw], list[Raw]]:
-        """Return the tasks in the order of `ids`, and the changes of all of them."""
+    def _read(self, session: Session, ids: Sequence[str]) -> tuple[list[Raw], dict[str, list[Raw]]]:
+        """Return the tasks in the order of `ids`, and the changes of each."""
         sql, reader = statements_in(session), TolerantReader(session)
         rows = {row[0]: row for row in reader.by_ids(Task, COLUMNS[Task], ids)}
         for error in reader.unreadable.values():
             logger.warning("a task stays in the database: %s", error)
         self._skipped.update(id for _, id in reader.unreadable)
         versions = [row[_VERSION] for row in rows.values() if row[_VERSION]]
-        queries = [sql.histories(versions)]
+        chain = sql.histories(versions)
+        changes = chain.selected_columns
+        queries = [chain.with_only_columns(*(changes[one.name] for one in _PAST))]
         if session.scalar(_HAS_PAST):
-            queries.append(select(*_PAST_COLUMNS).where(PastChangeRow.item_id.in_(rows)))
-        connection = session.connection()
-        changes = [row for one in queries for row in fetch_raw_rows(connection.execute(one))]
-        changes = [row for row in changes if row[_ITEM_ID] in rows]
-        return [rows[id] for id in ids if id in rows], changes
+            queries.append(select(*_PAST).where(PastChangeRow.item_id.in_(rows)))
+        histories: dict[str, list[Raw]] = {id: [] for id in rows}
+        for query in queries:
+            for id, *change in fetch_raw_rows(session.connection().execute(query)):
+                if id in histories:  # else a row written by hand has the version of another
+                    histories[id].append(change)
+        return [rows[id] for id in ids if id in rows], histories
 
-    def _add(self, found: Collected, tasks: Sequence[Raw], changes: Sequence[Raw]) -> None:
+    def _table(self, tasks: Sequence[Raw], histories: dict[str, list[Raw]]) -> Any:
+        """Return the table, without tasks that have a value of another type than its column."""
+        for history in histories.values():
+            history.sort(key=itemgetter(0))
         try:
-            table = TASKS.table(tasks)
+            return TASKS.table(tasks, [histories[task[0]] for task in tasks])
         except MISFITS:
-            tasks, changes = self._without_misfits(tasks, changes)
-            table = TASKS.table(tasks)
-        days = self._days(table)
-        histories = HISTORIES.table(changes)
-        for day in set(days):
-            of_tasks, of_changes = table, histories
-            if len(set(days)) > 1:
-                chosen = pa.array([one == day for one in days], pa.bool_())
-                of_tasks = table.filter(chosen)
-                of_changes = histories.filter(
-                    pc.is_in(histories["item_id"], of_tasks["task_id"].combine_chunks())
-                )
-            found.add(TASKS, day, of_tasks)
-            found.add(HISTORIES, day, of_changes)
-        found.rows += len(tasks)
+            fitting = [task for task in tasks if self._fits(task, histories[task[0]])]
+            return TASKS.table(fitting, [histories[task[0]] for task in fitting])
 
-    def _without_misfits(
-        self, tasks: Sequence[Raw], changes: Sequence[Raw]
-    ) -> tuple[list[Raw], list[Raw]]:
-        """Leave out tasks with a value of another type than that of its column."""
-        by_id: dict[str, list[Raw]] = defaultdict(list)
-        for change in changes:
-            by_id[change[_ITEM_ID]].append(change)
-        for task in tasks:
-            try:
-                TASKS.table([task])
-                HISTORIES.table(by_id[task[0]])
-            except MISFITS as error:
-                logger.warning("task %r stays in the database: %s", task[0], error)
-                self._skipped.add(task[0])
-        return (
-            [task for task in tasks if task[0] not in self._skipped],
-            [change for change in changes if change[_ITEM_ID] not in self._skipped],
-        )
+    def _fits(self, task: Raw, history: Sequence[Raw]) -> bool:
+        try:
+            TASKS.table([task], [history])
+        except MISFITS as error:
+            logger.warning("task %r stays in the database: %s", task[0], error)
+            self._skipped.add(task[0])
+            return False
+        return True
 
-    def _days(self, tasks: Any) -> list[str]:
-        """Return the day of each end, or of the last change if the end is unknown."""
+    def _ends(self, tasks: Any) -> Any:
+        """Return the time of each end, or of the last change if the end is unknown."""
         ends, changes = (tasks[name].cast(pa.int64()) for name in ("completed_at", "updated_at"))
         is_known = pc.fill_null(pc.less_equal(ends, to_microseconds(self._policy.now)), False)
-        days = pc.divide(pc.if_else(is_known, ends, changes), DAY_MICROSECONDS)
-        names = {day: day_of(day) for day in pc.unique(days).to_pylist()}
-        return [names[day] for day in days.to_pylist()]
+        return pc.if_else(is_known, ends, changes)
 
 
-def day_of(day: int) -> str:
-    """Return a day, counted from 1970, as 2026-11-30."""
-    try:
-        return datetime.fromtimestamp(day * 86_400, UTC).date().isoformat()
-    except (ValueError, OverflowError, OSError):  # of a row written by hand
-        return day_of(0)
+async def collect_changes(
+    database: Database, now: datetime, cutoff: datetime
+) -> AsyncIterator[Collected]:
+    """Yield the same collection of the changes before a cutoff, after each page of them."""
+    found, since = Collected(CHANGES), 0
+    newest, _, _ = await database.read(read_counters)
+    async for end in old_revisions(database, now, cutoff):
+        until = min(end, newest - 1)  # the newest change stays in the feed
+        query = select(*ChangeRow.__table__.c).order_by(ChangeRow.revision)
+        query = query.where(ChangeRow.revision > since, ChangeRow.revision <= until)
+        table = CHANGES.table(await database.read(partial(_all_rows, query=query)))
+        found.add(table, table["changed_at"].cast(pa.int64()))
+        since = until
+        yield found
+
+
+async def _all_rows(session: AsyncSession, query: Any) -> list[Raw]:
+    return [row async for rows in read_rows(session, query, None) for row in rows]
 
 
 async def sample(database: Database, policy: Policy, size: int) -> tuple[int, int, int]:
     """Return the number of some tasks, that of their changes, and the bytes of their files."""
+    found = Collected(TASKS)
     async for found in TaskCollector(database, policy, set()).pages():
         if found.rows >= size:
             break
-    tables = [*found.tables_of(TASKS), *found.tables_of(HISTORIES)]
-    changes = sum(len(table) for layout, _, table in tables if layout is HISTORIES)
-    return found.rows, changes, sum(len(layout.encode(table)) for layout, _, table in tables)
+    tables = [table for _, table in found.tables()]
+    changes = sum(pc.sum(pc.list_value_length(one["history"])).as_py() or 0 for one in tables)
+    return found.rows, changes, sum(len(TASKS.encode(table)) for table in tables)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -10,12 +11,18 @@ from urllib.parse import unquote
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 import xxhash
 
 from openclaw_store.archive.folder import Entry, Folder
-from openclaw_store.archive.layout import LAYOUTS, REPLACES
-from openclaw_store.errors import UnavailableError
+from openclaw_store.archive.layout import DEFAULTS, LAYOUTS, REPLACES
+
+PARQUET = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+)
+"""The format, of which a damaged page is an error."""
+
+_DAMAGED = "if `openclaw-store archive verify` finds it damaged, restore it from a backup"
 
 # The salts of a split block Bloom filter, from the specification of Parquet.
 _SALTS = (
@@ -26,21 +33,27 @@ _BLOCK_BYTES = 32
 
 
 class ArchiveFile:
-    """A complete file; its footer is read once, when it is needed."""
+    """A complete file; its footer is read once, when it is needed.
+
+    All methods block the thread. They raise `FileNotFoundError` if the file is gone, and
+    `UnavailableError` if it is damaged.
+    """
 
     def __init__(self, folder: Folder, entry: Entry) -> None:
         self._folder = folder
         self.path, self.size = entry.path, entry.size
-        parts = self.path.split("/")
-        self.layout = LAYOUTS[parts[0]]
-        self.cluster = unquote(parts[1].removeprefix("cluster="))
-        self.run = parts[-1].removesuffix(".parquet")
-        self._bounds: dict[str, Sequence[tuple[Any, Any]]] = {}
+        kind, cluster, *_ = parts = self.path.split("/")
+        self.layout = LAYOUTS[kind]
+        self.cluster = unquote(cluster.removeprefix("cluster="))
+        self.partition = cluster
+        self.day = parts[-2].partition("=")[2]
+        self._fragment = PARQUET.make_fragment(f"{folder.root}/{self.path}", folder.system)
 
     @cached_property
     def footer(self) -> Any:
-        with self._opened() as file:
-            return pq.read_metadata(file)
+        with self._errors():
+            self._fragment.ensure_complete_metadata()
+            return self._fragment.metadata
 
     @property
     def rows(self) -> int:
@@ -53,53 +66,59 @@ class ArchiveFile:
     @cached_property
     def replaced(self) -> frozenset[str]:
         """Paths of the files that this one replaces."""
-        return frozenset(orjson.loads((self.footer.metadata or {}).get(REPLACES, b"[]")))
+        with self._errors():
+            return frozenset(orjson.loads((self.footer.metadata or {}).get(REPLACES, b"[]")))
 
-    def bounds(self, name: str) -> Sequence[tuple[Any, Any]]:
-        """Return the smallest and largest value of a column in each row group.
+    @cached_property
+    def submissions(self) -> Sequence[tuple[int, int]]:
+        """First and last time of submission in each row group, in microseconds."""
+        index = self._names.index("submitted_at")
+        known = [self.footer.row_group(group).column(index).statistics for group in self.groups]
+        return [
+            (one.min_raw, one.max_raw) if one and one.has_min_max else (0, 1 << 62) for one in known
+        ]
 
-        They are `None` if the group has no value, and times are microseconds.
-        """
-        if name not in self._bounds:
-            index = self.footer.schema.to_arrow_schema().get_field_index(name)
-            is_time = name.endswith("_at")
-            found = []
-            for group in self.groups:
-                known = self.footer.row_group(group).column(index).statistics
-                if known is None or not known.has_min_max:
-                    found.append((None, None))
-                elif is_time:
-                    found.append((known.min_raw, known.max_raw))
-                else:
-                    found.append((known.min, known.max))
-            self._bounds[name] = found
-        return self._bounds[name]
+    def read(
+        self,
+        groups: Sequence[int] | None = None,
+        columns: Sequence[str] | None = None,
+        filter: Any = None,
+    ) -> Any:
+        """Return the rows of some row groups, or of all, that meet a condition of Arrow."""
+        schema = self.layout.schema
+        with self._errors():
+            known = set(self._names)
+            part = self._fragment if groups is None else self._fragment.subset(row_group_ids=groups)
+            table = part.to_table(schema=schema, columns=columns and [*columns], filter=filter)
+        for index, name in enumerate(table.column_names):
+            if name in DEFAULTS and name not in known:
+                values = pa.array([DEFAULTS[name]] * len(table), schema.field(name).type)
+                table = table.set_column(index, name, values)
+        return table
 
-    def read(self, groups: Sequence[int] | None = None, columns: Any = None) -> Any:
-        """Return the rows of some row groups, or of all, as a table of Arrow."""
-        with self._opened() as source:
-            file = pq.ParquetFile(source, metadata=self.footer)
-            known = set(file.schema_arrow.names)
-            names = [one for one in columns or self.layout.names if one in known]
-            if not self.groups:  # of an empty file
-                return file.schema_arrow.empty_table().select(names)
-            return file.read_row_groups(self.groups if groups is None else groups, columns=names)
+    def find(self, key: str, columns: Sequence[str]) -> Any:
+        """Return the rows with this key."""
+        is_wanted = pc.field(self.layout.key) == key
+        groups = [
+            group
+            for group in self.groups
+            if self._may_have(group, key) and len(self.read([group], [self.layout.key], is_wanted))
+        ]
+        if not groups:
+            return self.layout.schema.empty_table().select(columns)
+        return self.read(groups, columns, is_wanted)
 
-    def find(self, key: str) -> Iterator[Any]:
-        """Yield tables with the rows that have this key."""
-        for group, (least, most) in enumerate(self.bounds(self.layout.key)):
-            if (least is None or least <= key <= most) and self._may_have(group, key):
-                keys = self.read([group], [self.layout.key]).column(0)
-                found = pc.indices_nonzero(pc.equal(keys, key))
-                if len(found):
-                    yield self.read([group]).take(found)
+    @cached_property
+    def _names(self) -> list[str]:
+        names: list[str] = self.footer.schema.to_arrow_schema().names
+        return names
 
     @cached_property
     def _filters(self) -> Sequence[bytes | None]:
         """The Bloom filter of each row group, without its header; `None` if it has none."""
-        index = self.footer.schema.to_arrow_schema().get_field_index(self.layout.key)
+        index = self._names.index(self.layout.key)
         filters: list[bytes | None] = []
-        with self._opened() as file:
+        with self._errors(), self._fragment.open() as file:
             for group in self.groups:
                 column = self.footer.row_group(group).column(index)
                 length = column.bloom_filter_length
@@ -125,10 +144,5 @@ class ArchiveFile:
                 return False
         return True
 
-    def _opened(self) -> Any:
-        try:
-            return self._folder.open(self.path)
-        except FileNotFoundError:
-            raise
-        except (OSError, pa.ArrowException) as error:
-            raise UnavailableError(f"{self._folder.location}/{self.path}: {error}") from error
+    def _errors(self) -> AbstractContextManager[None]:
+        return self._folder.errors(self.path, _DAMAGED, passed=(FileNotFoundError,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -34,7 +34,7 @@ def write_file(
     layout: Layout,
     path: str,
     table: Any,
-    metadata: dict[bytes, bytes] | None = None,
+    metadata: Mapping[bytes, bytes] | None = None,
 ) -> WrittenFile:
     """Write a file, read it back and compare it; blocks the thread.
 
@@ -44,29 +44,73 @@ def write_file(
     contents = layout.encode(table, metadata)
     folder.write(path, contents)
     stored = folder.read(path)
-    written = WrittenFile(path, len(table), len(stored), hashlib.sha256(stored).hexdigest())
-    is_same = written.sha256 == hashlib.sha256(contents).hexdigest()
-    if not is_same or not pq.read_table(pa.BufferReader(stored)).equals(table):
+    if stored != contents or not pq.read_table(pa.BufferReader(stored)).equals(table):
         raise UnavailableError(
             f"{folder.location}/{path} differs from the rows that were written to it: check the "
             "disk, and try again; the rows are still in the database"
         )
-    return written
+    return WrittenFile(path, len(table), len(stored), digest(stored))
 
 
-def read_file(folder: Folder, file: WrittenFile) -> Any:
+def read_file(folder: Folder, file: WrittenFile, columns: Sequence[str] | None = None) -> Any:
     """Return the table of a file, after a check of its SHA-256; blocks the thread.
 
     Raises:
         UnavailableError: If it was changed.
     """
     contents = folder.read(file.path)
-    if hashlib.sha256(contents).hexdigest() != file.sha256:
+    if digest(contents) != file.sha256:
         raise UnavailableError(
             f"{folder.location}/{file.path} was changed after it was written: restore it from a "
             "backup; the rows that are not deleted yet stay in the database"
         )
-    return pq.read_table(pa.BufferReader(contents))
+    return pq.read_table(pa.BufferReader(contents), columns=columns)
+
+
+def digest(contents: bytes) -> str:
+    """Return the SHA-256 of the contents of a file."""
+    return hashlib.sha256(contents).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The files of a run."""
+
+    run: str
+    kind: str
+    cluster: str
+    files: Sequence[WrittenFile]
+
+    @property
+    def path(self) -> str:
+        """The path of the manifest in the folder."""
+        return f"{FOLDER}/cluster={quote(self.cluster, safe='')}/{self.run}.json"
+
+    def write(self, folder: Folder) -> None:
+        """Write it, or remove it if it has no files; blocks the thread."""
+        if not self.files:
+            folder.remove(self.path)
+            return
+        rows: dict[str, int] = {}
+        for file in self.files:
+            kind = file.path.partition("/")[0]
+            rows[kind] = rows.get(kind, 0) + file.rows
+        document = {
+            "format": FORMAT,
+            "run": self.run,
+            "kind": self.kind,
+            "cluster": self.cluster,
+            "schema": HEAD,
+            "rows": rows,
+            "files": self.files,
+        }
+        folder.write(self.path, _with_digest(document))
+
+    def drop(self, folder: Folder, gone: Container[str]) -> None:
+        """Remove the files that are gone from it; blocks the thread."""
+        left = [file for file in self.files if file.path not in gone]
+        if len(left) < len(self.files):
+            Manifest(self.run, self.kind, self.cluster, left).write(folder)
 
 
 def write_manifest(
@@ -80,56 +124,11 @@ def write_manifest(
     if voids:
         path = VOIDS.path(cluster, "", run.run)
         files.append(write_file(folder, VOIDS, path, VOIDS.table(voids)))
-    if files:
-        folder.write(path_of(cluster, run.run), _encode(cluster, run.run, run.kind, files))
+    Manifest(run.run, run.kind, cluster, files).write(folder)
 
 
-def path_of(cluster: str, run: str) -> str:
-    """Return the path of a manifest."""
-    return f"{FOLDER}/cluster={quote(cluster, safe='')}/{run}.json"
-
-
-def _encode(cluster: str, run: str, kind: str, files: Sequence[WrittenFile]) -> bytes:
-    layouts = {file.path.partition("/")[0] for file in files}
-    document: dict[str, Any] = {
-        "format": FORMAT,
-        "run": run,
-        "kind": kind,
-        "cluster": cluster,
-        "schema": HEAD,
-        "rows": {
-            name: sum(file.rows for file in files if file.path.startswith(f"{name}/"))
-            for name in sorted(layouts)
-        },
-        "files": files,
-    }
-    document["sha256"] = hashlib.sha256(orjson.dumps(document)).hexdigest()
-    return orjson.dumps(document, option=orjson.OPT_INDENT_2)
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """A manifest as it is stored."""
-
-    path: str
-    run: str
-    kind: str
-    cluster: str
-    files: Sequence[WrittenFile]
-    is_sound: bool
-    """False if it was changed after it was written."""
-
-    def without(self, folder: Folder, gone: Container[str]) -> None:
-        """Remove the files that are gone from it, or the manifest if no file is left."""
-        left = [file for file in self.files if file.path not in gone]
-        if not left:
-            folder.remove(self.path)
-        elif len(left) < len(self.files):
-            folder.write(self.path, _encode(self.cluster, self.run, self.kind, left))
-
-
-def manifests(folder: Folder) -> Iterator[Manifest]:
-    """Yield each manifest; blocks the thread.
+def manifests(folder: Folder) -> Iterator[tuple[str, Manifest | None]]:
+    """Yield the path of each manifest, and the manifest if it was not changed after it was written.
 
     Raises:
         UnavailableError: If one cannot be read.
@@ -138,13 +137,15 @@ def manifests(folder: Folder) -> Iterator[Manifest]:
         contents = folder.read(entry.path)
         try:
             document = orjson.loads(contents)
+            del document["sha256"]
             files = [WrittenFile(**one) for one in document["files"]]
-            given = document.pop("sha256")
-            found = hashlib.sha256(orjson.dumps(document)).hexdigest()
-            document["sha256"] = given
-            is_sound = contents == orjson.dumps(document, option=orjson.OPT_INDENT_2)
-            names = document["run"], document["kind"], document["cluster"]
+            found = Manifest(document["run"], document["kind"], document["cluster"], files)
+            is_sound = contents == _with_digest(document) and found.path == entry.path
         except (ValueError, TypeError, KeyError, AttributeError):
-            yield Manifest(entry.path, "", "", "", (), is_sound=False)
-        else:
-            yield Manifest(entry.path, *names, files, is_sound and given == found)
+            is_sound = False
+        yield entry.path, found if is_sound else None
+
+
+def _with_digest(document: Mapping[str, Any]) -> bytes:
+    sealed = {**document, "sha256": digest(orjson.dumps(document))}
+    return orjson.dumps(sealed, option=orjson.OPT_INDENT_2)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from openclaw_store.archive.files import ArchiveFile
-from openclaw_store.archive.folder import Entry, Folder
-from openclaw_store.archive.layout import CHANGES, HISTORIES, TASKS, VOIDS, Image, Layout
+from openclaw_store.archive.folder import Folder
+from openclaw_store.archive.layout import CHANGES, HISTORY, TASKS, histories_of, rows_of
 from openclaw_store.archive.selection import Selection
+from openclaw_store.archive.snapshot import Catalogue, Snapshot
 from openclaw_store.database import Database, from_microseconds, statements_of
 from openclaw_store.domain import (
     Change,
@@ -46,26 +42,14 @@ Result = TypeVar("Result")
 Position = tuple[int, str]
 """Time of submission and identifier of a task, by which lists are sorted."""
 
-Selected = tuple[list[Image], list[Image]]
-"""Tasks, and their changes."""
-
 _PAGE_SIZE = 250
 _ATTEMPTS = 5
 """Reads after which files that vanish all the time are an error."""
 
+_PAGE_GROUPS = 32
+"""Row groups that a page searches at once, at most."""
+
 _check_status = check_enum(TaskStatus)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The files of an archive at one time, without replaced ones, and its void copies."""
-
-    tasks: Sequence[ArchiveFile]
-    voids: dict[str, Counter[tuple[str, int]]]
-    """Identifier and version of each void copy, by cluster."""
-
-    def is_void(self, file: ArchiveFile, id: str, version: int) -> bool:
-        return (id, version) in self.voids.get(file.cluster, ())
 
 
 class Archive:
@@ -92,14 +76,12 @@ class Archive:
         self._sql = statements_of("sqlite")  # its rows have the form of an image
         if database is not None:
             self._sql = self._sql.protected_by(database.statements.protection)
-        self.folder = Folder(location)
-        self._cluster = cluster
+        self._folder = Folder(location)
+        self._catalogue = Catalogue(self._folder, cluster)
         self._clock = clock
-        self._files: dict[Entry, ArchiveFile] = {}
-        self._voids: tuple[Sequence[ArchiveFile], dict[str, Counter[tuple[str, int]]]] = ((), {})
 
     def __repr__(self) -> str:
-        return f"<Archive {self.folder.location!r}>"
+        return f"<Archive {self._folder.location!r}>"
 
     async def get(self, task_id: str) -> Task | None:
         """Return the newest archived copy of a task, or `None`."""
@@ -173,44 +155,6 @@ class Archive:
         """Return the archived changes of a task, oldest first."""
         return await self._read(partial(self._history, id=check_key("task_id", task_id)))
 
-    async def selected(self, filter: TaskFilter) -> AsyncIterator[Selected]:
-        """Yield the tasks that match a checked filter, one row group at a time, by file."""
-        selection = Selection(filter)
-        snapshot = await asyncio.to_thread(self.snapshot)
-        for file in snapshot.tasks:
-            changes = None
-            for group in file.groups:
-                if not selection.may_match(file, group):
-                    continue
-                if changes is None:
-                    changes = await asyncio.to_thread(self.changes_of, file)
-                work = partial(self._selected, selection, snapshot, file, group, changes)
-                yield await asyncio.to_thread(work)
-
-    def changes_of(self, file: ArchiveFile) -> Any:
-        """Return the changes of the tasks in a file, as a table; blocks the thread."""
-        path = file.path.replace(TASKS.folder, HISTORIES.folder, 1)
-        for one in self.files(HISTORIES):
-            if one.path == path:
-                return one.read()
-        return HISTORIES.table([])
-
-    def _selected(
-        self,
-        selection: Selection,
-        snapshot: Snapshot,
-        file: ArchiveFile,
-        group: int,
-        changes: Any,
-    ) -> Selected:
-        table = file.read([group])
-        table = table.filter(selection.mask(table))
-        pairs = zip(table["task_id"].to_pylist(), table["version"].to_pylist(), strict=True)
-        kept = pa.array([not snapshot.is_void(file, *pair) for pair in pairs], pa.bool_())
-        table = table.filter(kept)
-        is_of_task = pc.is_in(changes["item_id"], table["task_id"].combine_chunks())
-        return TASKS.images_of(table), HISTORIES.images_of(changes.filter(is_of_task))
-
     def _selection(self, filter: TaskFilter | None) -> Selection:
         checked = check_filter(TaskFilter, filter, self._clock())
         refuse_sealed(checked, self._sql)
@@ -226,46 +170,17 @@ class Archive:
         def read() -> Result:
             for _ in range(_ATTEMPTS):
                 try:
-                    return work(self.snapshot())
+                    return work(self._catalogue.snapshot())
                 except FileNotFoundError as error:  # replaced by a compaction, or undone
                     gone = error
-            raise UnavailableError(f"{self.folder.location}: {gone}: try again") from gone
+            raise UnavailableError(f"{self._folder.location}: {gone}: try again") from gone
 
         return await asyncio.to_thread(read)
 
-    def snapshot(self) -> Snapshot:
-        """Return the files as they are now; blocks the thread."""
-        voids = self.files(VOIDS)
-        if [one.path for one in voids] != [one.path for one in self._voids[0]]:
-            found: dict[str, Counter[tuple[str, int]]] = {}
-            for file in voids:
-                columns = (file.read()[name].to_pylist() for name in VOIDS.names)
-                found.setdefault(file.cluster, Counter()).update(zip(*columns, strict=True))
-            self._voids = voids, found
-        return Snapshot(self.files(TASKS), self._voids[1])
-
-    def files(self, layout: Layout) -> list[ArchiveFile]:
-        """Return the files of a layout that no other one replaces; blocks the thread."""
-        entries = self.folder.list(layout.folder)
-        files = [self._files.get(one) or ArchiveFile(self.folder, one) for one in entries]
-        known = {one: file for one, file in self._files.items() if file.layout is not layout}
-        self._files = {**known, **dict(zip(entries, files, strict=True))}
-        replaced = frozenset[str]().union(*(file.replaced for file in files))
-        return [
-            file
-            for file in files
-            if file.path not in replaced and self._cluster in (None, file.cluster)
-        ]
-
     def _find(self, snapshot: Snapshot, id: str) -> list[Record[Task]]:
         """Return the copies of a task that are not void, newest first."""
-        found = [
-            record
-            for file in snapshot.tasks
-            for table in file.find(id)
-            for record in self._records(table)
-            if not snapshot.is_void(file, id, record.version)
-        ]
+        tables = (snapshot.kept(file, file.find(id, TASKS.names)) for file in snapshot.tasks)
+        found = [record for table in tables for record in self._records(table)]
         return sorted(found, key=lambda record: record.version, reverse=True)
 
     def _page(
@@ -277,96 +192,98 @@ class Archive:
         snapshot: Snapshot,
     ) -> list[Record[Task]]:
         """Return the first tasks behind a position, from the row groups with the newest ones."""
-        columns = {"submitted_at", "task_id", "version", *selection.columns}
+        selection = selection.and_also(*_between(after, until))
         groups = sorted(
-            ((newest or 0, number, group)
+            ((newest, oldest, number, group)
             for number, file in enumerate(snapshot.tasks)
-            for group, (_, newest) in enumerate(file.bounds("submitted_at"))),
+            for group, (oldest, newest) in enumerate(file.submissions)
+            if (after is None or oldest <= after[0]) and (until is None or newest >= until[0])),
             reverse=True,
         )  # fmt: skip
-        best: list[tuple[Position, int, int, int, int]] = []  # a heap
-        for newest, number, group in groups:
-            if len(best) == size and newest < best[0][0][0]:
-                break
-            file = snapshot.tasks[number]
-            oldest = file.bounds("submitted_at")[group][0] or 0
-            if (after and oldest > after[0]) or (until and newest < until[0]):
-                continue
-            if not selection.may_match(file, group):
-                continue
-            table = file.read([group], columns)
-            rows = pc.indices_nonzero(selection.mask(table))
-            for row, at, id, version in _positions(table, rows):
-                place = (at, id)
-                if (after and place >= after) or (until and place < until):
-                    continue
-                if snapshot.is_void(file, id, version):
-                    continue
-                one = (place, version, number, group, row)
-                if len(best) < size:
-                    heapq.heappush(best, one)
-                elif one > best[0]:
-                    heapq.heapreplace(best, one)
-        return self._fetch(snapshot, sorted(best, reverse=True))
+        best = _PLACES.empty_table()
+        width = 1
+        while groups and (len(best) < size or groups[0][0] >= best["submitted_at"][-1].value):
+            chosen: dict[int, list[int]] = {}
+            for _, _, number, group in groups[:width]:
+                chosen.setdefault(number, []).append(group)
+            groups, width = groups[width:], min(2 * width, _PAGE_GROUPS)
+            parts = [best]
+            for number, of_file in chosen.items():
+                found = snapshot.read(
+                    snapshot.tasks[number], selection, groups=of_file, columns=["submitted_at"]
+                )
+                numbers = pa.array([number] * len(found), pa.int64())
+                parts.append(found.append_column("file", numbers).select(_PLACES.names))
+            best = pa.concat_tables(parts).sort_by(_NEWEST_FIRST).slice(0, size)
+        return self._fetch(snapshot, best)
 
-    def _fetch(self, snapshot: Snapshot, found: Sequence[Any]) -> list[Record[Task]]:
-        records: dict[Any, Record[Task]] = {}
-        by_group = sorted(found, key=lambda one: one[2:])
-        for (number, group), of_group in groupby(by_group, key=lambda one: one[2:4]):
-            places = [*of_group]
-            table = snapshot.tasks[number].read([group])
-            rows = table.take(pa.array([one[-1] for one in places], pa.int64()))
-            records.update(zip(places, self._records(rows), strict=True))
-        return [records[one] for one in found]
+    def _fetch(self, snapshot: Snapshot, places: Any) -> list[Record[Task]]:
+        """Return the tasks at some places, in their order."""
+        records: dict[tuple[str, int], Record[Task]] = {}
+        for number in pc.unique(places["file"]).to_pylist():
+            here = places.filter(pc.field("file") == number)
+            versions = here["version"]
+            bounds = pc.min_max(versions)
+            is_wanted = (  # the bounds choose the row groups
+                (pc.field("version") >= bounds["min"])
+                & (pc.field("version") <= bounds["max"])
+                & pc.field("version").isin(versions.combine_chunks())
+                & pc.field("task_id").isin(here["task_id"].combine_chunks())
+            )
+            for record in self._records(snapshot.tasks[number].read(None, TASKS.names, is_wanted)):
+                records[record.task_id, record.version] = record
+        ids = zip(places["task_id"].to_pylist(), places["version"].to_pylist(), strict=True)
+        return [records[one] for one in ids]
 
     def _records(self, table: Any) -> list[Record[Task]]:
         decode = self._sql.decode[Task]
-        return [decode(tuple(image)) for image in TASKS.images_of(table)]
+        return [decode(image) for image in TASKS.images_of(table)]
 
     def _count(self, selection: Selection, snapshot: Snapshot) -> int:
-        total = 0
-        columns = {"task_id", "version", *selection.columns}
-        for file in snapshot.tasks:
-            voids = snapshot.voids.get(file.cluster)
-            if selection.is_everything and not voids:
-                total += file.rows
-                continue
-            groups = [group for group in file.groups if selection.may_match(file, group)]
-            for group in groups:
-                table = file.read([group], columns)
-                mask = selection.mask(table)
-                total += pc.sum(mask).as_py() or 0
-                if voids:
-                    versions = pa.array([version for _, version in voids], pa.int64())
-                    rows = pc.indices_nonzero(pc.and_(mask, pc.is_in(table["version"], versions)))
-                    pairs = (table.take(rows)[name].to_pylist() for name in ("task_id", "version"))
-                    total -= sum(pair in voids for pair in zip(*pairs, strict=True))
-        return total
+        if selection.expression is None and not snapshot.has_voids:
+            return sum(file.rows for file in snapshot.tasks)
+        return sum(len(snapshot.read(file, selection, columns=())) for file in snapshot.tasks)
 
     def _history(self, snapshot: Snapshot, id: str) -> list[Change]:
+        read, changes = self._sql.read_reason, {}
         rows = [
-            row
-            for layout in (HISTORIES, CHANGES)
-            for file in self.files(layout)
-            for table in file.find(id)
-            for row in layout.images_of(table)
+            change
+            for file in snapshot.tasks
+            for history in histories_of(file.find(id, ["history"]))
+            for change in history
         ]
-        read = self._sql.read_reason
-        changes = {
-            revision: Change(
-                revision, from_microseconds(at), item, id, ChangeKind(kind), was, now, node,
-                read(item, id, reason), previous,
-            )
-            for revision, at, item, id, kind, was, now, node, reason, previous in rows
-            if item == "task"
-        }  # fmt: skip
+        for file in self._catalogue.files(CHANGES):
+            table = file.find(id, CHANGES.names)
+            rows += rows_of(table.filter(pc.field("item") == "task").select(HISTORY))
+        for revision, at, kind, was, now, node, reason, previous in rows:
+            reason = read("task", id, reason)
+            changes[revision] = Change(
+                revision, from_microseconds(at), "task", id, ChangeKind(kind), was, now, node,
+                reason, previous,
+            )  # fmt: skip
         return [changes[key] for key in sorted(changes)]
 
 
-def _positions(table: Any, rows: Any) -> Iterator[tuple[int, int, str, int]]:
-    chosen = table.select(["submitted_at", "task_id", "version"]).take(rows)
-    columns = [chosen["submitted_at"].cast(pa.int64()), chosen["task_id"], chosen["version"]]
-    return zip(rows.to_pylist(), *(one.to_pylist() for one in columns), strict=True)
+_TIME = TASKS.schema.field("submitted_at").type
+
+_PLACES = pa.schema(
+    [*(TASKS.schema.field(one) for one in ("submitted_at", "task_id", "version")),
+    pa.field("file", pa.int64())]
+)  # fmt: skip
+"""The place of a task in a list, and the number of its file."""
+
+_NEWEST_FIRST = [("submitted_at", "descending"), ("task_id", "descending")]
+
+
+def _between(after: Position | None, until: Position | None) -> Iterator[Any]:
+    """Yield the conditions of the tasks behind a position, and up to another one."""
+    at, id = pc.field("submitted_at"), pc.field("task_id")
+    if after is not None:
+        moment = pa.scalar(after[0], _TIME)
+        yield (at <= moment) & ((at < moment) | (id < after[1]))
+    if until is not None:
+        moment = pa.scalar(until[0], _TIME)
+        yield (at >= moment) & ((at > moment) | (id >= until[1]))
 
 
 async def _first(tasks: AsyncIterator[Task], limit: int | None) -> AsyncIterator[Task]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,29 +10,36 @@ from pathlib import Path
 from typing import Any
 
 from openclaw_store.archive import runs
-from openclaw_store.archive.layout import HISTORIES, TASKS, Image
+from openclaw_store.archive.files import ArchiveFile
+from openclaw_store.archive.folder import Folder
+from openclaw_store.archive.layout import HISTORY, TASKS, Image, histories_of
+from openclaw_store.archive.lease import leased
 from openclaw_store.archive.manifest import cluster_of
 from openclaw_store.archive.mover import Mover
-from openclaw_store.archive.reader import Archive
 from openclaw_store.archive.runs import ArchiveRun, logger
+from openclaw_store.archive.selection import Selection
+from openclaw_store.archive.snapshot import Catalogue
 from openclaw_store.backends import BatchCursor
 from openclaw_store.database import (
     Database,
     PastChangeRow,
     Statements,
     WriteTransaction,
+    from_microseconds,
     statements_for,
     statements_of,
 )
-from openclaw_store.domain import Decode, Task, TaskFilter, check_selection, encode
+from openclaw_store.domain import Record, Task, TaskFilter, check_selection, encode
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import insert_tasks
+from openclaw_store.repositories.queries import refuse_sealed
 
 _BATCH = 200
 """Tasks restored in one transaction."""
 
-_PAST = [HISTORIES.names.index(column.name) for column in PastChangeRow.__table__.c]
-_ITEM_ID, _VERSION = HISTORIES.names.index("item_id"), TASKS.names.index("version")
+_PAST = PastChangeRow.metadata.tables["past_changes"]
+
+_insert_into = cache(Statements.insert_into)
 
 
 @dataclass
@@ -45,11 +53,12 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class _Return:
-    """Archived tasks that return, and the changes of each."""
+    """Archived tasks that return, with their versions and the changes of each."""
 
     run: ArchiveRun
-    images: Sequence[Image]
-    changes: dict[str, list[Image]]
+    records: Sequence[Record[Task]]
+    versions: Sequence[int]
+    histories: Sequence[Sequence[Image]]
 
 
 async def restore_tasks(
@@ -69,39 +78,44 @@ async def restore_tasks(
         UnavailableError: If another process holds the archive for longer, or it cannot be read.
     """
     checked = check_selection(filter, database.clock())
-    done, mover = Restored(), Mover(database, None, None)
-    archive = Archive(location, cluster_of(database), clock=database.clock, database=database)
+    refuse_sealed(checked, database.statements)
+    selection, folder = Selection(checked), Folder(location)
+    catalogue = Catalogue(folder, cluster_of(database))
+    done, mover = Restored(), Mover(database)
     decode = statements_of("sqlite").protected_by(database.statements.protection).decode[Task]
-    async with runs.leased(database, patience=patience):
+
+    def read(file: ArchiveFile, group: int) -> list[tuple[Record[Task], int, list[Image]]]:
+        table = snapshot.read(file, selection, groups=[group])
+        found = []
+        for image, history in zip(TASKS.images_of(table), histories_of(table), strict=True):
+            try:  # values of an older version, or written by hand
+                record = encode(decode(image).copy())
+            except InvalidDataError as error:
+                logger.warning("task %r stays in the archive: %s", image[0], error)
+                done.skipped[image[0]] = str(error)
+            else:
+                found.append((record, record.version, history))
+        return found
+
+    async with leased(database, patience=patience):
         await mover.heal()
-        run = await runs.begin(database, "restore", archive.folder.location, "verified")
-        async for images, changes in archive.selected(checked):
-            by_id: dict[str, list[Image]] = {}
-            for change in changes:
-                by_id.setdefault(change[_ITEM_ID], []).append(change)
-            readable = [image for image in images if _is_readable(image, decode, done)]
-            for start in range(0, len(readable), _BATCH):
-                part = readable[start : start + _BATCH]
-                returning = _Return(run, part, by_id)
-                refusals = await database.write(_restore, returning)
-                for image, refusal in zip(part, refusals, strict=True):
-                    if refusal is None:
-                        done.restored.append(image[0])
-                    else:
-                        done.skipped[image[0]] = str(refusal)
+        run = await runs.begin(database, "restore", folder.location, "verified")
+        snapshot = await asyncio.to_thread(catalogue.snapshot)
+        for file in snapshot.tasks:
+            for group in file.groups:
+                found = await asyncio.to_thread(read, file, group)
+                for start in range(0, len(found), _BATCH):
+                    returning = _Return(run, *zip(*found[start : start + _BATCH], strict=True))
+                    ids = [record.task_id for record in returning.records]
+                    refusals = await database.write(_restore, returning)
+                    run.passed(run.position + len(ids))
+                    for id, refusal in zip(ids, refusals, strict=True):
+                        if refusal is None:
+                            done.restored.append(id)
+                        else:
+                            done.skipped[id] = str(refusal)
         await mover.finish(run)
     return done
-
-
-def _is_readable(image: Image, decode: Decode, done: Restored) -> bool:
-    """Return true if the store accepts the values; they are of an older version, or by hand."""
-    try:
-        encode(decode(tuple(image)).copy())
-    except InvalidDataError as error:
-        logger.warning("task %r stays in the archive: %s", image[0], error)
-        done.skipped[image[0]] = str(error)
-        return False
-    return True
 
 
 def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Sequence[Any]:
@@ -112,27 +126,20 @@ def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Seque
 
 
 def _insert(transaction: WriteTransaction, returning: _Return) -> Sequence[Any]:
-    protection = transaction.sql.protection
-    decode = statements_of("sqlite").protected_by(protection).decode[Task]
-    records = [decode(tuple(image)) for image in returning.images]
-    [refusals] = insert_tasks(transaction, [records])
-    cursor = transaction.cursor
-    insert_past, insert_void = _statements(statements_for(cursor))
+    [refusals] = insert_tasks(transaction, [returning.records])
+    cursor, sql = transaction.cursor, transaction.sql
     voids, past = [], []
-    for image, refusal in zip(returning.images, refusals, strict=True):
+    for record, version, history, refusal in zip(
+        returning.records, returning.versions, returning.histories, refusals, strict=True
+    ):
         if refusal is None:
-            voids.append((image[0], image[_VERSION], returning.run.run))
-            past += returning.changes.get(image[0], [])
-    if voids:
-        cursor.write(insert_void, voids)
+            voids.append((record.task_id, version))
+            for change in history:
+                values = dict(zip(HISTORY, change, strict=True))
+                values["changed_at"] = sql.to_moment(from_microseconds(values["changed_at"]))
+                values |= {"item": "task", "item_id": record.task_id}
+                past.append([values[column.name] for column in _PAST.c])
+    runs.progress(cursor, returning.run, returning.run.position + len(returning.records), voids)
     if past:
-        rows = HISTORIES.rows(past, cursor.dialect)
-        cursor.write(insert_past, [[row[place] for place in _PAST] for row in rows])
+        cursor.write(_insert_into(statements_for(cursor), _PAST), past)
     return refusals
-
-
-@cache
-def _statements(sql: Statements) -> tuple[str, str]:
-    """Return the SQL that inserts past changes, and void copies."""
-    tables = PastChangeRow.metadata.tables
-    return sql.insert_into(tables["past_changes"]), sql.insert_into(tables["archive_voids"])

@@ -11,7 +11,8 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from openclaw_store.archive import module, runs
+from openclaw_store.archive import module
+from openclaw_store.archive.lease import leased
 from openclaw_store.database import ChangeRow, Database
 from openclaw_store.domain import Retention
 from openclaw_store.repositories import (
@@ -67,7 +68,7 @@ async def retain(
     """
     began = perf_counter()
     mover = None if retention.archive is None else module("mover")
-    async with runs.leased(database, patience=patience):
+    async with leased(database, patience=patience):
         work = mover.move(database, retention, report) if mover else _delete(database, retention)
         done: Retained = await work
     done.seconds = perf_counter() - began

@@ -8,31 +8,27 @@ cannot continue a run that another process has taken over.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 import orjson
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, literal_column, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import shield_until_done
-from openclaw_store.database import ArchiveRunRow, ArchiveVoidRow, Database, LeaseRow
-from openclaw_store.errors import ConflictError, StoreError, UnavailableError, logger_of
+from openclaw_store.backends import Cursor
+from openclaw_store.database import (
+    ArchiveRunRow,
+    ArchiveVoidRow,
+    Database,
+    Statements,
+    statements_for,
+)
+from openclaw_store.errors import ConflictError, logger_of
 
 logger = logger_of("archive")
-
-LEASE = "retention"
-
-LEASE_SECONDS = 60.0
-"""Seconds after which another process takes over from one that stopped."""
-
-_RENEWALS = 4
-"""Renewals of a lease in its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,11 @@ class ArchiveRun:
     state: str
     files: Sequence[WrittenFile] = ()
     position: int = 0
-    """Number of rows handled so far: of tasks in their files, or the last compacted revision."""
+    """Number of tasks handled so far, or the last compacted revision."""
+
+    def passed(self, position: int) -> None:
+        """Note the position that a committed transaction has set."""
+        self.position, self.state = position, "deleting"
 
 
 async def begin(database: Database, kind: str, location: str, state: str = "writing") -> ArchiveRun:
@@ -102,19 +102,10 @@ def lost(run: ArchiveRun) -> ConflictError:
 
 
 async def unfinished(database: Database) -> list[ArchiveRun]:
-    """Return the runs to resume or to undo, oldest first."""
-    return await _runs(database, ArchiveRunRow.state.not_in(("done", "undone")))
-
-
-async def undone(database: Database) -> list[ArchiveRun]:
-    """Return the runs of which no file may be left."""
-    return await _runs(database, ArchiveRunRow.state == "undone")
-
-
-async def _runs(database: Database, condition: Any) -> list[ArchiveRun]:
+    """Return the runs that are not done, oldest first; of one that is undone, no file may stay."""
     row = ArchiveRunRow
     columns = row.run, row.kind, row.location, row.state, row.files, row.position
-    query = select(*columns).where(condition).order_by(row.run)
+    query = select(*columns).where(row.state != "done").order_by(row.run)
 
     async def read(session: AsyncSession) -> list[ArchiveRun]:
         found = []
@@ -127,78 +118,49 @@ async def _runs(database: Database, condition: Any) -> list[ArchiveRun]:
 
 
 async def voids_of(database: Database, run: ArchiveRun) -> list[tuple[str, int]]:
-    """Return the void copies that a run has noted, by identifier and version."""
+    """Return the void copies that a run has noted, by identifier and version.
+
+    Raises:
+        ConflictError: If another process has ended the run, and forgotten its void copies.
+    """
     columns = ArchiveVoidRow.task_id, ArchiveVoidRow.version
     query = select(*columns).where(ArchiveVoidRow.run == run.run).order_by(*columns)
+    is_here = select(ArchiveRunRow.run).where(
+        ArchiveRunRow.run == run.run, ArchiveRunRow.state == run.state
+    )
 
     async def read(session: AsyncSession) -> list[tuple[str, int]]:
+        if await session.scalar(is_here) is None:
+            raise lost(run)
         return [(id, version) for id, version in await session.execute(query)]
 
     return await database.read(read)
 
 
-@asynccontextmanager
-async def leased(database: Database, *, patience: float) -> AsyncIterator[None]:
-    """Hold the lease for moving rows to and from archives.
+@cache
+def _statements(sql: Statements) -> tuple[str, str]:
+    """Return the SQL that moves the position of a run, and that notes void copies."""
+    row = ArchiveRunRow
+    verified = row.state.in_([literal_column("'verified'"), literal_column("'deleting'")])
+    move = (
+        update(row)
+        .where(row.run == bindparam("run_"), row.position == bindparam("was"), verified)
+        .values(position=bindparam("new"), state=literal_column("'deleting'"))
+        .returning(row.run)
+    )
+    return str(sql.compile(move)), sql.insert_into(ArchiveVoidRow.metadata.tables["archive_voids"])
 
-    Args:
-        patience: Seconds to wait for another process.
+
+def progress(
+    cursor: Cursor, run: ArchiveRun, position: int, voids: Sequence[tuple[str, int]] = ()
+) -> None:
+    """Set the position of a run in a transaction, and note void copies.
 
     Raises:
-        UnavailableError: If another process holds it for longer.
+        ConflictError: If the run is not where this process has left it.
     """
-    holder, waited = secrets.token_hex(16), 0.0
-    while not await _take(database, holder):
-        if waited >= patience:
-            raise UnavailableError(
-                "another process moves tasks to or from an archive just now: try again later"
-            )
-        waited += 0.1
-        await asyncio.sleep(0.1)
-
-    async def renew() -> None:
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / _RENEWALS)
-            try:
-                await _take(database, holder)
-            except Exception:  # the run fails by itself if the lease is lost meanwhile
-                logger.exception("the lease of the archive was not renewed; it is tried again")
-
-    renewal = asyncio.ensure_future(renew())
-    try:
-        yield
-    finally:
-        renewal.cancel()
-        await shield_until_done(_release(database, holder))
-
-
-_abandoned: set[str] = set()
-"""Leases of this process that the database did not let it release."""
-
-
-async def _release(database: Database, holder: str) -> None:
-    try:
-        async with database.transaction() as tx:
-            await tx.execute(delete(LeaseRow).where(LeaseRow.holder == holder))
-    except StoreError as error:
-        _abandoned.add(holder)
-        logger.warning("the lease of the archive ends by itself, in %g s: %s", LEASE_SECONDS, error)
-
-
-async def _take(database: Database, holder: str) -> bool:
-    """Take or renew the lease; return false if another process has it."""
-    now: datetime = database.clock()
-    horizon = timedelta(seconds=LEASE_SECONDS)
-    async with database.transaction() as tx:
-        query = select(LeaseRow.holder, LeaseRow.expires_at).where(LeaseRow.name == LEASE)
-        found = (await tx.execute(query)).first()
-        # One further in the future than any lease lasts is from a clock that was ahead.
-        is_held = found is not None and found.holder not in {holder, *_abandoned}
-        if found and is_held and now < found.expires_at <= now + horizon:
-            return False
-        values = {"holder": holder, "expires_at": now + horizon}
-        if found:
-            await tx.execute(update(LeaseRow).where(LeaseRow.name == LEASE).values(**values))
-        else:
-            await tx.execute(insert(LeaseRow).values(name=LEASE, **values))
-    return True
+    move, insert_void = _statements(statements_for(cursor))
+    if len(cursor.execute(move, (position, run.run, run.position))) != 1:
+        raise lost(run)
+    if voids:
+        cursor.write(insert_void, [(*void, run.run) for void in voids])

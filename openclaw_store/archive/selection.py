@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
+from operator import and_
 from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from openclaw_store.archive.files import ArchiveFile
-from openclaw_store.database import to_microseconds
+from openclaw_store.archive.layout import TASKS
 from openclaw_store.domain import FINISHED, TaskFilter
 
 _EQUAL = {"node": "assigned_node", "user": "user_id", "idempotency_key": "idempotency_key"}
@@ -28,94 +28,77 @@ _UNTIL = {
     "finished_before": "completed_at",
 }
 _JSON = {"skill": "required_skills", "metadata": "metadata"}
+_COLUMNS = {**_EQUAL, **_ONE_OF, **_CONTAINS, **_FROM, **_UNTIL, **_JSON}
 
 
 class Selection:
     """The conditions of a checked filter."""
 
-    def __init__(self, filter: TaskFilter) -> None:
-        self._given = {name: one for name, one in vars(filter).items() if one is not None}
-        named = {**_EQUAL, **_ONE_OF, **_CONTAINS, **_FROM, **_UNTIL, **_JSON}
-        self.columns = {named[name] for name in self._given}
-        if {"finished_after", "finished_before"} & self._given.keys():
-            self.columns.add("status")
-        self.is_everything = not self._given
+    def __init__(self, filter: TaskFilter, *others: Any) -> None:
+        """Take further conditions of Arrow as well."""
+        self._filter = filter
+        conditions = [*_conditions(filter), *others]
+        self.expression = reduce(and_, conditions) if conditions else None
+        """The condition for Arrow; `None` if all rows match. Rows that meet it may not match."""
+        self.columns = [_JSON[name] for name in _JSON if getattr(filter, name) is not None]
+        """The columns that `exactly` needs."""
 
-    def may_match(self, file: ArchiveFile, group: int) -> bool:
-        """Return false if no row of a row group can match."""
-        for name, value in self._given.items():
-            column = {**_EQUAL, **_FROM, **_UNTIL}.get(name)
-            if column is None:
-                continue
-            least, most = file.bounds(column)[group]
-            if least is None:  # no row has a value, or the values are too long
-                continue
-            if isinstance(value, datetime):
-                value = to_microseconds(value)
-            if (name not in _UNTIL and most < value) or (name not in _FROM and least > value):
-                return False
-        return True
+    def and_also(self, *others: Any) -> Selection:
+        """Return a selection with further conditions."""
+        return Selection(self._filter, *others)
 
-    def mask(self, table: Any) -> Any:
-        """Return for each row whether it matches."""
-        mask = pa.array([True] * len(table), pa.bool_())
-        for condition in self._conditions(table):
-            mask = pc.and_(mask, pc.fill_null(condition, False))
-        for name in _JSON.keys() & self._given.keys():
-            mask = self._mask_of_json(name, table, mask)
-        return mask
+    def exactly(self, table: Any) -> Any:
+        """Return the rows that match, out of the ones that meet the expression."""
+        for column in self.columns:
+            matches = self._test_of(column)
+            table = table.filter(pa.array(map(matches, table[column].to_pylist()), pa.bool_()))
+        return table
 
-    def _conditions(self, table: Any) -> Iterator[Any]:
-        for name, value in self._given.items():
-            if name in _EQUAL:
-                yield pc.equal(table[_EQUAL[name]], value)
-            elif name in _ONE_OF:
-                values = [getattr(one, "value", one) for one in value]
-                column = table[_ONE_OF[name]]
-                yield pc.is_in(column, pa.array(values, column.type))
-            elif name in _CONTAINS:
-                yield pc.match_substring(table[_CONTAINS[name]], value)
-            elif name in _FROM:
-                yield pc.greater_equal(table[_FROM[name]], value)
-            elif name in _UNTIL:
-                yield pc.less(table[_UNTIL[name]], value)
-        if {"finished_after", "finished_before"} & self._given.keys():
-            yield pc.is_in(table["status"], pa.array([one.value for one in FINISHED]))
-
-    def _mask_of_json(self, name: str, table: Any, mask: Any) -> Any:
-        """Read the JSON of the rows that match so far, and that contain the text if any."""
-        wanted = self._given[name]
-        texts = [wanted] if name == "skill" else [path.split(".")[-1] for path in wanted]
-        column = table[_JSON[name]]
-        for text in texts:
-            # In JSON with a backslash, a text may be written in another way.
-            has_text = pc.or_(
-                pc.match_substring(column, orjson.dumps(text).decode()),
-                pc.match_substring(column, "\\"),
-            )
-            mask = pc.and_(mask, pc.fill_null(has_text, False))
-        rows = pc.indices_nonzero(mask)
-        matches = _has_skill if name == "skill" else _has_values
-        found = [matches(text, wanted) for text in column.take(rows).to_pylist()]
-        result = [False] * len(table)
-        for row, is_match in zip(rows.to_pylist(), found, strict=True):
-            result[row] = is_match
-        return pa.array(result, pa.bool_())
+    def _test_of(self, column: str) -> Callable[[str | None], bool]:
+        if column == _JSON["skill"]:
+            return partial(_has_skill, skill=self._filter.skill)
+        return partial(_has_values, wanted=self._filter.metadata or {})
 
 
-def _loads(text: str) -> Any:
+def _conditions(filter: TaskFilter) -> Iterator[Any]:
+    for name, value in vars(filter).items():
+        if value is None:
+            continue
+        column = pc.field(_COLUMNS[name])
+        if name in _EQUAL:
+            yield column == value
+        elif name in _ONE_OF:
+            values = [getattr(one, "value", one) for one in value]
+            yield column.isin(pa.array(values, TASKS.schema.field(_ONE_OF[name]).type))
+        elif name in _CONTAINS:
+            yield pc.match_substring(column, value)
+        elif name in _FROM:
+            yield column >= value
+        elif name in _UNTIL:
+            yield column < value
+        else:
+            keys = [value] if name == "skill" else [path.split(".")[-1] for path in value]
+            for key in keys:
+                # In JSON with a backslash, a text may be written in another way.
+                text = orjson.dumps(key).decode()
+                yield pc.match_substring(column, text) | pc.match_substring(column, "\\")
+    if filter.finished_after is not None or filter.finished_before is not None:
+        yield pc.field("status").isin([one.value for one in FINISHED])
+
+
+def _loads(text: str | None) -> Any:
     try:
-        return orjson.loads(text)
+        return orjson.loads(text or "null")
     except orjson.JSONDecodeError:  # written by hand
         return None
 
 
-def _has_skill(text: str, skill: str) -> bool:
+def _has_skill(text: str | None, skill: str | None) -> bool:
     skills = _loads(text)
     return isinstance(skills, list) and skill in skills
 
 
-def _has_values(text: str, wanted: dict[str, Any]) -> bool:
+def _has_values(text: str | None, wanted: Mapping[str, Any]) -> bool:
     document = _loads(text)
     return all(_has_value(document, path.split("."), one) for path, one in wanted.items())
 
