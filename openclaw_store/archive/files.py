@@ -72,8 +72,9 @@ class ArchiveFile:
     @cached_property
     def submissions(self) -> Sequence[tuple[int, int]]:
         """First and last time of submission in each row group, in microseconds."""
-        index = self._names.index("submitted_at")
-        known = [self.footer.row_group(group).column(index).statistics for group in self.groups]
+        with self._errors():
+            index = self._names.index("submitted_at")
+            known = [self.footer.row_group(one).column(index).statistics for one in self.groups]
         return [
             (one.min_raw, one.max_raw) if one and one.has_min_max else (0, 1 << 62) for one in known
         ]
@@ -116,9 +117,9 @@ class ArchiveFile:
     @cached_property
     def _filters(self) -> Sequence[bytes | None]:
         """The Bloom filter of each row group, without its header; `None` if it has none."""
-        index = self._names.index(self.layout.key)
         filters: list[bytes | None] = []
         with self._errors(), self._fragment.open() as file:
+            index = self._names.index(self.layout.key)
             for group in self.groups:
                 column = self.footer.row_group(group).column(index)
                 length = column.bloom_filter_length

@@ -109,7 +109,7 @@ class Folder:
             yield
         except passed:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             where = f"{self.location}/{path}" if path else self.location
             raise UnavailableError(f"{where}: {error}: {remedy}") from error
 

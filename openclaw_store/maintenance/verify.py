@@ -30,6 +30,7 @@ from openclaw_store.domain import ENTITY_NAMES, MAX_INTEGER, NodeInfo, Task, utc
 from openclaw_store.errors import InvalidDataError, UnavailableError, shown
 from openclaw_store.maintenance.feed_checks import FeedCheck
 from openclaw_store.maintenance.findings import INVARIANTS, Findings, Problem, Verification
+from openclaw_store.maintenance.past_checks import check_past_changes
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.maintenance.repair import repair_problems
 from openclaw_store.maintenance.row_checks import References, RowCheck
@@ -136,6 +137,7 @@ class _Scan:
         # The feed comes after the rows, whose references it looks up.
         feed = FeedCheck(session, self.findings, references, now)
         await feed.run(self._report, self._counts[2])
+        await check_past_changes(session, self.findings, now)
         self.findings.result.omitted += references.omitted
 
     async def _check_file(self, session: AsyncSession) -> bool:

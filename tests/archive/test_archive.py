@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import duckdb
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from conftest import Location, MakeTask, execute
@@ -35,7 +33,7 @@ from openclaw_store import (
     UnavailableError,
     verify,
 )
-from openclaw_store.archive import lease, manifest, mover, open_archive, runs
+from openclaw_store.archive import lease, manifest, mover, open_archive, restore, runs
 from openclaw_store.archive.check import list_archive, verify_archive
 from openclaw_store.archive.compaction import compact_archive
 from openclaw_store.archive.folder import Folder
@@ -132,6 +130,9 @@ async def test_old_tasks_move_with_their_history(
 async def test_files_are_readable_without_the_library(
     database: Database, fill: Fill, policy: Retention, folder: Path
 ) -> None:
+    import duckdb  # here, as each takes a second of every process that collects tests
+    import pandas as pd
+
     before = {task.task_id: task for task in await fill(60)}
     await retain(database, policy)
     files = f"{folder}/tasks/**/*.parquet"
@@ -190,6 +191,25 @@ async def test_restored_tasks_are_as_before(
     assert not live.keys() & archived.keys()
     assert (await restore_tasks(database, folder, TaskFilter(user="user 0"))).restored == []
     assert (await retain(database, policy)).tasks == 0, "a restored task counts from its return"
+
+
+async def test_damaged_past_change_is_found(
+    database: Database, fill: Fill, policy: Retention, folder: Path
+) -> None:
+    await fill(1)
+    await retain(database, policy)
+    await restore_tasks(database, folder, TaskFilter.everything())
+    assert await verify(database)
+
+    for column, value in (("kind", "'x'"), ("to_status", "'x'"), ("item", "'node'")):
+        [(revision, before)] = execute(
+            LOCATIONS[database], f"SELECT revision, {column} FROM past_changes WHERE previous > 0"
+        )
+        execute_on(database, f"UPDATE past_changes SET {column} = {value} WHERE previous > 0")
+        [problem] = (await verify(database)).problems
+        assert f"Past change {revision} " in problem.text
+        execute_on(database, f"UPDATE past_changes SET {column} = '{before}' WHERE previous > 0")
+    assert await verify(database)
 
 
 async def take(changes: Any, count: int) -> Any:
@@ -274,11 +294,11 @@ class Crashed(BaseException):
     """The process ends here."""
 
 
-STEPS = 12
-"""Writes to the folder and the database at which a process crashes; no work here has more."""
+STEPS = {"retain": 7, "restore": 5, "compact": 14}
+"""Writes to the folder and the database after which a process crashes."""
 
 
-@pytest.mark.parametrize("work", ["retain", "restore", "compact"])
+@pytest.mark.parametrize("work", STEPS)
 async def test_interrupted_work_is_continued(
     database: Database,
     fill: Fill,
@@ -287,7 +307,7 @@ async def test_interrupted_work_is_continued(
     monkeypatch: pytest.MonkeyPatch,
     work: str,
 ) -> None:
-    """A crash before or after any write to the database or to the folder loses nothing."""
+    """A crash between any two writes to the database or to the folder loses nothing."""
     monkeypatch.setattr(mover, "_FIRST_BATCH", 2)
     known: set[str] = set()
 
@@ -299,7 +319,7 @@ async def test_interrupted_work_is_continued(
         else:
             await compact_archive(database, folder)
 
-    for step in range(0, STEPS, 1 if database.dialect == "sqlite" else 3):
+    for step in range(0, STEPS[work], 1 if database.dialect == "sqlite" else 4):
         known |= {task.task_id for task in await fill(3, prefix=f"step {step} ")}
         if work != "retain":
             await retain(database, policy)
@@ -326,50 +346,34 @@ async def test_interrupted_work_is_continued(
 
 @contextmanager
 def crash_at(step: int) -> Iterator[None]:
-    """Crash at a step: before the even writes, and after the odd ones."""
+    """Crash after a write to the folder or to the database."""
     count = 0
 
-    def due() -> bool:
-        nonlocal count
-        count += 1
-        return count == step + 1
-
-    patch = pytest.MonkeyPatch()
-    original_write, original_remove, advance = Folder.write, Folder.remove, runs.advance
-    database_write = Database.write
-
     def crashing(original: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            if due():
-                raise Crashed
-            result = original(*arguments)
-            if due():
-                raise Crashed
+        async def call_async(*arguments: Any) -> Any:
+            result = await original(*arguments)
+            crash_if_due()
             return result
 
-        return call
+        def call(*arguments: Any) -> Any:
+            result = original(*arguments)
+            crash_if_due()
+            return result
 
-    async def crash_advance(*arguments: Any) -> None:
-        if due():
-            raise Crashed
-        await advance(*arguments)
-        if due():
+        return call_async if original in (runs.advance, Database.write) else call
+
+    def crash_if_due() -> None:
+        nonlocal count
+        count += 1
+        if count == step + 1:
             raise Crashed
 
-    async def crash_database(*arguments: Any) -> Any:
-        result = await database_write(*arguments)
-        if due():
-            raise Crashed
-        return result
-
-    patch.setattr(Folder, "write", crashing(original_write))
-    patch.setattr(Folder, "remove", crashing(original_remove))
-    patch.setattr(runs, "advance", crash_advance)
-    patch.setattr(Database, "write", crash_database)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in (
+            (Folder, "write"), (Folder, "remove"), (runs, "advance"), (Database, "write")
+        ):  # fmt: skip
+            patch.setattr(owner, name, crashing(getattr(owner, name)))
         yield
-    finally:
-        patch.undo()
 
 
 async def test_process_that_lost_its_run_writes_nothing_more(
@@ -390,6 +394,33 @@ async def test_process_that_lost_its_run_writes_nothing_more(
 
     live, archived = await all_of(database, folder)
     assert (live, archived) == (before, {})
+
+
+async def test_process_that_lost_its_run_restores_nothing_more(
+    database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a task would stay in both places, as the run that notes void copies has ended."""
+    await fill()
+    await retain(database, policy)
+    known = {id for place in await all_of(database, folder) for id in place}
+    monkeypatch.setattr(restore, "_BATCH", 2)
+    write, batches = Database.write, 0
+
+    async def taken_over(self: Database, *arguments: Any) -> Any:
+        nonlocal batches
+        batches += 1
+        if batches == 2:
+            await mover.Mover(self).heal()
+        return await write(self, *arguments)
+
+    monkeypatch.setattr(Database, "write", taken_over)
+    with pytest.raises(ConflictError, match="another process has taken over"):
+        await restore_tasks(database, folder, TaskFilter.everything())
+
+    live, archived = await all_of(database, folder)
+    assert live.keys() | archived.keys() == known
+    assert not live.keys() & archived.keys()
+    assert archived
 
 
 async def test_only_one_process_applies_a_policy(
@@ -430,23 +461,41 @@ async def test_compaction_merges_files_and_drops_void_copies(
     assert (await compact_archive(database, folder)).files_before == 0
 
 
+@pytest.mark.sqlite
 async def test_each_flipped_bit_is_found(
-    database: Database, fill: Fill, policy: Retention, folder: Path
+    database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await fill(6)
+    """Each byte of the manifests, and every ninth of the other files, has a flipped bit once.
+
+    A query notices a damaged page: it finds the same as before, or names the file in its error.
+    """
+    await fill(3)
     await retain(database, policy)
-    for file in (path for path in folder.rglob("*") if path.is_file()):
-        contents = file.read_bytes()
-        for _ in range(20):
-            place, bit = random.randrange(len(contents)), 1 << random.randrange(8)
-            flipped = bytes([contents[place] ^ bit])
-            file.write_bytes(contents[:place] + flipped + contents[place + 1 :])
-            found = await verify_archive(folder)
-            assert not found, (file, place, bit)
-        file.unlink()
-        assert not await verify_archive(folder) or file.parts[-3] == "manifests"
-        file.write_bytes(contents)
+    await restore_tasks(database, folder, TaskFilter(user="user 0"))
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+    contents = {path: (folder / path).read_bytes() for path in paths if path[0] != "."}
+    monkeypatch.setattr(Folder, "read", lambda _, path: contents[path])
     assert await verify_archive(folder)
+    before, read = await all_of_archive(folder), 0
+    for path, whole in contents.items():
+        for place in range(0, len(whole), 1 if path.endswith(".json") else 9):
+            flipped = bytes([whole[place] ^ 1 << place % 8])
+            contents[path] = whole[:place] + flipped + whole[place + 1 :]
+            assert not await verify_archive(folder), (path, place)
+            if path.startswith("tasks") and place % 90 == 0:
+                footer = int.from_bytes(whole[-8:-4], "little") + 8
+                (folder / path).write_bytes(contents[path])
+                with suppress(UnavailableError):
+                    found = await all_of_archive(folder)
+                    assert found == before or place >= len(whole) - footer, (path, place)
+                    read += 1
+        contents[path] = whole
+        (folder / path).write_bytes(whole)
+    assert read
+    (folder / paths[0]).unlink()
+    monkeypatch.undo()
+    check = await verify_archive(folder)
+    assert check.problems or check.remarks
 
 
 async def test_damaged_file_keeps_its_rows_in_the_database(

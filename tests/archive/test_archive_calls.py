@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import boto3
 import pytest
 from conftest import Location, MakeTask, until
-from moto.server import ThreadedMotoServer
 
 import openclaw_store.archive
 from openclaw_store import (
@@ -123,6 +121,9 @@ def test_library_does_not_import_pyarrow_by_itself() -> None:
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A folder in a bucket of a server that is compatible with S3."""
+    import boto3  # here, as these take seconds of every process that collects tests
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
