@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from itertools import accumulate
 from time import perf_counter
 from typing import Any
@@ -70,7 +71,8 @@ class Mover:
         self._load = load
         self._report: Report = report or (lambda *_: None)
         self._cluster = cluster_of(database)
-        self._batch = _FIRST_BATCH
+        self.batch = _FIRST_BATCH
+        """Tasks for the next transaction."""
         self._since = perf_counter()
         self.done = Retained()
 
@@ -98,7 +100,7 @@ class Mover:
                 folder, "tasks", TaskCollector(self._database, policy, skipped).pages()
             ):
                 pass
-            await redate_tasks(self._database.read, self._write, policy)
+            await redate_tasks(self._database.read, partial(self.write, apply_together), policy)
             self.done.skipped = sorted(skipped)
         if retention.history is not None:
             cutoff = now - retention.history
@@ -162,7 +164,7 @@ class Mover:
                 versions = [*zip(*(table[name].to_pylist() for name in columns[:2]), strict=True)]
                 old = _revisions(table)
                 while versions:
-                    size = self._batch
+                    size = self.batch
                     await self._delete_batch(run, versions[:size], old[:size])
                     versions, old = versions[size:], old[size:]
                     self._report("deleting tasks", run.position, total)
@@ -177,7 +179,7 @@ class Mover:
             outcomes = zip(versions, removed, strict=True)
             runs.progress(cursor, run, position, [one for one, is_gone in outcomes if not is_gone])
 
-        removed = await self._timed(remove_tasks, Removal(versions, old, accept))
+        removed = await self.write(remove_tasks, Removal(versions, old, accept))
         run.passed(position)
         gone = [len(of) for of, is_removed in zip(old, removed, strict=True) if is_removed]
         self.done.tasks += len(gone)
@@ -191,20 +193,16 @@ class Mover:
         revisions = sorted(one for one in revisions if one > run.position)
         for start in range(0, len(revisions), COMPACTION_BATCH_SIZE):
             until = revisions[start : start + COMPACTION_BATCH_SIZE][-1]
-            self.done.changes += await self._timed(_compact, (run, until))
+            self.done.changes += await self.write(_compact, (run, until))
             run.passed(until)
             self._report("deleting changes", start + COMPACTION_BATCH_SIZE, len(revisions))
 
-    async def _write(self, commands: Sequence[Any]) -> Sequence[Any]:
-        results: Sequence[Any] = await self._timed(apply_together, commands)
-        return results
-
-    async def _timed(self, apply: Any, operation: Any) -> Any:
+    async def write(self, apply: Any, operation: Any) -> Any:
         """Write in a transaction, after which the next one has another size."""
         began = perf_counter()
         result = await self._database.write(apply, operation)
-        wanted = int(self._batch * _TRANSACTION_SECONDS / max(perf_counter() - began, 1e-4))
-        self._batch = max(_SMALLEST_BATCH, min(wanted, 2 * self._batch, _LARGEST_BATCH))
+        wanted = int(self.batch * _TRANSACTION_SECONDS / max(perf_counter() - began, 1e-4))
+        self.batch = max(_SMALLEST_BATCH, min(wanted, 2 * self.batch, _LARGEST_BATCH))
         await self._rest()
         return result
 

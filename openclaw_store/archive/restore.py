@@ -12,7 +12,7 @@ from typing import Any
 from openclaw_store.archive import runs
 from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Folder
-from openclaw_store.archive.layout import HISTORY, TASKS, Image, histories_of
+from openclaw_store.archive.layout import TASKS, Image, histories_of
 from openclaw_store.archive.lease import leased
 from openclaw_store.archive.manifest import cluster_of
 from openclaw_store.archive.mover import Mover
@@ -33,9 +33,6 @@ from openclaw_store.domain import Record, Task, TaskFilter, check_selection, enc
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import insert_tasks
 from openclaw_store.repositories.queries import refuse_sealed
-
-_BATCH = 200
-"""Tasks restored in one transaction."""
 
 _PAST = PastChangeRow.metadata.tables["past_changes"]
 
@@ -104,10 +101,11 @@ async def restore_tasks(
         for file in snapshot.tasks:
             for group in file.groups:
                 found = await asyncio.to_thread(read, file, group)
-                for start in range(0, len(found), _BATCH):
-                    returning = _Return(run, *zip(*found[start : start + _BATCH], strict=True))
+                while found:
+                    batch, found = found[: mover.batch], found[mover.batch :]
+                    returning = _Return(run, *zip(*batch, strict=True))
                     ids = [record.task_id for record in returning.records]
-                    refusals = await database.write(_restore, returning)
+                    refusals = await mover.write(_restore, returning)
                     run.passed(run.position + len(ids))
                     for id, refusal in zip(ids, refusals, strict=True):
                         if refusal is None:
@@ -127,18 +125,16 @@ def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Seque
 
 def _insert(transaction: WriteTransaction, returning: _Return) -> Sequence[Any]:
     [refusals] = insert_tasks(transaction, [returning.records])
-    cursor, sql = transaction.cursor, transaction.sql
+    cursor = transaction.cursor
+    moment = from_microseconds if cursor.dialect == "postgresql" else int
     voids, past = [], []
     for record, version, history, refusal in zip(
         returning.records, returning.versions, returning.histories, refusals, strict=True
     ):
         if refusal is None:
-            voids.append((record.task_id, version))
-            for change in history:
-                values = dict(zip(HISTORY, change, strict=True))
-                values["changed_at"] = sql.to_moment(from_microseconds(values["changed_at"]))
-                values |= {"item": "task", "item_id": record.task_id}
-                past.append([values[column.name] for column in _PAST.c])
+            id = record.task_id
+            voids.append((id, version))
+            past += [(id, revision, moment(at), "task", *rest) for revision, at, *rest in history]
     runs.progress(cursor, returning.run, returning.run.position + len(returning.records), voids)
     if past:
         cursor.write(_insert_into(statements_for(cursor), _PAST), past)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from openclaw_store.cli import render
 from openclaw_store.cli.commands import app
 from openclaw_store.cli.context import Call, command
-from openclaw_store.cli.options import either, time_option
-from openclaw_store.domain import TaskStatus, TaskType
-
-if TYPE_CHECKING:
-    from openclaw_store.domain import TaskFilter
+from openclaw_store.cli.options import selecting, time_option
+from openclaw_store.domain import TaskFilter
 
 archive = typer.Typer(
     help="List, query, restore, check or compact an archive.", no_args_is_help=True
@@ -23,19 +20,6 @@ archive = typer.Typer(
 app.add_typer(archive, name="archive")
 
 Where = Annotated[str, typer.Argument(metavar="ARCHIVE", help="A folder, or s3://bucket/folder.")]
-Statuses = Annotated[
-    list[TaskStatus] | None,
-    typer.Option(metavar="STATUS", help=f"{either(TaskStatus)}; may be repeated."),
-]
-Types = Annotated[
-    list[TaskType] | None,
-    typer.Option(metavar="TYPE", help=f"{either(TaskType)}; may be repeated."),
-]
-Node = Annotated[str | None, typer.Option(help="Assigned to this node.")]
-User = Annotated[str | None, typer.Option(help="Submitted by this user.")]
-Name = Annotated[str | None, typer.Option(help="With this text in the name.")]
-Error = Annotated[str | None, typer.Option(help="With this text in the error.")]
-FinishedFrom = Annotated[datetime | None, time_option("Finished since.")]
 FinishedUntil = Annotated[datetime | None, time_option("Finished before.")]
 
 
@@ -120,53 +104,25 @@ async def list_days(call: Call, where: Where) -> None:
     )
 
 
-def _filter(
-    status: Statuses,
-    type: Types,
-    node: str | None,
-    user: str | None,
-    name: str | None,
-    error: str | None,
-    finished_from: datetime | None,
-    finished_until: datetime | None,
-) -> TaskFilter:
-    from openclaw_store.domain import TaskFilter
-
-    return TaskFilter(
-        status=status or None,
-        task_type=type or None,
-        node=node,
-        user=user,
-        name_contains=name,
-        error_contains=error,
-        finished_after=finished_from,
-        finished_before=finished_until,
-    )
-
-
 @command(archive)
+@selecting
 async def query(
     call: Call,
     where: Where,
     id: Annotated[str | None, typer.Option(help="The task with this identifier.")] = None,
-    status: Statuses = None,
-    type: Types = None,
-    node: Node = None,
-    user: User = None,
-    name: Name = None,
-    error: Error = None,
-    finished_from: FinishedFrom = None,
     finished_until: FinishedUntil = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Maximum number.")] = 20,
     after: Annotated[
         str | None, typer.Option(metavar="CURSOR", help="Continue a list from this cursor.")
     ] = None,
+    *,
+    filter: TaskFilter,
 ) -> None:
     """List archived tasks, newest submitted first; with --id, show one and its history."""
     from openclaw_store.archive import open_archive
     from openclaw_store.errors import TaskNotFoundError
 
-    filter = _filter(status, type, node, user, name, error, finished_from, finished_until)
+    filter = replace(filter, completed_until=finished_until)
     async with open_archive(where, call.cluster) as opened:
         if id is not None:
             task = await opened.get(id)
@@ -189,24 +145,19 @@ async def query(
 
 
 @command(archive)
+@selecting
 async def restore(
     call: Call,
     where: Where,
-    status: Statuses = None,
-    type: Types = None,
-    node: Node = None,
-    user: User = None,
-    name: Name = None,
-    error: Error = None,
-    finished_from: FinishedFrom = None,
     finished_until: FinishedUntil = None,
     everything: Annotated[bool, typer.Option("--all", help="All archived tasks.")] = False,
+    *,
+    filter: TaskFilter,
 ) -> None:
     """Bring the archived tasks back that match, with their histories."""
     from openclaw_store.archive import module
-    from openclaw_store.domain import TaskFilter
 
-    filter = _filter(status, type, node, user, name, error, finished_from, finished_until)
+    filter = replace(filter, completed_until=finished_until)
     if everything:
         filter = TaskFilter.everything()
     work = module("restore").restore_tasks

@@ -33,7 +33,7 @@ from openclaw_store import (
     UnavailableError,
     verify,
 )
-from openclaw_store.archive import lease, manifest, mover, open_archive, restore, runs
+from openclaw_store.archive import lease, manifest, mover, open_archive, runs
 from openclaw_store.archive.check import list_archive, verify_archive
 from openclaw_store.archive.compaction import compact_archive
 from openclaw_store.archive.folder import Folder
@@ -403,7 +403,7 @@ async def test_process_that_lost_its_run_restores_nothing_more(
     await fill()
     await retain(database, policy)
     known = {id for place in await all_of(database, folder) for id in place}
-    monkeypatch.setattr(restore, "_BATCH", 2)
+    monkeypatch.setattr(mover, "_FIRST_BATCH", 1)
     write, batches = Database.write, 0
 
     async def taken_over(self: Database, *arguments: Any) -> Any:
