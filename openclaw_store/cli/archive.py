@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from typing import Annotated
@@ -120,10 +121,16 @@ async def query(
 ) -> None:
     """List archived tasks, newest submitted first; with --id, show one and its history."""
     from openclaw_store.archive import open_archive
+    from openclaw_store.encryption import keys_of
     from openclaw_store.errors import TaskNotFoundError
 
     filter = replace(filter, completed_until=finished_until)
-    async with open_archive(where, call.cluster) as opened:
+    async with AsyncExitStack() as stack:
+        # The keys of sealed values belong to a database.
+        database = await stack.enter_async_context(call.opened()) if keys_of(None) else None
+        opened = await stack.enter_async_context(
+            open_archive(where, call.cluster, database=database)
+        )
         if id is not None:
             task = await opened.get(id)
             if task is None:

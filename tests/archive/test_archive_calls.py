@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import Location, MakeTask, until
 
@@ -15,6 +19,7 @@ import openclaw_store.archive
 from openclaw_store import (
     Database,
     InvalidDataError,
+    KeyRing,
     Retention,
     StateManager,
     TaskFilter,
@@ -24,9 +29,13 @@ from openclaw_store import (
 )
 from openclaw_store.archive.check import verify_archive
 from openclaw_store.archive.compaction import compact_archive
+from openclaw_store.encryption import key_file
+from openclaw_store.errors import SealedValueError
 from openclaw_store.testing import FakeClock
 
 DAY = timedelta(days=1)
+
+SECRET = "the quick brown fox"
 
 
 async def test_live_and_archived_tasks_are_found_together(
@@ -162,3 +171,64 @@ async def test_archive_in_a_bucket(
     assert await verify_archive(bucket)
     async with open_archive(bucket) as archive:
         assert {task.task_id async for task in archive.iter_tasks()} == {"t1", "t3"}
+
+
+async def test_sealed_values_stay_sealed_in_the_files(
+    location: Location, make_task: MakeTask, clock: FakeClock, tmp_path: Path
+) -> None:
+    folder, file = tmp_path / "archive", tmp_path / "keys.json"
+    key_file.create(file)
+    keys = KeyRing.load(file)
+    async with StateManager(Database(location, clock=clock, keys=keys), None) as state:
+        task = make_task(task_id="t1", description=SECRET, parameters={SECRET: SECRET})
+        await state.add_task(task)
+        task.status, task.error = TaskStatus.FAILED, SECRET
+        await state.update_task(task)
+        before = await state.get_task("t1")
+        history = await state.history("t1")
+        clock.advance(days=2)
+
+        await state.apply_retention(Retention(failed=DAY, history=DAY, archive=folder, load=1))
+
+        assert await state.get_task("t1") is None
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert [path for path in files if SECRET.encode() in unpacked(path)] == []
+        assert len(files) >= 2
+        async with open_archive(folder) as archive:
+            with pytest.raises(SealedValueError, match="has no keys"):
+                await archive.get("t1")
+        async with open_archive(folder, database=state.db) as archive:
+            assert await archive.get("t1") == before
+            assert (await archive.history("t1"))[: len(history)] == history
+            with pytest.raises(InvalidDataError, match="error_contains: is a search in sealed"):
+                await archive.list_tasks(TaskFilter(error_contains=SECRET))
+        if isinstance(location, Path):  # the same on PostgreSQL, and a process takes seconds
+            variables = {"OPENCLAW_STORE_KEYS": str(file), "OPENCLAW_STORE_URL": str(location)}
+            query = [
+                sys.executable,
+                "-m",
+                "openclaw_store",
+                "archive",
+                "query",
+                folder,
+                "--id",
+                "t1",
+            ]
+            shown = await asyncio.to_thread(
+                partial(subprocess.run, query, env=os.environ | variables, capture_output=True)
+            )
+            assert SECRET.encode() in shown.stdout, shown.stderr
+        await state.restore_tasks(TaskFilter.everything(), folder)
+        found = await state.get_task("t1")
+        assert found is not None
+        assert (found.description, found.parameters, found.error) == (
+            SECRET, {SECRET: SECRET}, SECRET,
+        )  # fmt: skip
+
+
+def unpacked(path: Path) -> bytes:
+    """Return the raw bytes of a file, and those of its columns, which are compressed there."""
+    contents = path.read_bytes()
+    if path.suffix == ".parquet":
+        contents += repr(pq.ParquetFile(path).read().to_pylist()).encode()
+    return contents
