@@ -83,7 +83,7 @@ class Mover:
             if run.state == "writing":
                 logger.info("the run %s of the archive is undone, as it was interrupted", run.run)
                 await runs.advance(self._database, run, "undone")
-            if run.state == "undone":  # also an old one: its process may have written since
+            if run.state == "undone":
                 undone[run.location].add(run.run)
             else:
                 logger.info("the run %s of the archive is continued", run.run)
@@ -231,8 +231,10 @@ def _remove_files(folder: Folder, names: set[str]) -> None:
 
 def _remove_replaced(folder: Folder, run: ArchiveRun) -> None:
     """Remove the files that those of a run replace, first from their manifests."""
-    files = [ArchiveFile(folder, Entry(file.path, file.bytes)) for file in run.files]
-    replaced = frozenset[str]().union(*(file.replaced for file in files))
+    replaced: set[str] = set()
+    for file in run.files:
+        read_file(folder, file, [])  # it may have been damaged, or removed, since it was verified
+        replaced |= ArchiveFile(folder, Entry(file.path, file.bytes)).replaced
     for _, manifest in manifests(folder):
         if manifest is not None:
             manifest.drop(folder, replaced)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
 import orjson
-from sqlalchemy import bindparam, delete, insert, literal_column, select, update
+from sqlalchemy import bindparam, delete, insert, literal_column, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.backends import Cursor
@@ -29,6 +30,9 @@ from openclaw_store.database import (
 from openclaw_store.errors import ConflictError, logger_of
 
 logger = logger_of("archive")
+
+_UNDONE = timedelta(days=1)
+"""Time after which no process still writes the files of a run that was undone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +106,15 @@ def lost(run: ArchiveRun) -> ConflictError:
 
 
 async def unfinished(database: Database) -> list[ArchiveRun]:
-    """Return the runs that are not done, oldest first; of one that is undone, no file may stay."""
+    """Return the runs that are not done, oldest first.
+
+    Of one that was undone lately no file may stay: its process may have written since.
+    """
     row = ArchiveRunRow
     columns = row.run, row.kind, row.location, row.state, row.files, row.position
-    query = select(*columns).where(row.state != "done").order_by(row.run)
+    is_old = row.changed_at < database.clock() - _UNDONE
+    query = select(*columns).where(row.state != "done", or_(row.state != "undone", ~is_old))
+    query = query.order_by(row.run)
 
     async def read(session: AsyncSession) -> list[ArchiveRun]:
         found = []

@@ -34,7 +34,7 @@ class Catalogue:
 
     def files(self, layout: Layout) -> list[ArchiveFile]:
         """Return the files of a layout that no other one replaces; blocks the thread."""
-        entries = self.folder.list(layout.folder)
+        entries = [one for one in self.folder.list(layout.folder) if one.path.endswith(".parquet")]
         files = [self._files.get(one) or ArchiveFile(self.folder, one) for one in entries]
         kept = {one: file for one, file in self._files.items() if file.layout is not layout}
         self._files = kept | dict(zip(entries, files, strict=True))
