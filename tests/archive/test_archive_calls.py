@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -203,27 +202,22 @@ async def test_sealed_values_stay_sealed_in_the_files(
             with pytest.raises(InvalidDataError, match="error_contains: is a search in sealed"):
                 await archive.list_tasks(TaskFilter(error_contains=SECRET))
         if isinstance(location, Path):  # the same on PostgreSQL, and a process takes seconds
-            variables = {"OPENCLAW_STORE_KEYS": str(file), "OPENCLAW_STORE_URL": str(location)}
-            query = [
-                sys.executable,
-                "-m",
-                "openclaw_store",
-                "archive",
-                "query",
-                folder,
-                "--id",
-                "t1",
-            ]
-            shown = await asyncio.to_thread(
-                partial(subprocess.run, query, env=os.environ | variables, capture_output=True)
-            )
-            assert SECRET.encode() in shown.stdout, shown.stderr
+            assert SECRET in await asyncio.to_thread(shown_by_command, location, file, folder)
         await state.restore_tasks(TaskFilter.everything(), folder)
         found = await state.get_task("t1")
         assert found is not None
         assert (found.description, found.parameters, found.error) == (
             SECRET, {SECRET: SECRET}, SECRET,
         )  # fmt: skip
+
+
+def shown_by_command(location: Path, keys: Path, folder: Path) -> str:
+    """Return the output of the command that shows the task of an archive."""
+    query = [sys.executable, "-m", "openclaw_store", "archive", "query", folder, "--id", "t1"]
+    variables = {"OPENCLAW_STORE_KEYS": str(keys), "OPENCLAW_STORE_URL": str(location)}
+    environment = {**os.environ, **variables}
+    done = subprocess.run(query, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def unpacked(path: Path) -> bytes:
