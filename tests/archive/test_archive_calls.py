@@ -213,7 +213,7 @@ async def test_sealed_values_stay_sealed_in_the_files(
 
 def shown_by_command(location: Path, keys: Path, folder: Path) -> str:
     """Return the output of the command that shows the task of an archive."""
-    query = [sys.executable, "-m", "openclaw_store", "archive", "query", folder, "--id", "t1"]
+    query = [sys.executable, "-m", "openclaw_store", "archive", "query", str(folder), "--id", "t1"]
     variables = {"OPENCLAW_STORE_KEYS": str(keys), "OPENCLAW_STORE_URL": str(location)}
     environment = {**os.environ, **variables}
     done = subprocess.run(query, env=environment, capture_output=True, text=True, check=True)
