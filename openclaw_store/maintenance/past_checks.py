@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from openclaw_store.database import PastChangeRow
 from openclaw_store.domain import ENTITY_NAMES, ChangeKind, Task, TaskStatus
 from openclaw_store.maintenance.domains import suspicious_value
-from openclaw_store.maintenance.findings import Findings
+from openclaw_store.maintenance.findings import MOST, Findings
 from openclaw_store.maintenance.text_checks import undecodable
 
 
@@ -30,10 +30,10 @@ async def check_past_changes(session: AsyncSession, findings: Findings, now: dat
         row.previous >= row.revision,
     )
     # By their revisions: the identifier of a damaged row may be unreadable itself.
-    revisions = {*(await session.scalars(select(row.revision).where(odd)))}
+    revisions = {*(await session.scalars(select(row.revision).where(odd).limit(MOST)))}
     if dialect == "sqlite":
         texts = [columns.item_id, columns.reason, columns.node]
-        revisions |= {place async for place in undecodable(session, row.revision, texts)}
+        revisions.update(await undecodable(session, row.revision, texts))
     for revision in sorted(revisions, key=str):
         text = f"Past change {revision} of a restored task has a value that no change has."
         findings.add("feed", text, advice="correct or delete its row of past_changes")
