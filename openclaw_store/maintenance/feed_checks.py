@@ -170,7 +170,7 @@ class FeedCheck:
                 yield and_(row.item == item, column.not_in(sorted(statuses)))
 
     async def _judge_all(self, revisions: Sequence[int]) -> None:
-        """Read suspicious changes, and judge each; one that cannot be read is read alone."""
+        """Read suspicious changes, and judge each; one that cannot be read is found by halves."""
         if not revisions:
             return
         before = aliased(ChangeRow)
@@ -196,8 +196,9 @@ class FeedCheck:
                 text = f"Change {revisions[0]} has a value that cannot be read: {cause}."
                 self._findings.add("feed", text)
                 return
-            for revision in revisions:
-                await self._judge_all([revision])
+            middle = len(revisions) // 2
+            await self._judge_all(revisions[:middle])
+            await self._judge_all(revisions[middle:])
             return
         for row in found:
             self._judge(row)

@@ -140,7 +140,8 @@ class ReadAround:
         table, statements = table_of(kind), statements_in(session)
         dialect = statements.dialect.name
         is_suspicious = or_(*(suspicious_value(one, dialect, _NO_LIMIT) for one in table.columns))
-        if statements is not statements.without_keys:  # the database cannot see into sealed values
+        is_sealed = statements is not statements.without_keys
+        if is_sealed:  # the database cannot see into sealed values
             is_suspicious = true()
         place: Any = table.c[KEY[kind]]
         if dialect == "sqlite":  # a key may be any value
@@ -152,7 +153,7 @@ class ReadAround:
         for start in range(0, len(places), PAGE):
             page = places[start : start + PAGE]
             found.update(await _unreadable(session, kind, place, page))
-            if len(found) > MOST_NAMED:
+            if len(found) > MOST_NAMED and not is_sealed:
                 self._narrowed[table] = not_(is_suspicious)
                 return [*found.values()]
         if found:
@@ -225,8 +226,9 @@ async def _unreadable(
         if len(places) == 1:
             text = f"{item} in row {places[0]!r} cannot be read: {cause}"
             return {places[0]: Unreadable(item, str(places[0]), text)}
-        for one in places:
-            found.update(await _unreadable(session, kind, place, [one]))
+        middle = len(places) // 2
+        found.update(await _unreadable(session, kind, place, places[:middle]))
+        found.update(await _unreadable(session, kind, place, places[middle:]))
         return found
     for one, *row in rows:
         try:

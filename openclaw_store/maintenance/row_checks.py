@@ -158,7 +158,7 @@ class RowCheck:
         return query.outerjoin_from(ROWS[self._kind], last, last.revision == self._columns.version)
 
     async def _judge_all(self, places: Sequence[Any]) -> None:
-        """Read suspicious rows, and judge each; one that cannot be read is read alone."""
+        """Read suspicious rows, and judge each; one that cannot be read is found by halves."""
         if not places:
             return
         last = self._last
@@ -181,8 +181,9 @@ class RowCheck:
             if len(places) == 1:
                 await self._name_unreadable(places[0], cause)
                 return
-            for place in places:
-                await self._judge_all([place])
+            middle = len(places) // 2
+            await self._judge_all(places[:middle])
+            await self._judge_all(places[middle:])
             return
         decode = decoder_here(self._session, self._kind)
         for row in found:

@@ -179,19 +179,21 @@ class Pages:
 
     async def task(self, request: Request) -> Response:
         id = request.query_params.get("id", "")
-        task = await self._read(lambda session: TaskRepository(session).get(id))
-        history = await self._read(partial(read_shown_history, id=id, kind=Task))
-        progress = await self._read(partial(read_progress, ids=[id]))
+        may_explain = self._live.tasks["pending"] <= FEW or "explain" in request.query_params
+
+        async def read(session: AsyncSession) -> tuple[Any, ...]:
+            task = await TaskRepository(session).get(id)
+            history = await read_shown_history(session, id, Task)
+            progress = await read_progress(session, [id])
+            why = None
+            if may_explain and task is not None and task.status is TaskStatus.PENDING:
+                why = await read_explanation(session, id, self._database.clock())
+            return task, history, progress.get(id), why
+
+        task, history, progress, why = await self._read(read)
         problem = self._problem_of(id)
         if task is None and not history and not problem:
             raise TaskNotFoundError(id)
-        why = None
-        can_explain = task is not None and task.status is TaskStatus.PENDING
-        if can_explain and (
-            self._live.tasks["pending"] <= FEW or "explain" in request.query_params
-        ):
-            now = self._database.clock()
-            why = await self._read(partial(read_explanation, task_id=id, now=now))
         return self._page(
             request,
             "task",
@@ -199,9 +201,9 @@ class Pages:
             task=task,
             history=history[-PAGE_SIZE:],
             problem=problem,
-            progress=progress.get(id),
+            progress=progress,
             why=why,
-            can_explain=can_explain,
+            can_explain=task is not None and task.status is TaskStatus.PENDING,
             can_cancel=task is not None and task.status in LIVE,
             can_release=task is not None and task.status in ASSIGNED,
             can_requeue=task is not None and task.status in FINISHED,
