@@ -373,14 +373,20 @@ _ALONE = frozenset(
     {"no key of nodes", "foreign key", "parent", "renamed function", "function of the name"}
 )
 
+_TOGETHER = frozenset(
+    {
+        "no index of claims", "index of other columns", "index of all rows",
+        "no column with a default", "further column",
+    }
+)  # fmt: skip
+
 JOINT_FAULTS = {
     name: fault
     for name, fault in _SCHEMA.items()
-    if name.endswith(" (postgresql)") and name.removesuffix(" (postgresql)") not in _ALONE
+    if name in _TOGETHER
+    or (name.endswith(" (postgresql)") and name.removesuffix(" (postgresql)") not in _ALONE)
 }
-"""Faults of the schema of PostgreSQL that do not hide each other, by name."""
+"""Faults of the schema that do not hide each other on PostgreSQL, by name."""
 
-STORE_FAULTS = {
-    name: fault for name, fault in {**_SCHEMA, **_WHOLE}.items() if name not in JOINT_FAULTS
-}
-"""Other faults of the schema, and of rows that concern the whole store, by name."""
+STORE_FAULTS = {**_SCHEMA, **_WHOLE}
+"""Faults of the schema, and of rows that concern the whole store, by name."""
