@@ -125,7 +125,7 @@ async def in_savepoint(
         raise
     finally:
         transaction.finished = True
-        await shield_until_done(tx.close())
+        await tx.close()  # without I/O, as the connection is the caller's
 
 
 def _undo(transaction: WriteTransaction) -> None:
