@@ -111,7 +111,9 @@ def suspicious_value(column: Column[Any], dialect: str, now: datetime) -> Condit
         if column.name == "lease_seconds":
             rules.append(column == 0)
     elif isinstance(kind, Integer):
-        types, rules = ["integer"], [not_(column.between(0, MAX_INTEGER))]
+        # The revisions of changes in another cluster are negative; see `clusters.transit`.
+        least = -MAX_INTEGER if column.table.name == "past_changes" else 0
+        types, rules = ["integer"], [not_(column.between(least, MAX_INTEGER))]
     else:
         rules = [func.length(column) > (getattr(kind, "length", None) or MAX_TEXT_LENGTH)]
         if column.name in _NEVER_EMPTY:
