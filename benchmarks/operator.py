@@ -66,7 +66,12 @@ async def page(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
             "failures": partial(
                 find_failures, sql=store.db.statements, since=until - _HOUR * 24 * 3650
             ),
-            "statistics": partial(read_statistics, since=until - _HOUR * 24 * 3650, until=until),
+            "statistics": partial(
+                read_statistics,
+                sql=store.db.statements,
+                since=until - _HOUR * 24 * 3650,
+                until=until,
+            ),
         }
         transport = ASGITransport(program)
         async with AsyncClient(transport=transport, base_url="http://localhost") as client:

@@ -28,6 +28,8 @@ from openclaw_store.domain import lifecycle
 from openclaw_store.domain.changes import Change
 from openclaw_store.domain.models import NodeInfo, Task
 from openclaw_store.domain.records import Record
+from openclaw_store.encryption import SealedColumn
+from openclaw_store.encryption.cipher import Cipher
 from openclaw_store.errors import StoreError
 from openclaw_store.repositories.commands import Update
 from openclaw_store.repositories.heartbeats import Heartbeat
@@ -69,6 +71,18 @@ def bug(plant: Callable[[], Iterator[None]]) -> Bug:
     found = contextmanager(plant)
     BUGS[plant.__name__.replace("_", "-")] = found
     return found
+
+
+@bug
+def error_in_clear() -> Iterator[None]:
+    """Errors of tasks are stored in clear."""
+    is_sealed = Cipher._is_sealed
+
+    def forget(self: Cipher, place: SealedColumn) -> bool:
+        return place.column != "error" and is_sealed(self, place)
+
+    with patch.object(Cipher, "_is_sealed", forget):
+        yield
 
 
 @bug

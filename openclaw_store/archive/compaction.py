@@ -7,9 +7,9 @@ out. They are removed after it was read back and compared.
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import orjson
@@ -18,7 +18,7 @@ import pyarrow as pa
 from openclaw_store.archive import runs
 from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Folder
-from openclaw_store.archive.layout import CHANGES, REPLACES, TASKS, VOIDS
+from openclaw_store.archive.layout import CHANGES, CLUSTER_ID, REPLACES, TASKS, VOIDS
 from openclaw_store.archive.lease import leased
 from openclaw_store.archive.manifest import cluster_of, manifests, read_file, write_file
 from openclaw_store.archive.mover import Mover
@@ -116,6 +116,8 @@ class _Merge:
             replaced += self._void_files
         path = layout.path(self._cluster, first.day, name)
         metadata = {REPLACES: orjson.dumps(replaced)}
+        if first.cluster_id is not None:
+            metadata[CLUSTER_ID] = str(first.cluster_id).encode()
         written = write_file(self._folder, layout, path, table, metadata)
         self.done.files_before += len(part)
         self.done.files_after += 1
@@ -134,8 +136,11 @@ class _Merge:
 
 
 def _parts(files: Sequence[ArchiveFile]) -> Iterator[list[ArchiveFile]]:
-    """Yield the files of each folder, in parts that make one file."""
-    for _, of_day in groupby(files, key=lambda file: file.path.rpartition("/")[0]):
+    """Yield the files of each folder and number of a cluster, in parts that make one file."""
+    by_folder: dict[tuple[str, int | None], list[ArchiveFile]] = defaultdict(list)
+    for file in files:
+        by_folder[file.path.rpartition("/")[0], file.cluster_id].append(file)
+    for of_day in by_folder.values():
         part: list[ArchiveFile] = []
         for file in of_day:
             if part and sum(one.rows for one in part) + file.rows > MERGED_ROWS:

@@ -15,7 +15,7 @@ import pyarrow.dataset as ds
 import xxhash
 
 from openclaw_store.archive.folder import Entry, Folder
-from openclaw_store.archive.layout import DEFAULTS, LAYOUTS, REPLACES
+from openclaw_store.archive.layout import CLUSTER_ID, DEFAULTS, LAYOUTS, REPLACES
 
 PARQUET = ds.ParquetFileFormat(
     default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
@@ -68,6 +68,13 @@ class ArchiveFile:
         """Paths of the files that this one replaces."""
         with self._errors():
             return frozenset(orjson.loads((self.footer.metadata or {}).get(REPLACES, b"[]")))
+
+    @cached_property
+    def cluster_id(self) -> int | None:
+        """The number of the cluster to which sealed values are bound, if any may be sealed."""
+        with self._errors():
+            number = (self.footer.metadata or {}).get(CLUSTER_ID)
+            return None if number is None else int(number)
 
     @cached_property
     def submissions(self) -> Sequence[tuple[int, int]]:

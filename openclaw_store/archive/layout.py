@@ -27,6 +27,9 @@ ROW_GROUP = 4096
 REPLACES = b"openclaw.replaces"
 """Key of the footer's metadata: a JSON list of the files that this one replaces."""
 
+CLUSTER_ID = b"openclaw.cluster_id"
+"""Key of the footer's metadata: the number of the cluster to which sealed values are bound."""
+
 Image = tuple[Any, ...]
 """The values of a row in a form common to both databases: times are whole microseconds."""
 

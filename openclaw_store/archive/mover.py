@@ -21,7 +21,7 @@ from openclaw_store.archive import runs
 from openclaw_store.archive.collect import RUN_ROWS, Collected, TaskCollector, collect_changes
 from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Entry, Folder
-from openclaw_store.archive.layout import LAYOUTS, lengths_of
+from openclaw_store.archive.layout import CLUSTER_ID, LAYOUTS, lengths_of
 from openclaw_store.archive.manifest import (
     cluster_of,
     manifests,
@@ -120,9 +120,12 @@ class Mover:
         run = await runs.begin(self._database, kind, folder.location)
         files: list[WrittenFile] = []
         tables = await asyncio.to_thread(found.tables)
+        cluster_id = self._database.statements.protection.cluster
+        metadata = {} if cluster_id is None else {CLUSTER_ID: str(cluster_id).encode()}
         for number, (day, table) in enumerate(tables, 1):
             path = found.layout.path(self._cluster, day, run.run)
-            files.append(await asyncio.to_thread(write_file, folder, found.layout, path, table))
+            write = partial(write_file, folder, found.layout, path, table, metadata)
+            files.append(await asyncio.to_thread(write))
             self._report("writing files", number, len(tables))
             await self._rest()
         self.done.bytes += sum(file.bytes for file in files)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Folder
 from openclaw_store.archive.layout import CHANGES, HISTORY, TASKS, histories_of, rows_of
 from openclaw_store.archive.selection import Selection
 from openclaw_store.archive.snapshot import Catalogue, Snapshot
-from openclaw_store.database import Database, from_microseconds, statements_of
+from openclaw_store.database import Database, Statements, from_microseconds, statements_of
 from openclaw_store.domain import (
     Change,
     ChangeKind,
@@ -32,6 +33,7 @@ from openclaw_store.domain import (
     check_positive,
     utc_now,
 )
+from openclaw_store.encryption import Protection
 from openclaw_store.errors import UnavailableError
 from openclaw_store.repositories import check_ids, each_of_pages
 from openclaw_store.repositories.pages import cursor_of, position_of
@@ -73,9 +75,7 @@ class Archive:
         clock: Clock = utc_now,
         database: Database | None = None,
     ) -> None:
-        self._sql = statements_of("sqlite")  # its rows have the form of an image
-        if database is not None:
-            self._sql = self._sql.protected_by(database.statements.protection)
+        self._protection = Protection() if database is None else database.statements.protection
         self._folder = Folder(location)
         self._catalogue = Catalogue(self._folder, cluster)
         self._clock = clock
@@ -157,8 +157,8 @@ class Archive:
 
     def _selection(self, filter: TaskFilter | None) -> Selection:
         checked = check_filter(TaskFilter, filter, self._clock())
-        refuse_sealed(checked, self._sql)
-        return Selection(checked)
+        refuse_sealed(checked, self._protection)
+        return Selection(checked, protection=self._protection)
 
     async def _list(self, filter: TaskFilter, limit: int | None) -> list[Task]:
         most = check_limit(limit)
@@ -179,8 +179,10 @@ class Archive:
 
     def _find(self, snapshot: Snapshot, id: str) -> list[Record[Task]]:
         """Return the copies of a task that are not void, newest first."""
-        tables = (snapshot.kept(file, file.find(id, TASKS.names)) for file in snapshot.tasks)
-        found = [record for table in tables for record in self._records(table)]
+        tables = (
+            (file, snapshot.kept(file, file.find(id, TASKS.names))) for file in snapshot.tasks
+        )
+        found = [record for file, table in tables for record in self._records(file, table)]
         return sorted(found, key=lambda record: record.version, reverse=True)
 
     def _page(
@@ -230,13 +232,14 @@ class Archive:
                 & pc.field("version").isin(versions.combine_chunks())
                 & pc.field("task_id").isin(here["task_id"].combine_chunks())
             )
-            for record in self._records(snapshot.tasks[number].read(None, TASKS.names, is_wanted)):
+            file = snapshot.tasks[number]
+            for record in self._records(file, file.read(None, TASKS.names, is_wanted)):
                 records[record.task_id, record.version] = record
         ids = zip(places["task_id"].to_pylist(), places["version"].to_pylist(), strict=True)
         return [records[one] for one in ids]
 
-    def _records(self, table: Any) -> list[Record[Task]]:
-        decode = self._sql.decode[Task]
+    def _records(self, file: ArchiveFile, table: Any) -> list[Record[Task]]:
+        decode = opening(file, self._protection).decode[Task]
         return [decode(image) for image in TASKS.images_of(table)]
 
     def _count(self, selection: Selection, snapshot: Snapshot) -> int:
@@ -245,23 +248,35 @@ class Archive:
         return sum(len(snapshot.read(file, selection, columns=())) for file in snapshot.tasks)
 
     def _history(self, snapshot: Snapshot, id: str) -> list[Change]:
-        read, changes = self._sql.read_reason, {}
+        changes = {}
         rows = [
-            change
+            (file, *change)
             for file in snapshot.tasks
             for history in histories_of(file.find(id, ["history"]))
             for change in history
         ]
         for file in self._catalogue.files(CHANGES):
             table = file.find(id, CHANGES.names)
-            rows += rows_of(table.filter(pc.field("item") == "task").select(HISTORY))
-        for revision, at, kind, was, now, node, reason, previous in rows:
-            reason = read("task", id, reason)
+            found = rows_of(table.filter(pc.field("item") == "task").select(HISTORY))
+            rows += [(file, *change) for change in found]
+        for file, revision, at, kind, was, now, node, reason, previous in rows:
+            reason = opening(file, self._protection).read_reason("task", id, reason)
             changes[revision] = Change(
                 revision, from_microseconds(at), "task", id, ChangeKind(kind), was, now, node,
                 reason, previous,
             )  # fmt: skip
         return [changes[key] for key in sorted(changes)]
+
+
+@lru_cache(4)
+def _opening(protection: Protection, cluster_id: int | None) -> Statements:
+    # The rows of SQLite have the form of an image.
+    return statements_of("sqlite").protected_by(protection.reading(cluster_id))
+
+
+def opening(file: ArchiveFile, protection: Protection) -> Statements:
+    """Return the statements that open the values of a file: of its cluster, or in clear."""
+    return _opening(protection, file.cluster_id)
 
 
 _TIME = TASKS.schema.field("submitted_at").type

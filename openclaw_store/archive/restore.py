@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 from openclaw_store.archive import runs
 from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Folder
-from openclaw_store.archive.layout import TASKS, Image, histories_of
+from openclaw_store.archive.layout import HISTORY, TASKS, Image, histories_of
 from openclaw_store.archive.lease import leased
 from openclaw_store.archive.manifest import cluster_of
 from openclaw_store.archive.mover import Mover
+from openclaw_store.archive.reader import opening
 from openclaw_store.archive.runs import ArchiveRun, logger
 from openclaw_store.archive.selection import Selection
 from openclaw_store.archive.snapshot import Catalogue
@@ -27,7 +28,6 @@ from openclaw_store.database import (
     WriteTransaction,
     from_microseconds,
     statements_for,
-    statements_of,
 )
 from openclaw_store.domain import Record, Task, TaskFilter, check_selection, encode
 from openclaw_store.errors import InvalidDataError
@@ -35,6 +35,8 @@ from openclaw_store.repositories import insert_tasks
 from openclaw_store.repositories.queries import refuse_sealed
 
 _PAST = PastChangeRow.metadata.tables["past_changes"]
+
+_REASON = HISTORY.index("reason")
 
 _insert_into = cache(Statements.insert_into)
 
@@ -75,18 +77,19 @@ async def restore_tasks(
         UnavailableError: If another process holds the archive for longer, or it cannot be read.
     """
     checked = check_selection(filter, database.clock())
-    refuse_sealed(checked, database.statements)
-    selection, folder = Selection(checked), Folder(location)
+    protection = database.statements.protection
+    refuse_sealed(checked, protection)
+    selection, folder = Selection(checked, protection=protection), Folder(location)
     catalogue = Catalogue(folder, cluster_of(database))
     done, mover = Restored(), Mover(database)
-    decode = statements_of("sqlite").protected_by(database.statements.protection).decode[Task]
 
     def read(file: ArchiveFile, group: int) -> list[tuple[Record[Task], int, list[Image]]]:
+        sql, found = opening(file, protection), []
         table = snapshot.read(file, selection, groups=[group])
-        found = []
         for image, history in zip(TASKS.images_of(table), histories_of(table), strict=True):
             try:  # values of an older version, or written by hand
-                record = encode(decode(image).copy())
+                record = encode(sql.decode[Task](image).copy())
+                history = [_with_reason(sql.read_reason, record.id, one) for one in history]
             except InvalidDataError as error:
                 logger.warning("task %r stays in the archive: %s", image[0], error)
                 done.skipped[image[0]] = str(error)
@@ -116,6 +119,10 @@ async def restore_tasks(
     return done
 
 
+def _with_reason(convert: Callable[..., str | None], id: str, change: Image) -> Image:
+    return *change[:_REASON], convert("task", id, change[_REASON]), *change[_REASON + 1 :]
+
+
 def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Sequence[Any]:
     """Insert the tasks that do not exist, and note that their archived copies are void."""
     if isinstance(transaction.cursor, BatchCursor):
@@ -126,6 +133,7 @@ def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Seque
 def _insert(transaction: WriteTransaction, returning: _Return) -> Sequence[Any]:
     [refusals] = insert_tasks(transaction, [returning.records])
     cursor = transaction.cursor
+    store = transaction.sql.stored_reason
     moment = from_microseconds if cursor.dialect == "postgresql" else int
     voids, past = [], []
     for record, version, history, refusal in zip(
@@ -134,7 +142,8 @@ def _insert(transaction: WriteTransaction, returning: _Return) -> Sequence[Any]:
         if refusal is None:
             id = record.task_id
             voids.append((id, version))
-            past += [(id, revision, moment(at), "task", *rest) for revision, at, *rest in history]
+            sealed = (_with_reason(store, id, change) for change in history)
+            past += [(id, revision, moment(at), "task", *rest) for revision, at, *rest in sealed]
     runs.progress(cursor, returning.run, returning.run.position + len(returning.records), voids)
     if past:
         cursor.write(_insert_into(statements_for(cursor), _PAST), past)

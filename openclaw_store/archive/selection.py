@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from operator import and_
+from operator import and_, or_
 from typing import Any
 
 import orjson
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from openclaw_store.archive.layout import TASKS
 from openclaw_store.domain import FINISHED, TaskFilter
+from openclaw_store.encryption import USER_ID, Protection
 
 _EQUAL = {"node": "assigned_node", "user": "user_id", "idempotency_key": "idempotency_key"}
 _ONE_OF = {"status": "status", "task_type": "task_type", "priority": "priority"}
@@ -34,10 +35,13 @@ _COLUMNS = {**_EQUAL, **_ONE_OF, **_CONTAINS, **_FROM, **_UNTIL, **_JSON}
 class Selection:
     """The conditions of a checked filter."""
 
-    def __init__(self, filter: TaskFilter, *others: Any) -> None:
+    def __init__(
+        self, filter: TaskFilter, *others: Any, protection: Protection | None = None
+    ) -> None:
         """Take further conditions of Arrow as well."""
         self._filter = filter
-        conditions = [*_conditions(filter), *others]
+        self._protection = protection or Protection()
+        conditions = [*_conditions(filter, self._protection), *others]
         self.expression = reduce(and_, conditions) if conditions else None
         """The condition for Arrow; `None` if all rows match. Rows that meet it may not match."""
         self.columns = [_JSON[name] for name in _JSON if getattr(filter, name) is not None]
@@ -45,7 +49,7 @@ class Selection:
 
     def and_also(self, *others: Any) -> Selection:
         """Return a selection with further conditions."""
-        return Selection(self._filter, *others)
+        return Selection(self._filter, *others, protection=self._protection)
 
     def exactly(self, table: Any) -> Any:
         """Return the rows that match, out of the ones that meet the expression."""
@@ -60,12 +64,16 @@ class Selection:
         return partial(_has_values, wanted=self._filter.metadata or {})
 
 
-def _conditions(filter: TaskFilter) -> Iterator[Any]:
+def _conditions(filter: TaskFilter, protection: Protection) -> Iterator[Any]:
     for name, value in vars(filter).items():
         if value is None:
             continue
         column = pc.field(_COLUMNS[name])
-        if name in _EQUAL:
+        if name == "user":  # a sealed one begins with a keyed hash
+            equal, beginnings = protection.forms_of(USER_ID, value)
+            sealed = (pc.starts_with(column, one) for one in beginnings)
+            yield reduce(or_, sealed, column.isin(pa.array(equal, pa.string())))
+        elif name in _EQUAL:
             yield column == value
         elif name in _ONE_OF:
             values = [getattr(one, "value", one) for one in value]

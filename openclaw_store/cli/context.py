@@ -7,7 +7,8 @@ import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from openclaw_store.backends import Backend
+    from openclaw_store.database import Database
+    from openclaw_store.encryption import KeyRing
     from openclaw_store.maintenance.read_around import TolerantDatabase
 
     Part = Callable[[], RenderableType] | str
+
+AnyDatabase = TypeVar("AnyDatabase", bound="Database")
 
 Location = Annotated[
     str | None,
@@ -73,13 +78,31 @@ class Call:
 
         Rows that cannot be read are left out, and named in a warning.
         """
-        from openclaw_store.database import migrations
         from openclaw_store.maintenance.read_around import TolerantDatabase
+
+        async with self._opening(TolerantDatabase) as database:
+            yield database
+
+    @asynccontextmanager
+    async def opened_whole(self, keys: KeyRing | None = None) -> AsyncIterator[Database]:
+        """Open a database as `opened`, but leave no row out.
+
+        Args:
+            keys: `None` for the ones of the environment.
+        """
+        from openclaw_store.database import Database
+
+        async with self._opening(partial(Database, keys=keys)) as database:
+            yield database
+
+    @asynccontextmanager
+    async def _opening(self, make: Callable[..., AnyDatabase]) -> AsyncIterator[AnyDatabase]:
+        from openclaw_store.database import migrations
 
         backend = self.existing()
         # Before opening, which turns the WAL on: the file may belong to another program.
         await asyncio.to_thread(migrations.require, backend)
-        database = TolerantDatabase(migrations.location_of(self.location), cluster=self.cluster)
+        database = make(migrations.location_of(self.location), cluster=self.cluster)
         try:
             await database.initialize(migrate=False)
             yield database

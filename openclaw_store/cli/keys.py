@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from openclaw_store.cli import render
 from openclaw_store.cli.commands import app
 from openclaw_store.cli.context import Call, Group, command
-from openclaw_store.encryption import KEYS_VARIABLE
+from openclaw_store.encryption import KEYS_VARIABLE, keys_of
 from openclaw_store.errors import InvalidDataError, KeyRingError
 
 keys = typer.Typer(
@@ -20,15 +21,23 @@ keys = typer.Typer(
 app.add_typer(keys, name="keys")
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="The file of keys.")]
+Wrapped = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BASE64",
+        help="The key as a key management service has wrapped it  [default: draw a plain key]",
+        show_default=False,
+    ),
+]
 Number = Annotated[int, typer.Argument(metavar="KEY", min=1, help="The number of the key.")]
 
 
 @command(keys)
-async def new(call: Call, file: File) -> None:
+async def new(call: Call, file: File, wrapped: Wrapped = None) -> None:
     """Make a file with one new key, which only its owner can read."""
     from openclaw_store.encryption import key_file
 
-    key_file.create(file)
+    key_file.create(file, _bytes(wrapped))
     _show(call, file, "key 1 was made, and seals")
 
 
@@ -36,6 +45,7 @@ async def new(call: Call, file: File) -> None:
 async def add(
     call: Call,
     file: File,
+    wrapped: Wrapped = None,
     standby: Annotated[
         bool, typer.Option("--standby", help="Let it open, but not seal yet.")
     ] = False,
@@ -43,7 +53,7 @@ async def add(
     """Add a new key to a file; it seals from now on."""
     from openclaw_store.encryption import key_file
 
-    id = key_file.add(file, is_standby=standby)
+    id = key_file.add(file, _bytes(wrapped), is_standby=standby)
     _show(call, file, f"key {id} was added, and {'only opens' if standby else 'seals'}")
 
 
@@ -84,7 +94,7 @@ async def remove(
     """
     from openclaw_store.encryption import key_file
 
-    async with call.opened() as database:
+    async with call.opened_whole() as database:
         if key in await _listed(database):
             raise KeyRingError(
                 f"{database.db_path} needs key {key} still: run `openclaw-store keys rotate`", key
@@ -93,6 +103,13 @@ async def remove(
         typer.confirm(f"Can all backups under key {key} be lost?", abort=True, err=True)
     key_file.remove(file, key)
     _show(call, file, f"key {key} was removed")
+
+
+def _bytes(wrapped: str | None) -> bytes | None:
+    try:
+        return None if wrapped is None else base64.b64decode(wrapped, validate=True)
+    except ValueError:
+        raise InvalidDataError("--wrapped", "must be base64") from None
 
 
 def _show(call: Call, file: Path, done: str) -> None:
@@ -113,11 +130,13 @@ async def status(call: Call) -> None:
     """Show the keys, and the number of values that each has sealed, by column."""
     from openclaw_store.database.rekeying import key_uses
 
-    async with call.opened() as database:
+    async with call.opened_whole() as database:
         ring, uses, listed = database.keys, await key_uses(database), await _listed(database)
+        seals = database.statements.protection.seals
     known = [] if ring is None else sorted(ring.keys.values(), key=lambda one: one.id)
     document = {
         "primary": None if ring is None else ring.primary,
+        "sealed_fields": sorted(seals),
         "keys": [{"id": one.id, "state": one.state, "listed": one.id in listed} for one in known],
         "values": [use._asdict() for use in uses],
     }
@@ -142,6 +161,10 @@ async def rotate(
         bool,
         typer.Option("--accept-clear", help="Seal values in clear that are not expected."),
     ] = False,
+    seal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="Also seal name, user_id, or none of them from now on."),
+    ] = None,
     vacuum: Annotated[
         bool, typer.Option("--vacuum", help="Then remove old values from the file (SQLite).")
     ] = False,
@@ -151,7 +174,8 @@ async def rotate(
     Without a primary key, all values are stored in clear. The exit status is 1 if a value cannot be
     opened.
     """
-    async with call.opened() as database:
+    fields = None if not seal else set(seal) - {"none"}
+    async with call.opened_whole(keys_of(None, fields)) as database:
         with render.progress("sealing") as report:
             done = await database.rekey(accept_clear=accept_clear, dry_run=dry_run, report=report)
         if vacuum and not dry_run:

@@ -210,7 +210,10 @@ async def stats(call: Call, since: Period = _HOUR) -> None:
         until = database.clock()
         if begin >= until:
             raise InvalidDataError("since", "must lie in the past")
-        found = await database.read(on_connection(lambda one: read_statistics(one, begin, until)))
+        sql = database.statements
+        found = await database.read(
+            on_connection(lambda one: read_statistics(one, sql, begin, until))
+        )
     call.show(asdict(found), *_parts(found))
 
 

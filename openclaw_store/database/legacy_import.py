@@ -27,12 +27,12 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from sqlalchemy import Connection, inspect
 
-from openclaw_store.backends import Cursor
+from openclaw_store.backends import Cursor, fetch_raw_rows
 from openclaw_store.database.schema_check import normalised
 from openclaw_store.database.statements import Statements
 from openclaw_store.database.tables import table_of
 from openclaw_store.domain import ENTITY_NAMES, KEY, NodeInfo, Record, Task, check_time, encode
-from openclaw_store.encryption import Escaping, SealedColumn
+from openclaw_store.encryption import SealedColumn
 from openclaw_store.errors import InvalidDataError, logger_of, safe_repr
 
 logger = logger_of("adoption")
@@ -166,7 +166,7 @@ def import_rows(
     for statement in LEFTOVERS.values():
         connection.exec_driver_sql(statement.replace("TABLE", "TABLE IF NOT EXISTS", 1))
     driver: Any = connection.connection.driver_connection
-    if not isinstance(sql.protection, Escaping):
+    if sql.protection.has_keys:
         connection.exec_driver_sql("PRAGMA secure_delete=ON")
     factory, driver.text_factory = driver.text_factory, _decode_text
     try:
@@ -212,7 +212,7 @@ class _Importer:
         found = self._connection.exec_driver_sql(f"SELECT * FROM {table}")
         names = [name.lower() for name in found.keys()]  # noqa: SIM118 - no mapping
         seen: set[str] = set()
-        for rows in found.partitions(_BATCH):
+        while rows := fetch_raw_rows(found, _BATCH):  # SQLAlchemy would log them
             self._move(kind, [dict(zip(names, row, strict=True)) for row in rows], seen)
         self._connection.exec_driver_sql(f"DROP TABLE {table}")
         return self._revision - before

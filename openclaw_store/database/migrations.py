@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from alembic.runtime.environment import EnvironmentContext
 
-HEAD = "0012"
+HEAD = "0013"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"

@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.backends import BatchCursor, fetch_raw_rows
+from openclaw_store.backends import BatchCursor, fetch_raw_rows, unreadable_value
 from openclaw_store.database.row_codec import places_of
 from openclaw_store.database.sealing import finish_rotation
 from openclaw_store.database.statements import Statements
@@ -42,7 +42,7 @@ from openclaw_store.database.tables import Base
 from openclaw_store.database.types import SealableText
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.encryption import FIXED_REASONS, SEALED_FIELDS, SealedColumn
-from openclaw_store.errors import KeyRingError, SealedValueError
+from openclaw_store.errors import KeyRingError, SealedValueError, safe_repr
 
 if TYPE_CHECKING:
     from openclaw_store.database.database import Database
@@ -109,6 +109,16 @@ class _Change(NamedTuple):
     """The old and the new text of columns."""
 
 
+async def find_unreadable(database: Database) -> Sequence[str]:
+    """Return a sentence for each sealed value that cannot be opened, except of tasks and nodes."""
+    protection: Any = database.statements.protection
+    if not protection.has_keys:
+        return []
+    one = _Pass(database, protection, dry_run=True, report=None, is_check=True)
+    await one.run()
+    return one.found.problems
+
+
 async def rekey(
     database: Database,
     *,
@@ -119,7 +129,7 @@ async def rekey(
     """Rotate the keys; see `Database.rekey`."""
     cipher = _cipher_of(database)
     before = cipher.accepts_clear or cipher.ring.primary is None
-    lenient = cipher.accepting_clear() if accept_clear or before else cipher
+    lenient = cipher.reading() if accept_clear or before else cipher
     changed = 0
     for _ in range(_MOST_PASSES):
         one = _Pass(database, lenient, dry_run=dry_run, report=report)
@@ -131,9 +141,8 @@ async def rekey(
     if not dry_run and not one.is_unfinished:
         async with database.transaction() as tx:
             await finish_rotation(tx, cipher, one.left, is_complete=not found.problems)
-        cipher.accepts_clear = cipher.ring.primary is None or (
-            cipher.accepts_clear and bool(found.problems)
-        )
+        if not found.problems:
+            cipher.accepts_clear, cipher.opens = cipher.ring.primary is None, frozenset()
     return found
 
 
@@ -149,12 +158,19 @@ class _Pass:
     """One look at all rows."""
 
     def __init__(
-        self, database: Database, cipher: Cipher, *, dry_run: bool, report: Report | None
+        self,
+        database: Database,
+        cipher: Cipher,
+        *,
+        dry_run: bool,
+        report: Report | None,
+        is_check: bool = False,
     ) -> None:
         self._database = database
         self._cipher = cipher
         self._dry_run = dry_run
         self._report = report
+        self._is_check = is_check  # open all values; those of tasks and nodes were opened before
         self.found = Rekeyed()
         self.is_unfinished = False
         """True if a row was changed by another writer, so that it must be looked at again."""
@@ -163,6 +179,8 @@ class _Pass:
 
     async def run(self) -> None:
         for table in await _existing_tables(self._database):
+            if self._is_check and table.name in ("tasks", "nodes"):
+                continue
             [(rows,)] = await _fetch(self._database, select(func.count()).select_from(table))
             done = 0
             async for changes, count in self._batches(table):
@@ -185,7 +203,7 @@ class _Pass:
         widths = len(keys), len(keys) + len(version), len(keys) + len(version) + len(owner)
         rest = query
         while True:
-            rows = await _fetch(self._database, rest)
+            rows, read = await self._read(table, rest)
             changes = []
             for row in rows:
                 key, id = row[: widths[0]], ":".join(map(str, row[widths[1] : widths[2]]))
@@ -193,18 +211,52 @@ class _Pass:
                 values = self._changes(places, id, row[widths[2] :])
                 if values:
                     changes.append(_Change(key, guard, values))
-            yield changes, len(rows)
-            if len(rows) < REKEY_BATCH_SIZE:
+            yield changes, len(read)
+            if len(read) < REKEY_BATCH_SIZE:
                 return
-            last = rows[-1][: widths[0]]
+            last = read[-1]
             rest = query.where(tuple_(*keys) > tuple_(*last, types=[one.type for one in keys]))
+
+    async def _read(
+        self, table: Table, query: Select[Any]
+    ) -> tuple[Sequence[Any], Sequence[Sequence[Any]]]:
+        """Return the rows of a query and their primary keys; one that is no text is a problem."""
+        keys = [*table.primary_key]
+
+        def read(session: Session) -> tuple[Sequence[Any], Sequence[Sequence[Any]]]:
+            try:
+                rows = _rows_of(session, query)
+                return rows, [row[: len(keys)] for row in rows]
+            except Exception as error:
+                if unreadable_value(error) is None:
+                    raise
+            rows, found = [], _rows_of(session, query.with_only_columns(*keys))
+            for key in found:
+                one = query.where(*(column == part for column, part in zip(keys, key, strict=True)))
+                try:
+                    rows += _rows_of(session, one)
+                except Exception as error:
+                    cause = unreadable_value(error)
+                    if cause is None:
+                        raise
+                    self._add_problem(table.name, key, cause)
+            return rows, found
+
+        return await self._database.read(lambda session: session.run_sync(read))
+
+    def _add_problem(self, table: str, key: Sequence[Any], cause: object) -> None:
+        name = safe_repr(":".join(map(str, key)))
+        self.found.problems.append(f"{table}: a value of {name} cannot be read: {cause}")
 
     def _changes(
         self, places: Collection[SealedColumn], id: str, stored: Sequence[Any]
     ) -> Mapping[str, tuple[str, str]]:
         values: dict[str, tuple[str, str]] = {}
         for place, old in zip(places, stored, strict=True):
-            if self._cipher.is_current(place, old):
+            if not old or (self._cipher.is_current(place, old) and not self._is_check):
+                continue
+            if type(old) is not str:
+                self._add_problem(place.table, [id], f"{place.column} is no text")
                 continue
             try:
                 new = self._cipher.storing(place)(id, self._cipher.loading(place)(id, old))
@@ -271,12 +323,12 @@ def _update_of(
 
 async def _fetch(database: Database, query: Select[Any]) -> Sequence[Any]:
     """Return rows as the driver gives them: SQLAlchemy's may be written to its log."""
+    return await database.read(lambda session: session.run_sync(lambda sync: _rows_of(sync, query)))
 
-    def read(session: Session) -> Sequence[Any]:
-        rows: Sequence[Any] = fetch_raw_rows(session.connection().execute(query))
-        return [tuple(row) for row in rows]
 
-    return await database.read(lambda session: session.run_sync(read))
+def _rows_of(session: Session, query: Select[Any]) -> Sequence[Any]:
+    rows: Sequence[Any] = fetch_raw_rows(session.connection().execute(query))
+    return [tuple(row) for row in rows]
 
 
 async def _existing_tables(database: Database) -> Sequence[Table]:
@@ -302,6 +354,8 @@ async def key_uses(database: Database) -> Sequence[KeyUse]:
             query = select(header, func.count()).where(column != literal("", Text))
             if place.column == "reason":
                 query = query.where(column.not_in(FIXED_REASONS))
+            if place.is_optional and place.column not in database.statements.protection.seals:
+                query = query.where(is_sealed)
             rows = await _fetch(database, query.group_by(header))
             for found, count in rows:
                 key = next(iter(place.key_number(found)), None)

@@ -2,11 +2,14 @@
 
 The table `sealing_keys` lists the keys by which values may be sealed. A database is opened only
 with all of them. The primary key is added to the list before it seals anything.
+
+Each row also names the optional fields that are sealed, as `name user_id`. The name of a field that
+is sealed no more begins with `-` until a rotation has opened its values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from secrets import randbits
 from typing import TYPE_CHECKING, Final
@@ -79,36 +82,49 @@ def add_keys(connection: Connection, ring: KeyRing, clock: Clock) -> Cipher:
     `open_statements`.
     """
     cipher = _checked_cipher(connection, ring)
-    primary = ring.primary
+    primary, fields = ring.primary, _text_of(cipher)
+    is_complete = not cipher.accepts_clear or not _has_rows(connection)
     if primary is not None and primary not in _listed(connection):
-        is_complete = not cipher.accepts_clear or not _has_rows(connection)
         values = {
             "id": primary,
             "cluster_id": cipher.cluster,
             "proof": cipher.prove(),
-            "is_complete": int(is_complete),
             "added_at": clock(),
         }
         connection.execute(insert(SealingKeyRow).values(values))
-        cipher.accepts_clear = not is_complete
-    if primary is None:
-        connection.execute(update(SealingKeyRow).values(is_complete=0))
+    is_complete = is_complete and primary is not None
+    values = {"is_complete": int(is_complete), "sealed_fields": fields}
+    connection.execute(update(SealingKeyRow).values(values))
+    cipher.accepts_clear = not is_complete
     return cipher
 
 
 def _cipher_if_listed(ring: KeyRing, connection: Connection) -> Cipher | None:
-    """Return the cipher, or `None` if a key must be added before."""
+    """Return the cipher, or `None` if the list must be changed before."""
     cipher = _checked_cipher(connection, ring)
     listed = _listed(connection)
-    is_listed = ring.primary in listed
+    is_listed = ring.primary in listed and _text_of(cipher) == _stored_fields(connection)
     if not is_listed and (listed or ring.primary is not None):
         return None
     return cipher
 
 
+def _stored_fields(connection: Connection) -> str:
+    return connection.scalar(select(func.max(SealingKeyRow.sealed_fields))) or ""
+
+
+def _text_of(cipher: Cipher) -> str:
+    """Return the optional fields of a cipher as the list of keys has them."""
+    return " ".join([*sorted(cipher.seals), *(f"-{name}" for name in sorted(cipher.opens))])
+
+
 def _checked_cipher(connection: Connection, ring: KeyRing) -> Cipher:
     listed = _listed(connection)
-    cipher = _new_cipher(ring, _cluster_id(connection))
+    stored = _stored_fields(connection).split()
+    before = {name for name in stored if not name.startswith("-")}
+    seals = before if ring.seal is None else ring.seal
+    opens = {name.removeprefix("-") for name in stored} - seals
+    cipher = _new_cipher(ring, _cluster_id(connection), seals, opens)
     for id, proof in listed.items():
         if id not in ring.keys:
             raise KeyRingError(
@@ -122,19 +138,21 @@ def _checked_cipher(connection: Connection, ring: KeyRing) -> Cipher:
                 id,
             )
     complete = select(func.max(SealingKeyRow.is_complete))
-    is_off = ring.primary is None
-    cipher.accepts_clear = is_off or not connection.execute(complete).scalar()
+    is_all_sealed = ring.primary is not None and seals <= before
+    cipher.accepts_clear = not is_all_sealed or not connection.scalar(complete)
     return cipher
 
 
-def _new_cipher(ring: KeyRing, cluster: int) -> Cipher:
+def _new_cipher(
+    ring: KeyRing, cluster: int, seals: Collection[str], opens: Collection[str]
+) -> Cipher:
     try:
         from openclaw_store.encryption.cipher import Cipher
     except ImportError as error:
         raise KeyRingError(
             "keys need the package cryptography: pip install 'openclaw-store[encryption]'"
         ) from error
-    return Cipher(ring, cluster, accepts_clear=True)
+    return Cipher(ring, cluster, accepts_clear=True, seals=seals, opens=opens)
 
 
 def _cluster_id(connection: Connection) -> int:
@@ -168,7 +186,7 @@ def _has_rows(connection: Connection) -> bool:
 async def finish_rotation(
     tx: AsyncSession, cipher: Cipher, left: set[int], *, is_complete: bool
 ) -> None:
-    """Take keys off the list by which nothing is sealed, and note if no value in clear is left.
+    """Take keys off the list by which nothing is sealed, and note if all values are current.
 
     An active key stays on the list: another process may seal by it.
 
@@ -179,5 +197,9 @@ async def finish_rotation(
     active = {key.id for key in ring.keys.values() if key.state is KeyState.ACTIVE}
     kept = left | (active if ring.primary is not None else set())
     await tx.execute(delete(SealingKeyRow).where(SealingKeyRow.id.not_in(kept)))
-    if is_complete and ring.primary is not None:
-        await tx.execute(update(SealingKeyRow).values(is_complete=1))
+    if is_complete:
+        values = {
+            "is_complete": int(ring.primary is not None),
+            "sealed_fields": " ".join(sorted(cipher.seals)),
+        }
+        await tx.execute(update(SealingKeyRow).values(values))

@@ -52,7 +52,7 @@ from openclaw_store.database.tables import (
 )
 from openclaw_store.database.types import UtcTime
 from openclaw_store.domain import KEY, Decode, NodeInfo, RowCodec, Task
-from openclaw_store.encryption import Escaping, Protection, SealedColumn
+from openclaw_store.encryption import Protection, Sealed, SealedColumn
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
 """The fields that a heartbeat may report."""
@@ -156,7 +156,7 @@ class Statements(ABC):
         """The time of the last change of status; takes the newest change, its item and its id."""
         self.without_keys = self
         """The same statements without keys."""
-        self._protect(Escaping())
+        self._protect(Protection())
 
     def protected_by(self, protection: Protection) -> Self:
         """Return the same statements, with codecs that seal and open values."""
@@ -200,6 +200,14 @@ class Statements(ABC):
             SealedValueError: If it cannot be opened.
         """
         return self._load_reason(f"{item}:{id}", stored) if stored else stored
+
+    def open_text(self, value: Any, id: str) -> Any:
+        """Return the text of a selected value of the row with this identifier.
+
+        Raises:
+            SealedValueError: If it is sealed, and cannot be opened.
+        """
+        return value.open_with(self.protection, id) if isinstance(value, Sealed) else value
 
     def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
         """Return the statement that updates the named columns of many rows, and their codec.

@@ -41,7 +41,7 @@ CALL_FIELDS = tuple(
 def element_type(kind: Any) -> str:
     """Return the type of an array's elements: `text` for any length of text, and for JSON."""
     name: str = kind.compile(POSTGRESQL)
-    return "text" if name.startswith("VARCHAR") or name == "JSON" else name
+    return "text" if name.startswith(("VARCHAR", "TEXT")) or name == "JSON" else name
 
 
 def _arrays() -> list[str]:

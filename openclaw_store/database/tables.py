@@ -33,6 +33,7 @@ from openclaw_store.database.types import (
     EnumValue,
     Json,
     SealableJson,
+    SealableKey,
     SealableText,
     UtcTime,
     _Key,
@@ -149,7 +150,7 @@ class TaskRow(Base):
 
     task_id: Mapped[str] = mapped_column(_Key, primary_key=True)
     task_type: Mapped[TaskType] = mapped_column(EnumValue(TaskType))
-    name: Mapped[str] = mapped_column(Text)
+    name: Mapped[str] = mapped_column(SealableText("tasks", "name"))
     description: Mapped[str] = mapped_column(
         SealableText("tasks", "description"), server_default=""
     )
@@ -170,7 +171,7 @@ class TaskRow(Base):
     max_retries: Mapped[int] = mapped_column(BigInteger, server_default="3")
     result: Mapped[Any] = mapped_column(SealableJson("tasks", "result"), nullable=True)
     error: Mapped[str | None] = mapped_column(SealableText("tasks", "error"))
-    user_id: Mapped[str | None] = mapped_column(_Key)
+    user_id: Mapped[str | None] = mapped_column(SealableKey("tasks", "user_id"))
     idempotency_key: Mapped[str | None] = mapped_column(_Key)
     affinity_tags: Mapped[Any] = mapped_column(Json, nullable=True)
     # `metadata` is reserved on a declarative class; the column has the real name.
@@ -224,7 +225,7 @@ class NodeRow(Base):
     last_heartbeat: Mapped[datetime | None] = mapped_column(UtcTime)
     tags: Mapped[Any] = mapped_column(Json, nullable=True)
     lease_seconds: Mapped[float | None] = mapped_column(Float)
-    status_reason: Mapped[str | None] = mapped_column(Text)
+    status_reason: Mapped[str | None] = mapped_column(SealableText("nodes", "status_reason"))
     session: Mapped[str | None] = mapped_column(Text)
     version: Mapped[int] = mapped_column(BigInteger, server_default="0")
     progress: Mapped[Any] = mapped_column(SealableJson("nodes", "progress"), nullable=True)
@@ -331,6 +332,8 @@ class SealingKeyRow(Base):
     """A known text that the key has sealed, by which another key of this number is noticed."""
     is_complete: Mapped[int] = mapped_column(Integer, server_default="0")
     """1 if no value in clear was left when the key was added, or at the end of a rotation."""
+    sealed_fields: Mapped[str] = mapped_column(Text, server_default="")
+    """The optional fields that are sealed; see `sealing`."""
     added_at: Mapped[datetime] = mapped_column(UtcTime)
 
 

@@ -149,6 +149,15 @@ class SealableText(TypeDecorator[Any]):
         return value and self.place.receive(value)
 
 
+class SealableKey(SealableText):
+    """An identifier of a caller that may be sealed, and is longer then."""
+
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return String(MAX_ID_LENGTH) if dialect.name == "sqlite" else Text(collation="C")
+
+
 class SealableJson(Json):
     """JSON that may be sealed; see `SealableText`."""
 

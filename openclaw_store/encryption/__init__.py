@@ -5,17 +5,22 @@ only if a database has keys.
 """
 
 from openclaw_store.encryption.envelope import (
+    USER_ID,
     ConvertRow,
-    Escaping,
     Hash,
     Protection,
     Sealed,
     SealedColumn,
     SealedColumns,
 )
-from openclaw_store.encryption.fields import CLEAR_FIELDS, FIXED_REASONS, SEALED_FIELDS
+from openclaw_store.encryption.fields import (
+    FIXED_REASONS,
+    OPTIONAL_FIELDS,
+    SEALED_FIELDS,
+)
 from openclaw_store.encryption.key_ring import (
     KEYS_VARIABLE,
+    PROVIDER_VARIABLE,
     Key,
     KeyProvider,
     KeyRing,

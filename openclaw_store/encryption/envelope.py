@@ -2,6 +2,7 @@
 
 A sealed value is `$sealed$000003$…`: a prefix, the number of the key, and base64 of a nonce and the
 encrypted text. In a column of JSON it is a string of JSON, so that other tools can read the table.
+A column that the database searches has a keyed hash of the text before the nonce.
 
 Any other text that begins with the prefix is escaped, with and without keys: it is stored behind
 `$sealed$------$`.
@@ -10,12 +11,13 @@ Any other text that begins with the prefix is escaped, with and without keys: it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
 
+from openclaw_store.encryption.fields import OPTIONAL_FIELDS
 from openclaw_store.errors import SealedValueError
 
 PREFIX: Final = "$sealed$"
@@ -27,11 +29,21 @@ HEADER_LENGTH: Final = len(ESCAPE)
 
 
 class SealedColumn(NamedTuple):
-    """A sealed column of a table."""
+    """A column of a table whose values may be sealed."""
 
     table: str
     column: str
     is_json: bool
+
+    @property
+    def is_optional(self) -> bool:
+        """True if it is sealed only by a key ring that names it."""
+        return self.table == "tasks" and self.column in OPTIONAL_FIELDS
+
+    @property
+    def is_searched(self) -> bool:
+        """True if the database finds rows by its values."""
+        return self == USER_ID
 
     @property
     def prefix(self) -> str:
@@ -50,22 +62,6 @@ class SealedColumn(NamedTuple):
         number = value[int(self.is_json) + _WIDTH : self.header_length - 1]
         return {int(number)} if number.isascii() and number.isdecimal() else set()
 
-    def unescape(self, id: object, value: str) -> str:
-        """Return the text of an escaped value.
-
-        Raises:
-            SealedValueError: If it is sealed.
-        """
-        start = int(self.is_json)
-        if value.startswith(ESCAPE, start):
-            return f"{value[:start]}{value[start + HEADER_LENGTH :]}"
-        if value.startswith(PREFIX, start):
-            raise SealedValueError(
-                *(self.table, self.column, id),
-                "is sealed, and this process has no keys: open the database with the key ring",
-            )
-        return value
-
     def receive(self, value: Any) -> Any:
         """Return the text of a stored value; a sealed one as `Sealed`."""
         if type(value) is not str or value[:_WIDTH] != self.prefix:
@@ -82,6 +78,24 @@ class SealedColumn(NamedTuple):
             return f"{value[:start]}{ESCAPE}{value[start:]}"
         return value
 
+    def unescape(self, id: object, value: str) -> str:
+        """Return the text of an escaped value.
+
+        Raises:
+            SealedValueError: If it is sealed.
+        """
+        start = int(self.is_json)
+        if value.startswith(ESCAPE, start):
+            return f"{value[:start]}{value[start + HEADER_LENGTH :]}"
+        if value.startswith(PREFIX, start):
+            raise SealedValueError(
+                *(self.table, self.column, id),
+                "is sealed, and this process has no keys: open the database with the key ring",
+            )
+        return value
+
+
+USER_ID: Final = SealedColumn("tasks", "user_id", is_json=False)
 
 Convert = Callable[[object, str], str]
 """Converts a value that is not empty; takes the identifier of its row."""
@@ -101,73 +115,64 @@ class Hash(Protocol):
     def hexdigest(self) -> str: ...
 
 
-class Protection(Protocol):
-    """The conversion of values to their stored form and back."""
+class Protection:
+    """The conversion of values to their stored form and back.
 
-    has_keys: bool
+    Without keys, as here, values stay clear, and ones with the prefix are escaped. `Cipher` seals.
+    """
+
+    has_keys = False
     """True if it opens sealed values."""
+    cluster: int | None = None
+    """The number of the cluster to which sealed values are bound; `None` without keys."""
+    seals: frozenset[str] = frozenset()
+    """The optional fields that it seals."""
+    unsearchable: Sequence[str] = ()
+    """The conditions of filters that search in sealed values."""
+
+    def reading(self, cluster: int | None = None) -> Protection:
+        """Return a protection that opens values of another cluster, and values in clear."""
+        return self
 
     def new_hash(self) -> Hash:
         """Return a SHA-256, which is keyed if there are keys."""
+        return hashlib.sha256()
+
+    def forms_of(self, place: SealedColumn, value: str) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the stored forms that a value may have, and beginnings of other ones."""
+        return [place.escape(value)], []
 
     def storing(self, place: SealedColumn) -> Convert:
         """Return the function that makes the stored form of a value."""
+        return lambda _, value: place.escape(value)
 
     def loading(self, place: SealedColumn) -> Convert:
         """Return the function that returns a value from its stored form.
 
         That function raises `SealedValueError`.
         """
+        return place.unescape
 
     def storing_row(self, places: SealedColumns) -> ConvertRow:
         """Return the function that converts the values of a row to their stored forms."""
+        return _of_prefixed(places, self.storing)
 
     def loading_row(self, places: SealedColumns) -> ConvertRow:
         """Return the function that converts the stored values of a row back."""
+        return _of_prefixed(places, self.loading)
 
 
-class Escaping:
-    """The protection without keys: values stay clear, and ones with the prefix are escaped."""
-
-    has_keys = False
-
-    def new_hash(self) -> Hash:
-        return hashlib.sha256()
-
-    def storing(self, place: SealedColumn) -> Convert:
-        return lambda _, value: place.escape(value)
-
-    def loading(self, place: SealedColumn) -> Convert:
-        return place.unescape
-
+def _of_prefixed(places: SealedColumns, to: Callable[[SealedColumn], Convert]) -> ConvertRow:
     # Every row passes here, so nearly all values cost one comparison of a slice.
-    def storing_row(self, places: SealedColumns) -> ConvertRow:
-        prefixes = _prefixes(places)
+    prefixes = [(position, place.prefix, to(place)) for position, place in places]
 
-        def convert(id: object, row: list[Any]) -> None:
-            for position, prefix, place in prefixes:
-                value = row[position]
-                if value and value[:_WIDTH] == prefix:
-                    row[position] = place.escape(value)
+    def convert(id: object, row: list[Any]) -> None:
+        for position, prefix, one in prefixes:
+            value = row[position]
+            if value and value[:_WIDTH] == prefix:
+                row[position] = one(id, value)
 
-        return convert
-
-    def loading_row(self, places: SealedColumns) -> ConvertRow:
-        prefixes = _prefixes(places)
-
-        def convert(id: object, row: list[Any]) -> None:
-            for position, prefix, place in prefixes:
-                value = row[position]
-                if value and value[:_WIDTH] == prefix:
-                    row[position] = place.unescape(id, value)
-
-        return convert
-
-
-def _prefixes(
-    places: Iterable[tuple[int, SealedColumn]],
-) -> Sequence[tuple[int, str, SealedColumn]]:
-    return [(position, place.prefix, place) for position, place in places]
+    return convert
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -24,25 +24,29 @@ from openclaw_store.encryption.key_ring import (
 from openclaw_store.errors import KeyRingError
 
 
-def create(path: Path) -> None:
+def create(path: Path, wrapped: bytes | None = None) -> None:
     """Make a file with one new key, number 1.
+
+    Args:
+        wrapped: A data key as a `KeyProvider` takes it; `None` to draw a plain key.
 
     Raises:
         InvalidDataError: If the file exists.
         UnavailableError: If it cannot be written.
     """
-    _write(path, [_new_key(1)], 1, overwrite=False)
+    _write(path, [_new_key(1, wrapped)], 1, overwrite=False)
 
 
-def add(path: Path, *, is_standby: bool = False) -> int:
+def add(path: Path, wrapped: bytes | None = None, *, is_standby: bool = False) -> int:
     """Add a new key, which becomes the primary one; return its number.
 
     Args:
+        wrapped: As of `create`.
         is_standby: Leave the primary key as it is: other machines must get the file first.
     """
     keys, primary = read_file(path)
     id = max(key.id for key in keys) + 1
-    _write(path, [*keys, _new_key(id)], primary if is_standby else id)
+    _write(path, [*keys, _new_key(id, wrapped)], primary if is_standby else id)
     return id
 
 
@@ -70,8 +74,9 @@ def remove(path: Path, id: int) -> None:
     _write(path, [key for key in keys if key.id != id], primary)
 
 
-def _new_key(id: int) -> Key:
-    return Key(id, secrets.token_bytes(KEY_BYTES))
+def _new_key(id: int, wrapped: bytes | None) -> Key:
+    secret = secrets.token_bytes(KEY_BYTES) if wrapped is None else None
+    return Key(id, secret, wrapped=wrapped)
 
 
 def _require(path: Path, keys: Sequence[Key], id: int) -> Key:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Final, Protocol
 
 import orjson
 
-from openclaw_store.errors import KeyRingError, safe_repr
+from openclaw_store.encryption.fields import OPTIONAL_FIELDS
+from openclaw_store.errors import InvalidDataError, KeyRingError, safe_repr
 
 KEYS_VARIABLE: Final = "OPENCLAW_STORE_KEYS"
 """The environment variable with the path of the key file."""
+
+PROVIDER_VARIABLE: Final = "OPENCLAW_STORE_KEY_PROVIDER"
+"""The environment variable with the provider of its wrapped keys, as `module:object`."""
 
 KEY_BYTES: Final = 32
 LARGEST_ID: Final = 999_999
@@ -57,21 +63,37 @@ class KeyRing:
         keys: All keys.
         primary: The number of the key that seals; `None` to seal nothing, and to open only.
         provider: Unwraps the keys that are wrapped, once, when a database is opened.
+        seal: More fields to seal: `name`, `user_id`. The database keeps this choice for all of its
+            processes; `None` leaves it as it is.
 
     Raises:
         KeyRingError: If two keys have one number, or the primary key is missing or retired.
+        InvalidDataError: If `seal` has another field.
     """
 
     def __init__(
-        self, keys: Sequence[Key], primary: int | None, provider: KeyProvider | None = None
+        self,
+        keys: Sequence[Key],
+        primary: int | None,
+        provider: KeyProvider | None = None,
+        *,
+        seal: Collection[str] | None = None,
     ) -> None:
         self.keys: Mapping[int, Key] = {key.id: key for key in keys}
         self.primary = primary
+        self.seal = None if seal is None else frozenset(seal)
+        if self.seal is not None and (isinstance(seal, str) or self.seal - OPTIONAL_FIELDS):
+            raise InvalidDataError(
+                "seal", f"must be a set of {', '.join(sorted(OPTIONAL_FIELDS))}, not {seal!r}"
+            )
         self._provider = provider
         check_keys(keys, primary)
         for key in keys:
             if key.secret is None and provider is None:
-                raise KeyRingError(f"key {key.id} is wrapped: give a KeyProvider", key.id)
+                raise KeyRingError(
+                    f"key {key.id} is wrapped: give a KeyProvider, or set {PROVIDER_VARIABLE}",
+                    key.id,
+                )
 
     def __repr__(self) -> str:
         return f"<KeyRing of keys {sorted(self.keys)}, primary {self.primary}>"
@@ -80,13 +102,34 @@ class KeyRing:
         raise TypeError("a KeyRing is not pickled: load the file of keys in the other process")
 
     @classmethod
-    def load(cls, path: str | Path, provider: KeyProvider | None = None) -> KeyRing:
+    def load(
+        cls,
+        path: str | Path,
+        provider: KeyProvider | None = None,
+        *,
+        seal: Collection[str] | None = None,
+    ) -> KeyRing:
         """Read a file of keys, which only its owner may read and write (mode 0600).
 
+        Args:
+            provider: Unwraps the keys that are wrapped; `None` for the one that
+                `OPENCLAW_STORE_KEY_PROVIDER` names, as `module:object`.
+            seal: As of `KeyRing`.
+
         Raises:
-            KeyRingError: If the file is missing, malformed, or open to other users.
+            KeyRingError: If the file is missing, malformed, or open to other users; or the provider
+                cannot be imported.
         """
-        return cls(*read_file(Path(path)), provider)
+        return cls(*read_file(Path(path)), provider or _named_provider(), seal=seal)
+
+    def sealing(self, fields: Collection[str]) -> KeyRing:
+        """Return a key ring that seals these fields as well, unless it was given others."""
+        return KeyRing(
+            [*self.keys.values()],
+            self.primary,
+            self._provider,
+            seal=fields if self.seal is None else self.seal,
+        )
 
     def secrets(self) -> Mapping[int, bytes]:
         """Return the bytes of all keys, by number; they must be unwrapped."""
@@ -112,11 +155,33 @@ class KeyRing:
             self.keys = {**self.keys, key.id: unwrapped}
 
 
-def keys_of(keys: KeyRing | None) -> KeyRing | None:
-    """Return the given key ring, or that of the environment, if any."""
+def _named_provider() -> KeyProvider | None:
+    """Import the provider that the environment names; a class is called without arguments."""
+    name = os.environ.get(PROVIDER_VARIABLE)
+    if not name:
+        return None
+    if "" not in sys.path:  # a program that was installed does not search the working folder
+        sys.path.append("")
+    try:
+        found: Any = resolve_name(name)
+        provider: KeyProvider = found() if isinstance(found, type) else found
+    except Exception as error:
+        reason = f"{PROVIDER_VARIABLE}={name} cannot be imported: {type(error).__name__}: {error}"
+        raise KeyRingError(reason) from error
+    if not callable(getattr(provider, "unwrap", None)):
+        raise KeyRingError(f"{PROVIDER_VARIABLE}={name} has no method `unwrap`")
+    return provider
+
+
+def keys_of(keys: KeyRing | None, seal: Collection[str] | None = None) -> KeyRing | None:
+    """Return the given key ring, or that of the environment, if any.
+
+    Args:
+        seal: As of `KeyRing`, for that of the environment.
+    """
     path = os.environ.get(KEYS_VARIABLE)
     if keys is None and path:
-        return KeyRing.load(path)
+        return KeyRing.load(path, seal=seal)
     if keys is not None and not isinstance(keys, KeyRing):
         raise KeyRingError("`keys` must be a KeyRing, as KeyRing.load(path) returns")
     return keys

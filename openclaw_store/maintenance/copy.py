@@ -222,7 +222,14 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
     if source.db_path == target.db_path and source.db_path != ":memory:":
         raise InvalidDataError("target", f"{target.db_path} is the source itself: give another")
     await source.initialize(migrate=False)
+    seals, keys = source.statements.protection.seals, target.keys
+    if seals and keys is not None:
+        target.keys = keys.sealing(seals)
     await target.initialize(is_copy_target=True)
+    lost = seals - target.statements.protection.seals
+    if lost and keys is not None and keys.seal is None:  # it was opened before
+        names = ", ".join(sorted(lost))
+        raise InvalidDataError("target", f"would have {names} in clear: give KeyRing(seal=…)")
     protections = [one.statements.protection for one in (source, target)]
     new_hash = max(protections, key=lambda one: one.has_keys).new_hash
     async with source.session() as session:

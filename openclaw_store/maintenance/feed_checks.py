@@ -24,6 +24,7 @@ from openclaw_store.domain import (
     Task,
     TaskStatus,
 )
+from openclaw_store.encryption import Sealed
 from openclaw_store.errors import InvalidDataError, safe_repr
 from openclaw_store.maintenance.domains import (
     FUTURE,
@@ -57,7 +58,8 @@ _NAMES_OF_VALUES = frozenset({"item", "kind", "from_status", "to_status"})
 
 # SQLite stores any type in any column but the first.
 _TYPES: Sequence[Any] = (
-    int, (int, datetime), str, str, str, *[(str, NoneType)] * 4, (int, NoneType)
+    int, (int, datetime), str, str, str,
+    *[(str, NoneType)] * 3, (str, NoneType, Sealed), (int, NoneType),
 )  # fmt: skip
 """The types of the columns, as the drivers give them."""
 

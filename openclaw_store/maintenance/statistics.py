@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from openclaw_store.database import HAS_FAILED, TaskRow
+from openclaw_store.database import HAS_FAILED, Statements, TaskRow
 from openclaw_store.domain import TaskStatus
 
 _BY_COMPLETION = "INDEXED BY ix_tasks_completed_at"
@@ -110,11 +110,17 @@ def merged(intervals: Sequence[Interval], count: int) -> list[Interval]:
 
 
 def read_timings(
-    connection: Connection, intervals: Sequence[Interval], until: datetime, *, most: int = 100
+    connection: Connection,
+    sql: Statements,
+    intervals: Sequence[Interval],
+    until: datetime,
+    *,
+    most: int = 100,
 ) -> Statistics:
     """Sample the finished tasks of a period.
 
     Args:
+        sql: The statements of the database.
         intervals: The parts of the period, with the numbers of tasks.
         until: The end of the period.
         most: Maximum number of tasks that are read for each part.
@@ -132,7 +138,7 @@ def read_timings(
     for one in sample:
         for name, value in (
             ("node", one.row.assigned_node),
-            ("user", one.row.user_id),
+            ("user", sql.open_text(one.row.user_id, one.row.task_id)),
             ("type", one.row.task_type.value),
         ):
             if value is not None:
@@ -150,11 +156,17 @@ def read_timings(
 
 
 def read_statistics(
-    connection: Connection, since: datetime, until: datetime, *, parts: int = 60, most: int = 100
+    connection: Connection,
+    sql: Statements,
+    since: datetime,
+    until: datetime,
+    *,
+    parts: int = 60,
+    most: int = 100,
 ) -> Statistics:
     """Return the figures of a period in equal parts."""
     intervals = read_intervals(connection, since, until, parts)
-    return read_timings(connection, intervals, until, most=most)
+    return read_timings(connection, sql, intervals, until, most=most)
 
 
 def _count(
@@ -180,7 +192,7 @@ def _finished(connection: Connection, since: datetime, until: datetime, most: in
     row = TaskRow
     query = (
         select(row.submitted_at, row.started_at, row.completed_at)
-        .add_columns(row.assigned_node, row.user_id, row.task_type)
+        .add_columns(row.task_id, row.assigned_node, row.user_id, row.task_type)
         .where(row.completed_at >= since, row.completed_at < until)
         .with_hint(TaskRow.__table__, _BY_COMPLETION, "sqlite")
         .order_by(row.completed_at)

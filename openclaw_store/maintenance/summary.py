@@ -14,7 +14,16 @@ from typing import Any
 from sqlalchemy import Connection, Text, and_, cast, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.database import COLUMNS, HEAD, ChangeRow, CounterRow, Database, NodeRow, TaskRow
+from openclaw_store.database import (
+    COLUMNS,
+    HEAD,
+    ChangeRow,
+    CounterRow,
+    Database,
+    NodeRow,
+    Statements,
+    TaskRow,
+)
 from openclaw_store.domain import (
     WAITING,
     Change,
@@ -79,7 +88,9 @@ async def summarize(database: Database) -> Summary:
     async def read(session: AsyncSession) -> dict[str, Any]:
         newest = select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
         return {
-            "oldest_waiting": await on_connection(find_oldest)(session),
+            "oldest_waiting": await on_connection(
+                lambda one: find_oldest(one, database.statements)
+            )(session),
             "revision": await session.scalar(select(CounterRow.revision)),
             "changed_at": await session.scalar(newest),
             "compacted": await session.scalar(select(CounterRow.compacted)),
@@ -99,10 +110,10 @@ async def summarize(database: Database) -> Summary:
     )
 
 
-def find_oldest(connection: Connection) -> Waiting | None:
+def find_oldest(connection: Connection, sql: Statements) -> Waiting | None:
     """Return the pending or scheduled task that was submitted first."""
     oldest = [
-        Waiting(*row)
+        Waiting(row.task_id, sql.open_text(row.name, row.task_id), row.status, row.submitted_at)
         for status in sorted(WAITING)
         for row in connection.execute(
             select(TaskRow.task_id, TaskRow.name, TaskRow.status, TaskRow.submitted_at)

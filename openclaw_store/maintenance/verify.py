@@ -26,6 +26,7 @@ from openclaw_store.database import (
     NodeRow,
     TaskRow,
 )
+from openclaw_store.database.rekeying import find_unreadable
 from openclaw_store.domain import ENTITY_NAMES, MAX_INTEGER, NodeInfo, Task, utc_now
 from openclaw_store.errors import InvalidDataError, UnavailableError, shown
 from openclaw_store.maintenance.feed_checks import FeedCheck
@@ -112,6 +113,9 @@ class _Scan:
         try:
             async with database.session() as session, limited(session):
                 await database.read_in(session, lambda session: self._check_all(database, session))
+            if self.findings.result.is_complete:  # behind the session: the pool may have one alone
+                for problem in await find_unreadable(database):
+                    self.findings.add("values", f"{problem}.")
         except (UnavailableError, InvalidDataError) as error:
             if error.__cause__ is None or not SQLiteErrorMapping.is_damage(error.__cause__):
                 raise

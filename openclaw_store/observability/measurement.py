@@ -11,9 +11,8 @@ from sqlalchemy import Connection, func, select, text
 
 from openclaw_store.database import CounterRow, Database, NodeRow, TaskRow
 from openclaw_store.domain import FINISHED as FINISHED_STATES
-from openclaw_store.domain import Task, TaskStatus
+from openclaw_store.domain import WAITING, Task, TaskStatus
 from openclaw_store.maintenance.stuck import Reason, find_stuck
-from openclaw_store.maintenance.summary import find_oldest
 from openclaw_store.observability import catalogue as metrics
 from openclaw_store.observability.catalogue import Metric
 from openclaw_store.repositories import Event, TasksAdded
@@ -124,8 +123,11 @@ def read_samples(connection: Connection, now: datetime) -> list[Sample]:
         query = select(row.status, func.count()).group_by(row.status)
         counts: Mapping[Any, int] = {row[0]: row[1] for row in connection.execute(query)}
         samples += [Sample(metric, counts.get(one, 0), one.value) for one in kind.kind]
-    oldest = find_oldest(connection)
-    age = 0.0 if oldest is None else max(0.0, (now - oldest.submitted_at).total_seconds())
+    oldest = [
+        connection.scalar(select(func.min(TaskRow.submitted_at)).where(TaskRow.status == status))
+        for status in sorted(WAITING)
+    ]
+    age = max([0.0, *((now - one).total_seconds() for one in oldest if one is not None)])
     samples.append(Sample(metrics.OLDEST, age))
     stuck = dict.fromkeys(Reason, 0)
     for group in find_stuck(connection, now, most=MOST_STUCK):

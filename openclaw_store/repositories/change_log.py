@@ -18,8 +18,10 @@ from openclaw_store.database import (
     statements_in,
 )
 from openclaw_store.domain import ENTITY_NAMES, KEY, Change, ChangeKind, Task
-from openclaw_store.errors import CompactedError, InvalidDataError
+from openclaw_store.errors import CompactedError, InvalidDataError, SealedValueError, logger_of
 from openclaw_store.repositories.unit_of_work import counters_of
+
+logger = logger_of("repositories")
 
 # Without the type, which would return sealed reasons as objects for callers.
 _COLUMNS, _PAST = (
@@ -47,7 +49,8 @@ PAGE_BYTES = 8 << 20
 async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Change], int]:
     """Return a batch of the changes after a revision, and the revision at its end.
 
-    Clean-up removes the changes of a task together with the task.
+    Clean-up removes the changes of a task together with the task. A sealed reason that cannot be
+    opened is `None`, and an error in the log.
 
     Raises:
         CompactedError: If changes after `since` were removed by compaction.
@@ -67,11 +70,11 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
     changes: list[Change] = []
     size = 0
     for *row, length_here, is_short_here in rows:
-        [change] = _as_changes(session, [row])
+        [change] = _as_changes(session, [row], is_tolerant=True)
         if not is_short_here:
             reason = select(_COLUMNS[_REASON]).where(ChangeRow.revision == change.revision)
             row[_REASON] = await session.scalar(reason)
-            [change] = _as_changes(session, [row])
+            [change] = _as_changes(session, [row], is_tolerant=True)
             size += length_here
         changes.append(change)
         if size > PAGE_BYTES:
@@ -81,9 +84,9 @@ async def read_changes(session: AsyncSession, since: int) -> tuple[Sequence[Chan
 
 
 async def read_newest_changes(session: AsyncSession, before: int, count: int) -> list[Change]:
-    """Return the changes before a revision, newest first."""
+    """Return the changes before a revision, newest first; reasons as `read_changes` does."""
     query = _ALL.where(ChangeRow.revision < before).order_by(ChangeRow.revision.desc())
-    return _as_changes(session, await session.execute(query.limit(count)))
+    return _as_changes(session, await session.execute(query.limit(count)), is_tolerant=True)
 
 
 async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -> list[Change]:
@@ -105,8 +108,20 @@ async def read_history(session: AsyncSession, id: str, kind: type[Any] = Task) -
     return past + _as_changes(session, await session.execute(query))[::-1]
 
 
-def _as_changes(session: AsyncSession, rows: Iterable[Any]) -> list[Change]:
-    read = statements_in(session).read_reason
+def _as_changes(
+    session: AsyncSession, rows: Iterable[Any], *, is_tolerant: bool = False
+) -> list[Change]:
+    sql = statements_in(session)
+
+    def read(item: str, id: str, stored: str | None) -> str | None:
+        try:
+            return sql.read_reason(item, id, stored)
+        except SealedValueError as error:
+            if not is_tolerant:
+                raise
+            logger.error("a change has no reason here: %s", error)
+            return None
+
     return [
         Change(revision, at, name, id, ChangeKind(kind), was, now, node, read(name, id, why), prior)
         for revision, at, name, id, kind, was, now, node, why, prior in rows

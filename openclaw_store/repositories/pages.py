@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import (
     COLUMNS,
+    Statements,
     TaskRow,
     from_microseconds,
     statements_in,
@@ -96,16 +97,17 @@ class Page:
         """Return the queries whose results, merged and cut to `size`, are the page."""
         filter, states = self.filter, self._states()
         has_states = () if filter.status is None else (TaskRow.status.in_(states),)
-        matches = [*other_conditions(filter, statements_in(session))]
+        sql = statements_in(session)
+        matches = [*other_conditions(filter, sql)]
         if filter.node is not None or filter.user is not None:
-            return [self._walk(*has_states, *matches)]
+            return [self._walk(sql, *has_states, *matches)]
         if await self._is_short(session):
-            found = self._search(*has_states, *matches, hint=f"INDEXED BY {_BY_COMPLETION}")
+            found = self._search(sql, *has_states, *matches, hint=f"INDEXED BY {_BY_COMPLETION}")
             return [await self._by_ids(session, found)]
         if matches and await self._is_rare(session, states, matches):
-            found = self._search(*has_states, *matches, hint="NOT INDEXED")
+            found = self._search(sql, *has_states, *matches, hint="NOT INDEXED")
             return [await self._by_ids(session, found)]
-        return [self._walk(TaskRow.status == status, *matches) for status in states]
+        return [self._walk(sql, TaskRow.status == status, *matches) for status in states]
 
     def _states(self) -> Sequence[TaskStatus]:
         given = self.filter.status
@@ -113,23 +115,23 @@ class Page:
         only_finished = selects_finished(self.filter)
         return [status for status in states if status in FINISHED or not only_finished]
 
-    def _walk(self, *wanted: Condition) -> Select[Any]:
+    def _walk(self, sql: Statements, *wanted: Condition) -> Select[Any]:
         """Return a query that reads tasks in the order of the list until the page is full."""
-        return self._ordered(select(*COLUMNS[Task]).where(*wanted)).limit(self.size)
+        return self._ordered(sql, select(*COLUMNS[Task]).where(*wanted)).limit(self.size)
 
-    def _search(self, *wanted: Condition, hint: str) -> Select[Any]:
+    def _search(self, sql: Statements, *wanted: Condition, hint: str) -> Select[Any]:
         """Return a query of identifiers that reads all tasks, or all of an index, and sorts."""
         query = select(TaskRow.task_id).where(*wanted).with_hint(TaskRow, hint, "sqlite")
-        return self._ordered(query).limit(self.size)
+        return self._ordered(sql, query).limit(self.size)
 
-    def _ordered(self, query: Select[Any]) -> Select[Any]:
+    def _ordered(self, sql: Statements, query: Select[Any]) -> Select[Any]:
         """Return the query in the order of the list, with the conditions that an index answers."""
-        return query.where(*self._position()).order_by(*NEWEST_FIRST)
+        return query.where(*self._position(sql)).order_by(*NEWEST_FIRST)
 
-    def _position(self) -> Iterator[Condition]:
+    def _position(self, sql: Statements) -> Iterator[Condition]:
         if self.after is not None:
             yield self.after
-        yield from indexed_conditions(self.filter)
+        yield from indexed_conditions(self.filter, sql)
 
     async def _by_ids(self, session: AsyncSession, found: Select[Any]) -> Select[Any]:
         sql = statements_in(session)
@@ -149,9 +151,9 @@ class Page:
         self, session: AsyncSession, states: Sequence[TaskStatus], matches: Sequence[Condition]
     ) -> bool:
         """Return true if no task matches among the first ones of a status that many tasks have."""
-        at = TaskRow.submitted_at
+        at, sql = TaskRow.submitted_at, statements_in(session)
         for status in states:
-            wanted = TaskRow.status == status, *self._position()
+            wanted = TaskRow.status == status, *self._position(sql)
             query = select(at).where(*wanted).order_by(at.desc()).offset(_FIRST_TASKS).limit(1)
             last = await session.scalar(query)  # in the index alone
             if last is not None:

@@ -24,6 +24,7 @@ from sqlalchemy import (
 
 from openclaw_store.database import NodeRow, Statements, TaskRow, statements_of
 from openclaw_store.domain import LIVE, MAX_INTEGER, NodeFilter, NodeStatus, TaskFilter
+from openclaw_store.encryption import USER_ID, Protection
 from openclaw_store.errors import InvalidDataError
 
 Condition = ColumnElement[bool]
@@ -35,18 +36,27 @@ def task_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]:
     Raises:
         InvalidDataError: If a condition searches in sealed values.
     """
-    yield from indexed_conditions(filter)
+    yield from indexed_conditions(filter, sql)
     yield from other_conditions(filter, sql)
 
 
-def indexed_conditions(filter: TaskFilter) -> Iterator[Condition]:
+def indexed_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]:
     """Yield the conditions of a checked filter that an index answers in the order of a list."""
     row = TaskRow
     if filter.node is not None:
         yield row.assigned_node == filter.node
     if filter.user is not None:
-        yield row.user_id == filter.user
+        yield is_of_user(filter.user, sql)
     yield from _between(row.submitted_at, filter.submitted_from, filter.submitted_until)
+
+
+def is_of_user(user_id: str, sql: Statements) -> Condition:
+    """Return the condition of the tasks of a user; a sealed user id begins with a keyed hash."""
+    column, (equal, beginnings) = TaskRow.user_id, sql.protection.forms_of(USER_ID, user_id)
+    return or_(
+        *(column == one for one in equal),
+        *(and_(column >= one, column < f"{one}~") for one in beginnings),
+    )
 
 
 def completion_conditions(filter: TaskFilter) -> Iterator[Condition]:
@@ -72,7 +82,7 @@ def other_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]
     """
     row: Any = TaskRow
     dialect = sql.dialect.name
-    refuse_sealed(filter, sql)
+    refuse_sealed(filter, sql.protection)
     for column, alternatives in (
         (row.task_type, filter.task_type),
         (row.priority, filter.priority),
@@ -92,20 +102,19 @@ def other_conditions(filter: TaskFilter, sql: Statements) -> Iterator[Condition]
         yield is_value(row.metadata_, path.split("."), wanted)
 
 
-def refuse_sealed(filter: TaskFilter, sql: Statements) -> None:
+def refuse_sealed(filter: TaskFilter, protection: Protection) -> None:
     """Refuse a search in sealed values.
 
     Raises:
         InvalidDataError: It names the condition.
     """
-    if sql.protection.has_keys:
-        for name in ("error_contains", "metadata"):
-            if getattr(filter, name) is not None:
-                raise InvalidDataError(
-                    name,
-                    "is a search in sealed values, which the database cannot read: select by other "
-                    "conditions, and search in the tasks that are found",
-                )
+    for name in protection.unsearchable:
+        if getattr(filter, name) is not None:
+            raise InvalidDataError(
+                name,
+                "is a search in sealed values, which the database cannot read: select by other "
+                "conditions, and search in the tasks that are found",
+            )
 
 
 def node_conditions(filter: NodeFilter, now: datetime, dialect: str) -> Iterator[Condition]:

@@ -51,7 +51,7 @@ from openclaw_store.repositories.commands import (
 )
 from openclaw_store.repositories.pages import NEWEST_FIRST, Page, after_cursor, cursor_of
 from openclaw_store.repositories.parts import claim_in_parts
-from openclaw_store.repositories.queries import task_conditions
+from openclaw_store.repositories.queries import is_of_user, task_conditions
 from openclaw_store.repositories.retention import (
     count_old_tasks,
     parse_policy,
@@ -291,7 +291,8 @@ class TaskRepository(Repository[Task]):
 
     async def list_by_user(self, user_id: str, limit: int | None = 100) -> list[Task]:
         """Return the tasks of this user, newest submitted first."""
-        return await self._newest(TaskRow.user_id == check_key("user_id", user_id), limit)
+        condition = is_of_user(check_key("user_id", user_id), self._database.statements)
+        return await self._newest(condition, limit)
 
     async def list_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Return pending and scheduled tasks by priority, time of submission and identifier."""

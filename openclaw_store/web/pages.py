@@ -130,15 +130,15 @@ class Pages:
         )
 
     async def _read_overview(self) -> Overview:
-        now = self._database.clock()
+        now, sql = self._database.clock(), self._database.statements
         intervals = merged(self._live.intervals(now), TIMING_PARTS)
 
         def read(connection: Connection) -> Overview:
             return Overview(
-                find_oldest(connection),
-                find_failures(connection, self._database.statements, now - HOUR, most=MOST),
+                find_oldest(connection, sql),
+                find_failures(connection, sql, now - HOUR, most=MOST),
                 find_stuck(connection, now, most=MOST),
-                read_timings(connection, intervals, now, most=SAMPLED),
+                read_timings(connection, sql, intervals, now, most=SAMPLED),
             )
 
         return await self._read(on_connection(read))
@@ -313,7 +313,8 @@ class Pages:
         """Tell a supervisor whether the database can be read."""
         try:
             async with asyncio.timeout(5):
-                await self._read(on_connection(find_oldest))
+                sql = self._database.statements
+                await self._read(on_connection(lambda one: find_oldest(one, sql)))
         except (StoreError, TimeoutError):
             return PlainTextResponse("the database cannot be read\n", 503)
         return PlainTextResponse("ok\n")

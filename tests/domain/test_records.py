@@ -44,7 +44,7 @@ from openclaw_store.domain.validation import (
     MAX_TEXT_LENGTH,
     encode_json,
 )
-from openclaw_store.encryption import Escaping
+from openclaw_store.encryption import Protection
 
 MAX = 2**63 - 1
 SQLITE = sqlite.dialect()
@@ -851,10 +851,10 @@ class TestRow:
     ) -> None:
         moment = datetime(2026, 3, 1, 12, 0, 0, 1, tzinfo=UTC)
         task = make_task(status=status, started_at=moment, parameters={"a": 1}, result=[[1]])
-        record, plan = encode(task), codec_of(Task, FIELDS[Task], SQLITE, Escaping())
+        record, plan = encode(task), codec_of(Task, FIELDS[Task], SQLITE, Protection())
         row = tuple(record.values(plan))
 
-        found = decoder_of(Task, SQLITE, Escaping())(row)
+        found = decoder_of(Task, SQLITE, Protection())(row)
 
         assert found.copy() == task
         assert found.differences(record) == ()

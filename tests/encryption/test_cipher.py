@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.pages import DOCS
 
 from openclaw_store import KeyRing, KeyRingError, SealedValueError
 from openclaw_store.database.tables import Base
 from openclaw_store.encryption import (
-    CLEAR_FIELDS,
     SEALED_FIELDS,
-    Escaping,
     Key,
     KeyState,
+    Protection,
     SealedColumn,
 )
 from openclaw_store.encryption.cipher import Cipher
@@ -50,9 +51,9 @@ def test_each_text_round_trips(text: str, primary: int | None) -> None:
 
 @given(text=TEXTS)
 def test_each_text_round_trips_without_keys_and_when_keys_are_turned_on(text: str) -> None:
-    stored = Escaping().storing(TEXT)("t1", text)
+    stored = Protection().storing(TEXT)("t1", text)
 
-    assert Escaping().loading(TEXT)("t1", stored) == text
+    assert Protection().loading(TEXT)("t1", stored) == text
     assert cipher(accepts_clear=True).loading(TEXT)("t1", stored) == text
 
 
@@ -60,7 +61,7 @@ def test_each_text_round_trips_without_keys_and_when_keys_are_turned_on(text: st
 def test_each_json_round_trips_and_is_stored_as_json(value: object) -> None:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     row: list[object] = [text]
-    for protection in (cipher(), Escaping()):
+    for protection in (cipher(), Protection()):
         protection.storing_row([(0, JSON)])("t1", row)
         json.loads(str(row[0]))
         protection.loading_row([(0, JSON)])("t1", row)
@@ -120,7 +121,7 @@ def test_process_without_keys_refuses_a_sealed_value() -> None:
     row: list[object] = [cipher().storing(TEXT)("t1", "a secret")]
 
     with pytest.raises(SealedValueError, match="no keys"):
-        Escaping().loading_row([(0, TEXT)])("t1", row)
+        Protection().loading_row([(0, TEXT)])("t1", row)
 
 
 def test_value_in_clear_is_refused_once_all_values_are_sealed() -> None:
@@ -143,12 +144,18 @@ def test_fixed_reasons_stay_clear_and_others_do_not() -> None:
     assert "secret" not in cipher().storing(reason)("task:t1", "released: secret")
 
 
-def test_each_column_is_sealed_or_has_a_reason_to_be_clear() -> None:
-    for name, clear in CLEAR_FIELDS.items():
-        columns = set(Base.metadata.tables[name].c.keys())
+def test_reference_lists_each_column_as_sealed_or_with_a_reason_to_be_clear() -> None:
+    reference = (DOCS / "reference" / "encryption.md").read_text()
+    sealed, clear = reference.split("## Fields in clear")
+    lines = re.findall(r"^\| `(\w+)` \| (`.+`) \| (.+) \|$", clear, re.MULTILINE)
+    for name in ("tasks", "nodes", "changes", "outgoing"):
+        reasons = [re.findall(r"`(\w+)`", columns) for table, columns, _ in lines if table == name]
+        columns = sorted(column for one in reasons for column in one)
 
-        assert columns == {*clear, *SEALED_FIELDS[name]}
-        assert not set(clear) & set(SEALED_FIELDS[name])
+        assert columns == sorted(set(Base.metadata.tables[name].c.keys()) - {*SEALED_FIELDS[name]})
+    for name, fields in SEALED_FIELDS.items():
+        [named] = re.findall(rf"^\| `{name}`.* \| (.+) \|$", sealed, re.MULTILINE)[:1]
+        assert tuple(re.findall(r"`(\w+)`", named)) == tuple(fields)
 
 
 def test_no_key_appears_in_a_repr_or_error() -> None:

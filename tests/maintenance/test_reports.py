@@ -184,7 +184,7 @@ class TestStatistics:
         )
         await manager.add_task(make_task(task_id="waits", submitted_at=clock() - SECOND))
 
-        found = await ask(manager, read_statistics, since, clock(), parts=6)
+        found = await ask(manager, read_statistics, manager.db.statements, since, clock(), parts=6)
 
         assert [one.submitted for one in found.intervals] == [1, 2, 1, 2, 2, 2]
         assert [one.finished for one in found.intervals] == [1, 1, 2, 1, 2, 1]
@@ -206,7 +206,15 @@ class TestStatistics:
             ]
         )
 
-        found = await ask(manager, read_statistics, clock() - HOUR, clock(), parts=4, most=10)
+        found = await ask(
+            manager,
+            read_statistics,
+            manager.db.statements,
+            clock() - HOUR,
+            clock(),
+            parts=4,
+            most=10,
+        )
 
         assert found.is_sampled
         assert sum(found.by["type"].values()) == 30
