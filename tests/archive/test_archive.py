@@ -423,6 +423,30 @@ async def test_process_that_lost_its_run_restores_nothing_more(
     assert archived
 
 
+@pytest.mark.sqlite
+async def test_process_that_lost_its_run_keeps_the_manifest_of_the_other_one(
+    database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has forgotten the void copies, which would be missing from the manifest."""
+    await fill()
+    await retain(database, policy)
+    voids_of = runs.voids_of
+
+    async def taken_over(database: Database, run: Any) -> Any:
+        monkeypatch.setattr(runs, "voids_of", voids_of)
+        await mover.Mover(database).heal()
+        return await voids_of(database, run)
+
+    monkeypatch.setattr(runs, "voids_of", taken_over)
+    with pytest.raises(ConflictError, match="another process has taken over"):
+        await restore_tasks(database, folder, TaskFilter(user="user 0"))
+
+    check = await verify_archive(folder)
+    assert (check.problems, check.remarks) == ([], [])
+    live, archived = await all_of(database, folder)
+    assert not live.keys() & archived.keys()
+
+
 async def test_only_one_process_applies_a_policy(
     database: Database, policy: Retention, clock: FakeClock
 ) -> None:
@@ -459,6 +483,26 @@ async def test_compaction_merges_files_and_drops_void_copies(
     assert pq.read_table(folder / "tasks").num_rows == len(before[1])
     assert await verify_archive(folder)
     assert (await compact_archive(database, folder)).files_before == 0
+
+
+@pytest.mark.sqlite
+async def test_compaction_refuses_a_damaged_file(
+    database: Database, fill: Fill, policy: Retention, folder: Path
+) -> None:
+    """The damage is where no checksum of a page finds it."""
+    await fill(1)
+    await retain(database, policy)
+    await fill(1, prefix="other ")
+    await retain(database, policy)
+    before = sorted(folder.rglob("*.parquet"))
+    damaged = before[0].read_bytes().replace(b"parquet-cpp-arrow", b"parquet-cpp-arrox")
+    before[0].write_bytes(damaged)
+
+    with pytest.raises(UnavailableError, match="was changed after it was written"):
+        await compact_archive(database, folder)
+
+    await retain(database, policy)
+    assert sorted(folder.rglob("*.parquet")) == before
 
 
 @pytest.mark.sqlite
