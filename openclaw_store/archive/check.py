@@ -92,7 +92,9 @@ def _list(catalogue: Catalogue) -> list[ArchivedDay]:
     for (day, cluster), of_day in days:
         files = [*of_day]
         tasks = sum(
-            len(snapshot.read(one, everything, columns=())) if snapshot.has_voids else one.rows
+            len(snapshot.read(one, everything, columns=["version"]))
+            if snapshot.has_voids
+            else one.rows
             for one in files
         )
         found.append(ArchivedDay(cluster, day, len(files), tasks, sum(one.size for one in files)))

@@ -97,7 +97,7 @@ class _Merge:
         if len(part) > 1 or part[0].layout is not TASKS:
             return len(part) > 1
         everything = Selection(TaskFilter.everything())
-        kept = self._snapshot.read(part[0], everything, columns=())
+        kept = self._snapshot.read(part[0], everything, columns=["version"])
         return len(kept) < part[0].rows
 
     def write(self, part: Sequence[ArchiveFile], name: str) -> WrittenFile:

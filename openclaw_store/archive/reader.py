@@ -48,7 +48,7 @@ _PAGE_SIZE = 250
 _ATTEMPTS = 5
 """Reads after which files that vanish all the time are an error."""
 
-_PAGE_GROUPS = 32
+_PAGE_GROUPS = 16
 """Row groups that a page searches at once, at most."""
 
 _check_status = check_enum(TaskStatus)
@@ -211,9 +211,11 @@ class Archive:
             groups, width = groups[width:], min(2 * width, _PAGE_GROUPS)
             parts = [best]
             for number, of_file in chosen.items():
-                found = snapshot.read(
-                    snapshot.tasks[number], selection, groups=of_file, columns=["submitted_at"]
-                )
+                read = partial(snapshot.read, snapshot.tasks[number], selection, groups=of_file)
+                # Identifiers take longest to read, and most groups have no match of a rare filter.
+                if not len(read(columns=["submitted_at"])):
+                    continue
+                found = read(columns=["submitted_at", "task_id", "version"])
                 numbers = pa.array([number] * len(found), pa.int64())
                 parts.append(found.append_column("file", numbers).select(_PLACES.names))
             best = pa.concat_tables(parts).sort_by(_NEWEST_FIRST).slice(0, size)
@@ -245,7 +247,9 @@ class Archive:
     def _count(self, selection: Selection, snapshot: Snapshot) -> int:
         if selection.expression is None and not snapshot.has_voids:
             return sum(file.rows for file in snapshot.tasks)
-        return sum(len(snapshot.read(file, selection, columns=())) for file in snapshot.tasks)
+        return sum(
+            len(snapshot.read(file, selection, columns=["version"])) for file in snapshot.tasks
+        )
 
     def _history(self, snapshot: Snapshot, id: str) -> list[Change]:
         changes = {}

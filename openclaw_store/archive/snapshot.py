@@ -73,10 +73,11 @@ class Snapshot:
         """Return the rows of a file that match, and that are not void; blocks the thread.
 
         Args:
-            columns: `None` for all; the key, the version and the selection bring others.
+            columns: `None` for all. Void copies and the selection may bring others.
         """
         if columns is not None:
-            columns = [*{"task_id", "version", *columns, *selection.columns}]
+            of_copies = ("task_id", "version") if self._voids else ()
+            columns = [*{*columns, *selection.columns, *of_copies}]
         table = selection.exactly(file.read(groups, columns, selection.expression))
         return self.kept(file, table)
 
