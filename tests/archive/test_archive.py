@@ -127,6 +127,7 @@ async def test_old_tasks_move_with_their_history(
     assert (await retain(database, policy)).tasks == 0
 
 
+@pytest.mark.sqlite
 async def test_files_are_readable_without_the_library(
     database: Database, fill: Fill, policy: Retention, folder: Path
 ) -> None:
@@ -542,6 +543,7 @@ async def test_each_flipped_bit_is_found(
     assert check.problems or check.remarks
 
 
+@pytest.mark.sqlite
 async def test_damaged_file_keeps_its_rows_in_the_database(
     database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -741,6 +743,7 @@ def test_archive_has_the_reading_half_of_the_repository() -> None:
         ), name
 
 
+@pytest.mark.sqlite
 async def test_lists_of_the_archive_equal_those_of_the_repository(
     database: Database, fill: Fill, folder: Path
 ) -> None:
@@ -765,6 +768,7 @@ async def test_lists_of_the_archive_equal_those_of_the_repository(
     assert after == before
 
 
+@pytest.mark.sqlite
 async def test_older_file_without_a_column_is_read_with_its_default(
     database: Database, fill: Fill, policy: Retention, folder: Path
 ) -> None:

@@ -70,6 +70,7 @@ async def test_live_and_archived_tasks_are_found_together(
         await manager.apply_retention()
 
 
+@pytest.mark.sqlite
 async def test_pages_of_many_live_and_archived_tasks_are_merged(
     manager: StateManager, make_task: MakeTask, clock: FakeClock, tmp_path: Path
 ) -> None:
