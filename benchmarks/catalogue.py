@@ -7,6 +7,7 @@ from functools import partial
 from benchmarks import (
     archive,
     claims,
+    clusters,
     encryption,
     life,
     lives,
@@ -318,11 +319,13 @@ BENCHMARKS = (
     *encryption.BENCHMARKS,
     *transactions.BENCHMARKS,
     *archive.BENCHMARKS,
+    *clusters.BENCHMARKS,
 )
 """All benchmarks, in the order of a run."""
 
 GROUPS = {
     "archive": tuple(benchmark.name for benchmark in archive.BENCHMARKS),
+    "clusters": tuple(benchmark.name for benchmark in clusters.BENCHMARKS),
     "encryption": tuple(benchmark.name for benchmark in encryption.BENCHMARKS),
     "life": tuple(benchmark.name for benchmark in _OF_LIFE),
     "processes": (

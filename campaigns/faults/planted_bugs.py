@@ -19,9 +19,11 @@ from unittest.mock import patch
 from openclaw_store.backends import notifications, qualified
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.sqlite.connections import WriteConnection
+from openclaw_store.database import dialects
 from openclaw_store.database.database import Database
 from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.group_commit import Apply, Writer
+from openclaw_store.database.statements import Statements
 from openclaw_store.database.transactions import Unit
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.domain import lifecycle
@@ -180,6 +182,19 @@ def descriptor_leak() -> Iterator[None]:
 def late_wake_ups() -> Iterator[None]:
     """P6: the file is polled so rarely that foreign changes arrive late."""
     with patch.multiple(notifications, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
+        yield
+
+
+@bug
+def forgotten_cluster() -> Iterator[None]:
+    """P2: the statements of the first cluster that is opened are used for all others."""
+    statements = dialects._statements
+    first: dict[str, str | None] = {}
+
+    def of_the_first(dialect: str, schema: str | None) -> Statements:
+        return statements(dialect, first.setdefault(dialect, schema))
+
+    with patch.object(dialects, "_statements", of_the_first):
         yield
 
 

@@ -38,9 +38,9 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.postgresql import connections
+from openclaw_store.backends.postgresql import listening as wakeups
 from openclaw_store.errors import (
     BackendError,
     ConflictError,

@@ -19,6 +19,7 @@ from openclaw_store.backends.base import (
     CounterStatements,
     Cursor,
     LockRequiredError,
+    OnCommit,
     WriteSession,
     qualified,
     schema_of,
@@ -35,8 +36,10 @@ from openclaw_store.backends.cluster_names import PLACE, check_cluster
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping, unreadable_value
 from openclaw_store.backends.factory import backend_of, has_secret, refuse_location
 from openclaw_store.backends.internals import fetch_raw_rows
-from openclaw_store.backends.notifications import Notifier, OnCommit, notify_of_commits
+from openclaw_store.backends.notifications import Notifier, notify_of_commits
+from openclaw_store.backends.postgresql import citus
 from openclaw_store.backends.postgresql.backend import PostgreSQL
+from openclaw_store.backends.postgresql.listening import Follower, Listening
 from openclaw_store.backends.postgresql.protocol import array
 from openclaw_store.backends.sqlite.backend import SQLite
 from openclaw_store.backends.sqlite.files import BESIDES, file_of

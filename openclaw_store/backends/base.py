@@ -37,6 +37,13 @@ def schema_of(bind: Connection | Engine) -> str | None:
     return translated.get(None)
 
 
+OnCommit = Callable[[int, int], object]
+"""Receives the newest committed revision and heartbeat sequence number.
+
+`False` means that an earlier notification is still being processed, and will include this one.
+"""
+
+
 class CounterStatements(NamedTuple):
     """SQL for the row of counters, compiled from its declarative model; without parameters."""
 
@@ -93,6 +100,9 @@ class Backend(Protocol):
     @property
     def address(self) -> str:
         """The path, or the URL without its password, for commands."""
+
+    notifies: bool
+    """False if commits must send no notification, and take no advisory lock."""
 
     @property
     def error_mapping(self) -> ErrorMapping: ...
@@ -261,6 +271,8 @@ class BatchCursor(Cursor):
     The methods of `Cursor` raise `LockRequiredError`.
     """
 
+    can_claim: bool
+    """True if the call can claim tasks, too."""
     newest_revision: int
     """The newest revision that this session knows; other processes may have assigned later ones."""
 

@@ -16,7 +16,7 @@ from openclaw_store.errors import printable
 if TYPE_CHECKING:
     from openclaw_store.clusters import ClusterInfo, Clusters
 
-clusters = typer.Typer(help="List, create, rename and drop clusters.", no_args_is_help=True)
+clusters = typer.Typer(help="List, create, rename, move and drop clusters.", no_args_is_help=True)
 app.add_typer(clusters, name="clusters")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The name of the cluster.")]
@@ -40,10 +40,15 @@ async def show_all(call: Call) -> None:
     }
     problems = [f"{one.name}: {one.problem}" for one in found if one.problem]
     document = {"clusters": [asdict(one) for one in found], "total": total}
-    call.show(document, lambda: render.table(_HEADERS, _rows(found, total)), *problems)
+    columns = len(_HEADERS) - (not any(one.node for one in found))  # without Citus
+    rows = [row[:columns] for row in _rows(found, total)]
+    call.show(document, lambda: render.table(_HEADERS[:columns], rows), *problems)
 
 
-_HEADERS = ("cluster", "schema", "nodes", "tasks", "size", "newest change (UTC)", "number")
+_HEADERS = (
+    *("cluster", "schema", "nodes", "tasks", "size", "newest change (UTC)", "number"),
+    "placed on",
+)
 
 
 def _rows(found: list[ClusterInfo], total: dict[str, Any]) -> list[tuple[object, ...]]:
@@ -56,11 +61,12 @@ def _rows(found: list[ClusterInfo], total: dict[str, Any]) -> list[tuple[object,
             render.size(one.size),
             render.when(one.changed_at),
             None if one.cluster_id is None else f"{one.cluster_id:x}",
+            one.node,
         )
         for one in found
     ]
     sums = _counted(total["nodes"]), _counted(total["tasks"]), render.size(total["size"])
-    return [*rows, (f"{len(found)} in all", "", *sums, "", "")]
+    return [*rows, (f"{len(found)} in all", "", *sums, "", "", "")]
 
 
 def _counted(counts: dict[str, int]) -> str:
@@ -88,6 +94,18 @@ async def rename(
     """Rename a cluster; stop its processes first."""
     await _clusters(call).rename(name, new_name)
     call.show({"renamed": name, "name": new_name}, f"cluster {name} is now {new_name}")
+
+
+@command(clusters)
+async def move(
+    call: Call,
+    name: Name,
+    node: Annotated[str, typer.Argument(metavar="HOST:PORT", help="A node of Citus.")],
+) -> None:
+    """Move a cluster to another node of Citus; its processes continue."""
+    with render.progress("moving"):
+        await _clusters(call).move(name, node)
+    call.show({"moved": name, "node": node}, f"cluster {name} is now on {node}")
 
 
 @command(clusters)

@@ -5,6 +5,7 @@ This room works on whole databases, as `maintenance` does; each cluster is an or
 
 from openclaw_store.clusters.catalogue import ClusterInfo, Clusters
 from openclaw_store.clusters.resolver import Resolved, resolve
+from openclaw_store.clusters.server import Server
 from openclaw_store.clusters.transactions import transaction
 from openclaw_store.clusters.transfers import Transferred, transfer
 
@@ -12,6 +13,7 @@ __all__ = [
     "ClusterInfo",
     "Clusters",
     "Resolved",
+    "Server",
     "Transferred",
     "resolve",
     "transaction",

@@ -10,7 +10,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from openclaw_store.backends import (
     SQLite,
     backend_of,
     check_cluster,
+    citus,
     file_of,
     make_folder,
     rename_to_unused,
@@ -106,6 +107,8 @@ class ClusterInfo:
     """Time of the newest change."""
     size: int = 0
     """Bytes on the disk."""
+    node: str | None = None
+    """Host and port of the node on which Citus keeps it; `None` without Citus."""
     problem: str | None = None
     """The reason for which its content cannot be counted."""
 
@@ -168,6 +171,19 @@ class Clusters:
         """
         await self._run(partial(self._drop, check_cluster(name), force))
 
+    async def move(self, name: str, node: str) -> None:
+        """Move a cluster to another node of Citus; its processes continue meanwhile.
+
+        Args:
+            node: Host and port, as in `worker-2:5432`.
+
+        Raises:
+            InvalidDataError: If the location has no such node.
+            NotFoundError: If there is no such cluster.
+            UnavailableError: If Citus refuses; the cluster stays where it is.
+        """
+        await self._run(partial(self._move, check_cluster(name), node))
+
     async def rename(self, name: str, new_name: str) -> None:
         """Rename a cluster; its number, its tasks and its revisions stay.
 
@@ -197,12 +213,14 @@ class Clusters:
     def _list(self) -> Sequence[ClusterInfo]:
         if not self._is_server:
             return [_file_info(self._backend(name), name) for name in self._names() if name]
-        address = self._backend(None).address
+        backend = self._backend(None)
+        backend.prepare(lambda _: None)
+        address = backend.address
 
         def read(connection: Connection) -> Sequence[ClusterInfo]:
             return [_schema_info(connection, name, address) for name in _schemas(connection)]
 
-        return self._backend(None).inspect(read)
+        return backend.inspect(read)
 
     def _create(self, name: str) -> None:
         self._refuse_existing(name)
@@ -214,6 +232,12 @@ class Clusters:
             backend.migrate(partial(_drop_schema, backend.location, name, force))
         elif isinstance(backend, SQLite):
             _drop_file(backend, force)
+
+    def _move(self, name: str, node: str) -> None:
+        backend = self._existing(name)
+        if not isinstance(backend, PostgreSQL):
+            raise InvalidDataError("node", "is of Citus on a server, not of a file")
+        citus.move(backend, node)
 
     def _rename(self, name: str, new_name: str) -> None:
         backend = self._existing(name)
@@ -267,7 +291,12 @@ def _schema_info(connection: Connection, name: str | None, location: str) -> Clu
     schema = name or PUBLIC
     connection = connection.execution_options(schema_translate_map={None: schema})
     size = connection.execute(text(_SIZE), {"schema": schema}).scalar_one()
-    return _info(connection, name, location, size)
+    if not connection.get_execution_options()["is_citus"]:
+        return _info(connection, name, location, size)
+    node = citus.node_of(connection, schema)
+    if node is not None:
+        size = citus.size_of(connection, schema)
+    return replace(_info(connection, name, location, size), node=node)
 
 
 def _file_info(backend: Backend, name: str) -> ClusterInfo:

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.backends import (
     STOPPING_SECONDS,
+    Follower,
     Notifier,
     OnCommit,
     cancel_once,
@@ -274,10 +275,29 @@ class Database(DatabaseBase):
         """Call `listener` on this loop with committed events; return the function that ends it."""
         return self._writer.listen(asyncio.get_running_loop(), listener)
 
-    def follow(self, on_commit: OnCommit) -> Notifier:
-        """Call `on_commit`, on any thread, after possible commits of any process."""
+    def follow(
+        self, on_commit: OnCommit, known_revision: Callable[[], int] | None = None
+    ) -> Notifier:
+        """Call `on_commit`, on any thread, after possible commits of any process.
+
+        Args:
+            known_revision: Return the newest revision that the caller knows. With it, a database
+                whose notifications do not arrive is polled; without, it is asked every 10 s.
+        """
         self._check_ready()
-        return notify_of_commits(self._backend, self._counters, on_commit)
+        if self._sharing is not None and self.schema is not None:
+            return self._sharing.follow(
+                Follower(self.schema, self._counters, on_commit, known_revision)
+            )
+        return notify_of_commits(self._backend, self._counters, on_commit, known_revision)
+
+    def write_without_notifications(self) -> None:
+        """Send no notification and take no advisory lock from now on; the server may lack both.
+
+        Processes that follow the database poll it. Each batch of writes takes a transaction of
+        several statements, in place of one call. No effect on SQLite.
+        """
+        self._backend.notifies = False
 
     async def backup(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Copy one consistent snapshot to a file; for PostgreSQL, an archive for `pg_restore`.

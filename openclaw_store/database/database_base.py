@@ -19,6 +19,7 @@ from openclaw_store.backends import (
     DEFAULT_TIMEOUT_SECONDS,
     PLACE,
     CounterStatements,
+    PostgreSQL,
     backend_of,
     shield_until_done,
     was_interrupted,
@@ -28,7 +29,8 @@ from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.group_commit import CLOSED, Writer
 from openclaw_store.database.private_folder import private_folder
 from openclaw_store.database.sealed_entities import open_when_loaded
-from openclaw_store.database.sessions import LoopSessions
+from openclaw_store.database.sessions import LoopSessions, Pools
+from openclaw_store.database.sharing import Sharing
 from openclaw_store.database.slices import Slices
 from openclaw_store.database.statements import Statements
 from openclaw_store.database.transactions import current_blocks
@@ -110,11 +112,19 @@ class DatabaseBase:
         )
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop_sessions: dict[asyncio.AbstractEventLoop, LoopSessions] = {}
+        self._sharing: Sharing | None = None
         self._background: set[asyncio.Task[Any]] = set()  # `close` waits for these reads
         self._closing: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Database {self.db_path!r}, {self._state}>"
+
+    def share(self, sharing: Sharing) -> None:
+        """Use the connections of a `Server`, which closes them; to be called before opening."""
+        assert isinstance(self._backend, PostgreSQL)
+        self._sharing = sharing
+        self._backend.share(sharing.backend)
+        self._writer.idle_seconds = sharing.idle_seconds
 
     async def initialize(self, migrate: bool = True, *, is_copy_target: bool = False) -> None:
         """Open the database; may be called twice.
@@ -212,8 +222,8 @@ class DatabaseBase:
 
     @property
     def checked_out_connections(self) -> int:
-        """Connections in use by sessions, on all event loops."""
-        return sum(len(one.checked_out) for one in list(self._loop_sessions.values()))
+        """Connections in use by sessions, on all event loops; of the whole `Server` of many."""
+        return sum(len(one.pools.checked_out) for one in list(self._loop_sessions.values()))
 
     @asynccontextmanager
     async def _exclusive(self, holder: str) -> AsyncIterator[float]:
@@ -236,12 +246,16 @@ class DatabaseBase:
             for other in list(self._loop_sessions):
                 if other.is_closed() and other is not self._home:  # `close` closes its pool
                     self._loop_sessions.pop(other, None)
-            # A pool cannot serve two loops, so only the first one keeps its connections.
-            pool_size = self._pool_size if loop is self._home else None
-            self._loop_sessions[loop] = LoopSessions(
-                loop, self._backend, {"database": self}, self.timeout, pool_size
-            )
+            self._loop_sessions[loop] = self._new_sessions(loop)
         return self._loop_sessions[loop]
+
+    def _new_sessions(self, loop: asyncio.AbstractEventLoop) -> LoopSessions:
+        info = {"database": self}
+        if self._sharing is not None and isinstance(self._backend, PostgreSQL):
+            return LoopSessions(self._sharing.pools(), info, self._backend.options)
+        # A pool cannot serve two loops, so only the first one keeps its connections.
+        pool_size = self._pool_size if loop is self._home else None
+        return LoopSessions(Pools(loop, self._backend, self.timeout, pool_size), info)
 
     def _check_process(self) -> None:
         if self._forks != _forks:

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 from operator import itemgetter
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from time import monotonic, perf_counter
 from typing import Any
 
@@ -98,6 +98,8 @@ class Writer:
         self._session: WriteSession | None = None  # opened, used and closed on the thread
         self._metrics = WriteMetrics(clock)
         self.telemetry: tuple[Telemetry, ...] = ()
+        self.idle_seconds: float | None = None
+        """Time without a write after which the connection is closed; `None` for never."""
         # For the queue's left end, and to change `_withdrawn`, `_taken`, `_gone`, `_listeners`,
         # `_ended` and `_closed`. The thread never waits while it holds it.
         self._lock = threading.Lock()
@@ -252,7 +254,11 @@ class Writer:
 
     def _write(self) -> bool:
         """Wait for a batch and commit it; return `False` when the thread must end."""
-        self._tokens.get()
+        try:
+            self._tokens.get(timeout=None if self._session is None else self.idle_seconds)
+        except Empty:
+            self._close_session()  # the next batch makes another one
+            return True
         with self._lock:
             batch, is_left = self._take()
             closed = self._closed

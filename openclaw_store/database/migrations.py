@@ -26,7 +26,13 @@ from openclaw_store.backends import (
     schema_of,
     unused_name,
 )
-from openclaw_store.database import legacy_import, schema_check, sealing, server_check
+from openclaw_store.database import (
+    legacy_import,
+    schema_check,
+    sealing,
+    server_check,
+    write_function,
+)
 from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.store_write import FUNCTION
 from openclaw_store.database.tables import UNCOMPARED_INDEXES, Base
@@ -348,21 +354,10 @@ def overloads(connection: Connection) -> list[str]:
     return server_check.overloads(connection, schema) if schema is not None else []
 
 
-def _make_function(connection: Connection) -> None:
-    """Make the function that writes, if a server lacks it: `pg_dump` archives the tables alone."""
-    schema = schema_of(connection)
-    if schema is None or server_check.require(connection, schema):
-        return
-    from alembic.script import ScriptDirectory
-
-    scripts = ScriptDirectory.from_config(_config(connection))
-    connection.exec_driver_sql(scripts.get_revision("0010").module.function(schema, scripts))
-
-
 def replace_function(connection: Connection) -> None:
     """Define the function anew, for tables that were moved to the schema of the connection."""
     connection.exec_driver_sql(f"DROP FUNCTION {qualified(schema_of(connection), FUNCTION)}")
-    _make_function(connection)
+    write_function.require(connection, _config(connection))
 
 
 def _config(connection: Connection) -> Config:
@@ -426,7 +421,7 @@ def migrate(
         if not legacy_import.is_legacy(connection):
             work(connection)
             if to_head:
-                _make_function(connection)
+                write_function.require(connection, _config(connection))
             check(connection)
             return
         if copy is None:

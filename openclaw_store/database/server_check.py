@@ -21,7 +21,13 @@ from sqlalchemy import CheckConstraint, Connection, PrimaryKeyConstraint, text
 
 from openclaw_store.backends import qualified
 from openclaw_store.database.schema_check import VERSION_TABLE, shown_location
-from openclaw_store.database.store_write import BODIES, FUNCTION, SETTINGS, signature
+from openclaw_store.database.store_write import (
+    BODIES,
+    CITUS_SETTINGS,
+    FUNCTION,
+    SETTINGS,
+    signature,
+)
 from openclaw_store.database.tables import Base
 from openclaw_store.errors import SchemaMismatchError, safe_repr
 
@@ -198,7 +204,8 @@ _TRUSTED = (
 def _problem_of_function(one: Any, schema: str) -> str | None:
     if not one.is_trusted:
         return f"belongs to the role {safe_repr(one.owner)}"
-    if one.prosecdef or one.lanname != "plpgsql" or one.proconfig != SETTINGS:
+    is_ours = one.proconfig in (SETTINGS, CITUS_SETTINGS)
+    if one.prosecdef or one.lanname != "plpgsql" or not is_ours:
         return "has other settings than the store's"
     return None if digest(one.prosrc, schema) in BODIES else "was changed"
 

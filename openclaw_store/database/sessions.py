@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from sqlalchemy import event
@@ -46,8 +46,8 @@ class _CompiledStatements(LRUCache[Any, Any]):
 _compiled_statements = _CompiledStatements(500)
 
 
-class LoopSessions:
-    """The engines and session factories of one event loop.
+class Pools:
+    """The engines of one event loop: of one database, or of all clusters of a server.
 
     Args:
         timeout: Seconds to wait for a connection, and for the answer to a statement of a caller.
@@ -58,7 +58,6 @@ class LoopSessions:
         self,
         loop: asyncio.AbstractEventLoop,
         backend: Backend,
-        info: dict[str, Any],
         timeout: float,
         pool_size: int | None,
     ) -> None:
@@ -71,20 +70,15 @@ class LoopSessions:
             pool = {"pool_size": size, "max_overflow": 0, "pool_timeout": timeout}
             return backend.engine(write=False, pool=AsyncAdaptedQueuePool, **pool, **options)
 
-        engines = (
+        self.engines = (
             read_engine(pool_size or 0, answer_timeout=timeout),
             read_engine(_OWN_CONNECTIONS),
             backend.engine(write=True, pool=NullPool),
         )
-        self.sessions, self.own_sessions, self.write_sessions = (
-            async_sessionmaker(engine, expire_on_commit=False, info=info) for engine in engines
-        )
-        self.write_sessions.configure(sync_session_class=WriteSession)
-        self._engines = engines
-        self.slices = Slices()
+        """For the sessions of callers, for the library's own reads, and for transactions."""
         self.checked_out: set[int] = set()
         """The `id` of the pool record of each connection in use."""
-        for engine in engines:
+        for engine in self.engines:
             engine.update_execution_options(compiled_cache=_compiled_statements)
             self._note_use(engine)
 
@@ -100,7 +94,7 @@ class LoopSessions:
             logger.warning("connections were dropped, not closed: %s", error or "no answer")
 
     async def _dispose(self) -> None:
-        for engine in self._engines:
+        for engine in self.engines:
             await engine.dispose()
 
     # The events run on the thread of the loop; `checked_out_connections` reads from any thread.
@@ -112,6 +106,35 @@ class LoopSessions:
         @event.listens_for(engine.sync_engine, "checkin")
         def checkin(connection: object, record: object) -> None:
             self.checked_out.discard(id(record))
+
+
+class LoopSessions:
+    """The session factories of a database on one event loop.
+
+    Args:
+        options: Execution options of its engines, if the pools are shared.
+    """
+
+    def __init__(
+        self, pools: Pools, info: dict[str, Any], options: Mapping[str, Any] | None = None
+    ) -> None:
+        self.pools = pools
+        self._owns_pools = options is None
+        self.sessions, self.own_sessions, self.write_sessions = (
+            async_sessionmaker(
+                engine.execution_options(**options) if options else engine,
+                expire_on_commit=False,
+                info=info,
+            )
+            for engine in pools.engines
+        )
+        self.write_sessions.configure(sync_session_class=WriteSession)
+        self.slices = Slices()
+
+    async def close(self) -> None:
+        """Close the connections, unless other databases share them."""
+        if self._owns_pools:
+            await self.pools.close()
 
 
 class WriteSession(Session):

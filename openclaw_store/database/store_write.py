@@ -32,6 +32,9 @@ SETTINGS = [
 ]  # fmt: skip
 """Its settings, in the order in which the server stores them."""
 
+CITUS_SETTINGS = [one.replace("force_generic_plan", "force_custom_plan") for one in SETTINGS]
+"""Its settings where Citus distributes the tables, in the same order."""
+
 CALL_FIELDS = tuple(
     name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
 )

@@ -116,6 +116,8 @@ class OneCall(UnitOfWork):
         self._deltas[node_id] = self._deltas[node_id].plus(delta)
 
     def claim(self, row: Row, limit: int, *, start: bool) -> list[Record[Task]] | StoreError:
+        if not self._batch_cursor.can_claim:
+            self._batch_cursor.require_lock()
         claimed: list[Record[Task]] = []
         self._claims[row.id, start].append((limit, claimed))
         return claimed

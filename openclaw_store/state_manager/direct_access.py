@@ -66,6 +66,9 @@ class DirectAccess(Replica):
             self._unlisten()
             raise
 
+    def _known_revision(self) -> int:
+        return self._revision
+
     async def view(self, *, with_tasks: bool = True) -> Cache:
         """Read the state of the cluster: a snapshot for one call."""
         return await self.database.read(

@@ -125,6 +125,8 @@ class ManagerBase:
                 self._loop = asyncio.get_running_loop()
                 self._is_running = self._loop.is_running
                 await self.db.initialize()
+                if not self._wake_ups:
+                    self.db.write_without_notifications()
                 await self._replica.start()
                 self._thread = get_ident()
                 if self._retention is not None:

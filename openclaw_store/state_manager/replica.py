@@ -137,7 +137,11 @@ class Replica:
         """Refresh at each notification of a commit by another process."""
         self._loop = asyncio.get_running_loop()
         self._follower = self._loop.create_task(self._follow())
-        self._notifier = self.database.follow(self._notice_commit)
+        self._notifier = self.database.follow(self._notice_commit, self._known_revision)
+
+    def _known_revision(self) -> int:
+        """Return the revision up to which all changes are known."""
+        return self.cache.applied.contiguous
 
     async def stop(self) -> None:
         """Flush for the last time, and stop; call again if this was interrupted."""

@@ -21,8 +21,9 @@ from openclaw_store import (
     TaskStatus,
     UnavailableError,
 )
-from openclaw_store.backends import PostgreSQL, notifications
+from openclaw_store.backends import PostgreSQL
 from openclaw_store.backends.factory import backend_of
+from openclaw_store.backends.postgresql import listening
 from openclaw_store.backends.postgresql.protocol import CHANNEL, FIRST_LISTENER, OTHER_LISTENERS
 from openclaw_store.database import migrations
 from openclaw_store.maintenance.copy import copy
@@ -203,7 +204,7 @@ async def test_locks_of_another_role_do_not_silence_a_commit(
     make_task: MakeTask,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(notifications, "JOIN_SECONDS", 0.05)
+    monkeypatch.setattr(listening, "JOIN_SECONDS", 0.05)
     told: list[tuple[int, int]] = []
     async with locks_of(as_role(location, role), LISTENERS):
         follower = database.follow(lambda *counters: told.append(counters))
@@ -228,7 +229,7 @@ async def test_notifications_of_another_role_are_no_more_than_hints(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They neither fail, nor have the listener read the counters each time."""
-    monkeypatch.setattr(notifications, "BUSY_SECONDS", 3600.0)
+    monkeypatch.setattr(listening, "BUSY_SECONDS", 3600.0)
     notify = "DO $$BEGIN FOR i IN 1..500 LOOP PERFORM pg_notify('{}', 'x' || i); END LOOP; END$$"
     told: list[tuple[int, int]] = []
     follower = database.follow(lambda *counters: told.append(counters))
@@ -249,8 +250,8 @@ async def test_notifications_of_another_role_are_no_more_than_hints(
 async def test_wake_ups_come_back_when_another_role_has_freed_its_lock(
     database: Database, location: str, role: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(notifications, "JOIN_SECONDS", 0.05)
-    monkeypatch.setattr(notifications, "ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(listening, "JOIN_SECONDS", 0.05)
+    monkeypatch.setattr(listening, "ALIVE_SECONDS", 0.05)
     told: list[tuple[int, int]] = []
     async with locks_of(as_role(location, role), LISTENERS):
         follower = database.follow(lambda *counters: told.append(counters))

@@ -46,9 +46,9 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
-from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.postgresql import backend as postgresql
 from openclaw_store.backends.postgresql import connections
+from openclaw_store.backends.postgresql import listening as wakeups
 from openclaw_store.backends.postgresql.connections import Connector, is_lost, may_be_lost
 from openclaw_store.errors import (
     BackendError,

@@ -26,9 +26,7 @@ from openclaw_store import (
     verify,
 )
 from openclaw_store.backends.factory import backend_of
-from openclaw_store.cli import clusters as clusters_  # noqa: F401 - it adds commands
-from openclaw_store.cli import copying  # noqa: F401 - it adds a command
-from openclaw_store.cli.commands import app
+from openclaw_store.cli.main import app
 from openclaw_store.database import HEAD, cluster_id_of, migrations
 
 

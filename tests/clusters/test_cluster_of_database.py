@@ -107,7 +107,7 @@ async def test_wake_ups_and_locks_stay_in_their_cluster(
                 await TaskRepository(tx).create(make_task())
             await until(lambda: heard["berlin"][-1] == 21)
 
-            assert heard["tokyo"][quiet:] == []
+            assert not any(heard["tokyo"][quiet:])
             await tokyo.add_task(make_task())
             await until(lambda: heard["tokyo"][-1] == 1)
         finally:

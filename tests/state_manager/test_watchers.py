@@ -50,6 +50,7 @@ from openclaw_store.backends.notifications import (
     SHORTEST_SECONDS,
     UNREADABLE_SECONDS,
 )
+from openclaw_store.backends.postgresql import listening as server_listening
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.protocol import CHANNEL, OTHER_LISTENERS
 from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
@@ -554,6 +555,30 @@ class TestWakeUps:
             await until(lambda: follower.version == 2)
 
     @pytest.mark.postgresql
+    async def test_commits_without_notifications_are_found_by_polling(
+        self, database: Database, location: Location, make_task: MakeTask, sent: list[str]
+    ) -> None:
+        """As of a server without NOTIFY and advisory locks."""
+        async with (
+            listening(location) as told,
+            self.following(location) as follower,
+            StateManager(Database(location), 3600, wake_ups=False) as silent,
+        ):
+            for version in (1, 2, 3):
+                await silent.add_task(make_task())
+                await until(lambda version=version: follower.version == version)  # type: ignore[misc]
+            async with silent.db.transaction() as tx:
+                await TaskRepository(tx).create(make_task())
+            await until(lambda: follower.version == 4)
+            execute(location, f"NOTIFY {CHANNEL}, 'end'")
+            await until(lambda: told)
+
+        assert told == ["end"]
+        assert len(sent) >= 3
+        words = ("notify", "advisory", "store_write")
+        assert not [sql for sql in sent if any(word in sql.lower() for word in words)]
+
+    @pytest.mark.postgresql
     async def test_connection_that_is_lost_is_made_anew(
         self,
         manager: StateManager,
@@ -562,7 +587,7 @@ class TestWakeUps:
         caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(wakeups, "RETRY_SECONDS", (0.01, 0.01))
+        monkeypatch.setattr(server_listening, "RETRY_SECONDS", (0.01, 0.01))
         listening = (
             "SELECT DISTINCT pid FROM pg_locks JOIN pg_stat_activity USING (pid)"
             " WHERE locktype = 'advisory' AND datname = current_database()"
@@ -612,7 +637,7 @@ class TestWakeUps:
         make_task: MakeTask,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(wakeups, "ALIVE_SECONDS", 0.01)
+        monkeypatch.setattr(server_listening, "ALIVE_SECONDS", 0.01)
         async with AsyncExitStack() as stack:
             told = await stack.enter_async_context(listening(location))
             one = await stack.enter_async_context(self.following(location))
@@ -682,7 +707,7 @@ class TestWakeUps:
             await interrupt(**options)
 
         monkeypatch.setattr(connect_utils, "_cancel", note)
-        monkeypatch.setattr(wakeups, "STOP_SECONDS", PATIENCE if is_answered else 0.1)
+        monkeypatch.setattr(server_listening, "STOP_SECONDS", PATIENCE if is_answered else 0.1)
         async with engine_of(location).begin() as connection:
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
             follower = database.follow(lambda *_: None)

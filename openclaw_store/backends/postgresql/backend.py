@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from openclaw_store.backends.atomic_files import written_aside
 from openclaw_store.backends.base import PUBLIC, Backend, CounterStatements
 from openclaw_store.backends.cancellation import Stop, cancel_at
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
+from openclaw_store.backends.postgresql import citus
 from openclaw_store.backends.postgresql.connections import (
     Connector,
     connection_class,
@@ -61,7 +63,10 @@ _TABLES = (
 SEARCH_PATH = "pg_catalog, pg_temp"
 """The schemas in which a server looks up functions and operators for the library."""
 
-_PREPARE = "SELECT current_setting('server_version_num'), current_setting('synchronous_commit')"
+_PREPARE = (
+    "SELECT current_setting('server_version_num'), current_setting('synchronous_commit'), "
+    + citus.INSTALLED
+)
 
 # VACUUM skips the tables of other owners with a mere warning, which has no code of its own.
 _FOREIGN = """
@@ -91,6 +96,18 @@ _IDLE_LIMIT = "idle_in_transaction_session_timeout"
 _NO_SUCH_OBJECT = "42704"
 _LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, expires first
 _CONNECT_SECONDS = 5.0  # a short timeout for locks does not limit connecting
+
+
+@dataclass
+class _Server:
+    """What the databases of one server share."""
+
+    is_citus: bool | None
+    """True if schemas are distributed by Citus; `None` until a connection has told it."""
+    version: int = MINIMUM_VERSION  # at least
+    synchronous_commit: str | None = None  # unknown: the server's setting stays
+    connector: Connector = field(default_factory=Connector)
+    registry: ConnectionRegistry = field(default_factory=ConnectionRegistry)
 
 
 class PostgreSQL:
@@ -127,12 +144,33 @@ class PostgreSQL:
         self.schema = cluster or PUBLIC
         self.address = str(self._location)
         self.location = f"{self.address} (cluster {cluster})" if cluster else self.address
-        self._connector = Connector()
-        self.error_mapping = PostgreSQLErrorMapping(self.location, self._connector.note_silence)
-        self._version = MINIMUM_VERSION  # at least
-        self._synchronous_commit: str | None = None  # unknown: the server's setting stays
-        self.registry = ConnectionRegistry()
+        self._server = _Server(is_citus=self._location.is_citus)
+        self.error_mapping = PostgreSQLErrorMapping(
+            self.location, self._server.connector.note_silence
+        )
+        self.notifies = True
         self._own_identity: tuple[Any, ...] | None = None
+
+    def share(self, other: PostgreSQL) -> None:
+        """Take over what is known of a server, and its pools' detection of a lost one."""
+        self._server = other._server
+        self.error_mapping = PostgreSQLErrorMapping(
+            self.location, self._server.connector.note_silence
+        )
+
+    @property
+    def registry(self) -> ConnectionRegistry:
+        """The connections of this process to the server."""
+        return self._server.registry
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The execution options with which an engine finds the tables."""
+        return {
+            "schema_translate_map": {None: self.schema},
+            "location": self.location,
+            "is_citus": bool(self._server.is_citus),
+        }
 
     def exists(self) -> bool:
         return True
@@ -142,16 +180,22 @@ class PostgreSQL:
 
     def prepare(self, check: Callable[[Connection], object]) -> None:
         """Refuse a server that is too old, and note the settings that later connections need."""
-        number, commit = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
+        server = self._server
+        if server.synchronous_commit is not None:  # another database of the server was opened
+            return
+        found = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
+        number, commit, has_citus = found
         version = int(number) // 10_000
         if version < MINIMUM_VERSION:
             raise UnavailableError(
                 f"{self.location} is PostgreSQL {version}, {MINIMUM_VERSION} or newer is needed: "
                 "upgrade the server"
             )
-        self._version = version
+        server.version = version
+        if server.is_citus is None:
+            server.is_citus = has_citus
         # With `off`, a commit would return before it is on the disk.
-        self._synchronous_commit = "on" if commit == "off" else commit
+        server.synchronous_commit = "on" if commit == "off" else commit
 
     def inspect(self, work: Callable[[Connection], Result], stop: Stop | None = None) -> Result:
         async def run() -> Result:
@@ -184,6 +228,8 @@ class PostgreSQL:
         exists = text("SELECT to_regnamespace(:name)")
         if await connection.scalar(exists, {"name": self.schema}) is None:
             try:
+                if self._server.is_citus:
+                    await connection.exec_driver_sql(citus.DISTRIBUTE)
                 async with connection.begin_nested():
                     await connection.exec_driver_sql(f"CREATE SCHEMA {self.schema}")
             except DBAPIError as error:  # another migration has made it, and committed
@@ -229,7 +275,7 @@ class PostgreSQL:
         lock_timeout = self._timeout if is_long else min(self._timeout, _LOCK_SHARE * limit)
         arguments: dict[str, Any] = {
             **self._location.arguments(),
-            "async_creator_fn": self._connector.connect,
+            "async_creator_fn": self._server.connector.connect,
             "connection_class": connection_class(),
             "timeout": _CONNECT_SECONDS,
             "command_timeout": None if is_long else limit,
@@ -240,13 +286,13 @@ class PostgreSQL:
                 "lock_timeout": milliseconds(lock_timeout),
                 "search_path": SEARCH_PATH,
                 **(settings or {}),
+                **(citus.SETTINGS if self._server.is_citus else {}),
             },
         }
-        if self._synchronous_commit is not None:  # explicit, as the role's default may change
-            arguments["server_settings"]["synchronous_commit"] = self._synchronous_commit
-        execution: dict[str, Any] = {
-            "schema_translate_map": {None: self.schema}, "location": self.location
-        }  # fmt: skip
+        commit = self._server.synchronous_commit
+        if commit is not None:  # explicit, as the role's default may change
+            arguments["server_settings"]["synchronous_commit"] = commit
+        execution = self.options
         if write:  # a writer that waited for a lock sees the rows of its last holder
             options.setdefault("isolation_level", "READ COMMITTED")
             if not is_long:  # else the lock of a machine that vanishes is held for hours
@@ -295,7 +341,7 @@ class PostgreSQL:
     ) -> Connection:
         statements = [one.lock for one in counters]
         if notifies:
-            statements += [notify(one.schema) for one in counters]
+            statements += [self._notify(one.schema) for one in counters]
         # A moment for the lock, though connecting may take longer than the timeout.
         late = max(until, time.monotonic() + _CONNECT_SECONDS)
         while True:
@@ -349,7 +395,7 @@ class PostgreSQL:
         wait = milliseconds(min(until - time.monotonic(), self._lock_seconds))
         try:
             await driver.execute(
-                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; {notify(self.schema)}; "
+                f"SET LOCAL lock_timeout = {wait}; {counters.lock}; {self._notify()}; "
                 f"SET LOCAL lock_timeout = '{found.lock_timeout}'; "
                 f"{self._limits(seconds, 2 * seconds)}"
             )
@@ -378,7 +424,7 @@ class PostgreSQL:
                         raise
                     return False
                 if commit:
-                    await raw.driver_connection.execute(notify(self.schema))
+                    await raw.driver_connection.execute(self._notify())
         return True
 
     async def _identity(self) -> tuple[Any, ...]:
@@ -401,7 +447,10 @@ class PostgreSQL:
             whole: Seconds of the whole transaction.
         """
         limits = f"SET LOCAL {_IDLE_LIMIT} = {milliseconds(idle)}"
-        if self._version < 17:
+        if self._server.is_citus:  # in the transaction of a caller's connection
+            for name, value in citus.SETTINGS.items():
+                limits += f"; SET LOCAL {name} = {value}"
+        if self._server.version < 17:
             return limits
         return f"{limits}; SET LOCAL transaction_timeout = {milliseconds(whole)}"
 
@@ -428,9 +477,17 @@ class PostgreSQL:
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),
             answer_seconds=answer / 2,
             lock=f"{counters.lock}; {self._limits(answer, 2 * answer)}",
-            notify=notify(self.schema),
+            notify=self._notify(),
+            is_one_call=self.notifies,
+            can_claim=not self._server.is_citus,
             schema=self.schema,
         )
+
+    def _notify(self, schema: str | None = None) -> str:
+        """Return SQL that notifies the listeners of a cluster, by default this one."""
+        if not self.notifies:
+            return "SELECT 1"
+        return notify(schema or self.schema, is_citus=bool(self._server.is_citus))
 
     def dispose(self) -> None:
         pass

@@ -33,6 +33,7 @@ _CHOICES: Mapping[str, set[str]] = {
         "any", "primary", "standby", "read-write", "read-only", "prefer-standby"
     },
     "gsslib": {"gssapi", "sspi"},
+    "engine": {"postgresql", "citus"},
 }  # fmt: skip
 
 _FILES = {
@@ -66,7 +67,10 @@ _SYNONYMS = {
 
 _SECRET = {"password", "sslpassword"}
 
-OPTIONS = {*_ARGUMENTS, *_FILES, *_SECRET, "host", "port", "application_name", "sslnegotiation"}
+OPTIONS = {
+    *(*_ARGUMENTS, *_FILES, *_SECRET),
+    *("host", "port", "application_name", "sslnegotiation", "engine"),
+}
 """The options that a location may have."""
 
 _ADVICE = {
@@ -134,10 +138,16 @@ class ServerLocation:
         hosts = [f"[{host}]" if ":" in host else host for host in quoted] or [""]
         if self._ports:
             hosts = [f"{host}:{port}" for host, port in zip(hosts, self._ports, strict=True)]
-        shown = self.options.keys() - {"user", "password", "dbname", "sslpassword"}
+        shown = self.options.keys() - {"user", "password", "dbname", "sslpassword", "engine"}
         query = urlencode({name: self.options[name] for name in sorted(shown)}, quote_via=quote)
         database = quote(self.options.get("dbname", ""), safe="")
         return f"postgresql://{login}{','.join(hosts)}/{database}{'?' if query else ''}{query}"
+
+    @property
+    def is_citus(self) -> bool | None:
+        """True if the option `engine` names Citus; `None` without that option."""
+        engine = self.options.get("engine")
+        return None if engine is None else engine == "citus"
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of the driver's `connect`; it looks the missing ones up itself."""

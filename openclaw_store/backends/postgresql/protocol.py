@@ -37,10 +37,15 @@ def listener_names(schema: str | None, cluster_id: int) -> ListenerNames:
     )
 
 
-def notify(schema: str | None) -> str:
+def notify(schema: str | None, *, is_citus: bool = False) -> str:
     """Return SQL that notifies all listeners of a cluster when its transaction commits."""
     if schema == PUBLIC:
         return f"NOTIFY {CHANNEL}"
+    if is_citus:  # it would send the query to a worker, and its clients listen elsewhere
+        return (
+            f"DO $$DECLARE own bigint := (SELECT cluster_id FROM {schema}.counters); "
+            f"BEGIN PERFORM pg_notify('{CHANNEL}_' || to_hex(own), ''); END$$"
+        )
     return f"SELECT pg_notify('{CHANNEL}_' || to_hex(cluster_id), '') FROM {schema}.counters"
 
 

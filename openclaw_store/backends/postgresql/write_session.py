@@ -100,8 +100,9 @@ class CallCursor(BatchCursor):
 
     dialect = "postgresql"
 
-    def __init__(self, cursor: Cursor) -> None:
+    def __init__(self, cursor: Cursor, *, can_claim: bool) -> None:
         self._cursor = cursor
+        self.can_claim = can_claim
         self.newest_revision = 0
         self.is_lock_required = False
         """True if the next transaction must have the lock."""
@@ -147,6 +148,8 @@ class WriteSession:
         answer_seconds: Seconds for the server to answer after its own limits.
         lock: SQL that takes the write lock of a transaction, and limits that transaction.
         notify: SQL that notifies the listeners.
+        is_one_call: Write a batch with one call where possible; the call notifies, too.
+        can_claim: The call can claim tasks.
         schema: The schema of the tables.
     """
 
@@ -162,6 +165,8 @@ class WriteSession:
         answer_seconds: float,
         lock: str,
         notify: str,
+        is_one_call: bool,
+        can_claim: bool,
         schema: str,
     ) -> None:
         self._error_mapping = error_mapping
@@ -179,7 +184,8 @@ class WriteSession:
         self._until = until if now < until else min(now + lock_timeout, until + extra)
         self._driver = raw.driver_connection
         self._locked = Cursor(self._driver, self._wait, schema, self._limit)
-        self._call = CallCursor(self._locked)
+        self._call = CallCursor(self._locked, can_claim=can_claim)
+        self._is_one_call = is_one_call
         self.cursor: Cursor | CallCursor = self._call
         self._process: int = self._driver.get_server_pid()
         registry.writers.add(self._process)
@@ -189,7 +195,8 @@ class WriteSession:
 
     def begin(self, until: float) -> None:
         self._until = max(until, self._until)
-        self.cursor = self._locked if self._call.is_lock_required else self._call
+        is_one_call = self._is_one_call and not self._call.is_lock_required
+        self.cursor = self._call if is_one_call else self._locked
         self._call.is_lock_required, self._call.call = False, None
         if self.cursor is self._locked:
             self._execute(

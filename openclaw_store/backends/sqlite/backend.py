@@ -108,6 +108,7 @@ class SQLite:
     dialect = "sqlite"
     schema = None
     one_statement: Mapping[str, Any] = {}  # BEGIN costs nothing
+    notifies = True  # a commit is seen by polling the file
 
     def __init__(self, path: Path, timeout: float, cluster: str | None = None) -> None:
         # SQLite follows symbolic links too, and its journals are beside the file itself.
