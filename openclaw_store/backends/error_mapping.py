@@ -296,6 +296,16 @@ class PostgreSQLErrorMapping(ErrorMapping):
         return None
 
 
+class CitusErrorMapping(PostgreSQLErrorMapping):
+    """Maps the errors of a server where Citus distributes the tables.
+
+    While a schema moves, the write lock on its old node does not count on the new one. Of two
+    writers, the key of `changes` refuses the second, which has written nothing and tries again.
+    """
+
+    busy = (*PostgreSQLErrorMapping.busy, "23505", "XX000")
+
+
 def unreadable_value(error: BaseException) -> BaseException | None:
     """Return the driver's error without the value, if a value written by hand may be the cause.
 

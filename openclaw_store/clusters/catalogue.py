@@ -251,7 +251,10 @@ class Clusters:
     def _existing(self, name: str) -> Backend:
         if name not in self._names():
             raise NotFoundError(f"there is no cluster {name!r}: see Clusters.list()")
-        return self._backend(name)
+        backend = self._backend(name)
+        if isinstance(backend, PostgreSQL):
+            backend.prepare(lambda _: None)
+        return backend
 
     def _refuse_existing(self, name: str) -> None:
         if name in self._names():
@@ -371,7 +374,9 @@ def _drop_schema(location: str, name: str, force: bool, connection: Connection) 
             f"{location} is unchanged, as its schema contains {', '.join(others[:5])} of another "
             "program: move them to another schema, then try again"
         )
-    connection.execute(text(f"DROP SCHEMA {name}"))
+    # Its former nodes may still have copies of its tables, which Citus removes some time later.
+    cascade = " CASCADE" if connection.get_execution_options()["is_citus"] else ""
+    connection.execute(text(f"DROP SCHEMA {name}{cascade}"))
 
 
 _OTHERS = """

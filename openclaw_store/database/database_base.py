@@ -148,6 +148,8 @@ class DatabaseBase:
             await shield_until_done(asyncio.to_thread(self._open, migrate, is_copy_target))
             if self._state == "new":  # otherwise it was closed meanwhile
                 self._home = asyncio.get_running_loop()
+                if self._sharing is not None and self._sharing.home is None:
+                    self._sharing.home = self._home
                 self._state = "ready"
 
     def _open(self, migrate: bool, is_copy_target: bool) -> None:

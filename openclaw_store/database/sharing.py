@@ -28,7 +28,8 @@ class Sharing:
         self._timeout = timeout
         self._pool_size = pool_size
         self._process = os.getpid()
-        self._home: asyncio.AbstractEventLoop | None = None
+        self.home: asyncio.AbstractEventLoop | None = None
+        """The event loop that keeps connections: that of the first database."""
         self._pools: dict[asyncio.AbstractEventLoop, Pools] = {}
         self._listeners: dict[asyncio.AbstractEventLoop, Listening] = {}
         self._is_closed = False
@@ -42,10 +43,9 @@ class Sharing:
         self._check()
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            for other in [one for one in self._pools if one.is_closed() and one is not self._home]:
+            for other in [one for one in self._pools if one.is_closed() and one is not self.home]:
                 self._pools.pop(other, None)
-            self._home = self._home or loop
-            size = self._pool_size if loop is self._home else None
+            size = self._pool_size if loop is self.home else None
             self._pools[loop] = Pools(loop, self.backend, self._timeout, size)
         return self._pools[loop]
 

@@ -46,7 +46,10 @@ async def test_each_cluster_is_upgraded_and_a_failure_names_those_that_are_left(
 
     with pytest.raises(CommandError, match=r"paris.*; not done yet: paris, tokyo"):
         await upgrade_all(places)
-    assert [one.revision for one in await clusters.list()] == [HEAD, "0008", "0008"]
+    assert [one.revision for one in await clusters.list()] in (
+        [HEAD, revision, "0008"]
+        for revision in ("0008", None)  # `None` if it is refused
+    )
 
     execute(place, remove)
     await upgrade_all(places)

@@ -19,7 +19,7 @@ from sqlalchemy.util import await_only
 from openclaw_store.backends.atomic_files import written_aside
 from openclaw_store.backends.base import PUBLIC, Backend, CounterStatements
 from openclaw_store.backends.cancellation import Stop, cancel_at
-from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
+from openclaw_store.backends.error_mapping import CitusErrorMapping, PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql import citus
 from openclaw_store.backends.postgresql.connections import (
     Connector,
@@ -145,18 +145,18 @@ class PostgreSQL:
         self.address = str(self._location)
         self.location = f"{self.address} (cluster {cluster})" if cluster else self.address
         self._server = _Server(is_citus=self._location.is_citus)
-        self.error_mapping = PostgreSQLErrorMapping(
-            self.location, self._server.connector.note_silence
-        )
+        self.error_mapping = self._mapping()
         self.notifies = True
         self._own_identity: tuple[Any, ...] | None = None
 
     def share(self, other: PostgreSQL) -> None:
         """Take over what is known of a server, and its pools' detection of a lost one."""
         self._server = other._server
-        self.error_mapping = PostgreSQLErrorMapping(
-            self.location, self._server.connector.note_silence
-        )
+        self.error_mapping = self._mapping()
+
+    def _mapping(self) -> PostgreSQLErrorMapping:
+        kind = CitusErrorMapping if self._server.is_citus else PostgreSQLErrorMapping
+        return kind(self.location, self._server.connector.note_silence)
 
     @property
     def registry(self) -> ConnectionRegistry:
@@ -182,6 +182,7 @@ class PostgreSQL:
         """Refuse a server that is too old, and note the settings that later connections need."""
         server = self._server
         if server.synchronous_commit is not None:  # another database of the server was opened
+            self.error_mapping = self._mapping()
             return
         found = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
         number, commit, has_citus = found
@@ -194,6 +195,7 @@ class PostgreSQL:
         server.version = version
         if server.is_citus is None:
             server.is_citus = has_citus
+            self.error_mapping = self._mapping()
         # With `off`, a commit would return before it is on the disk.
         server.synchronous_commit = "on" if commit == "off" else commit
 
