@@ -235,7 +235,7 @@ class PostgreSQLErrorMapping(ErrorMapping):
     """
 
     read_only = "25006"
-    busy = ("55P03",)
+    busy: tuple[str, ...] = ("55P03",)
 
     def __init__(self, location: str, on_silence: Callable[[], None] = lambda: None) -> None:
         super().__init__(location)
