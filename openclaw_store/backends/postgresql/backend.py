@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, ExceptionContext, Pool, event, text
-from sqlalchemy.exc import DBAPIError, DisconnectionError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.exc import DisconnectionError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool
 from sqlalchemy.util import await_only
 
@@ -22,15 +21,17 @@ from openclaw_store.backends.cancellation import Stop, cancel_at
 from openclaw_store.backends.error_mapping import CitusErrorMapping, PostgreSQLErrorMapping
 from openclaw_store.backends.postgresql import citus
 from openclaw_store.backends.postgresql.connections import (
-    Connector,
     connection_class,
     is_lost,
     logger,
     may_be_lost,
 )
 from openclaw_store.backends.postgresql.location import ServerLocation
+from openclaw_store.backends.postgresql.migration_lock import lock_revision, make_schema
 from openclaw_store.backends.postgresql.pg_dump import dump, environment_of
 from openclaw_store.backends.postgresql.protocol import notify
+from openclaw_store.backends.postgresql.server_state import MINIMUM_VERSION as MINIMUM_VERSION
+from openclaw_store.backends.postgresql.server_state import ServerState
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
     ConnectionRegistry,
@@ -41,9 +42,6 @@ from openclaw_store.backends.postgresql.write_session import (
 from openclaw_store.errors import InvalidDataError, UnavailableError
 
 Result = TypeVar("Result")
-
-MINIMUM_VERSION = 13
-"""The oldest supported server; the PostgreSQL project no longer maintains older ones."""
 
 _TABLES = (
     "tasks",
@@ -98,18 +96,6 @@ _LOCK_SHARE = 0.9  # the server's own limit, which leaves a connection usable, e
 _CONNECT_SECONDS = 5.0  # a short timeout for locks does not limit connecting
 
 
-@dataclass
-class _Server:
-    """What the databases of one server share."""
-
-    is_citus: bool | None
-    """True if schemas are distributed by Citus; `None` until a connection has told it."""
-    version: int = MINIMUM_VERSION  # at least
-    synchronous_commit: str | None = None  # unknown: the server's setting stays
-    connector: Connector = field(default_factory=Connector)
-    registry: ConnectionRegistry = field(default_factory=ConnectionRegistry)
-
-
 class PostgreSQL:
     """A database on a PostgreSQL server.
 
@@ -144,7 +130,7 @@ class PostgreSQL:
         self.schema = cluster or PUBLIC
         self.address = str(self._location)
         self.location = f"{self.address} (cluster {cluster})" if cluster else self.address
-        self._server = _Server(is_citus=self._location.is_citus)
+        self._server = ServerState(is_citus=self._location.is_citus)
         self.error_mapping = self._mapping()
         self.notifies = True
         self._own_identity: tuple[Any, ...] | None = None
@@ -217,44 +203,15 @@ class PostgreSQL:
         async def run() -> Result:
             engine = self.engine(write=True, is_long=True, json_deserializer=None)
             async with engine.begin() as connection:
+                code = self.error_mapping.code
                 if self.cluster is not None:
-                    await self._make_schema(connection)
-                await self._lock_revision(connection)
+                    is_citus = bool(self._server.is_citus)
+                    await make_schema(connection, self.schema, code, is_citus=is_citus)
+                await lock_revision(connection, self.schema, code)
                 return await connection.run_sync(work)
 
         with self.error_mapping.mapped():
             return asyncio.run(run())
-
-    async def _make_schema(self, connection: AsyncConnection) -> None:
-        """Make the schema of the cluster if necessary, which takes a privilege."""
-        exists = text("SELECT to_regnamespace(:name)")
-        if await connection.scalar(exists, {"name": self.schema}) is None:
-            try:
-                if self._server.is_citus:
-                    await connection.exec_driver_sql(citus.DISTRIBUTE)
-                async with connection.begin_nested():
-                    await connection.exec_driver_sql(f"CREATE SCHEMA {self.schema}")
-            except DBAPIError as error:  # another migration has made it, and committed
-                if self.error_mapping.code(error) not in ("23505", "42P06"):
-                    raise
-
-    async def _lock_revision(self, connection: AsyncConnection) -> None:
-        """Lock the table of the revision, which takes a privilege; make it if necessary.
-
-        Any role can take an advisory lock, and never release it.
-        """
-        table = f"{self.schema}.alembic_version"
-        if await connection.scalar(text("SELECT to_regclass(:name)"), {"name": table}) is None:
-            try:
-                async with connection.begin_nested():
-                    await connection.exec_driver_sql(
-                        f"CREATE TABLE {table} (version_num varchar(32) NOT NULL "
-                        "CONSTRAINT alembic_version_pkc PRIMARY KEY)"
-                    )
-            except DBAPIError as error:  # another migration has made it, and committed
-                if self.error_mapping.code(error) not in ("23505", "42P07"):
-                    raise
-        await connection.exec_driver_sql(f"LOCK TABLE {table} IN SHARE UPDATE EXCLUSIVE MODE")
 
     def engine(
         self,
