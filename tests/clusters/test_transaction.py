@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, Location, MakeNode, MakeTask, assert_in_step, execute, until
+from conftest import PATIENCE, MakeNode, Maker, MakeTask, assert_in_step, execute, until
 
 from openclaw_store import (
+    Clusters,
     Database,
     DeadlineError,
     DuplicateError,
@@ -31,11 +32,32 @@ pytestmark = pytest.mark.postgresql
 NAMES = ("berlin", "tokyo")
 
 
+@pytest.fixture(scope="session")
+def two_clusters(maker: Maker) -> str:
+    """A database with two clusters to copy, which is faster than to migrate both for each test."""
+    url = maker.make()
+
+    async def create() -> None:
+        for name in NAMES:
+            await Clusters(url).create(name)
+
+    asyncio.run(create())
+    return url
+
+
 @pytest.fixture
-async def managers(location: Location) -> AsyncIterator[list[StateManager]]:
+def place(maker: Maker, two_clusters: str) -> Iterator[str]:
+    """A server with two clusters."""
+    url = maker.make(two_clusters)
+    yield url
+    maker.drop(url)
+
+
+@pytest.fixture
+async def managers(place: str) -> AsyncIterator[list[StateManager]]:
     """Two clusters of one server, with their caches."""
     async with AsyncExitStack() as stack:
-        made = [StateManager(Database(location, cluster=name), None) for name in NAMES]
+        made = [StateManager(Database(place, cluster=name), None) for name in NAMES]
         yield [await stack.enter_async_context(one) for one in made]
 
 
@@ -103,9 +125,9 @@ async def test_rollback_of_either_session_ends_both(
 
 
 async def test_write_that_fails_in_one_cluster_rolls_both_back(
-    managers: list[StateManager], make_task: MakeTask, location: Location
+    managers: list[StateManager], make_task: MakeTask, place: str
 ) -> None:
-    execute(location, "ALTER TABLE tokyo.tasks ADD CONSTRAINT refused CHECK (name <> 'bad')")
+    execute(place, "ALTER TABLE tokyo.tasks ADD CONSTRAINT refused CHECK (name <> 'bad')")
 
     async def write() -> None:
         async with transaction(*[one.db for one in managers]) as (b, t):
@@ -136,14 +158,12 @@ async def test_refused_write_changes_nothing_and_the_block_goes_on(
 
 
 async def test_order_of_the_caller_makes_no_deadlock(
-    managers: list[StateManager], location: Location, make_task: MakeTask
+    managers: list[StateManager], place: str, make_task: MakeTask
 ) -> None:
     """Both orders at once, in this process and from another one as far as the server knows."""
     async with AsyncExitStack() as stack:
         own = [one.db for one in managers]
-        others = [
-            await stack.enter_async_context(Database(location, cluster=name)) for name in NAMES
-        ]
+        others = [await stack.enter_async_context(Database(place, cluster=name)) for name in NAMES]
 
         async def write(*databases: Database) -> None:
             for _ in range(3):
@@ -171,11 +191,11 @@ async def test_calls_inside_the_block_do_not_wait_for_it(
 
 
 async def test_other_processes_hear_of_both(
-    managers: list[StateManager], location: Location, make_task: MakeTask
+    managers: list[StateManager], place: str, make_task: MakeTask
 ) -> None:
     async with AsyncExitStack() as stack:
         foreign = [
-            await stack.enter_async_context(StateManager(Database(location, cluster=name), 30))
+            await stack.enter_async_context(StateManager(Database(place, cluster=name), 30))
             for name in NAMES
         ]
         async with transaction(*[one.db for one in managers]) as sessions:
