@@ -195,7 +195,7 @@ async def test_other_processes_hear_of_both(
 ) -> None:
     async with AsyncExitStack() as stack:
         foreign = [
-            await stack.enter_async_context(StateManager(Database(place, cluster=name), 30))
+            await stack.enter_async_context(StateManager(Database(place, cluster=name), 3600))
             for name in NAMES
         ]
         async with transaction(*[one.db for one in managers]) as sessions:

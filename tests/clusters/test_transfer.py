@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from conftest import Location, MakeNode, MakeTask, assert_in_step, execute, new_location
@@ -277,6 +278,30 @@ async def test_slow_process_does_not_deliver_again(
     assert await ids(source) == set()
     assert task.task_id not in await ids(target)
     assert len(await ids(target)) == 1
+
+
+async def test_slow_process_does_not_take_refused_tasks_back_again(
+    pair: Pair, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process has settled its batch, and the task has changed since."""
+    source, target = pair
+    await source.add_task(task := make_task())
+    await target.add_task(make_task(task_id=task.task_id))
+    write, is_first = Database.write, True
+
+    async def slow(self: Database, apply: Any, operation: Any) -> Any:
+        nonlocal is_first
+        if apply.__name__ == "settle" and is_first:
+            is_first = False
+            await transfer(source.db, target.db, TaskFilter(user="nobody"))
+            await source.remove_task(task.task_id)
+        return await write(self, apply, operation)
+
+    monkeypatch.setattr(Database, "write", slow)
+    found = await transfer(source.db, target.db, ALL)
+
+    assert (found.returned, found.in_transit) == ({task.task_id: ANY}, {})
+    assert await ids(source) == set()
 
 
 @pytest.mark.parametrize("kinds", PAIRS[1:2])
