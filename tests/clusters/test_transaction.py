@@ -26,6 +26,7 @@ from openclaw_store import (
     transaction,
     verify,
 )
+from openclaw_store.backends import notifications
 
 pytestmark = pytest.mark.postgresql
 
@@ -191,8 +192,12 @@ async def test_calls_inside_the_block_do_not_wait_for_it(
 
 
 async def test_other_processes_hear_of_both(
-    managers: list[StateManager], place: str, make_task: MakeTask
+    managers: list[StateManager],
+    place: str,
+    make_task: MakeTask,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(notifications, "ALIVE_SECONDS", 3600)  # a notification alone tells them
     async with AsyncExitStack() as stack:
         foreign = [
             await stack.enter_async_context(StateManager(Database(place, cluster=name), 3600))
