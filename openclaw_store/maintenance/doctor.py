@@ -12,9 +12,7 @@ import shlex
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,10 @@ from openclaw_store.database import (
 from openclaw_store.domain import Clock
 from openclaw_store.encryption import KEYS_VARIABLE, KeyRing
 from openclaw_store.errors import BackendError, SchemaMismatchError
+from openclaw_store.maintenance.citus import check_citus
+from openclaw_store.maintenance.diagnosis import Finding as Finding
+from openclaw_store.maintenance.diagnosis import Level as Level
+from openclaw_store.maintenance.diagnosis import judge
 from openclaw_store.maintenance.domains import LATEST
 from openclaw_store.maintenance.schema import find_differences
 
@@ -102,28 +104,6 @@ _CONNECTIONS = text("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 
 _SETTINGS = text("SELECT name, setting FROM pg_settings")
 
 
-class Level(StrEnum):
-    """Severity of a finding."""
-
-    OK = "ok"
-    WARNING = "warning"
-    """The store works, but not well, or not for long."""
-    ERROR = "error"
-    """The store does not work, or its promises do not hold."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    level: Level
-    text: str
-    """The observation as a sentence."""
-    advice: str | None = None
-    """The action to take."""
-
-
 async def diagnose(database: Database) -> list[Finding]:
     """Check the environment of a database, which may be closed or missing."""
     if database.dialect == "sqlite" and database.db_path != ":memory:":
@@ -151,7 +131,7 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
         return connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
 
     version, needed = sqlite3.sqlite_version, ".".join(map(str, sqlite.MINIMUM_VERSION))
-    yield _judge(
+    yield judge(
         "sqlite_version",
         sqlite3.sqlite_version_info >= sqlite.MINIMUM_VERSION,
         f"SQLite is {version}; {needed} or newer is needed.",
@@ -161,13 +141,13 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
     schema = list(_check_schema(connection))
     yield from schema
     mode = pragma("journal_mode")
-    yield _judge(
+    yield judge(
         "journal_mode",
         mode == "wal",
         f"The journal mode is {mode}.",
         "open the database once with the library, which turns WAL on",
     )
-    yield _judge(
+    yield judge(
         "synchronous",
         pragma("synchronous") >= 2,
         "A commit waits for the disk.",
@@ -176,7 +156,7 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
     )
     path = Path(connection.exec_driver_sql("PRAGMA database_list").all()[0][2])
     size, pages, free = pragma("page_size"), pragma("page_count"), pragma("freelist_count")
-    yield _judge(
+    yield judge(
         "free_pages",
         free * size <= FREE_BYTES or 4 * free <= pages,
         f"{free} of {pages} pages are free ({_size(free * size)}).",
@@ -186,7 +166,7 @@ def _check_file(connection: Connection, clock: Clock) -> Iterator[Finding]:
     # would release all locks of this process on it (https://sqlite.org/howtocorrupt.html).
     _, logged, moved = connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)").one()
     waiting = max(0, logged - moved)
-    yield _judge(
+    yield judge(
         "wal",
         waiting <= WAL_PAGES,
         f"{waiting} pages of the WAL have not been moved to the database "
@@ -205,7 +185,7 @@ def _check_permissions(path: Path) -> Finding:
     readable = [file.name for file in files if file.exists() and file.stat().st_mode & 0o077]
     if path.parent.stat().st_mode & 0o002:
         readable.append("the folder")
-    return _judge(
+    return judge(
         "permissions",
         not readable or os.name == "nt",
         "Only its owner can read the database.",
@@ -221,7 +201,7 @@ def _check_file_system(path: Path) -> Finding:
     if _NETWORK.fullmatch(kind):
         advice = "move it to a local disk, or to PostgreSQL: SQLite's locks do not work there"
         return _error(name, f"The file is on a network file system ({kind}).", advice)
-    return _judge(
+    return judge(
         name,
         kind not in _IN_MEMORY,
         f"The file is on {kind}.",
@@ -253,12 +233,12 @@ def _check_disk(path: Path, size: int) -> Finding:
     if free < LOW_DISK_BYTES:
         return _error("disk_space", text, "free some space: writes will fail")
     advice = "free some space: a vacuum, a migration and a backup need as much as the database"
-    return _judge("disk_space", free >= size, text, advice)
+    return judge("disk_space", free >= size, text, advice)
 
 
 def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     settings = {str(name): str(value) for name, value in connection.execute(_SETTINGS)}
-    yield _judge(
+    yield judge(
         "server_version",
         int(settings["server_version_num"]) >= postgresql.MINIMUM_VERSION * 10_000,
         f"The server is PostgreSQL {settings['server_version']}; {postgresql.MINIMUM_VERSION} or "
@@ -268,7 +248,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     )
     schema = list(_check_schema(connection))
     yield from schema
-    yield _judge(
+    yield judge(
         "recovery",
         not connection.scalar(text("SELECT pg_is_in_recovery()")),
         "The server accepts writes.",
@@ -278,9 +258,10 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     )
     yield from _check_settings(settings)
     yield from _check_privileges(connection, settings)
+    yield from check_citus(connection, settings)
     used = connection.scalar(_CONNECTIONS) or 0
     limit = int(settings["max_connections"])
-    yield _judge(
+    yield judge(
         "max_connections",
         used <= 0.8 * limit,
         f"{used} of {limit} connections are in use.",
@@ -291,7 +272,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         f"process {pid} ({name or 'nameless'}, {state}) for {seconds} s"
         for pid, name, state, seconds in long[:5]
     )
-    yield _judge(
+    yield judge(
         "long_transactions",
         not long,
         f"No transaction is open for more than {LONG_SECONDS} s.",
@@ -299,7 +280,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
         otherwise=f"{len(long)} transactions are open: {listed}.",
     )
     holders = connection.execute(_SNAPSHOTS, {"limit": HORIZON_TRANSACTIONS}).scalars().all()
-    yield _judge(
+    yield judge(
         "horizon",
         not holders,
         f"No snapshot is older than {HORIZON_TRANSACTIONS} transactions.",
@@ -309,7 +290,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     )
     prepared = connection.execute(_PREPARED).all()
     listed = "; ".join(f"{gid} by {owner} for {seconds} s" for gid, owner, seconds in prepared[:5])
-    yield _judge(
+    yield judge(
         "prepared_transactions",
         not prepared,
         "No transaction of the store over several servers is left prepared.",
@@ -321,7 +302,7 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
     server: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
     after = clock()
     skew = max((before - server).total_seconds(), (server - after).total_seconds(), 0.0)
-    yield _judge(
+    yield judge(
         "server_clock",
         skew <= SKEW_SECONDS,
         f"The clocks of this machine and of the server are {skew:.1f} s apart.",
@@ -334,14 +315,14 @@ def _check_server(connection: Connection, clock: Clock) -> Iterator[Finding]:
 def _check_privileges(connection: Connection, settings: Mapping[str, str]) -> Iterator[Finding]:
     schema = schema_of(connection)
     roles = ", ".join(connection.scalars(_WRITABLE, {"schema": schema}))
-    yield _judge(
+    yield judge(
         "schema_privileges",
         not roles,
         f"No other role may create objects in the schema {schema}.",
         f"REVOKE CREATE ON SCHEMA {schema} FROM {roles}",
         otherwise=f"These roles may create objects in the schema {schema}: {roles}.",
     )
-    yield _judge(
+    yield judge(
         "search_path",
         settings["search_path"] == postgresql.SEARCH_PATH,
         f"The search path is {settings['search_path']}.",
@@ -357,16 +338,16 @@ def _check_settings(settings: Mapping[str, str]) -> Iterator[Finding]:
         ("autovacuum", Level.WARNING, "tables grow without end"),
     ):
         value = settings[name]
-        yield _judge(name, value != "off", f"{name} is {value}.", f"set it to on: {danger}", level)
+        yield judge(name, value != "off", f"{name} is {value}.", f"set it to on: {danger}", level)
     isolation = settings["default_transaction_isolation"]
-    yield _judge(
+    yield judge(
         "default_isolation",
         isolation == "read committed",
         f"default_transaction_isolation is {isolation}.",
         "check the other programs: the library sets its own isolation",
     )
     limit = int(settings["idle_in_transaction_session_timeout"])
-    yield _judge(
+    yield judge(
         "idle_in_transaction_session_timeout",
         limit == 0 or limit >= 5000,
         f"Idle transactions end after {limit} ms." if limit else "Idle transactions stay open.",
@@ -424,7 +405,7 @@ def _check_heartbeats(connection: Connection, now: datetime) -> Iterator[Finding
     )
     early = connection.execute(query).all()
     ahead = [f"{id!r} ({(sent - now).total_seconds():.0f} s)" for id, sent in early if sent]
-    yield _judge(
+    yield judge(
         "heartbeats",
         not early,
         "No node has sent a heartbeat from the future.",
@@ -437,7 +418,7 @@ def _check_transfers(connection: Connection) -> Finding:
     row = OutgoingRow
     query = select(func.coalesce(func.sum(row.number), 0), func.min(row.left_at))
     number, since = connection.execute(query).one()
-    return _judge(
+    return judge(
         "transfers",
         not number,
         "No task is in transit to another cluster.",
@@ -462,7 +443,7 @@ def _check_keys(connection: Connection, ring: KeyRing | None) -> Iterator[Findin
         yield _error("encryption", text, f"set {KEYS_VARIABLE} to the file with these keys")
         return
     is_off = ring is not None and ring.primary is None
-    yield _judge(
+    yield judge(
         "encryption",
         is_off or any(listed.values()),
         f"No key seals; values may still be sealed by the keys {numbers}."
@@ -473,20 +454,6 @@ def _check_keys(connection: Connection, ring: KeyRing | None) -> Iterator[Findin
         if listed
         else "The database was never opened with its keys: all values are in clear.",
     )
-
-
-def _judge(
-    name: str,
-    is_good: bool,
-    text: str,
-    advice: str,
-    level: Level = Level.WARNING,
-    otherwise: str | None = None,
-) -> Finding:
-    """Make a finding; `otherwise` replaces `text` if it is not good."""
-    if is_good:
-        return Finding(name, Level.OK, text)
-    return Finding(name, level, otherwise or text, advice)
 
 
 def _error(name: str, text: str, advice: str) -> Finding:

@@ -21,10 +21,12 @@ from openclaw_store import (
     ConflictError,
     Database,
     InvalidDataError,
+    Level,
     Server,
     StateManager,
     TaskRepository,
     TaskStatus,
+    diagnose,
     verify,
 )
 from openclaw_store.backends.factory import backend_of
@@ -117,6 +119,9 @@ async def test_clusters_are_placed_listed_renamed_and_dropped(
     async with Database(URL, cluster=berlin) as database:
         await TaskRepository(database).create(make_task())
         assert (await verify(database)).problems == []
+        found = {one.name: one for one in await diagnose(database)}
+        assert found["citus_node"].text == f"Citus keeps the tables on {nodes[0]}."
+        assert found["citus_moves"].level is Level.OK
     await asyncio.to_thread(migrations.check, backend_of(URL, cluster=berlin))
 
     await clusters.rename(berlin, f"{berlin}_new")
