@@ -17,6 +17,7 @@ from openclaw_store import (
     StateManager,
     TaskRepository,
     UnavailableError,
+    transaction,
     verify,
 )
 
@@ -145,3 +146,16 @@ def test_location_and_names_are_checked(tmp_path: Path) -> None:
             Server("postgresql://host/db", **options)
     with pytest.raises(InvalidDataError, match="cluster"):
         Server("postgresql://host/db").cluster("Not a name")
+
+
+@pytest.mark.postgresql
+async def test_transaction_over_two_clusters_of_a_server(
+    server: Server, make_task: MakeTask
+) -> None:
+    async with server.cluster("berlin") as berlin, server.cluster("tokyo") as tokyo:
+        async with transaction(berlin, tokyo) as (b, t):
+            await TaskRepository(b).create(make_task(name="berlin"))
+            await TaskRepository(t).create(make_task(name="tokyo"))
+        assert await TaskRepository(berlin).count_tasks() == 1
+        [task] = (await TaskRepository(tokyo).list_tasks()).tasks
+        assert task.name == "tokyo"
