@@ -28,8 +28,8 @@ from openclaw_store import Clusters, Database, Server, StateManager
 IDLE_CLUSTERS = 200
 """Clusters that a process opens."""
 
-SETTLE_SECONDS = 7.0
-"""Time after which writers have given their connections back."""
+SETTLE_SECONDS = 35.0
+"""Time after which writers have given their connections back, and all have synchronised once."""
 
 _OTHERS = """
     SELECT count(*) FROM pg_stat_activity
