@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import (
+    CLUSTER,
     PATIENCE,
     FakeClock,
     Location,
@@ -43,6 +44,7 @@ from openclaw_store import (
     UnavailableError,
     UnsavedConflictError,
 )
+from openclaw_store.backends import PUBLIC
 from openclaw_store.backends import notifications as wakeups
 from openclaw_store.backends.notifications import (
     BUSY_SECONDS,
@@ -52,7 +54,7 @@ from openclaw_store.backends.notifications import (
 )
 from openclaw_store.backends.postgresql import listening as server_listening
 from openclaw_store.backends.postgresql.backend import PostgreSQL
-from openclaw_store.backends.postgresql.protocol import CHANNEL, OTHER_LISTENERS
+from openclaw_store.backends.postgresql.protocol import ListenerNames, listener_names
 from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
 from openclaw_store.backends.sqlite.file_watch import FileWatch
 from openclaw_store.database.write_transaction import WriteTransaction
@@ -78,13 +80,19 @@ def company_of(database: Database) -> ConnectionRegistry:
     return database._backend.registry
 
 
-def locks(location: Location, number: int) -> list[str]:
-    """Modes in which an advisory lock is had, or waited for."""
+def names_in(location: Location) -> ListenerNames:
+    """The channel and the locks of the listeners."""
+    [[number]] = execute(location, "SELECT cluster_id FROM counters")
+    return listener_names(CLUSTER or PUBLIC, number)
+
+
+def locks_of_others(location: Location) -> list[str]:
+    """Modes in which the lock of all listeners but the first is had, or waited for."""
     rows = execute(
         location,
         "SELECT mode FROM pg_locks WHERE locktype = 'advisory' AND database ="
         " (SELECT oid FROM pg_database WHERE datname = current_database())"
-        f" AND classid::bigint << 32 | objid::bigint = {number}",
+        f" AND classid::bigint << 32 | objid::bigint = {names_in(location).others}",
     )
     return [mode for (mode,) in rows]
 
@@ -95,7 +103,7 @@ async def listening(location: Location) -> AsyncIterator[list[str]]:
     told: list[str] = []
     async with engine_of(location).connect() as connection:
         driver: Any = (await connection.get_raw_connection()).driver_connection
-        await driver.add_listener(CHANNEL, lambda *heard: told.append(heard[-1]))
+        await driver.add_listener(names_in(location).channel, lambda *heard: told.append(heard[-1]))
         yield told
 
 
@@ -570,7 +578,7 @@ class TestWakeUps:
             async with silent.db.transaction() as tx:
                 await TaskRepository(tx).create(make_task())
             await until(lambda: follower.version == 4)
-            execute(location, f"NOTIFY {CHANNEL}, 'end'")
+            execute(location, f"NOTIFY {names_in(location).channel}, 'end'")
             await until(lambda: told)
 
         assert told == ["end"]
@@ -620,12 +628,12 @@ class TestWakeUps:
             await until(lambda: told == ["4 0"])
 
             async with self.following(location):
-                await until(lambda: len(locks(location, OTHER_LISTENERS)) == 1)
+                await until(lambda: len(locks_of_others(location)) == 1)
                 await alone.add_task(make_task())
                 await until(lambda: told == ["4 0", "5 0"])
-            await until(lambda: not locks(location, OTHER_LISTENERS))
+            await until(lambda: not locks_of_others(location))
             await alone.add_task(make_task())
-            execute(location, f"NOTIFY {CHANNEL}, 'end'")
+            execute(location, f"NOTIFY {names_in(location).channel}, 'end'")
             await until(lambda: told == ["4 0", "5 0", "end"])
         assert company_of(alone.db).listener is None
 
@@ -645,7 +653,7 @@ class TestWakeUps:
             two, three = [
                 await stack.enter_async_context(self.following(location)) for _ in range(2)
             ]
-            await until(lambda: len(locks(location, OTHER_LISTENERS)) == 2)
+            await until(lambda: len(locks_of_others(location)) == 2)
             await one.shutdown()
 
             await until(lambda: company_of(two.db).listener or company_of(three.db).listener)
@@ -676,11 +684,12 @@ class TestWakeUps:
         self, database: Database, location: Location
     ) -> None:
         told: list[tuple[int, int]] = []
+        others = names_in(location).others
         async with engine_of(location).begin() as connection:
             await connection.exec_driver_sql("UPDATE counters SET beat = beat + 1")
-            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
+            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({others})")
             follower = database.follow(lambda *counters: told.append(counters))
-            await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
+            await until(lambda: "ShareLock" in locks_of_others(location))
             assert not told
         try:
             await until(lambda: told)
@@ -708,10 +717,11 @@ class TestWakeUps:
 
         monkeypatch.setattr(connect_utils, "_cancel", note)
         monkeypatch.setattr(server_listening, "STOP_SECONDS", PATIENCE if is_answered else 0.1)
+        others = names_in(location).others
         async with engine_of(location).begin() as connection:
-            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({OTHER_LISTENERS})")
+            await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({others})")
             follower = database.follow(lambda *_: None)
-            await until(lambda: "ShareLock" in locks(location, OTHER_LISTENERS))
+            await until(lambda: "ShareLock" in locks_of_others(location))
             stopping = asyncio.ensure_future(follower.stop())
             if not is_answered:  # while the statement waits
                 await stopping
