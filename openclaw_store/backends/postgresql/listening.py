@@ -42,6 +42,9 @@ BUSY_SECONDS = 0.01
 ALIVE_SECONDS = 10.0
 """Longest time without a notification after which the server is asked for the counters."""
 
+SHARED_ALIVE_SECONDS = 30.0
+"""The same for each of many clusters on one connection."""
+
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 0.5
 """Limits of the time between two polls where notifications do not arrive; commits shorten it."""
 
@@ -157,7 +160,7 @@ class Listening:
                     for follower in [*self._followers]:
                         if follower not in channels:
                             channels[follower] = _Channel(
-                                driver, follower, self._database, woken, not self._is_shared
+                                driver, follower, self._database, woken, self._is_shared
                             )
                         if channels[follower].due_at <= time.monotonic():
                             await self._look(channels[follower])
@@ -187,14 +190,15 @@ class _Channel:
 
     def __init__(
         self, driver: Any, follower: Follower, database: PostgreSQL, woken: asyncio.Event,
-        may_be_first: bool,
+        is_shared: bool,
     ) -> None:  # fmt: skip
         self._driver = driver
         self._follower = follower
         self._woken = woken
         self._registry: ConnectionRegistry = database.registry
         self._code = database.error_mapping.code
-        self._may_be_first = may_be_first
+        self._is_shared = is_shared
+        self._may_be_first = not is_shared
         self._names: ListenerNames | None = None  # once it listens
         self._has_joined = False
         self._lock: int | None = None
@@ -246,7 +250,8 @@ class _Channel:
             self._unknown = revision
             return CONFIRM_SECONDS
         else:
-            self._unknown, pause = None, min(2 * self._pause, ALIVE_SECONDS)
+            longest = SHARED_ALIVE_SECONDS if self._is_shared else ALIVE_SECONDS
+            self._unknown, pause = None, min(2 * self._pause, longest)
         self._pause = pause
         return pause
 
