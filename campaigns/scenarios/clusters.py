@@ -42,6 +42,12 @@ FEW_PROCESSES = 2
 STEPS, FEW_STEPS = 40, 10
 """Writes of a process in each cluster, about, in the long and in the short form."""
 
+IDLE_SECONDS = 0.02
+"""Time after which a writer gives its connection back: a server allows 100 by default."""
+
+BLOCK_SECONDS = 60.0
+"""Time limit of a transaction, in which another one waits for its lock."""
+
 HEARD_SECONDS = 60.0
 """Time limit for a process to hear of the last commits of the others."""
 
@@ -104,7 +110,9 @@ async def write(
 @asynccontextmanager
 async def _opened(places: str, names: Sequence[str]) -> AsyncIterator[dict[str, StateManager]]:
     async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(Server(places))
+        server = await stack.enter_async_context(
+            Server(places, idle_seconds=IDLE_SECONDS, pool_size=1)
+        )
         states = {name: StateManager(server.cluster(name), 3600) for name in names}
         for state in states.values():
             await stack.enter_async_context(state)
@@ -151,7 +159,7 @@ class _Process:
         tasks = [self._task(name), self._task(name)]
         other = self._random.choice([*self._states])
         inside = self._task(other)
-        async with state.db.transaction() as tx:
+        async with state.db.transaction(timeout=BLOCK_SECONDS) as tx:
             await TaskRepository(tx).create(tasks[0])
             if other > name:  # in one order, else two processes wait for each other
                 await self._states[other].add_task(inside)
