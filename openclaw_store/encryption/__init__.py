@@ -5,6 +5,7 @@ only if a database has keys.
 """
 
 from openclaw_store.encryption.envelope import (
+    PREFIX,
     USER_ID,
     ConvertRow,
     Hash,

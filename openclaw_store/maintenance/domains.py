@@ -39,6 +39,7 @@ from openclaw_store.domain import (
     Task,
     TaskStatus,
 )
+from openclaw_store.encryption import PREFIX
 
 Condition = ColumnElement[bool]
 
@@ -130,6 +131,12 @@ def ill_typed(column: Column[Any], dialect: str) -> Condition:
     """Return the condition of values that are not even text, which only SQLite stores."""
     is_other = _is_of_other_type(column, ["text"]) if dialect == "sqlite" else false()
     return and_(column.is_not(None), is_other) if column.nullable else is_other
+
+
+def sealed(column: Column[Any], dialect: str) -> Condition:
+    """Return the condition of sealed values, into which the database cannot see."""
+    content = type_coerce(column, Text) if dialect == "sqlite" else cast(column, Text)
+    return or_(content.startswith(PREFIX), content.startswith(f'"{PREFIX}'))
 
 
 def _is_of_other_type(column: Column[Any], types: Sequence[str]) -> Condition:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,9 @@ from sqlalchemy import (
     Join,
     Select,
     Table,
+    case,
     event,
+    false,
     literal_column,
     not_,
     or_,
@@ -33,7 +35,7 @@ from openclaw_store.backends.sqlite.connections import reading_text
 from openclaw_store.database import COLUMNS, Base, ChangeRow, Database, statements_in, table_of
 from openclaw_store.domain import ENTITY_NAMES, KEY, Change, ChangeKind, NodeInfo, Task, encode
 from openclaw_store.errors import InvalidDataError, StoreError, logger_of, printable, safe_repr
-from openclaw_store.maintenance.domains import Condition, suspicious_value
+from openclaw_store.maintenance.domains import Condition, sealed, suspicious_value
 from openclaw_store.maintenance.row_checks import PAGE
 from openclaw_store.repositories import decoder_here, read_rows
 
@@ -42,14 +44,17 @@ logger = logger_of("maintenance")
 Result = TypeVar("Result")
 Work = Callable[[AsyncSession], Awaitable[Result]]
 
-MOST_NAMED = 200
-"""Rows of a table that are named; if there are more, all suspicious rows are left out."""
+MOST_NAMED = 5_000
+"""Rows of a table that are named; if there are more, all suspicious rows are left out.
+
+Each is a parameter of the queries, of which both databases take 32,000.
+"""
 
 MOST_LOGGED = 20
 """Rows that are named in the log."""
 
 KEPT_SECONDS = 60.0
-"""Time for which the rows stay known."""
+"""Shortest time for which the rows stay known; it is 20 times the time of the search."""
 
 _NO_LIMIT = datetime(9990, 1, 1, tzinfo=UTC)
 """Times in the future are suspicious, but readable."""
@@ -75,31 +80,43 @@ class ReadAround:
 
     def __init__(self, read: Callable[[Any], Awaitable[Any]]) -> None:
         self._read = read
-        self._narrowed: dict[Table, Condition] = {}
+        self._narrowed: Mapping[Table, Condition] = {}
         self._until = 0.0
+        self._has_keys = False
+        self._is_thorough = False
         self._searching = asyncio.Lock()
         self.left_out: Sequence[Unreadable] = ()
         """The rows that the last work had to leave out."""
 
     async def __call__(self, work: Work[Result]) -> Result:
         """Return what the work returns."""
-        is_known = time.monotonic() < self._until
-        run = partial(self._run, work) if is_known else work
+        is_known = self._is_known
         result: Result
         try:
-            result = await self._read(run)
+            result = await self._read(partial(self._run, work) if is_known else work)
         except Exception as error:
             if not _is_of_a_value(error):
                 raise
         else:
-            if not is_known:
+            if not self._is_known:
                 self.left_out = ()
             return result
-        async with self._searching:
-            if is_known or time.monotonic() > self._until:  # else another caller has searched
-                await self._read(self._search)
-        result = await self._read(partial(self._run, work))
+        for is_thorough in (False, True):
+            async with self._searching:
+                # Unless another caller has searched meanwhile.
+                if is_known or not self._is_known or self._is_thorough < is_thorough:
+                    await self._read(partial(self._search, is_thorough=is_thorough))
+            try:
+                result = await self._read(partial(self._run, work))
+                break
+            except Exception as error:
+                if is_thorough or not self._has_keys or not _is_of_a_value(error):
+                    raise
         return result
+
+    @property
+    def _is_known(self) -> bool:
+        return time.monotonic() < self._until
 
     async def _run(self, work: Work[Result], session: AsyncSession) -> Result:
         """Run the work with narrowed queries; text that is not UTF-8 has `�` in it."""
@@ -121,28 +138,43 @@ class ReadAround:
         finally:
             event.remove(connection, "before_execute", narrow)
 
-    async def _search(self, session: AsyncSession) -> None:
-        """Find the rows that cannot be read."""
-        self._narrowed = {}
+    async def _search(self, session: AsyncSession, *, is_thorough: bool) -> None:
+        """Find the rows that cannot be read.
+
+        Args:
+            is_thorough: Open all sealed values, too, which needs all rows; the database cannot see
+                into them.
+        """
+        began, statements = time.monotonic(), statements_in(session)
+        self._has_keys = statements is not statements.without_keys
+        narrowed: dict[Table, Condition] = {}
         found: list[Unreadable] = []
         async with _replacing(session):
             for kind in (Task, NodeInfo):
-                found += await self._search_rows(session, kind)
-            found += await self._search_changes(session)
-        self.left_out, self._until = found, time.monotonic() + KEPT_SECONDS
+                found += await self._search_rows(session, kind, narrowed, is_thorough=is_thorough)
+            found += await self._search_changes(session, narrowed)
+        ended = time.monotonic()
+        self._narrowed, self.left_out, self._is_thorough = narrowed, found, is_thorough
+        self._until = ended + max(KEPT_SECONDS, 20 * (ended - began))
         for one in found[:MOST_LOGGED]:
             logger.warning("%s: it is left out", printable(one.text))
         if len(found) > MOST_LOGGED:
             text = "%d further rows cannot be read; `openclaw-store verify` names them"
             logger.warning(text, len(found) - MOST_LOGGED)
 
-    async def _search_rows(self, session: AsyncSession, kind: type[Any]) -> list[Unreadable]:
-        table, statements = table_of(kind), statements_in(session)
-        dialect = statements.dialect.name
-        is_suspicious = or_(*(suspicious_value(one, dialect, _NO_LIMIT) for one in table.columns))
-        is_sealed = statements is not statements.without_keys
-        if is_sealed:  # the database cannot see into sealed values
-            is_suspicious = true()
+    async def _search_rows(
+        self,
+        session: AsyncSession,
+        kind: type[Any],
+        narrowed: dict[Table, Condition],
+        *,
+        is_thorough: bool,
+    ) -> list[Unreadable]:
+        table, dialect = table_of(kind), session.get_bind().dialect.name
+        values = [(one, suspicious_value(one, dialect, _NO_LIMIT)) for one in table.columns]
+        if self._has_keys:
+            values = [(one, case((sealed(one, dialect), false()), else_=it)) for one, it in values]
+        is_suspicious = true() if is_thorough else or_(*(it for _, it in values))
         place: Any = table.c[KEY[kind]]
         if dialect == "sqlite":  # a key may be any value
             place = literal_column(f"{table.name}.rowid")
@@ -153,14 +185,19 @@ class ReadAround:
         for start in range(0, len(places), PAGE):
             page = places[start : start + PAGE]
             found.update(await _unreadable(session, kind, place, page))
-            if len(found) > MOST_NAMED and not is_sealed:
-                self._narrowed[table] = not_(is_suspicious)
-                return [*found.values()]
-        if found:
-            self._narrowed[table] = place.not_in(list(found))
+            if len(found) > MOST_NAMED:
+                break  # a thorough search ends with the error of the next row
+        if len(found) > MOST_NAMED and not is_thorough:
+            text = "more than %d rows of %s cannot be read: all rows like them are left out"
+            logger.warning(text, MOST_NAMED, table.name)
+            narrowed[table] = not_(is_suspicious)
+        elif found:
+            narrowed[table] = place.not_in(list(found))
         return [*found.values()]
 
-    async def _search_changes(self, session: AsyncSession) -> list[Unreadable]:
+    async def _search_changes(
+        self, session: AsyncSession, narrowed: dict[Table, Condition]
+    ) -> list[Unreadable]:
         table, dialect = (
             Base.metadata.tables[ChangeRow.__tablename__],
             session.get_bind().dialect.name,
@@ -177,7 +214,7 @@ class ReadAround:
             Unreadable("change", str(one), f"change {one} cannot be read") for one in revisions
         ]
         if found:
-            self._narrowed[table] = not_(is_bad)
+            narrowed[table] = not_(is_bad)
         return found
 
 

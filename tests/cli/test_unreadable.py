@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, engine_of
 from httpx import ASGITransport, AsyncClient
+from support.sealing import RING, SECRET, rewrite
 from typer.testing import CliRunner
 
 from openclaw_store import Database, StateManager, StoreError, TaskStatus
 from openclaw_store.cli.main import app
+from openclaw_store.maintenance import read_around
 from openclaw_store.maintenance.read_around import ReadAround
 from openclaw_store.repositories import TaskRepository
 from openclaw_store.web import app as page_of
@@ -33,6 +37,7 @@ DAMAGE = {
         "node-status": NODE.format("status = 'odd'", "node-status"),
         "node-time": NODE.format("last_heartbeat = 'x'", "node-time"),
         "node-skills": NODE.format("available_skills = '[1'", "node-skills"),
+        "node-usage": NODE.format("cpu_usage = 'hot'", "node-usage"),
     },
     "postgresql": {
         "status": TASK.format("status = 'odd'", "status"),
@@ -43,6 +48,7 @@ DAMAGE = {
         "node-status": NODE.format("status = 'odd'", "node-status"),
         "node-time": NODE.format("last_heartbeat = '0044-03-15 BC'", "node-time"),
         "node-skills": NODE.format("available_skills = '{}'", "node-skills"),
+        "node-usage": NODE.format("cpu_usage = 'NaN'", "node-usage"),
     },
 }
 
@@ -158,21 +164,68 @@ async def test_wrong_argument_is_no_unreadable_row(
     assert "cannot be read" not in caplog.text
 
 
-async def test_many_unreadable_rows_are_left_out_together(
-    database: Database, location: Location, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+def counting(judged: list[int]) -> Any:
+    """The search of some rows, which also notes their number."""
+
+    async def search(session: Any, kind: Any, place: Any, places: Sequence[Any]) -> Any:
+        judged.append(len(places))
+        return await unreadable(session, kind, place, places)
+
+    unreadable = read_around._unreadable
+    return search
+
+
+@pytest.mark.parametrize(("most", "shown"), [(5_000, ["odd", "t0"]), (100, ["t0"])])
+async def test_suspicious_row_is_shown_unless_too_many_others_cannot_be_read(
+    database: Database,
+    location: Location,
+    make_task: MakeTask,
+    monkeypatch: pytest.MonkeyPatch,
+    most: int,
+    shown: list[str],
 ) -> None:
-    monkeypatch.setattr("openclaw_store.maintenance.read_around.MOST_NAMED", 3)
+    monkeypatch.setattr(read_around, "MOST_NAMED", most)
     async with StateManager(database, None) as manager:
-        await manager.add_tasks(make_task(task_id=f"t{number}") for number in range(9))
+        await manager.add_tasks(make_task(task_id=f"t{number}") for number in range(300))
+        await manager.add_task(make_task(task_id="odd", metadata={"a": "\x01"}))
         is_file = isinstance(location, Path)
         damage = "metadata = '{'" if is_file else "submitted_at = '0044-03-15 BC'"
-        async with engine_of(location).begin() as connection:
-            await connection.exec_driver_sql(f"UPDATE tasks SET {damage} WHERE task_id > 't3'")
+        rewrite(location, "tasks", f"{damage} WHERE task_id > 't0'")
         read = ReadAround(database.read)
 
         page = await read(lambda session: TaskRepository(session).list_tasks())
         with pytest.raises(StoreError):
             await database.read(lambda session: TaskRepository(session).list_tasks())
 
-    assert sorted(task.task_id for task in page) == ["t0", "t1", "t2", "t3"]
-    assert len(read.left_out) >= 3
+    assert sorted(task.task_id for task in page) == shown
+    assert len(read.left_out) >= most or len(read.left_out) == 299
+
+
+async def test_sealed_rows_are_opened_only_if_one_of_them_cannot_be_read(
+    location: Location, make_task: MakeTask, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def ids_of(read: ReadAround) -> list[str]:
+        page = await read(lambda session: TaskRepository(session).list_tasks())
+        return sorted(task.task_id for task in page)
+
+    async with StateManager(Database(location, keys=RING), None) as manager:
+        await manager.add_tasks(
+            make_task(task_id=id, description=SECRET, parameters={"a": id}, metadata={"b": id})
+            for id in ("good", "time", "moved")
+        )
+        time = "'soon'" if isinstance(location, Path) else "'0044-03-15 BC'"
+        rewrite(location, "tasks", f"submitted_at = {time} WHERE task_id = 'time'")
+        read = ReadAround(manager.db.read)
+        judged: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("openclaw_store.maintenance.read_around._unreadable", counting(judged))
+
+            before = await ids_of(read)
+            other = "SELECT description FROM tasks WHERE task_id = 'good'"
+            rewrite(location, "tasks", f"description = ({other}) WHERE task_id = 'moved'")
+            after = await ids_of(read)
+
+    assert (before, after) == (["good", "moved"], ["good"])
+    assert judged[0] == 1
+    assert sum(judged) > 3
+    assert {one.id for one in read.left_out} == {"time", "moved"}
