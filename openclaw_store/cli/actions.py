@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,7 @@ from openclaw_store.domain import (
     TaskType,
 )
 from openclaw_store.errors import (
+    BackendError,
     InvalidDataError,
     NodeNotFoundError,
     StoreError,
@@ -33,10 +35,14 @@ from openclaw_store.errors import (
 )
 
 if TYPE_CHECKING:
+    from openclaw_store.domain import Task
     from openclaw_store.state_manager import StateManager
 
 Act = Callable[[str], Awaitable[object]]
 """Changes the task or node with an identifier."""
+
+Select = Callable[[], Awaitable[Sequence[str]]]
+"""Returns the identifiers of the tasks or nodes to change."""
 
 _AT_ONCE = 200
 """Changes that are made at the same time."""
@@ -69,7 +75,7 @@ async def _selected(
 
 
 async def _act(
-    call: Call, ids: Sequence[str], act: Act, what: str, done: str, *, dry_run: bool, yes: bool
+    call: Call, select: Select, act: Act, what: str, done: str, *, dry_run: bool, yes: bool
 ) -> None:
     """Change tasks or nodes, each by itself, and show the outcome.
 
@@ -77,20 +83,28 @@ async def _act(
         what: `task` or `node`.
         done: The change, as a participle.
     """
+    ids, lost = await select(), list[BackendError]()
     refused: dict[str, str] = {}
     if not dry_run:
         if len(ids) > 1 and not yes:
             question = f"{render.number(len(ids), f'{what} would be', done)}. Continue?"
             typer.confirm(question, abort=True, err=True)
+            shown = set(ids)  # the answer is about these, of which some may match no longer
+            ids = [id for id in await select() if id in shown]
 
         async def change(id: str) -> None:
             try:
                 await act(id)
             except StoreError as error:
                 refused[id] = render.one_line(error)
+                if isinstance(error, BackendError):
+                    lost.append(error)
 
         for start in range(0, len(ids), _AT_ONCE):
             await asyncio.gather(*map(change, ids[start : start + _AT_ONCE]))
+            if lost:
+                ids = ids[: start + _AT_ONCE]
+                break
     changed = [id for id in ids if id not in refused]
     verb = f"would be {done}" if dry_run else done
     call.show(
@@ -99,6 +113,8 @@ async def _act(
         f"{render.number(len(changed), what)} {verb}",
         *(f"{id}: {reason}" for id, reason in refused.items()),
     )
+    if lost:
+        raise lost[0]
     if refused:
         raise typer.Exit(1)
 
@@ -119,13 +135,14 @@ async def requeue(
     openclaw-store requeue --finished-since 1h --error "no paper" --dry-run
     """
     async with _manager(call) as manager:
-        found = await _selected(manager, ids, filter, (TaskStatus.FAILED, TaskStatus.TIMEOUT))
+        unsuccessful = (TaskStatus.FAILED, TaskStatus.TIMEOUT)
+        select = partial(_selected, manager, ids, filter, unsuccessful)
 
         async def act(id: str) -> None:
             if not await manager.requeue_task(id):
                 raise TaskNotFoundError(id)
 
-        await _act(call, found, act, "task", "requeued", dry_run=dry_run, yes=yes)
+        await _act(call, select, act, "task", "requeued", dry_run=dry_run, yes=yes)
 
 
 @command(app)
@@ -148,13 +165,13 @@ async def cancel(
     openclaw-store cancel --user anna --status pending
     """
     async with _manager(call) as manager:
-        found = await _selected(manager, ids, filter, LIVE)
+        select = partial(_selected, manager, ids, filter, LIVE)
 
         async def act(id: str) -> None:
             if not await manager.cancel_task(id, reason or BY_OPERATOR, grace):
                 raise TaskNotFoundError(id)
 
-        await _act(call, found, act, "task", "cancelled", dry_run=dry_run, yes=yes)
+        await _act(call, select, act, "task", "cancelled", dry_run=dry_run, yes=yes)
 
 
 @command(app)
@@ -179,20 +196,26 @@ async def release(
     openclaw-store release --node atlas --yes
     """
     async with _manager(call) as manager:
-        if stuck:
-            if ids or filter != TaskFilter():
-                raise InvalidDataError("stuck", "stands alone: give no identifiers or filters")
-            found = await _held_tasks(manager)
-        else:
-            found = await _selected(manager, ids, filter, ASSIGNED)
+        if stuck and (ids or filter != TaskFilter()):
+            raise InvalidDataError("stuck", "stands alone: give no identifiers or filters")
+        held: dict[str, Task] = {}
+
+        async def select() -> Sequence[str]:
+            if stuck:
+                found = await _held_tasks(manager)
+            else:
+                found = await _selected(manager, ids, filter, ASSIGNED)
+            for task in await manager.task_repo.get_tasks(found):
+                if task is not None:  # the first attempt counts: a later one is not held
+                    held.setdefault(task.task_id, task)
+            return found
 
         async def act(id: str) -> None:
-            task = await manager.task_repo.get(id)
-            if task is None:
+            if id not in held:
                 raise TaskNotFoundError(id)
-            await manager.release_task(task, reason or BY_OPERATOR)
+            await manager.release_task(held[id], reason or BY_OPERATOR)
 
-        await _act(call, found, act, "task", "released", dry_run=dry_run, yes=yes)
+        await _act(call, select, act, "task", "released", dry_run=dry_run, yes=yes)
 
 
 async def _held_tasks(manager: StateManager) -> list[str]:
@@ -241,8 +264,8 @@ async def drain(
             if not await manager.drain_node(id, reason or BY_OPERATOR):
                 raise NodeNotFoundError(id)
 
-        found = await _nodes(manager, ids, every)
-        await _act(call, found, act, "node", "drained", dry_run=dry_run, yes=yes)
+        select = partial(_nodes, manager, ids, every)
+        await _act(call, select, act, "node", "drained", dry_run=dry_run, yes=yes)
 
 
 @command(app)
@@ -268,8 +291,8 @@ async def resume(
             if not await manager.resume_node(id):
                 raise NodeNotFoundError(id)
 
-        found = await _nodes(manager, ids, every)
-        await _act(call, found, act, "node", "resumed", dry_run=dry_run, yes=yes)
+        select = partial(_nodes, manager, ids, every)
+        await _act(call, select, act, "node", "resumed", dry_run=dry_run, yes=yes)
 
 
 @command(app)

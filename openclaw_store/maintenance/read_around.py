@@ -78,7 +78,7 @@ class ReadAround:
         read: `Database.read`.
     """
 
-    def __init__(self, read: Callable[[Any], Awaitable[Any]]) -> None:
+    def __init__(self, read: Callable[..., Awaitable[Any]]) -> None:
         self._read = read
         self._narrowed: Mapping[Table, Condition] = {}
         self._until = 0.0
@@ -88,12 +88,13 @@ class ReadAround:
         self.left_out: Sequence[Unreadable] = ()
         """The rows that the last work had to leave out."""
 
-    async def __call__(self, work: Work[Result]) -> Result:
+    async def __call__(self, work: Work[Result], *, is_one_statement: bool = False) -> Result:
         """Return what the work returns."""
         is_known = self._is_known
         result: Result
         try:
-            result = await self._read(partial(self._run, work) if is_known else work)
+            run = partial(self._run, work) if is_known else work
+            result = await self._read(run, is_one_statement=is_one_statement)
         except Exception as error:
             if not _is_of_a_value(error):
                 raise
@@ -238,8 +239,8 @@ class TolerantDatabase(Database):
         self._around = ReadAround(super().read)
 
     async def read(self, work: Work[Result], *, is_one_statement: bool = False) -> Result:
-        """Run `work`, which reads, perhaps a second time, and in a transaction in any case."""
-        return await self._around(work)
+        """Run `work`, which reads, perhaps a second time."""
+        return await self._around(work, is_one_statement=is_one_statement)
 
     @property
     def left_out(self) -> Sequence[Unreadable]:

@@ -59,6 +59,7 @@ from openclaw_store.repositories.retention import (
     task_status,
 )
 from openclaw_store.repositories.row_reader import (
+    FETCH_SIZE,
     decoder_here,
     read_records,
     read_rows,
@@ -376,10 +377,12 @@ class TaskRepository(Repository[Task]):
 
 async def _records_of(session: AsyncSession, page: Page) -> tuple[list[Record[Task]], str | None]:
     decode, limit = decoder_here(session, Task), page.size - 1
+    # A cursor costs two more round trips for each query.
+    size = None if page.size <= FETCH_SIZE else FETCH_SIZE
     found = [
         decode(row)
         for query in await page.queries(session)
-        async for rows in read_rows(session, query)
+        async for rows in read_rows(session, query, size)
         for row in rows
     ]
     found.sort(key=lambda task: (task.submitted_at, task.task_id), reverse=True)

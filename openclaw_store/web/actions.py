@@ -34,7 +34,7 @@ class Actions:
         self._state = state
         self._pages = pages
         self._sessions = sessions
-        self._calls: Mapping[str, Callable[[str, str], Awaitable[None]]] = {
+        self._calls: Mapping[str, Callable[[str, str, str], Awaitable[None]]] = {
             "cancel": self._cancel,
             "requeue": self._requeue,
             "release": self._release,
@@ -51,34 +51,37 @@ class Actions:
         call = self._calls.get(action)
         if call is None:
             return await self._pages.refused(request, "There is no such action.", 400)
-        await call(id, form.get("reason", "").strip() or BY_OPERATOR)
+        reason = form.get("reason", "").strip() or BY_OPERATOR
+        await call(id, reason, form.get("attempt", ""))
         page = "node" if action in ("drain", "resume", "release_all") else "task"
         query = urlencode({"id": id, "done": action})
         return RedirectResponse(f"{root_of(request)}/{page}?{query}", 303)
 
-    async def _cancel(self, id: str, reason: str) -> None:
+    async def _cancel(self, id: str, reason: str, attempt: str) -> None:
         if not await self._state.cancel_task(id, reason):
             raise TaskNotFoundError(id)
 
-    async def _requeue(self, id: str, reason: str) -> None:
+    async def _requeue(self, id: str, reason: str, attempt: str) -> None:
         if not await self._state.requeue_task(id):
             raise TaskNotFoundError(id)
 
-    async def _release(self, id: str, reason: str) -> None:
+    async def _release(self, id: str, reason: str, attempt: str) -> None:
         task = await self._state.get_task(id)
         if task is None:
             raise TaskNotFoundError(id)
+        if attempt not in ("", str(task.attempt)):
+            raise ConflictError(f"task {id!r} has moved since the page was shown: look at it again")
         await self._state.release_task(task, reason)
 
-    async def _drain(self, id: str, reason: str) -> None:
+    async def _drain(self, id: str, reason: str, attempt: str) -> None:
         if not await self._state.drain_node(id, reason):
             raise NodeNotFoundError(id)
 
-    async def _resume(self, id: str, reason: str) -> None:
+    async def _resume(self, id: str, reason: str, attempt: str) -> None:
         if not await self._state.resume_node(id):
             raise NodeNotFoundError(id)
 
-    async def _release_all(self, id: str, reason: str) -> None:
+    async def _release_all(self, id: str, reason: str, attempt: str) -> None:
         """Release all tasks of a node, page by page."""
         filter = TaskFilter(node=id, status=tuple(ASSIGNED))
         after: str | None = None

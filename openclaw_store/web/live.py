@@ -97,21 +97,23 @@ class Live:
         self._changed = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
+        self._is_stopped = False
 
     async def start(self) -> None:
         """Count everything, and follow the changes from there."""
         async with self._starting:
-            if self._following is None or self._following.done():
+            if not self._is_stopped and (self._following is None or self._following.done()):
                 await self._count()
                 self._following = asyncio.ensure_future(self._follow())
                 self._following.add_done_callback(lambda _: self._changed.set())
 
     async def stop(self) -> None:
-        """Stop following, and end the events of all browsers."""
-        if self._following is not None:
-            self._following.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._following
+        """Stop following for good, and end the events of all browsers."""
+        self._is_stopped = True  # browsers connect again at once
+        async with self._starting:
+            if self._following is not None:
+                self._following.cancel()
+                await asyncio.wait([self._following])
 
     def intervals(self, now: datetime) -> list[Interval]:
         """Return the numbers of the last hour by the minute."""
@@ -178,21 +180,21 @@ class Live:
     async def _follow(self) -> None:
         while True:
             try:
-                async for batch in watch(self._database, self.revision):
-                    if batch:
-                        self._apply(batch)
-                        # A full batch is followed by more: only then there is no pause.
-                        await asyncio.sleep(PAUSE_SECONDS if len(batch) < CHANGE_BATCH_SIZE else 0)
-                    if time.monotonic() - self._counted > COUNT_SECONDS:
-                        break
+                with suppress(CompactedError):
+                    async for batch in watch(self._database, self.revision):
+                        if batch:
+                            self._apply(batch)
+                            # A full batch is followed by more: only then there is no pause.
+                            is_full = len(batch) >= CHANGE_BATCH_SIZE
+                            await asyncio.sleep(0 if is_full else PAUSE_SECONDS)
+                        if time.monotonic() - self._counted > COUNT_SECONDS:
+                            break
                 await self._count_anew()
             except UnavailableError as error:
                 if not self._state.is_initialized:
                     return
                 logger.warning("the page does not see changes, and tries again: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
-            except CompactedError:
-                await self._count_anew()
             except StoreError:
                 logger.exception("the page does not see changes, and tries again")
                 await asyncio.sleep(RETRY_SECONDS)

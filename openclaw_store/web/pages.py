@@ -161,7 +161,7 @@ class Pages:
             error_contains=given["error"] or None,
         )
         after = request.query_params.get("after")
-        page, progress = await self._read(partial(_list, filter=filter, after=after))
+        page, progress = await self._list(filter, after)
         query = {name: value for name, value in given.items() if value}
         return self._page(
             request,
@@ -231,13 +231,13 @@ class Pages:
 
     async def node(self, request: Request) -> Response:
         id = request.query_params.get("id", "")
-        node = await self._read(lambda session: NodeRepository(session).get(id))
+        node = await self._read(lambda one: NodeRepository(one).get(id), is_one_statement=True)
         if node is None:
             if problem := self._problem_of(id):
                 return await self.refused(request, problem, 200)
             raise NodeNotFoundError(id)
         filter = TaskFilter(node=id, status=tuple(ASSIGNED))
-        held, progress = await self._read(partial(_list, filter=filter))
+        held, progress = await self._list(filter)
         return self._page(
             request,
             "node",
@@ -304,6 +304,18 @@ class Pages:
                 answer.set_cookie(f"openclaw_store_{name}", value, 31_536_000, path=path)
         return answer
 
+    async def _list(
+        self, filter: TaskFilter, after: str | None = None
+    ) -> tuple[TaskPage, dict[str, Progress]]:
+        """Read a page of tasks, and the progress of those that still run."""
+        page = await self._read(
+            lambda one: TaskRepository(one).list_tasks(filter, after=after, limit=PAGE_SIZE)
+        )
+        ids = [task.task_id for task in page if task.status is TaskStatus.RUNNING]
+        if not ids:
+            return page, {}
+        return page, await self._read(partial(read_progress, ids=ids), is_one_statement=True)
+
     async def events(self, request: Request) -> Response:
         last = request.headers.get("last-event-id") or request.query_params.get("since", "")
         since = int(last) if last.isdecimal() and len(last) < 19 else self._live.revision
@@ -365,15 +377,6 @@ async def _kind_of(session: AsyncSession, id: str) -> str | None:
     if await TaskRepository(session).get(id):
         return "task"
     return "node" if await NodeRepository(session).get(id) else None
-
-
-async def _list(
-    session: AsyncSession, filter: TaskFilter, after: str | None = None
-) -> tuple[TaskPage, dict[str, Progress]]:
-    """Read a page of tasks, and the progress of those that run."""
-    page = await TaskRepository(session).list_tasks(filter, after=after, limit=PAGE_SIZE)
-    ids = [task.task_id for task in page if task.status is TaskStatus.RUNNING]
-    return page, await read_progress(session, ids) if ids else {}
 
 
 def local(target: str) -> str:

@@ -125,9 +125,9 @@ class Guard:
     def _is_known(self, request: Request) -> bool:
         sessions = self._sessions
         assert sessions is not None
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer":
-            return sessions.is_token(given.strip())
+        given = _bearer_of(request)
+        if given is not None:
+            return sessions.is_token(given)
         return sessions.is_valid(request.cookies.get(COOKIE, ""))
 
 
@@ -139,7 +139,8 @@ async def read_form(request: Request, sessions: Sessions | None) -> dict[str, st
         if len(body) > MAX_FORM_BYTES:
             return None
     fields = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True))
-    if sessions is None or "authorization" in request.headers:
+    # A browser sends no bearer by itself, but other headers, as `Basic` for a proxy.
+    if sessions is None or _bearer_of(request) is not None:
         return fields
     wanted = sessions.form_secret(request.cookies.get(COOKIE, ""))
     return (
@@ -151,6 +152,11 @@ def root_of(request: Request) -> str:
     """Return the prefix under which the page is mounted, without a slash at its end."""
     root: str = request.scope.get("root_path", "")
     return root.rstrip("/")
+
+
+def _bearer_of(request: Request) -> str | None:
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    return given.strip() if kind.lower() == "bearer" else None
 
 
 def _name_of_host(request: Request) -> str:

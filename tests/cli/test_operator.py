@@ -6,14 +6,23 @@ import asyncio
 import csv
 import io
 import json
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import FakeClock, Location, MakeNode, MakeTask
+from conftest import PATIENCE, FakeClock, Location, MakeNode, MakeTask
 from typer.testing import CliRunner, Result
 
-from openclaw_store import NodeStatus, StateManager, TaskPriority, TaskStatus, utc_now, verify
+from openclaw_store import (
+    NodeStatus,
+    StateManager,
+    TaskPriority,
+    TaskStatus,
+    UnavailableError,
+    utc_now,
+    verify,
+)
 from openclaw_store.cli.main import app
 
 
@@ -99,6 +108,51 @@ class TestActions:
         assert await statuses(cluster) == {
             "a": "cancelled", "b": "cancelled", "c": "running", "d": "scheduled", "e": "cancelled",
         }  # fmt: skip
+
+    async def test_tasks_that_move_during_the_question_stay(
+        self, cluster: StateManager, shell: Shell, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loop, moves = asyncio.get_running_loop(), list[Callable[[], Coroutine[Any, Any, Any]]]()
+
+        def confirm(*_: Any, **__: Any) -> None:
+            asyncio.run_coroutine_threadsafe(moves.pop()(), loop).result(PATIENCE)
+
+        async def take_again() -> None:
+            task = await cluster.task_repo.get("c")
+            assert task is not None
+            await cluster.release_task(task)
+            taken = await cluster.claim_tasks("atlas")
+            assert [task.task_id for task in taken] == ["c"]
+
+        async def take_another() -> None:
+            assert [task.task_id for task in await cluster.claim_tasks("atlas")] == ["d"]
+
+        monkeypatch.setattr("typer.confirm", confirm)
+        moves.append(take_again)
+        released = await shell.json("release", "--node", "atlas", status=1)
+        moves.append(take_another)
+        cancelled = await shell.json("cancel", "--status", "pending")
+
+        assert (released["tasks"], released["refused"].keys()) == (["d"], {"c"})
+        assert cancelled["tasks"] == ["e"]
+        assert await statuses(cluster, "cde") == {
+            "c": "scheduled", "d": "scheduled", "e": "cancelled",
+        }  # fmt: skip
+
+    async def test_lost_database_ends_the_command_with_what_was_done(
+        self, cluster: StateManager, shell: Shell, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def lose(manager: StateManager, id: str) -> bool:
+            raise UnavailableError("the server is away")
+
+        monkeypatch.setattr("openclaw_store.cli.actions._AT_ONCE", 1)
+        await shell("requeue", "a")
+        monkeypatch.setattr(StateManager, "requeue_task", lose)
+
+        failed = await shell("requeue", "b", "nothing", "--yes", status=1)
+
+        assert "0 tasks requeued\nb: the server is away\n" in failed.stdout
+        assert failed.stderr == "openclaw-store: the server is away\n"
 
     async def test_refused_ones_are_named_and_the_others_changed(
         self, cluster: StateManager, shell: Shell

@@ -665,6 +665,28 @@ async def test_invalid_index_is_named(location: Location, cluster: StateManager)
     ]
 
 
+async def test_indexes_are_repaired_beside_a_column_of_others(
+    database: Database, location: Location
+) -> None:
+    await database.close()
+    for statement in (
+        "ALTER TABLE tasks ADD COLUMN extra TEXT",
+        "DROP INDEX ix_tasks_status",
+        "CREATE INDEX ix_tasks_status ON tasks (extra)",
+        "DROP INDEX ix_tasks_user_id",
+    ):
+        execute(location, statement)
+
+    found = await verification.verify_schema(Database(location), repair=True)
+    left = await verification.verify_schema(Database(location))
+
+    repaired = [one.text for one in found.problems if one.is_repaired]
+    assert len(repaired) == 2
+    assert all("ix_tasks_" in text for text in repaired)
+    assert all("extra" in one.text and not one.is_safe for one in left.problems)
+    assert len(left.problems) == 1
+
+
 async def verify_anew(location: Location) -> Verification:
     """With connections that know nothing of before."""
     async with Database(location) as database:

@@ -320,6 +320,10 @@ class TestActions:
         async with browsing(manager, token=TOKEN, allow_actions=True) as client:
             await log_in(client)
             secret = await secret_of(client, "/task?id=t0")
+            assert 'name="attempt" value="1"' in (await client.get("/task?id=t0")).text
+            old = {"secret": secret, "action": "release", "id": "t0", "attempt": "0"}
+            moved = await client.post("/action", data=old)
+            assert (moved.status_code, "has moved" in moved.text) == (409, True)
             for action, id, item, changed, status in steps:
                 form = {"secret": secret, "action": action, "id": id, "reason": "maintenance 7"}
                 answer = await client.post("/action", data=form)
@@ -353,11 +357,12 @@ class TestActions:
                     data={**form, "secret": secret},
                     headers={"sec-fetch-site": "cross-site"},
                 ),
+                await client.post("/action", data=form, headers={"authorization": "Basic eA=="}),
             ]
         task = await manager.get_task("t")
 
         assert nobody.status_code == 401
-        assert [answer.status_code for answer in refused] == [403] * 4
+        assert [answer.status_code for answer in refused] == [403] * 5
         assert task is not None
         assert task.status is TaskStatus.PENDING
 
@@ -457,6 +462,7 @@ class TestLive:
         await live.stop()
         await manager.add_tasks([make_task() for _ in range(5)])
         await manager.compact_changes(0)
+        live = Live(manager)
         await live.start()
         again = live.events(0)
 
@@ -466,6 +472,17 @@ class TestLive:
 
         assert first == RELOAD
         assert live.tasks["pending"] == 5
+
+    async def test_browser_that_connects_during_the_stop_is_sent_away(
+        self, manager: StateManager
+    ) -> None:
+        live = Live(manager)
+        await live.start()
+
+        await live.stop()
+        late = [event async for event in live.events(live.revision)]
+
+        assert late == [STILL_HERE]
 
     async def test_follower_ends_with_its_store(
         self, manager: StateManager, monkeypatch: pytest.MonkeyPatch
