@@ -52,13 +52,15 @@ async def test_sigint_ends_the_command(
         await manager.add_tasks(make_task(task_id=f"t{number}") for number in range(20))
     arguments = [sys.executable, "-W", "error", "-c", SCRIPTS[command] + RUN]
     options = ["-d", str(location), command]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipe = subprocess.PIPE
 
     async with AsyncExitStack() as held:
         if command == "vacuum":
             lock = None if isinstance(location, Path) else "LOCK TABLE tasks IN EXCLUSIVE MODE"
             await held.enter_async_context(locked(location, lock))
-        process = await asyncio.create_subprocess_exec(*arguments, *options, **pipes)
+        process = await asyncio.create_subprocess_exec(
+            *arguments, *options, stdout=pipe, stderr=pipe
+        )
         try:
             assert process.stdout is not None
             async with asyncio.timeout(60):  # a command that hangs
