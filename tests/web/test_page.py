@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import AsyncIterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask, until
+from conftest import PATIENCE, FakeClock, MakeNode, MakeTask, until
 from fastapi import FastAPI
 from httpx import ASGITransport, AsyncClient, Response
 
@@ -480,7 +481,8 @@ class TestLive:
         await live.start()
 
         await live.stop()
-        late = [event async for event in live.events(live.revision)]
+        async with asyncio.timeout(PATIENCE):  # else they never end
+            late = [event async for event in live.events(live.revision)]
 
         assert late == [STILL_HERE]
 
