@@ -125,7 +125,8 @@ class Backend(Protocol):
         """Make the file if necessary, and refuse an unusable database; blocks the thread.
 
         Args:
-            check: Raises if a file must not be changed; it is not called for a server.
+            check: Raises if a file must not be changed; it is not called for a server, which the
+                first connection checks.
 
         Raises:
             StoreError: With the location, the problem and the remedy.

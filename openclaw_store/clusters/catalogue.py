@@ -214,7 +214,6 @@ class Clusters:
         if not self._is_server:
             return [_file_info(self._backend(name), name) for name in self._names() if name]
         backend = self._backend(None)
-        backend.prepare(lambda _: None)
         address = backend.address
 
         def read(connection: Connection) -> Sequence[ClusterInfo]:
@@ -253,7 +252,7 @@ class Clusters:
             raise NotFoundError(f"there is no cluster {name!r}: see Clusters.list()")
         backend = self._backend(name)
         if isinstance(backend, PostgreSQL):
-            backend.prepare(lambda _: None)
+            backend.inspect(lambda _: None)  # it notes whether Citus is there
         return backend
 
     def _refuse_existing(self, name: str) -> None:

@@ -123,7 +123,10 @@ def is_current(backend: Backend, check: Check = _accept_all) -> bool:
 def _is_current(backend: Backend, connection: Connection) -> bool:
     if backend.dialect == "sqlite" and not connection.connection.in_transaction:
         connection.connection.cursor().execute("BEGIN")  # else others migrate between two reads
-    revision, tables = stored(connection), names_of_tables(connection)
+    schema = schema_of(connection)
+    read = server_check.Tables(connection, schema) if schema is not None else None
+    revision = stored(connection, read)
+    tables = names_of_tables(connection) if read is None else read.names
     is_foreign = revision is None and bool(tables & {"tasks", "nodes"})
     is_legacy = legacy_import.is_legacy(connection)
     if is_foreign and Base.metadata.tables.keys() <= tables:
@@ -136,7 +139,7 @@ def _is_current(backend: Backend, connection: Connection) -> bool:
             f"{backend.location} has tables that this library did not make: give another path"
         )
     refuse_newer(revision, backend.location)
-    is_complete = require_unchanged(connection, revision, is_legacy=is_legacy)
+    is_complete = require_unchanged(connection, revision, is_legacy=is_legacy, tables=read)
     return is_complete and revision == HEAD
 
 
@@ -161,9 +164,16 @@ def require_store(connection: Connection, location: str) -> None:
 
 
 def require_unchanged(
-    connection: Connection, revision: str | None, *, is_legacy: bool = False
+    connection: Connection,
+    revision: str | None,
+    *,
+    is_legacy: bool = False,
+    tables: server_check.Tables | None = None,
 ) -> bool:
     """Refuse a file that differs from its revision, or tables that run the code of other roles.
+
+    Args:
+        tables: The tables on a server, if they were read before in this transaction.
 
     Returns:
         False if the database lacks the function that writes, as after a restore.
@@ -173,7 +183,7 @@ def require_unchanged(
     """
     schema = schema_of(connection)
     if schema is not None:
-        return server_check.require(connection, schema)
+        return server_check.require(connection, schema, tables)
     schema_check.require(
         connection,
         _definitions(revision),
@@ -228,10 +238,16 @@ def is_half_copied(backend: Backend) -> bool:
     return backend.inspect(lambda connection: (stored(connection) or "").startswith(COPYING_HEAD))
 
 
-def stored(connection: Connection) -> str | None:
-    """Return the revision of the database; `None` if it has none."""
+def stored(connection: Connection, tables: server_check.Tables | None = None) -> str | None:
+    """Return the revision of the database; `None` if it has none.
+
+    Args:
+        tables: The tables on a server, if they were read before in this transaction.
+    """
     schema = schema_of(connection)
-    if schema is None:
+    if tables is not None:
+        has_version = tables.has_version()
+    elif schema is None:
         has_version = schema_check.has_version(connection)
     else:
         has_version = server_check.has_version(connection, schema)

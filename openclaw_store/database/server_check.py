@@ -118,6 +118,10 @@ _NAMES = {
 _DROP = "drop it, if you know where it comes from, or give another database"
 
 
+NAMES: Sequence[str] = [*Base.metadata.tables, VERSION_TABLE]
+"""The names of the tables of the store."""
+
+
 class _Finding(NamedTuple):
     table: str
     kind: str
@@ -125,13 +129,52 @@ class _Finding(NamedTuple):
     detail: str | None
 
 
+class Tables:
+    """The tables of the store in a schema, and what belongs to them, read by one query.
+
+    Args:
+        names: Names of tables to look for.
+    """
+
+    def __init__(self, connection: Connection, schema: str, names: Sequence[str] = NAMES) -> None:
+        self._connection, self._schema = connection, schema
+        found = connection.execute(_TABLES, {"schema": schema, "names": names})
+        self._findings = [_Finding(*row) for row in found]
+
+    @property
+    def names(self) -> set[str]:
+        """The names of the tables that exist."""
+        return {
+            one.table for one in self._findings if one.kind == "table" and one.name in ("r", "p")
+        }
+
+    def has_version(self) -> bool:
+        """Return true if there is Alembic's table; refuse one that is not safe to read."""
+        findings = [one for one in self._findings if one.table == VERSION_TABLE]
+        self._refuse(findings)
+        return bool(findings)
+
+    def require(self) -> None:
+        """Refuse tables that run the code of other roles, or belong to them."""
+        self._refuse(self._findings)
+
+    def _refuse(self, findings: Sequence[_Finding]) -> None:
+        for one in findings:
+            if problem := _problem(one):
+                name = qualified(self._schema, one.table)
+                raise _refusal(self._connection, *(part.format(name) for part in problem))
+
+
 def has_version(connection: Connection, schema: str) -> bool:
     """Return true if there is Alembic's table; refuse one that is not safe to read."""
-    return VERSION_TABLE in _require_tables(connection, schema, [VERSION_TABLE])
+    return Tables(connection, schema, [VERSION_TABLE]).has_version()
 
 
-def require(connection: Connection, schema: str) -> bool:
+def require(connection: Connection, schema: str, tables: Tables | None = None) -> bool:
     """Refuse tables and a function that run the code of other roles, or belong to them.
+
+    Args:
+        tables: What was read of the tables in the transaction of the connection.
 
     Returns:
         True if the function exists.
@@ -139,7 +182,7 @@ def require(connection: Connection, schema: str) -> bool:
     Raises:
         SchemaMismatchError: With the first object, and what to do with it.
     """
-    _require_tables(connection, schema, [*Base.metadata.tables, VERSION_TABLE])
+    (tables or Tables(connection, schema)).require()
     wanted = {"schema": schema, "signature": signature(schema)}
     function = connection.execute(_FUNCTION, wanted).one_or_none()
     if function is not None and (problem := _problem_of_function(function, schema)):
@@ -157,18 +200,6 @@ def overloads(connection: Connection, schema: str) -> list[str]:
     wanted = {"schema": schema, "name": FUNCTION, "signature": signature(schema)}
     found = connection.scalars(_OVERLOADS, wanted).all()
     return [f"{qualified(schema, FUNCTION)}({arguments})" for arguments in found]
-
-
-def _require_tables(connection: Connection, schema: str, names: Sequence[str]) -> set[str]:
-    """Return the tables of these names that exist; refuse any with other code or owners."""
-    found = [
-        _Finding(*row) for row in connection.execute(_TABLES, {"schema": schema, "names": names})
-    ]
-    for one in found:
-        if problem := _problem(one):
-            name = qualified(schema, one.table)
-            raise _refusal(connection, *(part.format(name) for part in problem))
-    return {one.table for one in found}
 
 
 def _problem(one: _Finding) -> tuple[str, str] | None:

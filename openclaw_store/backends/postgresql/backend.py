@@ -165,19 +165,18 @@ class PostgreSQL:
         pass
 
     def prepare(self, check: Callable[[Connection], object]) -> None:
+        self.error_mapping = self._mapping()  # another database of the server may be open
+
+    def _note_settings(self, connection: Connection) -> None:
         """Refuse a server that is too old, and note the settings that later connections need."""
-        server = self._server
-        if server.synchronous_commit is not None:  # another database of the server was opened
-            self.error_mapping = self._mapping()
-            return
-        found = self.inspect(lambda connection: connection.execute(text(_PREPARE)).one())
-        number, commit, has_citus = found
+        number, commit, has_citus = connection.execute(text(_PREPARE)).one()
         version = int(number) // 10_000
         if version < MINIMUM_VERSION:
             raise UnavailableError(
                 f"{self.location} is PostgreSQL {version}, {MINIMUM_VERSION} or newer is needed: "
                 "upgrade the server"
             )
+        server = self._server
         server.version = version
         if server.is_citus is None:
             server.is_citus = has_citus
@@ -186,11 +185,19 @@ class PostgreSQL:
         server.synchronous_commit = "on" if commit == "off" else commit
 
     def inspect(self, work: Callable[[Connection], Result], stop: Stop | None = None) -> Result:
+        was_citus = self._server.is_citus
+
         async def run() -> Result:
             if stop is not None:
                 cancel_at(stop)
             async with self.engine(write=False).connect() as connection:
-                return await connection.run_sync(work)
+                if self._server.synchronous_commit is None:
+                    await connection.run_sync(self._note_settings)
+                if was_citus or not self._server.is_citus:
+                    return await connection.run_sync(work)
+            with self.error_mapping.mapped():  # Citus has settings and errors of its own
+                async with self.engine(write=False).connect() as connection:
+                    return await connection.run_sync(work)
 
         with self.error_mapping.mapped():
             return asyncio.run(run())
@@ -200,6 +207,9 @@ class PostgreSQL:
         work: Callable[[Connection], Result],
         copy_to: Callable[[Connection], Path | None] = lambda _: None,
     ) -> Result:
+        if self._server.synchronous_commit is None:
+            self.inspect(lambda _: None)
+
         async def run() -> Result:
             engine = self.engine(write=True, is_long=True, json_deserializer=None)
             async with engine.begin() as connection:
