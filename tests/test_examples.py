@@ -87,7 +87,7 @@ def rows(database: Path, query: str) -> list[tuple[object, ...]]:
 
 class TestTwoCoordinators:
     def test_both_end_with_one_history(self, location: Location, tmp_path: Path) -> None:
-        done = run(COORDINATORS, location, folder=tmp_path)
+        done = run_fork(COORDINATORS, location, folder=tmp_path)
 
         assert (done.returncode, done.stderr) == (0, "")
         assert re.search(r"^100 tasks, finished by {'(left|right)'", done.stdout)
@@ -105,7 +105,7 @@ class TestSchedulerDemo:
     def test_every_task_is_done_though_a_worker_is_killed(
         self, location: Location, tmp_path: Path
     ) -> None:
-        done = run(SCHEDULER, location, folder=tmp_path)
+        done = run_fork(SCHEDULER, location, folder=tmp_path)
 
         assert (done.returncode, done.stderr) == (0, "")
         [name] = re.findall(r"^(\w+) runs task-15, and is killed$", done.stdout, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Workers in eight processes that are killed, stopped, terminated and drained at random.
+"""Eight workers, or three in the short form, are killed, stopped, terminated and drained at random.
 
 A round is a task. Tasks are added while the workers run; some expire, exceed their timeout, or fail
 at the first attempt, and some are cancelled, with and without a grace. These conditions must hold:
@@ -43,7 +43,7 @@ from openclaw_store.domain.lifecycle import EXPIRED, OVERDUE
 from openclaw_store.worker.lease import HEARTBEATS_PER_LEASE
 from openclaw_store.worker.worker import CHECK_SECONDS
 
-WORKERS = 8
+WORKERS, WORKERS_OF_A_SHORT_RUN = 8, 3
 
 OPEN_TASKS = 300
 """Tasks that are unfinished at a time."""
@@ -73,7 +73,8 @@ def perform(run: Run) -> None:
     with run.location() as location:
         records, story = Records(), _Story(run)
         seed, errors = run.random.getrandbits(32), run.folder / "errors"
-        with Child(supervise, location, WORKERS, seed, errors=errors, bug=run.bug) as child:
+        number = WORKERS_OF_A_SHORT_RUN if run.is_quick else WORKERS
+        with Child(supervise, location, number, seed, errors=errors, bug=run.bug) as child:
             asyncio.run(story.tell(child, location, records))
             run.check(child.wait() == 0, f"the supervisor failed: {child.complaint}")
         _judge(run, location, records, story, child.complaint)
