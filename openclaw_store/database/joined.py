@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from openclaw_store.backends import shield_until_done
-from openclaw_store.database.sessions import WriteSession
+from openclaw_store.database.sessions import session_beside
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.errors import InvalidDataError, StoreError
 
@@ -82,25 +82,18 @@ async def in_savepoint(
     mapped: Callable[[], Any],
 ) -> AsyncIterator[AsyncSession]:
     """Open a session for repositories on the connection of the caller, within a savepoint."""
-    options = {"schema_translate_map": {None: schema}} if schema else {}
     try:  # whole, as SQLAlchemy would try to undo a half of it on the busy connection
         nested = await shield_until_done(session.begin_nested())
     except asyncio.CancelledError:
         await shield_until_done(session.invalidate())
         raise
-    tx = AsyncSession(
-        bind=await session.connection(),
-        sync_session_class=WriteSession,
-        expire_on_commit=False,
-        execution_options=options,
-        info={
-            **info,
-            "transaction": transaction,
-            "transactions": [transaction],
-            "cursor_lock": asyncio.Lock(),
-        },
-        join_transaction_mode="rollback_only",
-    )
+    info = {
+        **info,
+        "transaction": transaction,
+        "transactions": [transaction],
+        "cursor_lock": asyncio.Lock(),
+    }
+    tx = await session_beside(session, schema, info)
     try:
         yield tx
         if transaction.failure is not None:

@@ -7,10 +7,10 @@ from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool
-from sqlalchemy.util import LRUCache
+from sqlalchemy.util import LRUCache, immutabledict
 
 from openclaw_store.backends import Backend
 from openclaw_store.database.slices import Slices
@@ -153,6 +153,42 @@ class WriteSession(Session):
         for transaction in self.info.get("transactions", ()):
             transaction.finished = True
         super().rollback()
+
+
+class _SessionBeside(WriteSession):
+    """A session on the connection of another one, which must keep its options.
+
+    SQLAlchemy gives the options that a session is made with to its connection. These go with each
+    statement instead; only a flush has to borrow the connection.
+    """
+
+    def flush(self, objects: Any = None) -> None:
+        if not (self.new or self.dirty or self.deleted):
+            return
+        connection = self.connection()
+        before = connection.get_execution_options().get("schema_translate_map")
+        connection.execution_options(**self.execution_options)
+        try:
+            super().flush(objects)
+        finally:
+            connection.execution_options(schema_translate_map=before)
+
+
+async def session_beside(
+    session: AsyncSession, schema: str | None, info: dict[str, Any]
+) -> AsyncSession:
+    """Return a session for the tables of a schema on the connection of `session`."""
+    beside = AsyncSession(
+        bind=await session.connection(),
+        sync_session_class=_SessionBeside,
+        expire_on_commit=False,
+        info=info,
+        join_transaction_mode="rollback_only",
+    )
+    await beside.connection()  # before there are options that it would be given
+    if schema:
+        beside.sync_session.execution_options = immutabledict(schema_translate_map={None: schema})
+    return beside
 
 
 async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:

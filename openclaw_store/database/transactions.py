@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.backends import cancel_once, shield_until_done
 from openclaw_store.database.joined import Hold
-from openclaw_store.database.sessions import WriteSession
+from openclaw_store.database.sessions import session_beside
 from openclaw_store.database.telemetry import note_commit
 from openclaw_store.database.write_transaction import WriteTransaction
 from openclaw_store.errors import BackendError, DeadlineError, StoreError
@@ -71,7 +71,10 @@ class Unit:
                     counters = [one._counters for one in self.databases]
                     begin = backend.begin(session, counters, until, notifies=self._notifies)
                     connection = await cancel_once(begin)
-                    self.sessions += [await self._beside(one) for one in self.databases[1:]]
+                    self.sessions += [
+                        await session_beside(session, one.schema, {"database": one})
+                        for one in self.databases[1:]
+                    ]
                 transactions = [
                     WriteTransaction(one._backend.cursor(connection), one.clock(), one.statements)
                     for one in self.databases
@@ -89,17 +92,6 @@ class Unit:
             for one in self.sessions[1:]:
                 await shield_until_done(one.close())
             await shield_until_done(backend.end(session))
-
-    async def _beside(self, database: DatabaseBase) -> AsyncSession:
-        """Return the session of another database on the connection of the first one."""
-        return AsyncSession(
-            bind=await self.sessions[0].connection(),
-            sync_session_class=WriteSession,
-            expire_on_commit=False,
-            execution_options={"schema_translate_map": {None: database.schema}},
-            info={"database": database},
-            join_transaction_mode="rollback_only",
-        )
 
     async def write(self) -> None:
         """Write the collected changes."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, MakeNode, Maker, MakeTask, assert_in_step, execute, until
+from sqlalchemy import select
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from openclaw_store import (
     Clusters,
@@ -26,11 +28,23 @@ from openclaw_store import (
     transaction,
     verify,
 )
-from openclaw_store.backends import notifications
+from openclaw_store.backends.postgresql import listening
+from openclaw_store.database.tables import TaskRow
 
 pytestmark = pytest.mark.postgresql
 
 NAMES = ("berlin", "tokyo")
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Note(Base):
+    """A row of the caller, in a table beside those of the store."""
+
+    __tablename__ = "notes"
+    text: Mapped[str] = mapped_column(primary_key=True)
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +103,32 @@ async def test_both_clusters_commit_together(
     await assert_in_step(berlin, tokyo)
     assert await verify(berlin.db)
     assert await verify(tokyo.db)
+
+
+async def test_each_session_has_its_own_tables(
+    place: str, managers: list[StateManager], make_task: MakeTask
+) -> None:
+    """Planted: the second session's schema is given to the connection, which the first one uses."""
+    berlin, tokyo = managers
+    for manager in managers:
+        await manager.add_task(make_task(task_id=str(manager.db.schema)))
+        execute(place, f"CREATE TABLE {manager.db.schema}.notes (text text PRIMARY KEY)")
+
+    async with transaction(berlin.db, tokyo.db) as sessions:
+        for _ in range(2):  # each is read after the other
+            for name, session in zip(NAMES, sessions, strict=True):
+                tasks = TaskRepository(session)
+                assert [await tasks.get(one) is not None for one in NAMES] == [
+                    one == name for one in NAMES
+                ]
+                assert [task.task_id for task in await tasks.list_tasks()] == [name]
+                assert [*await session.scalars(select(TaskRow.task_id))] == [name]
+        for name, session in zip(NAMES, reversed(sessions), strict=True):
+            session.add(Note(text=f"not of {name}"))
+            await session.flush()
+
+    for name, other in zip(NAMES, reversed(NAMES), strict=True):
+        assert execute(place, f"SELECT text FROM {other}.notes") == [(f"not of {name}",)]
 
 
 async def test_error_rolls_both_back(managers: list[StateManager], make_task: MakeTask) -> None:
@@ -197,7 +237,7 @@ async def test_other_processes_hear_of_both(
     make_task: MakeTask,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(notifications, "ALIVE_SECONDS", 3600)  # a notification alone tells them
+    monkeypatch.setattr(listening, "ALIVE_SECONDS", 3600)  # a notification alone tells them
     async with AsyncExitStack() as stack:
         foreign = [
             await stack.enter_async_context(StateManager(Database(place, cluster=name), 3600))

@@ -23,7 +23,7 @@ from openclaw_store import (
     transaction,
     verify,
 )
-from openclaw_store.backends import notifications
+from openclaw_store.backends.postgresql import listening
 from openclaw_store.clusters import two_phase
 from openclaw_store.clusters.two_phase import Participant, TwoPhaseCommit
 from openclaw_store.database import end_prepared
@@ -107,7 +107,7 @@ async def test_other_processes_hear_of_the_commit(
     make_task: MakeTask,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(notifications, "ALIVE_SECONDS", 3600)  # a notification alone tells them
+    monkeypatch.setattr(listening, "ALIVE_SECONDS", 3600)  # a notification alone tells them
     foreign = await open_all(3600)
 
     await add_to_each(managers, make_task)

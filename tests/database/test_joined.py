@@ -322,10 +322,12 @@ async def test_tables_of_a_cluster_with_a_hostile_search_path(
             await TaskRepository(tx).create(task)
             assert await TaskRepository(tx).get(task.task_id) == task
             assert await TaskRepository(tx).count_tasks() == 1
+            session.add(Order(number=2, task_id=task.task_id))  # SQLAlchemy writes it at the end
+        session.add(Order(number=3, task_id=task.task_id))
         await session.commit()
         assert await TaskRepository(berlin).get(task.task_id) == task
     assert execute(location, "SELECT count(*) FROM decoy.tasks") == [(0,)]
-    assert execute(location, "SELECT number FROM public.orders") == [(1,)]
+    assert execute(location, "SELECT number FROM public.orders") == [(1,), (2,), (3,)]
 
 
 @pytest.mark.sqlite
