@@ -28,6 +28,7 @@ from openclaw_store import (
     Progress,
     Retention,
     SchemaMismatchError,
+    Server,
     Task,
     TaskFilter,
     TaskRepository,
@@ -269,6 +270,17 @@ def _clusters(fixture: Fixture) -> Clusters:
     return Clusters(fixture.folder / "{cluster}.db" if is_file else fixture.location)
 
 
+def _server(fixture: Fixture) -> Server:
+    """Return the server of the manager, or a folder beside its file."""
+    is_file = fixture.db.dialect == "sqlite"
+    return Server(fixture.folder / "{cluster}.db" if is_file else fixture.location)
+
+
+async def _use_server(fixture: Fixture) -> None:
+    async with _server(fixture) as server, server.cluster("old") as database:
+        await database.get_stats()
+
+
 async def _with_clusters(fixture: Fixture) -> None:
     """Have one cluster to rename or drop, and none that a former call has made."""
     clusters = _clusters(fixture)
@@ -304,6 +316,9 @@ CALLS: dict[str, Call] = {
         lambda fixture: _clusters(fixture).drop("old"), _with_clusters, is_slow=True
     ),
     "Clusters.list": Call(lambda fixture: _clusters(fixture).list()),
+    "Clusters.move": Call(
+        lambda fixture: _clusters(fixture).move("old", "nowhere:1"), _with_clusters, is_slow=True
+    ),
     "Clusters.names": Call(lambda fixture: _clusters(fixture).names()),
     "Clusters.rename": Call(
         lambda fixture: _clusters(fixture).rename("old", "new"), _with_clusters, is_slow=True
@@ -375,6 +390,9 @@ CALLS: dict[str, Call] = {
     "NodeRepository.update_status": Call(
         lambda fixture: fixture.node_repo.update_status(fixture.id("gone"), NodeStatus.MAINTENANCE)
     ),
+    "Server.__aenter__": Call(lambda fixture: _server(fixture).__aenter__()),
+    "Server.__aexit__": Call(_use_server, _with_clusters, is_slow=True),
+    "Server.close": Call(lambda fixture: _server(fixture).close()),
     "StateManager.__aenter__": Call(_enter, after=lambda fixture: fixture.other.shutdown()),
     "StateManager.__aexit__": Call(
         lambda fixture: fixture.other.__aexit__(None, None, None),

@@ -142,6 +142,10 @@ class SealableText(TypeDecorator[Any]):
         self.place = SealedColumn(table, column, is_json=False)
         super().__init__()
 
+    @property
+    def python_type(self) -> type[Any]:
+        return str
+
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
         return value.text if isinstance(value, Sealed) else value
 

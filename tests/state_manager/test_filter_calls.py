@@ -220,13 +220,13 @@ class TestReads:
         for number in range(8):
             await cluster.add(submitted_at=moment(number))
         limits: list[int] = []
-        list_records = cluster.one.task_repo.list_records
+        list_tasks = cluster.one.list_tasks
 
         async def listed(*arguments: Any, **options: Any) -> Any:
             limits.append(options["limit"])
-            return await list_records(*arguments, **options)
+            return await list_tasks(*arguments, **options)
 
-        monkeypatch.setattr(cluster.one.task_repo, "list_records", listed)
+        monkeypatch.setattr(cluster.one, "list_tasks", listed)
         lately = TaskFilter(submitted_from=cluster.clock() - moment(1))
         found = []
 
