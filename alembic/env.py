@@ -8,7 +8,7 @@ from alembic import context
 from alembic.util import CommandError
 
 from openclaw_store.clusters import Clusters
-from openclaw_store.database import legacy_import, migrations
+from openclaw_store.database import alembic_environment, legacy_import, migrations
 from openclaw_store.encryption import keys_of
 from openclaw_store.errors import StoreError
 
@@ -35,17 +35,17 @@ def upgrade_each() -> None:
 def upgrade(name: str | None) -> None:
     migrations.migrate(
         migrations.named_by(location, name),
-        partial(migrations.run, context),
-        to_head=migrations.is_to_head(context),
+        partial(alembic_environment.run, context),
+        to_head=alembic_environment.is_to_head(context),
         legacy_timezone=legacy_import.zone_of(options.get("legacy_timezone")),
         keys=keys_of(None),
     )
 
 
 if connection is not None:
-    migrations.run(context, connection)
+    alembic_environment.run(context, connection)
 elif context.is_offline_mode():
-    migrations.run_offline(context, migrations.named_by(location, cluster))
+    alembic_environment.run_offline(context, migrations.named_by(location, cluster))
 else:
     if config.config_file_name is not None:
         fileConfig(config.config_file_name, disable_existing_loggers=False)
