@@ -25,6 +25,7 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool, StaticPool
+from support.in_cluster import CLUSTER, open_in_cluster
 
 from devtools.postgres import (
     Databases,
@@ -45,7 +46,6 @@ from openclaw_store import (
     Task,
     TaskPriority,
 )
-from openclaw_store.backends import PostgreSQL
 from openclaw_store.backends.postgresql.write_session import Cursor, WriteSession
 from openclaw_store.domain.models import ASSIGNED, LIVE
 from openclaw_store.repositories.change_log import read_changes
@@ -64,21 +64,7 @@ EACH_KIND = [pytest.param(kind, marks=getattr(pytest.mark, kind)) for kind in EN
 PATIENCE = 30.0
 """Seconds after which something that should have happened counts as hanging."""
 
-CLUSTER = os.environ.get("OPENCLAW_STORE_TEST_CLUSTER")
-"""A cluster in whose schema all tests on PostgreSQL are to run, except those that start processes.
-
-    OPENCLAW_STORE_TEST_CLUSTER=berlin pytest -m postgresql tests/repositories tests/state_manager
-"""
-
-if CLUSTER is not None:
-    _make: Any = PostgreSQL.__init__
-
-    def _make_in_cluster(
-        self: Any, location: str, timeout: float, answer: float, cluster: str | None = None
-    ) -> None:
-        _make(self, location, timeout, answer, cluster or CLUSTER)
-
-    PostgreSQL.__init__ = _make_in_cluster  # type: ignore[assignment,method-assign]
+open_in_cluster()
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
@@ -363,7 +349,8 @@ def shown(location: Location) -> str:
     """A location as people may see it."""
     if isinstance(location, Path):
         return str(location)
-    return make_url(location).render_as_string(hide_password=True).replace("+asyncpg", "")
+    url = make_url(location).render_as_string(hide_password=True).replace("+asyncpg", "")
+    return f"{url} (cluster {CLUSTER})" if CLUSTER else url
 
 
 def engine_of(location: Location) -> AsyncEngine:
@@ -387,6 +374,12 @@ def execute(location: Location, statement: str) -> list[tuple[Any, ...]]:
 
     with ThreadPoolExecutor(1) as another_thread:  # the test may be a coroutine
         return another_thread.submit(asyncio.run, run()).result()
+
+
+def make_schema(location: Location) -> None:
+    """Make the schema of a cluster, for tables that are there before those of the library."""
+    if CLUSTER and isinstance(location, str):
+        execute(location, f"CREATE SCHEMA {CLUSTER}")
 
 
 def refuse_tasks(location: Location, name: str) -> None:

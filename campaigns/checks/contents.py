@@ -17,16 +17,16 @@ from campaigns.harness.direct_access import connect, find_damage
 
 SCHEMA_OF_POSTGRESQL = """
 SELECT conrelid::regclass || '.' || conname, pg_get_constraintdef(oid)
-FROM pg_constraint WHERE connamespace = 'public'::regnamespace
-UNION ALL SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'
+FROM pg_constraint WHERE connamespace = current_schema()::regnamespace
+UNION ALL SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = current_schema()
 UNION ALL SELECT proname, pg_get_functiondef(oid)
-FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND NOT EXISTS (
+FROM pg_proc WHERE pronamespace = current_schema()::regnamespace AND NOT EXISTS (
     SELECT FROM pg_depend WHERE objid = pg_proc.oid AND deptype = 'e')
 UNION ALL SELECT table_name || '.' || column_name, concat_ws(
     ' ', data_type, character_maximum_length, collation_name, is_nullable, column_default)
-FROM information_schema.columns WHERE table_schema = 'public'
+FROM information_schema.columns WHERE table_schema = current_schema()
 """
-"""Names and definitions of constraints, indexes, functions and columns."""
+"""Names and definitions of constraints, indexes, functions and columns of the first schema."""
 
 RANDOM_COLUMN = "cluster_id"
 """The column that each migration fills with another value."""

@@ -48,6 +48,7 @@ from conftest import (
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.compiler import SQLCompiler
+from support.in_cluster import starts_interpreter
 from support.scripts import Ended, run_scripts
 
 from campaigns.faults import vfs
@@ -1973,6 +1974,7 @@ connection.close()
         assert execute(location, stored) == [(1,)]
         assert_sound(location)
 
+    @starts_interpreter
     def test_killed_process_loses_nothing_that_was_acknowledged(self, location: Location) -> None:
         script = """
 import asyncio, sys

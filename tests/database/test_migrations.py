@@ -30,10 +30,12 @@ from conftest import (
     engine_of,
     execute,
     locked,
+    make_schema,
     new_location,
     shown,
 )
 from sqlalchemy import Connection
+from support.in_cluster import starts_interpreter
 from support.scripts import Ended, run_scripts
 
 from campaigns.checks.contents import SCHEMA_OF_POSTGRESQL
@@ -102,7 +104,7 @@ def schema_of(location: Location) -> dict[str, str]:
 
 def tables_of(location: Location) -> set[str]:
     of_file = "SELECT name FROM sqlite_master WHERE type = 'table'"
-    of_server = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    of_server = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
     found = execute(location, of_file if isinstance(location, Path) else of_server)
     return {name for (name,) in found}
 
@@ -139,6 +141,7 @@ class TestHistory:
     ) -> None:
         async with Database(location):
             pass
+        make_schema(another_location)
         async with engine_of(another_location).begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
 
@@ -460,6 +463,7 @@ for child in children:
         after = root.level, list(root.handlers), logging.getLogger("openclaw_store").disabled
         assert after == before
 
+    @starts_interpreter
     async def test_database_that_is_up_to_date_does_not_pay_for_alembic(
         self, location: Location
     ) -> None:
@@ -560,6 +564,7 @@ class TestMismatch:
     async def test_tables_of_the_same_names_that_others_made_are_refused_and_left_alone(
         self, location: Location, migrate: bool
     ) -> None:
+        make_schema(location)
         execute(location, "CREATE TABLE tasks (task_id TEXT PRIMARY KEY, status TEXT)")
         execute(location, "CREATE TABLE nodes (node_id TEXT PRIMARY KEY, status TEXT)")
         execute(location, "INSERT INTO tasks VALUES ('old', 'pending')")
@@ -571,6 +576,7 @@ class TestMismatch:
         assert execute(location, "SELECT * FROM tasks") == [("old", "pending")]
 
     async def test_tables_of_others_are_left_alone(self, location: Location) -> None:
+        make_schema(location)
         execute(location, "CREATE TABLE notes (text TEXT)")
         execute(location, "INSERT INTO notes VALUES ('precious')")
 

@@ -982,9 +982,9 @@ class TestUnsaved:
         assert await manager.sync_to_database() is True
 
     async def test_that_lost_is_named_by_shutdown_and_everything_is_closed(
-        self, database: Database, make_task: MakeTask
+        self, database: Database, location: Location, make_task: MakeTask
     ) -> None:
-        manager = StateManager(Database(database.db_path, clock=database.clock), None)
+        manager = StateManager(Database(location, clock=database.clock), None)
         await manager.initialize()
         await manager.add_task(make_task(task_id="twice"), persist=False)
         await TaskRepository(database).create(make_task(task_id="twice"))
@@ -2132,10 +2132,10 @@ class TestTwoManagers:
             await manager.add_task(make_task())
         read, calls = other.db.read, count()
 
-        async def fail_on_the_second_page(work: Any) -> Any:
+        async def fail_on_the_second_page(work: Any, **options: Any) -> Any:
             if next(calls) == 1:
                 raise UnavailableError("the disk is gone")
-            return await read(work)
+            return await read(work, **options)
 
         monkeypatch.setattr(other.db, "read", fail_on_the_second_page)
         with pytest.raises(UnavailableError):

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from conftest import (
-    CLUSTER,
     PATIENCE,
     FakeClock,
     Location,
@@ -28,6 +27,7 @@ from conftest import (
     feed,
     until,
 )
+from support.in_cluster import CLUSTER
 
 from openclaw_store import (
     Change,

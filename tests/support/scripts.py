@@ -67,6 +67,11 @@ def serve():
         os.write(answers, b"%d\\n%s" % (len(answer := json.dumps(results).encode()), answer))
         results.clear()
 
+if os.environ.get("OPENCLAW_STORE_TEST_CLUSTER"):
+    sys.path.insert(0, sys.argv[1])
+    from support.in_cluster import open_in_cluster
+    open_in_cluster()
+    del sys.path[0]
 asyncio.run(warm_up())
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end of the tests is the end of the requests
 requests, answers, nothing = os.fdopen(os.dup(0)), os.dup(1), os.open(os.devnull, os.O_RDONLY)
@@ -76,6 +81,8 @@ if script is not None:
     exec(script, {"__name__": "__main__"})
 """
 
+
+TESTS = str(Path(__file__).parents[1])
 
 RUN_FILE = """
 import runpy, sys
@@ -93,7 +100,7 @@ class ForkServer:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", SERVER],
+            [sys.executable, "-W", "error", "-c", SERVER, TESTS],
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
