@@ -46,10 +46,10 @@ from openclaw_store.repositories import (
     remove_tasks,
 )
 
-_TRANSACTION_SECONDS = 0.02
+_TRANSACTION_SECONDS = 0.005
 """Seconds that a transaction should take, so that other writers wait no longer."""
 
-_SMALLEST_BATCH, _FIRST_BATCH, _LARGEST_BATCH = 100, 500, 2000
+_SMALLEST_BATCH, _FIRST_BATCH, _LARGEST_BATCH = 25, 100, 2000
 
 GRACE_SECONDS = 1.0
 """Seconds for which replaced files stay, as a reader may just list the folder."""
