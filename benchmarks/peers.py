@@ -73,7 +73,7 @@ def has_procrastinate() -> bool:
 
 def live_by_huey(path: Path, workers: int, first: int, count: int) -> Sample:
     """Run jobs by the threads of huey's consumer, on SQLite, flushed at each commit."""
-    huey = importlib.import_module("huey").SqliteHuey("bench", str(path), fsync=True)
+    huey = importlib.import_module("huey").SqliteHuey("bench", filename=str(path), fsync=True)
     require_durable(huey.storage.conn)
     done = Event()
     clock = Clock(first, count, done.set)
