@@ -19,6 +19,7 @@ from unittest.mock import patch
 from openclaw_store.backends import notifications, qualified
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
 from openclaw_store.backends.sqlite.connections import WriteConnection
+from openclaw_store.backends.sqlite.file_watch import FileWatch
 from openclaw_store.database import dialects
 from openclaw_store.database.database import Database
 from openclaw_store.database.dialects import statements_for
@@ -170,9 +171,9 @@ def descriptor_leak() -> Iterator[None]:
     """P7: each read leaves a file open."""
     read = Database.read
 
-    def leave_open(self: Database, work: Any) -> Any:
+    def leave_open(self: Database, work: Any, **options: Any) -> Any:
         os.open(os.devnull, os.O_RDONLY)
-        return read(self, work)
+        return read(self, work, **options)
 
     with patch.object(Database, "read", leave_open):
         yield
@@ -181,7 +182,10 @@ def descriptor_leak() -> Iterator[None]:
 @bug
 def late_wake_ups() -> Iterator[None]:
     """P6: the file is polled so rarely that foreign changes arrive late."""
-    with patch.multiple(notifications, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0):
+    with (
+        patch.multiple(notifications, SHORTEST_SECONDS=1.0, LONGEST_SECONDS=1.0),
+        patch.object(FileWatch, "start", lambda self, path: False),
+    ):
         yield
 
 
@@ -318,8 +322,8 @@ def delete_before_archive() -> Iterator[None]:
     from openclaw_store.archive import mover
     from openclaw_store.archive.manifest import write_file
 
-    def write_nothing(folder: Any, layout: Any, path: str, table: Any) -> Any:
-        written = write_file(folder, layout, path, table)
+    def write_nothing(folder: Any, layout: Any, path: str, table: Any, *more: Any) -> Any:
+        written = write_file(folder, layout, path, table, *more)
         folder.remove(path)
         return written
 
@@ -328,9 +332,9 @@ def delete_before_archive() -> Iterator[None]:
 
     tables: dict[str, Any] = {}
 
-    def remember(folder: Any, layout: Any, path: str, table: Any) -> Any:
+    def remember(folder: Any, layout: Any, path: str, table: Any, *more: Any) -> Any:
         tables[path] = table
-        return write_nothing(folder, layout, path, table)
+        return write_nothing(folder, layout, path, table, *more)
 
     with patch.object(mover, "write_file", remember), patch.object(mover, "read_file", read):
         yield
