@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from contextvars import Context
 from threading import get_ident
@@ -214,8 +215,9 @@ class ManagerBase:
         count: int = self._replica.cache.sizes()["cached_tasks"]
         return count
 
+    @abstractmethod
     async def _retain_every(self, retention: Retention) -> None:
-        raise NotImplementedError
+        """Apply a policy again and again; `ArchiveCalls` defines it."""
 
     async def _sync_every(self, seconds: float) -> None:
         while True:

@@ -1,8 +1,8 @@
 """Wait until a file is written to, without reading it again and again.
 
 Linux reports writes by inotify(7), for which Python has no function. Elsewhere, and where the
-process has used up its share of inotify, a wait simply takes its time. The file is not opened:
-closing it would release the locks of SQLite, which belong to the process.
+process has used up its share of inotify, `start` returns `False`. The file is not opened: closing
+it would release the locks of SQLite, which belong to the process.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ class FileWatch:
 
     def __init__(self) -> None:
         self._stopped, self._stop = os.pipe()
-        self._poll = select.poll()
-        self._poll.register(self._stopped, select.POLLIN)
+        self._poll: select.poll | None = None  # Windows has none
         self._inotify: int | None = None
 
     def start(self, path: Path) -> bool:
@@ -41,21 +40,24 @@ class FileWatch:
         if system.inotify_add_watch(inotify, os.fsencode(path), IN_MODIFY) < 0:
             os.close(inotify)
             return False
-        self._inotify = inotify
-        self._poll.register(inotify, select.POLLIN)
+        self._inotify, self._poll = inotify, select.poll()
+        for file in (self._stopped, inotify):
+            self._poll.register(file, select.POLLIN)
         return True
 
     def cease(self) -> None:
         """Watch no file any more."""
         if self._inotify is not None:
-            self._poll.unregister(self._inotify)
             os.close(self._inotify)
-            self._inotify = None
+            self._inotify = self._poll = None
 
     def wait(self, seconds: float) -> bool:
-        """Return `True` at a write since the last call, `False` after a time or at the stop."""
+        """Return `True` at a write since the last call, `False` after a time or at the stop.
+
+        Without a watched file it returns at once.
+        """
         is_written = False
-        for file, _ in self._poll.poll(seconds * 1000):
+        for file, _ in self._poll.poll(seconds * 1000) if self._poll else ():
             if file == self._inotify:
                 os.read(file, _EVENT_BYTES)
                 is_written = True
