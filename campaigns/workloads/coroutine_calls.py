@@ -20,6 +20,7 @@ from openclaw_store import (
     Clusters,
     Database,
     DuplicateError,
+    InvalidDataError,
     KeyRing,
     NodeFilter,
     NodeInfo,
@@ -277,7 +278,7 @@ def _server(fixture: Fixture) -> Server:
 
 
 async def _use_server(fixture: Fixture) -> None:
-    async with _server(fixture) as server, server.cluster("old") as database:
+    async with _server(fixture) as server, server.cluster("berlin") as database:
         await database.get_stats()
 
 
@@ -286,7 +287,12 @@ async def _with_clusters(fixture: Fixture) -> None:
     clusters = _clusters(fixture)
     for name in await clusters.names():
         await clusters.drop(name, force=True)
-    await clusters.create("old")
+    await clusters.create("berlin")
+
+
+async def _move(fixture: Fixture) -> None:
+    with suppress(InvalidDataError):  # without Citus there is nothing to move
+        await _clusters(fixture).move("berlin", "nowhere:1")
 
 
 async def _rekey(fixture: Fixture) -> None:
@@ -310,18 +316,16 @@ async def _unlock(fixture: Fixture) -> None:
 
 CALLS: dict[str, Call] = {
     "Clusters.create": Call(
-        lambda fixture: _clusters(fixture).create("new"), _with_clusters, is_slow=True
+        lambda fixture: _clusters(fixture).create("tokyo"), _with_clusters, is_slow=True
     ),
     "Clusters.drop": Call(
-        lambda fixture: _clusters(fixture).drop("old"), _with_clusters, is_slow=True
+        lambda fixture: _clusters(fixture).drop("berlin"), _with_clusters, is_slow=True
     ),
     "Clusters.list": Call(lambda fixture: _clusters(fixture).list()),
-    "Clusters.move": Call(
-        lambda fixture: _clusters(fixture).move("old", "nowhere:1"), _with_clusters, is_slow=True
-    ),
+    "Clusters.move": Call(_move, _with_clusters, is_slow=True),
     "Clusters.names": Call(lambda fixture: _clusters(fixture).names()),
     "Clusters.rename": Call(
-        lambda fixture: _clusters(fixture).rename("old", "new"), _with_clusters, is_slow=True
+        lambda fixture: _clusters(fixture).rename("berlin", "tokyo"), _with_clusters, is_slow=True
     ),
     "Database.__aenter__": Call(_enter_database, after=lambda fixture: fixture.other.db.close()),
     "Database.__aexit__": Call(
