@@ -18,7 +18,7 @@ from openclaw_store.errors import StoreError, UnavailableError
 LEASE = "retention"
 
 LEASE_SECONDS = 60.0
-"""Seconds after which another process takes over from one that stopped."""
+"""Seconds after which another process takes over from a stopped one."""
 
 _RENEWALS = 4
 """Renewals of a lease in its time."""

@@ -17,7 +17,7 @@ Stop = Future[None]
 """Done as soon as blocking work is to stop, because its caller was cancelled."""
 
 STOPPING_SECONDS = 1.0
-"""Longest wait for work whose caller was cancelled: a read by itself, or blocking work to stop."""
+"""Longest wait, in seconds, for a read or for blocking work after its caller was cancelled."""
 
 
 async def shield_until_done(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from openclaw_store.maintenance.statistics import Quantiles, Statistics
 
 COLUMNS = ("task_id", "status", "priority", "submitted_at", "assigned_node", "name", "error")
-"""The columns of a list of tasks, unless others are given; errors only if there are some."""
+"""The default columns of a list of tasks; the error column appears only if a task has one."""
 
 HEADERS = {
     "task_id": "task",

@@ -168,7 +168,7 @@ SKILL_GROUPS: Mapping[str, Sequence[ColumnElement[Any]]] = {
 
 
 def _postgresql_heads(tasks: str) -> tuple[str, str]:
-    """Return the queries of all heads, and of those of some skills."""
+    """Return two queries: of all heads, and of the heads with given skills."""
     next_row = f"""SELECT {_BUCKET} AS bucket, {_GROUP} AS key, required_skills, {_ORDER}
         FROM {tasks} WHERE {IS_READY}"""
     best = f"ORDER BY {_BUCKET}, {_GROUP}, {_ORDER} LIMIT 1"

@@ -1,4 +1,4 @@
-"""The number that identifies a cluster, whatever its name is."""
+"""The number that identifies a cluster, independent of its name."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ FIELDS: Final = {
 
 
 class _JsonText(FunctionElement[str]):
-    """JSON as text, whatever codec of JSON the connection has: it may be that of a caller."""
+    """JSON as text, independent of the JSON codec of the connection, which may be a caller's."""
 
     type = Text()
     inherit_cache = True

@@ -230,7 +230,7 @@ _DIFFERENCES: Mapping[str, Callable[[Table, str, str, str | None, str], Differen
 def _additional(
     here: str, expected: Mapping[Key, str], found: Mapping[Key, str]
 ) -> Iterator[Difference]:
-    """Yield the parts that the table has beside those of the models."""
+    """Yield the parts of the table that the models do not have."""
     for key, definition in found.items():
         kind, _, name = key
         if key in expected:

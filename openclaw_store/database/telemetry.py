@@ -45,7 +45,7 @@ def note_commit(
     events: Sequence[Any],
     outcomes: Sequence[Any],
 ) -> None:
-    """Tell of a commit, which stays valid whatever an exporter does."""
+    """Report a commit to the exporters; their errors do not harm it."""
     for one in telemetry:
         try:
             one.note_commit(operations, seconds, events, outcomes)

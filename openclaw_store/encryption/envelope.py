@@ -29,7 +29,7 @@ HEADER_LENGTH: Final = len(ESCAPE)
 
 
 class SealedColumn(NamedTuple):
-    """A column of a table whose values may be sealed."""
+    """A column that may hold sealed values."""
 
     table: str
     column: str

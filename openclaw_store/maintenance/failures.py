@@ -47,7 +47,7 @@ class FailureGroup:
     examples: Sequence[str]
     """Identifiers of the newest tasks."""
     nodes: Sequence[str]
-    """The nodes of the tasks, those with most of them first."""
+    """The nodes of the tasks; the node with most of them is first."""
 
 
 @dataclass(frozen=True)

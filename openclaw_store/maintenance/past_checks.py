@@ -16,7 +16,7 @@ from openclaw_store.maintenance.text_checks import undecodable
 
 
 async def check_past_changes(session: AsyncSession, findings: Findings, now: datetime) -> None:
-    """Check that each value is one that the feed has; `history` reads them as they are."""
+    """Check past changes like the feed, since `history` returns both alike."""
     row: Any = PastChangeRow
     columns, dialect = row.__table__.c, session.get_bind().dialect.name
     odd = or_(

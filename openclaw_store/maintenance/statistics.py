@@ -69,7 +69,7 @@ class Statistics:
     by: Mapping[str, Mapping[str, int]]
     """Finished tasks by `node`, `user` and `type`, most first; estimates if `is_sampled`."""
     is_sampled: bool
-    """True if the times are those of some of the tasks."""
+    """True if only a sample of the tasks was timed."""
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ class Replica:
         return refusals
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
-        """Commit a command, whatever entries are unsaved."""
+        """Commit a command, even while entries are unsaved."""
         return self.heartbeat_writer.send(command)
 
     async def update(self, record: Record[Entity]) -> Record[Entity]:

@@ -66,7 +66,7 @@ class Shared(Generic[Value]):
         self._began = 0.0
 
     async def get(self) -> Value:
-        """Return the value, perhaps one that another caller has read."""
+        """Return the value; a recent read of another caller is shared."""
         now = time.monotonic()
         if self._reading is None or now - self._began > self._seconds:
             self._began = now

@@ -307,7 +307,7 @@ class Pages:
     async def _list(
         self, filter: TaskFilter, after: str | None = None
     ) -> tuple[TaskPage, dict[str, Progress]]:
-        """Read a page of tasks, and the progress of those that still run."""
+        """Read a page of tasks, and the progress of the running tasks."""
         page = await self._read(
             lambda one: TaskRepository(one).list_tasks(filter, after=after, limit=PAGE_SIZE)
         )
