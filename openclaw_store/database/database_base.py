@@ -106,7 +106,8 @@ class DatabaseBase:
         self._forks = _forks
         self._state = "new"
         self._write_lock = FairLock(timeout)
-        self._sealing_statements: Statements | None = None
+        self.statements: Statements = statements_for(self._backend)
+        """The SQL of the library, and the codecs of rows, which seal and open values with keys."""
         self._writer = Writer(
             self._backend, self._write_lock, clock, timeout, lambda: self.statements
         )
@@ -163,8 +164,7 @@ class DatabaseBase:
             else:
                 migrations.require(self._backend, check)
         if self.keys is not None:
-            open_statements = sealing.open_statements
-            self._sealing_statements = open_statements(self._backend, self.keys, self.clock)
+            self.statements = sealing.open_statements(self._backend, self.keys, self.clock)
             open_when_loaded()
 
     async def close(self) -> None:
@@ -206,11 +206,6 @@ class DatabaseBase:
     def session_factory(self) -> async_sessionmaker[AsyncSession]:
         """The factory of the sessions of `session()` on the running event loop; read-only."""
         return self._sessions_here().sessions
-
-    @property
-    def statements(self) -> Statements:
-        """The SQL of the library, and the codecs of rows, which seal and open values with keys."""
-        return self._sealing_statements or statements_for(self)
 
     @property
     def slices(self) -> Slices:

@@ -209,9 +209,10 @@ def read_change_batch(
     if known:
         skipped = [revision for revision in wanted if revision in known]
         wanted = [revision for revision in wanted if revision not in known]
-    found, read = _read_changes(session, since, until, skipped)
+    reader = TolerantReader(session)
+    found, read = _read_changes(session, reader.sql, since, until, skipped)
     revision, newest_sequence = counters_of(found)
-    contents = _Contents(session, read)
+    contents = _Contents(session, reader, read)
     changes = contents.complete(read)
     until = min(until, revision) if len(changes) == len(read) else changes[-1][REVISION]
     is_complete = is_complete and len(changes) == bisect_right(wanted, until)
@@ -219,43 +220,41 @@ def read_change_batch(
     heartbeats: Sequence[tuple[int, Heartbeat]] = []
     if newest_sequence > heartbeat_sequence:
         heartbeats = contents.heartbeats(heartbeat_sequence)
-    sql = statements_in(session)
     return ChangeBatch(
         revision=until,
         read_at=revision,
         heartbeat_sequence=newest_sequence,
         changes=changes,
-        changed_at=sql.from_moment(changes[-1][CHANGED_AT]) if changes else None,
+        changed_at=reader.sql.from_moment(changes[-1][CHANGED_AT]) if changes else None,
         is_complete=is_complete,
         nodes=contents.nodes,
         heartbeats=heartbeats,
         task_counts=None if is_complete or until < revision else _task_counts(session),
         is_compacted=since < found[0][2],
-        unreadable=contents.unreadable,
+        unreadable=reader.unreadable,
     )
 
 
 def _read_changes(
-    session: Session, since: int, until: int, skipped: Sequence[int]
+    session: Session, sql: Statements, since: int, until: int, skipped: Sequence[int]
 ) -> tuple[Sequence[Any], Sequence[Sequence[Any]]]:
     """Return the rows with the counters, and the changes, without the content of large tasks."""
-    dialect = session.get_bind().dialect.name
-    is_sqlite = dialect == "sqlite"
+    is_sqlite = sql.dialect.name == "sqlite"
     values = {
         "since": since,
         "until": until,
         "skipped": orjson.dumps(skipped).decode() if is_sqlite else skipped,
         "small": PAGE_BYTES // (until - since),
     }
-    sql, names = _statement(statements_in(session).without_keys, is_skipping=bool(skipped))
+    page, names = _statement(sql.without_keys, is_skipping=bool(skipped))
     try:
-        found = _fetch(session, sql, *(values[name] for name in names))
+        found = _fetch(session, page, *(values[name] for name in names))
     except Exception as error:
         if unreadable_value(error) is None:
             raise
         # No task is small enough now, so each is read alone.
         values["small"] = -1
-        found = _fetch(session, sql, *(values[name] for name in names))
+        found = _fetch(session, page, *(values[name] for name in names))
     if is_sqlite:
         return found, orjson.loads(found[0][3])
     return found, [row[3:] for row in found if row[3] is not None]
@@ -294,11 +293,12 @@ class _Contents:
     content is known.
     """
 
-    def __init__(self, session: Session, rows: Sequence[Sequence[Any]]) -> None:
+    def __init__(
+        self, session: Session, reader: TolerantReader, rows: Sequence[Sequence[Any]]
+    ) -> None:
         self._session = session
-        self._reader = TolerantReader(session)
-        self._sql = self._reader.sql
-        self.unreadable = self._reader.unreadable
+        self._reader = reader
+        self._sql = reader.sql
         self.nodes: dict[str, Record[NodeInfo]] = {}
         last = {(row[ENTITY_NAME], row[ENTITY_ID]): row[STEP_WIDTH] for row in rows}
         nodes = [id for name, id in last if name == _NODE_NAME]

@@ -25,10 +25,8 @@ class ClaimWaiters:
     """Futures of waiting claims by node, in the order of their arrival, on one event loop."""
 
     def __init__(self) -> None:
-        self._waiters: defaultdict[str, dict[asyncio.Future[None], None]] = defaultdict(dict)
-
-    def __bool__(self) -> bool:
-        return bool(self._waiters)
+        self.nodes: defaultdict[str, dict[asyncio.Future[None], None]] = defaultdict(dict)
+        """The waiters of each node that has some."""
 
     @contextmanager
     def waiting(self, node_id: str) -> Iterator[asyncio.Future[None]]:
@@ -39,14 +37,14 @@ class ClaimWaiters:
         The caller claims *after* it has registered here: a commit in between wakes it.
         """
         future = asyncio.get_running_loop().create_future()
-        waiters = self._waiters[node_id]
+        waiters = self.nodes[node_id]
         waiters[future] = None
         try:
             yield future
         finally:
             waiters.pop(future, None)
-            if not waiters and self._waiters.get(node_id) is waiters:
-                del self._waiters[node_id]
+            if not waiters and self.nodes.get(node_id) is waiters:
+                del self.nodes[node_id]
 
     def pass_on(self, node_id: str, future: asyncio.Future[None]) -> None:
         """Wake the next waiter of a node in place of one that was woken, and does not claim."""
@@ -60,19 +58,19 @@ class ClaimWaiters:
         tasks = states.count(_PENDING)
         if states and ASSIGNED.issuperset(states):
             nodes.clear()  # claims and starts free no slot
-        for node_id in list(self._waiters):
+        for node_id in list(self.nodes):
             self._wake(node_id, tasks + (node_id in nodes))
 
     def wake_all(self) -> None:
         """Wake all waiters."""
-        for node_id, waiters in list(self._waiters.items()):
+        for node_id, waiters in list(self.nodes.items()):
             self._wake(node_id, len(waiters))
 
     def _wake(self, node_id: str, count: int) -> None:
-        waiters = self._waiters.get(node_id, {})
+        waiters = self.nodes.get(node_id, {})
         for future in list(islice(waiters, count)):
             del waiters[future]
             if not future.done():
                 future.set_result(None)
         if not waiters:
-            self._waiters.pop(node_id, None)
+            self.nodes.pop(node_id, None)

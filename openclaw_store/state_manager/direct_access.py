@@ -129,7 +129,7 @@ class DirectAccess(Replica):
             self._outdated.clear()
             since = self._revision
             self._advance_to(self._noticed)
-            if self.watchers.claims:
+            if self.watchers.claims.nodes:
                 try:
                     read = partial(_steps, since=since)
                     steps = await self.database.read(read, is_one_statement=True)

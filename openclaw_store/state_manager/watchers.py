@@ -24,7 +24,7 @@ class Watchers:
         self._waiters: defaultdict[str | None, set[asyncio.Future[None]]] = defaultdict(set)
 
     def __bool__(self) -> bool:
-        return bool(self.count or self.claims)
+        return bool(self.count or self.claims.nodes)
 
     def notice(self, steps: Sequence[Step]) -> None:
         """Wake the waiters after a commit; without any, this need not be called."""

@@ -35,7 +35,7 @@ async def other(waiter: StateManager, location: Location, clock: FakeClock) -> S
 
 async def waiting(manager: StateManager, count: int) -> None:
     """Let claims run until that many of them wait."""
-    waiters = manager._replica.watchers.claims._waiters
+    waiters = manager._replica.watchers.claims.nodes
     async with asyncio.timeout(PATIENCE):
         while len(waiters.get(NODE, ())) < count:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.005)
