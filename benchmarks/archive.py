@@ -171,7 +171,12 @@ def fill_archive(folder: Folder, tasks: int) -> None:
     for day in range(_DAYS):
         part = [*islice(found, tasks // _DAYS)]
         date = f"{START + timedelta(days=day):%Y-%m-%d}"
-        table = TASKS.table([task for task, _ in part], [history for _, history in part])
+        changes = [
+            (task[0], revision, at, "task", *rest)
+            for task, history in part
+            for revision, at, *rest in history
+        ]
+        table = TASKS.table([task for task, _ in part], changes)
         path = TASKS.path("default", date, "run")
         files.append(write_file(folder, TASKS, path, table.sort_by(TASKS.order)))
     Manifest("run", "tasks", "default", files).write(folder)

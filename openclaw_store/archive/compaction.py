@@ -71,6 +71,7 @@ async def compact_archive(
                 for number, part in enumerate(merge.parts)
             ]
             await mover.verified(run, files)
+            await mover.finish(run)
     return merge.done
 
 

@@ -6,9 +6,10 @@ The changes of an archived task are the list `history` in its row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from typing import Any
 from urllib.parse import quote
 
@@ -105,21 +106,17 @@ class Layout:
         by_cluster = f"cluster={quote(cluster, safe='')}"
         return "/".join([self.folder, by_cluster, *by_day, f"{name}.parquet"])
 
-    def table(self, rows: Sequence[Raw], histories: Sequence[Sequence[Raw]] = ()) -> Any:
+    def table(self, rows: Sequence[Raw], changes: Sequence[Raw] = ()) -> Any:
         """Return rows of a driver as a table of Arrow; one of `MISFITS` refuses a row.
 
         Arrow takes times as microseconds and as objects.
 
         Args:
-            histories: The changes of each row, with the columns of `HISTORY`.
+            changes: The changes of these rows, as rows of `past_changes`.
         """
         arrays = _arrays(rows, self.schema)
         if len(arrays) < len(self.schema):
-            kind = self.schema.field("history").type
-            flat = _arrays([*chain.from_iterable(histories)], kind.value_type)
-            changes = pa.StructArray.from_arrays(flat, fields=list(kind.value_type))
-            ends = pa.array(accumulate(map(len, histories), initial=0), pa.int32())
-            arrays.append(pa.ListArray.from_arrays(ends, changes, type=kind))
+            arrays.append(_histories(arrays[0], changes, self.schema.field("history").type))
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
     def images_of(self, table: Any) -> list[Image]:
@@ -170,6 +167,27 @@ def _arrow_type(kind: Any) -> Any:
 def _arrays(rows: Sequence[Raw], fields: Any) -> list[Any]:
     columns = zip(*rows, strict=True) if rows else ((),) * len(fields)
     return [pa.array(values, field.type) for values, field in zip(columns, fields, strict=False)]
+
+
+def _histories(ids: Any, changes: Sequence[Raw], kind: Any) -> Any:
+    """Return the list of the changes of each task, oldest first."""
+    types = {"item_id": ids.type, **{one.name: one.type for one in kind.value_type}}
+    columns = zip(*changes, strict=True) if changes else ((),) * len(_PAST)
+    found = {
+        name: pa.array(values, types[name])
+        for name, values in zip(_PAST, columns, strict=True)
+        if name in types
+    }
+    rows = pa.table({**found, "row": pc.index_in(found["item_id"], ids)}).sort_by(_IN_ORDER)
+    counts = Counter(rows["row"].to_pylist())
+    ends = pa.array(accumulate((counts[row] for row in range(len(ids))), initial=0), pa.int32())
+    flat = [rows[name].combine_chunks() for name in HISTORY]
+    structs = pa.StructArray.from_arrays(flat, fields=[*kind.value_type])
+    return pa.ListArray.from_arrays(ends, structs, type=kind)
+
+
+_PAST = Base.metadata.tables["past_changes"].c.keys()
+_IN_ORDER = [("row", "ascending"), ("revision", "ascending")]
 
 
 def rows_of(table: Any) -> list[Image]:

@@ -44,7 +44,7 @@ def write_file(
     contents = layout.encode(table, metadata)
     folder.write(path, contents)
     stored = folder.read(path)
-    if stored != contents or not pq.read_table(pa.BufferReader(stored)).equals(table):
+    if stored != contents or not pq.ParquetFile(pa.BufferReader(stored)).read().equals(table):
         raise UnavailableError(
             f"{folder.location}/{path} differs from the rows that were written to it: check the "
             "disk, and try again; the rows are still in the database"
@@ -64,7 +64,7 @@ def read_file(folder: Folder, file: WrittenFile, columns: Sequence[str] | None =
             f"{folder.location}/{file.path} was changed after it was written: restore it from a "
             "backup; the rows that are not deleted yet stay in the database"
         )
-    return pq.read_table(pa.BufferReader(contents), columns=columns)
+    return pq.ParquetFile(pa.BufferReader(contents)).read(columns=columns)
 
 
 def digest(contents: bytes) -> str:

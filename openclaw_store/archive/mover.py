@@ -18,10 +18,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from openclaw_store.archive import runs
-from openclaw_store.archive.collect import RUN_ROWS, Collected, TaskCollector, collect_changes
+from openclaw_store.archive.collect import (
+    PAGE_ROWS,
+    Page,
+    by_day,
+    collected,
+    old_changes,
+    old_tasks,
+)
 from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Entry, Folder
-from openclaw_store.archive.layout import CLUSTER_ID, LAYOUTS, lengths_of
+from openclaw_store.archive.layout import (
+    CHANGES,
+    CLUSTER_ID,
+    LAYOUTS,
+    TASKS,
+    Layout,
+    lengths_of,
+)
 from openclaw_store.archive.manifest import (
     cluster_of,
     manifests,
@@ -32,7 +46,7 @@ from openclaw_store.archive.manifest import (
 from openclaw_store.archive.retain import Report, Retained, rest
 from openclaw_store.archive.runs import ArchiveRun, WrittenFile, logger
 from openclaw_store.backends import Cursor
-from openclaw_store.database import Database, WriteTransaction
+from openclaw_store.database import Apply, Database, WriteTransaction
 from openclaw_store.domain import Retention
 from openclaw_store.errors import ConflictError
 from openclaw_store.repositories import (
@@ -46,10 +60,16 @@ from openclaw_store.repositories import (
     remove_tasks,
 )
 
-_TRANSACTION_SECONDS = 0.005
-"""Seconds that a transaction should take, so that other writers wait no longer."""
+_TRANSACTION_SECONDS = 0.00125
+"""Seconds of work in a transaction, before its commit, at a load of almost zero."""
+
+_LONGEST_SECONDS = 0.02
+"""Seconds of work in a transaction if the load leaves no time to other writers."""
 
 _SMALLEST_BATCH, _FIRST_BATCH, _LARGEST_BATCH = 25, 100, 2000
+
+_COLUMNS = ["task_id", "version", "history.list.element.revision"]
+"""The columns of a file that tell what to delete."""
 
 GRACE_SECONDS = 1.0
 """Seconds for which replaced files stay, as a reader may just list the folder."""
@@ -69,6 +89,8 @@ class Mover:
     def __init__(self, database: Database, load: float = 1.0, report: Report | None = None) -> None:
         self._database = database
         self._load = load
+        self._page_rows = PAGE_ROWS if load == 1 else PAGE_ROWS // 4
+        self._seconds = min(_LONGEST_SECONDS, _TRANSACTION_SECONDS / max(1 - load, 1e-9))
         self._report: Report = report or (lambda *_: None)
         self._cluster = cluster_of(database)
         self.batch = _FIRST_BATCH
@@ -93,53 +115,65 @@ class Mover:
 
     async def move(self, retention: Retention, folder: Folder) -> None:
         """Move old tasks, then old changes."""
-        now = self._database.clock()
+        database, now = self._database, self._database.clock()
         policy, skipped = Policy(now, retention.cutoffs(now)), set[str]()
         if policy.cutoffs:
-            while await self._move(
-                folder, "tasks", TaskCollector(self._database, policy, skipped).pages()
-            ):
-                pass
-            await redate_tasks(self._database.read, partial(self.write, apply_together), policy)
+            pages = old_tasks(database, policy, skipped, self._page_rows)
+            await self._move(folder, TASKS, pages)
+            await redate_tasks(database.read, partial(self.write, apply_together), policy)
             self.done.skipped = sorted(skipped)
         if retention.history is not None:
-            cutoff = now - retention.history
-            while await self._move(folder, "changes", collect_changes(self._database, now, cutoff)):
-                pass
+            await self._move(folder, CHANGES, old_changes(database, now, now - retention.history))
 
-    async def _move(self, folder: Folder, kind: str, pages: AsyncIterator[Collected]) -> bool:
-        """Move the rows of one run; return false if there are none."""
-        found = None
-        async for found in pages:
-            self._report(f"reading {kind}", found.rows, RUN_ROWS)
+    async def _move(self, folder: Folder, layout: Layout, pages: AsyncIterator[Page]) -> None:
+        """Move rows, one run after the other."""
+        deletion: asyncio.Future[None] | None = None
+        try:
+            async for found in collected(self._resting(pages)):
+                run = await self._write_files(folder, layout, found)
+                if deletion is not None:
+                    await deletion
+                # While the rows of a run are deleted, those of the next one are read.
+                deletion = asyncio.ensure_future(self.finish(run))
+                if self._load < 1:
+                    await deletion
+            if deletion is not None:
+                await deletion
+        finally:
+            if deletion is not None and deletion.cancel():
+                await asyncio.gather(deletion, return_exceptions=True)
+
+    async def _resting(self, pages: AsyncIterator[Page]) -> AsyncIterator[Page]:
+        async for page in pages:
             await self._rest()
-            if found.is_full:
-                break
-        if found is None or not found.rows:
-            return False
-        run = await runs.begin(self._database, kind, folder.location)
+            yield page
+
+    async def _write_files(
+        self, folder: Folder, layout: Layout, pages: Sequence[Page]
+    ) -> ArchiveRun:
+        """Write the files of a run, and verify them."""
+        run = await runs.begin(self._database, layout.folder, folder.location)
         files: list[WrittenFile] = []
-        tables = await asyncio.to_thread(found.tables)
+        tables = await asyncio.to_thread(by_day, layout, pages)
         cluster_id = self._database.statements.protection.cluster
         metadata = {} if cluster_id is None else {CLUSTER_ID: str(cluster_id).encode()}
         for number, (day, table) in enumerate(tables, 1):
-            path = found.layout.path(self._cluster, day, run.run)
-            write = partial(write_file, folder, found.layout, path, table, metadata)
+            path = layout.path(self._cluster, day, run.run)
+            write = partial(write_file, folder, layout, path, table, metadata)
             files.append(await asyncio.to_thread(write))
-            self._report("writing files", number, len(tables))
+            self._report(f"writing {layout.folder}", number, len(tables))
             await self._rest()
         self.done.bytes += sum(file.bytes for file in files)
         await self.verified(run, files)
-        return True
+        return run
 
     async def verified(self, run: ArchiveRun, files: Sequence[WrittenFile]) -> None:
-        """Continue a run whose files are written and verified."""
+        """Note that the files of a run are written and verified."""
         try:
             await runs.advance(self._database, run, "verified", files)
         except ConflictError:  # undone by a process that took over
             await asyncio.to_thread(_remove_files, Folder(run.location), {run.run})
             raise
-        await self.finish(run)
 
     async def finish(self, run: ArchiveRun) -> None:
         """Continue a run whose files are verified, up to its manifest."""
@@ -161,22 +195,15 @@ class Mover:
         for file in run.files:
             end = start + file.rows
             if end > run.position:
-                columns = ["task_id", "version", "history"]
-                table = await asyncio.to_thread(read_file, folder, file, columns)
-                table = table.slice(run.position - start).combine_chunks()
-                versions = [*zip(*(table[name].to_pylist() for name in columns[:2]), strict=True)]
-                old = _revisions(table)
-                while versions:
-                    size = self.batch
-                    await self._delete_batch(run, versions[:size], old[:size])
-                    versions, old = versions[size:], old[size:]
+                table = await asyncio.to_thread(read_file, folder, file, _COLUMNS)
+                while run.position < end:
+                    await self._delete_batch(run, table.slice(run.position - start, self.batch))
                     self._report("deleting tasks", run.position, total)
             start = end
 
-    async def _delete_batch(
-        self, run: ArchiveRun, versions: Sequence[tuple[str, int]], old: Sequence[Sequence[int]]
-    ) -> None:
-        position = run.position + len(versions)
+    async def _delete_batch(self, run: ArchiveRun, table: Any) -> None:
+        versions = [*zip(*(table[one].to_pylist() for one in ("task_id", "version")), strict=True)]
+        old, position = _revisions(table), run.position + len(table)
 
         def accept(cursor: Cursor, removed: Sequence[bool]) -> None:
             outcomes = zip(versions, removed, strict=True)
@@ -200,11 +227,19 @@ class Mover:
             run.passed(until)
             self._report("deleting changes", start + COMPACTION_BATCH_SIZE, len(revisions))
 
-    async def write(self, apply: Any, operation: Any) -> Any:
+    async def write(self, apply: Apply, operation: Any) -> Any:
         """Write in a transaction, after which the next one has another size."""
-        began = perf_counter()
-        result = await self._database.write(apply, operation)
-        wanted = int(self.batch * _TRANSACTION_SECONDS / max(perf_counter() - began, 1e-4))
+        seconds = 0.0
+
+        def timed(transaction: WriteTransaction, operations: Sequence[Any]) -> Sequence[Any]:
+            nonlocal seconds
+            began = perf_counter()
+            results = apply(transaction, operations)
+            seconds = perf_counter() - began
+            return results
+
+        result = await self._database.write(timed, operation)
+        wanted = int(self.batch * self._seconds / max(seconds, 1e-4))
         self.batch = max(_SMALLEST_BATCH, min(wanted, 2 * self.batch, _LARGEST_BATCH))
         await self._rest()
         return result

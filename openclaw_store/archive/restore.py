@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from openclaw_store.archive import runs
 from openclaw_store.archive.files import ArchiveFile
 from openclaw_store.archive.folder import Folder
-from openclaw_store.archive.layout import HISTORY, TASKS, Image, histories_of
+from openclaw_store.archive.layout import TASKS, histories_of
 from openclaw_store.archive.lease import leased
 from openclaw_store.archive.manifest import cluster_of
 from openclaw_store.archive.mover import Mover
 from openclaw_store.archive.reader import opening
 from openclaw_store.archive.runs import ArchiveRun, logger
 from openclaw_store.archive.selection import Selection
-from openclaw_store.archive.snapshot import Catalogue
+from openclaw_store.archive.snapshot import Catalogue, Snapshot
 from openclaw_store.backends import BatchCursor
-from openclaw_store.database import (
-    Database,
-    PastChangeRow,
-    Statements,
-    WriteTransaction,
-    from_microseconds,
-    statements_for,
+from openclaw_store.database import Database, WriteTransaction
+from openclaw_store.domain import (
+    ENTITY_NAMES,
+    Record,
+    Task,
+    TaskFilter,
+    check_record,
+    check_selection,
 )
-from openclaw_store.domain import Record, Task, TaskFilter, check_selection, encode
 from openclaw_store.errors import InvalidDataError
-from openclaw_store.repositories import insert_tasks
+from openclaw_store.repositories import Refusals, insert_past, insert_tasks
 from openclaw_store.repositories.queries import refuse_sealed
 
-_PAST = PastChangeRow.metadata.tables["past_changes"]
-
-_REASON = HISTORY.index("reason")
-
-_insert_into = cache(Statements.insert_into)
+_TASK = ENTITY_NAMES[Task]
 
 
 @dataclass
@@ -50,14 +46,22 @@ class Restored:
     """The reason for each task that stays in the archive."""
 
 
+class _Archived(NamedTuple):
+    """A task that returns."""
+
+    record: Record[Task]
+    version: int
+    """The version of its archived copy."""
+    past: Sequence[Sequence[Any]]
+    """Its changes, as rows of `past_changes` with reasons in clear."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Return:
-    """Archived tasks that return, with their versions and the changes of each."""
+    """A step of a run."""
 
     run: ArchiveRun
-    records: Sequence[Record[Task]]
-    versions: Sequence[int]
-    histories: Sequence[Sequence[Image]]
+    tasks: Sequence[_Archived]
 
 
 async def restore_tasks(
@@ -83,68 +87,64 @@ async def restore_tasks(
     catalogue = Catalogue(folder, cluster_of(database))
     done, mover = Restored(), Mover(database)
 
-    def read(file: ArchiveFile, group: int) -> list[tuple[Record[Task], int, list[Image]]]:
+    def read(file: ArchiveFile, group: int) -> list[_Archived]:
         sql, found = opening(file, protection), []
         table = snapshot.read(file, selection, groups=[group])
         for image, history in zip(TASKS.images_of(table), histories_of(table), strict=True):
+            id = image[0]
             try:  # values of an older version, or written by hand
-                record = encode(sql.decode[Task](image).copy())
-                history = [_with_reason(sql.read_reason, record.id, one) for one in history]
+                record = sql.decode[Task](image)
+                check_record(record)
+                past = [
+                    (id, revision, at, _TASK, *step, why and sql.read_reason(_TASK, id, why), last)
+                    for revision, at, *step, why, last in history
+                ]
             except InvalidDataError as error:
-                logger.warning("task %r stays in the archive: %s", image[0], error)
-                done.skipped[image[0]] = str(error)
+                logger.warning("task %r stays in the archive: %s", id, error)
+                done.skipped[id] = str(error)
             else:
-                found.append((record, record.version, history))
+                found.append(_Archived(record, record.version, past))
         return found
 
     async with leased(database, patience=patience):
         await mover.heal()
         run = await runs.begin(database, "restore", folder.location, "verified")
         snapshot = await asyncio.to_thread(catalogue.snapshot)
-        for file in snapshot.tasks:
-            for group in file.groups:
-                found = await asyncio.to_thread(read, file, group)
-                while found:
-                    batch, found = found[: mover.batch], found[mover.batch :]
-                    returning = _Return(run, *zip(*batch, strict=True))
-                    ids = [record.task_id for record in returning.records]
-                    refusals = await mover.write(_restore, returning)
-                    run.passed(run.position + len(ids))
-                    for id, refusal in zip(ids, refusals, strict=True):
-                        if refusal is None:
-                            done.restored.append(id)
-                        else:
-                            done.skipped[id] = str(refusal)
+        groups = await asyncio.to_thread(lambda: [*_groups(snapshot)])
+        reading = [asyncio.ensure_future(asyncio.to_thread(read, *one)) for one in groups[:1]]
+        for number, _ in enumerate(groups, 1):
+            found = await reading.pop()
+            if number < len(groups):  # while these return, the next ones are read
+                reading = [asyncio.ensure_future(asyncio.to_thread(read, *groups[number]))]
+            while found:
+                batch, found = found[: mover.batch], found[mover.batch :]
+                refusals = await mover.write(_restore, _Return(run, batch))
+                run.passed(run.position + len(batch))
+                for one, refusal in zip(batch, refusals, strict=True):
+                    if refusal is None:
+                        done.restored.append(one.record.task_id)
+                    else:
+                        done.skipped[one.record.task_id] = str(refusal)
         await mover.finish(run)
     return done
 
 
-def _with_reason(convert: Callable[..., str | None], id: str, change: Image) -> Image:
-    return *change[:_REASON], convert("task", id, change[_REASON]), *change[_REASON + 1 :]
+def _groups(snapshot: Snapshot) -> Iterator[tuple[ArchiveFile, int]]:
+    return ((file, group) for file in snapshot.tasks for group in file.groups)
 
 
-def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Sequence[Any]:
+def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Sequence[Refusals]:
     """Insert the tasks that do not exist, and note that their archived copies are void."""
     if isinstance(transaction.cursor, BatchCursor):
         transaction.cursor.require_lock()
-    return [_insert(transaction, one) for one in returns]
+    return [_insert(transaction, one.run, one.tasks) for one in returns]
 
 
-def _insert(transaction: WriteTransaction, returning: _Return) -> Sequence[Any]:
-    [refusals] = insert_tasks(transaction, [returning.records])
-    cursor = transaction.cursor
-    store = transaction.sql.stored_reason
-    moment = from_microseconds if cursor.dialect == "postgresql" else int
-    voids, past = [], []
-    for record, version, history, refusal in zip(
-        returning.records, returning.versions, returning.histories, refusals, strict=True
-    ):
-        if refusal is None:
-            id = record.task_id
-            voids.append((id, version))
-            sealed = (_with_reason(store, id, change) for change in history)
-            past += [(id, revision, moment(at), "task", *rest) for revision, at, *rest in sealed]
-    runs.progress(cursor, returning.run, returning.run.position + len(returning.records), voids)
-    if past:
-        cursor.write(_insert_into(statements_for(cursor), _PAST), past)
+def _insert(transaction: WriteTransaction, run: ArchiveRun, tasks: Sequence[_Archived]) -> Refusals:
+    [refusals] = insert_tasks(transaction, [[one.record for one in tasks]])
+    added = [one for one, refusal in zip(tasks, refusals, strict=True) if refusal is None]
+    ids = [one.record.task_id for one in added]
+    voids = [(id, one.version) for id, one in zip(ids, added, strict=True)]
+    runs.progress(transaction.cursor, run, run.position + len(tasks), voids)
+    insert_past(transaction, ids, chain.from_iterable(one.past for one in added))
     return refusals

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import orjson
 from sqlalchemy import bindparam, delete, select
 from sqlalchemy.orm import Session
 
-from openclaw_store.backends import BatchCursor, Cursor, fetch_raw_rows
+from openclaw_store.backends import BatchCursor, Cursor
 from openclaw_store.database import (
     REASON,
     IncomingRow,
@@ -28,7 +29,6 @@ from openclaw_store.database import (
     PastChangeRow,
     Statements,
     WriteTransaction,
-    from_microseconds,
     places_of,
     statements_in,
     statements_of,
@@ -36,7 +36,7 @@ from openclaw_store.database import (
 )
 from openclaw_store.domain import ENTITY_NAMES, Raw, Record, Task
 from openclaw_store.errors import DuplicateError
-from openclaw_store.repositories import Removal, insert_tasks
+from openclaw_store.repositories import Removal, insert_past, insert_tasks, read_histories
 
 _NEUTRAL = statements_of("sqlite")
 """Makes values that JSON has, equal in all databases: times are numbers, and nothing is sealed."""
@@ -95,18 +95,14 @@ def _histories(
     session: Session, tasks: Sequence[Record[Task]]
 ) -> tuple[Mapping[str, list[list[Any]]], Mapping[str, list[int]]]:
     """Return the changes of each task, oldest first, and the revisions of those in the feed."""
-    sql, connection = statements_in(session), session.connection()
+    sql = statements_in(session)
     changes: dict[str, list[list[Any]]] = {task.task_id: [] for task in tasks}
     logged: dict[str, list[int]] = {task.task_id: [] for task in tasks}
-    past = select(*_PAST.c).where(_PAST.c.item_id.in_(changes)).order_by(_PAST.c.revision)
-    for row in fetch_raw_rows(connection.execute(past)):
+    found, past = read_histories(session, {task.task_id: task.version for task in tasks})
+    for row in sorted((*found, *past), key=itemgetter(_REVISION)):
         changes[row[0]].append(_without_seal(sql, row))
-    chain = sql.histories([task.version for task in tasks if task.version]).subquery()
-    query = select(*[chain.c[name] for name in _NAMES]).order_by(chain.c.revision)
-    for row in fetch_raw_rows(connection.execute(query)):
-        if row[0] in changes:
-            changes[row[0]].append(_without_seal(sql, row))
-            logged[row[0]].append(row[_REVISION])
+    for row in found:
+        logged[row[0]].append(row[_REVISION])
     return changes, logged
 
 
@@ -219,22 +215,18 @@ def _add(
     """Add tasks with their past changes; return the reasons of the ones that are refused."""
     if not travellers:
         return {}
-    cursor, sql = transaction.cursor, transaction.sql
     [refusals] = insert_tasks(transaction, [[one.record() for one in travellers]])
     refused: dict[str, str] = {}
-    added: list[tuple[str]] = []
-    past: list[list[Any]] = []
+    added: list[str] = []
+    past: list[Sequence[Any]] = []
     for one, refusal in zip(travellers, refusals, strict=True):
         id = one.task[0]
         if isinstance(refusal, DuplicateError):
             refused[id] = str(refusal)
             continue
-        added.append((id,))
-        past += [_as_row(sql, change) for change in (one.changes if is_home else _foreign(one))]
-    if added:  # a removed task of the same identifier may have left some
-        cursor.write(sql.delete_past, added)
-    if past:
-        cursor.write(sql.insert_into(_PAST), past)
+        added.append(id)
+        past += one.changes if is_home else _foreign(one)
+    insert_past(transaction, added, past)
     return refused
 
 
@@ -248,13 +240,6 @@ def _foreign(traveller: Traveller) -> list[list[Any]]:
         change[_PREVIOUS] = revision - 1 if revision > first else None
         changes.append(change)
     return changes
-
-
-def _as_row(sql: Statements, change: Sequence[Any]) -> list[Any]:
-    row = [*change]
-    row[_AT] = sql.to_moment(from_microseconds(row[_AT]))
-    row[_REASON] = sql.stored_reason(_ITEM, row[0], row[_REASON])
-    return row
 
 
 class _Statements(NamedTuple):

@@ -32,21 +32,6 @@ def history_of(newest: int, item: str, id: str) -> Select[Any]:
     return query.params(newest=newest, item_=item, id=id)
 
 
-def histories(given: FromClause, *, is_outer: bool) -> Select[Any]:
-    """Return the query of the changes of many tasks; `given` has their versions as `value`.
-
-    Args:
-        is_outer: Join by outer joins, which SQLite never reverses: with old statistics, it would
-            read all changes.
-    """
-    newest, older = _CHANGES.alias(), _CHANGES.alias()
-    start = given.join(newest, newest.c.revision == given.c["value"], isouter=is_outer)
-    chain = select(newest).select_from(start).cte("chain", recursive=True)
-    step = chain.join(older, _is_next(chain, older), isouter=is_outer)
-    chain = chain.union_all(select(older).select_from(step).where(chain.c.previous.is_not(None)))
-    return select(chain).where(chain.c.revision.is_not(None))
-
-
 def status_changes() -> Select[Any]:
     """Return the query of the times at which its status changed, newest first."""
     chain = chain_of_changes()

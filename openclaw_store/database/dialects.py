@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import orjson
 from sqlalchemy import (
     BigInteger,
+    BindParameter,
     Column,
     ColumnElement,
     Select,
@@ -36,7 +37,7 @@ from sqlalchemy.sql.operators import custom_op
 from sqlalchemy.types import Text
 
 from openclaw_store.backends import PUBLIC, Cursor, schema_of
-from openclaw_store.database.change_chain import chain_of_changes, histories
+from openclaw_store.database.change_chain import chain_of_changes
 from openclaw_store.database.row_codec import COLUMNS
 from openclaw_store.database.statements import USAGE, Statements, key_column
 from openclaw_store.database.store_write import (
@@ -84,6 +85,10 @@ class SQLiteStatements(Statements):
             )
             for kind, row in ROWS.items()
         }
+        first: BindParameter[int] = bindparam("first")
+        last: BindParameter[int] = bindparam("last")
+        between = _CHANGES.c.revision.between(first, last)
+        self.delete_changes = self._compile(delete(_CHANGES).where(between))
         self._read_chain = self._compile(select(chain_of_changes().c.revision))
         self.beat = self._compile(
             update(_NODES)
@@ -118,8 +123,10 @@ class SQLiteStatements(Statements):
         found = given.outerjoin(table_of(kind), key_column(kind) == given.c.value)
         return select(*columns).select_from(found)
 
-    def histories(self, versions: Sequence[int]) -> Select[Any]:
-        return histories(_each(orjson.dumps(list(versions)).decode()), is_outer=True)
+    def changes_at(self, columns: Sequence[Any], revisions: Sequence[int]) -> Select[Any]:
+        given = _each(orjson.dumps(list(revisions)).decode())
+        found = given.outerjoin(_CHANGES, _CHANGES.c.revision == given.c.value)
+        return select(*columns).select_from(found)
 
     def elements(self, texts: Any) -> Any:
         return _each(texts).c.value
@@ -169,6 +176,11 @@ class PostgreSQLStatements(Statements):
         among = _is_among(Task, bindparam("ids"))
         self.read_tasks = self._compile(select(*COLUMNS[Task]).where(among))
         self.call = call_of_store_write(schema)
+        ends = _given([_CHANGES.c.revision.label("first"), _CHANGES.c.revision.label("last")])
+        self.delete_changes = (
+            f"DELETE FROM {self._named(_CHANGES)} USING {ends} "
+            "WHERE revision BETWEEN given.first AND given.last"
+        )
         newest = _given([_CHANGES.c[name] for name in ("revision", "item", "item_id")])
         changes = self._named(_CHANGES)
         matches = "revision = given.revision AND one.item = given.item"
@@ -205,9 +217,9 @@ class PostgreSQLStatements(Statements):
     def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
         cursor.write(self._forget, changes)
 
-    def histories(self, versions: Sequence[int]) -> Select[Any]:
-        given = func.unnest(cast(list(versions), ARRAY(BigInteger))).table_valued("value")
-        return histories(given.render_derived("given"), is_outer=False)
+    def changes_at(self, columns: Sequence[Any], revisions: Sequence[int]) -> Select[Any]:
+        among = _CHANGES.c.revision == any_(cast(list(revisions), ARRAY(BigInteger)))
+        return select(*columns).where(among)
 
     def elements(self, texts: Any) -> Any:
         return func.json_array_elements_text(texts).table_valued("value").c.value

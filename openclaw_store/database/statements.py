@@ -116,8 +116,12 @@ class Statements(ABC):
         """The statement for many rows of an identifier."""
         self.delete_change = self.delete_from(_CHANGES.c.revision)
         """The statement for many rows of a revision."""
+        self.insert_past = self._insert(list(_PAST.c))
+        """The statement for many rows."""
         self.delete_past = self.delete_from(_PAST.c.item_id)
         """The statement for many rows of an identifier: delete the past changes of a task."""
+        self.has_past = self._compile(select(literal_column("1")).where(select(_PAST).exists()))
+        """A row if there are past changes."""
         moment = UtcTime()
         self.to_moment: Callable[[datetime], Any] = moment.bind_processor(dialect) or _identity
         """Convert a time to the driver's value."""
@@ -236,6 +240,8 @@ class Statements(ABC):
     """As `read_one`, for `given` identifiers."""
     read_tasks: str
     """All columns of the tasks with `given` identifiers; on PostgreSQL."""
+    delete_changes: str
+    """The statement for many rows of two revisions: delete the changes from one to the other."""
     call: str
     """Call `store_write`: its base revision, former versions, tasks and nodes; on PostgreSQL."""
     beat: str
@@ -268,8 +274,8 @@ class Statements(ABC):
         """Return the query of rows by their `given` identifiers; a missing row may have NULLs."""
 
     @abstractmethod
-    def histories(self, versions: Sequence[int]) -> Select[Any]:
-        """Return the query of the changes of many tasks, by the versions of their rows."""
+    def changes_at(self, columns: Sequence[Any], revisions: Sequence[int]) -> Select[Any]:
+        """Return the query of changes by their revisions; a missing one may have NULLs."""
 
     @abstractmethod
     def elements(self, texts: Any) -> Any:

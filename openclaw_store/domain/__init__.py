@@ -65,6 +65,7 @@ from openclaw_store.domain.records import (
     Record,
     RowCodec,
     admit,
+    check_record,
     decode,
     encode,
     encode_long_values,

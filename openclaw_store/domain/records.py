@@ -332,6 +332,19 @@ def decode(kind: type[Entity], row: Sequence[Any]) -> Record[Entity]:
     return Record(kind, fields)
 
 
+def check_record(record: Record[Any]) -> None:
+    """Check the values of a record that comes from a file, and that its JSON can be read.
+
+    Raises:
+        InvalidDataError: With the first field that cannot be stored.
+    """
+    checks, _ = _CHECKS[record.kind]
+    check_fields(record.__dict__.copy(), _NOTHING_STORED[record.kind], checks, (), {})
+    for name in JSON_FIELDS[record.kind]:
+        if type(record.__dict__[name]) is bytes:
+            record._load(name)
+
+
 def write_back(record: Record[Entity], entity: Entity, names: Iterable[str] | None = None) -> None:
     """Copy fields, none of them JSON, to the caller's object; `None` for version and times."""
     fields, target = record.__dict__, entity.__dict__

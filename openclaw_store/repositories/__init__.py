@@ -5,7 +5,13 @@ This room holds the commands, the unit of work, the change log and its retention
 
 from openclaw_store.repositories.base import Repository, admit_entity
 from openclaw_store.repositories.batches import apply, apply_together
-from openclaw_store.repositories.bulk import Refusals, TasksAdded, changes_of, insert_tasks
+from openclaw_store.repositories.bulk import (
+    Refusals,
+    TasksAdded,
+    changes_of,
+    insert_past,
+    insert_tasks,
+)
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,
     PAGE_BYTES,
@@ -63,6 +69,7 @@ from openclaw_store.repositories.row_reader import (
     FETCH_SIZE,
     TolerantReader,
     decoder_here,
+    read_histories,
     read_records,
     read_rows,
     select_pending,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openclaw_store.backends import BatchCursor
-from openclaw_store.database import ROWS, WriteTransaction
+from openclaw_store.database import ROWS, WriteTransaction, from_microseconds
 from openclaw_store.domain import ENTITY_NAMES, FINISHED, Change, ChangeKind, Raw, Record, Task
 from openclaw_store.errors import DuplicateError
 from openclaw_store.repositories.batches import unit_of
@@ -82,6 +82,28 @@ def _insert(unit: UnitOfWork, records: Sequence[Record[Task]]) -> Refusals:
         unit.cursor.write(sql.insert_change, changes)
         unit.emit(TasksAdded(added))
     return refusals
+
+
+def insert_past(
+    transaction: WriteTransaction, ids: Sequence[str], changes: Iterable[Sequence[Any]]
+) -> None:
+    """Insert the past changes of tasks that were added.
+
+    Args:
+        changes: Rows of `past_changes`, with times in microseconds and reasons in clear.
+    """
+    cursor, sql = transaction.cursor, transaction.sql
+    if ids and cursor.execute(
+        sql.has_past
+    ):  # a removed task of the same identifier may have left some
+        cursor.write(sql.delete_past, [(id,) for id in ids])
+    moment = int if cursor.dialect == "sqlite" else from_microseconds
+    rows = [
+        (id, revision, moment(at), *step, why and sql.stored_reason(_ITEM, id, why), previous)
+        for id, revision, at, *step, why, previous in changes
+    ]
+    if rows:
+        cursor.write(sql.insert_past, rows)
 
 
 def _refusal(unit: UnitOfWork, present: set[str], record: Record[Task]) -> DuplicateError | None:

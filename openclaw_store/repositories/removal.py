@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,28 +42,35 @@ def _remove(transaction: WriteTransaction, removal: Removal) -> Sequence[bool]:
     unit.count_from(*counters_of(found))
     present = {row[2]: row[3:6] for row in found if row[2] is not None}
     removed = [present.get(id, (None,))[0] == version for id, version in removal.versions]
-    outcomes = zip(removal.versions, removed, strict=True)
-    going = [id for (id, _), is_removed in outcomes if is_removed]
-    old = [
-        (revision,)
-        for revisions, is_removed in zip(removal.history, removed, strict=True)
-        if is_removed
-        for revision in revisions
-    ]
+    going = [id for (id, _), is_gone in zip(removal.versions, removed, strict=True) if is_gone]
     last, at = unit.reserve_revisions(len(going)), sql.to_moment(unit.now)
     item, kind = ENTITY_NAMES[Task], ChangeKind.REMOVED
     changes: list[Sequence[Any]] = []
     for revision, id in enumerate(going, last + 1):
         version, status, node = present[id]
-        row = (item, id, str(kind), status, None, node, None, version or None)
-        changes.append((revision, at, *row))
-        unit.emit(Event(Task, id, None, Change(revision, unit.now, item, id, kind, *row[3:])))
+        row = (status, None, node, None, version or None)
+        changes.append((revision, at, item, id, kind.value, *row))
+        unit.emit(Event(Task, id, None, Change(revision, unit.now, item, id, kind, *row)))
     if going:
         ids = [(id,) for id in going]
         cursor.write(sql.delete[Task], ids)
         cursor.write(sql.insert_change, changes)
-        cursor.write(sql.delete_past, ids)
+        if cursor.execute(sql.has_past):
+            cursor.write(sql.delete_past, ids)
+    revisions = zip(removal.history, removed, strict=True)
+    old = _ranges(one for of_task, is_gone in revisions if is_gone for one in of_task)
     if old:
-        cursor.write(sql.delete_change, old)
+        cursor.write(sql.delete_changes, old)
     removal.accept(cursor, removed)
     return removed
+
+
+def _ranges(revisions: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and the last one of each range of consecutive revisions."""
+    ranges: list[tuple[int, int]] = []
+    for revision in sorted(revisions):
+        if ranges and revision <= ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], revision)
+        else:
+            ranges.append((revision, revision))
+    return ranges

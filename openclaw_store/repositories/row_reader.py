@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from openclaw_store.backends import fetch_raw_rows, unreadable_value
-from openclaw_store.database import COLUMNS, IS_PENDING, TaskRow, statements_in
+from openclaw_store.database import (
+    COLUMNS,
+    IS_PENDING,
+    ChangeRow,
+    PastChangeRow,
+    TaskRow,
+    statements_in,
+)
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Decode,
@@ -77,6 +84,48 @@ async def read_records(
 def decoder_here(session: AsyncSession, kind: type[Any]) -> Decode:
     """Return the decoder of the rows of `read_rows`."""
     return statements_in(session).decode[kind]
+
+
+PAST_COLUMNS = tuple(PastChangeRow.__table__.c)
+"""The columns of `read_histories`."""
+
+_NAMES = [one.name for one in PAST_COLUMNS]
+_ID, _CHANGE, _ITEM, _PREVIOUS = map(_NAMES.index, ("item_id", "revision", "item", "previous"))
+_TASK = ENTITY_NAMES[Task]
+_LOGGED = [ChangeRow.__table__.c[name] for name in _NAMES]
+_HAS_PAST = select(select(PastChangeRow).exists())
+
+
+def read_histories(
+    session: Session, versions: Mapping[str, int]
+) -> tuple[list[Raw], Sequence[Raw]]:
+    """Return the changes of tasks in the feed, and their past ones, as rows of `past_changes`.
+
+    Each change names the previous one, so the last ones are read first. A `previous` that was
+    written by hand may name any revision.
+
+    Args:
+        versions: The version of each task.
+    """
+    sql, connection = statements_in(session), session.connection()
+    logged: list[Raw] = []
+    # SQLite stores text in any column.
+    wanted = {(id, one) for id, one in versions.items() if isinstance(one, int) and one}
+    while wanted:
+        query = sql.changes_at(_LOGGED, sorted(revision for _, revision in wanted))
+        rows = fetch_raw_rows(connection.execute(query))
+        found = [row for row in rows if (row[_ID], row[_CHANGE]) in wanted and row[_ITEM] == _TASK]
+        logged += found
+        wanted = {
+            (row[_ID], row[_PREVIOUS])
+            for row in found
+            if isinstance(row[_PREVIOUS], int) and row[_PREVIOUS] < row[_CHANGE]
+        }
+    past: Sequence[Raw] = ()
+    if session.scalar(_HAS_PAST):
+        of_tasks = PastChangeRow.item_id.in_(versions)
+        past = fetch_raw_rows(connection.execute(select(*PAST_COLUMNS).where(of_tasks)))
+    return logged, past
 
 
 class TolerantReader:

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from openclaw_store import (
     UnavailableError,
     verify,
 )
-from openclaw_store.archive import lease, manifest, mover, open_archive, runs
+from openclaw_store.archive import collect, lease, manifest, mover, open_archive, runs
 from openclaw_store.archive.check import list_archive, verify_archive
 from openclaw_store.archive.compaction import compact_archive
 from openclaw_store.archive.folder import Folder
@@ -295,7 +296,7 @@ class Crashed(BaseException):
     """The process ends here."""
 
 
-STEPS = {"retain": 7, "restore": 5, "compact": 14}
+STEPS = {"retain": 12, "restore": 5, "compact": 14}
 """Writes to the folder and the database after which a process crashes."""
 
 
@@ -310,6 +311,9 @@ async def test_interrupted_work_is_continued(
 ) -> None:
     """A crash between any two writes to the database or to the folder loses nothing."""
     monkeypatch.setattr(mover, "_FIRST_BATCH", 2)
+    if work == "retain":  # several runs: one reads and writes while another one deletes
+        monkeypatch.setattr(mover, "PAGE_ROWS", 1)
+        monkeypatch.setattr(collect, "RUN_ROWS", 1)
     known: set[str] = set()
 
     async def act() -> None:
@@ -375,6 +379,52 @@ def crash_at(step: int) -> Iterator[None]:
         ):  # fmt: skip
             patch.setattr(owner, name, crashing(getattr(owner, name)))
         yield
+
+
+@pytest.mark.parametrize("load", [1.0, 0.9])
+async def test_runs_follow_one_another(
+    database: Database,
+    fill: Fill,
+    policy: Retention,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    load: float,
+) -> None:
+    """Each run writes its own files; at full load, its rows leave while the next one is read."""
+    monkeypatch.setattr(mover, "PAGE_ROWS", 8)
+    monkeypatch.setattr(collect, "RUN_ROWS", 3)
+    before = {task.task_id: task for task in await fill(30)}
+
+    done = await retain(database, replace(policy, load=load))
+
+    live, archived = await all_of(database, folder)
+    assert live | archived == before
+    assert (done.tasks, done.voids) == (len(archived), 0)
+    assert len([*(folder / "manifests").rglob("*.json")]) > 1
+    assert await verify(database)
+    assert await verify_archive(folder)
+
+
+async def test_error_of_a_deletion_ends_the_runs(
+    database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mover, "PAGE_ROWS", 1)
+    monkeypatch.setattr(collect, "RUN_ROWS", 1)
+    before = {task.task_id for task in await fill(12)}
+
+    def fail(*_: Any) -> None:
+        raise UnavailableError("the disk is full")
+
+    monkeypatch.setattr(runs, "progress", fail)
+    with pytest.raises(UnavailableError, match="the disk is full"):
+        await retain(database, policy)
+    assert {task.task_id async for task in TaskRepository(database).iter_tasks()} == before
+
+    monkeypatch.undo()
+    await retain(database, policy)
+    live, archived = await all_of(database, folder)
+    assert live.keys() | archived.keys() == before
+    assert not live.keys() & archived.keys()
 
 
 async def test_process_that_lost_its_run_writes_nothing_more(
@@ -603,6 +653,46 @@ async def test_row_that_no_file_can_hold_stays(
     left = {row[0] for row in execute(LOCATIONS[database], "SELECT task_id FROM tasks")}
     assert left | archived.keys() == before
     assert {"task-0000", "task-0002"} <= left
+
+
+@pytest.mark.sqlite
+async def test_archived_value_that_cannot_be_stored_stays_in_the_archive(
+    database: Database, fill: Fill, policy: Retention, folder: Path
+) -> None:
+    """SQLite stores any text in any column, and PostgreSQL would refuse the rows beside it."""
+    await fill(5)
+    execute_on(database, "UPDATE tasks SET result = '{' WHERE task_id = 'task-0000'")
+    execute_on(database, "UPDATE tasks SET name = 'a' || char(0) WHERE task_id = 'task-0002'")
+    await retain(database, policy)
+
+    done = await restore_tasks(database, folder, TaskFilter.everything())
+
+    assert done.restored == ["task-0003"]
+    assert "result" in done.skipped["task-0000"]
+    assert "name" in done.skipped["task-0002"]
+
+
+async def test_previous_change_written_by_hand_leads_to_no_other_history(
+    database: Database, fill: Fill, policy: Retention, folder: Path
+) -> None:
+    """Such a change may name a later one, itself, or one of another task."""
+    await fill(9)
+    newest = "SELECT max(revision) FROM changes WHERE item_id = '%s'"
+    ids = ["task-0000", "task-0002", "task-0003"]
+    last = {id: execute(LOCATIONS[database], newest % id)[0][0] for id in ids}
+    for id, previous in zip(
+        ids, (last["task-0002"], last["task-0002"], last["task-0000"]), strict=True
+    ):
+        execute_on(
+            database, f"UPDATE changes SET previous = {previous} WHERE revision = {last[id]}"
+        )
+
+    await retain(database, policy)
+
+    rows = pq.read_table(folder / "tasks", columns=["task_id", "history"]).to_pylist()
+    found = {row["task_id"]: [one["revision"] for one in row["history"]] for row in rows}
+    assert {id: found[id] for id in ids} == {id: [last[id]] for id in ids}
+    assert len(found["task-0005"]) == 2
 
 
 async def all_of_archive(folder: Path) -> tuple[int, dict[str, Task]]:
