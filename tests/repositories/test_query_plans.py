@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import pytest
@@ -28,7 +29,10 @@ from openclaw_store import (
     TaskStatus,
     TaskType,
 )
+from openclaw_store.archive.restore import restore_tasks
+from openclaw_store.archive.retain import retain
 from openclaw_store.backends.sqlite import connections as sqlite_connections
+from openclaw_store.domain import Retention
 from openclaw_store.repositories import pages
 from openclaw_store.state_manager.change_feed import read_change_batch, read_live
 
@@ -157,6 +161,14 @@ async def submit_twice(database: Database) -> None:
             await tasks(database).create(task)
 
 
+async def archive(database: Database) -> None:
+    with TemporaryDirectory() as folder:
+        policy = Retention(completed=timedelta(0), archive=folder)
+        await retain(database, policy)
+        await restore_tasks(database, folder, TaskFilter(user="user-1"))
+        await retain(database, policy)  # which removes past changes, too
+
+
 def listing(**conditions: Any) -> Call:
     """A second page of a list."""
 
@@ -201,6 +213,7 @@ CALLS: dict[str, Call] = {
     "list finished": listing(finished_after=timedelta(days=36_500)),
     "live": live,
     "batch": batch,
+    "archive": archive,
 }
 """Everything with a limit or a selective filter.
 
