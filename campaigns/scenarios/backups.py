@@ -25,9 +25,9 @@ from statistics import median
 
 from sqlalchemy.exc import DBAPIError
 
-from benchmarks.measure import percentile
 from campaigns.harness.campaign import SQLITE, Campaign, Location, Run, within
 from campaigns.harness.direct_access import LAST_REVISION, Rows, driver_url, fetch, find_damage
+from campaigns.harness.latencies import p99
 from openclaw_store import Database, StateManager, Task, TaskType, verify
 
 WRITERS = 64
@@ -104,7 +104,7 @@ async def one_backup(run: Run, manager: StateManager, writing: Writing, number: 
         check_copy(run, await asyncio.to_thread(fetch, location, *QUERIES), before, after, writing)
         await use(run, location)
     # A small backup may be done before any write ends.
-    return percentile(during or undisturbed, 0.99) / percentile(undisturbed, 0.99)
+    return p99(during or undisturbed) / p99(undisturbed)
 
 
 def check_copy(

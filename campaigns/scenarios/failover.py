@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import count, pairwise
 
@@ -197,28 +197,39 @@ async def refresh(manager: StateManager) -> None:
         await asyncio.sleep(PAUSE_SECONDS)
 
 
+@asynccontextmanager
+async def running_pair(like: Server | None = None) -> AsyncIterator[Pair]:
+    """Run a primary with an empty store, and its synchronous standby."""
+    with (
+        silenced("openclaw_store", "sqlalchemy"),
+        running_server(like=like) as primary,
+        running_server(like=like) as standby,
+    ):
+        url = await primary.create_database()
+        await asyncio.to_thread(create_database, url)
+        database = make_url(url).database
+        assert database is not None
+        pair = Pair(primary, standby, database)
+        await pair.join()
+        yield pair
+
+
 def perform(run: Run) -> None:
     """Let the primary fail `run.rounds` times, in each way in turn."""
     gaps: defaultdict[str, list[float]] = defaultdict(list)
 
-    async def fail_again_and_again(pair: Pair) -> None:
-        await pair.join()
-        for number in run.each_round():
-            way = list(LONGEST_GAP_SECONDS)[number % len(LONGEST_GAP_SECONDS)]
-            gap = await fail_over(run, pair, way, f"{number}")
-            run.check(gap <= LONGEST_GAP_SECONDS[way], f"{gap:.1f} s without a write after {way}")
-            gaps[way].append(gap)
-            await pair.swap(way)
+    async def fail_again_and_again() -> None:
+        async with running_pair(run.server) as pair:
+            for number in run.each_round():
+                way = list(LONGEST_GAP_SECONDS)[number % len(LONGEST_GAP_SECONDS)]
+                gap = await fail_over(run, pair, way, f"{number}")
+                limit = LONGEST_GAP_SECONDS[way]
+                run.check(gap <= limit, f"{gap:.1f} s without a write after {way}")
+                gaps[way].append(gap)
+                await pair.swap(way)
 
-    with ExitStack() as stack:
-        stack.enter_context(silenced("openclaw_store", "sqlalchemy"))
-        stack.enter_context(planted(run.bug))
-        primary, standby = (stack.enter_context(running_server(like=run.server)) for _ in range(2))
-        url = asyncio.run(primary.create_database())
-        create_database(url)
-        database = make_url(url).database
-        assert database is not None
-        asyncio.run(fail_again_and_again(Pair(primary, standby, database)))
+    with planted(run.bug):
+        asyncio.run(fail_again_and_again())
     for way, found in gaps.items():
         run.notes[f"longest gap at {way}"] = f"{max(found):.2f} s"
 

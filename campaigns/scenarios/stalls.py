@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.harness.campaign import Campaign, Location, Run, within
+from campaigns.harness.latencies import p99
 from campaigns.workloads.worst_calls import WORST_CALLS, Crowd, WorstCall
 from openclaw_store import Database, NodeInfo, StateManager, Task, TaskType
 
@@ -79,10 +80,6 @@ class Load:
             if stop.is_set() and number:
                 return
 
-    def p99(self) -> float:
-        ordered = sorted(self.latencies)
-        return ordered[int(0.99 * (len(ordered) - 1))]
-
 
 async def _measure(run: Run, crowd: Crowd, name: str, worst: WorstCall) -> tuple[float, float]:
     """Measure one call; return the longest pause, and the ratio of the other callers' p99."""
@@ -95,7 +92,8 @@ async def _measure(run: Run, crowd: Crowd, name: str, worst: WorstCall) -> tuple
         await within(_done(worst.call(crowd, given)), name, SECONDS)
         seconds = time.perf_counter() - began
         await asyncio.sleep(0.05)
-    pause, longest, ratio = max(busy.pauses), max(busy.latencies), busy.p99() / idle.p99()
+    pause, longest = max(busy.pauses), max(busy.latencies)
+    ratio = p99(busy.latencies) / p99(idle.latencies)
     run.counts.acknowledged += 1 + len(idle.latencies) + len(busy.latencies)
     if not run.is_quick:
         run.check(longest < LONGEST_WAIT_SECONDS, f"{name}: a caller waited for {longest:.1f} s")

@@ -80,6 +80,10 @@ async def _all_of(items: AsyncIterable[object], limit: int) -> None:
             return
 
 
+async def _make_tasks(crowd: Crowd) -> list[Task]:
+    return [crowd.task() for _ in range(5 * crowd.many)]
+
+
 async def _free(crowd: Crowd) -> None:
     await crowd.store.register_node(crowd.node())
 
@@ -106,7 +110,7 @@ async def _complete(crowd: Crowd, task: Task) -> None:
 CROWD = TaskFilter(name_contains="crowd")
 
 WORST_CALLS: Mapping[str, WorstCall] = {
-    "add_tasks": _plain(lambda it: it.store.add_tasks([it.task() for _ in range(5 * it.many)])),
+    "add_tasks": WorstCall(lambda it, tasks: it.store.add_tasks(tasks), _make_tasks),
     "add_task": _plain(lambda it: it.store.add_task(it.task(metadata={"text": it.text}))),
     "submit_task": _plain(lambda it: it.store.submit_task(it.task(parameters={"t": it.text}))),
     "update_task": _plain(lambda it: it.store.update_task(it.large)),
