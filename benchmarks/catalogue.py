@@ -17,6 +17,10 @@ from benchmarks import (
     reads,
     robust,
     robust_bulk,
+    robust_calls,
+    robust_failover,
+    robust_feed,
+    robust_held,
     server_writes,
     transactions,
     writes,
@@ -138,6 +142,15 @@ def _of_life(kind: processes.Kind) -> tuple[Benchmark, ...]:
 
 
 _OF_LIFE = (*_of_life("sqlite"), *_of_life("postgresql"))
+
+_OF_ROBUST = (
+    *robust.BENCHMARKS,
+    *robust_bulk.BENCHMARKS,
+    *robust_calls.BENCHMARKS,
+    *robust_held.BENCHMARKS,
+    *robust_feed.BENCHMARKS,
+    *robust_failover.BENCHMARKS,
+)
 
 _OF_PROCESSES = (*_of_processes("sqlite"), *_of_processes("postgresql"))
 
@@ -313,8 +326,7 @@ BENCHMARKS = (
     ),
     *_OF_PROCESSES,
     *_OF_LIFE,
-    *robust.BENCHMARKS,
-    *robust_bulk.BENCHMARKS,
+    *_OF_ROBUST,
     *operator.BENCHMARKS,
     *encryption.BENCHMARKS,
     *transactions.BENCHMARKS,
@@ -335,6 +347,6 @@ GROUPS = {
     ),
     "operator": tuple(benchmark.name for benchmark in operator.BENCHMARKS),
     "transactions": tuple(benchmark.name for benchmark in transactions.BENCHMARKS),
-    "robust": tuple(benchmark.name for benchmark in (*robust.BENCHMARKS, *robust_bulk.BENCHMARKS)),
+    "robust": tuple(benchmark.name for benchmark in _OF_ROBUST),
 }
 """Names for several benchmarks."""

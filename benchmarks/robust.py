@@ -17,7 +17,7 @@ from time import perf_counter
 from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_least, at_most, percentile
 from benchmarks.processes import CLIENTS, Kind, database_of
 from benchmarks.work import START, fill, fill_server, make_task, rows
-from openclaw_store import Database, StateManager, TaskFilter
+from openclaw_store import Database, StateManager, TaskFilter, verify
 
 _IDLE_SECONDS = 2.0
 _LATER = datetime(2100, 1, 1, tzinfo=UTC)
@@ -62,7 +62,7 @@ def slower(busy: Sample, quiet: Sample) -> Figure:
 @asynccontextmanager
 async def full_store(bench: Bench, kind: Kind) -> AsyncIterator[StateManager]:
     """Provide a store of a million tasks, of which one in a hundred is pending."""
-    tasks = bench.scaled(1_000_000, 2000)
+    tasks = bench.scaled(bench.scaled(1_000_000), 2000)  # filling takes most of a quick run
     async with database_of(bench, kind) as location:
         if kind == "sqlite":
             await asyncio.to_thread(fill, Path(location), rows(tasks, of=100))
@@ -128,6 +128,24 @@ async def lists(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     ]
 
 
+async def interrupted(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
+    """Measure the time from the cancellation of a long call until it has ended."""
+    async with full_store(bench, kind) as store:
+        calls = {"verify": lambda: verify(store.db), "vacuum": store.db.vacuum}
+
+        async def cancel(name: str) -> Sample:
+            running = asyncio.ensure_future(calls[name]())
+            await asyncio.sleep(bench.scaled(1000) / 1000)
+            began = perf_counter()
+            running.cancel()
+            await asyncio.wait([running])
+            return {"seconds": perf_counter() - began}
+
+        measured = await bench.interleave({name: partial(cancel, name) for name in calls})
+    times = [measured[name]["seconds"] for name in calls]
+    return [Figure(time, f"{time:.2f} s", "") for time in times]
+
+
 def _of_kind(kind: Kind) -> tuple[Benchmark, ...]:
     is_server = kind == "postgresql"
     prefix, title = ("pg-", "PostgreSQL") if is_server else ("", "SQLite")
@@ -154,6 +172,17 @@ def _of_kind(kind: Kind) -> tuple[Benchmark, ...]:
                 Line("… by skill", "ms", at_most(250, 100)),
                 Line("… by name", "ms", at_most(250, 100)),
                 Line("… p99 of add_task, 16 callers, beside lists / idle", "×", at_most(4, 2)),
+            ),
+            needs_server=is_server,
+        ),
+        Benchmark(
+            f"{prefix}interrupted",
+            partial(interrupted, kind=kind),
+            (
+                Line(
+                    f"{title}, 1,000,000 tasks: from Ctrl-C in verify to its end", "s", at_most(2)
+                ),
+                Line("… vacuum", "s", at_most(2)),
             ),
             needs_server=is_server,
         ),
