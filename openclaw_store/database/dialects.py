@@ -15,6 +15,7 @@ from sqlalchemy import (
     Select,
     TableValuedAlias,
     UnaryExpression,
+    and_,
     any_,
     bindparam,
     cast,
@@ -30,7 +31,7 @@ from sqlalchemy import (
     values,
 )
 from sqlalchemy.dialects import sqlite
-from sqlalchemy.dialects.postgresql import ARRAY
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.operators import custom_op
@@ -128,8 +129,9 @@ class SQLiteStatements(Statements):
         found = given.outerjoin(_CHANGES, _CHANGES.c.revision == given.c.value)
         return select(*columns).select_from(found)
 
-    def elements(self, texts: Any) -> Any:
-        return _each(texts).c.value
+    def has_element(self, document: Any, wanted: str) -> ColumnElement[bool]:
+        elements, is_list = _each(document), func.json_type(document) == "array"
+        return and_(is_list, select(elements).where(elements.c.value == wanted).exists())
 
     def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
         # One by one: with old statistics, a search for the whole chain would read all changes.
@@ -221,8 +223,11 @@ class PostgreSQLStatements(Statements):
         among = _CHANGES.c.revision == any_(cast(list(revisions), ARRAY(BigInteger)))
         return select(*columns).where(among)
 
-    def elements(self, texts: Any) -> Any:
-        return func.json_array_elements_text(texts).table_valued("value").c.value
+    def has_element(self, document: Any, wanted: str) -> ColumnElement[bool]:
+        # Not a search in `json_array_elements_text`: PostgreSQL runs a subquery with a column of
+        # the row on one core only.
+        is_list = func.json_typeof(document) == "array"
+        return and_(is_list, cast(document, JSONB).has_key(wanted))
 
     def _parameter(self, number: int) -> str:
         return f"${number}"

@@ -278,8 +278,8 @@ class Statements(ABC):
         """Return the query of changes by their revisions; a missing one may have NULLs."""
 
     @abstractmethod
-    def elements(self, texts: Any) -> Any:
-        """Return the elements of a JSON list of text, as a column to select."""
+    def has_element(self, document: Any, wanted: str) -> ColumnElement[bool]:
+        """Return the condition that a JSON list contains a text."""
 
     @abstractmethod
     def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:

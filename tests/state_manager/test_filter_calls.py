@@ -9,9 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from conftest import BACKOFF, Cluster, FakeClock, Location, execute, ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.dialects import postgresql
 from support.examples import in_profile
 from test_requests import EVERYTHING, MOMENT, VALUES, is_meant, moment
 
@@ -29,6 +31,8 @@ from openclaw_store import (
     TaskPriority,
     TaskStatus,
 )
+from openclaw_store.database import TaskRow
+from openclaw_store.repositories.queries import other_conditions
 from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
@@ -178,6 +182,44 @@ async def test_row_with_broken_json_does_not_prevent_a_search(
 
     await cluster.one.remove_task(broken.task_id)
     await cluster.two.refresh_from_database()
+
+
+async def test_skills_that_were_written_by_hand_are_found_by_their_text(
+    cluster: Cluster, location: Location
+) -> None:
+    """PostgreSQL once refused to search in an object."""
+    lists = ['["a"]', '[{"x": 1}, "a"]', r'[1, "\u0061"]']
+    others = ['{"a": 1}', '[["a"]]', '["b", "A"]', '"a"', "1"]
+    tasks = [await cluster.add() for _ in lists + others]
+    for task, skills in zip(tasks, lists + others, strict=True):
+        update = f"UPDATE tasks SET required_skills = '{skills}' WHERE task_id = '{task.task_id}'"
+        execute(location, update)
+
+    wanted = TaskFilter(skill="a")
+
+    found = await cluster.one.task_repo.list_records(wanted, after=None, limit=10)
+    assert {one.task_id for one in found[0]} == {task.task_id for task in tasks[: len(lists)]}
+    assert await cluster.one.count_tasks(wanted) == len(lists)
+    for task in tasks:
+        await cluster.one.remove_task(task.task_id)
+    await cluster.two.refresh_from_database()
+
+
+@pytest.mark.postgresql
+async def test_search_for_a_skill_can_use_several_cores(database: Database) -> None:
+    """A million tasks of which none matches took twice the time on one core."""
+    conditions = other_conditions(TaskFilter(skill="a"), database.statements)
+    query = sa.select(TaskRow.task_id).where(*conditions)
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # it has no types
+    sql = query.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    async with database.session() as session:
+        await session.execute(sa.text("SET LOCAL search_path = public"))
+        for name in ("parallel_setup_cost", "parallel_tuple_cost", "min_parallel_table_scan_size"):
+            await session.execute(sa.text(f"SET LOCAL {name} = 0"))
+
+        plan = await session.scalars(sa.text(f"EXPLAIN {sql}"))
+
+        assert any("Parallel Seq Scan on tasks" in line for line in plan)
 
 
 class TestReads:
