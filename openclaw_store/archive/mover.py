@@ -60,7 +60,7 @@ from openclaw_store.repositories import (
     remove_tasks,
 )
 
-_TRANSACTION_SECONDS = 0.00125
+_TRANSACTION_SECONDS = 0.001
 """Seconds of work in a transaction, before its commit, at a load of almost zero."""
 
 _LONGEST_SECONDS = 0.02
@@ -133,9 +133,10 @@ class Mover:
                 run = await self._write_files(folder, layout, found)
                 if deletion is not None:
                     await deletion
-                # While the rows of a run are deleted, those of the next one are read.
                 deletion = asyncio.ensure_future(self.finish(run))
-                if self._load < 1:
+                # At full load, the next tasks are read meanwhile. Changes are deleted up to a
+                # revision, so the files of all earlier ones must be sound.
+                if self._load < 1 or layout is CHANGES:
                     await deletion
             if deletion is not None:
                 await deletion

@@ -161,8 +161,12 @@ class Archive:
         return Selection(checked, protection=self._protection)
 
     async def _list(self, filter: TaskFilter, limit: int | None) -> list[Task]:
-        most = check_limit(limit)
-        return [task async for task in _first(self.iter_tasks(filter), most)]
+        most, found = check_limit(limit), list[Task]()
+        async for task in self.iter_tasks(filter):
+            if len(found) == most:
+                break
+            found.append(task)
+        return found
 
     async def _read(self, work: Callable[[Snapshot], Result]) -> Result:
         """Run `work` on a thread, with the files as they are now."""
@@ -241,7 +245,7 @@ class Archive:
         return [records[one] for one in ids]
 
     def _records(self, file: ArchiveFile, table: Any) -> list[Record[Task]]:
-        decode = opening(file, self._protection).decode[Task]
+        decode = opening(self._protection, file.cluster_id).decode[Task]
         return [decode(image) for image in TASKS.images_of(table)]
 
     def _count(self, selection: Selection, snapshot: Snapshot) -> int:
@@ -264,7 +268,7 @@ class Archive:
             found = rows_of(table.filter(pc.field("item") == "task").select(HISTORY))
             rows += [(file, *change) for change in found]
         for file, revision, at, kind, was, now, node, reason, previous in rows:
-            reason = opening(file, self._protection).read_reason("task", id, reason)
+            reason = opening(self._protection, file.cluster_id).read_reason("task", id, reason)
             changes[revision] = Change(
                 revision, from_microseconds(at), "task", id, ChangeKind(kind), was, now, node,
                 reason, previous,
@@ -273,14 +277,10 @@ class Archive:
 
 
 @lru_cache(4)
-def _opening(protection: Protection, cluster_id: int | None) -> Statements:
+def opening(protection: Protection, cluster_id: int | None) -> Statements:
+    """Return the statements that open the values of a file: of its cluster, or in clear."""
     # The rows of SQLite have the form of an image.
     return statements_of("sqlite").protected_by(protection.reading(cluster_id))
-
-
-def opening(file: ArchiveFile, protection: Protection) -> Statements:
-    """Return the statements that open the values of a file: of its cluster, or in clear."""
-    return _opening(protection, file.cluster_id)
 
 
 _TIME = TASKS.schema.field("submitted_at").type
@@ -303,12 +303,3 @@ def _between(after: Position | None, until: Position | None) -> Iterator[Any]:
     if until is not None:
         moment = pa.scalar(until[0], _TIME)
         yield (at >= moment) & ((at > moment) | (id >= until[1]))
-
-
-async def _first(tasks: AsyncIterator[Task], limit: int | None) -> AsyncIterator[Task]:
-    number = 0
-    async for task in tasks:
-        if number == limit:
-            return
-        number += 1
-        yield task

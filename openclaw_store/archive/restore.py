@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from openclaw_store.archive import runs
 from openclaw_store.archive.files import ArchiveFile
@@ -19,8 +20,7 @@ from openclaw_store.archive.mover import Mover
 from openclaw_store.archive.reader import opening
 from openclaw_store.archive.runs import ArchiveRun, logger
 from openclaw_store.archive.selection import Selection
-from openclaw_store.archive.snapshot import Catalogue, Snapshot
-from openclaw_store.backends import BatchCursor
+from openclaw_store.archive.snapshot import Catalogue
 from openclaw_store.database import Database, WriteTransaction
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -33,6 +33,8 @@ from openclaw_store.domain import (
 from openclaw_store.errors import InvalidDataError
 from openclaw_store.repositories import Refusals, insert_past, insert_tasks
 from openclaw_store.repositories.queries import refuse_sealed
+
+Result = TypeVar("Result")
 
 _TASK = ENTITY_NAMES[Task]
 
@@ -54,14 +56,6 @@ class _Archived(NamedTuple):
     """The version of its archived copy."""
     past: Sequence[Sequence[Any]]
     """Its changes, as rows of `past_changes` with reasons in clear."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Return:
-    """A step of a run."""
-
-    run: ArchiveRun
-    tasks: Sequence[_Archived]
 
 
 async def restore_tasks(
@@ -88,7 +82,7 @@ async def restore_tasks(
     done, mover = Restored(), Mover(database)
 
     def read(file: ArchiveFile, group: int) -> list[_Archived]:
-        sql, found = opening(file, protection), []
+        sql, found = opening(protection, file.cluster_id), []
         table = snapshot.read(file, selection, groups=[group])
         for image, history in zip(TASKS.images_of(table), histories_of(table), strict=True):
             id = image[0]
@@ -110,15 +104,11 @@ async def restore_tasks(
         await mover.heal()
         run = await runs.begin(database, "restore", folder.location, "verified")
         snapshot = await asyncio.to_thread(catalogue.snapshot)
-        groups = await asyncio.to_thread(lambda: [*_groups(snapshot)])
-        reading = [asyncio.ensure_future(asyncio.to_thread(read, *one)) for one in groups[:1]]
-        for number, _ in enumerate(groups, 1):
-            found = await reading.pop()
-            if number < len(groups):  # while these return, the next ones are read
-                reading = [asyncio.ensure_future(asyncio.to_thread(read, *groups[number]))]
+        parts = ((file, group) for file in snapshot.tasks for group in file.groups)
+        async for found in _ahead(partial(read, *part) for part in parts):
             while found:
                 batch, found = found[: mover.batch], found[mover.batch :]
-                refusals = await mover.write(_restore, _Return(run, batch))
+                refusals = await mover.write(_restore, (run, batch))
                 run.passed(run.position + len(batch))
                 for one, refusal in zip(batch, refusals, strict=True):
                     if refusal is None:
@@ -129,15 +119,23 @@ async def restore_tasks(
     return done
 
 
-def _groups(snapshot: Snapshot) -> Iterator[tuple[ArchiveFile, int]]:
-    return ((file, group) for file in snapshot.tasks for group in file.groups)
+async def _ahead(calls: Iterable[Callable[[], Result]]) -> AsyncIterator[Result]:
+    """Yield the results of calls on a thread; while one is used, the next call is made."""
+    former: asyncio.Future[Result] | None = None
+    for call in calls:
+        running = asyncio.ensure_future(asyncio.to_thread(call))
+        if former is not None:
+            yield await former
+        former = running
+    if former is not None:
+        yield await former
 
 
-def _restore(transaction: WriteTransaction, returns: Sequence[_Return]) -> Sequence[Refusals]:
+def _restore(
+    transaction: WriteTransaction, returns: Sequence[tuple[ArchiveRun, Sequence[_Archived]]]
+) -> Sequence[Refusals]:
     """Insert the tasks that do not exist, and note that their archived copies are void."""
-    if isinstance(transaction.cursor, BatchCursor):
-        transaction.cursor.require_lock()
-    return [_insert(transaction, one.run, one.tasks) for one in returns]
+    return [_insert(transaction, run, tasks) for run, tasks in returns]
 
 
 def _insert(transaction: WriteTransaction, run: ArchiveRun, tasks: Sequence[_Archived]) -> Refusals:

@@ -44,7 +44,7 @@ from openclaw_store.archive.restore import restore_tasks
 from openclaw_store.archive.retain import plan, retain
 from openclaw_store.domain import Retention
 from openclaw_store.errors import ConflictError
-from openclaw_store.repositories import read_history
+from openclaw_store.repositories import read_history, retention
 from openclaw_store.testing import FakeClock
 
 DAY = timedelta(days=1)
@@ -612,6 +612,31 @@ async def test_damaged_file_keeps_its_rows_in_the_database(
 
     live = {task.task_id async for task in TaskRepository(database).iter_tasks()}
     assert live == before
+
+
+@pytest.mark.sqlite
+async def test_damaged_file_keeps_its_changes_in_the_database(
+    database: Database, fill: Fill, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later run may delete them: it deletes all changes up to a revision."""
+    monkeypatch.setattr(retention, "COMPACTION_BATCH_SIZE", 3)
+    monkeypatch.setattr(collect, "RUN_ROWS", 1)
+    await fill(9)
+    before = await rows_of(database, "changes")
+    advance = runs.advance
+
+    async def damage(database: Database, run: Any, state: str, files: Any = None) -> None:
+        await advance(database, run, state, files)
+        if state == "verified":
+            file = folder / files[0].path
+            file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    monkeypatch.setattr(runs, "advance", damage)
+    with pytest.raises(UnavailableError, match="was changed after it was written"):
+        await retain(database, Retention(history=DAY, archive=folder, load=1.0))
+
+    assert await rows_of(database, "changes") == before
+    assert len(await runs.unfinished(database)) == 1
 
 
 async def test_old_changes_move_to_files(
