@@ -60,7 +60,7 @@ async def collected(pages: AsyncIterator[Page]) -> AsyncIterator[list[Page]]:
         if rows >= RUN_ROWS or size >= RUN_BYTES:
             yield found
             found, rows, size = [], 0, 0
-    if found:
+    if rows:
         yield found
 
 

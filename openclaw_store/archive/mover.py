@@ -141,7 +141,8 @@ class Mover:
             if deletion is not None:
                 await deletion
         finally:
-            if deletion is not None and deletion.cancel():
+            if deletion is not None:
+                deletion.cancel()
                 await asyncio.gather(deletion, return_exceptions=True)
 
     async def _resting(self, pages: AsyncIterator[Page]) -> AsyncIterator[Page]:

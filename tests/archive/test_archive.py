@@ -674,6 +674,9 @@ async def test_row_that_no_file_can_hold_stays(
     done = await retain(database, policy)
 
     assert done.skipped == ["task-0000", "task-0002"]
+    count = len(await rows_of(database, "archive_runs"))
+    assert (await retain(database, policy)).skipped == done.skipped
+    assert len(await rows_of(database, "archive_runs")) == count
     _, archived = await all_of_archive(folder)
     left = {row[0] for row in execute(LOCATIONS[database], "SELECT task_id FROM tasks")}
     assert left | archived.keys() == before
