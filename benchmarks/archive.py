@@ -109,7 +109,7 @@ async def filled(bench: Bench, kind: Kind, tasks: int) -> AsyncIterator[str]:
 
 async def moves(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
     """Measure a move of tasks and their restore, and other callers beside a move."""
-    tasks = bench.scaled(100_000, 500)
+    tasks = bench.scaled(100_000, 100)
 
     async def move() -> Sample:
         with TemporaryDirectory() as folder:
@@ -208,7 +208,7 @@ async def _query(location: str) -> Sample:
 async def queries(bench: Bench) -> Sequence[Figure]:
     """Measure queries of a million archived tasks, and the memory of the process."""
     with TemporaryDirectory() as folder:
-        fill_archive(Folder(folder), bench.scaled(1_000_000, 3000))
+        fill_archive(Folder(folder), bench.scaled(1_000_000, 1000))
 
         async def query() -> Sample:
             async with processes(1) as run:

@@ -28,7 +28,7 @@ from openclaw_store import Clusters, Database, Server, StateManager
 IDLE_CLUSTERS = 200
 """Clusters that a process opens."""
 
-SETTLE_SECONDS = 35.0
+SETTLE_SECONDS = 35
 """Time after which writers have given their connections back, and all have synchronised once."""
 
 _OTHERS = """
@@ -75,14 +75,15 @@ async def cost_of_a_name(bench: Bench) -> Sequence[Figure]:
 
 async def idle_clusters(bench: Bench) -> Sequence[Figure]:
     """Measure a process that has opened many clusters, has written to each, and waits."""
-    count, seconds = bench.scaled(IDLE_CLUSTERS, 4), bench.scaled(60, 5)
+    count = bench.scaled(IDLE_CLUSTERS, 4)
+    settle, seconds = bench.scaled(SETTLE_SECONDS), bench.scaled(60)
     names = [f"cluster_{number}" for number in range(count)]
 
     async def wait() -> Sample:
         async with bench.server_database() as url, processes(1) as run:
             for name in names:
                 await Clusters(url).create(name)
-            sample: Sample = await run(_open_and_wait, url, names, seconds)
+            sample: Sample = await run(_open_and_wait, url, names, settle, seconds)
             return sample
 
     # Creating them takes minutes, and nothing here depends on a moment.
@@ -95,14 +96,14 @@ async def idle_clusters(bench: Bench) -> Sequence[Figure]:
     ]
 
 
-async def _open_and_wait(url: str, names: Sequence[str], seconds: float) -> Sample:
+async def _open_and_wait(url: str, names: Sequence[str], settle: float, seconds: float) -> Sample:
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(Server(url))
         tasks = make_tasks(len(names))
         for name, task in zip(names, tasks, strict=True):
             state = await stack.enter_async_context(StateManager(server.cluster(name)))
             await state.add_task(task)
-        await asyncio.sleep(SETTLE_SECONDS)
+        await asyncio.sleep(settle)
         began, cpu = perf_counter(), process_time()
         await asyncio.sleep(seconds)
         share = (process_time() - cpu) / (perf_counter() - began)

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import threading
 from collections import Counter
@@ -15,17 +16,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pytest
+import typer.testing
 from hypothesis import settings
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool, StaticPool
+from sqlalchemy.pool import NullPool
 from support.in_cluster import CLUSTER, open_in_cluster
+from support.maker import Maker as Maker  # for the tests
+from support.maker import connect
 
 from devtools.postgres import (
     Databases,
@@ -54,6 +58,8 @@ from openclaw_store.testing import NodeFactory, TaskFactory, create_database
 
 pytest.register_assert_rewrite("support.machines")
 
+gc.disable()  # until all is loaded: nothing of that is garbage
+
 settings.register_profile("full", deadline=None)  # the machine may be busy
 settings.register_profile("short", deadline=None, max_examples=40)
 settings.load_profile("short")
@@ -65,6 +71,9 @@ PATIENCE = 30.0
 """Seconds after which something that should have happened counts as hanging."""
 
 open_in_cluster()
+
+# Typer makes all commands anew for each call of one, which takes as long as the call itself.
+typer.testing._get_command = cache(typer.main.get_command)  # type: ignore[attr-defined]
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""
@@ -217,6 +226,8 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Spare the garbage collector what has been loaded: it is needed until the end."""
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -249,28 +260,6 @@ def pg_dump(monkeypatch: pytest.MonkeyPatch) -> None:
     if is_installed():
         programs = installed_package() / "pginstall" / "bin"
         monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
-
-
-class Maker:
-    """Makes and drops databases on one connection: to make one for each takes longer than that."""
-
-    def __init__(self, server: Databases) -> None:
-        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
-        self._databases = Databases(
-            server.url, poolclass=StaticPool, has_fast_disk=isinstance(server, Server)
-        )
-
-    def make(self, template: str | None = None) -> str:
-        """The URL of a new database, empty or a copy of `template`."""
-        return self._runner.run(self._databases.create_database(template))
-
-    def drop(self, url: str) -> None:
-        """Drop a database; a connection that is left to it is an error."""
-        self._runner.run(self._databases.drop_database(url))
-
-    def close(self) -> None:
-        self._runner.run(self._databases.close())
-        self._runner.close()
 
 
 @pytest.fixture(scope="session")
@@ -319,20 +308,28 @@ def new_location(
         yield folder / "cluster.db"
     else:
         maker: Maker = request.getfixturevalue("maker")
-        url = maker.make(template)
+        url = maker.make() if template is None else maker.borrow(template)
         try:
             yield url
         except BaseException:
             with suppress(DBAPIError):  # what has failed may have left connections, too
                 maker.drop(url)
             raise
-        maker.drop(url)
+        if template is None:
+            maker.drop(url)
+        else:
+            maker.give_back(url)
+
+
+@pytest.fixture
+def migrated() -> None:
+    """Have `location` migrated before the test, for a test of what is done with a database."""
 
 
 @pytest.fixture
 def location(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]:
-    """Where a database may be made; there is none yet, unless the test has `database`, too."""
-    migrated = "database" in request.fixturenames
+    """Where a database may be made; there is one if the test has `database` or `migrated`, too."""
+    migrated = not {"database", "migrated"}.isdisjoint(request.fixturenames)
     with new_location(request, request.param, tmp_path, migrated=migrated) as location:
         yield location
 
@@ -371,10 +368,16 @@ def engine_of(location: Location) -> AsyncEngine:
 def execute(location: Location, statement: str) -> list[tuple[Any, ...]]:
     """Ask or change a database past the library; what is changed is committed."""
 
+    if isinstance(location, Path):
+        with closing(sqlite3.connect(location)) as file, file:
+            return file.execute(statement).fetchall()
+
     async def run() -> list[tuple[Any, ...]]:
-        async with engine_of(location).begin() as connection:
-            result = await connection.exec_driver_sql(statement)
-            return [tuple(row) for row in result] if result.returns_rows else []
+        connection = await connect(location)
+        try:
+            return [tuple(row) for row in await connection.fetch(statement)]
+        finally:
+            await connection.close()
 
     with ThreadPoolExecutor(1) as another_thread:  # the test may be a coroutine
         return another_thread.submit(asyncio.run, run()).result()

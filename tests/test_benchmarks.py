@@ -13,6 +13,8 @@ from threading import BrokenBarrierError
 import pytest
 from conftest import require_server
 
+import benchmarks.lives
+import benchmarks.processes
 from benchmarks import cpu
 from benchmarks.__main__ import main
 from benchmarks.catalogue import BENCHMARKS, GROUPS
@@ -34,7 +36,10 @@ def test_benchmark_gives_a_figure_for_each_of_its_lines(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for module in (benchmarks.lives, benchmarks.processes):
+        monkeypatch.setattr(module, "COORDINATORS", 2)  # several processes, and no more
     file, table = tmp_path / "figures.json", tmp_path / "figures.md"
     folder = tmp_path / "databases"
     folder.mkdir()

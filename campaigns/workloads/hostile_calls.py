@@ -31,7 +31,7 @@ from openclaw_store.testing import FakeClock
 WAIT_SECONDS = 0.3
 """Time limit, in seconds, of a call that waits for an event."""
 
-WAITING_CALLS = ("StateManager.watch", "StateManager.wait_for_task")
+WAITING_CALLS = ("StateManager.watch", "StateManager.watch_progress", "StateManager.wait_for_task")
 
 NOT_CALLED = {
     "StateManager.initialize": "takes nothing; each pair begins with it",

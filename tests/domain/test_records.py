@@ -20,6 +20,7 @@ from conftest import FakeClock, Location, MakeNode, MakeTask, OpenManager, execu
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.dialects import sqlite
+from support.for_each import for_each
 
 from openclaw_store import (
     Database,
@@ -351,10 +352,6 @@ ODD_NODES: list[tuple[str, Any]] = [
 ]
 
 
-def ids_of(table: list[tuple[str, Any]]) -> list[str]:
-    return [f"{name}-{number}" for number, (name, _) in enumerate(table)]
-
-
 def exactly(value: Any) -> str:
     """What tells apart what `==` does not: 0, 0.0, -0.0 and False."""
     return repr(value)
@@ -368,7 +365,7 @@ async def contents(database: Database) -> list[dict[str, Any]]:
 class TestRefused:
     # Nothing of this reaches a database. `test_hostile` tries many values on both.
     @pytest.mark.sqlite
-    @pytest.mark.parametrize(("field", "value"), BAD_TASKS, ids=ids_of(BAD_TASKS))
+    @for_each(("field", "value"), BAD_TASKS)
     async def test_task_is_refused_and_nothing_is_written(
         self, manager: StateManager, make_task: MakeTask, field: str, value: Any
     ) -> None:
@@ -382,7 +379,7 @@ class TestRefused:
         assert manager.version == 0
 
     @pytest.mark.sqlite
-    @pytest.mark.parametrize(("field", "value"), BAD_NODES, ids=ids_of(BAD_NODES))
+    @for_each(("field", "value"), BAD_NODES)
     async def test_node_is_refused_and_nothing_is_written(
         self, manager: StateManager, make_node: MakeNode, field: str, value: Any
     ) -> None:
@@ -494,7 +491,7 @@ class TestRefused:
         with pytest.raises(InvalidDataError, match="must be a NodeInfo"):
             await manager.add_node(make_task())  # type: ignore[arg-type]  # that is the point
 
-    @pytest.mark.parametrize("id", [None, 7, b"x", ["x"], "a\0b", "\ud800", "x" * 256])
+    @for_each("id", [None, 7, b"x", ["x"], "a\0b", "\ud800", "x" * 256])
     async def test_identifier_that_cannot_be_one(self, manager: StateManager, id: Any) -> None:
         calls = [
             manager.get_task,
@@ -515,7 +512,7 @@ class TestRefused:
             with pytest.raises(InvalidDataError, match=r"^(task|node|user)_id: "):
                 await call(id)
 
-    @pytest.mark.parametrize("limit", [0, -1, True, 1.5, "10", 2**63, math.nan])
+    @for_each("limit", [0, -1, True, 1.5, "10", 2**63, math.nan])
     async def test_limit_that_is_none(self, manager: StateManager, limit: Any) -> None:
         for call in (
             manager.get_pending_tasks(limit),
@@ -526,18 +523,18 @@ class TestRefused:
             with pytest.raises(InvalidDataError, match="limit"):
                 await call
 
-    @pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, "120", None, True, 1e12, 10**400])
+    @for_each("seconds", [-1, math.nan, math.inf, "120", None, True, 1e12, 10**400])
     async def test_duration_that_is_none(self, manager: StateManager, seconds: Any) -> None:
         for call in (manager.check_stale_nodes, manager.node_repo.find_stale_nodes):
             with pytest.raises(InvalidDataError, match="timeout_seconds"):
                 await call(seconds)
 
-    @pytest.mark.parametrize("days", [-1, math.nan, math.inf, "30", None, 1e6, 1e12])
+    @for_each("days", [-1, math.nan, math.inf, "30", None, 1e6, 1e12])
     async def test_age_that_is_none(self, manager: StateManager, days: Any) -> None:
         with pytest.raises(InvalidDataError, match="days"):
             await manager.task_repo.cleanup_old_tasks(days=days)
 
-    @pytest.mark.parametrize("status", ["done", 7, ["completed", "done"], [None]])
+    @for_each("status", ["done", 7, ["completed", "done"], [None]])
     async def test_status_that_is_none(self, manager: StateManager, status: Any) -> None:
         with pytest.raises(InvalidDataError, match="keep_status"):
             await manager.task_repo.cleanup_old_tasks(keep_status=status)
@@ -548,7 +545,7 @@ class TestRefused:
         with pytest.raises(InvalidDataError, match="status"):
             await manager.update_node_status("node", status)
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("field", "value"),
         [
             ("cpu_usage", 101),
@@ -571,7 +568,7 @@ class TestRefused:
 
         assert await manager.get_node(node.node_id) == node
 
-    @pytest.mark.parametrize("skill", [None, 7, ["python"], "\0", "\ud800"])
+    @for_each("skill", [None, 7, ["python"], "\0", "\ud800"])
     async def test_skill_that_is_none(self, manager: StateManager, skill: Any) -> None:
         for call in (manager.find_nodes_by_skill, manager.node_repo.find_by_skill):
             with pytest.raises(InvalidDataError, match="skill"):
@@ -579,7 +576,7 @@ class TestRefused:
 
 
 class TestAccepted:
-    @pytest.mark.parametrize(("field", "value"), ODD_TASKS, ids=ids_of(ODD_TASKS))
+    @for_each(("field", "value"), ODD_TASKS)
     async def test_task_comes_back_equal_from_memory_and_database(
         self, manager: StateManager, make_task: MakeTask, field: str, value: Any
     ) -> None:
@@ -593,7 +590,7 @@ class TestAccepted:
         assert exactly(getattr(from_memory, field)) == exactly(value)
         assert exactly(getattr(from_database, field)) == exactly(value)
 
-    @pytest.mark.parametrize(("field", "value"), ODD_NODES, ids=ids_of(ODD_NODES))
+    @for_each(("field", "value"), ODD_NODES)
     async def test_node_comes_back_equal_from_memory_and_database(
         self, manager: StateManager, make_node: MakeNode, field: str, value: Any
     ) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import pytest
-from conftest import FakeClock, MakeNode, MakeTask
+from conftest import FakeClock, MakeTask
 
 from openclaw_store import (
     Database,
@@ -35,6 +37,7 @@ from openclaw_store.backends.sqlite import connections as sqlite_connections
 from openclaw_store.domain import Retention
 from openclaw_store.repositories import pages
 from openclaw_store.state_manager.change_feed import read_change_batch, read_live
+from openclaw_store.testing import NodeFactory, TaskFactory
 
 pytestmark = pytest.mark.sqlite
 
@@ -68,43 +71,61 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Statement]:
     return statements
 
 
-@pytest.fixture(params=["uncounted", "finished", "mostly finished", "live", "few"])
-async def filled(
-    request: pytest.FixtureRequest,
-    database: Database,
-    location: Path,
-    make_task: MakeTask,
-    make_node: MakeNode,
-    clock: FakeClock,
-) -> Database:
+STATES = {"uncounted": 9, "finished": 10, "mostly finished": 9, "live": 0, "few": 9}
+"""States in which SQLite counted a database, or did not; each with finished tasks out of ten."""
+
+
+@pytest.fixture(scope="module", params=STATES)
+def state(
+    request: pytest.FixtureRequest, migrated_sqlite: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, datetime]:
     """A database of which SQLite has no statistics, or which it counted in a certain state.
 
     The rows may be quite different by now, so no statistics must lead to a slow plan.
     """
-    states = {"uncounted": 9, "finished": 10, "mostly finished": 9, "live": 0, "few": 9}
-    finished = states[request.param]
-    tasks, nodes = TaskRepository(database), NodeRepository(database)
-    writes = [nodes.create(make_node()) for _ in range(100)]
-    for number in range(500):
-        moment = clock.advance(seconds=1)
-        is_done = number % 10 < finished
-        task = make_task(
-            status=TaskStatus.COMPLETED if is_done else TaskStatus.PENDING,
-            assigned_node=f"node-{number % 100 + 1:04}",
-            submitted_at=moment,
-            completed_at=moment if is_done else None,
-            user_id=f"user-{number % 20}",
-        )
-        writes.append(tasks.create(task))
-    if request.param == "few":
-        few, writes = writes[95:105], [*writes[:95], *writes[105:]]
-        await asyncio.gather(*few)
-        analyze(location)
-    await asyncio.gather(*writes)
-    await nodes.update_heartbeat("node-0001")
-    if request.param not in ("uncounted", "few"):
-        analyze(location)
-    return database
+    path = tmp_path_factory.mktemp("state") / "cluster.db"
+    shutil.copy(migrated_sqlite, path)
+    clock = FakeClock()
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, fill(path, request.param, clock)).result()
+    return path, clock()
+
+
+async def fill(path: Path, state: str, clock: FakeClock) -> None:
+    make_task, make_node = TaskFactory(clock), NodeFactory(clock)
+    async with Database(path, clock=clock) as database:
+        tasks, nodes = TaskRepository(database), NodeRepository(database)
+        writes = [nodes.create(make_node()) for _ in range(100)]
+        for number in range(500):
+            moment = clock.advance(seconds=1)
+            is_done = number % 10 < STATES[state]
+            task = make_task(
+                status=TaskStatus.COMPLETED if is_done else TaskStatus.PENDING,
+                assigned_node=f"node-{number % 100 + 1:04}",
+                submitted_at=moment,
+                completed_at=moment if is_done else None,
+                user_id=f"user-{number % 20}",
+            )
+            writes.append(tasks.create(task))
+        if state == "few":
+            few, writes = writes[95:105], [*writes[:95], *writes[105:]]
+            await asyncio.gather(*few)
+            analyze(path)
+        await asyncio.gather(*writes)
+        await nodes.update_heartbeat("node-0001")
+        if state not in ("uncounted", "few"):
+            analyze(path)
+
+
+@pytest.fixture
+async def filled(
+    state: tuple[Path, datetime], location: Path, clock: FakeClock
+) -> AsyncIterator[Database]:
+    """The database of a state, at `location`."""
+    path, clock.now = state
+    shutil.copy(path, location)
+    async with Database(location, clock=clock) as database:
+        yield database
 
 
 def analyze(location: Path) -> None:
