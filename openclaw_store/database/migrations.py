@@ -16,7 +16,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, create_engine, inspect, text
+from sqlalchemy import Connection, NullPool, create_engine, inspect, text
 
 from openclaw_store.backends import (
     DEFAULT_LOCATION,
@@ -204,7 +204,7 @@ def _definitions(revision: str | None) -> schema_check.Schema:
     from alembic.script import ScriptDirectory
 
     # Not by Alembic's commands: its own command line may be running one.
-    with _LOCK, create_engine("sqlite://").connect() as connection:
+    with _LOCK, create_engine("sqlite://", poolclass=NullPool).connect() as connection:
         steps = [*ScriptDirectory.from_config(_config(connection)).walk_revisions()][::-1]
         known = [step.revision for step in steps]
         if revision not in known:

@@ -1570,9 +1570,14 @@ class TestBackup:
 class TestVacuumAndStats:
     @pytest.mark.sqlite
     async def test_vacuum_waits_for_a_reader_that_is_just_ending(
-        self, database: Database, location: Path, make_task: MakeTask
+        self,
+        database: Database,
+        location: Path,
+        make_task: MakeTask,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """The WAL once kept its size if a reader had not ended yet."""
+        monkeypatch.setattr(sqlite, "_ENDING_READER_SECONDS", PATIENCE)
         await TaskRepository(database).create(make_task(parameters={"text": "x" * 20_000}))
         reader = sqlite3.connect(location, isolation_level=None, check_same_thread=False)
         reader.execute("BEGIN")
