@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from random import Random
+from traceback import extract_tb
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -157,7 +158,8 @@ class Lane:
             for caller in callers:
                 await caller.register()
             for number in numbers:
-                await self.one_fault(callers, number)
+                if not await self.one_fault(callers, number):
+                    break  # the tasks that are left over would confuse all further checks
                 self.run.done()
             async with time_limit("to shut down"):
                 await self.manager.shutdown()
@@ -172,8 +174,11 @@ class Lane:
             except BackendError:
                 await asyncio.sleep(0.01)
 
-    async def one_fault(self, callers: list[Caller], number: int) -> None:
-        """Let the network fail while the callers work, restore it, and check the result."""
+    async def one_fault(self, callers: list[Caller], number: int) -> bool:
+        """Let the network fail while the callers work, restore it, and check the result.
+
+        Return false if the work of the callers or the check did not end.
+        """
         fault = self.draw(callers, number)
         self.done, self.is_ending = [], False
         # The callers start first, so that the fault hits calls in progress.
@@ -192,15 +197,23 @@ class Lane:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await asyncio.gather(adding, *working)
                 await self.check(f"{fault.kind} at {fault.moment} of {fault.trigger!r}", number)
-        except TimeoutError:
+        except TimeoutError as error:
             each = zip(callers, working, strict=True)
             hanging = [caller.doing for caller, one in each if not one.done()]
-            self.run.wrong(f"something hangs after {fault}: {hanging}")
+            waiting = [
+                frame.line
+                for frame in extract_tb(error.__cause__.__traceback__ if error.__cause__ else None)
+                if frame.filename == __file__
+            ]
+            self.run.wrong(f"something hangs after {fault}: {hanging}, {waiting}")
         except StoreError as error:
             self.run.wrong(f"something does not work beside {fault}: {error!r}")
+        else:
+            return True
         finally:
             for one in working:
                 one.cancel()
+        return False
 
     def draw(self, callers: list[Caller], number: int) -> Fault:
         """Draw a fault: each kind at each moment in turn, at any request; commits come first."""

@@ -7,12 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, update
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.pool import NullPool
+from sqlalchemy.ext.asyncio import AsyncSession
 
 import openclaw_store
 from campaigns.workloads.fixture import Fixture
@@ -43,6 +41,7 @@ from openclaw_store import (
     transfer,
     verify,
 )
+from openclaw_store.backends import shield_until_done
 from openclaw_store.database.tables import (
     ArchiveRunRow,
     ArchiveVoidRow,
@@ -185,13 +184,17 @@ async def _transaction(fixture: Fixture) -> None:
 
 async def _joined(fixture: Fixture) -> None:
     """Write in the transaction of a session of the caller's own engine."""
-    location = fixture.location
-    url = f"sqlite+aiosqlite:///{location}" if isinstance(location, Path) else location
-    engine = create_async_engine(url, poolclass=NullPool)
-    async with AsyncSession(engine) as session:
+    session, has_written = fixture.own_session, False
+    try:
         async with fixture.db.joined(session) as tx:
             await TaskRepository(tx).create(fixture.task("new"))
-        await session.commit()
+        has_written = True
+    finally:  # the end of the caller's transaction is not the store's
+        await shield_until_done(session.commit() if has_written else session.rollback())
+
+
+async def _connect_own_session(fixture: Fixture) -> None:
+    await fixture.own_session.connection()
 
 
 async def _over_clusters(fixture: Fixture) -> None:
@@ -349,7 +352,12 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.other.db.initialize(), after=_open_and_close_database
     ),
     "Database.inspect": Call(lambda fixture: fixture.db.inspect(_count_at_once)),
-    "Database.joined": Call(_joined),
+    "Database.joined": Call(
+        _joined,
+        _connect_own_session,
+        lambda fixture: fixture.own_session.close(),
+        lingers=True,  # a notification tells the cache after the commit
+    ),
     "Database.read": Call(lambda fixture: fixture.db.read(_count)),
     "Database.read_in": Call(_read_in),
     "Database.rekey": Call(_rekey, is_slow=True),
@@ -661,7 +669,14 @@ CALLS: dict[str, Call] = {
     "TaskRepository.update": Call(
         lambda fixture: fixture.task_repo.update(fixture.changed("waiting"))
     ),
-    "Worker.run": Call(_work, in_parts=True),
+    # A cancelled worker leaves its node as it is: the next registration releases the tasks.
+    "Worker.run": Call(
+        _work,
+        after=lambda fixture: fixture.manager.register_node(fixture.node("busy"), replaced=None),
+        in_parts=True,
+        keeps_feed=False,
+        lingers=True,
+    ),
     "copy": Call(_copy, _empty_target, is_slow=True),
     "diagnose": Call(lambda fixture: diagnose(fixture.db)),
     "resolve": Call(lambda fixture: resolve(fixture.db)),

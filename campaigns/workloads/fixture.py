@@ -8,6 +8,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.pool import NullPool
+
 from campaigns.harness.campaign import Location
 from openclaw_store import (
     Database,
@@ -56,6 +59,13 @@ class Fixture:
     def other(self) -> StateManager:
         """A second manager on the same database, not opened yet."""
         return StateManager(Database(self.location))
+
+    @cached_property
+    def own_session(self) -> AsyncSession:
+        """A session of the caller's own engine on the same database."""
+        is_file = isinstance(self.location, Path)
+        url = f"sqlite+aiosqlite:///{self.location}" if is_file else str(self.location)
+        return AsyncSession(create_async_engine(url, poolclass=NullPool))
 
     def id(self, role: str) -> str:
         """Return the identifier for a role."""

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, AsyncSessionTransaction
 from sqlalchemy.orm import Session, SessionTransaction
 
 from openclaw_store.backends import shield_until_done
@@ -83,7 +83,7 @@ async def in_savepoint(
 ) -> AsyncIterator[AsyncSession]:
     """Open a session for repositories on the connection of the caller, within a savepoint."""
     try:  # whole, as SQLAlchemy would try to undo a half of it on the busy connection
-        nested = await shield_until_done(session.begin_nested())
+        nested = await shield_until_done(_savepoint(session))
     except asyncio.CancelledError:
         await shield_until_done(session.invalidate())
         raise
@@ -119,6 +119,13 @@ async def in_savepoint(
     finally:
         transaction.finished = True
         await tx.close()  # without I/O, as the connection is the caller's
+
+
+async def _savepoint(session: AsyncSession) -> AsyncSessionTransaction:
+    """Send a savepoint, which the session by itself delays until it needs the connection."""
+    nested = await session.begin_nested()
+    await session.connection()
+    return nested
 
 
 def _undo(transaction: WriteTransaction) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import FakeClock, Location, MakeNode, MakeTask, assert_in_step, execute, until
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -243,6 +243,29 @@ async def test_cancelled_block_leaves_nothing(
     assert await orders(sessions) == []
     await TaskRepository(database).create(make_task())
     assert await TaskRepository(database).count_tasks() == 1
+
+
+async def test_caller_cancelled_twice_at_the_savepoint_leaves_nothing(
+    database: Database, engine: AsyncEngine, sessions: Sessions
+) -> None:
+    """SQLAlchemy, on the caller's task, would give up at the second one while it cleans up."""
+    is_sent, tasks = asyncio.Event(), asyncio.all_tasks()
+    event.listen(engine.sync_engine, "savepoint", lambda *_: is_sent.set())
+
+    async def run() -> None:
+        async with sessions() as session, database.joined(session):
+            pass
+
+    work = asyncio.create_task(run())
+    await is_sent.wait()
+    for _ in range(2):
+        work.cancel()
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    async with asyncio.timeout(10):
+        while asyncio.all_tasks() - tasks:  # noqa: ASYNC110 - there is no event to wait for
+            await asyncio.sleep(0.01)
 
 
 async def test_session_that_cannot_be_joined_is_refused(
