@@ -82,7 +82,7 @@ STEP = (
 STEP_WIDTH = len(STEP)
 """The number of these columns in a row; the columns of the task follow."""
 
-REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, _FROM, TO_STATUS, *_ = range(STEP_WIDTH)
+REVISION, CHANGED_AT, ENTITY_NAME, ENTITY_ID, _FROM, TO_STATUS, KIND, *_ = range(STEP_WIDTH)
 """The positions of these columns."""
 
 REASON_CHARACTERS = 1000

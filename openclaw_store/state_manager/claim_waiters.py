@@ -1,7 +1,8 @@
 """Waiters for work: claims that found no task, woken when a task may have become claimable.
 
-A commit wakes at most as many waiters of each node as it has new pending tasks. A waiter that is
-woken and then does not claim passes the wake-up on, so none is lost.
+A commit wakes at most as many waiters of each node as it has new pending tasks, and of a node that
+has changed as many as it may have freed slots. A waiter that is woken and then does not claim
+passes the wake-up on, so none is lost.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
-from openclaw_store.domain import ASSIGNED, ENTITY_NAMES, NodeInfo, TaskStatus
+from openclaw_store.domain import ASSIGNED, ENTITY_NAMES, ChangeKind, NodeInfo, TaskStatus
 
 _NODE, _PENDING = ENTITY_NAMES[NodeInfo], TaskStatus.PENDING.value
 
 
-Step = tuple[str, str, str | None]
-"""Item, identifier and new status of a change."""
+Step = tuple[str, str, str | None, str]
+"""Item, identifier, new status and kind of a change."""
 
 
 class ClaimWaiters:
@@ -53,13 +54,18 @@ class ClaimWaiters:
 
     def notice(self, steps: Sequence[Step]) -> None:
         """Wake waiters after a commit."""
-        nodes = {id for item, id, _ in steps if item == _NODE}
-        states = [status for item, _, status in steps if item != _NODE]
-        tasks = states.count(_PENDING)
-        if states and ASSIGNED.issuperset(states):
-            nodes.clear()  # claims and starts free no slot
+        states = [status for item, _, status, _ in steps if item != _NODE]
+        tasks, freed = states.count(_PENDING), sum(one not in ASSIGNED for one in states)
+        changed = [(id, kind) for item, id, _, kind in steps if item == _NODE]
+        # A node is updated with the tasks that it gets or loses; else it may claim anything now.
+        counts = dict.fromkeys((id for id, _ in changed), freed)
+        counts.update(
+            (id, len(self.nodes.get(id, ())))
+            for id, kind in changed
+            if kind != ChangeKind.UPDATED or not states
+        )
         for node_id in list(self.nodes):
-            self._wake(node_id, tasks + (node_id in nodes))
+            self._wake(node_id, counts.get(node_id, tasks))
 
     def wake_all(self) -> None:
         """Wake all waiters."""

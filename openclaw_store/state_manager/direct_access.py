@@ -26,6 +26,7 @@ from openclaw_store.repositories import (
     read_counters,
 )
 from openclaw_store.state_manager.cache import Cache, Committed
+from openclaw_store.state_manager.claim_waiters import Step
 from openclaw_store.state_manager.load import load_cache
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.write_behind import WriteBehind
@@ -51,6 +52,9 @@ class DirectAccess(Replica):
         super().__init__(*arguments)
         self.write_behind = NoWriteBehind(self)
         self._revision = 0
+        # Waiters know all changes up to this one. A commit of this process may be newer, as it is
+        # known before the notification of an earlier one by another process.
+        self._followed = 0
         self._noticed = 0  # the newest revision of a notification; set on any thread
         self._assigned: OrderedDict[str, Record[Task]] = OrderedDict()
 
@@ -100,25 +104,29 @@ class DirectAccess(Replica):
         return bool(is_known)
 
     def _apply_committed(self, events: Sequence[Committed]) -> None:
-        revision = self._revision
         for event in events:
             if isinstance(event, TasksAdded):
-                revision = max(revision, event.records[-1].version)
+                self._note(event.records[0].version, event.records[-1].version)
             elif isinstance(event, Event):
-                revision = max(revision, event.change.revision)
+                self._note(event.change.revision, event.change.revision)
                 _, id, record, _ = event
                 self._assigned.pop(id, None)
                 if record is not None and record.kind is Task and record.status in ASSIGNED:
                     self._assigned[id] = record
         while len(self._assigned) > MAX_REMEMBERED_TASKS:
             self._assigned.popitem(last=False)
-        self._revision = revision
         self._wake_after(events)
+
+    def _note(self, first: int, last: int) -> None:
+        """Note the revisions of a commit of this process."""
+        self._revision = max(self._revision, last)
+        if first == self._followed + 1:
+            self._followed = last
 
     def _notice_commit(self, revision: int, heartbeat_sequence: int) -> bool:
         is_busy = self._outdated.is_set()
-        if revision > self.version:
-            self._noticed = revision
+        if revision > self._followed:
+            self._noticed = max(self._noticed, revision)
             if self._loop is not None and self.watchers:
                 self._loop.call_soon_threadsafe(self._outdated.set)  # raises if it was closed
         return not is_busy
@@ -127,29 +135,37 @@ class DirectAccess(Replica):
         while True:
             await self._outdated.wait()
             self._outdated.clear()
-            since = self._revision
-            self._advance_to(self._noticed)
-            if self.watchers.claims.nodes:
-                try:
+            since, until = self._followed, self._noticed
+            self.watchers.wake_for_changes()
+            try:
+                if self.watchers.claims.nodes:
                     read = partial(_steps, since=since)
-                    steps = await self.database.read(read, is_one_statement=True)
-                    self.watchers.claims.notice(steps)
-                except BackendError:  # the next commit, or the end of the wait, tries again
-                    logger.exception("the changes of other processes could not be read")
+                    self._notice(await self.database.read(read, is_one_statement=True))
+                self._revision = max(self._revision, until)
+                self._followed = max(self._followed, until)
+            except BackendError:  # the next notification, or the end of the wait, tries again
+                logger.exception("the changes of other processes could not be read")
             await asyncio.sleep(WAKE_SECONDS)
 
+    def _notice(self, steps: Sequence[Step]) -> None:
+        if len(steps) < MAX_STEPS:
+            self.watchers.claims.notice(steps)
+        else:
+            self.watchers.claims.wake_all()
+
     def _advance_to(self, revision: int) -> None:
-        """Wake all waiters if the revision is a new one."""
-        if revision > self._revision:
-            self._revision = revision
+        """Wake all waiters if they may not know all changes up to a revision."""
+        self._revision = max(self._revision, revision)
+        if revision > self._followed:
+            self._followed = revision
             self.watchers.wake_all()
 
 
-async def _steps(session: AsyncSession, since: int) -> Sequence[Any]:
-    """Return item, identifier and new status of the changes after a revision."""
-    columns = (ChangeRow.item, ChangeRow.item_id, ChangeRow.to_status)
+async def _steps(session: AsyncSession, since: int) -> Sequence[Step]:
+    """Return the changes after a revision."""
+    columns = (ChangeRow.item, ChangeRow.item_id, ChangeRow.to_status, ChangeRow.kind)
     query = select(*columns).where(ChangeRow.revision > since).limit(MAX_STEPS)
-    return (await session.execute(query)).all()
+    return [tuple(row) for row in await session.execute(query)]
 
 
 class NoWriteBehind(WriteBehind):

@@ -52,6 +52,7 @@ from openclaw_store.state_manager.cache import Cache, Committed
 from openclaw_store.state_manager.change_feed import (
     ENTITY_ID,
     ENTITY_NAME,
+    KIND,
     TO_STATUS,
     ChangeBatch,
     InitialState,
@@ -79,8 +80,8 @@ Applying a change takes a little longer than loading a task.
 """
 
 
-_step = itemgetter(ENTITY_NAME, ENTITY_ID, TO_STATUS)
-"""Item, identifier and new status of a change in a batch."""
+_step = itemgetter(ENTITY_NAME, ENTITY_ID, TO_STATUS, KIND)
+"""Item, identifier, new status and kind of a change in a batch."""
 
 
 class Replica:
@@ -405,7 +406,9 @@ class Replica:
             changes = list(changes_of(events))
             if self.watchers.count:
                 self.recent_changes.add(changes)
-            self.watchers.notice([(one.item, one.item_id, one.to_status) for one in changes])
+            self.watchers.notice(
+                [(one.item, one.item_id, one.to_status, one.kind) for one in changes]
+            )
 
     def _keep_for_watchers(self, batch: ChangeBatch) -> None:
         if self.watchers.count:

@@ -28,7 +28,7 @@ class Watchers:
 
     def notice(self, steps: Sequence[Step]) -> None:
         """Wake the waiters after a commit; without any, this need not be called."""
-        self.wake(id for _, id, _ in steps)
+        self.wake(id for _, id, *_ in steps)
         self.claims.notice(steps)
 
     @contextmanager
@@ -54,7 +54,11 @@ class Watchers:
                 if not future.done():
                     future.set_result(None)
 
+    def wake_for_changes(self) -> None:
+        """Wake all waiters for changes."""
+        self.wake(list(self._waiters))
+
     def wake_all(self) -> None:
         """Wake all waiters."""
-        self.wake(list(self._waiters))
+        self.wake_for_changes()
         self.claims.wake_all()

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 from conftest import PATIENCE, FakeClock, Location, MakeNode, MakeTask
 
-from openclaw_store import Database, NodeStatus, StateManager, TaskStatus
+from openclaw_store import Database, NodeStatus, StateManager, Task, TaskStatus
 
 NODE = "n"
 SLOTS = 20
@@ -41,6 +41,19 @@ async def waiting(manager: StateManager, count: int) -> None:
             await asyncio.sleep(0.005)
 
 
+async def waiting_claims(manager: StateManager, count: int) -> list[asyncio.Task[list[Task]]]:
+    """Start claims that find nothing, and wait."""
+    before = (await manager.db.get_stats())["writer"]["operations"]
+    claims = [
+        asyncio.create_task(manager.claim_tasks(NODE, wait_seconds=PATIENCE)) for _ in range(count)
+    ]
+    async with asyncio.timeout(PATIENCE):
+        while (await manager.db.get_stats())["writer"]["operations"] < before + count:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    await waiting(manager, count)
+    return claims
+
+
 @pytest.mark.parametrize("is_other", [False, True], ids=["same", "other"])
 async def test_claim_waits_for_a_task_of_this_or_another_process(
     waiter: StateManager, other: StateManager, make_task: MakeTask, is_other: bool
@@ -59,25 +72,51 @@ async def test_claim_waits_for_a_task_of_this_or_another_process(
         await other.shutdown()
 
 
+@pytest.mark.parametrize("is_other", [False, True], ids=["same", "other"])
 async def test_commit_wakes_no_more_claims_than_it_has_tasks(
-    waiter: StateManager, make_task: MakeTask
+    waiter: StateManager, other: StateManager, make_task: MakeTask, is_other: bool
 ) -> None:
     """Planted: a commit wakes all claims that wait."""
-    claims = [
-        asyncio.create_task(waiter.claim_tasks(NODE, wait_seconds=PATIENCE)) for _ in range(10)
-    ]
-    await waiting(waiter, 10)
-    await asyncio.sleep(0.05)  # their claims, which found nothing, are over
+    claims = await waiting_claims(waiter, 10)
     before = (await waiter.db.get_stats())["writer"]["operations"]
 
-    assert not any(await waiter.add_tasks([make_task() for _ in range(3)]))
+    adding = other if is_other else waiter
+    assert not any(await adding.add_tasks([make_task() for _ in range(3)]))
 
     done, left = await asyncio.wait(claims, timeout=0.3)
     operations = (await waiter.db.get_stats())["writer"]["operations"] - before
-    assert (len(done), operations) == (3, 1 + 3)
+    assert (len(done), operations) == (3, 3 + (not is_other))
     for claim in left:
         claim.cancel()
     await asyncio.wait(left)
+    await other.shutdown()
+
+
+@pytest.mark.parametrize("is_other", [False, True], ids=["same", "other"])
+async def test_commit_wakes_a_claim_for_each_slot_that_it_frees(
+    waiter: StateManager, other: StateManager, make_task: MakeTask, is_other: bool
+) -> None:
+    """Planted: tasks that end in one commit wake one claim; so does a node that is resumed."""
+    ending = other if is_other else waiter
+    assert not any(await waiter.add_tasks([make_task() for _ in range(SLOTS + 5)]))
+    held = await waiter.claim_tasks(NODE, SLOTS)
+    await other.refresh_from_database()
+
+    claims = await waiting_claims(waiter, 5)
+    await asyncio.gather(*map(ending.complete_task, held[:5]))
+
+    done, _ = await asyncio.wait(claims, timeout=PATIENCE / 2)
+    assert len(done) == 5
+
+    await ending.drain_node(NODE)
+    await asyncio.gather(*map(ending.complete_task, held[5:10]))
+    assert not any(await waiter.add_tasks([make_task() for _ in range(5)]))
+    claims = await waiting_claims(waiter, 5)
+    await ending.resume_node(NODE)
+
+    done, _ = await asyncio.wait(claims, timeout=PATIENCE / 2)
+    assert len(done) == 5
+    await other.shutdown()
 
 
 async def test_wake_up_of_a_cancelled_claim_is_passed_on(
@@ -90,7 +129,7 @@ async def test_wake_up_of_a_cancelled_claim_is_passed_on(
     await waiting(waiter, 2)
     await asyncio.sleep(0.05)
     before = (await waiter.db.get_stats())["writer"]["operations"]
-    waiter._replica.watchers.claims.notice([("task", "t", "pending")])  # wakes the first one
+    waiter._replica.watchers.claims.notice([("task", "t", "pending", "created")])  # wakes the first one
     first.cancel()
     async with asyncio.timeout(PATIENCE):
         while (await waiter.db.get_stats())["writer"]["operations"] == before:  # noqa: ASYNC110

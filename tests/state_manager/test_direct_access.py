@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from conftest import BACKOFF, Cluster, Location, assert_counted, ids, start, until
+from conftest import BACKOFF, PATIENCE, Cluster, Location, assert_counted, ids, start, until
 
 from openclaw_store import (
     Database,
@@ -25,6 +25,7 @@ from openclaw_store import (
     TaskStatus,
 )
 from openclaw_store.state_manager import direct_access
+from openclaw_store.state_manager.direct_access import DirectAccess
 
 
 @pytest.fixture
@@ -159,6 +160,35 @@ async def test_commits_of_other_processes_wake_waiters(direct: Cluster) -> None:
     await watcher.aclose()  # type: ignore[attr-defined]  # an asynchronous generator
     with pytest.raises(DeadlineError):
         await direct.two.wait_for_task((await direct.add()).task_id, 0.01)
+
+
+async def test_own_commit_hides_no_earlier_one_of_another_process(
+    cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a notification of a revision before the own one wakes nobody."""
+    late: list[tuple[Any, ...]] = []
+    notice = DirectAccess._notice_commit
+    monkeypatch.setattr(DirectAccess, "_notice_commit", lambda *given: late.append(given))
+    node = await cluster.join()
+    await cluster.add(task_id="a")
+    database = Database(location, clock=cluster.clock)
+    async with StateManager(database, cache=False) as direct:
+        await direct.claim_tasks(node)
+        waiting = start(direct.wait_for_task("a", PATIENCE))
+        claim = start(direct.claim_tasks(node, wait_seconds=PATIENCE))
+        watchers = direct._replica.watchers
+        await until(lambda: watchers.count and watchers.claims.nodes)
+        await asyncio.sleep(0.05)  # both have found nothing
+
+        await cluster.one.refresh_from_database()
+        await cluster.one.cancel_task("a")
+        await cluster.add(task_id="b")
+        revision = cluster.one.version
+        await direct.add_node(cluster.make_node())
+        notice(direct._replica, revision, 0)  # type: ignore[arg-type]  # it is one
+
+        assert (await waiting).status is TaskStatus.CANCELLED
+        assert ids(await claim) == ["b"]
 
 
 async def test_outdated_memory_of_an_assigned_task_does_no_harm(
