@@ -392,9 +392,14 @@ def _rename_schema(name: str, new_name: str, connection: Connection) -> None:
 
 
 def _drop_file(backend: SQLite, force: bool) -> None:
+    if not force:  # else a kill before the second count would leave the file aside
+        backend.inspect(partial(_refuse_live, location=backend.location))
     # Set aside first: nobody opens it between the count and the removal.
     aside = unused_name(backend.path, ".dropped", BESIDES)
     with backend.alone():
+        if force:  # of a damaged file; later ones may belong to a new file of the same name
+            for ending in BESIDES:
+                Path(f"{backend.path}{ending}").unlink(missing_ok=True)
         rename_to_unused(backend.path, aside)
     if not force:
         try:
@@ -403,8 +408,6 @@ def _drop_file(backend: SQLite, force: bool) -> None:
             rename_to_unused(aside, backend.path)
             raise
     aside.unlink()
-    for ending in BESIDES:
-        Path(f"{backend.path}{ending}").unlink(missing_ok=True)
 
 
 def _rename_file(backend: SQLite, new: Backend) -> None:

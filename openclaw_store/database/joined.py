@@ -32,8 +32,18 @@ class Hold:
     def __init__(self) -> None:
         self.finished = False
         """True if the caller's transaction has ended."""
-        self.undo: list[Callable[[], None]] = []
-        """Called in reverse order if it did not commit."""
+        self.undo: list[tuple[SessionTransaction | None, Callable[[], None]]] = []
+        """Called in reverse order if it did not commit, each with the savepoint of the caller in
+        which it was written: that may be rolled back alone."""
+
+    def restore(self, is_undone: Callable[[SessionTransaction | None], bool]) -> None:
+        """Restore what was written in the savepoints that are undone."""
+        given, self.undo = self.undo, []
+        for savepoint, undo in reversed(given):
+            if is_undone(savepoint):
+                undo()
+            else:
+                self.undo.insert(0, (savepoint, undo))
 
 
 def hold_of(session: AsyncSession, database: object) -> Hold:
@@ -51,6 +61,7 @@ def hold_of(session: AsyncSession, database: object) -> Hold:
     sync = session.sync_session
     if _HOLDS not in sync.info:
         event.listen(sync, "after_commit", _note_commit)
+        event.listen(sync, "after_soft_rollback", _note_rollback)
         event.listen(sync, "after_transaction_end", _note_end)
     holds: dict[object, Hold] = sync.info.setdefault(_HOLDS, {})
     return holds.setdefault(database, Hold())
@@ -62,14 +73,24 @@ def _note_commit(session: Session) -> None:
             hold.undo.clear()
 
 
+def _note_rollback(session: Session, ended: SessionTransaction) -> None:
+    def is_within(savepoint: SessionTransaction | None) -> bool:
+        while savepoint is not None and savepoint is not ended:
+            savepoint = savepoint.parent
+        return savepoint is ended
+
+    if ended.nested:
+        for hold in session.info[_HOLDS].values():
+            hold.restore(is_within)
+
+
 def _note_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         holds = dict(session.info[_HOLDS])
         session.info[_HOLDS].clear()
         for hold in holds.values():
             hold.finished = True
-            for restore in reversed(hold.undo):
-                restore()
+            hold.restore(lambda _: True)
 
 
 @asynccontextmanager
@@ -106,7 +127,8 @@ async def in_savepoint(
             with mapped():
                 await tx.run_sync(lambda _: transaction.finish())
         await shield_until_done(nested.commit())
-        hold.undo += transaction.undo
+        around = session.sync_session.get_nested_transaction()
+        hold.undo += [(around, restore) for restore in transaction.undo]
     except asyncio.CancelledError:  # by the caller, or at the end of the time
         _undo(transaction)
         await shield_until_done(session.invalidate())  # the connection may be busy

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from openclaw_store.errors import logger_of
 
@@ -15,10 +16,15 @@ logger = logger_of("worker")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+# Each event loop has one handler of a signal, and may run several workers.
+_stops: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Callable[[], None]]] = WeakKeyDictionary()
+
+
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` at the first signal; a second one has the effect it had before."""
     loop = asyncio.get_running_loop()
+    stops = _stops.setdefault(loop, [])
 
     def restore() -> None:
         for one in _SIGNALS:
@@ -26,20 +32,25 @@ def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
 
     def handle() -> None:
         restore()
-        stop()
+        for one in [*stops]:
+            one()
 
     try:
-        for one in _SIGNALS:
-            loop.add_signal_handler(one, handle)
+        if not stops:
+            for one in _SIGNALS:
+                loop.add_signal_handler(one, handle)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         # Windows, or not the main thread: the program calls `Worker.stop` itself.
         logger.info("signals do not stop this worker: %s", error)
         yield
         return
+    stops.append(stop)
     try:
         yield
     finally:
-        restore()
+        stops.remove(stop)
+        if not stops:
+            restore()
 
 
 async def first_of(futures: list[asyncio.Future[Any]]) -> None:

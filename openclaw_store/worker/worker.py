@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -127,7 +127,7 @@ class Worker:
             StoreError: If the node cannot be registered.
         """
         async with self._open() as manager:
-            with stopped_by_signals(self.stop), ThreadPoolExecutor(self._slots) as executor:
+            with stopped_by_signals(self.stop), _threads(self._slots) as executor:
                 await either(self._lease.take(manager), self._stopping.wait())
                 if not self._stopping.is_set():
                     await self._work(manager, executor)
@@ -380,6 +380,19 @@ class Worker:
             raise error
         logger.warning("%s, and tried again: %s", what, error)
         await asyncio.sleep(RETRY_SECONDS)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Open threads; at the end, wait for none of them, which would block the event loop.
+
+    They are idle then, unless the worker ends at once.
+    """
+    executor = ThreadPoolExecutor(count)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False)
 
 
 async def _together(

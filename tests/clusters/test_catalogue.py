@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from openclaw_store import (
 )
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.cli.main import app
+from openclaw_store.clusters import catalogue
 from openclaw_store.database import HEAD, cluster_id_of, migrations
 
 
@@ -106,6 +109,53 @@ async def test_dropped_cluster_leaves_nothing_and_the_others_alone(
     await clusters.create("berlin")
     async with Database(places, cluster="berlin") as database:
         assert await TaskRepository(database).count_tasks() == 0
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("force", [False, True])
+async def test_drop_leaves_a_new_file_of_the_same_name_alone(
+    clusters: Clusters,
+    places: Path,
+    make_task: MakeTask,
+    monkeypatch: pytest.MonkeyPatch,
+    force: bool,
+) -> None:
+    """Planted: it removes the WAL of the new file, with its commits."""
+    await clusters.create("berlin")
+    unlink = Path.unlink
+
+    def make_new_file(path: Path, **options: Any) -> None:
+        if ".dropped" in path.name and not opened:
+            opened.append(asyncio.run(open_and_write()))
+        unlink(path, **options)
+
+    async def open_and_write() -> sqlite3.Connection:
+        async with Database(places, cluster="berlin") as database:
+            keeper = sqlite3.connect(database.db_path)
+            keeper.execute("SELECT * FROM tasks").fetchall()  # so that the WAL stays
+            await TaskRepository(database).create(make_task())
+        return keeper
+
+    opened: list[sqlite3.Connection] = []
+    monkeypatch.setattr(Path, "unlink", make_new_file)
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, check_same_thread=False))
+    await clusters.drop("berlin", force=force)
+
+    [berlin] = await clusters.list()
+    assert berlin.tasks == {"pending": 1}
+    opened[0].close()
+
+
+@pytest.mark.sqlite
+async def test_refused_drop_does_not_move_the_file(
+    clusters: Clusters, places: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a kill before it is moved back would hide the unfinished tasks."""
+    async with Database(places, cluster="berlin") as database:
+        await TaskRepository(database).create(make_task())
+    monkeypatch.setattr(catalogue, "rename_to_unused", pytest.fail)
+    with pytest.raises(ConflictError, match="1 tasks that are not finished"):
+        await clusters.drop("berlin")
 
 
 async def test_finished_tasks_do_not_keep_a_cluster(

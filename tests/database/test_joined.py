@@ -113,6 +113,30 @@ async def test_rollback_undoes_both(
     assert task.version == 1
 
 
+async def test_rollback_of_a_savepoint_restores_the_objects_of_its_blocks(
+    database: Database, sessions: Sessions, make_task: MakeTask
+) -> None:
+    """Planted: the commit keeps versions of the savepoint, which another change gets again."""
+    first, second, third = make_task(), make_task(), make_task()
+    async with sessions() as session:
+        async with database.joined(session) as tx:
+            await TaskRepository(tx).create(first)
+        outer = await session.begin_nested()
+        async with database.joined(session) as tx:
+            await TaskRepository(tx).create(second)
+        async with session.begin_nested(), database.joined(session) as tx:
+            await TaskRepository(tx).create(third)
+        assert (second.version, third.version) == (2, 3)
+        await outer.rollback()
+        assert (second.version, third.version) == (0, 0)
+        async with session.begin_nested(), database.joined(session) as tx:
+            await TaskRepository(tx).create(third)
+        await session.commit()
+
+    assert (first.version, second.version, third.version) == (1, 0, 2)
+    assert await TaskRepository(database).count_tasks() == 2
+
+
 async def test_block_that_fails_is_undone_alone(
     database: Database, sessions: Sessions, make_task: MakeTask
 ) -> None:

@@ -129,7 +129,9 @@ async def test_wake_up_of_a_cancelled_claim_is_passed_on(
     await waiting(waiter, 2)
     await asyncio.sleep(0.05)
     before = (await waiter.db.get_stats())["writer"]["operations"]
-    waiter._replica.watchers.claims.notice([("task", "t", "pending", "created")])  # wakes the first one
+    waiter._replica.watchers.claims.notice(
+        [("task", "t", "pending", "created")]
+    )  # wakes the first one
     first.cancel()
     async with asyncio.timeout(PATIENCE):
         while (await waiter.db.get_stats())["writer"]["operations"] == before:  # noqa: ASYNC110

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -627,3 +628,43 @@ async def test_cancelled_worker_leaves_no_handler_behind(
 
     assert running.cancelled()
     assert ended.is_set()
+
+
+async def test_cancelled_worker_does_not_block_the_loop_until_a_thread_ends(
+    store: StateManager, make_task: MakeTask, make_worker: MakeWorker
+) -> None:
+    """Planted: it waits for its threads on the event loop."""
+    began, go_on = threading.Event(), threading.Event()
+
+    def handle(task: Task, run: Run) -> None:
+        began.set()
+        assert go_on.wait(PATIENCE)
+
+    running = asyncio.create_task(make_worker(handle).run())
+    await store.add_task(make_task())
+    await until(began.is_set)
+
+    running.cancel()
+    await asyncio.wait([running], timeout=PATIENCE / 2)
+
+    assert running.cancelled()  # while the function still runs
+    assert not go_on.is_set()
+    go_on.set()
+
+
+async def test_signal_stops_all_workers_of_a_process(
+    store: StateManager, make_node: MakeNode
+) -> None:
+    """Planted: the last one to start takes the signal from the others."""
+    workers = [Worker(store, make_node(), do) for _ in range(3)]
+    running = [asyncio.create_task(worker.run()) for worker in workers]
+    for worker in workers:
+        await until(worker._lease.holds.is_set)
+    workers[2].stop()
+    await asyncio.wait([running[2]], timeout=PATIENCE)
+
+    signal.raise_signal(signal.SIGTERM)
+
+    done, _ = await asyncio.wait(running, timeout=PATIENCE / 2)
+    assert len(done) == 3
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
