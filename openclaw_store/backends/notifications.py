@@ -85,21 +85,22 @@ class Polling:
         cursor.fetchall()
         is_reported = self._watch.start(self._database.wal)
         seen: object = None
-        pause, is_idle = LONGEST_SECONDS, False
+        pause, is_idle, is_written = LONGEST_SECONDS, False, False
         while not self._ended.is_set():
             if not is_idle:
                 sleep(pause)  # waiting for an event would take as long as the rest of a poll
             elif self._watch.wait(IDLE_SECONDS):
-                pause, is_idle = SHORTEST_SECONDS, False  # the commit follows its writes
+                # The commit follows its writes, on a slow disk much later.
+                pause, is_idle, is_written = SHORTEST_SECONDS, False, True
             cursor.execute("PRAGMA data_version")
             [[version]] = cursor.fetchall()
             if version == seen:
                 pause = min(pause * 1.2, LONGEST_SECONDS)
                 is_idle = is_reported and pause == LONGEST_SECONDS
                 continue
-            if is_idle and not self._watch.wait(0):
+            if is_idle and not is_written and not self._watch.wait(0):
                 is_reported = False  # some file systems report nothing
-            seen, pause, is_idle = version, SHORTEST_SECONDS, False
+            seen, pause, is_idle, is_written = version, SHORTEST_SECONDS, False, False
             cursor.execute(self._counters.read)
             [counters] = cursor.fetchall()
             self._pause = LONGEST_SECONDS
@@ -121,7 +122,9 @@ def notify_of_commits(
     """
     if isinstance(database, PostgreSQL):
         listening = Listening(database)
-        listening.follow(Follower(database.schema, counters, on_commit, known_revision))
+        listening.follow(
+            Follower(database.schema, counters, on_commit, known_revision, database.registry)
+        )
         return listening
     assert isinstance(database, SQLite)
     return Polling(database, counters, on_commit)

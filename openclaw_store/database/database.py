@@ -18,6 +18,7 @@ from openclaw_store.backends import (
     Follower,
     Notifier,
     OnCommit,
+    PostgreSQL,
     cancel_once,
     ended_badly,
     notify_of_commits,
@@ -285,11 +286,13 @@ class Database(DatabaseBase):
                 whose notifications do not arrive is polled; without, it is asked every 10 s.
         """
         self._check_ready()
-        if self._sharing is not None and self.schema is not None:
+        backend = self._backend
+        if self._sharing is not None and isinstance(backend, PostgreSQL):
+            counters, registry = self._counters, backend.registry
             return self._sharing.follow(
-                Follower(self.schema, self._counters, on_commit, known_revision)
+                Follower(backend.schema, counters, on_commit, known_revision, registry)
             )
-        return notify_of_commits(self._backend, self._counters, on_commit, known_revision)
+        return notify_of_commits(backend, self._counters, on_commit, known_revision)
 
     def write_without_notifications(self) -> None:
         """Send no notification and take no advisory lock from now on; the server may lack both.

@@ -14,7 +14,7 @@ from sqlalchemy.util import LRUCache, immutabledict
 
 from openclaw_store.backends import Backend
 from openclaw_store.database.slices import Slices
-from openclaw_store.errors import StoreError, logger_of
+from openclaw_store.errors import StoreError, UnavailableError, logger_of
 
 logger = logger_of("sessions")
 
@@ -76,6 +76,7 @@ class Pools:
             backend.engine(write=True, pool=NullPool),
         )
         """For the sessions of callers, for the library's own reads, and for transactions."""
+        self._is_closed = False
         self.checked_out: set[int] = set()
         """The `id` of the pool record of each connection in use."""
         for engine in self.engines:
@@ -83,15 +84,11 @@ class Pools:
             self._note_use(engine)
 
     async def close(self) -> None:
-        """Close the connections of the pools, within a limit."""
+        """Close the connections of the pools, within a limit, and refuse to make others."""
+        self._is_closed = True
         if self._loop.is_closed() and self._backend.dialect == "postgresql":
             return  # a closed loop cannot send; the sockets close with their objects
-        try:
-            async with asyncio.timeout(_CLOSE_SECONDS):
-                await _on(self._loop, self._dispose())
-                await asyncio.sleep(0)  # closing a connection may have deferred the cancellation
-        except (TimeoutError, RuntimeError) as error:
-            logger.warning("connections were dropped, not closed: %s", error or "no answer")
+        await close_on(self._loop, self._dispose())
 
     async def _dispose(self) -> None:
         for engine in self.engines:
@@ -99,6 +96,11 @@ class Pools:
 
     # The events run on the thread of the loop; `checked_out_connections` reads from any thread.
     def _note_use(self, engine: AsyncEngine) -> None:
+        @event.listens_for(engine.sync_engine, "do_connect")
+        def connect(*_: object) -> None:
+            if self._is_closed:
+                raise UnavailableError("the connections were closed: open the database anew")
+
         @event.listens_for(engine.sync_engine, "checkout")
         def checkout(connection: object, record: object, proxy: object) -> None:
             self.checked_out.add(id(record))
@@ -189,6 +191,16 @@ async def session_beside(
     if schema:
         beside.sync_session.execution_options = immutabledict(schema_translate_map={None: schema})
     return beside
+
+
+async def close_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, which closes connections, on their event loop, within a limit."""
+    try:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await _on(loop, work)
+            await asyncio.sleep(0)  # closing a connection may have deferred the cancellation
+    except (TimeoutError, RuntimeError) as error:
+        logger.warning("connections were dropped, not closed: %s", error or "no answer")
 
 
 async def _on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 
 from openclaw_store.backends import Follower, Listening, Notifier, PostgreSQL
-from openclaw_store.database.sessions import Pools
+from openclaw_store.database.sessions import Pools, close_on
 from openclaw_store.errors import UnavailableError
 
 
@@ -43,7 +43,9 @@ class Sharing:
         self._check()
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            for other in [one for one in self._pools if one.is_closed() and one is not self.home]:
+            for other in [
+                one for one in list(self._pools) if one.is_closed() and one is not self.home
+            ]:
                 self._pools.pop(other, None)
             size = self._pool_size if loop is self.home else None
             self._pools[loop] = Pools(loop, self.backend, self._timeout, size)
@@ -64,9 +66,10 @@ class Sharing:
         if self._process != os.getpid():
             return  # the connections belong to the parent process
         self._is_closed = True
-        for listening in self._listeners.values():
-            await listening.stop()
-        for pools in self._pools.values():
+        for loop, listening in list(self._listeners.items()):
+            if not loop.is_closed():
+                await close_on(loop, listening.stop())
+        for pools in list(self._pools.values()):
             await pools.close()
         self._listeners.clear()
         self._pools.clear()

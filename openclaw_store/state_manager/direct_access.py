@@ -161,11 +161,11 @@ class DirectAccess(Replica):
             self.watchers.wake_all()
 
 
-async def _steps(session: AsyncSession, since: int) -> Sequence[Step]:
+async def _steps(session: AsyncSession, since: int) -> Sequence[Any]:
     """Return the changes after a revision."""
     columns = (ChangeRow.item, ChangeRow.item_id, ChangeRow.to_status, ChangeRow.kind)
     query = select(*columns).where(ChangeRow.revision > since).limit(MAX_STEPS)
-    return [tuple(row) for row in await session.execute(query)]
+    return (await session.execute(query)).all()
 
 
 class NoWriteBehind(WriteBehind):

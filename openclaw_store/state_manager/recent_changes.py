@@ -23,9 +23,10 @@ class RecentChanges:
         self._changes: dict[int, Change] = {}
 
     def add(self, changes: Iterable[Change]) -> None:
-        """Keep committed changes, and forget the ones that were added first."""
+        """Keep committed changes without long reasons, and forget the ones that came first."""
         for change in changes:
-            self._changes[change.revision] = change
+            if change.reason is None or len(change.reason) <= REASON_CHARACTERS:
+                self._changes[change.revision] = change
         excess = len(self._changes) - LIMIT
         for revision in list(self._changes)[: max(0, excess)]:
             del self._changes[revision]

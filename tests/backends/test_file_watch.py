@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import select
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE
+from conftest import PATIENCE, MakeTask, until
 
+from openclaw_store import Database, TaskRepository
+from openclaw_store.backends import notifications
 from openclaw_store.backends.sqlite.file_watch import FileWatch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports writes")
@@ -50,6 +54,41 @@ def test_file_that_is_missing_is_not_watched(watch: FileWatch, tmp_path: Path) -
     assert not watch.start(tmp_path / "missing")
     (tmp_path / "file").write_text("text")
     assert not watch.wait(0)
+
+
+async def test_commit_long_after_its_writes_does_not_end_the_reports(
+    tmp_path: Path, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: after a slow disk, a file is polled as if the system reported nothing."""
+    written, waits = threading.Event(), 0
+
+    class Reports(FileWatch):
+        def start(self, path: Path) -> bool:
+            return True
+
+        def wait(self, seconds: float) -> bool:
+            nonlocal waits
+            waits += 1
+            if written.is_set():
+                written.clear()
+                return True
+            time.sleep(seconds)
+            return False
+
+    monkeypatch.setattr(notifications, "FileWatch", Reports)
+    async with Database(tmp_path / "cluster.db") as database:
+        seen: list[tuple[int, int]] = []
+        polling = database.follow(lambda *counters: seen.append(counters))
+        await until(lambda: seen and waits)
+        written.set()
+        await until(lambda: not written.is_set())
+        last = waits
+        await until(lambda: waits > last)  # it waits again, and the commit is not there yet
+        await TaskRepository(database).create(make_task())
+        await until(lambda: seen[-1][0] == 1)
+        last = waits
+        await until(lambda: waits > last + 2)
+        await polling.stop()
 
 
 def test_other_systems_report_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,6 +21,7 @@ from openclaw_store import (
     transaction,
     verify,
 )
+from openclaw_store.backends.postgresql import listening
 
 NAMES = ["berlin", "paris", "tokyo"]
 
@@ -66,6 +68,50 @@ async def test_clusters_of_one_process_hear_of_another_and_write_on_their_own(
             async with here[name].db.session() as session:
                 assert await TaskRepository(session).count_tasks() == 7
             assert (await verify(here[name].db)).problems == []
+
+
+@pytest.mark.postgresql
+async def test_two_databases_of_one_cluster_hear_of_each_other(
+    server: Server, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the listener ignores all writers of the process, and finds commits 30 s later."""
+    for name in ("POLL_SECONDS", "SHARED_ALIVE_SECONDS"):
+        monkeypatch.setattr(listening, name, 3600.0)
+    async with (
+        StateManager(server.cluster("berlin"), 3600) as one,
+        StateManager(server.cluster("berlin"), 3600) as two,
+    ):
+        await asyncio.sleep(0.2)  # both listen, and have read the counters
+        for number in range(1, 6):
+            await (one if number % 2 else two).add_task(make_task())
+            await until(lambda number=number: one.version == two.version == number)  # type: ignore[misc]
+
+
+@pytest.mark.postgresql
+async def test_closed_server_leaves_no_connection_on_any_loop(server: Server, places: str) -> None:
+    """Planted: the listener of another loop goes on, and an open database connects again."""
+    ready, done = threading.Event(), threading.Event()
+    database = server.cluster("berlin")
+    await database.initialize()
+    await database.get_stats()
+
+    async def another_loop() -> None:
+        async with StateManager(server.cluster("paris"), 3600) as manager:
+            await manager.refresh_from_database()
+        ready.set()
+        await asyncio.to_thread(done.wait)
+
+    other = InThread(another_loop)
+    await asyncio.to_thread(ready.wait)
+    await server.close()
+
+    assert execute(places, OTHERS) == []
+    with pytest.raises(UnavailableError, match="were closed"):
+        await database.get_stats()
+    done.set()
+    await other.join()
+    await database.close()
+    assert execute(places, OTHERS) == []
 
 
 @pytest.mark.postgresql

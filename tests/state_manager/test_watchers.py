@@ -172,11 +172,15 @@ class TestWatch:
             await watching.refresh_from_database()
             await until(lambda: len(seen) == manager.version)
             assert reads == [6, manager.version - 1]  # the last one alone is not in memory
+            await watching.add_task(make_task(task_id="w"))
+            await watching.cancel_task("w", long)  # nor is a long reason of its own
+            await until(lambda: len(seen) == watching.version)
+            assert reads == [6, manager.version - 1, watching.version - 1]
             watcher.cancel()
             await asyncio.wait([watcher])
 
             assert seen == await feed(watching)
-        assert [change.reason for change in seen[-2:]] == [long[1:], long]
+        assert [change.reason for change in seen[-4:]] == [long[1:], long, None, long]
 
     async def test_since_none_begins_with_the_next_change(
         self, manager: StateManager, make_task: MakeTask

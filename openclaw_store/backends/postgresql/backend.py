@@ -131,6 +131,7 @@ class PostgreSQL:
         self.address = str(self._location)
         self.location = f"{self.address} (cluster {cluster})" if cluster else self.address
         self._server = ServerState(is_citus=self._location.is_citus)
+        self.registry = ConnectionRegistry()
         self.error_mapping = self._mapping()
         self.notifies = True
         self._own_identity: tuple[Any, ...] | None = None
@@ -143,11 +144,6 @@ class PostgreSQL:
     def _mapping(self) -> PostgreSQLErrorMapping:
         kind = CitusErrorMapping if self._server.is_citus else PostgreSQLErrorMapping
         return kind(self.location, self._server.connector.note_silence)
-
-    @property
-    def registry(self) -> ConnectionRegistry:
-        """The connections of this process to the server."""
-        return self._server.registry
 
     @property
     def options(self) -> dict[str, Any]:

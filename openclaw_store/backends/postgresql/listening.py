@@ -82,12 +82,14 @@ class Follower:
         on_commit: Receives them.
         known_revision: Return the newest revision that the receiver knows; `None` if it never
             misses a notification.
+        registry: Has the writer of the receiver, which needs no notification of its commits.
     """
 
     schema: str
     counters: CounterStatements
     on_commit: OnCommit
     known_revision: Callable[[], int] | None
+    registry: ConnectionRegistry
 
 
 class Listening:
@@ -195,7 +197,7 @@ class _Channel:
         self._driver = driver
         self._follower = follower
         self._woken = woken
-        self._registry: ConnectionRegistry = database.registry
+        self._registry = follower.registry
         self._code = database.error_mapping.code
         self._is_shared = is_shared
         self._may_be_first = not is_shared
@@ -310,7 +312,7 @@ class _Channel:
         return True
 
     def _note(self, _: object, process: int, __: object, payload: str) -> None:
-        if process in self._registry.writers:  # this process's own commit
+        if process in self._registry.writers:  # the receiver's own commit
             return
         self._is_quiet = False
         if counters := _COUNTERS.fullmatch(payload):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from openclaw_store.backends.postgresql.connections import Connector
-from openclaw_store.backends.postgresql.write_session import ConnectionRegistry
 
 MINIMUM_VERSION = 13
 """The oldest supported server; the PostgreSQL project no longer maintains older ones."""
@@ -22,4 +21,3 @@ class ServerState:
     synchronous_commit: str | None = None
     """The setting of all connections; `None` while it is unknown, and the server's own stays."""
     connector: Connector = field(default_factory=Connector)
-    registry: ConnectionRegistry = field(default_factory=ConnectionRegistry)

@@ -43,7 +43,7 @@ def milliseconds(seconds: float) -> str:
 
 
 class ConnectionRegistry:
-    """State that the connections of one `PostgreSQL` share."""
+    """State that the writer and the listener of one `PostgreSQL` share."""
 
     def __init__(self) -> None:
         self.writers: set[int] = set()
