@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, func, select, text
+from sqlalchemy.exc import DBAPIError
 
 from openclaw_store.backends import (
     BESIDES,
@@ -216,10 +217,7 @@ class Clusters:
         backend = self._backend(None)
         address = backend.address
 
-        def read(connection: Connection) -> Sequence[ClusterInfo]:
-            return [_schema_info(connection, name, address) for name in _schemas(connection)]
-
-        return backend.inspect(read)
+        return backend.inspect(lambda one: [*_schema_infos(one, address)])
 
     def _create(self, name: str) -> None:
         self._refuse_existing(name)
@@ -287,6 +285,19 @@ def _names_of_files(location: str | Path) -> Iterator[str]:
         found = shape.fullmatch(entry)
         if found and _is_name(found[1]) and os.path.isfile(os.path.join(folder, entry, *deeper)):
             yield found[1]
+
+
+def _schema_infos(connection: Connection, location: str) -> Iterator[ClusterInfo]:
+    for name in _schemas(connection):
+        try:
+            with connection.begin_nested():
+                info = _schema_info(connection, name, location)
+        except DBAPIError:
+            counters = f"{name or PUBLIC}.counters"
+            if connection.scalar(select(func.to_regclass(counters))) is not None:
+                raise
+            continue  # it was dropped meanwhile
+        yield info
 
 
 def _schema_info(connection: Connection, name: str | None, location: str) -> ClusterInfo:

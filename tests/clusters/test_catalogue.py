@@ -170,6 +170,18 @@ async def test_finished_tasks_do_not_keep_a_cluster(
 
 
 @pytest.mark.postgresql
+async def test_cluster_that_is_dropped_meanwhile_is_not_listed(
+    clusters: Clusters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the error of its missing tables ends the list."""
+    await clusters.create("berlin")
+    await clusters.create("tokyo")
+    schemas = catalogue._schemas
+    monkeypatch.setattr(catalogue, "_schemas", lambda one: ["bonn", *schemas(one), "zagreb"])
+    assert [one.name for one in await clusters.list()] == ["berlin", "tokyo"]
+
+
+@pytest.mark.postgresql
 async def test_schema_with_objects_of_another_program_is_kept(
     clusters: Clusters, location: str, make_task: MakeTask
 ) -> None:
