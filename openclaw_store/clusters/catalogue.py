@@ -370,8 +370,11 @@ def _refuse_live(connection: Connection, location: str) -> None:
 
 
 def _drop_schema(location: str, name: str, force: bool, connection: Connection) -> None:
-    lock = text(f"SELECT 1 FROM {name}.counters FOR UPDATE")
-    connection.execute(lock)  # no writer adds a task between the count and the commit
+    # No writer adds a task between the count and the commit. One that waited for the row would have
+    # a lock of the table, for which the end of this would wait.
+    is_citus = connection.get_execution_options()["is_citus"]
+    row, table = "SELECT 1 FROM {}.counters FOR UPDATE", "LOCK TABLE {}.counters"
+    connection.execute(text((row if is_citus else table).format(name)))
     if not force:
         _refuse_live(connection, location)
     tables = [*migrations.OWN_TABLES]
@@ -385,7 +388,7 @@ def _drop_schema(location: str, name: str, force: bool, connection: Connection) 
             "program: move them to another schema, then try again"
         )
     # Its former nodes may still have copies of its tables, which Citus removes some time later.
-    cascade = " CASCADE" if connection.get_execution_options()["is_citus"] else ""
+    cascade = " CASCADE" if is_citus else ""
     connection.execute(text(f"DROP SCHEMA {name}{cascade}"))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Location, MakeNode, MakeTask, execute
+from conftest import Location, MakeNode, MakeTask, engine_of, execute, start, until
 from typer.testing import CliRunner, Result
 
 from openclaw_store import (
@@ -167,6 +167,29 @@ async def test_finished_tasks_do_not_keep_a_cluster(
         await manager.cancel_task(task.task_id)
     await clusters.drop("berlin")
     assert await clusters.list() == []
+
+
+@pytest.mark.postgresql
+async def test_drop_and_a_writer_do_not_wait_for_each_other(
+    clusters: Clusters, places: str, make_task: MakeTask
+) -> None:
+    """Planted: the writer waits for a row that the drop has locked: the server ends the drop."""
+    waiting = """
+        SELECT count(*) FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock'"""
+    await clusters.create("berlin")
+    async with Database(places, cluster="berlin") as database:
+        async with engine_of(places).connect() as connection:
+            await connection.exec_driver_sql("SELECT FROM berlin.counters FOR UPDATE")
+            dropping = start(clusters.drop("berlin"))
+            await until(lambda: execute(places, waiting) == [(1,)])
+            writing = start(TaskRepository(database).create(make_task()))
+            await until(lambda: execute(places, waiting) == [(2,)])
+            await connection.rollback()
+        await dropping
+        with pytest.raises(StoreError, match="its schema is another"):
+            await writing
+    assert await clusters.names() == []
 
 
 @pytest.mark.postgresql
