@@ -40,6 +40,7 @@ from openclaw_store.database import (
     IS_LIVE,
     ChangeRow,
     CounterRow,
+    DecisionRow,
     NodeRow,
     OutgoingRow,
     TaskRow,
@@ -165,8 +166,9 @@ class Clusters:
             force: Also if it has tasks that are not finished.
 
         Raises:
-            ConflictError: If it has tasks that are not finished, and `force` is off; or its schema
-                contains objects of another program.
+            ConflictError: If it has tasks that are not finished or in transit, or decisions that
+                `resolve` may need, and `force` is off; or its schema contains objects of another
+                program.
             NotFoundError: If there is no such cluster.
             UnavailableError: If its file is in use, or its lock is not free in time.
         """
@@ -366,6 +368,11 @@ def _refuse_live(connection: Connection, location: str) -> None:
             raise ConflictError(
                 f"{location} has {leaving} tasks in transit to another cluster: complete the "
                 "transfer, or drop it by force"
+            )
+        if connection.scalar(select(func.count()).select_from(DecisionRow)):
+            raise ConflictError(
+                f"{location} has decided on transactions that may not have ended in other "
+                "databases: call resolve() with all of them, or drop it by force"
             )
 
 

@@ -18,7 +18,7 @@ from openclaw_store.database import (
     cluster_id_of,
     end_prepared,
 )
-from openclaw_store.errors import StoreError
+from openclaw_store.errors import InvalidDataError, StoreError
 
 PATIENCE_SECONDS = 5.0
 """Age at which a prepared transaction counts as left behind."""
@@ -50,8 +50,19 @@ async def resolve(*databases: Database, older_than: float = PATIENCE_SECONDS) ->
     Args:
         older_than: Seconds for which a transaction is left to its own process. A younger one is
             safe too: this waits for the process.
+
+    Raises:
+        InvalidDataError: If two of them are one cluster, or one and its copy.
     """
-    by_number = {await cluster_id_of(one): one for one in databases}
+    by_number: dict[int, Database] = {}
+    for given in databases:
+        other = by_number.setdefault(await cluster_id_of(given), given)
+        if other is not given:
+            raise InvalidDataError(
+                "databases",
+                f"has {other.db_path} and {given.db_path}, of which one is a copy that may lack a "
+                "decision: give the one that took part",
+            )
     done = Resolved()
     for number, database in by_number.items():
         for one in await prepared_in(database, number):

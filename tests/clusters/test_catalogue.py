@@ -30,7 +30,8 @@ from openclaw_store import (
 from openclaw_store.backends.factory import backend_of
 from openclaw_store.cli.main import app
 from openclaw_store.clusters import catalogue
-from openclaw_store.database import HEAD, cluster_id_of, migrations
+from openclaw_store.database import HEAD, DecisionRow, cluster_id_of, migrations
+from openclaw_store.domain import utc_now
 
 
 @pytest.fixture
@@ -156,6 +157,18 @@ async def test_refused_drop_does_not_move_the_file(
     monkeypatch.setattr(catalogue, "rename_to_unused", pytest.fail)
     with pytest.raises(ConflictError, match="1 tasks that are not finished"):
         await clusters.drop("berlin")
+
+
+async def test_decisions_that_others_may_need_keep_a_cluster(
+    clusters: Clusters, places: Location
+) -> None:
+    """Planted: the other parts of a transaction can never be ended, and hold their locks."""
+    async with Database(places, cluster="berlin") as database, database.transaction() as tx:
+        tx.add(DecisionRow(decision="0" * 32, participants="[1]", decided_at=utc_now()))
+    with pytest.raises(ConflictError, match="call resolve"):
+        await clusters.drop("berlin")
+    await clusters.drop("berlin", force=True)
+    assert await clusters.names() == []
 
 
 async def test_finished_tasks_do_not_keep_a_cluster(

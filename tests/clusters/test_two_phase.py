@@ -215,6 +215,31 @@ async def test_transaction_of_a_killed_process_is_resolved(
     assert rest(places) == (0, 0)
 
 
+async def test_copy_of_the_database_that_decides_is_refused(
+    managers: list[StateManager],
+    make_task: MakeTask,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted: the copy, which lacks the decision, is asked: the other part is rolled back."""
+    one, _, file = managers
+    await file.db.backup(tmp_path / "copy.db")
+
+    async def killed(*_: object) -> Any:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TwoPhaseCommit, "_commit", killed)
+        with pytest.raises(KilledError):
+            await add_to_each([one, file], make_task)
+
+    async with Database(tmp_path / "copy.db") as copy:
+        with pytest.raises(InvalidDataError, match=r"copy\.db, of which one is a copy"):
+            await resolve(one.db, file.db, copy, older_than=0)
+    assert await resolve(one.db, file.db, file.db, older_than=0)
+    assert await counts(one, file) == [1, 1]
+
+
 async def test_next_transaction_ends_an_old_one(
     managers: list[StateManager],
     places: Places,
