@@ -16,6 +16,7 @@ from typing import Protocol
 from sqlalchemy import Connection
 
 from openclaw_store.backends.base import Backend, CounterStatements, OnCommit
+from openclaw_store.backends.cancellation import shield_until_done
 from openclaw_store.backends.postgresql.backend import PostgreSQL
 from openclaw_store.backends.postgresql.listening import Follower, Listening
 from openclaw_store.backends.sqlite.backend import SQLite
@@ -65,8 +66,10 @@ class Polling:
         if not self._ended.is_set():
             self._ended.set()
             self._watch.stop()
-            await asyncio.to_thread(self._thread.join)
-            self._watch.close()
+            try:
+                await shield_until_done(asyncio.to_thread(self._thread.join))
+            finally:
+                self._watch.close()
 
     def _run(self) -> None:
         while not self._ended.is_set():

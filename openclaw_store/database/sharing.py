@@ -56,6 +56,8 @@ class Sharing:
         self._check()
         loop = asyncio.get_running_loop()
         if loop not in self._listeners:
+            for other in [one for one in list(self._listeners) if one.is_closed()]:
+                self._listeners.pop(other, None)
             self._listeners[loop] = Listening(self.backend, is_shared=True)
         listening = self._listeners[loop]
         listening.follow(follower)

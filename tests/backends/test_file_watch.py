@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import select
 import sys
 import threading
@@ -89,6 +90,21 @@ async def test_commit_long_after_its_writes_does_not_end_the_reports(
         last = waits
         await until(lambda: waits > last + 2)
         await polling.stop()
+
+
+async def test_interrupted_stop_closes_the_files(tmp_path: Path) -> None:
+    """Planted: the second call finds that it is stopped, and the files stay open."""
+    async with Database(tmp_path / "cluster.db") as database:
+        await database.follow(lambda *_: None).stop()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            polling = database.follow(lambda *_: None)
+            stopping = asyncio.create_task(polling.stop())
+            await asyncio.sleep(0)
+            stopping.cancel()
+            await asyncio.wait([stopping])
+            await polling.stop()
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 def test_other_systems_report_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

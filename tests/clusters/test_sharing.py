@@ -115,6 +115,19 @@ async def test_closed_server_leaves_no_connection_on_any_loop(server: Server, pl
 
 
 @pytest.mark.postgresql
+async def test_listeners_of_closed_loops_are_forgotten(server: Server) -> None:
+    """Planted: each event loop leaves one behind."""
+
+    async def another_loop() -> None:
+        async with StateManager(server.cluster("paris"), 3600):
+            pass
+
+    for _ in range(3):
+        await InThread(another_loop).join()
+    assert len(server._sharing._listeners) == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.postgresql
 async def test_idle_clusters_share_few_connections(
     server: Server, places: str, make_task: MakeTask
 ) -> None:
