@@ -155,7 +155,7 @@ class NodeNotFoundError(NotFoundError):
     """
 
     def __init__(self, node_id: str) -> None:
-        super().__init__(f"no node with id {node_id!r}")
+        super().__init__(f"no node with id {node_id!r}: register it first, or correct the id")
         self.node_id = node_id
 
 

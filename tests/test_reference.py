@@ -212,6 +212,11 @@ class TestCommandLine:
 
         assert sorted(named) == sorted(name for name, _ in commands(root))
 
+    def test_help_lists_the_commands_in_the_order_of_the_page(self, root: Any) -> None:
+        named = re.findall(r"^### `openclaw-store (\w+)`$", page("reference/cli"), re.MULTILINE)
+
+        assert [name for name in root.list_commands(None) if name in named] == named
+
     def test_every_option_of_a_command_has_a_row(self, root: Any) -> None:
         for name, command in commands(root):
             text = section("reference/cli", f"### `openclaw-store {name}`")

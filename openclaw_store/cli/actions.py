@@ -298,7 +298,7 @@ async def resume(
 @command(app)
 async def submit(
     call: Call,
-    name: Annotated[str, typer.Argument(help="The name of the task.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name of the task.")],
     type: Annotated[
         TaskType, typer.Option(metavar="TYPE", help=f"{either(TaskType)}.")
     ] = TaskType.BATCH,

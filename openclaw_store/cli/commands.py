@@ -101,7 +101,9 @@ async def nodes(
 
 
 @command(app)
-async def show(call: Call, id: Annotated[str, typer.Argument(help="A task or node.")]) -> None:
+async def show(
+    call: Call, id: Annotated[str, typer.Argument(metavar="ID", help="A task or node.")]
+) -> None:
     """Show the fields and the history of a task or node, and why a task waits."""
     from openclaw_store.domain import NodeInfo, Task
     from openclaw_store.maintenance.summary import explain_task, read_shown_history
@@ -204,7 +206,9 @@ async def upgrade(
 @command(db)
 async def downgrade(
     call: Call,
-    revision: Annotated[str, typer.Argument(help="The older schema; base for none.")],
+    revision: Annotated[
+        str, typer.Argument(metavar="REVISION", help="The older schema; base for none.")
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Downgrade the schema; data that only the newer schema can hold is lost."""
@@ -269,7 +273,7 @@ async def check(call: Call) -> None:
 @command(app)
 async def backup(
     call: Call,
-    path: Annotated[Path, typer.Argument(help="The file to write.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file to write.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write a snapshot of a database to a file, while the database is in use."""
@@ -281,7 +285,9 @@ async def backup(
 
 
 @command(app)
-async def restore(call: Call, path: Annotated[Path, typer.Argument(help="The backup.")]) -> None:
+async def restore(
+    call: Call, path: Annotated[Path, typer.Argument(metavar="PATH", help="The backup.")]
+) -> None:
     """Replace the database with a backup.
 
     The backup is checked first. The database must not be in use; it is kept under another name.

@@ -219,6 +219,6 @@ def command(
         run.__doc__ = inspect.cleandoc(work.__doc__ or "").replace(
             "\n\nopenclaw-store ", "\n\n\b\nopenclaw-store "
         )
-        return group.command(name)(run)
+        return group.command(name or work.__name__)(run)
 
     return register

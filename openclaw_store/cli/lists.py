@@ -248,7 +248,7 @@ def _seconds(found: Quantiles | None) -> Sequence[str]:
 @command(app)
 async def explain(
     call: Call,
-    id: Annotated[str | None, typer.Argument(help="A task.")] = None,
+    id: Annotated[str | None, typer.Argument(metavar="ID", help="A task.")] = None,
     every: Annotated[bool, typer.Option("--all", help="The first pending tasks.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Tasks with --all.")] = 20,
 ) -> None:

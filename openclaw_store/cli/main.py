@@ -21,6 +21,17 @@ from openclaw_store.cli.commands import app
 
 __all__ = ["app", "main"]
 
+_ORDER = (
+    *("status", "nodes", "tasks", "failures", "stuck", "stats", "top", "explain", "show", "watch"),
+    *("requeue", "cancel", "release", "drain", "resume", "submit"),
+    *("work", "metrics", "web"),
+    *("verify", "doctor"),
+    *("backup", "restore", "copy", "transfer", "resolve", "vacuum", "cleanup", "compact", "retain"),
+)
+"""Look, act, work, check, maintain: the order of the commands in the help."""
+
+app.registered_commands.sort(key=lambda one: _ORDER.index(str(one.name)))
+
 
 def main() -> None:
     """Run the command line, and end the process."""

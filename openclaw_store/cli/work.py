@@ -71,11 +71,13 @@ def _import(name: str) -> Handler:
     """Return the function `module:name`, also from the present folder.
 
     Raises:
-        InvalidDataError: If there is none.
+        InvalidDataError: If there is none, or it takes other arguments than a handler.
     """
+    from openclaw_store.worker.run import check_handler
+
     module, _, attribute = name.partition(":")
     if not module or not attribute:
-        raise InvalidDataError("handler", f"must be module:name, not {name!r}")
+        raise InvalidDataError("handle", f"must be module:name, as jobs:handle, not {name!r}")
     sys.path.insert(0, "")
     try:
         found: Any = import_module(module)
@@ -83,8 +85,10 @@ def _import(name: str) -> Handler:
             found = getattr(found, part)
     except Exception as error:  # the module may raise anything
         reason = f"{type(error).__name__}: {error}"
-        raise InvalidDataError("handler", f"{name!r} cannot be imported: {reason}") from error
-    if not callable(found):
-        raise InvalidDataError("handler", f"{name!r} is not a function")
+        advice = "run this in the folder of the module, or install its package"
+        raise InvalidDataError(
+            "handle", f"{name!r} cannot be imported ({reason}): {advice}"
+        ) from error
+    check_handler(found)
     handle: Handler = found
     return handle

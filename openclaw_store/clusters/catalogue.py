@@ -360,7 +360,7 @@ def _refuse_live(connection: Connection, location: str) -> None:
     live = connection.scalar(select(func.count()).select_from(TaskRow).where(IS_LIVE))
     if live:
         raise ConflictError(
-            f"{location} has {live} tasks that are not finished: wait for them, or drop it by force"
+            f"{location} has unfinished tasks ({live}): wait for them, or drop it by force"
         )
     if (migrations.stored(connection) or "") >= _TRANSFERS:
         leaving = connection.scalar(select(func.sum(OutgoingRow.number)))

@@ -265,7 +265,9 @@ class DatabaseBase:
             return
         self._check_process()
         if self._state == "new":
-            raise UnavailableError(f"{self.db_path} is not open yet: call initialize() first")
+            raise UnavailableError(
+                f"{self.db_path} is not open yet: use `async with`, or call initialize() first"
+            )
         raise UnavailableError(f"{self.db_path}: {CLOSED}")
 
     def refuse_inside(self) -> None:

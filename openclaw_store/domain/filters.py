@@ -21,6 +21,7 @@ from openclaw_store.domain.models import (
     TaskType,
 )
 from openclaw_store.domain.records import Record
+from openclaw_store.domain.serialization import BriefRepr
 from openclaw_store.domain.validation import (
     Check,
     check_enum,
@@ -32,8 +33,8 @@ from openclaw_store.domain.validation import (
 from openclaw_store.errors import InvalidDataError, safe_repr
 
 
-@dataclass(frozen=True, kw_only=True)
-class TaskFilter:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TaskFilter(BriefRepr):
     """Conditions that a task must all meet; a list without conditions contains all tasks.
 
     Text is compared exactly, with case and without wildcards. Of two times, `from` and `after` are
@@ -91,8 +92,8 @@ class TaskFilter:
         return TaskFilter(**_checked(self, now))
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodeFilter:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class NodeFilter(BriefRepr):
     """Conditions that a node must all meet; a filter without conditions selects all nodes."""
 
     status: NodeStatus | Iterable[NodeStatus] | None = None

@@ -14,7 +14,7 @@ from enum import IntEnum, StrEnum
 from typing import Any, Self
 
 from openclaw_store.domain.clock import new_id, utc_now
-from openclaw_store.domain.serialization import JsonCheck, read_dict, to_dict
+from openclaw_store.domain.serialization import BriefRepr, JsonCheck, read_dict, to_dict
 from openclaw_store.domain.validation import (
     Check,
     check_count,
@@ -96,8 +96,8 @@ ALIVE = frozenset({NodeStatus.ONLINE, NodeStatus.BUSY})
 """Statuses in which a node must send heartbeats."""
 
 
-@dataclass
-class Task:
+@dataclass(repr=False)
+class Task(BriefRepr):
     """A unit of work submitted to the cluster."""
 
     task_id: str
@@ -256,8 +256,8 @@ def _dict(name: str, values: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(values)
 
 
-@dataclass
-class NodeInfo:
+@dataclass(repr=False)
+class NodeInfo(BriefRepr):
     """A machine that runs tasks."""
 
     node_id: str

@@ -23,6 +23,23 @@ JsonCheck = Callable[[str, Any], bytes]
 """Takes the name and value of a JSON field; returns its text, or raises InvalidDataError."""
 
 
+class BriefRepr:
+    """A dataclass whose `repr` shows only the fields that differ from their defaults."""
+
+    def __repr__(self) -> str:
+        own: DataclassInstance = self  # type: ignore[assignment]  # a mixin of dataclasses
+        given = ((field, getattr(self, field.name)) for field in fields(own))
+        shown = (
+            f"{field.name}={value!r}" for field, value in given if not _is_default(field, value)
+        )
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _is_default(field: Field[Any], value: object) -> bool:
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return type(value) is type(default) and bool(value == default)
+
+
 def to_dict(
     entity: DataclassInstance,
     kind: type[DataclassInstance],

@@ -250,7 +250,8 @@ def check_enum(kind: type[Enum]) -> Check:
                 raise ValueError
             return kind(value)
         except ValueError:
-            known = ", ".join(str(member.value) for member in kind)
+            names = (f"{member.value} ({member.name})" for member in kind)  # of numbers
+            known = ", ".join(kind if issubclass(kind, str) else names)
             raise InvalidDataError(
                 name, f"must be one of {known}, not {safe_repr(value)}"
             ) from None

@@ -55,7 +55,10 @@ class Repository(Generic[Entity]):
         self._session = database if isinstance(database, AsyncSession) else None
         origin = database.info.get("database") if isinstance(database, AsyncSession) else database
         if not isinstance(origin, Database):
-            raise InvalidDataError("database", "must be a Database, or a session of one")
+            given = type(database).__name__
+            raise InvalidDataError(
+                "database", f"must be a Database, or a session of one, not {given}"
+            )
         self._database = origin
 
     def __repr__(self) -> str:

@@ -109,7 +109,8 @@ class ManagerBase:
             one.attach(self)
 
     def __repr__(self) -> str:
-        state = f"version {self.version}" if self.is_initialized else "not initialized"
+        closed = "not initialized" if self._ending is None else "shut down"
+        state = f"version {self.version}" if self.is_initialized else closed
         return f"<StateManager of {self.db!r}, {state}>"
 
     async def initialize(self) -> bool:
@@ -299,7 +300,9 @@ class ManagerBase:
                 raise UnavailableError("a StateManager belongs to one event loop: make another")
             if self._ending is not None:
                 raise UnavailableError("the StateManager was shut down: make a new one")
-            raise UnavailableError("the StateManager is not initialized: call initialize() first")
+            raise UnavailableError(
+                "the StateManager is not initialized: use `async with`, or call initialize() first"
+            )
 
 
 def _refuse_elsewhere(loop: asyncio.AbstractEventLoop | None) -> None:

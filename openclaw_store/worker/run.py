@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from openclaw_store.domain import Progress, Task, describe_exception, progress_of, utc_now
+from openclaw_store.errors import InvalidDataError
 
 MAX_TRACEBACK_LENGTH = 4000
 """Characters of the end of a traceback, and of the text of an exception, that are stored."""
@@ -127,6 +128,25 @@ class Attempt(Run):
         if caller is not None and caller.cancelling():  # the handler has ignored it
             raise asyncio.CancelledError
         return result
+
+
+def check_handler(handler: Handler) -> None:
+    """Refuse a handler that cannot be called with a task and its run.
+
+    Raises:
+        InvalidDataError: If it is no function, or takes other arguments.
+    """
+    if not callable(handler):
+        raise InvalidDataError("handle", f"must be a function, not {type(handler).__name__}")
+    try:
+        arguments = inspect.signature(handler)
+    except ValueError:  # a function written in C, which does not tell
+        return
+    try:
+        arguments.bind("task", "run")
+    except TypeError:
+        wanted = "must take two arguments, the task and its run, as handle(task, run)"
+        raise InvalidDataError("handle", f"{wanted}; it takes {arguments}") from None
 
 
 def is_coroutine_function(handler: Handler) -> bool:

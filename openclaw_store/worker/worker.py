@@ -37,7 +37,7 @@ from openclaw_store.errors import (
 from openclaw_store.repositories import Lease, Owned
 from openclaw_store.state_manager import StateManager
 from openclaw_store.worker.lease import NodeLease
-from openclaw_store.worker.run import Attempt, Handler, Interruption, describe
+from openclaw_store.worker.run import Attempt, Handler, Interruption, check_handler, describe
 from openclaw_store.worker.waiting import either, first_of, stopped_by_signals
 
 logger = logger_of("worker")
@@ -90,8 +90,12 @@ class Worker:
         grace_seconds: float = 30.0,
         recover_every: float | None = None,
     ) -> None:
-        if not callable(handle):
-            raise InvalidDataError("handle", f"must be a function, not {type(handle).__name__}")
+        if not isinstance(state, StateManager | Database):
+            wanted = "must be a StateManager or a Database"
+            raise InvalidDataError("state", f"{wanted}, not {type(state).__name__}")
+        if not isinstance(node, NodeInfo):
+            raise InvalidDataError("node", f"must be a NodeInfo, not {type(node).__name__}")
+        check_handler(handle)
         self._slots = check_positive("max_concurrent_tasks", node.max_concurrent_tasks)
         self._state = state
         database = state if isinstance(state, Database) else state.db

@@ -191,6 +191,15 @@ def test_no_file_is_named_after_a_password(given: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
+@pytest.mark.sqlite
+@pytest.mark.parametrize("given", ["~/cluster.db", Path("~/cluster.db"), "sqlite:///~/cluster.db"])
+def test_home_folder_is_not_made_under_the_name_that_shells_have_for_it(given: str | Path) -> None:
+    with pytest.raises(InvalidDataError, match="the full path"):
+        Database(given)
+
+    assert Database("~cluster.db").db_path == "~cluster.db"
+
+
 @pytest.mark.parametrize("host", ["anna:hunter2%3Asecret:5432", "[anna:hunter2]", "anna:1:hunter2"])
 def test_login_without_its_at_sign_is_no_host(host: str) -> None:
     """It passed for an address of IPv6, and was shown."""

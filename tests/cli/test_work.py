@@ -81,7 +81,8 @@ async def test_task_is_released_after_sigterm_and_its_grace(
         ("some_jobs", "must be module:name"),
         ("no_such_module:handle", "No module named 'no_such_module'"),
         ("some_jobs:missing", "has no attribute 'missing'"),
-        ("some_jobs:not_a_function", "is not a function"),
+        ("some_jobs:not_a_function", "must be a function"),
+        ("json:loads", "must take two arguments, the task and its run"),
     ],
 )
 def test_handler_that_cannot_be_used_ends_with_one_line(
@@ -94,7 +95,7 @@ def test_handler_that_cannot_be_used_ends_with_one_line(
     done = CliRunner().invoke(app, ["-d", str(path), "work", name])
 
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr.startswith("openclaw-store: handler: ")
+    assert done.stderr.startswith("openclaw-store: handle: ")
     assert reason in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -97,7 +97,7 @@ async def test_dropped_cluster_leaves_nothing_and_the_others_alone(
         async with Database(places, cluster=name) as database:
             await TaskRepository(database).create(make_task())
 
-    with pytest.raises(ConflictError, match="1 tasks that are not finished"):
+    with pytest.raises(ConflictError, match=r"unfinished tasks \(1\): wait for them"):
         await clusters.drop("berlin")
     assert [one.tasks for one in await clusters.list()] == [{"pending": 1}] * 2
     await clusters.drop("berlin", force=True)

@@ -30,6 +30,7 @@ from openclaw_store import (
     StaleVersionError,
     StoreError,
     Task,
+    TaskFilter,
     TaskNotFoundError,
     TaskPriority,
     TaskStatus,
@@ -43,6 +44,7 @@ from openclaw_store.database.tables import NodeRow, TaskRow
 from openclaw_store.domain import clock as clock_module
 from openclaw_store.domain.models import ALIVE, FINISHED
 from openclaw_store.domain.records import JSON_FIELDS
+from openclaw_store.domain.validation import check_enum
 
 ERRORS = [
     InvalidDataError("name", "must be text"),
@@ -233,6 +235,24 @@ def test_tasks_and_nodes_can_be_duplicated(
 
     assert duplicate(task) == task
     assert duplicate(node) == node
+
+
+def test_repr_shows_what_differs_from_the_defaults() -> None:
+    task = Task("train-7", TaskType.BATCH, "train", required_skills=["gpu"], timeout=60)
+    node = NodeInfo("atlas", "host-1", running_tasks=False)  # equals 0, the default, and is wrong
+
+    assert repr(task) == (
+        "Task(task_id='train-7', task_type=<TaskType.BATCH: 'batch'>, name='train', "
+        "required_skills=['gpu'], timeout=60)"
+    )
+    assert repr(node) == "NodeInfo(node_id='atlas', hostname='host-1', running_tasks=False)"
+    assert repr(TaskFilter(user="anna")) == "TaskFilter(user='anna')"
+    assert repr(TaskFilter()) == "TaskFilter()"
+
+
+def test_number_of_an_enumeration_is_named_in_the_refusal() -> None:
+    with pytest.raises(InvalidDataError, match=r"one of 0 \(CRITICAL\), 1 \(HIGH\), .* not 'high'"):
+        check_enum(TaskPriority)("priority", "high")
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

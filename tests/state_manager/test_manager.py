@@ -2751,7 +2751,9 @@ class TestLife:
 
         assert repr(manager) == f"<StateManager of {manager.db!r}, version 1>"
         await manager.shutdown()
-        assert repr(manager) == f"<StateManager of {manager.db!r}, not initialized>"
+        assert repr(manager) == f"<StateManager of {manager.db!r}, shut down>"
+        unused = StateManager(Database(":memory:"))
+        assert repr(unused) == f"<StateManager of {unused.db!r}, not initialized>"
 
 
 class TestAutomaticSynchronisation:

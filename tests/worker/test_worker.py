@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import signal
 import threading
@@ -358,6 +359,32 @@ async def test_senseless_argument_is_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidDataError, match=field):
         make_worker(**options)
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [lambda task: task, lambda: None, lambda task, run, more: more],
+    ids=["one", "none", "three"],
+)
+async def test_handler_with_other_arguments_is_refused_before_it_fails_tasks(
+    make_worker: MakeWorker, handle: Any
+) -> None:
+    with pytest.raises(InvalidDataError, match="must take two arguments, the task and its run"):
+        make_worker(handle)
+
+
+async def test_handler_may_have_more_arguments_with_defaults(make_worker: MakeWorker) -> None:
+    def handle(task: Task, run: Run, more: int = 0, **options: Any) -> None: ...
+
+    for accepted in (handle, print, functools.partial(handle, more=1)):
+        make_worker(accepted)
+
+
+async def test_worker_needs_a_store_and_a_node(location: Location, make_node: MakeNode) -> None:
+    with pytest.raises(InvalidDataError, match="a StateManager or a Database, not str"):
+        Worker("cluster.db", make_node(), do)  # type: ignore[arg-type]  # the point
+    with pytest.raises(InvalidDataError, match="node: must be a NodeInfo, not str"):
+        Worker(Database(location), "atlas", do)  # type: ignore[arg-type]  # the point
 
 
 async def test_second_worker_of_a_node_is_refused(

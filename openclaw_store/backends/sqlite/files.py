@@ -50,7 +50,13 @@ def file_of(location: str | Path) -> Path:
         raise InvalidDataError(
             "db_path", f"{safe_repr(location)} is no name that a file can have"
         ) from None
-    return Path(location).absolute()
+    path = Path(location)
+    if path.parts[:1] == ("~",):  # a folder of this name would be made
+        raise InvalidDataError(
+            "db_path",
+            "~ is the home folder for a shell only: use Path.expanduser, or the full path",
+        )
+    return path.absolute()
 
 
 def check_version() -> None:
