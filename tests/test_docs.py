@@ -71,7 +71,7 @@ NOT_RUN = {
     r"curl .*": "`TestWebService` sends the same request",
     r"python (worker|coordinator)\.py.*|pkill .*": "takes four terminals: `TestTutorial`",
     r"openclaw-store clusters move .*": "needs Citus: `clusters/test_citus.py`",
-    r"createdb .*": "is PostgreSQL's own; the tests make databases with SQL",
+    r"sudo -u postgres .*": "is PostgreSQL's own; the tests make databases with SQL",
     r"(sudo )?systemctl .*": "changes the machine; `TestCleanUp` runs the units' command",
     r"openclaw-store work .*": "works until it is stopped: `TestWorker`, `test_work.py`",
     r"openclaw-store web.*": "serves until it is stopped: `test_web.py`",

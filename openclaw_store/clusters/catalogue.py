@@ -235,7 +235,7 @@ class Clusters:
     def _move(self, name: str, node: str) -> None:
         backend = self._existing(name)
         if not isinstance(backend, PostgreSQL):
-            raise InvalidDataError("node", "is of Citus on a server, not of a file")
+            raise InvalidDataError("node", "only Citus has nodes, and this location is a file")
         citus.move(backend, node)
 
     def _rename(self, name: str, new_name: str) -> None:
