@@ -122,8 +122,9 @@ async def test_listeners_of_closed_loops_are_forgotten(server: Server) -> None:
         async with StateManager(server.cluster("paris"), 3600):
             pass
 
-    for _ in range(3):
-        await InThread(another_loop).join()
+    async with server.cluster("berlin"):  # on the loop that keeps connections
+        for _ in range(3):
+            await InThread(another_loop).join()
     assert len(server._sharing._listeners) == 1  # type: ignore[union-attr]
 
 
