@@ -86,6 +86,7 @@ def rows(database: Path, query: str) -> list[tuple[object, ...]]:
 
 
 class TestTwoCoordinators:
+    @pytest.mark.usefixtures("migrated")
     def test_both_end_with_one_history(self, location: Location, tmp_path: Path) -> None:
         done = run_fork(COORDINATORS, location, folder=tmp_path)
 
@@ -102,6 +103,7 @@ class TestTwoCoordinators:
 
 
 class TestSchedulerDemo:
+    @pytest.mark.usefixtures("migrated")
     def test_every_task_is_done_though_a_worker_is_killed(
         self, location: Location, tmp_path: Path
     ) -> None:

@@ -192,7 +192,7 @@ def outcome(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Outcome]:
     folder = tmp_path_factory.mktemp("processes")
-    with new_location(request, request.param, folder) as location:
+    with new_location(request, request.param, folder, migrated=True) as location:
         (ended,) = run_scripts((WORK, [location, PROCESSES, ROUNDS, COUNTERS]))
         assert (ended.code, ended.err) == (0, "")
         yield Outcome(location, ended)
@@ -406,7 +406,7 @@ def notes(
 ) -> Iterator[Notes]:
     folder = tmp_path_factory.mktemp("killed")
     (folder / "notes").mkdir()
-    with new_location(request, request.param, folder) as location:
+    with new_location(request, request.param, folder, migrated=True) as location:
         arguments = [location, COUNTERS, KILLED_WRITES, folder / "notes"]
         (ended,) = run_scripts((KILL, arguments))
         assert (ended.code, ended.err) == (0, "")

@@ -125,6 +125,7 @@ class TestTransactions:
             with pytest.raises(DeadlineError, match="wait for the transaction it is in"):
                 await TaskRepository(database).create(make_task())
 
+    @pytest.mark.usefixtures("migrated")
     async def test_that_waits_when_the_database_closes_is_refused(
         self, location: Location, make_task: MakeTask
     ) -> None:
@@ -179,6 +180,7 @@ class TestHeartbeats:
 
         await eventually_cpu(manager, node.node_id, 5)
 
+    @pytest.mark.usefixtures("migrated")
     async def test_that_a_failed_write_took_along_is_written(
         self, location: Location, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -440,7 +440,7 @@ def not_refusals(log: str) -> list[str]:
 @pytest.fixture(scope="module", params=EACH_KIND)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     folder = tmp_path_factory.mktemp("workers")
-    with new_location(request, request.param, folder) as location:
+    with new_location(request, request.param, folder, migrated=True) as location:
         yield run_workers("guarded", location, folder, TASKS, KILLS)
 
 

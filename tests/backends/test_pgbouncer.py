@@ -145,7 +145,7 @@ async def test_who_waits_for_a_lock_in_vain_is_told_that_nothing_was_written(
 ) -> None:
     # The role of `url` may not be idle in a transaction for so long.
     owner = make_url(url).set(username=make_url(own_server.url).username).render_as_string()
-    async with Database(bouncer(mode), timeout=PATIENCE) as database:
+    async with Database(bouncer(mode), timeout=3) as database:
         tasks = TaskRepository(database)
         async with locked(owner):
             with pytest.raises(UnavailableError, match="another process keeps it locked"):

@@ -252,6 +252,7 @@ async def test_callers_get_their_answers_while_the_next_batch_waits_for_the_lock
     assert await second is True
 
 
+@pytest.mark.usefixtures("migrated")
 @pytest.mark.parametrize("has_lock", [False, True])
 async def test_batch_that_has_waited_waits_for_the_lock_as_long_as_is_left(
     location: Location, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch, has_lock: bool
@@ -303,6 +304,7 @@ async def test_batch_whose_connection_took_longer_than_it_may_wait_waits_all_the
         assert await writing
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_transaction_waits_for_the_lock_as_long_as_is_left_and_then_as_ever(
     location: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, FakeClock, Location, MakeNode, MakeTask
+from support.for_each import for_each
 from typer.testing import CliRunner, Result
 
 from openclaw_store import (
@@ -201,7 +202,7 @@ class TestActions:
         )  # fmt: skip
         assert task.parameters == {"n": 1}
 
-    @pytest.mark.parametrize(
+    @for_each(
         ("command", "said"),
         [
             ("requeue", "give identifiers, or options"),

@@ -48,6 +48,7 @@ from conftest import (
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.compiler import SQLCompiler
+from support.for_each import for_each
 from support.in_cluster import starts_interpreter
 from support.scripts import Ended, run_scripts
 
@@ -115,6 +116,7 @@ def assert_closed(location: Location) -> None:
         wait_until(lambda: execute(location, others) == [], "nobody is connected")
 
 
+@pytest.mark.usefixtures("migrated")
 class TestSession:
     async def test_session_reads_one_picture_while_others_write(
         self, database: Database, make_task: MakeTask
@@ -208,6 +210,7 @@ async def test_statement_is_compiled_once_for_all_databases(
         assert [await read(other), await read(database), await read(other)] == [1, 1, 1]
 
 
+@pytest.mark.usefixtures("migrated")
 class TestTransaction:
     async def test_transaction_is_committed_at_the_end(
         self, database: Database, make_task: MakeTask, make_node: MakeNode
@@ -271,9 +274,7 @@ class TestTransaction:
                 async with database.transaction():
                     await asyncio.Event().wait()
 
-    @pytest.mark.parametrize(
-        "timeout", [0, -1, math.nan, math.inf, 1e300, 10**400, "5", True, [], Decimal(5)]
-    )
+    @for_each("timeout", [0, -1, math.nan, math.inf, 1e300, 10**400, "5", True, [], Decimal(5)])
     async def test_senseless_timeout_is_refused(self, database: Database, timeout: Any) -> None:
         """Found by the campaign `hostile`: one kind did not mind NaN, another error from each."""
         with pytest.raises(InvalidDataError, match="timeout: must be"):
@@ -596,7 +597,7 @@ class TestLife:
 
         assert [entry.name for entry in tmp_path.iterdir()] == ["a b%20c#d?.db"]
 
-    @pytest.mark.parametrize(
+    @for_each(
         "options",
         [
             {"timeout": 0},
@@ -611,7 +612,7 @@ class TestLife:
             {"legacy_timezone": DEEP},
         ],
     )
-    def test_senseless_option_is_refused_by_name(
+    async def test_senseless_option_is_refused_by_name(
         self, location: Location, options: dict[str, Any]
     ) -> None:
         with pytest.raises(InvalidDataError) as caught:
@@ -658,6 +659,7 @@ def uses(database: Database) -> list[Callable[[], Coroutine[Any, Any, Any]]]:
     ]
 
 
+@pytest.mark.usefixtures("migrated")
 class TestLoops:
     async def test_another_loop_reads_and_writes_while_this_one_is_blocked(
         self, database: Database, make_task: MakeTask
@@ -1304,6 +1306,7 @@ async def locked_file(path: Path, statement: str = "BEGIN IMMEDIATE") -> AsyncIt
 
 
 class TestLocks:
+    @pytest.mark.usefixtures("migrated")
     async def test_batch_that_has_waited_for_its_turn_has_so_much_less_time_for_the_lock(
         self, location: Location, make_task: MakeTask
     ) -> None:
@@ -1320,6 +1323,7 @@ class TestLocks:
 
             assert loop.time() - began < 3
 
+    @pytest.mark.usefixtures("migrated")
     async def test_lock_of_another_process_is_named_and_forgotten_once_it_is_gone(
         self, location: Location, make_task: MakeTask
     ) -> None:
@@ -1349,6 +1353,7 @@ class TestLocks:
                 await write()
             assert await repository.count_by_status() == 2
 
+    @pytest.mark.usefixtures("migrated")
     async def test_transaction_that_could_not_begin_is_not_told_that_it_was_slow(
         self, location: Location
     ) -> None:
@@ -1567,6 +1572,7 @@ class TestBackup:
         assert set(tmp_path.iterdir()) - {copy} <= before
 
 
+@pytest.mark.usefixtures("migrated")
 class TestVacuumAndStats:
     @pytest.mark.sqlite
     async def test_vacuum_waits_for_a_reader_that_is_just_ending(
@@ -1738,7 +1744,9 @@ def endings(
         scripts, locations = [], []
         for code in ENDINGS.values():
             folder = tmp_path_factory.mktemp("ending")
-            location = places.enter_context(new_location(request, request.param, folder))
+            location = places.enter_context(
+                new_location(request, request.param, folder, migrated=True)
+            )
             scripts.append((ENDING.replace("ENDING", code), [location, folder]))
             locations.append(location)
         ended = run_scripts(*scripts, at_once=3)
@@ -1797,6 +1805,7 @@ async def main(path):
 asyncio.run(main(sys.argv[1]))
 """
 
+    @pytest.mark.usefixtures("migrated")
     def test_forked_child_gets_an_error_and_the_parent_goes_on(self, location: Location) -> None:
         (ended,) = run_scripts((self.FORK, [location]))
 
@@ -1850,6 +1859,7 @@ async def main(path):
 asyncio.run(main(sys.argv[1]))
 """
 
+    @pytest.mark.usefixtures("migrated")
     def test_forked_child_with_a_database_of_its_own_loses_nothing(
         self, location: Location
     ) -> None:
@@ -1922,6 +1932,7 @@ async def main(path):
 asyncio.run(main(sys.argv[1]))
 """
 
+    @pytest.mark.usefixtures("migrated")
     @pytest.mark.sqlite
     def test_forked_child_cannot_close_what_its_parent_has_open(self, location: Location) -> None:
         """It rolled back the parent's transaction, and waited for ever for the parent's threads."""
@@ -1979,6 +1990,7 @@ connection.close()
         assert execute(location, stored) == [(1,)]
         assert_sound(location)
 
+    @pytest.mark.usefixtures("migrated")
     @starts_interpreter
     def test_killed_process_loses_nothing_that_was_acknowledged(self, location: Location) -> None:
         script = """
@@ -2313,6 +2325,7 @@ class TestCancelledCallers:
         await self.flush_entry(database, make_task)
         await database.close()
 
+    @pytest.mark.usefixtures("migrated")
     @pytest.mark.parametrize("turns", [0, 1, 3])
     async def test_close(self, location: Location, make_task: MakeTask, turns: int) -> None:
         for suspension in range(1, 6):

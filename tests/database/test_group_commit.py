@@ -1501,6 +1501,7 @@ async def ticking(location: Location) -> Any:
         yield database
 
 
+@pytest.mark.usefixtures("migrated")
 class TestOnADatabase:
     async def test_tasks_created_together_are_one_transaction(
         self, ticking: Database, make_task: MakeTask

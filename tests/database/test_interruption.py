@@ -86,6 +86,7 @@ def statement(location: Location) -> TextClause:
     return text(_NEVER_ENDS.format("note()" if isinstance(location, Path) else "1"))
 
 
+@pytest.mark.usefixtures("migrated")
 @pytest.mark.parametrize("within", ["nothing", "a limit", "a former limit"])
 async def test_statement_of_a_session_ends_with_its_caller(
     opened: Database, location: Location, running: Running, within: str
@@ -106,6 +107,7 @@ async def test_statement_of_a_session_ends_with_its_caller(
     assert opened.checked_out_connections == 0
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_statement_of_a_read_ends_soon_after_its_caller(
     opened: Database, location: Location, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,7 @@ async def test_statement_of_a_read_ends_soon_after_its_caller(
     assert is_closed
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_statement_of_an_inspection_ends_with_its_caller(
     opened: Database, location: Location, running: Running
 ) -> None:
@@ -131,6 +134,7 @@ async def test_statement_of_an_inspection_ends_with_its_caller(
     await cancelled(work, location, running)
 
 
+@pytest.mark.usefixtures("migrated")
 @pytest.mark.postgresql
 async def test_verification_that_waits_for_a_lock_ends_with_its_caller(
     opened: Database, location: Location
@@ -147,6 +151,7 @@ async def test_verification_that_waits_for_a_lock_ends_with_its_caller(
         await until(lambda: execute(location, waiting) == [(0,)])
 
 
+@pytest.mark.usefixtures("migrated")
 @pytest.mark.sqlite
 async def test_vacuum_ends_with_its_caller(
     opened: Database, location: Location, running: Running, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +170,7 @@ async def test_vacuum_ends_with_its_caller(
     await opened.vacuum()
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_vacuum_that_waits_for_a_lock_ends_with_its_caller(
     opened: Database, location: Location
 ) -> None:

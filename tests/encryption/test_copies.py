@@ -42,6 +42,7 @@ async def sealed(location: Location, clock: FakeClock) -> AsyncIterator[StateMan
         yield manager
 
 
+@pytest.mark.usefixtures("migrated")
 class TestCopies:
     async def test_copy_seals_again_for_its_target(
         self,
@@ -89,6 +90,7 @@ class TestCopies:
                 await TaskRepository(database).get("t1")
 
 
+@pytest.mark.usefixtures("migrated")
 class TestArchive:
     async def test_archived_tasks_stay_sealed_and_can_be_restored(
         self,

@@ -39,6 +39,7 @@ async def fields_of(database: Database) -> set[str]:
         return set(await session.scalars(select(SealingKeyRow.sealed_fields)))
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_names_and_users_are_sealed_and_found(
     location: Location, clock: FakeClock, make_task: MakeTask
 ) -> None:
@@ -72,6 +73,7 @@ async def test_names_and_users_are_sealed_and_found(
     assert SECRET not in repr(table(location, "tasks"))
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_fields_are_turned_on_and_off_by_a_rotation(
     location: Location, clock: FakeClock, make_task: MakeTask
 ) -> None:
@@ -99,6 +101,7 @@ async def test_fields_are_turned_on_and_off_by_a_rotation(
     assert {row[0] for row in table(location, "tasks")} == {row[0] for row in before}
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_moved_user_id_does_not_open(location: Location, make_task: MakeTask) -> None:
     async with Database(location, keys=SEALING) as database:
         tasks = TaskRepository(database)
@@ -114,6 +117,7 @@ async def test_moved_user_id_does_not_open(location: Location, make_task: MakeTa
             await tasks.get("t2")
 
 
+@pytest.mark.usefixtures("migrated")
 async def test_copies_and_archives_seal_the_same_fields(
     location: Location,
     another_location: Location,

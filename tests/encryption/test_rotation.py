@@ -39,6 +39,7 @@ async def sealed(location: Location, clock: FakeClock) -> AsyncIterator[StateMan
         yield manager
 
 
+@pytest.mark.usefixtures("migrated")
 class TestRotation:
     async def test_keys_are_turned_on_rotated_and_turned_off(
         self, location: Location, clock: FakeClock, make_task: MakeTask, make_node: MakeNode

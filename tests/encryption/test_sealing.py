@@ -45,6 +45,7 @@ async def sealed(location: Location, clock: FakeClock) -> AsyncIterator[StateMan
         yield manager
 
 
+@pytest.mark.usefixtures("migrated")
 class TestContents:
     async def test_values_are_sealed_in_the_database_and_clear_for_all_processes(
         self,
@@ -234,6 +235,7 @@ class TestContents:
         assert change.reason == f"{SECRET} is the reason"
 
 
+@pytest.mark.usefixtures("migrated")
 class TestDamage:
     async def test_damaged_and_swapped_values_stop_only_their_row(
         self,
@@ -301,6 +303,7 @@ class TestDamage:
         assert found.description == "planted"
 
 
+@pytest.mark.usefixtures("migrated")
 class TestKeys:
     async def test_database_is_opened_only_with_its_keys(
         self, sealed: StateManager, location: Location, make_task: MakeTask

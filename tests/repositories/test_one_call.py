@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from itertools import product
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from conftest import (
     execute,
     feed,
 )
+from support.for_each import for_each
 
 from openclaw_store import (
     Change,
@@ -409,18 +411,22 @@ ODD_SKILLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("skill", ODD_SKILLS)
+@for_each("skill", ODD_SKILLS)
 async def test_skill_may_be_any_text(
     manager: StateManager, make_task: MakeTask, make_node: MakeNode, skill: str
 ) -> None:
     """Planted: JSON that looks like an escape of half a character is compared with nothing."""
-    await manager.register_node(make_node(node_id="n", available_skills=["x", skill]))
-    await manager.register_node(make_node(node_id="m", available_skills=["x", skill + "x"]))
+    has_it, others = (
+        make_node(available_skills=["x", skill]),
+        make_node(available_skills=["x", skill + "x"]),
+    )
+    await manager.register_node(has_it)
+    await manager.register_node(others)
     task = make_task(required_skills=[skill])
     await manager.add_task(task)
 
-    assert await manager.claim_tasks("m") == []
-    assert [one.task_id for one in await manager.claim_tasks("n")] == [task.task_id]
+    assert await manager.claim_tasks(others.node_id) == []
+    assert [one.task_id for one in await manager.claim_tasks(has_it.node_id)] == [task.task_id]
 
 
 BY_HAND = [
@@ -429,8 +435,7 @@ BY_HAND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", BY_HAND, ids=[text[:12] for text in BY_HAND])
-@pytest.mark.parametrize("is_delayed", [False, True])
+@for_each(("text", "is_delayed"), [*product(BY_HAND, [False, True])])
 async def test_skills_written_by_hand_keep_no_other_task_from_being_claimed(
     manager: StateManager,
     location: Location,
@@ -441,19 +446,23 @@ async def test_skills_written_by_hand_keep_no_other_task_from_being_claimed(
     is_delayed: bool,
 ) -> None:
     """Planted: any JSON is compared with the skills of the node."""
-    await manager.register_node(make_node(node_id="n", available_skills=["x"]))
-    await manager.register_node(make_node(node_id="odd", available_skills=["x"]))
+    node, odd_node = [make_node(available_skills=["x"]) for _ in range(2)]
+    await manager.register_node(node)
+    await manager.register_node(odd_node)
     delay = {"not_before": clock()} if is_delayed else {}
-    for id in ("odd", "even"):
-        await manager.add_task(make_task(task_id=id, required_skills=["x"], **delay))
-    execute(location, f"UPDATE tasks SET required_skills = '{text}' WHERE task_id = 'odd'")
-    execute(location, f"UPDATE nodes SET available_skills = '{text}' WHERE node_id = 'odd'")
+    odd_task, task = [make_task(required_skills=["x"], **delay) for _ in range(2)]
+    await manager.add_tasks([odd_task, task])
+    for table, column, key, id in (
+        ("tasks", "required_skills", "task_id", odd_task.task_id),
+        ("nodes", "available_skills", "node_id", odd_node.node_id),
+    ):
+        execute(location, f"UPDATE {table} SET {column} = '{text}' WHERE {key} = '{id}'")
     clock.advance(seconds=1)
 
-    assert await manager.claim_tasks("odd") == []
-    claimed = await manager.claim_tasks("n", 5)
+    assert await manager.claim_tasks(odd_node.node_id) == []
+    claimed = await manager.claim_tasks(node.node_id, 5)
 
-    assert [task.task_id for task in claimed] == ["even"]
+    assert [one.task_id for one in claimed] == [task.task_id]
 
 
 async def test_very_long_list_of_skills_does_not_keep_a_task_from_being_claimed(

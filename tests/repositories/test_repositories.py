@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import FakeClock, MakeNode, MakeTask
 from sqlalchemy import select, text, update
+from support.for_each import for_each
 
 from openclaw_store import (
     Change,
@@ -619,7 +620,7 @@ class TestNodeLists:
 
         assert await nodes.get_available_nodes() == expected
 
-    @pytest.mark.parametrize(
+    @for_each(
         "skill",
         ["java", "c++", "%", "_", "a%", "'", '"', "\\", "", " ", "[", "数据处理", "é", "x" * 300],
     )
@@ -633,6 +634,8 @@ class TestNodeLists:
         await create_all(nodes, [has_it, without, offline, make_node()])
 
         assert await nodes.find_by_skill(skill) == [has_it]
+        for node in await nodes.get_all_nodes():
+            await nodes.delete(node.node_id)
 
     async def test_skill_case_matters(self, nodes: NodeRepository, make_node: MakeNode) -> None:
         await nodes.create(make_node(available_skills=["Java"]))
@@ -661,7 +664,7 @@ class TestSignsOfLife:
 
         assert await nodes.find_stale_nodes() == [old]
 
-    @pytest.mark.parametrize("status", NodeStatus)
+    @for_each("status", NodeStatus)
     async def test_only_live_nodes_can_be_stale(
         self, nodes: NodeRepository, make_node: MakeNode, clock: FakeClock, status: NodeStatus
     ) -> None:
@@ -672,8 +675,9 @@ class TestSignsOfLife:
 
         alive = status in (NodeStatus.ONLINE, NodeStatus.BUSY)
         assert await nodes.find_stale_nodes() == ([node] if alive else [])
+        await nodes.delete(node.node_id)
 
-    @pytest.mark.parametrize("status", NodeStatus)
+    @for_each("status", NodeStatus)
     async def test_online_and_busy_count_as_sign_of_life_others_do_not(
         self, nodes: NodeRepository, make_node: MakeNode, clock: FakeClock, status: NodeStatus
     ) -> None:
@@ -689,7 +693,7 @@ class TestSignsOfLife:
         assert stored.last_heartbeat == (clock() if alive else before)
         assert stored.status is status
 
-    @pytest.mark.parametrize("status", NodeStatus)
+    @for_each("status", NodeStatus)
     async def test_heartbeat_brings_an_offline_node_back_and_no_other(
         self, nodes: NodeRepository, make_node: MakeNode, clock: FakeClock, status: NodeStatus
     ) -> None:

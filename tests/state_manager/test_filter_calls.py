@@ -139,6 +139,7 @@ def is_selected(wanted: NodeFilter, node: NodeInfo, clock: FakeClock) -> bool:
     )
 
 
+@pytest.mark.usefixtures("migrated")
 def test_filters_select_in_the_database_what_they_select_in_memory(location: Location) -> None:
     """Planted: `has_free_slots=False` ignored in SQL, a tag ignored in memory."""
     clock = FakeClock()

@@ -29,6 +29,7 @@ from conftest import (
     start,
 )
 from sqlalchemy.util import await_only
+from support.for_each import for_each
 
 from openclaw_store import (
     Database,
@@ -184,6 +185,7 @@ class TestReading:
         assert await restarted.update_task(task) is True
         assert await restarted.get_task(task.task_id) == task
 
+    @pytest.mark.usefixtures("migrated")
     @pytest.mark.parametrize("size", [0, 1, 2])
     async def test_finished_tasks_beyond_the_limit_are_read_from_the_database(
         self, open_manager: OpenManager, make_task: MakeTask, size: int
@@ -711,6 +713,7 @@ class TestChanging:
         with pytest.raises(InvalidDataError, match="tasks: must be tasks, not Task"):
             await manager.add_tasks(make_task())  # type: ignore[arg-type]  # the point
 
+    @pytest.mark.usefixtures("migrated")
     async def test_finished_task_of_long_ago_can_be_changed(
         self, open_manager: OpenManager, make_task: MakeTask
     ) -> None:
@@ -1411,7 +1414,7 @@ class TestHeartbeats:
         node.hostname = "renamed"  # by the copy from before
         assert await manager.update_node(node) is True
 
-    @pytest.mark.parametrize("status", NodeStatus)
+    @for_each("status", NodeStatus)
     async def test_brings_an_offline_node_back_and_no_other(
         self, manager: StateManager, node: NodeInfo, status: NodeStatus
     ) -> None:
@@ -1899,6 +1902,7 @@ class TestStats:
 
         assert (await manager.get_stats())["last_refresh_at"] == loaded_at
 
+    @pytest.mark.usefixtures("migrated")
     async def test_stats_count_what_is_in_memory(
         self, open_manager: OpenManager, make_task: MakeTask, make_node: MakeNode
     ) -> None:
@@ -2484,7 +2488,7 @@ class TestLife:
         lambda manager: manager.refresh_from_database(),
     )
 
-    @pytest.mark.parametrize("call", CALLS)
+    @for_each("call", CALLS)
     async def test_use_before_and_after_raises(
         self, location: Location, call: Callable[[StateManager], Awaitable[Any]]
     ) -> None:
@@ -2519,6 +2523,7 @@ class TestLife:
 
         assert not manager.is_initialized
 
+    @pytest.mark.usefixtures("migrated")
     async def test_shutdown_right_after_a_write_keeps_it(
         self, location: Location, make_task: MakeTask, make_node: MakeNode
     ) -> None:
@@ -2595,6 +2600,7 @@ class TestLife:
         assert node is not None
         assert node.cpu_usage == 50
 
+    @pytest.mark.usefixtures("migrated")
     @pytest.mark.sqlite  # nobody could close the connections to a server
     @pytest.mark.parametrize("ending", ["cancelled", "left"])
     def test_shutdown_that_its_loop_interrupted_is_finished_on_another(
@@ -2645,6 +2651,7 @@ class TestLife:
 
         assert manager.is_initialized
 
+    @pytest.mark.usefixtures("migrated")
     @pytest.mark.sqlite  # nobody could close the connections to a server
     def test_shutdown_when_its_loop_was_closed(
         self, location: Location, make_task: MakeTask
@@ -2730,13 +2737,13 @@ class TestLife:
         with pytest.raises(UnavailableError, match="belongs to one event loop"):
             await asyncio.to_thread(elsewhere)
 
-    @pytest.mark.parametrize("interval", [0, -1, math.nan, math.inf, "30", True])
-    def test_interval_that_is_none(self, location: Location, interval: Any) -> None:
+    @for_each("interval", [0, -1, math.nan, math.inf, "30", True])
+    async def test_interval_that_is_none(self, location: Location, interval: Any) -> None:
         with pytest.raises(InvalidDataError, match="auto_sync_interval"):
             StateManager(Database(location), auto_sync_interval=interval)
 
-    @pytest.mark.parametrize("size", [-1, 1.5, None, True])
-    def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
+    @for_each("size", [-1, 1.5, None, True])
+    async def test_size_of_the_cache_that_is_none(self, location: Location, size: Any) -> None:
         with pytest.raises(InvalidDataError, match="finished_cache_size"):
             StateManager(Database(location), finished_cache_size=size)
 
