@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import MakeNode, MakeTask
+from support.for_each import for_each
 
 from openclaw_store import (
     Database,
@@ -301,7 +302,7 @@ class Reticent(str):
         return True
 
 
-@pytest.mark.parametrize(("text", "reason"), [*BAD_TEXTS, ("x" * 256, "is longer than 255")])
+@for_each(("text", "reason"), [*BAD_TEXTS, ("x" * 256, "is longer than 255")])
 async def test_text_of_another_type_is_judged_by_what_is_in_it(
     database: Database, make_task: MakeTask, text: str, reason: str
 ) -> None:
