@@ -48,6 +48,7 @@ from conftest import (
 from sqlalchemy import event, func, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.compiler import SQLCompiler
+from support import maker
 from support.for_each import for_each
 from support.in_cluster import starts_interpreter
 from support.scripts import Ended, run_scripts
@@ -111,6 +112,7 @@ def assert_closed(location: Location) -> None:
         others = (
             "SELECT pid FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            f" AND application_name <> '{maker.APPLICATION}'"
         )
         # A process of the server ends a moment after its connection.
         wait_until(lambda: execute(location, others) == [], "nobody is connected")
