@@ -163,7 +163,10 @@ def members() -> Iterator[Case]:
         ("priority", TaskPriority, [4, -1, True, False, "0", None, 0.5, GREATEST + 1, math.nan]),
     ]
     for field, kind, values in strangers:
-        known = ", ".join(str(member.value) for member in kind)
+        known = ", ".join(
+            member if isinstance(member, str) else f"{member.value} ({member.name})"
+            for member in kind
+        )
         for value in values:
             yield Case(field, value, f"must be one of {known}, not {value!r}")
 
