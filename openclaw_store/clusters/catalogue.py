@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, func, select, text
-from sqlalchemy.exc import DBAPIError
 
 from openclaw_store.backends import (
     BESIDES,
@@ -217,9 +216,7 @@ class Clusters:
         if not self._is_server:
             return [_file_info(self._backend(name), name) for name in self._names() if name]
         backend = self._backend(None)
-        address = backend.address
-
-        return backend.inspect(lambda one: [*_schema_infos(one, address)])
+        return backend.inspect(lambda one: [*_schema_infos(one, backend)])
 
     def _create(self, name: str) -> None:
         self._refuse_existing(name)
@@ -289,12 +286,12 @@ def _names_of_files(location: str | Path) -> Iterator[str]:
             yield found[1]
 
 
-def _schema_infos(connection: Connection, location: str) -> Iterator[ClusterInfo]:
+def _schema_infos(connection: Connection, backend: Backend) -> Iterator[ClusterInfo]:
     for name in _schemas(connection):
         try:
-            with connection.begin_nested():
-                info = _schema_info(connection, name, location)
-        except DBAPIError:
+            with backend.error_mapping.mapped(), connection.begin_nested():
+                info = _schema_info(connection, name, backend.address)
+        except StoreError:
             counters = f"{name or PUBLIC}.counters"
             if connection.scalar(select(func.to_regclass(counters))) is not None:
                 raise

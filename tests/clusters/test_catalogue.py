@@ -155,7 +155,7 @@ async def test_refused_drop_does_not_move_the_file(
     async with Database(places, cluster="berlin") as database:
         await TaskRepository(database).create(make_task())
     monkeypatch.setattr(catalogue, "rename_to_unused", pytest.fail)
-    with pytest.raises(ConflictError, match="1 tasks that are not finished"):
+    with pytest.raises(ConflictError, match="drop it by force"):
         await clusters.drop("berlin")
 
 
