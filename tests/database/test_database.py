@@ -2203,7 +2203,8 @@ class TestCancelledCallers:
 
         connect: Callable[..., sqlite3.Connection] = sqlite3.connect
         monkeypatch.setattr(sqlite3, "connect", open_late)
-        connection = sqlite_connections.connect_async(str(tmp_path / "cluster.db"))
+        options = sqlite_connections.options_of(sqlite_connections.WriteConnection)
+        connection = sqlite_connections.connect_async(str(tmp_path / "cluster.db"), **options)
 
         async def open_it() -> None:
             await connection
