@@ -347,7 +347,7 @@ async def test_command_line(run: Run, places: Location, make_task: MakeTask) -> 
         assert "only here" in await run("tasks", "--cluster", "paris")
         await run("clusters", "drop", "paris", "--force", "--yes")
     await run("clusters", "rename", "berlin", "bonn")
-    assert "not finished" in await run("clusters", "drop", "bonn", "--yes", status=1)
+    assert "unfinished" in await run("clusters", "drop", "bonn", "--yes", status=1)
     await run("clusters", "drop", "bonn", "--yes", "--force")
     assert (await run("clusters", "list", "--json"))["total"]["clusters"] == 1
     assert (await run("doctor", "--cluster", "tokyo", "--json"))["is_well"]
