@@ -76,7 +76,7 @@ class Child:
 
     The function, plain or a coroutine function, receives `send` and the arguments. It sends JSON
     values. Its error output goes to the file `errors`. It is a fork of a process that has imported
-    the library, or has an interpreter of its own if that needs other environment variables.
+    the library, or has an interpreter of its own if `environment` is given.
 
     The context manager kills a process that still runs at the end, also after a timeout.
     """
@@ -96,7 +96,7 @@ class Child:
             arguments: JSON values, and paths, which arrive as text.
             errors: The file for its error output, which is appended.
             bug: Name of a planted bug.
-            environment: Additional environment variables.
+            environment: Additional environment variables, even none, of an own interpreter.
             patience_seconds: Time limit for the next message, and for the end.
         """
         self._errors = errors

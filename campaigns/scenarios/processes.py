@@ -159,7 +159,11 @@ def _run_processes(run: Run, names: Sequence[str], slowest: dict[str, float]) ->
         records = [_ProcessRecord(name, places.enter_context(run.location())) for name in names]
         programs = [(one.name, str(one.location), run.random.randrange(2**32)) for one in records]
         errors = folder / "errors"
-        with Child(supervise, folder, programs, errors=errors, bug=run.bug) as child:
+        # An own interpreter, as the fork of a server of forks does not end as an interpreter does.
+        own: dict[str, str] = {}
+        with Child(
+            supervise, folder, programs, errors=errors, bug=run.bug, environment=own
+        ) as child:
             for number, what, *values in child.messages():
                 records[number].note(what, *values)
             run.check(child.wait() == 0, f"the supervisor ended: {child.complaint}")
