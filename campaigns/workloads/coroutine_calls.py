@@ -560,6 +560,7 @@ CALLS: dict[str, Call] = {
         lambda fixture: fixture.manager.renew_lease(
             fixture.id("gone"), {fixture.id("running"): _PROGRESS}
         ),
+        in_parts=True,  # the heartbeat, and the progress
         lingers=True,
     ),
     "StateManager.resume_node": Call(

@@ -42,6 +42,7 @@ from openclaw_store import (
     verify,
 )
 from openclaw_store.backends import backend_of
+from openclaw_store.backends.sqlite.connections import reading_text
 from openclaw_store.database import migrations
 from openclaw_store.database.tables import TaskRow
 from openclaw_store.maintenance import findings, row_checks
@@ -719,3 +720,14 @@ async def test_changed_function_is_named(location: Location, cluster: StateManag
         await cluster.add_task(Task.create(task_type=TaskType.BATCH, name="new"))
     execute(location, "ALTER FUNCTION mine RENAME TO store_write_4")
     assert await verify(cluster.db)
+
+
+@pytest.mark.sqlite
+async def test_cancellation_that_has_closed_the_connection_is_not_hidden(
+    database: Database,
+) -> None:
+    async with database.session() as session:
+        with pytest.raises(asyncio.CancelledError):
+            async with reading_text(session, bytes):
+                await session.invalidate()  # as SQLAlchemy does when a statement is cancelled
+                raise asyncio.CancelledError

@@ -142,7 +142,8 @@ async def reading_text(
     try:
         yield
     finally:
-        driver.text_factory = str
+        with suppress(ValueError):  # a cancelled statement has closed the connection
+            driver.text_factory = str
 
 
 async def _driver_of(session: AsyncSession) -> Any:
