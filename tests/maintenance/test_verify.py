@@ -22,6 +22,7 @@ from conftest import (
     execute,
 )
 from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncSession
 from support.machines import Machine, run_machine
 
 from openclaw_store import (
@@ -726,8 +727,11 @@ async def test_changed_function_is_named(location: Location, cluster: StateManag
 async def test_cancellation_that_has_closed_the_connection_is_not_hidden(
     database: Database,
 ) -> None:
+    async def read(session: AsyncSession) -> None:
+        async with reading_text(session, bytes):
+            await session.invalidate()  # as SQLAlchemy does when a statement is cancelled
+            raise asyncio.CancelledError
+
     async with database.session() as session:
         with pytest.raises(asyncio.CancelledError):
-            async with reading_text(session, bytes):
-                await session.invalidate()  # as SQLAlchemy does when a statement is cancelled
-                raise asyncio.CancelledError
+            await read(session)
