@@ -16,12 +16,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import pytest
-import typer.testing
 from hypothesis import settings
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import DBAPIError
@@ -71,9 +70,6 @@ PATIENCE = 30.0
 """Seconds after which something that should have happened counts as hanging."""
 
 open_in_cluster()
-
-# Typer makes all commands anew for each call of one, which takes as long as the call itself.
-typer.testing._get_command = cache(typer.main.get_command)  # type: ignore[attr-defined]
 
 Location = str | Path
 """Where a database is: the path of a file, or the URL of one on a server."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -105,30 +107,36 @@ async def restore_tasks(
         run = await runs.begin(database, "restore", folder.location, "verified")
         snapshot = await asyncio.to_thread(catalogue.snapshot)
         parts = ((file, group) for file in snapshot.tasks for group in file.groups)
-        async for found in _ahead(partial(read, *part) for part in parts):
-            while found:
-                batch, found = found[: mover.batch], found[mover.batch :]
-                refusals = await mover.write(_restore, (run, batch))
-                run.passed(run.position + len(batch))
-                for one, refusal in zip(batch, refusals, strict=True):
-                    if refusal is None:
-                        done.restored.append(one.record.task_id)
-                    else:
-                        done.skipped[one.record.task_id] = str(refusal)
+        async with aclosing(_ahead(partial(read, *part) for part in parts)) as groups:
+            async for found in groups:
+                while found:
+                    batch, found = found[: mover.batch], found[mover.batch :]
+                    refusals = await mover.write(_restore, (run, batch))
+                    run.passed(run.position + len(batch))
+                    for one, refusal in zip(batch, refusals, strict=True):
+                        if refusal is None:
+                            done.restored.append(one.record.task_id)
+                        else:
+                            done.skipped[one.record.task_id] = str(refusal)
         await mover.finish(run)
     return done
 
 
-async def _ahead(calls: Iterable[Callable[[], Result]]) -> AsyncIterator[Result]:
-    """Yield the results of calls on a thread; while one is used, the next call is made."""
-    former: asyncio.Future[Result] | None = None
-    for call in calls:
-        running = asyncio.ensure_future(asyncio.to_thread(call))
-        if former is not None:
-            yield await former
-        former = running
-    if former is not None:
-        yield await former
+async def _ahead(calls: Iterable[Callable[[], Result]]) -> AsyncGenerator[Result, None]:
+    """Yield the results of calls on a thread; while one is used, the next call is made.
+
+    Closing it waits for a call that is under way.
+    """
+    begun: deque[asyncio.Future[Result]] = deque()
+    try:
+        for call in calls:
+            begun.append(asyncio.ensure_future(asyncio.to_thread(call)))
+            if len(begun) == 2:
+                yield await begun.popleft()
+        while begun:
+            yield await begun.popleft()
+    finally:
+        await asyncio.gather(*begun, return_exceptions=True)
 
 
 def _restore(

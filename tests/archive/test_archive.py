@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import random
+import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -40,7 +42,7 @@ from openclaw_store.archive.compaction import compact_archive
 from openclaw_store.archive.folder import Folder
 from openclaw_store.archive.layout import TASKS
 from openclaw_store.archive.reader import Archive
-from openclaw_store.archive.restore import restore_tasks
+from openclaw_store.archive.restore import _ahead, restore_tasks
 from openclaw_store.archive.retain import plan, retain
 from openclaw_store.domain import Retention
 from openclaw_store.errors import ConflictError
@@ -593,11 +595,8 @@ async def test_each_flipped_bit_is_found(
     assert check.problems or check.remarks
 
 
-@pytest.mark.sqlite
-async def test_damaged_file_keeps_its_rows_in_the_database(
-    database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = {task.task_id for task in await fill()}
+def damage_verified_files(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Change the first file of each run when it has been verified."""
     advance = runs.advance
 
     async def damage(database: Database, run: Any, state: str, files: Any = None) -> None:
@@ -607,6 +606,14 @@ async def test_damaged_file_keeps_its_rows_in_the_database(
             file.write_bytes(file.read_bytes()[:-1] + b"x")
 
     monkeypatch.setattr(runs, "advance", damage)
+
+
+@pytest.mark.sqlite
+async def test_damaged_file_keeps_its_rows_in_the_database(
+    database: Database, fill: Fill, policy: Retention, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {task.task_id for task in await fill()}
+    damage_verified_files(monkeypatch, folder)
     with pytest.raises(UnavailableError, match="was changed after it was written"):
         await retain(database, policy)
 
@@ -623,15 +630,7 @@ async def test_damaged_file_keeps_its_changes_in_the_database(
     monkeypatch.setattr(collect, "RUN_ROWS", 1)
     await fill(9)
     before = await rows_of(database, "changes")
-    advance = runs.advance
-
-    async def damage(database: Database, run: Any, state: str, files: Any = None) -> None:
-        await advance(database, run, state, files)
-        if state == "verified":
-            file = folder / files[0].path
-            file.write_bytes(file.read_bytes()[:-1] + b"x")
-
-    monkeypatch.setattr(runs, "advance", damage)
+    damage_verified_files(monkeypatch, folder)
     with pytest.raises(UnavailableError, match="was changed after it was written"):
         await retain(database, Retention(history=DAY, archive=folder, load=1.0))
 
@@ -919,3 +918,22 @@ def test_invalid_policies_are_refused() -> None:
 def test_location_with_a_password_is_refused() -> None:
     with pytest.raises(InvalidDataError, match="must not contain a password"):
         Archive("s3://key:secret@bucket/folder")
+
+
+async def test_restore_that_fails_waits_for_what_it_reads_ahead() -> None:
+    tasks, may_end = asyncio.all_tasks(), threading.Event()
+
+    def read_next() -> int:
+        may_end.wait(30)
+        raise ValueError
+
+    async def use() -> None:
+        async with aclosing(_ahead([lambda: 1, read_next])) as groups:
+            async for _ in groups:
+                asyncio.get_running_loop().call_later(0.01, may_end.set)
+                raise KeyError
+
+    with pytest.raises(KeyError):
+        await use()
+    assert may_end.is_set()
+    assert asyncio.all_tasks() == tasks
