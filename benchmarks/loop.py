@@ -104,7 +104,8 @@ class Watch:
 
     async def __aenter__(self) -> Self:
         self.longest = self.longest_collection = 0.0
-        self._collected = self._collecting_since = 0.0
+        self._collected = 0.0
+        self._collecting_since: float | None = None
         gc.callbacks.append(self._collector)
         self._ticking = asyncio.create_task(self._tick())
         await asyncio.sleep(2 * self._SLEEP)
@@ -122,16 +123,23 @@ class Watch:
 
     async def _tick(self) -> None:
         while True:
-            began, collected = perf_counter(), self._collected
+            began, collected = perf_counter(), self._collected + self._open_pass()
             await asyncio.sleep(self._SLEEP)
-            pause = perf_counter() - began - self._SLEEP - (self._collected - collected)
+            collected = self._collected + self._open_pass() - collected
+            pause = perf_counter() - began - self._SLEEP - collected
             self.longest = max(self.longest, pause)
+
+    def _open_pass(self) -> float:
+        """Return the seconds of a pass of which another thread has yet to report the end."""
+        since = self._collecting_since
+        return 0.0 if since is None else perf_counter() - since
 
     def _collector(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":
             self._collecting_since = perf_counter()
         else:
-            seconds = perf_counter() - self._collecting_since
+            seconds = self._open_pass()
+            self._collecting_since = None
             self._collected += seconds
             self.longest_collection = max(self.longest_collection, seconds)
 

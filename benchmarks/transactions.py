@@ -26,7 +26,7 @@ from benchmarks.processes import Kind, database_of
 from benchmarks.work import make_tasks
 from openclaw_store import Database, Task, TaskFilter, TaskRepository, transaction, transfer
 from openclaw_store.domain.records import encode
-from openclaw_store.repositories import insert_tasks
+from openclaw_store.repositories import insert_tasks, row_of
 
 _ORDERS = Table("orders", MetaData(), Column("number", Text, primary_key=True))
 
@@ -111,7 +111,7 @@ async def transfers(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
                 await stack.enter_async_context(Database(location, cluster=name))
                 for name in ("berlin", "tokyo")
             ]
-            records = [encode(task) for task in make_tasks(count)]
+            records = [row_of(source.statements, encode(task)) for task in make_tasks(count)]
             for start in range(0, count, 1000):
                 await source.write(insert_tasks, records[start : start + 1000])
             began = perf_counter()

@@ -33,7 +33,7 @@ from openclaw_store.domain import (
     check_selection,
 )
 from openclaw_store.errors import InvalidDataError
-from openclaw_store.repositories import Refusals, insert_past, insert_tasks
+from openclaw_store.repositories import Refusals, insert_past, insert_tasks, row_of
 from openclaw_store.repositories.queries import refuse_sealed
 
 Result = TypeVar("Result")
@@ -147,7 +147,8 @@ def _restore(
 
 
 def _insert(transaction: WriteTransaction, run: ArchiveRun, tasks: Sequence[_Archived]) -> Refusals:
-    [refusals] = insert_tasks(transaction, [[one.record for one in tasks]])
+    rows = [row_of(transaction.sql, one.record) for one in tasks]
+    [(refusals, _, _)] = insert_tasks(transaction, [rows])
     added = [one for one, refusal in zip(tasks, refusals, strict=True) if refusal is None]
     ids = [one.record.task_id for one in added]
     voids = [(id, one.version) for id, one in zip(ids, added, strict=True)]

@@ -36,7 +36,7 @@ from openclaw_store.database import (
 )
 from openclaw_store.domain import ENTITY_NAMES, Raw, Record, Task
 from openclaw_store.errors import DuplicateError
-from openclaw_store.repositories import Removal, insert_past, insert_tasks, read_histories
+from openclaw_store.repositories import Removal, insert_past, insert_tasks, read_histories, row_of
 
 _NEUTRAL = statements_of("sqlite")
 """Makes values that JSON has, equal in all databases: times are numbers, and nothing is sealed."""
@@ -215,7 +215,8 @@ def _add(
     """Add tasks with their past changes; return the reasons of the ones that are refused."""
     if not travellers:
         return {}
-    [refusals] = insert_tasks(transaction, [[one.record() for one in travellers]])
+    rows = [row_of(transaction.sql, one.record()) for one in travellers]
+    [(refusals, _, _)] = insert_tasks(transaction, [rows])
     refused: dict[str, str] = {}
     added: list[str] = []
     past: list[Sequence[Any]] = []

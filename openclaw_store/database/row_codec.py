@@ -67,9 +67,13 @@ def places_of(table: Table, names: Sequence[str]) -> SealedColumns:
 
 
 def codec_of(
-    kind: type[Any], names: Sequence[str], dialect: Dialect, protection: Protection
+    kind: type[Any], names: Sequence[str], dialect: Dialect, protection: Protection | None
 ) -> RowCodec:
-    """Return the codec that makes parameters for the named columns of a record."""
+    """Return the codec that makes parameters for the named columns of a record.
+
+    Args:
+        protection: `None` leaves all values in clear.
+    """
     columns = table_of(kind).c
     bind_processors = []
     for index, name in enumerate(names):
@@ -79,7 +83,7 @@ def codec_of(
                 bind_processors.append((index, encoder))
     json = [(index, name) for index, name in enumerate(names) if name in JSON_FIELDS[kind]]
     places = places_of(table_of(kind), names)
-    protect = protection.storing_row(places) if places else None
+    protect = protection.storing_row(places) if places and protection is not None else None
     return RowCodec(_picker(names), bind_processors, json, protect)
 
 

@@ -158,6 +158,8 @@ class Statements(ABC):
         """Idempotency key and identifier of the live tasks that have one of the `given` keys."""
         self.status_since = self._compile(status_changes()) + " LIMIT 1"
         """The time of the last change of status; takes the newest change, its item and its id."""
+        self.clear = codec_of(Task, FIELDS[Task], dialect, None)
+        """Makes a row of a task in clear, of which the protection is left to the writer."""
         self.without_keys = self
         """The same statements without keys."""
         self._protect(Protection())

@@ -89,7 +89,7 @@ class Meter:
                     self._finished(1, after)
                     self._note_time(self._running, event.record, "started_at", "completed_at")
             elif type(event) is TasksAdded:
-                submitted += len(event.records)
+                submitted += len(event.rows)
         if submitted:
             self._submitted(submitted, "")
         if claimed:

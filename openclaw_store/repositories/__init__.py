@@ -6,11 +6,13 @@ This room holds the commands, the unit of work, the change log and its retention
 from openclaw_store.repositories.base import Repository, admit_entity
 from openclaw_store.repositories.batches import apply, apply_together
 from openclaw_store.repositories.bulk import (
+    Inserted,
     Refusals,
     TasksAdded,
     changes_of,
     insert_past,
     insert_tasks,
+    row_of,
 )
 from openclaw_store.repositories.change_log import (
     CHANGE_BATCH_SIZE,

@@ -1,12 +1,18 @@
-"""Bulk insertion: new tasks in few statements, without a command and a row object for each."""
+"""Bulk insertion: new tasks in few statements, without a command and a row object for each.
+
+A task is a plain row from its check to the cache: the garbage collector does not track a tuple of
+text and numbers, and makes the fewer passes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from openclaw_store.backends import BatchCursor
-from openclaw_store.database import ROWS, WriteTransaction, from_microseconds
+from openclaw_store.database import FIELDS, ROWS, Statements, WriteTransaction, from_microseconds
 from openclaw_store.domain import ENTITY_NAMES, FINISHED, Change, ChangeKind, Raw, Record, Task
 from openclaw_store.errors import DuplicateError
 from openclaw_store.repositories.batches import unit_of
@@ -18,19 +24,49 @@ Refusals = Sequence[DuplicateError | None]
 _ITEM, _CREATED = ENTITY_NAMES[Task], str(ChangeKind.CREATED)
 
 
+_of_change = itemgetter(*map(FIELDS[Task].index, ("task_id", "status", "assigned_node")))
+_keys = itemgetter(*map(FIELDS[Task].index, ("idempotency_key", "status")))
+assert FIELDS[Task][-2:] == ("updated_at", "version")
+
+
 class TasksAdded(NamedTuple):
     """Committed new tasks with consecutive versions, for the listeners."""
 
-    records: Sequence[Record[Task]]
+    rows: Sequence[Raw]
+    """As the driver would return them."""
+    at: datetime
+    """Their `updated_at`."""
+    sql: Statements
+
+    @property
+    def revisions(self) -> tuple[int, int]:
+        """The first and the last version."""
+        return self.rows[0][-1], self.rows[-1][-1]
 
     def events(self) -> Iterator[Event]:
         """Yield the change of each task."""
-        for one in self.records:
-            id, at, node = one.task_id, one.updated_at, one.assigned_node
+        decode = self.sql.decode[Task]
+        for row in self.rows:
+            id, status, node = _of_change(row)
             created = Change(
-                one.version, at, _ITEM, id, ChangeKind.CREATED, None, one.status.value, node, None
+                row[-1], self.at, _ITEM, id, ChangeKind.CREATED, None, status, node, None
             )
-            yield Event(Task, id, one, created)
+            yield Event(Task, id, decode(row), created)
+
+
+class Inserted(NamedTuple):
+    """The outcome of a batch."""
+
+    refusals: Refusals
+    before: int
+    """The revision before the first added task; each further one has the next."""
+    at: datetime
+    """The `updated_at` of the added tasks."""
+
+
+def row_of(sql: Statements, record: Record[Task]) -> Raw:
+    """Return the row of a new task, in clear; its time of update and version are set later."""
+    return tuple(record.values(sql.clear))
 
 
 def changes_of(events: Iterable[object]) -> Iterator[Change]:
@@ -43,45 +79,44 @@ def changes_of(events: Iterable[object]) -> Iterator[Change]:
 
 
 def insert_tasks(
-    transaction: WriteTransaction, batches: Sequence[Sequence[Record[Task]]]
-) -> Sequence[Refusals]:
-    """Add batches of tasks; set the versions and times in their records.
+    transaction: WriteTransaction, batches: Sequence[Sequence[Raw]]
+) -> Sequence[Inserted]:
+    """Add batches of tasks, each as `row_of` returns it.
 
     On PostgreSQL the lock comes first: the function `store_write` would take longer.
     """
     if isinstance(transaction.cursor, BatchCursor):
         transaction.cursor.require_lock()
     unit = unit_of(transaction)
-    return [_insert(unit, records) for records in batches]
+    return [_insert(unit, rows) for rows in batches]
 
 
-def _insert(unit: UnitOfWork, records: Sequence[Record[Task]]) -> Refusals:
+def _insert(unit: UnitOfWork, given: Sequence[Raw]) -> Inserted:
     sql = unit.sql
     unit.rows = {kind: {} for kind in ROWS}
-    given = sql.given([record.task_id for record in records])
-    found = unit.cursor.execute(sql.read_many[Task], (given,))
+    ids = sql.given([row[0] for row in given])
+    found = unit.cursor.execute(sql.read_many[Task], (ids,))
     unit.count_from(*counters_of(found))
     present = {row[2] for row in found}
-    unit.read_key_owners(filter(None, [record.idempotency_key for record in records]))
-    refusals = [_refusal(unit, present, record) for record in records]
-    added = [one for one, refusal in zip(records, refusals, strict=True) if refusal is None]
+    unit.read_key_owners(key for key, _ in map(_keys, given) if key is not None)
+    refusals = [_refusal(unit, present, row) for row in given]
+    added = [row for row, refusal in zip(given, refusals, strict=True) if refusal is None]
     before, at = unit.reserve_revisions(len(added)), sql.to_moment(unit.now)
     insert, codec = sql.insert[Task]
     rows: list[Raw] = []
     changes: list[Raw] = []
-    for revision, record in enumerate(added, before + 1):
-        record.updated_at, record.version = unit.now, revision
-        record.row = row = tuple(record.values(codec))
-        rows.append(row)
-        status, node = record.status.value, record.assigned_node
-        changes.append(
-            (revision, at, _ITEM, record.task_id, _CREATED, None, status, node, None, None)
-        )
-    if added:
+    for revision, row in enumerate(added, before + 1):
+        values = [*row[:-2], at, revision]
+        id, status, node = _of_change(row)
+        if codec.protect is not None:
+            codec.protect(id, values)
+        rows.append(tuple(values))
+        changes.append((revision, at, _ITEM, id, _CREATED, None, status, node, None, None))
+    if rows:
         unit.cursor.write(insert, rows)
         unit.cursor.write(sql.insert_change, changes)
-        unit.emit(TasksAdded(added))
-    return refusals
+        unit.emit(TasksAdded(rows, unit.now, sql))
+    return Inserted(refusals, before, unit.now)
 
 
 def insert_past(
@@ -106,15 +141,15 @@ def insert_past(
         cursor.write(sql.insert_past, rows)
 
 
-def _refusal(unit: UnitOfWork, present: set[str], record: Record[Task]) -> DuplicateError | None:
+def _refusal(unit: UnitOfWork, present: set[str], row: Raw) -> DuplicateError | None:
     """Return the refusal of a task; otherwise note that it is present."""
-    id, key = record.task_id, record.idempotency_key
+    id, (key, status) = row[0], _keys(row)
     if id in present:
         return DuplicateError(_ITEM, id)
-    if key is not None and record.status not in FINISHED:
+    if key is not None and status not in FINISHED:
         owner = unit.key_owners[key]
         if owner is not None:
             return DuplicateError(_ITEM, owner, key)
-        unit.set_key(id, record)
+        unit.set_key(id, key)
     present.add(id)
     return None

@@ -187,7 +187,8 @@ class Row:
             self.node = record.assigned_node
             record.updated_at = self.now
             if self.unit.key_owners:
-                self.unit.set_key(self.id, record)
+                is_live = record.status not in FINISHED
+                self.unit.set_key(self.id, record.idempotency_key if is_live else None)
         change = self.unit.add(self, kind, before, reason)
         record.version = change.revision
         record.row = None  # of an attempt that was not committed
@@ -355,15 +356,13 @@ class UnitOfWork:
                     continue
             self.key_owners[key], self._keys_of_live_tasks[id] = id, key
 
-    def set_key(self, id: str, record: Record[Task] | None) -> None:
-        """Record the idempotency key that a task has now; `None` if the task was removed."""
+    def set_key(self, id: str, key: str | None) -> None:
+        """Record the idempotency key that a live task has now; `None` if it has none."""
         former = self._keys_of_live_tasks.pop(id, None)
         if former is not None:
             self.key_owners[former] = None
-        if record is not None and record.status not in FINISHED:
-            key = record.idempotency_key
-            if key in self.key_owners:
-                self.key_owners[key], self._keys_of_live_tasks[id] = id, key
+        if key is not None and key in self.key_owners:
+            self.key_owners[key], self._keys_of_live_tasks[id] = id, key
 
     def add(self, row: Row, kind: ChangeKind, before: str | None, reason: str | None) -> Change:
         """Assign the next revision to a change of `row`."""

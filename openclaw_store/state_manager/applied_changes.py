@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from openclaw_store.domain import ENTITY_NAMES, Change, Record, Task, TaskStatus
+from openclaw_store.domain import ENTITY_NAMES, Change, Task, TaskStatus
+from openclaw_store.repositories import TasksAdded
 from openclaw_store.state_manager.change_feed import REVISION, TO_STATUS, ChangeBatch, InitialState
 
 _TASK = ENTITY_NAMES[Task]
@@ -52,13 +53,14 @@ class AppliedChanges:
             self._close_gap()
         return True
 
-    def count_added(self, records: Sequence[Record[Task]]) -> bool:
+    def count_added(self, added: TasksAdded) -> bool:
         """Count new pending tasks; `False` if their revisions are not the next ones."""
-        if self.out_of_order or records[0].version != self.contiguous + 1:
+        first, last = added.revisions
+        if self.out_of_order or first != self.contiguous + 1:
             return False
-        self.task_counts[TaskStatus.PENDING.value] += len(records)
-        self.version = self.contiguous = records[-1].version
-        self.updated_at = records[-1].updated_at
+        self.task_counts[TaskStatus.PENDING.value] += len(added.rows)
+        self.version = self.contiguous = last
+        self.updated_at = added.at
         return True
 
     def count_batch(self, batch: ChangeBatch) -> tuple[dict[str, Sequence[Any]], dict[str, None]]:

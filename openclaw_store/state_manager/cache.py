@@ -147,16 +147,14 @@ class Cache:
             raise unreadable
 
     def _apply_added(self, event: TasksAdded) -> None:
-        records = event.records
+        entries = list(map(self._read_entry, event.rows))
         are_new = all(
-            record.status is TaskStatus.PENDING and self._is_new(record.task_id)
-            for record in records
+            entry.status is TaskStatus.PENDING and self._is_new(entry.task_id) for entry in entries
         )
-        if are_new and self.applied.count_added(records):
-            for record in records:
-                assert record.row is not None  # inserted by this commit
-                self.tasks.put(record.task_id, record.row)
-            self.task_index.extend(records)
+        if are_new and self.applied.count_added(event):
+            for row in event.rows:
+                self.tasks.put(row[0], row)
+            self.task_index.extend(entries)
         else:
             self.apply(event.events())
 

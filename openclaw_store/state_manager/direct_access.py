@@ -106,7 +106,7 @@ class DirectAccess(Replica):
     def _apply_committed(self, events: Sequence[Committed]) -> None:
         for event in events:
             if isinstance(event, TasksAdded):
-                self._note(event.records[0].version, event.records[-1].version)
+                self._note(*event.revisions)
             elif isinstance(event, Event):
                 self._note(event.change.revision, event.change.revision)
                 _, id, record, _ = event

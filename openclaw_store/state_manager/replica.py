@@ -19,6 +19,7 @@ from openclaw_store.domain import (
     EntityKey,
     NodeInfo,
     NodeStatus,
+    Raw,
     Record,
     Task,
     key_of,
@@ -37,8 +38,8 @@ from openclaw_store.repositories import (
     Create,
     Heartbeat,
     HeartbeatWritten,
+    Inserted,
     NodeRepository,
-    Refusals,
     Remove,
     Repository,
     TaskRepository,
@@ -229,12 +230,12 @@ class Replica:
         await self.write_behind.flush_or_drop([(command.kind, command.id), *command.related_keys])
         return await self.send(command)
 
-    async def insert_tasks(self, records: Sequence[Record[Task]]) -> Refusals:
-        """Commit new tasks in one transaction; return the refusal of each."""
+    async def insert_tasks(self, rows: Sequence[Raw]) -> Inserted:
+        """Commit new tasks, each as `row_of` returns it, in one transaction."""
         if self.cache.unsaved:
-            await self.write_behind.flush_or_drop(list(map(key_of, records)))
-        refusals: Refusals = await self.database.write(insert_tasks, records)
-        return refusals
+            await self.write_behind.flush_or_drop([(Task, row[0]) for row in rows])
+        inserted: Inserted = await self.database.write(insert_tasks, rows)
+        return inserted
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, even while entries are unsaved."""

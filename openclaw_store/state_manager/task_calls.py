@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from operator import itemgetter
 from threading import get_ident
 from typing import Any, NamedTuple
 
 from openclaw_store.domain import (
     FINISHED,
+    STAMPED,
+    Raw,
     Record,
     Task,
     TaskStatus,
@@ -17,7 +20,6 @@ from openclaw_store.domain import (
     check_limit,
     check_number,
     check_positive,
-    write_back,
 )
 from openclaw_store.errors import (
     DeadlineError,
@@ -26,7 +28,14 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.repositories import admit_entity, check_ids, commands, encode_result, is_known
+from openclaw_store.repositories import (
+    admit_entity,
+    check_ids,
+    commands,
+    encode_result,
+    is_known,
+    row_of,
+)
 from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
@@ -40,6 +49,10 @@ ADD_BATCH_SIZE = 1000
 CHECK_SLICE_SIZE = 100
 """Number of tasks checked before other coroutines run."""
 
+_STAMPED = STAMPED[Task]
+_times = itemgetter(*_STAMPED[:-2])
+assert _STAMPED[-2:] == ("updated_at", "version")
+
 
 class _Batch(NamedTuple):
     """Tasks that `add_tasks` writes in one transaction."""
@@ -48,7 +61,9 @@ class _Batch(NamedTuple):
     """The refusal of each task; `None` for each valid one."""
     tasks: list[Task]
     """The valid tasks."""
-    records: list[Record[Task]]
+    rows: list[Raw]
+    times: list[Raw]
+    """The times of the valid tasks, in UTC."""
 
 
 class TaskCalls(ManagerBase):
@@ -225,7 +240,7 @@ class TaskCalls(ManagerBase):
         batch = await self._admit_batch(remaining)
         while batch.outcomes:
             # The next tasks are checked while these are written.
-            ahead = asyncio.ensure_future(self._admit_batch(remaining))
+            ahead = asyncio.ensure_future(self._admit_next(remaining))
             try:
                 await self._insert(batch)
             except BaseException as error:
@@ -236,9 +251,14 @@ class TaskCalls(ManagerBase):
             batch = await ahead
         return outcomes
 
+    async def _admit_next(self, tasks: Iterator[Task]) -> _Batch:
+        await asyncio.sleep(0)  # the writer begins with the batch before
+        return await self._admit_batch(tasks)
+
     async def _admit_batch(self, tasks: Iterator[Task]) -> _Batch:
         """Check the next tasks; other coroutines run meanwhile."""
-        batch = _Batch([], [], [])
+        batch = _Batch([], [], [], [])
+        sql = self.db.statements
         for task in islice(tasks, ADD_BATCH_SIZE):
             if len(batch.outcomes) % CHECK_SLICE_SIZE == CHECK_SLICE_SIZE - 1:
                 await asyncio.sleep(0)
@@ -249,20 +269,22 @@ class TaskCalls(ManagerBase):
             else:
                 batch.outcomes.append(None)
                 batch.tasks.append(task)
-                batch.records.append(record)
+                batch.rows.append(row_of(sql, record))
+                batch.times.append(_times(record.__dict__))
         return batch
 
     async def _insert(self, batch: _Batch) -> None:
         """Write a batch, and enter the refusals into its outcomes."""
-        if not batch.records:
+        if not batch.rows:
             return
-        refusals = iter(await self._replica.insert_tasks(batch.records))
-        valid = zip(batch.tasks, batch.records, refusals, strict=True)
+        refusals, version, at = await self._replica.insert_tasks(batch.rows)
+        valid = zip(batch.tasks, batch.times, refusals, strict=True)
         for index, outcome in enumerate(batch.outcomes):
             if outcome is None:
-                task, record, refusal = next(valid)
+                task, times, refusal = next(valid)
                 if refusal is None:
-                    write_back(record, task)
+                    version += 1
+                    task.__dict__.update(zip(_STAMPED, (*times, at, version), strict=True))
                 batch.outcomes[index] = refusal
 
     async def claim_tasks(

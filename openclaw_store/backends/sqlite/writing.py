@@ -19,7 +19,9 @@ from openclaw_store.backends.error_mapping import SQLiteErrorMapping
 
 Result = TypeVar("Result")
 
-_ROWS_A_STATEMENT = (1000, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 32 columns
+_ROWS_A_STATEMENT = (500, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 65 columns
+_MANY = 16
+"""Rows of a statement that has a text of its own for the columns without any value."""
 
 
 def begin_writing(connection: Connection) -> None:
@@ -81,6 +83,9 @@ class Cursor:
         thirds of the time of `executemany`, which also releases the interpreter's lock for each
         row, and waits for it under load. Statements of few sizes serve all batches, so the driver
         keeps them prepared.
+
+        A column of NULLs is no parameter: the driver takes 0.4 µs for each NULL, because it looks
+        for an adapter, and half the values of a new task are NULL.
         """
         if "VALUES (" not in sql:
             self.count(sql, rows)
@@ -88,8 +93,10 @@ class Cursor:
         start = 0
         for size in _ROWS_A_STATEMENT:
             while len(rows) - start >= size:
-                part = rows[start : start + size]
-                self.execute(_for_rows(sql, size), list(chain.from_iterable(part)))
+                part, empty = rows[start : start + size], frozenset[int]()
+                if size >= _MANY:
+                    part, empty = _without_empty(part)
+                self.execute(_for_rows(sql, size, empty), list(chain.from_iterable(part)))
                 start += size
 
 
@@ -111,11 +118,25 @@ class LoopCursor(Cursor):
         return adapter.run_async(call)
 
 
+def _without_empty(rows: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], frozenset[int]]:
+    """Return the rows without the columns that are NULL in all of them, and their positions."""
+    columns = list(enumerate(zip(*rows, strict=True)))
+    empty = frozenset(
+        [at for at, one in columns if one[0] is None and one.count(None) == len(rows)]
+    )
+    return list(zip(*[one for at, one in columns if at not in empty], strict=True)), empty
+
+
 @lru_cache(maxsize=256)
-def _for_rows(sql: str, count: int) -> str:
-    """Return the statement for several rows, made of the statement for one row."""
+def _for_rows(sql: str, count: int, empty: frozenset[int] = frozenset()) -> str:
+    """Return the statement for several rows, made of the statement for one row.
+
+    Args:
+        empty: Positions of the values that are NULL, without a parameter.
+    """
     head, rest = sql.split("VALUES (", 1)
     row, tail = rest.split(")", 1)
+    row = ", ".join(["NULL" if at in empty else one for at, one in enumerate(row.split(", "))])
     return f"{head}VALUES {', '.join([f'({row})'] * count)}{tail}"
 
 

@@ -1,0 +1,115 @@
+"""Bulk insertion: what it costs SQLite's driver and the garbage collector."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeTask
+
+from openclaw_store import Database, StateManager, Task
+from openclaw_store.backends.sqlite.writing import Cursor
+from openclaw_store.database import FIELDS
+from openclaw_store.domain import Record
+
+PARAMETERS = 32_766
+"""The most that a SQLite built with its defaults takes in one statement."""
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[Any]]]:
+    """The statements on SQLite, with their parameters."""
+    sent: list[tuple[str, Sequence[Any]]] = []
+    execute = Cursor.execute
+
+    def noted(self: Cursor, sql: str, parameters: Sequence[Any] = ()) -> Sequence[Any]:
+        sent.append((sql, parameters))
+        return execute(self, sql, parameters)
+
+    monkeypatch.setattr(Cursor, "execute", noted)
+    return sent
+
+
+def full_task(make_task: MakeTask, number: int) -> Task:
+    """A task with a value in every column."""
+    task = make_task(
+        task_id=f"task-{number}",
+        required_skills=["python"],
+        optional_skills=["gpu"],
+        parameters={"number": number},
+        timeout=60,
+        error="none yet",
+        result=number,
+        user_id="anna",
+        idempotency_key=f"key-{number}",
+        affinity_tags=["rack-1"],
+        metadata={"number": number},
+        assigned_node="n",
+        traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    )
+    at = task.submitted_at
+    task.scheduled_at = task.started_at = task.completed_at = task.not_before = at
+    task.expires_at = task.cancel_requested_at = task.cancel_deadline_at = at
+    return task
+
+
+async def test_column_without_values_is_no_parameter(
+    tmp_path: Path, make_task: MakeTask, statements: list[tuple[str, Sequence[Any]]]
+) -> None:
+    tasks = [
+        make_task(task_id=f"task-{number}", user_id=None if number else "anna")
+        for number in range(64)
+    ]
+
+    async with StateManager(Database(tmp_path / "cluster.db")) as manager:
+        await manager.add_tasks(tasks)
+        stored = await manager.task_repo.get_tasks(task.task_id for task in tasks)
+
+    assert stored == tasks
+    [[parameters]] = [[given] for sql, given in statements if "INTO tasks" in sql]
+    assert len(parameters) % 64 == 0
+    empty = [name for name in FIELDS[Task] if all(getattr(one, name) is None for one in tasks)]
+    assert len(parameters) // 64 <= len(FIELDS[Task]) - len(empty)
+    assert "error" in empty
+    assert "user_id" not in empty
+
+
+async def test_statement_has_no_more_parameters_than_any_sqlite_takes(
+    tmp_path: Path, make_task: MakeTask, statements: list[tuple[str, Sequence[Any]]]
+) -> None:
+    tasks = [full_task(make_task, number) for number in range(1000)]
+
+    async with StateManager(Database(tmp_path / "cluster.db")) as manager:
+        assert not any(await manager.add_tasks(tasks))
+        assert await manager.task_repo.get_tasks([tasks[999].task_id]) == [tasks[999]]
+
+    counts = [len(given) for sql, given in statements if "INTO tasks" in sql]
+    assert sum(counts) == 1000 * len(FIELDS[Task])
+    assert max(counts) <= PARAMETERS
+
+
+async def test_task_is_a_row_from_its_check_to_the_cache(
+    manager: StateManager, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The collector tracks records, not rows of text and numbers: it would make a full pass."""
+    original, found = manager.db.write, list[int]()
+
+    def records() -> int:
+        return sum(type(one) is Record for one in gc.get_objects())
+
+    async def write(*operation: Any) -> Any:
+        found.append(records())
+        return await original(*operation)
+
+    monkeypatch.setattr(manager.db, "write", write)
+    tasks = [make_task(task_id=f"task-{number}") for number in range(2000)]
+    before = records()
+
+    assert not any(await manager.add_tasks(tasks))
+
+    assert len(found) == 2
+    assert max(found) - before < 100
+    assert records() - before < 100
