@@ -316,13 +316,16 @@ class Database(DatabaseBase):
         await on_thread(partial(self._backend.backup, sqlite.file_of(path), overwrite=overwrite))
 
     async def vacuum(self) -> None:
-        """Release the space of removed rows; writers wait for this, readers do not.
+        """Release the space of removed rows; on SQLite, writers wait for this.
 
         Raises:
             UnavailableError: If the database is locked, the disk is full, or the role is no owner.
         """
         self._check_ready()
         self.refuse_inside()
+        if self.dialect == "postgresql":
+            await on_thread(self._backend.vacuum)
+            return
         async with self._exclusive("a vacuum"):
             self._check_ready()
             await on_thread(self._backend.vacuum)

@@ -51,7 +51,7 @@ from openclaw_store.database.tables import (
     table_of,
 )
 from openclaw_store.database.types import UtcTime
-from openclaw_store.domain import KEY, Decode, NodeInfo, RowCodec, Task
+from openclaw_store.domain import KEY, Decode, NodeInfo, Raw, Record, RowCodec, Task
 from openclaw_store.encryption import Protection, Sealed, SealedColumn
 
 USAGE = ("cpu_usage", "memory_usage", "disk_usage", "running_tasks")
@@ -194,6 +194,11 @@ class Statements(ABC):
     def insert_into(self, table: Table) -> str:
         """Return the statement that inserts many rows with all columns of a table."""
         return self._insert(list(table.c))
+
+    def encode(self, task: Record[Task]) -> Raw:
+        """Return the row of a task, as the driver would return it."""
+        _, codec = self.insert[Task]
+        return tuple(task.values(codec))
 
     def stored_reason(self, item: str, id: str, reason: str | None) -> str | None:
         """Return the stored form of the reason of a change of an item."""

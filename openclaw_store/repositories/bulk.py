@@ -51,7 +51,9 @@ class TasksAdded(NamedTuple):
             created = Change(
                 row[-1], self.at, _ITEM, id, ChangeKind.CREATED, None, status, node, None
             )
-            yield Event(Task, id, decode(row), created)
+            record = decode(row)
+            record.row = row
+            yield Event(Task, id, record, created)
 
 
 class Inserted(NamedTuple):

@@ -11,7 +11,7 @@ returns them without copies; the public calls copy them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ from openclaw_store.state_manager.task_index import Indexed, TaskIndex
 Committed = Event | HeartbeatWritten | TasksAdded
 """A part of a commit of this process."""
 
+_MANY = 64
+"""Changes of a commit after which tasks are kept as rows, as if they had been loaded."""
+
 
 @dataclass(slots=True)
 class Unsaved:
@@ -60,6 +63,7 @@ class Cache:
     def __init__(self, start: InitialState, finished_limit: int) -> None:
         self._finished_limit = finished_limit
         self._decode = start.decode
+        self._encode = start.encode
         self._read_entry = start.read_entry
         self.tasks: Records[Task] = Records(start.decode[Task])
         self.nodes: Records[NodeInfo] = Records(start.decode[NodeInfo])
@@ -103,8 +107,11 @@ class Cache:
             if record is not None:
                 self._replace_node(id, record, self.heartbeats.over(record))
 
-    def apply(self, events: Iterable[Committed]) -> None:
+    def apply(self, events: Sequence[Committed]) -> None:
         """Apply a commit of this process.
+
+        Most tasks of a commit with many changes are not read soon, and a record costs each full
+        pass of the garbage collector some microseconds, a row nothing.
 
         Raises:
             InvalidDataError: If a row cannot be read; the rest was applied.
@@ -137,6 +144,8 @@ class Cache:
             if arrived:  # the event may change one of these tasks
                 self.task_index.extend(arrived)
                 arrived = []
+            if record is not None and kind is Task and len(events) >= _MANY:
+                record.row = record.row or self._encode(record)
             try:
                 self._apply_stored((kind, id), record, change.revision)
             except InvalidDataError as error:
@@ -156,7 +165,7 @@ class Cache:
                 self.tasks.put(row[0], row)
             self.task_index.extend(entries)
         else:
-            self.apply(event.events())
+            self.apply(list(event.events()))
 
     def catch_up(self, batch: ChangeBatch) -> None:
         """Apply a batch of the change log.

@@ -115,6 +115,8 @@ class InitialState:
     """Decoders of rows, by kind."""
     read_entry: Callable[[Raw], IndexEntry]
     """Makes the index entry of a row of a task."""
+    encode: Callable[[Record[Task]], Raw]
+    """Makes the row of a task, as the driver would return it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,9 @@ async def read_initial_state(session: AsyncSession) -> InitialState:
     newest = sa.select(ChangeRow.changed_at).order_by(ChangeRow.revision.desc()).limit(1)
     updated_at, counts = await session.scalar(newest), await session.run_sync(_task_counts)
     dialect = session.get_bind().dialect.name
-    decode = statements_in(session).decode
-    return InitialState(revision, sequence, updated_at, counts, decode, entry_reader(dialect))
+    sql = statements_in(session)
+    read_entry = entry_reader(dialect)
+    return InitialState(revision, sequence, updated_at, counts, sql.decode, read_entry, sql.encode)
 
 
 async def read_live(

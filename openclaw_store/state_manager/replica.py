@@ -95,8 +95,9 @@ class Replica:
         self.tasks = tasks
         self.nodes = nodes
         self._finished_limit = finished_limit
-        decode = database.statements.decode
-        nothing = InitialState(0, 0, None, {}, decode, entry_reader(database.dialect))
+        sql = database.statements
+        read_entry = entry_reader(sql.dialect.name)
+        nothing = InitialState(0, 0, None, {}, sql.decode, read_entry, sql.encode)
         self.cache = Cache(nothing, finished_limit)
         """The state in memory; another object after each load."""
         self.last_sync_at: datetime | None = None

@@ -95,17 +95,18 @@ class Scheduler:
         self._backoff = backoff
         self._latest: datetime | None = None  # the latest time at which `recover` was called
 
-    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Record[Task]]:
+    async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Task]:
         if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
             await self._replica.write_behind.flush_all()
+        copies = self._replica.database.slices.copies
         if limit <= PART_SIZE:
-            return list(await self._replica.submit(Claim(node_id, limit, start)))
+            return await copies(await self._replica.submit(Claim(node_id, limit, start)))
         parts = claim_in_parts(self._replica.submit, node_id, limit, start=start)
-        return [record async for part in parts for record in part]
+        return [task async for part in parts for task in await copies(part)]
 
     async def wait_and_claim(
         self, node_id: str, limit: int, seconds: float, *, start: bool
-    ) -> list[Record[Task]]:
+    ) -> list[Task]:
         """Claim as `claim` does, as soon as there are tasks, or after that time without any."""
         loop, waiters = asyncio.get_running_loop(), self._replica.watchers.claims
         deadline = loop.time() + seconds

@@ -322,11 +322,9 @@ class TaskCalls(ManagerBase):
         node_id = check_key("node_id", node_id)
         limit = check_positive("limit", limit)
         if wait_seconds is None:
-            claimed = await self._scheduler.claim(node_id, limit, start=start)
-        else:
-            seconds = check_number("wait_seconds", wait_seconds)
-            claimed = await self._scheduler.wait_and_claim(node_id, limit, seconds, start=start)
-        return await self.db.slices.copies(claimed)
+            return await self._scheduler.claim(node_id, limit, start=start)
+        seconds = check_number("wait_seconds", wait_seconds)
+        return await self._scheduler.wait_and_claim(node_id, limit, seconds, start=start)
 
     async def start_task(self, task: Task) -> Task:
         """Set a claimed task to RUNNING, on behalf of its node.

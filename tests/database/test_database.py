@@ -1616,6 +1616,29 @@ class TestVacuumAndStats:
         assert after < before / 4
         assert await repository.get(tasks[0].task_id) == tasks[0]
 
+    async def test_writers_wait_for_a_vacuum_on_sqlite_alone(
+        self, database: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running, ended = threading.Event(), threading.Event()
+
+        def vacuum(stop: Any) -> None:
+            running.set()
+            assert ended.wait(PATIENCE)
+
+        monkeypatch.setattr(database._backend, "vacuum", vacuum)
+        vacuuming = asyncio.create_task(database.vacuum())
+        assert await asyncio.to_thread(running.wait, PATIENCE)
+        writing = asyncio.create_task(TaskRepository(database).create(make_task()))
+
+        if database.dialect == "postgresql":
+            await asyncio.wait_for(writing, PATIENCE)
+        assert not vacuuming.done()
+        await asyncio.wait([writing], timeout=0.05)
+        assert writing.done() is (database.dialect == "postgresql")
+
+        ended.set()
+        await asyncio.gather(vacuuming, writing)
+
     async def test_vacuum_goes_well_with_writers_and_readers(
         self, database: Database, make_task: MakeTask
     ) -> None:

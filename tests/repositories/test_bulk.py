@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeTask
+from conftest import MakeNode, MakeTask
 
-from openclaw_store import Database, StateManager, Task
+from openclaw_store import Database, StateManager, Task, TaskFilter
 from openclaw_store.backends.sqlite.writing import Cursor
 from openclaw_store.database import FIELDS
 from openclaw_store.domain import Record
@@ -113,3 +113,33 @@ async def test_task_is_a_row_from_its_check_to_the_cache(
     assert len(found) == 2
     assert max(found) - before < 100
     assert records() - before < 100
+
+
+@pytest.mark.parametrize("is_claim", [False, True])
+async def test_tasks_of_a_large_commit_are_rows_until_they_are_read(
+    manager: StateManager, make_task: MakeTask, make_node: MakeNode, *, is_claim: bool
+) -> None:
+    """A record costs each full pass of the collector some microseconds."""
+    tasks = [make_task(task_id=f"task-{number}", parameters={"a": []}) for number in range(300)]
+    await manager.add_node(make_node(node_id="n", max_concurrent_tasks=300))
+    await manager.add_tasks(tasks)
+
+    if is_claim:
+        changed = await manager.claim_tasks("n", 300)
+    else:
+        await manager.cancel_tasks(TaskFilter.everything())
+        changed = await manager.task_repo.get_tasks(task.task_id for task in tasks)
+
+    cache = manager._replica.cache
+    entries = [*cache.tasks.entries.values(), *cache._finished.values()]
+    assert len(entries) == 300
+    # The commits of the last tasks may have been small.
+    assert sum(type(one) is tuple for one in entries) >= 128
+    ids = [task.task_id for task in tasks]
+    assert await manager.get_tasks(ids) == await manager.task_repo.get_tasks(ids)
+    assert {task.task_id: task.version for task in changed if task} == {
+        id: record.version for id in ids if (record := cache.task(id))
+    }
+    if is_claim:
+        done = await manager.complete_task(changed[0])
+        assert done == await manager.get_task(changed[0].task_id)

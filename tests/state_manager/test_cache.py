@@ -61,7 +61,13 @@ def entry_of(row: tuple[Any, ...]) -> IndexEntry:
     return IndexEntry(row[0], task.version, task.status, task.assigned_node, pending_key(task))
 
 
-NOTHING = InitialState(0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}, entry_of)
+def encode_row(record: Record[Any]) -> tuple[Any, ...]:
+    return record.task_id, record
+
+
+NOTHING = InitialState(
+    0, 0, None, {}, {Task: decode_row, NodeInfo: decode_row}, entry_of, encode_row
+)
 
 
 def node_news(
@@ -269,7 +275,7 @@ class TestStart:
             return IndexEntry(row[0], 1, TaskStatus.SCHEDULED, None, (row[1], START, row[0]))
 
         decode = {Task: decode_row, NodeInfo: decode_row}
-        cache = Cache(InitialState(0, 0, None, {}, decode, entry_of), 0)
+        cache = Cache(InitialState(0, 0, None, {}, decode, entry_of, encode_row), 0)
 
         cache.load(Task, [("b", 0), ("a", 2)])
 
