@@ -124,8 +124,9 @@ async def test_tasks_of_a_large_commit_are_rows_until_they_are_read(
     await manager.add_node(make_node(node_id="n", max_concurrent_tasks=300))
     await manager.add_tasks(tasks)
 
+    changed: Sequence[Task | None]
     if is_claim:
-        changed = await manager.claim_tasks("n", 300)
+        changed = claimed = await manager.claim_tasks("n", 300)
     else:
         await manager.cancel_tasks(TaskFilter.everything())
         changed = await manager.task_repo.get_tasks(task.task_id for task in tasks)
@@ -141,5 +142,5 @@ async def test_tasks_of_a_large_commit_are_rows_until_they_are_read(
         id: record.version for id in ids if (record := cache.task(id))
     }
     if is_claim:
-        done = await manager.complete_task(changed[0])
-        assert done == await manager.get_task(changed[0].task_id)
+        done = await manager.complete_task(claimed[0])
+        assert done == await manager.get_task(done.task_id)
