@@ -73,7 +73,7 @@ async def get_state(bench: Bench) -> Sequence[Figure]:
         many = await _open(bench, stack, rows(bench.scaled(100_000)))
         few = await _open(bench, stack, rows(1000))
         entries = [(task.task_id, encode(task)) for task in await many.get_pending_tasks(None)]
-        records: Records[Task] = Records(partial(decode, Task))
+        records: Records[Task] = Records(partial(decode, Task, ()))
         await write(records.put)
         records.snapshot()
         await write(records.put)  # what the snapshot shared is copied now

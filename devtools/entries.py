@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 _LIBRARY = f"{Path(openclaw_store.__file__).parent}/"
 
+_PAUSE_SECONDS = 0.05
+"""Time in which the writer's thread ends a call whose caller has the answer."""
+
 
 class Entry(NamedTuple):
     """A call from one file into a module of the library."""
@@ -57,9 +60,12 @@ class Entries:
     async def measure(self, name: str, call: Awaitable[T]) -> T:
         """Await a call and record its entries under a name."""
         seen: list[Entry] = []
+        await asyncio.sleep(_PAUSE_SECONDS)
         self._seen = seen
         try:
-            return await call
+            result = await call
+            await asyncio.sleep(_PAUSE_SECONDS)
+            return result
         finally:
             self._seen = None
             self.of_calls[name] = Counter(seen)

@@ -61,11 +61,11 @@ class WriteSession(Protocol):
     @property
     def cursor(self) -> Cursor: ...
 
-    def is_lost(self) -> bool:
-        """Return true if the server has closed the connection since its last transaction."""
-
-    def begin(self, until: float) -> None:
+    def begin(self, until: float) -> bool:
         """Begin a transaction; it has the write lock, unless its cursor is a `BatchCursor`.
+
+        Returns:
+            `False` if the server has closed the connection since its last transaction.
 
         Args:
             until: Deadline for locks of other processes, by `time.monotonic`.

@@ -23,6 +23,7 @@ from openclaw_store.database.migrations import (
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, places_of
 from openclaw_store.database.schema_differences import differences
 from openclaw_store.database.sharing import Sharing
+from openclaw_store.database.slices import Slices
 from openclaw_store.database.statements import REASON, USAGE, Statements
 from openclaw_store.database.store_write import CALL_FIELDS, FUNCTION
 from openclaw_store.database.tables import (

@@ -6,7 +6,8 @@ ordered by their first skill (on PostgreSQL, by its hash).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import orjson
@@ -29,12 +30,10 @@ class ClaimStatements(NamedTuple):
     """The queries of a claim. A place is the columns by which claims are ordered."""
 
     all_heads: str
-    """Required skills and place of the first task of each group; takes `ranges`, a limit.
-
-    Without the group of no skills on SQLite, which is NULL."""
+    """Required skills and place of the first task of each group; takes `ranges`, a limit."""
     heads: str
     """The same for the groups of some skills, and perhaps a few more."""
-    ranges: Callable[[Iterable[str] | None], Sequence[Any]]
+    ranges: Callable[[frozenset[str] | None], Sequence[Any]]
     """Makes the parameters that limit `heads` to groups that begin with one of these skills; `None`
     for those of `all_heads`."""
     group: str
@@ -78,7 +77,7 @@ def claim_statements(dialect: str, schema: str | None) -> ClaimStatements:
 
 
 def _statements(
-    heads: tuple[str, str, Callable[[Iterable[str] | None], Sequence[Any]]],
+    heads: tuple[str, str, Callable[[frozenset[str] | None], Sequence[Any]]],
     in_group: str,
     tasks: str,
     among: str,
@@ -130,12 +129,16 @@ WITH RECURSIVE heads (head, top) AS (
     FROM heads WHERE head IS NOT NULL LIMIT ?
 )
 SELECT required_skills, {_ORDER}
-FROM heads CROSS JOIN tasks ON tasks.rowid = head"""
+FROM heads CROSS JOIN tasks ON tasks.rowid = head
+UNION ALL
+SELECT required_skills, {_ORDER} FROM tasks
+WHERE rowid = ({_FIRST_ROW} AND required_skills IS NULL {_IN_GROUPS})"""
 
 _ALL_JSON = "\x7f"  # JSON begins with a smaller character
 
 
-def _sqlite_ranges(skills: Iterable[str] | None) -> Sequence[Any]:
+@lru_cache(maxsize=1024)
+def _sqlite_ranges(skills: frozenset[str] | None) -> Sequence[Any]:
     if skills is None:
         return (orjson.dumps([("", _ALL_JSON)]).decode(),)
     # Lists begin with a skill of the node. Lists that were written by hand may have spaces, which
@@ -196,5 +199,5 @@ def _postgresql_heads(tasks: str) -> tuple[str, str]:
     return every, some
 
 
-def _postgresql_ranges(skills: Iterable[str] | None) -> Sequence[Any]:
+def _postgresql_ranges(skills: frozenset[str] | None) -> Sequence[Any]:
     return () if skills is None else (["", *skills],)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -145,7 +145,9 @@ class Database(DatabaseBase):
         with self._backend.error_mapping.mapped(own=False):
             with self._backend.error_mapping.mapped():
                 until = time.monotonic() + self.timeout
-                connection = await self._backend.join(session, self._counters, until, seconds)
+                connection = await self._backend.join(
+                    session, self.statements.counters, until, seconds
+                )
             current_blocks.set(tuple(held))  # until the caller's commit
             cursor = self._backend.cursor(connection)
             transaction = WriteTransaction(cursor, self.clock(), self.statements)
@@ -206,16 +208,6 @@ class Database(DatabaseBase):
         """
         self._check_process()
         return await shield_until_done(asyncio.to_thread(self._backend.migrate, work))
-
-    def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
-        """Submit an operation to the writer; the coroutine returns its result after the commit.
-
-        Raises:
-            DeadlineError: Inside a `transaction()`, for which it would wait forever.
-        """
-        self._check_ready()
-        self.refuse_inside()
-        return self._writer.submit(apply, operation)
 
     async def read_in(
         self, session: AsyncSession, work: Callable[[AsyncSession], Awaitable[Result]]
@@ -288,11 +280,11 @@ class Database(DatabaseBase):
         self._check_ready()
         backend = self._backend
         if self._sharing is not None and isinstance(backend, PostgreSQL):
-            counters, registry = self._counters, backend.registry
+            counters, registry = self.statements.counters, backend.registry
             return self._sharing.follow(
                 Follower(backend.schema, counters, on_commit, known_revision, registry)
             )
-        return notify_of_commits(backend, self._counters, on_commit, known_revision)
+        return notify_of_commits(backend, self.statements.counters, on_commit, known_revision)
 
     def write_without_notifications(self) -> None:
         """Send no notification and take no advisory lock from now on; the server may lack both.

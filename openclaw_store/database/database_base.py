@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from openclaw_store.backends import (
     DEFAULT_LOCATION,
     DEFAULT_TIMEOUT_SECONDS,
     PLACE,
-    CounterStatements,
     PostgreSQL,
     backend_of,
     shield_until_done,
@@ -26,7 +25,7 @@ from openclaw_store.backends import (
 )
 from openclaw_store.database import legacy_import, migrations, sealing
 from openclaw_store.database.dialects import statements_for
-from openclaw_store.database.group_commit import CLOSED, Writer
+from openclaw_store.database.group_commit import CLOSED, Apply, Writer
 from openclaw_store.database.private_folder import private_folder
 from openclaw_store.database.sealed_entities import open_when_loaded
 from openclaw_store.database.sessions import LoopSessions, Pools
@@ -108,9 +107,7 @@ class DatabaseBase:
         self._write_lock = FairLock(timeout)
         self.statements: Statements = statements_for(self._backend)
         """The SQL of the library, and the codecs of rows, which seal and open values with keys."""
-        self._writer = Writer(
-            self._backend, self._write_lock, clock, timeout, lambda: self.statements
-        )
+        self._writer = Writer(self._backend, self._write_lock, clock, timeout, self.statements)
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop_sessions: dict[asyncio.AbstractEventLoop, LoopSessions] = {}
         self._sharing: Sharing | None = None
@@ -165,6 +162,7 @@ class DatabaseBase:
                 migrations.require(self._backend, check)
         if self.keys is not None:
             self.statements = sealing.open_statements(self._backend, self.keys, self.clock)
+            self._writer.statements = self.statements
             open_when_loaded()
 
     async def close(self) -> None:
@@ -232,10 +230,6 @@ class DatabaseBase:
         finally:
             self._write_lock.release()
 
-    @property
-    def _counters(self) -> CounterStatements:
-        return self.statements.counters  # compiled at the first use
-
     def _sessions_here(self) -> LoopSessions:
         self._check_ready()
         loop = asyncio.get_running_loop()
@@ -269,6 +263,16 @@ class DatabaseBase:
                 f"{self.db_path} is not open yet: use `async with`, or call initialize() first"
             )
         raise UnavailableError(f"{self.db_path}: {CLOSED}")
+
+    def write(self, apply: Apply, operation: Any) -> Coroutine[Any, Any, Any]:
+        """Submit an operation to the writer; the coroutine returns its result after the commit.
+
+        Raises:
+            DeadlineError: Inside a `transaction()`, for which it would wait forever.
+        """
+        self._check_ready()
+        self.refuse_inside()
+        return self._writer.submit(apply, operation)
 
     def refuse_inside(self) -> None:
         """Raise `DeadlineError` inside a `transaction()`, for which a write would wait forever."""

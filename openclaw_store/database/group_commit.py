@@ -60,7 +60,6 @@ MAX_BATCH = 8192
 
 CLOSED = "the database is closed: open a new Database"
 
-
 _Entry = tuple[asyncio.Future[Any], Apply, Any, float]
 """The future of a caller, its operation with the function that applies it, and its deadline."""
 
@@ -79,7 +78,7 @@ class Writer:
         write_lock: The lock that admits one writer of this process at a time.
         clock: Returns the time that a transaction stamps.
         timeout: Seconds that an operation waits for the fair lock and for locks of other processes.
-        statements: Returns the statements of the open database.
+        statements: The statements of the database.
     """
 
     def __init__(
@@ -88,13 +87,14 @@ class Writer:
         write_lock: FairLock,
         clock: Clock,
         timeout: float,
-        statements: Callable[[], Statements],
+        statements: Statements,
     ) -> None:
         self._backend = backend
         self._write_lock = write_lock
         self._clock = clock
         self._timeout = timeout
-        self._statements = statements
+        self.statements = statements
+        """Replaced when the database is opened with keys."""
         self._session: WriteSession | None = None  # opened, used and closed on the thread
         self._metrics = WriteMetrics(clock)
         self.telemetry: tuple[Telemetry, ...] = ()
@@ -339,14 +339,12 @@ class Writer:
         outcomes: list[Any] = []
         is_committing = False
         try:
-            if self._session is not None and self._session.is_lost():
+            while self._session is None or not self._session.begin(until):
                 self._close_session()
-            if self._session is None:
-                self._session = self._backend.write_session(until, self._statements().counters)
+                self._session = self._backend.write_session(until, self.statements.counters)
                 self._metrics.note_connection()
             session = self._session
-            session.begin(until)
-            transaction = WriteTransaction(session.cursor, self._clock(), self._statements())
+            transaction = WriteTransaction(session.cursor, self._clock(), self.statements)
             for apply, run in groupby(entries, key=itemgetter(1)):
                 outcomes.extend(apply(transaction, [operation for _, _, operation, _ in run]))
             transaction.finish()

@@ -6,7 +6,8 @@ A `Protection` converts the values of sealed columns on both ways: it escapes th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from functools import partial
+from operator import itemgetter, methodcaller
 from typing import Any, Final
 
 from sqlalchemy import Dialect, Table, Text
@@ -14,10 +15,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from openclaw_store.database.tables import ROWS, UNVERSIONED, table_of
-from openclaw_store.database.types import EnumValue, SealableJson, SealableText, UtcTime
-from openclaw_store.domain import JSON_FIELDS, Decode, Raw, Record, RowCodec, decode
+from openclaw_store.database.types import SealableJson, SealableText, row_converter
+from openclaw_store.domain import JSON_FIELDS, Decode, RowCodec, decode
 from openclaw_store.encryption import Protection, SealedColumns
-from openclaw_store.errors import InvalidDataError
 
 FIELDS: Final = {
     kind: tuple(column.name for column in row.__table__.columns if column.name not in UNVERSIONED)
@@ -74,17 +74,13 @@ def codec_of(
     Args:
         protection: `None` leaves all values in clear.
     """
-    columns = table_of(kind).c
-    bind_processors = []
-    for index, name in enumerate(names):
-        if isinstance(columns[name].type, UtcTime | EnumValue):
-            encoder = columns[name].type.bind_processor(dialect)
-            if encoder is not None:
-                bind_processors.append((index, encoder))
+    table = table_of(kind)
     json = [(index, name) for index, name in enumerate(names) if name in JSON_FIELDS[kind]]
-    places = places_of(table_of(kind), names)
+    columns = [table.c[name] for name in names]
+    convert = row_converter(columns, methodcaller("encoder", dialect))
+    places = places_of(table, names)
     protect = protection.storing_row(places) if places and protection is not None else None
-    return RowCodec(_picker(names), bind_processors, json, protect)
+    return RowCodec(_picker(names), json, convert, protect)
 
 
 def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
@@ -95,24 +91,8 @@ def _picker(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]
 
 def decoder_of(kind: type[Any], dialect: Dialect, protection: Protection) -> Decode:
     """Return the function that makes a record of the driver's values of `COLUMNS`."""
-    columns = table_of(kind).c
-    decoders = []
-    for index, name in enumerate(FIELDS[kind]):
-        if isinstance(columns[name].type, UtcTime | EnumValue):
-            decoder = columns[name].type.result_processor(dialect, None)
-            if decoder is not None:
-                decoders.append((index, decoder))
-    unprotect = protection.loading_row(places_of(table_of(kind), FIELDS[kind]))
-
-    def decode_row(raw: Raw) -> Record[Any]:
-        values = list(raw)
-        try:
-            for index, decoder in decoders:
-                if values[index] is not None:
-                    values[index] = decoder(values[index])
-        except InvalidDataError as error:
-            raise InvalidDataError(FIELDS[kind][index], f"of {raw[0]!r}: {error}") from error
-        unprotect(raw[0], values)
-        return decode(kind, values)
-
-    return decode_row
+    table = table_of(kind)
+    columns = [table.c[name] for name in FIELDS[kind]]
+    convert = row_converter(columns, methodcaller("decoder", dialect))
+    unprotect = protection.loading_row(places_of(table, FIELDS[kind]))
+    return partial(decode, kind, [unprotect] if convert is None else [convert, unprotect])

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from datetime import datetime
+from functools import cache
 from typing import Any, Self
 
 from sqlalchemy import (
@@ -37,9 +38,7 @@ from openclaw_store.backends import CounterStatements, Cursor, qualified
 from openclaw_store.database.change_chain import status_changes
 from openclaw_store.database.claim_statements import claim_statements
 from openclaw_store.database.row_codec import COLUMNS, FIELDS, codec_of, decoder_of
-from openclaw_store.database.store_write import (
-    CALL_FIELDS,
-)
+from openclaw_store.database.store_write import CALL_FIELDS
 from openclaw_store.database.tables import (
     IS_ASSIGNED,
     IS_LIVE,
@@ -188,8 +187,14 @@ class Statements(ABC):
         """Seal and open the progress of a node; they take its identifier."""
         self._store_reason = protection.storing(REASON)
         self._load_reason = protection.loading(REASON)
-        self._updates: dict[tuple[type[Any], frozenset[str]], tuple[str, RowCodec]] = {}
-        self._call_columns: dict[frozenset[str], tuple[Sequence[int], RowCodec]] = {}
+        self.update: Callable[[type[Any], frozenset[str]], tuple[str, RowCodec]]
+        self.update = cache(self._update_of)  # type: ignore[assignment]  # a type is hashable
+        """Return the statement that updates the named columns of many rows, and their codec.
+
+        A row is the key, then these columns. `beat` is the last of them, and not in the codec.
+        """
+        self.call_columns = cache(self._call_columns_of)
+        """Return the positions of the named columns in `CALL_FIELDS`, and their codec."""
 
     def insert_into(self, table: Table) -> str:
         """Return the statement that inserts many rows with all columns of a table."""
@@ -200,9 +205,9 @@ class Statements(ABC):
         _, codec = self.insert[Task]
         return tuple(task.values(codec))
 
-    def stored_reason(self, item: str, id: str, reason: str | None) -> str | None:
+    def stored_reason(self, item: str, id: str, reason: str) -> str:
         """Return the stored form of the reason of a change of an item."""
-        return self._store_reason(f"{item}:{id}", reason) if reason else reason
+        return self._store_reason(f"{item}:{id}", reason)
 
     def read_reason(self, item: str, id: str, stored: str | None) -> str | None:
         """Return the reason of a change from its stored form.
@@ -220,28 +225,17 @@ class Statements(ABC):
         """
         return value.open_with(self.protection, id) if isinstance(value, Sealed) else value
 
-    def update(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
-        """Return the statement that updates the named columns of many rows, and their codec.
+    def _update_of(self, kind: type[Any], names: frozenset[str]) -> tuple[str, RowCodec]:
+        table = table_of(kind)
+        columns = [one for one in table.c if one.name in names]
+        fields = [one.name for one in columns if one.name != "beat"]
+        codec = codec_of(kind, fields, self.dialect, self.protection)
+        return self._update(table.c[KEY[kind]], columns), codec
 
-        A row is the key, then these columns. `beat` is the last of them, and not in the codec.
-        """
-        if (kind, names) not in self._updates:
-            table = table_of(kind)
-            columns = [one for one in table.c if one.name in names]
-            fields = [one.name for one in columns if one.name != "beat"]
-            statement = self._update(table.c[KEY[kind]], columns)
-            codec = codec_of(kind, fields, self.dialect, self.protection)
-            self._updates[kind, names] = statement, codec
-        return self._updates[kind, names]
-
-    def call_columns(self, names: frozenset[str]) -> tuple[Sequence[int], RowCodec]:
-        """Return the positions of the named columns in `CALL_FIELDS`, and their codec."""
-        if names not in self._call_columns:
-            fields = [name for name in CALL_FIELDS if name in names]
-            positions = list(map(CALL_FIELDS.index, fields))
-            codec = codec_of(Task, fields, self.dialect, self.protection)
-            self._call_columns[names] = positions, codec
-        return self._call_columns[names]
+    def _call_columns_of(self, names: frozenset[str]) -> tuple[Sequence[int], RowCodec]:
+        fields = [name for name in CALL_FIELDS if name in names]
+        codec = codec_of(Task, fields, self.dialect, self.protection)
+        return list(map(CALL_FIELDS.index, fields)), codec
 
     read_many: dict[type[Any], str]
     """As `read_one`, for `given` identifiers."""

@@ -68,7 +68,7 @@ class Unit:
             # The statements of the block are the caller's: its SQL errors stay as they are.
             with backend.error_mapping.mapped(own=False):
                 with backend.error_mapping.mapped():
-                    counters = [one._counters for one in self.databases]
+                    counters = [one.statements.counters for one in self.databases]
                     begin = backend.begin(session, counters, until, notifies=self._notifies)
                     connection = await cancel_once(begin)
                     self.sessions += [

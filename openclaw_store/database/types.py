@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import Any, Final
 
 import orjson
-from sqlalchemy import BigInteger, DateTime, Dialect, Integer, String, Text
+from sqlalchemy import BigInteger, Column, DateTime, Dialect, Integer, String, Text
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import GenericFunction
 from sqlalchemy.types import TypeDecorator, TypeEngine, UserDefinedType
 
-from openclaw_store.domain import MAX_ID_LENGTH, encode_json
+from openclaw_store.domain import MAX_ID_LENGTH, ConvertRow, encode_json
 from openclaw_store.encryption import Sealed, SealedColumn
 from openclaw_store.errors import InvalidDataError, safe_repr
 
@@ -48,7 +49,27 @@ def _optional(process: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else process(value)
 
 
-class UtcTime(TypeDecorator[datetime]):
+class _Converted(TypeDecorator[Any]):
+    """A type of which each value is converted; NULL is `None`."""
+
+    def encoder(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        """Return the function that makes the driver's value; `None` if it takes the value."""
+
+    @abstractmethod
+    def decoder(self, dialect: Dialect) -> Callable[[Any], Any]:
+        """Return the function that makes the value of the driver's."""
+
+    # These methods, not `process_bind_param` and `process_result_value`, which add a call for each
+    # value: this halves the time to read a row.
+    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        encode = self.encoder(dialect)
+        return None if encode is None else _optional(encode)
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+        return _optional(self.decoder(dialect))
+
+
+class UtcTime(_Converted):
     """A time: an integer of microseconds since 1970 on SQLite, `timestamptz` on PostgreSQL."""
 
     impl = DateTime(timezone=True)
@@ -58,16 +79,14 @@ class UtcTime(TypeDecorator[datetime]):
         kind = BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True)
         return dialect.type_descriptor(kind)
 
-    # These methods, not `process_bind_param` and `process_result_value`, which add a call for each
-    # value: this halves the time to read a row.
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
-        return _optional(to_microseconds) if dialect.name == "sqlite" else None
+    def encoder(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+        return to_microseconds if dialect.name == "sqlite" else None
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
-        return _optional(from_microseconds if dialect.name == "sqlite" else _in_utc)
+    def decoder(self, dialect: Dialect) -> Callable[[Any], Any]:
+        return from_microseconds if dialect.name == "sqlite" else _in_utc
 
 
-class EnumValue(TypeDecorator[Any]):
+class EnumValue(_Converted):
     """A member of an enumeration, stored as its value: text or an integer."""
 
     impl = String
@@ -82,23 +101,49 @@ class EnumValue(TypeDecorator[Any]):
             return dialect.type_descriptor(Integer())
         return dialect.type_descriptor(String(max(len(member.value) for member in self.kind)))
 
-    def bind_processor(self, dialect: Dialect) -> Callable[[Any], Any] | None:
+    def encoder(self, dialect: Dialect) -> Callable[[Any], Any]:
         return _Translation({member: member.value for member in self.kind}, self.kind).__getitem__
 
-    def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], Any] | None:
+    def decoder(self, dialect: Dialect) -> Callable[[Any], Any]:
         return _Translation({member.value: member for member in self.kind}, self.kind).__getitem__
 
 
 class _Translation(dict[Any, Any]):
-    """Translates values; `None` is translated to itself, and an unknown value is an error."""
+    """Translates values; an unknown one is an error."""
 
     def __init__(self, pairs: Mapping[Any, Any], kind: type[Enum]) -> None:
         super().__init__(pairs)
-        self[None] = None
         self._kind = kind
 
     def __missing__(self, value: Any) -> Any:
         raise InvalidDataError(self._kind.__name__, f"{safe_repr(value)} is not one of its values")
+
+
+def row_converter(
+    columns: Sequence[Column[Any]], converter_of: Callable[[Any], Callable[[Any], Any] | None]
+) -> ConvertRow | None:
+    """Return the function that converts the times and enumerations of a row; `None` without any.
+
+    Args:
+        converter_of: Returns the encoder or the decoder of a type.
+    """
+    processors = [
+        (position, process, column.name)
+        for position, column in enumerate(columns)
+        if isinstance(column.type, _Converted)
+        and (process := converter_of(column.type)) is not None
+    ]
+
+    def convert(id: object, row: list[Any]) -> None:
+        try:
+            for position, process, name in processors:  # noqa: B007
+                value = row[position]
+                if value is not None:
+                    row[position] = process(value)
+        except InvalidDataError as error:
+            raise InvalidDataError(name, f"of {id!r}: {error}") from error
+
+    return convert if processors else None
 
 
 class _JsonText(UserDefinedType[str]):

@@ -24,12 +24,14 @@ class WriteTransaction:
         self.sql = statements_for(cursor) if sql is None else sql
         self.committed: list[Any] = []
         """Events for the listeners, published after the commit."""
-        self.before_commit: list[Callable[[], None]] = []
-        """Called when all operations are applied."""
         self.undo: list[Callable[[], None]] = []
         """Called in reverse order if it does not commit: restore the objects of callers."""
         self.unit_of_work: Any = None
-        """State that the operations share; set and read by the repositories alone, and released."""
+        """State that the operations share, set and read by the repositories alone.
+
+        `finish` writes its changes, and `release` drops what refers back to it: only the garbage
+        collector frees such cycles.
+        """
         self.finished = False
         """`True` if it accepts no more operations."""
         self.failure: BaseException | None = None
@@ -38,13 +40,12 @@ class WriteTransaction:
     def finish(self) -> None:
         """Write the collected changes; must be called before the commit."""
         self.finished = True
-        for work in self.before_commit:
-            work()
-        self.release()
+        if self.unit_of_work is not None:
+            self.unit_of_work.finish()
+            self.unit_of_work = None
 
     def release(self) -> None:
-        """Drop what refers back to the transaction: only the garbage collector frees cycles."""
-        self.before_commit.clear()
+        """Drop the changes of a transaction that will not commit."""
         if self.unit_of_work is not None:
             self.unit_of_work.release()
             self.unit_of_work = None

@@ -59,6 +59,7 @@ from openclaw_store.domain.records import (
     JSON_FIELDS,
     KEY,
     STAMPED,
+    ConvertRow,
     Decode,
     Entity,
     Raw,
@@ -95,4 +96,5 @@ from openclaw_store.domain.validation import (
     describe_exception,
     encode_in_steps,
     encode_json,
+    short_only,
 )

@@ -30,22 +30,34 @@ def is_expired(task: Record[Task], now: datetime) -> bool:
     return expires_at is not None and expires_at <= now
 
 
+def is_ready(task: Record[Task], now: datetime) -> bool:
+    """Return true if a task waits for a node at this time."""
+    return task.status is TaskStatus.PENDING and is_due(task, now) and not is_expired(task, now)
+
+
+def may_claim(node: Record[NodeInfo], task: Record[Task], now: datetime) -> bool:
+    """Return true if a node may claim a task at this time; `store_write` repeats this rule."""
+    return is_ready(task, now) and free_slots(node) > 0 and has_skills(node, task)
+
+
 def has_skills(node: Record[NodeInfo], task: Record[Task]) -> bool:
     """Return true if a node has all skills that a task requires."""
-    required = task.required_skills
+    required, available = task.required_skills, node.available_skills
     if type(required) is not bytes:  # decoded already, or empty
         required = task.encoded("required_skills")
-    return are_among(required, node.encoded("available_skills"))
+    if type(available) is not bytes:
+        available = node.encoded("available_skills")
+    return are_among(required, available)
 
 
-def are_among(required: bytes | None, available: bytes | None) -> bool:
+def are_among(required: bytes | str | None, available: bytes | str | None) -> bool:
     """Return true if one JSON list contains all texts of another; false for any other JSON."""
     wanted, present = skill_set(required), skill_set(available)
     return wanted is not None and present is not None and wanted <= present
 
 
 @lru_cache(maxsize=4096)
-def skill_set(text: bytes | None) -> frozenset[str] | None:
+def skill_set(text: bytes | str | None) -> frozenset[str] | None:
     """Return the texts of a JSON list; `None` for any other JSON, which was written by hand."""
     try:
         skills = orjson.loads(text or b"[]")

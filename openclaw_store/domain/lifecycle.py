@@ -20,16 +20,14 @@ from typing import Any, Final, NamedTuple
 from openclaw_store.domain.backoff import Wait
 from openclaw_store.domain.conditions import (
     AssignedNode,
-    free_slots,
-    has_skills,
     is_assigned,
     is_beyond_backoff,
     is_cancel_overdue,
-    is_due,
     is_expired,
     is_lost,
     is_overdue,
     is_unstarted,
+    may_claim,
 )
 from openclaw_store.domain.models import (
     ASSIGNED,
@@ -178,13 +176,11 @@ def owner_of(task: Record[Task]) -> Owner:
 
 
 def claim(task: Record[Task], node: Record[NodeInfo], now: datetime) -> Step | None:
-    """Assign a pending task to a node; `None` if the node may not run it now.
+    """Assign a task to a node; `None` if the node may not claim it now.
 
     PostgreSQL's function `store_write` repeats this rule.
     """
-    if task.status is not TaskStatus.PENDING or not is_due(task, now) or is_expired(task, now):
-        return None
-    if not free_slots(node) or not has_skills(node, task):
+    if not may_claim(node, task, now):
         return None
     return Step(
         {

@@ -48,17 +48,21 @@ _shared_names: dict[tuple[str, ...], tuple[str, ...]] = {}
 """One tuple for each combination of names, shared by all records."""
 
 
+ConvertRow = Callable[[object, list[Any]], None]
+"""Converts the values of a row in place; takes its identifier."""
+
+
 class RowCodec(NamedTuple):
     """The conversion of a record to the parameters of a statement."""
 
     pick: Callable[[Mapping[str, Any]], Sequence[Any]]
     """Selects the values of fields, in the order of the parameters."""
-    bind_processors: Sequence[tuple[int, Callable[[Any], Any]]]
-    """Position and conversion of each value that the driver takes in another form."""
     json: Sequence[tuple[int, str]]
     """Position and name of each JSON field, which is text, or `None` for its default."""
-    protect: Callable[[object, list[Any]], None] | None = None
-    """Converts values to their stored form in place; takes the identifier of the row."""
+    convert: ConvertRow | None
+    """Converts the values that the driver takes in another form."""
+    protect: ConvertRow | None
+    """Converts values to their stored form, after all."""
 
 
 class Record(Generic[Entity]):
@@ -152,15 +156,13 @@ class Record(Generic[Entity]):
     def values(self, codec: RowCodec) -> list[Any]:
         """Return the values of the fields of `codec` in the form that the driver takes."""
         row = list(codec.pick(self._fields))
-        for position, process in codec.bind_processors:
-            value = row[position]
-            if value is not None:
-                row[position] = process(value)
         for position, name in codec.json:
             text = row[position]
             if text is not None and type(text) is not bytes:
                 text = self.encoded(name)
             row[position] = None if text is None else text.decode()
+        if codec.convert is not None:
+            codec.convert(self._fields[KEY[self.kind]], row)
         if codec.protect is not None:
             codec.protect(self._fields[KEY[self.kind]], row)
         return row
@@ -320,9 +322,16 @@ def _shared(names: Iterable[str]) -> Sequence[str]:
     return _shared_names.setdefault(found, found)
 
 
-def decode(kind: type[Entity], row: Sequence[Any]) -> Record[Entity]:
-    """Return the record of a row: columns in the order of the fields, JSON as text."""
-    fields = kind(*row).__dict__
+def decode(kind: type[Entity], conversions: Sequence[ConvertRow], row: Raw) -> Record[Entity]:
+    """Return the record of a row: columns in the order of the fields, JSON as text.
+
+    Args:
+        conversions: Convert the driver's values, in this order.
+    """
+    values = list(row)
+    for convert in conversions:
+        convert(row[0], values)
+    fields = kind(*values).__dict__
     for name, empty in JSON_FIELDS[kind].items():
         text = fields[name]
         try:

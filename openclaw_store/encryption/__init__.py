@@ -7,7 +7,6 @@ only if a database has keys.
 from openclaw_store.encryption.envelope import (
     PREFIX,
     USER_ID,
-    ConvertRow,
     Hash,
     Protection,
     Sealed,

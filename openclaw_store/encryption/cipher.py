@@ -20,11 +20,11 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from openclaw_store.domain import ConvertRow
 from openclaw_store.encryption.envelope import (
     HEADER_LENGTH,
     PREFIX,
     Convert,
-    ConvertRow,
     Hash,
     Protection,
     SealedColumn,

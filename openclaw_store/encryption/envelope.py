@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import orjson
 
+from openclaw_store.domain import ConvertRow
 from openclaw_store.encryption.fields import OPTIONAL_FIELDS
 from openclaw_store.errors import SealedValueError
 
@@ -99,9 +100,6 @@ USER_ID: Final = SealedColumn("tasks", "user_id", is_json=False)
 
 Convert = Callable[[object, str], str]
 """Converts a value that is not empty; takes the identifier of its row."""
-
-ConvertRow = Callable[[object, list[Any]], None]
-"""Converts the values of a row in place; takes its identifier."""
 
 SealedColumns = Sequence[tuple[int, SealedColumn]]
 """Positions in a row, and their columns."""

@@ -52,8 +52,8 @@ from openclaw_store.database import (
     table_of,
     to_microseconds,
 )
-from openclaw_store.domain import Decode, NodeInfo, Raw, Task, encode
-from openclaw_store.encryption import ConvertRow, Hash
+from openclaw_store.domain import ConvertRow, Decode, NodeInfo, Raw, Task, encode
+from openclaw_store.encryption import Hash
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.maintenance.progress import Progress, Report
 from openclaw_store.repositories import decoder_here, read_counters, read_rows

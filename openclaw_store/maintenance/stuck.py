@@ -171,7 +171,7 @@ def _waiting(
     connection: Connection, nodes: Mapping[str, Any], now: datetime, most: int
 ) -> Iterator[StuckGroup]:
     """Yield the groups of pending tasks whose skills no node has, or no live node."""
-    present = {node: _encoded(one.available_skills) for node, one in nodes.items()}
+    present = {node: one.available_skills for node, one in nodes.items()}
     everywhere = set(present.values())
     alive = {
         present[node]
@@ -179,7 +179,7 @@ def _waiting(
         if one.status in ALIVE and not conditions.is_silent(one, now, PATIENCE)
     }
 
-    def reason_of(required: bytes | None) -> Reason | None:
+    def reason_of(required: str | None) -> Reason | None:
         if not any(conditions.are_among(required, skills) for skills in everywhere):
             return Reason.NO_SKILL
         if not any(conditions.are_among(required, skills) for skills in alive):
@@ -187,14 +187,12 @@ def _waiting(
         return None
 
     delayed = _delayed(connection, most)
-    for condition, text in _skill_groups(connection):
-        required = _encoded(text)
-        retries = delayed.pop(text, [])
+    for condition, required in _skill_groups(connection):
+        retries = delayed.pop(required, [])
         reason = reason_of(required)
         if reason is not None:
             yield _group(connection, reason, _named(required), condition, most, retries)
-    for text, retries in delayed.items():
-        required = _encoded(text)
+    for required, retries in delayed.items():
         reason = reason_of(required)
         if reason is not None:
             yield _group(connection, reason, _named(required), None, most, retries)
@@ -276,11 +274,7 @@ def _expired(connection: Connection, now: datetime, most: int) -> Iterator[Stuck
         yield StuckGroup(Reason.EXPIRED, "", count, len(tasks) <= most, since, examples)
 
 
-def _encoded(text: str | None) -> bytes | None:
-    return text.encode() if text else None
-
-
-def _named(required: bytes | None) -> str:
+def _named(required: str | None) -> str:
     """Return skills as one text; JSON that is no list of skills as it is."""
     skills = conditions.skill_set(required)
-    return ", ".join(sorted(skills)) if skills is not None else (required or b"").decode()
+    return ", ".join(sorted(skills)) if skills is not None else required or ""

@@ -169,10 +169,7 @@ async def _count_ahead(
     return sum(
         count
         for required, count in await session.execute(better)
-        if any(
-            conditions.are_among(required.encode() if required else None, present)
-            for present in available
-        )
+        if any(conditions.are_among(required, present) for present in available)
     )
 
 

@@ -103,7 +103,7 @@ def _insert(unit: UnitOfWork, given: Sequence[Raw]) -> Inserted:
     unit.read_key_owners(key for key, _ in map(_keys, given) if key is not None)
     refusals = [_refusal(unit, present, row) for row in given]
     added = [row for row, refusal in zip(given, refusals, strict=True) if refusal is None]
-    before, at = unit.reserve_revisions(len(added)), sql.to_moment(unit.now)
+    before, at = unit.reserve_revisions(len(added)), unit.at
     insert, codec = sql.insert[Task]
     rows: list[Raw] = []
     changes: list[Raw] = []

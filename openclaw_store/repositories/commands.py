@@ -109,14 +109,6 @@ class Update(Command, Generic[Entity]):
         return self.kind is Task
 
     @property
-    def known_task(self) -> Record[Any] | None:
-        return self.known
-
-    @property
-    def expected_version(self) -> int:
-        return self.version
-
-    @property
     def key(self) -> str | None:
         return self.record.idempotency_key if "idempotency_key" in self.names else None
 
@@ -226,10 +218,7 @@ class Claim(Command):
     limit: int
     start: bool = False
     kind: ClassVar[type[Any]] = NodeInfo
-
-    @property
-    def is_one_call(self) -> bool:
-        return True
+    is_one_call: ClassVar[bool] = True
 
     def decide(self, row: Row) -> list[Record[Task]] | StoreError:
         return row.unit.claim(row, self.limit, start=self.start)
@@ -256,18 +245,7 @@ class Advance(Command):
     version: int | None = None
     """The only version to change; `None` for any."""
     kind: ClassVar[type[Any]] = Task
-
-    @property
-    def is_one_call(self) -> bool:
-        return True
-
-    @property
-    def known_task(self) -> Record[Any] | None:
-        return self.known
-
-    @property
-    def expected_version(self) -> int:
-        return self.version or 0
+    is_one_call: ClassVar[bool] = True
 
     def decide(self, row: Row) -> Advanced | StoreError:
         task = row.content(self.known)
@@ -282,9 +260,7 @@ class Advance(Command):
 class Recover(Advance):
     """Change the status of a task by a decision that also depends on its node."""
 
-    @property
-    def is_one_call(self) -> bool:
-        return False
+    is_one_call: ClassVar[bool] = False
 
     def decide(self, row: Row) -> Advanced | StoreError:
         task = row.content(self.known)
@@ -426,9 +402,8 @@ def _assigned_to(node: Row, limit: int) -> list[Row]:
     They are sorted, so that both databases assign the same revisions.
     """
     unit = node.unit
-    tasks = unit.rows[Task]
     for raw in unit.cursor.execute(unit.sql.read_assigned, (node.id, limit)):
-        if raw[0] not in tasks:
-            unit.row(Task, raw[0]).load(unit.sql.decode[Task](raw))
-    assigned = [one for one in tasks.values() if one.node == node.id and one.status in ASSIGNED]
+        unit.row_of(unit.sql.decode[Task](raw))
+    tasks = unit.rows[Task].values()
+    assigned = [one for one in tasks if one.node == node.id and one.status in ASSIGNED]
     return sorted(assigned, key=lambda one: one.id)

@@ -84,7 +84,7 @@ class AfterHeartbeat:
         self.heartbeat = heartbeat
         self.command = command
         self.kind, self.id, self.key = command.kind, command.id, command.key
-        self.known_task, self.expected_version = command.known_task, command.expected_version
+        self.known, self.version = command.known, command.version
         self.related_keys: Sequence[EntityKey] = (*command.related_keys, (NodeInfo, heartbeat.id))
 
     def decide(self, row: Row) -> Any:
@@ -102,11 +102,11 @@ def apply_heartbeats(
 def _apply_group(transaction: WriteTransaction, heartbeats: Sequence[Heartbeat]) -> Sequence[bool]:
     unit = unit_of(transaction)
     unit.count_from(*counters_of(transaction.cursor.execute(unit.sql.read_counters)))
-    now, sequence = unit.sql.to_moment(transaction.now), unit.heartbeat_sequence
+    sequence = unit.heartbeat_sequence
     rows = []
     for one in heartbeats:
         at = unit.sql.to_moment(one.at)
-        rows.append((*map(one.usage.get, USAGE), at, sequence, one.id, at, now))
+        rows.append((*map(one.usage.get, USAGE), at, sequence, one.id, at, unit.at))
     if transaction.cursor.count(unit.sql.beat, rows) < len(rows):
         # Some nodes are missing, OFFLINE, or have a newer heartbeat: decide each by itself. A
         # second write of the same heartbeat changes nothing.

@@ -79,7 +79,7 @@ class OneCall(UnitOfWork):
         for command in commands:
             if command.kind is not Task or command.is_new or command.id in tasks:
                 continue
-            record, id = command.known_task, command.id
+            record, id = command.known, command.id
             if record is None or record.version <= 0:  # it is in memory only
                 unknown[id] = None
             elif id not in known or known[id].version < record.version:
@@ -91,7 +91,7 @@ class OneCall(UnitOfWork):
         self._read.update(unread)
         # No version that a caller knows may be above the guess: a revision of this batch, which is
         # only guessed, could pass for that version.
-        versions = [command.expected_version for command in commands]
+        versions = [command.version or 0 for command in commands]
         newest = max([*versions, *(record.version for record in known.values())], default=0)
         if newest > self._guess:  # another process has written since the last call
             self._batch_cursor.newest_revision = newest
@@ -147,22 +147,22 @@ class OneCall(UnitOfWork):
         changes = [
             (
                 *(one.item_id, str(one.kind), *one[5:8]),
-                stored(one.item, one.item_id, one.reason),
+                one.reason and stored(one.item, one.item_id, one.reason),
                 self._moved(one.previous),
             )
             for one in self.changes
         ]
-        if not (values or checked or self._deltas or places):
-            return
-        columns = [
-            *_columns(values, 4 + len(CALL_FIELDS)),
-            *_columns(list(checked.items()), 2),
-            *_columns(list(owners.items()), 2),
-            *_columns(changes, 7),
-            *_columns([(id, *delta) for id, delta in self._deltas.items()], 5),
-            *_columns(places, 3),
-        ]
-        self._batch_cursor.prepare(self.sql.call, (self.now, *columns), self._finish_call)
+        if values or checked or self._deltas or places:
+            columns = [
+                *_columns(values, 4 + len(CALL_FIELDS)),
+                *_columns(list(checked.items()), 2),
+                *_columns(list(owners.items()), 2),
+                *_columns(changes, 7),
+                *_columns([(id, *delta) for id, delta in self._deltas.items()], 5),
+                *_columns(places, 3),
+            ]
+            self._batch_cursor.prepare(self.sql.call, (self.now, *columns), self._finish_call)
+        self.release()
 
     def _moved(self, previous: int | None) -> int | None:
         """Return a revision of this batch as a negative offset; it is not assigned yet."""

@@ -7,7 +7,6 @@ A search merges the groups whose skills a node has, and reads a group when its t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
 from heapq import heapify, heappop, heappush
 from operator import itemgetter
 from typing import Any
@@ -38,22 +37,23 @@ _required = itemgetter(FIELDS[Task].index("required_skills"))
 
 
 def ready_tasks(
-    sql: Statements, execute: Execute, now: datetime, skills: bytes | None, count: int
+    sql: Statements, execute: Execute, at: Any, skills: bytes | None, count: int
 ) -> Iterator[Record[Task]]:
     """Yield the tasks that a node with these skills may claim; a task may come twice.
 
     Args:
         execute: Returns the rows of a query.
+        at: The present time, as the driver takes it.
         skills: The skills of the node, as JSON.
         count: Number of tasks that are probably wanted.
     """
     available = conditions.skill_set(skills)
     if available is None:
         return
-    queries, at = sql.claims, sql.to_moment(now)
+    queries = sql.claims
 
     def is_able(required: str | None) -> bool:
-        return conditions.are_among(required.encode() if required else None, skills)
+        return conditions.are_among(required, skills)
 
     has_few = len(available) <= _FEW
     heads = execute(queries.all_heads, (*queries.ranges(None), _FEW + 1))
@@ -63,10 +63,10 @@ def ready_tasks(
             yield from (sql.decode[Task](row) for row in front if is_able(_required(row)))
         statement = queries.heads if has_few else queries.all_heads
         heads = execute(statement, (*queries.ranges(available if has_few else None), _ALL))
-    places = {None: (), **{key: tuple(place) for key, *place in heads}}
+    places = {key: tuple(place) for key, *place in heads}
     groups = [group for group in places if is_able(group)]
     # Many tasks come from several groups: to read them all from each would take most of the time.
-    count = min(count, max(_FEWEST, 2 * count // len(groups)))
+    count = min(count, max(_FEWEST, 2 * count // max(1, len(groups))))
     # A group without rows yet is at the place of its first task.
     queue: list[tuple[Any, Raw | None, Iterator[Raw]]] = [
         (places[group], None, _rows_of(queries.group, execute, group, at, count))

@@ -21,6 +21,7 @@ from openclaw_store.domain import (
     DEFAULT_BACKOFF,
     MAX_INTEGER,
     Backoff,
+    LongValueError,
     Record,
     Task,
     TaskFilter,
@@ -34,6 +35,7 @@ from openclaw_store.domain import (
     check_time,
     encode_in_steps,
     encode_json,
+    short_only,
 )
 from openclaw_store.errors import InvalidDataError, TaskNotFoundError, safe_repr
 from openclaw_store.repositories.base import Repository, too_long
@@ -416,11 +418,17 @@ async def is_known(work: Awaitable[object]) -> bool:
     return True
 
 
+_encode_short = short_only(encode_json)
+
+
 async def encode_result(database: Database, result: Any) -> bytes | None:
     """Return the JSON of a result; `None` for no result."""
     if result is None:
         return None
-    text = await database.slices.run(encode_in_steps(encode_json, "result", result))
+    try:
+        text: bytes = _encode_short("result", result)
+    except LongValueError:
+        text = await database.slices.run(encode_in_steps(encode_json, "result", result))
     if len(text) > database.max_json_bytes:
         raise too_long("result", database.max_json_bytes)
     return text

@@ -28,7 +28,6 @@ from openclaw_store.domain import (
     Record,
     RowCodec,
     Task,
-    conditions,
     lifecycle,
 )
 from openclaw_store.errors import (
@@ -88,14 +87,14 @@ class Command(Protocol):
         return False
 
     @property
-    def known_task(self) -> Record[Task] | None:
-        """The task that it writes, in its last known version, which may save the read."""
+    def known(self) -> Record[Any] | None:
+        """The content that it changes, at any version, which may save the read."""
         return None
 
     @property
-    def expected_version(self) -> int:
-        """The version that the row must have, as the caller knows it; 0 for any."""
-        return 0
+    def version(self) -> int | None:
+        """The only version of the row to change, as the caller knows it; `None` for any."""
+        return None
 
     @property
     def key(self) -> str | None:
@@ -224,9 +223,12 @@ class UnitOfWork:
         self.now = transaction.now
         self.cursor = transaction.cursor
         self.sql = transaction.sql
+        self.at = self.sql.to_moment(self.now)
+        """`now` as the driver takes it."""
         self.rows: dict[type[Any], dict[str, Row]] = {}
         """The rows of the current run of commands."""
-        self._choice: ClaimChoice | None = None  # of this run
+        self._choice: ClaimChoice | None = None  # of the claims of this run, once there is one
+        self._size = 0  # commands of this run
         self.key_owners: dict[str, str | None] = {}
         """The live task of each idempotency key that was read; `None` if there is none."""
         self._keys_of_live_tasks: dict[str, str] = {}  # the reverse of `key_owners`
@@ -240,8 +242,6 @@ class UnitOfWork:
         """The newest change of each removed row, if its history is removed too."""
         self.emit: Callable[[object], None] = transaction.committed.append
         """Publishes an event to the listeners after the commit."""
-        transaction.unit_of_work = self
-        transaction.before_commit.append(self.finish)
 
     def count_from(self, revision: int, sequence: int) -> None:
         """Set the counters, unless an earlier run has read them."""
@@ -251,7 +251,7 @@ class UnitOfWork:
     def run(self, commands: Sequence[Command]) -> Sequence[Any]:
         """Apply the commands in order, write their rows, and return their results."""
         rows = self.rows = {kind: {} for kind in ROWS}
-        self._choice = ClaimChoice(self, len(commands))
+        self._size = len(commands)
         targets: list[Row] = []
         keys: list[str] = []
         for command in commands:
@@ -313,10 +313,10 @@ class UnitOfWork:
         """
         if row.record is None:
             return missing(NodeInfo, row.id)
+        if self._choice is None:
+            self._choice = ClaimChoice(self, self._size)
         claimed: list[Record[Task]] = []
-        wanted = min(limit, conditions.free_slots(row.record))
-        assert self._choice is not None  # a run is under way
-        for task_row, present, step in self._choice.choose(row.record, wanted):
+        for task_row, present, step in self._choice.choose(row.record, limit):
             record = task_row.write(present.evolve(**step.task), step.task)
             if start:
                 started = lifecycle.started(record, self.now)
@@ -339,6 +339,11 @@ class UnitOfWork:
         if row is None:
             row = rows[id] = Row(self, kind, id)
         return row
+
+    def row_of(self, task: Record[Task]) -> Row:
+        """Return the row of a task that was read; commands of this run may have changed it."""
+        id = task.task_id
+        return self.rows[Task].get(id) or self.row(Task, id).load(task)
 
     def read_key_owners(self, keys: Iterable[str]) -> None:
         """Read the live tasks with these idempotency keys, unless that was done."""
@@ -399,12 +404,11 @@ class UnitOfWork:
             removed_history.append((newest, item, id))
         changes = list(new.values()) if removed_history else self.changes
         if changes:
-            at = self.sql.to_moment(self.now)
             stored = self.sql.stored_reason
             rows = [
                 (
-                    *(one.revision, at, one.item, one.item_id, str(one.kind), *one[5:8]),
-                    stored(one.item, one.item_id, one.reason),
+                    *(one.revision, self.at, one.item, one.item_id, str(one.kind), *one[5:8]),
+                    one.reason and stored(one.item, one.item_id, one.reason),
                     one.previous,
                 )
                 for one in changes

@@ -42,7 +42,7 @@ class ArchiveCalls(ManagerBase):
 
     async def _live(self, id: str) -> Task | None:
         record = await self.task_repo.get_record(id)
-        return None if record is None else (await self.db.slices.copies([record]))[0]
+        return None if record is None else (await self._replica.slices.copies([record]))[0]
 
     async def apply_retention(self, retention: Retention | None = None) -> Retained:
         """Apply a retention policy now, after the runs that another process left unfinished.
@@ -128,7 +128,7 @@ class ArchiveCalls(ManagerBase):
             page = {_place(record): record for record in old}
             page |= {_place(one): one for one in live if last is None or _place(one) >= last}
             records = [page[place] for place in sorted(page, reverse=True)]
-            for task in await self.db.slices.copies(records):
+            for task in await self._replica.slices.copies(records):
                 yield task
             after = until or end
             if after is None:

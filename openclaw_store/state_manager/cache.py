@@ -359,7 +359,7 @@ class Cache:
     def _apply_stored(self, key: EntityKey, record: Record[Any] | None, revision: int) -> None:
         """Apply the stored record as of `revision`, unless the cache has a newer one."""
         entry = self.unsaved.get(key) if self.unsaved else None
-        known = self._visible(key) if entry is None else entry.committed
+        known: Any = self._visible_entry(key) if entry is None else entry.committed
         if record is not None:
             revision = record.version
             record = self._with_heartbeats(record)
@@ -416,12 +416,17 @@ class Cache:
                 found = self._finished[id] = self._decode[Task](found)
         return found  # type: ignore[no-any-return]
 
+    def _visible_entry(self, key: EntityKey) -> Indexed | Record[NodeInfo] | None:
+        """Return the same, but of a task that was never read only what is indexed."""
+        row: Any = self.tasks.entries.get(key[1]) if key[0] is Task else None
+        return self._read_entry(row) if type(row) is tuple else self._visible(key)
+
     def _hide(self, key: EntityKey) -> None:
         visible = self._visible(key)
         if visible is not None:
             self._show(key, visible, None)
 
-    def _show(self, key: EntityKey, old: Record[Any] | None, new: Record[Any] | None) -> None:
+    def _show(self, key: EntityKey, old: Any, new: Record[Any] | None) -> None:
         """Replace a visible record, and update the indexes."""
         if key[0] is Task:
             # The garbage collector does not track a tuple.

@@ -17,7 +17,6 @@ from openclaw_store.domain import ASSIGNED, ENTITY_NAMES, ChangeKind, NodeInfo, 
 
 _NODE, _PENDING = ENTITY_NAMES[NodeInfo], TaskStatus.PENDING.value
 
-
 Step = tuple[str, str, str | None, str]
 """Item, identifier, new status and kind of a change."""
 

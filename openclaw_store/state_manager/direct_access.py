@@ -36,10 +36,8 @@ logger = logger_of("mirror")
 MAX_REMEMBERED_TASKS = 10_000
 """Assigned tasks in memory; the report on any other reads the task first."""
 
-
 WAKE_SECONDS = 0.01
 """Shortest time between two commits of other processes that wake all waiters, which then read."""
-
 
 MAX_STEPS = 1000
 """Changes that are read to wake waiters: more of them wake all that there are."""
@@ -127,7 +125,7 @@ class DirectAccess(Replica):
         is_busy = self._outdated.is_set()
         if revision > self._followed:
             self._noticed = max(self._noticed, revision)
-            if self._loop is not None and self.watchers:
+            if self._loop is not None and self._is_awaited:
                 self._loop.call_soon_threadsafe(self._outdated.set)  # raises if it was closed
         return not is_busy
 

@@ -221,4 +221,4 @@ class FilterCalls(ArchiveCalls):
         checked = check_filter(NodeFilter, filter, now)
         nodes = (await self._replica.view(with_tasks=False)).node_index.all_nodes()
         found = [node for node in nodes if checked.selects(node, now)]
-        return await self.db.slices.copies(found)
+        return await self._replica.slices.copies(found)

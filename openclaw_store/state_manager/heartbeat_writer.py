@@ -55,11 +55,10 @@ class HeartbeatWriter:
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, behind the waiting heartbeat of its node."""
-        waiting = self._replica.cache.heartbeats.waiting
-        if waiting and not isinstance(command, Create):
+        if not isinstance(command, Create):
             ids = [id for kind, id in command.related_keys if kind is NodeInfo]
             node_id = command.id if command.kind is NodeInfo else next(iter(ids), None)
-            if node_id in waiting:
+            if node_id in self._replica.cache.heartbeats.waiting:
                 return self._send_after_heartbeat(command, node_id)
         return self._replica.database.write(apply, command)
 

@@ -22,7 +22,6 @@ from openclaw_store.domain import (
     Entity,
     Record,
     Retention,
-    Task,
     check_count,
     write_back,
 )
@@ -33,13 +32,7 @@ from openclaw_store.errors import (
     logger_of,
     safe_repr,
 )
-from openclaw_store.repositories import (
-    Create,
-    NodeRepository,
-    Repository,
-    TaskRepository,
-    admit_entity,
-)
+from openclaw_store.repositories import NodeRepository, Repository, TaskRepository, admit_entity
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.replica import Replica
 from openclaw_store.state_manager.scheduler import Scheduler
@@ -130,6 +123,7 @@ class ManagerBase:
                 if not self._wake_ups:
                     self.db.write_without_notifications()
                 await self._replica.start()
+                self._replica.slices = self.db.slices
                 self._thread = get_ident()
                 if self._retention is not None:
                     work = self._retain_every(self._retention)
@@ -237,7 +231,7 @@ class ManagerBase:
         self._check_usable()
         change = self._change_by(repository, fn)
         changed = await self._replica.change((repository.kind, id), change)
-        return None if changed is None else (await self.db.slices.copies([changed]))[0]
+        return None if changed is None else (await self._replica.slices.copies([changed]))[0]
 
     def _change_by(
         self, repository: Repository[Entity], fn: Callable[[Entity], object]
@@ -247,7 +241,7 @@ class ManagerBase:
             raise InvalidDataError("fn", f"must be a function, not {type(fn).__name__}")
 
         async def change(known: Record[Entity]) -> Record[Entity]:
-            [copy] = await self.db.slices.copies([known])
+            [copy] = await self._replica.slices.copies([known])
             result = fn(copy)
             if inspect.isawaitable(result):
                 if inspect.iscoroutine(result):
@@ -262,31 +256,13 @@ class ManagerBase:
 
         return change
 
-    async def _add(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
+    async def _update(self, repository: Repository[Entity], entity: Entity, persist: bool) -> bool:
         self._check_usable()
-        record = await admit_entity(self._repository(kind), entity, is_new=True)
-        if persist:
-            id, key = getattr(entity, KEY[kind]), None
-            if kind is Task:
-                key = record.idempotency_key
-            record = await self._replica.submit(Create(kind, id, record, key))
-        else:
-            record = await self._replica.write_behind.add(record)
-        write_back(record, entity)
-        return True
-
-    async def _update(self, kind: type[Entity], entity: Entity, persist: bool) -> bool:
-        self._check_usable()
-        id = getattr(entity, KEY[kind], None)
-        known = self._replica.cache.find((kind, id)) if type(id) is str else None
+        id = getattr(entity, KEY[repository.kind], None)
+        known = self._replica.cache.find((repository.kind, id)) if type(id) is str else None
         update = self._replica.update if persist else self._replica.write_behind.update
-        record = await admit_entity(self._repository(kind), entity, known)
-        write_back(await update(record), entity)
+        write_back(await update(await admit_entity(repository, entity, known)), entity)
         return True
-
-    def _repository(self, kind: type[Entity]) -> Repository[Entity]:
-        repository: Repository[Any] = self.task_repo if kind is Task else self.node_repo
-        return repository
 
     def _check_usable(self) -> None:
         # `get_running_loop` takes as long as the rest of a read, because it asks the system for the

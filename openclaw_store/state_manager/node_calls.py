@@ -14,7 +14,7 @@ from openclaw_store.domain import (
     check_text,
     write_back,
 )
-from openclaw_store.repositories import Resume, SetNodeStatus, admit_entity, node_status
+from openclaw_store.repositories import Create, Resume, SetNodeStatus, admit_entity, node_status
 from openclaw_store.state_manager.manager_base import ManagerBase
 
 
@@ -25,32 +25,32 @@ class NodeCalls(ManagerBase):
         """Return a node; `None` if there is none."""
         self._check_usable()
         record = await self._replica.find((NodeInfo, check_key("node_id", node_id)))
-        return None if record is None else (await self.db.slices.copies([record]))[0]
+        return None if record is None else (await self._replica.slices.copies([record]))[0]
 
     async def get_all_nodes(self) -> list[NodeInfo]:
         """Return all nodes, newest registered first."""
         self._check_usable()
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await self.db.slices.copies(nodes.all_nodes())
+        return await self._replica.slices.copies(nodes.all_nodes())
 
     async def get_online_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes, newest registered first."""
         self._check_usable()
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await self.db.slices.copies(nodes.online_nodes())
+        return await self._replica.slices.copies(nodes.online_nodes())
 
     async def get_available_nodes(self) -> list[NodeInfo]:
         """Return the ONLINE nodes with a free slot, least loaded first."""
         self._check_usable()
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await self.db.slices.copies(nodes.available_nodes())
+        return await self._replica.slices.copies(nodes.available_nodes())
 
     async def find_nodes_by_skill(self, skill: str) -> list[NodeInfo]:
         """Return the ONLINE nodes with exactly this skill, newest registered first."""
         self._check_usable()
         skill = check_text("skill", skill)
         nodes = (await self._replica.view(with_tasks=False)).node_index
-        return await self.db.slices.copies(nodes.nodes_by_skill(skill))
+        return await self._replica.slices.copies(nodes.nodes_by_skill(skill))
 
     async def add_node(self, node: NodeInfo, persist: bool = True) -> bool:
         """Add a node; `node` receives its version and its times in UTC.
@@ -62,7 +62,12 @@ class NodeCalls(ManagerBase):
             DuplicateError: If a node with this identifier exists.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._add(NodeInfo, node, persist)
+        self._check_usable()
+        record = await admit_entity(self.node_repo, node, is_new=True)
+        create = Create(NodeInfo, record.node_id, record)
+        added = self._replica.submit(create) if persist else self._replica.write_behind.add(record)
+        write_back(await added, node)
+        return True
 
     async def register_node(self, node: NodeInfo, *, replaced: str | None = None) -> bool:
         """Add a node, or replace its former process; `node` receives the stored values.
@@ -104,7 +109,7 @@ class NodeCalls(ManagerBase):
                 `change_node`.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._update(NodeInfo, node, persist)
+        return await self._update(self.node_repo, node, persist)
 
     async def change_node(self, node_id: str, fn: Callable[[NodeInfo], object]) -> NodeInfo | None:
         """Read a node, change it and write it back, without losing a concurrent change.

@@ -11,7 +11,7 @@ from operator import itemgetter, methodcaller
 from typing import Any
 
 from openclaw_store.backends import Notifier
-from openclaw_store.database import Database
+from openclaw_store.database import Database, Slices
 from openclaw_store.domain import (
     ENTITY_NAMES,
     Change,
@@ -44,6 +44,7 @@ from openclaw_store.repositories import (
     Repository,
     TaskRepository,
     Update,
+    apply,
     change_of,
     changes_of,
     insert_tasks,
@@ -80,13 +81,14 @@ RELOAD_AFTER = 20_000
 Applying a change takes a little longer than loading a task.
 """
 
-
 _step = itemgetter(ENTITY_NAME, ENTITY_ID, TO_STATUS, KIND)
 """Item, identifier, new status and kind of a change in a batch."""
 
 
 class Replica:
     """The cache of one `StateManager`, and its exchange with the database."""
+
+    slices: Slices  # the long computations of its event loop, once it is started
 
     def __init__(
         self, database: Database, tasks: TaskRepository, nodes: NodeRepository, finished_limit: int
@@ -240,7 +242,9 @@ class Replica:
 
     def send(self, command: Command) -> Coroutine[Any, Any, Any]:
         """Commit a command, even while entries are unsaved."""
-        return self.heartbeat_writer.send(command)
+        if self.cache.heartbeats.waiting:
+            return self.heartbeat_writer.send(command)
+        return self.database.write(apply, command)
 
     async def update(self, record: Record[Entity]) -> Record[Entity]:
         """Replace the entity of the same version; return the stored record."""
@@ -325,7 +329,7 @@ class Replica:
                 try:
                     cache.catch_up(batch)
                 finally:
-                    if self.watchers:
+                    if self._is_awaited:
                         self._keep_for_watchers(batch)
                         self.watchers.notice(list(map(_step, batch.changes)))
                 is_behind = batch.revision < batch.read_at
@@ -402,9 +406,14 @@ class Replica:
             sequences = [event.sequence for event in events if isinstance(event, HeartbeatWritten)]
             self._own_heartbeat_sequence = max(sequences, default=self._own_heartbeat_sequence)
 
+    @property
+    def _is_awaited(self) -> bool:
+        """True if there are waiters for changes or for work."""
+        return bool(self.watchers.count or self.watchers.claims.nodes)
+
     def _wake_after(self, events: Sequence[Committed]) -> None:
         """Wake the waiters after a commit of this process."""
-        if self.watchers:
+        if self._is_awaited:
             changes = list(changes_of(events))
             if self.watchers.count:
                 self.recent_changes.add(changes)

@@ -98,7 +98,7 @@ class Scheduler:
     async def claim(self, node_id: str, limit: int, *, start: bool) -> list[Task]:
         if self._replica.cache.unsaved:  # the database chooses among the tasks that it has
             await self._replica.write_behind.flush_all()
-        copies = self._replica.database.slices.copies
+        copies = self._replica.slices.copies
         if limit <= PART_SIZE:
             return await copies(await self._replica.submit(Claim(node_id, limit, start)))
         parts = claim_in_parts(self._replica.submit, node_id, limit, start=start)
@@ -298,8 +298,7 @@ class Scheduler:
         async for place, one in _pending_tasks(cache):
             if key is None or place >= key:
                 break
-            is_due = conditions.is_due(one, now) and not conditions.is_expired(one, now)
-            if one.status is TaskStatus.PENDING and is_due:
+            if conditions.is_ready(one, now):
                 required = one.encoded("required_skills")
                 ahead += any(conditions.are_among(required, present) for present in skills)
         return explain(task, nodes, ahead, now)

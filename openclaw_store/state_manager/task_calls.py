@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from operator import itemgetter
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any
 
 from openclaw_store.domain import (
     FINISHED,
-    STAMPED,
-    Raw,
     Record,
     Task,
     TaskStatus,
@@ -20,6 +17,7 @@ from openclaw_store.domain import (
     check_limit,
     check_number,
     check_positive,
+    write_back,
 )
 from openclaw_store.errors import (
     DeadlineError,
@@ -28,42 +26,14 @@ from openclaw_store.errors import (
     StoreError,
     TaskNotFoundError,
 )
-from openclaw_store.repositories import (
-    admit_entity,
-    check_ids,
-    commands,
-    encode_result,
-    is_known,
-    row_of,
-)
+from openclaw_store.repositories import admit_entity, check_ids, commands, encode_result, is_known
 from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager.direct_access import DirectAccess
 from openclaw_store.state_manager.explain import Explanation
 from openclaw_store.state_manager.manager_base import ManagerBase
 from openclaw_store.state_manager.scheduler import Recovery
+from openclaw_store.state_manager.task_batches import admit_batch, after_others, insert_batch
 from openclaw_store.state_manager.task_index import PendingKey
-
-ADD_BATCH_SIZE = 1000
-"""Maximum number of tasks that `add_tasks` writes in one transaction."""
-
-CHECK_SLICE_SIZE = 100
-"""Number of tasks checked before other coroutines run."""
-
-_STAMPED = STAMPED[Task]
-_times = itemgetter(*_STAMPED[:-2])
-assert _STAMPED[-2:] == ("updated_at", "version")
-
-
-class _Batch(NamedTuple):
-    """Tasks that `add_tasks` writes in one transaction."""
-
-    outcomes: list[StoreError | None]
-    """The refusal of each task; `None` for each valid one."""
-    tasks: list[Task]
-    """The valid tasks."""
-    rows: list[Raw]
-    times: list[Raw]
-    """The times of the valid tasks, in UTC."""
 
 
 class TaskCalls(ManagerBase):
@@ -81,7 +51,7 @@ class TaskCalls(ManagerBase):
         if type(record) is Record and record.is_small:
             return record.copy()
         found = await self._replica.find((Task, check_key("task_id", task_id)))
-        return None if found is None else (await self.db.slices.copies([found]))[0]
+        return None if found is None else (await self._replica.slices.copies([found]))[0]
 
     async def get_pending_tasks(self, limit: int | None = 50) -> list[Task]:
         """Return pending and scheduled tasks by priority, time of submission and identifier.
@@ -116,7 +86,7 @@ class TaskCalls(ManagerBase):
         """Return the tasks of keys of the index, all as they are at this moment."""
         tasks = self._replica.cache.tasks
         found = [(id, tasks.entries[id]) for _, _, id in keys]
-        return await self.db.slices.copies(tasks.read(id, entry) for id, entry in found)
+        return await self._replica.slices.copies(tasks.read(id, entry) for id, entry in found)
 
     async def get_tasks(self, ids: Iterable[str]) -> list[Task | None]:
         """Return the tasks with these identifiers, in their order; `None` for an unknown one.
@@ -138,7 +108,7 @@ class TaskCalls(ManagerBase):
             found.update(read)
         cache = self._replica.cache  # may be newer by now
         records = [cache.task(id) or found[id] for id in wanted]
-        copies = iter(await self.db.slices.copies(filter(None, records)))
+        copies = iter(await self._replica.slices.copies(filter(None, records)))
         return [None if one is None else next(copies) for one in records]
 
     async def add_task(self, task: Task, persist: bool = True) -> bool:
@@ -151,7 +121,12 @@ class TaskCalls(ManagerBase):
             DuplicateError: If a task with this identifier exists.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._add(Task, task, persist)
+        self._check_usable()
+        record = await admit_entity(self.task_repo, task, is_new=True)
+        create = commands.Create(Task, record.task_id, record, record.idempotency_key)
+        added = self._replica.submit(create) if persist else self._replica.write_behind.add(record)
+        write_back(await added, task)
+        return True
 
     async def update_task(self, task: Task, persist: bool = True) -> bool:
         """Write a changed task back; `task` receives the new version and can be changed again.
@@ -165,7 +140,7 @@ class TaskCalls(ManagerBase):
                 `change_task`.
             InvalidDataError: If a field cannot be stored.
         """
-        return await self._update(Task, task, persist)
+        return await self._update(self.task_repo, task, persist)
 
     async def change_task(self, task_id: str, fn: Callable[[Task], object]) -> Task | None:
         """Read a task, change it and write it back, without losing a concurrent change.
@@ -216,7 +191,8 @@ class TaskCalls(ManagerBase):
                     raise
                 # Another task had the key, and was removed or changed meanwhile: try again.
             else:
-                return (await self.db.slices.copies([await admit_entity(self.task_repo, task)]))[0]
+                record = await admit_entity(self.task_repo, task)
+                return (await self._replica.slices.copies([record]))[0]
 
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each task receives its version and its times in UTC.
@@ -236,13 +212,13 @@ class TaskCalls(ManagerBase):
         if not isinstance(tasks, Iterable):
             raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
-        remaining = iter(tasks)
-        batch = await self._admit_batch(remaining)
+        admit = partial(admit_batch, self.task_repo, self.db.statements, iter(tasks))
+        batch = await admit()
         while batch.outcomes:
             # The next tasks are checked while these are written.
-            ahead = asyncio.ensure_future(self._admit_next(remaining))
+            ahead = asyncio.ensure_future(after_others(admit))
             try:
-                await self._insert(batch)
+                await insert_batch(self._replica, batch)
             except BaseException as error:
                 ahead.cancel()
                 error.add_note(f"{len(outcomes)} tasks were processed before this error")
@@ -250,42 +226,6 @@ class TaskCalls(ManagerBase):
             outcomes += batch.outcomes
             batch = await ahead
         return outcomes
-
-    async def _admit_next(self, tasks: Iterator[Task]) -> _Batch:
-        await asyncio.sleep(0)  # the writer begins with the batch before
-        return await self._admit_batch(tasks)
-
-    async def _admit_batch(self, tasks: Iterator[Task]) -> _Batch:
-        """Check the next tasks; other coroutines run meanwhile."""
-        batch = _Batch([], [], [], [])
-        sql = self.db.statements
-        for task in islice(tasks, ADD_BATCH_SIZE):
-            if len(batch.outcomes) % CHECK_SLICE_SIZE == CHECK_SLICE_SIZE - 1:
-                await asyncio.sleep(0)
-            try:
-                record = await admit_entity(self.task_repo, task, is_new=True)
-            except InvalidDataError as error:
-                batch.outcomes.append(error)
-            else:
-                batch.outcomes.append(None)
-                batch.tasks.append(task)
-                batch.rows.append(row_of(sql, record))
-                batch.times.append(_times(record.__dict__))
-        return batch
-
-    async def _insert(self, batch: _Batch) -> None:
-        """Write a batch, and enter the refusals into its outcomes."""
-        if not batch.rows:
-            return
-        refusals, version, at = await self._replica.insert_tasks(batch.rows)
-        valid = zip(batch.tasks, batch.times, refusals, strict=True)
-        for index, outcome in enumerate(batch.outcomes):
-            if outcome is None:
-                task, times, refusal = next(valid)
-                if refusal is None:
-                    version += 1
-                    task.__dict__.update(zip(_STAMPED, (*times, at, version), strict=True))
-                batch.outcomes[index] = refusal
 
     async def claim_tasks(
         self,
@@ -353,7 +293,6 @@ class TaskCalls(ManagerBase):
             NotOwnerError: As in `start_task`.
             InvalidDataError: If the result cannot be stored.
         """
-        self._check_usable()
         text = await encode_result(self.db, result)
         return await self._advance(commands.completion_of(task, text))
 
@@ -484,7 +423,7 @@ class TaskCalls(ManagerBase):
     async def _advance(self, operation: commands.Advance) -> Task:
         self._check_usable()
         done = await self._scheduler.advance(operation)
-        return (await self.db.slices.copies([done.record]))[0]
+        return (await self._replica.slices.copies([done.record]))[0]
 
     async def wait_for_task(self, task_id: str, timeout: float | None = None) -> Task:
         """Wait until a task is finished, and return it.

@@ -23,9 +23,6 @@ class Watchers:
         """The waiters for work."""
         self._waiters: defaultdict[str | None, set[asyncio.Future[None]]] = defaultdict(set)
 
-    def __bool__(self) -> bool:
-        return bool(self.count or self.claims.nodes)
-
     def notice(self, steps: Sequence[Step]) -> None:
         """Wake the waiters after a commit; without any, this need not be called."""
         self.wake(id for _, id, *_ in steps)

@@ -230,11 +230,11 @@ async def test_callers_get_their_answers_while_the_next_batch_waits_for_the_lock
     begun, queued, committed, is_locked = (threading.Event() for _ in range(4))
     begin = WriteSession.begin
 
-    def begin_later(self: WriteSession, *arguments: Any) -> None:
+    def begin_later(self: WriteSession, *arguments: Any) -> bool:
         is_first = not begun.is_set()
         (begun if is_first else committed).set()
         assert (queued if is_first else is_locked).wait(PATIENCE)
-        begin(self, *arguments)
+        return begin(self, *arguments)
 
     monkeypatch.setattr(WriteSession, "begin", begin_later)
     first = start(tasks.create(make_task()))

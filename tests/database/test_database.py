@@ -1416,6 +1416,7 @@ class TestBackup:
             task.status = TaskStatus.COMPLETED
 
         writers = [start(write()) for _ in range(8)]
+        await until(lambda: acknowledged)
         before: list[set[str]] = []
         for number in range(5):
             before.append(set(acknowledged))

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -84,21 +85,17 @@ class Shelf:
         self.stopped = 0
 
     def writer(self, *, clock: Callable[[], datetime] = lambda: NOON) -> Writer:
-        return Writer(
-            cast(Backend, self), Turns(self), clock, PATIENCE, lambda: statements_of("sqlite")
-        )
+        return Writer(cast(Backend, self), Turns(self), clock, PATIENCE, statements_of("sqlite"))
 
     def write_session(self, until: float, counters: CounterStatements) -> Shelf:
         return self
 
-    def is_lost(self) -> bool:
-        return False
-
-    def begin(self, until: float) -> None:
+    def begin(self, until: float) -> bool:
         if (error := self.begin_error(until)) is not None:
             raise error
         self.opened += 1
         self.words: list[str] = []
+        return True
 
     def commit(self) -> None:
         if self.commit_error is not None:
@@ -1152,11 +1149,11 @@ class TestFigures:
         monkeypatch.setattr(group_commit, "perf_counter", lambda: now)
 
         def take_seconds(unit: WriteTransaction, operations: Sequence[float]) -> Sequence[float]:
-            def commit() -> None:
+            def finish() -> None:
                 nonlocal now
                 now += sum(operations)
 
-            unit.before_commit.append(commit)
+            unit.unit_of_work = SimpleNamespace(finish=finish)
             return operations
 
         for seconds in (5, *[2] * 149, *[3] * 48, 4, 1):

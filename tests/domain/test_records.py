@@ -704,7 +704,11 @@ class TestRecord:
             for name in FIELDS[Task]
         ]
 
-        copies = [record.copy(), decode(Task, row).copy(), record.evolve(version=0).copy()]
+        copies = [
+            record.copy(),
+            decode(Task, (), tuple(row)).copy(),
+            record.evolve(version=0).copy(),
+        ]
 
         assert [exactly(copy) for copy in copies] == [exactly(task)] * 3
 

@@ -47,7 +47,7 @@ from openclaw_store.backends.sqlite.writing import WriteSession
 from openclaw_store.domain.models import FINISHED, LIVE
 from openclaw_store.repositories import pages
 from openclaw_store.repositories.change_log import read_changes
-from openclaw_store.state_manager import filter_calls, task_calls
+from openclaw_store.state_manager import filter_calls, task_batches
 from openclaw_store.state_manager import scheduler as scheduler
 
 NAMES = [
@@ -291,7 +291,7 @@ class TestAddTasks:
     async def test_each_task_has_an_outcome_and_a_bad_one_harms_no_other(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(task_calls, "ADD_BATCH_SIZE", 4)
+        monkeypatch.setattr(task_batches, "ADD_BATCH_SIZE", 4)
         make = cluster.make_task
         there = await cluster.add(task_id="there")
         unsaved = make(task_id="unsaved")
@@ -344,7 +344,7 @@ class TestAddTasks:
     async def test_others_write_between_its_chunks(
         self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(task_calls, "ADD_BATCH_SIZE", 10)
+        monkeypatch.setattr(task_batches, "ADD_BATCH_SIZE", 10)
         tasks = [cluster.make_task() for _ in range(35)]
         other = cluster.make_task()
 
@@ -361,18 +361,18 @@ class TestAddTasks:
         taken: list[str] = []
 
         def tasks() -> Iterator[Task]:
-            for number in range(3 * task_calls.ADD_BATCH_SIZE):
+            for number in range(3 * task_batches.ADD_BATCH_SIZE):
                 taken.append(f"task-{number:05}")
                 yield cluster.make_task(task_id=taken[-1])
 
         async with locked(location):
             adding = start(cluster.one.add_tasks(tasks()))
-            await until(lambda: len(taken) == 2 * task_calls.ADD_BATCH_SIZE)
+            await until(lambda: len(taken) == 2 * task_batches.ADD_BATCH_SIZE)
             for _ in range(100):
                 await asyncio.sleep(0)
-            assert len(taken) == 2 * task_calls.ADD_BATCH_SIZE
+            assert len(taken) == 2 * task_batches.ADD_BATCH_SIZE
 
-        assert await adding == [None] * 3 * task_calls.ADD_BATCH_SIZE
+        assert await adding == [None] * 3 * task_batches.ADD_BATCH_SIZE
         newest, _ = await cluster.one.db.read(partial(read_changes, since=2999))
         assert [change.item_id for change in newest] == ["task-02999"]
 
@@ -421,7 +421,7 @@ class TestAddTasks:
     async def test_chunk_that_the_database_refuses_is_undone_and_those_before_it_stay(
         self, cluster: Cluster, location: Location, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(task_calls, "ADD_BATCH_SIZE", 3)
+        monkeypatch.setattr(task_batches, "ADD_BATCH_SIZE", 3)
         refuse_tasks(location, "bad")
         tasks = [cluster.make_task() for _ in range(8)]
         tasks[4].name = "bad"

@@ -436,7 +436,6 @@ class PostgreSQL:
         return WriteSession(
             engine,
             until,
-            self.error_mapping,
             self.registry,
             lock_timeout=self._lock_seconds,
             extra=max(0.0, _CONNECT_SECONDS - self._timeout),

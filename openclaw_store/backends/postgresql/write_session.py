@@ -141,7 +141,6 @@ class WriteSession:
     Args:
         engine: Connects in autocommit mode, with `WRITER_SETTINGS`.
         until: Deadline of the first batch, by `time.monotonic`.
-        error_mapping: Maps the driver's errors.
         registry: Holds the server process of this connection while it is open.
         lock_timeout: Limit of the server for waiting for locks, in seconds.
         extra: Seconds that connecting may take beyond the deadline.
@@ -157,7 +156,6 @@ class WriteSession:
         self,
         engine: AsyncEngine,
         until: float,
-        error_mapping: PostgreSQLErrorMapping,
         registry: ConnectionRegistry,
         *,
         lock_timeout: float,
@@ -169,7 +167,6 @@ class WriteSession:
         can_claim: bool,
         schema: str,
     ) -> None:
-        self._error_mapping = error_mapping
         self._lock, self._notify = lock, notify
         self._registry = registry
         self._lock_timeout, self._answer_seconds = lock_timeout, answer_seconds
@@ -190,10 +187,9 @@ class WriteSession:
         self._process: int = self._driver.get_server_pid()
         registry.writers.add(self._process)
 
-    def is_lost(self) -> bool:
-        return may_be_lost(self._driver) and self._wait(is_lost(self._driver))
-
-    def begin(self, until: float) -> None:
+    def begin(self, until: float) -> bool:
+        if may_be_lost(self._driver) and self._wait(is_lost(self._driver)):
+            return False
         self._until = max(until, self._until)
         is_one_call = self._is_one_call and not self._call.is_lock_required
         self.cursor = self._call if is_one_call else self._locked
@@ -203,6 +199,7 @@ class WriteSession:
                 f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = "
                 f"{milliseconds(self._left())}; {self._lock}"
             )
+        return True
 
     def commit(self) -> None:
         if self.cursor is self._locked:

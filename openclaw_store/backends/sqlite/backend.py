@@ -47,6 +47,7 @@ from openclaw_store.backends.sqlite.files import (
 from openclaw_store.backends.sqlite.writing import (
     Cursor,
     LoopCursor,
+    OpenFile,
     WriteSession,
     begin_writing,
     delays,
@@ -120,7 +121,7 @@ class SQLite:
         self.error_mapping = SQLiteErrorMapping(self.location)
         self.write_engine = self._checked(_write_engine(path))
         self._timeout = timeout
-        self._file: tuple[int, int] | None = None  # its identity, from `prepare` on
+        self._file = OpenFile(self.path)
         # The last engine of a caller that is known to be of this file.
         self._joined_engine: Callable[[], object] = lambda: None
 
@@ -137,7 +138,7 @@ class SQLite:
 
     def prepare(self, check: Callable[[Connection], object]) -> None:
         check_version()
-        self._file = None  # an earlier attempt may have found another file
+        self._file.identity = None  # an earlier attempt may have found another file
         self.refuse_inherited()
         self.make_folder()
         if os.path.isdir(self.path):  # `Path.is_dir` raises where the folder may not be entered
@@ -158,7 +159,7 @@ class SQLite:
         with self.error_mapping.mapped():
             # Of several processes that make the file, one gets the lock.
             retrying(turn_on_wal, self._timeout)
-        self._file = fork_safety.identity(self.path)
+        self._file.identity = fork_safety.identity(self.path)
 
     def refuse_inherited(self) -> None:
         """Refuse a file that was open when this process was forked.
@@ -365,7 +366,7 @@ class SQLite:
         return (LoopCursor if connection.dialect.is_async else Cursor)(connection)
 
     def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
-        return WriteSession(self.write_engine, until, self._require_file)
+        return WriteSession(self.write_engine, until, self._file)
 
     def dispose(self) -> None:
         self.write_engine.dispose()
@@ -422,7 +423,7 @@ class SQLite:
         return sum(file.stat().st_size for file in files if file.exists())
 
     def _open(self, kind: type[WriteConnection]) -> closing[WriteConnection]:
-        self._require_file()
+        self._file.require()
         return closing(sqlite3.connect(self.path, **options_of(kind)))
 
     def _checked(self, engine: Engine) -> Engine:
@@ -430,29 +431,9 @@ class SQLite:
 
         @event.listens_for(engine, "do_connect")
         def check(*_: object) -> None:
-            self._require_file()
+            self._file.require()
 
         return engine
-
-    def _require_file(self) -> None:
-        """Refuse a file that was removed or replaced since `prepare`.
-
-        Writes to it would be lost, and SQLite would make an empty file in its place.
-        """
-        if self._file is None:
-            return
-        try:
-            found = os.stat(self.path)
-            is_there = (found.st_dev, found.st_ino) == self._file
-        except (FileNotFoundError, NotADirectoryError):
-            is_there = False
-        except OSError:  # SQLite reports the cause when it opens the file
-            return
-        if not is_there:
-            raise UnavailableError(
-                f"{self.path} was removed or replaced while it was open: put it back, or end all "
-                "programs that use it and restore a backup"
-            )
 
     def _empty_wal(self) -> None:
         """Move the contents of the WAL to the database file, unless a reader needs them."""

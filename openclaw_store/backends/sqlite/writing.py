@@ -1,7 +1,8 @@
-"""Writing to a file: the wait for its lock, the driver's cursor and the session of the writer."""
+"""Writing to a file: its identity, the wait for its lock, the cursor, the writer's session."""
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from operator import methodcaller
+from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -16,12 +18,42 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import DBAPIError
 
 from openclaw_store.backends.error_mapping import SQLiteErrorMapping
+from openclaw_store.errors import UnavailableError
 
 Result = TypeVar("Result")
 
 _ROWS_A_STATEMENT = (500, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 65 columns
 _MANY = 16
 """Rows of a statement that has a text of its own for the columns without any value."""
+
+
+class OpenFile:
+    """A database file, which must stay the same while it is open."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.identity: tuple[int, int] | None = None
+        """Its device and number; `None` until it is known."""
+
+    def require(self) -> None:
+        """Refuse a file that was removed or replaced since its identity was set.
+
+        Writes to it would be lost, and SQLite would make an empty file in its place.
+        """
+        if self.identity is None:
+            return
+        try:
+            found = os.stat(self.path)
+            is_there = (found.st_dev, found.st_ino) == self.identity
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = False
+        except OSError:  # SQLite reports the cause when it opens the file
+            return
+        if not is_there:
+            raise UnavailableError(
+                f"{self.path} was removed or replaced while it was open: put it back, or end all "
+                "programs that use it and restore a backup"
+            )
 
 
 def begin_writing(connection: Connection) -> None:
@@ -143,18 +175,16 @@ def _for_rows(sql: str, count: int, empty: frozenset[int] = frozenset()) -> str:
 class WriteSession:
     """The connection of the writer, on the writer's thread."""
 
-    def __init__(self, engine: Engine, until: float, require_file: Callable[[], None]) -> None:
-        self._require_file = require_file
+    def __init__(self, engine: Engine, until: float, file: OpenFile) -> None:
+        self._file = file
         self._connection = retrying(engine.connect, until - time.monotonic())
         self.cursor: Cursor
 
-    def is_lost(self) -> bool:
-        return False
-
-    def begin(self, until: float) -> None:
-        self._require_file()
+    def begin(self, until: float) -> bool:
+        self._file.require()
         retrying(lambda: begin_writing(self._connection), until - time.monotonic())
         self.cursor = Cursor(self._connection)
+        return True
 
     def commit(self) -> None:
         self._connection.connection.commit()
