@@ -11,6 +11,7 @@ Sealed values are opened with the keys of the source, and sealed again with the 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -44,6 +45,7 @@ from openclaw_store.database import (
     Database,
     NodeRow,
     SealingKeyRow,
+    Statements,
     UtcTime,
     WriteTransaction,
     from_microseconds,
@@ -56,7 +58,7 @@ from openclaw_store.domain import ConvertRow, Decode, NodeInfo, Raw, Task, encod
 from openclaw_store.encryption import Hash
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.maintenance.progress import Progress, Report
-from openclaw_store.repositories import decoder_here, read_counters, read_rows
+from openclaw_store.repositories import read_counters, read_rows
 
 COPY_BATCH_SIZE = 1000
 """Rows read, written and committed together."""
@@ -116,21 +118,33 @@ class _Rows:
         self._places = places_of(table, names)
         self._owner = [names.index(one) for one in ("item", "item_id") if one in names] or [0]
 
-    async def read(self, session: AsyncSession, *, checked: bool) -> AsyncIterator[Sequence[Image]]:
-        """Read all rows in the order of their primary keys; `checked` refuses invalid ones."""
+    async def read(
+        self, session: AsyncSession, checksum: Hash, *, checked: bool
+    ) -> AsyncIterator[Sequence[Image]]:
+        """Read all rows in the order of their primary keys, and add them to the checksum.
+
+        Args:
+            checked: Refuse invalid rows.
+        """
         sql = statements_in(session)
-        load = sql.protection.loading_row(self._places)
         async for rows in read_rows(session, self.query, COPY_BATCH_SIZE):
-            if checked and self.kind is not None:
-                self._check(rows, self.kind, decoder_here(session, self.kind))
-            images = [list(row) for row in rows]
-            self._convert(load, images)
-            if sql.dialect.name != "sqlite":
-                for position in self._times:
-                    for image in images:
-                        if image[position] is not None:
-                            image[position] = to_microseconds(sql.from_moment(image[position]))
-            yield images
+            # On a thread: large rows would stop the event loop.
+            yield await asyncio.to_thread(self._images_of, rows, sql, checksum, checked)
+
+    def _images_of(
+        self, rows: Sequence[Raw], sql: Statements, checksum: Hash, checked: bool
+    ) -> Sequence[Image]:
+        if checked and self.kind is not None:
+            self._check(rows, self.kind, sql.decode[self.kind])
+        images = [list(row) for row in rows]
+        self._convert(sql.protection.loading_row(self._places), images)
+        if sql.dialect.name != "sqlite":
+            for position in self._times:
+                for image in images:
+                    if image[position] is not None:
+                        image[position] = to_microseconds(sql.from_moment(image[position]))
+        _add(checksum, images)
+        return images
 
     def _convert(self, convert: ConvertRow, images: Sequence[Image]) -> None:
         if self._places:
@@ -239,8 +253,7 @@ async def copy(source: Database, target: Database, *, report: Report | None = No
         checksum = new_hash()
         for rows, last, total in zip(_TABLES, last_keys, extent.rows, strict=True):
             progress = Progress(report if total else None, f"copying {rows.table}", total)
-            async for images in rows.read(session, checked=True):
-                _add(checksum, images)
+            async for images in rows.read(session, checksum, checked=True):
                 new = images if last is None else [one for one in images if one[0] > last]
                 if new:
                     await _store(target, name, rows, new)
@@ -328,8 +341,7 @@ async def _check(target: Database, extent: _Source, checksum: Hash, report: Repo
     async with target.session() as session:
         for rows, total in zip(_TABLES, extent.rows, strict=True):
             progress = Progress(report if total else None, f"checking {rows.table}", total)
-            async for images in rows.read(session, checked=False):
-                _add(checksum, images)
+            async for images in rows.read(session, checksum, checked=False):
                 progress.add(len(images))
     _add(checksum, [list(extent.counters)])
     return checksum.digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -185,9 +186,8 @@ class RowCheck:
             await self._judge_all(places[:middle])
             await self._judge_all(places[middle:])
             return
-        decode = decoder_here(self._session, self._kind)
-        for row in found:
-            self._judge(row, decode)
+        # On a thread: large rows would stop the event loop.
+        await asyncio.to_thread(self._judge_each, found, decoder_here(self._session, self._kind))
 
     async def _name_unreadable(self, place: Any, cause: BaseException) -> None:
         """Add the problem of a row that the driver cannot read."""
@@ -210,6 +210,10 @@ class RowCheck:
                 name = label(key)
                 self._references.unreadable.add(key)
         self._findings.add("values", f"{name} has a value that cannot be read: {cause}.", key)
+
+    def _judge_each(self, rows: Sequence[Raw], decode: Callable[[Raw], Any]) -> None:
+        for row in rows:
+            self._judge(row, decode)
 
     def _judge(self, row: Raw, decode: Callable[[Raw], Any]) -> None:
         names = FIELDS[self._kind]

@@ -6,12 +6,14 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from conftest import EACH_KIND, FakeClock, Location, MakeNode, MakeTask, execute, new_location
 from sqlalchemy import select
@@ -31,6 +33,7 @@ from openclaw_store import (
     copy,
 )
 from openclaw_store.database.tables import ChangeRow, CounterRow, NodeRow
+from openclaw_store.domain import encode
 from openclaw_store.maintenance import copy as copying
 
 KILLED = """
@@ -140,6 +143,42 @@ async def opened(*locations: Location) -> AsyncIterator[list[Database]]:
 async def copied(source: Location, target: Location, report: Any = None) -> Copied:
     async with opened(source, target) as (here, there):
         return await copy(here, there, report=report)
+
+
+async def test_rows_are_checked_and_hashed_beside_the_event_loop(
+    location: Location,
+    target_location: Location,
+    fill: Fill,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch took up to 0.1 s with JSON of 16 MiB."""
+    await fill(10)
+    threads: list[int] = []
+    dumps = orjson.dumps
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(value: Any) -> Any:
+            threads.append(threading.get_ident())
+            return function(value)
+
+        return noted
+
+    monkeypatch.setattr("openclaw_store.maintenance.copy.encode", noting(encode))
+    monkeypatch.setattr(orjson, "dumps", noting(dumps))
+    before = threading.get_ident()
+    rows = copying._TABLES[1]
+    async with opened(location, target_location) as (source, _):
+        await source.initialize()
+        async with source.session() as session:
+            checksum = source.statements.protection.new_hash()
+            found = [
+                image
+                async for batch in rows.read(session, checksum, checked=True)
+                for image in batch
+            ]
+
+    assert len(threads) >= 2 * len(found) > 20
+    assert before not in threads
 
 
 async def test_copy_is_equal_and_goes_on_where_its_source_was(
@@ -302,6 +341,7 @@ async def test_nobody_who_had_the_target_open_writes_into_the_copy(
                 writes.append(asyncio.ensure_future(late.add_node(make_node())))
 
         writes: list[asyncio.Future[bool]] = []
+        assert not await late.remove_task("late")  # opens its connection, before the copy has ended
         await copied(location, target_location, write)
         refused = await asyncio.gather(*writes, return_exceptions=True)
 
