@@ -46,7 +46,7 @@ from openclaw_store.errors import BackendError, DeadlineError, UnavailableError,
 
 logger = logger_of("writer")
 
-Apply = Callable[["WriteTransaction", Sequence[Any]], Sequence[Any]]
+Apply = Callable[[WriteTransaction, Sequence[Any]], Sequence[Any]]
 """Applies operations in order, and returns a result or an exception for each.
 
 After a rollback it is called again, and must be deterministic.
