@@ -119,6 +119,11 @@ class RecordMapping(Mapping[str, Entity]):
         entity: Entity = found.copy()
         return entity
 
+    def record(self, id: str) -> Record[Entity]:
+        """Return the record of an entry; one that has to be decoded is not kept."""
+        found = self._buckets[hash(id) & _MASK][id]
+        return self._decode(found) if isinstance(found, tuple) else found
+
     def __contains__(self, id: object) -> bool:
         return id in self._buckets[hash(id) & _MASK]
 

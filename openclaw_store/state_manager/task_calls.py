@@ -35,6 +35,10 @@ from openclaw_store.state_manager.scheduler import Recovery
 from openclaw_store.state_manager.task_batches import admit_batch, after_others, insert_batch
 from openclaw_store.state_manager.task_index import PendingKey
 
+LONGEST_KEPT_LIST = 1000
+"""Tasks of a list that are kept as records. The rows of a longer list are decoded each time: as
+records, they would make each full pass of the garbage collector longer."""
+
 
 class TaskCalls(ManagerBase):
     """Read, write, assign and finish tasks."""
@@ -85,6 +89,9 @@ class TaskCalls(ManagerBase):
     async def _copies(self, keys: Sequence[PendingKey]) -> list[Task]:
         """Return the tasks of keys of the index, all as they are at this moment."""
         tasks = self._replica.cache.tasks
+        if len(keys) > LONGEST_KEPT_LIST:
+            now = tasks.snapshot()
+            return await self._replica.slices.copies(now.record(id) for _, _, id in keys)
         found = [(id, tasks.entries[id]) for _, _, id in keys]
         return await self._replica.slices.copies(tasks.read(id, entry) for id, entry in found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,3 +145,36 @@ async def test_tasks_of_a_large_commit_are_rows_until_they_are_read(
     if is_claim:
         done = await manager.complete_task(claimed[0])
         assert done == await manager.get_task(done.task_id)
+
+
+@pytest.mark.parametrize("count", [1000, 1001])
+async def test_long_list_leaves_rows_as_they_are(
+    manager: StateManager, make_task: MakeTask, count: int
+) -> None:
+    await manager.add_tasks([make_task(task_id=f"task-{number:04}") for number in range(count)])
+
+    first = await manager.get_pending_tasks(None)
+    second = await manager.list_waiting(None)
+
+    assert first == second == await manager.task_repo.list_pending_tasks(None)
+    assert len(first) == count
+    kept = [one for one in manager._replica.cache.tasks.entries.values() if type(one) is Record]
+    assert len(kept) == (count if count == 1000 else 0)
+
+
+async def test_long_list_is_of_one_moment(manager: StateManager, make_task: MakeTask) -> None:
+    tasks = [make_task(task_id=f"task-{number:04}") for number in range(1001)]
+    await manager.add_tasks(tasks)
+
+    async def change() -> None:
+        await asyncio.sleep(0)  # the list has begun
+        for task in (tasks[0], tasks[-1]):
+            task.name = "changed"
+            await manager.update_task(task, persist=False)
+        await manager.add_task(make_task(task_id="task-new"), persist=False)
+
+    listed, _ = await asyncio.gather(manager.get_pending_tasks(None), change())
+
+    assert [task.task_id for task in listed] == [task.task_id for task in tasks]
+    assert not [task for task in listed if task.name == "changed"]
+    assert (await manager.get_pending_tasks(None))[0].name == "changed"
