@@ -84,6 +84,11 @@ def start(work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
     return asyncio.get_running_loop().create_task(work)
 
 
+WAITING = """
+    FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"""
+"""Who waits for a lock; the server may have other databases, of tests that run beside this one."""
+
+
 async def until(condition: Callable[[], Any]) -> None:
     """Let others run until it holds."""
     async with asyncio.timeout(PATIENCE):

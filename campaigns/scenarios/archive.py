@@ -116,6 +116,8 @@ async def _check(run: Run, location: Location, folder: Path, known: set[str]) ->
         live, archived = await _places(database, folder)
         for id in sorted(known - live - archived.keys()):
             run.lost(f"task {id} is in neither place after a kill")
+        if run.counts.lost:
+            return  # the next run may miss a file
         async with database.transaction() as tx:
             # The lease of the killed process would end by itself, after a minute.
             await tx.execute(delete(LeaseRow))

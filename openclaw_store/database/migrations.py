@@ -49,7 +49,7 @@ from openclaw_store.errors import (
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0013"
+HEAD = "0014"
 """The schema revision of this version of the library."""
 
 COPYING = "copying-"

@@ -248,7 +248,7 @@ def _refusal(connection: Connection, problem: str, remedy: str) -> SchemaMismatc
 
 
 def digest(body: str, schema: str) -> str:
-    """Return the SHA-256 of a function's body without the schema of its tables."""
-    for table in Base.metadata.tables:
-        body = body.replace(qualified(schema, table), table)
+    """Return the SHA-256 of a function's body without the schema of its tables and its index."""
+    for name in (*Base.metadata.tables, "ix_tasks_ready"):
+        body = body.replace(qualified(schema, name), name)
     return sha256(body.encode()).hexdigest()

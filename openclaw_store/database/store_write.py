@@ -1,4 +1,4 @@
-"""The call of PostgreSQL's function `store_write`, which migration 0010 defines.
+"""The call of PostgreSQL's function `store_write`, which migration 0014 defines.
 
 Its arguments are arrays, one for each column of the rows of a batch, as text.
 """
@@ -17,11 +17,11 @@ from openclaw_store.domain import NodeInfo, Task
 
 POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it has no types
 
-FUNCTION = "store_write_4"
+FUNCTION = "store_write_5"
 
 BODIES = {
-    "7b4b1ea11d722171650ad732bfa44da76536f24438d3fc38b0b926c1caa90a90",
-    "5512dbcbdb3aa9685c5adec28b65377faf604f8fcf397bd2d50f8b69d613911d",
+    "c19704bc003c2c926ed3a88cf9e4eb5e389af8e28fca7433f82f342a103a4725",
+    "5cbefe4e19be5324e67b82f9e97f94a17fad48c4c1336194362b065dad4df6bf",
 }
 """The SHA-256 of its bodies in `public` and in a cluster, without the schema of the tables."""
 

@@ -26,7 +26,7 @@ def require(connection: Connection, config: Config) -> None:
         from alembic.script import ScriptDirectory
 
         scripts = ScriptDirectory.from_config(config)
-        connection.exec_driver_sql(scripts.get_revision("0010").module.function(schema, scripts))
+        connection.exec_driver_sql(scripts.get_revision("0014").module.function(schema, scripts))
     if connection.get_execution_options().get("is_citus"):
         for name, value in citus.SETTINGS.items():
             connection.exec_driver_sql(f"ALTER FUNCTION {signature(schema)} SET {name} = {value}")

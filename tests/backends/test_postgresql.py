@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import (
     PATIENCE,
+    WAITING,
     FakeClock,
     Location,
     MakeNode,
@@ -65,10 +66,6 @@ from openclaw_store.repositories.unit_of_work import Command
 from openclaw_store.testing import create_database
 
 pytestmark = pytest.mark.postgresql
-
-WAITING = """
-    FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"""
-"""Who waits for a lock; the server may have other databases, of tests that run beside this one."""
 
 
 class Hesitating(Advance):

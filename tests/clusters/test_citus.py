@@ -129,7 +129,7 @@ async def test_clusters_are_placed_listed_renamed_and_dropped(
     renamed = listed[f"{berlin}_new"]
     assert (renamed.node, renamed.tasks) == (nodes[0], {"pending": 1})
     assert renamed.size > 10_000
-    with pytest.raises(ConflictError, match="not finished"):
+    with pytest.raises(ConflictError, match="unfinished tasks"):
         await clusters.drop(f"{berlin}_new")
     await clusters.drop(f"{berlin}_new", force=True)
     assert f"{berlin}_new" not in await clusters.names()

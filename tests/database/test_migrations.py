@@ -151,7 +151,7 @@ class TestHistory:
 
         migrated = schema_of(location)
         beside = UNCOMPARED_INDEXES.keys() | (
-            {"store_write_4"} if isinstance(location, str) else set()
+            {"store_write_5"} if isinstance(location, str) else set()
         )
         assert migrated.keys() >= beside
         for name in beside:
@@ -298,7 +298,7 @@ class TestCommandLine:
         await database.initialize(migrate=False)
         await database.close()
         assert schema_of(by_hand) == schema_of(commands.location)
-        assert isinstance(by_hand, Path) or "store_write_4" in schema_of(by_hand)
+        assert isinstance(by_hand, Path) or "store_write_5" in schema_of(by_hand)
 
     @pytest.mark.parametrize(
         ("command", "message"),

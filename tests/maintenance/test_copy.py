@@ -314,7 +314,8 @@ async def test_of_two_copies_to_one_database_one_is_made(
     )
 
     assert sorted(type(one) is Copied for one in outcomes) == [False, True]
-    assert [type(one) for one in outcomes if type(one) is not Copied] == [StoreError]
+    [refusal] = [one for one in outcomes if type(one) is not Copied]
+    assert type(refusal) in (StoreError, SchemaMismatchError)  # at the second step, or when opened
     assert await state_of(target_location) == await state_of(location)
 
 

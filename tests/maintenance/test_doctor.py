@@ -133,7 +133,7 @@ async def test_schema_is_named_as_it_is_and_left_alone(
     assert found.level is (Level.ERROR if isinstance(location, Path) else Level.WARNING)
     assert "ix_tasks_status" in found.text
     if isinstance(location, str):  # PostgreSQL: the function depends on the tables
-        execute(location, "DROP FUNCTION store_write_4")
+        execute(location, "DROP FUNCTION store_write_5")
     for table in ("tasks", "nodes", "changes", "counters", "alembic_version"):
         execute(location, f"DROP TABLE {table}")
     assert await look(location) == {"schema": Level.ERROR}

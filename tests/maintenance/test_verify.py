@@ -727,18 +727,18 @@ def test_set_of_revisions_is_a_set() -> None:
 @pytest.mark.postgresql
 async def test_changed_function_is_named(location: Location, cluster: StateManager) -> None:
     await asyncio.to_thread(migrations.check, backend_of(str(location), 5))
-    execute(location, "ALTER FUNCTION store_write_4 RENAME TO mine")
+    execute(location, "ALTER FUNCTION store_write_5 RENAME TO mine")
 
     found = await verify(cluster.db)
 
-    assert [(one.invariant, "store_write_4" in one.text) for one in found.problems] == [
+    assert [(one.invariant, "store_write_5" in one.text) for one in found.problems] == [
         ("file", True)
     ]
-    with pytest.raises(SchemaMismatchError, match="store_write_4"):
+    with pytest.raises(SchemaMismatchError, match="store_write_5"):
         await asyncio.to_thread(migrations.check, backend_of(str(location), 5))
-    with pytest.raises(SchemaMismatchError, match="store_write_4"):
+    with pytest.raises(SchemaMismatchError, match="store_write_5"):
         await cluster.add_task(Task.create(task_type=TaskType.BATCH, name="new"))
-    execute(location, "ALTER FUNCTION mine RENAME TO store_write_4")
+    execute(location, "ALTER FUNCTION mine RENAME TO store_write_5")
     assert await verify(cluster.db)
 
 
