@@ -13,6 +13,7 @@ from threading import BrokenBarrierError
 import pytest
 from conftest import require_server
 
+import benchmarks.claims
 import benchmarks.lives
 import benchmarks.processes
 from benchmarks import cpu
@@ -40,6 +41,7 @@ def test_benchmark_gives_a_figure_for_each_of_its_lines(
 ) -> None:
     for module in (benchmarks.lives, benchmarks.processes):
         monkeypatch.setattr(module, "COORDINATORS", 2)  # several processes, and no more
+    monkeypatch.setattr(benchmarks.claims, "CLAIMERS", 4)  # of SQLite, each is a process
     file, table = tmp_path / "figures.json", tmp_path / "figures.md"
     folder = tmp_path / "databases"
     folder.mkdir()

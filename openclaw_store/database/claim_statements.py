@@ -137,7 +137,7 @@ WHERE rowid = ({_FIRST_ROW} AND required_skills IS NULL {_IN_GROUPS})"""
 _ALL_JSON = "\x7f"  # JSON begins with a smaller character
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16)  # long skills make long ranges
 def _sqlite_ranges(skills: frozenset[str] | None) -> Sequence[Any]:
     if skills is None:
         return (orjson.dumps([("", _ALL_JSON)]).decode(),)
