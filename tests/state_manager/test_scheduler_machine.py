@@ -751,7 +751,8 @@ class Recover:
                 continue
             node = world.nodes.get(task.assigned_node or "")
             is_gone = node is None or node.status in (NodeStatus.OFFLINE, NodeStatus.ERROR)
-            if task.assigned_node and (is_gone or (node is not None and world.is_silent(node))):
+            is_assigned = task.status in ASSIGNED and task.assigned_node
+            if is_assigned and (is_gone or (node is not None and world.is_silent(node))):
                 after = world.lose(task)
             elif task.status in (PENDING, SCHEDULED) and is_expired(task, world.now):
                 world.free_place_of(task)
