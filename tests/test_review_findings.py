@@ -398,7 +398,7 @@ class TestRowsWrittenByHand:
         await NodeRepository(database).create(node)
         await TaskRepository(database).create(bad)
         execute(location, "UPDATE tasks SET started_at = 'at ten'")
-        said: list[Any] = []
+        said: list[Any] = []  # a task that is removed need not be read
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _, context: said.append(context["exception"]))
         async with StateManager(database, None) as manager:
@@ -411,7 +411,7 @@ class TestRowsWrittenByHand:
             assert await manager.get_available_nodes() == [
                 replace(node, running_tasks=0, version=5)
             ]
-        assert [type(error) for error in said] == [InvalidDataError]
+        assert said == []
 
 
 class TestSynchronisation:
