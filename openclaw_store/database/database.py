@@ -316,7 +316,10 @@ class Database(DatabaseBase):
         self._check_ready()
         self.refuse_inside()
         if self.dialect == "postgresql":
-            await on_thread(self._backend.vacuum)
+            task = asyncio.ensure_future(on_thread(self._backend.vacuum))
+            self._background.add(task)  # `close` waits for it
+            task.add_done_callback(self._background.discard)
+            await task
             return
         async with self._exclusive("a vacuum"):
             self._check_ready()

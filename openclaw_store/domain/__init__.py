@@ -58,6 +58,7 @@ from openclaw_store.domain.progress import (
 from openclaw_store.domain.records import (
     JSON_FIELDS,
     KEY,
+    SMALL_BYTES,
     STAMPED,
     ConvertRow,
     Decode,

@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import qualified
+from openclaw_store.backends import qualified, shield_until_done
 from openclaw_store.database import (
     COLUMNS,
     COPYING_HEAD,
@@ -129,7 +129,9 @@ class _Rows:
         sql = statements_in(session)
         async for rows in read_rows(session, self.query, COPY_BATCH_SIZE):
             # On a thread: large rows would stop the event loop.
-            yield await asyncio.to_thread(self._images_of, rows, sql, checksum, checked)
+            yield await shield_until_done(
+                asyncio.to_thread(self._images_of, rows, sql, checksum, checked)
+            )
 
     def _images_of(
         self, rows: Sequence[Raw], sql: Statements, checksum: Hash, checked: bool

@@ -24,7 +24,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
-from openclaw_store.backends import unreadable_value
+from openclaw_store.backends import shield_until_done, unreadable_value
 from openclaw_store.database import COLUMNS, FIELDS, ROWS, ChangeRow, Json, statements_in, table_of
 from openclaw_store.domain import (
     ENTITY_NAMES,
@@ -187,7 +187,8 @@ class RowCheck:
             await self._judge_all(places[middle:])
             return
         # On a thread: large rows would stop the event loop.
-        await asyncio.to_thread(self._judge_each, found, decoder_here(self._session, self._kind))
+        decode = decoder_here(self._session, self._kind)
+        await shield_until_done(asyncio.to_thread(self._judge_each, found, decode))
 
     async def _name_unreadable(self, place: Any, cause: BaseException) -> None:
         """Add the problem of a row that the driver cannot read."""

@@ -19,6 +19,7 @@ from openclaw_store.domain import (
     ENTITY_KINDS,
     FINISHED,
     LIVE,
+    SMALL_BYTES,
     Change,
     ClusterState,
     EntityKey,
@@ -144,7 +145,9 @@ class Cache:
             if arrived:  # the event may change one of these tasks
                 self.task_index.extend(arrived)
                 arrived = []
-            if record is not None and kind is Task and len(events) >= _MANY:
+            is_one_of_many = kind is Task and len(events) >= _MANY
+            # The loop waits for the encoding, and with keys for the sealing.
+            if record is not None and is_one_of_many and record.size <= SMALL_BYTES:
                 record.row = record.row or self._encode(record)
             try:
                 self._apply_stored((kind, id), record, change.revision)

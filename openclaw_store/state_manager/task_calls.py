@@ -300,6 +300,7 @@ class TaskCalls(ManagerBase):
             NotOwnerError: As in `start_task`.
             InvalidDataError: If the result cannot be stored.
         """
+        self._check_usable()
         text = await encode_result(self.db, result)
         return await self._advance(commands.completion_of(task, text))
 

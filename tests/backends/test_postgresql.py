@@ -95,6 +95,19 @@ def counters(location: Location) -> tuple[Any, ...]:
     )[0]
 
 
+async def test_close_waits_for_a_vacuum(database: Database, location: Location) -> None:
+    """Planted: nothing knows of it, and its connection stays."""
+    async with engine_of(location).begin() as session:
+        await session.execute(text("LOCK TABLE tasks IN SHARE UPDATE EXCLUSIVE MODE"))
+        vacuum = start(database.vacuum())
+        await until(lambda: execute(location, f"SELECT 1 {WAITING}"))
+        closing = start(database.close())
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+    await closing
+    assert vacuum.done()
+
+
 async def test_tasks_that_are_added_are_numbered_behind_what_others_have_written(
     manager: StateManager, other: Database, location: Location, make_task: MakeTask, sent: list[str]
 ) -> None:

@@ -116,6 +116,39 @@ async def test_task_is_a_row_from_its_check_to_the_cache(
     assert records() - before < 100
 
 
+async def test_statements_with_texts_of_their_own_are_few(
+    tmp_path: Path, make_task: MakeTask, statements: list[tuple[str, Sequence[Any]]]
+) -> None:
+    """Planted: each set of empty columns has one, and a connection keeps 128 of them."""
+    optional: list[dict[str, Any]] = [
+        {"user_id": "anna"},
+        {"timeout": 1},
+        {"error": "x"},
+        {"max_retries": 1},
+    ]
+    async with StateManager(Database(tmp_path / "cluster.db")) as manager:
+        for number in range(16):
+            fields = [one for at, one in enumerate(optional) if number >> at & 1]
+            given = {name: value for one in fields for name, value in one.items()}
+            await manager.add_tasks([make_task(**given) for _ in range(16)])
+
+    texts = {sql for sql, _ in statements if "INTO tasks" in sql}
+    assert len(texts) <= 9
+
+
+async def test_large_task_of_a_large_commit_is_not_encoded_for_the_cache(
+    manager: StateManager, make_task: MakeTask
+) -> None:
+    """The event loop would wait for that."""
+    large = make_task(parameters={"text": "x" * 10_000})
+    await manager.add_tasks([large, *[make_task() for _ in range(150)]])
+
+    await manager.cancel_tasks(TaskFilter.everything())
+
+    entry = manager._replica.cache._finished[large.task_id]
+    assert type(entry) is Record
+
+
 @pytest.mark.parametrize("is_claim", [False, True])
 async def test_tasks_of_a_large_commit_are_rows_until_they_are_read(
     manager: StateManager, make_task: MakeTask, make_node: MakeNode, *, is_claim: bool

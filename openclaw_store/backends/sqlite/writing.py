@@ -6,6 +6,7 @@ import os
 import random
 import sqlite3
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
@@ -25,6 +26,9 @@ Result = TypeVar("Result")
 _ROWS_A_STATEMENT = (500, 64, 16, 4, 1)  # SQLite takes 32,766 parameters: 65 columns
 _MANY = 16
 """Rows of a statement that has a text of its own for the columns without any value."""
+_MOST_TEXTS = 8
+"""Such texts of a statement for a number of rows."""
+_texts: defaultdict[tuple[str, int], set[frozenset[int]]] = defaultdict(set)
 
 
 class OpenFile:
@@ -127,7 +131,9 @@ class Cursor:
             while len(rows) - start >= size:
                 part, empty = rows[start : start + size], frozenset[int]()
                 if size >= _MANY:
-                    part, empty = _without_empty(part)
+                    smaller, found = _without_empty(part)
+                    if _has_text(sql, size, found):
+                        part, empty = smaller, found
                 self.execute(_for_rows(sql, size, empty), list(chain.from_iterable(part)))
                 start += size
 
@@ -157,6 +163,17 @@ def _without_empty(rows: Sequence[Sequence[Any]]) -> tuple[Sequence[Any], frozen
         [at for at, one in columns if one[0] is None and one.count(None) == len(rows)]
     )
     return list(zip(*[one for at, one in columns if at not in empty], strict=True)), empty
+
+
+def _has_text(sql: str, count: int, empty: frozenset[int]) -> bool:
+    """Return true for the first sets of empty columns of a statement.
+
+    A connection keeps its last 128 statements, and one for 500 rows takes more than a megabyte.
+    """
+    texts = _texts[sql, count]
+    if len(texts) < _MOST_TEXTS:
+        texts.add(empty)
+    return empty in texts
 
 
 @lru_cache(maxsize=256)
