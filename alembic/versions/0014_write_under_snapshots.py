@@ -28,6 +28,7 @@ MEMORY_SECONDS = 10
 """A search is made again after so long: changes by hand are not in the feed."""
 
 LAST_PRIORITY = 3
+"""Priorities of tasks are 0 to 3; each group of tasks is searched for each of them."""
 
 
 def function(schema: str, scripts: Any) -> str:

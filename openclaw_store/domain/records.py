@@ -90,7 +90,8 @@ class Record(Generic[Entity]):
         self.is_small = False
         """True once the record was read, if its JSON is short."""
         self.row: Raw | None = None
-        """The inserted row, as the driver would return it; `None` for any other record."""
+        """The row as the driver would return it, for a record that was inserted or that is one of
+        a large commit; `None` for any other."""
 
     def __repr__(self) -> str:
         return f"Record({self.copy()!r})"
