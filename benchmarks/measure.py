@@ -232,6 +232,17 @@ def drive_alone(items: Sequence[T], call: Callable[[T], object]) -> Sample:
 
 
 @contextmanager
+def loaded_and_frozen() -> Iterator[None]:
+    """Call `gc.freeze()`, as the documentation recommends after `initialize()`."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@contextmanager
 def no_collections() -> Iterator[None]:
     """Disable the garbage collector; its passes would hit calls at random."""
     gc.disable()

@@ -13,7 +13,16 @@ from time import perf_counter
 
 from benchmarks.claims import make_node
 from benchmarks.loop import Watch
-from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_least, at_most
+from benchmarks.measure import (
+    Bench,
+    Benchmark,
+    Figure,
+    Line,
+    Sample,
+    at_least,
+    at_most,
+    loaded_and_frozen,
+)
 from benchmarks.processes import Kind, database_of
 from benchmarks.robust import beside
 from benchmarks.work import make_task, make_tasks
@@ -97,11 +106,12 @@ async def parts(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
             async def keep(call: Awaitable[object]) -> None:
                 results.append(await call)
 
-            async with Watch() as watch:
-                p99 = {
-                    name: (await beside(store, keep(call())))["p99_ms"]
-                    for name, call in calls.items()
-                }
+            with loaded_and_frozen():
+                async with Watch() as watch:
+                    p99 = {
+                        name: (await beside(store, keep(call())))["p99_ms"]
+                        for name, call in calls.items()
+                    }
             return {**p99, "longest pause": watch.longest * 1e3}
 
     sample = (await bench.interleave({"p99": measure}, 1))["p99"]

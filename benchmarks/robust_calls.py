@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.loop import Watch
-from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_most
+from benchmarks.measure import Bench, Benchmark, Figure, Line, Sample, at_most, loaded_and_frozen
 from benchmarks.processes import Kind, database_of
 from benchmarks.robust import beside, idle, slower
 from campaigns.workloads.worst_calls import WORST_CALLS, Crowd, WorstCall
@@ -113,8 +113,9 @@ async def others(bench: Bench, *, kind: Kind) -> Sequence[Figure]:
             for name in _MAINTENANCE:
                 worst = WORST_CALLS[name]
                 given = None if worst.before is None else await worst.before(crowd)
-                quiet = await idle(bench, crowd.store)
-                busy = await beside(crowd.store, worst.call(crowd, given))
+                with loaded_and_frozen():
+                    quiet = await idle(bench, crowd.store)
+                    busy = await beside(crowd.store, worst.call(crowd, given))
                 p99 |= {name: busy["p99_ms"], f"{name}, before": quiet["p99_ms"]}
         return p99
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 from functools import partial
@@ -64,6 +65,7 @@ async def web(
         server = Server(page, host, port, path)
         text = f"http://{host}:{port}{path}/ shows {database.db_path}: Ctrl-C stops it"
         typer.echo(printable(text), err=True)
+        gc.freeze()  # later passes of the garbage collector take less time
         await server.serve()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import sys
@@ -63,6 +64,7 @@ async def work(
         typer.echo(
             printable(f"node {info.node_id} works on {database.db_path}: Ctrl-C stops it"), err=True
         )
+        gc.freeze()  # later passes of the garbage collector take less time
         await worker.run()
     typer.echo(printable(f"node {info.node_id} has stopped"), err=True)
 

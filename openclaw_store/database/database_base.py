@@ -274,6 +274,10 @@ class DatabaseBase:
         self.refuse_inside()
         return self._writer.submit(apply, operation)
 
+    def has_other_writers(self) -> bool:
+        """Return true if several writes of this process are queued or in a batch."""
+        return self._writer.operations_under_way() > 1
+
     def refuse_inside(self) -> None:
         """Raise `DeadlineError` inside a `transaction()`, for which a write would wait forever."""
         for database, transaction in current_blocks.get():

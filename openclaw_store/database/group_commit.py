@@ -137,6 +137,10 @@ class Writer:
             await self._withdraw(future)
             raise
 
+    def operations_under_way(self) -> int:
+        """Return the number of operations that are queued or in a batch."""
+        return len(self._queue) + len(self._taken)
+
     def figures(self) -> dict[str, Any]:
         """Return the metrics for `Database.get_stats`."""
         return {"queued_operations": len(self._queue), **self._metrics.figures()}
@@ -339,11 +343,7 @@ class Writer:
         outcomes: list[Any] = []
         is_committing = False
         try:
-            while self._session is None or not self._session.begin(until):
-                self._close_session()
-                self._session = self._backend.write_session(until, self.statements.counters)
-                self._metrics.note_connection()
-            session = self._session
+            session = self._begin(until)
             transaction = WriteTransaction(session.cursor, self._clock(), self.statements)
             for apply, run in groupby(entries, key=itemgetter(1)):
                 outcomes.extend(apply(transaction, [operation for _, _, operation, _ in run]))
@@ -369,6 +369,18 @@ class Writer:
         if self.telemetry:
             note_commit(self.telemetry, len(entries), seconds, transaction.committed, outcomes)
         return True
+
+    def _begin(self, until: float) -> WriteSession:
+        """Begin a transaction, on a new connection if there is none or it is lost."""
+        while True:
+            if self._session is None:
+                self._session = self._backend.write_session(until, self.statements.counters)
+                self._metrics.note_connection()
+            if self._session.begin(until):
+                return self._session
+            self._close_session()
+            if monotonic() >= until:
+                raise UnavailableError("the server closes each new connection: try again later")
 
     def _close_session(self) -> None:
         session, self._session = self._session, None

@@ -149,8 +149,7 @@ async def open_block(
         for unit in units:
             await stack.enter_async_context(unit.opened(until, seconds))
         transactions = [one for unit in units for one in unit.transactions]
-        outside = current_blocks.get()
-        current_blocks.set((*outside, *zip(databases, transactions, strict=True)))
+        current_blocks.set((*current_blocks.get(), *zip(databases, transactions, strict=True)))
         try:
             async with deadline(seconds):
                 yield [session for unit in units for session in unit.sessions]
@@ -161,11 +160,11 @@ async def open_block(
             if not any(one.finished for one in transactions):  # else the block rolled back itself
                 await shield_until_done(commit())
         finally:
-            current_blocks.set(outside)
             for one in transactions:
                 one.finished = True
                 for restore in reversed(one.undo):
                     restore()
+            current_blocks.set(tuple(holds_here()))  # also those of `joined`, begun in the block
 
 
 async def commit_unit(unit: Unit) -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 from operator import itemgetter
 from typing import NamedTuple
 
-from openclaw_store.database import Statements
+from openclaw_store.database import Database
 from openclaw_store.domain import STAMPED, Raw, Task
 from openclaw_store.errors import InvalidDataError, StoreError
 from openclaw_store.repositories import TaskRepository, admit_entity, row_of
@@ -16,6 +16,9 @@ from openclaw_store.state_manager.replica import Replica
 
 ADD_BATCH_SIZE = 1000
 """Maximum number of tasks in one transaction."""
+
+SHARED_BATCH_SIZE = ADD_BATCH_SIZE // 4
+"""The same while others write, who wait for it. A smaller one takes more time for each task."""
 
 CHECK_SLICE_SIZE = 100
 """Number of tasks checked before other coroutines run."""
@@ -38,11 +41,12 @@ class TaskBatch(NamedTuple):
 
 
 async def admit_batch(
-    repository: TaskRepository, sql: Statements, tasks: Iterator[Task]
+    repository: TaskRepository, database: Database, tasks: Iterator[Task]
 ) -> TaskBatch:
     """Check the next tasks; other coroutines run meanwhile."""
     batch = TaskBatch([], [], [], [])
-    for task in islice(tasks, ADD_BATCH_SIZE):
+    size = SHARED_BATCH_SIZE if database.has_other_writers() else ADD_BATCH_SIZE
+    for task in islice(tasks, size):
         if len(batch.outcomes) % CHECK_SLICE_SIZE == CHECK_SLICE_SIZE - 1:
             await asyncio.sleep(0)
         try:
@@ -52,7 +56,7 @@ async def admit_batch(
         else:
             batch.outcomes.append(None)
             batch.tasks.append(task)
-            batch.rows.append(row_of(sql, record))
+            batch.rows.append(row_of(database.statements, record))
             batch.times.append(_times(record.__dict__))
     return batch
 

@@ -204,8 +204,9 @@ class TaskCalls(ManagerBase):
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each task receives its version and its times in UTC.
 
-        Each batch of 1,000 is one transaction. After an error, a note on it gives the number of
-        tasks processed so far. The call can be repeated: tasks that exist are refused.
+        Each batch of 1,000, or of 250 while others write, is one transaction. After an error, a
+        note on it gives the number of tasks processed so far. The call can be repeated: tasks that
+        exist are refused.
 
         Returns:
             One entry for each task, in order. It is `None` if the task was added, otherwise its
@@ -219,7 +220,7 @@ class TaskCalls(ManagerBase):
         if not isinstance(tasks, Iterable):
             raise InvalidDataError("tasks", f"must be tasks, not {type(tasks).__name__}")
         outcomes: list[StoreError | None] = []
-        admit = partial(admit_batch, self.task_repo, self.db.statements, iter(tasks))
+        admit = partial(admit_batch, self.task_repo, self.db, iter(tasks))
         batch = await admit()
         while batch.outcomes:
             # The next tasks are checked while these are written.

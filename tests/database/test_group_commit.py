@@ -80,6 +80,7 @@ class Shelf:
         self.error_mapping = SQLiteErrorMapping("a shelf")
         self.is_committed = False
         self.begin_error: Callable[[float], Exception | None] = lambda until: None
+        self.is_lost = False
         self.commit_error: Exception | None = None
         self.stopping: Callable[[], object] = lambda: None
         self.stopped = 0
@@ -93,6 +94,8 @@ class Shelf:
     def begin(self, until: float) -> bool:
         if (error := self.begin_error(until)) is not None:
             raise error
+        if self.is_lost:
+            return False
         self.opened += 1
         self.words: list[str] = []
         return True
@@ -452,6 +455,22 @@ class TestFailures:
         assert others[-1] == "AT 25"
         # Attempts have a least length, so that callers are not served one by one.
         assert attempts == [30, 30 + PATIENCE / 8, 50, 55]
+
+    async def test_connections_that_are_closed_at_once_are_tried_until_the_deadline(
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The writer connected again forever, and its callers waited as long."""
+        moments = count()
+        monkeypatch.setattr(group_commit, "monotonic", lambda: float(next(moments)))
+        shelf.is_lost = True
+
+        [error] = await finished([start(writer.submit(shelf.apply, "a"))])
+
+        assert isinstance(error, UnavailableError)
+        assert "closes each new connection" in str(error)
+        assert PATIENCE - 5 < shelf.stopped <= PATIENCE  # a second for each connection
+        shelf.is_lost = False
+        assert await writer.submit(shelf.apply, "again") == "AGAIN"
 
     @ends_the_thread
     async def test_end_of_the_thread_is_told_to_all_and_survived(

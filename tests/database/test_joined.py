@@ -213,6 +213,20 @@ async def test_call_that_would_wait_for_its_own_transaction_is_refused(
     assert await TaskRepository(database).count_tasks() == 2
 
 
+async def test_call_is_refused_also_behind_a_transaction_around_the_block(
+    database: Database, tmp_path: Path, sessions: Sessions, make_task: MakeTask
+) -> None:
+    """The end of the transaction forgot the lock, and the call waited for itself."""
+    async with Database(tmp_path / "other.db") as other, sessions() as session:
+        async with other.transaction(), database.joined(session) as tx:
+            await TaskRepository(tx).create(make_task())
+        with pytest.raises(DeadlineError, match="wait for the transaction it is in"):
+            await TaskRepository(database).create(make_task())
+        await session.commit()
+    await TaskRepository(database).create(make_task())
+    assert await TaskRepository(database).count_tasks() == 2
+
+
 async def test_writers_wait_for_the_commit(
     database: Database, location: Location, sessions: Sessions, make_task: MakeTask
 ) -> None:

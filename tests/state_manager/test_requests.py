@@ -376,6 +376,29 @@ class TestAddTasks:
         newest, _ = await cluster.one.db.read(partial(read_changes, since=2999))
         assert [change.item_id for change in newest] == ["task-02999"]
 
+    async def test_batches_are_smaller_while_others_write(
+        self, cluster: Cluster, location: Location
+    ) -> None:
+        """Others waited for a thousand tasks each time."""
+        taken: list[Task] = []
+
+        def tasks() -> Iterator[Task]:
+            for _ in range(3 * task_batches.SHARED_BATCH_SIZE):
+                taken.append(cluster.make_task())
+                yield taken[-1]
+
+        async with locked(location):
+            others = [start(cluster.one.add_task(cluster.make_task())) for _ in range(2)]
+            await until(cluster.one.db.has_other_writers)
+            adding = start(cluster.one.add_tasks(tasks()))
+            await until(lambda: len(taken) == 2 * task_batches.SHARED_BATCH_SIZE)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert len(taken) == 2 * task_batches.SHARED_BATCH_SIZE
+
+        await asyncio.gather(*others)
+        assert await adding == [None] * 3 * task_batches.SHARED_BATCH_SIZE
+
     @pytest.mark.parametrize("is_behind", [False, True])
     async def test_tasks_of_any_status_are_in_memory_at_once(
         self, cluster: Cluster, *, is_behind: bool
