@@ -7,11 +7,12 @@ schedule at the same time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from openclaw_store.domain import (
@@ -55,8 +56,8 @@ from openclaw_store.state_manager.watchers import WATCH_SECONDS
 
 logger = logger_of("dispatcher")
 
-PENDING_SLICE_SIZE = 100
-"""Pending tasks examined before other coroutines run."""
+TASK_SLICE_SIZE = 100
+"""Tasks examined before other coroutines run."""
 
 TASK_PAGE_SIZE = 1000
 """Tasks selected at once for a change of many."""
@@ -210,10 +211,10 @@ class Scheduler:
         recover = partial(
             lifecycle.recover, patience=patience, longest_wait=longest_wait, unstarted=unstarted
         )
-        commands = [
+        commands = (
             Recover(task_id, partial(recover, wait=self._backoff.draw()))
             for task_id in await self._recoverable(patience, longest_wait, unstarted)
-        ]
+        )
         async for _, done in self.write_all(commands):
             lists[done.record.status].append(done.record.task_id)
         return recovery
@@ -262,7 +263,7 @@ class Scheduler:
 
     async def write_all(
         self,
-        commands: Sequence[Written],
+        commands: Iterable[Written],
         skipped: tuple[type[StoreError], ...] = REFUSALS,
     ) -> AsyncIterator[tuple[Written, Any]]:
         """Submit many commands; yield each one that changed its task, with its result.
@@ -270,8 +271,8 @@ class Scheduler:
         Raises:
             BackendError: If the database could not be written; earlier batches stay committed.
         """
-        for start in range(0, len(commands), PART_SIZE):
-            part = commands[start : start + PART_SIZE]
+        left = iter(commands)
+        while part := [*islice(left, PART_SIZE)]:
             outcomes = await asyncio.gather(*map(self._write, part), return_exceptions=True)
             for command, outcome in zip(part, outcomes, strict=True):
                 if isinstance(outcome, BaseException):
@@ -321,14 +322,15 @@ class Scheduler:
             if node_id is not None and conditions.is_lost(cache.nodes.get(node_id), now, patience):
                 found += ids
                 continue
-            for task in filter(None, map(cache.tasks.get, list(ids))):
+            for number, task in enumerate(filter(None, map(cache.tasks.get, list(ids)))):
+                if number % TASK_SLICE_SIZE == 0:
+                    await asyncio.sleep(0)
                 if (
                     conditions.is_overdue(task, now)
                     or conditions.is_cancel_overdue(task, now)
                     or conditions.is_unstarted(task, now, unstarted)
                 ):
                     found.append(task.task_id)
-            await asyncio.sleep(0)
         return found
 
 
@@ -337,5 +339,5 @@ async def _pending_tasks(cache: Cache) -> AsyncIterator[tuple[PendingKey, Record
     for number, key in enumerate(cache.task_index.pending.first(None), 1):
         if (task := cache.tasks.get(key[2])) is not None:
             yield key, task
-        if number % PENDING_SLICE_SIZE == 0:
+        if number % TASK_SLICE_SIZE == 0:
             await asyncio.sleep(0)

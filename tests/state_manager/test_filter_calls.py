@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,11 +33,15 @@ from openclaw_store import (
     TaskStatus,
 )
 from openclaw_store.database import TaskRow
+from openclaw_store.domain.conditions import is_overdue
+from openclaw_store.repositories import PART_SIZE
+from openclaw_store.repositories.commands import Recover
 from openclaw_store.repositories.queries import other_conditions
 from openclaw_store.repositories.tasks import ID_BATCH_SIZE
 from openclaw_store.state_manager import filter_calls, task_calls
 from openclaw_store.state_manager import scheduler as scheduler
 from openclaw_store.state_manager.cache import Cache
+from openclaw_store.state_manager.scheduler import TASK_SLICE_SIZE
 from openclaw_store.testing import NodeFactory, TaskFactory
 
 
@@ -525,3 +530,47 @@ async def test_other_coroutines_run_while_many_tasks_are_decoded(
 
     assert found == tasks
     assert seen[0] < seen[len(tasks) - 1]
+
+
+async def most_in_a_turn(work: Awaitable[object], seen: Sequence[object]) -> int:
+    """Return how many entries `seen` gets in a turn of the loop, at most, while `work` runs."""
+    lengths: list[int] = []
+
+    async def take_turns() -> None:
+        while True:
+            lengths.append(len(seen))
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(take_turns())
+    await work
+    beside.cancel()
+    return max(after - before for before, after in pairwise([0, *lengths, len(seen)]))
+
+
+async def test_other_coroutines_run_while_tasks_are_recovered(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`recover` looked at all tasks of a node, and made a command for each, at once."""
+    many = 3 * TASK_SLICE_SIZE
+    node = await cluster.join(max_concurrent_tasks=many)
+    await cluster.one.add_tasks([cluster.make_task() for _ in range(many)])
+    assert len(await cluster.one.claim_tasks(node, limit=many, start=True)) == many
+    seen: list[object] = []
+
+    def look_at(*given: Any) -> bool:
+        seen.append(given)
+        return is_overdue(*given)
+
+    def make(*given: Any) -> Recover:
+        seen.append(given)
+        return Recover(*given)
+
+    monkeypatch.setattr("openclaw_store.domain.conditions.is_overdue", look_at)
+    assert await most_in_a_turn(cluster.one.recover(), seen) <= TASK_SLICE_SIZE
+    assert len(seen) == many
+
+    await cluster.one.update_node_status(node, NodeStatus.OFFLINE)
+    monkeypatch.setattr(scheduler, "Recover", make)
+    seen.clear()
+    assert await most_in_a_turn(cluster.one.recover(), seen) <= PART_SIZE
+    assert len(seen) == many

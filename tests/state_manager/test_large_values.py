@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -20,6 +21,8 @@ from openclaw_store import (
     TaskFilter,
     TaskRepository,
 )
+from openclaw_store.backends.postgresql import write_session
+from openclaw_store.backends.postgresql.protocol import array
 from openclaw_store.database import slices
 from openclaw_store.database.slices import Slices
 from openclaw_store.domain import Steps, large_json, records, validation
@@ -214,3 +217,26 @@ class TestLimit:
     def test_limit_out_of_range_is_refused(self, limit: Any) -> None:
         with pytest.raises(InvalidDataError, match="max_json_bytes: must be"):
             Database(":memory:", max_json_bytes=limit)
+
+
+@pytest.mark.postgresql
+async def test_large_rows_of_a_transaction_are_converted_on_a_thread(
+    database: Database, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of 15 MiB of JSON stopped the loop for 0.1 s."""
+    threads = set[int]()
+
+    def convert(values: Any) -> Any:
+        if "xxx" in str(values):
+            threads.add(threading.get_ident())
+        return array(values)
+
+    monkeypatch.setattr(write_session, "array", convert)
+    for length, is_elsewhere in ((1000, False), (write_session._LARGE, True)):
+        task = make_task(parameters={"text": "x" * length})
+        async with database.transaction() as tx:
+            threads.clear()
+            await TaskRepository(tx).create(task)
+        [thread] = threads
+        assert (thread != threading.get_ident()) == is_elsewhere
+        assert await TaskRepository(database).get(task.task_id) == task

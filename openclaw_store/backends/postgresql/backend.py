@@ -35,7 +35,7 @@ from openclaw_store.backends.postgresql.server_state import ServerState
 from openclaw_store.backends.postgresql.write_session import (
     WRITER_SETTINGS,
     ConnectionRegistry,
-    Cursor,
+    SessionCursor,
     WriteSession,
     milliseconds,
 )
@@ -427,8 +427,8 @@ class PostgreSQL:
             logger.debug("a connection was lost before it was closed: %s", error)
             await session.invalidate()
 
-    def cursor(self, connection: Connection) -> Cursor:
-        return Cursor(connection.connection.driver_connection, await_only, self.schema)
+    def cursor(self, connection: Connection) -> SessionCursor:
+        return SessionCursor(connection.connection.driver_connection, self.schema)
 
     def write_session(self, until: float, counters: CounterStatements) -> WriteSession:
         engine = self.engine(write=True, isolation_level="AUTOCOMMIT", settings=WRITER_SETTINGS)

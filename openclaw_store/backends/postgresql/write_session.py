@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.util import await_only
 
 from openclaw_store.backends.base import BatchCursor, LockRequiredError
 from openclaw_store.backends.error_mapping import PostgreSQLErrorMapping
@@ -22,6 +23,9 @@ from openclaw_store.backends.postgresql.connections import is_lost, may_be_lost
 from openclaw_store.backends.postgresql.protocol import array
 
 Result = TypeVar("Result")
+
+_LARGE = 1 << 18
+"""Characters of rows from which a session converts them on a thread, as it takes a millisecond."""
 
 # The writer's statements are few, and each is planned once: planning takes longer than execution.
 # A plan made while a table was empty stays in use, so none may scan a whole table.
@@ -90,9 +94,25 @@ class Cursor:
 
     def count(self, sql: str, rows: Sequence[Sequence[Any]]) -> int:
         """Run a statement once, with an array for each column."""
-        arrays = map(array, zip(*rows, strict=True))
+        arrays = self._arrays(rows)
         status: str = self._wait(self._connection.execute(sql, *arrays, timeout=self._limit()))
         return int(status.split()[-1])
+
+    def _arrays(self, rows: Sequence[Sequence[Any]]) -> Sequence[str | None]:
+        return [*map(array, zip(*rows, strict=True))]
+
+
+class SessionCursor(Cursor):
+    """A cursor on the event loop of a session, which serves other callers meanwhile."""
+
+    def __init__(self, connection: Any, schema: str) -> None:
+        super().__init__(connection, await_only, schema)
+
+    def _arrays(self, rows: Sequence[Sequence[Any]]) -> Sequence[str | None]:
+        size = sum(len(value) for row in rows for value in row if isinstance(value, str))
+        if size < _LARGE:
+            return super()._arrays(rows)
+        return await_only(asyncio.to_thread(super()._arrays, rows))
 
 
 class CallCursor(BatchCursor):
