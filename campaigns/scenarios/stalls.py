@@ -8,6 +8,7 @@ loop, and the 99th percentile of the other callers against the second before.
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
@@ -122,6 +123,8 @@ async def _perform(run: Run, location: Location, target: Location) -> None:
                 NodeInfo(f"beside-{number}", "host", available_skills=["beside"])
             )
         await store.add_tasks(crowd.task(task_id=f"t-{number}") for number in range(5 * many))
+        if not run.is_quick:
+            gc.freeze()  # as the documentation recommends to a program that has loaded its data
         pauses: dict[str, float] = {}
         ratios: dict[str, float] = {}
         for name, worst in islice(WORST_CALLS.items(), run.rounds):
