@@ -11,13 +11,13 @@ from typing import NamedTuple
 from openclaw_store.database import Database
 from openclaw_store.domain import STAMPED, Raw, Task
 from openclaw_store.errors import InvalidDataError, StoreError
-from openclaw_store.repositories import TaskRepository, admit_entity, row_of
+from openclaw_store.repositories import PART_SIZE, TaskRepository, admit_entity, row_of
 from openclaw_store.state_manager.replica import Replica
 
 ADD_BATCH_SIZE = 1000
 """Maximum number of tasks in one transaction."""
 
-SHARED_BATCH_SIZE = ADD_BATCH_SIZE // 4
+SHARED_BATCH_SIZE = PART_SIZE
 """The same while others write, who wait for it. A smaller one takes more time for each task."""
 
 CHECK_SLICE_SIZE = 100

@@ -204,7 +204,7 @@ class TaskCalls(ManagerBase):
     async def add_tasks(self, tasks: Iterable[Task]) -> list[StoreError | None]:
         """Add many tasks; each task receives its version and its times in UTC.
 
-        Each batch of 1,000, or of 250 while others write, is one transaction. After an error, a
+        Each batch of 1,000, or of 200 while others write, is one transaction. After an error, a
         note on it gives the number of tasks processed so far. The call can be repeated: tasks that
         exist are refused.
 
