@@ -337,7 +337,7 @@ class Scheduler:
 async def _pending_tasks(cache: Cache) -> AsyncIterator[tuple[PendingKey, Record[Task]]]:
     """Yield pending and scheduled tasks in order; other coroutines run meanwhile."""
     for number, key in enumerate(cache.task_index.pending.first(None), 1):
-        if (task := cache.tasks.get(key[2])) is not None:
+        if (task := cache.tasks.peek(key[2])) is not None:
             yield key, task
         if number % TASK_SLICE_SIZE == 0:
             await asyncio.sleep(0)

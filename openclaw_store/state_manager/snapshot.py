@@ -45,6 +45,11 @@ class Records(Generic[Entity]):
         found = self.entries.get(id)
         return None if found is None else self.read(id, found)
 
+    def peek(self, id: str) -> Record[Entity] | None:
+        """Return the record for a single look: a row stays a row."""
+        found = self.entries.get(id)
+        return self._decode(found) if isinstance(found, tuple) else found
+
     def read(self, id: str, entry: Record[Entity] | Raw) -> Record[Entity]:
         """Return the record of an entry, which may have been replaced meanwhile."""
         if not isinstance(entry, tuple):
