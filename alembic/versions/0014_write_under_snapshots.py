@@ -201,6 +201,7 @@ DECLARE
     listed jsonb[] := '{{}}';  -- identifiers of other tasks for each claim
     reaches bigint[] := '{{}}';
     is_listed boolean[] := '{{}}';  -- all tasks of a claim are listed
+    is_cut boolean[] := '{{}}';  -- a claim has not looked at all tasks
     chosen jsonb;
     passed text[];  -- tasks that a claim passes over for the first time
 BEGIN
@@ -232,6 +233,7 @@ BEGIN
                 groups[claim] := groups[claim - 1];
                 listed[claim] := listed[claim - 1];
                 is_listed[claim] := is_listed[claim - 1];
+                is_cut[claim] := is_cut[claim - 1];
                 memories[claim] := memories[claim - 1];
                 CONTINUE;
             END IF;
@@ -247,6 +249,7 @@ BEGIN
                 IF jsonb_array_length(chosen) >= reach + 16 THEN
                     listed[claim] := chosen;
                     is_listed[claim] := true;
+                    is_cut[claim] := true;
                     CONTINUE;
                 END IF;
             END IF;
@@ -309,12 +312,13 @@ BEGIN
             END IF;
             listed[claim] := (SELECT coalesce(jsonb_agg(due.task_id), '[]') FROM (
                 SELECT one.task_id FROM (
-                    SELECT {order}, required_skills, not_before, expires_at FROM {schema}.tasks
-                    WHERE {parts.IS_DELAYED} ORDER BY not_before LIMIT 1000
-                ) AS one
-                WHERE not_before <= now_ AND {is_valid} AND {is_allowed("one.required_skills")}
-                ORDER BY {order} LIMIT reach + 16
+                    SELECT {order} FROM {schema}.tasks
+                    WHERE {parts.IS_DELAYED} AND not_before <= now_ AND {is_valid}
+                    AND {is_allowed("required_skills")} ORDER BY not_before LIMIT 1000
+                ) AS one ORDER BY {order} LIMIT reach + 16
             ) AS due);
+            is_cut[claim] := jsonb_array_length(listed[claim]) >= least(reach + 16, 1000)
+                OR memories[claim] IS NULL AND jsonb_array_length(groups[claim]) >= 32 + reach;
         END LOOP;
     END IF;
 
@@ -480,6 +484,9 @@ BEGIN
         )
         SELECT first, claimed.was, claimed.row_, NULL::{schema}.nodes FROM claimed;
         GET DIAGNOSTICS count_ = ROW_COUNT;
+        IF count_ < places AND is_cut[claim] THEN  -- others have taken what was found
+            RAISE 'the batch needs the lock first' USING ERRCODE = 'serialization_failure';
+        END IF;
         IF passed IS NOT NULL THEN
             UPDATE {schema}.tasks SET passed_over_at = now_ WHERE task_id IN (
                 SELECT task_id FROM {schema}.tasks WHERE task_id = ANY (passed)

@@ -42,7 +42,11 @@ class ClaimStatements(NamedTuple):
     """All columns of the due tasks among the first pending and scheduled ones; takes a limit, and
     the time."""
     due_retries: str
-    """All columns of delayed tasks that are due; takes the time and a limit."""
+    """All columns of the delayed tasks that were due first; takes the time twice, and a limit."""
+    due_skills: str
+    """The required skills of all delayed tasks that are due; takes the time twice."""
+    due_with_skills: str
+    """As `due_retries`, of tasks that require one of some lists; takes these before the limit."""
     prefers: str
     """A row if any pending task has preferences."""
     passed_over: str
@@ -72,7 +76,7 @@ def claim_statements(dialect: str, schema: str | None) -> ClaimStatements:
         tasks,
         "task_id = ANY ($1)",
         f"task_id IN ({unlocked})",
-        ("$1", "$2", "$3"),
+        ("$1", "$2", "$3", "$4"),
     )
 
 
@@ -82,10 +86,16 @@ def _statements(
     tasks: str,
     among: str,
     among_unlocked: str,
-    parameters: Sequence[str] = ("?", "?", "?"),
+    parameters: Sequence[str] = ("?", "?", "?", "?"),
 ) -> ClaimStatements:
-    first, second, third = parameters
-    columns = _COLUMNS if first == "?" else _AS_TEXT
+    first, second, third, fourth = parameters
+    is_sqlite = first == "?"
+    columns = _COLUMNS if is_sqlite else _AS_TEXT
+    skills = "coalesce(required_skills, '[]')"
+    among_skills = f"{skills} IN (SELECT value FROM json_each({third}))"
+    if not is_sqlite:
+        skills = "coalesce(required_skills::text, '[]')"
+        among_skills = f"{skills} = ANY ({third})"
     table = tasks.split()[0]
     ready, delayed, pending, preferring = [
         f"{tasks.format(index)} WHERE {condition}"
@@ -96,6 +106,8 @@ def _statements(
             ("ix_tasks_preferring", IS_PREFERRING),
         )
     ]
+    due = f"""{delayed} AND not_before <= {first}
+        AND (expires_at IS NULL OR expires_at > {second})"""
     return ClaimStatements(
         *heads,
         f"""
@@ -104,9 +116,9 @@ def _statements(
         f"""
         SELECT {columns} FROM (SELECT * FROM {pending} ORDER BY {_ORDER} LIMIT {first}) AS front
         WHERE {_IS_DUE.format(second)} ORDER BY {_ORDER}""",
-        f"""
-        SELECT {columns} FROM {delayed} AND not_before <= {first}
-        ORDER BY not_before LIMIT {second}""",
+        f"SELECT {columns} FROM {due} ORDER BY not_before LIMIT {third}",
+        f"SELECT DISTINCT {skills} FROM {due}",
+        f"SELECT {columns} FROM {due} AND {among_skills} ORDER BY not_before LIMIT {fourth}",
         f"SELECT 1 FROM {preferring} ORDER BY max_retries LIMIT 1",
         f"""
         SELECT task_id, passed_over_at FROM {table} WHERE {among} AND passed_over_at > updated_at

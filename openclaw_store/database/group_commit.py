@@ -372,14 +372,17 @@ class Writer:
 
     def _begin(self, until: float) -> WriteSession:
         """Begin a transaction, on a new connection if there is none or it is lost."""
+        is_new = False
         while True:
             if self._session is None:
                 self._session = self._backend.write_session(until, self.statements.counters)
                 self._metrics.note_connection()
+                is_new = True
             if self._session.begin(until):
                 return self._session
             self._close_session()
-            if monotonic() >= until:
+            # One is tried in any case: the turn to write may have come at the deadline.
+            if is_new and monotonic() >= until:
                 raise UnavailableError("the server closes each new connection: try again later")
 
     def _close_session(self) -> None:

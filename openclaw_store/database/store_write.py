@@ -20,8 +20,8 @@ POSTGRESQL: Dialect = asyncpg.dialect()  # type: ignore[no-untyped-call]  # it h
 FUNCTION = "store_write_5"
 
 BODIES = {
-    "c19704bc003c2c926ed3a88cf9e4eb5e389af8e28fca7433f82f342a103a4725",
-    "5cbefe4e19be5324e67b82f9e97f94a17fad48c4c1336194362b065dad4df6bf",
+    "426b994ba74dd64d8c681d15ca94b625c0fa292d7c3700c62c00b78291aa5311",
+    "25b5f5074ee2d2a60753e65779bf950fef8f64f12b3ca5e631d1fa042b745f6a",
 }
 """The SHA-256 of its bodies in `public` and in a cluster, without the schema of the tables."""
 

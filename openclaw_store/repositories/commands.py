@@ -397,11 +397,13 @@ class Register(Command):
 
 
 def _assigned_to(node: Row, limit: int) -> list[Row]:
-    """Return the tasks that a node has claimed and not finished: up to `limit` stored ones.
+    """Return the tasks that a node has claimed and not finished: all, or at least `limit`.
 
     They are sorted, so that both databases assign the same revisions.
     """
     unit = node.unit
+    # The stored ones that are read may all be tasks that this run has ended.
+    limit = min(limit + len(unit.rows[Task]), MAX_INTEGER)
     for raw in unit.cursor.execute(unit.sql.read_assigned, (node.id, limit)):
         unit.row_of(unit.sql.decode[Task](raw))
     tasks = unit.rows[Task].values()

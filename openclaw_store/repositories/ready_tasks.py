@@ -17,7 +17,8 @@ from openclaw_store.domain import Raw, Record, Task, conditions
 Execute = Callable[[str, Sequence[Any]], Sequence[Any]]
 
 _MAX_DUE_RETRIES = 1000
-"""Maximum number of due retries among which a claim chooses: the ones due first."""
+"""Most delayed tasks among which a claim chooses: of those that the node may claim, the ones that
+were due first."""
 
 _FEW = 32
 """Up to so many groups are read without regard to the skills of the node."""
@@ -73,7 +74,12 @@ def ready_tasks(
         for group in groups
     ]
     # A due retry may come before any other task; there are few at a time.
-    due = execute(queries.due_retries, (at, _MAX_DUE_RETRIES))
+    due = execute(queries.due_retries, (at, at, _MAX_DUE_RETRIES))
+    if len(due) == _MAX_DUE_RETRIES and not all(is_able(_required(row)) for row in due):
+        # Tasks that no node may claim would hide all the others for ever.
+        found = execute(queries.due_skills, (at, at))
+        lists = sql.given([one for (one,) in found if isinstance(one, str) and is_able(one)])
+        due = execute(queries.due_with_skills, (at, at, lists, _MAX_DUE_RETRIES))
     queue += [(_place(row), row, iter(())) for row in due]
     heapify(queue)
     while queue:

@@ -227,12 +227,12 @@ class TaskCalls(ManagerBase):
             ahead = asyncio.ensure_future(after_others(admit))
             try:
                 await insert_batch(self._replica, batch)
+                outcomes += batch.outcomes
+                batch = await ahead
             except BaseException as error:
                 ahead.cancel()
                 error.add_note(f"{len(outcomes)} tasks were processed before this error")
                 raise
-            outcomes += batch.outcomes
-            batch = await ahead
         return outcomes
 
     async def claim_tasks(
@@ -246,7 +246,8 @@ class TaskCalls(ManagerBase):
         """Assign pending tasks to a node, which then owns them until they end or it is lost.
 
         The node must be ONLINE. It gets due tasks that require only skills it has, in the order of
-        priority, time of submission and identifier, at most one for each free slot. The tasks
+        priority, time of submission and identifier, at most one for each free slot. If more than
+        1,000 of them have a `not_before`, it chooses among the ones that were due first. The tasks
         become SCHEDULED and count in the node's `running_tasks`, so do not report that figure with
         heartbeats. Concurrent claims, in any number of processes, never get the same task.
 

@@ -472,6 +472,23 @@ class TestFailures:
         shelf.is_lost = False
         assert await writer.submit(shelf.apply, "again") == "AGAIN"
 
+    async def test_connection_that_is_found_lost_at_the_deadline_is_replaced(
+        self, shelf: Shelf, writer: Writer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The write was refused, though the server took connections again."""
+        now = 0.0
+        monkeypatch.setattr(group_commit, "monotonic", lambda: now)
+        assert await writer.submit(shelf.apply, "a") == "A"
+
+        def wait(until: float) -> None:
+            nonlocal now
+            now = until  # the turn to write came late
+
+        shelf.begin_error, shelf.is_lost = wait, True
+        shelf.stopping = lambda: setattr(shelf, "is_lost", False)
+
+        assert await writer.submit(shelf.apply, "b") == "B"
+
     @ends_the_thread
     async def test_end_of_the_thread_is_told_to_all_and_survived(
         self, shelf: Shelf, writer: Writer

@@ -130,6 +130,22 @@ async def test_others_write_between_the_parts_of_a_registration(
     await assert_counted(cluster.one)
 
 
+async def test_registration_releases_the_tasks_beside_the_ones_that_end_with_it(
+    cluster: Cluster,
+) -> None:
+    """The ended ones were all that it read, and the node kept the rest for its new process."""
+    node_id, claimed = await busy_node(cluster, 9)
+    repository = TaskRepository(cluster.one.db)
+    register = NodeRepository(cluster.one.db).register(cluster.make_node(node_id=node_id))
+
+    await asyncio.gather(*map(repository.complete, claimed[:6]), register)
+
+    rows, _, _ = await stored(cluster.one)
+    released = {task.task_id for task in rows if task.status is TaskStatus.PENDING}
+    assert released == set(ids(claimed[6:]))
+    await assert_counted(cluster.one)
+
+
 async def test_end_of_the_process_in_a_registration_leaves_a_consistent_state(
     cluster: Cluster,
 ) -> None:

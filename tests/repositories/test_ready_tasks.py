@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import pytest
-from conftest import Cluster, Location, execute
+from conftest import WAITING, Cluster, Location, execute, start, until
 
 from openclaw_store import Task, TaskPriority, TaskRepository, TaskStatus
 from openclaw_store.repositories import ready_tasks
@@ -125,6 +125,57 @@ async def test_search_does_not_grow_with_the_groups_of_other_skills(cluster: Clu
     _, after = await steps_of_claim(cluster, node)
 
     assert after <= 1.2 * before
+
+
+@pytest.mark.parametrize("in_transaction", [False, True])
+async def test_due_tasks_that_a_node_cannot_run_hide_none(
+    cluster: Cluster, *, in_transaction: bool
+) -> None:
+    """A claim looked at the thousand tasks that were due first, whatever they require."""
+    node = await cluster.join(available_skills=["b"])
+    due = cluster.clock() - timedelta(hours=1)
+    others = [cluster.make_task(required_skills=["a"], not_before=due) for _ in range(1000)]
+    for task in others[:3]:
+        task.required_skills, task.expires_at = [], due
+    skills = [["b"], [], ["b", "a"]]
+    tasks = [
+        cluster.make_task(required_skills=one, not_before=due + timedelta(minutes=1))
+        for one in skills
+    ]
+    await cluster.one.add_tasks([*others, *tasks])
+
+    if in_transaction:
+        async with cluster.one.db.transaction() as tx:
+            claimed = await TaskRepository(tx).claim(node, limit=5)
+    else:
+        claimed = await cluster.one.claim_tasks(node, limit=5)
+
+    assert [task.task_id for task in claimed] == [task.task_id for task in tasks[:2]]
+
+
+@pytest.mark.postgresql
+@pytest.mark.parametrize("are_due", [True, False], ids=["due retries", "many groups"])
+async def test_claim_searches_again_if_others_have_taken_what_it_found(
+    cluster: Cluster, location: Location, *, are_due: bool
+) -> None:
+    """It searches before it has the lock, and not for all tasks: it found none then."""
+    skills = ["a", "b", "c", "d", "e", "f"]
+    nodes = [await cluster.join(available_skills=skills, max_concurrent_tasks=99) for _ in range(2)]
+    await cluster.one.add_tasks(
+        cluster.make_task(not_before=cluster.clock() - timedelta(hours=1))
+        if are_due
+        else cluster.make_task(
+            required_skills=[one for at, one in enumerate(skills) if kind >> at & 1]
+        )
+        for kind in range(40)
+    )
+
+    async with cluster.two.db.transaction() as tx:
+        claim = start(cluster.one.claim_tasks(nodes[0]))
+        await until(lambda: execute(location, f"SELECT 1 {WAITING}"))
+        assert len(await TaskRepository(tx).claim(nodes[1], limit=39)) == 39
+
+    assert len(await claim) == 1
 
 
 @pytest.mark.postgresql

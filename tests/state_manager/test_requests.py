@@ -466,6 +466,21 @@ class TestAddTasks:
         ]
         assert (await cluster.one.get_task_stats())["total"] == 8
 
+    async def test_error_of_the_iterable_tells_how_many_tasks_were_added(
+        self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(task_batches, "ADD_BATCH_SIZE", 3)
+
+        def tasks() -> Iterator[Task]:
+            yield from [cluster.make_task() for _ in range(5)]
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError) as caught:
+            await cluster.one.add_tasks(tasks())
+
+        assert caught.value.__notes__ == ["3 tasks were processed before this error"]
+        assert (await cluster.one.get_task_stats())["total"] == 3
+
 
 class TestLists:
     async def test_filter_means_what_it_says(

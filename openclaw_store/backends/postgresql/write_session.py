@@ -46,6 +46,10 @@ def milliseconds(seconds: float) -> str:
     return str(min(max(1, int(seconds * 1000)), 2**31 - 1))
 
 
+_LOCK_REQUIRED = "40001"
+"""The SQLSTATE of a call that has undone its writes, as it needs the lock before it searches."""
+
+
 class ConnectionRegistry:
     """State that the writer and the listener of one `PostgreSQL` share."""
 
@@ -227,7 +231,13 @@ class WriteSession:
         elif self._call.call is not None:
             (sql, parameters, finish), self._call.call = self._call.call, None
             wait, listener = milliseconds(self._left()), self._registry.listener
-            finish(self._locked.execute(sql, (*parameters, wait, listener)))
+            try:
+                found = self._locked.execute(sql, (*parameters, wait, listener))
+            except PostgreSQLErrorMapping.raised() as error:
+                if PostgreSQLErrorMapping.code(error) == _LOCK_REQUIRED:
+                    self._call.require_lock()
+                raise
+            finish(found)
 
     def close(self) -> None:
         # First: the server may give the process number to another client.
