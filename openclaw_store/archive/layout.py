@@ -40,7 +40,7 @@ MISFITS = (pa.ArrowException, OverflowError, TypeError, ValueError)
 _TIME = pa.timestamp("us", "UTC")
 
 _UNIQUE = frozenset({"task_id", "item_id", "idempotency_key", "parameters", "result", "error"})
-"""Columns whose values hardly repeat: a dictionary of them would only cost space."""
+"""Columns in which values hardly repeat: a dictionary of them would only cost space."""
 
 _CHANGES = Base.metadata.tables["changes"]
 

@@ -84,7 +84,7 @@ async def move(database: Database, retention: Retention, report: Report | None =
 
 
 class Mover:
-    """Continues runs, and makes those of a policy; the caller has the lease."""
+    """Continues runs, and begins the runs of a policy; the caller has the lease."""
 
     def __init__(self, database: Database, load: float = 1.0, report: Report | None = None) -> None:
         self._database = database
@@ -178,7 +178,7 @@ class Mover:
             raise
 
     async def finish(self, run: ArchiveRun) -> None:
-        """Continue a run whose files are verified, up to its manifest."""
+        """Continue a run with verified files, up to its manifest."""
         folder = Folder(run.location)
         if run.kind == "tasks":
             await self._delete_tasks(folder, run)
@@ -187,6 +187,7 @@ class Mover:
         elif run.kind == "compact":
             await asyncio.sleep(GRACE_SECONDS)
             await asyncio.to_thread(_remove_replaced, folder, run)
+        # The manifest before `done`: a run that is done is never continued.
         voids = await runs.voids_of(self._database, run)
         await asyncio.to_thread(write_manifest, folder, self._cluster, run, voids)
         await runs.advance(self._database, run, "done")
@@ -270,7 +271,7 @@ def _remove_files(folder: Folder, names: set[str]) -> None:
 
 
 def _remove_replaced(folder: Folder, run: ArchiveRun) -> None:
-    """Remove the files that those of a run replace, first from their manifests."""
+    """Remove the files that a compaction has replaced, first from their manifests."""
     replaced: set[str] = set()
     for file in run.files:
         read_file(folder, file, [])  # it may have been damaged, or removed, since it was verified

@@ -62,7 +62,7 @@ async def _manager(call: Call) -> AsyncIterator[StateManager]:
 async def _selected(
     manager: StateManager, ids: Sequence[str] | None, filter: TaskFilter, default: Iterable[Any]
 ) -> list[str]:
-    """Return the given identifiers, or those of the tasks that match a filter."""
+    """Return the given identifiers, or the identifiers of the tasks that match a filter."""
     if ids:
         if filter != TaskFilter():
             raise InvalidDataError("id", "give identifiers, or options that select tasks, not both")

@@ -72,7 +72,7 @@ async def resolve(
         list[str], typer.Argument(metavar="LOCATION", help="Files or URLs of all databases.")
     ],
 ) -> None:
-    """End transactions over several servers whose process did not live to end them.
+    """End transactions over several servers that dead processes have left prepared.
 
     Each location stands for all of its clusters.
 

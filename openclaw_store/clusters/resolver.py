@@ -1,4 +1,4 @@
-"""End the two-phase transactions that their process did not live to end."""
+"""End the two-phase transactions that dead processes have left prepared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import orjson
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from openclaw_store.backends import BatchCursor
 from openclaw_store.clusters.prepared import Prepared, prepared_in
 from openclaw_store.database import (
     Database,
@@ -22,7 +21,6 @@ from openclaw_store.errors import InvalidDataError, StoreError
 
 PATIENCE_SECONDS = 5.0
 """Age at which a prepared transaction counts as left behind."""
-
 
 _DECISIONS = DecisionRow.metadata.tables["decisions"]
 
@@ -141,8 +139,7 @@ async def forget_decisions(decider: Database, decisions: Iterable[str]) -> None:
 def _delete(
     transaction: WriteTransaction, deletions: Sequence[Sequence[tuple[str]]]
 ) -> Sequence[None]:
-    if isinstance(transaction.cursor, BatchCursor):
-        transaction.cursor.require_lock()
+    transaction.require_lock()
     sql = transaction.sql.delete_from(_DECISIONS.c.decision)
     transaction.cursor.write(sql, [row for rows in deletions for row in rows])
     return [None] * len(deletions)

@@ -21,7 +21,7 @@ import orjson
 from sqlalchemy import bindparam, delete, select
 from sqlalchemy.orm import Session
 
-from openclaw_store.backends import BatchCursor, Cursor
+from openclaw_store.backends import Cursor
 from openclaw_store.database import (
     REASON,
     IncomingRow,
@@ -172,7 +172,7 @@ class Settlement:
     """The tasks that the target has refused."""
     target: int
     next_batch: str
-    """The batch of tasks that the source refuses too, as others have their identifiers."""
+    """The batch for tasks that the source refuses too, since new tasks have their identifiers."""
 
 
 def settle(
@@ -182,8 +182,7 @@ def settle(
 
     A batch that another process has settled is left alone.
     """
-    if isinstance(transaction.cursor, BatchCursor):
-        transaction.cursor.require_lock()
+    transaction.require_lock()
     return [_settle(transaction, one) for one in settlements]
 
 
@@ -202,8 +201,7 @@ def _settle(transaction: WriteTransaction, settlement: Settlement) -> Mapping[st
 
 def forget(transaction: WriteTransaction, notes: Sequence[Sequence[str]]) -> Sequence[None]:
     """Delete the notes of batches that the source has settled."""
-    if isinstance(transaction.cursor, BatchCursor):
-        transaction.cursor.require_lock()
+    transaction.require_lock()
     sql = _statements(transaction.sql.without_keys).forget
     transaction.cursor.write(sql, [(batch,) for batches in notes for batch in batches])
     return [None] * len(notes)

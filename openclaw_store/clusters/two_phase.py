@@ -108,6 +108,7 @@ class TwoPhaseCommit:
         for unit in self.units:
             await unit.write()
         try:
+            # All parts before the decision: once it is committed, no part may be refused.
             for unit, part in self._parts.items():
                 await unit.send(f"PREPARE TRANSACTION '{part.gid}'")
             await self._decide()

@@ -236,7 +236,7 @@ class Database(DatabaseBase):
         return outcome
 
     def unseal(self, sealed: Sealed, row_id: str) -> Any:
-        """Return the value of a sealed one that a query of your own has returned.
+        """Return the clear value of a `Sealed` object from a query of your own.
 
         Args:
             row_id: The identifier of its row; of a change, the item as well: `task:train-7`.

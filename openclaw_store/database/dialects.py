@@ -161,8 +161,8 @@ class SQLiteStatements(Statements):
 class PostgreSQLStatements(Statements):
     """The statements for PostgreSQL.
 
-    They match rows by key, so an update that waits for a concurrent change by hand finds its row.
-    The arrays `$1::text::type[]` are not built by SQLAlchemy.
+    They match rows by key: an update that waits for a concurrent change by hand still finds its
+    row. Some are text, because SQLAlchemy cannot build arrays of the form `$1::text::type[]`.
     """
 
     def __init__(self, schema: str) -> None:

@@ -16,7 +16,7 @@ class Difference(NamedTuple):
     is_safe: bool = False
     """Whether the statements keep all content, and drop nothing that the library did not make."""
     is_blocking: bool = True
-    """Whether the rows cannot be read, or reading them may run code of others."""
+    """Whether the rows cannot be read, or reading them may run the code of another role."""
     invariant: str = "schema"
     """The invariant of `verify` that it breaks."""
     otherwise: str = "restore a backup"

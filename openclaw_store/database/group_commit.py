@@ -64,7 +64,7 @@ _Entry = tuple[asyncio.Future[Any], Apply, Any, float]
 """The future of a caller, its operation with the function that applies it, and its deadline."""
 
 _ATTEMPTS = 8
-"""Least part of the timeout for an attempt to lock: callers may wait longer by this fraction."""
+"""An attempt to lock takes at least an eighth of the timeout: callers may wait longer by that."""
 
 _Answer = tuple[asyncio.Future[Any], Any]
 """The future of a caller, and its result or exception."""
@@ -100,15 +100,16 @@ class Writer:
         self.telemetry: tuple[Telemetry, ...] = ()
         self.idle_seconds: float | None = None
         """Time without a write after which the connection is closed; `None` for never."""
-        # For the queue's left end, and to change `_withdrawn`, `_taken`, `_gone`, `_listeners`,
-        # `_ended` and `_closed`. The thread never waits while it holds it.
+        # Protects the left end of the queue, and changes of `_withdrawn`, `_taken`, `_gone`,
+        # `_listeners`, `_ended` and `_closed`. It is held for moments, never during I/O.
         self._lock = threading.Lock()
         self._queue: deque[_Entry] = deque()
         self._withdrawn = 0  # cancelled entries in the queue, about
         self._taken: dict[asyncio.Future[Any], _Entry] = {}  # in a batch, not answered yet
         self._gone: dict[asyncio.Future[Any], asyncio.Future[None]] = {}  # cancelled among them
         self._tokens: SimpleQueue[None] = SimpleQueue()  # each makes the thread take one batch
-        self._kicking: set[asyncio.AbstractEventLoop] = set()  # loops that will call `_kick`
+        # Loops that will call `_kick`; each adds and removes only itself, so no lock is needed.
+        self._kicking: set[asyncio.AbstractEventLoop] = set()
         self._listeners: list[tuple[asyncio.AbstractEventLoop, Listener]] = []
         self._ended: Future[None] | None = None  # done at the end of the thread; `None` without one
         self._closed = False
@@ -120,7 +121,7 @@ class Writer:
             StoreError: The refusal of the operation, or the failure of the batch.
             UnavailableError: If the writer is closed.
         """
-        if self._closed:
+        if self._closed:  # read without the lock: `_kick` refuses what is queued after `close`
             raise UnavailableError(CLOSED)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -179,6 +180,7 @@ class Writer:
                 loop.call_soon_threadsafe(_deliver, listeners[loop], committed, answers[loop])
             except RuntimeError:  # the loop was closed, and its callers with it
                 logger.debug("an event loop closed before its writes were acknowledged")
+        # Only now: `_withdraw` takes a missing entry for one whose callback is scheduled.
         with self._lock:
             for future, *_ in entries:
                 self._taken.pop(future, None)
@@ -311,6 +313,7 @@ class Writer:
         try:
             self._write_lock.acquire("the writer", until)
             try:
+                # `_apply` publishes under the lock: events are in the order of commits.
                 while not self._apply(entries, until, began):
                     pass
             finally:
@@ -345,6 +348,7 @@ class Writer:
         try:
             session = self._begin(until)
             transaction = WriteTransaction(session.cursor, self._clock(), self.statements)
+            # Neighbours with the same function are applied together, so the order stays.
             for apply, run in groupby(entries, key=itemgetter(1)):
                 outcomes.extend(apply(transaction, [operation for _, _, operation, _ in run]))
             transaction.finish()
@@ -352,6 +356,7 @@ class Writer:
             is_committing = True
             session.commit()
         except LockRequiredError:
+            # Nothing was written, and the session will begin its next transaction with the lock.
             transaction.release()
             return False
         except BaseException as error:
@@ -365,6 +370,8 @@ class Writer:
             raise
         seconds = perf_counter() - began
         self._metrics.note_commit(len(entries), seconds)
+        # Nothing between the commit and this call may fail: callers would learn that nothing was
+        # written.
         self.publish(transaction.committed, entries, outcomes)
         if self.telemetry:
             note_commit(self.telemetry, len(entries), seconds, transaction.committed, outcomes)
@@ -414,6 +421,7 @@ def _wake(future: asyncio.Future[None]) -> None:
 def _deliver(
     listeners: Sequence[Listener], committed: Sequence[Any], answers: Sequence[_Answer]
 ) -> None:
+    # The listeners first: a caller that wakes finds its write in the cache.
     for listener in listeners:
         try:
             listener(committed)

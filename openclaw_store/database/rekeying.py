@@ -34,7 +34,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from openclaw_store.backends import BatchCursor, fetch_raw_rows, unreadable_value
+from openclaw_store.backends import fetch_raw_rows, unreadable_value
 from openclaw_store.database.row_codec import places_of
 from openclaw_store.database.sealing import finish_rotation
 from openclaw_store.database.statements import Statements
@@ -280,9 +280,8 @@ def _replace(
 
     Not by a session: its libraries write parameters to their logs, and these may be clear.
     """
+    transaction.require_lock()
     cursor = transaction.cursor
-    if isinstance(cursor, BatchCursor):
-        cursor.require_lock()
     before: Sequence[Any] = ()
     if cursor.dialect == "sqlite":  # zeros replace the old values in the pages
         before = cursor.execute("PRAGMA secure_delete")

@@ -87,7 +87,7 @@ class Statements(ABC):
         )
         """The statements that a backend needs itself."""
         self.write_beat = self._compile(write_counters.values(beat=bindparam("newest")))
-        """Keep the last heartbeat sequence number, though its node is removed."""
+        """Record the last heartbeat sequence number, whose node may just have been removed."""
         self.read_one = {
             kind: self._compile(
                 self._with_counters(kind).outerjoin_from(
@@ -96,7 +96,7 @@ class Statements(ABC):
             )
             for kind, row in ROWS.items()
         }
-        """The columns that decisions on a row need, behind the counters; NULLs if it is missing."""
+        """The counters, then the columns of a row that decisions need; NULLs for a missing row."""
         self._insert_rows = {
             kind: self._insert([table_of(kind).c[name] for name in names])
             for kind, names in FIELDS.items()
@@ -109,16 +109,17 @@ class Statements(ABC):
         """Delete all changes up to a revision, and return their revisions."""
         self.write_compacted = self._compile(write_counters.values(compacted=bindparam("until")))
         """Record the revision up to which changes were deleted."""
+        # The next five take many rows at once.
         self.insert_change = self._insert(list(_CHANGES.c))
-        """The statement for many rows."""
+        """Insert a change into the log."""
         self.delete = {kind: self.delete_from(key_column(kind)) for kind in ROWS}
-        """The statement for many rows of an identifier."""
+        """Delete a task or node by its identifier."""
         self.delete_change = self.delete_from(_CHANGES.c.revision)
-        """The statement for many rows of a revision."""
+        """Delete a change by its revision."""
         self.insert_past = self._insert(list(_PAST.c))
-        """The statement for many rows."""
+        """Insert a past change of a task."""
         self.delete_past = self.delete_from(_PAST.c.item_id)
-        """The statement for many rows of an identifier: delete the past changes of a task."""
+        """Delete the past changes of a task by its identifier."""
         self.has_past = self._compile(select(literal_column("1")).where(select(_PAST).exists()))
         """A row if there are past changes."""
         moment = UtcTime()
@@ -154,11 +155,11 @@ class Statements(ABC):
         self.read_live_keys = self._compile(
             select(TaskRow.idempotency_key, TaskRow.task_id).where(IS_LIVE, self._has_given_key())
         )
-        """Idempotency key and identifier of the live tasks that have one of the `given` keys."""
+        """Idempotency key and identifier of each live task that has one of the `given` keys."""
         self.status_since = self._compile(status_changes()) + " LIMIT 1"
         """The time of the last change of status; takes the newest change, its item and its id."""
         self.clear = codec_of(Task, FIELDS[Task], dialect, None)
-        """Makes a row of a task in clear, of which the protection is left to the writer."""
+        """Makes a row of a task in clear; the writer seals its values."""
         self.without_keys = self
         """The same statements without keys."""
         self._protect(Protection())
@@ -242,7 +243,7 @@ class Statements(ABC):
     read_tasks: str
     """All columns of the tasks with `given` identifiers; on PostgreSQL."""
     delete_changes: str
-    """The statement for many rows of two revisions: delete the changes from one to the other."""
+    """Delete the changes from one revision to another, both included; takes many such pairs."""
     call: str
     """Call `store_write`: its base revision, former versions, tasks and nodes; on PostgreSQL."""
     beat: str
@@ -264,7 +265,7 @@ class Statements(ABC):
 
     @abstractmethod
     def delete_from(self, column: Column[Any]) -> str:
-        """Return the statement for many rows of a value: delete the rows with it."""
+        """Return the statement that deletes the rows with a value; it takes many values."""
 
     @abstractmethod
     def given(self, ids: Sequence[str]) -> Any:
@@ -284,7 +285,11 @@ class Statements(ABC):
 
     @abstractmethod
     def forget(self, cursor: Cursor, changes: Sequence[Sequence[Any]]) -> None:
-        """Delete changes and all earlier ones of their items; rows as `status_since` takes."""
+        """Delete changes, and all earlier ones of the same tasks and nodes.
+
+        Args:
+            changes: For each, its revision, item and identifier.
+        """
 
     @abstractmethod
     def _insert(self, columns: Sequence[Column[Any]]) -> str: ...

@@ -35,6 +35,8 @@ SETTINGS = [
 CITUS_SETTINGS = [one.replace("force_generic_plan", "force_custom_plan") for one in SETTINGS]
 """Its settings where Citus distributes the tables, in the same order."""
 
+# Each of them is an argument: a migration that adds a column of `tasks` must define the function
+# again, with the columns in this order. The mask of written columns counts by it, too.
 CALL_FIELDS = tuple(
     name for name in FIELDS[Task] if name not in ("task_id", "updated_at", "version")
 )

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 current_blocks: ContextVar[tuple[tuple[DatabaseBase, WriteTransaction | Hold], ...]] = ContextVar(
     "current_blocks", default=()
 )
-"""The databases that the running asyncio task has locked, by `transaction` and `joined`; or the
-task that made it."""
+"""The databases that the running asyncio task, or the task that made it, has locked by
+`transaction` and `joined`."""
 
 
 class Unit:
@@ -143,6 +143,7 @@ async def open_block(
         database._check_ready()
         database.refuse_inside()
     async with AsyncExitStack() as stack:
+        # First the locks in this process, then those of the databases: the writer does the same.
         until = 0.0
         for database in databases:
             until = await stack.enter_async_context(database._exclusive("a transaction"))

@@ -116,6 +116,8 @@ class FairLock:
                 self._waiting.append(waiter)
             return waiter.granted
 
+    # The next three methods are called while `_mutex` is held.
+
     def _next(self) -> None:
         self._holder = None
         if self._waiting:

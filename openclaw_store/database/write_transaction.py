@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from openclaw_store.backends import Cursor
+from openclaw_store.backends import BatchCursor, Cursor
 from openclaw_store.database.dialects import statements_for
 from openclaw_store.database.statements import Statements
 
@@ -36,6 +36,15 @@ class WriteTransaction:
         """`True` if it accepts no more operations."""
         self.failure: BaseException | None = None
         """The error that interrupted an operation half-way, so that it must not commit."""
+
+    def require_lock(self) -> None:
+        """Require the write lock, for operations that one call of `store_write` cannot express.
+
+        Raises:
+            LockRequiredError: If it has no lock; the batch is then applied again with the lock.
+        """
+        if isinstance(self.cursor, BatchCursor):
+            self.cursor.require_lock()
 
     def finish(self) -> None:
         """Write the collected changes; must be called before the commit."""

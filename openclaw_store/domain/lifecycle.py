@@ -264,7 +264,7 @@ def cancel(
 
 
 def acknowledge_cancel(task: Record[Task], now: datetime, *, owner: Owner) -> Outcome:
-    """Cancel a task whose owner was asked to do so, and has ended its work; idempotent."""
+    """Cancel a task after its owner was asked to, and has ended the work; idempotent."""
     if task.status is TaskStatus.CANCELLED and owner == owner_of(task):
         return None
     if refusal := _not_owned(task, owner):
@@ -323,7 +323,7 @@ def recover(
     unstarted: timedelta | None,
     wait: Wait,
 ) -> Outcome:
-    """Release a task of a lost node, end what is late, or make a delayed retry due.
+    """Release a task of a lost node, end a late task, or make a delayed retry due.
 
     Args:
         unstarted: Time after which a living node loses a task that it has not started; `None` for

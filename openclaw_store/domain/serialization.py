@@ -24,7 +24,7 @@ JsonCheck = Callable[[str, Any], bytes]
 
 
 class BriefRepr:
-    """A dataclass whose `repr` shows only the fields that differ from their defaults."""
+    """A dataclass with a `repr` of the fields that differ from their defaults."""
 
     def __repr__(self) -> str:
         own: DataclassInstance = self  # type: ignore[assignment]  # a mixin of dataclasses

@@ -212,7 +212,7 @@ class Cipher(Protection):
         return self.accepts_clear or not self._is_sealed(place)
 
     def _not_opened(self, place: SealedColumn, id: object, value: str) -> str:
-        """Return an escaped value, or raise the error of one that no key opens."""
+        """Return an escaped value, or raise the error for a value that no key opens."""
         start = int(place.is_json)
         number = value[start + len(PREFIX) : start + HEADER_LENGTH - 1]
         if number == "-" * len(number) and self._accepts_clear(place):

@@ -123,7 +123,7 @@ class KeyRing:
         return cls(*read_file(Path(path)), provider or _named_provider(), seal=seal)
 
     def sealing(self, fields: Collection[str]) -> KeyRing:
-        """Return a key ring that seals these fields as well, unless it was given others."""
+        """Return a key ring that seals these optional fields, unless its own were given."""
         return KeyRing(
             [*self.keys.values()],
             self.primary,

@@ -170,7 +170,7 @@ def find_held(
 def _waiting(
     connection: Connection, nodes: Mapping[str, Any], now: datetime, most: int
 ) -> Iterator[StuckGroup]:
-    """Yield the groups of pending tasks whose skills no node has, or no live node."""
+    """Yield groups of pending tasks that require skills of no node, or of no live node."""
     present = {node: one.available_skills for node, one in nodes.items()}
     everywhere = set(present.values())
     alive = {

@@ -1,7 +1,7 @@
 """Bulk insertion: new tasks in few statements, without a command and a row object for each.
 
-A task is a plain row from its check to the cache: the garbage collector does not track a tuple of
-text and numbers, and makes the fewer passes.
+A task stays a plain row from its check to the cache: the garbage collector does not track a tuple
+of texts and numbers, so it has less to do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from datetime import datetime
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from openclaw_store.backends import BatchCursor
 from openclaw_store.database import FIELDS, ROWS, Statements, WriteTransaction, from_microseconds
 from openclaw_store.domain import ENTITY_NAMES, FINISHED, Change, ChangeKind, Raw, Record, Task
 from openclaw_store.errors import DuplicateError
@@ -23,9 +22,9 @@ Refusals = Sequence[DuplicateError | None]
 
 _ITEM, _CREATED = ENTITY_NAMES[Task], str(ChangeKind.CREATED)
 
-
 _of_change = itemgetter(*map(FIELDS[Task].index, ("task_id", "status", "assigned_node")))
 _keys = itemgetter(*map(FIELDS[Task].index, ("idempotency_key", "status")))
+# `_insert` replaces the last two values of a row.
 assert FIELDS[Task][-2:] == ("updated_at", "version")
 
 
@@ -61,7 +60,7 @@ class Inserted(NamedTuple):
 
     refusals: Refusals
     before: int
-    """The revision before the first added task; each further one has the next."""
+    """The revision before that of the first added task; each further task has the next one."""
     at: datetime
     """The `updated_at` of the added tasks."""
 
@@ -87,8 +86,7 @@ def insert_tasks(
 
     On PostgreSQL the lock comes first: the function `store_write` would take longer.
     """
-    if isinstance(transaction.cursor, BatchCursor):
-        transaction.cursor.require_lock()
+    transaction.require_lock()
     unit = unit_of(transaction)
     return [_insert(unit, rows) for rows in batches]
 
@@ -130,9 +128,8 @@ def insert_past(
         changes: Rows of `past_changes`, with times in microseconds and reasons in clear.
     """
     cursor, sql = transaction.cursor, transaction.sql
-    if ids and cursor.execute(
-        sql.has_past
-    ):  # a removed task of the same identifier may have left some
+    # A removed task of the same identifier may have left some.
+    if ids and cursor.execute(sql.has_past):
         cursor.write(sql.delete_past, [(id,) for id in ids])
     moment = int if cursor.dialect == "sqlite" else from_microseconds
     rows = [

@@ -94,7 +94,7 @@ class Page:
     size: int
 
     async def queries(self, session: AsyncSession) -> Sequence[Select[Any]]:
-        """Return the queries whose results, merged and cut to `size`, are the page."""
+        """Return queries; their results, merged and cut to `size`, are the page."""
         filter, states = self.filter, self._states()
         has_states = () if filter.status is None else (TaskRow.status.in_(states),)
         sql = statements_in(session)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openclaw_store.backends import BatchCursor, Cursor
+from openclaw_store.backends import Cursor
 from openclaw_store.database import WriteTransaction
 from openclaw_store.domain import ENTITY_NAMES, Change, ChangeKind, Task
 from openclaw_store.repositories.batches import unit_of
@@ -22,7 +22,7 @@ class Removal:
     history: Sequence[Sequence[int]]
     """The revisions of the changes of each task."""
     accept: Callable[[Cursor, Sequence[bool]], None]
-    """Called in the transaction with what is removed; an error undoes it."""
+    """Called in the transaction, with true for each removed task; an error undoes the removal."""
 
 
 def remove_tasks(transaction: WriteTransaction, removals: Sequence[Removal]) -> Sequence[Any]:
@@ -30,8 +30,7 @@ def remove_tasks(transaction: WriteTransaction, removals: Sequence[Removal]) -> 
 
     On PostgreSQL the lock comes first: the function `store_write` has no such operation.
     """
-    if isinstance(transaction.cursor, BatchCursor):
-        transaction.cursor.require_lock()
+    transaction.require_lock()
     return [_remove(transaction, removal) for removal in removals]
 
 

@@ -83,9 +83,9 @@ class Policy:
         )
 
     def ahead(self) -> ColumnElement[bool]:
-        """Return the condition of tasks that are dated as far into the future as others are old.
+        """Return the condition of tasks that are dated farther ahead than their cutoff lies back.
 
-        Their age is unknown, as a clock was ahead.
+        A clock was ahead, so their age is unknown.
         """
         horizon = self._each(lambda cutoff: TaskRow.updated_at > self.now + (self.now - cutoff))
         return and_(TaskRow.completed_at > self.now, horizon)

@@ -176,7 +176,7 @@ class TaskRepository(Repository[Task]):
         return await self._advance(release_of(task, reason))
 
     async def acknowledge_cancel(self, task: Task) -> Task:
-        """Cancel a task whose owner was asked to; return the stored task.
+        """Cancel a task after its owner was asked to, and has ended the work; return the task.
 
         Raises:
             TaskNotFoundError: If it was removed.

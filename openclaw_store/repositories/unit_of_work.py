@@ -188,6 +188,7 @@ class Row:
             if self.unit.key_owners:
                 is_live = record.status not in FINISHED
                 self.unit.set_key(self.id, record.idempotency_key if is_live else None)
+        # Before the version is set: the former one is the `previous` of the change.
         change = self.unit.add(self, kind, before, reason)
         record.version = change.revision
         record.row = None  # of an attempt that was not committed
@@ -214,8 +215,8 @@ class Row:
 class UnitOfWork:
     """The changes of one write transaction, and their revisions.
 
-    The counters are read before all rows, or with the first ones; the transaction has the write
-    lock. `one_call` has the other kind, for PostgreSQL.
+    The transaction holds the write lock, so the counters, which are read with the first rows, stay
+    true until the commit. `OneCall` is the kind without the lock, for PostgreSQL.
     """
 
     def __init__(self, transaction: WriteTransaction) -> None:
@@ -266,7 +267,8 @@ class UnitOfWork:
         # One query for all announced keys; `key_conflict` reads any other.
         self.read_key_owners(keys)
         outcomes = [command.decide(row) for command, row in zip(commands, targets, strict=True)]
-        # Sorted, so that both databases assign the same revisions.
+        # After all tasks, so that a node changes once; sorted, so that both databases assign the
+        # same revisions.
         for _, node in sorted(rows[NodeInfo].items()):
             if node.counted and node.record is not None:
                 node.write(node.record, ())
@@ -399,7 +401,7 @@ class UnitOfWork:
         new = {one.revision: one for one in self.changes} if self.removed_history else {}
         removed_history: list[ChainEnd] = []
         for newest, item, id in self.removed_history:
-            while newest is not None and newest in new:  # not logged at all
+            while newest is not None and newest in new:  # of this transaction: not logged at all
                 newest = new.pop(newest).previous
             removed_history.append((newest, item, id))
         changes = list(new.values()) if removed_history else self.changes

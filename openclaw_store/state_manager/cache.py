@@ -111,8 +111,9 @@ class Cache:
     def apply(self, events: Sequence[Committed]) -> None:
         """Apply a commit of this process.
 
-        Most tasks of a commit with many changes are not read soon, and a record costs each full
-        pass of the garbage collector some microseconds, a row nothing.
+        The tasks of a commit with many changes are kept as rows: most of them are not read soon,
+        and each full pass of the garbage collector takes microseconds for a record, nothing for a
+        row.
 
         Raises:
             InvalidDataError: If a row cannot be read; the rest was applied.
@@ -130,6 +131,7 @@ class Cache:
                 self._apply_added(event)
                 continue
             kind, id, record, change = event
+            # Counted before: `catch_up` has read this change, and its content or newer content.
             if not self.applied.count(change, self._counted_status):
                 continue
             if (
@@ -366,6 +368,7 @@ class Cache:
         if record is not None:
             revision = record.version
             record = self._with_heartbeats(record)
+        # An entry never goes back: the other of the two ways has brought newer content.
         if known is not None and known.version > revision:
             return
         if key in self._aliases and (record is None or record.version != self._aliases[key][1]):
@@ -420,7 +423,7 @@ class Cache:
         return found  # type: ignore[no-any-return]
 
     def _visible_entry(self, key: EntityKey) -> Indexed | Record[NodeInfo] | None:
-        """Return the same, but of a task that was never read only what is indexed."""
+        """Return the visible record; for a task that was never read, only its index entry."""
         row: Any = self.tasks.entries.get(key[1]) if key[0] is Task else None
         return self._read_entry(row) if type(row) is tuple else self._visible(key)
 

@@ -1,8 +1,8 @@
 """Waiters for work: claims that found no task, woken when a task may have become claimable.
 
-A commit wakes at most as many waiters of each node as it has new pending tasks, and of a node that
-has changed as many as it may have freed slots. A waiter that is woken and then does not claim
-passes the wake-up on, so none is lost.
+A commit wakes waiters of each node: one for each new pending task, or, if it changes the node, one
+for each slot that it may have freed. A waiter that is woken and then does not claim passes the
+wake-up on, so none is lost.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ class ClaimWaiters:
     def waiting(self, node_id: str) -> Iterator[asyncio.Future[None]]:
         """Yield a future that is done when the node should claim.
 
-        A caller that was woken and does not claim calls `pass_on`.
-
-        The caller claims *after* it has registered here: a commit in between wakes it.
+        The caller looks for tasks only *after* it has registered here: a later commit wakes it. If
+        it was woken and does not claim, it calls `pass_on`.
         """
         future = asyncio.get_running_loop().create_future()
         waiters = self.nodes[node_id]
@@ -47,7 +46,7 @@ class ClaimWaiters:
                 del self.nodes[node_id]
 
     def pass_on(self, node_id: str, future: asyncio.Future[None]) -> None:
-        """Wake the next waiter of a node in place of one that was woken, and does not claim."""
+        """Wake the next waiter of the node, if `future` was woken; its caller does not claim."""
         if future.done():
             self._wake(node_id, 1)
 

@@ -1,7 +1,7 @@
 """The heartbeat writer: writes the heartbeats that wait in the cache, many at a time.
 
-A heartbeat is written within a second. It is also written with any command for its node, which must
-not be decided before it: see `send`.
+A heartbeat is written within a second. A command for its node takes it along, since the command
+must not be decided before it: see `send`.
 """
 
 from __future__ import annotations

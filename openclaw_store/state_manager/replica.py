@@ -160,6 +160,7 @@ class Replica:
             await self.sync()
         finally:
             self.heartbeat_writer.stop()
+            # Only now: the last flush, too, updates the cache by its commit.
             self._unlisten()
             self.watchers.wake_all()
 
@@ -186,6 +187,7 @@ class Replica:
             return record
         cache, version = self.cache, self.cache.applied.version
         found = await self.read(key)
+        # Newer than the cache: without the refresh, a later read of it could show older data.
         if found is not None and found.version > self.cache.applied.contiguous:
             await self.refresh()
             return self.cache.find(key) or await self.read(key)
@@ -381,6 +383,7 @@ class Replica:
     async def _load(self) -> None:
         """Load a new cache, and replace the old one."""
         # The snapshot may lack commits of this process during the read: they are applied after it.
+        # No `await` may follow the read: a commit would reach the old cache only.
         self._loading = []
         try:
             load = partial(load_cache, finished_limit=self._finished_limit)
@@ -436,6 +439,7 @@ class Replica:
         Returns:
             `False` if an earlier request is still open.
         """
+        # Without a lock: an outdated number leads to a needless refresh, never to a missing one.
         is_busy = self._outdated.is_set()
         known = max(self.cache.heartbeat_sequence, self._own_heartbeat_sequence)
         is_behind = revision > self.cache.applied.contiguous or heartbeat_sequence > known

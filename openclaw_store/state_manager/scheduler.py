@@ -63,7 +63,7 @@ TASK_PAGE_SIZE = 1000
 """Tasks selected at once for a change of many."""
 
 REFUSALS = (ConflictError, NotFoundError)
-"""Errors of a command whose task was changed or removed meanwhile."""
+"""Errors of a command if its task was changed or removed meanwhile."""
 
 Written = TypeVar("Written", bound=Command)
 

@@ -18,7 +18,7 @@ ADD_BATCH_SIZE = 1000
 """Maximum number of tasks in one transaction."""
 
 SHARED_BATCH_SIZE = PART_SIZE
-"""The same while others write, who wait for it. A smaller one takes more time for each task."""
+"""The maximum while other callers write, since they wait. Small batches cost more for each task."""
 
 CHECK_SLICE_SIZE = 100
 """Number of tasks checked before other coroutines run."""

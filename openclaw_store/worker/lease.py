@@ -107,6 +107,7 @@ class NodeLease:
         self._reported = {}
 
     def _renewed(self, at: float) -> None:
+        # Counted from before the call: the lease ends here before it ends in the database.
         self._until = at + self.seconds
         self._beat_at = at + self.seconds / HEARTBEATS_PER_LEASE
 

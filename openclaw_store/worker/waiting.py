@@ -15,7 +15,6 @@ logger = logger_of("worker")
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-
 # Each event loop has one handler of a signal, and may run several workers.
 _stops: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Callable[[], None]]] = WeakKeyDictionary()
 

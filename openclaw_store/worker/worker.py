@@ -168,7 +168,7 @@ class Worker:
             await asyncio.gather(*slots, *services, return_exceptions=True)
 
     async def _leave(self, manager: StateManager) -> None:
-        """Release what the node holds, and set it OFFLINE; `recover` does it otherwise."""
+        """Release the tasks of the node, and set it OFFLINE; if that fails, `recover` does it."""
         try:
             lease = await manager.get_lease(self._node_id)
             if lease is None or lease.session != self._lease.node.session:
@@ -279,7 +279,7 @@ class Worker:
     # The node: its lease, and the tasks that it holds in the database.
 
     async def _watch_lease(self) -> None:
-        """Notice the end of the lease in time, though the database may not answer."""
+        """Notice the end of the lease in time, even while `_keep_lease` waits for the database."""
         while True:
             await self._lease.holds.wait()
             if self._lease.left <= 0:
@@ -289,13 +289,15 @@ class Worker:
     async def _keep_lease(self, manager: StateManager) -> None:
         """Send heartbeats, obey their answers, and register again after the lease was lost.
 
-        Between two heartbeats, each new revision makes it look for an answer without one.
+        Between two heartbeats, it also reads the lease: after each new revision, and while it has
+        tasks that no slot knows of.
         """
         unknown: dict[Owned, float] = {}
         version = -1
         while True:
             await asyncio.sleep(max(0, min(self._lease.pause, CHECK_SECONDS)))
-            known = list(self._runs.values())  # the tasks of later runs may be missing below
+            # Before the lease is read, which may lack the tasks of later runs.
+            known = list(self._runs.values())
             try:
                 if self._lease.holds.is_set() and self._lease.left <= 0:
                     self._lose_lease("the process was stopped for too long")
@@ -325,7 +327,7 @@ class Worker:
         known: list[Attempt],
         unknown: Mapping[Owned, float],
     ) -> dict[Owned, float]:
-        """Interrupt what was cancelled or taken away; release what no slot knows of.
+        """Interrupt tasks that were cancelled or taken away; release those that no slot knows of.
 
         Args:
             unknown: The tasks that no slot knew of before, and since when.
@@ -388,7 +390,7 @@ class Worker:
 
 @contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Open threads; at the end, wait for none of them, which would block the event loop.
+    """Open threads, and do not wait for them at the end, as that would block the event loop.
 
     They are idle then, unless the worker ends at once.
     """
@@ -403,7 +405,7 @@ async def _together(
     report: Coroutine[Any, Any, Task], claim: Coroutine[Any, Any, Task | None] | None
 ) -> tuple[Task | StoreError, Task | None]:
     """Submit a report and behind it a claim, so that they share a commit; return both answers."""
-    # Its first step comes when this coroutine waits for the report, and before the commit.
+    # The claim is queued as soon as this coroutine waits for the report, before the commit.
     claiming = None if claim is None else asyncio.ensure_future(claim)
     try:
         reported: Task | StoreError

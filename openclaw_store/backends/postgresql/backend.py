@@ -137,7 +137,7 @@ class PostgreSQL:
         self._own_identity: tuple[Any, ...] | None = None
 
     def share(self, other: PostgreSQL) -> None:
-        """Take over what is known of a server, and its pools' detection of a lost one."""
+        """Share the known state of the server with `other`, and the detection of its loss."""
         self._server = other._server
         self.error_mapping = self._mapping()
 

@@ -1,12 +1,16 @@
 """Notifications of a PostgreSQL server: one connection listens to one cluster, or to many.
 
-A process that is the only listener is not woken by its own commits, which would make each of them a
-fifth slower. All listeners of a cluster share one advisory lock, except the first. The first one
-holds another lock, and a third one whose number only its own process knows: its writer sends a
-notification only if the shared lock is held or the third one is free. The statement that writes
-tests both, and keeps what it could take until the commit; a new listener waits for that, and then
-reads the counters. Any role of the server can hold these locks, or notify: a listener waits for the
-shared lock for a limited time, and asks for the counters now and then.
+The writer of a process that is the only listener sends no notifications, which would make each
+commit a fifth slower. Three advisory locks tell the writer if there are other listeners:
+
+- the *shared* lock, held by all listeners of a cluster except the first one;
+- the *first* lock, held by the first listener;
+- its *own* lock, also held by the first listener; only its process knows the number.
+
+The writer notifies if the shared lock is held, or its own one is free. Its statement tries to take
+both, and keeps what it gets until the commit: a new listener waits for that, and then reads the
+counters, so it misses no commit. Any role of the server can hold these locks, or notify. So a
+listener waits for the shared lock for a limited time, and asks for the counters now and then.
 
 Some commits send no notification that arrives: behind a pooler that gives each transaction another
 connection, on a server without `LISTEN`, or by a process that writes without `NOTIFY`. A listener
@@ -61,7 +65,7 @@ RETRY_SECONDS = 0.1, 5.0
 """First and longest time before a lost connection is made again."""
 
 _COUNTERS = re.compile(r"([0-9]{1,19}) ([0-9]{1,19})")
-"""The payload of a notification; others may have been sent by any role."""
+"""The payload of a notification; one of another form may have been sent by any role."""
 
 _JOIN_OTHERS = "SELECT pg_advisory_lock_shared"
 _LEAVE_ALL = "SELECT pg_advisory_unlock_shared($1)"

@@ -57,7 +57,7 @@ class ConnectionRegistry:
         self.writers: set[int] = set()
         """The server processes of its writers."""
         self.listener: int | None = None
-        """The advisory lock of its listener, if that is the first one; see `notifications`."""
+        """The advisory lock of its listener, if that is the first one; see `listening`."""
 
 
 class Cursor:
@@ -240,7 +240,7 @@ class WriteSession:
             finish(found)
 
     def close(self) -> None:
-        # First: the server may give the process number to another client.
+        # First: once closed, the server may give the process number to another client.
         self._registry.writers.discard(self._process)
         try:
             with suppress(*PostgreSQLErrorMapping.raised()):

@@ -341,7 +341,8 @@ class SQLite:
             if not await asyncio.to_thread(self._is_own_file, engine.url.database):
                 raise InvalidDataError("session", f"is not on {self.location}")
             self._joined_engine = weakref.ref(engine.sync_engine)
-        # Of a transaction that began to read, the snapshot must be the newest one; else it is busy.
+        # A transaction that has read gets the lock by an update of no row, if its snapshot is the
+        # newest one; otherwise SQLite reports that it is busy.
         is_begun = raw.driver_connection.in_transaction
         lock = "UPDATE counters SET id = id WHERE id = 0" if is_begun else "BEGIN IMMEDIATE"
         for delay in delays(until - time.monotonic()):
