@@ -103,6 +103,7 @@ class Mover:
         undone: dict[str, set[str]] = defaultdict(set)
         for run in await runs.unfinished(self._database):
             if run.state == "writing":
+                # Before its files are removed: its process, if it still lives, cannot go on.
                 logger.info("the run %s of the archive is undone, as it was interrupted", run.run)
                 await runs.advance(self._database, run, "undone")
             if run.state == "undone":
@@ -213,6 +214,7 @@ class Mover:
             runs.progress(cursor, run, position, [one for one, is_gone in outcomes if not is_gone])
 
         removed = await self.write(remove_tasks, Removal(versions, old, accept))
+        # Only after the commit: `runs.progress` compares with the position of the one before.
         run.passed(position)
         gone = [len(of) for of, is_removed in zip(old, removed, strict=True) if is_removed]
         self.done.tasks += len(gone)

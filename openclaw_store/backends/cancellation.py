@@ -56,6 +56,7 @@ async def on_thread(work: Callable[[Stop], Result]) -> Result:
     The process may end while the work does something that cannot stop.
     """
     outcome: Future[Result] = Future()
+    # Else a cancellation would reach it by `wrap_future`, and the thread could not set it any more.
     outcome.set_running_or_notify_cancel()
     stop = Stop()
 

@@ -83,7 +83,6 @@ _OBJECTS = """
 _IDENTIFIED = "0009"
 """The schema revision since which a cluster has a number."""
 
-
 _TRANSFERS = "0012"
 """The schema revision since which tasks can be in transit."""
 

@@ -50,6 +50,7 @@ async def transaction(
         units, finish = commit.units, commit.run
     else:
         await _require_one_server(databases)
+        # One order for all processes, so that two transactions never wait for each other.
         unit = Unit(sorted(databases, key=lambda one: one.schema or ""))
         units, finish = [unit], partial(commit_unit, unit)
     try:

@@ -199,6 +199,7 @@ class _Passage:
             arrival = Arrival(batch, self._source_id, travellers, self._settled)
             refused: Mapping[str, str] = await self._target.write_in(tx, arrive, arrival)
         returning = [one for one in travellers if one.task[0] in refused]
+        # After the commit of the target: until then, the row of the source is the only copy.
         settlement = Settlement(batch, returning, self._target_id, secrets.token_hex(16))
         left = await self._source.write(settle, settlement)
         self._settled = [batch]

@@ -96,6 +96,7 @@ class TwoPhaseCommit:
             if any(left.age_seconds >= PATIENCE_SECONDS for left in found):
                 await resolve(*databases)
                 break
+        # One order for all processes, so that two transactions never wait for each other.
         participants.sort(key=lambda one: (one.database.schema or "", one.number))
         return cls(participants, [*participants[-1:], *unable][-1])
 

@@ -109,6 +109,7 @@ class DatabaseBase:
         """The SQL of the library, and the codecs of rows, which seal and open values with keys."""
         self._writer = Writer(self._backend, self._write_lock, clock, timeout, self.statements)
         self._home: asyncio.AbstractEventLoop | None = None
+        # Event loops in other threads change it: iterate over copies.
         self._loop_sessions: dict[asyncio.AbstractEventLoop, LoopSessions] = {}
         self._sharing: Sharing | None = None
         self._background: set[asyncio.Task[Any]] = set()  # `close` waits for these reads
@@ -172,12 +173,15 @@ class DatabaseBase:
         if self._closing is None or was_interrupted(self._closing):
             self.refuse_inside()
             self._closing = asyncio.ensure_future(self._close())
+        # Before the first `await`: no later call gets in between while the queue is committed.
         self._state = "closed"
         if self._closing.get_loop() is asyncio.get_running_loop():
             await shield_until_done(self._closing)
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()
+        # In this order: the reads end, the queue is committed, the last transaction ends. Only then
+        # are the connections closed.
         await asyncio.gather(
             *[task for task in self._background if task.get_loop() is loop], return_exceptions=True
         )

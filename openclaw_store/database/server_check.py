@@ -117,7 +117,6 @@ _NAMES = {
 
 _DROP = "drop it, if you know where it comes from, or give another database"
 
-
 NAMES: Sequence[str] = [*Base.metadata.tables, VERSION_TABLE]
 """The names of the tables of the store."""
 

@@ -30,6 +30,7 @@ class Sharing:
         self._process = os.getpid()
         self.home: asyncio.AbstractEventLoop | None = None
         """The event loop that keeps connections: that of the first database."""
+        # Event loops in other threads change these two: iterate over copies.
         self._pools: dict[asyncio.AbstractEventLoop, Pools] = {}
         self._listeners: dict[asyncio.AbstractEventLoop, Listening] = {}
         self._is_closed = False

@@ -51,6 +51,7 @@ def element_type(kind: Any) -> str:
 
 def _arrays() -> list[str]:
     """Return the types of the arguments between the first one and the last two."""
+    # The order is fixed by the definition of the function; `OneCall.finish` sends values in it.
     arrays = ["text[]", "bigint[]", "integer[]", "integer[]"]  # rows: id, version, offset, mask
     kinds = [table_of(Task).c[name].type for name in CALL_FIELDS]
     arrays += [f"{'json' if isinstance(one, Json) else element_type(one)}[]" for one in kinds]

@@ -60,6 +60,7 @@ class FairLock:
         """
         waiter = self._waiter(name, threading.get_ident(), until)
         try:
+            # It enters again after each slice, to notice its deadline and a holder that is absent.
             while (granted := self._enter(waiter)) is not None:
                 with suppress(TimeoutError):
                     granted.result(self._SLICE_SECONDS)

@@ -36,7 +36,8 @@ class ClaimChoice:
         """Prepare a run of `size` commands."""
         self._unit = unit
         self._size = size
-        self._ready: dict[bytes | None, Iterator[Record[Task]]] = {}  # by skills
+        # By skills: the search of a claim goes on where the claim before it has stopped.
+        self._ready: dict[bytes | None, Iterator[Record[Task]]] = {}
         self._has_preferring: bool | None = None  # `None`: not read yet
 
     def choose(self, node: Record[NodeInfo], limit: int) -> Iterable[Claimable]:

@@ -10,7 +10,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from openclaw_store.database import NodeRow, TaskRow, WriteTransaction, statements_in
 from openclaw_store.domain import Progress, TaskStatus, decode_progress
-from openclaw_store.repositories.batches import unit_of
 
 Owned = tuple[str, int]
 """Identifier and attempt of a task."""
@@ -42,7 +41,7 @@ def apply_progress(
     transaction: WriteTransaction, given: Sequence[tuple[str, str]]
 ) -> Sequence[None]:
     """Write the progress of the running tasks of nodes: rows of node and JSON."""
-    sql = unit_of(transaction).sql
+    sql = transaction.sql
     rows = [(id, sql.store_progress(id, text)) for id, text in dict(given).items()]
     transaction.cursor.write(sql.write_progress, rows)
     return [None] * len(given)

@@ -153,6 +153,7 @@ class OneCall(UnitOfWork):
             for one in self.changes
         ]
         if values or checked or self._deltas or places:
+            # In the order of the function's arguments: see `database/store_write.py`.
             columns = [
                 *_columns(values, 4 + len(CALL_FIELDS)),
                 *_columns(list(checked.items()), 2),
@@ -185,6 +186,8 @@ class OneCall(UnitOfWork):
     def _finish_call(self, found: Sequence[Any]) -> None:
         """Take over the results of the call."""
         require_counters(found)
+        # The last row has the revision before this call; NULL if a task or key was not as expected,
+        # and nothing was written.
         *rows, (base, *_) = found
         if base is None:
             self._batch_cursor.require_lock()

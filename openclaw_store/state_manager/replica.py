@@ -330,7 +330,7 @@ class Replica:
                     return
                 try:
                     cache.catch_up(batch)
-                finally:
+                finally:  # also after an unreadable row, as the other changes were applied
                     if self._is_awaited:
                         self._keep_for_watchers(batch)
                         self.watchers.notice(list(map(_step, batch.changes)))

@@ -56,6 +56,7 @@ class Records(Generic[Entity]):
             return entry
         record: Record[Entity] = self._decode(entry)
         if self.entries.get(id) is entry:
+            # In shared buckets, too: the content is the same, so snapshots may have the record.
             self.entries[id] = self._buckets[hash(id) & _MASK][id] = record
         return record
 

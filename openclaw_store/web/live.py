@@ -136,6 +136,7 @@ class Live:
             if position < self._sent - len(self._events):
                 position = self._sent
                 yield RELOAD
+            # Taken before the events are read: a later event sets it.
             waiting = self._changed
             while position < self._sent:
                 _, data = self._events[position - self._sent]
@@ -236,6 +237,7 @@ class Live:
     def _publish(self, before: int, data: bytes) -> None:
         self._events.append((before, data))
         self._sent += 1
+        # A new object for the next event, as each browser may wake later than the next event comes.
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -157,6 +157,7 @@ class Worker:
             asyncio.ensure_future(self._fill_slot(manager, executor)) for _ in range(self._slots)
         ]
         try:
+            # Until the stop, or the error of a service or a slot: none of them ends otherwise.
             await first_of([*services, *slots])
             await asyncio.wait(slots, timeout=self._grace_seconds)
             self._interrupt(Interruption.STOPPED)
@@ -170,6 +171,7 @@ class Worker:
     async def _leave(self, manager: StateManager) -> None:
         """Release the tasks of the node, and set it OFFLINE; if that fails, `recover` does it."""
         try:
+            # From the database: a claim may have been committed while its slot was ending.
             lease = await manager.get_lease(self._node_id)
             if lease is None or lease.session != self._lease.node.session:
                 return  # its tasks are those of another worker

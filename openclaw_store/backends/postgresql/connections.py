@@ -17,8 +17,6 @@ logger = logger_of("postgresql")
 
 _ABANDONED_SECONDS = 1.0  # to finish connecting for a cancelled caller
 _CLOSE_SECONDS = 0.5  # for the terminate message; a connection that is cut off needs none
-
-
 _HEAD_START_SECONDS = 0.25  # for the last host that answered, before the others are tried
 
 _CLOSING_STEPS = 10

@@ -217,6 +217,7 @@ class WriteSession:
         self._until = max(until, self._until)
         is_one_call = self._is_one_call and not self._call.is_lock_required
         self.cursor = self._call if is_one_call else self._locked
+        # The lock is required for one transaction only; the next batch is one call again.
         self._call.is_lock_required, self._call.call = False, None
         if self.cursor is self._locked:
             self._execute(
